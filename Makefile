@@ -1,0 +1,53 @@
+# make quickstart   install, then a whole study: two rounds and a promotion
+# make check test   what has to be green before a change lands
+# make fix          format and repair what can be repaired
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TUNER := $(BIN)/tuner
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup quickstart smollm2 check test fix bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: setup
+	$(TUNER) -C studies/quickstart study run round1.yaml
+	test -e studies/quickstart/round2.yaml || $(TUNER) -C studies/quickstart study promote --to round2
+	$(TUNER) -C studies/quickstart study run round2.yaml
+	$(TUNER) -C studies/quickstart study report
+	$(TUNER) -C studies/quickstart trial show best
+
+smollm2: setup
+	$(BIN)/python studies/alpaca-smollm2/prepare.py
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tuner.spec docs/reference --check
+	$(BIN)/typer tuner.cli utils docs --name tuner --title 'The commands' | diff docs/reference/cli.md - \
+	  || (echo 'docs/reference/cli.md is stale: make fix'; exit 1)
+
+test: setup
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=
+	$(BIN)/coverage report --include='tuner/playbook/*,tuner/spec/*,tuner/store/*,tuner/study/*' --fail-under=90
+
+fix: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/python -m tuner.spec docs/reference
+	$(BIN)/typer tuner.cli utils docs --name tuner --title 'The commands' --output docs/reference/cli.md
+
+bench: setup
+	$(BIN)/python benchmarks/packing.py
+
+clean:
+	rm -rf build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

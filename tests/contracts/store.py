@@ -1,0 +1,319 @@
+"""What every Store keeps its word on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tuner.records import (
+    Attempt,
+    Checkpoint,
+    CheckpointKind,
+    Continuation,
+    Evaluation,
+    Promotion,
+    RoundRecord,
+    Trial,
+    TrialState,
+)
+from tuner.store import FactError, Store
+from tuner.store.facts import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    CheckpointsRemoved,
+    EvaluationMade,
+    Fact,
+    PromotionPlanned,
+    RoundBegun,
+    StepsRun,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
+)
+
+ROUND = RoundRecord(
+    "round1",
+    max_train_steps=60,
+    spec={"study": "s", "max_train_steps": 60, "hyperparameters": {"learning_rate": {"low": 1e-5}}, "a": [1, None]},
+    begun_at=1700000000.25,
+    train_rows=400,
+    eval_rows=40,
+    workload="abc",
+    evaluation_share=0.1 + 0.2,
+)
+TRIAL = Trial(
+    "round1",
+    7,
+    {"learning_rate": 0.1 + 0.2, "lora_r": 16, "target_modules": ("q", "v"), "use_dora": False, "schedule": "linear"},
+    continues=Continuation("round0", 3, 36),
+    optuna_trial=11,
+)
+STARTED = AttemptStarted("round1", 7, 1, from_step=0, at=10.5)
+ENDED = AttemptEnded("round1", 7, 1, to_step=30, at=20.5, outcome="interrupted", message="killed")
+COMPLETE = TrialEnded("round1", 7, TrialState.COMPLETE, None, at=30.0)
+BEST = Checkpoint(CheckpointKind.BEST, 20, "trial-0007/best-20-1", size_bytes=5_000_000_000, sha256="b")
+LAST = Checkpoint(CheckpointKind.LAST, 30, "trial-0007/last-30-1", size_bytes=7, sha256="l")
+PROMOTION = Promotion("round1", "round2", {"from": "round1", "findings": [{"x": 0.1}]}, "round: round2\n# é\n", 40.0)
+
+
+class StoreContract:
+    """Run by every implementation; a subclass gives the fixture `store`: an empty one."""
+
+    def test_begins_empty(self, store: Store) -> None:
+        assert (store.rounds(), store.trials("round1"), store.promotions()) == ((), (), ())
+
+    def test_recording_nothing_is_allowed(self, store: Store) -> None:
+        store.record()
+        assert store.rounds() == ()
+
+    def test_a_round_comes_back_as_it_was(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND))
+        assert store.rounds() == (ROUND,)
+        assert list(store.rounds()[0].spec) == list(ROUND.spec)
+
+    def test_a_round_that_goes_on_takes_only_its_new_spec(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND))
+        store.record(RoundBegun(replace(ROUND, spec={"goal": "new"}, begun_at=9e9, train_rows=1, workload="other")))
+        assert store.rounds() == (replace(ROUND, spec={"goal": "new"}),)
+
+    def test_a_round_keeps_its_horizon(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND))
+        with pytest.raises(FactError, match="round1"):
+            store.record(RoundBegun(replace(ROUND, max_train_steps=61, spec={})))
+        assert store.rounds() == (ROUND,)
+
+    def test_rounds_come_in_the_order_of_their_beginning(self, store: Store) -> None:
+        for name, at in (("b", 2.0), ("a", 3.0), ("c", 1.0)):
+            store.record(RoundBegun(replace(ROUND, name=name, begun_at=at)))
+        assert [record.name for record in store.rounds()] == ["c", "b", "a"]
+
+    def test_what_was_given_may_be_changed_afterwards(self, store: Store) -> None:
+        spec, hyperparameters = {"goal": "old"}, {"lora_r": 8}
+        store.record(RoundBegun(replace(ROUND, spec=spec)), TrialAsked(Trial("round1", 0, hyperparameters)))
+        spec["goal"], hyperparameters["lora_r"] = "new", 16
+        assert store.rounds()[0].spec == {"goal": "old"}
+        assert store.trials("round1")[0].hyperparameters == {"lora_r": 8}
+
+    def test_a_trial_that_was_asked_waits(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
+        (trial,) = store.trials("round1")
+        assert trial == TRIAL
+        assert trial.state is TrialState.WAITING
+        assert repr(dict(trial.hyperparameters)) == repr(dict(TRIAL.hyperparameters))
+
+    def test_asking_records_nothing_but_what_was_asked(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(replace(TRIAL, state=TrialState.FAILED, checkpoints=(BEST,))))
+        assert store.trials("round1") == (TRIAL,)
+
+    def test_a_number_belongs_to_one_trial(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
+        with pytest.raises(FactError, match="round1/7"):
+            store.record(TrialAsked(replace(TRIAL, hyperparameters={"learning_rate": 1e-3})))
+        with pytest.raises(FactError, match="round1/7"):
+            store.record(TrialAsked(replace(TRIAL, continues=None)))
+        assert store.trials("round1") == (TRIAL,)
+
+    def test_a_trial_may_move_to_another_optuna_trial(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        store.record(TrialAsked(replace(TRIAL, optuna_trial=12)))
+        (trial,) = store.trials("round1")
+        assert (trial.optuna_trial, trial.state) == (12, TrialState.RUNNING)
+
+    def test_trials_come_by_number_and_of_one_round(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), RoundBegun(replace(ROUND, name="round2")))
+        for number in (10, 2, 0):
+            store.record(TrialAsked(replace(TRIAL, number=number)))
+        store.record(TrialAsked(replace(TRIAL, round="round2")))
+        assert [trial.number for trial in store.trials("round1")] == [0, 2, 10]
+        assert [trial.number for trial in store.trials("round2")] == [7]
+
+    def test_state_follows_the_attempts_until_the_end(self, store: Store) -> None:
+        steps: list[tuple[Fact, TrialState]] = [
+            (STARTED, TrialState.RUNNING),
+            (ENDED, TrialState.WAITING),
+            (AttemptStarted("round1", 7, 2, from_step=20, at=21.0), TrialState.RUNNING),
+            (COMPLETE, TrialState.COMPLETE),
+            (AttemptEnded("round1", 7, 2, 60, 29.0, "complete"), TrialState.COMPLETE),
+        ]
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
+        for fact, state in steps:
+            store.record(fact)
+            assert store.trials("round1")[0].state is state, fact
+        (trial,) = store.trials("round1")
+        assert trial.attempts == (
+            Attempt(1, 0, 30, 10.5, 20.5, "interrupted", "killed"),
+            Attempt(2, 20, 60, 21.0, 29.0, "complete"),
+        )
+        assert trial.executed_steps == 70
+
+    def test_the_end_of_an_earlier_attempt_does_not_stop_the_latest(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 15.0), ENDED)
+        assert store.trials("round1")[0].state is TrialState.RUNNING
+
+    def test_the_start_of_an_attempt_that_ended_does_not_run_it_again(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, ENDED, replace(STARTED, from_step=5, at=99.0))
+        (trial,) = store.trials("round1")
+        assert trial.state is TrialState.WAITING
+        assert (trial.attempts[0].from_step, trial.attempts[0].started_at) == (0, 10.5)
+
+    def test_the_first_end_of_an_attempt_counts(self, store: Store) -> None:
+        again = replace(ENDED, to_step=40, outcome="died", message=None, at=99.0)
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, ENDED, again)
+        assert store.trials("round1")[0].attempts == (Attempt(1, 0, 40, 10.5, 20.5, "interrupted", "killed"),)
+
+    @pytest.mark.parametrize("state", [state for state in TrialState if state.is_final])
+    def test_a_final_state_is_never_left(self, store: Store, state: TrialState) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialEnded("round1", 7, state, "why", 30.0))
+        late: list[Fact] = [TrialAsked(TRIAL), STARTED, ENDED, AttemptStarted("round1", 7, 2, 0, 40.0)]
+        late += [TrialEnded("round1", 7, other, "late", 50.0) for other in TrialState if other.is_final]
+        for fact in (*late, TrialNoted("round1", 7, "note")):
+            store.record(fact)
+            (trial,) = store.trials("round1")
+            assert (trial.state, trial.reason) == (state, "why"), fact
+
+    def test_steps_only_grow(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        for said, known in ((5, 5), (12, 12), (8, 12)):
+            store.record(StepsRun("round1", 7, 1, said))
+            assert store.trials("round1")[0].attempts[0].to_step == known
+        store.record(replace(ENDED, to_step=3))
+        assert store.trials("round1")[0].attempts[0].to_step == 12
+
+    def test_evaluations_come_by_step_and_the_last_said_counts(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
+        for step, loss in ((10, 1.0), (0, 2.0), (5, 1.5), (10, 0.5)):
+            store.record(EvaluationMade("round1", 7, Evaluation(step, loss)))
+        assert store.trials("round1")[0].evaluations == (
+            Evaluation(0, 2.0),
+            Evaluation(5, 1.5),
+            Evaluation(10, 0.5),
+        )
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 0.1 + 0.2, 5e-324, 1.7976931348623157e308])
+    def test_every_digit_comes_back(self, store: Store, number: float) -> None:
+        made = Evaluation(1, number, number, number, 3, (number, -0.0, 1 / 3), (1, 0, 2**31 - 1))
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, made))
+        (trial,) = store.trials("round1")
+        assert repr(trial.evaluations) == repr((made,))
+
+    def test_not_a_number_in_documents_comes_back(self, store: Store) -> None:
+        strange = {"a": math.nan, "b": [math.inf, {"\0\ud800é": 1e-300}]}
+        store.record(
+            RoundBegun(replace(ROUND, spec=strange)), PromotionPlanned(replace(PROMOTION, plan=strange))
+        )
+        assert repr(store.rounds()[0].spec) == repr(store.promotions()[0].plan) == repr(strange)
+
+    def test_what_an_evaluation_does_not_know_stays_unknown(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, Evaluation(0, 1.5)))
+        assert store.trials("round1")[0].evaluations == (Evaluation(0, 1.5, None, None, 0, (), ()),)
+
+    def test_checkpoints_are_there_until_removed(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        store.record(CheckpointSaved("round1", 7, 1, LAST), CheckpointSaved("round1", 7, 1, BEST))
+        assert store.trials("round1")[0].checkpoints == (BEST, LAST)
+        store.record(CheckpointsRemoved("round1", 7, (LAST.path, "never/recorded")))
+        assert store.trials("round1")[0].checkpoints == (BEST,)
+        store.record(CheckpointsRemoved("round1", 7, ()))
+        assert store.trials("round1")[0].checkpoints == (BEST,)
+
+    def test_a_removal_concerns_one_trial(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), TrialAsked(replace(TRIAL, number=8)))
+        for number in (7, 8):
+            store.record(AttemptStarted("round1", number, 1, 0, 0.0), CheckpointSaved("round1", number, 1, BEST))
+        store.record(CheckpointsRemoved("round1", 8, (BEST.path,)))
+        assert [trial.checkpoints for trial in store.trials("round1")] == [(BEST,), ()]
+
+    def test_a_removed_checkpoint_comes_back_with_a_later_attempt_only(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 1.0))
+        saved = CheckpointSaved("round1", 7, 1, BEST)
+        store.record(saved, CheckpointsRemoved("round1", 7, (BEST.path,)), saved)
+        assert store.trials("round1")[0].checkpoints == ()
+        store.record(replace(saved, attempt=2), saved)
+        assert store.trials("round1")[0].checkpoints == (BEST,)
+
+    def test_of_a_step_the_checkpoint_of_the_latest_attempt_counts(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 1.0))
+        newer = replace(BEST, path="trial-0007/best-20-2", size_bytes=9, sha256="n")
+        store.record(CheckpointSaved("round1", 7, 2, newer), CheckpointSaved("round1", 7, 1, BEST))
+        assert store.trials("round1")[0].checkpoints == (newer,)
+
+    def test_a_note_is_the_reason_until_the_end_gives_one(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), TrialAsked(replace(TRIAL, number=8)))
+        for number in (7, 8):
+            store.record(TrialNoted("round1", number, "old"), TrialNoted("round1", number, "note"))
+        assert [trial.reason for trial in store.trials("round1")] == ["note", "note"]
+        store.record(COMPLETE, TrialEnded("round1", 8, TrialState.INFEASIBLE, "diverged", 1.0))
+        assert [trial.reason for trial in store.trials("round1")] == ["note", "diverged"]
+
+    def test_odd_characters_do_not_lose_a_reason(self, store: Store) -> None:
+        odd = "log: \0 and \udcff and é"
+        seen = "log: \ufffd and ? and é"
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialNoted("round1", 7, odd))
+        assert store.trials("round1")[0].reason == seen
+        store.record(
+            replace(ENDED, message=odd), replace(COMPLETE, reason=odd), PromotionPlanned(replace(PROMOTION, file_text=odd))
+        )
+        (trial,) = store.trials("round1")
+        assert (trial.reason, trial.attempts[0].message, store.promotions()[0].file_text) == (seen, seen, seen)
+
+    def test_the_last_plan_of_a_round_counts(self, store: Store) -> None:
+        other = replace(PROMOTION, to_round="round3", planned_at=39.0)
+        store.record(RoundBegun(ROUND), PromotionPlanned(PROMOTION), PromotionPlanned(other))
+        assert store.promotions() == (other, PROMOTION)
+        again = replace(PROMOTION, plan={}, file_text="", planned_at=1.0)
+        store.record(PromotionPlanned(again))
+        assert store.promotions() == (again, other)
+
+    @pytest.mark.parametrize(
+        ("fact", "missing"),
+        [
+            (TrialAsked(replace(TRIAL, round="round9")), "round round9"),
+            (replace(STARTED, trial=8), "trial round1/8"),
+            (replace(STARTED, round="round9"), "trial round9/7"),
+            (StepsRun("round1", 7, 2, 5), "attempt 2 of trial round1/7"),
+            (StepsRun("round1", 8, 1, 5), "round1/8"),
+            (EvaluationMade("round1", 8, Evaluation(0, 1.0)), "trial round1/8"),
+            (CheckpointSaved("round1", 7, 2, BEST), "attempt 2 of trial round1/7"),
+            (CheckpointsRemoved("round1", 8, ("x",)), "trial round1/8"),
+            (replace(ENDED, attempt=2), "attempt 2 of trial round1/7"),
+            (replace(COMPLETE, trial=8), "trial round1/8"),
+            (TrialNoted("round9", 7, "x"), "trial round9/7"),
+            (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),
+        ],
+    )
+    def test_a_fact_about_the_unknown_is_refused_with_all_said_beside_it(
+        self, store: Store, fact: Fact, missing: str
+    ) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        before = store.rounds(), store.trials("round1"), store.promotions()
+        with pytest.raises(FactError, match=f"{missing} is not recorded"):
+            store.record(EvaluationMade("round1", 7, Evaluation(0, 1.0)), TrialNoted("round1", 7, "x"), fact)
+        assert (store.rounds(), store.trials("round1"), store.promotions()) == before
+
+    def test_saying_everything_again_changes_nothing(self, store: Store) -> None:
+        history: list[Fact] = [
+            RoundBegun(ROUND),
+            TrialAsked(TRIAL),
+            STARTED,
+            StepsRun("round1", 7, 1, 20),
+            EvaluationMade("round1", 7, Evaluation(20, 1.0, None, None, 0, (1.0,), (2,))),
+            CheckpointSaved("round1", 7, 1, BEST),
+            CheckpointSaved("round1", 7, 1, LAST),
+            CheckpointsRemoved("round1", 7, (LAST.path,)),
+            ENDED,
+            TrialNoted("round1", 7, "afresh"),
+            AttemptStarted("round1", 7, 2, 20, 25.0),
+            AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
+            COMPLETE,
+            PromotionPlanned(PROMOTION),
+        ]
+        store.record(*history)
+        before = store.rounds(), store.trials("round1"), store.promotions()
+        for fact in history:
+            store.record(fact)
+            assert (store.rounds(), store.trials("round1"), store.promotions()) == before, fact
+        store.record(*history, *history)
+        assert (store.rounds(), store.trials("round1"), store.promotions()) == before

@@ -1,0 +1,222 @@
+"""Rounds with a known answer: noise-free curves, the diagnosis they deserve, and noisy trials of them.
+
+A curve is a formula of the step. The truth is read off the noise-free curves by definitions written
+out here, apart from the product's code; the trials get paired noise for each evaluation example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.playbook import Diagnosis, RoundResults
+from tuner.records import Evaluation, Fixed, Hyperparameters, Range, Space, Trial, TrialState
+
+Curve = Callable[[np.ndarray], np.ndarray]
+
+NUM_EXAMPLES = 120
+MARGIN = 1.5
+"""A case this close to a threshold, by factor, has no clear answer and is set aside."""
+
+SPACE: Space = {
+    "learning_rate": Range(1e-5, 3e-3, log=True),
+    "batch_size": Fixed(8),
+    "warmup_steps": Fixed(0),
+    "schedule": Fixed("constant"),
+    "decay_steps": Fixed(0),
+    "training_seed": Fixed(0),
+}
+
+
+def noisy_trial(
+    number: int,
+    curve: Curve,
+    steps: tuple[int, ...],
+    rng: np.random.Generator,
+    *,
+    noise: float,
+    hyperparameters: Hyperparameters | None = None,
+    state: TrialState = TrialState.COMPLETE,
+    train_slope: float = -1.0,
+    round_name: str = "round1",
+) -> Trial:
+    """A trial whose evaluations differ from the curve by example noise.
+
+    `noise` is the standard error of the difference of two evaluations, relative to the loss.
+    """
+    tokens = np.random.default_rng(1).integers(20, 60, NUM_EXAMPLES)
+    difficulty = np.random.default_rng(2).normal(0.0, 0.3, NUM_EXAMPLES)
+    difficulty -= np.average(difficulty, weights=tokens)
+    losses = curve(np.array(steps, dtype=np.float64))
+    weights = tokens / tokens.sum()
+    each = noise / math.sqrt(2) / math.sqrt(float((weights**2).sum()))
+    evaluations = []
+    for i, (step, loss) in enumerate(zip(steps, losses, strict=True)):
+        nll = tokens * (loss + difficulty + rng.normal(0.0, each * abs(loss), NUM_EXAMPLES))
+        evaluations.append(
+            Evaluation(
+                step,
+                float(nll.sum() / tokens.sum()),
+                train_loss=None if step == 0 else float(2.0 + train_slope * i / len(steps)),
+                learning_rate=None if step == 0 else 1e-4,
+                example_nll=tuple(nll.tolist()),
+                example_tokens=tuple(tokens.tolist()),
+            )
+        )
+    chosen = {name: d.value for name, d in SPACE.items() if isinstance(d, Fixed)}
+    chosen |= {"learning_rate": 3e-4 * 1.01**number, **(hyperparameters or {})}
+    return Trial(round_name, number, chosen, state, evaluations=tuple(evaluations))
+
+
+@dataclass(frozen=True)
+class SyntheticRound:
+    results: RoundResults
+    truth: Diagnosis
+    true_horizon: float | None
+    """Where more steps stop paying, on the noise-free curve of the best trial; not bounded."""
+    is_clear: bool
+    """Whether it keeps its distance from every threshold that its diagnosis passes."""
+
+
+def synthetic_round(rng: np.random.Generator) -> SyntheticRound:
+    """A random round of a random kind."""
+    horizon = int(rng.integers(60, 1200))
+    every = max(1, horizon // int(rng.integers(16, 41)))
+    steps = (*range(0, horizon, every), horizon)
+    noise = float(rng.uniform(0.006, 0.012)) if rng.random() < 0.12 else 0.001
+    family = _FAMILIES[int(rng.integers(len(_FAMILIES)))](rng, horizon)
+    count = int(rng.integers(5, 17))
+    curves = [_worse(family, 1.0 + 0.004 * i * float(rng.uniform(0.5, 1.5))) for i in range(count)]
+    trials = [noisy_trial(i, curve, steps, rng, noise=noise) for i, curve in enumerate(curves)]
+    trials += [
+        Trial("round1", count + i, {"learning_rate": 3e-3}, TrialState.INFEASIBLE, reason="diverged")
+        for i in range(int(rng.integers(0, 3)))
+    ]
+    production = int(horizon * rng.uniform(1.2, 10)) if rng.random() < 0.5 else None
+    order = rng.permutation(len(trials))
+    results = RoundResults(
+        "round1", horizon, every, SPACE, tuple(trials[i] for i in order), 10_000, production, workload="w"
+    )
+    leading = curves[: max(5, math.ceil(count / 4))]
+    truth, is_clear = _truth(leading, np.array(steps, dtype=np.float64), noise)
+    return SyntheticRound(results, truth, _true_horizon(truth, leading[0], steps, noise), is_clear)
+
+
+# --- families of curves ---------------------------------------------------------------------------
+
+
+def _power(rng: np.random.Generator, horizon: int) -> Curve:
+    """a + b t^-c, from far too short to saturated."""
+    floor, exponent = rng.uniform(0.8, 2.0), rng.uniform(0.3, 1.5)
+    share = math.exp(rng.uniform(math.log(0.0008), math.log(0.4)))
+    start = 0.02 * horizon
+    return lambda t: floor * (1 + share * ((t + start) / horizon) ** -exponent)
+
+
+def _saturating(rng: np.random.Generator, horizon: int) -> Curve:
+    """An exponential approach that is done within the horizon."""
+    floor, share = rng.uniform(0.8, 2.0), rng.uniform(0.1, 0.6)
+    pace = rng.uniform(0.02, 0.085) * horizon
+    return lambda t: floor * (1 + share * np.exp(-t / pace))
+
+
+def _overfitting(rng: np.random.Generator, horizon: int) -> Curve:
+    """A fall, and a rise from somewhere in the first six tenths of the horizon."""
+    floor, share = rng.uniform(0.8, 2.0), rng.uniform(0.1, 0.6)
+    turn = rng.uniform(0.04, 0.6)
+    slope = math.exp(rng.uniform(math.log(0.002), math.log(0.3)))
+
+    def curve(t: np.ndarray) -> np.ndarray:
+        x = t / horizon
+        return floor * (1 + share * np.exp(-4 * x / turn) + slope * np.maximum(0, x - turn) ** 1.5)
+
+    return curve
+
+
+def _levelling(rng: np.random.Generator, horizon: int) -> Curve:
+    """A straight fall that stops in mid-run and then only just rises: gain, but no late best step."""
+    floor, drop = rng.uniform(0.8, 2.0), rng.uniform(0.02, 0.3)
+    turn = rng.uniform(0.52, 0.65)
+    creep = rng.uniform(0.0, 0.0013) / (1 - turn)
+
+    def curve(t: np.ndarray) -> np.ndarray:
+        x = t / horizon
+        return floor * (1 + drop * np.maximum(0, turn - x) + creep * np.maximum(0, x - turn))
+
+    return curve
+
+
+def _rising(rng: np.random.Generator, horizon: int) -> Curve:
+    """Never better than the untouched model."""
+    floor, slope = rng.uniform(0.8, 2.0), rng.uniform(0.002, 0.5)
+    return lambda t: floor * (1 + slope * np.sqrt(t / horizon))
+
+
+_FAMILIES = (_power, _power, _power, _saturating, _overfitting, _overfitting, _levelling, _rising)
+
+
+def _worse(curve: Curve, factor: float) -> Curve:
+    return lambda t: factor * curve(t)
+
+
+# --- the truth ------------------------------------------------------------------------------------
+
+
+def _truth(leading: list[Curve], steps: np.ndarray, noise: float) -> tuple[Diagnosis, bool]:
+    """The diagnosis of the noise-free curves, and whether each condition on the way to it was clear."""
+    horizon = steps[-1]
+    losses = [curve(steps) for curve in leading]
+    best_steps = [steps[int(np.argmin(loss))] for loss in losses]
+    first = losses[0]
+    learned = (first[0] - first.min()) / first.min() / noise
+    if learned == 0:
+        return Diagnosis.NO_LEARNING, first[1] / first[0] - 1 > MARGIN * 2 * noise
+    clear = learned > 10
+    fraction = max(best_steps) / horizon
+    clear &= not _near(fraction, 0.1)
+    if fraction <= 0.1:
+        return Diagnosis.TOO_LONG, clear
+    rise = (first[-1] - first.min()) / first.min()
+    clear &= not _near(rise, 2 * noise)
+    if rise > 2 * noise:
+        return Diagnosis.OVERFITTING, clear
+    clear &= not _near(2 * noise, 0.01)
+    if 2 * noise > 0.01:
+        return Diagnosis.UNDETERMINED, clear
+    gain = true_gain(leading[0], horizon)
+    threshold = max(2 * noise, 0.001)
+    clear &= not _near(gain, threshold)
+    if gain <= threshold:
+        return Diagnosis.SATURATED, clear
+    late = [step / horizon >= 0.75 for step in best_steps]
+    clear &= not any(_near(1 - step / horizon, 0.25) for step in best_steps)
+    return (Diagnosis.TOO_SHORT if sum(late) >= 0.8 * len(late) else Diagnosis.RIGHT), clear
+
+
+def true_gain(curve: Curve, horizon: float) -> float:
+    """Relative loss difference between half the horizon and the whole, on the noise-free curve."""
+    half, whole = curve(np.array([horizon / 2, horizon]))
+    return float((half - whole) / half)
+
+
+def _true_horizon(truth: Diagnosis, curve: Curve, steps: tuple[int, ...], noise: float) -> float | None:
+    grid = np.array(steps, dtype=np.float64)
+    losses = curve(grid)
+    match truth:
+        case Diagnosis.TOO_SHORT:
+            longer = steps[-1] * np.geomspace(1, 50, 2000)
+            enough = [h for h in longer if true_gain(curve, h) <= max(2 * noise, 0.001)]
+            return float(enough[0]) if enough else float(longer[-1])
+        case Diagnosis.SATURATED:
+            return float(grid[np.flatnonzero(losses <= losses.min() * (1 + noise))[0]])
+        case Diagnosis.OVERFITTING:
+            return float(grid[int(np.argmin(losses))])
+        case _:
+            return None
+
+
+def _near(value: float, threshold: float) -> bool:
+    return threshold / MARGIN < value < threshold * MARGIN

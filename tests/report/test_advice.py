@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from tuner.playbook import Diagnosis
+from tuner.records import Choices, Continuation, Fixed, Range, TimesSqrtRank, TrialState
+from tuner.report import advice
+from tuner.report.round_report import RoundReport, describe
+
+from . import synthetic
+
+
+def with_reading(diagnosis: Diagnosis, suggested: int | None) -> RoundReport:
+    """A round of 60 steps of which the playbook would say this."""
+    report = synthetic.report()
+    reading = dataclasses.replace(report.reading, diagnosis=diagnosis, suggested_max_train_steps=suggested)
+    return dataclasses.replace(report, reading=reading)
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "suggested", "headline", "next_step"),
+    [
+        (Diagnosis.TOO_SHORT, 180, "60 steps are too few. Train for 180 next.", "a round of 180 steps"),
+        (Diagnosis.TOO_SHORT, 60, "60 steps are too few, but longer", "another round of 60 steps"),
+        (Diagnosis.TOO_LONG, 20, "60 steps are far too many. 20 would do.", "a round of 20 steps"),
+        (Diagnosis.SATURATED, 40, "60 steps are more than enough. 40 would do.", "a round of 40 steps"),
+        (Diagnosis.SATURATED, 60, "60 steps are enough.", "another round of 60 steps"),
+        (Diagnosis.RIGHT, 60, "60 steps are about right.", "search closer"),
+        (Diagnosis.OVERFITTING, 40, "The best trial overfits, so more steps will not help. 40", "more data"),
+        (Diagnosis.UNDETERMINED, 60, "This round cannot tell", "Keep 60 steps"),
+        (Diagnosis.NO_LEARNING, None, "Training did not help", "Do not train longer"),
+    ],
+)
+def test_each_diagnosis_in_words(
+    diagnosis: Diagnosis, suggested: int | None, headline: str, next_step: str
+) -> None:
+    report = with_reading(diagnosis, suggested)
+    assert advice.headline(report).startswith(headline)
+    assert next_step in advice.next_step(report)
+
+
+def test_what_was_found_has_the_numbers() -> None:
+    report = synthetic.report()
+    (best, second), text = report.ranked[:2], " ".join(advice.found(report))
+    assert (
+        f"trial {best[0].number}: evaluation loss {best[1].eval_loss:.4f} at step {best[1].step} of 60"
+        in text
+    )
+    assert "untouched model's 2.4310" in text
+    assert "7 complete, 1 infeasible" in text
+    assert "learning_rate 0.00091, lora_r 8" in text
+    assert f"trial {second[0].number}" in text
+
+
+def test_a_base_that_could_not_be_measured_is_not_compared_with() -> None:
+    losses = [synthetic.evaluation(0, math.nan), synthetic.evaluation(5, 2.0)]
+    report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, evaluations=losses)], promised=1)
+    assert "untouched" not in " ".join(advice.found(report))
+    assert advice.key_numbers(report)[0] == ("best evaluation loss", "2.0000", "trial 0")
+
+
+def test_no_trial_beats_the_untouched_model() -> None:
+    report = synthetic.shaped_report(lambda step: 2 + 0.01 * step)
+    assert advice.found(report) == ("None of 5 trials (5 complete) beat the untouched model's 2.0000.",)
+    assert advice.headline(report) == "Training did not help: the untouched model is still the best."
+
+
+def test_nothing_complete() -> None:
+    report = synthetic.report(trials_of_round=[synthetic.trials()[7]], promised=1)
+    assert advice.headline(report) == "Nothing to conclude yet: no trial is complete."
+    assert advice.found(report) == ("1 trial so far: 1 infeasible.",)
+    assert advice.key_numbers(report) == []
+    assert "look at why" in advice.next_step(report)
+
+
+def test_an_unfinished_round_says_so() -> None:
+    report = synthetic.report(promised=12)
+    assert not report.is_finished
+    assert advice.progress(report) == "This is how it looks with 8 of 12 trials; the rest may change it."
+    assert advice.next_step(report).startswith("Finish the round first")
+    assert advice.progress(synthetic.report()) is None
+
+
+def test_an_earlier_round_may_still_be_better_on_the_same_workload_only() -> None:
+    first = synthetic.report()
+    worse = synthetic.report(round="round2", trials_of_round=synthetic.trials("round2")[:3], promised=3)
+    (sentence,) = advice.still_better(worse, [first])
+    assert "round1/6" in sentence
+    assert advice.still_better(first, [worse]) == ()
+    other_data = dataclasses.replace(first, record=dataclasses.replace(first.record, workload="other"))
+    assert advice.still_better(worse, [other_data]) == ()
+
+
+def test_the_setting_counts_what_was_run_and_what_was_inherited() -> None:
+    first = synthetic.report()
+    carried = synthetic.trial(
+        0, 5e-4, round="round2", max_train_steps=180, continues=Continuation("round1", 5, 35)
+    )
+    report = synthetic.report(
+        round="round2", max_train_steps=180, trials_of_round=[carried], promised=1, earlier=[first]
+    )
+    facts = advice.setting(report)
+    assert facts["cost"] == "145 steps run, 35 more taken over from earlier trials"
+    assert facts["each trial"] == "180 steps (3.6 epochs), evaluated every 5"
+    assert facts["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct (bfloat16)"
+    assert facts["torch"] == "2.13.0"
+
+
+def test_findings_do_not_repeat_the_evidence_and_the_serious_come_first() -> None:
+    report = synthetic.report()
+    assert any(finding.rule == "too_short" for finding in report.reading.findings)
+    assert "too_short" not in [finding.rule for finding in report.findings]
+    ranks = ["problem", "warning", "info"]
+    order = [ranks.index(finding.severity) for finding in report.findings]
+    assert order == sorted(order)
+    assert "overfitting" in [finding.rule for finding in synthetic.overfitting_report().findings]
+
+
+def test_what_was_fixed_and_what_was_searched() -> None:
+    report = synthetic.report()
+    assert report.shown_names == ("learning_rate", "lora_r")
+    assert "learning_rate" not in report.fixed
+    assert report.fixed["lora_alpha"] == "16"
+    assert describe(Range(1e-5, 3e-3, log=True)) == "1e-5 to 0.003, logarithmic"
+    assert describe(Choices((8, 16))) == "8, 16"
+    assert describe(Fixed(("q", "v"))) == "q,v"
+    assert describe(TimesSqrtRank(4.0)) == "4 x sqrt(lora_r)"
+
+
+def test_counts_leave_out_states_without_trials() -> None:
+    report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, state=TrialState.RUNNING)])
+    assert report.counts == {"running": 1}

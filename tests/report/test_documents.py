@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.errors import Mistake
+from tuner.records import Continuation, TrialState
+from tuner.report.documents import (
+    RoundPlan,
+    check_document,
+    dumps,
+    round_status,
+    status_document,
+    trial_document,
+)
+
+from . import synthetic
+
+TRIAL_KEYS = [
+    "number", "round", "state", "reason", "hyperparameters", "seed", "best_step", "best_eval_loss",
+    "settled_step", "adapter", "continues", "executed_steps", "attempts", "evaluations",
+]  # fmt: skip
+STATES = ["waiting", "running", "complete", "pruned", "infeasible", "failed"]
+
+
+def strictly(text: str) -> Any:
+    """The JSON value of a text, refusing NaN and Infinity, which Python's parser would take."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class TestTrialDocument:
+    def test_keys_and_values(self) -> None:
+        trial = synthetic.trial(3, 3e-4, continues=Continuation("round0", 1, 35))
+        document = strictly(dumps(trial_document(trial, adapter="/runs/trial-0003/best")))
+        assert list(document) == TRIAL_KEYS
+        best = min(trial.evaluations, key=lambda e: e.eval_loss)
+        assert document["best_step"] == best.step
+        assert document["best_eval_loss"] == best.eval_loss
+        assert document["continues"] == "round0/1@35"
+        assert document["executed_steps"] == 25
+        assert document["attempts"] == 1
+        assert document["adapter"] == "/runs/trial-0003/best"
+        assert document["seed"] == 0
+        assert [list(e) for e in document["evaluations"]] == [
+            ["step", "train_loss", "eval_loss", "learning_rate"]
+        ] * len(trial.evaluations)
+
+    def test_an_infeasible_trial_shows_its_earlier_best_and_nan_as_null(self) -> None:
+        document = strictly(dumps(trial_document(synthetic.trials()[7], adapter=None)))
+        assert document["state"] == "infeasible"
+        assert (document["best_step"], document["best_eval_loss"]) == (5, pytest.approx(2.1))
+        assert document["evaluations"][-1]["eval_loss"] is None
+        assert document["reason"] == "evaluation loss is nan at step 20"
+
+    def test_a_waiting_trial_has_no_numbers(self) -> None:
+        trial = synthetic.trial(0, 1e-4, state=TrialState.WAITING, evaluations=())
+        document = trial_document(trial, adapter=None)
+        assert [document[key] for key in ("best_step", "best_eval_loss", "settled_step", "continues")] == [
+            None
+        ] * 4
+        assert document["evaluations"] == []
+        assert document["executed_steps"] == 0
+
+    def test_lists_of_names_become_json_lists(self) -> None:
+        trial = synthetic.trial(0, 1e-4)
+        trial = dataclasses.replace(
+            trial, hyperparameters={**trial.hyperparameters, "target_modules": ("q_proj", "v_proj")}
+        )
+        assert trial_document(trial, adapter=None)["hyperparameters"]["target_modules"] == [
+            "q_proj",
+            "v_proj",
+        ]
+
+    @given(st.lists(st.floats(width=32), max_size=6))
+    def test_any_losses_make_valid_json(self, losses: list[float]) -> None:
+        evaluations = [synthetic.evaluation(5 * i, loss) for i, loss in enumerate(losses)]
+        document = trial_document(synthetic.trial(0, 1e-4, evaluations=evaluations), adapter=None)
+        read = strictly(dumps(document))
+        assert [e["eval_loss"] for e in read["evaluations"]] == [
+            x if math.isfinite(x) else None for x in losses
+        ]
+        assert (read["best_step"] is None) == (not any(map(math.isfinite, losses)))
+
+
+class TestStatus:
+    def test_a_complete_round(self) -> None:
+        status = round_status(
+            "round1",
+            max_train_steps=60,
+            trials=synthetic.trials(),
+            promised=8,
+            is_running=False,
+            adapters={6: "runs/round1/trial-0006/best"},
+        )
+        document = strictly(dumps(status_document("alpaca", [status])))
+        (shown,) = document["rounds"]
+        assert document["study"] == "alpaca"
+        assert list(shown) == ["round", "max_train_steps", "state", "trials", "best"]
+        assert shown["state"] == "complete"
+        assert list(shown["trials"]) == STATES
+        assert shown["trials"] == dict.fromkeys(STATES, 0) | {"complete": 7, "infeasible": 1}
+        assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter"]
+        assert shown["best"]["trial"] == 6
+        assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
+
+    def test_promised_trials_that_have_not_begun_are_waiting(self) -> None:
+        status = round_status(
+            "round1",
+            max_train_steps=60,
+            trials=synthetic.trials()[:3],
+            promised=8,
+            is_running=False,
+            adapters={},
+        )
+        assert status.state == "open"
+        assert status.counts["waiting"] == 5
+        assert status.best is not None
+        assert status.best.adapter is None
+
+    def test_a_running_trial_is_not_counted_as_waiting_too(self) -> None:
+        running = synthetic.trial(3, 1e-4, state=TrialState.RUNNING)
+        trials = [*synthetic.trials()[:3], running]
+        status = round_status(
+            "r", max_train_steps=60, trials=trials, promised=8, is_running=True, adapters={}
+        )
+        assert status.state == "running"
+        assert (status.counts["waiting"], status.counts["running"]) == (4, 1)
+
+    def test_a_failed_trial_is_replaced_and_does_not_fill_the_promise(self) -> None:
+        trials = [synthetic.trial(0, 1e-4, state=TrialState.FAILED), synthetic.trial(1, 1e-4)]
+        status = round_status(
+            "r", max_train_steps=60, trials=trials, promised=2, is_running=False, adapters={}
+        )
+        assert (status.state, status.counts["failed"], status.counts["waiting"]) == ("open", 1, 1)
+
+    def test_an_infeasible_trial_is_never_the_best(self) -> None:
+        low = [synthetic.evaluation(0, 0.1), synthetic.evaluation(5, math.nan)]
+        trials = [synthetic.trial(0, 3e-3, state=TrialState.INFEASIBLE, evaluations=low)]
+        status = round_status(
+            "r", max_train_steps=60, trials=trials, promised=1, is_running=False, adapters={}
+        )
+        assert status.state == "complete"
+        assert status.best is None
+
+
+def test_check_document() -> None:
+    plan = RoundPlan(
+        trials=8, max_train_steps=60, epochs=1.2, train_rows=400, eval_rows=50, tokens=10_000,
+        evaluation_share=math.nan, checkpoint_bytes=1000,
+    )  # fmt: skip
+    document = strictly(dumps(check_document([], plan)))
+    assert list(document) == ["ok", "errors", "plan"]
+    assert document["ok"] is True
+    assert list(document["plan"]) == [
+        "trials", "max_train_steps", "epochs", "train_rows", "eval_rows", "tokens", "evaluation_share",
+        "checkpoint_bytes", "peak_memory_bytes", "hours",
+    ]  # fmt: skip
+    assert document["plan"]["evaluation_share"] is None
+    refused = check_document([Mistake(12, "hyperparameters.lora_rank", "unknown")], None)
+    assert refused == {
+        "ok": False,
+        "errors": [{"line": 12, "key": "hyperparameters.lora_rank", "message": "unknown"}],
+        "plan": None,
+    }

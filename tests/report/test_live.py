@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from tuner.records import Died, Ended, Evaluated, Progressed, Ready, Started, Trial, TrialState
+from tuner.report.board import Board
+from tuner.report.board_table import board_table
+from tuner.report.live import View, open_view
+from tuner.report.textplot import ASCII, UNICODE
+
+from . import synthetic
+
+
+def open_on(file: io.StringIO, *, terminal: bool, width: int = 100, height: int = 24) -> View:
+    console = Console(file=file, force_terminal=terminal, width=width, height=height, color_system=None)
+    assert console.is_interactive == terminal
+    return open_view(
+        console=console,
+        title="alpaca/round1",
+        trials_total=8,
+        max_train_steps=60,
+        searched=("learning_rate", "lora_r"),
+        clock=iter(range(10_000)).__next__,
+    )
+
+
+def begun(trial: Trial) -> Trial:
+    return dataclasses.replace(trial, state=TrialState.WAITING, evaluations=(), reason=None, attempts=())
+
+
+def play(view: View, trial: Trial) -> None:
+    """A trial from its start to its end, as a worker says it."""
+    view.trials([begun(trial)])
+    view.event(Started("round1", trial.number, 1, 0))
+    for evaluation in trial.evaluations:
+        view.event(Progressed("round1", trial.number, 1, evaluation.step, 1.5))
+        view.event(Evaluated("round1", trial.number, 1, evaluation))
+    outcome = "infeasible" if trial.state is TrialState.INFEASIBLE else "complete"
+    view.event(Ended("round1", trial.number, 1, trial.evaluations[-1].step, outcome, trial.reason))
+    view.trials([trial])
+
+
+class TestPlainLines:
+    def test_a_trial_from_start_to_end(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=False)
+        view.event(Ready(2, "cpu"))
+        evaluations = [synthetic.evaluation(step, loss) for step, loss in ((0, 2.5), (5, 1.25), (10, 1.5))]
+        play(view, synthetic.trial(3, 1e-4, evaluations=evaluations))
+        view.close()
+        assert out.getvalue().splitlines() == [
+            "alpaca/round1: 8 trials of 60 steps",
+            "worker ready: cpu, 2 slots",
+            "trial 3  starts  learning_rate 0.0001, lora_r 16",
+            "trial 3  step 0/60  eval 2.5000  best 2.5000@0",
+            "trial 3  step 5/60  eval 1.2500  best 1.2500@5",
+            "trial 3  step 10/60  eval 1.5000  best 1.2500@5",
+            "trial 3  complete  best 1.2500@5  (1 of 8 trials done, about 5 min 36 s left)",
+        ]
+
+    def test_an_evaluation_known_from_before_is_not_said_again(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=False)
+        trial = synthetic.trial(0, 1e-4)
+        view.trials([dataclasses.replace(trial, state=TrialState.WAITING, evaluations=trial.evaluations[:4])])
+        view.event(Started("round1", 0, 2, 15))
+        for evaluation in trial.evaluations[:5]:
+            view.event(Evaluated("round1", 0, 2, evaluation))
+        assert "goes on from step 15" in out.getvalue()
+        assert out.getvalue().count(" eval ") == 1
+        assert "step 20/60" in out.getvalue()
+
+    def test_reasons_are_shown_as_they_are(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=False)
+        play(view, synthetic.trials()[7])
+        view.event(Died("killed by signal 9 [red]x[/red] :smile:"))
+        view.message("see runs/round1/worker.log [bold]")
+        assert "trial 7  infeasible: evaluation loss is nan at step 20  best 2.1000@5" in out.getvalue()
+        assert "the worker died: killed by signal 9 [red]x[/red] :smile:" in out.getvalue()
+        assert "see runs/round1/worker.log [bold]" in out.getvalue()
+
+    def test_nothing_but_characters_of_every_encoding(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=False)
+        for trial in synthetic.trials():
+            play(view, trial)
+        assert out.getvalue().isascii()
+        assert "\x1b" not in out.getvalue()
+
+
+class TestOnATerminal:
+    @pytest.mark.parametrize("width", [5, 20, 40, 80, 200])
+    def test_a_round_at_any_width(self, width: int) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=True, width=width, height=10)
+        view.event(Ready(2, "cpu"))
+        for trial in synthetic.trials():
+            play(view, trial)
+        view.event(Died("killed"))
+        view.close()
+        last = out.getvalue().rpartition("\x1b[2K")[2]
+        assert len(last.splitlines()) >= 11, "all trials are shown at the end, whatever the height"
+        assert all(len(line) <= width for line in last.splitlines() if "\x1b" not in line)
+        if width >= 80:
+            assert [line.split()[0] for line in last.splitlines()[2:10]] == list("01234567")
+            assert "8 of 8 trials" in last
+            assert "infeasible: evaluation loss is nan at step 20" in out.getvalue()
+
+    def test_it_may_be_closed_before_anything_happened(self) -> None:
+        out = io.StringIO()
+        open_on(out, terminal=True).close()
+        assert "0 of 8 trials" in out.getvalue()
+
+
+class TestBoardTable:
+    def drawn(
+        self, board: Board, *, width: int = 120, max_rows: int | None = None, ascii: bool = False
+    ) -> str:
+        console = Console(file=io.StringIO(), width=width, record=True, force_terminal=False)
+        console.print(
+            board_table(
+                board,
+                title="alpaca/round1",
+                searched=("learning_rate", "lora_r"),
+                now=30.0,
+                max_rows=max_rows,
+                marks=ASCII if ascii else UNICODE,
+            )
+        )
+        return console.export_text()
+
+    def board(self) -> Board:
+        board = Board(trials_total=16, max_train_steps=60)
+        board.sync(synthetic.trials())
+        board.take(Started("round1", 8, 1, 0), now=0.0)
+        board.take(Progressed("round1", 8, 1, 7, 1.75), now=10.0)
+        return board
+
+    def test_columns_of_a_wide_terminal(self) -> None:
+        lines = self.drawn(self.board()).splitlines()
+        head = ["trial", "learning_rate", "lora_r", "curve", "step", "train", "eval", "best", "state"]
+        assert lines[1].split() == head
+        assert "2.7e-3" not in lines[9]
+        assert lines[9].split()[0:3] == ["7", "0.0027", "32"]
+        assert lines[9].split()[-2:] == ["2.1000@5", "infeasible"]
+        assert lines[10].split()[-5:] == ["7/60", "1.7500", "-", "-", "running"]
+        assert "8 of 16 trials" in lines[-1]
+        assert "0.233 steps/s" in lines[-1]
+
+    @pytest.mark.parametrize(
+        ("width", "shown"),
+        [(70, {"trial", "step", "best", "learning_rate", "state", "eval"}), (20, {"trial", "step"})],
+    )
+    def test_a_narrow_terminal_keeps_what_matters_most(self, width: int, shown: set[str]) -> None:
+        assert set(self.drawn(self.board(), width=width).splitlines()[1].split()) == shown
+
+    def test_a_low_terminal_keeps_what_runs_and_the_best(self) -> None:
+        text = self.drawn(self.board(), max_rows=2)
+        assert [line.split()[0] for line in text.splitlines()[2:4]] == ["6", "8"]
+        assert "and 6 complete, 1 infeasible not shown" in text
+
+    def test_ascii_terminals(self) -> None:
+        board = self.board()
+        board.rows[0].by_step[5] = synthetic.evaluation(5, math.nan)
+        rows = self.drawn(board, ascii=True).splitlines()[:-1]
+        assert all(row.isascii() for row in rows)

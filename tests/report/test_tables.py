@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+
+from tuner.records import Continuation, TrialState
+from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
+from tuner.report.fitted_table import FittedTable, column, fitting
+
+from . import synthetic
+
+
+def shown(renderable: RenderableType, *, width: int = 120, encoding: str = "utf-8") -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=width, force_terminal=False)
+    console.print(renderable)
+    file.flush()
+    file.seek(0)
+    return file.read()
+
+
+class TestFitting:
+    columns = (
+        column("a", ["1"], rank=1),
+        column("bb", ["22"], rank=0),
+        column("c", ["words that wrap"], rank=2, min_width=6),
+    )
+
+    @pytest.mark.parametrize(
+        ("width", "names"),
+        [(1, ["bb"]), (4, ["bb"]), (5, ["a", "bb"]), (12, ["a", "bb"]), (13, ["a", "bb", "c"])],
+    )
+    def test_columns_of_high_rank_go_first(self, width: int, names: list[str]) -> None:
+        assert [column.name for column in fitting(self.columns, width)] == names
+
+    def test_words_wrap_and_numbers_do_not(self) -> None:
+        lines = shown(FittedTable(self.columns), width=13).splitlines()
+        assert [line.split() for line in lines] == [
+            ["a", "bb", "c"],
+            ["1", "22", "words"],
+            ["that"],
+            ["wrap"],
+        ]
+
+
+class TestStatus:
+    def test_rounds_and_where_the_best_adapter_is(self) -> None:
+        first = round_status(
+            "round1",
+            max_train_steps=60,
+            trials=synthetic.trials(),
+            promised=8,
+            is_running=False,
+            adapters={6: "runs/round1/trial-0006/best"},
+        )
+        second = round_status(
+            "round2", max_train_steps=180, trials=[], promised=5, is_running=True, adapters={}
+        )
+        lines = shown(status_table("alpaca", [first, second], eta_seconds=400)).splitlines()
+        assert lines[0] == "alpaca"
+        assert lines[2].split() == [
+            "round1", "60", "complete", "7", "complete,", "1", "infeasible", "1.3734", "6", "60",
+        ]  # fmt: skip
+        assert lines[3].split() == ["round2", "180", "running", "5", "waiting", "-", "-", "-"]
+        assert lines[4] == "best: round1/6, adapter in runs/round1/trial-0006/best"
+        assert lines[5] == "about 6 min 40 s left at the pace so far"
+
+    def test_a_study_that_has_not_begun(self) -> None:
+        assert shown(status_table("alpaca", [])) == "alpaca: no round has begun\n"
+
+
+class TestTrials:
+    def test_best_first_within_a_round(self) -> None:
+        carried = synthetic.trial(0, 5e-4, round="round2", continues=Continuation("round1", 5, 35))
+        lines = shown(trials_table([*synthetic.trials(), carried])).splitlines()
+        assert [line.split()[0] for line in lines[1:]] == [
+            *(f"round1/{number}" for number in (6, 5, 4, 3, 2, 1, 0, 7)),
+            "round2/0",
+        ]
+        assert lines[8].endswith("infeasible  evaluation loss is nan at step 20")
+        assert "continues round1/5@35" in lines[9]
+        assert lines[0].split()[:3] == ["trial", "learning_rate", "lora_r"]
+
+    def test_a_narrow_terminal_breaks_no_word(self) -> None:
+        lines = shown(trials_table(synthetic.trials()), width=40).splitlines()
+        assert len(lines) == 9
+        assert lines[1].split() == ["round1/6", "0.00091", "1.3734"]
+
+    def test_no_trials(self) -> None:
+        assert "best loss" in shown(trials_table([]))
+
+
+class TestTrialPage:
+    def test_what_came_of_it(self) -> None:
+        text = shown(trial_page(synthetic.trials()[6], max_train_steps=60, adapter="runs/best"))
+        assert "round1/6  complete" in text
+        assert "1.3734 at step 60 of 60 (100%)" in text
+        assert "runs/best" in text
+        assert "60 steps in 1 attempt" in text
+        assert "★" in text
+        assert "decay_steps" in text
+
+    def test_an_infeasible_trial_says_why(self) -> None:
+        text = shown(trial_page(synthetic.trials()[7], max_train_steps=60, adapter=None))
+        assert "evaluation loss is nan at step 20" in text
+        assert "▲ off the scale" in text
+        assert "2.1000 at step 5 of 60" in text
+
+    def test_a_waiting_trial(self) -> None:
+        trial = synthetic.trial(0, 1e-4, state=TrialState.WAITING, evaluations=())
+        assert "no evaluation yet" in shown(trial_page(trial, max_train_steps=60, adapter=None))
+
+    def test_terminals_that_know_ascii_only(self) -> None:
+        page = trial_page(synthetic.trials()[6], max_train_steps=60, adapter=None)
+        assert shown(page, encoding="ascii", width=70).isascii()
+
+    def test_user_text_is_not_markup(self) -> None:
+        trial = dataclasses.replace(synthetic.trials()[7], reason="[red]bad[/red] :smile:")
+        assert "[red]bad[/red] :smile:" in shown(trial_page(trial, max_train_steps=60, adapter=None))
+        assert "[red]bad[/red] :smile:" in shown(trials_table([trial]))
+
+
+def test_plan() -> None:
+    plan = RoundPlan(
+        trials=8, max_train_steps=60, epochs=1.25, train_rows=400, eval_rows=40, tokens=123_456,
+        evaluation_share=0.21, checkpoint_bytes=123_000_000,
+    )  # fmt: skip
+    text = shown(plan_table(plan, title="round1.yaml", remarks=["3 rows were cut"]))
+    for part in (
+        "8 trials x 60 steps = 480",
+        "1.25 epochs",
+        "123,456",
+        "123 MB",
+        "21% of the work",
+        "3 rows were cut",
+    ):
+        assert part in text
+    assert "memory" not in text
+    measured = dataclasses.replace(plan, peak_memory_bytes=2_300_000_000, hours=1.7)
+    assert "2.3 GB" in shown(plan_table(measured, title=""))
+    assert "about 1 h 42 min" in shown(plan_table(measured, title=""))
+
+
+class TestSummary:
+    def test_it_opens_with_the_conclusion_and_ends_with_the_command(self) -> None:
+        report = synthetic.report()
+        lines = shown(summary(report), width=100).splitlines()
+        assert lines[:2] == ["alpaca-smollm2/round1", "60 steps are too few. Train for 180 next."]
+        assert lines[-1].strip() == report.next_command
+        text = " ".join(" ".join(lines).split())
+        for sentence in (*report.reading.evidence, *(finding.message for finding in report.findings)):
+            assert sentence.split(". ")[0][:60] in text
+        assert "You asked: Learning rate and rank" in text
+        assert "Its adapter: runs/round1/trial-0006/best" in text
+        assert "lora_alpha 16" in text
+        assert "and 3 trials more" in text
+
+    def test_a_narrow_terminal_crops_nothing(self) -> None:
+        text = "".join(shown(summary(synthetic.report()), width=30).split())
+        assert "runs/round1/trial-0006/best" in text
+        assert text.endswith("tunerstudypromote--toround2")
+
+    def test_a_later_round_shows_how_the_study_went(self) -> None:
+        first = synthetic.report()
+        later = synthetic.trials("round2", max_train_steps=180)[:1]
+        report = synthetic.report(round="round2", max_train_steps=180, trials_of_round=later, promised=1)
+        text = shown(summary(report, earlier=[first]))
+        assert "How the study went" in text
+        assert "An earlier trial, round1/6, is still better" in text
+
+    def test_nothing_complete(self) -> None:
+        text = shown(summary(synthetic.report(trials_of_round=[], promised=8)))
+        assert "Nothing to conclude yet" in text
+        assert "0 of 8 trials" in text
+        assert "Leading trials" not in text

@@ -1,0 +1,93 @@
+import pytest
+
+from tests.spec.rounds import FULL, MINIMAL, mistake_in, mistakes_in, spec_of, with_hyperparameters
+
+
+def changed(*pairs: tuple[str, str]) -> str:
+    text = FULL
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("pairs", "line", "key", "message"),
+    [
+        ([("decay_steps: 24", "decay_steps: 56")], 21, "hyperparameters.decay_steps", "(5) + decay_steps (56) = 61 is above"),
+        ([("decay_steps: 24", "decay_steps: [24, 56]")], 21, "hyperparameters.decay_steps", "= 61"),
+        ([("decay_steps: 24", "decay_steps: {low: 24, high: 56}")], 21, "hyperparameters.decay_steps", "= 61"),
+        ([("warmup_steps: 5", "warmup_steps: 40")], 21, "hyperparameters.decay_steps", "= 64"),
+        ([("schedule: linear", "schedule: [cosine, linear]"), ("decay_steps: 24", "decay_steps: 56")], 21, "hyperparameters.decay_steps", "= 61"),
+        ([("warmup_steps: 5", "warmup_steps: 61")], 19, "hyperparameters.warmup_steps", "61 is above max_train_steps (60)"),
+        ([("every_steps: 5", "every_steps: 61")], 27, "evaluation.every_steps", "61 is above max_train_steps (60)"),
+        ([("production_steps: 2000", "production_steps: 59")], 29, "run.production_steps", "59 is below max_train_steps (60)"),
+        ([("sampler: quasi-random", "sampler: grid")], 13, "hyperparameters.learning_rate", "the grid sampler needs values"),
+        ([("enqueue: []", "enqueue: [{lora_r: 12}]")], 26, "search.enqueue[0].lora_r", "allowed: 8, 16 or 32"),
+        ([("enqueue: []", "enqueue: [{learning_rate: 1e-2}]")], 26, "search.enqueue[0].learning_rate", "from 1e-05 to 0.003"),
+        ([("enqueue: []", "enqueue: [{lora_alpha: 32}]")], 26, "search.enqueue[0].lora_alpha", "lora_alpha: [16, 32]"),
+        ([("enqueue: []", "enqueue: [{use_dora: true}]")], 26, "search.enqueue[0].use_dora", "use_dora: [false, true]"),
+        ([("enqueue: []", "enqueue: [{target_modules: [q]}]")], 26, "search.enqueue[0].target_modules", "fixed at 'all-linear'"),
+        ([("enqueue: []", "enqueue: [{continues: round1/3}]")], 26, "search.enqueue[0].continues", "a trial of this round"),
+        ([("lora_alpha: 16", "lora_alpha: {times_sqrt_r: 4}"), ("enqueue: []", "enqueue: [{lora_alpha: 16}]")], 26, "search.enqueue[0].lora_alpha", "follows the rank"),
+        ([("trials: 16", "trials: 1"), ("enqueue: []", "enqueue: [{}, {}]")], 26, "search.enqueue", "has 2 entries, but search.trials is 1"),
+        ([("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "")], 5, "data.eval", "eval_fraction: 0.05"),
+        ([("max_length: 512", "max_length: 512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "together with eval"),
+    ],
+)  # fmt: skip
+def test_conflicts(pairs, line, key, message):
+    mistake = mistake_in(changed(*pairs))
+    assert (mistake.line, mistake.key) == (line, key)
+    assert message in mistake.message
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("decay_steps: 24", "decay_steps: 55")],
+        [("schedule: linear", "schedule: constant"), ("decay_steps: 24", "decay_steps: 60")],
+        [("schedule: linear", "schedule: [constant, cosine]"), ("warmup_steps: 5", "warmup_steps: 60")],
+        [("every_steps: 5", "every_steps: 60")],
+        [("production_steps: 2000", "production_steps: 60")],
+        [("production_steps: 2000", "production_steps: null")],
+        [("sampler: quasi-random", "sampler: grid"), ("{low: 1e-5, high: 3e-3, log: true}", "[1e-4, 3e-4]")],
+        [
+            (
+                "enqueue: []",
+                "enqueue: [{learning_rate: 1e-5, lora_r: 32, lora_alpha: 16, continues: round0/3}]",
+            )
+        ],
+        [("enqueue: []", "enqueue: [{learning_rate: 3e-3, target_modules: all-linear}]")],
+        [("trials: 16", "trials: 2"), ("enqueue: []", "enqueue: [{}, {}]")],
+        [("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "  eval_fraction: 0.1\n")],
+    ],
+)
+def test_what_just_fits(pairs):
+    spec_of(changed(*pairs))
+
+
+def test_only_warmup_in_the_file_is_blamed_for_what_it_causes():
+    mistake = mistake_in(with_hyperparameters(warmup_steps="[5, 61]"))
+    assert mistake.key == "hyperparameters.warmup_steps"
+    spec_of(with_hyperparameters(warmup_steps="[5, 60]"))
+
+
+def test_decay_longer_than_the_horizon_is_blamed_without_warmup_in_the_file():
+    mistake = mistake_in(with_hyperparameters(decay_steps="61"))
+    assert mistake.key == "hyperparameters.decay_steps"
+    assert "warmup_steps (0) + decay_steps (61)" in mistake.message
+
+
+def test_a_grid_names_every_range():
+    text = with_hyperparameters(
+        learning_rate="{low: 1e-5, high: 1e-3}", lora_r="{low: 4, high: 8}", lora_alpha="[8, 16]"
+    )
+    keys = [mistake.key for mistake in mistakes_in(f"{text}search: {{sampler: grid}}\n")]
+    assert keys == ["hyperparameters.learning_rate", "hyperparameters.lora_r"]
+
+
+def test_enqueued_values_are_read_like_those_of_the_space():
+    text = f"{MINIMAL}search: {{enqueue: [{{lora_alpha: 16, target_modules: all-linear}}]}}\n"
+    entry = spec_of(text).search.enqueue[0]
+    assert entry == {"lora_alpha": 16.0, "target_modules": "all-linear"}
+    assert type(entry["lora_alpha"]) is float

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.store import processes
+from tuner.errors import StorageError
+from tuner.store import hold_study, is_held, open_store
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tuner.db"
+    found: str = request.getfixturevalue("postgres_url")
+    return found
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    with ExitStack() as stack:
+
+        def begin(*arguments: object) -> subprocess.Popen[str]:
+            process = processes.start(*map(str, arguments))
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def said(process: subprocess.Popen[str]) -> int:
+    """The number at the end of the process's next line."""
+    assert process.stdout is not None
+    return int(process.stdout.readline().split()[1])
+
+
+def becomes_free(directory: Path, url: str) -> bool:
+    until = time.monotonic() + 5
+    while is_held(directory, url, "study") and time.monotonic() < until:
+        time.sleep(0.02)
+    return not is_held(directory, url, "study")
+
+
+def test_is_held_while_held(url: str, tmp_path: Path) -> None:
+    assert not is_held(tmp_path, url, "study")
+    with hold_study(tmp_path, url, "study"):
+        assert is_held(tmp_path, url, "study")
+    assert not is_held(tmp_path, url, "study")
+    with hold_study(tmp_path, url, "study"):
+        pass
+
+
+def test_asking_creates_nothing(tmp_path: Path) -> None:
+    assert not is_held(tmp_path, f"sqlite:///{tmp_path}/tuner.db", "study")
+    assert not is_held(tmp_path, f"sqlite:///{tmp_path}/nowhere/tuner.db", "study")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_letting_go_leaves_no_file(tmp_path: Path) -> None:
+    with hold_study(tmp_path, f"sqlite:///{tmp_path}/tuner.db", "study"):
+        assert [path.name for path in tmp_path.iterdir()] == ["tuner.db.lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_second_is_told_who_holds_it(
+    url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    holder = said(start("hold", tmp_path, url))
+    with pytest.raises(StorageError, match=rf"{tmp_path}: the study study .* process {holder} on ") as raised:
+        with hold_study(tmp_path, url, "study"):
+            pytest.fail("two processes hold the study")
+    assert raised.value.exit_code == 2
+    assert is_held(tmp_path, url, "study")
+
+
+def test_one_process_holds_it_once(url: str, tmp_path: Path) -> None:
+    with (
+        hold_study(tmp_path, url, "study"),
+        pytest.raises(StorageError, match=f"process {os.getpid()} "),
+        hold_study(tmp_path, url, "study"),
+    ):
+        pytest.fail("held twice")
+    assert not is_held(tmp_path, url, "study")
+
+
+def test_errors_of_the_block_pass_unchanged(url: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the block"), hold_study(tmp_path, url, "study"):
+        raise OSError("of the block")
+    assert not is_held(tmp_path, url, "study")
+
+
+def test_a_kill_lets_go(url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start("hold", tmp_path, url)
+    os.kill(said(process), signal.SIGKILL)
+    process.wait()
+    assert becomes_free(tmp_path, url)
+    with hold_study(tmp_path, url, "study"):
+        assert is_held(tmp_path, url, "study")
+
+
+def test_a_forked_child_does_not_hold_it(
+    url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start("hold", tmp_path, url, "fork")
+    assert process.stdout is not None
+    pids = dict(process.stdout.readline().split() for _ in range(2))
+    try:
+        assert is_held(tmp_path, url, "study")
+        os.kill(int(pids["held"]), signal.SIGKILL)
+        assert becomes_free(tmp_path, url)
+        os.kill(int(pids["child"]), 0)
+    finally:
+        os.kill(int(pids["child"]), signal.SIGKILL)
+
+
+def test_a_child_that_leaves_the_block_does_not_let_go(url: str, tmp_path: Path) -> None:
+    child = -1
+    try:
+        with hold_study(tmp_path, url, "study"):
+            child = os.fork()
+            if child:
+                assert os.waitpid(child, 0)[1] == 0
+                assert is_held(tmp_path, url, "study")
+    finally:
+        if child == 0:
+            os._exit(0)
+
+
+def test_a_program_started_meanwhile_does_not_hold_it(url: str, tmp_path: Path) -> None:
+    with hold_study(tmp_path, url, "study"):
+        sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not is_held(tmp_path, url, "study")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_asking_all_the_time_keeps_nobody_out(url: str, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            is_held(tmp_path, url, "study")
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(20):
+            with hold_study(tmp_path, url, "study"):
+                pass
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
+
+
+def test_only_one_of_many_gets_in(tmp_path: Path) -> None:
+    url, inside, most, entries = f"sqlite:///{tmp_path}/tuner.db", 0, 0, 0
+    counting = threading.Lock()
+
+    def enter() -> None:
+        nonlocal inside, most, entries
+        for _ in range(30):
+            try:
+                with hold_study(tmp_path, url, "study"):
+                    with counting:
+                        inside, entries = inside + 1, entries + 1
+                        most = max(most, inside)
+                    time.sleep(0.001)
+                    with counting:
+                        inside -= 1
+            except StorageError:
+                continue
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert entries > 30
+
+
+def test_studies_of_one_server_do_not_meet(postgres_url: str, tmp_path: Path) -> None:
+    with hold_study(tmp_path, postgres_url, "one"), hold_study(tmp_path, postgres_url, "two"):
+        assert is_held(tmp_path, postgres_url, "one")
+        assert not is_held(tmp_path, postgres_url, "three")
+
+
+def test_the_holder_reads_and_writes(url: str, tmp_path: Path) -> None:
+    with hold_study(tmp_path, url, "study"):
+        store = open_store(url)
+        store.record(*processes.beginning())
+        assert len(store.trials("round1")) == 1
+        store.close()
+        assert is_held(tmp_path, url, "study")
+
+
+def test_a_study_nowhere_cannot_be_held(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match=f"no directory {tmp_path}/nowhere"),
+        hold_study(tmp_path, f"sqlite:///{tmp_path}/nowhere/tuner.db", "study"),
+    ):
+        pytest.fail("held")

@@ -1,0 +1,56 @@
+"""Whatever is said again, and in whatever pieces, a store knows what the facts say once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.store.histories import ROUNDS, histories, replayable
+from tuner.store import MemoryStore, Store, open_store
+from tuner.store.facts import Fact
+
+
+def contents(store: Store) -> str:
+    """Everything a store gives, to the last digit; NaN equals itself here."""
+    return repr((store.rounds(), [store.trials(name) for name in ROUNDS], store.promotions()))
+
+
+def record_with_replays(store: Store, history: list[Fact], data: st.DataObject) -> None:
+    done = 0
+    while done < len(history):
+        piece = data.draw(st.integers(1, len(history) - done), label="piece")
+        store.record(*history[done : done + piece])
+        done += piece
+        before = contents(store)
+        for fact in data.draw(st.lists(st.sampled_from(replayable(history[:done])), max_size=5), label="again"):
+            store.record(fact)
+            assert contents(store) == before, fact
+        if data.draw(st.booleans(), label="all again"):
+            for fact in history[:done]:
+                store.record(fact)
+            assert contents(store) == before
+
+
+def memory_store(_directory: str) -> Store:
+    return MemoryStore()
+
+
+def sqlite_store(directory: str) -> Store:
+    return open_store(f"sqlite:///{directory}/tuner.db")
+
+
+@pytest.mark.parametrize("make", [memory_store, sqlite_store])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(history=histories(), data=st.data())
+def test_replays_change_nothing(make: Callable[[str], Store], history: list[Fact], data: st.DataObject) -> None:
+    once = MemoryStore()
+    once.record(*history)
+    with tempfile.TemporaryDirectory() as directory:
+        store = make(directory)
+        record_with_replays(store, history, data)
+        assert contents(store) == contents(once)
+        store.close()

@@ -1,0 +1,142 @@
+"""The migrations make what the tables say, and leave Optuna's own alone."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Table, create_engine, inspect, text
+
+from tests.contracts.store import COMPLETE, ROUND, STARTED, TRIAL
+from tuner.errors import StorageError
+from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord
+from tuner.store import migrations, open_store, schema
+from tuner.store.facts import RoundBegun, TrialAsked
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tuner.db"
+    found: str = request.getfixturevalue("postgres_url")
+    return found
+
+
+def test_the_migrations_make_the_tables(url: str) -> None:
+    open_store(url).close()
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={"version_table": schema.VERSION_TABLE, "compare_type": True, "compare_server_default": True},
+        )
+        assert compare_metadata(context, schema.METADATA) == []
+        names = set(inspect(connection).get_table_names())
+    engine.dispose()
+    assert names == {*schema.METADATA.tables, "tuner_alembic_version"}
+    assert all(name.startswith("tuner_") for name in names)
+
+
+def test_the_migrations_can_be_taken_back(url: str) -> None:
+    open_store(url).close()
+    engine = create_engine(url)
+    config = migrations.configuration()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+        assert inspect(connection).get_table_names() == ["tuner_alembic_version"]
+    engine.dispose()
+    store = open_store(url)
+    store.record(RoundBegun(ROUND))
+    assert store.rounds() == (ROUND,)
+    store.close()
+
+
+def test_every_migration_is_in_a_package_that_is_installed() -> None:
+    versions = importlib.import_module("tuner.store.migrations.versions")
+    assert versions.__file__ is not None
+    on_disk = {path.stem for path in Path(versions.__file__).parent.glob("v*.py")}
+    assert on_disk == {module.name for module in pkgutil.iter_modules(versions.__path__)}
+    assert "v0001_facts" in on_disk
+
+
+@pytest.mark.parametrize(
+    ("record", "table"),
+    [
+        (RoundRecord, schema.ROUNDS),
+        (Attempt, schema.ATTEMPTS),
+        (Evaluation, schema.EVALUATIONS),
+        (Checkpoint, schema.CHECKPOINTS),
+        (Promotion, schema.PROMOTIONS),
+    ],
+)
+def test_every_field_of_a_record_has_a_column(record: type[Any], table: Table) -> None:
+    assert {field.name for field in fields(record)} <= set(table.columns.keys())
+
+
+def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> None:
+    store = open_store(url)
+    store.record(RoundBegun(ROUND))
+    store.close()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE tuner_alembic_version SET version_num = '9999'"))
+    with pytest.raises(StorageError, match="revision 9999.*newer version") as raised:
+        open_store(url)
+    assert raised.value.exit_code == 2
+    with engine.begin() as connection:
+        assert connection.scalar(text("SELECT version_num FROM tuner_alembic_version")) == "9999"
+        assert connection.scalar(text("SELECT count(*) FROM tuner_rounds")) == 1
+    engine.dispose()
+
+
+def use_optuna(url: str) -> None:
+    storage = optuna.storages.RDBStorage(url)
+    storage.upgrade()
+    study = optuna.create_study(study_name="study/round1", storage=storage, load_if_exists=True)
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    trial.report(1.0, 1)
+    study.tell(trial, 0.5)
+    assert len(optuna.load_study(study_name="study/round1", storage=url).trials) == len(study.trials)
+
+
+def use_store(url: str) -> None:
+    store = open_store(url)
+    store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, COMPLETE)
+    assert len(store.trials("round1")) == 1
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize(
+    "users",
+    [(use_optuna, use_store), (use_store, use_optuna), (use_optuna, use_store, use_optuna, use_store, use_optuna)],
+    ids=["optuna first", "store first", "in turns"],
+)
+def test_optuna_lives_in_the_same_database(url: str, users: tuple[Callable[[str], None], ...]) -> None:
+    for use in users:
+        use(url)
+    for use in users:
+        use(url)
+
+
+def test_optuna_works_while_the_store_is_open(url: str) -> None:
+    store = open_store(url)
+    store.record(RoundBegun(ROUND))
+    use_optuna(url)
+    store.record(TrialAsked(TRIAL))
+    study = optuna.load_study(study_name="study/round1", storage=url)
+    trial = study.ask()
+    store.record(STARTED)
+    study.tell(trial, 1.0)
+    assert store.trials("round1")[0].optuna_trial == TRIAL.optuna_trial
+    store.close()

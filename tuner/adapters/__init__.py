@@ -1,0 +1,18 @@
+"""LoRA over a frozen base: loading the base, many adapters in one forward pass, PEFT's files."""
+
+from tuner.adapters.base import Base, load_base
+from tuner.adapters.initial import Adapter, initial_adapter, largest_adapter
+from tuner.adapters.pack import Pack, PackedRows
+from tuner.adapters.peft_files import read_adapter, write_adapter
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Pack",
+    "PackedRows",
+    "initial_adapter",
+    "largest_adapter",
+    "load_base",
+    "read_adapter",
+    "write_adapter",
+]

@@ -1,0 +1,194 @@
+"""The frozen base: how it is loaded, which models cannot be shared, and its loss at chosen positions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from tuner.adapters.head_loss import head_nll
+from tuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from tuner.spec import ModelSpec
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Base:
+    """A causal language model without gradients, its own dropout off, shared by all trials."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    """What activations are computed in."""
+    head_is_linear: bool
+    """Whether the logits are the output embedding of the last hidden state and nothing more."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Negative log-likelihood, in float32 and nats, of the tokens at (rows[i], columns[i]).
+
+        `input_ids` is [rows, length], padded on the right: with causal attention no real token sees
+        the padding, so no mask is needed. `columns` are at least 1. Only the positions asked for
+        reach the output embedding.
+        """
+        targets = input_ids[rows, columns]
+        picked: list[Tensor] = []
+
+        def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = inputs[0][rows, columns - 1]
+            picked.append(hidden)
+            return (hidden[None, :1] if self.head_is_linear else hidden[None],)
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(pick)
+        try:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        if self.head_is_linear:
+            return head_nll(picked[0], head.weight, head.bias, targets)
+        return nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+
+
+def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) -> Base:
+    """Load a causal language model for training adapters on it.
+
+    Raises ModelError when it cannot be found, or when its rows would influence one another, so that
+    a trial's result would depend on its neighbours.
+    """
+    device = torch.device(device)
+    config = load_config(model, max_length=max_length)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            config=config,
+            dtype=_DTYPES[model.dtype],
+            device_map={"": device},
+            quantization_config=_quantization(model),
+            trust_remote_code=model.trust_remote_code,
+            **_source(model),
+        )
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise _cannot_load(model, error) from error
+    return freeze(loaded, dtype=_DTYPES[model.dtype])
+
+
+def load_config(model: ModelSpec, *, max_length: int) -> Any:
+    """A model's configuration. Raises ModelError as `load_base` does."""
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code, **_source(model)
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _cannot_load(model, error) from error
+    _refuse_shared_rows(config, model.path, max_length)
+    return config
+
+
+def _source(model: ModelSpec) -> dict[str, Any]:
+    source: dict[str, Any] = {"revision": model.revision} if model.revision else {}
+    if model.gguf_file:
+        source["gguf_file"] = model.gguf_file
+    return source
+
+
+def _cannot_load(model: ModelSpec, error: Exception) -> ModelError:
+    return ModelError(
+        f"model.path: cannot load {model.path!r}: {error}\n"
+        "Give a directory with config.json and safetensors, a Hub id, or a directory and gguf_file."
+    )
+
+
+def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
+    """A Base from a loaded model. Raises ModelError for layers that mix rows."""
+    model.eval()
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(f"model: {name} is a BatchNorm, which mixes the rows of different trials")
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"model: {type(model).__name__} has no output embedding; tuner trains causal models")
+    base = Base(model, dtype, head_is_linear=False)
+    base.head_is_linear = _head_is_linear(base)
+    return base
+
+
+def _refuse_shared_rows(config: Any, path: str, max_length: int) -> None:
+    if getattr(config, "router_aux_loss_coef", 0) and getattr(config, "output_router_logits", False):
+        raise ModelError(
+            f"model.path: {path!r} is a mixture of experts with an auxiliary loss over the whole batch, "
+            "which would make a trial depend on its neighbours; tuner trains dense models"
+        )
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "max_position_embeddings", max_length
+    )
+    if kind == "dynamic" or (kind == "longrope" and max_length > original):
+        raise ModelError(
+            f"model.path: {path!r} uses {kind} RoPE scaling, which changes with the longest row of a batch; "
+            "tuner trains models whose positions do not depend on the batch"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise ModelError(f"data.max_length: {max_length} is longer than the {limit} positions of {path!r}")
+
+
+def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
+    match model.quantization:
+        case "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=_DTYPES[model.dtype],
+            )
+        case "int8":
+            # LLM.int8's outlier threshold looks at all rows together, so that neighbours would matter.
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        case _:
+            return None
+
+
+def _head_is_linear(base: Base) -> bool:
+    """Compare the model's own logits with a plain product on a few tokens: no list of names to trust."""
+    head = base.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
+        return False
+    hidden: list[Tensor] = []
+
+    def enlarge(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(inputs[0] * 256)  # soft-capped logits look linear where they are small
+        return (hidden[0],)
+
+    hook = head.register_forward_pre_hook(enlarge)
+    try:
+        with torch.no_grad():
+            ids = torch.arange(4, device=base.device)[None] % base.vocabulary_size
+            logits = base.model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    product = nn.functional.linear(hidden[0], head.weight, head.bias)
+    same = logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-3, atol=1e-3)
+    if not same:
+        logging.getLogger(__name__).info(
+            "logits are more than a product: the whole head runs at target positions"
+        )
+    return same

@@ -1,0 +1,45 @@
+"""Cross entropy behind a frozen output embedding that keeps no [tokens, vocabulary] tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits held at once: 64 MiB in float32."""
+
+
+class _HeadNll(torch.autograd.Function):
+    """The head is frozen, so the only gradient is that of the hidden states: the forward pass makes it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        needs_gradient = hidden.requires_grad
+        nll, gradients = [], []
+        for start in range(0, hidden.shape[0], rows):
+            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = torch.nn.functional.linear(part, weight, bias).float()
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            nll.append((log_total - logits.gather(1, wanted))[:, 0])
+            if needs_gradient:
+                probability = logits.sub_(log_total).exp_()
+                probability.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=probability.dtype))
+                gradients.append(probability.to(weight.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else hidden.new_empty(0))
+        return torch.cat(nll) if nll else hidden.new_empty(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outputs[0].to(gradient.dtype)[:, None], None, None, None)
+
+
+def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Negative log-likelihood [tokens] in float32 of `targets` [tokens] given `hidden` [tokens, width].
+
+    `weight` is [vocabulary, width] and gets no gradient.
+    """
+    return _HeadNll.apply(hidden, weight, bias, targets)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,146 @@
+"""An adapter at its start, made by PEFT itself on a hollow copy of the base."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tuner.adapters.base import Base, load_config
+from tuner.errors import ModelError
+from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
+
+if TYPE_CHECKING:
+    from tuner.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights by module, in PEFT's shapes, and what PEFT needs to know of them."""
+
+    config: LoraConfig
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+    """Module path -> (A [rank, in], B [out, rank]), float32 on the CPU unless said otherwise."""
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank: int = self.config.r
+        return float(self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank))
+
+
+def lora_config(
+    hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
+) -> LoraConfig:
+    """PEFT's configuration of a trial's adapter."""
+    targets = hyperparameters["target_modules"]
+    alpha = hyperparameters["lora_alpha"]
+    initialisation = hyperparameters.get("lora_init", "default")
+    assert isinstance(alpha, (int, float))
+    return LoraConfig(
+        r=int(hyperparameters["lora_r"]),  # type: ignore[arg-type]
+        lora_alpha=alpha,
+        lora_dropout=float(hyperparameters.get("lora_dropout", 0.0)),  # type: ignore[arg-type]
+        use_rslora=bool(hyperparameters.get("use_rslora", False)),
+        target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
+        init_lora_weights=True if initialisation == "default" else initialisation,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_path,
+        revision=revision,
+    )
+
+
+def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
+    """The weights that PEFT would start from after `torch.manual_seed(seed)`.
+
+    Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
+    names nothing in the model.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        torch.manual_seed(seed)
+        try:
+            wrapped = get_peft_model(hollow, config)
+        except ValueError as error:
+            raise ModelError(f"hyperparameters.target_modules: {error}") from error
+        weights = {
+            name: (
+                module.lora_A["default"].weight.detach().float(),
+                module.lora_B["default"].weight.detach().float(),
+            )
+            for name, module in wrapped.base_model.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        wrapped.unload()
+    return Adapter(config, weights)
+
+
+def hollow_copy(base: Base, *, base_path: str) -> PreTrainedModel:
+    """A model of the base's shape on the CPU whose weights take no memory.
+
+    PEFT rounds a new adapter to the base's dtype, so linear layers keep it; a quantised base has
+    none that PEFT would round to.
+    """
+    quantised = getattr(base.model, "is_quantized", False)
+    return _hollow(base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path)
+
+
+def largest_adapter(model: ModelSpec, space: Space) -> int:
+    """Weights of the largest adapter of a space, from the model's configuration alone.
+
+    Raises ModelError when there is none, or when `target_modules` names nothing in the model.
+    """
+    config = load_config(model, max_length=1)
+    hollow = _hollow(config, dtype=torch.float32, base_path=model.path)
+    per_rank = max(
+        sum(a.numel() + b.numel() for a, b in _one_rank(hollow, targets, model.path).weights.values())
+        for targets in values_of(space["target_modules"])
+    )
+    return per_rank * int(max(values_of(space["lora_r"])))
+
+
+def targeted_modules(hollow: PreTrainedModel, space: Space) -> set[str]:
+    """Paths of all modules that any trial of a space may adapt."""
+    targets = values_of(space["target_modules"])
+    return {name for wanted in targets for name in _one_rank(hollow, wanted, hollow.name_or_path).weights}
+
+
+def values_of(dimension: Dimension) -> list[Any]:
+    """What a hyperparameter may be: all choices, or the largest value of a range."""
+    match dimension:
+        case Fixed(value=value):
+            return [value]
+        case Choices(values=values):
+            return list(values)
+        case Range(high=high):
+            return [high]
+        case TimesSqrtRank():
+            raise TypeError("lora_alpha follows the rank")
+
+
+def _one_rank(hollow: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
+    shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": targets}
+    return initial_adapter(hollow, lora_config(shape, base_path=base_path), seed=0)
+
+
+def _hollow(config: Any, *, dtype: torch.dtype, base_path: str) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(config)
+    for module in hollow.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            zero = torch.zeros((), dtype=dtype).expand(module.weight.shape)
+            module.weight = nn.Parameter(zero, requires_grad=False)
+    hollow.name_or_path = base_path  # what PEFT writes into an adapter's configuration
+    return hollow  # type: ignore[no-any-return]

@@ -1,0 +1,72 @@
+"""The command line: the verbs, and what each is wired to.
+
+Nothing heavy is imported until a verb runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from tuner.cli import study_verbs, trial_verbs
+from tuner.errors import TunerError
+
+app = typer.Typer(
+    name="tuner",
+    help="Tune LoRA fine-tuning of language models in rounds, and learn how long to train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(study_verbs.app, name="study")
+app.add_typer(trial_verbs.app, name="trial")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tuner {version('tuner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    directory: Annotated[
+        Path | None, typer.Option("-C", metavar="DIR", help="Act as if started in DIR, as in git.")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if directory is not None:
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise click.UsageError(f"-C {directory}: {error.strerror}") from error
+
+
+def main() -> None:
+    """The `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        code = app(arguments, prog_name="tuner", standalone_mode=False)
+    except TunerError as error:
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("interrupted", err=True)
+        return 130
+    return code if isinstance(code, int) else 0

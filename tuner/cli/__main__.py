@@ -1,0 +1,5 @@
+"""`python -m tuner.cli` is `tuner`."""
+
+from tuner.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""What `study promote` prints: what was seen, what follows, and what each line of the new file changed to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from tuner.report import dumps
+from tuner.store import hold_study
+from tuner.study.folder import StudyFolder
+from tuner.study.promotion import Overrides, promote
+
+
+def promote_round(
+    folder: StudyFolder,
+    *,
+    to: str,
+    from_round: str | None,
+    max_train_steps: int | None,
+    top: int,
+    decay: Literal["steps", "share"],
+    force: bool,
+    as_json: bool,
+) -> Path:
+    """Promote, print why, and return the new file's path."""
+    if not folder.has_begun:
+        folder.latest(folder.open())
+    with hold_study(folder.directory, folder.storage, folder.name):
+        store = folder.open()
+        try:
+            done = promote(
+                folder,
+                store,
+                to=to,
+                from_round=from_round,
+                overrides=Overrides(max_train_steps, top, decay),
+                force=force,
+                clock=time.time,
+            )
+        finally:
+            store.close()
+    click.echo(dumps(done.document) if as_json else _prose(done.document))
+    return done.path
+
+
+def _prose(document: Mapping[str, Any]) -> str:
+    steps = document["max_train_steps"]
+    changed = {n: c for n, c in document["hyperparameters"].items() if c["from"] != c["to"]}
+    lines = [
+        f"{document['study']}: {document['from']} -> {document['to']}, "
+        f"{steps['from']} -> {steps['to']} steps ({document['diagnosis']})",
+        "",
+        *(f"  {sentence}" for sentence in document["evidence"]),
+        "",
+        f"  {document['trials']['enqueued']} of {document['trials']['total']} trials are carried over; "
+        f"{len(document['continues'])} go on from their trunk.",
+        *(
+            f"  {name}: {_brief(c['from'])} -> {_brief(c['to'])}  ({c['reason']})"
+            for name, c in changed.items()
+        ),
+        *(f"  {note}" for note in document.get("notes", [])),
+        *(f"  {f['severity']}: {f['message']}" for f in document["findings"] if f["severity"] != "info"),
+        "",
+        f"wrote {document['file']}: read it, change what you know better, then run it",
+    ]
+    return "\n".join(lines)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,223 @@
+"""`tuner study ...`: rounds are written, checked, run, promoted and looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from tuner.report import RoundReport
+    from tuner.study.folder import StudyFolder
+
+app = typer.Typer(help="Rounds: write, check, run, promote, look.", no_args_is_help=True)
+
+RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="The round's file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+@app.command()
+def new(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new study.")],
+    model: Annotated[str, typer.Option(help="Directory or Hub id of the base.")],
+    data: Annotated[str, typer.Option(help="File or Hub id of the training rows.")],
+    eval_data: Annotated[
+        str | None, typer.Option("--eval", help="Evaluation rows; else 5% of the training rows.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="alpaca, messages, ...; else what the first row looks like.")
+    ] = None,
+) -> None:
+    """Write a commented round1.yaml, its horizon derived from the number of rows.
+
+    Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
+    """
+    from tuner.cli.starting import write_first_round
+
+    path = write_first_round(directory, model=model, data=data, eval_data=eval_data, format=format)
+    _say(f"wrote {path}")
+    _next(f"tuner study check {path}")
+
+
+@app.command()
+def check(
+    round_file: RoundPath,
+    show: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="Print N rows as the model sees them.")
+    ] = 0,
+    probe: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = False,
+    json: Json = False,
+) -> None:
+    """Validate file, model, tokenizer and data, and print the plan. Trains nothing, records nothing.
+
+    Example: `tuner study check round1.yaml --show 2`
+    """
+    from tuner.cli.checking import check_round
+
+    ok = check_round(round_file, show=show, probe=probe, as_json=json)
+    if not ok:
+        raise typer.Exit(2)
+    if not json:
+        _next(f"tuner study run {round_file}")
+
+
+@app.command()
+def run(
+    round_file: RoundPath,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
+    ] = None,
+    slots: Annotated[
+        str | None, typer.Option(metavar="K|auto", help="Trials trained together; overrides run.slots.")
+    ] = None,
+) -> None:
+    """Run a round, or go on with it: the same command.
+
+    Example: `tuner study run round1.yaml --for 2h`
+    """
+    from tuner.cli.running import run_file
+
+    run_file(round_file, duration=for_, slots=slots)
+    _print_summary(_report(round_file.parent, round_file))
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """Rounds, trials by state, the best so far.
+
+    Example: `tuner study status`
+    """
+    from tuner.cli.looking import print_status
+
+    command = print_status(_folder(), as_json=json)
+    if not json:
+        _next(command)
+
+
+@app.command()
+def promote(
+    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round.")],
+    from_round: Annotated[
+        str | None, typer.Option("--from", metavar="ROUND", help="Round to promote from; else the latest.")
+    ] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option(min=1, help="The next horizon, instead of the suggested one.")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="Trials carried over as they are.")] = 3,
+    decay: Annotated[
+        str, typer.Option(metavar="steps|share", help="What of a linear decay is kept.")
+    ] = "steps",
+    force: Annotated[bool, typer.Option(help="Overwrite the file if it exists.")] = False,
+    json: Json = False,
+) -> None:
+    """Read a round, write the next round's file and say why.
+
+    Example: `tuner study promote --to round2`
+    """
+    from tuner.cli.promoting import promote_round
+
+    if decay not in ("steps", "share"):
+        raise typer.BadParameter(
+            "steps keeps the decay's length, share its part of the run", param_hint="--decay"
+        )
+    kept: Literal["steps", "share"] = "share" if decay == "share" else "steps"
+    path = promote_round(
+        _folder(),
+        to=to,
+        from_round=from_round,
+        max_train_steps=max_train_steps,
+        top=top,
+        decay=kept,
+        force=force,
+        as_json=json,
+    )
+    if not json:
+        _next(f"tuner study run {path.name}")
+
+
+@app.command()
+def report(
+    round_name: Annotated[
+        str | None, typer.Argument(metavar="[ROUND]", help="Else the latest round.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Where the page goes; else report-ROUND.html.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
+) -> None:
+    """What a round taught, in the terminal and as one self-contained HTML page.
+
+    Example: `tuner study report round1`
+    """
+    from tuner.cli.looking import write_reports
+
+    found = _report(Path(), Path(round_name) if round_name else None)
+    path = write_reports(found, html=html, markdown=markdown)
+    _print_summary(found, page=path)
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+) -> None:
+    """Serve optuna-dashboard on this study to this machine, until Ctrl-C.
+
+    Example: `tuner study dashboard --port 8081`
+    """
+    from tuner.errors import InputError
+    from tuner.study.dashboard import serve_dashboard
+
+    folder = _folder()
+    if not folder.has_begun:
+        raise InputError(
+            f"{folder.storage.rpartition('@')[2]}: no round has begun, so there is nothing to show yet"
+        )
+    serve_dashboard(folder.storage, port=port, announce=lambda url: _say(f"{url}  (Ctrl-C ends it)"))
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
+) -> None:
+    """Show, and with --yes free, checkpoints that nothing goes on from any more.
+
+    Example: `tuner study clean --yes`
+    """
+    from tuner.cli.cleaning import clean_study
+
+    clean_study(_folder(), delete=yes)
+    _next("tuner study status" if yes else "tuner study clean --yes")
+
+
+def _folder() -> StudyFolder:
+    """The study of the current folder, its broken round files named on standard error."""
+    from tuner.study.folder import open_folder
+
+    folder = open_folder(Path())
+    for error in folder.broken:
+        _say(f"left out, since it has mistakes: {error}")
+    return folder
+
+
+def _report(directory: Path, round_path: Path | None) -> RoundReport:
+    from tuner.cli.looking import report_on
+
+    return report_on(directory, round_path)
+
+
+def _print_summary(found: RoundReport, *, page: Path | None = None) -> None:
+    from rich.console import Console
+
+    from tuner.report import summary
+
+    Console().print(summary(found))
+    if page is not None:
+        _say(f"the whole report: {page}")
+    _next(found.next_command)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _next(command: str) -> None:
+    _say(f"next: {command}")

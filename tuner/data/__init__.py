@@ -1,0 +1,21 @@
+"""Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
+
+from tuner.data.examples import Example, Examples
+from tuner.data.order import batch_rows
+from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare
+from tuner.data.pretrained import load_tokenizer
+from tuner.data.preview import show_rows
+from tuner.data.prompts import render_prompt
+
+__all__ = [
+    "DataReport",
+    "Example",
+    "Examples",
+    "PreparedData",
+    "SplitReport",
+    "batch_rows",
+    "load_tokenizer",
+    "prepare",
+    "render_prompt",
+    "show_rows",
+]

@@ -1,0 +1,92 @@
+"""Tokenised examples: which tokens there are and which of them the loss sees."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One row, as the model sees it."""
+
+    input_ids: NDArray[np.int32]
+    """Token ids, at least one."""
+    is_target: NDArray[np.bool_]
+    """is_target[i]: token i is one to be predicted, from those before it; is_target[0] is always False."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTable:
+    """Many examples end to end in flat arrays, which may be memory-mapped files."""
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    """For each token, whether it is a target."""
+    offsets: NDArray[np.int64]
+    """Row r is tokens[offsets[r]:offsets[r + 1]]."""
+    num_targets: NDArray[np.int64]
+    """Targets of each row."""
+
+
+class Examples(Sequence[Example]):
+    """Rows picked from tables, in order; a row may be picked twice. Nothing is copied."""
+
+    def __init__(self, picks: Sequence[tuple[TokenTable, NDArray[np.int64]]]) -> None:
+        self._tables = tuple(table for table, _ in picks)
+        self._table = np.repeat(np.arange(len(picks)), [len(rows) for _, rows in picks])
+        self._row = np.concatenate([rows for _, rows in picks]) if picks else np.zeros(0, np.int64)
+        self.num_tokens: NDArray[np.int64] = _per_row(picks, lambda table: np.diff(table.offsets))
+        """Tokens of each row."""
+        self.num_targets: NDArray[np.int64] = _per_row(picks, lambda table: table.num_targets)
+        """Target tokens of each row."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Example]) -> Examples:
+        """Examples held in memory."""
+        rows = list(rows)
+        tokens = np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in rows)]).astype(np.int32)
+        targets = np.concatenate([np.zeros(0, bool), *(row.is_target for row in rows)]).astype(bool)
+        offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int64)
+        num_targets = np.array([row.is_target.sum() for row in rows], dtype=np.int64)
+        return cls([(TokenTable(tokens, targets, offsets, num_targets), np.arange(len(rows)))])
+
+    def content_hash(self) -> str:
+        """Hash of all tokens and target masks, in order."""
+        tokens, targets = hashlib.sha256(), hashlib.sha256()
+        for index, table in enumerate(self._tables):
+            rows = self._row[self._table == index]
+            breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+            for run in np.split(rows, breaks) if len(rows) else []:
+                start, end = table.offsets[run[0]], table.offsets[run[-1] + 1]
+                tokens.update(table.tokens[start:end].data)
+                targets.update(table.targets[start:end].data)
+        parts = (self.num_tokens.tobytes(), tokens.digest(), targets.digest())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        table, row = self._tables[self._table[index]], self._row[index]
+        start, end = table.offsets[row], table.offsets[row + 1]
+        return Example(table.tokens[start:end], table.targets[start:end])
+
+
+def _per_row(
+    picks: Sequence[tuple[TokenTable, NDArray[np.int64]]],
+    measure: Callable[[TokenTable], NDArray[np.int64]],
+) -> NDArray[np.int64]:
+    empty = np.zeros(0, np.int64)
+    return np.concatenate([empty, *(measure(table)[rows] for table, rows in picks)])

@@ -1,0 +1,89 @@
+"""The bytes and lines of a local file, unpacked where it is gzip, and every way that can fail."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuner.errors import DataError
+
+MAX_ROW_BYTES = 64 * 1024 * 1024
+"""A longer line or record is refused: it would be held in memory whole."""
+_MAX_EXPANSION = 200
+_EXPANSION_CHECKED_FROM_BYTES = 64 * 1024 * 1024
+"""Text packs to about a fifth; beyond 200 to one, and not just a small file, it is a bomb."""
+
+
+class DataFile:
+    """A local file, open for reading once from the front. Every method raises DataError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+        with _explained(path):
+            self._packed_bytes = path.stat().st_size
+            opener = gzip.open if path.suffix.lower() == ".gz" else open
+            self._stream = opener(path, "rb")
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def read(self, num_bytes: int) -> bytes:
+        """At most that many bytes; none at the end."""
+        with _explained(self.path):
+            return self._counted(self._stream.read(num_bytes))
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Lines with their 1-based numbers, the line end (only LF counts) included."""
+        number = 0
+        while raw := self._line():
+            number += 1
+            place = f"{self.path}:{number}"
+            if len(raw) > MAX_ROW_BYTES:
+                raise DataError(f"{place}: the line is longer than {MAX_ROW_BYTES:,} bytes")
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: {not_utf8(error)}") from error
+
+    def _line(self) -> bytes:
+        with _explained(self.path):
+            return self._counted(self._stream.readline(MAX_ROW_BYTES + 1))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._read_bytes += len(data)
+        if self._read_bytes > max(_EXPANSION_CHECKED_FROM_BYTES, _MAX_EXPANSION * self._packed_bytes):
+            raise DataError(
+                f"{self.path}: unpacks to more than {_MAX_EXPANSION} times its size, as text does not; "
+                "if it is meant to, unpack it first"
+            )
+        return data
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of the file's bytes as they lie on disk. Raises DataError."""
+    with _explained(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to say of bytes that are not UTF-8."""
+    byte = error.object[error.start]
+    return f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,123 @@
+"""Reading one long JSON list object by object, so that memory does not grow with the file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tuner.data.files import MAX_ROW_BYTES, DataFile, not_utf8
+from tuner.errors import DataError
+
+_CHUNK_BYTES = 1024 * 1024
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def json_objects(file: DataFile) -> Iterator[dict[str, Any]]:
+    """The objects of the JSON list that the file is; none for an empty file.
+
+    Raises DataError with the 1-based row.
+    """
+    text = _Text(file)
+    match text.take():
+        case "":
+            return
+        case "[":
+            more = text.peek() != "]"
+        case _:
+            raise DataError(f"{file.path}: is neither a list of objects nor one object a line")
+    while more:
+        yield text.object()
+        match text.peek():
+            case ",":
+                text.take()
+                text.row += 1
+            case "]":
+                more = False
+            case "":
+                raise text.error("the file ends within the list; is it cut off?")
+            case found:
+                raise text.error(f"expected , or ] after it, found {found!r}")
+    text.take()
+    if text.peek():
+        raise text.error("there is text after the list's closing ]")
+
+
+class _Text:
+    """The file's text from where reading has come to."""
+
+    def __init__(self, file: DataFile) -> None:
+        self.row = 1
+        """The row that is being read."""
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text = ""
+        self._at = 0
+        self._undecodable: UnicodeDecodeError | None = None
+        """What follows the text, where that is not UTF-8."""
+        self._ended = False
+
+    def error(self, what: str) -> DataError:
+        """The error to raise when something is wrong with the row, or right behind it."""
+        return DataError(f"{self._file.path}: row {self.row}: {what}")
+
+    def peek(self) -> str:
+        """The next character that is not white space, or "" at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None
+            self._at = space.end()
+            if self._at < len(self._text) or not self._more():
+                break
+        if self._undecodable is not None and self._at == len(self._text):
+            raise self.error(not_utf8(self._undecodable))
+        return self._text[self._at : self._at + 1]
+
+    def take(self) -> str:
+        """`peek`, and go past it."""
+        character = self.peek()
+        self._at += len(character)
+        return character
+
+    def object(self) -> dict[str, Any]:
+        """The object that begins here; only an object says itself where it ends."""
+        begins = self.peek()
+        if begins != "{":
+            found = repr(begins) if begins else "nothing (is the file cut off?)"
+            raise self.error(f"a row must be an object of columns and values, found {found}")
+        while True:
+            try:
+                value, self._at = _DECODER.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self._at > MAX_ROW_BYTES or not self._more():
+                    raise self.error(self._wrong(error)) from error
+            else:
+                assert isinstance(value, dict)
+                return value
+
+    def _more(self) -> bool:
+        """Read at least as much again as is waiting; False when there is nothing more."""
+        if self._ended:
+            return False
+        waiting = self._text[self._at :]
+        chunk = self._file.read(max(_CHUNK_BYTES, len(waiting)))
+        try:
+            added = self._decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            added = error.object[: error.start].decode()
+            self._undecodable = error
+        self._ended = not chunk or self._undecodable is not None
+        self._text, self._at = waiting + added, 0
+        return bool(added) or not self._ended
+
+    def _wrong(self, error: Exception) -> str:
+        if self._undecodable is not None:
+            return not_utf8(self._undecodable)
+        if isinstance(error, json.JSONDecodeError):
+            found = error.doc[error.pos : error.pos + 40]
+            where = f", found {found!r}" if found else "; is the file cut off?"
+            return f"not JSON: {error.msg}{where}"
+        return f"not JSON that can be read: {error}"

@@ -1,0 +1,159 @@
+"""What the model trains and is evaluated on: the round's data, read, split, tokenised and counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tuner.data.examples import Examples
+from tuner.data.formats import row_format
+from tuner.data.rows import Recipe, tokenised
+from tuner.data.sources import open_source
+from tuner.data.splits import Part, Parts, divide, duplicates, examples, refuse_overlap, sample, weigh
+from tuner.data.tokenise import Fate, Tokeniser
+from tuner.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.spec import DataSpec, RoundSpec, SourceSpec
+
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReport:
+    """What became of the rows of one split."""
+
+    num_examples: int = 0
+    """Rows that are trained or evaluated on: those kept, after `weight` and `max_examples`."""
+    tokens: int = 0
+    """In these examples."""
+    targets: int = 0
+    """Those of the tokens that the loss sees."""
+    rows_read: int = 0
+    rows_kept: int = 0
+    truncated: int = 0
+    """Rows kept whose text beyond `max_length` tokens is lost."""
+    cut_off: int = 0
+    """Rows dropped because `max_length` left nothing to learn."""
+    empty: int = 0
+    """Rows dropped because they had nothing to learn: an empty output, no assistant turn."""
+    duplicates: int = 0
+    """Rows kept whose text a row before them has."""
+    token_lengths: Mapping[str, int] = field(default_factory=dict)
+    """Tokens a row before truncation: p50, p90, p99 and max of the rows that are not empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What became of every row that was read."""
+
+    train: SplitReport = field(default_factory=SplitReport)
+    evaluation: SplitReport = field(default_factory=SplitReport)
+    test: SplitReport = field(default_factory=SplitReport)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedData:
+    """A round's data, ready for training."""
+
+    train: Examples
+    evaluation: Examples
+    test: Examples
+    """Empty unless the round file has `data.test`."""
+    report: DataReport
+    fingerprint: str
+    """Hash of all tokens and target masks, in order."""
+
+
+def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> PreparedData:
+    """The data of a round whose paths are absolute; `cache` is a folder for tokenised data, or None.
+
+    Raises DataError, and StorageError when the cache cannot be written.
+    """
+    data = spec.data
+    recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache)
+    read = {
+        name: [_part(source, tokenizer, recipe) for source in sources]
+        for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
+    }
+    train, evaluation, test = read["train"], read["eval"], read["test"]
+    if data.eval_fraction is not None:
+        train, evaluation = divide(train, data.eval_fraction)
+    refuse_overlap("eval", evaluation, "train", train)
+    refuse_overlap("test", test, "train", train)
+    refuse_overlap("test", test, "eval", evaluation)
+    used = {
+        "train": [weigh(part.kept(), s.weight) for part, s in zip(train, data.train, strict=True)],
+        "eval": sample([part.kept() for part in evaluation], spec.evaluation.max_examples),
+        "test": [part.kept() for part in test],
+    }
+    _refuse_emptiness(data, used, read)
+    splits = {name: examples(parts) for name, parts in used.items()}
+    return PreparedData(
+        train=splits["train"],
+        evaluation=splits["eval"],
+        test=splits["test"],
+        report=DataReport(
+            train=_report(train, splits["train"]),
+            evaluation=_report(evaluation, splits["eval"]),
+            test=_report(test, splits["test"]),
+        ),
+        fingerprint=_fingerprint(splits.values()),
+    )
+
+
+def _part(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Part:
+    source = open_source(spec, recipe.cache)
+    table = tokenised(source, row_format(spec.format, tokenizer), recipe)
+    return Part(source, table, np.arange(len(table.fates)))
+
+
+def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[str, Parts]) -> None:
+    for name, parts in used.items():
+        wanted = name != "test" or data.test
+        if not wanted or any(len(part.rows) for part in parts):
+            continue
+        sources = ", ".join(part.source.name for part in read[name] or read["train"])
+        if name == "eval" and data.eval_fraction is not None:
+            raise DataError(
+                f"{sources}: eval_fraction {data.eval_fraction} holds out none of its rows; "
+                "raise it, or give the evaluation rows as eval"
+            )
+        raise DataError(
+            f"{sources}: no {name} row is left with anything to learn: rows without completion are dropped, "
+            f"and so are rows whose prompt alone fills max_length ({data.max_length} tokens)"
+        )
+
+
+def _report(parts: Parts, split: Examples) -> SplitReport:
+    fates = np.concatenate([np.zeros(0, np.uint8), *(part.table.fates[part.rows] for part in parts)])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(part.table.full_lengths[part.rows] for part in parts)])
+    lengths = lengths[fates != Fate.EMPTY]
+    count = {fate: int((fates == fate).sum()) for fate in Fate}
+    return SplitReport(
+        num_examples=len(split),
+        tokens=int(split.num_tokens.sum()),
+        targets=int(split.num_targets.sum()),
+        rows_read=len(fates),
+        rows_kept=sum(number for fate, number in count.items() if fate.is_kept),
+        truncated=count[Fate.TRUNCATED],
+        cut_off=count[Fate.CUT_OFF],
+        empty=count[Fate.EMPTY],
+        duplicates=duplicates([part.kept() for part in parts]),
+        token_lengths={
+            name: int(np.quantile(lengths, share, method="higher"))
+            for name, share in _QUANTILES.items()
+            if len(lengths)
+        },
+    )
+
+
+def _fingerprint(splits: Iterable[Examples]) -> str:
+    return hashlib.sha256(" ".join(split.content_hash() for split in splits).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Loading a model's tokenizer, and what to do when that does not work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.spec import ModelSpec
+
+
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory, a Hub id or a GGUF file; its model path is absolute or an id.
+
+    It is a fast one and has an EOS token; it may lack a pad token, since nothing here pads with it.
+    Raises ModelError with what to do.
+    """
+    from transformers import AutoTokenizer
+
+    _require_directory(model)
+    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{model.path}: the tokenizer cannot be loaded: {_advice(model, error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{model.path}: has a slow tokenizer only; tuner needs a fast one (a tokenizer.json): "
+            "save one with transformers beside the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{model.path}: the tokenizer has no EOS token, so no example could say where it ends; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _require_directory(model: ModelSpec) -> None:
+    path = Path(model.path)
+    if path.is_file():
+        raise ModelError(
+            f"{path}: is a file; give the model's directory as path, and a GGUF file's name as gguf_file"
+        )
+    if path.is_absolute() and not path.is_dir():
+        raise ModelError(f"{path}: there is no such directory")
+    if path.is_dir() and model.gguf_file and not (path / model.gguf_file).is_file():
+        files = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
+        raise ModelError(f"{path}: has no file {model.gguf_file}; GGUF files there: {files}")
+
+
+def _advice(model: ModelSpec, error: BaseException) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    kinds = tuple(type(cause) for cause in _causes(error))
+    if GatedRepoError in kinds:
+        return "the model is gated: ask for access on its page on the Hub, then log in with `hf auth login`"
+    if RepositoryNotFoundError in kinds:
+        return "it is neither a directory here nor a repository on the Hub that you can see; check the name"
+    if RevisionNotFoundError in kinds:
+        return f"the repository has no revision {model.revision}"
+    if LocalEntryNotFoundError in kinds:
+        return (
+            "it is no directory here, is not in the local Hub cache, and the Hub cannot be reached; "
+            "check the name, go online once, or give a directory"
+        )
+    if (
+        Path(model.path).is_dir()
+        and not model.gguf_file
+        and not (Path(model.path) / "tokenizer.json").exists()
+    ):
+        return "the directory has no tokenizer.json; save the model's tokenizer there"
+    return str(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,142 @@
+"""Rows out of the kinds of file: one generator a kind, each naming file and line or row when it fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tuner.data.files import MAX_ROW_BYTES, DataFile
+from tuner.data.formats import RowFormat
+from tuner.data.json_list import json_objects
+from tuner.data.segments import Row, kind_of
+from tuner.errors import DataError
+
+Reader: TypeAlias = Callable[[Path, RowFormat], Iterator[Row]]
+"""Reads a file for a format; only the columns that the format reads need be there."""
+
+_PARQUET_BATCH_ROWS = 256
+
+
+def reader_of(path: Path) -> Reader:
+    """What reads this kind of file, by its ending. Raises DataError for an unknown one."""
+    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    packed = path.name.lower().endswith(".gz")
+    match ending:
+        case "jsonl" | "ndjson":
+            return _json_lines
+        case "json":
+            return _json
+        case "csv" | "tsv":
+            return _csv
+        case "parquet" if not packed:
+            return _parquet
+    raise DataError(
+        f"{path}: an unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
+        "(each also with .gz) and .parquet"
+    )
+
+
+def has_lines(path: Path) -> bool:
+    """Whether the numbers of its rows are lines of the file."""
+    reader = reader_of(path)
+    return reader in (_json_lines, _csv) or (reader is _json and _is_json_lines(path))
+
+
+def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
+    """Those the format reads; all when one it needs is missing, so that the message can list them."""
+    if any(column not in found for column in row_format.needed):
+        return found
+    return [column for column in found if column in row_format.needed + row_format.optional]
+
+
+def _json_lines(path: Path, row_format: RowFormat) -> Iterator[Row]:
+    with DataFile(path) as file:
+        for number, line in file.lines():
+            if line.isspace():
+                continue
+            place = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                cut = "" if line.endswith("\n") else "; is the file cut off?"
+                raise DataError(
+                    f"{place}: not one JSON object a line: {error.msg} at column {error.colno}{cut}"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place}: not JSON that can be read: {error}") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{place}: {kind_of(value)}; a row must be an object of columns and values")
+            yield Row(number, place, value)
+
+
+def _json(path: Path, row_format: RowFormat) -> Iterator[Row]:
+    if _is_json_lines(path):
+        yield from _json_lines(path, row_format)
+        return
+    with DataFile(path) as file:
+        for number, values in enumerate(json_objects(file), start=1):
+            yield Row(number, f"{path}: row {number}", values)
+
+
+def _is_json_lines(path: Path) -> bool:
+    with DataFile(path) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _csv(path: Path, row_format: RowFormat) -> Iterator[Row]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    with DataFile(path) as file:
+        reader = csv.reader(_without_nul(file), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        begins = 1
+        try:
+            for fields in reader:
+                place = f"{path}:{begins}"
+                if header is None:
+                    header = _header(fields, place)
+                elif fields:
+                    yield Row(begins, place, _record(header, fields, place))
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}:{begins}: not CSV: {error}") from error
+
+
+def _without_nul(file: DataFile) -> Iterator[str]:
+    for number, line in file.lines():
+        if "\0" in line:
+            raise DataError(f"{file.path}:{number}: has a NUL byte, which CSV cannot hold")
+        yield line
+
+
+def _header(fields: list[str], place: str) -> list[str]:
+    if len(set(fields)) < len(fields):
+        raise DataError(f"{place}: two columns have the same name: {', '.join(map(repr, fields))}")
+    return fields
+
+
+def _record(header: list[str], fields: list[str], place: str) -> dict[str, str]:
+    if len(fields) != len(header):
+        raise DataError(f"{place}: {len(fields)} fields, but the first line names {len(header)} columns")
+    return dict(zip(header, fields, strict=True))
+
+
+def _parquet(path: Path, row_format: RowFormat) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = columns_to_read(file.schema_arrow.names, row_format)
+            number = 0
+            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(number, f"{path}: row {number}", values)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error

@@ -1,0 +1,46 @@
+"""The two shapes data has between a file and its tokens: rows of named values, and segments of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read."""
+
+    number: int
+    """1-based line of the file where it begins, or 1-based row where the file has no lines of its own."""
+    place: str
+    """File and number as messages show them: `train.jsonl:12` or `train.json: row 12`."""
+    values: Mapping[str, Any]
+    """By column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of text that is tokenised by itself."""
+
+    text: str
+    is_target: bool
+    """Whether a model that learns completions alone has its loss on these tokens."""
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type as a person would call it, for messages."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return f"the number {value!r}"
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"a {type(value).__name__}"

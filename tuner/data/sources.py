@@ -1,0 +1,83 @@
+"""Where rows come from: a local file, a folder, or a data set on the Hub, each with a hash of its content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.data.files import content_hash
+from tuner.data.formats import RowFormat
+from tuner.data.hub import load_rows, rows_hash
+from tuner.data.readers import columns_to_read, has_lines, reader_of
+from tuner.data.segments import Row
+from tuner.errors import DataError
+
+if TYPE_CHECKING:
+    from tuner.spec import SourceSpec
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows that can be read, more than once."""
+
+    name: str
+    """Path or Hub id, as messages show it."""
+    identity: str
+    """What the rows come of, the content of their files included: changes when the rows do."""
+    has_lines: bool
+    """Whether a row's number is a line of the file."""
+    rows: Callable[[RowFormat], Iterator[Row]]
+    """The rows in order. Raises DataError."""
+
+    def place(self, number: int) -> str:
+        """A row's place as messages show it."""
+        return f"{self.name}:{number}" if self.has_lines else f"{self.name}: row {number}"
+
+
+def open_source(spec: SourceSpec, cache: Path | None) -> Source:
+    """The source that a round file names. Raises DataError.
+
+    Local files are read here, row by row, so that a mistake can name its line and memory stays flat;
+    folders and Hub ids go through `datasets`, whose files for folders lie in the cache.
+    """
+    if "://" in spec.path:
+        raise DataError(f"{spec.path}: URLs are not read; give a local file or a data set's id on the Hub")
+    path = Path(spec.path)
+    if path.is_dir():
+        return _dataset(spec, cache and cache / "datasets")
+    if _is_hub_id(spec.path) and not path.exists():
+        return _dataset(spec, None)
+    if spec.split or spec.config:
+        raise DataError(f"{path}: split and config are for data sets on the Hub; a file has neither")
+    return _file(path)
+
+
+def _is_hub_id(path: str) -> bool:
+    return _HUB_ID.fullmatch(path) is not None and not path.lower().endswith(_FILE_ENDINGS)
+
+
+def _file(path: Path) -> Source:
+    reader = reader_of(path)
+    return Source(
+        name=str(path),
+        identity=f"{reader.__name__} {content_hash(path)}",
+        has_lines=has_lines(path),
+        rows=lambda row_format: reader(path, row_format),
+    )
+
+
+def _dataset(spec: SourceSpec, cache: Path | None) -> Source:
+    rows = load_rows(spec.path, config=spec.config, split=spec.split or "train", cache=cache)
+
+    def read(row_format: RowFormat) -> Iterator[Row]:
+        columns = columns_to_read(rows.column_names, row_format)
+        for number, values in enumerate(rows.select_columns(columns), start=1):
+            yield Row(number, f"{spec.path}: row {number}", values)
+
+    return Source(spec.path, f"{spec.split} {rows_hash(rows)}", has_lines=False, rows=read)

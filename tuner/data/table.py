@@ -1,0 +1,140 @@
+"""All rows of one source as flat arrays on disk: written row by row, read back memory-mapped.
+
+Only `.npy` and JSON, never pickle; a table that was damaged or not finished is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike, NDArray
+
+from tuner.data.examples import TokenTable
+from tuner.data.tokenise import TokenisedRow
+
+_COLUMNS: Mapping[str, DTypeLike] = {
+    "tokens": np.dtype("<i4"),
+    "targets": np.dtype("?"),
+    "lengths": np.dtype("<i8"),
+    "num_targets": np.dtype("<i8"),
+    "full_lengths": np.dtype("<i8"),
+    "fates": np.dtype("u1"),
+    "digests": np.dtype("<u8"),
+    "numbers": np.dtype("<i8"),
+}
+_INDEX = "table.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowTable:
+    """Every row that was read from a source, those dropped included (they have no tokens)."""
+
+    tokens: TokenTable
+    full_lengths: NDArray[np.int64]
+    """Tokens of each row before truncation."""
+    fates: NDArray[np.uint8]
+    """A `Fate` for each row."""
+    digests: NDArray[np.uint64]
+    """[rows, 2]: 128 bits of a hash of the row's text, equal for equal texts."""
+    numbers: NDArray[np.int64]
+    """Line or row number of each row in its source."""
+
+
+class TableWriter:
+    """Writes a table into an empty directory; reading it works once the `with` block has ended well."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._columns: dict[str, _Column] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> TableWriter:
+        for name, kind in _COLUMNS.items():
+            stream = self._files.enter_context((self._directory / f"{name}.npy").open("wb+"))
+            self._columns[name] = _Column(stream, np.dtype(kind))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        with self._files:
+            if kind is None:
+                for column in self._columns.values():
+                    column.finish()
+        if kind is None:
+            hashes = {name: _file_hash(self._directory / f"{name}.npy") for name in _COLUMNS}
+            (self._directory / _INDEX).write_text(json.dumps({"sha256": hashes}), encoding="utf-8")
+
+    def append(self, row: TokenisedRow, *, digest: bytes, number: int) -> None:
+        """Add a row; `digest` has 16 bytes."""
+        self._columns["tokens"].append(row.tokens)
+        self._columns["targets"].append(row.targets)
+        self._columns["lengths"].append(len(row.tokens))
+        self._columns["num_targets"].append(row.targets.sum())
+        self._columns["full_lengths"].append(row.full_length)
+        self._columns["fates"].append(row.fate)
+        self._columns["digests"].append(np.frombuffer(digest, "<u8"))
+        self._columns["numbers"].append(number)
+
+
+def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
+    """The table in a directory, or None where there is none or it is not what was written."""
+    try:
+        hashes = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["sha256"]
+        if any(_file_hash(directory / f"{name}.npy") != hashes[name] for name in _COLUMNS):
+            return None
+        columns = {name: _load(directory / f"{name}.npy", mapped=mapped) for name in _COLUMNS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    offsets = np.concatenate([[0], np.cumsum(columns["lengths"])]).astype(np.int64)
+    return RowTable(
+        tokens=TokenTable(columns["tokens"], columns["targets"], offsets, columns["num_targets"]),
+        full_lengths=columns["full_lengths"],
+        fates=columns["fates"],
+        digests=columns["digests"].reshape(-1, 2),
+        numbers=columns["numbers"],
+    )
+
+
+class _Column:
+    """A one-dimensional `.npy` file that grows.
+
+    numpy leaves room in the header for the length to be filled in afterwards.
+    """
+
+    def __init__(self, stream: IO[bytes], kind: np.dtype[Any]) -> None:
+        self._stream = stream
+        self._kind = kind
+        self._length = 0
+        self._write_header()
+
+    def append(self, values: Any) -> None:
+        array = np.asarray(values, dtype=self._kind).reshape(-1)
+        self._stream.write(array.tobytes())
+        self._length += array.size
+
+    def finish(self) -> None:
+        self._stream.seek(0)
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = {"descr": npy.dtype_to_descr(self._kind), "fortran_order": False, "shape": (self._length,)}
+        npy.write_array_header_1_0(self._stream, header)
+
+
+def _load(path: Path, *, mapped: bool) -> NDArray[Any]:
+    mode: Literal["r"] | None = "r" if mapped else None
+    array: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+    return array
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,165 @@
+"""Segments of text to token ids and target masks, with the beginning and the end that training needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.data.segments import Segment
+from tuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+class Fate(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    TRUNCATED = 1
+    """Kept, its first max_length tokens."""
+    CUT_OFF = 2
+    """Dropped: max_length left no target."""
+    EMPTY = 3
+    """Dropped: nothing to learn, such as an empty output or a conversation without assistant turn."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the row is an example."""
+        return self in (Fate.KEPT, Fate.TRUNCATED)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenisedRow:
+    """A row's tokens, at most max_length; none when it was dropped."""
+
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    full_length: int
+    """Tokens before truncation."""
+    fate: Fate
+
+
+class Tokeniser:
+    """A fast tokenizer, used so that training and inference see the same tokens.
+
+    Each segment is tokenised by itself. So the prompt's tokens do not depend on what follows, and a
+    prompt tokenised for inference is exactly the beginning of the training example; tokenised as one
+    text, the last characters of a prompt may merge with the first of the completion into a token
+    that no prompt ends with. A segment in the middle of a text does not get the space that some
+    tokenizers put before a text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        backend = tokenizer.backend_tokenizer
+        document = json.loads(backend.to_str())
+        document["truncation"] = document["padding"] = None
+        text = json.dumps(document)
+        self._first: Tokenizer = Tokenizer.from_str(text)
+        self._next = self._first
+        if _drop_prefix_space(document):
+            self._next = Tokenizer.from_str(json.dumps(document))
+        for own in (self._first, self._next):
+            own.encode_special_tokens = backend.encode_special_tokens
+        self._end = int(tokenizer.eos_token_id)
+        self._beginning = self._find_beginning()
+        identity = json.dumps([text, tokenizer.chat_template, self._beginning, self._end])
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        """Hash of everything in the tokenizer that decides about tokens."""
+
+    def prompt(self, text: str, *, starts_plain: bool) -> list[int]:
+        """Token ids of a text that a completion follows."""
+        ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
+        return self._beginning + ids if starts_plain else ids
+
+    def rows(
+        self,
+        rows: Sequence[tuple[Segment, ...]],
+        *,
+        starts_plain: bool,
+        loss_on: Literal["completion", "all"],
+        max_length: int,
+    ) -> list[TokenisedRow]:
+        """Tokenise rows together. An example that is not truncated ends with exactly one EOS."""
+        if loss_on == "completion":
+            rows = [_up_to_last_target(segments) for segments in rows]
+        firsts = iter(self._ids(self._first, [s[0].text for s in rows if s]))
+        nexts = iter(self._ids(self._next, [segment.text for s in rows for segment in s[1:]]))
+        tokenised = []
+        for segments in rows:
+            ids = list(self._beginning) if starts_plain else []
+            targets = [False] * len(ids)
+            for index, segment in enumerate(segments):
+                piece = next(nexts if index else firsts)
+                ids += piece
+                targets += [segment.is_target or loss_on == "all"] * len(piece)
+            if ids[-1:] != [self._end]:
+                ids.append(self._end)
+                targets.append(True)
+            has_text = any(s.text.strip() for s in segments if s.is_target or loss_on == "all")
+            tokenised.append(_cut(ids, targets, max_length, has_text=has_text))
+        return tokenised
+
+    def _find_beginning(self) -> list[int]:
+        """What the tokenizer itself puts before a whole text, such as BOS."""
+        whole: list[int] = self._first.encode("a", add_special_tokens=True).ids
+        plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
+        for at in range(len(whole) - len(plain) + 1):
+            if plain and whole[at : at + len(plain)] == plain:
+                return whole[:at]
+        raise ModelError("the tokenizer has no tokens for the letter a; is it damaged?")
+
+    @staticmethod
+    def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    while segments and not segments[-1].is_target:
+        segments = segments[:-1]
+    return segments
+
+
+def _cut(ids: list[int], targets: list[bool], max_length: int, *, has_text: bool) -> TokenisedRow:
+    mask = np.array(targets[:max_length], dtype=bool)
+    mask[:1] = False
+    if not has_text:
+        fate = Fate.EMPTY
+    elif not mask.any():
+        fate = Fate.CUT_OFF
+    else:
+        fate = Fate.TRUNCATED if len(ids) > max_length else Fate.KEPT
+    kept = max_length if fate.is_kept else 0
+    return TokenisedRow(np.array(ids[:kept], dtype=np.int32), mask[:kept], len(ids), fate)
+
+
+def _drop_prefix_space(document: dict[str, Any]) -> bool:
+    """Take from a serialised tokenizer what it puts before a text; False when it puts nothing."""
+    before = json.dumps([document["normalizer"], document["pre_tokenizer"]])
+    for part in _parts(document["normalizer"], "normalizers"):
+        if part["type"] == "Prepend":
+            part["prepend"] = ""
+    for part in _parts(document["pre_tokenizer"], "pretokenizers"):
+        if part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+        if part["type"] == "ByteLevel":
+            part["add_prefix_space"] = False
+    return before != json.dumps([document["normalizer"], document["pre_tokenizer"]])
+
+
+def _parts(component: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
+    if component is None:
+        return []
+    if component["type"] == "Sequence":
+        return [part for child in component[children] for part in _parts(child, children)]
+    return [component]

@@ -1,0 +1,75 @@
+"""The errors a user can meet: each says the place, what was read, what is allowed and what to do.
+
+The command line prints a TunerError's message alone and exits with its `exit_code`; any other
+exception is a bug of tuner and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TunerError(Exception):
+    """A mistake or an accident that the message explains."""
+
+    exit_code = 1
+    """1: it ran and failed."""
+
+
+class InputError(TunerError):
+    """Something the user gave cannot be used; nothing was changed."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One thing that is wrong in a round file."""
+
+    line: int | None
+    """1-based line of the file, where one can be named."""
+    key: str
+    """Dotted path, such as `hyperparameters.lora_rank`; empty for the file as a whole."""
+    message: str
+    """What is wrong, what is allowed, what to do."""
+
+
+class RoundFileError(InputError):
+    """A round file has mistakes; all of them are listed at once."""
+
+    def __init__(self, path: Path | str, mistakes: Sequence[Mistake]) -> None:
+        self.path = Path(path)
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(self._line(mistake) for mistake in self.mistakes))
+
+    def _line(self, mistake: Mistake) -> str:
+        place = self.path.name if mistake.line is None else f"{self.path.name}:{mistake.line}"
+        return f"{place}: {mistake.key}: {mistake.message}" if mistake.key else f"{place}: {mistake.message}"
+
+
+class DataError(InputError):
+    """Data that cannot be read, is empty, lacks a column or overlaps; the message names file and row."""
+
+
+class ModelError(InputError):
+    """A model or tokenizer that cannot be loaded or trained."""
+
+
+class StorageError(InputError):
+    """A database or a directory that cannot be used, or that another process holds."""
+
+
+class CheckpointError(TunerError):
+    """A checkpoint that is missing or not what was recorded."""
+
+
+class WorkerError(TunerError):
+    """A worker that could not be started or kept dying; the message ends with its log."""
+
+
+class Interrupted(TunerError):
+    """The user stopped the run; what was done is saved."""
+
+    exit_code = 130

@@ -1,0 +1,5 @@
+"""A trial's adapter in use: answering prompts in the template it was trained on."""
+
+from tuner.inference.generate import generate
+
+__all__ = ["generate"]

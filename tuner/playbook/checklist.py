@@ -1,0 +1,127 @@
+"""The checklist after every round: all findings but those of its diagnosis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from tuner.playbook.curve_checks import curve_findings
+from tuner.playbook.findings import Finding, Severity, percent
+from tuner.playbook.results import RoundResults
+from tuner.playbook.schedule import warmup_length
+from tuner.playbook.selection import LeadingTrial, ranked
+from tuner.playbook.space_checks import space_findings
+from tuner.records import TrialState
+
+INFEASIBLE_SHARE = 0.25
+EVALUATION_SHARE = 0.3
+LONG_WARMUP_SHARE = 0.05
+VERY_LONG_WARMUP_SHARE = 0.1
+
+
+def checklist(
+    results: RoundResults,
+    leading: Sequence[LeadingTrial],
+    *,
+    noise: float,
+    earlier: Sequence[RoundResults] = (),
+) -> tuple[Finding, ...]:
+    """What the rules beside the diagnosis say of a round.
+
+    `noise` is relative to the loss. Rule: Deep Learning Tuning Playbook, "After each round of
+    experiments" and its checklist; the numbers are this project's decisions.
+    """
+    return (
+        *space_findings(results, leading[0].trial if leading else None),
+        *_infeasible_share(results),
+        *_too_few_trials(results, noise),
+        *curve_findings(results, leading),
+        *_long_warmup(results, leading),
+        *_costly_evaluation(results),
+        *_workload_changed(results, earlier),
+    )
+
+
+def half_round_shortfall(losses: Sequence[float]) -> float:
+    """Median relative excess of the best of half the trials, drawn with replacement, over the best.
+
+    Infinite losses stand for trials without an objective. The bootstrap's distribution is known (the
+    best of h draws from n is beyond rank k with probability (1 - k/n)^h), so nothing is drawn. 0 for
+    fewer than two trials, infinite where half the trials would typically have reached nothing. Rule:
+    this project's decision, "too_few_trials".
+    """
+    order = sorted(losses)
+    if len(order) < 2 or not math.isfinite(order[0]) or order[0] <= 0:
+        return 0.0
+    draws = len(order) // 2
+    median = next(k for k in range(1, len(order) + 1) if math.pow(1 - k / len(order), draws) <= 0.5)
+    return order[median - 1] / order[0] - 1.0
+
+
+def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
+    counted = len(results.results)
+    infeasible = sum(trial.state == TrialState.INFEASIBLE for trial in results.results)
+    if infeasible > INFEASIBLE_SHARE * counted:
+        yield Finding(
+            "infeasible_share",
+            Severity.PROBLEM if infeasible == counted else Severity.WARNING,
+            f"{infeasible} of {counted} trials diverged or did not fit into memory. Take what they share out "
+            "of the space, the highest learning rates first, so that no more trials are spent there.",
+            {"infeasible": float(infeasible), "trials": float(counted)},
+        )
+
+
+def _too_few_trials(results: RoundResults, noise: float) -> Iterator[Finding]:
+    losses = [best.eval_loss for _, best in ranked(results.trials)]
+    losses += [math.inf] * (len(results.results) - len(losses))
+    shortfall = half_round_shortfall(losses)
+    if shortfall <= noise:
+        return
+    numbers = {"noise": noise, "trials": float(len(losses))}
+    if math.isfinite(shortfall):
+        numbers["shortfall"] = shortfall
+        outcome = f"have ended {percent(shortfall)} worse, more than the noise of {percent(noise)}"
+    else:
+        outcome = "have reached nothing"
+    yield Finding(
+        "too_few_trials",
+        Severity.WARNING,
+        f"Half of the {len(losses)} trials would typically {outcome}: the best is probably not found yet. "
+        "Raise search.trials, or make the space smaller.",
+        numbers,
+    )
+
+
+def _long_warmup(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
+    warmup = warmup_length(leading[0].trial.hyperparameters) if leading else 0
+    share = warmup / results.max_train_steps
+    if share > LONG_WARMUP_SHARE:
+        yield Finding(
+            "long_warmup",
+            Severity.PROBLEM if share > VERY_LONG_WARMUP_SHARE else Severity.WARNING,
+            f"The best trial warms up for {warmup} of {results.max_train_steps} steps ({percent(share)}). If "
+            f"it needs so many, consider a horizon of {math.ceil(warmup / LONG_WARMUP_SHARE)} or more.",
+            {"warmup_steps": float(warmup), "share": share},
+        )
+
+
+def _costly_evaluation(results: RoundResults) -> Iterator[Finding]:
+    if results.evaluation_share > EVALUATION_SHARE:
+        yield Finding(
+            "costly_evaluation",
+            Severity.WARNING,
+            f"Evaluation takes {percent(results.evaluation_share)} of the work: evaluate fewer examples "
+            "(evaluation.max_examples) or less often (evaluation.every_steps).",
+            {"share": results.evaluation_share},
+        )
+
+
+def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) -> Iterator[Finding]:
+    others = [other.name for other in earlier if other.workload != results.workload]
+    if others:
+        yield Finding(
+            "workload_changed",
+            Severity.INFO,
+            f"Model, data, evaluation set, length or batch size differ from {', '.join(others)}: the right "
+            "horizon may have moved. A smaller batch or more dropout wants more steps.",
+        )

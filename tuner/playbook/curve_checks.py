@@ -1,0 +1,116 @@
+"""What the learning curves of a round's trials say that their best losses do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
+from tuner.playbook.findings import Finding, Severity
+from tuner.playbook.results import RoundResults
+from tuner.playbook.selection import LeadingTrial
+from tuner.playbook.space_checks import number
+
+CLIPPED_SHARE = 0.5
+PERIODIC_SHARE = 0.6
+"""Share of the detrended variance from which on an evaluation loss counts as periodic."""
+MIN_RESTLESS = 3
+"""Significant changes in the last quarter from which on they count as repeated."""
+
+
+def curve_findings(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
+    """Findings on curves: overfitting, late_variance, train_loss_rising, clipped, periodic_evaluation.
+
+    Rule: Deep Learning Tuning Playbook, "Examining the training curves" and, for clipping, "How can
+    optimization failures be debugged and mitigated?"; periods are this project's decision.
+    """
+    yield from _overfitting(results, leading)
+    if leading:
+        best = leading[0]
+        yield from _late_variance(best)
+        yield from _train_loss_rising(leading)
+        yield from _clipped(best)
+        yield from _periodic_evaluation(results, best)
+
+
+def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
+    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in results.complete)
+    rising = {n: rise for n, rise in rises if rise is not None and rise.is_overfitting}
+    in_front = [lead.trial.number for lead in leading if lead.trial.number in rising]
+    if in_front:
+        rise = rising[in_front[0]]
+        yield Finding(
+            "overfitting",
+            Severity.WARNING,
+            f"{len(in_front)} of {len(leading)} leading trials overfit: the evaluation loss of trial "
+            f"{in_front[0]} rises by {rise.amount:.4f} from step {rise.best_step} to step {rise.last_step} "
+            "while its train loss falls. More data or more regularisation (lora_dropout, weight_decay, a "
+            "lower lora_r) will help; more steps will not.",
+            {
+                "leading": float(len(in_front)),
+                "trials": float(len(rising)),
+                "rise": rise.amount,
+                "standard_error": rise.standard_error,
+            },
+        )
+    elif rising:
+        yield Finding(
+            "overfitting",
+            Severity.INFO,
+            f"{len(rising)} trials overfit, none of them a leading one. Choosing the best trial then favours "
+            "what hobbles training, such as a small learning rate: regularise, and compare again.",
+            {"leading": 0.0, "trials": float(len(rising))},
+        )
+
+
+def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
+    restless, changes = restless_changes(best.trial.evaluations)
+    if restless >= MIN_RESTLESS:
+        yield Finding(
+            "late_variance",
+            Severity.WARNING,
+            f"{restless} of the last {changes} changes of the best trial's evaluation loss exceed two "
+            "standard errors, up and down: its rate is still high at the end. A longer decay, a lower rate "
+            "or a larger batch calms it.",
+            {"restless": float(restless), "changes": float(changes)},
+        )
+
+
+def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
+    rising = [lead for lead in leading if train_loss_rise(lead.trial.evaluations) > 0]
+    if leading[0] in rising or len(rising) > len(leading) / 2:
+        yield Finding(
+            "train_loss_rising",
+            Severity.PROBLEM,
+            f"The train loss ends above its start in {len(rising)} of {len(leading)} leading trials. That is "
+            "usually a bug: look at what the loss sees with `tuner study check ROUND.yaml --show 5`.",
+            {"rising": float(len(rising)), "leading": float(len(leading))},
+        )
+
+
+def _clipped(best: LeadingTrial) -> Iterator[Finding]:
+    updates = max(evaluation.step for evaluation in best.trial.evaluations)
+    clipped = sum(evaluation.clipped_updates for evaluation in best.trial.evaluations)
+    if clipped > CLIPPED_SHARE * updates:
+        yield Finding(
+            "clipped",
+            Severity.WARNING,
+            f"{clipped} of the best trial's {updates} updates were clipped, so that clipping acts as the "
+            "learning rate: lower learning_rate instead.",
+            {"clipped": float(clipped), "updates": float(updates)},
+        )
+
+
+def _periodic_evaluation(results: RoundResults, best: LeadingTrial) -> Iterator[Finding]:
+    batch_size = number(best.trial.hyperparameters.get("batch_size"))
+    if not batch_size or results.train_rows <= 0:
+        return
+    epoch = results.train_rows / batch_size
+    share = periodicity(best.trial.evaluations, epoch)
+    if share is not None and share > PERIODIC_SHARE:
+        yield Finding(
+            "periodic_evaluation",
+            Severity.WARNING,
+            f"The best trial's evaluation loss repeats with the epoch of {epoch:.0f} steps: look at the "
+            "shuffling, and for rows that are in training and in evaluation.",
+            {"epoch_steps": epoch, "share": share},
+        )

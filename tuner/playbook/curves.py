@@ -1,0 +1,178 @@
+"""What the shape of one trial's curves says: turned up, still falling, restless, periodic."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.playbook.precision import difference_error, paired_standard_error, residual_spread
+from tuner.playbook.selection import best_evaluation
+from tuner.playbook.smoothing import smoothed
+from tuner.records import Evaluation
+
+SIGNIFICANT = 2.0
+"""Standard errors from which on a difference counts as one."""
+
+FITTED_TRAIN_LOSS = 0.05
+"""Nats per token at which the training set counts as fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """How far an evaluation loss ends above its best."""
+
+    best_step: int
+    last_step: int
+    amount: float
+    """Last loss minus best loss, in nats per token."""
+    standard_error: float
+    train_loss_falls: bool | None
+    """Whether the train loss went on falling; None when it is not known."""
+
+    @property
+    def is_overfitting(self) -> bool:
+        """A rise while the train loss falls, or while nothing says that it does not."""
+        return self.train_loss_falls is not False
+
+
+def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
+    """The rise of the evaluation loss after its best step; None unless it is significant at the end.
+
+    More than two standard errors, judged at the last evaluation. The best of many evaluations is low
+    by luck as well, and the last one may be high by luck: so the means of up to three evaluations
+    around the best and at the end must differ significantly too. Rule: Deep Learning Tuning
+    Playbook, "Examining the training curves" (problematic overfitting); the test is this project's.
+    """
+    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    best = best_evaluation(finite)
+    if best is None or finite[-1] is best:
+        return None
+    last = finite[-1]
+    error = difference_error(finite, last, best)
+    amount = last.eval_loss - best.eval_loss
+    if amount <= SIGNIFICANT * error:
+        return None
+    curve = smoothed(finite)
+    lasting = curve[-1].eval_loss - min(evaluation.eval_loss for evaluation in curve)
+    if lasting <= SIGNIFICANT * error:
+        return None
+    return Rise(best.step, last.step, amount, error, _train_loss_falls_after(finite, finite.index(best)))
+
+
+def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
+    """The earliest step that is not significantly worse than the best, both on the smoothed curve; or None.
+
+    `settled_step` asks the same of single evaluations, of which the best is lucky, so that it comes
+    late: on 93 synthetic saturated rounds 1.25 times its 90th percentile was within a factor 1.5 of
+    the truth in 4%, with this one in 97%. Rule: this project's decision, "saturated".
+    """
+    curve = smoothed(evaluations)
+    best = best_evaluation(curve)
+    if best is None:
+        return None
+    return next(
+        evaluation.step
+        for evaluation in curve
+        if evaluation.eval_loss - best.eval_loss
+        <= SIGNIFICANT * difference_error(evaluations, evaluation, best)
+    )
+
+
+def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool | None:
+    known = [(i, e.train_loss) for i, e in enumerate(evaluations) if e.train_loss is not None]
+    after = [loss for i, loss in known if i > at]
+    if not after:
+        return None
+    before = [loss for i, loss in known if i <= at][-3:] or after[:1]
+    ending = after[-3:]
+    return sum(ending) / len(ending) < sum(before) / len(before)
+
+
+def train_losses(evaluations: Sequence[Evaluation]) -> tuple[float, ...]:
+    """The finite train losses, by step."""
+    losses = (evaluation.train_loss for evaluation in evaluations)
+    return tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
+
+
+def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
+    """Whether a line through the second half of the train losses falls significantly; None if unknown.
+
+    Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run": training
+    is compute-bound while more of it still lowers the train loss.
+    """
+    losses = np.array(train_losses(evaluations))
+    losses = losses[len(losses) // 2 :]
+    if len(losses) < 2:
+        return None
+    steps = np.arange(len(losses)) - (len(losses) - 1) / 2
+    slope = float(steps @ losses) / float(steps @ steps)
+    if len(losses) == 2:
+        return slope < 0
+    residuals = losses - losses.mean() - slope * steps
+    error = math.sqrt(float(residuals @ residuals) / (len(losses) - 2) / float(steps @ steps))
+    return slope < -SIGNIFICANT * error
+
+
+def train_loss_rise(evaluations: Sequence[Evaluation]) -> float:
+    """Mean train loss of the last quarter minus that of the first, in nats per token; 0 if unknown.
+
+    Rule: Deep Learning Tuning Playbook, "Examining the training curves": a train loss that goes up is
+    usually a bug.
+    """
+    losses = train_losses(evaluations)
+    quarter = max(1, len(losses) // 4)
+    return sum(losses[-quarter:]) / quarter - sum(losses[:quarter]) / quarter if len(losses) > 1 else 0.0
+
+
+def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
+    """How many changes of the last quarter are significant, up and down, and how many there are.
+
+    From evaluation to evaluation, at least the last four changes, each apart from their mean (a trend
+    is no restlessness), against the standard error of the pair. (0, changes) unless they go both ways.
+    Rule: Deep Learning Tuning Playbook, "Examining the training curves" (variance late in training).
+    """
+    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    last = finite[-max(5, math.ceil(len(finite) / 4) + 1) :]
+    pairs = list(itertools.pairwise(last))
+    if not pairs:
+        return 0, 0
+    spread = residual_spread(finite)
+    changes = [later.eval_loss - sooner.eval_loss for sooner, later in pairs]
+    trend = sum(changes) / len(changes)
+    errors = [paired_standard_error(later, sooner) for sooner, later in pairs]
+    limits = [SIGNIFICANT * (spread if error is None else error) for error in errors]
+    rises = sum(change - trend > limit for change, limit in zip(changes, limits, strict=True))
+    falls = sum(trend - change > limit for change, limit in zip(changes, limits, strict=True))
+    return (rises + falls if rises and falls else 0), len(changes)
+
+
+def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float | None:
+    """Share of the detrended evaluation losses' variance that repeats with a period, in [0, 1].
+
+    Detrended by a cubic in log step; the periodic part is the first harmonic. None where the
+    evaluations cannot tell: fewer than three periods, fewer than three evaluations in one, or fewer
+    than twelve. Rule: this project's decision, "periodic_evaluation", after the playbook's remark on
+    step-like curves.
+    """
+    points = [(e.step, e.eval_loss) for e in evaluations if e.step > 0 and math.isfinite(e.eval_loss)]
+    if len(points) < 12:
+        return None
+    steps, losses = np.array(points, dtype=np.float64).T
+    interval = float(np.median(np.diff(steps)))
+    if period_steps < 3 * interval or steps[-1] < 3 * period_steps:
+        return None
+    trend = np.vander(np.log(steps / steps[-1]), 4)
+    angle = 2 * np.pi * steps / period_steps
+    left = _residual_variance(trend, losses)
+    explained = _residual_variance(np.column_stack([trend, np.cos(angle), np.sin(angle)]), losses)
+    return 1.0 - explained / left if left > 1e-18 * float(losses @ losses) else 0.0
+
+
+def _residual_variance(design: np.ndarray, values: np.ndarray) -> float:
+    solution, *_ = np.linalg.lstsq(design, values, rcond=None)
+    residuals = values - design @ solution
+    return float(residuals @ residuals)

@@ -1,0 +1,88 @@
+"""How far a loss difference can be trusted: standard errors of paired evaluations, and of shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tuner.records import Evaluation
+
+MIN_RESIDUAL_EVALUATIONS = 4
+"""Fewer evaluations than this say nothing about their spread around a line."""
+
+
+def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
+    """Standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per token.
+
+    The loss is a ratio of sums, so by the delta method: the spread of each example's difference
+    around what its tokens predict. None unless both hold the same examples, two at least. Rule: this
+    project's decision, "settled_step".
+    """
+    if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
+        return None
+    tokens = np.asarray(one.example_tokens, dtype=np.float64)
+    if (total := float(tokens.sum())) <= 0:
+        return None
+    differences = np.asarray(one.example_nll) - np.asarray(other.example_nll)
+    residuals = differences - tokens * (float(differences.sum()) / total)
+    variance = float(residuals @ residuals) * len(tokens) / (len(tokens) - 1) / total**2
+    return math.sqrt(variance) if math.isfinite(variance) else None
+
+
+def residual_spread(evaluations: Sequence[Evaluation]) -> float:
+    """Standard deviation of the last quarter's losses around a line through them, in nats per token.
+
+    At least the last four finite evaluations are taken; 0 where there are fewer. It stands in for the
+    paired standard error where per-example losses are not known. Rule: this project's decision,
+    "settled_step".
+    """
+    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    last = finite[-max(MIN_RESIDUAL_EVALUATIONS, math.ceil(len(finite) / 4)) :]
+    if len(last) < MIN_RESIDUAL_EVALUATIONS:
+        return 0.0
+    steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
+    losses = np.array([evaluation.eval_loss for evaluation in last])
+    steps -= steps.mean()
+    losses -= losses.mean()
+    residuals = losses - steps * float(steps @ losses) / float(steps @ steps)
+    return math.sqrt(float(residuals @ residuals) / (len(last) - 2))
+
+
+def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float:
+    """Standard error of the difference of two evaluations of a trial, in nats per token.
+
+    Paired where both know their examples, the residual spread of the trial's curve otherwise. Rule:
+    this project's decision, "settled_step".
+    """
+    paired = paired_standard_error(one, other)
+    return residual_spread(evaluations) if paired is None else paired
+
+
+def majority_probability(hits: int, count: int) -> float:
+    """Posterior probability that a share is above one half, after `hits` of `count`.
+
+    Under Jeffreys' prior: 1 - I(1/2; hits + 1/2, count - hits + 1/2). Rule: this project's decision on
+    what "consistently" means in the Deep Learning Tuning Playbook's sentence on best steps.
+    """
+    return 1.0 - regularised_incomplete_beta(0.5, hits + 0.5, count - hits + 0.5)
+
+
+def regularised_incomplete_beta(x: float, a: float, b: float) -> float:
+    """I(x; a, b), the distribution function of Beta(a, b), by its continued fraction.
+
+    Source: NIST Digital Library of Mathematical Functions, 8.17.22, valid on the side of x below
+    (a + 1) / (a + b + 2); the other side follows by symmetry.
+    """
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - regularised_incomplete_beta(1.0 - x, b, a)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    fraction = 1.0
+    for m in range(100 + int(math.sqrt(a + b)), 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        fraction = 1.0 + odd / (1.0 + even / fraction)
+    return math.exp(log_front) / a / fraction

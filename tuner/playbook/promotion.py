@@ -1,0 +1,228 @@
+"""The next round: its horizon, its search space, and what goes on from the last one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tuner.errors import InputError, TunerError
+from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
+from tuner.playbook.continuation import continuation_step
+from tuner.playbook.findings import Finding, Severity, percent
+from tuner.playbook.horizon import Diagnosis
+from tuner.playbook.precision import paired_standard_error
+from tuner.playbook.reading import Reading
+from tuner.playbook.results import RoundResults
+from tuner.playbook.schedule import DecayRule, tiny_rate_share
+from tuner.playbook.search import Sampler, default_sampler, search_findings, startup_trials
+from tuner.playbook.selection import ranked
+from tuner.records import Dimension, Hyperparameters, Space, Trial, searched
+
+TOP = 3
+"""Trials that are carried over as they are."""
+TINY_RATE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueuedTrial:
+    """A trial of the last round that the next one runs first."""
+
+    hyperparameters: Hyperparameters
+    """Of the next round's searched names alone; what is fixed there is not repeated."""
+    round: str
+    trial: int
+    from_step: int | None
+    """The step it goes on from; None if it starts afresh; the horizon itself if nothing is left to run."""
+    reason: str | None
+    """Why it starts afresh; None if it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextRound:
+    """All that the next round's file says and why."""
+
+    from_round: str
+    to_round: str
+    old_max_train_steps: int
+    max_train_steps: int
+    evaluate_every: int
+    decay: DecayRule
+    """What was kept of a linear decay."""
+    space: Space
+    """Every hyperparameter of the next round, in the last one's order."""
+    changes: Mapping[str, HyperparameterChange]
+    """One for each name of the space, the unchanged ones included."""
+    enqueue: tuple[EnqueuedTrial, ...]
+    """Best first."""
+    trials_total: int
+    """The enqueued ones included."""
+    sampler: Sampler
+    sampler_reason: str
+    startup_trials: int
+    """Trials before a model-based sampler models; the enqueued ones count."""
+    proposed_seeds: tuple[int, ...]
+    """Other seeds for the best two, where what parts them is within the noise; else empty."""
+    findings: tuple[Finding, ...]
+    """The reading's, and those of the promotion itself."""
+    notes: tuple[str, ...]
+    """What a person should know before running it."""
+
+
+def plan_next_round(
+    results: RoundResults,
+    reading: Reading,
+    *,
+    to: str,
+    max_train_steps: int | None = None,
+    top: int = TOP,
+    decay: DecayRule = "steps",
+) -> NextRound:
+    """What carries over from a round to the next, at the suggested horizon or the given one.
+
+    Raises TunerError when no horizon is given and the reading suggests none, InputError for a horizon
+    that cannot hold one evaluation interval or the warmup. Rule: Deep Learning Tuning Playbook, "Round
+    2: Fewer runs, but of longer duration"; counts are this project's decisions.
+    """
+    horizon = _horizon(results, reading, max_train_steps)
+    incumbents = [trial for trial, _ in ranked(results.trials)[:top]]
+    leading = incumbents + [lead.trial for lead in reading.leading if lead.trial not in incumbents]
+    carrying = Carrying(results, incumbents, leading, horizon, decay)
+    changes = carrying.changes()
+    _refuse_long_warmup(changes, horizon)
+    space = {name: change.to_dimension for name, change in changes.items()}
+    enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in incumbents)
+    total = num_trials(
+        len(results.results) or len(results.trials),
+        enqueued=len(enqueue),
+        old_horizon=results.max_train_steps,
+        new_horizon=horizon,
+        is_searched=bool(searched(space)),
+    )
+    sampler, sampler_reason = default_sampler(is_first_round=False)
+    seeds = proposed_seeds(results, noise=reading.noise)
+    return NextRound(
+        from_round=results.name,
+        to_round=to,
+        old_max_train_steps=results.max_train_steps,
+        max_train_steps=horizon,
+        evaluate_every=results.evaluate_every,
+        decay=decay,
+        space=space,
+        changes=changes,
+        enqueue=enqueue,
+        trials_total=total,
+        sampler=sampler,
+        sampler_reason=sampler_reason,
+        startup_trials=startup_trials(enqueued=len(enqueue), total=total),
+        proposed_seeds=seeds,
+        findings=(
+            *reading.findings,
+            *search_findings(space, total),
+            *_tiny_rate(carrying),
+            *_lead_within_noise(seeds),
+        ),
+        notes=tuple(_notes(results, reading, horizon)),
+    )
+
+
+def num_trials(
+    old_total: int, *, enqueued: int, old_horizon: int, new_horizon: int, is_searched: bool = True
+) -> int:
+    """Trials of the next round: trials x T1/T2, at least two new ones, at most as many as before.
+
+    Only the enqueued ones where nothing is left to search. Rule: Deep Learning Tuning Playbook, "Round
+    2: Fewer runs, but of longer duration"; the numbers are this project's decision.
+    """
+    if not is_searched:
+        return max(1, enqueued)
+    wanted = max(round(old_total * old_horizon / new_horizon), enqueued + 2)
+    return max(1, enqueued, min(wanted, old_total))
+
+
+def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
+    """Two other seeds for the best two trials when what parts them is within the noise; else none.
+
+    The noise is that of their own paired difference or `noise` (relative to the loss), whichever is
+    larger. Rule: Deep Learning Tuning Playbook, "Determining whether to adopt a training
+    pipeline change or hyperparameter configuration": run the winner again before adopting it.
+    """
+    order = ranked(results.trials)
+    if len(order) < 2:
+        return ()
+    (winner, first), (_, second) = order[:2]
+    limit = max(noise * first.eval_loss, paired_standard_error(second, first) or 0.0)
+    if second.eval_loss - first.eval_loss > limit:
+        return ()
+    used = {trial.seed for trial in results.trials}
+    fresh = (seed for seed in itertools.count(winner.seed + 1) if seed not in used)
+    return next(fresh), next(fresh)
+
+
+def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
+    horizon = reading.suggested_max_train_steps if given is None else given
+    if horizon is None:
+        raise TunerError(
+            f"{results.name} suggests no horizon for the next round: {' '.join(reading.evidence)} "
+            "Give --max-train-steps to go on nevertheless."
+        )
+    if horizon < results.evaluate_every:
+        raise InputError(
+            f"max_train_steps {horizon} is less than evaluation.every_steps {results.evaluate_every}: "
+            "no step before the last would be evaluated"
+        )
+    return horizon
+
+
+def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: int) -> None:
+    warmup = longest(changes["warmup_steps"].to_dimension) if "warmup_steps" in changes else 0
+    if warmup > horizon:
+        raise InputError(f"max_train_steps {horizon} cannot hold the {warmup:.0f} warmup steps carried over")
+
+
+def _enqueued(carrying: Carrying, trial: Trial, names: Mapping[str, Dimension]) -> EnqueuedTrial:
+    point = carrying.point(trial)
+    step, reason = continuation_step(trial, carrying.results.max_train_steps, point, carrying.new_horizon)
+    chosen = {name: point[name] for name in names if name in point}
+    return EnqueuedTrial(chosen, carrying.results.name, trial.number, step, reason)
+
+
+def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
+    if not carrying.incumbents:
+        return
+    old_horizon, horizon = carrying.results.max_train_steps, carrying.new_horizon
+    point = carrying.point(carrying.incumbents[0])
+    share = tiny_rate_share(point, old_horizon=old_horizon, new_horizon=horizon)
+    if share > TINY_RATE_SHARE:
+        yield Finding(
+            "tiny_rate",
+            Severity.WARNING,
+            f"{percent(share)} of the {horizon - old_horizon} steps beyond the last horizon run below a "
+            "tenth of the peak rate, where they teach little: a linear schedule with a shorter decay "
+            "spends them at the peak.",
+            {"share": share, "steps": float(horizon - old_horizon)},
+        )
+
+
+def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
+    if seeds:
+        yield Finding(
+            "lead_within_noise",
+            Severity.INFO,
+            "What parts the best two trials is within the noise. Before adopting the winner, run both again "
+            f"with other seeds: training_seed {' and '.join(map(str, seeds))}.",
+        )
+
+
+def _notes(results: RoundResults, reading: Reading, horizon: int) -> Iterator[str]:
+    suggested, cap = reading.suggested_max_train_steps, results.production_steps
+    if suggested is not None and horizon != suggested:
+        yield f"The horizon of {horizon} steps was given; the playbook suggests {suggested}."
+    if cap is not None and horizon > cap:
+        yield f"{horizon} steps are more than run.production_steps, {cap}."
+    if horizon > 3 * results.max_train_steps:
+        yield "More than three times the last horizon: what was best there may not be best here."
+    if reading.diagnosis == Diagnosis.TOO_SHORT:
+        yield "Where best steps are late, the decay wants tuning again as well: try other decay_steps."
+    if not ranked(results.trials):
+        yield "No trial of the last round is complete, so nothing is enqueued and no space is narrowed."

@@ -1,0 +1,147 @@
+"""A round read as a colleague would: the diagnosis, what it rests on, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tuner.playbook.checklist import checklist
+from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_loss_still_falls, train_losses
+from tuner.playbook.evidence import evidence
+from tuner.playbook.findings import Finding, Severity
+from tuner.playbook.gain import GainSource
+from tuner.playbook.horizon import (
+    Diagnosis,
+    Signs,
+    Suggestion,
+    diagnose,
+    signs,
+    suggest,
+)
+from tuner.playbook.results import RoundResults
+from tuner.playbook.selection import LeadingTrial
+from tuner.playbook.space_checks import number
+
+_SEVERITIES = {
+    Diagnosis.NO_LEARNING: Severity.PROBLEM,
+    Diagnosis.TOO_LONG: Severity.WARNING,
+    Diagnosis.UNDETERMINED: Severity.WARNING,
+    Diagnosis.SATURATED: Severity.INFO,
+    Diagnosis.TOO_SHORT: Severity.WARNING,
+}
+"""Diagnoses that are findings too; overfitting is one of the checklist's, right is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one trial of the suggested horizon costs."""
+
+    steps: int
+    epochs: float | None
+    """None when the rows or the batch size are not known."""
+    hours: float | None
+    """None when no step was timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a round teaches about the horizon."""
+
+    diagnosis: Diagnosis
+    evidence: tuple[str, ...]
+    """Sentences: what was seen, what follows, what to do."""
+    suggested_max_train_steps: int | None
+    """None where nothing was learned or nothing is complete."""
+    suggestion_interval: tuple[int, int] | None
+    """Horizons that the same evidence would support as well."""
+    cost: Cost | None
+    gain: float | None
+    """Relative loss reduction over the last doubling of the horizon."""
+    gain_source: GainSource | None
+    noise: float
+    """Of the gain, relative to the loss."""
+    compute_bound: bool | None
+    """None where the round cannot tell."""
+    leading: tuple[LeadingTrial, ...]
+    """Best first."""
+    findings: tuple[Finding, ...]
+
+
+def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Reading:
+    """The diagnosis of a round's horizon, the suggestion for the next one, and all findings.
+
+    `earlier` are the study's rounds before this one; those of the same workload show what a longer
+    horizon was worth. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each
+    training run"; where it leaves a number open, this project's decision.
+    """
+    seen = signs(results, earlier)
+    diagnosis = diagnose(seen)
+    suggestion = suggest(seen, diagnosis)
+    compute_bound = is_compute_bound(seen, diagnosis, suggestion)
+    sentences = tuple(evidence(seen, diagnosis, suggestion))
+    return Reading(
+        diagnosis=diagnosis,
+        evidence=sentences,
+        suggested_max_train_steps=suggestion.steps if suggestion else None,
+        suggestion_interval=(suggestion.low, suggestion.high) if suggestion else None,
+        cost=_cost(results, seen, suggestion) if suggestion else None,
+        gain=seen.gain.relative if seen.gain else None,
+        gain_source=seen.gain.source if seen.gain else None,
+        noise=seen.noise,
+        compute_bound=compute_bound,
+        leading=seen.leading,
+        findings=(
+            *_diagnosis_finding(seen, diagnosis, sentences),
+            *_compute_bound_finding(seen, compute_bound),
+            *checklist(results, seen.leading, noise=seen.noise, earlier=earlier),
+        ),
+    )
+
+
+def is_compute_bound(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> bool | None:
+    """Whether money alone ends the training; None where the round cannot tell.
+
+    Yes when the train loss still falls and `production_steps` keeps the horizon from growing; no when
+    the evaluation loss saturates or turns up, or the training set is fitted. Rule: Deep Learning
+    Tuning Playbook, "Deciding the number of steps for each training run".
+    """
+    if suggestion is None:
+        return None
+    evaluations = seen.leading[0].trial.evaluations
+    is_fitted = min(train_losses(evaluations), default=math.inf) <= FITTED_TRAIN_LOSS
+    if is_fitted or diagnosis in (Diagnosis.TOO_LONG, Diagnosis.OVERFITTING, Diagnosis.SATURATED):
+        return False
+    return True if suggestion.is_capped and train_loss_still_falls(evaluations) else None
+
+
+def _cost(results: RoundResults, seen: Signs, suggestion: Suggestion) -> Cost:
+    batch_size = number(seen.leading[0].trial.hyperparameters.get("batch_size"))
+    steps, seconds = suggestion.steps, results.seconds_per_step
+    return Cost(
+        steps=steps,
+        epochs=steps * batch_size / results.train_rows if batch_size and results.train_rows > 0 else None,
+        hours=steps * seconds / 3600 if seconds is not None else None,
+    )
+
+
+def _diagnosis_finding(seen: Signs, diagnosis: Diagnosis, sentences: Sequence[str]) -> Iterator[Finding]:
+    if diagnosis not in _SEVERITIES:
+        return
+    numbers = {"noise": seen.noise, "leading": float(len(seen.leading)), "late": float(seen.num_late)}
+    if seen.gain is not None:
+        numbers["gain"] = seen.gain.relative
+    yield Finding(diagnosis.value, _SEVERITIES[diagnosis], " ".join(sentences[1:] or sentences), numbers)
+
+
+def _compute_bound_finding(seen: Signs, compute_bound: bool | None) -> Iterator[Finding]:
+    if compute_bound and seen.production_steps is not None:
+        share = seen.max_train_steps / seen.production_steps
+        yield Finding(
+            "compute_bound",
+            Severity.INFO,
+            "Training is compute-bound: the train loss still falls where the longest affordable run ends. "
+            "About 10% of that length answers most questions, but what holds there may fail at 20% or at "
+            "100%: keep the last round for the few best, at full length.",
+            {"share_of_production": share},
+        )

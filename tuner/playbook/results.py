@@ -1,0 +1,63 @@
+"""What a round left behind, in the form the rules read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tuner.records import Evaluation, Space, Trial, TrialState
+
+
+@dataclass(frozen=True, slots=True)
+class BranchResult:
+    """A decay branch that has run: the loss of a leading trial at a shorter horizon."""
+
+    trial: int
+    """Number of the trial whose trunk it left."""
+    max_train_steps: int
+    """The branch's own horizon."""
+    evaluations: tuple[Evaluation, ...]
+    """By step, the trunk's included or not; the last one is at `max_train_steps`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResults:
+    """A round: the input of every rule that reads one. The order of `trials` has no meaning."""
+
+    name: str
+    max_train_steps: int
+    evaluate_every: int
+    """Steps between evaluations."""
+    space: Space
+    """Every hyperparameter, the fixed ones and the defaults included."""
+    trials: tuple[Trial, ...]
+    train_rows: int = 0
+    """Rows of the training set; 0 when not known."""
+    production_steps: int | None = None
+    """The longest run that the user can pay for."""
+    evaluation_share: float = 0.0
+    """Share of the round's work that evaluation takes, in [0, 1]."""
+    workload: str = ""
+    """Fingerprint of base, data, evaluation set, length and batch size; empty when not known."""
+    branches: tuple[BranchResult, ...] = field(default=())
+    """Decay branches of the leading trials."""
+    seconds_per_step: float | None = None
+    """Measured cost of one trial's step, its share of evaluations included."""
+
+    def __post_init__(self) -> None:
+        if self.max_train_steps < 1 or self.evaluate_every < 1:
+            raise ValueError("a round needs at least one step and one step between evaluations")
+
+    @property
+    def complete(self) -> tuple[Trial, ...]:
+        """Trials that ran to the horizon, by number."""
+        done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+        return tuple(sorted(done, key=lambda trial: trial.number))
+
+    @property
+    def results(self) -> tuple[Trial, ...]:
+        """Trials that count towards `search.trials`, by number."""
+        return tuple(sorted((t for t in self.trials if t.state.is_result), key=lambda t: t.number))
+
+    def trial(self, number: int) -> Trial | None:
+        """The trial of that number."""
+        return next((trial for trial in self.trials if trial.number == number), None)

@@ -1,0 +1,63 @@
+"""How to search: which sampler, after how many random trials, and how many names at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+from tuner.playbook.findings import Finding, Severity
+from tuner.records import Fixed, Space, searched
+
+Sampler: TypeAlias = Literal["quasi-random", "tpe", "gp", "random", "grid"]
+
+MAX_STARTUP_TRIALS = 10
+"""Optuna's own default; more are not needed before a model is fitted."""
+
+_TRIALS_NEEDED = (("adam_beta1", 10), ("adam_epsilon", 25), ("adam_beta2", 100))
+"""Trials from which on a name of Adam's is worth searching; far more than 25 is taken as 100."""
+
+
+def default_sampler(*, is_first_round: bool) -> tuple[Sampler, str]:
+    """The sampler of a round and the reason for it.
+
+    Rule: Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search
+    instead of more sophisticated black box optimization algorithms during the exploration phase": by
+    default the second round exploits.
+    """
+    if is_first_round:
+        return "quasi-random", "the first round explores: its trials cover the space evenly"
+    return "tpe", "the space has been narrowed around good trials: a model of them may choose now"
+
+
+def startup_trials(*, enqueued: int, total: int) -> int:
+    """Trials before a model-based sampler begins to model; those enqueued count among them.
+
+    At most half of the round, so that a small one is modelled at all, and no fewer than are enqueued
+    anyway, up to Optuna's ten. Rule: this project's decision, "Search".
+    """
+    return max(1, min(MAX_STARTUP_TRIALS, max(enqueued, total // 2)))
+
+
+def search_findings(space: Space, trials: int) -> Iterator[Finding]:
+    """Which of Adam's hyperparameters are searched with too few trials.
+
+    Rule: Deep Learning Tuning Playbook, "How should Adam's hyperparameters be tuned?": under 10 trials
+    the learning rate alone; 10 to 25, and beta1; more, and epsilon; far more, beta2.
+    """
+    early = [(name, needed) for name, needed in _TRIALS_NEEDED if name in searched(space) and trials < needed]
+    if early:
+        names = ", ".join(f"{name} (from about {needed} trials)" for name, needed in early)
+        yield Finding(
+            "too_many_names",
+            Severity.WARNING,
+            f"{trials} trials are few for all that is searched: fix {names}.",
+            {"trials": float(trials), "needed": float(max(needed for _, needed in early))},
+        )
+
+
+def caveats(space: Space) -> tuple[str, ...]:
+    """The fixed hyperparameters: what a round concludes holds for these values of them alone.
+
+    Rule: Deep Learning Tuning Playbook, "Identifying scientific, nuisance, and fixed hyperparameters".
+    """
+    return tuple(name for name, dimension in space.items() if isinstance(dimension, Fixed))

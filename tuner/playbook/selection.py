@@ -1,0 +1,79 @@
+"""Which step of a trial, and which trials of a round, count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tuner.playbook.precision import difference_error
+from tuner.records import Evaluation, Trial, TrialState
+
+MIN_LEADING = 5
+"""Leading trials are at least this many, where there are."""
+
+
+def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
+    """The evaluation with the lowest loss; the earlier of equals; None if none is finite.
+
+    Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
+    checkpoint": run to the fixed horizon, then choose among all.
+    """
+    finite = (evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss))
+    return min(finite, key=lambda evaluation: (evaluation.eval_loss, evaluation.step), default=None)
+
+
+def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
+    """The earliest step that is not worse than the best by more than one standard error; or None.
+
+    The standard error is that of the paired difference to the best. Rule: this project's decision,
+    "settled_step": when the trial was done, as far as the evaluation can tell.
+    """
+    best = best_evaluation(evaluations)
+    if best is None:
+        return None
+    return min(
+        evaluation.step
+        for evaluation in evaluations
+        if math.isfinite(evaluation.eval_loss)
+        and evaluation.eval_loss - best.eval_loss <= difference_error(evaluations, evaluation, best)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LeadingTrial:
+    """A trial that speaks for the round, and where its best step lies."""
+
+    trial: Trial
+    best: Evaluation
+    settled_step: int
+    fraction: float
+    """best.step / max_train_steps."""
+
+
+def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
+    """Complete trials with a finite evaluation and their best one, best first; ties by number.
+
+    Infeasible, pruned and failed trials are never among them, whatever they reached before. Rule:
+    this project's decision, "Infeasible".
+    """
+    found = [
+        (trial, best)
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and (best := best_evaluation(trial.evaluations)) is not None
+    ]
+    return tuple(sorted(found, key=lambda pair: (pair[1].eval_loss, pair[0].number)))
+
+
+def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
+    """The best max(5, a quarter) of the completed trials, best first.
+
+    Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not
+    compute-bound", reads the best steps of a round's trials; that only the leading ones speak is this
+    project's decision.
+    """
+    order = ranked(trials)
+    return tuple(
+        LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
+        for trial, best in order[: max(MIN_LEADING, math.ceil(len(order) / 4))]
+    )

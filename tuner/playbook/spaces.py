@@ -1,0 +1,125 @@
+"""How the dimensions of a search space are narrowed, moved and widened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+
+from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
+
+RATE_EXPONENT = -0.25
+"""The best learning rate goes with this power of the horizon; published exponents are 0 to -0.32."""
+RATE_FACTOR = 3.0
+MARGIN = 0.25
+"""Share of the leading trials' spread that a narrowed range leaves on both sides of them."""
+MIN_MARGIN = 0.05
+"""Share of the old range that it leaves at least."""
+DIGITS = 2
+"""Significant digits of the bounds that are written."""
+
+
+def rounded(number: float, rounding: str, digits: int = DIGITS) -> float:
+    """The number with few significant digits, not above (ROUND_FLOOR) or below (ROUND_CEILING) it.
+
+    Rule: this project's decision: a written round file is there to be read.
+    """
+    exact = Decimal(repr(float(number)))
+    if not exact:
+        return 0.0
+    return float(exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), rounding=rounding))
+
+
+def moved_rate(rate: float, *, old_horizon: int, new_horizon: int) -> float:
+    """A learning rate for another horizon: times (T2/T1)^-0.25.
+
+    Rule: this project's decision, a proposal: the literature disagrees on the exponent (0 to -0.32).
+    """
+    return rate * math.pow(new_horizon / old_horizon, RATE_EXPONENT)
+
+
+def rate_range(old: Range, centre: float, *, ceiling: float = math.inf) -> Range:
+    """A third to three times the centre, but not up to a rate at which everything diverged.
+
+    Rule: this project's decision, tier `might`.
+    """
+    low, high = centre / RATE_FACTOR, min(centre * RATE_FACTOR, max(ceiling, centre))
+    return Range(rounded(low, ROUND_FLOOR), rounded(high, ROUND_CEILING), log=old.log, integer=False)
+
+
+def narrowed(old: Dimension, values: Sequence[Value]) -> Dimension:
+    """A dimension around the values of the leading trials: a part of a range, or the choices they used.
+
+    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (possibly transfers); the
+    margins are this project's decision.
+    """
+    match old:
+        case Choices():
+            return as_listed(old, values)
+        case Range():
+            numbers = [float(v) for v in values if isinstance(v, (int, float)) and old.contains(v)]
+            return _narrowed_range(old, numbers) if numbers else old
+        case _:
+            return old
+
+
+def as_listed(old: Dimension, values: Iterable[Value]) -> Fixed | Choices:
+    """The distinct values as one fixed value or as choices, in the order of the old ones, else sorted.
+
+    Rule: this project's decision: a hyperparameter to be fixed on which trials disagree is a list.
+    """
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) == 1:
+        return Fixed(distinct[0])
+    known = list(old.values) if isinstance(old, Choices) else []
+    numeric = all(isinstance(value, (int, float)) for value in distinct)
+    rest = [value for value in distinct if value not in known]
+    ordered = sorted(rest, key=float) if numeric else rest  # type: ignore[arg-type]
+    return Choices((*(value for value in known if value in distinct), *ordered))
+
+
+def widened(dimension: Dimension, values: Iterable[Value]) -> Dimension:
+    """The dimension, made to hold all the values; a fixed one on which they disagree becomes a list.
+
+    Rule: this project's decision: every space holds all that is enqueued.
+    """
+    missing = [value for value in dict.fromkeys(values) if not dimension.contains(value)]
+    if not missing or isinstance(dimension, TimesSqrtRank):
+        return dimension
+    match dimension:
+        case Fixed(value=value):
+            return as_listed(dimension, (value, *missing))
+        case Choices(values=known):
+            return as_listed(dimension, (*known, *missing))
+        case Range():
+            return _widened_range(dimension, missing)
+
+
+def _widened_range(old: Range, missing: Sequence[Value]) -> Dimension:
+    numbers = [float(v) for v in missing if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    is_log = old.log and min(numbers, default=old.low) > 0
+    if len(numbers) < len(missing):
+        raise ValueError(f"a range cannot hold {missing}")
+    return Range(
+        low=min(old.low, *(_bound(number, ROUND_FLOOR, integer=old.integer) for number in numbers)),
+        high=max(old.high, *(_bound(number, ROUND_CEILING, integer=old.integer) for number in numbers)),
+        log=is_log,
+        integer=old.integer and all(number.is_integer() for number in numbers),
+    )
+
+
+def _narrowed_range(old: Range, numbers: Sequence[float]) -> Range:
+    to, back = (math.log, math.exp) if old.log else (float, float)
+    low, high = to(min(numbers)), to(max(numbers))
+    margin = max(MARGIN * (high - low), MIN_MARGIN * (to(old.high) - to(old.low)))
+    new_low = max(old.low, _bound(back(low - margin), ROUND_FLOOR, integer=old.integer))
+    new_high = min(old.high, _bound(back(high + margin), ROUND_CEILING, integer=old.integer))
+    if new_low >= new_high:
+        return old
+    return Range(new_low, new_high, log=old.log, integer=old.integer)
+
+
+def _bound(number: float, rounding: str, *, integer: bool) -> float:
+    if integer:
+        return float(math.floor(number) if rounding == ROUND_FLOOR else math.ceil(number))
+    return rounded(number, rounding)

@@ -1,0 +1,42 @@
+"""What people see of a study: live view, tables, plots, pages and notes, and the JSON that programs read."""
+
+from tuner.report.documents import (
+    RoundPlan,
+    RoundStatus,
+    check_document,
+    dumps,
+    round_status,
+    status_document,
+    trial_document,
+)
+from tuner.report.html import write_html
+from tuner.report.live import View, open_view
+from tuner.report.notes import round_markdown, round_note
+from tuner.report.plots import best_steps_figure, curves_figure, learning_rate_figure
+from tuner.report.round_report import RoundReport
+from tuner.report.summary import summary
+from tuner.report.tables import plan_table, status_table, trial_page, trials_table
+
+__all__ = [
+    "RoundPlan",
+    "RoundReport",
+    "RoundStatus",
+    "View",
+    "best_steps_figure",
+    "check_document",
+    "curves_figure",
+    "dumps",
+    "learning_rate_figure",
+    "open_view",
+    "plan_table",
+    "round_markdown",
+    "round_note",
+    "round_status",
+    "status_document",
+    "status_table",
+    "summary",
+    "trial_document",
+    "trial_page",
+    "trials_table",
+    "write_html",
+]

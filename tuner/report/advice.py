@@ -1,0 +1,208 @@
+"""What a colleague would say of a round, in plain sentences; terminal, page and notes only set them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tuner.playbook.gain import GainSource
+from tuner.playbook.horizon import Diagnosis
+from tuner.report import format
+from tuner.report.round_report import RoundReport
+
+GAIN_SOURCES = {
+    GainSource.EARLIER_ROUND: "seen in an earlier round",
+    GainSource.DECAY_BRANCHES: "measured with decay branches",
+    GainSource.TRUNK: "measured at the constant rate",
+    GainSource.CONFOUNDED: "within one run, decay included",
+}
+
+_RESTS_ON_THE_GAIN = (Diagnosis.UNDETERMINED, Diagnosis.SATURATED, Diagnosis.TOO_SHORT, Diagnosis.RIGHT)
+LINEAGE_HEADERS = ("round", "steps", "trials", "best loss", "steps run", "conclusion")
+
+
+def headline(report: RoundReport) -> str:
+    """The conclusion in one sentence: was the horizon right, and what would be?"""
+    steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
+    if not report.reading.leading:
+        return "Nothing to conclude yet: no trial is complete."
+    would_do = f" {next_steps} would do." if next_steps is not None and next_steps < steps else ""
+    match report.reading.diagnosis:
+        case Diagnosis.NO_LEARNING:
+            return "Training did not help: the untouched model is still the best."
+        case Diagnosis.TOO_LONG:
+            return f"{steps} steps are far too many.{would_do}"
+        case Diagnosis.OVERFITTING:
+            return f"The best trial overfits, so more steps will not help.{would_do}"
+        case Diagnosis.UNDETERMINED:
+            return "This round cannot tell whether more steps would help."
+        case Diagnosis.SATURATED:
+            return f"{steps} steps are {'more than ' if would_do else ''}enough.{would_do}"
+        case Diagnosis.TOO_SHORT if next_steps is not None and next_steps > steps:
+            return f"{steps} steps are too few. Train for {next_steps} next."
+        case Diagnosis.TOO_SHORT:
+            return f"{steps} steps are too few, but longer runs are more than you allow."
+        case Diagnosis.RIGHT:
+            return f"{steps} steps are about right."
+
+
+def found(report: RoundReport) -> tuple[str, ...]:
+    """The best trial, its loss against the untouched model's and the runner-up's, and its adapter."""
+    trials = format.count(len(report.trials), "trial")
+    if not report.ranked:
+        return (f"{trials} so far: {format.counts(report.counts)}.",)
+    (trial, best), *others = report.ranked
+    if best.step == 0:
+        loss = format.loss(best.eval_loss)
+        return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {loss}.",)
+    share = format.percent(best.step / report.max_train_steps)
+    sentences = [
+        f"The best of {trials} ({format.counts(report.counts)}) is "
+        f"trial {trial.number}: evaluation loss {format.loss(best.eval_loss)} at step {best.step} of "
+        f"{report.max_train_steps} ({share} of the run){_against_the_base(report, best.eval_loss)}."
+    ]
+    if report.shown_names:
+        sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
+    if others:
+        runner_up, second = others[0]
+        behind = format.percent((second.eval_loss - best.eval_loss) / abs(best.eval_loss or 1.0))
+        loss = format.loss(second.eval_loss)
+        sentences.append(f"The runner-up, trial {runner_up.number}, is {behind} behind with {loss}.")
+    return tuple(sentences)
+
+
+def _against_the_base(report: RoundReport, loss: float) -> str:
+    base = report.untouched_loss
+    if not base:
+        return ""
+    drop = (base - loss) / base
+    side = "below" if drop >= 0 else "above"
+    return f", {format.percent(abs(drop))} {side} the untouched model's {format.loss(base)}"
+
+
+def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[str, ...]:
+    """A sentence where a trial of an earlier round has a lower loss on the same workload."""
+    mine = report.ranked[0][1].eval_loss if report.ranked else math.inf
+    comparable = [e for e in earlier if e.ranked and e.record.workload == report.record.workload]
+    champion = min(comparable, key=lambda e: e.ranked[0][1].eval_loss, default=None)
+    if champion is None or champion.ranked[0][1].eval_loss >= mine:
+        return ()
+    trial, best = champion.ranked[0]
+    loss = format.loss(best.eval_loss)
+    return (f"An earlier trial, {trial.round}/{trial.number}, is still better: {loss} at step {best.step}.",)
+
+
+def lineage_cells(report: RoundReport) -> tuple[str, ...]:
+    """A round as a row among its study's rounds, under `LINEAGE_HEADERS`."""
+    return (
+        report.record.name,
+        str(report.max_train_steps),
+        format.counts(report.counts),
+        format.loss(report.ranked[0][1].eval_loss if report.ranked else None),
+        f"{report.executed_steps:,}",
+        headline(report),
+    )
+
+
+def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
+    """The numbers of the conclusion: what each is, the number, and what to read it against."""
+    reading, steps = report.reading, report.max_train_steps
+    numbers = []
+    if report.ranked:
+        trial, best = report.ranked[0]
+        base = report.untouched_loss
+        against = f"trial {trial.number}" + (f", untouched {format.loss(base)}" if base is not None else "")
+        numbers.append(("best evaluation loss", format.loss(best.eval_loss), against))
+        numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))
+    is_telling = reading.diagnosis in _RESTS_ON_THE_GAIN and reading.leading
+    if is_telling and reading.gain is not None and reading.gain_source is not None:
+        give = f"± {format.percent(2 * reading.noise)}, {GAIN_SOURCES[reading.gain_source]}"
+        numbers.append(("worth of the last doubling", format.percent(reading.gain), give))
+    if reading.suggested_max_train_steps is not None:
+        low, high = reading.suggestion_interval or (0, 0)
+        between = f", {low} to {high} are as good" if low < high else ""
+        suggested = f"{reading.suggested_max_train_steps}"
+        numbers.append(("steps for the next round", suggested, f"now {steps}{between}"))
+    return numbers
+
+
+def rule_in_words(rule: str) -> str:
+    """A rule's name as a heading: `too_few_trials` is Too few trials."""
+    return rule.replace("_", " ").capitalize()
+
+
+def progress(report: RoundReport) -> str | None:
+    """A caution while trials are missing; None for a finished round."""
+    if report.is_finished:
+        return None
+    done = len(report.results.results)
+    return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."
+
+
+def next_step(report: RoundReport) -> str:
+    """Why the next command is the one to type."""
+    if not report.is_finished:
+        return "Finish the round first: the same command goes on where it stopped."
+    if not report.reading.leading:
+        return "No trial is complete, so look at why before running more."
+    steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
+    match report.reading.diagnosis:
+        case Diagnosis.NO_LEARNING:
+            return "Do not train longer yet: look at what the loss sees, and at the learning rates."
+        case Diagnosis.UNDETERMINED:
+            return f"Keep {steps} steps until the evaluation is less noisy."
+        case Diagnosis.RIGHT:
+            return f"Keep {steps} steps, and search closer around the best trials."
+        case Diagnosis.OVERFITTING:
+            return "Get more data or regularise more before spending steps."
+        case _ if next_steps is not None and next_steps != steps:
+            return f"Carry the best trials into a round of {next_steps} steps.{_cost(report)}"
+        case _:
+            return f"Carry the best trials into another round of {steps} steps."
+
+
+def _cost(report: RoundReport) -> str:
+    cost = report.reading.cost
+    if cost is None:
+        return ""
+    parts = [f"{format.number(cost.epochs)} epochs"] if cost.epochs is not None else []
+    parts += [f"about {format.duration(3600 * cost.hours)}"] if cost.hours is not None else []
+    return f" A trial of that length is {' and '.join(parts)}." if parts else ""
+
+
+def setting(report: RoundReport) -> dict[str, str]:
+    """What was run: base, data, horizon and cost, by name."""
+    model = report.record.spec.get("model", {})
+    facts = {"model": _model(model) if model else ""}
+    facts["data"] = f"{report.record.train_rows:,} training rows, {report.record.eval_rows:,} for evaluation"
+    epochs = _epochs(report)
+    facts["each trial"] = format.count(report.max_train_steps, "step") + (
+        f" ({format.number(epochs)} epochs), evaluated every {report.results.evaluate_every}"
+        if epochs is not None
+        else f", evaluated every {report.results.evaluate_every}"
+    )
+    facts["cost"] = f"{report.executed_steps:,} steps run"
+    if report.inherited_steps:
+        facts["cost"] += f", {report.inherited_steps:,} more taken over from earlier trials"
+    seconds = _trial_seconds(report)
+    facts["time"] = f"{format.duration(seconds)} of trials" if seconds else ""
+    return {name: fact for name, fact in {**facts, **report.environment}.items() if fact}
+
+
+def _model(model: dict[str, object]) -> str:
+    how = [str(model[key]) for key in ("dtype", "quantization") if model.get(key) not in (None, "none")]
+    return f"{model.get('path', '')} ({', '.join(how)})" if how else str(model.get("path", ""))
+
+
+def _epochs(report: RoundReport) -> float | None:
+    batch_sizes = {trial.hyperparameters.get("batch_size") for trial in report.results.trials}
+    size = batch_sizes.pop() if len(batch_sizes) == 1 else None
+    if not isinstance(size, (int, float)) or report.record.train_rows <= 0:
+        return None
+    return report.max_train_steps * size / report.record.train_rows
+
+
+def _trial_seconds(report: RoundReport) -> float:
+    """Seconds that attempts took, added up over trials that may have run side by side."""
+    attempts = (attempt for trial in report.results.trials for attempt in trial.attempts)
+    return sum(a.ended_at - a.started_at for a in attempts if a.ended_at is not None)

@@ -1,0 +1,182 @@
+"""The JSON documents that the verbs print with `--json`: their keys, and that they are always valid JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tuner.errors import Mistake
+from tuner.playbook.selection import best_evaluation, ranked, settled_step
+from tuner.records import Trial, TrialState
+
+_SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class BestTrial:
+    """The complete trial of a round with the lowest evaluation loss."""
+
+    trial: int
+    eval_loss: float
+    step: int
+    adapter: str | None
+    """Path of its best adapter; None when it was removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStatus:
+    """Where a round stands."""
+
+    round: str
+    max_train_steps: int
+    state: Literal["open", "running", "complete"]
+    """running: a process holds it now; open: trials are missing and nobody runs them."""
+    counts: Mapping[str, int]
+    """Trials by state, in the documents' order; waiting counts those promised and not yet begun."""
+    best: BestTrial | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """What running a round file would mean, as `study check` tells it."""
+
+    trials: int
+    max_train_steps: int
+    epochs: float
+    """Passes over the training rows in one trial."""
+    train_rows: int
+    eval_rows: int
+    tokens: int
+    """Training tokens of all trials together."""
+    evaluation_share: float
+    """Part of the work that is evaluation, 0 to 1."""
+    checkpoint_bytes: int
+    peak_memory_bytes: int | None = None
+    """Measured by `--probe`."""
+    hours: float | None = None
+    """Measured by `--probe`."""
+
+
+def round_status(
+    round: str,
+    *,
+    max_train_steps: int,
+    trials: Sequence[Trial],
+    promised: int,
+    is_running: bool,
+    adapters: Mapping[int, str],
+) -> RoundStatus:
+    """Where a round stands, by its trials and the `search.trials` it promised.
+
+    A failed trial is replaced by a new one, so it does not count towards the promise.
+    """
+    by_state = Counter(trial.state for trial in trials)
+    results = sum(trial.state.is_result for trial in trials)
+    by_state[TrialState.WAITING] = max(
+        by_state[TrialState.WAITING], promised - results - by_state[TrialState.RUNNING]
+    )
+    unfinished = by_state[TrialState.WAITING] + by_state[TrialState.RUNNING]
+    return RoundStatus(
+        round=round,
+        max_train_steps=max_train_steps,
+        state="running" if is_running else "open" if unfinished else "complete",
+        counts={state: by_state[TrialState(state)] for state in _SHOWN_STATES},
+        best=_best(trials, adapters),
+    )
+
+
+def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
+    for trial, best in ranked(trials):
+        return BestTrial(trial.number, best.eval_loss, best.step, adapters.get(trial.number))
+    return None
+
+
+def trial_document(trial: Trial, *, adapter: str | None) -> dict[str, Any]:
+    """What `trial show --json` prints, and an element of `trial list --json`.
+
+    `adapter` is the path of its best adapter. An infeasible trial shows its best evaluation from
+    before it diverged: its state says that this is no result.
+    """
+    best = best_evaluation(trial.evaluations)
+    return _document(
+        {
+            "number": trial.number,
+            "round": trial.round,
+            "state": trial.state.value,
+            "reason": trial.reason,
+            "hyperparameters": trial.hyperparameters,
+            "seed": trial.seed,
+            "best_step": best.step if best else None,
+            "best_eval_loss": best.eval_loss if best else None,
+            "settled_step": settled_step(trial.evaluations),
+            "adapter": adapter,
+            "continues": str(trial.continues) if trial.continues else None,
+            "executed_steps": trial.executed_steps,
+            "attempts": len(trial.attempts),
+            "evaluations": [
+                {
+                    "step": evaluation.step,
+                    "train_loss": evaluation.train_loss,
+                    "eval_loss": evaluation.eval_loss,
+                    "learning_rate": evaluation.learning_rate,
+                }
+                for evaluation in trial.evaluations
+            ],
+        }
+    )
+
+
+def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]:
+    """What `study status --json` prints."""
+    return _document(
+        {
+            "study": study,
+            "rounds": [
+                {
+                    "round": status.round,
+                    "max_train_steps": status.max_train_steps,
+                    "state": status.state,
+                    "trials": {state: status.counts.get(state, 0) for state in _SHOWN_STATES},
+                    "best": asdict(status.best) if status.best else None,
+                }
+                for status in rounds
+            ],
+        }
+    )
+
+
+def check_document(mistakes: Sequence[Mistake], plan: RoundPlan | None) -> dict[str, Any]:
+    """What `study check --json` prints; `plan` is None where mistakes kept it from being made."""
+    return _document(
+        {
+            "ok": not mistakes,
+            "errors": [asdict(mistake) for mistake in mistakes],
+            "plan": asdict(plan) if plan else None,
+        }
+    )
+
+
+def dumps(document: Any) -> str:
+    """A document as JSON text, every number that is not finite as null."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _document(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; a number that is not finite becomes null."""
+    match value:
+        case Mapping():
+            return _document(value)
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value

@@ -1,0 +1,188 @@
+"""A round as it runs: a table that redraws itself on a terminal, one line an event elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from tuner.records import Died, Ended, Evaluated, Event, Ready, Started, Trial
+from tuner.report import format
+from tuner.report.board import Board, Row
+from tuner.report.board_table import board_table
+from tuner.report.textplot import marks_for
+
+_REFRESHES_PER_SECOND = 4
+_LINES_AROUND_ROWS = 6
+"""Terminal lines that the rows of the table cannot have: head, progress, what is left out, prompt."""
+
+
+class View(Protocol):
+    """Where the loop shows what happens."""
+
+    def event(self, event: Event) -> None:
+        """A worker said something."""
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        """The facts of the round's trials, as recorded now."""
+
+    def message(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def close(self) -> None:
+        """Leave the last state on the screen; nothing is shown afterwards."""
+
+
+def open_view(
+    *,
+    console: Console,
+    title: str,
+    trials_total: int,
+    max_train_steps: int,
+    searched: Sequence[str] = (),
+    clock: Callable[[], float] = time.monotonic,
+) -> View:
+    """A live table where `console` is an interactive terminal, plain lines elsewhere.
+
+    `console` writes to standard error. `searched` names the hyperparameters worth showing, the
+    most telling first.
+    """
+    board = Board(trials_total=trials_total, max_train_steps=max_train_steps)
+    if console.is_interactive:
+        return _LiveView(console, board, title=title, searched=searched, clock=clock)
+    return _PlainView(console, board, title=title, searched=searched, clock=clock)
+
+
+# --- plain lines ----------------------------------------------------------------------------------
+
+
+class _PlainView:
+    def __init__(
+        self,
+        console: Console,
+        board: Board,
+        *,
+        title: str,
+        searched: Sequence[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._console, self._board, self._searched, self._clock = console, board, searched, clock
+        self.message(f"{title}: {format.count(board.trials_total, 'trial')} of {board.max_train_steps} steps")
+
+    def event(self, event: Event) -> None:
+        known = isinstance(event, Evaluated) and event.evaluation.step in self._seen(event.trial)
+        self._board.take(event, now=self._clock())
+        line = None if known else _line(event, self._board, self._searched)
+        if line is not None:
+            self.message(line + (self._remaining() if isinstance(event, Ended) else ""))
+
+    def _seen(self, trial: int) -> frozenset[int]:
+        row = self._board.rows.get(trial)
+        return frozenset(row.by_step) if row else frozenset()
+
+    def _remaining(self) -> str:
+        eta = self._board.eta_seconds(self._clock())
+        done = f"  ({self._board.num_results} of {self._board.trials_total} trials done"
+        return f"{done}, about {format.duration(eta)} left)" if eta else f"{done})"
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        self._board.sync(trials)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
+    """What plain output says of an event; None for what is said too often to be worth a line."""
+    match event:
+        case Ready():
+            return f"worker ready: {event.device}, {format.count(event.slots, 'slot')}"
+        case Started():
+            chosen = format.settings(board.rows[event.trial].hyperparameters, searched)
+            verb = f"goes on from step {event.step}" if event.step else "starts"
+            return f"trial {event.trial}  {verb}  {chosen}".rstrip()
+        case Evaluated(evaluation=evaluation):
+            step = f"step {evaluation.step}/{board.max_train_steps}"
+            return (
+                f"trial {event.trial}  {step}  eval {format.loss(evaluation.eval_loss)}"
+                f"  best {_best(board.rows[event.trial])}"
+            )
+        case Ended():
+            reason = f": {event.reason}" if event.reason else ""
+            return f"trial {event.trial}  {event.outcome}{reason}  best {_best(board.rows[event.trial])}"
+        case Died():
+            return f"the worker died: {event.reason}"
+        case _:
+            return None
+
+
+def _best(row: Row) -> str:
+    return f"{format.loss(row.best.eval_loss)}@{row.best.step}" if row.best else "-"
+
+
+# --- on a terminal --------------------------------------------------------------------------------
+
+
+class _LiveView:
+    """rich draws from a thread of its own, so whoever touches the board holds the lock."""
+
+    def __init__(
+        self,
+        console: Console,
+        board: Board,
+        *,
+        title: str,
+        searched: Sequence[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._console, self._board, self._title = console, board, title
+        self._searched, self._clock = searched, clock
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._live = Live(
+            get_renderable=self._draw,
+            console=console,
+            refresh_per_second=_REFRESHES_PER_SECOND,
+            redirect_stdout=False,
+        )
+        self._live.start()
+
+    def event(self, event: Event) -> None:
+        with self._lock:
+            self._board.take(event, now=self._clock())
+            line = _line(event, self._board, self._searched)
+        is_news = isinstance(event, Died) or (
+            isinstance(event, Ended) and event.outcome in ("infeasible", "failed")
+        )
+        if is_news and line is not None:
+            self.message(line)
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        with self._lock:
+            self._board.sync(trials)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, emoji=False, highlight=False)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._live.stop()
+
+    def _draw(self) -> RenderableType:
+        with self._lock:
+            room = None if self._is_closed else max(1, self._console.height - _LINES_AROUND_ROWS)
+            return board_table(
+                self._board,
+                title=self._title,
+                searched=self._searched,
+                now=self._clock(),
+                max_rows=room,
+                marks=marks_for(self._console.options.ascii_only),
+            )

@@ -1,0 +1,235 @@
+"""The three plots of a round, as plotly figures that work on a light and on a dark page.
+
+Used by the HTML report and, through the study's page, by optuna-dashboard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tuner.playbook.selection import best_evaluation, ranked, settled_step
+from tuner.records import Evaluation, Trial, TrialState
+from tuner.report import format
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+ACCENT = "#2a7de1"
+"""What is best."""
+WARNING = "#d9822b"
+"""Infeasible trials, and where a best step says something of the horizon."""
+QUIET = "#8a94a6"
+"""Everything that is there for comparison."""
+EARLY_SHARE, LATE_SHARE = 0.10, 0.75
+"""Best steps before the first say that the horizon is too long, after the second too short."""
+
+
+def best_steps_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:
+    """Where in the run each complete trial was best, and where it had settled; the best on top."""
+    order = ranked(trials)
+    figure = _figure("step", "", height=140 + 26 * max(4, len(order)))
+    if not order:
+        return _say_empty(figure, "No trial is complete yet.")
+    names = [f"trial {trial.number}  {format.loss(best.eval_loss)}" for trial, best in order]
+    settled = [_settled(trial, best) for trial, best in order]
+    for name, (_, best), done in zip(names, order, settled, strict=True):
+        figure.add_scatter(
+            x=[done, best.step],
+            y=[name, name],
+            mode="lines",
+            line={"color": QUIET, "width": 2},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    figure.add_scatter(
+        x=settled,
+        y=names,
+        mode="markers",
+        cliponaxis=False,
+        name="settled: no worse than the best beyond noise",
+        marker={"symbol": "circle-open", "size": 11, "color": QUIET, "line": {"width": 2}},
+        hovertemplate="%{y}<br>settled at step %{x}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[best.step for _, best in order],
+        y=names,
+        mode="markers",
+        cliponaxis=False,
+        name="best step",
+        marker={"size": 11, "color": ACCENT},
+        customdata=[format.percent(best.step / max_train_steps) for _, best in order],
+        hovertemplate="%{y}<br>best at step %{x} (%{customdata} of the run)<extra></extra>",
+    )
+    _mark_zones(figure, max_train_steps)
+    figure.update_layout(margin_t=30)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(range=[-0.02 * max_train_steps, 1.02 * max_train_steps])
+    return figure
+
+
+def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:
+    """Evaluation loss against the step, a line a trial; stars are best steps.
+
+    The loss axis ends a little above the untouched model's loss, so that a divergence does not
+    flatten the rest.
+    """
+    figure = _figure("step", "evaluation loss", height=420, has_legend=False)
+    order = ranked(trials)
+    leader = order[0][0].number if order else None
+    drawn = [trial for trial in trials if best_evaluation(trial.evaluations) is not None]
+    if not drawn:
+        return _say_empty(figure, "No trial has been evaluated yet.")
+    for trial in sorted(drawn, key=lambda trial: trial.number == leader):
+        _add_curve(figure, trial, is_leader=trial.number == leader)
+    figure.update_xaxes(range=[-0.02 * max_train_steps, 1.02 * max_train_steps])
+    figure.update_yaxes(range=_loss_range(drawn))
+    return figure
+
+
+def learning_rate_figure(trials: Sequence[Trial]) -> go.Figure:
+    """Best loss against the learning rate; infeasible trials, which have none, stand at the top."""
+    figure = _figure("learning rate", "best evaluation loss", height=380)
+    done = [(trial, best.eval_loss) for trial, best in ranked(trials) if _rate(trial) is not None]
+    lost = [t for t in trials if t.state is TrialState.INFEASIBLE and _rate(t) is not None]
+    if not done and not lost:
+        return _say_empty(figure, "No trial is complete yet.")
+    losses = [loss for _, loss in done] or [1.0]
+    top = max(losses) + 0.08 * ((max(losses) - min(losses)) or abs(max(losses)) or 1.0)
+    _add_rates(figure, "best", done[:1], color=ACCENT, symbol="circle")
+    _add_rates(figure, "complete", done[1:], color=QUIET, symbol="circle")
+    _add_rates(figure, "infeasible", [(trial, top) for trial in lost], color=WARNING, symbol="x")
+    rates = [rate for trial, _ in [*done, *((t, top) for t in lost)] if (rate := _rate(trial)) is not None]
+    ticks = _rate_ticks(rates)
+    margins = [math.log10(min(rates)) - 0.15, math.log10(max(rates)) + 0.15]
+    figure.update_xaxes(
+        type="log", range=margins, tickvals=ticks, ticktext=[format.number(tick) for tick in ticks]
+    )
+    return figure
+
+
+def _add_rates(
+    figure: go.Figure, name: str, points: Sequence[tuple[Trial, float]], *, color: str, symbol: str
+) -> None:
+    if not points:
+        return
+    figure.add_scatter(
+        x=[_rate(trial) for trial, _ in points],
+        y=[loss for _, loss in points],
+        name=name,
+        mode="markers+text",
+        text=[str(trial.number) for trial, _ in points],
+        textposition="bottom center" if symbol == "x" else "top center",
+        marker={"size": 11, "color": color, "symbol": symbol},
+        cliponaxis=False,
+        customdata=[_safe(trial.reason or f"best loss {format.loss(loss)}") for trial, loss in points],
+        hovertemplate="trial %{text}<br>learning rate %{x:.3g}<br>%{customdata}<extra></extra>",
+    )
+
+
+def _rate_ticks(rates: Sequence[float]) -> list[float]:
+    """Round numbers around the rates: powers of ten, with more between them the fewer there are."""
+    low, high = math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates)))
+    factors = (1,) if high - low > 2 else (1, 2, 5) if high - low > 1 else (1, 2, 3, 5, 7)
+    return [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
+
+
+def _rate(trial: Trial) -> float | None:
+    rate = trial.hyperparameters.get("learning_rate")
+    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    return float(rate) if is_number and float(rate) > 0 else None  # type: ignore[arg-type]
+
+
+def _settled(trial: Trial, best: Evaluation) -> int:
+    step = settled_step(trial.evaluations)
+    return best.step if step is None else step
+
+
+def _add_curve(figure: go.Figure, trial: Trial, *, is_leader: bool) -> None:
+    points = [(e.step, e.eval_loss) for e in trial.evaluations if math.isfinite(e.eval_loss)]
+    best = best_evaluation(trial.evaluations)
+    assert best is not None
+    lost = trial.state is TrialState.INFEASIBLE
+    color = ACCENT if is_leader else WARNING if lost else QUIET
+    name = f"trial {trial.number}"
+    about = [format.settings(trial.hyperparameters, ("learning_rate", "lora_r")), trial.reason or ""]
+    figure.add_scatter(
+        x=[step for step, _ in points],
+        y=[loss for _, loss in points],
+        mode="lines",
+        name=name,
+        line={"color": color, "width": 3 if is_leader else 1.5, "dash": "dot" if lost else "solid"},
+        opacity=1 if is_leader else 0.7,
+        showlegend=False,
+        hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4f}}<br>{_safe(' '.join(about))}<extra></extra>",
+    )
+    if not lost:
+        figure.add_scatter(
+            x=[best.step],
+            y=[best.eval_loss],
+            mode="markers",
+            cliponaxis=False,
+            name=name,
+            showlegend=False,
+            marker={"symbol": "star", "size": 14 if is_leader else 9, "color": color},
+            hovertemplate=f"{name}, best<br>step %{{x}}: %{{y:.4f}}<extra></extra>",
+        )
+
+
+def _loss_range(trials: Sequence[Trial]) -> list[float]:
+    """From below the best loss to above the untouched model's; to the largest where it was not measured."""
+    losses = [e.eval_loss for t in trials for e in t.evaluations if math.isfinite(e.eval_loss)]
+    untouched = [t.evaluations[0].eval_loss for t in trials if t.evaluations[0].step == 0]
+    finite = [loss for loss in untouched if math.isfinite(loss)]
+    low, high = min(losses), max(finite) if finite else max(losses)
+    margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.1
+    return [low - margin, high + margin]
+
+
+def _mark_zones(figure: go.Figure, max_train_steps: int) -> None:
+    early, late = EARLY_SHARE * max_train_steps, LATE_SHARE * max_train_steps
+    for start, end, text in ((0, early, "first 10%"), (late, max_train_steps, "last 25%")):
+        figure.add_vrect(x0=start, x1=end, fillcolor=WARNING, opacity=0.12, line_width=0, layer="below")
+        figure.add_annotation(
+            x=(start + end) / 2,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text=text,
+            showarrow=False,
+            font={"size": 11, "color": WARNING},
+        )
+    figure.add_vline(x=max_train_steps, line={"color": QUIET, "dash": "dash", "width": 1})
+
+
+def _figure(x_title: str, y_title: str, *, height: int, has_legend: bool = True) -> go.Figure:
+    import plotly.graph_objects as go  # half a second: only for those who draw
+
+    grid = {"gridcolor": "rgba(128,128,128,0.18)", "zeroline": False, "automargin": True}
+    return go.Figure(
+        layout={
+            "height": height,
+            "margin": {"l": 10, "r": 10, "t": 12, "b": 70 if has_legend else 40},
+            "template": "none",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": QUIET},
+            "xaxis": {"title": {"text": x_title}, **grid},
+            "yaxis": {"title": {"text": y_title}, **grid},
+            "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
+            "hovermode": "closest",
+        }
+    )
+
+
+def _say_empty(figure: go.Figure, text: str) -> go.Figure:
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(x=0.5, y=0.5, xref="paper", yref="paper", text=text, showarrow=False)
+    return figure
+
+
+def _safe(text: str) -> str:
+    """Text for a hover label, where plotly reads a few HTML tags and its own %{} fields."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")

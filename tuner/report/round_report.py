@@ -1,0 +1,137 @@
+"""All that a report on one round is made from, gathered once for terminal, page and notes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tuner.playbook.findings import Finding
+from tuner.playbook.horizon import Diagnosis
+from tuner.playbook.reading import Reading
+from tuner.playbook.results import RoundResults
+from tuner.playbook.selection import ranked
+from tuner.records import (
+    Choices,
+    Dimension,
+    Evaluation,
+    Fixed,
+    Range,
+    RoundRecord,
+    TimesSqrtRank,
+    Trial,
+    TrialState,
+    searched,
+)
+from tuner.report import format
+from tuner.report.rows import best_first
+
+_SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
+"""Findings that repeat the evidence; overfitting has advice of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """A round, what the playbook reads in it, and what the user can do with it."""
+
+    study: str
+    goal: str
+    """What the user wanted to know; may be empty."""
+    record: RoundRecord
+    results: RoundResults
+    reading: Reading
+    adapters: Mapping[int, str]
+    """Path of the best adapter, for each trial that has one."""
+    next_command: str
+    """What to type next, exactly."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions and hardware by name, as the report shows them."""
+
+    @property
+    def name(self) -> str:
+        """`STUDY/ROUND`."""
+        return f"{self.study}/{self.record.name}"
+
+    @property
+    def max_train_steps(self) -> int:
+        """The round's horizon."""
+        return self.results.max_train_steps
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Complete trials by loss, then the others by number."""
+        return best_first(self.results.trials)
+
+    @property
+    def ranked(self) -> tuple[tuple[Trial, Evaluation], ...]:
+        """Complete trials with their best evaluations, best first."""
+        return ranked(self.results.trials)
+
+    @property
+    def num_promised(self) -> int:
+        """`search.trials` of the round file; the number of results where the record does not say."""
+        search = self.record.spec.get("search", {})
+        return int(search.get("trials", len(self.results.results)))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every promised trial has a result."""
+        return len(self.results.results) >= self.num_promised
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Trials by state, those without any left out."""
+        by_state = {state: sum(t.state is state for t in self.results.trials) for state in TrialState}
+        return {state.value: count for state, count in by_state.items() if count}
+
+    @property
+    def untouched_loss(self) -> float | None:
+        """The loss of the base without an adapter, where it was measured and is finite."""
+        first = (trial.evaluations[0] for trial in self.trials if trial.evaluations)
+        losses = (evaluation.eval_loss for evaluation in first if evaluation.step == 0)
+        return next((loss for loss in losses if math.isfinite(loss)), None)
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps that all trials together have run."""
+        return sum(trial.executed_steps for trial in self.results.trials)
+
+    @property
+    def inherited_steps(self) -> int:
+        """Steps that need not be run again because trials went on from other ones."""
+        return sum(trial.continues.step for trial in self.results.trials if trial.continues)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the checklist adds to the evidence, the most serious first."""
+        order = ("problem", "warning", "info")
+        more = [finding for finding in self.reading.findings if finding.rule not in _SAID_BY_THE_EVIDENCE]
+        return tuple(sorted(more, key=lambda finding: order.index(finding.severity)))
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """Hyperparameters worth a column: those that were searched, and those that vary nevertheless."""
+        names = dict.fromkeys((*searched(self.results.space), *format.varying(self.results.trials)))
+        return tuple(names)
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """What every trial had in common, as text: the conclusions hold for these values."""
+        return {
+            name: describe(dimension)
+            for name, dimension in self.results.space.items()
+            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in self.shown_names
+        }
+
+
+def describe(dimension: Dimension) -> str:
+    """What a round file says of a hyperparameter, in words: `1e-5 to 0.003, logarithmic`."""
+    match dimension:
+        case Fixed(value=value):
+            return format.value(value)
+        case Choices(values=values):
+            return ", ".join(format.value(value) for value in values)
+        case Range(low=low, high=high, log=log):
+            return f"{format.number(low)} to {format.number(high)}{', logarithmic' if log else ''}"
+        case TimesSqrtRank(factor=factor):
+            return f"{format.number(factor)} x sqrt(lora_r)"

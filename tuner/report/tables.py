@@ -1,0 +1,178 @@
+"""What `study status`, `study check`, `trial list` and `trial show` print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from tuner.playbook.selection import best_evaluation, settled_step
+from tuner.records import Trial, TrialState
+from tuner.report import format, textplot
+from tuner.report.board_table import STATE_STYLES
+from tuner.report.documents import RoundPlan, RoundStatus
+from tuner.report.fitted_table import Column, FittedTable, column
+from tuner.report.rows import best_first, trial_cells, trial_headers
+
+_PLOT_HEIGHT = 12
+_WIDEST_PLOT = 80
+_PLOT_MARGIN = 12
+"""Characters left of a curve, its axis labels included."""
+
+
+def status_table(
+    study: str, rounds: Sequence[RoundStatus], *, eta_seconds: float | None = None
+) -> RenderableType:
+    """The rounds of a study with their trials, and what is best in the latest that has a best."""
+    if not rounds:
+        return Text(f"{study}: no round has begun")
+    best = [status.best for status in rounds]
+    table = FittedTable(
+        [
+            Column("round", tuple(Text(status.round) for status in rounds), rank=0, is_number=False),
+            column("steps", [str(status.max_train_steps) for status in rounds], rank=3),
+            Column("state", tuple(Text(status.state) for status in rounds), rank=2, is_number=False),
+            column("trials", [format.counts(status.counts) for status in rounds], rank=5, min_width=12),
+            column("best loss", [format.loss(b.eval_loss if b else None) for b in best], rank=1),
+            column("trial", [str(b.trial) if b else format.NOTHING for b in best], rank=4),
+            column("best step", [str(b.step) if b else format.NOTHING for b in best], rank=6),
+        ]
+    )
+    lines: list[RenderableType] = [Text(study, style="bold"), table]
+    last = next((status for status in reversed(rounds) if status.best is not None), None)
+    if last is not None and last.best is not None:
+        where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is gone"
+        lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
+    if eta_seconds is not None:
+        lines.append(Text(f"about {format.duration(eta_seconds)} left at the pace so far"))
+    return Group(*lines)
+
+
+def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None) -> RenderableType:
+    """A row a trial, by round and best loss; `names` are the hyperparameters shown, else those that vary."""
+    shown = format.varying(trials) if names is None else tuple(names)
+    rounds = dict.fromkeys(trial.round for trial in trials)
+    order = [best_first([trial for trial in trials if trial.round == round]) for round in rounds]
+    rows = [trial for own in order for trial in own]
+    leaders = [own[0] for own in order if own[0].state is TrialState.COMPLETE]
+    cells = [trial_cells(trial, shown) for trial in rows]
+    columns = [column(name, [row[i] for row in cells], rank=0) for i, name in enumerate(trial_headers(shown))]
+    first, *chosen, loss, step, settled, _, remarks = columns
+    states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
+    names_of_trials = tuple(Text(f"{trial.round}/{trial.number}") for trial in rows)
+    return FittedTable(
+        [
+            replace(first, cells=names_of_trials, is_number=False),
+            *(replace(other, rank=6 if i else 2) for i, other in enumerate(chosen)),
+            replace(loss, rank=1),
+            replace(step, rank=4),
+            replace(settled, rank=7),
+            Column("state", states, rank=3, is_number=False),
+            replace(remarks, rank=5, is_number=False, min_width=20),
+        ],
+        row_styles=["bold" if any(trial is leader for leader in leaders) else "" for trial in rows],
+    )
+
+
+def trial_page(trial: Trial, *, max_train_steps: int, adapter: str | None) -> RenderableType:
+    """All of one trial: what came of it, its hyperparameters, its curve and its evaluations."""
+    head = Text.assemble(
+        (f"{trial.round}/{trial.number}", "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state])
+    )
+    return Group(
+        head,
+        *([Text(trial.reason)] if trial.reason else []),
+        _pairs(_trial_facts(trial, max_train_steps=max_train_steps, adapter=adapter)),
+        Text("\nhyperparameters", style="bold"),
+        _pairs({name: format.value(value) for name, value in trial.hyperparameters.items()}),
+        Text("\ncurve", style="bold"),
+        _Curve(trial, max_train_steps),
+        Text("\nevaluations", style="bold"),
+        _evaluations_table(trial),
+    )
+
+
+def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> dict[str, str]:
+    best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
+    facts = {"seed": str(trial.seed)}
+    if best is not None:
+        share = format.percent(best.step / max_train_steps)
+        facts["best loss"] = (
+            f"{format.loss(best.eval_loss)} at step {best.step} of {max_train_steps} ({share})"
+        )
+        facts["settled"] = f"at step {settled}"
+    facts["adapter"] = adapter or format.NOTHING
+    if trial.continues is not None:
+        facts["continues"] = str(trial.continues)
+    attempts = format.count(len(trial.attempts), "attempt")
+    facts["executed"] = f"{format.count(trial.executed_steps, 'step')} in {attempts}"
+    return facts
+
+
+def _evaluations_table(trial: Trial) -> FittedTable:
+    best, made = best_evaluation(trial.evaluations), trial.evaluations
+    rates = [format.NOTHING if e.learning_rate is None else format.number(e.learning_rate) for e in made]
+    return FittedTable(
+        [
+            column("step", [str(e.step) for e in made], rank=0),
+            column("train loss", [format.loss(e.train_loss) for e in made], rank=2),
+            column("eval loss", [format.loss(e.eval_loss) for e in made], rank=1),
+            column("learning rate", rates, rank=3),
+        ],
+        row_styles=["bold green" if e is best else "" for e in made],
+    )
+
+
+class _Curve:
+    """A trial's curve, as wide as the console and in characters it can write."""
+
+    def __init__(self, trial: Trial, max_train_steps: int) -> None:
+        self._trial, self._max_train_steps = trial, max_train_steps
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        marks = textplot.marks_for(options.ascii_only)
+        lines = textplot.curve(
+            self._trial.evaluations,
+            max_train_steps=self._max_train_steps,
+            width=max(10, min(_WIDEST_PLOT, options.max_width - _PLOT_MARGIN)),
+            height=_PLOT_HEIGHT,
+            marks=marks,
+        )
+        if not lines:
+            yield Text("no evaluation yet")
+            return
+        for line in lines:
+            yield Text(line, no_wrap=True, overflow="crop")
+        legend = f"{marks.eval_loss} eval loss  {marks.train_loss} train loss  {marks.best} best"
+        above = f"  {marks.above} off the scale" if any(marks.above in line for line in lines) else ""
+        yield Text(legend + above, style="dim")
+
+
+def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> RenderableType:
+    """The plan of `study check`, and remarks on the data below it."""
+    work = f"{format.count(plan.trials, 'trial')} x {format.count(plan.max_train_steps, 'step')}"
+    share = format.percent(plan.evaluation_share)
+    facts = {
+        "work": f"{work} = {plan.trials * plan.max_train_steps:,}",
+        "each trial sees": f"{format.number(plan.epochs)} epochs of {format.count(plan.train_rows, 'row')}",
+        "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
+        "training tokens": f"{plan.tokens:,}",
+        "checkpoints": f"up to {format.size(plan.checkpoint_bytes)} on disk",
+    }
+    if plan.peak_memory_bytes is not None:
+        facts["peak memory"] = format.size(plan.peak_memory_bytes)
+    if plan.hours is not None:
+        facts["time"] = f"about {format.duration(3600 * plan.hours)}"
+    return Group(Text(title, style="bold"), _pairs(facts), *(Text(remark) for remark in remarks))
+
+
+def _pairs(facts: Mapping[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(Text(name), Text(fact))
+    return table

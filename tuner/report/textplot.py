@@ -1,0 +1,123 @@
+"""Learning curves drawn with characters, for terminals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.playbook.selection import best_evaluation
+from tuner.records import Evaluation
+from tuner.report import format
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The characters of a drawing."""
+
+    levels: str
+    """From low to high."""
+    ahead: str
+    """A part of the run that is still to come."""
+    not_finite: str
+    eval_loss: str
+    train_loss: str
+    best: str
+    above: str
+    """A loss above the top of the plot."""
+    axis: str
+    corner: str
+    floor: str
+    bar: str
+    """A progress bar's; empty where it could not be told from what is still to come."""
+
+
+UNICODE = Marks("▁▂▃▄▅▆▇█", "·", "×", "●", "·", "★", "▲", "│", "└", "─", "━")
+ASCII = Marks("_.:-=+*#", " ", "x", "o", ".", "*", "^", "|", "+", "-", "")
+
+
+def marks_for(ascii_only: bool) -> Marks:
+    """Characters that a console's encoding can write: rich's `console.options.ascii_only` says which."""
+    return ASCII if ascii_only else UNICODE
+
+
+def sparkline(
+    evaluations: Sequence[Evaluation],
+    *,
+    step: int,
+    max_train_steps: int,
+    width: int = 12,
+    marks: Marks = UNICODE,
+) -> str:
+    """A run in `width` characters: where it stands is how far it reaches, the loss is the height.
+
+    Each character shows the last evaluation of its part of the run, or the one before where it has
+    none; what lies after `step` is still to come.
+    """
+    finite = [e.eval_loss for e in evaluations if math.isfinite(e.eval_loss)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    line, reached = "", math.ceil(width * min(step, max_train_steps) / max(1, max_train_steps))
+    for cell in range(1, width + 1):
+        seen = [e.eval_loss for e in evaluations if e.step * width <= cell * max_train_steps]
+        if cell > max(reached, 1) or not seen:
+            line += marks.ahead
+        elif not math.isfinite(seen[-1]):
+            line += marks.not_finite
+        else:
+            share = (seen[-1] - low) / (high - low) if high > low else 0.0
+            line += marks.levels[round(share * (len(marks.levels) - 1))]
+    return line
+
+
+def curve(
+    evaluations: Sequence[Evaluation],
+    *,
+    max_train_steps: int,
+    width: int = 60,
+    height: int = 12,
+    marks: Marks = UNICODE,
+) -> list[str]:
+    """Evaluation and train loss against the step, as lines of text with axes; empty without a loss.
+
+    The top of the plot is at most twice the first evaluation's loss, so that a divergence does not
+    flatten the rest; what lies above is drawn at the edge.
+    """
+    losses = [(e.step, e.eval_loss) for e in evaluations if math.isfinite(e.eval_loss)]
+    if not losses:
+        return []
+    trained = [(e.step, e.train_loss) for e in evaluations if e.train_loss is not None]
+    finite = [loss for _, loss in [*losses, *trained] if math.isfinite(loss)]
+    low, high = min(finite), min(max(finite), 2 * abs(losses[0][1]) or 1.0)
+    high = high if high > low else low + max(1e-4, 1e-3 * abs(low))
+    grid = [[" "] * width for _ in range(height)]
+
+    def draw(step: int, loss: float, mark: str) -> None:
+        if not math.isfinite(loss):
+            return
+        column = round(min(step / max(1, max_train_steps), 1.0) * (width - 1))
+        row = round((high - min(loss, high)) / (high - low) * (height - 1))
+        grid[row][column] = marks.above if loss > high else mark
+
+    for step, loss in trained:
+        draw(step, loss, marks.train_loss)
+    for step, loss in losses:
+        draw(step, loss, marks.eval_loss)
+    best = best_evaluation(evaluations)
+    if best is not None:
+        draw(best.step, best.eval_loss, marks.best)
+    return _with_axes(grid, low=low, high=high, max_train_steps=max_train_steps, marks=marks)
+
+
+def _with_axes(
+    grid: list[list[str]], *, low: float, high: float, max_train_steps: int, marks: Marks
+) -> list[str]:
+    height, width = len(grid), len(grid[0])
+    labels = {0: high, height // 2: high - (high - low) * (height // 2) / (height - 1), height - 1: low}
+    margin = max(len(format.loss(level)) for level in labels.values())
+    lines = [
+        f"{format.loss(labels[row]) if row in labels else '':>{margin}} {marks.axis}{''.join(cells).rstrip()}"
+        for row, cells in enumerate(grid)
+    ]
+    lines.append(f"{'':>{margin}} {marks.corner}{marks.floor * width}")
+    ends = f"0{f'step {max_train_steps}':>{width - 1}}"
+    return [*lines, f"{'':>{margin}}  {ends}"]

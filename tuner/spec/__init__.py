@@ -1,0 +1,38 @@
+"""What a round file says: reading it, or naming the line that is wrong; writing one with comments."""
+
+from .changes import refused_changes
+from .dimensions import dimension_to_yaml
+from .editing import DELETE, edit_round
+from .hyperparameters import HYPERPARAMETERS
+from .new_round import new_round
+from .reading import RoundFile, load_round, read_round
+from .round import RoundSpec
+from .sections import (
+    CheckpointsSpec,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    RunSpec,
+    SearchSpec,
+    SourceSpec,
+)
+
+__all__ = [
+    "DELETE",
+    "HYPERPARAMETERS",
+    "CheckpointsSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "ModelSpec",
+    "RoundFile",
+    "RoundSpec",
+    "RunSpec",
+    "SearchSpec",
+    "SourceSpec",
+    "dimension_to_yaml",
+    "edit_round",
+    "load_round",
+    "new_round",
+    "read_round",
+    "refused_changes",
+]

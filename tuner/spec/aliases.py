@@ -1,0 +1,127 @@
+"""The names people know from other fine-tuning programs and Optuna, and tuner's name for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Alias(NamedTuple):
+    """Several ways to type one name."""
+
+    meant: str
+    """Dotted name of the key, or a value."""
+    typed: str
+    """Lower case, separated by blanks."""
+    reason: str = ""
+    """What to know before renaming, since the value may have to change too."""
+
+
+_STEPS_NOT_EPOCHS = "it counts optimizer steps: epochs x training rows / batch_size"
+_STEPS_NOT_SHARE = "it counts optimizer steps, not a share of the run"
+_WHOLE_BATCH = (
+    "it counts the sequences of one optimizer step, accumulated micro-batches included; "
+    "how it is cut into micro-batches is not a hyperparameter"
+)
+
+KEYS = (
+    Alias(
+        "max_train_steps",
+        "max_steps num_train_steps train_steps num_steps n_steps steps total_steps max_iters",
+    ),
+    Alias(
+        "max_train_steps", "num_train_epochs num_epochs n_epochs epochs epoch max_epochs", _STEPS_NOT_EPOCHS
+    ),
+    Alias("hyperparameters.learning_rate", "lr base_lr peak_lr max_lr learning_rates"),
+    Alias("hyperparameters.lora_r", "lora_rank r rank lora_dim lora_n adapter_rank"),
+    Alias("hyperparameters.lora_alpha", "alpha lora_scaling scaling"),
+    Alias(
+        "hyperparameters.target_modules", "lora_target_modules lora_target lora_target_linear lora_modules"
+    ),
+    Alias(
+        "hyperparameters.batch_size",
+        "per_device_train_batch_size per_gpu_train_batch_size train_batch_size micro_batch_size "
+        "gradient_accumulation_steps grad_accum_steps accumulation_steps "
+        "global_batch_size effective_batch_size bs",
+        _WHOLE_BATCH,
+    ),
+    Alias("hyperparameters.optimizer", "optim optimiser optimizer_name optimizer_type"),
+    Alias("hyperparameters.warmup_steps", "warmup num_warmup_steps lr_warmup_steps"),
+    Alias("hyperparameters.warmup_steps", "warmup_ratio warmup_fraction", _STEPS_NOT_SHARE),
+    Alias("hyperparameters.schedule", "lr_scheduler_type lr_scheduler lr_schedule scheduler scheduler_type"),
+    Alias("hyperparameters.decay_steps", "decay num_decay_steps lr_decay_steps cooldown_steps"),
+    Alias("hyperparameters.decay_steps", "decay_ratio decay_fraction cooldown_fraction", _STEPS_NOT_SHARE),
+    Alias("hyperparameters.lora_dropout", "dropout dropout_rate"),
+    Alias("hyperparameters.use_rslora", "rslora use_rs_lora rs_lora"),
+    Alias("hyperparameters.use_dora", "dora peft_use_dora"),
+    Alias("hyperparameters.loraplus_ratio", "loraplus_lr_ratio lora_plus_ratio loraplus"),
+    Alias("hyperparameters.lora_init", "init_lora_weights init_weights lora_initialization"),
+    Alias("hyperparameters.weight_decay", "wd decoupled_weight_decay"),
+    Alias("hyperparameters.adam_beta1", "beta1 beta_1 adam_beta_1 betas adam_betas"),
+    Alias("hyperparameters.adam_beta2", "beta2 beta_2 adam_beta_2"),
+    Alias("hyperparameters.adam_epsilon", "eps epsilon adam_eps"),
+    Alias(
+        "hyperparameters.max_grad_norm",
+        "grad_clip clip_grad_norm gradient_clipping gradient_clip_val max_norm",
+    ),
+    Alias("hyperparameters.training_seed", "seed train_seed data_seed random_seed"),
+    Alias("model.path", "model_name_or_path base_model model_name model_id pretrained_model name"),
+    Alias("model.dtype", "torch_dtype precision bf16 fp16 fp32 mixed_precision"),
+    Alias("model.quantization", "load_in_4bit quantization_bit bnb_4bit_quant_type", "nf4 is the 4-bit form"),
+    Alias("model.quantization", "load_in_8bit", "int8 is the 8-bit form"),
+    Alias("data.train", "dataset datasets train_file train_data train_dataset dataset_name"),
+    Alias("data.eval", "eval_dataset test_datasets eval_file validation_file validation valid val dev"),
+    Alias(
+        "data.eval_fraction",
+        "val_set_size val_size validation_split eval_split test_size",
+        "it is a share of the rows, between 0 and 1",
+    ),
+    Alias("data.max_length", "max_seq_length max_seq_len sequence_len seq_len cutoff_len block_size"),
+    Alias(
+        "data.loss_on",
+        "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss",
+        "it says completion, or all to train on the prompt too",
+    ),
+    Alias("search.trials", "n_trials num_trials num_samples max_trials"),
+    Alias("search.sampler", "algorithm search_algorithm searcher"),
+    Alias("search.enqueue", "enqueue_trial enqueue_trials baseline baselines points_to_evaluate"),
+    Alias("evaluation", "eval evaluate"),
+    Alias("evaluation.every_steps", "eval_steps eval_every eval_interval eval_freq eval_every_steps"),
+    Alias("evaluation.batch_size", "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size"),
+    Alias("evaluation.max_examples", "max_eval_samples max_eval_examples eval_examples num_eval_examples"),
+    Alias("checkpoints.directory", "output_dir save_dir out_dir checkpoint_dir dir"),
+    Alias("checkpoints.keep_best", "save_total_limit num_checkpoints keep"),
+    Alias("run.slots", "n_jobs num_slots parallel_trials"),
+    Alias("run.production_steps", "production max_production_steps"),
+    Alias("storage", "storage_url database database_url db"),
+    Alias("study", "study_name project experiment"),
+    Alias("round", "round_name run_name"),
+)
+
+NOT_KEYS = (
+    Alias("tuner fits this to the machine by itself", "gradient_checkpointing device_map device num_workers"),
+    Alias(
+        "tuner saves the best step and what it takes to go on by itself",
+        "save_steps save_strategy save_every",
+    ),
+    Alias(
+        "the step that is kept is always the one with the lowest evaluation loss, chosen after the run",
+        "metric_for_best_model load_best_model_at_end early_stopping early_stopping_patience direction",
+    ),
+)
+"""Settings of other programs that have no counterpart; `meant` is the reason."""
+
+VALUES = (
+    Alias("adamw", "adam adamw_torch adamw_hf adamw_torch_fused"),
+    Alias("adamw_8bit", "adamw_bnb_8bit paged_adamw_8bit adam_8bit adam8bit adamw8bit"),
+    Alias("constant", "constant_with_warmup flat"),
+    Alias("linear", "wsd warmup_stable_decay linear_decay trapezoidal"),
+    Alias("cosine", "cosine_annealing cosine_with_restarts cosine_with_min_lr"),
+    Alias("default", "kaiming kaiming_uniform"),
+    Alias("quasi-random", "qmc sobol halton quasi_random quasirandom"),
+    Alias("gp", "bayesian gaussian_process bo"),
+    Alias("bfloat16", "bf16"),
+    Alias("float32", "fp32 float"),
+    Alias("nf4", "4bit int4 fp4"),
+    Alias("int8", "8bit"),
+    Alias("completion", "assistant response output outputs completion_only"),
+)

@@ -1,0 +1,171 @@
+"""Changing single keys of a round file's text, so that every other line stays as its author wrote it.
+
+ruamel's own round trip normalises blanks and loses track of comments around replaced blocks; its nodes know
+where each key and value stands, so the text is cut and spliced there instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tuner.errors import InputError
+
+from .layout import Entry, Layout, Section
+from .yaml_text import YamlError, one_line, parse, plain
+
+
+class _Delete:
+    def __repr__(self) -> str:
+        return "DELETE"
+
+
+DELETE: Final = _Delete()
+"""As a change: remove the key, so that its default holds."""
+
+
+def edit_round(text: str, changes: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    """The text with some keys set, added or deleted; keys are dotted, such as `search.trials`.
+
+    A comment goes to the end of its key's line, in place of the one there; where several keys share a line,
+    each is named. A list of mappings is written one item a line. Doing it again changes nothing. Raises
+    InputError when the text is no YAML mapping, or is built so (aliases, say) that a change would reach other
+    keys too.
+    """
+    try:
+        wanted = parse(text).document
+    except YamlError as error:
+        raise InputError(f"the round file cannot be edited: line {error.line}: {error}") from None
+    if not isinstance(wanted, dict):
+        raise InputError("the round file cannot be edited: it has no `key: value` lines")
+    for key, value in changes.items():
+        path = key.split(".")
+        _set(wanted, path, value)
+        layout = Layout.of(text)
+        text = _delete(layout, path) if value is DELETE else _put(layout, layout.root, path, value)
+    text = _annotate(
+        text, {key: comment for key, comment in comments.items() if changes.get(key) is not DELETE}
+    )
+    if not _reads_as(text, wanted):
+        keys = ", ".join([*changes, *comments])
+        raise InputError(
+            f"{keys} cannot be changed without reaching other parts of the round file (does it use "
+            "aliases?); change it by hand"
+        )
+    return text
+
+
+def _put(layout: Layout, section: Section, path: list[str], value: Any) -> str:
+    """Set a key, writing the sections that lead to it where there are none."""
+    entry = section.find(path[0])
+    if entry is None:
+        return _insert(layout, section, path[0], _nested(path[1:], value))
+    if len(path) == 1 or entry.inside is None:
+        return _replace(layout, entry, _nested(path[1:], value), in_flow=section.is_flow)
+    return _put(layout, entry.inside, path[1:], value)
+
+
+def _replace(layout: Layout, entry: Entry, value: Any, *, in_flow: bool) -> str:
+    """Write another value. A comment on a block's first line stays, one on its last line goes with it."""
+    text = layout.text
+    line = text[entry.colon : layout.line_end(entry.colon)] if entry.is_block else ""
+    after = layout.line_end(entry.end) if entry.is_block else entry.end
+    if not in_flow and _is_written_as_block(value):
+        comment = line or text[entry.end : layout.line_end(entry.end)]
+        items = _items(value, indent=_column(layout, entry) + 2, text=text)
+        return f"{text[: entry.colon]}{comment.rstrip()}{items}{text[layout.line_end(entry.end) :]}"
+    start = entry.colon if entry.is_block else entry.value_start
+    blank = " " if start == entry.colon else ""
+    return f"{text[:start]}{blank}{one_line(value)}{line.rstrip()}{text[after:]}"
+
+
+def _insert(layout: Layout, section: Section, name: str, value: Any) -> str:
+    """Add a key after the last one of its section."""
+    text, last = layout.text, section.entries[-1] if section.entries else None
+    if section.is_flow or last is None:
+        at = last.end if last else section.end - 1
+        return f"{text[:at]}{', ' if last else ''}{one_line(name)}: {one_line(value)}{text[at:]}"
+    at, column = layout.line_end(last.end), _column(layout, last)
+    written = f" {one_line(value)}"
+    if _is_written_as_block(value):
+        written = _items(value, indent=column + 2, text=text)
+    return f"{text[:at]}{_line_break(text)}{' ' * column}{one_line(name)}:{written}{text[at:]}"
+
+
+def _delete(layout: Layout, path: list[str]) -> str:
+    """Remove a key with its value and the comment on its lines; an emptied section becomes `{}`."""
+    text, entry = layout.text, layout.find(path)
+    if entry is None:
+        return text
+    above = layout.find(path[:-1])
+    section = above.inside if above and above.inside else layout.root
+    if section.is_flow:
+        at = section.entries.index(entry)
+        start = section.entries[at - 1].end if at else entry.start
+        following = section.entries[1].start if not at and len(section.entries) > 1 else entry.end
+        return text[:start] + text[following:]
+    if above and len(section.entries) == 1:
+        return _replace(layout, above, {}, in_flow=False)
+    after = text.find("\n", entry.end) + 1 or len(text)
+    return text[: layout.line_start(entry.start)] + text[after:]
+
+
+def _annotate(text: str, comments: Mapping[str, str]) -> str:
+    """Put each comment at the end of its key's line. Raises KeyError for a key the text does not have."""
+    layout = Layout.of(text)
+    by_line: dict[int, list[str]] = {}
+    for key, comment in comments.items():
+        entry = layout.find(key.split("."))
+        if entry is None:
+            raise KeyError(key)
+        at = layout.content_end(entry.comment_line)
+        is_alone = not text[layout.line_start(entry.start) : entry.start].strip()
+        said = " ".join(comment.split())
+        by_line.setdefault(at, []).append(said if is_alone else f"{entry.name}: {said}")
+    for at, parts in sorted(by_line.items(), reverse=True):
+        text = f"{text[:at]}  # {'; '.join(parts)}{text[layout.line_end(at) :]}"
+    return text
+
+
+def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
+    """What an edit means for the document: the text is checked against it."""
+    *above, last = path
+    for name in above:
+        if not isinstance(document.get(name), dict):
+            if value is DELETE:
+                return
+            document[name] = {}
+        document = document[name]
+    if value is DELETE:
+        document.pop(last, None)
+    else:
+        document[last] = plain(value)
+
+
+def _reads_as(text: str, document: dict[str, Any]) -> bool:
+    try:
+        return bool(parse(text).document == document)
+    except YamlError:
+        return False
+
+
+def _nested(path: list[str], value: Any) -> Any:
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def _is_written_as_block(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
+
+
+def _items(values: Any, *, indent: int, text: str) -> str:
+    return "".join(f"{_line_break(text)}{' ' * indent}- {one_line(value)}" for value in values)
+
+
+def _line_break(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def _column(layout: Layout, entry: Entry) -> int:
+    return entry.start - layout.line_start(entry.start)

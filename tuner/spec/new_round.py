@@ -1,0 +1,137 @@
+"""What a first round file looks like for a model and a data set: its text, with the lengths worked out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import InputError
+
+from .dimensions import DECAY_SHARE
+from .reading import read_round
+from .round import EVALUATIONS_BY_DEFAULT
+from .sections import RunSpec
+from .yaml_text import one_line
+
+_BATCH_SIZE = 8
+_MIN_STEPS = 60
+_PRODUCTION_EPOCHS = 3
+_SHARE_OF_PRODUCTION = 0.1
+"""A tenth of the production length answers most questions (Google's Deep Learning Tuning Playbook)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a first round trains on so many rows."""
+
+    train_rows: int
+    max_train_steps: int
+    production_steps: int
+
+    @classmethod
+    def of(cls, train_rows: int) -> Lengths:
+        """Three epochs for production, a tenth of that for the round, both in round numbers."""
+        production = max(_MIN_STEPS, _two_digits(_PRODUCTION_EPOCHS * train_rows / _BATCH_SIZE))
+        horizon = min(production, max(_MIN_STEPS, _two_digits(_SHARE_OF_PRODUCTION * production)))
+        return cls(train_rows, horizon, production)
+
+    def epochs(self, steps: int) -> str:
+        """Such as `0.92 epochs`."""
+        return f"{float(f'{steps * _BATCH_SIZE / self.train_rows:.2g}'):g} epochs"
+
+
+def new_round(
+    *,
+    study: str,
+    model: str,
+    data: str,
+    train_rows: int,
+    format: str = "alpaca",
+    eval: str | None = None,
+    eval_fraction: float | None = None,
+    round_name: str = "round1",
+    goal: str = "Learning rate and rank",
+    dtype: str = "bfloat16",
+    quantization: str = "none",
+    max_length: int = 512,
+) -> str:
+    """The commented text of a first round file.
+
+    `train_rows` are the rows of `data`, those that `eval_fraction` (0.05 when there is no `eval` either) will
+    hold out included. Raises InputError for no rows, and RoundFileError for what a round file cannot say.
+    """
+    if train_rows < 1:
+        raise InputError(f"{data} has no rows to train on")
+    if eval is None and eval_fraction is None:
+        eval_fraction = 0.05
+    lengths = Lengths.of(max(1, round(train_rows * (1 - (eval_fraction or 0)))))
+    held_out = []
+    if eval is not None:
+        source = one_line([{"path": eval, "format": format}])
+        held_out.append(f"eval: {source}  # held-out rows; their loss chooses the best step")
+    if eval_fraction is not None:
+        share = f"eval_fraction: {one_line(eval_fraction)}"
+        held_out.append(
+            f"{share}  # share of train held out to choose the best step; or give files under eval"
+        )
+    text = _TEMPLATE.format(
+        study=one_line(study),
+        round=one_line(round_name),
+        goal=one_line(goal),
+        model=one_line({"path": model, "dtype": dtype, "quantization": quantization}),
+        train=one_line([{"path": data, "format": format}]),
+        held_out="\n  ".join(held_out),
+        max_length=max_length,
+        horizon=lengths.max_train_steps,
+        horizon_epochs=lengths.epochs(lengths.max_train_steps),
+        rows=lengths.train_rows,
+        batch_size=_BATCH_SIZE,
+        decay_steps=round(DECAY_SHARE * lengths.max_train_steps),
+        decay_share=f"{DECAY_SHARE:.0%}",
+        every_steps=max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT)),
+        run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump()),
+        production_epochs=lengths.epochs(lengths.production_steps),
+    )
+    read_round(text, Path(f"{round_name}.yaml"))
+    return text
+
+
+_TEMPLATE = """\
+# One round: every trial trains for max_train_steps, and its best step is chosen afterwards.
+# A scalar fixes a hyperparameter; a list or a range searches it. Paths are relative to this file.
+study: {study}
+round: {round}
+goal: {goal}  # shown in reports
+model: {model}  # or nf4, int8
+data:
+  train: {train}  # a file or a Hub id; alpaca, messages, completion or text
+  {held_out}
+  test: []  # optional: rows nobody chooses by, scored once for the final trial
+  max_length: {max_length}  # tokens; longer rows are cut
+  loss_on: completion  # or all, to learn the prompts too
+max_train_steps: {horizon}  # of every trial, never searched; {horizon_epochs} of {rows} rows
+hyperparameters:
+  learning_rate: {{low: 1e-5, high: 3e-3, log: true}}  # at its peak
+  lora_r: [8, 16, 32]  # rank of the adapters
+  lora_alpha: 16  # adapters are scaled by lora_alpha / lora_r
+  target_modules: all-linear  # or layer names, such as [q_proj, v_proj]
+  batch_size: {batch_size}  # sequences per optimizer step; memory decides how it is cut into micro-batches
+  optimizer: adamw_8bit  # or adamw
+  warmup_steps: 5  # from 0 to the peak
+  schedule: linear  # constant, then linear decay over decay_steps; or constant, cosine
+  decay_steps: {decay_steps}  # {decay_share} of max_train_steps
+search:
+  trials: 16  # infeasible ones count
+  sampler: quasi-random  # covers the space evenly; or tpe, gp, random, grid
+  seed: 0  # of the sampler
+  enqueue: []  # hyperparameters to try first, such as your baseline
+evaluation: {{every_steps: {every_steps}, batch_size: 16, max_examples: 200}}  # steps 0 and {horizon} always
+checkpoints: {{directory: runs, keep_best: 1}}  # adapters kept for each trial
+run: {run}  # production_steps is the longest run you can pay for, {production_epochs} here
+storage: sqlite:///tuner.db  # beside this file; or postgresql+psycopg://...
+"""
+
+
+def _two_digits(number: float) -> int:
+    """The number rounded to two significant digits."""
+    return int(float(f"{number:.2g}"))

@@ -1,0 +1,42 @@
+"""Which names in a round file are paths, and where they lead from the file's directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+_SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
+
+
+def absolute_model(path: str, directory: Path) -> str:
+    """The model's directory, or the id on the Hub untouched: a name is a path when it exists or begins so."""
+    is_path = _begins_like_a_path(path) or (directory / path).exists()
+    return absolute_path(path, directory) if is_path else path
+
+
+def absolute_source(path: str, directory: Path) -> str:
+    """The data file, or the Hub's id or the URL untouched; a name that ends like a data file is a path."""
+    if "://" in path:
+        return path
+    is_path = _begins_like_a_path(path) or path.endswith(_DATA_SUFFIXES) or (directory / path).exists()
+    return absolute_path(path, directory) if is_path else path
+
+
+def absolute_storage(url: str, directory: Path) -> str:
+    """The URL with SQLite's file made absolute; any other URL untouched."""
+    found = _SQLITE_FILE.fullmatch(url)
+    if found is None or found[2].startswith("file:"):
+        return url
+    scheme, path, query = found.groups()
+    return f"{scheme}{absolute_path(path, directory)}{query}"
+
+
+def absolute_path(path: str, directory: Path) -> str:
+    """`~` expanded, `..` resolved by name, links left alone."""
+    return os.path.normpath(directory.absolute() / Path(path).expanduser())
+
+
+def _begins_like_a_path(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../")) or path in (".", "..")

@@ -1,0 +1,140 @@
+"""A whole round as its file describes it: what is written, what follows from it, where its paths lead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tuner.records import Space
+
+from .dimensions import complete_space
+from .names import ONE_HORIZON
+from .paths import absolute_model, absolute_path, absolute_source, absolute_storage
+from .refusals import mistake, refuse
+from .rules import horizon_refusals, search_refusals
+from .sections import (
+    STRICT,
+    CheckpointsSpec,
+    Count,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    Name,
+    RunSpec,
+    SearchSpec,
+    SourceSpec,
+    WrittenHyperparameters,
+)
+from .wording import shown
+
+_STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
+EVALUATIONS_BY_DEFAULT = 12
+"""Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
+
+
+class RoundSpec(BaseModel):
+    """One round: an Optuna study in which every trial trains for the same number of steps."""
+
+    model_config = STRICT | ConfigDict(
+        json_schema_extra=lambda schema: schema["required"].remove("evaluation")
+    )
+
+    study: Name
+    """Name of the question that all rounds of this folder answer."""
+    round: Name
+    """Name of this round; also its folder under `checkpoints.directory`."""
+    goal: str = ""
+    """What the round is to find out, for reports."""
+    model: ModelSpec
+    """The frozen base."""
+    data: DataSpec
+    """Training, evaluation and test rows."""
+    max_train_steps: Count
+    """Optimizer steps of every trial. One number: it is never searched."""
+    hyperparameters: WrittenHyperparameters = {}
+    """One line each: a scalar fixes it, a list or `{low, high, log}` searches it; the rest have defaults."""
+    search: SearchSpec = SearchSpec()
+    """How many trials, and who proposes them."""
+    evaluation: EvaluationSpec
+    """When the loss is measured."""
+    checkpoints: CheckpointsSpec = CheckpointsSpec()
+    """What is kept on disk."""
+    run: RunSpec = RunSpec()
+    """Where and how it runs."""
+    storage: Annotated[str, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
+    """The database: `sqlite:///FILE` relative to the round file, or `postgresql+psycopg://USER@HOST/DATABASE`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_by_default(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        evaluation, horizon = document.get("evaluation", {}), document.get("max_train_steps")
+        if not isinstance(evaluation, dict) or "every_steps" in evaluation:
+            return document
+        every = max(1, round(horizon / EVALUATIONS_BY_DEFAULT)) if isinstance(horizon, int) else 1
+        return {**document, "evaluation": {"every_steps": every, **evaluation}}
+
+    @field_validator("max_train_steps", mode="before")
+    @classmethod
+    def _one_horizon(cls, horizon: Any) -> Any:
+        if isinstance(horizon, (list, dict)):
+            raise mistake(f"expects one whole number, got {shown(horizon)}. {ONE_HORIZON}")
+        return horizon
+
+    @field_validator("storage")
+    @classmethod
+    def _database_on_disk_or_server(cls, url: str) -> str:
+        if not re.fullmatch(_STORAGE, url):
+            scheme = url.partition("://")[0]
+            raise mistake(
+                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE; "
+                f"this begins with {scheme!r}" + (" and names no file" if scheme.startswith("sqlite") else "")
+            )
+        return url
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        space = self.space()
+        refusals = [
+            *horizon_refusals(
+                self.max_train_steps,
+                evaluation=self.evaluation,
+                run=self.run,
+                space=space,
+                written=self.hyperparameters,
+            ),
+            *search_refusals(self.round, search=self.search, space=space),
+        ]
+        refuse("round", refusals)
+        return self
+
+    def space(self) -> Space:
+        """Every hyperparameter: the file's in its order, then the defaults, fixed."""
+        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    def absolute(self, directory: Path) -> RoundSpec:
+        """The same round with every path made absolute from the round file's directory.
+
+        Ids on the Hub and URLs of servers stay as they are. Doing it twice changes nothing.
+        """
+
+        def sources(of: list[SourceSpec]) -> list[SourceSpec]:
+            return [each.model_copy(update={"path": absolute_source(each.path, directory)}) for each in of]
+
+        data, checkpoints = self.data, self.checkpoints
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"path": absolute_model(self.model.path, directory)}),
+                "data": data.model_copy(
+                    update={name: sources(getattr(data, name)) for name in ("train", "eval", "test")}
+                ),
+                "checkpoints": checkpoints.model_copy(
+                    update={"directory": absolute_path(checkpoints.directory, directory)}
+                ),
+                "storage": absolute_storage(self.storage, directory),
+            }
+        )

@@ -1,0 +1,92 @@
+"""What sections of a round file that are each right can get wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from tuner.records import Fixed, Range, Space, TimesSqrtRank
+
+from .dimensions import describe, largest, value_to_yaml
+from .hyperparameters import HYPERPARAMETERS
+from .refusals import Refusal
+from .sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
+from .wording import shown
+
+_HORIZON = "max_train_steps"
+
+
+def horizon_refusals(
+    max_train_steps: int, *, evaluation: EvaluationSpec, run: RunSpec, space: Space, written: Collection[str]
+) -> Iterator[Refusal]:
+    """Whatever does not fit into the horizon. `written` are the hyperparameters the file names itself."""
+    if evaluation.every_steps > max_train_steps:
+        yield Refusal(
+            ("evaluation", "every_steps"),
+            f"{evaluation.every_steps} is above max_train_steps ({max_train_steps}): the best step would be "
+            "chosen from the first and the last alone",
+            rests_on=(_HORIZON,),
+        )
+    if run.production_steps is not None and run.production_steps < max_train_steps:
+        yield Refusal(
+            ("run", "production_steps"),
+            f"{run.production_steps} is below max_train_steps ({max_train_steps}), but it is the longest run "
+            "you can pay for",
+            rests_on=(_HORIZON,),
+        )
+    yield from _schedule_refusals(max_train_steps, space, written)
+
+
+def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
+    """Warmup and decay have to fit for the largest values a trial may draw."""
+    warmup, decay = largest(space["warmup_steps"]), largest(space["decay_steps"])
+    parts = [name for name in ("decay_steps", "warmup_steps") if name in written]
+    rests_on = (
+        _HORIZON,
+        *(f"hyperparameters.{name}" for name in ("decay_steps", "warmup_steps", "schedule")),
+    )
+    if warmup > max_train_steps:
+        message = (
+            f"{warmup} is above max_train_steps ({max_train_steps}): the rate would never reach its peak"
+        )
+        yield Refusal(("hyperparameters", "warmup_steps"), message, rests_on=(_HORIZON,))
+    elif space["schedule"].contains("linear") and warmup + decay > max_train_steps:
+        message = (
+            f"warmup_steps ({warmup}) + decay_steps ({decay}) = {warmup + decay} is above max_train_steps "
+            f"({max_train_steps}); shorten one of them, or use the schedule constant or cosine"
+        )
+        yield Refusal(("hyperparameters", parts[0]), message, rests_on=rests_on)
+
+
+def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
+    """Enqueued points outside the space, and spaces the sampler cannot search."""
+    if search.sampler == "grid":
+        for name, dimension in space.items():
+            if isinstance(dimension, Range):
+                message = "is a range, and the grid sampler needs values; write a list, or use quasi-random"
+                yield Refusal(("hyperparameters", name), message, rests_on=("search.sampler",))
+    if len(search.enqueue) > search.trials:
+        message = f"has {len(search.enqueue)} entries, but search.trials is {search.trials}"
+        yield Refusal(("search", "enqueue"), message, rests_on=("search.trials",))
+    for position, entry in enumerate(search.enqueue):
+        for name, value in entry.items():
+            if wrong := _enqueue_mistake(name, value, round_name, space):
+                at = ("search", "enqueue", position, name)
+                yield Refusal(at, wrong, rests_on=(f"hyperparameters.{name}",))
+
+
+def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str | None:
+    if name == "continues":
+        found = TRIAL_PATH.fullmatch(raw)
+        own = found is not None and found[1] == round_name
+        return f"{raw} is a trial of this round; only an earlier round can be continued" if own else None
+    dimension, value = space[name], HYPERPARAMETERS[name].kind.parse(raw)
+    read = shown(value_to_yaml(value))
+    if dimension.contains(value):
+        return None
+    if isinstance(dimension, TimesSqrtRank):
+        return f"follows the rank ({describe(dimension)}), so it cannot be chosen; leave it out"
+    if isinstance(dimension, Fixed):
+        both = f"hyperparameters.{name}: [{describe(dimension)}, {read}]"
+        return f"{read} is not in the search space, fixed at {describe(dimension)}; for both write {both}"
+    return f"{read} is not in the search space; allowed: {describe(dimension)}"

@@ -1,0 +1,255 @@
+"""The sections of a round file: their keys, defaults, and what can be wrong with one of them alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from .dimensions import read_dimension
+from .hyperparameters import HYPERPARAMETERS
+from .refusals import UNKNOWN_KEY, Refusal, mistake, refuse
+from .schemas import enqueue_schema, hyperparameters_schema
+from .wording import shown
+
+STRICT = ConfigDict(
+    extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
+"""A file means what it says: `"8"` is no number and `60.0` no whole number."""
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]
+"""A name that is safe as a directory."""
+
+TRIAL_PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)/(\d+)", re.ASCII)
+"""ROUND/TRIAL, as `continues` says it."""
+
+
+class ModelSpec(BaseModel):
+    """The frozen base model, the same for all trials."""
+
+    model_config = STRICT
+
+    path: Text
+    """A model on the Hugging Face Hub, or a directory: relative to the file, or absolute."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the base's weights and of the computation; adapters are always trained in float32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Keep the base's weights in 4 bits (`nf4`, as QLoRA) or 8 bits (`int8`)."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null is its main branch."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the model's directory or repository, to read weights and tokenizer from."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _float16_overflows(cls, dtype: object) -> object:
+        if dtype in ("float16", "fp16", "half"):
+            raise mistake(
+                f"{dtype} is not offered: gradients overflow in it without a loss scale for each trial; "
+                "use bfloat16 (or float32)"
+            )
+        return dtype
+
+
+class SourceSpec(BaseModel):
+    """One data set."""
+
+    model_config = STRICT
+
+    path: Text
+    """A JSON, JSONL, CSV or Parquet file relative to the round file, or a data set on the Hub."""
+    format: Literal["alpaca", "messages", "completion", "text"]
+    """How a row becomes a prompt and its completion: `alpaca` has instruction, input and output; `messages`
+    has a list of role and content; `completion` has prompt and completion; `text` has text alone."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often its rows are drawn, relative to the other training sources."""
+    split: str | None = None
+    """Which split of a data set on the Hub; null is `train`."""
+    config: str | None = None
+    """Which configuration of a data set on the Hub."""
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _not_yet_read(cls, name: object) -> object:
+        if name == "sharegpt":
+            raise mistake(
+                "this version does not read sharegpt; convert the rows to messages (a list of role and "
+                "content), or use alpaca, completion or text"
+            )
+        return name
+
+
+class DataSpec(BaseModel):
+    """What is learned, and what the loss is measured on."""
+
+    model_config = ConfigDict(
+        **STRICT, json_schema_extra={"anyOf": [{"required": ["eval"]}, {"required": ["eval_fraction"]}]}
+    )
+
+    train: Annotated[list[SourceSpec], Field(min_length=1)]
+    """The training rows; several sources are mixed by weight."""
+    eval: list[SourceSpec] = []
+    """Held-out rows whose loss chooses the best step; or else give `eval_fraction`."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows to hold out instead of `eval`, chosen by a hash of their content."""
+    test: list[SourceSpec] = []
+    """Rows nobody chooses by: scored once, for the final trial."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row; longer rows are cut at the end."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens are predicted: those of the completion, or those of the prompt too."""
+
+    @model_validator(mode="after")
+    def _one_evaluation_set(self) -> Self:
+        if self.eval and self.eval_fraction is not None:
+            message = "cannot be given together with eval; keep one of them"
+            refuse("data", [Refusal(("eval_fraction",), message, rests_on=("data.eval",))])
+        if not self.eval and self.eval_fraction is None:
+            message = (
+                "missing: rows to evaluate on, as `eval: [{path: ..., format: ...}]`; "
+                "or hold out a share of the training rows by `eval_fraction: 0.05`"
+            )
+            refuse("data", [Refusal(("eval",), message, rests_on=("data.eval_fraction",))])
+        return self
+
+
+def _check_hyperparameters(written: dict[str, Any]) -> dict[str, Any]:
+    refuse("hyperparameters", _hyperparameter_refusals(written))
+    return written
+
+
+def _hyperparameter_refusals(written: dict[str, Any]) -> Iterator[Refusal]:
+    for name, raw in written.items():
+        if name not in HYPERPARAMETERS:
+            yield Refusal((name,), "unknown hyperparameter", type=UNKNOWN_KEY)
+            continue
+        try:
+            read_dimension(HYPERPARAMETERS[name], raw)
+        except ValueError as error:
+            yield Refusal((name,), str(error))
+
+
+WrittenHyperparameters = Annotated[
+    dict[str, Any], AfterValidator(_check_hyperparameters), WithJsonSchema(hyperparameters_schema())
+]
+"""Hyperparameters as the file writes them: by name a scalar, a list or a range, in the file's order."""
+
+
+class SearchSpec(BaseModel):
+    """How many points of the search space are tried, and which."""
+
+    model_config = STRICT
+
+    trials: Count = 16
+    """Trials of the round. Infeasible ones count; those that a machine failed are replaced."""
+    sampler: Literal["quasi-random", "tpe", "gp", "random", "grid"] = "quasi-random"
+    """Who proposes: `quasi-random` covers the space evenly; `tpe` and `gp` model the results so far; `grid`
+    goes through all combinations of lists."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the sampler; training has its own, `hyperparameters.training_seed`."""
+    enqueue: Annotated[list[dict[str, Any]], WithJsonSchema(enqueue_schema())] = []
+    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out.
+    `continues: round1/3` goes on from that trial's run."""
+
+    @field_validator("enqueue", mode="after")
+    @classmethod
+    def _check_enqueue(cls, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        refuse(
+            "enqueue", (refusal for at, entry in enumerate(entries) for refusal in _entry_refusals(at, entry))
+        )
+        return [{name: _enqueued(name, raw) for name, raw in entry.items()} for entry in entries]
+
+
+def _entry_refusals(position: int, entry: dict[str, Any]) -> Iterator[Refusal]:
+    for name, raw in entry.items():
+        if name == "continues":
+            if not (isinstance(raw, str) and TRIAL_PATH.fullmatch(raw)):
+                yield Refusal((position, name), f"expects ROUND/TRIAL such as round1/3, got {shown(raw)}")
+        elif name not in HYPERPARAMETERS:
+            yield Refusal((position, name), "unknown hyperparameter", type=UNKNOWN_KEY)
+        else:
+            try:
+                _enqueued(name, raw)
+            except ValueError as error:
+                yield Refusal((position, name), str(error))
+
+
+def _enqueued(name: str, raw: Any) -> Any:
+    if name == "continues":
+        return raw
+    value = HYPERPARAMETERS[name].kind.parse(raw)
+    return list(value) if isinstance(value, tuple) else value
+
+
+class EvaluationSpec(BaseModel):
+    """When and on how much the loss is measured."""
+
+    model_config = ConfigDict(**STRICT, json_schema_extra=lambda schema: schema.pop("required"))
+
+    every_steps: Count
+    """Steps between two evaluations; a twelfth of `max_train_steps` when left out. Step 0 and the last step
+    are always evaluated."""
+    batch_size: Count = 16
+    """Sequences evaluated at once; changes no result."""
+    max_examples: Count = 200
+    """Evaluate on that many examples at most."""
+
+
+class CheckpointsSpec(BaseModel):
+    """Where adapters are kept."""
+
+    model_config = STRICT
+
+    directory: Text = "runs"
+    """Relative to the file; each trial has its folder `ROUND/trial-0007` in it."""
+    keep_best: Count = 1
+    """Adapters kept for each trial: those of its best steps."""
+
+
+class RunSpec(BaseModel):
+    """Where and how the round runs; nothing here changes a result, so it may change at any time."""
+
+    model_config = STRICT
+
+    engine: Literal["local"] = "local"
+    """Where trials run: `local` is this machine, one process for each GPU."""
+    slots: Annotated[
+        Literal["auto"] | int,
+        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+    ] = "auto"
+    """Trials trained at the same time on one GPU; `auto` takes what memory and speed allow."""
+    production_steps: Count | None = None
+    """The longest run you can pay for; no suggested horizon is longer."""
+    decay_branches: bool = False
+    """Short extra runs that measure loss against horizon; not in this version."""
+    pruner: Literal["none"] = "none"
+    """Stopping trials early; not in this version."""
+
+    @field_validator("decay_branches", mode="after")
+    @classmethod
+    def _no_decay_branches_yet(cls, wanted: bool) -> bool:
+        if wanted:
+            raise mistake("this version runs no decay branches; leave it false")
+        return wanted
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _auto_or_count(cls, slots: object) -> object:
+        is_count = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
+        if slots != "auto" and not is_count:
+            raise mistake(f"expects auto or a whole number of at least 1, got {shown(slots)}")
+        return slots

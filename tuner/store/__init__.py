@@ -1,0 +1,20 @@
+"""Facts in SQL, beside Optuna's own tables in one database; they are the truth about a study."""
+
+from tuner.store.database import exists, normal_url
+from tuner.store.facts import Fact, FactError, Store
+from tuner.store.lock import hold_study, is_held
+from tuner.store.memory import MemoryStore
+from tuner.store.sql import SqlStore, open_store
+
+__all__ = [
+    "Fact",
+    "FactError",
+    "MemoryStore",
+    "SqlStore",
+    "Store",
+    "exists",
+    "hold_study",
+    "is_held",
+    "normal_url",
+    "open_store",
+]

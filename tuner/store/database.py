@@ -1,0 +1,194 @@
+"""How a study's database is reached: its URL, its engine, its transactions, and why it cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, inspect, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+
+from tuner.errors import StorageError
+from tuner.store.schema import VERSION_TABLE
+
+BUSY_TIMEOUT_SECONDS = 60
+CONNECT_TIMEOUT_SECONDS = 10
+
+RUN_LOCKS, UPGRADE_LOCKS = 0x74756E65, 0x74756E66
+"""First numbers of our advisory locks in PostgreSQL: to run a study, which the second names; to upgrade."""
+
+_REFUSALS = ("42501", "25006")
+"""PostgreSQL's codes for missing rights and for a server that only reads; SQLAlchemy takes them for bugs."""
+
+_FORMS = "sqlite:///FILE.db or postgresql+psycopg://USER@HOST/DATABASE"
+
+
+def parse_url(text: str) -> URL:
+    """The one form of a database's URL: driver named, path of a file absolute. Raises StorageError."""
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError) as error:
+        shown = re.sub(r":[^:/@]*@", ":***@", text)
+        raise StorageError(f"storage: {shown!r} is not the URL of a database; write {_FORMS}") from error
+    match url.drivername:
+        case "sqlite" | "sqlite+pysqlite":
+            if not url.database or url.database.startswith((":memory:", "file:")):
+                raise StorageError(f"storage: {text!r} names no file; write sqlite:///FILE.db")
+            return url.set(drivername="sqlite", database=os.path.abspath(url.database))  # noqa: PTH100
+        case "postgresql" | "postgres" | "postgresql+psycopg":
+            return url.set(drivername="postgresql+psycopg")
+        case scheme:
+            raise StorageError(f"storage: databases of the kind {scheme!r} cannot be used; write {_FORMS}")
+
+
+def normal_url(url: str) -> str:
+    """The form of the URL in which Optuna and we mean the same database. Raises StorageError."""
+    return parse_url(url).render_as_string(hide_password=False)
+
+
+def is_sqlite(url: URL) -> bool:
+    """Whether the database is a file."""
+    return url.drivername == "sqlite"
+
+
+def database_file(url: URL) -> Path:
+    """Where an SQLite database is."""
+    assert url.database is not None
+    return Path(url.database)
+
+
+def exists(url: str) -> bool:
+    """Whether there may be facts to read: the file is there, or the server has our tables.
+
+    Creates and changes nothing. Raises StorageError for a URL, or a server, that cannot be used.
+    """
+    target = parse_url(url)
+    if is_sqlite(target):
+        with explained(target):
+            path = database_file(target)
+            return path.exists() and path.stat().st_size > 0
+    engine = open_engine(target)
+    try:
+        with explained(target), reading(engine) as connection:
+            return inspect(connection).has_table(VERSION_TABLE)
+    finally:
+        engine.dispose()
+
+
+def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args: Any) -> Engine:
+    """An engine that has not connected yet. Raises StorageError when the driver is missing."""
+    if is_sqlite(url):
+        # The driver is told not to begin transactions: it would begin none for reads.
+        engine = create_engine(
+            url,
+            poolclass=poolclass,
+            connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None, **connect_args},
+        )
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_in_sqlite)
+        return engine
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": "tuner"}
+    chosen = {name: value for name, value in (defaults | connect_args).items() if name not in url.query}
+    try:
+        return create_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=chosen)
+    except ImportError as error:
+        raise StorageError(
+            f"storage: {url.render_as_string()} needs a driver that is not installed ({error}); "
+            "pip install 'tuner[postgres]'"
+        ) from error
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA foreign_keys=ON")
+    # WAL, so that readers and the writer never wait for each other. FULL, so that a fact is on the disk
+    # before anyone acts on it: NORMAL survives kill -9 too, but a power cut could take back the fact
+    # that a checkpoint has a successor after its file was deleted. It costs a sync for each record.
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _begin_in_sqlite(connection: Connection) -> None:
+    # A writer that begins as a reader fails at once, whatever the timeout, when another wrote meanwhile.
+    writes = connection.get_execution_options().get("tuner_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection whose statements all see the database as it was at one moment."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
+        with connection.begin():
+            yield connection
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A connection in a transaction that is committed as a whole, or not at all."""
+    with engine.connect() as connection, connection.execution_options(tuner_writes=True).begin():
+        yield connection
+
+
+@contextmanager
+def whole_or_absent(url: URL) -> Iterator[None]:
+    """Creates a database file that is not there, and takes it away again when the block fails.
+
+    Raises StorageError where none can be created, or where the one that is there cannot be written.
+    """
+    if not is_sqlite(url):
+        yield
+        return
+    path = database_file(url)
+    with explained(url):
+        created = _create_file(path)
+    try:
+        yield
+    except BaseException:
+        if created:
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+        raise
+
+
+def _create_file(path: Path) -> bool:
+    """Whether the file had to be created. One that exists is not opened: closing it would drop the
+    locks that SQLite holds on it in this process."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory, not a database") from None
+        for needed in (path, path.parent):
+            if not os.access(needed, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise PermissionError(errno.EACCES, f"{needed} is not writable") from None
+        return False
+    return True
+
+
+@contextmanager
+def explained(url: URL) -> Iterator[None]:
+    """Turns what the machine or the user is to blame for into a StorageError; bugs pass."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and is_sqlite(url):
+            raise refusal(url, f"there is no directory {database_file(url).parent}") from error
+        raise refusal(url, error.strerror or str(error)) from error
+    except DatabaseError as error:
+        refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
+        if type(error) not in (OperationalError, DatabaseError) and not refused:
+            raise
+        raise refusal(url, " ".join(str(error.orig).split())) from error
+
+
+def refusal(url: URL, reason: str) -> StorageError:
+    """The error that names the database, without its password, and the reason."""
+    place = str(database_file(url)) if is_sqlite(url) else url.render_as_string(hide_password=True)
+    advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
+    return StorageError(f"{place}: {reason}{advice if 'not a database' in reason else ''}")

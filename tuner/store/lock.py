@@ -1,0 +1,192 @@
+"""Who may write: one process a study, by a lock of the system or server that dies with its holder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Engine, NullPool, text
+
+from tuner.errors import StorageError
+from tuner.store.database import RUN_LOCKS, database_file, explained, is_sqlite, open_engine, parse_url
+
+_PATIENCE_SECONDS = 0.5
+"""How long a taken lock is asked for: `is_held` may hold it for an instant."""
+
+_RETRY_SECONDS = 0.05
+
+_descriptors: set[int] = set()
+"""Files and sockets that carry a lock of this process."""
+
+
+@contextmanager
+def hold_study(directory: Path, url: str, study: str) -> Iterator[None]:
+    """Be the one process that writes the facts of `study`; messages name its `directory`.
+
+    The lock goes when the block ends or the process dies, even by kill -9, and does not pass to child
+    processes. With SQLite it is a lock on the file FILE.lock beside the database, with PostgreSQL an
+    advisory lock named after the study. Raises StorageError that says which process holds the study.
+    """
+    target = parse_url(url)
+    subject = f"{directory}: the study {study}"
+    with explained(target):
+        release = _hold_file(target, subject) if is_sqlite(target) else _hold_server(target, study, subject)
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() == owner:
+            release()
+
+
+def is_held(directory: Path, url: str, study: str) -> bool:
+    """Whether some process, this one included, holds the study.
+
+    Creates nothing and gets in nobody's way. Raises StorageError when the server cannot be asked.
+    """
+    target = parse_url(url)
+    with explained(target):
+        if is_sqlite(target):
+            return _is_file_locked(_lock_file(target))
+        with _lock_engine(target).connect() as connection:
+            return _server_holder(connection, study) is not None
+
+
+# --- SQLite: a file beside the database -----------------------------------------------------------
+
+
+def _lock_file(url: URL) -> Path:
+    return Path(f"{database_file(url).resolve()}.lock")
+
+
+def _hold_file(url: URL, subject: str) -> Callable[[], None]:
+    path = _lock_file(url)
+    descriptor = _patiently(lambda: _try_file(path))
+    if descriptor is None:
+        raise _held_by(path.read_text() if path.exists() else "", subject)
+    _descriptors.add(descriptor)
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
+
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, _this_process().encode())
+    except BaseException:
+        release()
+        raise
+    return release
+
+
+def _try_file(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever let go removed the file: a lock on a removed file excludes nobody.
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _is_file_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+# --- PostgreSQL: an advisory lock, on a connection of its own --------------------------------------
+
+_TRY = text("SELECT pg_try_advisory_lock(:space, :key)")
+
+_HOLDER = text(
+    "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE locktype = 'advisory' AND classid = :space AND objid = :key AND objsubid = 2 AND granted "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
+def _hold_server(url: URL, study: str, subject: str) -> Callable[[], None]:
+    connection = _lock_engine(url).connect()
+    try:
+        if _patiently(lambda: connection.scalar(_TRY, _numbers(study)) or None) is None:
+            raise _held_by(_server_holder(connection, study) or "", subject)
+    except BaseException:
+        connection.close()
+        raise
+    descriptor: int = connection.connection.driver_connection.fileno()  # type: ignore[union-attr]
+    _descriptors.add(descriptor)
+
+    def release() -> None:
+        _descriptors.discard(descriptor)
+        connection.close()
+
+    return release
+
+
+def _lock_engine(url: URL) -> Engine:
+    # A connection that does nothing for hours: a router may forget it unless it is kept alive.
+    engine = open_engine(url, poolclass=NullPool, application_name=_this_process()[:63], keepalives_idle=60)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _server_holder(connection: Connection, study: str) -> str | None:
+    holder: str | None = connection.scalar(_HOLDER, _numbers(study))
+    return holder
+
+
+def _numbers(study: str) -> dict[str, int]:
+    return {"space": RUN_LOCKS, "key": zlib.crc32(study.encode()) & 0x7FFFFFFF}
+
+
+# --- both ------------------------------------------------------------------------------------------
+
+
+def _patiently(attempt: Callable[[], int | None]) -> int | None:
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while (got := attempt()) is None and time.monotonic() < until:
+        time.sleep(_RETRY_SECONDS)
+    return got
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _held_by(holder: str, subject: str) -> StorageError:
+    return StorageError(
+        f"{subject} is being run by {holder or 'another process'}; wait until that has ended, or stop it"
+    )
+
+
+def _let_go_in_child() -> None:
+    """Close what a fork copied: an open copy would keep the lock when its holder dies.
+
+    The numbers stay taken, by /dev/null, so that whatever still closes or writes to them hits nothing.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in _descriptors:
+        os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

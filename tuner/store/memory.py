@@ -1,0 +1,202 @@
+"""The store that forgets: the same facts by the same rules, for tests and for plans nobody keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tuner.records import (
+    Attempt,
+    Checkpoint,
+    CheckpointKind,
+    Evaluation,
+    Promotion,
+    RoundRecord,
+    Trial,
+    hyperparameters_from_json,
+)
+from tuner.store.facts import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    CheckpointsRemoved,
+    EvaluationMade,
+    Fact,
+    FactError,
+    PromotionPlanned,
+    RoundBegun,
+    StepsRun,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
+    not_recorded,
+    state_of,
+)
+from tuner.store.schema import storable_text
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    attempt: int
+    checkpoint: Checkpoint
+    is_removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a trial; `asked` is the trial as it was asked."""
+
+    asked: Trial
+    attempts: Mapping[int, Attempt] = field(default_factory=dict)
+    evaluations: Mapping[int, Evaluation] = field(default_factory=dict)
+    checkpoints: Mapping[tuple[CheckpointKind, int], _Saved] = field(default_factory=dict)
+    ended: TrialEnded | None = None
+    note: str | None = None
+
+    def trial(self) -> Trial:
+        attempts = tuple(self.attempts[number] for number in sorted(self.attempts))
+        there = [saved.checkpoint for saved in self.checkpoints.values() if not saved.is_removed]
+        ended = self.ended
+        return replace(
+            self.asked,
+            state=state_of(None if ended is None else ended.state, attempts),
+            reason=self.note if ended is None or ended.reason is None else ended.reason,
+            evaluations=tuple(self.evaluations[step] for step in sorted(self.evaluations)),
+            checkpoints=tuple(sorted(there, key=lambda c: (c.step, c.kind))),
+            attempts=attempts,
+        )
+
+
+@dataclass
+class _Facts:
+    rounds: dict[str, RoundRecord] = field(default_factory=dict)
+    trials: dict[tuple[str, int], _Known] = field(default_factory=dict)
+    promotions: dict[str, Promotion] = field(default_factory=dict)
+
+    def copy(self) -> _Facts:
+        return _Facts(dict(self.rounds), dict(self.trials), dict(self.promotions))
+
+    def add(self, fact: Fact) -> None:
+        match fact:
+            case RoundBegun(round=record):
+                self._begin_round(record)
+            case TrialAsked(trial=trial):
+                self._ask_trial(fact, trial)
+            case PromotionPlanned(promotion=promotion):
+                if promotion.from_round not in self.rounds:
+                    raise not_recorded(fact)
+                text = storable_text(promotion.file_text)
+                self.promotions[promotion.to_round] = replace(
+                    promotion, plan=_as_json(promotion.plan), file_text=text
+                )
+            case _:
+                known = self.trials.get((fact.round, fact.trial))
+                if known is None:
+                    raise not_recorded(fact)
+                self.trials[fact.round, fact.trial] = _learn(known, fact)
+
+    def _begin_round(self, record: RoundRecord) -> None:
+        begun = self.rounds.get(record.name, record)
+        if begun.max_train_steps != record.max_train_steps:
+            raise FactError(
+                f"{record.name} has begun with other max_train_steps than {record.max_train_steps}"
+            )
+        self.rounds[record.name] = replace(begun, spec=_as_json(record.spec))
+
+    def _ask_trial(self, fact: TrialAsked, trial: Trial) -> None:
+        if trial.round not in self.rounds:
+            raise not_recorded(fact)
+        key = (trial.round, trial.number)
+        asked = Trial(
+            round=trial.round,
+            number=trial.number,
+            hyperparameters=hyperparameters_from_json(_as_json(trial.hyperparameters)),
+            continues=trial.continues,
+            optuna_trial=trial.optuna_trial,
+        )
+        known = self.trials.setdefault(key, _Known(asked))
+        if (known.asked.hyperparameters, known.asked.continues) != (asked.hyperparameters, asked.continues):
+            raise FactError(f"{trial.round}/{trial.number} was asked with other hyperparameters")
+        self.trials[key] = replace(known, asked=asked)
+
+
+def _learn(known: _Known, fact: Fact) -> _Known:
+    match fact:
+        case AttemptStarted():
+            started = Attempt(fact.attempt, fact.from_step, fact.from_step, fact.at)
+            return replace(known, attempts={fact.attempt: started, **known.attempts})
+        case StepsRun() | AttemptEnded():
+            return _run_steps(known, fact)
+        case EvaluationMade(evaluation=made):
+            return replace(known, evaluations={**known.evaluations, made.step: made})
+        case CheckpointSaved():
+            return _save_checkpoint(known, fact)
+        case CheckpointsRemoved(paths=paths):
+            checkpoints = {
+                key: replace(saved, is_removed=saved.is_removed or saved.checkpoint.path in paths)
+                for key, saved in known.checkpoints.items()
+            }
+            return replace(known, checkpoints=checkpoints)
+        case TrialEnded(reason=reason):
+            ended = replace(fact, reason=None if reason is None else storable_text(reason))
+            return replace(known, ended=known.ended or ended)
+        case TrialNoted(reason=reason):
+            return replace(known, note=storable_text(reason))
+    raise AssertionError(fact)
+
+
+def _run_steps(known: _Known, fact: StepsRun | AttemptEnded) -> _Known:
+    attempt = known.attempts.get(fact.attempt)
+    if attempt is None:
+        raise not_recorded(fact)
+    attempt = replace(attempt, to_step=max(attempt.to_step, fact.to_step))
+    if isinstance(fact, AttemptEnded) and attempt.ended_at is None:
+        message = None if fact.message is None else storable_text(fact.message)
+        attempt = replace(attempt, ended_at=fact.at, outcome=fact.outcome, message=message)
+    return replace(known, attempts={**known.attempts, fact.attempt: attempt})
+
+
+def _save_checkpoint(known: _Known, fact: CheckpointSaved) -> _Known:
+    if fact.attempt not in known.attempts:
+        raise not_recorded(fact)
+    key = (fact.checkpoint.kind, fact.checkpoint.step)
+    saved = known.checkpoints.get(key)
+    if saved is not None and (saved.attempt, saved.is_removed) > (fact.attempt, False):
+        return known
+    return replace(known, checkpoints={**known.checkpoints, key: _Saved(fact.attempt, fact.checkpoint)})
+
+
+def _as_json(document: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(document))
+
+
+class MemoryStore:
+    """A Store in this process, gone with it."""
+
+    def __init__(self) -> None:
+        self._facts = _Facts()
+
+    def record(self, *facts: Fact) -> None:
+        """As `Store` says: on a copy, which then takes the place of what was known."""
+        facts_then = self._facts.copy()
+        for fact in facts:
+            facts_then.add(fact)
+        self._facts = facts_then
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """As `Store` says."""
+        return tuple(sorted(self._facts.rounds.values(), key=lambda r: (r.begun_at, r.name)))
+
+    def trials(self, round: str) -> tuple[Trial, ...]:
+        """As `Store` says."""
+        known = self._facts.trials
+        return tuple(known[key].trial() for key in sorted(known) if key[0] == round)
+
+    def promotions(self) -> tuple[Promotion, ...]:
+        """As `Store` says."""
+        return tuple(sorted(self._facts.promotions.values(), key=lambda p: (p.planned_at, p.to_round)))
+
+    def close(self) -> None:
+        """As `Store` says; there is nothing to let go of."""

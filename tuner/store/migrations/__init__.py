@@ -1,0 +1,59 @@
+"""How the tables came to be, revision by revision, and how a database is brought up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, text
+
+from tuner.errors import StorageError
+from tuner.store.database import UPGRADE_LOCKS, reading, writing
+from tuner.store.schema import VERSION_TABLE
+
+_ONE_BY_ONE = text("SELECT pg_advisory_xact_lock(:space, 0)").bindparams(space=UPGRADE_LOCKS)
+
+
+def configuration() -> Config:
+    """Alembic's settings: where the revisions are. The connection goes into its `attributes`."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    return config
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring our tables to the newest revision, as a whole or not at all; Optuna's are left alone.
+
+    Raises StorageError when the database was made by a newer version of tuner.
+    """
+    config = configuration()
+    scripts = ScriptDirectory.from_config(config)
+    with reading(engine) as connection:
+        if _revision(connection) == scripts.get_current_head():
+            return
+    with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(_ONE_BY_ONE)
+        _refuse_newer(connection, scripts)
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(connection: Connection) -> str | None:
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    return context.get_current_revision()
+
+
+def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
+    revision = _revision(connection)
+    try:
+        scripts.get_revision(revision or "base")
+    except CommandError as error:
+        raise StorageError(
+            f"storage: the database has revision {revision}, this version of tuner knows up to "
+            f"{scripts.get_current_head()}; it was made by a newer version: pip install --upgrade tuner"
+        ) from error

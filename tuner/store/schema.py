@@ -1,0 +1,214 @@
+"""The tables of the facts, and how their values are written so that every digit comes back."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Double,
+    ForeignKeyConstraint,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+VERSION_TABLE = "tuner_alembic_version"
+"""Where Alembic keeps our revision; `alembic_version` in the same database is Optuna's."""
+
+
+class ExactFloat(TypeDecorator[float]):
+    """A float of which NaN and infinity come back too: SQLite turns a bound NaN into NULL.
+
+    Of -0.0 SQLite keeps 0.0.
+    """
+
+    impl = Double
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Replaces that of Double, which would turn the text back into a float."""
+        return _nan_as_text if dialect.name == "sqlite" else super().bind_processor(dialect)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> float | None:
+        """A float again, from a float or from the text `nan`."""
+        return None if value is None else float(value)
+
+
+def _nan_as_text(value: float | None) -> float | str | None:
+    return "nan" if value is not None and math.isnan(value) else value
+
+
+class Numbers(TypeDecorator[tuple[Any, ...]]):
+    """A tuple of numbers as little-endian bytes: `d` float64, `i` int32 (the codes of `struct`)."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, code: str) -> None:
+        super().__init__()
+        self.code = code
+
+    def process_bind_param(self, value: tuple[Any, ...] | None, dialect: Dialect) -> bytes | None:
+        """The numbers as bytes."""
+        return None if value is None else struct.pack(f"<{len(value)}{self.code}", *value)
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> tuple[Any, ...] | None:
+        """The numbers again."""
+        if value is None:
+            return None
+        return struct.unpack(f"<{len(value) // struct.calcsize('<' + self.code)}{self.code}", value)
+
+
+class JsonText(TypeDecorator[Any]):
+    """JSON in a text column: the JSON types of databases refuse NaN or reorder keys."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        """Compact text, in ASCII."""
+        return json.dumps(value, separators=(",", ":"))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """The document again."""
+        return json.loads(value)
+
+
+class FreeText(TypeDecorator[str]):
+    """Text that came from outside, such as the end of a log."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Without what a database refuses."""
+        return None if value is None else storable_text(value)
+
+
+def storable_text(text: str) -> str:
+    """The text with a replacement for NUL, which PostgreSQL refuses, and for halves of surrogate pairs.
+
+    A worker's last words may hold any byte, and why a trial died must not be lost for one of them.
+    """
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+METADATA = MetaData()
+
+ROUNDS = Table(
+    "tuner_rounds",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("max_train_steps", Integer, nullable=False),
+    Column("spec", JsonText, nullable=False),
+    Column("begun_at", ExactFloat, nullable=False),
+    Column("train_rows", Integer, nullable=False),
+    Column("eval_rows", Integer, nullable=False),
+    Column("workload", Text, nullable=False),
+    Column("evaluation_share", ExactFloat, nullable=False),
+)
+
+TRIALS = Table(
+    "tuner_trials",
+    METADATA,
+    Column("round", Text, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("hyperparameters", JsonText, nullable=False),
+    Column("continues", Text),
+    Column("optuna_trial", Integer),
+    # NULL until the end: waiting and running follow from the attempts.
+    Column("state", Text),
+    Column("reason", FreeText),
+    Column("note", FreeText),
+    Column("ended_at", ExactFloat),
+    ForeignKeyConstraint(["round"], ["tuner_rounds.name"]),
+)
+
+ATTEMPTS = Table(
+    "tuner_attempts",
+    METADATA,
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("from_step", Integer, nullable=False),
+    Column("to_step", Integer, nullable=False),
+    Column("started_at", ExactFloat, nullable=False),
+    Column("ended_at", ExactFloat),
+    Column("outcome", Text),
+    Column("message", FreeText),
+    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+)
+
+EVALUATIONS = Table(
+    "tuner_evaluations",
+    METADATA,
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("eval_loss", ExactFloat, nullable=False),
+    Column("train_loss", ExactFloat),
+    Column("learning_rate", ExactFloat),
+    Column("clipped_updates", Integer, nullable=False),
+    Column("example_nll", Numbers("d"), nullable=False),
+    Column("example_tokens", Numbers("i"), nullable=False),
+    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+)
+
+CHECKPOINTS = Table(
+    "tuner_checkpoints",
+    METADATA,
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("kind", Text, primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    # A removed checkpoint keeps its row, so that saying it was saved again does not revive it.
+    Column("removed", Boolean, nullable=False),
+    ForeignKeyConstraint(
+        ["round", "trial", "attempt"],
+        ["tuner_attempts.round", "tuner_attempts.trial", "tuner_attempts.number"],
+    ),
+)
+
+BRANCHES = Table(
+    "tuner_branches",
+    METADATA,
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("max_train_steps", Integer, primary_key=True, autoincrement=False),
+    Column("decay_steps", Integer, nullable=False),
+    Column("from_step", Integer, nullable=False),
+    Column("executed_steps", Integer, nullable=False),
+    Column("state", Text),
+    Column("reason", FreeText),
+    Column("ended_at", ExactFloat),
+    Column("eval_loss", ExactFloat),
+    Column("example_nll", Numbers("d")),
+    Column("example_tokens", Numbers("i")),
+    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+)
+
+PROMOTIONS = Table(
+    "tuner_promotions",
+    METADATA,
+    Column("to_round", Text, primary_key=True),
+    Column("from_round", Text, nullable=False),
+    Column("plan", JsonText, nullable=False),
+    Column("file_text", FreeText, nullable=False),
+    Column("planned_at", ExactFloat, nullable=False),
+    ForeignKeyConstraint(["from_round"], ["tuner_rounds.name"]),
+)

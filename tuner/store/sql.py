@@ -1,0 +1,156 @@
+"""The store that lasts: facts written in whole transactions, and assembled again when read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Table, select
+from sqlalchemy.exc import IntegrityError
+
+from tuner.records import (
+    Attempt,
+    Checkpoint,
+    CheckpointKind,
+    Continuation,
+    Evaluation,
+    Promotion,
+    RoundRecord,
+    Trial,
+    TrialState,
+    hyperparameters_from_json,
+)
+from tuner.store.database import explained, open_engine, parse_url, reading, whole_or_absent, writing
+from tuner.store.facts import Fact, not_recorded, state_of
+from tuner.store.migrations import upgrade
+from tuner.store.recording import write
+from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
+
+T = TypeVar("T")
+
+
+def open_store(url: str) -> SqlStore:
+    """The store at a URL; the database and our tables are created, or brought up to date.
+
+    Raises StorageError when that cannot be done, and then leaves no file that was not there before.
+    """
+    target = parse_url(url)
+    engine = open_engine(target)
+    try:
+        with whole_or_absent(target), explained(target):
+            upgrade(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return SqlStore(target, engine)
+
+
+class SqlStore:
+    """A Store in SQLite or PostgreSQL. Made by `open_store`; safe to use from several threads."""
+
+    def __init__(self, url: URL, engine: Engine) -> None:
+        self._url = url
+        self._engine = engine
+
+    def record(self, *facts: Fact) -> None:
+        """As `Store` says, in one transaction."""
+        with explained(self._url), writing(self._engine) as connection:
+            for fact in facts:
+                try:
+                    write(connection, fact)
+                except IntegrityError as error:
+                    raise not_recorded(fact) from error
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """As `Store` says."""
+        statement = select(ROUNDS).order_by(ROUNDS.c.begun_at, ROUNDS.c.name)
+        with explained(self._url), reading(self._engine) as connection:
+            return tuple(RoundRecord(**row._mapping) for row in connection.execute(statement))
+
+    def trials(self, round: str) -> tuple[Trial, ...]:
+        """As `Store` says."""
+        with explained(self._url), reading(self._engine) as connection:
+            asked = connection.execute(select(TRIALS).where(TRIALS.c.round == round)).all()
+            attempts = _by_trial(connection, ATTEMPTS, round, _attempt)
+            evaluations = _by_trial(connection, EVALUATIONS, round, _evaluation)
+            there = CHECKPOINTS.c.removed.is_(False)
+            checkpoints = _by_trial(connection, CHECKPOINTS, round, _checkpoint, there)
+        return tuple(
+            _trial(row, attempts[row.number], evaluations[row.number], checkpoints[row.number])
+            for row in sorted(asked, key=lambda row: row.number)
+        )
+
+    def promotions(self) -> tuple[Promotion, ...]:
+        """As `Store` says."""
+        statement = select(PROMOTIONS).order_by(PROMOTIONS.c.planned_at, PROMOTIONS.c.to_round)
+        with explained(self._url), reading(self._engine) as connection:
+            return tuple(Promotion(**row._mapping) for row in connection.execute(statement))
+
+    def close(self) -> None:
+        """As `Store` says."""
+        self._engine.dispose()
+
+
+def _by_trial(
+    connection: Connection,
+    table: Table,
+    round: str,
+    make: Callable[[Row[Any]], T],
+    *conditions: ColumnElement[bool],
+) -> dict[int, list[T]]:
+    found: defaultdict[int, list[T]] = defaultdict(list)
+    for row in connection.execute(select(table).where(table.c.round == round, *conditions)):
+        found[row.trial].append(make(row))
+    return found
+
+
+def _trial(
+    row: Row[Any], attempts: list[Attempt], evaluations: list[Evaluation], checkpoints: list[Checkpoint]
+) -> Trial:
+    return Trial(
+        round=row.round,
+        number=row.number,
+        hyperparameters=hyperparameters_from_json(row.hyperparameters),
+        state=state_of(None if row.state is None else TrialState(row.state), attempts),
+        reason=row.note if row.reason is None else row.reason,
+        continues=None if row.continues is None else Continuation.parse(row.continues),
+        evaluations=tuple(sorted(evaluations, key=lambda e: e.step)),
+        checkpoints=tuple(sorted(checkpoints, key=lambda c: (c.step, c.kind))),
+        attempts=tuple(sorted(attempts, key=lambda a: a.number)),
+        optuna_trial=row.optuna_trial,
+    )
+
+
+def _attempt(row: Row[Any]) -> Attempt:
+    return Attempt(
+        number=row.number,
+        from_step=row.from_step,
+        to_step=row.to_step,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        outcome=row.outcome,
+        message=row.message,
+    )
+
+
+def _evaluation(row: Row[Any]) -> Evaluation:
+    return Evaluation(
+        step=row.step,
+        eval_loss=row.eval_loss,
+        train_loss=row.train_loss,
+        learning_rate=row.learning_rate,
+        clipped_updates=row.clipped_updates,
+        example_nll=row.example_nll,
+        example_tokens=row.example_tokens,
+    )
+
+
+def _checkpoint(row: Row[Any]) -> Checkpoint:
+    return Checkpoint(
+        kind=CheckpointKind(row.kind),
+        step=row.step,
+        path=row.path,
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+    )

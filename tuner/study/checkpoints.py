@@ -1,0 +1,86 @@
+"""Where a round's checkpoints lie, which one to go on from, and which ones nobody needs any more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.records import Checkpoint, CheckpointKind, Trial
+
+_VERSIONED = ("best-steps", "last", "trunk")
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """A resumable checkpoint for an assignment."""
+
+    path: Path
+    sha256: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """The directory `runs/ROUND`."""
+
+    root: Path
+
+    def trial_directory(self, number: int) -> Path:
+        """A trial's directory, such as `runs/round1/trial-0007`."""
+        return self.root / f"trial-{number:04d}"
+
+    def adapter(self, trial: Trial) -> Path | None:
+        """The link to the best step's adapter; None while there is none."""
+        link = self.trial_directory(trial.number) / "best"
+        return link if trial.checkpoint(CheckpointKind.BEST) and link.exists() else None
+
+    def resumable(self, trial: Trial) -> list[Checkpoint]:
+        """Checkpoints a trial can go on from, the newest first."""
+        found = [c for c in trial.checkpoints if c.kind != CheckpointKind.BEST]
+        return sorted(found, key=lambda c: (c.step, c.kind == CheckpointKind.LAST), reverse=True)
+
+    def newest(self, trial: Trial) -> StartingPoint | None:
+        """The newest checkpoint of the trial that is still there."""
+        return next((point for c in self.resumable(trial) if (point := self.point(c)) is not None), None)
+
+    def point(self, checkpoint: Checkpoint) -> StartingPoint | None:
+        """A checkpoint as a starting point; None when its directory is gone."""
+        path = self.root / checkpoint.path
+        return StartingPoint(path, checkpoint.sha256, checkpoint.step) if path.is_dir() else None
+
+    def surplus(self, trial: Trial, *, keep_best: int) -> list[Checkpoint]:
+        """Recorded checkpoints that a recorded successor replaces."""
+        by_age = sorted(trial.checkpoints, key=lambda c: c.step, reverse=True)
+        best = [c for c in by_age if c.kind == CheckpointKind.BEST]
+        last = [c for c in by_age if c.kind == CheckpointKind.LAST]
+        return [*best[keep_best:], *last[1:]]
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete checkpoint directories; those already gone are no error."""
+        for path in paths:
+            shutil.rmtree(self.root / path, ignore_errors=True)
+
+    def tidy(self, trial: Trial) -> None:
+        """Delete what a crash left: directories without a fact. Only while no worker holds the trial."""
+        recorded = {self.root / checkpoint.path for checkpoint in trial.checkpoints}
+        directory = self.trial_directory(trial.number)
+        for leftover in _unrecorded(directory, recorded):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for link in directory.glob(".best.*.tmp"):
+            link.unlink(missing_ok=True)
+
+    def size_bytes(self, trials: Sequence[Trial]) -> int:
+        """What the recorded checkpoints of trials take on disk."""
+        return sum(checkpoint.size_bytes for trial in trials for checkpoint in trial.checkpoints)
+
+
+def _unrecorded(directory: Path, recorded: set[Path]) -> list[Path]:
+    return [
+        path
+        for kind in _VERSIONED
+        if (directory / kind).is_dir()
+        for path in (directory / kind).iterdir()
+        if path not in recorded
+    ]

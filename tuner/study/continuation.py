@@ -1,0 +1,122 @@
+"""Which checkpoint of an earlier round a trial goes on from, and why it does not when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.playbook import best_evaluation, can_continue
+from tuner.playbook.schedule import evaluation_steps
+from tuner.records import (
+    Checkpoint,
+    CheckpointKind,
+    Continuation,
+    Evaluation,
+    Hyperparameters,
+    RoundRecord,
+    Trial,
+    TrialState,
+)
+from tuner.store.facts import Store
+from tuner.study.checkpoints import CheckpointFolder, StartingPoint
+from tuner.study.plan import RoundPlan
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """`continues:` entries of a round's file, looked up in the facts of earlier rounds."""
+
+    plan: RoundPlan
+    store: Store
+    workload: str
+    """Fingerprint of this round's base, data, evaluation set and length."""
+
+    def find(self, ordinal: int, hyperparameters: Hyperparameters) -> tuple[Continuation | None, str | None]:
+        """What proposal number `ordinal` goes on from, or why it starts afresh although it was to go on."""
+        enqueue = self.plan.spec.search.enqueue
+        wish = enqueue[ordinal].get("continues") if ordinal < len(enqueue) else None
+        if wish is None:
+            return None, None
+        round_name, _, number = str(wish).partition("/")
+        found = self._find(round_name, int(number), hyperparameters)
+        if isinstance(found, Continuation):
+            return found, None
+        return None, f"started afresh instead of going on from {wish}: {found}"
+
+    def checkpoint(self, trial: Trial) -> StartingPoint | None:
+        """The checkpoint that a trial's `continues` names; None when it has none or it is gone."""
+        wish = trial.continues
+        if wish is None:
+            return None
+        earlier = self._trial(wish.round, wish.trial)
+        folder = self._folder(wish.round)
+        points = [c for c in folder.resumable(earlier) if c.step == wish.step] if earlier else []
+        return next((point for c in points if (point := folder.point(c)) is not None), None)
+
+    def _find(self, round_name: str, number: int, hyperparameters: Hyperparameters) -> Continuation | str:
+        record = next((r for r in self.store.rounds() if r.name == round_name), None)
+        trial = self._trial(round_name, number)
+        if record is None or trial is None:
+            return f"the study has no trial {round_name}/{number}"
+        if trial.state != TrialState.COMPLETE:
+            return f"that trial is {trial.state}"
+        if record.workload != self.workload:
+            return "model, data, evaluation set or length changed since then"
+        reasons = []
+        for checkpoint in self._candidates(record, trial):
+            reason = self._reason_against(record, trial, checkpoint, hyperparameters)
+            if reason is None:
+                return Continuation(round_name, number, checkpoint.step)
+            reasons.append(reason)
+        return reasons[0] if reasons else "none of its resumable checkpoints is left"
+
+    def _candidates(self, record: RoundRecord, trial: Trial) -> list[Checkpoint]:
+        """The trunk's checkpoints, and the end of the run where this round ends there, too."""
+        same_horizon = record.max_train_steps == self.plan.spec.max_train_steps
+        folder = self._folder(record.name)
+        return [
+            checkpoint
+            for checkpoint in folder.resumable(trial)
+            if folder.point(checkpoint) is not None
+            and (
+                checkpoint.kind == CheckpointKind.TRUNK
+                or (same_horizon and checkpoint.step == record.max_train_steps)
+            )
+        ]
+
+    def _reason_against(
+        self, record: RoundRecord, trial: Trial, checkpoint: Checkpoint, hyperparameters: Hyperparameters
+    ) -> str | None:
+        spec = self.plan.spec
+        reason = can_continue(
+            trial.hyperparameters,
+            record.max_train_steps,
+            hyperparameters,
+            spec.max_train_steps,
+            checkpoint.step,
+        )
+        return reason or lost_best(
+            trial.evaluations,
+            evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps),
+            checkpoint.step,
+        )
+
+    def _trial(self, round_name: str, number: int) -> Trial | None:
+        return next((t for t in self.store.trials(round_name) if t.number == number), None)
+
+    def _folder(self, round_name: str) -> CheckpointFolder:
+        return CheckpointFolder(Path(self.plan.absolute.checkpoints.directory) / round_name)
+
+
+def lost_best(evaluations: Sequence[Evaluation], planned: Sequence[int], step: int) -> str | None:
+    """Why the best adapter inside a checkpoint would not be the best of what is inherited from it.
+
+    The checkpoint holds the adapter of one evaluation; a round that evaluates at other steps drops
+    evaluations, perhaps that one.
+    """
+    before = [evaluation for evaluation in evaluations if evaluation.step <= step]
+    best = best_evaluation(before)
+    if best is None or best.step in planned:
+        return None
+    return f"its best adapter up to step {step} is of step {best.step}, at which this round does not evaluate"

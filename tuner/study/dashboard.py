@@ -1,0 +1,39 @@
+"""`study dashboard`: optuna-dashboard on this study's database, served by this process to this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from optuna_dashboard import wsgi
+
+from tuner.errors import InputError
+from tuner.study.sampling import optuna_storage
+
+HOST = "127.0.0.1"
+"""The dashboard has no authentication and can delete and tell: it is for this machine alone."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not worth a line each."""
+
+
+def serve_dashboard(storage: str, *, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until interrupted; `announce` gets the address once it answers.
+
+    Raises InputError when the port is taken.
+    """
+    application = wsgi(optuna_storage(storage))
+    try:
+        server = make_server(HOST, port, application, server_class=_Server, handler_class=_QuietHandler)
+    except OSError as error:
+        raise InputError(f"--port {port}: {error.strerror}; choose another") from error
+    with server:
+        announce(f"http://{HOST}:{server.server_port}/dashboard")
+        server.serve_forever()

@@ -1,0 +1,139 @@
+"""A study is a folder with its round files: which rounds it has, and the one database they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuner.errors import InputError, RoundFileError
+from tuner.records import RoundRecord, Trial
+from tuner.spec import RoundFile, load_round
+from tuner.store import MemoryStore, Store, exists, is_held, open_store
+from tuner.study.checkpoints import CheckpointFolder
+from tuner.study.plan import RoundPlan
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The rounds of one study, on disk and in its database."""
+
+    directory: Path
+    files: tuple[RoundFile, ...]
+    """By the rounds' names, numbers in their order."""
+    broken: tuple[RoundFileError, ...] = field(default=())
+    """Files that look like rounds and have mistakes."""
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.files[0].spec.study
+
+    @property
+    def storage(self) -> str:
+        """The database's URL."""
+        return self.files[0].spec.absolute(self.directory).storage
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a database to read."""
+        return exists(self.storage)
+
+    def open(self) -> Store:
+        """The study's facts; an empty store where no round has begun, so that looking changes nothing."""
+        return open_store(self.storage) if self.has_begun else MemoryStore()
+
+    def is_running(self) -> bool:
+        """Whether a process runs a round of this study now."""
+        return self.has_begun and is_held(self.directory, self.storage, self.name)
+
+    def file(self, round_name: str) -> RoundFile | None:
+        """A round's file."""
+        return next((file for file in self.files if file.spec.round == round_name), None)
+
+    def plan(self, round_name: str) -> RoundPlan:
+        """A round as its file plans it. Raises InputError when there is no such file."""
+        file = self.file(round_name)
+        if file is None:
+            known = ", ".join(f.spec.round for f in self.files)
+            raise InputError(
+                f"{round_name}: no file of this folder has `round: {round_name}`; there are {known}"
+            )
+        return RoundPlan(file)
+
+    def checkpoints(self, round_name: str) -> CheckpointFolder:
+        """Where a round's checkpoints lie."""
+        file = self.file(round_name) or self.files[0]
+        return CheckpointFolder(Path(file.spec.absolute(self.directory).checkpoints.directory) / round_name)
+
+    def latest(self, store: Store) -> RoundRecord:
+        """The round that began last. Raises InputError when none has."""
+        rounds = store.rounds()
+        if not rounds:
+            first = self.files[0].path.name
+            raise InputError(f"no round of {self.name} has begun; begin with: tuner study run {first}")
+        return rounds[-1]
+
+    def adapter(self, trial: Trial) -> str | None:
+        """Where the trial's adapter is: an absolute path."""
+        link = self.checkpoints(trial.round).adapter(trial)
+        return None if link is None else str(link)
+
+
+def open_folder(directory: Path) -> StudyFolder:
+    """Find the rounds of a folder.
+
+    Raises InputError when there is none, or when its files name different studies or databases.
+    """
+    directory = directory.resolve()
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; -C takes the folder of a study")
+    files: list[RoundFile] = []
+    broken: list[RoundFileError] = []
+    for path in sorted(directory.glob("*.y*ml"), key=_natural):
+        if not looks_like_round(path):
+            continue
+        try:
+            files.append(load_round(path))
+        except RoundFileError as error:
+            broken.append(error)
+    if not files:
+        if broken:
+            raise broken[0]
+        raise InputError(
+            f"{directory}: no round file here (a .yaml with `study:` and `round:`); "
+            "make one with: tuner study new DIR --model M --data D"
+        )
+    _refuse_mixed(directory, files)
+    return StudyFolder(directory, tuple(files), tuple(broken))
+
+
+def looks_like_round(path: Path) -> bool:
+    """Whether a YAML file has the top-level keys of a round."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return bool(re.search(r"^round\s*:", text, re.MULTILINE) and re.search(r"^study\s*:", text, re.MULTILINE))
+
+
+def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
+    for what, values in (
+        ("study", {f.spec.study for f in files}),
+        ("storage", {f.spec.absolute(directory).storage for f in files}),
+    ):
+        if len(values) > 1:
+            listed = ", ".join(f"{f.path.name} has {getattr(f.spec, what)}" for f in files)
+            raise InputError(f"{directory}: the rounds of a study share one {what}; here {listed}")
+    names = [f.spec.round for f in files]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        culprits = ", ".join(f.path.name for f in files if f.spec.round in twice)
+        raise InputError(
+            f"{directory}: {culprits} all have `round: {sorted(twice)[0]}`; each round has one file"
+        )
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """`round10` comes after `round9`."""
+    return [
+        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name) if part
+    ]

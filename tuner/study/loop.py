@@ -1,0 +1,300 @@
+"""The loop of a round: ask, assign, record, tell.
+
+The order is a law: file, then fact, then tell. Nothing is kept here that the facts do not hold, so
+that going on after any interruption is running the loop again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tuner.errors import InputError, Interrupted, WorkerError
+from tuner.playbook.schedule import evaluation_steps
+from tuner.records import (
+    Assignment,
+    Checkpoint,
+    Died,
+    Ended,
+    Evaluated,
+    Event,
+    Progressed,
+    Ready,
+    Saved,
+    Started,
+    Trial,
+    TrialState,
+    complete_hyperparameters,
+)
+from tuner.report import View
+from tuner.store.facts import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    CheckpointsRemoved,
+    EvaluationMade,
+    StepsRun,
+    Store,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
+)
+from tuner.study.checkpoints import CheckpointFolder
+from tuner.study.continuation import Continuations
+from tuner.study.plan import RoundPlan
+from tuner.study.sampling import Advisor
+from tuner.workers import Worker
+
+MAX_ATTEMPTS = 3
+"""Attempts in a row that may die without a new checkpoint before a trial is failed."""
+
+MAX_STILLBORN = 3
+"""Workers in a row that may die before they are ready."""
+
+
+@dataclass
+class RoundLoop:
+    """One round being run: what it needs, and one method for each part of the loop."""
+
+    plan: RoundPlan
+    store: Store
+    advisor: Advisor
+    worker: Worker
+    folder: CheckpointFolder
+    continuations: Continuations
+    view: View
+    clock: Callable[[], float]
+    """Seconds since the epoch."""
+    stopping: Callable[[], bool] = lambda: False
+    """Whether the user asked to stop."""
+
+    def run(self) -> None:
+        """Run until every promised trial has ended.
+
+        Raises Interrupted when asked to stop, InputError or WorkerError when the round cannot be run.
+        """
+        self._heal()
+        stillborn = 0
+        while not self._is_over(self._trials()):
+            if self.stopping():
+                self._close()
+                raise Interrupted("stopped; all progress is saved")
+            while self.worker.capacity() > 0 and (assignment := self._next_assignment()) is not None:
+                self.worker.start(assignment)
+            for event in self.worker.events(1.0):
+                self._record(event)
+                stillborn = _count_stillborn(stillborn, event)
+            self.view.trials(self._trials())
+        self._close()
+
+    # --- what to run next -------------------------------------------------------------------------
+
+    def _next_assignment(self) -> Assignment | None:
+        """An interrupted trial first, then what the search has left; None when there is nothing."""
+        trials = self._trials()
+        waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+        if waiting is None and len(_promised(trials)) < self.num_trials:
+            waiting = self._ask(trials)
+        return self._assign(waiting) if waiting is not None else None
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the round promises: a grid may have fewer points."""
+        return int(min(self.plan.spec.search.trials, self.advisor.num_points))
+
+    def _ask(self, trials: Sequence[Trial]) -> Trial:
+        """A new trial: the repetition of a failed one, or the search's next proposal."""
+        to_replace = unreplaced(trials)
+        ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
+        again = to_replace[0].hyperparameters if to_replace else None
+        proposal = self.advisor.propose(ordinal, again=again)
+        hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
+        if to_replace:
+            continues, why_not = (
+                to_replace[0].continues,
+                f"repeats trial {to_replace[0].number}, which failed",
+            )
+        else:
+            continues, why_not = self.continuations.find(ordinal, hyperparameters)
+        trial = Trial(
+            self.plan.name,
+            number=len(trials),
+            hyperparameters=hyperparameters,
+            continues=continues,
+            optuna_trial=proposal.optuna_trial,
+        )
+        self.store.record(TrialAsked(trial))
+        if why_not is not None:
+            self.store.record(TrialNoted(trial.round, trial.number, why_not))
+        return trial
+
+    def _assign(self, trial: Trial) -> Assignment:
+        """The trial's next attempt, from its newest checkpoint that is whole."""
+        self.folder.tidy(trial)
+        start = self.folder.newest(trial) or self.continuations.checkpoint(trial)
+        attempt = max((a.number for a in trial.attempts), default=0) + 1
+        from_step = start.step if start else 0
+        self.store.record(AttemptStarted(trial.round, trial.number, attempt, from_step, self.clock()))
+        return Assignment(
+            round=trial.round,
+            trial=trial.number,
+            attempt=attempt,
+            hyperparameters=trial.hyperparameters,
+            max_train_steps=self.plan.spec.max_train_steps,
+            evaluate_every=self.plan.spec.evaluation.every_steps,
+            directory=str(self.folder.trial_directory(trial.number)),
+            resume_from=str(start.path) if start else None,
+            resume_sha256=start.sha256 if start else None,
+            trunk_steps=self.plan.trunk_steps(trial.hyperparameters),
+        )
+
+    # --- what has happened ------------------------------------------------------------------------
+
+    def _record(self, event: Event) -> None:
+        """Turn what a worker says into facts, then act on them."""
+        name = self.plan.name
+        match event:
+            case Ready() | Started():
+                pass
+            case Progressed(trial=trial, attempt=attempt, step=step):
+                self.store.record(StepsRun(name, trial, attempt, step))
+            case Evaluated(trial=trial, attempt=attempt, evaluation=evaluation):
+                self.store.record(
+                    EvaluationMade(name, trial, evaluation), StepsRun(name, trial, attempt, evaluation.step)
+                )
+                self.advisor.report(self._trial(trial), evaluation, self._planned_steps())
+            case Saved(trial=trial, attempt=attempt, checkpoint=checkpoint):
+                before = self._trial(trial).checkpoints
+                self.store.record(CheckpointSaved(name, trial, attempt, checkpoint))
+                self._remove_superseded(self._trial(trial), before)
+            case Ended():
+                self._record_end(event)
+            case Died(reason=reason, is_input_error=is_input_error):
+                for held in self._trials():
+                    if held.state == TrialState.RUNNING:
+                        self._end_attempt(held, "died", reason)
+                if is_input_error:
+                    raise InputError(reason)
+        self.view.event(event)
+
+    def _record_end(self, event: Ended) -> None:
+        trial = self._trial(event.trial)
+        match event.outcome:
+            case "complete" | "infeasible" | "pruned":
+                now = self.clock()
+                self.store.record(
+                    StepsRun(trial.round, trial.number, event.attempt, event.step),
+                    AttemptEnded(trial.round, trial.number, event.attempt, event.step, now, event.outcome),
+                    TrialEnded(trial.round, trial.number, TrialState(event.outcome), event.reason, now),
+                )
+                self._tell(trial.number)
+                self.folder.tidy(self._trial(trial.number))
+            case "stopped":
+                self._end_attempt(trial, "stopped", None, step=event.step)
+            case "failed":
+                # Its checkpoint cannot be used: the next attempt takes an older one, or starts anew.
+                unusable = tuple(c.path for c in self.folder.resumable(trial)[:1])
+                self.store.record(CheckpointsRemoved(trial.round, trial.number, unusable))
+                self._end_attempt(trial, "failed", event.reason)
+
+    def _end_attempt(
+        self, trial: Trial, outcome: str, message: str | None, *, step: int | None = None
+    ) -> None:
+        """End a trial's open attempt; fail the trial when too many in a row came to nothing."""
+        attempt = trial.attempts[-1]
+        to_step = max(attempt.to_step, step or 0)
+        self.store.record(
+            AttemptEnded(trial.round, trial.number, attempt.number, to_step, self.clock(), outcome, message)
+        )
+        trial = self._trial(trial.number)
+        if not has_failed(trial):
+            return
+        self.store.record(
+            TrialEnded(trial.round, trial.number, TrialState.FAILED, message or outcome, self.clock())
+        )
+        self._tell(trial.number)
+        same = [t for t in self._trials() if t.hyperparameters == trial.hyperparameters]
+        if sum(t.state == TrialState.FAILED for t in same) > 1:
+            self._close()
+            raise WorkerError(
+                f"{self.plan.name}: trial {trial.number} and its repetition failed {MAX_ATTEMPTS} times "
+                f"each, so the round cannot be completed. The last time: {message or outcome}"
+            )
+
+    def _tell(self, number: int) -> None:
+        self.advisor.tell(self._trial(number), max_train_steps=self.plan.spec.max_train_steps)
+
+    def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
+        """Delete what a recorded successor replaces."""
+        surplus = self.folder.surplus(trial, keep_best=self.plan.spec.checkpoints.keep_best)
+        kept = {checkpoint.path for checkpoint in trial.checkpoints}
+        self.folder.delete([c.path for c in (*surplus, *before) if c in surplus or c.path not in kept])
+        if surplus:
+            self.store.record(CheckpointsRemoved(trial.round, trial.number, tuple(c.path for c in surplus)))
+
+    # --- beginning and ending ---------------------------------------------------------------------
+
+    def _heal(self) -> None:
+        """Put right what an earlier process left open, before anything is asked."""
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING:
+                self._end_attempt(trial, "interrupted", None)
+        self.advisor.heal(self._trials(), max_train_steps=self.plan.spec.max_train_steps)
+
+    def _close(self) -> None:
+        """Let the worker save its trials, and record what it says meanwhile."""
+        self.worker.close()
+        for event in self.worker.events(0.0):
+            self._record(event)
+
+    def _is_over(self, trials: Sequence[Trial]) -> bool:
+        return all(trial.state.is_final for trial in trials) and len(_promised(trials)) >= self.num_trials
+
+    def _trials(self) -> tuple[Trial, ...]:
+        return self.store.trials(self.plan.name)
+
+    def _trial(self, number: int) -> Trial:
+        return self._trials()[number]
+
+    def _planned_steps(self) -> tuple[int, ...]:
+        spec = self.plan.spec
+        return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
+
+
+def has_failed(trial: Trial) -> bool:
+    """Whether the last attempts died, each without a checkpoint beyond where it had started."""
+    newest = max((c.step for c in trial.checkpoints if c.kind != "best"), default=0)
+    fruitless = 0
+    for attempt in reversed(trial.attempts):
+        if attempt.outcome not in ("died", "failed") or (
+            attempt.outcome == "died" and attempt.from_step < newest
+        ):
+            break
+        fruitless += 1
+    return fruitless >= MAX_ATTEMPTS
+
+
+def unreplaced(trials: Sequence[Trial]) -> list[Trial]:
+    """Failed trials that no later trial repeats."""
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.FAILED
+        and not any(t.number > trial.number and t.hyperparameters == trial.hyperparameters for t in trials)
+    ]
+
+
+def _promised(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that count, or will, towards `search.trials`."""
+    return [trial for trial in trials if trial.state != TrialState.FAILED]
+
+
+def _count_stillborn(so_far: int, event: Event) -> int:
+    """Workers in a row that died before they were ready. Raises WorkerError at `MAX_STILLBORN`."""
+    if isinstance(event, Ready):
+        return 0
+    if not isinstance(event, Died):
+        return so_far
+    if so_far + 1 >= MAX_STILLBORN:
+        raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could begin. {event.reason}")
+    return so_far + 1

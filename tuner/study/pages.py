@@ -1,0 +1,73 @@
+"""What people are shown of a round: the report, and its page in optuna-dashboard."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import optuna
+from optuna_dashboard import save_note, save_plotly_graph_object
+
+from tuner.playbook import Diagnosis, Reading, RoundResults
+from tuner.records import RoundRecord
+from tuner.report import RoundReport, best_steps_figure, round_note
+from tuner.store import Store
+from tuner.study.folder import StudyFolder
+from tuner.study.results import reading_of
+
+_PACKAGES = ("tuner", "optuna", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
+    """All that a report on a round says."""
+    results, reading = reading_of(store, record)
+    adapters = {trial.number: folder.adapter(trial) for trial in results.trials}
+    return RoundReport(
+        study=folder.name,
+        goal=str(record.spec.get("goal", "")),
+        record=record,
+        results=results,
+        reading=reading,
+        adapters={number: path for number, path in adapters.items() if path is not None},
+        next_command=next_command(folder, results, reading, store),
+        environment=environment(),
+    )
+
+
+def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, store: Store) -> str:
+    """What to type after a round: go on with it, promote it, or use its best adapter."""
+    file = folder.file(results.name)
+    run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
+    if file is not None and len(results.results) < file.spec.search.trials:
+        return run
+    following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
+    if following is not None and folder.file(following) is not None:
+        has_begun = any(record.name == following for record in store.rounds())
+        return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
+    if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
+        return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"
+    return f"tuner study promote --to {next_name(results.name)}"
+
+
+def next_name(round_name: str) -> str:
+    """`round2` after `round1`; `NAME-2` after a name without a number."""
+    stem = round_name.rstrip("0123456789")
+    number = round_name[len(stem) :]
+    return f"{stem}{int(number) + 1}" if number else f"{round_name}-2"
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine, by name."""
+    versions = {name: version(name) for name in _PACKAGES}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def write_pages(study: optuna.Study, report: RoundReport) -> None:
+    """Put the reading of a round and its plot of best steps on its page in optuna-dashboard."""
+    save_note(study, round_note(report))
+    figure = best_steps_figure(report.results.trials, max_train_steps=report.max_train_steps)
+    save_plotly_graph_object(study, figure, graph_object_id="tuner-best-steps")

@@ -1,0 +1,46 @@
+"""What a round is going to do, as the loop needs it: the file, its space and its trunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.playbook.schedule import trunk_steps
+from tuner.records import Hyperparameters, Space
+from tuner.spec import RoundFile, RoundSpec
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round file that has been checked."""
+
+    file: RoundFile
+
+    @property
+    def spec(self) -> RoundSpec:
+        """The file's content."""
+        return self.file.spec
+
+    @property
+    def name(self) -> str:
+        """The round's name."""
+        return self.spec.round
+
+    @property
+    def space(self) -> Space:
+        """All hyperparameters of the round."""
+        return self.spec.space()
+
+    @property
+    def absolute(self) -> RoundSpec:
+        """The file with its paths absolute, for processes with another working directory."""
+        return self.spec.absolute(self.file.directory)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory `runs/ROUND`."""
+        return Path(self.absolute.checkpoints.directory) / self.name
+
+    def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
+        """Steps at which a trial keeps a checkpoint for longer rounds; none without a constant part."""
+        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.spec.run.decay_branches)

@@ -1,0 +1,208 @@
+"""`study promote`: the next round's file, written where it can be reviewed, and the plan behind it recorded.
+
+File, then fact: a file without a recorded plan that says what would be written gets its plan
+recorded, so that a promotion cut in two is finished by promoting again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import InputError
+from tuner.playbook import NextRound, Reading, plan_next_round
+from tuner.playbook.promotion import EnqueuedTrial
+from tuner.playbook.schedule import DecayRule
+from tuner.records import Promotion, RoundRecord, TrialState, Value
+from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
+from tuner.store import Store
+from tuner.store.facts import PromotionPlanned
+from tuner.study.folder import StudyFolder
+from tuner.study.results import reading_of
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user decides instead of the playbook."""
+
+    max_train_steps: int | None = None
+    top: int = 3
+    decay: DecayRule = "steps"
+
+
+@dataclass(frozen=True)
+class PromotedRound:
+    """A promotion that was written."""
+
+    path: Path
+    next_round: NextRound
+    reading: Reading
+    document: Mapping[str, Any]
+    """The JSON document of `study promote --json`."""
+
+
+def promote(
+    folder: StudyFolder,
+    store: Store,
+    *,
+    to: str,
+    from_round: str | None,
+    overrides: Overrides,
+    force: bool,
+    clock: Callable[[], float],
+) -> PromotedRound:
+    """Plan the next round, write its file and record the plan.
+
+    Raises InputError when the file exists and says something else (unless `force`) or its round has
+    begun; TunerError when the round teaches no next horizon and none is given.
+    """
+    to = to.removesuffix(".yaml")
+    record = _source(folder, store, to, from_round)
+    results, reading = reading_of(store, record)
+    next_round = plan_next_round(
+        results,
+        reading,
+        to=to,
+        max_train_steps=overrides.max_train_steps,
+        top=overrides.top,
+        decay=overrides.decay,
+    )
+    file = folder.file(record.name)
+    if file is None:
+        raise InputError(f"{folder.directory}: the file of {record.name} is gone; {to} is written from it")
+    path = folder.directory / f"{to}.yaml"
+    text = round_text(file, next_round, overrides)
+    document = promotion_document(folder.name, path, next_round, reading, is_open=_is_open(record, store))
+    _write(path, text, force=force)
+    plan = Promotion(record.name, to, document, text, clock())
+    if not any(
+        p.to_round == to and p.file_text == text and dict(p.plan) == document for p in store.promotions()
+    ):
+        store.record(PromotionPlanned(plan))
+    return PromotedRound(path, next_round, reading, document)
+
+
+def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> str:
+    """The next round's file: the last one's text, where each changed line says why it changed."""
+    changes: dict[str, Any] = {
+        "round": next_round.to_round,
+        "max_train_steps": next_round.max_train_steps,
+        "search.trials": next_round.trials_total,
+        "search.sampler": next_round.sampler,
+        "search.enqueue": [_entry(trial) for trial in next_round.enqueue],
+    }
+    given = overrides.max_train_steps is not None
+    comments = {
+        "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
+        + (": set by --max-train-steps" if given else ""),
+        "search.trials": f"{len(next_round.enqueue)} enqueued, the rest new: fewer, longer runs",
+        "search.sampler": next_round.sampler_reason,
+        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new",
+    }
+    for name, change in next_round.changes.items():
+        if change.to_dimension != change.from_dimension:
+            changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
+            comments[f"hyperparameters.{name}"] = change.reason
+    text = edit_round(file.text, changes, comments)
+    # Defaults that follow the horizon would move with it: what is to stay is written out.
+    written = read_round(text, file.path).spec.space()
+    moved = {n: d for n, d in next_round.space.items() if written[n] != d}
+    for name, dimension in moved.items():
+        changes[f"hyperparameters.{name}"] = dimension_to_yaml(dimension)
+        comments[f"hyperparameters.{name}"] = next_round.changes[name].reason
+    return edit_round(file.text, changes, comments) if moved else text
+
+
+def promotion_document(
+    study: str, path: Path, next_round: NextRound, reading: Reading, *, is_open: bool
+) -> dict[str, Any]:
+    """The JSON document of `study promote --json`."""
+    findings = [
+        {"rule": finding.rule, "severity": str(finding.severity), "message": finding.message}
+        for finding in next_round.findings
+    ]
+    if is_open:
+        message = f"{next_round.from_round} is not complete: the trials still missing may change this plan"
+        findings.insert(0, {"rule": "incomplete_round", "severity": "warning", "message": message})
+    return {
+        "study": study,
+        "from": next_round.from_round,
+        "to": next_round.to_round,
+        "file": str(path),
+        "max_train_steps": {"from": next_round.old_max_train_steps, "to": next_round.max_train_steps},
+        "diagnosis": str(reading.diagnosis),
+        "evidence": list(reading.evidence),
+        "hyperparameters": {
+            name: {
+                "from": dimension_to_yaml(change.from_dimension),
+                "to": dimension_to_yaml(change.to_dimension),
+                "tier": str(change.tier),
+                "reason": change.reason,
+            }
+            for name, change in next_round.changes.items()
+        },
+        "trials": {"enqueued": len(next_round.enqueue), "total": next_round.trials_total},
+        "continues": [
+            {"trial": f"{trial.round}/{trial.trial}", "from_step": trial.from_step}
+            for trial in next_round.enqueue
+            if trial.from_step is not None
+        ],
+        "findings": findings,
+        "notes": list(next_round.notes),
+    }
+
+
+def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) -> RoundRecord:
+    """The round to promote from: the one named, else the latest one."""
+    rounds = store.rounds()
+    if any(record.name == to for record in rounds):
+        raise InputError(f"{to} has begun: its file stays as it is. Promote to another name, such as {to}b")
+    if from_round is None:
+        return folder.latest(store)
+    record = next((r for r in rounds if r.name == from_round.removesuffix(".yaml")), None)
+    if record is None:
+        begun = ", ".join(r.name for r in rounds) or "none"
+        raise InputError(f"--from {from_round}: no such round has begun; begun: {begun}")
+    return record
+
+
+def _is_open(record: RoundRecord, store: Store) -> bool:
+    trials = store.trials(record.name)
+    promised = int(record.spec["search"]["trials"])
+    return sum(t.state.is_result for t in trials) < promised or any(
+        t.state == TrialState.RUNNING for t in trials
+    )
+
+
+def _entry(trial: EnqueuedTrial) -> dict[str, Any]:
+    entry: dict[str, Any] = {name: _yaml_value(value) for name, value in trial.hyperparameters.items()}
+    return {**entry, "continues": f"{trial.round}/{trial.trial}"}
+
+
+def _yaml_value(value: Value) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _write(path: Path, text: str, *, force: bool) -> None:
+    """Write the file whole, unless it is there already and says something else."""
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        if not force:
+            raise InputError(
+                f"{path}: exists and says something else; --force overwrites it, or choose another --to"
+            )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

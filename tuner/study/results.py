@@ -1,0 +1,53 @@
+"""A round's facts in the form that the playbook reads, and the reading of the latest one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tuner.playbook import Reading, RoundResults, read_round
+from tuner.records import RoundRecord, Trial
+from tuner.spec import RoundSpec
+from tuner.store import Store
+
+
+def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
+    """A round as it began, with its trials as they stand."""
+    spec = RoundSpec.model_validate(record.spec)
+    return RoundResults(
+        name=record.name,
+        max_train_steps=record.max_train_steps,
+        evaluate_every=spec.evaluation.every_steps,
+        space=spec.space(),
+        trials=tuple(trials),
+        train_rows=record.train_rows,
+        production_steps=spec.run.production_steps,
+        evaluation_share=record.evaluation_share,
+        workload=record.workload,
+        seconds_per_step=seconds_per_step(trials),
+    )
+
+
+def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
+    """The rounds that began before this one, oldest first."""
+    rounds: list[RoundRecord] = []
+    for other in store.rounds():
+        if other.name == record.name:
+            break
+        rounds.append(other)
+    return [round_results(other, store.trials(other.name)) for other in rounds]
+
+
+def reading_of(store: Store, record: RoundRecord) -> tuple[RoundResults, Reading]:
+    """A round's results and what the playbook reads from them and from the rounds before."""
+    results = round_results(record, store.trials(record.name))
+    return results, read_round(results, earlier_results(store, record))
+
+
+def seconds_per_step(trials: Sequence[Trial]) -> float | None:
+    """Measured seconds of a trial's step, its evaluations included; None before any attempt has ended."""
+    timed = [
+        a for trial in trials for a in trial.attempts if a.ended_at is not None and a.to_step > a.from_step
+    ]
+    steps = sum(attempt.to_step - attempt.from_step for attempt in timed)
+    seconds = sum((attempt.ended_at or 0.0) - attempt.started_at for attempt in timed)
+    return seconds / steps if steps else None

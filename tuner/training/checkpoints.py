@@ -1,0 +1,155 @@
+"""Checkpoint directories: what a resumable one holds, and how one appears whole or not at all.
+
+A directory is written under a temporary name, synced and renamed. safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tuner.adapters import Adapter, read_adapter, write_adapter
+from tuner.adapters.peft_files import named_tensors, weights_from
+from tuner.errors import CheckpointError
+from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
+
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_BEST_FILE = "best.safetensors"
+_STATE_FILE = "state.json"
+_FORMAT = 1
+
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All a trial needs to go on as if it had never stopped."""
+
+    step: int
+    adapter: Adapter
+    optimizer: Mapping[str, Tensor]
+    evaluations: tuple[Evaluation, ...]
+    best: Weights | None
+    """The adapter of the best evaluation so far; None when that is this snapshot's own."""
+    counters: Mapping[str, Any]
+    """Running sums since the last evaluation, by name: floats and ints."""
+
+
+def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
+    """Write the best step's PEFT adapter and switch the link `best` to it."""
+    target = trial / "best-steps" / f"step-{step:06d}.a{attempt}"
+    _publish(target, lambda directory: write_adapter(directory, adapter, weights))
+    _switch_link(trial / "best", target)
+    return _recorded(CheckpointKind.BEST, step, target)
+
+
+def publish_snapshot(trial: Path, snapshot: Snapshot, *, kind: CheckpointKind, attempt: int) -> Checkpoint:
+    """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036`."""
+    name = f"step-{snapshot.step:06d}"
+    target = trial / "trunk" / name if kind == CheckpointKind.TRUNK else trial / "last" / f"{name}.a{attempt}"
+    _publish(target, lambda directory: _write_snapshot(directory, snapshot))
+    return _recorded(kind, snapshot.step, target)
+
+
+def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
+    """Read a resumable checkpoint. Raises CheckpointError when it is missing or not what was recorded."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: the recorded checkpoint is gone")
+    if sha256 is not None and (found := digest(directory)) != sha256:
+        raise CheckpointError(
+            f"{directory}: its hash is {found}, recorded was {sha256}: it was changed or damaged"
+        )
+    try:
+        state = json.loads((directory / _STATE_FILE).read_text())
+        optimizer = load_file(directory / _OPTIMIZER_FILE)
+        best = load_file(directory / _BEST_FILE) if (directory / _BEST_FILE).exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: not a resumable checkpoint: {error}") from error
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{directory}: checkpoint format {state.get('format')}, this tuner reads {_FORMAT}"
+        )
+    return Snapshot(
+        step=state["step"],
+        adapter=read_adapter(directory),
+        optimizer=optimizer,
+        evaluations=tuple(evaluation_from_json(item) for item in state["evaluations"]),
+        best=weights_from(best) if best is not None else None,
+        counters=state["counters"],
+    )
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 of a directory: of its files' names and contents, in the order of names."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
+    write_adapter(directory, snapshot.adapter)
+    save_file(dict(snapshot.optimizer), directory / _OPTIMIZER_FILE)
+    if snapshot.best is not None:
+        save_file(named_tensors(snapshot.best), directory / _BEST_FILE)
+    state = {
+        "format": _FORMAT,
+        "step": snapshot.step,
+        "counters": dict(snapshot.counters),
+        "evaluations": [to_json(evaluation) for evaluation in snapshot.evaluations],
+    }
+    (directory / _STATE_FILE).write_text(json.dumps(state))
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """Make `target` appear whole. One that is there already was made by the same trial: it is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _switch_link(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
+    _sync(link.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recorded(kind: CheckpointKind, step: int, target: Path) -> Checkpoint:
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    trial = target.parent.parent
+    return Checkpoint(
+        kind, step, f"{trial.name}/{target.relative_to(trial).as_posix()}", size, digest(target)
+    )

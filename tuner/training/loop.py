@@ -1,0 +1,318 @@
+"""The training loop: trials in slots, one packed micro-step after another.
+
+A tick gives every trial in a slot one micro-batch. A trial whose update is whole steps its own
+optimizer; one at an evaluation step is evaluated; one at its end leaves its slot to the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tuner.adapters import Base, Pack, PackedRows, initial_adapter
+from tuner.adapters.dropout import row_keys
+from tuner.adapters.initial import lora_config
+from tuner.data import Example, Examples
+from tuner.errors import TunerError
+from tuner.playbook import is_diverged
+from tuner.records import (
+    Assignment,
+    CheckpointKind,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    Outcome,
+    Progressed,
+    Saved,
+    Started,
+)
+from tuner.training.batches import MicroBatch, TokenGrid, grid, rows_by_length
+from tuner.training.checkpoints import read_snapshot
+from tuner.training.inbox import Inbox
+from tuner.training.trial_run import TrialRun
+
+_log = logging.getLogger(__name__)
+
+PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of all trials in one training pass, padding included, before memory says otherwise."""
+
+LAST_EVERY_SHARE = 0.05
+"""Of the time, at most this much goes into `last` checkpoints, once one takes more than a second."""
+
+
+@dataclass
+class Workplace:
+    """What all trials of the round share."""
+
+    base: Base
+    hollow: PreTrainedModel
+    """For PEFT's initialisation."""
+    pack: Pack
+    train: Examples
+    evaluation: Examples
+    base_path: str
+    revision: str | None
+    evaluation_rows: int
+    """Evaluation examples of one trial in one pass."""
+    micro_tokens: int
+    """Tokens of one trial in one training pass, padding included."""
+    base_evaluation: Evaluation | None = None
+    """The untouched base at step 0, once measured."""
+    pass_rows: int = field(default=1 << 30)
+    """Rows of all trials in one pass; halved after each out-of-memory."""
+
+
+def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
+    """Run assignments from `inbox` until it closes; a close saves every trial first."""
+    runs: dict[int, TrialRun] = {}
+    last_saved: dict[int, tuple[float, float]] = {}
+    last_said = 0.0
+
+    while not inbox.closed:
+        # --- new trials take free slots, unwanted ones leave
+        for assignment in inbox.assignments(wait=not runs):
+            free = next(slot for slot in range(place.pack.num_slots) if slot not in runs)
+            run = _begin(place, assignment, free, say)
+            if run is not None:
+                runs[free] = run
+        for slot, run in list(runs.items()):
+            if run.assignment.trial in inbox.unwanted:
+                _leave(run, "stopped", None, say, save=True)
+                del runs[slot]
+
+        # --- evaluations that are due: at step 0, every so many steps, and at the horizon
+        due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
+        for slot, evaluation in _evaluate(place, due).items():
+            run = runs[slot]
+            run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
+            _save(run, last_saved, slot, say)
+            say(Evaluated(*_name(run), evaluation))
+        for slot, run in list(runs.items()):
+            if run.is_at_trunk and slot not in due:
+                say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
+            if run.reason_infeasible is not None:
+                _leave(run, "infeasible", run.reason_infeasible, say)
+                del runs[slot]
+            elif run.step >= run.assignment.max_train_steps:
+                _leave(run, "complete", None, say)
+                del runs[slot]
+
+        # --- one micro-step for every trial
+        for run in runs.values():
+            if not run.micro_batches:
+                run.begin_update(
+                    place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens
+                )
+        tick = {slot: run.micro_batches.popleft() for slot, run in runs.items()}
+        forward_backward(place, runs, tick)
+
+        # --- updates that are whole
+        for slot, run in runs.items():
+            if not run.micro_batches and run.reason_infeasible is None:
+                train_loss = run.finish_update()
+                place.pack.load(slot, run.optimizer.weights)
+                if (now := time.monotonic()) - last_said > 1.0:
+                    last_said = now
+                    for other in runs.values():
+                        say(Progressed(*_name(other), other.step, train_loss))
+
+    for run in runs.values():
+        _leave(run, "stopped", None, say, save=True)
+
+
+# --- a trial enters and leaves --------------------------------------------------------------------
+
+
+def _begin(
+    place: Workplace, assignment: Assignment, slot: int, say: Callable[[Event], None]
+) -> TrialRun | None:
+    """Put a trial into a slot, from its checkpoint or from PEFT's initialisation."""
+    try:
+        if assignment.resume_from is not None:
+            snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
+            run = TrialRun(assignment, snapshot.adapter, device=place.base.device)
+            run.restore(snapshot)
+            run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
+        else:
+            config = lora_config(
+                assignment.hyperparameters, base_path=place.base_path, revision=place.revision
+            )
+            start = initial_adapter(place.hollow, config, seed=_seed(assignment))
+            run = TrialRun(assignment, start, device=place.base.device)
+    except TunerError as error:
+        _log.error("trial %d: %s", assignment.trial, error)
+        say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, "failed", str(error)))
+        return None
+    place.pack.occupy(slot, run.adapter)
+    place.pack.load(slot, run.optimizer.weights)
+    say(Started(*_name(run), run.step))
+    if run.evaluations:
+        best = run.save_best()
+        if best is not None:
+            say(Saved(*_name(run), best))
+    for evaluation in run.evaluations:
+        say(Evaluated(*_name(run), evaluation))
+    return run
+
+
+def _leave(
+    run: TrialRun, outcome: Outcome, reason: str | None, say: Callable[[Event], None], *, save: bool = False
+) -> None:
+    """End an attempt; `save` keeps its progress for the next one."""
+    if save:
+        say(Saved(*_name(run), run.save(CheckpointKind.LAST)))
+    say(Ended(*_name(run), run.step, outcome, reason))
+
+
+def _save(
+    run: TrialRun, last_saved: dict[int, tuple[float, float]], slot: int, say: Callable[[Event], None]
+) -> None:
+    """After an evaluation: the best adapter if it is this one, and where to go on from."""
+    if run.best_step == run.step and (best := run.save_best()) is not None:
+        say(Saved(*_name(run), best))
+    if run.is_at_trunk:
+        say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
+    begun = time.monotonic()
+    saved_at, took = last_saved.get(slot, (0.0, 0.0))
+    is_over = run.step >= run.assignment.max_train_steps
+    if took < 1.0 or is_over or (begun - saved_at) * LAST_EVERY_SHARE > took:
+        say(Saved(*_name(run), run.save(CheckpointKind.LAST)))
+        last_saved[slot] = (time.monotonic(), time.monotonic() - begun)
+
+
+# --- passes over the base -------------------------------------------------------------------------
+
+
+def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mapping[int, MicroBatch]) -> None:
+    """One micro-batch of each trial, in as few passes as memory allows.
+
+    Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates
+    the sum over trials. Out of memory halves the rows of a pass and tries the same rows again:
+    gradients are collected only after a pass has succeeded.
+    """
+    waiting = [dict(group) for group in _groups(tick, place.pass_rows)]
+    while waiting:
+        group = waiting.pop(0)
+        slots = tuple(sorted(group))
+        try:
+            tokens = grid(
+                [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
+            )
+            nll = place.pack.token_nll(
+                tokens.input_ids, tokens.rows, tokens.columns, _packed(runs, group, slots, tokens)
+            )
+            height = tokens.input_ids.shape[0] // len(slots)
+            share = torch.tensor(
+                [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
+            )
+            (nll * share[tokens.rows // height]).sum().backward()
+        except torch.OutOfMemoryError:
+            place.pack.drop_gradients()
+            torch.cuda.empty_cache()
+            rows = sum(len(micro_batch.rows) for micro_batch in group.values())
+            if rows == 1:
+                runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
+                continue
+            place.pass_rows = max(1, rows // 2)
+            _log.warning("out of memory with %d rows in a pass: going on with %d", rows, place.pass_rows)
+            waiting[:0] = [dict(part) for part in _groups(group, place.pass_rows)]
+            continue
+        sums = tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
+        for slot, loss in zip(slots, sums, strict=True):
+            place.pack.collect(slot, runs[slot].optimizer.gradients)
+            runs[slot].add_loss(loss)
+        place.pack.drop_gradients()
+
+
+def _evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
+    """Evaluate the trials that are due, all in the same passes."""
+    if place.base_evaluation is not None:
+        at_start = {slot: run for slot, run in due.items() if run.step == 0}
+    else:
+        at_start = {}
+    made = {
+        slot: run.evaluation(place.base_evaluation.example_nll, place.base_evaluation.example_tokens)
+        for slot, run in at_start.items()
+        if place.base_evaluation is not None
+    }
+    slots = tuple(sorted(slot for slot in due if slot not in made))
+    if slots:
+        sums = example_nll(place, slots)
+        tokens = place.evaluation.num_targets.tolist()
+        made |= {slot: due[slot].evaluation(sums[place_], tokens) for place_, slot in enumerate(slots)}
+    return made
+
+
+@torch.no_grad()
+def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
+    """Sum of negative log-likelihoods of every evaluation example under each slot's adapter.
+
+    Shape [slots][examples]; without slots, one list for the untouched base.
+    """
+    width = max(1, len(slots))
+    sums = torch.zeros(width, len(place.evaluation), dtype=torch.float64)
+    packed = PackedRows(tuple(slots)) if slots else None
+    waiting = rows_by_length(place.evaluation, rows=place.evaluation_rows)
+    while waiting:
+        rows = waiting.pop(0)
+        examples: list[Example] = [place.evaluation[row] for row in rows]
+        try:
+            tokens = grid([examples] * width, device=place.base.device)
+            nll = place.pack.token_nll(tokens.input_ids, tokens.rows, tokens.columns, packed)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            torch.cuda.empty_cache()
+            middle = len(rows) // 2
+            waiting[:0] = [rows[:middle], rows[middle:]]
+            continue
+        sums[:, rows] = tokens.sum_by_row(nll).view(width, -1).cpu()
+    return sums.tolist()  # type: ignore[no-any-return]
+
+
+def _groups(tick: Mapping[int, MicroBatch], pass_rows: int) -> list[dict[int, MicroBatch]]:
+    """The tick's micro-batches in passes of at most `pass_rows` rows; one too large alone is halved."""
+    parts: list[tuple[int, MicroBatch]] = []
+    pending = list(tick.items())
+    while pending:
+        slot, micro_batch = pending.pop(0)
+        if len(micro_batch.rows) > max(1, pass_rows):
+            pending[:0] = [(slot, half) for half in micro_batch.halves()]
+        else:
+            parts.append((slot, micro_batch))
+    groups: list[dict[int, MicroBatch]] = []
+    for slot, micro_batch in parts:
+        tallest = max([len(micro_batch.rows), *(len(m.rows) for m in groups[-1].values())]) if groups else 0
+        if groups and slot not in groups[-1] and tallest * (len(groups[-1]) + 1) <= pass_rows:
+            groups[-1][slot] = micro_batch
+        else:
+            groups.append({slot: micro_batch})
+    return groups
+
+
+def _packed(
+    runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...], tokens: TokenGrid
+) -> PackedRows:
+    if not any(runs[slot].adapter.config.lora_dropout for slot in slots):
+        return PackedRows(slots)
+    height = tokens.input_ids.shape[0] // len(slots)
+    keys = torch.zeros(len(slots), height, dtype=torch.int64, device=tokens.input_ids.device)
+    for number, slot in enumerate(slots):
+        places = torch.tensor(group[slot].places, device=keys.device)
+        keys[number, : len(places)] = row_keys(runs[slot].seed, runs[slot].step + 1, places)
+    return PackedRows(slots, keys.view(-1))
+
+
+def _name(run: TrialRun) -> tuple[str, int, int]:
+    return run.assignment.round, run.assignment.trial, run.assignment.attempt
+
+
+def _seed(assignment: Assignment) -> int:
+    return int(assignment.hyperparameters.get("training_seed", 0))  # type: ignore[arg-type]

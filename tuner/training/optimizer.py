@@ -1,0 +1,147 @@
+"""A trial's own optimizer: torch's AdamW or bitsandbytes' 8-bit one, over weights in PEFT's shapes.
+
+Trials in a pack never share an optimizer, so that each one's moments, rate, decay, clip and step
+counter are what they would be alone, to the digit, wherever its slot is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.records import Hyperparameters
+
+
+class TrialOptimizer:
+    """Exact float32 weights of one adapter, their gradients, and the update.
+
+    `weights` and `gradients` map module paths to (A, B) in PEFT's shapes. All A's, then all B's, are
+    views of two flat vectors, so that AdamW is two fused kernels.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, tuple[Tensor, Tensor]],
+        hyperparameters: Hyperparameters,
+        *,
+        device: torch.device,
+    ) -> None:
+        names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
+        flat_a, a_views = _flatten([start[name][0] for name in names], device)
+        flat_b, b_views = _flatten([start[name][1] for name in names], device)
+        grad_a, a_grads = _flatten([torch.zeros_like(view) for view in a_views], device)
+        grad_b, b_grads = _flatten([torch.zeros_like(view) for view in b_views], device)
+        self.weights = dict(zip(names, zip(a_views, b_views, strict=True), strict=True))
+        self.gradients = dict(zip(names, zip(a_grads, b_grads, strict=True), strict=True))
+        self._flat_gradients = (grad_a, grad_b)
+        self._base_rate = _number(hyperparameters, "learning_rate")
+        self._max_norm = _number(hyperparameters, "max_grad_norm", 1.0)
+        ratio = _number(hyperparameters, "loraplus_ratio", 1.0)
+        settings: dict[str, Any] = {
+            "lr": self._base_rate,
+            "betas": (
+                _number(hyperparameters, "adam_beta1", 0.9),
+                _number(hyperparameters, "adam_beta2", 0.999),
+            ),
+            "eps": _number(hyperparameters, "adam_epsilon", 1e-8),
+            "weight_decay": _number(hyperparameters, "weight_decay", 0.0),
+        }
+        self._ratios = (1.0, ratio)
+        if hyperparameters.get("optimizer", "adamw") == "adamw_8bit":
+            self._optimizer = _adamw_8bit((a_views, b_views), (a_grads, b_grads), settings)
+        else:
+            groups = [
+                {"params": [_parameter(flat, grad)]} for flat, grad in ((flat_a, grad_a), (flat_b, grad_b))
+            ]
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+
+    def zero_gradients(self) -> None:
+        """Begin an update."""
+        for flat in self._flat_gradients:
+            flat.zero_()
+
+    def step(self, multiplier: float) -> tuple[float, float, bool]:
+        """One update at `multiplier` times the trial's rate, unless its gradient is not finite.
+
+        Returns the rate, the gradient's norm before clipping and whether it was clipped. Norms are
+        taken tensor by tensor, so that they do not depend on how the weights lie in memory.
+        """
+        rate = self._base_rate * multiplier
+        tensors = [gradient for pair in self.gradients.values() for gradient in pair]
+        total = nn.utils.get_total_norm(tensors)
+        norm = float(total)
+        if norm != norm or norm == float("inf"):
+            return rate, norm, False
+        clipped = self._max_norm > 0 and norm > self._max_norm
+        if clipped:
+            coefficient = self._max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
+            for flat in self._flat_gradients:
+                flat.mul_(coefficient)
+        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = rate * ratio
+        self._optimizer.step()
+        return rate, norm, clipped
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and counters as tensors by name, for a checkpoint."""
+        named = {}
+        for number, parameter in enumerate(self._parameters()):
+            for key, value in self._optimizer.state[parameter].items():
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+                named[f"{number}.{key}"] = tensor.detach().cpu().contiguous().clone()
+        return named
+
+    def load_state(self, named: Mapping[str, Tensor]) -> None:
+        """Go on from `state`.
+
+        Set directly, since bitsandbytes' `load_state_dict` and torch's cast tensors to the parameters'
+        dtype by rules of their own.
+        """
+        parameters = self._parameters()
+        for name, tensor in named.items():
+            number, _, key = name.partition(".")
+            parameter = parameters[int(number)]
+            is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
+            # torch keeps its float step counter of a fused AdamW on the parameter's device, too.
+            self._optimizer.state[parameter][key] = (
+                int(tensor) if is_count else tensor.to(parameter.device).clone()
+            )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def _flatten(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).to(device).clone()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(values, requires_grad=True)
+    parameter.grad = gradient
+    return parameter
+
+
+def _adamw_8bit(
+    views: tuple[list[Tensor], list[Tensor]],
+    gradients: tuple[list[Tensor], list[Tensor]],
+    settings: dict[str, Any],
+) -> torch.optim.Optimizer:
+    """Tensor by tensor: bitsandbytes quantises blocks of 256 within one and leaves small ones in 32 bits."""
+    from bitsandbytes.optim import AdamW8bit
+
+    groups = [
+        {"params": [_parameter(view, gradient) for view, gradient in zip(part, grads, strict=True)]}
+        for part, grads in zip(views, gradients, strict=True)
+    ]
+    return AdamW8bit(groups, **settings)  # type: ignore[no-any-return]
+
+
+def _number(hyperparameters: Hyperparameters, name: str, default: float | None = None) -> float:
+    value = hyperparameters[name] if default is None else hyperparameters.get(name, default)
+    assert isinstance(value, (int, float))
+    return float(value)

@@ -1,0 +1,183 @@
+"""One trial in a slot: its weights, its place in the data, its curve, and what it needs to go on."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuner.adapters import Adapter
+from tuner.data import batch_rows
+from tuner.playbook import best_evaluation
+from tuner.playbook.schedule import decay_length, evaluation_steps, multiplier, warmup_length
+from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
+from tuner.training.batches import MicroBatch, cut
+from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
+from tuner.training.optimizer import TrialOptimizer
+
+MAX_BAD_UPDATES = 3
+"""Updates in a row whose gradient is not finite before a trial is infeasible."""
+
+
+class TrialRun:
+    """A trial between its first and last step in this worker. Its clock is its own `step`."""
+
+    def __init__(self, assignment: Assignment, start: Adapter, *, device: torch.device) -> None:
+        self.assignment = assignment
+        self.adapter = start
+        self.step = 0
+        self.evaluations: list[Evaluation] = []
+        self.best_weights: Weights | None = None
+        self.reason_infeasible: str | None = None
+        self.optimizer = TrialOptimizer(start.weights, assignment.hyperparameters, device=device)
+        self.micro_batches: deque[MicroBatch] = deque()
+        self._update_nll = 0.0
+        self._update_targets = 0
+        self._counters: dict[str, float] = dict.fromkeys(("nll", "targets", "clipped", "bad", "rate"), 0.0)
+        self._evaluation_steps = frozenset(
+            evaluation_steps(assignment.max_train_steps, assignment.evaluate_every)
+        )
+
+    @property
+    def seed(self) -> int:
+        """Seed of initialisation, data order and dropout."""
+        return int(self.assignment.hyperparameters.get("training_seed", 0))  # type: ignore[arg-type]
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation so far."""
+        best = best_evaluation(self.evaluations)
+        return None if best is None else best.step
+
+    @property
+    def targets_per_update(self) -> int:
+        """Target tokens of the whole update: what its loss is divided by."""
+        return self._update_targets
+
+    # --- going on from a checkpoint ---------------------------------------------------------------
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take up where `snapshot` was made, keeping the evaluations that this horizon has too."""
+        self.step = snapshot.step
+        self.optimizer.load_state(snapshot.optimizer)
+        self._counters.update(snapshot.counters)
+        self.evaluations = [
+            evaluation
+            for evaluation in snapshot.evaluations
+            if evaluation.step <= snapshot.step and evaluation.step in self._evaluation_steps
+        ]
+        self.best_weights = _copy(snapshot.best if snapshot.best is not None else snapshot.adapter.weights)
+
+    def snapshot(self) -> Snapshot:
+        """What `restore` needs: the state after the last whole update."""
+        return Snapshot(
+            step=self.step,
+            adapter=Adapter(self.adapter.config, self.optimizer.weights),
+            optimizer=self.optimizer.state(),
+            evaluations=tuple(self.evaluations),
+            best=self.best_weights,
+            counters=dict(self._counters),
+        )
+
+    # --- an update --------------------------------------------------------------------------------
+
+    def begin_update(self, lengths: np.ndarray, num_targets: np.ndarray, *, micro_tokens: int) -> None:
+        """Cut the next update's batch into micro-batches."""
+        hyperparameters = self.assignment.hyperparameters
+        rows = batch_rows(
+            len(lengths),
+            batch_size=int(hyperparameters["batch_size"]),  # type: ignore[arg-type]
+            seed=self.seed,
+            step=self.step + 1,
+        )
+        self.micro_batches = deque(cut(rows, lengths, micro_tokens=micro_tokens))
+        self._update_targets = int(num_targets[list(rows)].sum())
+        self._update_nll = 0.0
+        self.optimizer.zero_gradients()
+
+    def add_loss(self, nll: float) -> None:
+        """Count a micro-batch's negative log-likelihood."""
+        self._update_nll += nll
+
+    def finish_update(self) -> float:
+        """Step the optimizer; returns the update's train loss, in nats per target token."""
+        hyperparameters = self.assignment.hyperparameters
+        factor = multiplier(
+            self.step,
+            schedule=str(hyperparameters["schedule"]),
+            warmup_steps=warmup_length(hyperparameters),
+            decay_steps=decay_length(hyperparameters),
+            max_train_steps=self.assignment.max_train_steps,
+        )
+        rate, norm, clipped = self.optimizer.step(factor)
+        self.step += 1
+        counters = self._counters
+        counters["nll"] += self._update_nll
+        counters["targets"] += self._update_targets
+        counters["clipped"] += clipped
+        counters["rate"] = rate
+        counters["bad"] = 0.0 if math.isfinite(norm) else counters["bad"] + 1
+        if counters["bad"] >= MAX_BAD_UPDATES:
+            self.reason_infeasible = (
+                f"gradient not finite in {MAX_BAD_UPDATES} updates in a row, the last at step {self.step}"
+            )
+        return self._update_nll / max(1, self._update_targets)
+
+    # --- an evaluation ----------------------------------------------------------------------------
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the trial is to be evaluated now."""
+        return self.step in self._evaluation_steps and not any(e.step == self.step for e in self.evaluations)
+
+    @property
+    def is_at_trunk(self) -> bool:
+        """Whether a checkpoint for longer rounds is to be kept now."""
+        return self.step in self.assignment.trunk_steps
+
+    def evaluation(self, example_nll: Sequence[float], example_tokens: Sequence[int]) -> Evaluation:
+        """Record the evaluation at this step from its per-example sums."""
+        counters = self._counters
+        trained = self.step > 0
+        made = Evaluation(
+            step=self.step,
+            eval_loss=math.fsum(example_nll) / sum(example_tokens),
+            train_loss=counters["nll"] / max(1.0, counters["targets"]) if trained else None,
+            learning_rate=counters["rate"] if trained else None,
+            clipped_updates=int(counters["clipped"]),
+            example_nll=tuple(example_nll),
+            example_tokens=tuple(example_tokens),
+        )
+        counters.update(nll=0.0, targets=0.0, clipped=0.0)
+        self.evaluations.append(made)
+        if self.best_step == self.step:
+            self.best_weights = _copy(self.optimizer.weights)
+        return made
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def save_best(self) -> Checkpoint | None:
+        """Publish the best step's adapter under the link `best`; None when no evaluation is finite."""
+        if self.best_step is None or self.best_weights is None:
+            return None
+        return publish_best(
+            Path(self.assignment.directory),
+            self.adapter,
+            self.best_weights,
+            step=self.best_step,
+            attempt=self.assignment.attempt,
+        )
+
+    def save(self, kind: CheckpointKind) -> Checkpoint:
+        """Publish a resumable checkpoint of this step."""
+        directory = Path(self.assignment.directory)
+        return publish_snapshot(directory, self.snapshot(), kind=kind, attempt=self.assignment.attempt)
+
+
+def _copy(weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in weights.items()}
