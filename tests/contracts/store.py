@@ -37,7 +37,12 @@ from tuner.store.facts import (
 ROUND = RoundRecord(
     "round1",
     max_train_steps=60,
-    spec={"study": "s", "max_train_steps": 60, "hyperparameters": {"learning_rate": {"low": 1e-5}}, "a": [1, None]},
+    spec={
+        "study": "s",
+        "max_train_steps": 60,
+        "hyperparameters": {"learning_rate": {"low": 1e-5}},
+        "a": [1, None],
+    },
     begun_at=1700000000.25,
     train_rows=400,
     eval_rows=40,
@@ -47,7 +52,13 @@ ROUND = RoundRecord(
 TRIAL = Trial(
     "round1",
     7,
-    {"learning_rate": 0.1 + 0.2, "lora_r": 16, "target_modules": ("q", "v"), "use_dora": False, "schedule": "linear"},
+    {
+        "learning_rate": 0.1 + 0.2,
+        "lora_r": 16,
+        "target_modules": ("q", "v"),
+        "use_dora": False,
+        "schedule": "linear",
+    },
     continues=Continuation("round0", 3, 36),
     optuna_trial=11,
 )
@@ -56,7 +67,9 @@ ENDED = AttemptEnded("round1", 7, 1, to_step=30, at=20.5, outcome="interrupted",
 COMPLETE = TrialEnded("round1", 7, TrialState.COMPLETE, None, at=30.0)
 BEST = Checkpoint(CheckpointKind.BEST, 20, "trial-0007/best-20-1", size_bytes=5_000_000_000, sha256="b")
 LAST = Checkpoint(CheckpointKind.LAST, 30, "trial-0007/last-30-1", size_bytes=7, sha256="l")
-PROMOTION = Promotion("round1", "round2", {"from": "round1", "findings": [{"x": 0.1}]}, "round: round2\n# é\n", 40.0)
+PROMOTION = Promotion(
+    "round1", "round2", {"from": "round1", "findings": [{"x": 0.1}]}, "round: round2\n# é\n", 40.0
+)
 
 
 class StoreContract:
@@ -76,7 +89,9 @@ class StoreContract:
 
     def test_a_round_that_goes_on_takes_only_its_new_spec(self, store: Store) -> None:
         store.record(RoundBegun(ROUND))
-        store.record(RoundBegun(replace(ROUND, spec={"goal": "new"}, begun_at=9e9, train_rows=1, workload="other")))
+        store.record(
+            RoundBegun(replace(ROUND, spec={"goal": "new"}, begun_at=9e9, train_rows=1, workload="other"))
+        )
         assert store.rounds() == (replace(ROUND, spec={"goal": "new"}),)
 
     def test_a_round_keeps_its_horizon(self, store: Store) -> None:
@@ -105,7 +120,9 @@ class StoreContract:
         assert repr(dict(trial.hyperparameters)) == repr(dict(TRIAL.hyperparameters))
 
     def test_asking_records_nothing_but_what_was_asked(self, store: Store) -> None:
-        store.record(RoundBegun(ROUND), TrialAsked(replace(TRIAL, state=TrialState.FAILED, checkpoints=(BEST,))))
+        store.record(
+            RoundBegun(ROUND), TrialAsked(replace(TRIAL, state=TrialState.FAILED, checkpoints=(BEST,)))
+        )
         assert store.trials("round1") == (TRIAL,)
 
     def test_a_number_belongs_to_one_trial(self, store: Store) -> None:
@@ -150,11 +167,15 @@ class StoreContract:
         assert trial.executed_steps == 70
 
     def test_the_end_of_an_earlier_attempt_does_not_stop_the_latest(self, store: Store) -> None:
-        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 15.0), ENDED)
+        store.record(
+            RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 15.0), ENDED
+        )
         assert store.trials("round1")[0].state is TrialState.RUNNING
 
     def test_the_start_of_an_attempt_that_ended_does_not_run_it_again(self, store: Store) -> None:
-        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, ENDED, replace(STARTED, from_step=5, at=99.0))
+        store.record(
+            RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, ENDED, replace(STARTED, from_step=5, at=99.0)
+        )
         (trial,) = store.trials("round1")
         assert trial.state is TrialState.WAITING
         assert (trial.attempts[0].from_step, trial.attempts[0].started_at) == (0, 10.5)
@@ -166,7 +187,9 @@ class StoreContract:
 
     @pytest.mark.parametrize("state", [state for state in TrialState if state.is_final])
     def test_a_final_state_is_never_left(self, store: Store, state: TrialState) -> None:
-        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialEnded("round1", 7, state, "why", 30.0))
+        store.record(
+            RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialEnded("round1", 7, state, "why", 30.0)
+        )
         late: list[Fact] = [TrialAsked(TRIAL), STARTED, ENDED, AttemptStarted("round1", 7, 2, 0, 40.0)]
         late += [TrialEnded("round1", 7, other, "late", 50.0) for other in TrialState if other.is_final]
         for fact in (*late, TrialNoted("round1", 7, "note")):
@@ -192,7 +215,9 @@ class StoreContract:
             Evaluation(10, 0.5),
         )
 
-    @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 0.1 + 0.2, 5e-324, 1.7976931348623157e308])
+    @pytest.mark.parametrize(
+        "number", [math.nan, math.inf, -math.inf, 0.1 + 0.2, 5e-324, 1.7976931348623157e308]
+    )
     def test_every_digit_comes_back(self, store: Store, number: float) -> None:
         made = Evaluation(1, number, number, number, 3, (number, -0.0, 1 / 3), (1, 0, 2**31 - 1))
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, made))
@@ -222,7 +247,9 @@ class StoreContract:
     def test_a_removal_concerns_one_trial(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), TrialAsked(replace(TRIAL, number=8)))
         for number in (7, 8):
-            store.record(AttemptStarted("round1", number, 1, 0, 0.0), CheckpointSaved("round1", number, 1, BEST))
+            store.record(
+                AttemptStarted("round1", number, 1, 0, 0.0), CheckpointSaved("round1", number, 1, BEST)
+            )
         store.record(CheckpointsRemoved("round1", 8, (BEST.path,)))
         assert [trial.checkpoints for trial in store.trials("round1")] == [(BEST,), ()]
 
@@ -254,10 +281,16 @@ class StoreContract:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialNoted("round1", 7, odd))
         assert store.trials("round1")[0].reason == seen
         store.record(
-            replace(ENDED, message=odd), replace(COMPLETE, reason=odd), PromotionPlanned(replace(PROMOTION, file_text=odd))
+            replace(ENDED, message=odd),
+            replace(COMPLETE, reason=odd),
+            PromotionPlanned(replace(PROMOTION, file_text=odd)),
         )
         (trial,) = store.trials("round1")
-        assert (trial.reason, trial.attempts[0].message, store.promotions()[0].file_text) == (seen, seen, seen)
+        assert (trial.reason, trial.attempts[0].message, store.promotions()[0].file_text) == (
+            seen,
+            seen,
+            seen,
+        )
 
     def test_the_last_plan_of_a_round_counts(self, store: Store) -> None:
         other = replace(PROMOTION, to_round="round3", planned_at=39.0)

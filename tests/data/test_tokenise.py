@@ -131,6 +131,15 @@ def test_padding_and_truncation_of_the_given_tokenizer_are_ignored_and_left_alon
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
 
 
+def test_a_tokenizer_that_reads_special_tokens_as_text_goes_on_doing_so() -> None:
+    tokenizer = tiny.byte_level()
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    made = row(Tokeniser(tokenizer), ("a", False), ("b</s>", True))
+    assert (made.tokens == tokenizer.eos_token_id).sum() == 1
+    assert tokenizer.decode(made.tokens) == "ab</s></s>"
+    assert Tokeniser(tokenizer).fingerprint != Tokeniser(PLAIN).fingerprint
+
+
 def test_the_fingerprint_tells_tokenizers_apart() -> None:
     tokenizers = [PLAIN, WITH_BOS, LLAMA_2, tiny.byte_level(chat_template=tiny.CHATML)]
     assert len({Tokeniser(tokenizer).fingerprint for tokenizer in tokenizers}) == len(tokenizers)

@@ -76,33 +76,61 @@ class SyntheticRound:
     results: RoundResults
     truth: Diagnosis
     true_horizon: float | None
-    """Where more steps stop paying, on the noise-free curve of the best trial; not bounded."""
+    """Where more steps stop paying, on the noise-free curve of the best trial, within floor, 3x and cap."""
     is_clear: bool
     """Whether it keeps its distance from every threshold that its diagnosis passes."""
 
 
 def synthetic_round(rng: np.random.Generator) -> SyntheticRound:
-    """A random round of a random kind."""
+    """A random round of a random kind, at a constant rate or with a linear decay."""
     horizon = int(rng.integers(60, 1200))
     every = max(1, horizon // int(rng.integers(16, 41)))
-    steps = (*range(0, horizon, every), horizon)
+    steps = evaluation_grid(horizon, every)
     noise = float(rng.uniform(0.006, 0.012)) if rng.random() < 0.12 else 0.001
     family = _FAMILIES[int(rng.integers(len(_FAMILIES)))](rng, horizon)
+    decay = int(horizon * float(rng.choice([0.0, 0.2, 0.4])))
+    schedule = {"schedule": "linear" if decay else "constant", "decay_steps": decay}
     count = int(rng.integers(5, 17))
     curves = [_worse(family, 1.0 + 0.004 * i * float(rng.uniform(0.5, 1.5))) for i in range(count)]
-    trials = [noisy_trial(i, curve, steps, rng, noise=noise) for i, curve in enumerate(curves)]
-    trials += [
-        Trial("round1", count + i, {"learning_rate": 3e-3}, TrialState.INFEASIBLE, reason="diverged")
-        for i in range(int(rng.integers(0, 3)))
+    trials = [
+        noisy_trial(i, curve, steps, rng, noise=noise, hyperparameters=schedule)
+        for i, curve in enumerate(curves)
     ]
+    trials += [diverged_trial(count + i, steps) for i in range(int(rng.integers(0, 3)))]
     production = int(horizon * rng.uniform(1.2, 10)) if rng.random() < 0.5 else None
-    order = rng.permutation(len(trials))
     results = RoundResults(
-        "round1", horizon, every, SPACE, tuple(trials[i] for i in order), 10_000, production, workload="w"
+        "round1",
+        horizon,
+        every,
+        SPACE,
+        tuple(trials[i] for i in rng.permutation(len(trials))),
+        10_000,
+        production,
+        workload="w",
     )
     leading = curves[: max(5, math.ceil(count / 4))]
     truth, is_clear = _truth(leading, np.array(steps, dtype=np.float64), noise)
-    return SyntheticRound(results, truth, _true_horizon(truth, leading[0], steps, noise), is_clear)
+    true_horizon = _true_horizon(truth, leading[0], steps, noise)
+    if true_horizon is not None:
+        true_horizon = min(max(true_horizon, decay + every), 3 * horizon, production or math.inf)
+    return SyntheticRound(results, truth, true_horizon, is_clear)
+
+
+def evaluation_grid(horizon: int, every: int) -> tuple[int, ...]:
+    return (*range(0, horizon, every), horizon)
+
+
+def diverged_trial(number: int, steps: tuple[int, ...]) -> Trial:
+    """An infeasible trial that was the best of all before it diverged."""
+    losses = [0.1, *(5.0 + i for i in range(len(steps) - 1))]
+    return Trial(
+        "round1",
+        number,
+        {"learning_rate": 3e-3},
+        TrialState.INFEASIBLE,
+        reason="diverged",
+        evaluations=tuple(Evaluation(step, loss) for step, loss in zip(steps, losses, strict=True)),
+    )
 
 
 # --- families of curves ---------------------------------------------------------------------------
@@ -136,6 +164,13 @@ def _overfitting(rng: np.random.Generator, horizon: int) -> Curve:
     return curve
 
 
+def _short_lived(rng: np.random.Generator, horizon: int) -> Curve:
+    """Best within the first few evaluations, then up for good."""
+    floor, drop, slope = rng.uniform(0.8, 2.0), rng.uniform(0.1, 0.6), rng.uniform(0.1, 2.0)
+    turn = rng.uniform(0.02, 0.09)
+    return lambda t: floor * (1 + drop * np.exp(-6 * t / horizon / turn) + slope * t / horizon)
+
+
 def _levelling(rng: np.random.Generator, horizon: int) -> Curve:
     """A straight fall that stops in mid-run and then only just rises: gain, but no late best step."""
     floor, drop = rng.uniform(0.8, 2.0), rng.uniform(0.02, 0.3)
@@ -155,7 +190,7 @@ def _rising(rng: np.random.Generator, horizon: int) -> Curve:
     return lambda t: floor * (1 + slope * np.sqrt(t / horizon))
 
 
-_FAMILIES = (_power, _power, _power, _saturating, _overfitting, _overfitting, _levelling, _rising)
+_FAMILIES = (_power, _power, _power, _saturating, _overfitting, _short_lived, _levelling, _rising)
 
 
 def _worse(curve: Curve, factor: float) -> Curve:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tuner.playbook import Diagnosis
+from tuner.playbook import Diagnosis, Finding, Severity
 from tuner.records import Choices, Continuation, Fixed, Range, TimesSqrtRank, TrialState
 from tuner.report import advice
 from tuner.report.round_report import RoundReport, describe
@@ -68,6 +68,22 @@ def test_no_trial_beats_the_untouched_model() -> None:
     assert advice.headline(report) == "Training did not help: the untouched model is still the best."
 
 
+def test_a_loss_above_the_untouched_model_is_not_praised() -> None:
+    late = [synthetic.evaluation(5, 3.0), synthetic.evaluation(10, 3.1)]
+    trials = [synthetic.trial(0, 1e-4, evaluations=late), synthetic.trials()[7]]
+    report = synthetic.report(trials_of_round=trials, promised=2)
+    assert report.untouched_loss == pytest.approx(2.431)
+    assert "untouched" not in " ".join(advice.found(report))
+
+
+def test_the_last_doubling_is_a_key_number_only_where_the_diagnosis_rests_on_it() -> None:
+    assert "worth of the last doubling" in [name for name, _, _ in advice.key_numbers(synthetic.report())]
+    overfitting = synthetic.overfitting_report()
+    assert overfitting.reading.gain is not None
+    names = [name for name, _, _ in advice.key_numbers(overfitting)]
+    assert names == ["best evaluation loss", "its best step", "steps for the next round"]
+
+
 def test_nothing_complete() -> None:
     report = synthetic.report(trials_of_round=[synthetic.trials()[7]], promised=1)
     assert advice.headline(report) == "Nothing to conclude yet: no trial is complete."
@@ -113,9 +129,9 @@ def test_findings_do_not_repeat_the_evidence_and_the_serious_come_first() -> Non
     report = synthetic.report()
     assert any(finding.rule == "too_short" for finding in report.reading.findings)
     assert "too_short" not in [finding.rule for finding in report.findings]
-    ranks = ["problem", "warning", "info"]
-    order = [ranks.index(finding.severity) for finding in report.findings]
-    assert order == sorted(order)
+    found = tuple(Finding("rule", severity, "message") for severity in (Severity.INFO, Severity.PROBLEM))
+    shuffled = dataclasses.replace(report, reading=dataclasses.replace(report.reading, findings=found))
+    assert [finding.severity for finding in shuffled.findings] == ["problem", "info"]
     assert "overfitting" in [finding.rule for finding in synthetic.overfitting_report().findings]
 
 

@@ -53,6 +53,7 @@ def test_a_number_reads_back_within_its_digits(quantity: float) -> None:
         (59.4, "59 s"),
         (59.6, "1 min"),
         (250, "4 min 10 s"),
+        (725, "12 min"),
         (2520.4, "42 min"),
         (3599.9, "1 h 00 min"),
         (11_100, "3 h 05 min"),

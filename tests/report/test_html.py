@@ -76,6 +76,9 @@ def test_the_page_is_well_formed_and_loads_nothing(page: Page) -> None:
 def test_plotly_is_inlined_once(page: Page) -> None:
     assert len([script for script in page.scripts if len(script) > 1_000_000]) == 1
     assert len(page.figures) == 3
+    data = [script for script in page.scripts if script.startswith('{"data"')]
+    assert len(data) == 3
+    assert not any("<" in script for script in data), "nothing in a figure can end its script"
 
 
 def test_it_opens_with_the_conclusion(page: Page) -> None:

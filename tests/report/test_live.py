@@ -164,6 +164,7 @@ class TestBoardTable:
         text = self.drawn(self.board(), max_rows=2)
         assert [line.split()[0] for line in text.splitlines()[2:4]] == ["6", "8"]
         assert "and 6 complete, 1 infeasible not shown" in text
+        assert self.drawn(self.board(), max_rows=1).splitlines()[2].split()[0] == "8"
 
     def test_ascii_terminals(self) -> None:
         board = self.board()

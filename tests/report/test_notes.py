@@ -43,6 +43,11 @@ def test_user_text_is_not_markdown() -> None:
     assert r"You asked: \# \[link\](x)" in text
 
 
+def test_commands_in_a_finding_stay_code() -> None:
+    report = synthetic.shaped_report(lambda step: 2 + 0.01 * step)
+    assert "`tuner study check ROUND.yaml --show 5`" in round_note(report)
+
+
 def test_a_round_without_a_trial() -> None:
     empty = synthetic.report(trials_of_round=[], promised=8)
     assert "Nothing to conclude yet" in round_note(empty)

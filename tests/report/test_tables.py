@@ -68,6 +68,17 @@ class TestStatus:
         assert lines[4] == "best: round1/6, adapter in runs/round1/trial-0006/best"
         assert lines[5] == "about 6 min 40 s left at the pace so far"
 
+    def test_the_best_is_that_of_the_latest_round_that_has_one(self) -> None:
+        rounds = [
+            round_status(name, max_train_steps=60, trials=trials, promised=1, is_running=False, adapters={})
+            for name, trials in (
+                ("round1", synthetic.trials()),
+                ("round2", synthetic.trials()[2:3]),
+                ("round3", ()),
+            )
+        ]
+        assert "best: round2/2, its adapter is gone" in shown(status_table("alpaca", rounds))
+
     def test_a_study_that_has_not_begun(self) -> None:
         assert shown(status_table("alpaca", [])) == "alpaca: no round has begun\n"
 
@@ -88,6 +99,18 @@ class TestTrials:
         lines = shown(trials_table(synthetic.trials()), width=40).splitlines()
         assert len(lines) == 9
         assert lines[1].split() == ["round1/6", "0.00091", "1.3734"]
+
+    def test_the_best_complete_trial_stands_out(self) -> None:
+        console = Console(
+            file=io.StringIO(), width=120, force_terminal=True, color_system="standard", record=True
+        )
+        lost = dataclasses.replace(synthetic.trials()[7], round="round2")
+        console.print(trials_table([*synthetic.trials(), lost]))
+        bold = [
+            line for line in console.export_text(styles=True).splitlines()[1:] if line.startswith("\x1b[1m")
+        ]
+        assert len(bold) == 1
+        assert "round1/6" in bold[0]
 
     def test_no_trials(self) -> None:
         assert "best loss" in shown(trials_table([]))

@@ -18,13 +18,13 @@ def refused(old: str, new: str) -> list[Mistake]:
         ("goal: Learning rate", "goal: Only the learning rate"),
         ("trials: 16", "trials: 32"),
         ("trials: 16", "trials: 2"),
-        ("max_examples: 200", "max_examples: 200, batch_size: 16"[:17]),
         ("batch_size: 16", "batch_size: 4"),
         ("slots: auto", "slots: 3"),
         ("production_steps: 2000", "production_steps: 60"),
         ("{engine: local, slots: auto, production_steps: 2000, decay_branches: false, pruner: none}", "{}"),
         ("  decay_steps: 24\n", "  decay_steps: 24\n  lora_dropout: 0\n"),
         ("  lora_alpha: 16\n", ""),
+        ("  warmup_steps: 5\n", ""),
         ("  lora_alpha: 16\n", "  lora_alpha: 16.0\n"),
         ("storage: sqlite:///tuner.db\n", ""),
         ("path: data/train.jsonl", "path: ./data/train.jsonl"),
@@ -41,8 +41,7 @@ def test_what_changes_no_result_may_change(old, new):
         ("high: 3e-3", "high: 1e-3", 13, "hyperparameters.learning_rate", "0.003", "0.001"),
         ("lora_r: [8, 16, 32]", "lora_r: [8, 16]", 14, "hyperparameters.lora_r", "[8, 16, 32]", "[8, 16]"),
         ("  lora_alpha: 16\n", "  lora_alpha: 32\n", 15, "hyperparameters.lora_alpha", "16", "32"),
-        ("lora_r: [8, 16, 32]", "lora_r: [8, 16, 32]\n  use_dora: true", 15, "hyperparameters.use_dora", "false", "true"),
-        ("  warmup_steps: 5\n", "", 12, "hyperparameters.warmup_steps", "5", "5"),
+        ("  lora_alpha: 16\n", "  use_dora: true\n", 15, "hyperparameters.use_dora", "false", "true"),
         ("quasi-random", "tpe", 24, "search.sampler", "quasi-random", "tpe"),
         ("seed: 0", "seed: 1", 25, "search.seed", "0", "1"),
         ("enqueue: []", "enqueue: [{lora_r: 8}]", 26, "search.enqueue", "[]", "[{lora_r: 8}]"),
@@ -57,9 +56,6 @@ def test_what_changes_no_result_may_change(old, new):
 )  # fmt: skip
 def test_everything_else_is_refused(old, new, line, key, before, now):
     mistakes = refused(old, new)
-    if before == now:
-        assert mistakes == []
-        return
     [mistake] = mistakes
     assert (mistake.line, mistake.key) == (line, key)
     assert before in mistake.message

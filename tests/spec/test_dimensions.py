@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.spec.rounds import mistake_in, spec_of, with_hyperparameters
@@ -14,6 +14,7 @@ NAMED_DIMENSIONS = st.sampled_from(list(HYPERPARAMETERS)).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(NAMED_DIMENSIONS)
 def test_a_dimension_survives_the_file(named):
     name, dimension = named
@@ -119,6 +120,7 @@ def test_refused_values(name, written, message):
     assert message in mistake.message
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**5), st.integers(0, 10**5) | st.none(), st.integers(0, 10**5) | st.none())
 def test_default_lengths_fit_whatever_the_horizon(horizon, warmup, decay):
     given_lengths = {"warmup_steps": warmup, "decay_steps": decay}

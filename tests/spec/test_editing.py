@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.spec.rounds import FULL, MINIMAL, spec_of
@@ -36,12 +36,12 @@ def test_a_value_keeps_its_comment_when_no_reason_is_given():
 
 
 def test_a_reason_takes_the_place_of_the_comment_before():
-    once = edit_round(FULL, {"hyperparameters.batch_size": 4}, {"hyperparameters.batch_size": "first"})
+    once = edit_round(FULL, {"hyperparameters.batch_size": 4}, {"hyperparameters.batch_size": "one"})
     twice = edit_round(
         once, {"hyperparameters.batch_size": 4}, {"hyperparameters.batch_size": "second\n  reason"}
     )
     assert "  batch_size: 4  # second reason\n" in twice
-    assert "first" not in twice
+    assert "# one" not in twice
     assert "optimizer step" not in twice
 
 
@@ -135,7 +135,7 @@ def test_deleting_all_of_a_section_leaves_it_empty():
         ("a: 'x # y'  # z\n", {}, {"a": "w"}, "a: 'x # y'  # w\n"),
         ("a: |\n  x\n\n  y\n\n# c\nb: 1\n", {"a": 3}, {}, "a: 3\n\n# c\nb: 1\n"),
         ("a: | # old\n  x # y\nb: 1\n", {}, {"a": "new"}, "a: |  # new\n  x # y\nb: 1\n"),
-        ("a: {b: 1,\n    c: 2}  # z\n", {"a.b": 5}, {"a.b": "w"}, "a: {b: 5,  # w\n    c: 2}  # z\n"),
+        ("a: {b: 1,\n    c: 2}  # z\n", {"a.b": 5}, {"a.b": "w"}, "a: {b: 5,  # b: w\n    c: 2}  # z\n"),
         ("a:\n- b: 1\n- c\n# d\ne: 1\n", {"a": 2}, {}, "a: 2\n# d\ne: 1\n"),
         ("a:\n- b: 1\n- c  # d\n", {"a": [{"x": 1}]}, {}, "a:\n  - {x: 1}\n"),
         (
@@ -161,7 +161,7 @@ def test_odd_but_legal_texts(text, changes, comments, after):
     ("text", "changes"),
     [
         ("a: &x {b: 1}\nc: *x\n", {"a.b": 2}),
-        ("a: &x {b: 1}\nc: *x\n", {"c.b": 2}),
+        ("a: &x {b: 1, d: 3}\nc: *x\n", {"c.b": 2}),
         ("a: &x 1\nb: *x\n", {"a": 2}),
         ("a: &x {b: 1}\nc: {<<: *x}\n", {"c.b": DELETE}),
         ("- a\n", {"a": 1}),
@@ -215,8 +215,8 @@ COMMENTS = st.sampled_from(["", "  # short", " # with: a {brace} and 'quote'"])
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """A mapping of scalars and sections, in flow and block style, with comments and blank lines in between."""
-    lines = []
+    """Scalars and sections in flow and block style, with comments and blank lines in between."""
+    lines = ["kept: 0"]
     for name in draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)):
         inner = draw(st.dictionaries(NAMES, VALUES, min_size=1, max_size=3))
         lines += draw(st.sampled_from([[], [""], [f"# above {name}"]]))
@@ -240,6 +240,7 @@ def texts(draw: st.DrawFn) -> str:
 PATHS = st.lists(NAMES, min_size=1, max_size=2).map(".".join)
 
 
+@settings(deadline=None)
 @given(texts(), st.dictionaries(PATHS, VALUES | st.just(DELETE), max_size=4), st.booleans())
 def test_any_edit_reads_as_it_should_and_keeps_the_other_lines(text, changes, with_reasons):
     # a section and a key inside it in one edit would undo each other
@@ -252,8 +253,6 @@ def test_any_edit_reads_as_it_should_and_keeps_the_other_lines(text, changes, wi
     for key, value in changes.items():
         apply(expected, key.split("."), value)
     comments = {key: f"why {key}" for key, value in changes.items() if value is not DELETE and with_reasons}
-    if not expected:
-        return
     after = edit_round(text, changes, comments)
     assert parse(after).document == expected
     assert edit_round(after, changes, comments) == after

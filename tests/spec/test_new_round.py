@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.spec.rounds import spec_of
@@ -46,6 +46,7 @@ def test_lines_are_in_the_order_of_the_reference_and_explained():
     assert [line.split(":")[0] for line in bare] == ["study", "round", "data", "hyperparameters", "search"]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 10**8))
 def test_lengths_follow_the_rows(rows):
     spec = spec_of(new_round(study="s", model="m", data="d.jsonl", train_rows=rows, eval="e.jsonl"))

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -53,6 +53,7 @@ def test_the_schema_accepts_files_as_people_type_them(text):
     VALIDATOR.validate(parse(text).document)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(HYPERPARAMETERS)).flatmap(lambda name: st.tuples(st.just(name), dimensions(name)))
 )

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -77,6 +77,7 @@ def test_a_round_survives_json():
     assert RoundSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_space_survives_the_file_and_json(data):
     free = [name for name in HYPERPARAMETERS if name not in ("warmup_steps", "decay_steps")]

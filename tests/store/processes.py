@@ -32,12 +32,18 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 def beginning() -> list[Fact]:
     trial = Trial("round1", 0, {"lora_r": 8})
-    return [RoundBegun(RoundRecord("round1", 60, {}, 0.0)), TrialAsked(trial), AttemptStarted("round1", 0, 1, 0, 0.0)]
+    return [
+        RoundBegun(RoundRecord("round1", 60, {}, 0.0)),
+        TrialAsked(trial),
+        AttemptStarted("round1", 0, 1, 0, 0.0),
+    ]
 
 
 def step(number: int) -> list[Fact]:
     """What is said of a step, in one transaction."""
-    made = Evaluation(number, float(number), example_nll=(1.5,) * NUM_EXAMPLES, example_tokens=(3,) * NUM_EXAMPLES)
+    made = Evaluation(
+        number, float(number), example_nll=(1.5,) * NUM_EXAMPLES, example_tokens=(3,) * NUM_EXAMPLES
+    )
     saved = Checkpoint(CheckpointKind.LAST, number, f"last-{number}", number, "hash")
     return [
         EvaluationMade("round1", 0, made),

@@ -62,7 +62,11 @@ def test_a_killed_writer_leaves_a_sound_file(tmp_path: Path) -> None:
 
 
 def test_readers_and_the_writer_never_meet(url: str) -> None:
-    with running("record_forever", url) as writer, running("read_for", url, 2) as one, running("read_for", url, 2) as two:
+    with (
+        running("record_forever", url) as writer,
+        running("read_for", url, 2) as one,
+        running("read_for", url, 2) as two,
+    ):
         assert writer.stdout is not None
         for reader in (one, two):
             output, _ = reader.communicate(timeout=60)

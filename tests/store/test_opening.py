@@ -23,7 +23,7 @@ from tuner.store import exists, normal_url, open_store
 from tuner.store.facts import RoundBegun, TrialAsked
 
 
-@pytest.mark.parametrize("content", [b"x", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])
+@pytest.mark.parametrize("content", [b"xy", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])
 def test_a_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tuner.db"
     path.write_bytes(content)
@@ -154,12 +154,17 @@ def test_one_form_for_each_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert normal_url("sqlite:///a/../tuner.db") == f"sqlite:///{tmp_path}/tuner.db"
     assert normal_url(f"sqlite+pysqlite:///{tmp_path}/tuner.db") == f"sqlite:///{tmp_path}/tuner.db"
     for scheme in ("postgres", "postgresql", "postgresql+psycopg"):
-        assert normal_url(f"{scheme}://me:p%40ss@host:5/db?a=b") == "postgresql+psycopg://me:p%40ss@host:5/db?a=b"
+        assert (
+            normal_url(f"{scheme}://me:p%40ss@host:5/db?a=b")
+            == "postgresql+psycopg://me:p%40ss@host:5/db?a=b"
+        )
 
 
-@pytest.mark.parametrize("name", ["a b.db", "100%.db", "é.db", "a%20b.db", "a#b.db"])
+@pytest.mark.parametrize("name", ["a b.db", "100%.db", "é.db", "a#b.db"])
 def test_any_file_name(tmp_path: Path, name: str) -> None:
-    store = open_store(normal_url(f"sqlite:///{tmp_path}/{name}"))
+    url = normal_url(f"sqlite:///{tmp_path}/{name}")
+    assert normal_url(url) == url
+    store = open_store(url)
     store.record(RoundBegun(ROUND))
     store.close()
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -259,8 +264,10 @@ def test_a_server_that_went_away_for_a_moment(postgres_url: str) -> None:
     engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(
-            text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                 "WHERE datname = current_database() AND pid <> pg_backend_pid()")
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
         )
     engine.dispose()
     store.record(*processes.step(1))

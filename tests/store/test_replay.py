@@ -26,7 +26,9 @@ def record_with_replays(store: Store, history: list[Fact], data: st.DataObject) 
         store.record(*history[done : done + piece])
         done += piece
         before = contents(store)
-        for fact in data.draw(st.lists(st.sampled_from(replayable(history[:done])), max_size=5), label="again"):
+        for fact in data.draw(
+            st.lists(st.sampled_from(replayable(history[:done])), max_size=5), label="again"
+        ):
             store.record(fact)
             assert contents(store) == before, fact
         if data.draw(st.booleans(), label="all again"):
@@ -44,9 +46,13 @@ def sqlite_store(directory: str) -> Store:
 
 
 @pytest.mark.parametrize("make", [memory_store, sqlite_store])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(history=histories(), data=st.data())
-def test_replays_change_nothing(make: Callable[[str], Store], history: list[Fact], data: st.DataObject) -> None:
+def test_replays_change_nothing(
+    make: Callable[[str], Store], history: list[Fact], data: st.DataObject
+) -> None:
     once = MemoryStore()
     once.record(*history)
     with tempfile.TemporaryDirectory() as directory:

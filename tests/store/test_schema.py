@@ -37,7 +37,11 @@ def test_the_migrations_make_the_tables(url: str) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection,
-            opts={"version_table": schema.VERSION_TABLE, "compare_type": True, "compare_server_default": True},
+            opts={
+                "version_table": schema.VERSION_TABLE,
+                "compare_type": True,
+                "compare_server_default": True,
+            },
         )
         assert compare_metadata(context, schema.METADATA) == []
         names = set(inspect(connection).get_table_names())
@@ -90,7 +94,7 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> No
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE tuner_alembic_version SET version_num = '9999'"))
-    with pytest.raises(StorageError, match="revision 9999.*newer version") as raised:
+    with pytest.raises(StorageError, match=r"revision 9999.*newer version") as raised:
         open_store(url)
     assert raised.value.exit_code == 2
     with engine.begin() as connection:
@@ -119,7 +123,11 @@ def use_store(url: str) -> None:
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize(
     "users",
-    [(use_optuna, use_store), (use_store, use_optuna), (use_optuna, use_store, use_optuna, use_store, use_optuna)],
+    [
+        (use_optuna, use_store),
+        (use_store, use_optuna),
+        (use_optuna, use_store, use_optuna, use_store, use_optuna),
+    ],
     ids=["optuna first", "store first", "in turns"],
 )
 def test_optuna_lives_in_the_same_database(url: str, users: tuple[Callable[[str], None], ...]) -> None:

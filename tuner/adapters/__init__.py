@@ -1,5 +1,6 @@
 """LoRA over a frozen base: loading the base, many adapters in one forward pass, PEFT's files."""
 
+import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.base import Base, load_base
 from tuner.adapters.initial import Adapter, initial_adapter, largest_adapter
 from tuner.adapters.pack import Pack, PackedRows

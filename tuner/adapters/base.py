@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.head_loss import head_nll
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
     from tuner.spec import ModelSpec
+
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -73,6 +75,7 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
     Raises ModelError when it cannot be found, or when its rows would influence one another, so that
     a trial's result would depend on its neighbours.
     """
+    disable_progress_bar()
     device = torch.device(device)
     config = load_config(model, max_length=max_length)
     try:
@@ -138,15 +141,13 @@ def _refuse_shared_rows(config: Any, path: str, max_length: int) -> None:
         )
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or getattr(
-        config, "max_position_embeddings", max_length
-    )
+    limit = getattr(config, "max_position_embeddings", None)
+    original = int(rope.get("original_max_position_embeddings") or limit or max_length)
     if kind == "dynamic" or (kind == "longrope" and max_length > original):
         raise ModelError(
             f"model.path: {path!r} uses {kind} RoPE scaling, which changes with the longest row of a batch; "
             "tuner trains models whose positions do not depend on the batch"
         )
-    limit = getattr(config, "max_position_embeddings", None)
     if limit and max_length > limit:
         raise ModelError(f"data.max_length: {max_length} is longer than the {limit} positions of {path!r}")
 

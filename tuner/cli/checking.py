@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def _plan(path: Path, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, file.directory / ".tuner-cache")
     if show:
-        for shown in show_rows(spec, tokenizer, show):
+        for shown in show_rows(data.train, tokenizer, show):
             _print_row(shown)
 
     from tuner.adapters import largest_adapter  # loads torch: after what is cheap to check
@@ -70,7 +71,7 @@ def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
     return remarks
 
 
-def _print_row(pieces: list[tuple[str, bool]]) -> None:
+def _print_row(pieces: Sequence[tuple[str, bool]]) -> None:
     """A row as the model sees it: what the loss sees is green, between brackets where there is no colour."""
     console = Console()
     coloured = console.is_terminal

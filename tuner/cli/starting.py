@@ -5,27 +5,32 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any, get_args
 
-from tuner.data import count_rows, guess_format
+from tuner.data.survey import survey
 from tuner.errors import InputError
-from tuner.spec import new_round
+from tuner.spec import SourceSpec, new_round
 
 
 def write_first_round(
     directory: Path, *, model: str, data: str, eval_data: str | None, format: str | None
 ) -> Path:
-    """Write DIR/round1.yaml; returns its path. Raises InputError when it exists, DataError for unusable data."""
+    """Write DIR/round1.yaml; returns its path.
+
+    Raises InputError when it exists or cannot be written, DataError for data that cannot be read.
+    """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit it")
-    chosen = format or guess_format(data)
+    source = SourceSpec(path=data, format=_known(format) if format else "alpaca")
+    found, train_rows = survey(source, recognised=format is None)
     text = new_round(
         study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
         model=_from_folder(model, directory),
         data=_from_folder(data, directory),
-        eval_data=None if eval_data is None else _from_folder(eval_data, directory),
-        format=chosen,
-        train_rows=count_rows(data, chosen),
+        eval=None if eval_data is None else _from_folder(eval_data, directory),
+        format=found,
+        train_rows=train_rows,
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -33,6 +38,13 @@ def write_first_round(
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def _known(format: str) -> Any:
+    allowed = get_args(SourceSpec.model_fields["format"].annotation)
+    if format not in allowed:
+        raise InputError(f"--format {format}: expects one of {', '.join(allowed)}")
+    return format
 
 
 def _from_folder(path: str, directory: Path) -> str:

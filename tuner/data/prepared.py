@@ -78,6 +78,8 @@ def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | N
     Raises DataError, and StorageError when the cache cannot be written.
     """
     data = spec.data
+    if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
+        raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
     recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache)
     read = {
         name: [_part(source, tokenizer, recipe) for source in sources]

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from tuner.data.files import MAX_ROW_BYTES, DataFile
 from tuner.data.formats import RowFormat

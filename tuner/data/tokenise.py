@@ -73,7 +73,8 @@ class Tokeniser:
             own.encode_special_tokens = backend.encode_special_tokens
         self._end = int(tokenizer.eos_token_id)
         self._beginning = self._find_beginning()
-        identity = json.dumps([text, tokenizer.chat_template, self._beginning, self._end])
+        plain_only = backend.encode_special_tokens
+        identity = json.dumps([text, plain_only, tokenizer.chat_template, self._beginning, self._end])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         """Hash of everything in the tokenizer that decides about tokens."""
 

@@ -104,7 +104,7 @@ def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
     Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run": training
     is compute-bound while more of it still lowers the train loss.
     """
-    losses = np.array(train_losses(evaluations))
+    losses = np.array(train_losses(evaluations), dtype=np.float64)
     losses = losses[len(losses) // 2 :]
     if len(losses) < 2:
         return None
@@ -153,17 +153,18 @@ def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
 def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float | None:
     """Share of the detrended evaluation losses' variance that repeats with a period, in [0, 1].
 
-    Detrended by a cubic in log step; the periodic part is the first harmonic. None where the
-    evaluations cannot tell: fewer than three periods, fewer than three evaluations in one, or fewer
-    than twelve. Rule: this project's decision, "periodic_evaluation", after the playbook's remark on
-    step-like curves.
+    After the first quarter, which falls too steeply to tell; detrended by a cubic in log step; the
+    periodic part is the first harmonic. None where the evaluations cannot say: fewer than twelve of
+    them, fewer than three in a period, or fewer than three periods. Rule: this project's decision,
+    "periodic_evaluation", after the Deep Learning Tuning Playbook's "Examining the training curves".
     """
-    points = [(e.step, e.eval_loss) for e in evaluations if e.step > 0 and math.isfinite(e.eval_loss)]
+    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    points = [(e.step, e.eval_loss) for e in finite if e.step > 0 and e.step >= finite[-1].step / 4]
     if len(points) < 12:
         return None
     steps, losses = np.array(points, dtype=np.float64).T
     interval = float(np.median(np.diff(steps)))
-    if period_steps < 3 * interval or steps[-1] < 3 * period_steps:
+    if period_steps < 3 * interval or steps[-1] - steps[0] < 3 * period_steps:
         return None
     trend = np.vander(np.log(steps / steps[-1]), 4)
     angle = 2 * np.pi * steps / period_steps

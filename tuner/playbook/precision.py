@@ -43,7 +43,7 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float:
     if len(last) < MIN_RESIDUAL_EVALUATIONS:
         return 0.0
     steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
-    losses = np.array([evaluation.eval_loss for evaluation in last])
+    losses = np.array([evaluation.eval_loss for evaluation in last], dtype=np.float64)
     steps -= steps.mean()
     losses -= losses.mean()
     residuals = losses - steps * float(steps @ losses) / float(steps @ steps)

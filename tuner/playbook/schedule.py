@@ -41,7 +41,7 @@ def multiplier(
             return 1.0
         case "linear":
             left = max_train_steps - updates_done
-            return max(0.0, left / decay_steps) if left < decay_steps else 1.0
+            return max(0.0, min(1.0, left / decay_steps)) if decay_steps else 1.0
         case "cosine":
             progress = (updates_done - warmup_steps) / max(1, max_train_steps - warmup_steps)
             return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

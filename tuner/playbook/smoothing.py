@@ -24,7 +24,7 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     """
     finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
     steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    losses = np.array([evaluation.eval_loss for evaluation in finite])
+    losses = np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
     return tuple(
         replace(evaluation, eval_loss=_local_value(steps, losses, i)) for i, evaluation in enumerate(finite)
     )

@@ -73,11 +73,9 @@ def found(report: RoundReport) -> tuple[str, ...]:
 
 def _against_the_base(report: RoundReport, loss: float) -> str:
     base = report.untouched_loss
-    if not base:
+    if base is None or base <= loss:
         return ""
-    drop = (base - loss) / base
-    side = "below" if drop >= 0 else "above"
-    return f", {format.percent(abs(drop))} {side} the untouched model's {format.loss(base)}"
+    return f", {format.percent((base - loss) / abs(base))} below the untouched model's {format.loss(base)}"
 
 
 def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[str, ...]:

@@ -71,10 +71,13 @@ code {
 .warning .severity { color: var(--warning); }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.45rem 0.8rem; text-align: left; white-space: nowrap; border-top: 1px solid var(--line); }
+th, td {
+  padding: 0.45rem 0.8rem; border-top: 1px solid var(--line);
+  text-align: left; vertical-align: top; white-space: nowrap;
+}
 thead th { border-top: 0; color: var(--quiet); font-weight: 500; font-size: 0.8rem; }
 td.number, th.number { text-align: right; }
-td.words { white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
+td.words { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 tr.best td { font-weight: 600; background: var(--accent-soft); }
 tr.lost td { color: var(--quiet); }
 figure { margin: 0 0 1.75rem; }

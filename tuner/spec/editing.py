@@ -35,24 +35,32 @@ def edit_round(text: str, changes: Mapping[str, Any], comments: Mapping[str, str
     try:
         wanted = parse(text).document
     except YamlError as error:
-        raise InputError(f"the round file cannot be edited: line {error.line}: {error}") from None
+        place = "" if error.line is None else f"line {error.line}: "
+        raise InputError(f"the round file cannot be edited: {place}{error.message}") from None
     if not isinstance(wanted, dict):
         raise InputError("the round file cannot be edited: it has no `key: value` lines")
     for key, value in changes.items():
-        path = key.split(".")
-        _set(wanted, path, value)
-        layout = Layout.of(text)
+        path, layout = key.split("."), Layout.of(text)
         text = _delete(layout, path) if value is DELETE else _put(layout, layout.root, path, value)
-    text = _annotate(
-        text, {key: comment for key, comment in comments.items() if changes.get(key) is not DELETE}
-    )
-    if not _reads_as(text, wanted):
-        keys = ", ".join([*changes, *comments])
-        raise InputError(
-            f"{keys} cannot be changed without reaching other parts of the round file (does it use "
-            "aliases?); change it by hand"
-        )
+        _set(wanted, path, value)
+        _check(text, wanted, key)
+    kept = {key: comment for key, comment in comments.items() if changes.get(key) is not DELETE}
+    text = _annotate(text, kept)
+    _check(text, wanted, ", ".join(kept))
     return text
+
+
+def _check(text: str, wanted: Mapping[str, Any], key: str) -> None:
+    """Raise InputError unless the edited text says what it should."""
+    try:
+        found = parse(text).document
+    except YamlError:
+        found = None
+    if found != wanted:
+        raise InputError(
+            f"{key} cannot be changed without reaching other parts of the round file (does it use aliases?); "
+            "change it by hand"
+        )
 
 
 def _put(layout: Layout, section: Section, path: list[str], value: Any) -> str:
@@ -71,7 +79,7 @@ def _replace(layout: Layout, entry: Entry, value: Any, *, in_flow: bool) -> str:
     line = text[entry.colon : layout.line_end(entry.colon)] if entry.is_block else ""
     after = layout.line_end(entry.end) if entry.is_block else entry.end
     if not in_flow and _is_written_as_block(value):
-        comment = line or text[entry.end : layout.line_end(entry.end)]
+        comment = line if entry.is_block else text[entry.end : layout.line_end(entry.end)]
         items = _items(value, indent=_column(layout, entry) + 2, text=text)
         return f"{text[: entry.colon]}{comment.rstrip()}{items}{text[layout.line_end(entry.end) :]}"
     start = entry.colon if entry.is_block else entry.value_start
@@ -140,13 +148,6 @@ def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
         document.pop(last, None)
     else:
         document[last] = plain(value)
-
-
-def _reads_as(text: str, document: dict[str, Any]) -> bool:
-    try:
-        return bool(parse(text).document == document)
-    except YamlError:
-        return False
 
 
 def _nested(path: list[str], value: Any) -> Any:

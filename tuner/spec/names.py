@@ -47,9 +47,8 @@ def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
         return _did_you_mean(alias, section)
     if typed in _NOT_KEYS:
         return f"unknown, and not needed: {_NOT_KEYS[typed].meant}"
-    if similar := _similar(typed, here, section) or _similar(
-        typed, {_leaf(name): name for name in known}, None
-    ):
+    anywhere = {_leaf(name): name for name in known}
+    if similar := _similar(typed, here, section) or _similar(typed, anywhere, None):
         return _did_you_mean(similar, section)
     return f"unknown; allowed here: {', '.join(here)}"
 

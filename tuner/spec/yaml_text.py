@@ -69,10 +69,22 @@ def one_line(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value with tuples as lists and every mapping as a dict, as YAML and JSON see it."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    """The value as YAML and JSON see it: tuples as lists, enums and numpy's floats as what they extend."""
+    match value:
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case bool():
+            return value
+        case int():
+            return int(value)
+        case float():
+            return float(value)
+        case str():
+            return str(value)
+        case _:
+            return value
 
 
 def _converted(node: Any, at: Location, lines: dict[Location, int], above: tuple[int, ...]) -> Any:
@@ -116,13 +128,16 @@ def _lines(node: CommentedMap | CommentedSeq, at: Location) -> dict[Location, in
 
 
 def _escaped(value: Any) -> Any:
-    """The value with text of unusual characters marked for double quotes, which can escape them."""
+    """The value with text marked for double quotes where ruamel would write it so that it reads otherwise.
+
+    That is unusual characters, which only double quotes can escape, and a key that begins with a colon.
+    """
     match value:
         case dict():
-            return {key: _escaped(item) for key, item in value.items()}
+            return {_escaped(key): _escaped(item) for key, item in value.items()}
         case list():
             return [_escaped(item) for item in value]
-        case str() if not value.isprintable():
+        case str() if not value.isprintable() or value.startswith(":"):
             return DoubleQuotedScalarString(value)
         case _:
             return value

@@ -83,7 +83,7 @@ def exists(url: str) -> bool:
 def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args: Any) -> Engine:
     """An engine that has not connected yet. Raises StorageError when the driver is missing."""
     if is_sqlite(url):
-        # The driver is told not to begin transactions: it would begin none for reads.
+        # The driver begins no transactions, or it would begin them late, and none for reads.
         engine = create_engine(
             url,
             poolclass=poolclass,

@@ -60,6 +60,8 @@ class SqlStore:
                 try:
                     write(connection, fact)
                 except IntegrityError as error:
+                    if not _is_foreign_key(error):
+                        raise
                     raise not_recorded(fact) from error
 
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -90,6 +92,11 @@ class SqlStore:
     def close(self) -> None:
         """As `Store` says."""
         self._engine.dispose()
+
+
+def _is_foreign_key(error: IntegrityError) -> bool:
+    in_sqlite = getattr(error.orig, "sqlite_errorname", None) == "SQLITE_CONSTRAINT_FOREIGNKEY"
+    return in_sqlite or getattr(error.orig, "sqlstate", None) == "23503"
 
 
 def _by_trial(

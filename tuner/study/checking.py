@@ -47,7 +47,7 @@ def mean(dimension: Dimension) -> float:
         case Fixed(value=value):
             return float(value)  # type: ignore[arg-type]
         case Choices(values=values):
-            return sum(float(v) for v in values) / len(values)  # type: ignore[arg-type]
+            return float(sum(map(float, values))) / len(values)  # type: ignore[arg-type]
         case Range(low=low, high=high):
             return (low + high) / 2
         case other:

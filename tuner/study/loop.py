@@ -14,6 +14,7 @@ from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Assignment,
     Checkpoint,
+    Continuation,
     Died,
     Ended,
     Evaluated,
@@ -109,6 +110,8 @@ class RoundLoop:
         again = to_replace[0].hyperparameters if to_replace else None
         proposal = self.advisor.propose(ordinal, again=again)
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
+        continues: Continuation | None
+        why_not: str | None
         if to_replace:
             continues, why_not = (
                 to_replace[0].continues,

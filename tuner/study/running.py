@@ -17,7 +17,7 @@ from tuner.store.facts import RoundBegun
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.folder import open_folder
-from tuner.study.loop import RoundLoop
+from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.mirror import MirroredStore
 from tuner.study.pages import round_report, write_pages
 from tuner.study.plan import RoundPlan
@@ -52,9 +52,8 @@ def run_round(
     _refuse_changed_file(plan, storage)
     with _fresh_directory(plan.checkpoints), hold_study(file.directory, storage, plan.spec.study):
         known_base = _known_base(plan, storage)
-        worker = make_worker(plan, lambda: known_base[0])
+        worker, ready = _first_worker(lambda: make_worker(plan, lambda: known_base[0]), view, stopping)
         try:
-            ready = _wait_until_ready(worker, view, stopping)
             known_base[0] = ready.base
             store = MirroredStore(open_store(storage))
             try:
@@ -113,9 +112,28 @@ def _known_base(plan: RoundPlan, storage: str) -> list[Evaluation | None]:
         store.close()
 
 
-def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool]) -> Ready:
-    """Wait for base and data to be loaded. Raises InputError, WorkerError or Interrupted."""
+def _first_worker(
+    make: Callable[[], Worker], view: View, stopping: Callable[[], bool]
+) -> tuple[Worker, Ready]:
+    """A worker that has loaded base and data; one that dies on the way is replaced, a few times."""
     view.message("loading base and data")
+    for remaining in reversed(range(MAX_STILLBORN)):
+        worker = make()
+        try:
+            return worker, _wait_until_ready(worker, view, stopping)
+        except WorkerError as error:
+            worker.close()
+            if not remaining:
+                raise
+            view.message(f"{error}\nstarting another worker")
+        except BaseException:
+            worker.close()
+            raise
+    raise AssertionError("the last worker either was ready or raised")
+
+
+def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool]) -> Ready:
+    """Wait for one worker. Raises InputError, WorkerError or Interrupted."""
     while True:
         for event in worker.events(0.5):
             match event:

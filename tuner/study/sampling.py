@@ -147,7 +147,11 @@ class Advisor:
 
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite."""
-        if evaluation.step in shown_steps(planned) and math.isfinite(evaluation.eval_loss):
+        assert trial.optuna_trial is not None
+        if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.eval_loss):
+            return
+        frozen = self.study.get_trials(deepcopy=False)[trial.optuna_trial]
+        if evaluation.step not in frozen.intermediate_values:
             self._handle(trial).report(evaluation.eval_loss, evaluation.step)
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:

@@ -129,7 +129,7 @@ def _evaluation_share(data: PreparedData, spec: RoundSpec) -> float:
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
     evaluated = evaluations * float(data.evaluation.num_tokens.sum())
     trained = 2.0 * spec.max_train_steps * batch_size * float(data.train.num_tokens.mean())
-    return evaluated / (evaluated + trained)
+    return float(evaluated / (evaluated + trained))
 
 
 def _measure_base(place: Workplace) -> Evaluation:

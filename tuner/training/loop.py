@@ -212,7 +212,7 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
             share = torch.tensor(
                 [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
             )
-            (nll * share[tokens.rows // height]).sum().backward()
+            torch.autograd.backward((nll * share[tokens.rows // height]).sum())
         except torch.OutOfMemoryError:
             place.pack.drop_gradients()
             torch.cuda.empty_cache()
@@ -274,7 +274,7 @@ def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
             waiting[:0] = [rows[:middle], rows[middle:]]
             continue
         sums[:, rows] = tokens.sum_by_row(nll).view(width, -1).cpu()
-    return sums.tolist()  # type: ignore[no-any-return]
+    return sums.tolist()
 
 
 def _groups(tick: Mapping[int, MicroBatch], pass_rows: int) -> list[dict[int, MicroBatch]]:

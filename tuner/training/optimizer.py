@@ -116,7 +116,7 @@ class TrialOptimizer:
 
 def _flatten(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).to(device).clone()
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

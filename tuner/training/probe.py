@@ -71,7 +71,7 @@ def largest(space: Space) -> dict[str, Value]:
             case Fixed(value=value):
                 values[name] = value
             case Choices(values=choices) if name in ("lora_r", "batch_size"):
-                values[name] = max(choices)  # type: ignore[type-var]
+                values[name] = max(choices)
             case Choices(values=choices):
                 values[name] = choices[0]
             case Range(high=high, integer=integer):

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data import tiny
+from tuner.data import Examples, PreparedData, render_prompt, show_rows
+from tuner.errors import DataError
+
+PLAIN = tiny.byte_level(bos=True)
+CHAT = tiny.byte_level(chat_template=tiny.CHATML)
+ALPACA_DEMO = Path(__file__).parents[3] / "shared" / "data" / "alpaca_en_demo.json"
+
+
+def outputs(examples: Examples) -> list[str]:
+    return [str(PLAIN.decode(e.input_ids[e.is_target])).removesuffix("</s>") for e in examples]
+
+
+def prepared(path: Path, rows: list[dict[str, Any]], **data: Any) -> PreparedData:
+    """One file of Alpaca rows, a tenth of them held out unless `data` says how."""
+    tiny.write_jsonl(path / "rows.jsonl", rows)
+    data = data if "eval" in data else {"eval_fraction": 0.1, **data}
+    return tiny.prepared(PLAIN, train=[tiny.source(path / "rows.jsonl")], **data)
+
+
+def refusal(path: Path, rows: list[dict[str, Any]], **data: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        prepared(path, rows, **data)
+    return str(caught.value)
+
+
+def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(300)
+    data = prepared(tmp_path, rows)
+    both = outputs(data.train) + outputs(data.evaluation)
+    assert sorted(both) == sorted(row["output"] for row in rows)
+    assert 10 <= len(data.evaluation) <= 60
+    assert len(data.test) == 0
+    assert data.report.train.rows_read + data.report.evaluation.rows_read == 300
+
+
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.2, 0.8))
+def test_equal_rows_fall_on_one_side(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], share: float
+) -> None:
+    rows = [{"instruction": "Say.", "output": f"word {number}"} for number in [*numbers, *range(31)]]
+    data = prepared(tmp_path_factory.mktemp("rows"), rows, eval_fraction=share)
+    train, evaluation = outputs(data.train), outputs(data.evaluation)
+    assert not set(train) & set(evaluation)
+    assert len(train) + len(evaluation) == len(rows)
+    assert train == [row["output"] for row in rows if row["output"] in set(train)]
+
+
+def test_a_row_is_held_out_whatever_stands_around_it(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(300)
+    some = set(outputs(prepared(tmp_path, rows[100:200]).evaluation))
+    every = set(outputs(prepared(tmp_path, rows[::-1]).evaluation))
+    assert some == every & {row["output"] for row in rows[100:200]}
+
+
+def test_a_sample_of_the_evaluation_rows_is_nested_and_in_file_order(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(100)
+    files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows[n * 50 : n * 50 + 50]) for n in range(2)]
+    train = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.alpaca_rows(103)[100:])
+    samples = [
+        outputs(
+            tiny.prepared(
+                PLAIN,
+                max_examples=count,
+                train=[tiny.source(train)],
+                eval=[tiny.source(file) for file in files],
+            ).evaluation
+        )
+        for count in (1, 7, 30, 100, 1000)
+    ]
+    assert [len(sample) for sample in samples] == [1, 7, 30, 100, 100]
+    for small, large in pairwise(samples):
+        assert set(small) <= set(large)
+    everything = [row["output"] for row in rows]
+    for sample in samples:
+        assert sample == [output for output in everything if output in set(sample)]
+
+
+def test_rows_that_are_evaluated_and_trained_on_are_refused(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(20)
+    held_out = [{"instruction": "Other.", "output": "other"}, {**rows[4], "input": ""}, rows[2]]
+    evaluation = tiny.write_jsonl(tmp_path / "eval.jsonl", held_out)
+    message = refusal(tmp_path, rows, eval=[tiny.source(evaluation)])
+    assert message.startswith("2 of 3 eval rows are train rows too, word for word; the first is ")
+    assert f"{evaluation}:2, which equals {tmp_path / 'rows.jsonl'}:5." in message
+    assert "give eval_fraction" in message
+
+
+@pytest.mark.parametrize("other", ["train", "eval"])
+def test_test_rows_must_be_new_too(tmp_path: Path, other: str) -> None:
+    rows = tiny.alpaca_rows(30)
+    sources = {"eval": rows[20:25], "test": [rows[3 if other == "train" else 22], rows[29]]}
+    files = {
+        name: [tiny.source(tiny.write_jsonl(tmp_path / f"{name}.jsonl", r))] for name, r in sources.items()
+    }
+    assert f"1 of 2 test rows are {other} rows too" in refusal(tmp_path, rows[:20], **files)
+
+
+def test_a_difference_that_the_template_hides_is_none(tmp_path: Path) -> None:
+    twins = [{"instruction": "a", "input": None, "output": "b"}, {"instruction": "a", "output": "b"}]
+    data = prepared(tmp_path, [*twins, *tiny.alpaca_rows(30)])
+    assert data.report.train.duplicates + data.report.evaluation.duplicates == 1
+
+
+def test_weights_repeat_rows_and_fractions_take_a_fixed_share(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(400)
+    files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows[n * 100 : n * 100 + 100]) for n in range(4)]
+    weights = (1.0, 2.0, 0.25, 1.5)
+    data = tiny.prepared(
+        PLAIN,
+        train=[tiny.source(file, weight=weight) for file, weight in zip(files[:4], weights, strict=True)],
+        eval=[tiny.source(tiny.write_jsonl(tmp_path / "eval.jsonl", tiny.alpaca_rows(401)[400:]))],
+    )
+    train = outputs(data.train)
+    per_file = [
+        [o for o in train if o in {r["output"] for r in rows[n : n + 100]}] for n in (0, 100, 200, 300)
+    ]
+    assert per_file[0] == [row["output"] for row in rows[:100]]
+    assert per_file[1] == [row["output"] for row in rows[100:200] for _ in range(2)]
+    assert 10 <= len(per_file[2]) == len(set(per_file[2])) <= 40
+    assert len(set(per_file[3])) == 100
+    assert 130 <= len(per_file[3]) <= 170
+    assert data.report.train.rows_kept == 400
+    assert data.report.train.num_examples == len(train)
+
+
+def test_a_weight_does_not_ask_the_hash_that_held_rows_out(tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(400))
+    data = tiny.prepared(PLAIN, train=[tiny.source(file, weight=0.5)], eval_fraction=0.5)
+    assert 160 <= data.report.train.rows_kept <= 240
+    assert 0.35 < len(data.train) / data.report.train.rows_kept < 0.65
+
+
+def test_a_weight_on_evaluation_rows_is_refused(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(20)
+    evaluation = tiny.source(tiny.write_jsonl(tmp_path / "eval.jsonl", rows[10:]), weight=2.0)
+    assert "weight is for training rows" in refusal(tmp_path, rows[:10], eval=[evaluation])
+
+
+def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "a", "output": "kept"},
+        {"instruction": "a", "output": "kept"},
+        {"instruction": "a", "output": "cut " * 200},
+        {"instruction": "a" * 400, "output": "out of reach"},
+        {"instruction": "a", "output": " "},
+    ]
+    evaluation = tiny.write_jsonl(tmp_path / "eval.jsonl", [{"instruction": "b", "output": "c"}])
+    data = prepared(tmp_path, rows, eval=[tiny.source(evaluation)], max_length=150)
+    report = data.report.train
+    assert (report.rows_read, report.rows_kept, report.num_examples) == (5, 3, 3)
+    assert (report.truncated, report.cut_off, report.empty, report.duplicates) == (1, 1, 1, 1)
+    assert report.tokens == data.train.num_tokens.sum() == sum(len(e.input_ids) for e in data.train)
+    assert report.targets == data.train.num_targets.sum() == sum(e.is_target.sum() for e in data.train)
+    assert data.train.num_tokens.max() == 150
+    lengths = report.token_lengths
+    assert lengths["max"] > 150
+    assert sorted(lengths.values()) == list(lengths.values())
+    assert list(lengths) == ["p50", "p90", "p99", "max"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "said"),
+    [
+        ([], {}, "rows.jsonl: has no rows"),
+        ([{"instruction": "a"}], {}, "rows.jsonl:1: no column 'output'; columns found: 'instruction'"),
+        ([{"instruction": "a", "output": "b\ud800"}], {}, r"rows.jsonl:1: has half a character (\ud800)"),
+        (
+            [{"instruction": "a", "output": ""}] * 9,
+            {"eval_fraction": 0.5},
+            "no train row is left with anything",
+        ),
+        (tiny.alpaca_rows(9), {"max_length": 5, "eval_fraction": 0.5}, "max_length (5 tokens)"),
+        (tiny.alpaca_rows(9), {"eval_fraction": 1e-9}, "eval_fraction 1e-09 holds out none of its rows"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], data: dict[str, Any], said: str
+) -> None:
+    message = refusal(tmp_path, rows, **data)
+    assert message.startswith(str(tmp_path))
+    assert said in message
+
+
+def test_the_cache_changes_nothing(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(60)
+    fresh = prepared(tmp_path, rows)
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):
+        cached = tiny.prepared(
+            PLAIN, cache=tmp_path / "cache", train=[tiny.source(tmp_path / "rows.jsonl")], eval_fraction=0.1
+        )
+        assert cached.fingerprint == fresh.fingerprint
+        assert cached.report == fresh.report
+        for ours, theirs in ((cached.train, fresh.train), (cached.evaluation, fresh.evaluation)):
+            assert [e.input_ids.tolist() for e in ours] == [e.input_ids.tolist() for e in theirs]
+            assert [e.is_target.tolist() for e in ours] == [e.is_target.tolist() for e in theirs]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_whatever_decides_about_tokens_is_in_the_caches_key(tmp_path: Path) -> None:
+    rows = [{**row, "text": row["output"]} for row in tiny.alpaca_rows(60)]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"max_length": 11},
+        {"loss_on": "all"},
+        {"train": [tiny.source(file, "text")]},
+        {"tokenizer": CHAT},
+        {"train": [tiny.source(tiny.write_jsonl(tmp_path / "b.jsonl", rows[:-1]))]},
+        {"train": [tiny.source(tmp_path / "b.jsonl")]},
+    ]
+    fingerprints = []
+    for change in changes:
+        data = {"train": [tiny.source(file)], "eval_fraction": 0.2, "tokenizer": PLAIN, **change}
+        kwargs = {**data, "loss_on": data.get("loss_on", "all" if "max_length" in change else "completion")}
+        tokenizer = kwargs.pop("tokenizer")
+        cached = tiny.prepared(tokenizer, cache=tmp_path / "cache", **kwargs)
+        assert cached.fingerprint == tiny.prepared(tokenizer, **kwargs).fingerprint
+        fingerprints.append(cached.fingerprint)
+    assert len(set(fingerprints)) == len(changes) - 1
+    assert len(list((tmp_path / "cache").iterdir())) == len(changes) - 1
+
+
+def test_a_folder_is_read_as_a_data_set_is(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", tiny.alpaca_rows(40))
+    tiny.write_jsonl(folder / "test.jsonl", tiny.alpaca_rows(45)[40:])
+    data = tiny.prepared(
+        PLAIN,
+        cache=tmp_path / "cache",
+        train=[tiny.source(folder)],
+        eval_fraction=0.2,
+        test=[tiny.source(folder, split="test")],
+    )
+    assert len(data.train) + len(data.evaluation) == 40
+    assert outputs(data.test) == [f"It is {n}, of course." for n in range(40, 45)]
+    with pytest.raises(DataError, match='Unknown split "valid"'):
+        tiny.prepared(PLAIN, train=[tiny.source(folder, split="valid")], eval_fraction=0.2)
+
+
+def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: cannot be loaded .* doesn't contain any data files"):
+        tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "empty")], eval_fraction=0.2)
+    code = (
+        "from tuner.data.hub import load_rows\n"
+        "load_rows('nobody/no-such-set', config=None, split='train', cache=None)"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=False
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        "tuner.errors.DataError: nobody/no-such-set: no local file"
+    )
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(9))
+    with pytest.raises(DataError, match="split and config are for data sets"):
+        tiny.prepared(PLAIN, train=[tiny.source(file, split="train")], eval_fraction=0.5)
+
+
+def test_urls_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="URLs are not read"):
+        tiny.prepared(PLAIN, train=[{"path": "s3://a/b.jsonl", "format": "alpaca"}], eval_fraction=0.5)
+
+
+def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    chats = [{"messages": [{"role": "system", "content": str(n)}, *turns, *turns]} for n in range(20)]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", chats)
+    data = tiny.prepared(CHAT, train=[tiny.source(file, "messages")], eval_fraction=0.2)
+    [shown] = show_rows(data.train, CHAT, 1)
+    asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert shown[1:] == [("hello<|im_end|>", True), ("\n" + asked, False), ("hello<|im_end|>", True)]
+    assert shown[0][0].endswith("<|im_end|>\n" + asked)
+    assert len(show_rows(data.train, CHAT, 1000)) == len(data.train)
+
+
+def test_the_prompt_for_inference_begins_the_training_example(tmp_path: Path) -> None:
+    for tokenizer in (PLAIN, tiny.sentencepiece()):
+        rows = [{"instruction": f"Add {n}.", "input": "1", "output": "so"} for n in range(9)]
+        file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+        other = tiny.write_jsonl(tmp_path / "eval.jsonl", tiny.alpaca_rows(1))
+        data = tiny.prepared(tokenizer, train=[tiny.source(file)], eval=[tiny.source(other)])
+        for row, example in zip(rows, data.train, strict=True):
+            prompt = render_prompt("alpaca", tokenizer, instruction=row["instruction"], input=row["input"])
+            assert example.input_ids[~example.is_target].tolist() == prompt
+
+
+def test_importing_the_room_is_light() -> None:
+    heavy = ["torch", "transformers", "datasets", "tokenizers", "pyarrow", "tuner.spec"]
+    code = f"import sys, tuner.data; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not ALPACA_DEMO.exists(), reason=f"{ALPACA_DEMO} is not here")
+def test_real_alpaca_rows() -> None:
+    data = tiny.prepared(PLAIN, train=[tiny.source(ALPACA_DEMO)], eval_fraction=0.1, max_length=2048)
+    train, evaluation = data.report.train, data.report.evaluation
+    assert train.rows_read + evaluation.rows_read == 999
+    assert 60 < evaluation.rows_read < 140
+    assert train.cut_off == train.empty == 0
+    assert train.num_examples == train.rows_kept == train.rows_read
+    assert all(example.input_ids[-1] == PLAIN.eos_token_id for example in data.train) == (
+        train.truncated == 0
+    )
+    assert "### Response:\n" in show_rows(data.train, PLAIN, 1)[0][0][0]
+    assert np.all(data.train.num_targets > 1)

@@ -1,0 +1,224 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.playbook.rounds import noisy_trial
+from tests.playbook.rows import round_of, trial_of
+from tuner.playbook import RoundResults, Severity
+from tuner.playbook.checklist import checklist, half_round_shortfall
+from tuner.playbook.findings import Finding, percent
+from tuner.playbook.selection import leading_trials
+from tuner.playbook.space_checks import position
+from tuner.records import Choices, Evaluation, Fixed, Range, TimesSqrtRank, TrialState
+
+GRID = tuple(range(0, 401, 10))
+RATE = Range(1e-5, 1e-3, log=True)
+INFEASIBLE = TrialState.INFEASIBLE
+
+
+def findings(results: RoundResults, *, noise: float = 0.001) -> dict[str, Finding]:
+    leading = leading_trials(results.trials, results.max_train_steps)
+    found = checklist(results, leading, noise=noise)
+    return {finding.rule: finding for finding in found}
+
+
+def falling(step: int) -> float:
+    return 2.0 + math.exp(-step / 30)
+
+
+def noisy_round(formula, **fields) -> RoundResults:
+    rng = np.random.default_rng(0)
+    trials = [
+        noisy_trial(i, formula, GRID, rng, noise=0.001, hyperparameters={"batch_size": 8}) for i in range(5)
+    ]
+    return round_of(*trials, max_train_steps=400, **fields)
+
+
+def by_rate(*rates: float, states=None, losses=None, space=RATE) -> RoundResults:
+    trials = [
+        trial_of(
+            i,
+            [3.0, losses[i] if losses else 2.0 + i / 10],
+            steps=[0, 100],
+            learning_rate=rate,
+            state=states[i] if states else TrialState.COMPLETE,
+        )
+        for i, rate in enumerate(rates)
+    ]
+    return round_of(*trials, space={"learning_rate": space})
+
+
+def test_a_healthy_round_has_no_findings():
+    results = noisy_round(lambda t: 2.0 + np.exp(-t / 30))
+    assert findings(results, noise=0.01) == {}
+
+
+def test_positions_are_logarithmic_where_the_range_is():
+    assert position(RATE, 1e-4) == pytest.approx(0.5)
+    assert position(Range(0, 0.2), 0.05) == pytest.approx(0.25)
+    assert position(RATE, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "side"), [(1.2e-5, "lower"), (8e-4, "upper"), (1.3e-5, None), (7.9e-4, None)]
+)
+def test_boundary_is_within_five_percent_of_the_range(rate, side):
+    found = findings(by_rate(rate)).get("boundary")
+    assert (found is None) == (side is None)
+    assert side is None or f"{side} bound" in found.message
+
+
+def test_only_searched_ranges_have_boundaries():
+    assert "boundary" not in findings(by_rate(1e-5, space=Fixed(1e-5)))
+    assert "boundary" not in findings(by_rate(1e-5, space=Choices((1e-5, 1e-4))))
+
+
+def test_unstable_edge_is_the_best_trial_below_infeasible_ones():
+    states = [TrialState.COMPLETE, TrialState.COMPLETE, INFEASIBLE, INFEASIBLE]
+    edge = by_rate(1e-4, 2e-4, 4e-4, 8e-4, states=states, losses=[2.1, 2.0, 9, 9])
+    assert findings(edge)["unstable_edge"].numbers == {"edge": 2e-4, "infeasible_above": 2}
+    inside = by_rate(1e-4, 2e-4, 4e-4, 8e-4, states=states, losses=[2.0, 2.1, 9, 9])
+    assert "unstable_edge" not in findings(inside)
+    mixed = by_rate(1e-4, 2e-4, 4e-4, states=[TrialState.COMPLETE, INFEASIBLE, TrialState.COMPLETE])
+    assert "unstable_edge" not in findings(mixed)
+
+
+@pytest.mark.parametrize(("bad", "severity"), [(2, None), (3, Severity.WARNING), (8, Severity.PROBLEM)])
+def test_infeasible_share_above_a_quarter(bad, severity):
+    states = [INFEASIBLE] * bad + [TrialState.COMPLETE] * (8 - bad) + [TrialState.FAILED]
+    found = findings(by_rate(*[1e-4] * 9, states=states)).get("infeasible_share")
+    assert (found.severity if found else None) == severity
+
+
+def test_shortfall_of_half_a_round():
+    # Four draws of eight miss the best with probability (7/8)^4 = 0.59, the best two with 0.32.
+    assert half_round_shortfall([2.0, 2.2, 3, 3, 3, 3, 3, 3]) == pytest.approx(0.1)
+    assert half_round_shortfall([2.0]) == 0.0
+    assert half_round_shortfall([2.0, *[math.inf] * 7]) == math.inf
+    assert half_round_shortfall([math.inf] * 4) == 0.0
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=30), st.randoms())
+def test_shortfall_is_the_bootstrap_median(losses, random):
+    exact = half_round_shortfall(losses)
+    assert exact == half_round_shortfall(random.sample(losses, len(losses)))
+    draws = np.random.default_rng(0).choice(losses, (4001, len(losses) // 2)).min(axis=1)
+    low, high = np.quantile(draws, [0.45, 0.55]) / min(losses) - 1
+    assert low - 1e-9 <= exact <= high + 1e-9
+
+
+def test_too_few_trials_is_a_shortfall_above_the_noise():
+    results = by_rate(*[1e-4] * 8, losses=[2.0, 2.02, *[2.5] * 6])
+    assert findings(results, noise=0.0099)["too_few_trials"].numbers["shortfall"] == pytest.approx(0.01)
+    assert "too_few_trials" not in findings(results, noise=0.0101)
+
+
+def test_too_few_trials_where_most_reached_nothing():
+    results = by_rate(*[1e-4] * 8, states=[TrialState.COMPLETE, *[INFEASIBLE] * 7])
+    assert "have reached nothing" in findings(results)["too_few_trials"].message
+
+
+def test_overfitting_of_a_leading_trial():
+    results = noisy_round(lambda t: falling_then_rising(t))
+    found = findings(results)["overfitting"]
+    assert found.severity == Severity.WARNING
+    assert found.numbers["leading"] == 5
+
+
+def falling_then_rising(t):
+    return 2.0 + np.exp(-t / 30) + 0.1 * np.maximum(0, t - 200) / 200
+
+
+def test_overfitting_of_others_favours_what_is_hobbled():
+    good = [trial_of(i, falling, steps=GRID) for i in range(5)]
+    bad = [trial_of(5 + i, lambda s: 2.5 + float(falling_then_rising(s)), steps=GRID) for i in range(2)]
+    found = findings(round_of(*good, *bad, max_train_steps=400))["overfitting"]
+    assert found.severity == Severity.INFO
+    assert "hobbles" in found.message
+    assert found.numbers == {"leading": 0, "trials": 2}
+
+
+def test_late_variance():
+    assert "late_variance" in findings(noisy_round(lambda t: 2 + 0.02 * (t / 10 % 2)))
+    assert "late_variance" not in findings(noisy_round(lambda t: 2 + np.exp(-t / 30)))
+
+
+def test_train_loss_rising_is_a_problem():
+    rng = np.random.default_rng(0)
+    trials = [
+        noisy_trial(i, lambda t: 2 + np.exp(-t / 30), GRID, rng, noise=0.001, train_slope=slope)
+        for i, slope in enumerate([-1, 1, 1, 1])
+    ]
+    assert findings(round_of(*trials, max_train_steps=400))["train_loss_rising"].severity == Severity.PROBLEM
+    assert "train_loss_rising" not in findings(round_of(*trials[:2], max_train_steps=400))
+
+
+@pytest.mark.parametrize(("clipped", "fires"), [(5, False), (6, True)])
+def test_clipped_is_more_than_half_of_the_updates(clipped, fires):
+    trial = trial_of(0, falling, steps=GRID)
+    evaluations = tuple(replace(e, clipped_updates=clipped if e.step else 0) for e in trial.evaluations)
+    results = round_of(replace(trial, evaluations=evaluations), max_train_steps=400)
+    assert ("clipped" in findings(results)) == fires
+
+
+@pytest.mark.parametrize(
+    ("warmup", "severity"),
+    [(20, None), (21, Severity.WARNING), (40, Severity.WARNING), (41, Severity.PROBLEM)],
+)
+def test_long_warmup(warmup, severity):
+    results = round_of(trial_of(0, falling, steps=GRID, warmup_steps=warmup), max_train_steps=400)
+    found = findings(results).get("long_warmup")
+    assert (found.severity if found else None) == severity
+
+
+@pytest.mark.parametrize(("share", "fires"), [(0.3, False), (0.31, True)])
+def test_costly_evaluation(share, fires):
+    results = round_of(trial_of(0, falling, steps=GRID), max_train_steps=400, evaluation_share=share)
+    assert ("costly_evaluation" in findings(results)) == fires
+
+
+def test_periodic_evaluation_has_the_epochs_period():
+    def wave(t):
+        return 2 + np.exp(-t / 30) + 0.02 * np.sin(2 * np.pi * t / 60)
+
+    found = findings(noisy_round(wave, train_rows=480))["periodic_evaluation"]
+    assert found.numbers["epoch_steps"] == 60
+    assert "periodic_evaluation" not in findings(noisy_round(wave, train_rows=360))
+    assert "periodic_evaluation" not in findings(noisy_round(wave, train_rows=0))
+
+
+def test_alpha_that_follows_the_rank():
+    space = {"lora_r": Choices((8, 16)), "lora_alpha": Choices((16, 32))}
+    doubled = [trial_of(i, falling, lora_r=r, lora_alpha=2 * r, steps=GRID) for i, r in enumerate((8, 16))]
+    found = findings(round_of(*doubled, max_train_steps=400, space=space))
+    assert "always 2 times the rank" in found["alpha_follows_rank"].message
+    crossed = [replace(doubled[0], hyperparameters={"lora_r": 8, "lora_alpha": 32}), doubled[1]]
+    found = findings(round_of(*crossed, max_train_steps=400, space=space))
+    assert "apart from the rank" in found["alpha_follows_rank"].message
+    for alpha in (Fixed(16), TimesSqrtRank(4.0)):
+        results = round_of(*doubled, max_train_steps=400, space={**space, "lora_alpha": alpha})
+        assert "alpha_follows_rank" not in findings(results)
+
+
+def test_batch_size_searched():
+    trial = trial_of(0, falling, steps=GRID, batch_size=8)
+    searched = round_of(trial, max_train_steps=400, space={"batch_size": Choices((4, 8))})
+    assert "batch_size_searched" in findings(searched)
+    assert "batch_size_searched" not in findings(round_of(trial, max_train_steps=400))
+
+
+def test_a_trial_of_broken_evaluations_breaks_no_rule():
+    trial = trial_of(0, falling, steps=GRID)
+    broken = replace(trial, number=1, evaluations=(Evaluation(0, math.nan), Evaluation(10, math.inf)))
+    assert "overfitting" not in findings(round_of(trial, broken, max_train_steps=400))
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.5, "50%"), (0.0994, "9.9%"), (0.0996, "10%"), (0.00123, "0.12%"), (-0.02, "-2%")]
+)
+def test_percent(share, text):
+    assert percent(share) == text

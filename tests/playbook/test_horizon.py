@@ -1,0 +1,193 @@
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.playbook.rows import exact, round_of, trial_of
+from tests.playbook.strategies import rounds
+from tuner.playbook import Diagnosis, RoundResults
+from tuner.playbook.gain import Gain, GainSource
+from tuner.playbook.horizon import Signs, diagnose, signs, suggest
+from tuner.playbook.selection import LeadingTrial
+from tuner.records import Trial
+
+
+def seen(
+    best_steps=(100,) * 5,
+    *,
+    gain=0.01,
+    previous=None,
+    noise=0.0,
+    horizon=100,
+    every=10,
+    production=None,
+    rise=None,
+    **hyperparameters,
+) -> Signs:
+    """Signs written down directly: leading trials that settle at their best step."""
+    leading = []
+    for number, step in enumerate(best_steps):
+        evaluations = tuple(exact(s, 1.0 + abs(s - step) / horizon) for s in range(0, horizon + 1, every))
+        trial = Trial("round1", number, hyperparameters, evaluations=evaluations)
+        leading.append(LeadingTrial(trial, exact(step, 1.0), step, step / horizon))
+    known = None if gain is None else Gain(gain, noise, previous, GainSource.TRUNK, 0, horizon // 2, horizon)
+    return Signs(horizon, every, production, tuple(leading), known, noise, rise)
+
+
+def answer(signs: Signs) -> tuple[Diagnosis, int | None]:
+    diagnosis = diagnose(signs)
+    suggestion = suggest(signs, diagnosis)
+    return diagnosis, suggestion.steps if suggestion else None
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        (seen((0, 0, 0)), (Diagnosis.NO_LEARNING, None)),
+        (seen((0, 0, 10)), (Diagnosis.TOO_LONG, 20)),
+        (seen((10, 10, 10)), (Diagnosis.TOO_LONG, 20)),
+        (seen((10, 10, 20), gain=0.0), (Diagnosis.SATURATED, 30)),
+        (seen(gain=None), (Diagnosis.UNDETERMINED, 100)),
+        (seen(noise=0.0051), (Diagnosis.UNDETERMINED, 100)),
+        (seen(noise=0.005, gain=0.0101), (Diagnosis.TOO_SHORT, 150)),
+        (seen(gain=0.001), (Diagnosis.SATURATED, 100)),
+        (seen(gain=0.0011), (Diagnosis.TOO_SHORT, 150)),
+        (seen((100, 100, 100, 100, 50), gain=0.0011), (Diagnosis.TOO_SHORT, 150)),
+        (seen((100, 100, 100, 50, 50), gain=0.0011), (Diagnosis.RIGHT, 100)),
+        (seen((70,) * 5), (Diagnosis.RIGHT, 100)),
+        (seen((80,) * 5, gain=0.05), (Diagnosis.TOO_SHORT, 300)),
+        (seen(()), (Diagnosis.UNDETERMINED, None)),
+    ],
+)
+def test_diagnosis_and_suggestion(signs, expected):
+    assert answer(signs) == expected
+
+
+def test_twice_the_noise_is_the_threshold_of_saturation():
+    assert diagnose(seen(gain=0.0039, noise=0.002)) == Diagnosis.SATURATED
+    assert diagnose(seen(gain=0.0041, noise=0.002)) == Diagnosis.TOO_SHORT
+
+
+@pytest.mark.parametrize(
+    ("gain", "previous", "expected"),
+    [
+        (0.00122, None, 150),  # x 0.7^0.585 = 0.81
+        (0.0014, None, 200),  # x 0.7
+        (0.0017, None, 300),  # x 0.7^1.585 = 0.57
+        (0.1, None, 300),
+        (0.0019, 0.0038, 200),  # x 0.5
+        (0.0019, 0.0020, 300),  # x 0.9, the clip
+    ],
+)
+def test_too_short_takes_the_smallest_multiple_that_saturates(gain, previous, expected):
+    assert answer(seen(gain=gain, previous=previous)) == (Diagnosis.TOO_SHORT, expected)
+
+
+def test_floor_is_warmup_and_decay_and_an_interval():
+    too_long = seen((2, 5), every=5, schedule="linear", warmup_steps=7, decay_steps=40)
+    assert answer(too_long) == (Diagnosis.TOO_LONG, 52)
+    assert answer(replace(too_long, production_steps=30)) == (Diagnosis.TOO_LONG, 30)
+
+
+def test_floor_is_that_of_the_most_demanding_leading_trial_and_never_above_the_horizon():
+    signs = seen((5, 5), every=5, schedule="linear", warmup_steps=50, decay_steps=50)
+    assert signs.floor == 100
+    assert seen((5,), every=5, schedule="cosine", warmup_steps=7, decay_steps=40).floor == 12
+
+
+def test_production_steps_cap_and_say_so():
+    signs = seen(gain=0.05, production=250)
+    suggestion = suggest(signs, diagnose(signs))
+    assert (suggestion.steps, suggestion.is_capped) == (250, True)
+    assert not suggest(replace(signs, production_steps=300), Diagnosis.TOO_SHORT).is_capped
+    assert suggest(replace(signs, production_steps=60), Diagnosis.RIGHT).steps == 60
+
+
+def test_saturated_takes_the_ninetieth_percentile_of_the_settled_steps():
+    # Percentile 90 of 20, 30, 40, 50, 60 is 56; times 1.25 is 70.
+    assert answer(seen((20, 30, 40, 50, 60), gain=0.0)) == (Diagnosis.SATURATED, 70)
+    interval = suggest(seen((20, 30, 40, 50, 60), gain=0.0), Diagnosis.SATURATED)
+    assert (interval.low, interval.high) == (50, 80)
+
+
+def test_overfitting_is_found_before_saturation_and_suggests_alike():
+    def u_shaped(step: int) -> float:
+        return 1.0 + ((step - 40) / 100) ** 2
+
+    results = round_of(*(trial_of(i, u_shaped) for i in range(5)))
+    found = signs(results)
+    diagnosis = diagnose(found)
+    assert diagnosis == Diagnosis.OVERFITTING
+    assert suggest(found, diagnosis).steps == 50
+
+
+@given(rounds())
+def test_every_suggestion_keeps_its_bounds(results):
+    found = signs(results)
+    diagnosis = diagnose(found)
+    suggestion = suggest(found, diagnosis)
+    if not found.leading or diagnosis == Diagnosis.NO_LEARNING:
+        assert suggestion is None
+        return
+    cap = results.production_steps or math.inf
+    for steps in (suggestion.low, suggestion.steps, suggestion.high):
+        assert 1 <= steps <= min(3 * results.max_train_steps, cap)
+        assert steps >= min(found.floor, cap)
+    assert suggestion.low <= suggestion.steps <= suggestion.high
+    if diagnosis != Diagnosis.TOO_SHORT:
+        assert suggestion.steps <= results.max_train_steps
+    else:
+        assert suggestion.steps >= min(1.5 * results.max_train_steps, cap)
+    if diagnosis in (Diagnosis.RIGHT, Diagnosis.UNDETERMINED):
+        assert suggestion.steps == min(results.max_train_steps, cap)
+
+
+@given(rounds(), st.randoms())
+def test_the_order_of_the_trials_does_not_matter(results, random):
+    shuffled = replace(results, trials=tuple(random.sample(results.trials, len(results.trials))))
+    assert repr(signs(shuffled)) == repr(signs(results))
+
+
+@given(
+    gain=st.floats(0, 0.1),
+    more=st.floats(0, 0.1),
+    previous=st.none() | st.floats(0.001, 0.2),
+    noise=st.floats(0, 0.006),
+)
+def test_more_gain_never_shortens_the_next_round(gain, more, previous, noise):
+    less_steps = answer(seen(gain=gain, previous=previous, noise=noise))[1]
+    more_steps = answer(seen(gain=gain + more, previous=previous, noise=noise))[1]
+    assert less_steps <= more_steps
+
+
+@given(gain=st.floats(-0.1, 0.1), noise=st.floats(0, 0.005), less=st.floats(0, 1))
+def test_less_noise_never_hides_a_gain(gain, noise, less):
+    before = diagnose(seen(gain=gain, noise=noise))
+    after = diagnose(seen(gain=gain, noise=noise * less))
+    assert not (before == Diagnosis.TOO_SHORT and after != Diagnosis.TOO_SHORT)
+
+
+@given(st.integers(0, 5), st.floats(0.002, 0.1))
+def test_more_late_trials_never_turn_too_short_into_right(late, gain):
+    order = [Diagnosis.RIGHT, Diagnosis.TOO_SHORT]
+    fewer = diagnose(seen((100,) * late + (50,) * (5 - late), gain=gain))
+    more = diagnose(seen((100,) * min(5, late + 1) + (50,) * max(0, 4 - late), gain=gain))
+    assert order.index(more) >= order.index(fewer)
+
+
+@given(best=st.lists(st.integers(0, 10), min_size=1, max_size=5), later=st.integers(0, 5))
+def test_later_best_steps_never_shorten_a_round_that_is_too_long(best, later):
+    def steps(values) -> int:
+        return suggest(seen(tuple(values), every=1), Diagnosis.TOO_LONG).steps
+
+    assert steps(best) <= steps(step + later for step in best)
+
+
+@given(st.floats(0.5, 4.0))
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    def results(factor: float) -> RoundResults:
+        return round_of(*(trial_of(i, lambda s: factor * (2 + (s + 1) ** -0.5)) for i in range(5)))
+
+    assert answer(signs(results(1.0))) == answer(signs(results(scale)))

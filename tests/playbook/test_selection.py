@@ -1,0 +1,103 @@
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.playbook.strategies import curves, losses
+from tuner.playbook import best_evaluation, settled_step
+from tuner.playbook.selection import leading_trials, ranked
+from tuner.records import Evaluation, Trial, TrialState
+
+GRID = tuple(range(0, 101, 10))
+
+
+def curve(*values: float, tokens: tuple[int, ...] = ()) -> tuple[Evaluation, ...]:
+    return tuple(Evaluation(10 * i, value) for i, value in enumerate(values))
+
+
+def trial(number: int, *values: float, state: TrialState = TrialState.COMPLETE) -> Trial:
+    return Trial("round1", number, {}, state, evaluations=curve(*values))
+
+
+def paired(step: int, *nll: float) -> Evaluation:
+    return Evaluation(step, sum(nll) / (10 * len(nll)), example_nll=nll, example_tokens=(10,) * len(nll))
+
+
+def test_the_earlier_of_equal_losses_is_best():
+    assert best_evaluation(curve(3, 1, 2, 1)).step == 10
+
+
+def test_what_is_not_finite_never_wins():
+    assert best_evaluation(curve(3, math.nan, -math.inf, 2, math.inf)).step == 30
+    assert best_evaluation(curve(math.nan, math.inf)) is None
+    assert best_evaluation(()) is None
+
+
+@given(st.permutations(curve(3, 1, math.nan, 2, 1)))
+def test_best_does_not_depend_on_the_order(evaluations):
+    assert best_evaluation(evaluations).step == 10
+
+
+def test_settled_is_the_first_within_one_paired_standard_error():
+    # Differences to the best: 1.0 +- 0.5 (out), 0.3 +- 0.5 (in), 0.1 +- 0.0 (out: exact, and worse).
+    evaluations = (
+        paired(0, 25.0, 15.0),
+        paired(10, 18.0, 8.0),
+        paired(20, 11.0, 11.0),
+        paired(30, 10.0, 10.0),
+    )
+    assert [round(e.eval_loss, 3) for e in evaluations] == [2.0, 1.3, 1.1, 1.0]
+    assert settled_step(evaluations) == 10
+
+
+def test_settled_without_examples_uses_the_spread_of_the_curve():
+    assert settled_step(curve(3, 2, 1, 1, 1, 1)) == 20
+    assert settled_step(curve(3, 2, 1.02, 1.05, 1.0, 1.05, 1.0)) == 20
+    assert settled_step(()) is None
+
+
+@given(curves(GRID))
+def test_settled_is_an_evaluation_no_later_than_the_best(evaluations):
+    best, settled = best_evaluation(evaluations), settled_step(evaluations)
+    assert (best is None) == (settled is None)
+    if best is not None:
+        assert settled <= best.step
+        assert settled in {evaluation.step for evaluation in evaluations}
+
+
+@given(st.lists(st.floats(0.5, 5.0), min_size=1, max_size=11), st.integers(0, 3))
+def test_best_and_settled_ignore_a_shift_of_the_loss(values, shift):
+    # Sixteen tokens and multiples of 1/64 keep the sums exact, so that rounding breaks no tie.
+    values = [round(64 * value) / 64 for value in values]
+
+    def sixteen(i: int, loss: float) -> Evaluation:
+        nll = tuple(16 * loss + (i % 3) * extra for extra in (0, 1, 4, 3))
+        return Evaluation(10 * i, sum(nll) / 64, example_nll=nll, example_tokens=(16,) * 4)
+
+    still = [sixteen(i, value) for i, value in enumerate(values)]
+    moved = [sixteen(i, value + shift) for i, value in enumerate(values)]
+    assert best_evaluation(moved).step == best_evaluation(still).step
+    assert settled_step(moved) == settled_step(still)
+
+
+def test_leading_are_the_best_five_or_a_quarter():
+    few = [trial(i, 9, 1 + i) for i in range(8)]
+    assert [lead.trial.number for lead in leading_trials(few, 10)] == [0, 1, 2, 3, 4]
+    many = [trial(i, 9, 1 + i) for i in range(21)]
+    assert len(leading_trials(many, 10)) == 6
+    assert [lead.fraction for lead in leading_trials(few[:1], 20)] == [0.5]
+
+
+def test_only_complete_trials_with_a_finite_loss_lead():
+    others = [s for s in TrialState if s != TrialState.COMPLETE]
+    trials = [trial(i, 0.1, 0.1, state=state) for i, state in enumerate(others)]
+    trials += [trial(10, math.nan), trial(11), trial(12, 2.0)]
+    assert [t.number for t, _ in ranked(trials)] == [12]
+    assert [lead.trial.number for lead in leading_trials(trials, 10)] == [12]
+
+
+@given(st.lists(losses, max_size=10), st.randoms())
+def test_ranking_does_not_depend_on_the_order(values, random):
+    trials = [trial(i, value) for i, value in enumerate(values)]
+    shuffled = random.sample(trials, len(trials))
+    assert ranked(trials) == ranked(shuffled)
