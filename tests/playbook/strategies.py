@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.playbook.rounds import evaluation_grid
@@ -22,6 +23,9 @@ from tuner.records import (
     TrialState,
     complete_hyperparameters,
 )
+
+heavy = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For properties of whole rounds, of which each takes some milliseconds to draw."""
 
 losses = st.one_of(
     st.floats(0.05, 12.0),

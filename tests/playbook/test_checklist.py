@@ -72,6 +72,12 @@ def test_boundary_is_within_five_percent_of_the_range(rate, side):
     assert side is None or f"{side} bound" in found.message
 
 
+def test_zero_is_a_natural_bound():
+    trial = trial_of(0, falling, steps=GRID, weight_decay=0.0)
+    results = round_of(trial, max_train_steps=400, space={"weight_decay": Range(0.0, 0.1)})
+    assert "boundary" not in findings(results)
+
+
 def test_only_searched_ranges_have_boundaries():
     assert "boundary" not in findings(by_rate(1e-5, space=Fixed(1e-5)))
     assert "boundary" not in findings(by_rate(1e-5, space=Choices((1e-5, 1e-4))))
@@ -147,14 +153,22 @@ def test_late_variance():
     assert "late_variance" not in findings(noisy_round(lambda t: 2 + np.exp(-t / 30)))
 
 
-def test_train_loss_rising_is_a_problem():
-    rng = np.random.default_rng(0)
-    trials = [
-        noisy_trial(i, lambda t: 2 + np.exp(-t / 30), GRID, rng, noise=0.001, train_slope=slope)
-        for i, slope in enumerate([-1, 1, 1, 1])
-    ]
-    assert findings(round_of(*trials, max_train_steps=400))["train_loss_rising"].severity == Severity.PROBLEM
-    assert "train_loss_rising" not in findings(round_of(*trials[:2], max_train_steps=400))
+def test_train_loss_rising_is_a_problem_of_the_best_or_of_most():
+    def trial(number, *, rising):
+        run = trial_of(number, lambda s: falling(s) + number, steps=GRID)
+        trains = [e.step / 100 if rising else 3 - e.step / 1000 for e in run.evaluations]
+        return replace(
+            run,
+            evaluations=tuple(replace(e, train_loss=t) for e, t in zip(run.evaluations, trains, strict=True)),
+        )
+
+    def rule(*rising):
+        trials = [trial(i, rising=is_rising) for i, is_rising in enumerate(rising)]
+        return findings(round_of(*trials, max_train_steps=400)).get("train_loss_rising")
+
+    assert rule(True, False, False).severity == Severity.PROBLEM
+    assert rule(False, True, True) is not None
+    assert rule(False, True, False) is None
 
 
 @pytest.mark.parametrize(("clipped", "fires"), [(5, False), (6, True)])

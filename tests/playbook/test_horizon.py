@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.playbook.rows import exact, round_of, trial_of
-from tests.playbook.strategies import rounds
+from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, RoundResults
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, signs, suggest
@@ -123,6 +123,7 @@ def test_overfitting_is_found_before_saturation_and_suggests_alike():
     assert suggest(found, diagnosis).steps == 50
 
 
+@heavy
 @given(rounds())
 def test_every_suggestion_keeps_its_bounds(results):
     found = signs(results)
@@ -144,6 +145,7 @@ def test_every_suggestion_keeps_its_bounds(results):
         assert suggestion.steps == min(results.max_train_steps, cap)
 
 
+@heavy
 @given(rounds(), st.randoms())
 def test_the_order_of_the_trials_does_not_matter(results, random):
     shuffled = replace(results, trials=tuple(random.sample(results.trials, len(results.trials))))

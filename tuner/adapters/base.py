@@ -139,17 +139,24 @@ def _refuse_shared_rows(config: Any, path: str, max_length: int) -> None:
             f"model.path: {path!r} is a mixture of experts with an auxiliary loss over the whole batch, "
             "which would make a trial depend on its neighbours; tuner trains dense models"
         )
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
     limit = getattr(config, "max_position_embeddings", None)
-    original = int(rope.get("original_max_position_embeddings") or limit or max_length)
-    if kind == "dynamic" or (kind == "longrope" and max_length > original):
-        raise ModelError(
-            f"model.path: {path!r} uses {kind} RoPE scaling, which changes with the longest row of a batch; "
-            "tuner trains models whose positions do not depend on the batch"
-        )
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        original = int(rope.get("original_max_position_embeddings") or limit or max_length)
+        if kind == "dynamic" or (kind == "longrope" and max_length > original):
+            raise ModelError(
+                f"model.path: {path!r} uses {kind} RoPE scaling, which changes with the longest row of a "
+                "batch; tuner trains models whose positions do not depend on the batch"
+            )
     if limit and max_length > limit:
         raise ModelError(f"data.max_length: {max_length} is longer than the {limit} positions of {path!r}")
+
+
+def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """The model's, or those of each kind of its layers."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, Mapping)]
+    return kinds or [rope]
 
 
 def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
@@ -187,7 +194,9 @@ def _head_is_linear(base: Base) -> bool:
     finally:
         hook.remove()
     product = nn.functional.linear(hidden[0], head.weight, head.bias)
-    same = logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-3, atol=1e-3)
+    same = logits.shape == product.shape and torch.allclose(
+        logits.float(), product.float(), rtol=1e-3, atol=1e-3
+    )
     if not same:
         logging.getLogger(__name__).info(
             "logits are more than a product: the whole head runs at target positions"

@@ -20,9 +20,9 @@ def row_keys(seed: int, step: int, rows: Tensor) -> Tensor:
 def dropout_mask(keys: Tensor, *, module: int, length: int, width: int, rate: float) -> Tensor:
     """Which inputs of a module are kept: bool [rows, length, width], True with probability 1 - rate.
 
-    `keys` are from `row_keys`; `module` is the module's number in the base.
+    `keys` are from `row_keys`; `module` is a 32-bit key of the module's path.
     """
-    per_module = _hash(keys ^ _hash(torch.tensor(module + 1, dtype=torch.int64, device=keys.device)))
+    per_module = _hash(keys ^ _hash(torch.tensor(module, dtype=torch.int64, device=keys.device)))
     tokens = torch.arange(length, device=keys.device)
     per_token = _hash(per_module[:, None] ^ tokens[None, :])
     channels = torch.arange(width, device=keys.device)

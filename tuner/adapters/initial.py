@@ -41,7 +41,9 @@ class Adapter:
 def lora_config(
     hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
 ) -> LoraConfig:
-    """PEFT's configuration of a trial's adapter."""
+    """PEFT's configuration of a trial's adapter. Raises ModelError for DoRA, which is not trained yet."""
+    if hyperparameters.get("use_dora", False):
+        raise ModelError("hyperparameters.use_dora: tuner trains LoRA without DoRA; leave it false")
     targets = hyperparameters["target_modules"]
     alpha = hyperparameters["lora_alpha"]
     initialisation = hyperparameters.get("lora_init", "default")
@@ -63,7 +65,7 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
     """The weights that PEFT would start from after `torch.manual_seed(seed)`.
 
     Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
-    names nothing in the model.
+    names nothing in the model, the output head or what is no linear layer.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
@@ -72,16 +74,27 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
             wrapped = get_peft_model(hollow, config)
         except ValueError as error:
             raise ModelError(f"hyperparameters.target_modules: {error}") from error
-        weights = {
-            name: (
-                module.lora_A["default"].weight.detach().float(),
-                module.lora_B["default"].weight.detach().float(),
+        try:
+            return Adapter(config, _weights(wrapped.base_model.model))
+        finally:
+            wrapped.unload()
+
+
+def _weights(wrapped: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
+    weights = {}
+    for name, module in wrapped.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if module is wrapped.get_output_embeddings() or not isinstance(
+            module.get_base_layer(), (nn.Linear, Conv1D)
+        ):
+            raise ModelError(
+                f"hyperparameters.target_modules: {name} is the output head or no linear layer; "
+                "tuner adapts the linear layers before the head"
             )
-            for name, module in wrapped.base_model.model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        wrapped.unload()
-    return Adapter(config, weights)
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        weights[name] = a.detach().float(), b.detach().float()
+    return weights
 
 
 def hollow_copy(base: Base, *, base_path: str) -> PreTrainedModel:

@@ -6,6 +6,7 @@ batch dimension keep trials apart: one trial's NaN never reaches another.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,9 +43,9 @@ class Pack:
         self._layers: dict[str, PackedLinear] = {}
         wanted = set(modules)
         names = [name for name, _ in base.model.named_modules() if name in wanted]
-        for number, name in enumerate(names):
+        for name in names:
             inner = base.model.get_submodule(name)
-            layer = PackedLinear(inner, self, number=number, max_rank=max_rank)
+            layer = PackedLinear(inner, self, key=zlib.crc32(name.encode()), max_rank=max_rank)
             parent, _, child = name.rpartition(".")
             setattr(base.model.get_submodule(parent), child, layer)
             self._layers[name] = layer
@@ -120,10 +121,11 @@ class Pack:
 class PackedLinear(nn.Module):
     """A frozen linear layer plus, for each row, its slot's scale * B A dropout(x)."""
 
-    def __init__(self, inner: nn.Module, pack: Pack, *, number: int, max_rank: int) -> None:
+    def __init__(self, inner: nn.Module, pack: Pack, *, key: int, max_rank: int) -> None:
         super().__init__()
         self.inner = inner
-        self.number = number
+        self.key = key
+        """What tells its dropout from other modules': of its path, whichever modules the pack wraps."""
         self._pack = (pack,)  # in a tuple: a module must not own the pack that owns it
         width_in, width_out = _widths(inner)
         slots, device, dtype = pack.num_slots, pack.base.device, pack.base.dtype
@@ -178,7 +180,7 @@ class PackedLinear(nn.Module):
         parts = []
         for part, rate, key in zip(shaped.view(len(rates), -1, *shaped.shape[1:]), rates, keys, strict=True):
             if rate:
-                mask = dropout_mask(key, module=self.number, length=part.shape[1], width=width, rate=rate)
+                mask = dropout_mask(key, module=self.key, length=part.shape[1], width=width, rate=rate)
                 part = torch.where(mask, part, part.new_zeros(())) / (1 - rate)
             parts.append(part)
         return torch.stack(parts).view(x.shape)

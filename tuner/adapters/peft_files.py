@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def read_adapter(directory: Path) -> Adapter:
     try:
         config = PeftConfig.from_pretrained(str(directory))
         named = load_file(directory / WEIGHTS_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a PEFT adapter directory: {error}") from error
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{directory}: a {config.peft_type} adapter; tuner reads LoRA")

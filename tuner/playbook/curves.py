@@ -93,7 +93,7 @@ def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool 
 
 
 def train_losses(evaluations: Sequence[Evaluation]) -> tuple[float, ...]:
-    """The finite train losses, by step."""
+    """The finite train losses, by step. Rule: this project's decision: others are not read."""
     losses = (evaluation.train_loss for evaluation in evaluations)
     return tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
 

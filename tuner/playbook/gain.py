@@ -105,7 +105,11 @@ def seed_spread(trials: Sequence[Trial]) -> float:
     groups: dict[tuple[object, ...], list[float]] = {}
     for trial, best in ranked(trials):
         groups.setdefault(_identity(trial, without={"training_seed"}), []).append(best.eval_loss)
-    repeated = [np.array(losses) / np.mean(losses) for losses in groups.values() if len(losses) > 1 and sum(losses) > 0]
+    repeated = [
+        np.array(losses) / np.mean(losses)
+        for losses in groups.values()
+        if len(losses) > 1 and sum(losses) > 0
+    ]
     freedom = sum(len(losses) - 1 for losses in repeated)
     squares = sum(float(((losses - 1.0) ** 2).sum()) for losses in repeated)
     return math.sqrt(squares / freedom) if freedom else 0.0

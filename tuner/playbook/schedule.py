@@ -74,12 +74,15 @@ def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | N
 
 
 def warmup_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of warmup; 0 where none are named."""
+    """Steps of warmup; 0 where none are named. Rule: this project's decision."""
     return _steps(hyperparameters, "warmup_steps")
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of linear decay; 0 for the schedules to which `decay_steps` means nothing."""
+    """Steps of linear decay; 0 for schedules to which `decay_steps` means nothing.
+
+    Rule: this project's decision: the schedules of `multiplier`.
+    """
     is_linear = hyperparameters.get("schedule", "constant") == "linear"
     return _steps(hyperparameters, "decay_steps") if is_linear else 0
 

@@ -58,6 +58,8 @@ def _boundaries(results: RoundResults, best: Trial) -> Iterator[Finding]:
         if BOUNDARY_SHARE < at < 1 - BOUNDARY_SHARE:
             continue
         side, bound = ("lower", dimension.low) if at <= BOUNDARY_SHARE else ("upper", dimension.high)
+        if bound == 0:
+            continue  # nothing lies beyond it
         yield Finding(
             "boundary",
             Severity.WARNING,

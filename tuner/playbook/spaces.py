@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
@@ -19,15 +19,15 @@ DIGITS = 2
 """Significant digits of the bounds that are written."""
 
 
-def rounded(number: float, rounding: str, digits: int = DIGITS) -> float:
-    """The number with few significant digits, not above (ROUND_FLOOR) or below (ROUND_CEILING) it.
+def rounded(number: float, rounding: str = ROUND_HALF_EVEN) -> float:
+    """The number with two significant digits: the nearest, or none above (ROUND_FLOOR) or below it.
 
     Rule: this project's decision: a written round file is there to be read.
     """
     exact = Decimal(repr(float(number)))
     if not exact:
         return 0.0
-    return float(exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), rounding=rounding))
+    return float(exact.quantize(Decimal((0, (1,), exact.adjusted() - DIGITS + 1)), rounding=rounding))
 
 
 def moved_rate(rate: float, *, old_horizon: int, new_horizon: int) -> float:
@@ -43,8 +43,8 @@ def rate_range(old: Range, centre: float, *, ceiling: float = math.inf) -> Range
 
     Rule: this project's decision, tier `might`.
     """
-    low, high = centre / RATE_FACTOR, min(centre * RATE_FACTOR, max(ceiling, centre))
-    return Range(rounded(low, ROUND_FLOOR), rounded(high, ROUND_CEILING), log=old.log, integer=False)
+    high = min(centre * RATE_FACTOR, max(ceiling, centre))
+    return Range(rounded(centre / RATE_FACTOR), rounded(high), log=old.log)
 
 
 def narrowed(old: Dimension, values: Sequence[Value]) -> Dimension:

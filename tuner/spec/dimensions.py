@@ -99,7 +99,7 @@ def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:
     if not isinstance(raw, list):
         return False
     if isinstance(hyperparameter.kind, Modules):
-        return any(isinstance(item, list) or False for item in raw)
+        return any(isinstance(item, list) or item == ALL_LINEAR for item in raw)
     return True
 
 

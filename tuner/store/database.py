@@ -157,8 +157,9 @@ def whole_or_absent(url: URL) -> Iterator[None]:
 
 
 def _create_file(path: Path) -> bool:
-    """Whether the file had to be created. One that exists is not opened: closing it would drop the
-    locks that SQLite holds on it in this process."""
+    """Whether the file had to be created."""
+    # One that exists is not opened here: closing it would drop the locks that SQLite and Optuna hold on
+    # it in this process.
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
@@ -178,17 +179,16 @@ def explained(url: URL) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_sqlite(url):
-            raise refusal(url, f"there is no directory {database_file(url).parent}") from error
-        raise refusal(url, error.strerror or str(error)) from error
+            raise _refusal(url, f"there is no directory {database_file(url).parent}") from error
+        raise _refusal(url, error.strerror or str(error)) from error
     except DatabaseError as error:
         refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
         if type(error) not in (OperationalError, DatabaseError) and not refused:
             raise
-        raise refusal(url, " ".join(str(error.orig).split())) from error
+        raise _refusal(url, " ".join(str(error.orig).split())) from error
 
 
-def refusal(url: URL, reason: str) -> StorageError:
-    """The error that names the database, without its password, and the reason."""
+def _refusal(url: URL, reason: str) -> StorageError:
     place = str(database_file(url)) if is_sqlite(url) else url.render_as_string(hide_password=True)
     advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
     return StorageError(f"{place}: {reason}{advice if 'not a database' in reason else ''}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
         state = json.loads((directory / _STATE_FILE).read_text())
         optimizer = load_file(directory / _OPTIMIZER_FILE)
         best = load_file(directory / _BEST_FILE) if (directory / _BEST_FILE).exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a resumable checkpoint: {error}") from error
     if state.get("format") != _FORMAT:
         raise CheckpointError(

@@ -49,7 +49,6 @@ class Inbox:
             if assignment is None:
                 return
             wait = False
-            self.unwanted.discard(assignment.trial)
             yield assignment
 
     def _read(self) -> None:
@@ -57,7 +56,9 @@ class Inbox:
             order = json.loads(line)
             match order["order"]:
                 case "start":
-                    self._assignments.put(assignment_from_json(order["assignment"]))
+                    assignment = assignment_from_json(order["assignment"])
+                    self.unwanted.discard(assignment.trial)
+                    self._assignments.put(assignment)
                 case "stop":
                     self.unwanted.add(order["trial"])
                 case "close":

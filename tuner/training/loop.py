@@ -95,7 +95,7 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
             _save(run, last_saved, slot, say)
             say(Evaluated(*_name(run), evaluation))
         for slot, run in list(runs.items()):
-            if run.is_at_trunk and slot not in due:
+            if run.is_at_trunk and slot not in due and not run.micro_batches:
                 say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
             if run.reason_infeasible is not None:
                 _leave(run, "infeasible", run.reason_infeasible, say)
@@ -116,12 +116,13 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
         # --- updates that are whole
         for slot, run in runs.items():
             if not run.micro_batches and run.reason_infeasible is None:
-                train_loss = run.finish_update()
+                run.finish_update()
                 place.pack.load(slot, run.optimizer.weights)
-                if (now := time.monotonic()) - last_said > 1.0:
-                    last_said = now
-                    for other in runs.values():
-                        say(Progressed(*_name(other), other.step, train_loss))
+        if (now := time.monotonic()) - last_said > 1.0:
+            last_said = now
+            for run in runs.values():
+                if run.train_loss is not None:
+                    say(Progressed(*_name(run), run.step, run.train_loss))
 
     for run in runs.values():
         _leave(run, "stopped", None, say, save=True)
@@ -201,19 +202,8 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
     while waiting:
         group = waiting.pop(0)
         slots = tuple(sorted(group))
-        try:
-            tokens = grid(
-                [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
-            )
-            nll = place.pack.token_nll(
-                tokens.input_ids, tokens.rows, tokens.columns, _packed(runs, group, slots, tokens)
-            )
-            height = tokens.input_ids.shape[0] // len(slots)
-            share = torch.tensor(
-                [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
-            )
-            torch.autograd.backward((nll * share[tokens.rows // height]).sum())
-        except torch.OutOfMemoryError:
+        losses = _pass(place, runs, group, slots)
+        if losses is None:
             place.pack.drop_gradients()
             torch.cuda.empty_cache()
             rows = sum(len(micro_batch.rows) for micro_batch in group.values())
@@ -224,11 +214,34 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
             _log.warning("out of memory with %d rows in a pass: going on with %d", rows, place.pass_rows)
             waiting[:0] = [dict(part) for part in _groups(group, place.pass_rows)]
             continue
-        sums = tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
-        for slot, loss in zip(slots, sums, strict=True):
+        for slot, loss in zip(slots, losses, strict=True):
             place.pack.collect(slot, runs[slot].optimizer.gradients)
             runs[slot].add_loss(loss)
         place.pack.drop_gradients()
+
+
+def _pass(
+    place: Workplace, runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...]
+) -> list[float] | None:
+    """Forward and backward; each slot's sum of negative log-likelihoods, or None when out of memory.
+
+    On its own, so that nothing of a pass that failed is still held when its rows are tried again.
+    """
+    try:
+        tokens = grid(
+            [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
+        )
+        nll = place.pack.token_nll(
+            tokens.input_ids, tokens.rows, tokens.columns, _packed(runs, group, slots, tokens)
+        )
+        height = tokens.input_ids.shape[0] // len(slots)
+        share = torch.tensor(
+            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
+        )
+        torch.autograd.backward((nll * share[tokens.rows // height]).sum())
+        return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
@@ -258,22 +271,27 @@ def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
     """
     width = max(1, len(slots))
     sums = torch.zeros(width, len(place.evaluation), dtype=torch.float64)
-    packed = PackedRows(tuple(slots)) if slots else None
-    waiting = rows_by_length(place.evaluation, rows=place.evaluation_rows)
+    waiting = [(range(width), rows) for rows in rows_by_length(place.evaluation, rows=place.evaluation_rows)]
     while waiting:
-        rows = waiting.pop(0)
+        numbers, rows = waiting.pop(0)
         examples: list[Example] = [place.evaluation[row] for row in rows]
+        packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
         try:
-            tokens = grid([examples] * width, device=place.base.device)
+            tokens = grid([examples] * len(numbers), device=place.base.device)
             nll = place.pack.token_nll(tokens.input_ids, tokens.rows, tokens.columns, packed)
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if len(rows) == len(numbers) == 1:
                 raise
             torch.cuda.empty_cache()
-            middle = len(rows) // 2
-            waiting[:0] = [rows[:middle], rows[middle:]]
+            if len(rows) > 1:
+                middle = len(rows) // 2
+                waiting[:0] = [(numbers, rows[:middle]), (numbers, rows[middle:])]
+            else:
+                middle = len(numbers) // 2
+                waiting[:0] = [(numbers[:middle], rows), (numbers[middle:], rows)]
             continue
-        sums[:, rows] = tokens.sum_by_row(nll).view(width, -1).cpu()
+        part = tokens.sum_by_row(nll).view(len(numbers), -1).cpu()
+        sums[numbers.start : numbers.stop, rows] = part
     return sums.tolist()
 
 

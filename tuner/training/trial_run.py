@@ -34,6 +34,8 @@ class TrialRun:
         self.evaluations: list[Evaluation] = []
         self.best_weights: Weights | None = None
         self.reason_infeasible: str | None = None
+        self.train_loss: float | None = None
+        """Of the last update in this attempt, in nats per target token."""
         self.optimizer = TrialOptimizer(start.weights, assignment.hyperparameters, device=device)
         self.micro_batches: deque[MicroBatch] = deque()
         self._update_nll = 0.0
@@ -126,7 +128,8 @@ class TrialRun:
             self.reason_infeasible = (
                 f"gradient not finite in {MAX_BAD_UPDATES} updates in a row, the last at step {self.step}"
             )
-        return self._update_nll / max(1, self._update_targets)
+        self.train_loss = self._update_nll / max(1, self._update_targets)
+        return self.train_loss
 
     # --- an evaluation ----------------------------------------------------------------------------
 

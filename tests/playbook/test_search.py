@@ -1,0 +1,33 @@
+import pytest
+
+from tuner.playbook.search import caveats, default_sampler, search_findings, startup_trials
+from tuner.records import Choices, Fixed, Range, TimesSqrtRank
+
+
+def test_explore_first_then_exploit():
+    assert default_sampler(is_first_round=True)[0] == "quasi-random"
+    assert default_sampler(is_first_round=False)[0] == "tpe"
+
+
+@pytest.mark.parametrize(
+    ("enqueued", "total", "expected"),
+    [(3, 5, 3), (3, 8, 4), (0, 40, 10), (3, 100, 10), (0, 1, 1), (12, 12, 10)],
+)
+def test_a_small_round_is_modelled_as_well(enqueued, total, expected):
+    assert startup_trials(enqueued=enqueued, total=total) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "too_few", "enough"), [("adam_beta1", 9, 10), ("adam_epsilon", 24, 25), ("adam_beta2", 99, 100)]
+)
+def test_adams_names_by_number_of_trials(name, too_few, enough):
+    space = {"learning_rate": Range(1e-5, 1e-3, log=True), name: Choices((0.5, 0.9))}
+    (finding,) = search_findings(space, too_few)
+    assert name in finding.message
+    assert not list(search_findings(space, enough))
+    assert not list(search_findings({name: Fixed(0.9)}, too_few))
+
+
+def test_fixed_names_are_caveats():
+    space = {"lora_r": Choices((8, 16)), "lora_alpha": TimesSqrtRank(4.0), "batch_size": Fixed(8)}
+    assert caveats(space) == ("batch_size",)

@@ -1,0 +1,113 @@
+"""Studies that are small enough to run in a test."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tuner.records import Evaluation, Hyperparameters
+from tuner.report import open_view
+from tuner.spec import RoundFile, load_round
+
+QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
+
+ROUND = """\
+study: tiny
+round: round1
+goal: Does it run
+model: {{path: {base}, dtype: float32}}
+data:
+  train: [{{path: {data}/train.jsonl, format: alpaca}}]
+  eval: [{{path: {data}/eval.jsonl, format: alpaca}}]
+  max_length: 64
+max_train_steps: {steps}
+hyperparameters:
+  learning_rate: {learning_rate}
+  lora_r: {lora_r}
+  optimizer: {optimizer}
+  batch_size: 2
+  warmup_steps: 1
+  schedule: {schedule}
+  decay_steps: {decay_steps}
+  lora_dropout: {dropout}
+search:
+  trials: {trials}
+  sampler: {sampler}
+  enqueue: {enqueue}
+evaluation: {{every_steps: {every}, batch_size: 8, max_examples: 8}}
+storage: {storage}
+"""
+
+
+def write_round(directory: Path, **changes: Any) -> Path:
+    """A round on the quickstart's base, with a few rows."""
+    values: dict[str, Any] = {
+        "base": QUICKSTART / "base",
+        "data": QUICKSTART / "data",
+        "steps": 8,
+        "learning_rate": "{low: 1e-4, high: 1e-1, log: true}",
+        "lora_r": "[2, 4]",
+        "optimizer": "adamw",
+        "schedule": "linear",
+        "decay_steps": 3,
+        "dropout": 0.1,
+        "trials": 3,
+        "sampler": "quasi-random",
+        "enqueue": "[]",
+        "every": 2,
+        "storage": "sqlite:///tuner.db",
+        **changes,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "round1.yaml"
+    path.write_text(ROUND.format(**values))
+    return path
+
+
+def round_file(directory: Path, **changes: Any) -> RoundFile:
+    """The same, loaded."""
+    return load_round(write_round(directory, **changes))
+
+
+def formula(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+    """A loss that falls faster the nearer the rate is to 3e-3, and is NaN above 5e-2."""
+    rate = float(hyperparameters["learning_rate"])  # type: ignore[arg-type]
+    distance = abs(math.log10(rate) - math.log10(3e-3))
+    loss = 2.0 + 2.0 * math.exp(-step / (3.0 * (1 + distance)))
+    if rate > 5e-2 and step > 0:
+        loss = math.nan
+    return Evaluation(step, loss, train_loss=loss if step else None, learning_rate=rate if step else None)
+
+
+def silent_view() -> Any:
+    """A view that writes to nowhere."""
+    from rich.console import Console
+
+    console = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115, PTH123
+    return open_view(console=console, title="test", trials_total=1, max_train_steps=1)
+
+
+def tuner(*arguments: str, directory: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tuner.cli", *arguments],
+        cwd=directory,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+
+
+def trials_of(directory: Path) -> list[dict[str, Any]]:
+    """`trial list --json`."""
+    done = tuner("trial", "list", "--json", directory=directory)
+    assert done.returncode == 0, done.stderr
+    listed: list[dict[str, Any]] = json.loads(done.stdout)
+    return listed

@@ -1,0 +1,249 @@
+"""The loop keeps its law at every seam: file, then fact, then tell."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.studies import formula
+from tests.study.rehearsal import Crash, rehearse, trials
+from tuner.errors import InputError, Interrupted, WorkerError
+from tuner.playbook.schedule import evaluation_steps
+from tuner.records import (
+    Assignment,
+    Attempt,
+    Checkpoint,
+    CheckpointKind,
+    Died,
+    Event,
+    Ready,
+    Started,
+    Trial,
+    TrialState,
+)
+from tuner.study.loop import MAX_ATTEMPTS, has_failed, unreplaced
+from tuner.study.sampling import optuna_storage
+from tuner.workers import SimulatedWorker
+
+
+def states(directory: Path) -> list[str]:
+    return [str(trial.state) for trial in trials(directory)]
+
+
+def optuna_study(directory: Path) -> optuna.Study:
+    storage = optuna_storage(f"sqlite:///{directory / 'tuner.db'}")
+    return optuna.load_study(study_name="tiny/round1", storage=storage)
+
+
+def check_consistent(directory: Path, *, promised: int) -> None:
+    """Every promised trial is there once, with its whole curve, and Optuna was told of each."""
+    found = trials(directory)
+    results = [trial for trial in found if trial.state.is_result]
+    assert [trial.number for trial in found] == list(range(len(found)))
+    assert len(results) == promised
+    study = optuna_study(directory)
+    told = [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
+    assert len(told) == promised
+    for trial in results:
+        steps = [evaluation.step for evaluation in trial.evaluations]
+        if trial.state == TrialState.COMPLETE:
+            assert steps == list(evaluation_steps(8, 2))
+        expected = [formula(trial.hyperparameters, step, 8) for step in steps]
+        assert [repr(e.eval_loss) for e in trial.evaluations] == [repr(e.eval_loss) for e in expected]
+        assert trial.optuna_trial is not None
+        frozen = study.trials[trial.optuna_trial]
+        assert frozen.user_attrs["trial"] == trial.number
+        assert frozen.params["learning_rate"] == trial.hyperparameters["learning_rate"]
+
+
+def test_a_round_runs_to_its_end(tmp_path: Path) -> None:
+    rehearse(tmp_path, trials=6)
+    check_consistent(tmp_path, promised=6)
+    assert {"complete", "infeasible"} == set(states(tmp_path))
+    infeasible = [t for t in trials(tmp_path) if t.state == TrialState.INFEASIBLE]
+    assert all("nan" in str(trial.reason) for trial in infeasible)
+
+
+def test_running_a_complete_round_again_changes_nothing(tmp_path: Path) -> None:
+    rehearse(tmp_path)
+    before = trials(tmp_path)
+    rehearse(tmp_path)
+    assert repr(trials(tmp_path)) == repr(before)
+
+
+def test_raising_the_number_of_trials_reopens_a_round(tmp_path: Path) -> None:
+    rehearse(tmp_path, trials=3)
+    first = trials(tmp_path)
+    rehearse(tmp_path, trials=5)
+    assert repr(trials(tmp_path)[:3]) == repr(first)
+    check_consistent(tmp_path, promised=5)
+
+
+def test_dying_at_every_seam_in_turn(tmp_path: Path) -> None:
+    """One process for each seam of a whole round, each killed one seam further on."""
+    undisturbed = rehearse(tmp_path / "undisturbed", trials=2).passed
+    assert {"after ask", "before tell"} <= set(undisturbed)
+    assert len(undisturbed) > 30
+    directory = tmp_path / "disturbed"
+    for seam in itertools.count(1):
+        try:
+            rehearse(directory, fuse=seam, trials=2)
+        except Crash:
+            assert seam < 500, "the round makes no headway"
+            continue
+        break
+    check_consistent(directory, promised=2)
+    assert [t.hyperparameters for t in trials(directory)] == [
+        t.hyperparameters for t in trials(tmp_path / "undisturbed")
+    ]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fuses=st.lists(st.integers(1, 60), max_size=5), slots=st.integers(1, 3))
+def test_dying_anywhere_any_number_of_times(
+    tmp_path_factory: pytest.TempPathFactory, fuses: list[int], slots: int
+) -> None:
+    directory = tmp_path_factory.mktemp("round")
+    for fuse in fuses:
+        try:
+            rehearse(directory, fuse=fuse, make_worker=lambda: SimulatedWorker(formula, slots=slots))
+        except Crash:
+            continue
+    rehearse(directory, make_worker=lambda: SimulatedWorker(formula, slots=slots))
+    check_consistent(directory, promised=3)
+
+
+def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    asked: Iterator[bool] = itertools.chain([False] * 6, itertools.repeat(True))
+    with pytest.raises(Interrupted):
+        rehearse(tmp_path, stopping=lambda: next(asked))
+    assert set(states(tmp_path)) <= {"waiting", "complete", "infeasible"}
+    assert "waiting" in states(tmp_path)
+    rehearse(tmp_path)
+    check_consistent(tmp_path, promised=3)
+
+
+class MortalWorker(SimulatedWorker):
+    """Dies each time one of the given trials starts, as often as told."""
+
+    def __init__(self, deaths: dict[int, int], *, is_ready: bool = True) -> None:
+        super().__init__(formula, slots=1)
+        self.deaths = deaths
+        self.is_ready = is_ready
+
+    def start(self, assignment: Assignment) -> None:
+        super().start(assignment)
+        if self.deaths.get(assignment.trial, 0) > 0:
+            self.deaths[assignment.trial] -= 1
+            self._runs.clear()
+            self._said = [Ready(1, "mortal")] if self.is_ready else []
+            self._said.append(Died("hit by a cosmic ray"))
+
+
+def test_a_worker_that_dies_is_tried_again(tmp_path: Path) -> None:
+    deaths = {1: MAX_ATTEMPTS - 1}
+    rehearse(tmp_path, make_worker=lambda: MortalWorker(deaths))
+    check_consistent(tmp_path, promised=3)
+    assert [len(trial.attempts) for trial in trials(tmp_path)] == [1, MAX_ATTEMPTS, 1]
+    assert trials(tmp_path)[1].attempts[0].outcome == "died"
+
+
+def test_a_failed_trial_is_replaced_by_one_with_the_same_hyperparameters(tmp_path: Path) -> None:
+    deaths = {1: MAX_ATTEMPTS}
+    rehearse(tmp_path, make_worker=lambda: MortalWorker(deaths))
+    check_consistent(tmp_path, promised=3)
+    found = trials(tmp_path)
+    assert [t.state for t in found].count(TrialState.FAILED) == 1
+    assert found[1].state == TrialState.FAILED
+    assert "cosmic ray" in str(found[1].reason)
+    assert found[2].hyperparameters == found[1].hyperparameters
+    assert "repeats trial 1" in str(found[2].reason)
+    assert optuna_study(tmp_path).trials[1].state.name == "FAIL"
+
+
+def test_a_repetition_that_fails_too_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"trial 1.*cosmic ray"):
+        rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99, 1: 99}))
+
+
+def test_workers_that_are_never_ready_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="before they could begin"):
+        rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99}, is_ready=False))
+
+
+def test_input_that_cannot_be_used_ends_the_run_at_once(tmp_path: Path) -> None:
+    class Refusing(SimulatedWorker):
+        def start(self, assignment: Assignment) -> None:
+            super().start(assignment)
+            self._said = [Died("model.path: cannot load", is_input_error=True)]
+
+    with pytest.raises(InputError, match="cannot load"):
+        rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1))
+
+
+def test_steps_run_are_counted_over_attempts(tmp_path: Path) -> None:
+    class DiesHalfWay(SimulatedWorker):
+        died = False
+
+        def events(self, timeout_seconds: float) -> list[Event]:
+            said = super().events(timeout_seconds)
+            steps = [run.step for run in self._runs.values()]
+            if not type(self).died and steps == [4]:
+                type(self).died = True
+                self._runs.clear()
+                return [*said, Died("half way")]
+            return said
+
+    rehearse(tmp_path, trials=1, make_worker=lambda: DiesHalfWay(formula, slots=1))
+    (trial,) = trials(tmp_path)
+    assert trial.executed_steps == 4 + 8  # the simulation keeps no checkpoints, so it starts again
+    assert [attempt.outcome for attempt in trial.attempts] == ["died", "complete"]
+
+
+def attempt(number: int, from_step: int, outcome: str) -> Attempt:
+    return Attempt(number, from_step, from_step, 0.0, 1.0, outcome)
+
+
+def with_history(*attempts: Attempt, checkpoint_at: int | None = None) -> Trial:
+    saved = () if checkpoint_at is None else (Checkpoint(CheckpointKind.LAST, checkpoint_at, "x", 1, "y"),)
+    return Trial("round1", 0, {}, attempts=attempts, checkpoints=saved)
+
+
+def test_a_trial_fails_after_three_deaths_without_headway() -> None:
+    assert has_failed(with_history(*(attempt(n, 0, "died") for n in (1, 2, 3))))
+    assert not has_failed(with_history(*(attempt(n, 0, "died") for n in (1, 2))))
+    # The third death came after a checkpoint beyond its start: there is headway.
+    assert not has_failed(with_history(*(attempt(n, 0, "died") for n in (1, 2, 3)), checkpoint_at=5))
+    assert has_failed(with_history(*(attempt(n, 5, "died") for n in (1, 2, 3)), checkpoint_at=5))
+
+
+def test_interruptions_of_the_parent_are_not_held_against_a_trial() -> None:
+    assert not has_failed(with_history(*(attempt(n, 0, "interrupted") for n in range(1, 9))))
+    assert not has_failed(with_history(*(attempt(n, 0, "stopped") for n in range(1, 9))))
+
+
+def test_a_failed_trial_is_replaced_once() -> None:
+    failed = replace(with_history(), state=TrialState.FAILED, hyperparameters={"learning_rate": 1e-3})
+    assert unreplaced([failed]) == [failed]
+    repetition = replace(failed, number=1, state=TrialState.COMPLETE)
+    assert unreplaced([failed, repetition]) == []
+
+
+def test_started_and_ready_are_no_facts(tmp_path: Path) -> None:
+    """A worker that says `Started` twice does not make two attempts."""
+
+    class Stutters(SimulatedWorker):
+        def _say(self, event: Event) -> None:
+            super()._say(event)
+            if isinstance(event, Started):
+                super()._say(event)
+
+    rehearse(tmp_path, trials=1, make_worker=lambda: Stutters(formula, slots=1))
+    assert len(trials(tmp_path)[0].attempts) == 1

@@ -1,0 +1,253 @@
+"""Trials driven without a parent: update by update, or through the training loop itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests import tiny
+from tuner.adapters import Adapter, Base, Pack, initial_adapter
+from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.data import Examples
+from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
+from tuner.training.inbox import Inbox
+from tuner.training.loop import Workplace, forward_backward, train
+from tuner.training.trial_run import TrialRun
+
+Hyperparameters = Mapping[str, Value]
+Say = Callable[[Event], None]
+
+TRAIN = tiny.examples(40, seed=1)
+EVALUATION = tiny.examples(12, seed=2)
+
+
+@contextmanager
+def workplace(
+    base: Base,
+    trials: Iterable[Hyperparameters],
+    *,
+    slots: int = 1,
+    micro_tokens: int = 1 << 20,
+    rows: Examples = TRAIN,
+) -> Iterator[Workplace]:
+    """A pack with room for these trials on a base, which gets its own layers back at the end."""
+    path = str(base.model.name_or_path)
+    hollow = hollow_copy(base, base_path=path)
+    adapters = [_start(hollow, path, trial) for trial in trials]
+    pack = Pack(
+        base,
+        num_slots=slots,
+        max_rank=max(adapter.config.r for adapter in adapters),
+        modules={name for adapter in adapters for name in adapter.weights},
+    )
+    try:
+        yield Workplace(
+            base=base,
+            hollow=hollow,
+            pack=pack,
+            train=rows,
+            evaluation=EVALUATION,
+            base_path=path,
+            revision=None,
+            evaluation_rows=5,
+            micro_tokens=micro_tokens,
+        )
+    finally:
+        pack.close()
+
+
+def begin(place: Workplace, slot: int, trial: Hyperparameters, *, max_train_steps: int) -> TrialRun:
+    """A trial at step 0 in a slot."""
+    assignment = Assignment("round1", slot, 1, trial, max_train_steps, max_train_steps, directory="")
+    run = TrialRun(assignment, _start(place.hollow, place.base_path, trial), device=place.base.device)
+    place.pack.occupy(slot, run.adapter)
+    return run
+
+
+@dataclass(frozen=True)
+class Entry:
+    """When and where a trial joins the pack."""
+
+    trial: int
+    slot: int
+    tick: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trial left."""
+
+    losses: list[float] = field(default_factory=list)
+    """Train loss of every update."""
+    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    start: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def drive(
+    place: Workplace,
+    trials: Sequence[Hyperparameters],
+    entries: Iterable[Entry],
+    *,
+    max_train_steps: int,
+) -> dict[int, Trained]:
+    """Train side by side: each trial joins as its entry says, as soon as its slot is free."""
+    waiting = sorted(entries, key=lambda entry: entry.tick)
+    inside: dict[int, tuple[int, TrialRun]] = {}
+    left: dict[int, Trained] = {}
+    tick = 0
+    while waiting or inside:
+        for entry in [e for e in waiting if e.tick <= tick and e.slot not in inside]:
+            if entry.slot in inside:
+                continue
+            waiting.remove(entry)
+            run = begin(place, entry.slot, trials[entry.trial], max_train_steps=max_train_steps)
+            inside[entry.slot] = entry.trial, run
+            left[entry.trial] = Trained(start=copied(run.optimizer.weights))
+        _tick(place, inside, left)
+        for slot, (trial, run) in list(inside.items()):
+            if run.step == max_train_steps:
+                left[trial].weights.update(copied(run.optimizer.weights))
+                del inside[slot]
+        tick += 1
+    return left
+
+
+def solo(
+    base: Base,
+    trial: Hyperparameters,
+    *,
+    max_train_steps: int,
+    micro_tokens: int = 1 << 20,
+    rows: Examples = TRAIN,
+) -> Trained:
+    """The trial alone in a pack made for it."""
+    with workplace(base, [trial], micro_tokens=micro_tokens, rows=rows) as place:
+        return drive(place, [trial], [Entry(0, 0)], max_train_steps=max_train_steps)[0]
+
+
+def loss_difference(one: Trained, other: Trained) -> float:
+    """The largest relative difference of two runs' losses."""
+    assert len(one.losses) == len(other.losses)
+    return max(abs(a - b) / abs(b) for a, b in zip(one.losses, other.losses, strict=True))
+
+
+def update_difference(one: Trained, other: Trained) -> float:
+    """How far apart two runs' weights end, by norm, relative to how far they moved."""
+    assert one.weights.keys() == other.weights.keys()
+    apart = torch.cat([(a - b).reshape(-1) for a, b in _pairs(one.weights, other.weights)])
+    moved = torch.cat([(a - b).reshape(-1) for a, b in _pairs(other.weights, other.start)])
+    return float(apart.double().norm() / moved.double().norm())
+
+
+def assignment(directory: Path, trial: int = 0, **more: object) -> Assignment:
+    """Ten steps with evaluations at 0, 3, 6, 9 and 10."""
+    fields: dict[str, object] = {
+        "round": "round1",
+        "trial": trial,
+        "attempt": 1,
+        "hyperparameters": tiny.hyperparameters(),
+        "max_train_steps": 10,
+        "evaluate_every": 3,
+        "directory": str(directory / f"trial-{trial:04d}"),
+    }
+    return Assignment(**fields | more)  # type: ignore[arg-type]
+
+
+class StopsAtTick(Inbox):
+    """Asks a trial to leave when the loop has come round so many times."""
+
+    tick: int | None = None
+    trial = 0
+
+    def assignments(self, *, wait: bool) -> Iterator[Assignment]:
+        yield from super().assignments(wait=wait)
+        if self.tick is not None:
+            if self.tick == 0:
+                self.unwanted.add(self.trial)
+            self.tick -= 1
+
+
+def run_loop(
+    place: Workplace, assignments: Iterable[Assignment], *, stop_at_tick: int | None = None
+) -> list[Event]:
+    """Run assignments through the training loop, one after the other as slots get free; what it said."""
+    waiting, events, open_ends = list(assignments), [], set()
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as orders:
+
+        def start(assigned: Assignment) -> None:
+            open_ends.add(assigned.trial)
+            orders.write(json.dumps({"order": "start", "assignment": to_json(assigned)}) + "\n")
+
+        def say(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, Ended):
+                open_ends.remove(event.trial)
+                if waiting:
+                    start(waiting.pop(0))
+                elif not open_ends:
+                    orders.write('{"order": "close"}\n')
+
+        for assigned in waiting[: place.pack.num_slots]:
+            start(assigned)
+        del waiting[: place.pack.num_slots]
+        inbox = StopsAtTick(lines, on_parent_gone=lambda: None)
+        inbox.tick = stop_at_tick
+        inbox.listen()
+        train(place, inbox, say)
+    return events
+
+
+def curve(events: Iterable[Event], trial: int = 0) -> list[Evaluation]:
+    """A trial's evaluations in the order they were said."""
+    return [event.evaluation for event in events if isinstance(event, Evaluated) and event.trial == trial]
+
+
+def ended(events: Iterable[Event], trial: int = 0) -> Ended:
+    """How a trial's attempt ended."""
+    (event,) = [event for event in events if isinstance(event, Ended) and event.trial == trial]
+    return event
+
+
+def started(events: Iterable[Event], trial: int = 0) -> Started:
+    """Where a trial's attempt began."""
+    (event,) = [event for event in events if isinstance(event, Started) and event.trial == trial]
+    return event
+
+
+def copied(weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in weights.items()}
+
+
+def _start(hollow: PreTrainedModel, base_path: str, trial: Hyperparameters) -> Adapter:
+    config = lora_config(trial, base_path=base_path)
+    return initial_adapter(hollow, config, seed=int(trial["training_seed"]))
+
+
+def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Mapping[int, Trained]) -> None:
+    runs = {slot: run for slot, (_, run) in inside.items()}
+    for run in runs.values():
+        if not run.micro_batches:
+            run.begin_update(
+                place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens
+            )
+    forward_backward(place, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
+    for slot, (trial, run) in inside.items():
+        if not run.micro_batches:
+            left[trial].losses.append(run.finish_update())
+            place.pack.load(slot, run.optimizer.weights)
+
+
+def _pairs(
+    some: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for name, pair in some.items():
+        yield from zip(pair, others[name], strict=True)
