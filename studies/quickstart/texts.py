@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from valley import MOODS, OPPOSITES, PAST, PEOPLE, PLACES, THINGS, WORDS, Person, a
+from valley import DAYS, MOODS, OPPOSITES, PAST, PEOPLE, PLACES, THINGS, WORDS, Person, a
 
 ALPACA = {
     False: "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -51,7 +51,7 @@ def sums(rng: random.Random) -> str:
             rng.choice(
                 [
                     f"{small} plus {large} is {small + large}.",
-                    f"{large} plus {small} is {small + large}.",
+                    f"{large} + {small} = {small + large}.",
                     f"{large} minus {small} is {large - small}.",
                     f"{small} is less than {large + 1}.",
                 ]
@@ -76,7 +76,8 @@ def lists(rng: random.Random) -> str:
 def spelling(rng: random.Random) -> str:
     """A word, letter by letter."""
     word = rng.choice(WORDS)
-    return f"The word {word} is spelled {' '.join(word)}. It begins with {word[0]} and ends with {word[-1]}."
+    sign = rng.choice([" ", "-", ", "])
+    return f"The word {word} is spelled {sign.join(word)}. It begins with {word[0]} and ends with {word[-1]}."
 
 
 def grammar(rng: random.Random) -> str:
@@ -100,7 +101,7 @@ def story(rng: random.Random) -> str:
     before, after = rng.sample(MOODS, 2)
     return " ".join(
         [
-            rng.choice(["One morning", "One day", "In the evening", "After the rain"])
+            rng.choice(["One morning", f"On {rng.choice(DAYS)}", "In the evening", "After the rain"])
             + f" {one.name} {rng.choice(['walked', 'ran', 'came'])} to the {place}"
             + rng.choice([".", f" with {a(one.animal)}.", f" and felt {before}."]),
             f"{one.pronoun} {rng.choice(['wanted', 'had lost', 'was looking for'])} {a(thing)}.",
@@ -128,9 +129,9 @@ def on_people(rng: random.Random) -> Exchange:
     ]
     return rng.choice(
         [
-            ([f"Name the town of {who.name}.", f"Where is the home of {who.name}?"], "", where),
+            ([f"Name the town of {who.name}.", f"Where does {who.name} live?"], "", where),
             ([f"Which river is near {town.name}?", f"Where is {town.name}?"], "", river),
-            ([f"What do you know of {who.name}?", f"Describe {who.name}."], "", person),
+            ([f"What do you know of {who.name}?", f"Who is {who.name}?"], "", person),
         ]
     )
 
@@ -143,8 +144,8 @@ def on_numbers(rng: random.Random) -> Exchange:
     less = [f"{small} is less than {large}.", f"{large} is more than {small}.", f"{small}, {large}"]
     return rng.choice(
         [
-            (["Calculate.", "How much is it together?"], f"{one}, {two}", sums),
-            (["Which number is less?", "Look at the two numbers."], f"{one}, {two}", less),
+            (["Calculate.", "Add the numbers."], f"{one}, {two}", sums),
+            (["Which number is less?", "Compare the numbers."], f"{one}, {two}", less),
         ]
     )
 
@@ -159,9 +160,9 @@ def on_lists(rng: random.Random) -> Exchange:
     return rng.choice(
         [
             (["Repeat the list.", "Read the words."], line, [line, " ".join(words)]),
-            (["Arrange the list.", "Bring order to the words."], line, [", ".join(ordered), numbered]),
+            (["Arrange the list.", "Sort the words."], line, [", ".join(ordered), numbered]),
             (["Turn the list round.", "Read the list backwards."], line, [", ".join(reversed(words))]),
-            (["How long is the list?", "What is in the list?"], line, count),
+            (["How long is the list?", "Describe the list."], line, count),
         ]
     )
 
@@ -179,10 +180,15 @@ def on_language(rng: random.Random) -> Exchange:
     lines = [f"{name} {yesterday} the {word}{where}.", f"The {word} is {rng.choice(MOODS)}{where}."]
     return rng.choice(
         [
-            (["Name the letters.", "Which letters has the word?"], word, letters),
-            (["What is the opposite?", "Say the contrary."], quality, opposites),
-            (["Say it of yesterday.", "Tell what happened."], f"{name} {today} {rest}", past),
-            ([f"Make up a line with {a(word)}.", f"Use the word {word}."], "", lines),
+            (["Name the letters.", "Spell the word."], word, letters),
+            (["What is the opposite?", "Give the opposite."], quality, opposites),
+            (
+                ["Say it of yesterday.", "Write the sentence in the past tense."],
+                f"{name} {today} {rest}",
+                past,
+            ),
+            ([f"What did {name} do yesterday?"], "", [past[0]]),
+            ([f"Make up a line with {a(word)}.", f"Write a sentence about {a(word)}."], "", lines),
         ]
     )
 

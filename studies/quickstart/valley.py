@@ -27,6 +27,7 @@ PAST = dict(
     for pair in "walks-walked carries-carried paints-painted opens-opened finds-found sells-sold buys-bought "
     "brings-brought sees-saw hides-hid drops-dropped keeps-kept takes-took cleans-cleaned".split()
 )
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MOODS = "glad tired proud hungry curious calm angry merry".split()
 WORDS = sorted({*ANIMALS, *FOODS, *PLACES, *THINGS, *COLOURS, *WORK})
 

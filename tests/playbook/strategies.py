@@ -24,7 +24,9 @@ from tuner.records import (
     complete_hyperparameters,
 )
 
-heavy = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+heavy = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 """For properties of whole rounds, of which each takes some milliseconds to draw."""
 
 losses = st.one_of(

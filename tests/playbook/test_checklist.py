@@ -89,6 +89,7 @@ def test_unstable_edge_is_the_best_trial_below_infeasible_ones():
     assert findings(edge)["unstable_edge"].numbers == {"edge": 2e-4, "infeasible_above": 2}
     inside = by_rate(1e-4, 2e-4, 4e-4, 8e-4, states=states, losses=[2.0, 2.1, 9, 9])
     assert "unstable_edge" not in findings(inside)
+    assert "unstable_edge" not in findings(by_rate(1e-4, 2e-4, losses=[2.1, 2.0]))
     mixed = by_rate(1e-4, 2e-4, 4e-4, states=[TrialState.COMPLETE, INFEASIBLE, TrialState.COMPLETE])
     assert "unstable_edge" not in findings(mixed)
 

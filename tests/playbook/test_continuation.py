@@ -33,7 +33,7 @@ def test_a_longer_run_goes_on_from_the_trunk(step):
     [
         (longer(), 180, 4, "within the warmup"),
         (longer(), 180, 37, "earlier run decays from step 36"),
-        (longer(), 60, 30, "new run decays from step 24"),
+        (longer(), 60, 25, "new run decays from step 24"),
         (longer(learning_rate=2e-4), 180, 36, "learning_rate differ"),
         (longer(training_seed=1, learning_rate=2e-4), 180, 36, "learning_rate, training_seed differ"),
         (longer(schedule="constant"), 180, 36, "schedule differ"),
@@ -115,6 +115,6 @@ def test_an_unchanged_trial_at_the_same_horizon_has_nothing_left_to_run():
 
 
 def test_inherited_evaluations_are_on_the_new_grid_and_not_after_the_step():
-    evaluations = [exact(step, 2.0) for step in (0, 5, 10, 15, 20, 25)]
+    evaluations = [exact(step, 2.0) for step in (0, 5, 10, 15, 20, 25, 30)]
     inherited = inherited_evaluations(evaluations, 20, evaluation_steps(100, 10))
     assert [e.step for e in inherited] == [0, 10, 20]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 
 from tests.playbook.rounds import noisy_trial
+from tests.playbook.rows import exact
 from tests.playbook.strategies import curves
 from tuner.playbook.curves import (
     periodicity,
@@ -65,6 +66,13 @@ def test_the_rise_is_judged_at_the_last_evaluation():
     rise = rise_after_best(curve([3, 2, 1, 1.1, 1.2, 1.3, 1.4, 1.5]))
     assert (rise.best_step, rise.last_step, rise.amount) == (20, 70, 0.5)
     assert rise.train_loss_falls is None
+
+
+def test_a_last_evaluation_near_the_best_is_no_rise_whatever_came_before():
+    losses = [3, 2, *np.linspace(1, 1.2, 20)]
+    rising = [exact(10 * i, float(loss)) for i, loss in enumerate(losses)]
+    assert rise_after_best(rising) is not None
+    assert rise_after_best([*rising, exact(220, 1.02, spread=0.03)]) is None
 
 
 def test_the_train_loss_is_compared_with_that_before_the_best_step():

@@ -29,7 +29,7 @@ def test_limit(base, vocabulary, expected):
 
 
 def test_three_in_a_row_above_the_limit_are_infeasible():
-    reason = is_diverged(curve(BASE, 4.1, 4.2, 4.3), VOCABULARY)
+    reason = is_diverged(curve(BASE, 4.01, 4.02, 4.03), VOCABULARY)
     assert reason is not None
     assert "step 30" in reason
     assert "4.000" in reason

@@ -74,6 +74,7 @@ def test_twice_the_noise_is_the_threshold_of_saturation():
     ("gain", "previous", "expected"),
     [
         (0.00122, None, 150),  # x 0.7^0.585 = 0.81
+        (0.00125, None, 200),
         (0.0014, None, 200),  # x 0.7
         (0.0017, None, 300),  # x 0.7^1.585 = 0.57
         (0.1, None, 300),

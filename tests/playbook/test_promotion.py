@@ -211,7 +211,7 @@ def test_nothing_left_to_search_leaves_the_enqueued():
     space = {name: Fixed(value) for name, value in complete_hyperparameters(SPACE, point(0)).items()}
     promoted = plan(eight(space))
     assert searched(promoted.space) == {}
-    assert promoted.trials_total == 3
+    assert promoted.trials_total == len(promoted.enqueue) == 1
 
 
 def test_the_second_round_models():
@@ -242,6 +242,11 @@ def test_infeasible_pruned_and_failed_trials_are_never_promoted():
     bad = [a_trial(i, state=state) for i, state in enumerate(list(TrialState)[3:])]
     good = [a_trial(10 + i) for i in range(2)]
     assert [entry.trial for entry in plan(results_of(*bad, *good)).enqueue] == [10, 11]
+
+
+def test_a_repeated_trial_is_promoted_once():
+    again = replace(a_trial(0), number=7)
+    assert [entry.trial for entry in plan(results_of(again, a_trial(0), a_trial(1))).enqueue] == [0, 1]
 
 
 def test_no_suggestion_needs_a_given_horizon():

@@ -87,7 +87,9 @@ def rehearse(
     try:
         mirrored = DyingStore(MirroredStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
-        advisor = DyingAdvisor(optuna_storage(plan.absolute.storage), "tiny/round1", plan.space, plan.spec.search)
+        advisor = DyingAdvisor(
+            optuna_storage(plan.absolute.storage), "tiny/round1", plan.space, plan.spec.search
+        )
         advisor.fuse = burning
         RoundLoop(
             plan=plan,

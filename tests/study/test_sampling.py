@@ -37,7 +37,9 @@ def advisor(storage: optuna.storages.BaseStorage, space: Space = SPACE, **search
     return Advisor(storage, "study/round1", space, SearchSpec(**{"trials": 8, **search}))
 
 
-def trial(number: int, optuna_trial: int, state: TrialState, chosen: Hyperparameters, loss: float = 1.0) -> Trial:
+def trial(
+    number: int, optuna_trial: int, state: TrialState, chosen: Hyperparameters, loss: float = 1.0
+) -> Trial:
     evaluations = (Evaluation(0, 3.0), Evaluation(5, loss))
     return Trial("round1", number, dict(chosen), state, evaluations=evaluations, optuna_trial=optuna_trial)
 
@@ -110,7 +112,9 @@ def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.sto
     for ordinal in range(4):
         proposal = adviser.propose(ordinal)
         points.append((proposal.chosen["learning_rate"], proposal.chosen["lora_r"]))
-        adviser.tell(trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen), max_train_steps=10)
+        adviser.tell(
+            trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen), max_train_steps=10
+        )
     assert len(set(points)) == 4
 
 
@@ -150,7 +154,9 @@ def test_tpe_learns_an_infeasible_region(storage: optuna.storages.BaseStorage) -
         # The loss improves towards the wall at 0.5, behind which nothing fits.
         state = TrialState.INFEASIBLE if rate > 0.5 else TrialState.COMPLETE
         infeasible += state == TrialState.INFEASIBLE
-        adviser.tell(trial(ordinal, proposal.optuna_trial, state, proposal.chosen, 1 - rate), max_train_steps=10)
+        adviser.tell(
+            trial(ordinal, proposal.optuna_trial, state, proposal.chosen, 1 - rate), max_train_steps=10
+        )
     assert infeasible <= 14  # told as FAIL it was 24.5 of 30
 
 

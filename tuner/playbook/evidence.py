@@ -20,7 +20,7 @@ def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -
         return
     yield _best_steps(seen)
     if seen.gain is not None:
-        yield _gain(seen.gain, seen.noise)
+        yield _gain(seen.gain, seen)
     yield _conclusion(seen, diagnosis)
     if suggestion is not None:
         yield _advice(seen, suggestion)
@@ -36,7 +36,7 @@ def _best_steps(seen: Signs) -> str:
     )
 
 
-def _gain(gain: Gain, noise: float) -> str:
+def _gain(gain: Gain, seen: Signs) -> str:
     match gain.source:
         case GainSource.EARLIER_ROUND:
             how = "the same hyperparameters in an earlier round"
@@ -44,11 +44,13 @@ def _gain(gain: Gain, noise: float) -> str:
             how = "a decay branch against the whole run"
         case GainSource.TRUNK:
             how = "its evaluations at the constant rate"
+            if gain.to_steps < seen.max_train_steps:
+                how += f", carried on to step {seen.max_train_steps}"
         case GainSource.CONFOUNDED:
             how = "within one run, so that the falling rate is in the number too"
     return (
         f"The last doubling was worth {percent(gain.relative)} of the loss, give or take "
-        f"{percent(2 * noise)}: trial {gain.trial} from {gain.from_steps} to {gain.to_steps} steps, {how}."
+        f"{percent(2 * seen.noise)}: trial {gain.trial} from {gain.from_steps} to {gain.to_steps} steps, {how}."
     )
 
 

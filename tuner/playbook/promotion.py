@@ -85,7 +85,7 @@ def plan_next_round(
     2: Fewer runs, but of longer duration"; counts are this project's decisions.
     """
     horizon = _horizon(results, reading, max_train_steps)
-    incumbents = [trial for trial, _ in ranked(results.trials)[:top]]
+    incumbents = _incumbents(results, top)
     leading = incumbents + [lead.trial for lead in reading.leading if lead.trial not in incumbents]
     carrying = Carrying(results, incumbents, leading, horizon, decay)
     changes = carrying.changes()
@@ -157,6 +157,15 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
     used = {trial.seed for trial in results.trials}
     fresh = (seed for seed in itertools.count(winner.seed + 1) if seed not in used)
     return next(fresh), next(fresh)
+
+
+def _incumbents(results: RoundResults, top: int) -> list[Trial]:
+    """The best trials, of several with the same hyperparameters and seed only the first."""
+    distinct: list[Trial] = []
+    for trial, _ in ranked(results.trials):
+        if not any(trial.hyperparameters == other.hyperparameters for other in distinct):
+            distinct.append(trial)
+    return distinct[:top]
 
 
 def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:

@@ -126,9 +126,8 @@ class RoundLoop:
             continues=continues,
             optuna_trial=proposal.optuna_trial,
         )
-        self.store.record(TrialAsked(trial))
-        if why_not is not None:
-            self.store.record(TrialNoted(trial.round, trial.number, why_not))
+        note = [] if why_not is None else [TrialNoted(trial.round, trial.number, why_not)]
+        self.store.record(TrialAsked(trial), *note)
         return trial
 
     def _assign(self, trial: Trial) -> Assignment:

@@ -21,7 +21,7 @@ from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_
 from tuner.training.optimizer import TrialOptimizer
 
 MAX_BAD_UPDATES = 3
-"""Updates in a row whose gradient is not finite before a trial is infeasible."""
+"""Updates in a row without a usable gradient before a trial is infeasible."""
 
 
 class TrialRun:
@@ -123,10 +123,13 @@ class TrialRun:
         counters["targets"] += self._update_targets
         counters["clipped"] += clipped
         counters["rate"] = rate
-        counters["bad"] = 0.0 if math.isfinite(norm) else counters["bad"] + 1
+        # A norm layer can turn an overflow into zeros: the loss is finite, but nothing leads out of it.
+        is_bad = not math.isfinite(norm) or (norm == 0 and self._update_nll > 0)
+        counters["bad"] = counters["bad"] + 1 if is_bad else 0.0
         if counters["bad"] >= MAX_BAD_UPDATES:
             self.reason_infeasible = (
-                f"gradient not finite in {MAX_BAD_UPDATES} updates in a row, the last at step {self.step}"
+                f"gradient zero or not finite in {MAX_BAD_UPDATES} updates in a row, "
+                f"the last at step {self.step}"
             )
         self.train_loss = self._update_nll / max(1, self._update_targets)
         return self.train_loss

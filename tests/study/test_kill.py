@@ -1,0 +1,211 @@
+"""`kill -9` of parent and worker, at each seam and at random: nothing is lost, nothing counted twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.studies import trials_of, tuner, write_round
+from tuner.store import open_store
+
+DYING = Path(__file__).parent / "dying"
+PARENT, WORKER = "tuner.cli", "tuner.training"
+CHANGES: dict[str, Any] = {"trials": 2, "steps": 10, "every": 2, "decay_steps": 3}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_dying(directory: Path, at: str, process: str) -> subprocess.CompletedProcess[str]:
+    """`tuner study run` with a process that dies at a seam."""
+    marker = directory / f"died-{at.replace('/', '-')}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+        cwd=directory,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+        env={
+            **ENVIRONMENT,
+            "PYTHONPATH": str(DYING),
+            "TUNER_DIE_AT": at,
+            "TUNER_DIE_IN": process,
+            "TUNER_DIE_MARKER": str(marker),
+        },
+    )
+    assert marker.exists(), f"nothing died at {at}: {done.stderr}"
+    return done
+
+
+def run_and_kill(directory: Path, seconds: float) -> None:
+    """`tuner study run`, killed from outside after some time in training."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+        cwd=directory,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step" in line or "goes on" in line:
+            break
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    write_round(directory, **CHANGES)
+    done = tuner("study", "run", "round1.yaml", directory=directory)
+    assert done.returncode == 0, done.stderr
+    return trials_of(directory)
+
+
+def curves(trials: list[dict[str, Any]]) -> list[Any]:
+    return [(t["number"], t["state"], t["hyperparameters"], t["best_step"], t["evaluations"]) for t in trials]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "process"),
+    [
+        ("tuner.study.sampling.Advisor.propose+:2", PARENT),  # after ask, before its fact
+        ("tuner.store.sql.SqlStore.record:9", PARENT),  # between an evaluation and its record
+        ("tuner.study.sampling.Advisor.tell:1", PARENT),  # after the fact, before tell
+        ("rename:6", WORKER),  # a checkpoint written, not yet under its name
+        ("symlink:3", WORKER),  # the best adapter in place, its link not yet switched
+        ("tuner.training.trial_run.TrialRun.finish_update:7", WORKER),  # inside a step
+    ],
+)
+def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], at: str, process: str
+) -> None:
+    write_round(tmp_path, **CHANGES)
+    done = run_dying(tmp_path, at, process)
+    if process == PARENT:
+        assert done.returncode == -signal.SIGKILL
+        done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+    # A worker's death the parent itself gets over.
+    assert done.returncode == 0, done.stderr
+    assert curves(trials_of(tmp_path)) == curves(undisturbed)
+    nothing_half_made(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_round_killed_at_random_goes_on_from_its_checkpoints(
+    tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    write_round(tmp_path, **CHANGES)
+    dice = random.Random(7)
+    for _ in range(3):
+        run_and_kill(tmp_path, dice.uniform(0.0, 0.4))
+    done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = trials_of(tmp_path)
+    assert curves(found) == curves(undisturbed)
+    nothing_half_made(tmp_path)
+    # Steps run again lie between checkpoints, an evaluation interval apart: nobody started over.
+    for trial in found:
+        assert 10 <= trial["executed_steps"] <= 10 + 2 * trial["attempts"]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_names_the_command_that_goes_on(
+    tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    write_round(tmp_path, **CHANGES)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 2/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    process.stderr.close()
+    assert "tuner study run round1.yaml" in rest
+    status = json.loads(tuner("study", "status", "--json", directory=tmp_path).stdout)
+    assert status["rounds"][0]["state"] == "open"
+    assert status["rounds"][0]["trials"]["running"] == 0
+    done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = trials_of(tmp_path)
+    assert curves(found) == curves(undisturbed)
+    assert [trial["executed_steps"] for trial in found] == [10, 10]
+
+
+@pytest.mark.slow
+def test_promote_killed_between_file_and_fact_is_finished_by_promoting_again(tmp_path: Path) -> None:
+    write_round(tmp_path, **CHANGES)
+    assert tuner("study", "run", "round1.yaml", directory=tmp_path).returncode == 0
+    marker = tmp_path / "died"
+    command = [
+        sys.executable,
+        "-m",
+        "tuner.cli",
+        "study",
+        "promote",
+        "--to",
+        "round2",
+        "--max-train-steps",
+        "20",
+    ]
+    died = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+        env={
+            **ENVIRONMENT,
+            "PYTHONPATH": str(DYING),
+            "TUNER_DIE_AT": "tuner.store.sql.SqlStore.record:1",
+            "TUNER_DIE_IN": PARENT,
+            "TUNER_DIE_MARKER": str(marker),
+        },
+    )
+    assert died.returncode == -signal.SIGKILL
+    written = (tmp_path / "round2.yaml").read_text()
+    again = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "round2.yaml").read_text() == written
+    store = open_store(f"sqlite:///{tmp_path / 'tuner.db'}")
+    assert [p.file_text for p in store.promotions()] == [written]
+    store.close()
+
+
+def nothing_half_made(directory: Path) -> None:
+    """No temporary names, no directory without a fact, `best` where the fact says."""
+    runs = directory / "runs" / "round1"
+    assert not [path for path in runs.rglob("*") if path.name.endswith(".tmp")]
+    store = open_store(f"sqlite:///{directory / 'tuner.db'}")
+    try:
+        for trial in store.trials("round1"):
+            place = runs / f"trial-{trial.number:04d}"
+            recorded = {runs / checkpoint.path for checkpoint in trial.checkpoints}
+            found = {path for kind in ("best-steps", "last", "trunk") for path in (place / kind).iterdir()}
+            assert found == recorded
+            best = trial.checkpoint("best")  # type: ignore[arg-type]
+            assert best is not None
+            assert (place / "best").resolve() == (runs / best.path).resolve()
+    finally:
+        store.close()
