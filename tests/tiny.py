@@ -81,29 +81,36 @@ def model_spec(path: Path | str, **more: Any) -> ModelSpec:
 
 
 class Models:
-    """Tiny models by shape, each made and loaded once."""
+    """Tiny models, each made and loaded once; `changes` are those of `config`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._bases: dict[tuple[Shape, str, str], Base] = {}
+        self._bases: dict[tuple[Path, str, str], Base] = {}
 
-    def path(self, shape: Shape) -> Path:
+    def path(self, shape: Shape, **changes: Any) -> Path:
         """A directory with configuration, weights and tokenizer."""
-        directory = self._directory / shape
-        return directory if directory.exists() else save_model(directory, config(shape))
+        directory = self._directory / "-".join([shape, *(f"{k}={v}" for k, v in sorted(changes.items()))])
+        return directory if directory.exists() else save_model(directory, config(shape, **changes))
 
-    def base(self, shape: Shape, *, dtype: str = "float32", quantization: str = "none") -> Base:
+    def base(
+        self, shape: Shape, *, dtype: str = "float32", quantization: str = "none", **changes: Any
+    ) -> Base:
         """The frozen base; whoever puts a pack on it closes the pack again."""
-        key = (shape, dtype, quantization)
+        path = self.path(shape, **changes)
+        key = (path, dtype, quantization)
         if key not in self._bases:
-            spec = model_spec(self.path(shape), dtype=dtype, quantization=quantization)
+            spec = model_spec(path, dtype=dtype, quantization=quantization)
             self._bases[key] = load_base(spec, device="cpu", max_length=MAX_LENGTH)
         return self._bases[key]
 
     def plain(self, shape: Shape) -> PreTrainedModel:
-        """The model as anyone would load it, in float32, without dropout of its own."""
+        """The model as anyone would load it, in float32 and fresh."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path(shape), dtype=torch.float32)
         return model.eval()
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+"""Changes that give a model layers wide enough for 4-bit blocks of 64."""
 
 
 def examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 24) -> Examples:
@@ -123,7 +130,7 @@ def examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 24)
 
 
 def hyperparameters(changes: Mapping[str, Value] | None = None, **more: Value) -> dict[str, Value]:
-    """All hyperparameters of a trial: the defaults of a round file, but for a rate that moves a tiny model."""
+    """All hyperparameters of a trial: a round file's defaults, but for a rate that moves a tiny model."""
     defaults: dict[str, Value] = {
         "learning_rate": 1e-2,
         "lora_r": 4,
@@ -147,5 +154,3 @@ def hyperparameters(changes: Mapping[str, Value] | None = None, **more: Value) -
         "training_seed": 0,
     }
     return defaults | dict(changes or {}) | more
-
-

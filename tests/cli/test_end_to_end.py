@@ -1,4 +1,4 @@
-"""A whole study by the command line: round 1, promotion, a round 2 that goes on, and its best adapter in use."""
+"""A whole study by the command line: round 1, promotion, a round 2 that goes on, the adapter in use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna_dashboard import get_note
 
 from tests.studies import QUICKSTART, trials_of, tuner, write_round
 from tuner.study.sampling import optuna_storage
@@ -128,9 +129,10 @@ class TestStudy:
             assert 0 <= trial.user_attrs["best_step_fraction"] <= 1
             assert len(trial.intermediate_values) <= 20
         assert min(t.value for t in complete) == shown.best_value
-        attributes = " ".join(shown.system_attrs)
-        assert "note" in attributes
-        assert "plot_data" in attributes or "plotly" in attributes
+        assert "max_train_steps" in get_note(shown)
+        with sqlite3.connect(study / "tuner.db") as database:
+            rows = database.execute("SELECT key FROM study_system_attributes").fetchall()
+        assert any("tuner-best-steps" in key for (key,) in rows)
 
     def test_generate_answers(self, study: Path) -> None:
         done = tuner(

@@ -87,8 +87,8 @@ class Trained:
 
     losses: list[float] = field(default_factory=list)
     """Train loss of every update."""
-    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    start: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    start: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
 
 def drive(
@@ -236,9 +236,7 @@ def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Ma
     runs = {slot: run for slot, (_, run) in inside.items()}
     for run in runs.values():
         if not run.micro_batches:
-            run.begin_update(
-                place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens
-            )
+            run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
     forward_backward(place, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
     for slot, (trial, run) in inside.items():
         if not run.micro_batches:

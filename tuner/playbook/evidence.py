@@ -50,7 +50,8 @@ def _gain(gain: Gain, seen: Signs) -> str:
             how = "within one run, so that the falling rate is in the number too"
     return (
         f"The last doubling was worth {percent(gain.relative)} of the loss, give or take "
-        f"{percent(2 * seen.noise)}: trial {gain.trial} from {gain.from_steps} to {gain.to_steps} steps, {how}."
+        f"{percent(2 * seen.noise)}: trial {gain.trial} from {gain.from_steps} to {gain.to_steps} steps, "
+        f"{how}."
     )
 
 

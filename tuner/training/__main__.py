@@ -20,7 +20,7 @@ import torch
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import hollow_copy, targeted_modules, values_of
 from tuner.data import PreparedData, load_tokenizer, prepare
-from tuner.errors import InputError, TunerError
+from tuner.errors import InputError, ModelError, TunerError
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Died,
@@ -73,6 +73,8 @@ def _set_up(document: dict[str, Any]) -> tuple[Workplace, Ready]:
     slots = SLOTS[device.type] if document["slots"] == "auto" else int(document["slots"])
     if document.get("threads"):
         torch.set_num_threads(int(document["threads"]))
+    if any(values_of(spec.space()["use_dora"])):
+        raise ModelError("hyperparameters.use_dora: this version trains plain LoRA; leave it false")
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, Path(document["cache"]))
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
