@@ -128,6 +128,8 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
             raise ModelError(f"model: {name} is a BatchNorm, which mixes the rows of different trials")
     if model.get_output_embeddings() is None:
         raise ModelError(f"model: {type(model).__name__} has no output embedding; tuner trains causal models")
+    if getattr(model, "is_quantized", False):
+        _keep_differentiable(model)
     base = Base(model, dtype, head_is_linear=False)
     base.head_is_linear = _head_is_linear(base)
     return base
@@ -173,6 +175,19 @@ def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         case _:
             return None
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Let gradients pass through 4-bit layers on a CPU.
+
+    In evaluation mode bitsandbytes repacks their weights for inference at the first pass without
+    gradients, on processors with AVX512-BF16; no gradient passes through a repacked layer.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
 
 
 def _head_is_linear(base: Base) -> bool:
