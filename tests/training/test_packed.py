@@ -30,9 +30,9 @@ MICRO_TOKENS = 60
 """Cuts batches of these rows into one to four micro-batches."""
 
 TOLERANCE = 1e-4
-"""Of losses, relative, and of weight updates, by norm: float32 on a CPU. Measured: 1e-6 and 2e-5."""
+"""Of losses, relative, and of weight updates, by norm: float32 on a CPU. Measured: 7e-6 and 2e-5."""
 TOLERANCE_8BIT = 1e-3
-"""Of weight updates by norm after 50 steps. Measured: 1e-4."""
+"""Of weight updates by norm after 50 steps. Measured: 1.4e-4."""
 
 MIX: tuple[dict[str, Value], ...] = (
     tiny.hyperparameters(),
@@ -67,7 +67,6 @@ MIX: tuple[dict[str, Value], ...] = (
 
 
 def assert_same(packed: Mapping[int, Trained], alone: Mapping[int, Trained]) -> None:
-    for t, x in packed.items(): print("DIFF", t, loss_difference(x, alone[t]), update_difference(x, alone[t]))
     assert packed.keys() == alone.keys()
     for trial, trained in packed.items():
         assert loss_difference(trained, alone[trial]) < TOLERANCE, trial
@@ -179,12 +178,12 @@ class TestEightBitAdamW:
             packed = drive(place, self.TRIALS, entries, max_train_steps=steps)
         for number, trial in enumerate(self.TRIALS):
             difference = update_difference(packed[number], solo(base, trial, max_train_steps=steps))
-            print("DIFF8", difference)
             assert difference < TOLERANCE_8BIT
 
     def test_same_gradients_same_quantised_state(self, models: tiny.Models) -> None:
         """What bitsandbytes does to each tensor on its own is what it does in a trial."""
-        trial = self.TRIALS[0] | {"weight_decay": 0.1, "loraplus_ratio": 2.0, "max_grad_norm": 0.0}
+        changes = {"learning_rate": 1e-2, "weight_decay": 0.1, "loraplus_ratio": 2.0, "max_grad_norm": 0.0}
+        trial = self.TRIALS[0] | changes
         with workplace(models.base("llama", **tiny.WIDE), [trial]) as place:
             weights = begin(place, 0, trial, max_train_steps=9).adapter.weights
         ours = TrialOptimizer(weights, trial, device=torch.device("cpu"))
@@ -216,6 +215,7 @@ def test_4_bit_base(models: tiny.Models) -> None:
     base, trials, steps = models.base("llama", quantization="nf4", **tiny.WIDE), MIX[:3], 12
     with workplace(base, trials, slots=4, micro_tokens=MICRO_TOKENS) as place:
         packed = drive(place, trials, [Entry(n, 3 - n, tick=n) for n in range(3)], max_train_steps=steps)
+    assert packed[0].losses[-1] < packed[0].losses[0]
     assert_same(packed, {n: solo(base, trial, max_train_steps=steps) for n, trial in enumerate(trials)})
 
 

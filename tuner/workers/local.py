@@ -126,6 +126,8 @@ class LocalWorker:
     def _order(self, document: Mapping[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return
         try:
             self._process.stdin.write(json.dumps(document) + "\n")
             self._process.stdin.flush()

@@ -1,0 +1,134 @@
+"""A trial without dropout is a run of PEFT under transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from tests import tiny
+from tests.training.driving import TRAIN, Hyperparameters, Trained, loss_difference, solo, update_difference
+from tuner.adapters.initial import lora_config
+from tuner.data import Example, batch_rows
+from tuner.records import Value
+
+STEPS = 50
+SEED = 3
+LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4
+"""Relative, and by norm. Measured: 2e-7 and 1e-6."""
+
+SCHEDULES: dict[str, tuple[dict[str, Value], dict[str, Any]]] = {
+    "constant": (
+        {"schedule": "constant", "warmup_steps": 0},
+        {"lr_scheduler_type": "constant"},
+    ),
+    "linear": (
+        {"schedule": "linear", "warmup_steps": 5, "decay_steps": 20},
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear"},
+            "warmup_steps": 5,
+        },
+    ),
+    "cosine": (
+        {"schedule": "cosine", "warmup_steps": 8},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 8},
+    ),
+}
+"""By the round file's name: our hyperparameters and Trainer's arguments."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "schedule"),
+    [
+        ("llama", "constant"),
+        ("llama", "linear"),
+        ("llama", "cosine"),
+        ("qwen2", "linear"),
+        ("gpt2", "cosine"),
+    ],
+)
+def test_fifty_steps(models: tiny.Models, tmp_path: Path, shape: tiny.Shape, schedule: str) -> None:
+    ours, theirs = SCHEDULES[schedule]
+    trial = tiny.hyperparameters(
+        ours, batch_size=4, max_grad_norm=3.0, weight_decay=0.1, training_seed=SEED, use_rslora=True
+    )
+    trained = solo(models.base(shape), trial, max_train_steps=STEPS, micro_tokens=40)
+    reference, norms = trainer(models.plain(shape), trial, tmp_path, theirs)
+    reference.start.update(trained.start)
+    print(
+        "NORM",
+        sorted(norms)[::7],
+        loss_difference(trained, reference),
+        update_difference(trained, reference),
+        sum(reference.losses[:5]),
+        sum(reference.losses[-5:]),
+    )
+    assert 0 < sum(norm > 3.0 for norm in norms) < STEPS
+    assert sum(reference.losses[-5:]) < 0.95 * sum(reference.losses[:5])
+    assert loss_difference(trained, reference) < LOSS_TOLERANCE
+    assert update_difference(trained, reference) < UPDATE_TOLERANCE
+
+
+def trainer(
+    model: PreTrainedModel, trial: Hyperparameters, directory: Path, schedule: dict[str, Any]
+) -> tuple[Trained, list[float]]:
+    """Train with accumulation over the same rows; what Trainer logged at each step, and gradient norms."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(SEED)
+    wrapped = get_peft_model(model, lora_config(trial, base_path=model.name_or_path))
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=float(trial["learning_rate"]),
+        weight_decay=float(trial["weight_decay"]),
+        max_grad_norm=float(trial["max_grad_norm"]),
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **schedule,
+    )
+    rows = [
+        TRAIN[row]
+        for step in range(1, STEPS + 1)
+        for row in batch_rows(len(TRAIN), batch_size=4, seed=SEED, step=step)
+    ]
+    reference = Trainer(model=wrapped, args=arguments, train_dataset=rows, data_collator=pad_right)
+    reference.remove_callback(PrinterCallback)
+    reference.train()
+    steps = [entry for entry in reference.state.log_history if "loss" in entry]
+    weights = {
+        name: (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+        for name, module in wrapped.base_model.model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    return Trained([step["loss"] for step in steps], weights), [step["grad_norm"] for step in steps]
+
+
+def pad_right(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """What Trainer's users write: padding on the right, labels of -100 where there is no loss."""
+    length = max(len(example.input_ids) for example in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, example in enumerate(batch):
+        size = len(example.input_ids)
+        ids[row, :size] = torch.from_numpy(example.input_ids)
+        mask[row, :size] = 1
+        labels[row, :size] = torch.where(torch.from_numpy(example.is_target), ids[row, :size], -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
