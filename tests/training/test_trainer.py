@@ -20,8 +20,10 @@ from tuner.records import Value
 
 STEPS = 50
 SEED = 3
-LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4
-"""Relative, and by norm. Measured: 2e-7 and 1e-6."""
+MAX_GRAD_NORM = 4.0
+"""Between the smallest and the largest norm of these runs."""
+LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-4, 1e-3
+"""Relative, and by norm. Measured: 4e-6 and 7e-6."""
 
 SCHEDULES: dict[str, tuple[dict[str, Value], dict[str, Any]]] = {
     "constant": (
@@ -57,7 +59,7 @@ SCHEDULES: dict[str, tuple[dict[str, Value], dict[str, Any]]] = {
 def test_fifty_steps(models: tiny.Models, tmp_path: Path, shape: tiny.Shape, schedule: str) -> None:
     ours, theirs = SCHEDULES[schedule]
     trial = tiny.hyperparameters(
-        ours, batch_size=4, max_grad_norm=3.0, weight_decay=0.1, training_seed=SEED, use_rslora=True
+        ours, batch_size=4, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1, training_seed=SEED, use_rslora=True
     )
     trained = solo(models.base(shape), trial, max_train_steps=STEPS, micro_tokens=40)
     reference, norms = trainer(models.plain(shape), trial, tmp_path, theirs)
@@ -70,7 +72,7 @@ def test_fifty_steps(models: tiny.Models, tmp_path: Path, shape: tiny.Shape, sch
         sum(reference.losses[:5]),
         sum(reference.losses[-5:]),
     )
-    assert 0 < sum(norm > 3.0 for norm in norms) < STEPS
+    assert 0 < sum(norm > MAX_GRAD_NORM for norm in norms) < STEPS
     assert sum(reference.losses[-5:]) < 0.95 * sum(reference.losses[:5])
     assert loss_difference(trained, reference) < LOSS_TOLERANCE
     assert update_difference(trained, reference) < UPDATE_TOLERANCE

@@ -1,0 +1,184 @@
+"""A trial that was stopped and went on is the trial that never stopped, digit for digit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.training.driving import assignment, curve, ended, run_loop, started, workplace
+from tuner.adapters import Base
+from tuner.records import Assignment, CheckpointKind, Event, Saved
+from tuner.training.checkpoints import read_snapshot
+
+MICRO_TOKENS = 40
+"""Two or three micro-batches an update: a stop may fall between them."""
+
+TRIALS = {
+    "adamw": tiny.hyperparameters(lora_dropout=0.2, warmup_steps=2, schedule="linear", decay_steps=4),
+    "adamw_8bit": tiny.hyperparameters(
+        optimizer="adamw_8bit",
+        learning_rate=1e-3,
+        lora_r=32,
+        lora_dropout=0.2,
+        warmup_steps=2,
+        schedule="linear",
+        decay_steps=4,
+    ),
+}
+"""Rank 32 on the wide model has quantised moments and unquantised ones."""
+
+
+def base_for(models: tiny.Models, optimizer: str) -> Base:
+    return models.base("llama", **tiny.WIDE) if optimizer == "adamw_8bit" else models.base("llama")
+
+
+def run(base: Base, assigned: Assignment, *, stop_at_tick: int | None = None) -> list[Event]:
+    """One attempt in a worker of its own."""
+    with workplace(base, [assigned.hyperparameters], micro_tokens=MICRO_TOKENS) as place:
+        return run_loop(place, [assigned], stop_at_tick=stop_at_tick)
+
+
+def resumed_from(
+    events: Sequence[Event], before: Assignment, kind: CheckpointKind, **more: object
+) -> Assignment:
+    """The next attempt, going on from the newest checkpoint of a kind."""
+    saved = [e.checkpoint for e in events if isinstance(e, Saved) and e.checkpoint.kind == kind][-1]
+    path = Path(before.directory).parent / saved.path
+    changes = {"attempt": before.attempt + 1, "resume_from": str(path), "resume_sha256": saved.sha256}
+    return replace(before, **changes | more)  # type: ignore[arg-type]
+
+
+def best_weights(assigned: Assignment) -> dict[str, torch.Tensor]:
+    return load_file(Path(assigned.directory) / "best" / "adapter_model.safetensors")
+
+
+def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestAnyStop:
+    @pytest.mark.parametrize("optimizer", TRIALS)
+    def test_is_the_undisturbed_run(
+        self, models: tiny.Models, tmp_path_factory: pytest.TempPathFactory, optimizer: str
+    ) -> None:
+        base, trial = base_for(models, optimizer), TRIALS[optimizer]
+        undisturbed = assignment(tmp_path_factory.mktemp("undisturbed"), hyperparameters=trial)
+        expected = run(base, undisturbed)
+        assert min(curve(expected), key=lambda evaluation: evaluation.eval_loss).step > 0
+
+        @given(ticks=st.lists(st.integers(0, 25), min_size=1, max_size=3))
+        @settings(
+            max_examples=6,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def stopped_again_and_again(ticks: list[int]) -> None:
+            assigned = replace(undisturbed, directory=str(tmp_path_factory.mktemp("stopped") / "trial-0000"))
+            executed = 0
+            for tick in [*ticks, None]:
+                events = run(base, assigned, stop_at_tick=tick)
+                executed += ended(events).step - started(events).step
+                if ended(events).outcome == "complete":
+                    break
+                assert ended(events).outcome == "stopped"
+                assigned = resumed_from(events, assigned, CheckpointKind.LAST)
+            assert curve(events) == curve(expected)
+            assert executed == undisturbed.max_train_steps
+            assert_equal_weights(best_weights(assigned), best_weights(undisturbed))
+
+        stopped_again_and_again()
+
+    def test_kept_checkpoint_holds_the_same_moments(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Not only the curve: the state at the end is equal, too."""
+        trial = TRIALS["adamw"]
+        undisturbed = assignment(tmp_path / "a", hyperparameters=trial)
+        events = run(models.base("llama"), undisturbed)
+        assigned = assignment(tmp_path / "b", hyperparameters=trial)
+        stopped = run(models.base("llama"), assigned, stop_at_tick=9)
+        assert 0 < ended(stopped).step < 10
+        going_on = resumed_from(stopped, assigned, CheckpointKind.LAST)
+        after = run(models.base("llama"), going_on)
+        ends = [
+            Path(resumed_from(e, a, CheckpointKind.LAST).resume_from or "")
+            for e, a in ((events, undisturbed), (after, going_on))
+        ]
+        one, other = (read_snapshot(path, sha256=None) for path in ends)
+        assert one.step == other.step == 10
+        assert one.counters == other.counters
+        assert_equal_weights(dict(one.optimizer), dict(other.optimizer))
+
+
+class TestTrunk:
+    SHORT, LONG = 8, 15
+    TRIAL = tiny.hyperparameters(lora_dropout=0.2, schedule="linear", warmup_steps=2, decay_steps=3)
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+    @pytest.mark.parametrize("every", [5, 2])
+    def test_longer_horizon_is_the_fresh_run(
+        self, models: tiny.Models, tmp_path: Path, optimizer: str, every: int
+    ) -> None:
+        """With `every` 5 the trunk ends at an evaluation, with 2 between two of them."""
+        base = base_for(models, optimizer)
+        trial = TRIALS[optimizer] | {"decay_steps": 3}
+        longer = trial | {"decay_steps": 6}
+        more = {"evaluate_every": every, "trunk_steps": (5,)}
+        short = assignment(tmp_path / "1", hyperparameters=trial, max_train_steps=self.SHORT, **more)
+        events = run(base, short)
+        assert [
+            e.checkpoint.step for e in events if isinstance(e, Saved) and e.checkpoint.kind == "trunk"
+        ] == [5]
+        fresh = assignment(
+            tmp_path / "2", hyperparameters=longer, max_train_steps=self.LONG, evaluate_every=every
+        )
+        expected = run(base, fresh)
+        promoted = resumed_from(
+            events,
+            short,
+            CheckpointKind.TRUNK,
+            hyperparameters=longer,
+            max_train_steps=self.LONG,
+            directory=str(tmp_path / "3" / "trial-0000"),
+            trunk_steps=(),
+        )
+        going_on = run(base, promoted)
+        assert curve(going_on) == curve(expected)
+        assert (started(going_on).step, ended(going_on).step) == (5, self.LONG)
+        assert_equal_weights(best_weights(promoted), best_weights(fresh))
+
+
+class TestFaultyCheckpoints:
+    @pytest.mark.parametrize("change", ["append", "remove", "rename"])
+    def test_attempt_fails_and_says_why(self, models: tiny.Models, tmp_path: Path, change: str) -> None:
+        first = assignment(tmp_path)
+        events = run(models.base("llama"), first, stop_at_tick=5)
+        again = resumed_from(events, first, CheckpointKind.LAST)
+        file = Path(again.resume_from or "") / "optimizer.safetensors"
+        match change:
+            case "append":
+                file.write_bytes(file.read_bytes() + b"\0")
+            case "remove":
+                file.unlink()
+            case "rename":
+                file.rename(file.with_name("optimiser.safetensors"))
+        end = ended(run(models.base("llama"), again))
+        assert end.outcome == "failed"
+        assert "changed or damaged" in str(end.reason)
+
+    def test_checkpoint_is_gone(self, models: tiny.Models, tmp_path: Path) -> None:
+        assigned = assignment(tmp_path, resume_from=str(tmp_path / "gone"), resume_sha256="0" * 64)
+        end = ended(run(models.base("llama"), assigned))
+        assert (end.outcome, end.reason) == (
+            "failed",
+            f"{tmp_path / 'gone'}: the recorded checkpoint is gone",
+        )
