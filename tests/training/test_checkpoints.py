@@ -15,7 +15,6 @@ from tests.training.driving import begin, workplace
 from tuner.adapters import Adapter
 from tuner.errors import CheckpointError
 from tuner.records import CheckpointKind, Evaluation
-from tuner.training import checkpoints
 from tuner.training.checkpoints import Snapshot, digest, publish_best, publish_snapshot, read_snapshot
 
 
@@ -148,33 +147,21 @@ class TestBest:
         shutil.move(tmp_path / "a", tmp_path / "b")
         assert digest(tmp_path / "b" / "trial-0000" / "best") == kept.sha256
 
-    def test_crash_before_the_switch(
-        self, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("call", ["symlink_to", "replace"])
+    def test_crash_between_the_new_directory_and_its_link(
+        self, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
     ) -> None:
-        """The new directory is there, the link not switched: it still points to a whole one."""
+        """Before the new link is made, and before it takes the old one's place."""
         trial = tmp_path / "trial-0000"
         before = publish_best(trial, adapter, adapter.weights, step=3, attempt=1)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "_switch_link", _power_cut)
+            patch.setattr(Path, call, _power_cut)
             with pytest.raises(InterruptedError):
                 publish_best(trial, adapter, adapter.weights, step=6, attempt=1)
-        assert (trial / "best-steps" / "step-000006.a1").is_dir()
+        assert files_under(trial / "best-steps" / "step-000006.a1") == files_under(trial / "best")
+        assert (trial / "best").resolve().name == "step-000003.a1"
         assert digest(trial / "best") == before.sha256
-        after = publish_best(trial, adapter, adapter.weights, step=6, attempt=1)
-        assert (trial / "best").resolve().name == "step-000006.a1"
-        assert digest(trial / "best") == after.sha256
-
-    def test_crash_within_the_switch(
-        self, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        trial = tmp_path / "trial-0000"
-        before = publish_best(trial, adapter, adapter.weights, step=3, attempt=1)
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", _power_cut)
-            with pytest.raises(InterruptedError):
-                publish_best(trial, adapter, adapter.weights, step=6, attempt=1)
-        assert digest(trial / "best") == before.sha256
-        after = publish_best(trial, adapter, adapter.weights, step=9, attempt=1)
+        after = publish_best(trial, adapter, adapter.weights, step=6, attempt=2)
         assert digest(trial / "best") == after.sha256
         assert not list(trial.glob(".*"))
 

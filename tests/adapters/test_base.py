@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
+
+from tests import tiny
+from tuner.adapters import load_base
+from tuner.adapters.base import freeze, load_config
+from tuner.errors import ModelError
+
+
+class TestTokenNll:
+    @pytest.mark.parametrize("shape", tiny.SHAPES)
+    def test_is_that_of_the_model(self, models: tiny.Models, shape: tiny.Shape) -> None:
+        """Values and gradients; rows padded on the right, as many positions as asked for."""
+        base, plain = models.base(shape), models.plain(shape)
+        examples = [tiny.examples(5, seed=3)[row] for row in range(5)]
+        length = max(len(example.input_ids) for example in examples)
+        ids = torch.full((5, length), 9)
+        chosen = []
+        for row, example in enumerate(examples):
+            ids[row, : len(example.input_ids)] = torch.from_numpy(example.input_ids)
+            chosen += [(row, int(column)) for column in example.is_target.nonzero()[0]]
+        rows, columns = torch.tensor(chosen).T
+        embedded: list[torch.Tensor] = []
+
+        def watch(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1]
+
+        weights = torch.linspace(0.5, 2.0, len(chosen))
+        gradients, values = [], []
+        for model in (base.model, plain):
+            hook = model.get_input_embeddings().register_forward_hook(watch)
+            if model is plain:
+                logits = model(input_ids=ids).logits[rows, columns - 1]
+                nll = nn.functional.cross_entropy(logits, ids[rows, columns], reduction="none")
+            else:
+                nll = base.token_nll(ids, rows, columns)
+            hook.remove()
+            gradients.append(torch.autograd.grad((nll * weights).sum(), embedded.pop())[0])
+            values.append(nll.detach())
+        assert torch.allclose(values[0], values[1], rtol=1e-5, atol=1e-5)
+        assert float((gradients[0] - gradients[1]).norm()) < 1e-5 * float(gradients[1].norm())
+
+    @pytest.mark.parametrize("shape", tiny.SHAPES)
+    def test_padding_is_not_seen(self, models: tiny.Models, shape: tiny.Shape) -> None:
+        ids = torch.arange(20).view(2, 10) * 3
+        padded = torch.cat([ids, torch.full((2, 6), 77)], dim=1)
+        rows, columns = torch.tensor([0, 0, 1]), torch.tensor([1, 9, 5])
+        with torch.no_grad():
+            one, other = (models.base(shape).token_nll(x, rows, columns) for x in (ids, padded))
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+    def test_soft_capped_logits_take_the_whole_head(self, models: tiny.Models) -> None:
+        assert {shape: models.base(shape).head_is_linear for shape in tiny.SHAPES} == {
+            "llama": True,
+            "qwen2": True,
+            "gpt2": True,
+            "gemma2": False,
+        }
+
+    def test_weak_soft_capping_is_found(self, models: tiny.Models) -> None:
+        """With a cap that logits of this size hardly feel."""
+        path = models.path("gemma2", final_logit_softcapping=300.0)
+        base = load_base(tiny.model_spec(path), device="cpu", max_length=8)
+        assert not base.head_is_linear
+
+
+class TestFrozen:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_without_gradient_and_without_its_own_dropout(self, models: tiny.Models, dtype: str) -> None:
+        base = models.base("gpt2", dtype=dtype)
+        ids, rows, columns = torch.arange(8)[None], torch.tensor([0]), torch.tensor([7])
+        assert base.model.config.attn_pdrop > 0
+        assert not any(parameter.requires_grad for parameter in base.model.parameters())
+        assert torch.equal(base.token_nll(ids, rows, columns), base.token_nll(ids, rows, columns))
+        assert base.token_nll(ids, rows, columns).dtype == torch.float32
+        assert base.vocabulary_size == tiny.VOCABULARY
+        assert base.device == torch.device("cpu")
+
+    def test_gradients_pass_a_4_bit_base_after_an_evaluation(self, models: tiny.Models) -> None:
+        """On some processors bitsandbytes repacks the weights at the first pass without gradients."""
+        base = models.base("llama", quantization="nf4", **tiny.WIDE)
+        ids, rows, columns = torch.arange(8)[None], torch.tensor([0]), torch.tensor([7])
+        embedded = base.model.get_input_embeddings()(ids).requires_grad_()
+        with torch.no_grad():
+            base.token_nll(ids, rows, columns)
+        loss = base.model(inputs_embeds=embedded).logits[0, -1].logsumexp(0)
+        (gradient,) = torch.autograd.grad(loss, embedded)
+        assert float(gradient[0, 0].norm()) > 0
+
+    def test_8_bit_base_has_no_outlier_threshold(self, models: tiny.Models) -> None:
+        """A threshold would look at the rows of all trials together."""
+        base = models.base("llama", quantization="int8", **tiny.WIDE)
+        assert base.model.config.quantization_config.llm_int8_threshold == 0.0
+
+    def test_logits_in_float32_of_a_bfloat16_head(self, tmp_path: Path) -> None:
+        """Mamba's."""
+        made = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=2)
+        AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+        base = load_base(tiny.model_spec(tmp_path, dtype="bfloat16"), device="cpu", max_length=8)
+        assert base.head_is_linear
+
+
+class TestRefused:
+    def refusal(self, directory: Path, *, max_length: int = tiny.MAX_LENGTH) -> str:
+        with pytest.raises(ModelError) as refused:
+            load_base(tiny.model_spec(directory), device="cpu", max_length=max_length)
+        return str(refused.value)
+
+    @pytest.mark.parametrize(
+        "rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0}]
+    )
+    def test_positions_that_depend_on_the_batch(self, tmp_path: Path, rope: dict[str, Any]) -> None:
+        scaling = {"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope}
+        if rope["rope_type"] == "longrope":
+            scaling |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        tiny.config("llama", rope_parameters=scaling).save_pretrained(tmp_path)
+        assert f"uses {rope['rope_type']} RoPE scaling" in self.refusal(tmp_path)
+
+    def test_positions_of_one_kind_of_layers(self, tmp_path: Path) -> None:
+        """Where kinds of layers have parameters of their own, as in Gemma 3."""
+        tiny.config("llama").save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        document = json.loads(file.read_text())
+        dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        document |= {
+            "model_type": "gemma3_text",
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": dynamic,
+            },
+        }
+        file.write_text(json.dumps(document))
+        assert "uses dynamic RoPE scaling" in self.refusal(tmp_path)
+
+    def test_long_positions_within_the_original_ones(self, tmp_path: Path) -> None:
+        """longrope changes only for rows beyond the original length."""
+        scaling = {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        }
+        tiny.config("llama", rope_parameters=scaling).save_pretrained(tmp_path)
+        assert load_config(tiny.model_spec(tmp_path), max_length=16).model_type == "llama"
+
+    def test_rows_longer_than_the_positions(self, models: tiny.Models) -> None:
+        path = models.path("llama")
+        message = self.refusal(path, max_length=2 * tiny.MAX_LENGTH + 1)
+        assert message == f"data.max_length: 65 is longer than the 64 positions of {str(path)!r}"
+        load_config(tiny.model_spec(path), max_length=2 * tiny.MAX_LENGTH)
+
+    def test_auxiliary_loss_over_the_batch(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.01).save_pretrained(tmp_path)
+        assert "mixture of experts with an auxiliary loss" in self.refusal(tmp_path)
+
+    def test_batch_norm(self, models: tiny.Models) -> None:
+        model = models.plain("llama")
+        model.model.layers[1].mlp.norm = nn.BatchNorm1d(8)
+        with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.norm is a BatchNorm"):
+            freeze(model, dtype=torch.float32)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        assert "cannot load" in self.refusal(tmp_path / "nowhere")
+
+    def test_weights_that_are_damaged(self, tmp_path: Path) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+        assert "cannot load" in self.refusal(tmp_path)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from tuner.adapters import head_loss
+from tuner.adapters.head_loss import head_nll
+
+TOKENS, WIDTH, VOCABULARY = 13, 8, 50
+
+
+def made(dtype: torch.dtype, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    return hidden, weight, torch.randn(VOCABULARY, generator=generator).to(dtype) if bias else None, targets
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_is_cross_entropy_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch, rows: int, bias: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Values and gradients, in chunks of so many rows; every token with a weight of its own.
+
+    In bfloat16 both sides round probabilities to eight bits; values agree to float32.
+    """
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
+    hidden, weight, offset, targets = made(dtype, bias=bias)
+    weights = torch.linspace(0.1, 3, TOKENS)
+    nll = head_nll(hidden, weight, offset, targets)
+    (gradient,) = torch.autograd.grad((nll * weights).sum(), hidden)
+    expected = cross_entropy(linear(hidden, weight, offset).float(), targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    assert nll.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert torch.allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    apart = (gradient - expected_gradient).float().norm()
+    assert float(apart) < tolerance * float(expected_gradient.float().norm())
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, targets = made(torch.float32, bias=False)
+    whole = head_nll(hidden, weight, None, targets)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    assert torch.allclose(head_nll(hidden, weight, None, targets), whole, rtol=1e-6)
+
+
+def test_without_gradient() -> None:
+    hidden, weight, _, targets = made(torch.float32, bias=False)
+    with torch.no_grad():
+        nll = head_nll(hidden, weight, None, targets)
+    assert not nll.requires_grad
+    assert torch.equal(nll, head_nll(hidden, weight, None, targets))
+
+
+def test_no_tokens() -> None:
+    hidden, weight, _, targets = made(torch.float32, bias=False)
+    nll = head_nll(hidden[:0], weight, None, targets[:0])
+    assert (nll.shape, nll.dtype) == ((0,), torch.float32)
+
+
+def test_one_bad_row_stays_alone() -> None:
+    hidden, weight, _, targets = made(torch.float32, bias=False)
+    spoilt = hidden.detach().clone()
+    spoilt[4] = float("nan")
+    spoilt.requires_grad_()
+    (gradient,) = torch.autograd.grad(head_nll(spoilt, weight, None, targets).sum(), spoilt)
+    (expected,) = torch.autograd.grad(head_nll(hidden, weight, None, targets).sum(), hidden)
+    sane = torch.arange(TOKENS) != 4
+    assert torch.equal(gradient[sane], expected[sane])
+    assert gradient[4].isnan().all()

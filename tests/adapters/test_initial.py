@@ -1,0 +1,151 @@
+"""A new adapter is PEFT's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests import tiny
+from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
+from tuner.adapters.initial import hollow_copy, lora_config, targeted_modules
+from tuner.errors import ModelError
+from tuner.records import Choices, Fixed, Range
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def started(base: Base, *, seed: int = 0, **changes: Any) -> Adapter:
+    hollow = hollow_copy(base, base_path=base.model.name_or_path)
+    config = lora_config(tiny.hyperparameters(**changes), base_path=base.model.name_or_path)
+    return initial_adapter(hollow, config, seed=seed)
+
+
+def by_peft(model: Any, *, seed: int, **changes: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    torch.manual_seed(seed)
+    config = lora_config(tiny.hyperparameters(**changes), base_path=model.name_or_path)
+    wrapped = get_peft_model(model, config)
+    return {
+        name: (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+        for name, module in wrapped.base_model.model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def assert_equal(ours: Mapping[str, tuple[Tensor, Tensor]], theirs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, pair in theirs.items():
+        for mine, expected in zip(ours[name], pair, strict=True):
+            assert mine.dtype == expected.dtype == torch.float32
+            assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_equals_get_peft_model(models: tiny.Models, shape: tiny.Shape, dtype: str) -> None:
+    for changes in ({}, {"lora_init": "gaussian", "lora_r": 3, "lora_dropout": 0.1, "use_rslora": True}):
+        model = AutoModelForCausalLM.from_pretrained(models.path(shape), dtype=DTYPES[dtype])
+        adapter = started(models.base(shape, dtype=dtype), seed=7, **changes)
+        assert_equal(adapter.weights, by_peft(model, seed=7, **changes))
+        assert all(not b.any() for _, b in adapter.weights.values())
+        assert len(adapter.weights) == {"gpt2": 8}.get(shape, 14)
+
+
+def test_equals_get_peft_model_on_a_4_bit_base(models: tiny.Models) -> None:
+    """PEFT does not round an adapter on a quantised layer."""
+    model = AutoModelForCausalLM.from_pretrained(
+        models.path("llama", **tiny.WIDE),
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    base = models.base("llama", dtype="bfloat16", quantization="nf4", **tiny.WIDE)
+    assert_equal(started(base, seed=1).weights, by_peft(model, seed=1))
+
+
+def test_some_modules(models: tiny.Models) -> None:
+    adapter = started(models.base("llama"), target_modules=("q_proj", "layers.1.mlp.up_proj"))
+    assert set(adapter.weights) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    }
+
+
+def test_same_from_the_same_hollow_copy(models: tiny.Models) -> None:
+    """Making one leaves nothing behind for the next, and nothing in the random state."""
+    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
+    modules = [type(module) for module in hollow.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    made = [
+        initial_adapter(hollow, lora_config(tiny.hyperparameters(lora_r=r), base_path="somewhere"), seed=seed)
+        for r, seed in ((4, 0), (8, 1), (4, 0))
+    ]
+    assert torch.equal(torch.rand(3), expected)
+    assert [type(module) for module in hollow.modules()] == modules
+    assert_equal(made[2].weights, dict(made[0].weights))
+    assert not torch.equal(
+        made[0].weights["model.layers.0.mlp.up_proj"][0], made[1].weights["model.layers.0.mlp.up_proj"][0][:4]
+    )
+
+
+def test_hollow_copy_takes_no_memory(models: tiny.Models) -> None:
+    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in hollow.parameters()
+        if not p.is_meta
+    }
+    assert sum(held.values()) < 1000
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [("nothing",), ("input_layernorm",), ("embed_tokens",), ("lm_head",), ("q_proj", "lm_head")],
+)
+def test_what_cannot_be_adapted_is_refused(models: tiny.Models, targets: tuple[str, ...]) -> None:
+    """The head, too: its output is not computed for all tokens, so an adapter there would never learn."""
+    base = models.base("llama")
+    hollow = hollow_copy(base, base_path="somewhere")
+    config = lora_config(tiny.hyperparameters(target_modules=targets), base_path="somewhere")
+    with pytest.raises(ModelError, match=r"^hyperparameters\.target_modules: "):
+        initial_adapter(hollow, config, seed=0)
+
+
+def test_dora_is_refused() -> None:
+    with pytest.raises(ModelError, match="use_dora"):
+        lora_config(tiny.hyperparameters(use_dora=True), base_path="somewhere")
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 16), (True, 8 / 4)])
+def test_scale(models: tiny.Models, rslora: bool, scale: float) -> None:
+    assert started(models.base("llama"), lora_r=16, lora_alpha=8.0, use_rslora=rslora).scale == scale
+
+
+def test_largest_adapter(models: tiny.Models) -> None:
+    """From the configuration alone: the widest targets at the largest rank."""
+    space = {
+        "lora_r": Range(2, 6, integer=True),
+        "target_modules": Choices((("q_proj",), "all-linear", ("v_proj",))),
+        "learning_rate": Fixed(1e-4),
+    }
+    adapter = started(models.base("llama"), lora_r=6)
+    size = sum(a.numel() + b.numel() for a, b in adapter.weights.values())
+    assert largest_adapter(tiny.model_spec(models.path("llama")), space) == size
+
+
+def test_targeted_modules_are_those_of_any_trial(models: tiny.Models) -> None:
+    hollow = hollow_copy(models.base("gpt2"), base_path="somewhere")
+    space = {"target_modules": Choices((("c_attn",), ("h.0.mlp.c_fc",)))}
+    assert targeted_modules(hollow, space) == {
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.attn.c_attn",
+        "transformer.h.0.mlp.c_fc",
+    }

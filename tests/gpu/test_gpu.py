@@ -1,0 +1,54 @@
+"""What only a CUDA GPU can show: the same promises with its kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training.driving import assert_lost_in_rounding, assignment, curve, ended, run_loop, workplace
+from tuner.adapters import Base, load_base
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA GPU: torch.cuda.is_available() is False"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "llama", tiny.config("llama", **tiny.WIDE))
+
+
+def on_gpu(path: Path, dtype: str, quantization: str = "none") -> Base:
+    spec = tiny.model_spec(path, dtype=dtype, quantization=quantization)
+    return load_base(spec, device="cuda:0", max_length=tiny.MAX_LENGTH)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_packed_is_the_trial_alone(path: Path, quantization: str) -> None:
+    """In bfloat16, within a tolerance that is measured: what bfloat16 itself changes."""
+    rounded, exact = (on_gpu(path, dtype, quantization) for dtype in ("bfloat16", "float32"))
+    assert_lost_in_rounding(rounded, exact)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_loop(path: Path, tmp_path: Path, optimizer: str) -> None:
+    """A stopped trial goes on from its checkpoint, with its moments back on the GPU."""
+    trial = tiny.hyperparameters(optimizer=optimizer, lora_r=32, learning_rate=1e-3, lora_dropout=0.1)
+    base = on_gpu(path, "bfloat16")
+    first = assignment(tmp_path, hyperparameters=trial)
+    with workplace(base, [trial]) as place:
+        stopped = run_loop(place, [first], stop_at_tick=5)
+        assert ended(stopped).outcome == "stopped"
+        last = tmp_path / "trial-0000" / "last" / f"step-{ended(stopped).step:06d}.a1"
+        again = run_loop(
+            place, [assignment(tmp_path, hyperparameters=trial, attempt=2, resume_from=str(last))]
+        )
+    assert ended(again).outcome == "complete"
+    assert [evaluation.step for evaluation in curve(again)] == [0, 3, 6, 9, 10]
+    assert curve(again)[-1].eval_loss < curve(again)[0].eval_loss

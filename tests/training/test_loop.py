@@ -1,0 +1,301 @@
+"""The loop as its parent sees it: events, losses over whole updates, wild trials, too little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import tiny
+from tests.training.driving import (
+    EVALUATION,
+    TRAIN,
+    Entry,
+    assignment,
+    begin,
+    curve,
+    drive,
+    ended,
+    loss_difference,
+    run_loop,
+    solo,
+    started,
+    update_difference,
+    workplace,
+)
+from tuner.adapters import Base
+from tuner.data import batch_rows
+from tuner.records import Ended, Evaluated, Evaluation, Progressed, Saved, Started
+from tuner.training.loop import Workplace, example_nll, forward_backward
+from tuner.training.trial_run import MAX_BAD_UPDATES
+
+TOLERANCE = 1e-4
+
+
+class TestEvents:
+    def test_of_one_trial(self, models: tiny.Models, tmp_path: Path) -> None:
+        assigned = assignment(tmp_path)
+        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
+            events = run_loop(place, [assigned])
+        assert isinstance(events[0], Started)
+        assert events[-1] == Ended("round1", 0, 1, 10, "complete")
+        assert [evaluation.step for evaluation in curve(events)] == [0, 3, 6, 9, 10]
+        for place_, event in enumerate(events):  # file before fact: what an evaluation leaves is on disk
+            if isinstance(event, Evaluated):
+                before = [e for e in events[:place_] if isinstance(e, Saved)]
+                assert any(e.checkpoint.step == event.evaluation.step for e in before)
+
+    def test_evaluation_is_sums_over_targets(self, models: tiny.Models, tmp_path: Path) -> None:
+        assigned = assignment(tmp_path, max_train_steps=4)
+        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
+            events = run_loop(place, [assigned])
+        for evaluation in curve(events):
+            assert evaluation.example_tokens == tuple(EVALUATION.num_targets)
+            loss = sum(evaluation.example_nll) / sum(evaluation.example_tokens)
+            assert evaluation.eval_loss == pytest.approx(loss, rel=1e-12)
+
+    def test_train_loss_and_rate_since_the_evaluation_before(
+        self, models: tiny.Models, tmp_path: Path
+    ) -> None:
+        trial = tiny.hyperparameters(warmup_steps=4, max_grad_norm=1e-3, batch_size=3)
+        assigned = assignment(tmp_path, hyperparameters=trial)
+        with workplace(models.base("llama"), [trial]) as place:
+            events = run_loop(place, [assigned])
+        trained = solo(models.base("llama"), trial, max_train_steps=10)
+        targets = [
+            sum(TRAIN.num_targets[list(batch_rows(len(TRAIN), batch_size=3, seed=0, step=step))])
+            for step in range(1, 11)
+        ]
+        first, *others = curve(events)
+        assert (first.train_loss, first.learning_rate, first.clipped_updates) == (None, None, 0)
+        begun = 0
+        for evaluation in others:
+            part = slice(begun, evaluation.step)
+            nll = sum(loss * n for loss, n in zip(trained.losses[part], targets[part], strict=True))
+            assert evaluation.train_loss == pytest.approx(nll / sum(targets[part]), rel=1e-6)
+            assert evaluation.learning_rate == pytest.approx(1e-2 * min(1.0, (evaluation.step - 1) / 4))
+            assert evaluation.clipped_updates == evaluation.step - begun
+            begun = evaluation.step
+
+    def test_signs_of_life_are_each_trials_own(self, models: tiny.Models, tmp_path: Path) -> None:
+        trials = [tiny.hyperparameters(training_seed=seed) for seed in range(2)]
+        assigned = [assignment(tmp_path, n, hyperparameters=trial) for n, trial in enumerate(trials)]
+        with workplace(models.base("llama"), trials, slots=2) as place:
+            events = run_loop(place, assigned)
+        for number, trial in enumerate(trials):
+            said = [event for event in events if isinstance(event, Progressed) and event.trial == number]
+            losses = solo(models.base("llama"), trial, max_train_steps=10).losses
+            assert said
+            assert all(e.train_loss == pytest.approx(losses[e.step - 1], rel=TOLERANCE) for e in said)
+
+    def test_known_base_is_not_measured_again(self, models: tiny.Models, tmp_path: Path) -> None:
+        assigned = assignment(tmp_path, max_train_steps=1)
+        told = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
+        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
+            place.base_evaluation = told
+            events = run_loop(place, [assigned])
+        assert curve(events)[0] == told
+
+    def test_slots_are_refilled(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Seven trials of different lengths through three slots: each curve as it is alone."""
+        trials = [tiny.hyperparameters(training_seed=n, lora_r=1 + n, batch_size=1 + n % 3) for n in range(7)]
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, max_train_steps=3 + n % 4)
+            for n, trial in enumerate(trials)
+        ]
+        with workplace(models.base("llama"), trials, slots=3) as place:
+            events = run_loop(place, assigned)
+        for number, one in enumerate(assigned):
+            with workplace(models.base("llama"), [one.hyperparameters]) as place:
+                alone = run_loop(place, [replace(one, directory=one.directory + "-alone")])
+            assert ended(events, number).outcome == "complete"
+            assert [e.step for e in curve(events, number)] == [e.step for e in curve(alone, number)]
+            for together, solitary in zip(curve(events, number), curve(alone, number), strict=True):
+                assert together.eval_loss == pytest.approx(solitary.eval_loss, rel=TOLERANCE)
+                assert together.example_nll == pytest.approx(solitary.example_nll, rel=TOLERANCE)
+
+
+class TestWildTrials:
+    @pytest.mark.parametrize("targets", ["all-linear", ("q_proj",), ("v_proj",), ("down_proj",)])
+    def test_infeasible_in_a_few_steps(
+        self, models: tiny.Models, tmp_path: Path, targets: str | tuple[str, ...]
+    ) -> None:
+        """Beside sane ones, which end complete; where a norm layer hides the overflow, too."""
+        wild = tiny.hyperparameters(learning_rate=1e30, target_modules=targets)
+        trials = [tiny.hyperparameters(training_seed=1), wild, tiny.hyperparameters(training_seed=2)]
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, evaluate_every=5) for n, trial in enumerate(trials)
+        ]
+        with workplace(models.base("llama"), trials, slots=3) as place:
+            events = run_loop(place, assigned)
+        assert [ended(events, n).outcome for n in range(3)] == ["complete", "infeasible", "complete"]
+        assert ended(events, 1).step <= 1 + MAX_BAD_UPDATES
+        assert "gradient" in str(ended(events, 1).reason)
+        for number in (0, 2):
+            alone = solo(models.base("llama"), trials[number], max_train_steps=10)
+            last = curve(events, number)[-1].train_loss
+            assert last == pytest.approx(_last_five(alone.losses, trials[number]), rel=TOLERANCE)
+
+    def test_evaluation_that_is_not_finite(self, models: tiny.Models, tmp_path: Path) -> None:
+        wild = tiny.hyperparameters(learning_rate=1e30)
+        assigned = assignment(tmp_path, hyperparameters=wild, evaluate_every=2)
+        with workplace(models.base("llama"), [wild]) as place:
+            events = run_loop(place, [assigned])
+        assert ended(events).outcome == "infeasible"
+        assert "evaluation loss is nan at step 2" in str(ended(events).reason)
+        assert curve(events)[-1].step == 2
+
+
+class TestAccumulation:
+    @given(data=st.data())
+    @settings(
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    def test_cutting_changes_no_gradient(self, models: tiny.Models, data: st.DataObject) -> None:
+        """However an update is cut, by tokens or by rows of a pass: its loss is that of the whole batch."""
+        trials = [
+            tiny.hyperparameters(batch_size=data.draw(st.integers(1, 9)), lora_dropout=rate, training_seed=n)
+            for n, rate in enumerate(data.draw(st.lists(st.sampled_from([0.0, 0.4]), min_size=1, max_size=3)))
+        ]
+        micro_tokens, pass_rows = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 12))
+        with workplace(models.base("llama"), trials, slots=len(trials)) as place:
+            whole = one_update(place, trials)
+            place.micro_tokens, place.pass_rows = micro_tokens, pass_rows
+            cut = one_update(place, trials)
+        for (loss, gradient), (expected_loss, expected) in zip(cut, whole, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-6)
+            assert float((gradient - expected).norm()) < 1e-5 * float(expected.norm())
+
+    def test_loss_is_over_target_tokens(self, models: tiny.Models) -> None:
+        """Not a mean of means: a batch of a long and a short row, by hand."""
+        trial = tiny.hyperparameters(batch_size=2)
+        (loss,) = solo(models.base("llama"), trial, max_train_steps=1, micro_tokens=1).losses
+        chosen = [TRAIN[row] for row in batch_rows(len(TRAIN), batch_size=2, seed=0, step=1)]
+        nll = []
+        for example in chosen:
+            ids = torch.from_numpy(example.input_ids).long()
+            with torch.no_grad():
+                logits = models.base("llama").model(input_ids=ids[None]).logits[0, :-1]
+            of_tokens = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            nll.append(of_tokens[torch.from_numpy(example.is_target[1:])])
+        assert len(nll[0]) != len(nll[1])
+        assert loss == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
+
+
+@dataclass
+class SmallBase(Base):
+    """A base with room for so much in a pass, as a small GPU has."""
+
+    has_room: Callable[[Tensor], bool] = lambda ids: True
+    refused: int = 0
+    largest_pass: int = 0
+
+    def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if not self.has_room(input_ids):
+            self.refused += 1
+            raise torch.OutOfMemoryError("artificial limit")
+        self.largest_pass = max(self.largest_pass, input_ids.shape[0])
+        return super().token_nll(input_ids, rows, columns)
+
+
+def with_room_for(base: Base, has_room: Callable[[Tensor], bool]) -> SmallBase:
+    return SmallBase(base.model, base.dtype, base.head_is_linear, has_room)
+
+
+class TestOutOfMemory:
+    TRIALS = tuple(
+        tiny.hyperparameters(training_seed=n, batch_size=size, lora_dropout=0.2)
+        for n, size in enumerate((7, 2, 4))
+    )
+
+    @pytest.mark.parametrize("rows", [1, 2, 5])
+    def test_training_is_as_with_room(self, models: tiny.Models, rows: int) -> None:
+        base = models.base("llama")
+        small = with_room_for(base, lambda ids: ids.shape[0] <= rows)
+        entries = [Entry(n, n) for n in range(3)]
+        with workplace(small, self.TRIALS, slots=3) as place:
+            tight = drive(place, self.TRIALS, entries, max_train_steps=8)
+            assert place.pass_rows <= rows
+        assert 0 < small.refused <= 3  # the limit is found once, not at every step
+        for number, trial in enumerate(self.TRIALS):
+            alone = solo(base, trial, max_train_steps=8)
+            assert loss_difference(tight[number], alone) < TOLERANCE
+            assert update_difference(tight[number], alone) < TOLERANCE
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_evaluation_is_as_with_room(self, models: tiny.Models, rows: int) -> None:
+        """One row an adapter, and one adapter at a time, when there is no room for more."""
+        base = models.base("llama")
+        small = with_room_for(base, lambda ids: ids.shape[0] <= rows)
+        found = []
+        for one in (base, small):
+            with workplace(one, self.TRIALS, slots=3) as place:
+                drive(place, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=3)
+                found.append(example_nll(place, (0, 2, 1)))
+        assert small.largest_pass == rows
+        assert torch.tensor(found[1]) == pytest.approx(torch.tensor(found[0]), rel=TOLERANCE)
+        assert found[0][0] != found[0][1]
+
+    def test_a_row_that_never_fits(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Its trial is infeasible and says why; a neighbour that does not meet the row goes on."""
+        order = [batch_rows(len(TRAIN), batch_size=1, seed=seed, step=2)[0] for seed in range(20)]
+        lengths = TRAIN.num_tokens[order]
+        meets, other = int(lengths.argmax()), int(lengths.argmin())
+        trials = [tiny.hyperparameters(batch_size=1, training_seed=seed) for seed in (meets, other)]
+        limit = int(lengths.max())
+        small = with_room_for(
+            models.base("llama"), lambda ids: not torch.is_grad_enabled() or ids.shape[1] < limit
+        )
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, max_train_steps=2)
+            for n, trial in enumerate(trials)
+        ]
+        with workplace(small, trials, slots=2) as place:
+            events = run_loop(place, assigned)
+        assert ended(events, 0) == Ended(
+            "round1", 0, 1, 1, "infeasible", "out of memory alone at micro-batch 1"
+        )
+        assert ended(events, 1).outcome == "complete"
+        assert started(events, 1).step == 0
+
+
+def one_update(place: Workplace, trials: Sequence[dict[str, object]]) -> list[tuple[float, Tensor]]:
+    """Train loss and gradients of every trial's first update, before its optimizer steps."""
+    runs = {slot: begin(place, slot, trial, max_train_steps=9) for slot, trial in enumerate(trials)}
+    generator = torch.Generator().manual_seed(0)
+    for slot, run in runs.items():
+        for _, b in run.optimizer.weights.values():
+            b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+        place.pack.load(slot, run.optimizer.weights)
+        run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
+    while any(run.micro_batches for run in runs.values()):
+        tick = {slot: run.micro_batches.popleft() for slot, run in runs.items() if run.micro_batches}
+        forward_backward(place, runs, tick)
+    gradients = [
+        torch.cat([g.clone().reshape(-1) for pair in run.optimizer.gradients.values() for g in pair])
+        for run in runs.values()
+    ]
+    return [(run.finish_update(), gradient) for run, gradient in zip(runs.values(), gradients, strict=True)]
+
+
+def _last_five(losses: Sequence[float], trial: dict[str, object]) -> float:
+    """Loss per target of updates 6 to 10."""
+    targets = [
+        int(
+            TRAIN.num_targets[
+                list(batch_rows(len(TRAIN), batch_size=4, seed=trial["training_seed"], step=s))
+            ].sum()
+        )
+        for s in range(6, 11)
+    ]
+    return sum(loss * n for loss, n in zip(losses[5:], targets, strict=True)) / sum(targets)

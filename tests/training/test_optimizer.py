@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import tiny
+from tuner.records import Value
+from tuner.training.optimizer import TrialOptimizer
+
+CPU = torch.device("cpu")
+START = {
+    "layer.b": (torch.arange(6.0).reshape(2, 3), torch.ones(4, 2)),
+    "layer.a": (torch.ones(2, 5), torch.zeros(3, 2)),
+}
+
+
+def made(**changes: Value) -> TrialOptimizer:
+    return TrialOptimizer(START, tiny.hyperparameters(**changes), device=CPU)
+
+
+def fill(optimizer: TrialOptimizer, value: float) -> None:
+    for pair in optimizer.gradients.values():
+        for gradient in pair:
+            gradient.fill_(value)
+
+
+def flat(optimizer: TrialOptimizer) -> torch.Tensor:
+    return torch.cat([weight.reshape(-1) for pair in optimizer.weights.values() for weight in pair])
+
+
+def test_starts_at_the_adapter_and_leaves_it_alone() -> None:
+    optimizer = made()
+    for name, (a, b) in START.items():
+        assert torch.equal(optimizer.weights[name][0], a)
+        assert torch.equal(optimizer.weights[name][1], b)
+    fill(optimizer, 1.0)
+    optimizer.step(1.0)
+    assert torch.equal(START["layer.a"][0], torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_gradient_that_is_not_finite_moves_nothing(kind: str, bad: float) -> None:
+    """1e30 is finite, but its norm is not."""
+    optimizer = made(optimizer=kind, weight_decay=0.5)
+    fill(optimizer, 1.0)
+    optimizer.step(1.0)
+    before, state = flat(optimizer), optimizer.state()
+    optimizer.gradients["layer.a"][0][0, 0] = bad
+    _, norm, clipped = optimizer.step(1.0)
+    assert not math.isfinite(norm)
+    assert not clipped
+    assert torch.equal(flat(optimizer), before)
+    assert all(torch.equal(optimizer.state()[key], value) for key, value in state.items())
+
+
+@given(limit=st.floats(0.01, 100), scale=st.floats(0.01, 100))
+def test_clips_as_torch_does(limit: float, scale: float) -> None:
+    optimizer = made(max_grad_norm=limit)
+    reference = [torch.nn.Parameter(w.clone()) for pair in optimizer.weights.values() for w in pair]
+    for parameter in reference:
+        parameter.grad = torch.full_like(parameter, scale)
+    fill(optimizer, scale)
+    expected = float(torch.nn.utils.clip_grad_norm_(reference, limit))
+    _, norm, clipped = optimizer.step(1.0)
+    assert norm == pytest.approx(expected)
+    assert clipped == (norm > limit)
+    mine = [gradient for pair in optimizer.gradients.values() for gradient in pair]
+    for gradient, parameter in zip(mine, reference, strict=True):
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-5)
+
+
+def test_no_clipping_at_zero() -> None:
+    optimizer = made(max_grad_norm=0.0)
+    fill(optimizer, 1e6)
+    assert optimizer.step(1.0)[2] is False
+    assert float(optimizer.gradients["layer.a"][0].max()) == 1e6
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_rates_of_a_and_b(kind: str) -> None:
+    """AdamW's first update is the rate itself: LoRA+ gives B its own."""
+    optimizer = made(optimizer=kind, learning_rate=0.01, loraplus_ratio=8.0)
+    fill(optimizer, 1.0)
+    rate, _, _ = optimizer.step(0.5)
+    assert rate == pytest.approx(0.005)
+    for name, (a, b) in START.items():
+        assert torch.allclose(optimizer.weights[name][0], a - 0.005, atol=1e-6)
+        assert torch.allclose(optimizer.weights[name][1], b - 0.04, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_state_does_not_depend_on_the_order_of_modules(kind: str) -> None:
+    """A checkpoint's file has an order of its own."""
+    one = made(optimizer=kind)
+    other = TrialOptimizer(dict(reversed(START.items())), tiny.hyperparameters(optimizer=kind), device=CPU)
+    for optimizer in (one, other):
+        for name, pair in optimizer.gradients.items():
+            for number, gradient in enumerate(pair):
+                gradient.fill_(len(name) + number + float(name == "layer.b"))
+        optimizer.step(1.0)
+    assert one.state().keys() == other.state().keys()
+    assert all(torch.equal(other.state()[key], value) for key, value in one.state().items())
