@@ -39,6 +39,25 @@ def test_mistakes_in_the_file(
     assert files(tmp_path) == {"round1.yaml"}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study", "run"],
+        ["study", "sweep", "x"],
+        ["study", "status", "--foo"],
+        ["-C", "nowhere", "study", "status"],
+        ["study", "run", "round1.yaml", "--for", "soon"],
+        ["study", "run", "round1.yaml", "--slots", "0"],
+        ["study", "promote", "--to", "round2", "--decay", "most"],
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    message = capsys.readouterr().err
+    assert message
+    assert "Traceback" not in message
+
+
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["study", "run", str(tmp_path / "round9.yaml")]) == 2
     assert "round9.yaml" in capsys.readouterr().err

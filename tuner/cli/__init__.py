@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from tuner.cli import study_verbs, trial_verbs
-from tuner.errors import TunerError
+from tuner.errors import InputError, TunerError
+
+_UsageError: Any = typer.BadParameter.__mro__[2]
+"""What Typer raises for a wrong command line: of Click, or of its own copy of it."""
 
 app = typer.Typer(
     name="tuner",
@@ -48,7 +50,7 @@ def _root(
         try:
             os.chdir(directory)
         except OSError as error:
-            raise click.UsageError(f"-C {directory}: {error.strerror}") from error
+            raise InputError(f"-C {directory}: {error.strerror}") from error
 
 
 def main() -> None:
@@ -63,10 +65,10 @@ def run(arguments: list[str]) -> int:
     except TunerError as error:
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        return int(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         return 130
     return code if isinstance(code, int) else 0

@@ -20,7 +20,7 @@ from tuner.study.checking import planned_round
 def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> bool:
     """Print the plan, or every mistake; returns whether the round can be run."""
     try:
-        plan, remarks = _plan(path, show=show, probe=probe)
+        plan, remarks = _plan(path, show=0 if as_json else show, probe=probe)
     except InputError as error:
         if not as_json:
             raise

@@ -13,7 +13,7 @@ from types import FrameType
 import click
 from rich.console import Console
 
-from tuner.errors import Interrupted
+from tuner.errors import InputError, Interrupted
 from tuner.records import Evaluation, searched, to_json
 from tuner.report import open_view
 from tuner.spec import load_round
@@ -73,23 +73,19 @@ def run_file(path: Path, *, duration: str | None, slots: str | None) -> None:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises BadParameter."""
+    """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises InputError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
-        raise click.BadParameter(
-            f"{text!r}: expects a time such as 90s, 30m, 2h or 1h30m", param_hint="--for"
-        )
+        raise InputError(f"--for {text!r}: expects a time such as 90s, 30m, 2h or 1h30m")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def parse_slots(text: str) -> int | str:
-    """A number of slots, or auto. Raises BadParameter."""
+    """A number of slots, or auto. Raises InputError."""
     if text == "auto":
         return text
     if not text.isdigit() or int(text) < 1:
-        raise click.BadParameter(
-            f"{text!r}: expects auto or a whole number of at least 1", param_hint="--slots"
-        )
+        raise InputError(f"--slots {text!r}: expects auto or a whole number of at least 1")
     return int(text)
 
 

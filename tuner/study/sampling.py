@@ -24,6 +24,7 @@ from optuna.distributions import (
 from scipy.stats import qmc
 
 from tuner.playbook import best_evaluation, settled_step
+from tuner.playbook.search import startup_trials
 from tuner.records import (
     Choices,
     Evaluation,
@@ -129,10 +130,10 @@ class Advisor:
         seed = (self._search.seed * 1_000_003 + num_trials) % 2**32
         match self._search.sampler:
             case "tpe":
-                startup = max(len(self._search.enqueue), min(10, self._search.trials // 3), 1)
+                startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
                 return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
             case "gp":
-                startup = max(len(self._search.enqueue), min(10, self._search.trials // 3), 1)
+                startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
             case _:
                 return optuna.samplers.RandomSampler(seed=seed)
