@@ -1,5 +1,6 @@
 # make quickstart   install, then a whole study: two rounds and a promotion
 # make check test   what has to be green before a change lands
+# make smollm2 ROWS=alpaca.json   model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make fix          format and repair what can be repaired
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ quickstart: setup
 	$(TUNER) -C studies/quickstart trial show best
 
 smollm2: setup
-	$(BIN)/python studies/alpaca-smollm2/prepare.py
+	$(BIN)/python studies/alpaca-smollm2/prepare.py $(if $(ROWS),--rows '$(ROWS)')
 
 check: setup
 	$(BIN)/ruff check

@@ -2,7 +2,7 @@
 
     python studies/quickstart/pretrain.py         # eight minutes on one core
 
-A byte-level BPE tokenizer and a Llama of one million parameters learn the texts of valley.py. One thread
+A byte-level BPE tokenizer and a Llama of 0.7 million parameters learn the texts of valley.py. One thread
 and fixed seeds: the same versions on the same kind of processor make the same files.
 """
 
@@ -67,7 +67,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of one million parameters."""
+    """An untrained Llama of 0.7 million parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(

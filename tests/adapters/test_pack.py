@@ -151,6 +151,7 @@ def test_untouched_base(models: tiny.Models) -> None:
         empty, used = nll.detach().chunk(2)
         assert torch.allclose(empty, expected, rtol=1e-5)
         assert not torch.allclose(used, expected, rtol=1e-3)
+        assert torch.equal(base.token_nll(batch.input_ids, batch.rows, batch.columns), expected)
 
 
 def test_close_gives_the_base_its_layers_back(models: tiny.Models) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import tiny
@@ -175,6 +175,8 @@ CONTENTS = st.dictionaries(NAMES, st.binary(max_size=4), max_size=3)
 
 
 @given(one=CONTENTS, other=CONTENTS)
+@example(one={"a": b"x"}, other={"b": b"x"})
+@example(one={"a": b"x", "b": b"y"}, other={"b": b"x", "a": b"y"})
 def test_digest_is_of_names_and_contents(
     tmp_path_factory: pytest.TempPathFactory, one: dict[str, bytes], other: dict[str, bytes]
 ) -> None:

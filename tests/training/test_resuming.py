@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,25 @@ class TestAnyStop:
         assert one.step == other.step == 10
         assert one.counters == other.counters
         assert_equal_weights(dict(one.optimizer), dict(other.optimizer))
+
+
+def test_best_adapter_before_the_stop_is_kept(models: tiny.Models, tmp_path: Path) -> None:
+    """Of a trial that gets no better after the stop: its best adapter comes out of the checkpoint."""
+    trial = tiny.hyperparameters(training_seed=1, lora_dropout=0.2)
+    undisturbed = assignment(tmp_path / "a", hyperparameters=trial, evaluate_every=2)
+    expected = run(models.base("llama"), undisturbed)
+    best = min(curve(expected), key=lambda evaluation: evaluation.eval_loss)
+    assigned = replace(undisturbed, directory=str(tmp_path / "b" / "trial-0000"))
+    for tick in range(12, 30):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        stopped = run(models.base("llama"), assigned, stop_at_tick=tick)
+        if ended(stopped).step > best.step:
+            break
+    going_on = resumed_from(stopped, assigned, CheckpointKind.LAST)
+    shutil.rmtree(tmp_path / "b" / "trial-0000" / "best-steps")
+    assert curve(run(models.base("llama"), going_on)) == curve(expected)
+    assert best.step < ended(stopped).step < 10
+    assert_equal_weights(best_weights(going_on), best_weights(undisturbed))
 
 
 class TestTrunk:

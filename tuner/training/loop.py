@@ -210,7 +210,7 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
             if rows == 1:
                 runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
                 continue
-            place.pass_rows = min(place.pass_rows, max(1, rows // 2))
+            place.pass_rows = max(1, rows // 2)
             _log.warning("out of memory with %d rows in a pass: going on with %d", rows, place.pass_rows)
             waiting = [part for whole in (group, *waiting) for part in _groups(whole, place.pass_rows)]
             continue
