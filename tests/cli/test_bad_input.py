@@ -25,6 +25,7 @@ def files(directory: Path) -> set[str]:
         ({"decay_steps": 8}, ["decay_steps", "warmup_steps"]),
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
+        ({"lora_r": "[2, 4]\n  use_dora: [false, true]"}, ["use_dora", "plain LoRA"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
     ],
 )

@@ -97,7 +97,7 @@ def test_conflicts(pairs, line, key, message):
     ],
 )
 def test_what_just_fits(pairs):
-    spec_of(changed(*pairs))
+    assert spec_of(changed(*pairs)).round == "round1"
 
 
 def test_a_point_is_not_blamed_for_a_dimension_that_is_wrong():

@@ -15,6 +15,7 @@ from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
 from tuner.spec import RoundSpec, load_round
 from tuner.study.checking import planned_round
+from tuner.study.plan import RoundPlan as StudyPlan
 
 
 def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> bool:
@@ -35,7 +36,7 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> bool:
 
 def _plan(path: Path, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
     file = load_round(path)
-    spec = file.spec.absolute(file.directory)
+    spec = StudyPlan(file).absolute
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, file.directory / ".tuner-cache")
     if show:

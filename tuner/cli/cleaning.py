@@ -1,4 +1,4 @@
-"""What `study clean` frees: the `last` checkpoints of trials that have ended, and what crashes left."""
+"""What `study clean` frees: the `last` checkpoints of trials that have ended."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def clean_study(folder: StudyFolder, *, delete: bool) -> None:
                         continue
                     num_bytes = sum(c.size_bytes for c in surplus)
                     freed += num_bytes
-                    click.echo(
-                        f"{record.name}/{trial.number}: {size(num_bytes)} (ended; nothing goes on from there)"
-                    )
+                    click.echo(f"{record.name}/{trial.number}: {size(num_bytes)} (ended)")
                     if delete:
                         paths = tuple(c.path for c in surplus)
                         place.delete(paths)
                         store.record(CheckpointsRemoved(record.name, trial.number, paths))
         finally:
             store.close()
+    click.echo("only a round of the same horizon would go on from these; adapters and trunks stay")
     click.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")

@@ -106,7 +106,7 @@ model: {model}  # or nf4, int8
 data:
   train: {train}  # a file or a Hub id; alpaca, messages, completion or text
   {held_out}
-  test: []  # optional: rows nobody chooses by, scored once for the final trial
+  test: []  # optional: rows nobody chooses by; checked against the others, not scored yet
   max_length: {max_length}  # tokens; longer rows are cut
   loss_on: completion  # or all, to learn the prompts too
 max_train_steps: {horizon}  # of every trial, never searched; {horizon_epochs} of {rows} rows

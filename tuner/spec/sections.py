@@ -107,7 +107,7 @@ class DataSpec(BaseModel):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training rows to hold out instead of `eval`, chosen by a hash of their content."""
     test: list[SourceSpec] = []
-    """Rows nobody chooses by: scored once, for the final trial."""
+    """Rows nobody chooses by: read and checked against the others, not scored in this version."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of a row; longer rows are cut at the end."""
     loss_on: Literal["completion", "all"] = "completion"
