@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(TUNER) -C studies/quickstart study run round1.yaml
-	test -e studies/quickstart/round2.yaml || $(TUNER) -C studies/quickstart study promote --to round2 --max-train-steps 90
+	test -e studies/quickstart/round2.yaml || $(TUNER) -C studies/quickstart study promote --to round2
 	$(TUNER) -C studies/quickstart study run round2.yaml
 	$(TUNER) -C studies/quickstart study report
 	$(TUNER) -C studies/quickstart trial show best

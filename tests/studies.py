@@ -17,7 +17,7 @@ from tuner.spec import RoundFile, load_round
 QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
 
 ROUND = """\
-study: tiny
+study: {study}
 round: round1
 goal: Does it run
 model: {{path: {base}, dtype: float32}}
@@ -47,6 +47,7 @@ storage: {storage}
 def write_round(directory: Path, **changes: Any) -> Path:
     """A round on the quickstart's base, with a few rows."""
     values: dict[str, Any] = {
+        "study": "tiny",
         "base": QUICKSTART / "base",
         "data": QUICKSTART / "data",
         "steps": 8,

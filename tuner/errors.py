@@ -69,6 +69,10 @@ class WorkerError(TunerError):
     """A worker that could not be started or kept dying; the message ends with its log."""
 
 
+class RoundStopped(TunerError):
+    """A round stopped half-way for a reason outside of it, such as a full disk; the same command goes on."""
+
+
 class Interrupted(TunerError):
     """The user stopped the run; what was done is saved."""
 

@@ -123,7 +123,7 @@ def test_gradients_are_autograds_with_the_same_masks(
                 name: (torch.zeros_like(a), torch.zeros_like(b))
                 for name, (a, b) in adapters[n].weights.items()
             }
-            pack.collect(slots[n], sums)
+            pack.collect({slots[n]: sums})
             for name, pair in sums.items():
                 for i, gradient in enumerate(pair):
                     wanted = expected_gradients[f"{name}.{i}"]

@@ -8,12 +8,36 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import MountTmpfs, make_read_only
 from tests.studies import write_round
 from tuner.cli import run
+
+GOOD_ROW = '{"instruction": "Name a river.", "output": "The Ebb."}\n'
+OTHER_ROW = '{"instruction": "Name a hill.", "output": "The Tor."}\n'
 
 
 def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def refused(directory: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command that exits with 2 and leaves the folder as it was."""
+    before = files(directory)
+    assert run(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert files(directory) == before
+    assert said.out == ""
+    assert said.err.count("error:") == 1, said.err
+    assert "Traceback" not in said.err
+    return said.err.partition("error:")[2]
+
+
+def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHER_ROW) -> Path:
+    data = directory / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text(train)
+    (data / "eval.jsonl").write_text(evaluation)
+    return data
 
 
 @pytest.mark.parametrize(
@@ -25,19 +49,27 @@ def files(directory: Path) -> set[str]:
         ({"decay_steps": 8}, ["decay_steps", "warmup_steps"]),
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
-        ({"lora_r": "[2, 4]\n  use_dora: [false, true]"}, ["use_dora", "plain LoRA"]),
+        ({"lora_r": "[2, 4]\n  use_dora: [false, true]"}, ["use_dora"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
     ],
 )
+@pytest.mark.parametrize("verb", ["run", "check"])
 def test_mistakes_in_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, changes: dict[str, Any], words: list[str]
 ) -> None:
     path = write_round(tmp_path, **changes)
-    assert run(["study", "run", str(path)]) == 2
-    message = capsys.readouterr().err
+    message = refused(tmp_path, capsys, "study", verb, str(path))
     assert "round1.yaml:" in message
     assert all(word in message for word in words)
-    assert files(tmp_path) == {"round1.yaml"}
+
+
+def test_an_unknown_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_round(tmp_path)
+    path.write_text(path.read_text().replace("format: alpaca", "format: guanaco", 1))
+    message = refused(tmp_path, capsys, "study", "run", str(path))
+    assert "data.train" in message
+    assert "guanaco" in message
+    assert "alpaca" in message
 
 
 @pytest.mark.parametrize(
@@ -60,53 +92,123 @@ def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixtur
 
 
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["study", "run", str(tmp_path / "round9.yaml")]) == 2
-    assert "round9.yaml" in capsys.readouterr().err
-    assert files(tmp_path) == set()
+    for verb in ("run", "check"):
+        assert "round9.yaml" in refused(tmp_path, capsys, "study", verb, str(tmp_path / "round9.yaml"))
 
 
-def test_a_database_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_round(tmp_path)
+@pytest.mark.parametrize("verb", [["run", "round1.yaml"], ["status"], ["promote", "--to", "r2"], ["clean"]])
+def test_a_database_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_round(tmp_path)
     (tmp_path / "tuner.db").write_text("this is a shopping list\n" * 100)
-    assert run(["study", "run", str(path)]) == 2
-    assert "tuner.db" in capsys.readouterr().err
-    assert files(tmp_path) == {"round1.yaml", "tuner.db"}
+    assert "tuner.db" in refused(tmp_path, capsys, "study", *verb)
+    assert (tmp_path / "tuner.db").read_text().startswith("this is a shopping list")
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("storage", "words"),
+    [("sqlite:///nowhere/tuner.db", "there is no directory"), ("sqlite:///taken/tuner.db", "taken/tuner.db")],
+)
+def test_a_database_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], storage: str, words: str
+) -> None:
+    path = write_round(tmp_path, storage=storage)
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    assert words in refused(tmp_path, capsys, "study", "run", str(path))
+
+
+@pytest.mark.parametrize("directory", ["taken", "taken/runs", "taken/deeper/runs"])
+def test_a_directory_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], directory: str
+) -> None:
+    path = write_round(tmp_path)
+    path.write_text(path.read_text() + f"checkpoints: {{directory: {directory}}}\n")
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    message = refused(tmp_path, capsys, "study", "run", str(path))
+    assert "checkpoints.directory: cannot write in" in message
+    assert f"{tmp_path / 'taken'} is a file" in message
+
+
+def test_a_directory_that_only_reads(
+    tmp_path: Path, small_disk: MountTmpfs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(1)
+    make_read_only(disk)
+    path = write_round(tmp_path)
+    path.write_text(path.read_text() + f"checkpoints: {{directory: {disk}/runs}}\n")
+    message = refused(tmp_path, capsys, "study", "run", str(path))
+    assert f"checkpoints.directory: cannot write in {disk}/runs/round1: Read-only file system" in message
+
+
+def test_a_study_on_a_disk_that_only_reads(
+    small_disk: MountTmpfs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The database cannot be written although the checkpoints could be."""
+    disk = small_disk(32)
+    path = write_round(disk)
+    path.write_text(path.read_text() + f"checkpoints: {{directory: {tmp_path}/runs}}\n")
+    make_read_only(disk)
+    before = files(tmp_path)
+    message = refused(disk, capsys, "study", "run", str(path))
+    assert f"{disk}/tuner.db" in message
+    assert files(tmp_path) == before
+
+
+BAD_DATA = [
+    ({"train": ""}, ["train.jsonl"]),
+    ({"train": '{"question": "?"}\n'}, ["train.jsonl", "instruction", "question"]),
+    ({"train": "{not json\n"}, ["train.jsonl"]),
+    ({"evaluation": ""}, ["eval.jsonl"]),
+    ({"train": GOOD_ROW + OTHER_ROW}, ["eval.jsonl", "train.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("rows", "words"), BAD_DATA)
+def test_data_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: dict[str, str], words: list[str]
+) -> None:
+    path = write_round(tmp_path, data=write_data(tmp_path, **rows))
+    message = refused(tmp_path, capsys, "study", "check", str(path))
+    assert all(word in message for word in words)
+
+
+def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_round(tmp_path, data=write_data(tmp_path, train=""))
+    assert run(["study", "check", str(path), "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ok"], document["plan"]) == (False, None)
+    assert "train.jsonl" in document["errors"][0]["message"]
+
+
+def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_round(tmp_path, base=tmp_path / "no-model")
+    assert "no-model" in refused(tmp_path, capsys, "study", "check", str(path))
+    path = write_round(tmp_path, data=tmp_path / "no-data")
+    assert "no-data/train.jsonl" in refused(tmp_path, capsys, "study", "check", str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "rows", "words"),
     [
-        ("", ["train.jsonl"]),
-        ('{"question": "?"}\n', ["train.jsonl", "instruction", "question"]),
-        ("{not json\n", ["train.jsonl"]),
+        ({}, {"train": ""}, ["train.jsonl"]),
+        ({}, {"train": GOOD_ROW + OTHER_ROW}, ["eval.jsonl", "train.jsonl"]),
+        ({"base": "no-model"}, {}, ["no-model"]),
     ],
 )
-def test_data_that_cannot_be_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, words: list[str]
+def test_what_only_the_worker_sees(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    rows: dict[str, str],
+    words: list[str],
 ) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(rows)
-    (tmp_path / "data" / "eval.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    path = write_round(tmp_path, data=tmp_path / "data")
-    assert run(["study", "check", str(path), "--json"]) == 2
-    out = capsys.readouterr()
-    document = json.loads(out.out)
-    assert document["ok"] is False
-    assert all(word in document["errors"][0]["message"] for word in words)
-
-
-def test_evaluation_rows_among_the_training_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "data").mkdir()
-    row = '{"instruction": "Name a river.", "output": "The Ebb."}\n'
-    (tmp_path / "data" / "train.jsonl").write_text(row + '{"instruction": "a", "output": "b"}\n')
-    (tmp_path / "data" / "eval.jsonl").write_text(row)
-    path = write_round(tmp_path, data=tmp_path / "data")
-    assert run(["study", "run", str(path)]) == 2
-    message = capsys.readouterr().err
-    assert "eval.jsonl" in message
-    assert "train.jsonl" in message
-    assert not (tmp_path / "tuner.db").exists()
-    assert not (tmp_path / "runs" / "round1").exists()
+    """A run has made the checkpoints' directory and the cache by then, and takes them back."""
+    path = write_round(tmp_path, data=write_data(tmp_path, **rows), **changes)
+    message = refused(tmp_path, capsys, "study", "run", str(path))
+    assert all(word in message for word in words)
 
 
 def test_check_accepts_a_good_round_and_records_nothing(

@@ -140,6 +140,13 @@ class TestStudy:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+        assert done.stderr == 'next: tuner trial generate best --prompt "..." --base\n'
+
+    def test_check_of_a_complete_round_names_what_follows(self, study: Path) -> None:
+        followed = tuner("study", "check", "round1.yaml", directory=study)
+        assert followed.stderr.splitlines()[-1] == "next: tuner study status"
+        latest = tuner("study", "check", "round2.yaml", directory=study)
+        assert latest.stderr.splitlines()[-1] == "next: tuner study promote --to round3"
 
     def test_report_writes_one_page(self, study: Path) -> None:
         done = tuner("study", "report", "round1", directory=study)

@@ -70,13 +70,38 @@ LAST = Checkpoint(CheckpointKind.LAST, 30, "trial-0007/last-30-1", size_bytes=7,
 PROMOTION = Promotion(
     "round1", "round2", {"from": "round1", "findings": [{"x": 0.1}]}, "round: round2\n# é\n", 40.0
 )
+HISTORY: list[Fact] = [
+    RoundBegun(ROUND),
+    TrialAsked(TRIAL),
+    STARTED,
+    StepsRun("round1", 7, 1, 20),
+    EvaluationMade("round1", 7, Evaluation(20, 1.0, None, None, 0, (1.0,), (2,))),
+    CheckpointSaved("round1", 7, 1, BEST),
+    CheckpointSaved("round1", 7, 1, LAST),
+    CheckpointsRemoved("round1", 7, (LAST.path,)),
+    ENDED,
+    TrialNoted("round1", 7, "afresh"),
+    AttemptStarted("round1", 7, 2, 20, 25.0),
+    AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
+    COMPLETE,
+    PromotionPlanned(PROMOTION),
+]
+"""One of every fact, each following from those before."""
+
+
+def contents(store: Store) -> object:
+    return store.rounds(), store.trials("round1"), store.promotions()
 
 
 class StoreContract:
-    """Run by every implementation; a subclass gives the fixture `store`: an empty one."""
+    """Run by every implementation.
+
+    A subclass gives the fixtures `store`, an empty one, and `other`, that of another study kept in the same
+    place.
+    """
 
     def test_begins_empty(self, store: Store) -> None:
-        assert (store.rounds(), store.trials("round1"), store.promotions()) == ((), (), ())
+        assert contents(store) == ((), (), ())
 
     def test_recording_nothing_is_allowed(self, store: Store) -> None:
         store.record()
@@ -321,32 +346,49 @@ class StoreContract:
         self, store: Store, fact: Fact, missing: str
     ) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
-        before = store.rounds(), store.trials("round1"), store.promotions()
+        before = contents(store)
         with pytest.raises(FactError, match=f"{missing} is not recorded"):
             store.record(EvaluationMade("round1", 7, Evaluation(0, 1.0)), TrialNoted("round1", 7, "x"), fact)
-        assert (store.rounds(), store.trials("round1"), store.promotions()) == before
+        assert contents(store) == before
 
     def test_saying_everything_again_changes_nothing(self, store: Store) -> None:
-        history: list[Fact] = [
-            RoundBegun(ROUND),
-            TrialAsked(TRIAL),
-            STARTED,
-            StepsRun("round1", 7, 1, 20),
-            EvaluationMade("round1", 7, Evaluation(20, 1.0, None, None, 0, (1.0,), (2,))),
-            CheckpointSaved("round1", 7, 1, BEST),
-            CheckpointSaved("round1", 7, 1, LAST),
-            CheckpointsRemoved("round1", 7, (LAST.path,)),
-            ENDED,
-            TrialNoted("round1", 7, "afresh"),
-            AttemptStarted("round1", 7, 2, 20, 25.0),
-            AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
-            COMPLETE,
-            PromotionPlanned(PROMOTION),
-        ]
-        store.record(*history)
-        before = store.rounds(), store.trials("round1"), store.promotions()
-        for fact in history:
+        store.record(*HISTORY)
+        before = contents(store)
+        for fact in HISTORY:
             store.record(fact)
-            assert (store.rounds(), store.trials("round1"), store.promotions()) == before, fact
-        store.record(*history, *history)
-        assert (store.rounds(), store.trials("round1"), store.promotions()) == before
+            assert contents(store) == before, fact
+        store.record(*HISTORY, *HISTORY)
+        assert contents(store) == before
+
+    def test_a_study_sees_nothing_of_another(self, store: Store, other: Store) -> None:
+        store.record(*HISTORY)
+        assert contents(other) == ((), (), ())
+
+    def test_names_belong_to_one_study(self, store: Store, other: Store) -> None:
+        """The same round and number, with what would be refused within a study."""
+        record = replace(ROUND, max_train_steps=99, spec={"study": "other"}, begun_at=1.0)
+        trial = Trial("round1", 7, {"lora_r": 4})
+        plan = replace(PROMOTION, plan={}, file_text="other")
+        store.record(*HISTORY)
+        before = contents(store)
+        other.record(RoundBegun(record), TrialAsked(trial), PromotionPlanned(plan))
+        assert contents(other) == ((record,), (trial,), (plan,))
+        assert contents(store) == before
+
+    @pytest.mark.parametrize("fact", HISTORY[3:], ids=lambda fact: type(fact).__name__)
+    def test_what_is_said_of_a_trial_concerns_one_study(self, store: Store, other: Store, fact: Fact) -> None:
+        begun = [*HISTORY[:3], CheckpointSaved("round1", 7, 1, LAST)]
+        other.record(*begun)
+        store.record(*begun)
+        before = contents(other)
+        store.record(AttemptStarted("round1", 7, 2, 20, 25.0), fact)
+        assert contents(other) == before
+
+    @pytest.mark.parametrize("fact", HISTORY[1:], ids=lambda fact: type(fact).__name__)
+    def test_what_another_study_recorded_is_not_recorded(
+        self, store: Store, other: Store, fact: Fact
+    ) -> None:
+        store.record(*HISTORY)
+        with pytest.raises(FactError, match="is not recorded"):
+            other.record(fact)
+        assert contents(other) == ((), (), ())

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Assignment, Ended, Evaluated, Event, Ready, Started
+from tuner.records import (
+    Assignment,
+    Checkpoint,
+    CheckpointKind,
+    Ended,
+    Evaluated,
+    Event,
+    Ready,
+    Saved,
+    Started,
+)
 from tuner.workers import Worker
 
 HYPERPARAMETERS = {
@@ -64,6 +77,72 @@ class WorkerContract:
         outcomes = {e.trial: e.outcome for e in seen if isinstance(e, Ended)}
         assert outcomes == {0: "stopped", 1: "complete"}
 
+    def test_keeps_the_trunk_and_a_longer_run_goes_on_from_it(self, worker: Worker, directory: Path) -> None:
+        wait_until_ready(worker)
+        worker.start(replace(assignment(directory, 0), trunk_steps=(3, 4)))
+        first = collect(worker, until=lambda seen: ended(seen) == {0})
+        trunks = [c for c in saved(first) if c.kind == CheckpointKind.TRUNK]
+        assert [trunk.step for trunk in trunks] == [3, 4]
+        assert all((directory / trunk.path).is_dir() for trunk in trunks)
+        assert {c.kind for c in saved(first)} == set(CheckpointKind)
+        going_on = replace(
+            assignment(directory, 1, steps=10),
+            resume_from=str(directory / trunks[1].path),
+            resume_sha256=trunks[1].sha256,
+        )
+        worker.start(going_on)
+        worker.start(assignment(directory, 2, steps=10))
+        both = collect(worker, until=lambda seen: ended(seen) == {1, 2})
+        assert {e.trial: e.step for e in both if isinstance(e, Started)} == {1: 4, 2: 0}
+        assert losses(both, 1) == pytest.approx(losses(both, 2), rel=1e-5)
+        assert list(losses(both, 1)) == list(evaluation_steps(10, 2))
+        assert {e.outcome for e in both if isinstance(e, Ended)} == {"complete"}
+
+    def test_a_stopped_trial_goes_on_from_where_it_was_saved(self, worker: Worker, directory: Path) -> None:
+        wait_until_ready(worker)
+        worker.start(assignment(directory, 0, steps=40))
+        seen = collect(worker, until=lambda events: 2 in losses(events, 0))
+        worker.stop(0)
+        seen += collect(worker, until=lambda events: ended(events) == {0})
+        last = [c for c in saved(seen) if c.kind == CheckpointKind.LAST][-1]
+        stopped = seen[-1]
+        assert isinstance(stopped, Ended)
+        assert last.step == stopped.step > 0
+        again = replace(
+            assignment(directory, 0, steps=40),
+            attempt=2,
+            resume_from=str(directory / last.path),
+            resume_sha256=last.sha256,
+        )
+        worker.start(again)
+        rest = collect(worker, until=lambda events: ended(events) == {0})
+        assert [e.step for e in rest if isinstance(e, Started)] == [last.step]
+        assert list(losses(rest, 0)) == list(evaluation_steps(40, 2))
+        assert losses(rest, 0)[2] == losses(seen, 0)[2]
+
+    def test_a_checkpoint_that_is_gone_fails_the_attempt_and_frees_the_slot(
+        self, worker: Worker, directory: Path
+    ) -> None:
+        wait_until_ready(worker)
+        gone = str(directory / "trial-0000" / "trunk" / "step-000004")
+        worker.start(replace(assignment(directory, 1), resume_from=gone))
+        (last,) = (
+            e for e in collect(worker, until=lambda events: ended(events) == {1}) if isinstance(e, Ended)
+        )
+        assert last.outcome == "failed"
+        assert "gone" in str(last.reason)
+        assert worker.capacity() == 2
+
+    def test_a_trial_that_diverges_is_infeasible_with_a_reason(self, worker: Worker, directory: Path) -> None:
+        wait_until_ready(worker)
+        wild = {**HYPERPARAMETERS, "learning_rate": 1e9}
+        worker.start(replace(assignment(directory, 0, steps=40), hyperparameters=wild))
+        events = collect(worker, until=lambda seen: ended(seen) == {0})
+        last = events[-1]
+        assert isinstance(last, Ended)
+        assert (last.outcome, last.step < 40) == ("infeasible", True)
+        assert last.reason
+
     def test_closing_stops_every_trial_and_leaves_what_was_said(
         self, worker: Worker, directory: Path
     ) -> None:
@@ -97,6 +176,20 @@ def collect(worker: Worker, *, until: object, seconds: float = 120) -> list[Even
         assert time.monotonic() < deadline, f"still waiting after {seconds} s; so far: {events}"
         events += worker.events(0.2)
     return events
+
+
+def losses(events: list[Event], trial: int) -> dict[int, float]:
+    """A trial's evaluation losses by step, in the order in which they were said first."""
+    return {
+        e.evaluation.step: e.evaluation.eval_loss
+        for e in events
+        if isinstance(e, Evaluated) and e.trial == trial
+    }
+
+
+def saved(events: list[Event]) -> list[Checkpoint]:
+    """Checkpoints that were said, in their order."""
+    return [event.checkpoint for event in events if isinstance(event, Saved)]
 
 
 def ended(events: list[Event]) -> set[int]:

@@ -21,8 +21,8 @@ class Builder:
         self.calls += 1
         kept = TokenisedRow(np.array([5, 6, 7], np.int32), np.array([False, False, True]), 9, Fate.TRUNCATED)
         dropped = TokenisedRow(np.zeros(0, np.int32), np.zeros(0, bool), 1, Fate.EMPTY)
-        writer.append(kept, digest=bytes(range(16)), number=3)
-        writer.append(dropped, digest=bytes(16), number=4)
+        writer.append(kept, digest=bytes(range(16)), likeness=bytes(range(1, 17)), number=3)
+        writer.append(dropped, digest=bytes(16), likeness=bytes(16), number=4)
 
 
 def check(table: RowTable) -> None:
@@ -34,6 +34,7 @@ def check(table: RowTable) -> None:
     assert table.fates.tolist() == [Fate.TRUNCATED, Fate.EMPTY]
     assert table.numbers.tolist() == [3, 4]
     assert table.digests.tolist() == [[0x0706050403020100, 0x0F0E0D0C0B0A0908], [0, 0]]
+    assert table.likenesses.tolist() == [[0x0807060504030201, 0x100F0E0D0C0B0A09], [0, 0]]
 
 
 def entry_of(cache: Path) -> Path:
@@ -64,7 +65,7 @@ def test_whatever_file_of_an_entry_is_damaged_it_is_built_again(tmp_path: Path) 
     build = Builder()
     cached_table(tmp_path, {}, build)
     names = sorted(path.name for path in entry_of(tmp_path).iterdir())
-    assert len(names) == 9
+    assert len(names) == 10
     for name in names:
         for damage in ("missing", "shortened", "a bit flipped", "emptied"):
             path = entry_of(tmp_path) / name

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
-from tuner.data import Examples, PreparedData, render_prompt, show_rows
+from tuner.data import Examples, PreparedData, batch_rows, render_prompt, show_rows
+from tuner.data.formats import source_format
+from tuner.data.rows import Recipe, ingredients
+from tuner.data.sources import open_sources
+from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
+from tuner.spec import SourceSpec
 
 PLAIN = tiny.byte_level(bos=True)
 CHAT = tiny.byte_level(chat_template=tiny.CHATML)
@@ -108,6 +116,64 @@ def test_test_rows_must_be_new_too(tmp_path: Path, other: str) -> None:
         name: [tiny.source(tiny.write_jsonl(tmp_path / f"{name}.jsonl", r))] for name, r in sources.items()
     }
     assert f"1 of 2 test rows are {other} rows too" in refusal(tmp_path, rows[:20], **files)
+
+
+LIKE = [
+    ("It is 4, of course.", "  it IS 4,\n of course. "),
+    ("Straße", "STRASSE"),
+    ("caf\u00e9 \ufb01ne", "cafe\u0301 fine"),
+]
+
+
+@pytest.mark.parametrize(("output", "other"), LIKE)
+def test_rows_that_differ_in_form_alone_are_the_same(tmp_path: Path, output: str, other: str) -> None:
+    evaluation = tiny.write_jsonl(tmp_path / "eval.jsonl", [{"instruction": "A", "output": other}])
+    message = refusal(tmp_path, [{"instruction": "a", "output": output}], eval=[tiny.source(evaluation)])
+    assert message.startswith(
+        "1 of 1 eval rows are train rows too, but for case, white space or Unicode form"
+    )
+    assert "allow_overlap: true" in message
+
+
+def test_rows_that_are_equal_and_rows_that_are_alike_are_counted_apart(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(10)
+    held_out = [
+        {**rows[3], "output": rows[3]["output"].upper()},
+        rows[5],
+        {"instruction": "x", "output": "y"},
+    ]
+    evaluation = tiny.write_jsonl(tmp_path / "eval.jsonl", held_out)
+    message = refusal(tmp_path, rows, eval=[tiny.source(evaluation)])
+    assert "2 of 3 eval rows are train rows too (1 of them word for word); the first is " in message
+    assert f"{evaluation}:2, which equals {tmp_path / 'rows.jsonl'}:6." in message
+
+
+def test_an_overlap_that_is_allowed_is_counted(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(20)
+    files = {
+        name: [tiny.source(tiny.write_jsonl(tmp_path / f"{name}.jsonl", held_out))]
+        for name, held_out in (("eval", rows[18:]), ("test", [rows[1], rows[19], rows[18], rows[2]]))
+    }
+    data = prepared(tmp_path, rows[:19], allow_overlap=True, **files)
+    assert (data.report.evaluation.overlap, data.report.test.overlap) == (1, 3)
+    assert [found.split(" rows too")[0] for found in data.report.overlaps] == [
+        "1 of 2 eval rows are train",
+        "3 of 4 test rows are train",
+        "2 of 4 test rows are eval",
+    ]
+    assert (len(data.train), len(data.evaluation), len(data.test)) == (19, 2, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=40, max_size=80), st.floats(0.2, 0.8))
+def test_rows_that_are_alike_fall_on_one_side(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[tuple[int, bool]], share: float
+) -> None:
+    texts = [f"word {number}".upper() if shouts else f"word {number}" for number, shouts in numbers]
+    rows = [{"instruction": "Say.", "output": text} for text in [*texts, *(f"word {n}" for n in range(31))]]
+    data = prepared(tmp_path_factory.mktemp("rows"), rows, eval_fraction=share)
+    train, evaluation = ({text.lower() for text in outputs(part)} for part in (data.train, data.evaluation))
+    assert not train & evaluation
+    assert len(data.train) + len(data.evaluation) == len(rows)
 
 
 def test_a_difference_that_the_template_hides_is_none(tmp_path: Path) -> None:
@@ -223,6 +289,8 @@ def test_whatever_decides_about_tokens_is_in_the_caches_key(tmp_path: Path) -> N
         {"tokenizer": CHAT},
         {"train": [tiny.source(tiny.write_jsonl(tmp_path / "b.jsonl", rows[:-1]))]},
         {"train": [tiny.source(tmp_path / "b.jsonl")]},
+        {"train": [tiny.source(file, columns={"output": "instruction", "instruction": "output"})]},
+        {"train": [tiny.source(file, template="chatml")]},
     ]
     fingerprints = []
     for change in changes:
@@ -234,6 +302,41 @@ def test_whatever_decides_about_tokens_is_in_the_caches_key(tmp_path: Path) -> N
         fingerprints.append(cached.fingerprint)
     assert len(set(fingerprints)) == len(changes) - 1
     assert len(list((tmp_path / "cache").iterdir())) == len(changes) - 1
+
+
+def test_every_key_of_a_source_is_in_the_caches_key(tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(3))
+    lines = {"split_on": "line"}
+    text: list[dict[str, Any]] = [
+        *({}, {"columns": {"text": "output"}}, {"overlap_tokens": 0}, {"overlap_tokens": 2}, lines),
+        *({**lines, "overlap_tokens": 1}, {**lines, "group_records": 2}, {**lines, "group_records": "fill"}),
+        *({"split_on": "blank"}, *({"split_on": "bytes", "record_bytes": n} for n in (98, 99))),
+    ]
+    templates = (None, "alpaca", "chatml", "llama3", "tokenizer")
+    others = [{"format": f, "template": t} for f in ("alpaca", "messages", "sharegpt") for t in templates]
+    recipe = Recipe(Tokeniser(CHAT), "completion", 512, None)
+    keys = []
+    for more in [*({"format": "text", **each} for each in text), *others]:
+        spec = SourceSpec.model_validate({"path": str(file), **more})
+        [source] = open_sources(spec, None, tmp_path)
+        keys.append(json.dumps(ingredients(source, source_format(spec, CHAT), recipe), sort_keys=True))
+    assert len(set(keys)) == len(keys) == 26
+
+
+def test_tables_of_finished_rounds_are_found(tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(3))
+    spec = SourceSpec(path=str(file), format="alpaca")
+    [source] = open_sources(spec, None, tmp_path)
+    recipe = Recipe(Tokeniser(PLAIN), "completion", 512, None)
+    assert ingredients(source, source_format(spec, PLAIN), recipe) == {
+        "version": 1,
+        "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
+        "source": f"_json_lines {hashlib.sha256(file.read_bytes()).hexdigest()}",
+        "format": "alpaca",
+        "tokenizer": recipe.tokeniser.fingerprint,
+        "loss_on": "completion",
+        "max_length": 512,
+    }
 
 
 def test_a_folder_is_read_as_a_data_set_is(tmp_path: Path) -> None:
@@ -252,6 +355,20 @@ def test_a_folder_is_read_as_a_data_set_is(tmp_path: Path) -> None:
     assert outputs(data.test) == [f"It is {n}, of course." for n in range(40, 45)]
     with pytest.raises(DataError, match='Unknown split "valid"'):
         tiny.prepared(PLAIN, train=[tiny.source(folder, split="valid")], eval_fraction=0.2)
+
+
+def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", [{"q": f"a{n}", "a": f"b{n}", "more": n} for n in range(30)])
+    columns = {"prompt": "q", "completion": "a"}
+    data = tiny.prepared(
+        PLAIN,
+        cache=tmp_path / "cache",
+        train=[tiny.source(folder, "completion", columns=columns)],
+        eval_fraction=0.2,
+    )
+    assert sorted(outputs(data.train) + outputs(data.evaluation)) == sorted(f"b{n}" for n in range(30))
 
 
 def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
@@ -277,9 +394,34 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
         tiny.prepared(PLAIN, train=[tiny.source(file, split="train")], eval_fraction=0.5)
 
 
-def test_urls_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="URLs are not read"):
-        tiny.prepared(PLAIN, train=[{"path": "s3://a/b.jsonl", "format": "alpaca"}], eval_fraction=0.5)
+def test_the_data_of_finished_rounds_is_what_it_was(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(60)
+    train = [
+        tiny.source(tiny.write_jsonl(tmp_path / "a.jsonl", rows[:40])),
+        tiny.source(tiny.write_jsonl(tmp_path / "b.jsonl", rows[40:]), weight=1.5),
+    ]
+    data = tiny.prepared(PLAIN, train=train, eval_fraction=0.2)
+    held_out = (2, 14, 16, 17, 18, 22, 25, 26, 32, 33, 35, 39, 45)
+    twice = (42, 49, 51, 58, 59)
+    assert outputs(data.evaluation) == [rows[n]["output"] for n in held_out]
+    kept = [n for n in range(60) if n not in held_out]
+    assert outputs(data.train) == [rows[n]["output"] for n in kept for _ in range(1 + (n in twice))]
+    assert batch_rows(len(data.train), batch_size=8, seed=0, step=1) == (0, 31, 8, 51, 19, 26, 9, 3)
+
+
+def test_the_mix_says_which_share_of_an_epoch_each_source_has(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(70)
+    for n in range(3):
+        tiny.write_jsonl(tmp_path / f"part-{n}.jsonl", rows[n * 10 : n * 10 + 10])
+    whole = str(tmp_path / "part-*.jsonl")
+    other = str(tiny.write_jsonl(tmp_path / "other.jsonl", rows[30:40]))
+    data = tiny.prepared(
+        PLAIN,
+        train=[{"path": whole, "format": "alpaca"}, {"path": other, "format": "alpaca", "weight": 3.0}],
+        eval=[tiny.source(tiny.write_jsonl(tmp_path / "eval.jsonl", rows[40:]))],
+    )
+    assert data.report.mix == pytest.approx({whole: 0.5, other: 0.5})
+    assert outputs(data.train)[:30] == [row["output"] for row in rows[:30]]
 
 
 def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:

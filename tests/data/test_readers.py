@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from tests.data import tiny
 from tuner.data import files, json_list
-from tuner.data.files import DataFile
+from tuner.data.files import DataFile, LocalFile
 from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import has_lines, reader_of
 from tuner.data.segments import Row
@@ -35,7 +35,8 @@ OBJECTS = st.dictionaries(st.sampled_from("abc"), VALUES)
 
 
 def read(path: Path, chosen: RowFormat = ALPACA) -> list[Row]:
-    return list(reader_of(path)(path, chosen))
+    file = LocalFile(path, str(path))
+    return list(reader_of(file)(file, chosen))
 
 
 def refusal(path: Path) -> str:
@@ -86,7 +87,7 @@ def test_every_kind_of_file_gives_the_same_rows(
     rows = read(path)
     assert [row.values for row in rows] == ROWS
     assert [row.number for row in rows] == numbers
-    assert has_lines(path) == lines
+    assert has_lines(LocalFile(path, str(path))) == lines
     between = ":" if lines else ": row "
     assert [row.place for row in rows] == [f"{path}{between}{number}" for number in numbers]
 
@@ -106,7 +107,7 @@ def test_a_json_list_is_read_whatever_the_chunks(
         json.dumps(items, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace"
     )
     expected = json.loads(path.read_text(encoding="utf-8"))
-    with pytest.MonkeyPatch.context() as patch, DataFile(path) as file:
+    with pytest.MonkeyPatch.context() as patch, DataFile(LocalFile(path, str(path))) as file:
         patch.setattr(json_list, "_CHUNK_BYTES", chunk)
         assert list(json_list.json_objects(file)) == expected
 

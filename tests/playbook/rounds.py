@@ -81,12 +81,20 @@ class SyntheticRound:
     """Whether it keeps its distance from every threshold that its diagnosis passes."""
 
 
-def synthetic_round(rng: np.random.Generator) -> SyntheticRound:
-    """A random round of a random kind, at a constant rate or with a linear decay."""
+def synthetic_round(
+    rng: np.random.Generator, *, noise: float | None = None, judged_with: float | None = None
+) -> SyntheticRound:
+    """A random round of a random kind, at a constant rate or with a linear decay.
+
+    `judged_with` is the noise by which the truth is judged, where that is not the round's own: almost
+    none gives the answer that a perfect evaluation would.
+    """
     horizon = int(rng.integers(60, 1200))
     every = max(1, horizon // int(rng.integers(16, 41)))
     steps = evaluation_grid(horizon, every)
-    noise = float(rng.uniform(0.006, 0.012)) if rng.random() < 0.12 else 0.001
+    if noise is None:
+        noise = float(rng.uniform(0.006, 0.04)) if rng.random() < 0.15 else 0.001
+    judged_with = judged_with or noise
     family = _FAMILIES[int(rng.integers(len(_FAMILIES)))](rng, horizon)
     decay = int(horizon * float(rng.choice([0.0, 0.2, 0.4])))
     schedule = {"schedule": "linear" if decay else "constant", "decay_steps": decay}
@@ -109,8 +117,8 @@ def synthetic_round(rng: np.random.Generator) -> SyntheticRound:
         workload="w",
     )
     leading = curves[: max(5, math.ceil(count / 4))]
-    truth, is_clear = _truth(leading, np.array(steps, dtype=np.float64), noise)
-    true_horizon = _true_horizon(truth, leading[0], steps, noise)
+    truth, is_clear = _truth(leading, np.array(steps, dtype=np.float64), judged_with)
+    true_horizon = _true_horizon(truth, leading[0], steps, judged_with)
     if true_horizon is not None:
         true_horizon = min(max(true_horizon, decay + every), 3 * horizon, production or math.inf)
     return SyntheticRound(results, truth, true_horizon, is_clear)
@@ -218,13 +226,13 @@ def _truth(leading: list[Curve], steps: np.ndarray, noise: float) -> tuple[Diagn
     clear &= not _near(rise, 2 * noise)
     if rise > 2 * noise:
         return Diagnosis.OVERFITTING, clear
-    clear &= not _near(2 * noise, 0.01)
-    if 2 * noise > 0.01:
-        return Diagnosis.UNDETERMINED, clear
     gain = true_gain(leading[0], horizon)
     threshold = max(2 * noise, 0.001)
-    clear &= not _near(gain, threshold)
-    if gain <= threshold:
+    clear &= not _near(abs(gain), threshold)
+    if abs(gain) <= threshold:
+        clear &= not _near(2 * noise, 0.01)
+        return (Diagnosis.UNDETERMINED if 2 * noise > 0.01 else Diagnosis.SATURATED), clear
+    if gain < 0:
         return Diagnosis.SATURATED, clear
     late = [step / horizon >= 0.75 for step in best_steps]
     clear &= not any(_near(1 - step / horizon, 0.25) for step in best_steps)

@@ -33,6 +33,7 @@ losses = st.one_of(
     st.floats(0.05, 12.0),
     st.sampled_from([0.0, 1.0, 1.0, 2.0]),
     st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.sampled_from([1e307, -1.7e308, 1e160, 1e99, 5e-324, 1e-160]),
 )
 
 

@@ -150,8 +150,22 @@ def test_overfitting_of_others_favours_what_is_hobbled():
 
 
 def test_late_variance():
-    assert "late_variance" in findings(noisy_round(lambda t: 2 + 0.02 * (t / 10 % 2)))
+    found = findings(noisy_round(lambda t: 2 + 0.02 * (t / 10 % 2)))["late_variance"]
+    assert found.numbers == {"restless": 11, "changes": 11}
     assert "late_variance" not in findings(noisy_round(lambda t: 2 + np.exp(-t / 30)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "calms"),
+    [
+        ("constant", "`schedule: linear`"),
+        ("linear", "Longer decay_steps"),
+        ("cosine", "A lower learning_rate"),
+    ],
+)
+def test_late_variance_says_what_calms_this_schedule(schedule, calms):
+    trial = trial_of(0, lambda s: 2 + 0.02 * (s / 10 % 2), steps=GRID, schedule=schedule)
+    assert calms in findings(round_of(trial, max_train_steps=400))["late_variance"].message
 
 
 def test_train_loss_rising_is_a_problem_of_the_best_or_of_most():
@@ -168,6 +182,7 @@ def test_train_loss_rising_is_a_problem_of_the_best_or_of_most():
         return findings(round_of(*trials, max_train_steps=400)).get("train_loss_rising")
 
     assert rule(True, False, False).severity == Severity.PROBLEM
+    assert "in 1 of 1 leading trial, by more" in rule(True).message
     assert rule(False, True, True) is not None
     assert rule(False, True, False) is None
 
@@ -178,6 +193,16 @@ def test_clipped_is_more_than_half_of_the_updates(clipped, fires):
     evaluations = tuple(replace(e, clipped_updates=clipped if e.step else 0) for e in trial.evaluations)
     results = round_of(replace(trial, evaluations=evaluations), max_train_steps=400)
     assert ("clipped" in findings(results)) == fires
+
+
+def test_clipped_says_which_rates_to_search():
+    trial = trial_of(0, falling, steps=GRID, learning_rate=0.0098, max_grad_norm=1.0)
+    evaluations = tuple(replace(e, clipped_updates=10 if e.step else 0) for e in trial.evaluations)
+    message = findings(round_of(replace(trial, evaluations=evaluations), max_train_steps=400))[
+        "clipped"
+    ].message
+    assert message.startswith("400 of the best trial's 400 updates were clipped at max_grad_norm 1,")
+    assert "Search rates below its 0.0098" in message
 
 
 @pytest.mark.parametrize(
@@ -194,6 +219,21 @@ def test_long_warmup(warmup, severity):
 def test_costly_evaluation(share, fires):
     results = round_of(trial_of(0, falling, steps=GRID), max_train_steps=400, evaluation_share=share)
     assert ("costly_evaluation" in findings(results)) == fires
+
+
+@given(st.floats(0.301, 0.97), st.integers(1, 200), st.floats(0.1, 5))
+def test_costly_evaluation_says_what_is_cheap_enough(share, every, tokens):
+    results = round_of(trial_of(0, falling), evaluate_every=every, evaluation_share=share)
+    message = findings(results)["costly_evaluation"].message
+    seldom = int(message.split("Evaluating every ")[1].split()[0])
+
+    def share_at(interval: float) -> float:
+        """An evaluation costs as many `tokens` as make up the share at the present interval."""
+        training = tokens * (1 - share) / share / every
+        return tokens / (tokens + training * interval)
+
+    assert share_at(seldom) <= 0.3 + 1e-9 < share_at(seldom - 1) + 2e-9
+    assert ("in a longer run" in message) == (4 * seldom > 100)
 
 
 def test_periodic_evaluation_has_the_epochs_period():

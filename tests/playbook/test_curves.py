@@ -127,9 +127,28 @@ def test_train_loss_that_still_falls():
     assert train_loss_still_falls(curve([1.0, 1.0, 1.0])) is None
 
 
+def trained(losses) -> list[Evaluation]:
+    return curve([1.0] * (len(losses) + 1), [None, *losses])
+
+
 def test_train_loss_rise_compares_the_quarters():
-    assert train_loss_rise(curve([1.0] * 9, [None, 1, 2, 3, 4, 5, 6, 7, 8])) == pytest.approx(7.5 - 1.5)
+    assert train_loss_rise(trained([1, 2, 3, 4, 5, 6, 7, 8])) == pytest.approx(7.5 - 1.5)
+    assert train_loss_rise(trained([8, 7, 6, 5, 4, 3, 2, 1])) == 0.0
     assert train_loss_rise(curve([1.0] * 3)) == 0.0
+
+
+def test_the_scatter_of_batches_is_no_rise():
+    rng = np.random.default_rng(0)
+    level = [train_loss_rise(trained(rng.normal(2, 0.3, 12))) for _ in range(400)]
+    doubling = [train_loss_rise(trained(rng.normal(2, 0.3, 12) + np.linspace(0, 2, 12))) for _ in range(400)]
+    assert sum(rise > 0 for rise in level) < 0.06 * 400
+    assert sum(rise > 0 for rise in doubling) > 0.98 * 400
+
+
+def test_two_or_three_train_losses_cannot_show_a_rise():
+    assert train_loss_rise(trained([1, 9])) == 0.0
+    assert train_loss_rise(trained([1, 5, 9])) == 0.0
+    assert train_loss_rise(trained([1, 3, 5, 7])) == 6.0
 
 
 def test_restless_curves_go_significantly_up_and_down():
@@ -137,6 +156,8 @@ def test_restless_curves_go_significantly_up_and_down():
     wild = noisy(lambda t: 1 + 0.02 * (t / 10 % 2))
     assert restless_changes(calm)[0] <= 2
     assert restless_changes(steep) == (0, 11)
+    assert restless_changes(noisy(lambda t: 1 + 3 * np.exp(-t / 100), noise=1e-6)) == (0, 11)
+    assert restless_changes(noisy(lambda t: 1 + (t / 400) ** 4, noise=1e-6)) == (0, 11)
     assert restless_changes(wild) == (11, 11)
     assert restless_changes(curve([1.0])) == (0, 0)
 

@@ -150,3 +150,12 @@ def test_spread_between_seeds_is_pooled_and_relative():
     assert seed_spread(trials) == pytest.approx(0.01)
     assert seed_spread(trials[2:]) == 0.0
     assert seed_spread(trials[::2]) == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [0.0, 5e-324, -1.0])
+def test_nothing_is_relative_to_a_loss_of_nothing(loss):
+    trials = [trial_of(i, [3.0, loss], steps=[0, 100], learning_rate=1e-4, training_seed=i) for i in range(3)]
+    assert seed_spread(trials) == 0.0
+    halves = trial_of(0, [3.0, loss, loss], steps=[0, 50, 100])
+    assert gain_of(round_of(halves)) is None

@@ -52,6 +52,11 @@ def answer(signs: Signs) -> tuple[Diagnosis, int | None]:
         (seen(gain=None), (Diagnosis.UNDETERMINED, 100)),
         (seen(noise=0.0051), (Diagnosis.UNDETERMINED, 100)),
         (seen(noise=0.005, gain=0.0101), (Diagnosis.TOO_SHORT, 150)),
+        (seen(noise=0.02, gain=0.039), (Diagnosis.UNDETERMINED, 100)),
+        (seen(noise=0.02, gain=0.05), (Diagnosis.TOO_SHORT, 200)),
+        (seen((70,) * 5, noise=0.02, gain=0.05), (Diagnosis.RIGHT, 100)),
+        (seen((70,) * 5, noise=0.02, gain=-0.039), (Diagnosis.UNDETERMINED, 100)),
+        (seen((70,) * 5, noise=0.02, gain=-0.05), (Diagnosis.SATURATED, 90)),
         (seen(gain=0.001), (Diagnosis.SATURATED, 100)),
         (seen(gain=0.0011), (Diagnosis.TOO_SHORT, 150)),
         (seen((100, 100, 100, 100, 50), gain=0.0011), (Diagnosis.TOO_SHORT, 150)),
@@ -88,7 +93,7 @@ def test_too_short_takes_the_smallest_multiple_that_saturates(gain, previous, ex
 
 def test_floor_is_warmup_and_decay_and_an_interval():
     too_long = seen((2, 5), every=5, schedule="linear", warmup_steps=7, decay_steps=40)
-    assert answer(too_long) == (Diagnosis.TOO_LONG, 52)
+    assert answer(too_long) == (Diagnosis.TOO_LONG, 55)  # 7 + 40 + 5, at an evaluation
     assert answer(replace(too_long, production_steps=30)) == (Diagnosis.TOO_LONG, 30)
 
 
@@ -142,6 +147,8 @@ def test_every_suggestion_keeps_its_bounds(results):
         assert suggestion.steps <= results.max_train_steps
     else:
         assert suggestion.steps >= min(1.5 * results.max_train_steps, cap)
+    for steps in (suggestion.low, suggestion.steps, suggestion.high):
+        assert steps % results.evaluate_every == 0 or steps in (results.max_train_steps, cap)
     if diagnosis in (Diagnosis.RIGHT, Diagnosis.UNDETERMINED):
         assert suggestion.steps == min(results.max_train_steps, cap)
 
@@ -170,6 +177,52 @@ def test_less_noise_never_hides_a_gain(gain, noise, less):
     before = diagnose(seen(gain=gain, noise=noise))
     after = diagnose(seen(gain=gain, noise=noise * less))
     assert not (before == Diagnosis.TOO_SHORT and after != Diagnosis.TOO_SHORT)
+
+
+GAINS, NOISES = st.floats(-0.5, 0.5), st.floats(0, 0.2)
+
+
+def is_undetermined(gain: float, noise: float) -> bool:
+    diagnosis, steps = answer(seen(gain=gain, noise=noise))
+    assert diagnosis != Diagnosis.UNDETERMINED or steps == 100
+    return diagnosis == Diagnosis.UNDETERMINED
+
+
+@given(GAINS, st.floats(0, 1))
+def test_a_gain_beyond_twice_its_noise_is_never_undetermined(gain, share):
+    assert not is_undetermined(gain, share * abs(gain) / 2)
+
+
+@given(GAINS, st.floats(0, 0.005))
+def test_a_noise_of_half_a_percent_is_small_enough_for_any_gain(gain, noise):
+    assert not is_undetermined(gain, noise)
+
+
+@given(st.floats(-1, 1), st.floats(0.00501, 0.2))
+def test_a_gain_within_twice_a_larger_noise_is_undetermined(share, noise):
+    assert is_undetermined(share * 1.99 * noise, noise)
+
+
+@given(GAINS, NOISES, st.floats(0, 1), st.floats(1, 10))
+def test_less_noise_and_more_gain_up_or_down_never_leave_it_undetermined(gain, noise, less, more):
+    if not is_undetermined(gain, noise):
+        assert not is_undetermined(gain, noise * less)
+        assert not is_undetermined(gain * more, noise)
+        assert not is_undetermined(-gain, noise)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "every", "expected"),
+    [(52, 5, 155), (60, 5, 180), (7, 7, 21), (19, 10, 50), (9, 10, 20), (3, 10, 9)],
+)
+def test_a_longer_horizon_is_at_an_evaluation_and_within_three_times(horizon, every, expected):
+    signs = seen((horizon,) * 5, gain=0.1, horizon=horizon, every=every)
+    assert suggest(signs, Diagnosis.TOO_SHORT).steps == expected
+
+
+def test_a_horizon_off_the_grid_is_kept_as_it_is():
+    assert answer(seen((20,) * 5, horizon=52, every=5)) == (Diagnosis.RIGHT, 52)
+    assert answer(seen((52,) * 5, horizon=52, every=5, gain=0.1, production=98)) == (Diagnosis.TOO_SHORT, 98)
 
 
 @given(st.integers(0, 5), st.floats(0.002, 0.1))

@@ -25,6 +25,16 @@ def evaluation(step: int, nll: np.ndarray, tokens: np.ndarray) -> Evaluation:
     )
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [1e307, math.inf, math.nan])
+def test_a_loss_that_is_no_number_has_no_standard_error(loss):
+    tokens = np.array([1, 3, 2])
+    huge = Evaluation(0, loss, example_nll=(loss, 1.0, 1.0), example_tokens=(1, 3, 2))
+    sane = evaluation(10, np.array([2.0, 7.0, 3.0]), tokens)
+    assert paired_standard_error(huge, sane) is None
+    assert paired_standard_error(sane, huge) is None
+
+
 def test_standard_error_agrees_with_the_bootstrap():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 80, 400)

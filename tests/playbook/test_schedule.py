@@ -105,6 +105,10 @@ def test_a_branch_that_starts_within_the_warmup_is_left_out():
     assert [branch.from_step for branch in decay_branches(hyperparameters, 100)] == [43]
 
 
+def test_two_branches_of_one_length_are_one():
+    assert decay_branches({"schedule": "linear", "decay_steps": 1}, 3) == (DecayBranch(1, 2, 1),)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_only_a_linear_decay_has_branches(schedule):
     assert decay_branches({"schedule": schedule, "decay_steps": 40}, 100) == ()

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,15 @@ def test_what_is_not_finite_never_wins():
     assert best_evaluation(curve(3, math.nan, -math.inf, 2, math.inf)).step == 30
     assert best_evaluation(curve(math.nan, math.inf)) is None
     assert best_evaluation(()) is None
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [1e307, 1.7e308, -1e307, 1e160])
+def test_a_loss_too_large_to_be_squared_counts_as_not_finite(loss):
+    huge = [paired(0, loss * 10, 1.0), paired(10, 30.0, 31.0), paired(20, 20.0, loss)]
+    assert best_evaluation(huge).step == settled_step(huge) == 10
+    assert settled_step(curve(loss, 2, 1, loss)) == 20
+    assert settled_step(curve(loss, loss)) is None
 
 
 @given(st.permutations(curve(3, 1, math.nan, 2, 1)))

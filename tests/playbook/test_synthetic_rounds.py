@@ -41,6 +41,29 @@ def check(count: int, seed: int) -> None:
     assert horizons >= RIGHT_HORIZONS
 
 
+def test_noise_hides_gains_and_makes_none_up():
+    """Noise of 0.5% to 10%, judged by what a perfect evaluation would say."""
+    confusion: Counter = Counter()
+    horizons, kept = [], []
+    for i in range(400):
+        rng = np.random.default_rng([3, i])
+        noise = float(np.exp(rng.uniform(np.log(0.005), np.log(0.1))))
+        synthetic = synthetic_round(rng, noise=noise, judged_with=1e-6)
+        if not synthetic.is_clear or synthetic.truth not in (Diagnosis.SATURATED, Diagnosis.TOO_SHORT):
+            continue
+        reading = read_round(synthetic.results)
+        confusion[synthetic.truth, reading.diagnosis] += 1
+        if synthetic.truth == Diagnosis.TOO_SHORT:
+            suggested, now = reading.suggested_max_train_steps, synthetic.results.max_train_steps
+            horizons.append(1 / FACTOR <= suggested / synthetic.true_horizon <= FACTOR)
+            kept.append(1 / FACTOR <= now / synthetic.true_horizon <= FACTOR)
+    print(confusion, f"{np.mean(horizons):.1%} of {len(horizons)} horizons, {np.mean(kept):.1%} if kept")
+    saturated = sum(n for (truth, _), n in confusion.items() if truth == Diagnosis.SATURATED)
+    assert saturated > 30
+    assert confusion[Diagnosis.SATURATED, Diagnosis.TOO_SHORT] <= 0.02 * saturated
+    assert np.mean(horizons) > np.mean(kept) + 0.2
+
+
 def test_readings_of_150_synthetic_rounds():
     check(150, seed=1)
 

@@ -42,6 +42,13 @@ def test_each_diagnosis_in_words(
     assert next_step in advice.next_step(report)
 
 
+def test_a_gain_that_is_not_known_is_no_matter_of_noise() -> None:
+    report = with_reading(Diagnosis.UNDETERMINED, 60)
+    assert "until the evaluation is less noisy" in advice.next_step(report)
+    unknown = dataclasses.replace(report, reading=dataclasses.replace(report.reading, gain=None))
+    assert "until a doubling has been measured" in advice.next_step(unknown)
+
+
 def test_what_was_found_has_the_numbers() -> None:
     report = synthetic.report()
     (best, second), text = report.ranked[:2], " ".join(advice.found(report))

@@ -77,9 +77,32 @@ def test_any_path_is_quoted_as_needed(path):
 def test_what_a_round_cannot_say_is_refused():
     with pytest.raises(RoundFileError, match=r"round1\.yaml:3: study: expects letters"):
         new_round(study="my study", model="m", data="d.jsonl", train_rows=10)
-    with pytest.raises(RoundFileError, match="does not read sharegpt"):
-        new_round(study="s", model="m", data="d.jsonl", train_rows=10, format="sharegpt")
+    with pytest.raises(RoundFileError, match="did you mean sharegpt"):
+        new_round(study="s", model="m", data="d.jsonl", train_rows=10, format="share_gpt")
     with pytest.raises(RoundFileError, match="together with eval"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, eval="e.jsonl", eval_fraction=0.1)
     with pytest.raises(InputError, match=r"d\.jsonl has no rows"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=0)
+
+
+def test_the_recipe_of_alpaca_and_qlora():
+    text = new_round(
+        study="s", model="m", data="d.jsonl", train_rows=52_002, eval_fraction=0.02, recipe="alpaca-qlora"
+    )
+    spec = spec_of(text)
+    space = {name: dimension.value for name, dimension in spec.space().items() if hasattr(dimension, "value")}
+    assert (spec.model.quantization, spec.max_train_steps, spec.search.trials) == ("nf4", 60, 8)
+    expected = {
+        **{"lora_r": 16, "target_modules": "all-linear", "batch_size": 8, "warmup_steps": 5},
+        **{"optimizer": "adamw_8bit", "decay_steps": 24},
+    }
+    assert {name: space[name] for name in expected} == expected
+    assert searched(spec.space()) == {"learning_rate": Range(2e-5, 2e-3, log=True)}
+    assert spec.search.enqueue == [{"learning_rate": 2e-4}]
+    assert spec.run.production_steps == 19_000
+    assert "0.0094 epochs of 50962 rows" in text
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(InputError, match="no template alpaca; expects alpaca-qlora"):
+        new_round(study="s", model="m", data="d.jsonl", train_rows=10, recipe="alpaca")

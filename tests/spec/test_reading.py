@@ -41,7 +41,7 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_file():
 study: ../greeting
 model: {path: some/model, dtype: float16}
 data:
-  train: [{path: train.jsonl, format: sharegpt}, 5]
+  train: [{path: train.jsonl, format: shargpt, template: chatml}, 5]
   eval_fraction: 2
 max_train_steps: 60
 hyperparameters:
@@ -107,7 +107,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("[{path: train.jsonl, format: alpaca}]", "[]", 4, "data.train", "at least 1 entry, got []"),
         ("[{path: train.jsonl, format: alpaca}]", "train.jsonl", 4, "data.train", "expects a list"),
         ("format: alpaca", "format: alpacca", 4, "data.train[0].format", "did you mean alpaca?"),
-        ("format: alpaca", "format: sharegpt", 4, "data.train[0].format", "does not read sharegpt"),
+        ("format: alpaca", "format: vicuna", 4, "data.train[0].format", "did you mean sharegpt?"),
         ("format: alpaca", "format: alpaca, weight: 0", 4, "data.train[0].weight", "a number above 0, got 0"),
         ("format: alpaca", "format: alpaca, weight: .nan", 4, "data.train[0].weight", "a finite number"),
         ("eval_fraction: 0.1", "eval_fraction: 1", 4, "data.eval_fraction", "a number below 1, got 1"),
@@ -149,7 +149,7 @@ def test_single_mistakes(old, new, line, key, message):
         ("evaluation: 5", "evaluation", "`key: value` lines"),
         ("checkpoints: {keep_best: 0}", "checkpoints.keep_best", "at least 1"),
         ("run: {slots: many}", "run.slots", "auto or a whole number of at least 1, got 'many'"),
-        ("run: {engine: ray}", "run.engine", "expects local, got 'ray'"),
+        ("run: {engine: ray}", "run.engine", "expects local or simulated, got 'ray'"),
         ("run: {pruner: median}", "run.pruner", "expects none"),
         ("run: {decay_branches: true}", "run.decay_branches", "no decay branches"),
         ("storage: mysql://user:secret@host/db", "storage", "begins with 'mysql'"),

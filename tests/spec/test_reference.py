@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 
 from tests.spec.rounds import FULL, MINIMAL, document, mistake_in, spec_of, with_hyperparameters
 from tests.spec.strategies import dimensions
-from tuner.spec import HYPERPARAMETERS, RoundSpec, dimension_to_yaml, new_round
+from tuner.spec import HYPERPARAMETERS, RoundSpec, SourceSpec, dimension_to_yaml, new_round
 from tuner.spec.__main__ import main
 from tuner.spec.reading import _KNOWN_KEYS
 from tuner.spec.reference import reference_pages
@@ -73,12 +73,25 @@ def test_the_schema_accepts_every_form_of_a_hyperparameter(named):
     assert list(VALIDATOR.iter_errors(written)) == []
 
 
+HELD_OUT = {"eval_fraction": 0.1}
 VALID: list[dict[str, Any]] = [
     {"evaluation": {"batch_size": 4}},
     {"run": {"slots": 4, "production_steps": None}},
     {"search": {"enqueue": [{"lora_r": 16, "target_modules": "all-linear", "continues": "r0/3"}, {}]}},
     {"hyperparameters": {"target_modules": ["q_proj"], "lora_alpha": {"times_sqrt_r": 4}}},
     {"storage": "postgresql+psycopg://me@host/db"},
+    {
+        "data": {
+            "train": [{"path": "x", "format": "alpaca", "columns": {"output": "a"}, "template": None}],
+            **HELD_OUT,
+        }
+    },
+    {
+        "data": {
+            "train": [{"path": "x", "format": "text", "split_on": "line", "group_records": "fill"}],
+            **HELD_OUT,
+        }
+    },
 ]
 INVALID: list[dict[str, Any]] = [
     {"extra": 1},
@@ -89,8 +102,17 @@ INVALID: list[dict[str, Any]] = [
     {"model": {"path": "m", "dtype": "float16"}},
     {"model": {}},
     {"data": {"train": [{"path": "x", "format": "alpaca"}]}},
-    {"data": {"train": [{"path": "x", "format": "sharegpt"}], "eval_fraction": 0.1}},
+    {"data": {"train": [{"path": "x", "format": "shargpt"}], "eval_fraction": 0.1}},
     {"data": {"train": [], "eval_fraction": 0.1}},
+    {"data": {"train": [{"path": "x", "format": "alpaca", "columns": {"response": "a"}}], **HELD_OUT}},
+    {"data": {"train": [{"path": "x", "format": "alpaca", "template": "vicuna"}], **HELD_OUT}},
+    {
+        "data": {
+            "train": [{"path": "x", "format": "text", "split_on": "line", "group_records": 0}],
+            **HELD_OUT,
+        }
+    },
+    {"data": {"train": [{"path": "x", "format": "text", "overlap_tokens": -1}], **HELD_OUT}},
     {"hyperparameters": {"lora_rank": 8}},
     {"hyperparameters": {"max_train_steps": 60}},
     {"hyperparameters": {"lora_r": 0}},
@@ -126,7 +148,9 @@ def test_schema_and_loader_refuse(change):
 def test_every_key_is_explained_in_the_schema():
     unexplained = [path for path, key in keys_of(SCHEMA) if not key.get("description")]
     assert unexplained == []
-    assert len(list(keys_of(SCHEMA))) == len(_KNOWN_KEYS) - 2 * 5, "train, eval and test share one definition"
+    assert len(list(keys_of(SCHEMA))) == len(_KNOWN_KEYS) - 2 * len(SourceSpec.model_fields), (
+        "train, eval and test share one definition"
+    )
 
 
 def keys_of(schema: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -66,7 +66,7 @@ def steps_known(store: SqlStore) -> int:
 
 
 def record_forever(url: str) -> None:
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(*beginning())
     number = 0
     while True:
@@ -77,7 +77,7 @@ def record_forever(url: str) -> None:
 
 def read_for(url: str, seconds: str) -> None:
     """Prints how often it read, and how many steps it knew last."""
-    store = open_store(url)
+    store = open_store(url, study="study")
     until, reads, known = time.monotonic() + float(seconds), 0, 0
     while time.monotonic() < until:
         latest = steps_known(store)
@@ -86,9 +86,9 @@ def read_for(url: str, seconds: str) -> None:
     print(reads, known, flush=True)
 
 
-def hold(directory: str, url: str, fork: str = "") -> None:
+def hold(directory: str, url: str, study: str = "study", fork: str = "") -> None:
     """Holds a study; with `fork` it leaves a child behind that does not run another program."""
-    with hold_study(Path(directory), url, "study"):
+    with hold_study(Path(directory), url, study):
         role = "child" if fork and os.fork() == 0 else "held"
         os.write(1, f"{role} {os.getpid()}\n".encode())
         time.sleep(30)

@@ -15,14 +15,6 @@ from tests.store import processes
 from tuner.store import open_store
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tuner.db"
-    found: str = request.getfixturevalue("postgres_url")
-    return found
-
-
 @contextlib.contextmanager
 def running(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     process = processes.start(program, *arguments)
@@ -41,7 +33,7 @@ def test_a_killed_writer_leaves_whole_transactions(url: str, milliseconds: int) 
         time.sleep(milliseconds / 1000)
         writer.kill()
         said = [1, *map(int, writer.stdout.read().split())]
-    store = open_store(url)
+    store = open_store(url, study="study")
     known = processes.steps_known(store)
     # The last record may have been committed and not yet announced.
     assert known in (said[-1], said[-1] + 1)
@@ -78,7 +70,7 @@ def test_readers_and_the_writer_never_meet(url: str) -> None:
 
 def test_a_reader_that_stops_halfway_holds_nothing_up(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tuner.db"
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(*processes.beginning())
     foreign = sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)
     foreign.execute("BEGIN")

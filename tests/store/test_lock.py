@@ -17,14 +17,6 @@ from tuner.errors import StorageError
 from tuner.store import hold_study, is_held, open_store
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tuner.db"
-    found: str = request.getfixturevalue("postgres_url")
-    return found
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     with ExitStack() as stack:
@@ -113,7 +105,7 @@ def test_a_kill_lets_go(url: str, tmp_path: Path, start: Callable[..., subproces
 def test_a_forked_child_does_not_hold_it(
     url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    process = start("hold", tmp_path, url, "fork")
+    process = start("hold", tmp_path, url, "study", "fork")
     assert process.stdout is not None
     pids = dict(process.stdout.readline().split() for _ in range(2))
     try:
@@ -186,15 +178,34 @@ def test_only_one_of_many_gets_in(tmp_path: Path) -> None:
     assert entries > 30
 
 
-def test_studies_of_one_server_do_not_meet(postgres_url: str, tmp_path: Path) -> None:
-    with hold_study(tmp_path, postgres_url, "one"), hold_study(tmp_path, postgres_url, "two"):
+def test_studies_of_one_server_do_not_meet(
+    postgres_url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    said(start("hold", tmp_path, postgres_url, "one"))
+    assert not is_held(tmp_path, postgres_url, "two")
+    with hold_study(tmp_path, postgres_url, "two"):
         assert is_held(tmp_path, postgres_url, "one")
-        assert not is_held(tmp_path, postgres_url, "three")
+        assert is_held(tmp_path, postgres_url, "two")
+    assert is_held(tmp_path, postgres_url, "one")
+
+
+def test_a_file_has_one_writer_whatever_the_study(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    holder = said(start("hold", tmp_path, url, "one"))
+    expected = (
+        rf"{tmp_path}: the study two .* process {holder} on .* study one .* {tmp_path}/tuner.db, .* Postgre"
+    )
+    with pytest.raises(StorageError, match=expected), hold_study(tmp_path, url, "two"):
+        pytest.fail("two processes write one file")
+    assert is_held(tmp_path, url, "one")
+    assert not is_held(tmp_path, url, "two")
 
 
 def test_the_holder_reads_and_writes(url: str, tmp_path: Path) -> None:
     with hold_study(tmp_path, url, "study"):
-        store = open_store(url)
+        store = open_store(url, study="study")
         store.record(*processes.beginning())
         assert len(store.trials("round1")) == 1
         store.close()

@@ -11,6 +11,10 @@ class TestMemoryStore(StoreContract):
     def store(self) -> MemoryStore:
         return MemoryStore()
 
+    @pytest.fixture
+    def other(self) -> MemoryStore:
+        return MemoryStore()
+
 
 def test_closing_is_allowed() -> None:
     MemoryStore().close()

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tuner.db"
     path.write_bytes(content)
     with pytest.raises(StorageError, match=rf"{path}: file is not a database; .*storage") as raised:
-        open_store(f"sqlite:///{path}")
+        open_store(f"sqlite:///{path}", study="study")
     assert raised.value.exit_code == 2
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
@@ -36,26 +37,26 @@ def test_a_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
 
 def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     (tmp_path / "tuner.db").touch()
-    open_store(f"sqlite:///{tmp_path}/tuner.db").close()
+    open_store(f"sqlite:///{tmp_path}/tuner.db", study="study").close()
     assert exists(f"sqlite:///{tmp_path}/tuner.db")
 
 
 def test_a_directory(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is a directory"):
-        open_store(f"sqlite:///{tmp_path}")
+        open_store(f"sqlite:///{tmp_path}", study="study")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"there is no directory {tmp_path}/a/b"):
-        open_store(f"sqlite:///{tmp_path}/a/b/tuner.db")
+        open_store(f"sqlite:///{tmp_path}/a/b/tuner.db", study="study")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="Not a directory"):
-        open_store(f"sqlite:///{tmp_path}/file/tuner.db")
+        open_store(f"sqlite:///{tmp_path}/file/tuner.db", study="study")
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def test_a_directory_without_the_right_to_write() -> None:
     with as_somebody() as directory:
         directory.chmod(0o555)
         with pytest.raises(StorageError, match=rf"{directory}/tuner.db: Permission denied"):
-            open_store(f"sqlite:///{directory}/tuner.db")
+            open_store(f"sqlite:///{directory}/tuner.db", study="study")
         assert list(directory.iterdir()) == []
 
 
@@ -87,12 +88,12 @@ def test_a_directory_without_the_right_to_write() -> None:
 def test_a_database_without_the_right_to_write(closed: str) -> None:
     with as_somebody() as directory:
         path = directory / "tuner.db"
-        open_store(f"sqlite:///{path}").close()
+        open_store(f"sqlite:///{path}", study="study").close()
         culprit = path if closed == "file" else directory
         culprit.chmod(0o555)
         before = path.read_bytes()
         with pytest.raises(StorageError, match=rf"{culprit} is not writable"):
-            open_store(f"sqlite:///{path}")
+            open_store(f"sqlite:///{path}", study="study")
         assert path.read_bytes() == before
         assert list(directory.iterdir()) == [path]
 
@@ -104,7 +105,7 @@ from tuner.store import open_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
-    open_store(sys.argv[1])
+    open_store(sys.argv[1], study="study")
 except StorageError as error:
     print(error)
 """
@@ -143,7 +144,7 @@ def test_no_room_leaves_a_database_that_was_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_url_that_cannot_be_used(url: str, message: str) -> None:
-    for use in (normal_url, exists, open_store):
+    for use in (normal_url, exists, partial(open_store, study="study")):
         with pytest.raises(StorageError, match=f"storage: .*{message}") as raised:
             use(url)
         assert "secret" not in str(raised.value)
@@ -164,24 +165,24 @@ def test_one_form_for_each_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_any_file_name(tmp_path: Path, name: str) -> None:
     url = normal_url(f"sqlite:///{tmp_path}/{name}")
     assert normal_url(url) == url
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(RoundBegun(ROUND))
     store.close()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_closing_leaves_one_file(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path}/tuner.db")
+    store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
     store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
     store.close()
     assert [path.name for path in tmp_path.iterdir()] == ["tuner.db"]
-    again = open_store(f"sqlite:///{tmp_path}/tuner.db")
+    again = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
     assert (again.rounds(), again.trials("round1")) == ((ROUND,), (TRIAL,))
     again.close()
 
 
 def test_facts_are_synced_to_a_log_beside_the_file(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path}/tuner.db")
+    store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
     with store._engine.connect() as connection:
         settings = [
             connection.exec_driver_sql(f"PRAGMA {name}").scalar()
@@ -196,20 +197,20 @@ def test_whether_a_database_exists_is_found_without_making_one(tmp_path: Path) -
     assert not exists(url)
     assert not exists(f"sqlite:///{tmp_path}/nowhere/tuner.db")
     assert list(tmp_path.iterdir()) == []
-    open_store(url).close()
+    open_store(url, study="study").close()
     assert exists(url)
 
 
 def test_whether_a_server_has_our_tables_is_found_without_making_them(postgres_url: str) -> None:
     assert not exists(postgres_url)
     assert not exists(postgres_url)
-    open_store(postgres_url).close()
+    open_store(postgres_url, study="study").close()
     assert exists(postgres_url)
 
 
 def test_a_full_disk_while_recording(tmp_path: Path) -> None:
     """SQLite's own limit stands for the disk's."""
-    store = open_store(f"sqlite:///{tmp_path}/tuner.db")
+    store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
     store.record(*processes.beginning())
     store._engine.dispose()
     with store._engine.connect() as connection:
@@ -223,14 +224,14 @@ def test_a_full_disk_while_recording(tmp_path: Path) -> None:
 def test_a_driver_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(StorageError, match=r"pip install 'tuner\[postgres\]'") as raised:
-        open_store("postgresql://me:secret@127.0.0.1:1/db")
+        open_store("postgresql://me:secret@127.0.0.1:1/db", study="study")
     assert "secret" not in str(raised.value)
 
 
 def test_a_server_that_does_not_answer() -> None:
     pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
     began = time.monotonic()
-    for use in (open_store, exists):
+    for use in (partial(open_store, study="study"), exists):
         with pytest.raises(StorageError, match=r"me:\*\*\*@127.0.0.1:1/db: .*refused") as raised:
             use("postgresql://me:secret@127.0.0.1:1/db")
         assert "\n" not in str(raised.value)
@@ -241,7 +242,7 @@ def test_a_server_that_does_not_answer() -> None:
 def test_a_database_that_the_server_does_not_have(postgres_url: str) -> None:
     url = make_url(postgres_url).set(database="absent").render_as_string(hide_password=False)
     with pytest.raises(StorageError, match='database "absent" does not exist'):
-        open_store(url)
+        open_store(url, study="study")
 
 
 def test_a_server_where_we_may_not_make_tables(postgres_url: str) -> None:
@@ -251,7 +252,7 @@ def test_a_server_where_we_may_not_make_tables(postgres_url: str) -> None:
     try:
         url = make_url(postgres_url).set(username="guest").render_as_string(hide_password=False)
         with pytest.raises(StorageError, match="permission denied"):
-            open_store(url)
+            open_store(url, study="study")
     finally:
         with engine.connect() as connection:
             connection.execute(text("DROP ROLE guest"))
@@ -259,7 +260,7 @@ def test_a_server_where_we_may_not_make_tables(postgres_url: str) -> None:
 
 
 def test_a_server_that_went_away_for_a_moment(postgres_url: str) -> None:
-    store = open_store(postgres_url)
+    store = open_store(postgres_url, study="study")
     store.record(*processes.beginning())
     engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

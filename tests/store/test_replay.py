@@ -42,7 +42,26 @@ def memory_store(_directory: str) -> Store:
 
 
 def sqlite_store(directory: str) -> Store:
-    return open_store(f"sqlite:///{directory}/tuner.db")
+    return open_store(f"sqlite:///{directory}/tuner.db", study="study")
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+@given(data=st.data())
+def test_studies_told_in_turns_know_what_each_would_alone(data: st.DataObject) -> None:
+    told = {"one": data.draw(histories()), "other": data.draw(histories())}
+    with tempfile.TemporaryDirectory() as directory:
+        stores = {name: open_store(f"sqlite:///{directory}/tuner.db", study=name) for name in told}
+        turns = data.draw(st.permutations([name for name, history in told.items() for _ in history]))
+        facts = {name: iter(history) for name, history in told.items()}
+        for name in turns:
+            stores[name].record(next(facts[name]))
+        for name, store in stores.items():
+            alone = MemoryStore()
+            alone.record(*told[name])
+            assert contents(store) == contents(alone)
+            store.close()
 
 
 @pytest.mark.parametrize("make", [memory_store, sqlite_store])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
-from dataclasses import fields
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Table, create_engine, inspect, text
 
-from tests.contracts.store import COMPLETE, ROUND, STARTED, TRIAL
+from tests.contracts.store import COMPLETE, HISTORY, ROUND, STARTED, TRIAL, contents
 from tuner.errors import StorageError
 from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord
 from tuner.store import migrations, open_store, schema
-from tuner.store.facts import RoundBegun, TrialAsked
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/tuner.db"
-    found: str = request.getfixturevalue("postgres_url")
-    return found
+from tuner.store.facts import EvaluationMade, RoundBegun, TrialAsked
 
 
 def test_the_migrations_make_the_tables(url: str) -> None:
-    open_store(url).close()
+    open_store(url, study="study").close()
     engine = create_engine(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(
@@ -45,24 +39,55 @@ def test_the_migrations_make_the_tables(url: str) -> None:
         )
         assert compare_metadata(context, schema.METADATA) == []
         names = set(inspect(connection).get_table_names())
+        for table in schema.METADATA.sorted_tables:
+            key = inspect(connection).get_pk_constraint(table.name)["constrained_columns"]
+            assert key == [column.name for column in table.primary_key]
+            assert key[0] == "study"
     engine.dispose()
     assert names == {*schema.METADATA.tables, "tuner_alembic_version"}
     assert all(name.startswith("tuner_") for name in names)
 
 
-def test_the_migrations_can_be_taken_back(url: str) -> None:
-    open_store(url).close()
+def at_revision(url: str, revision: str) -> None:
+    """Take the migrations after a revision back."""
     engine = create_engine(url)
     config = migrations.configuration()
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.downgrade(config, "base")
-        assert inspect(connection).get_table_names() == ["tuner_alembic_version"]
+        command.downgrade(config, revision)
     engine.dispose()
-    store = open_store(url)
+
+
+def test_the_migrations_can_be_taken_back(url: str) -> None:
+    open_store(url, study="study").close()
+    at_revision(url, "base")
+    engine = create_engine(url)
+    assert inspect(engine).get_table_names() == ["tuner_alembic_version"]
+    engine.dispose()
+    store = open_store(url, study="study")
     store.record(RoundBegun(ROUND))
     assert store.rounds() == (ROUND,)
     store.close()
+
+
+def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
+    """As it was at revision 0001, where a round's name was a key of its own."""
+    strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
+    second = replace(ROUND, name="round9", spec={"study": "t"})
+    with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
+        store.record(*HISTORY, strange)
+        other.record(RoundBegun(second), TrialAsked(replace(TRIAL, round="round9")))
+        before = repr(contents(store)), other.rounds(), other.trials("round9")
+    at_revision(url, "0001")
+    engine = create_engine(url)
+    columns = {c["name"] for table in schema.METADATA.tables for c in inspect(engine).get_columns(table)}
+    engine.dispose()
+    assert "study" not in columns
+    with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
+        assert (repr(contents(store)), other.rounds(), other.trials("round9")) == before
+        assert contents(other) == ((second,), (), ())
+        store.record(*HISTORY)
+        assert repr(contents(store)) == before[0]
 
 
 def test_every_migration_is_in_a_package_that_is_installed() -> None:
@@ -88,14 +113,14 @@ def test_every_field_of_a_record_has_a_column(record: type[Any], table: Table) -
 
 
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> None:
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(RoundBegun(ROUND))
     store.close()
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE tuner_alembic_version SET version_num = '9999'"))
     with pytest.raises(StorageError, match=r"revision 9999.*newer version") as raised:
-        open_store(url)
+        open_store(url, study="study")
     assert raised.value.exit_code == 2
     with engine.begin() as connection:
         assert connection.scalar(text("SELECT version_num FROM tuner_alembic_version")) == "9999"
@@ -114,7 +139,7 @@ def use_optuna(url: str) -> None:
 
 
 def use_store(url: str) -> None:
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, COMPLETE)
     assert len(store.trials("round1")) == 1
     store.close()
@@ -138,7 +163,7 @@ def test_optuna_lives_in_the_same_database(url: str, users: tuple[Callable[[str]
 
 
 def test_optuna_works_while_the_store_is_open(url: str) -> None:
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(RoundBegun(ROUND))
     use_optuna(url)
     store.record(TrialAsked(TRIAL))

@@ -22,11 +22,11 @@ def test_ten_thousand_evaluations_of_two_hundred_examples(tmp_path: Path) -> Non
     numbers = random.Random(0)
     nll = tuple(numbers.random() for _ in range(NUM_EXAMPLES))
     made = Evaluation(0, 1.5, 1.25, 1e-4, 0, nll, tuple(range(NUM_EXAMPLES)))
-    store = open_store(url)
+    store = open_store(url, study="study")
     store.record(RoundBegun(RoundRecord("round1", 100, {}, 0.0)))
     store.record(*(TrialAsked(Trial("round1", number, {"lora_r": 8})) for number in range(NUM_TRIALS)))
     rows = [
-        {**to_json(made), "round": "round1", "trial": trial, "step": step}
+        {**to_json(made), "study": "study", "round": "round1", "trial": trial, "step": step}
         for trial in range(NUM_TRIALS)
         for step in range(NUM_EVALUATIONS)
     ]

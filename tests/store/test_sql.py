@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,34 @@ class RefusesWhatNoRecordHolds:
         assert store.trials("round1") == (TRIAL,)
 
 
-class TestSqlite(RefusesWhatNoRecordHolds, StoreContract):
+class SqlContract(RefusesWhatNoRecordHolds, StoreContract):
+    """Every study in one database; a subclass gives the fixture `url`."""
+
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[SqlStore]:
-        store = open_store(f"sqlite:///{tmp_path}/tuner.db")
-        yield store
-        store.close()
+    def store(self, url: str) -> Iterator[SqlStore]:
+        with closing(open_store(url, study="study")) as store:
+            yield store
+
+    @pytest.fixture
+    def other(self, url: str) -> Iterator[SqlStore]:
+        with closing(open_store(url, study="other")) as store:
+            yield store
 
 
-class TestPostgres(RefusesWhatNoRecordHolds, StoreContract):
+class TestSqlite(SqlContract):
     @pytest.fixture
-    def store(self, postgres_url: str) -> Iterator[SqlStore]:
-        store = open_store(postgres_url)
-        yield store
-        store.close()
+    def url(self, tmp_path: Path) -> str:
+        return f"sqlite:///{tmp_path}/tuner.db"
+
+
+class TestPostgres(SqlContract):
+    @pytest.fixture
+    def url(self, postgres_url: str) -> str:
+        return postgres_url
+
+
+def test_a_study_opened_again_is_the_same(url: str) -> None:
+    for known, study in ((0, "study"), (0, "other"), (1, "study")):
+        with closing(open_store(url, study=study)) as store:
+            assert len(store.rounds()) == known
+            store.record(RoundBegun(ROUND))

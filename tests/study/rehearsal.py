@@ -83,12 +83,12 @@ def rehearse(
     file = round_file(directory, **changes)
     plan = RoundPlan(file)
     burning = Fuse(fuse or -1)
-    store = open_store(plan.absolute.storage)
+    store = open_store(plan.absolute.storage, study=plan.spec.study)
     try:
         mirrored = DyingStore(MirroredStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
         advisor = DyingAdvisor(
-            optuna_storage(plan.absolute.storage), "tiny/round1", plan.space, plan.spec.search
+            optuna_storage(plan.absolute.storage), f"{plan.spec.study}/round1", plan.space, plan.spec.search
         )
         advisor.fuse = burning
         RoundLoop(
@@ -110,7 +110,7 @@ def rehearse(
 def trials(directory: Path, **changes: Any) -> tuple[Trial, ...]:
     """The facts as a new process finds them."""
     plan = RoundPlan(round_file(directory, **changes))
-    store = open_store(plan.absolute.storage)
+    store = open_store(plan.absolute.storage, study=plan.spec.study)
     try:
         return store.trials("round1")
     finally:

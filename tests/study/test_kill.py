@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ from tuner.store import open_store
 
 DYING = Path(__file__).parent / "dying"
 PARENT, WORKER = "tuner.cli", "tuner.training"
+TUNER = (sys.executable, "-m", "tuner.cli")
+RUN = ("study", "run", "round1.yaml")
 CHANGES: dict[str, Any] = {"trials": 2, "steps": 10, "every": 2, "decay_steps": 3}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run_dying(directory: Path, at: str, process: str) -> subprocess.CompletedProcess[str]:
-    """`tuner study run` with a process that dies at a seam."""
+def run_dying(directory: Path, at: str, process: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`tuner ARGUMENTS`, by default `study run`, with a process that dies at a seam."""
     marker = directory / f"died-{at.replace('/', '-')}"
     done = subprocess.run(
-        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+        [*TUNER, *(arguments or RUN)],
         cwd=directory,
         text=True,
         capture_output=True,
@@ -45,30 +49,34 @@ def run_dying(directory: Path, at: str, process: str) -> subprocess.CompletedPro
     return done
 
 
-def run_and_kill(directory: Path, seconds: float) -> None:
-    """`tuner study run`, killed from outside after some time in training."""
+@contextmanager
+def running(directory: Path, *, until: Callable[[str], bool]) -> Iterator[subprocess.Popen[str]]:
+    """`tuner study run`, once a line of standard error is as wanted; standard error is a pipe."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
-        cwd=directory,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
+        [*TUNER, *RUN], cwd=directory, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
     assert process.stderr is not None
-    for line in process.stderr:
-        if "step" in line or "goes on" in line:
-            break
-    time.sleep(seconds)
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    with process, process.stderr as said:
+        try:
+            for line in said:
+                if until(line):
+                    break
+            yield process
+        finally:
+            process.kill()
+
+
+def run_and_kill(directory: Path, seconds: float) -> None:
+    """`tuner study run`, killed from outside after some time in training."""
+    with running(directory, until=lambda line: "step" in line or "goes on" in line):
+        time.sleep(seconds)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("undisturbed")
     write_round(directory, **CHANGES)
-    done = tuner("study", "run", "round1.yaml", directory=directory)
+    done = tuner(*RUN, directory=directory)
     assert done.returncode == 0, done.stderr
     return trials_of(directory)
 
@@ -96,7 +104,7 @@ def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(
     done = run_dying(tmp_path, at, process)
     if process == PARENT:
         assert done.returncode == -signal.SIGKILL
-        done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+        done = tuner(*RUN, directory=tmp_path)
     # A worker's death the parent itself gets over.
     assert done.returncode == 0, done.stderr
     assert curves(trials_of(tmp_path)) == curves(undisturbed)
@@ -111,7 +119,7 @@ def test_a_round_killed_at_random_goes_on_from_its_checkpoints(
     dice = random.Random(7)
     for _ in range(3):
         run_and_kill(tmp_path, dice.uniform(0.0, 0.4))
-    done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+    done = tuner(*RUN, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     found = trials_of(tmp_path)
     assert curves(found) == curves(undisturbed)
@@ -126,26 +134,16 @@ def test_sigterm_saves_and_names_the_command_that_goes_on(
     tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
     write_round(tmp_path, **CHANGES)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step 2/" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    process.stderr.close()
+    with running(tmp_path, until=lambda line: "step 2/" in line) as process:
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait() == 130
     assert "tuner study run round1.yaml" in rest
     status = json.loads(tuner("study", "status", "--json", directory=tmp_path).stdout)
     assert status["rounds"][0]["state"] == "open"
     assert status["rounds"][0]["trials"]["running"] == 0
-    done = tuner("study", "run", "round1.yaml", directory=tmp_path)
+    done = tuner(*RUN, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     found = trials_of(tmp_path)
     assert curves(found) == curves(undisturbed)
@@ -155,40 +153,15 @@ def test_sigterm_saves_and_names_the_command_that_goes_on(
 @pytest.mark.slow
 def test_promote_killed_between_file_and_fact_is_finished_by_promoting_again(tmp_path: Path) -> None:
     write_round(tmp_path, **CHANGES)
-    assert tuner("study", "run", "round1.yaml", directory=tmp_path).returncode == 0
-    marker = tmp_path / "died"
-    command = [
-        sys.executable,
-        "-m",
-        "tuner.cli",
-        "study",
-        "promote",
-        "--to",
-        "round2",
-        "--max-train-steps",
-        "20",
-    ]
-    died = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-        env={
-            **ENVIRONMENT,
-            "PYTHONPATH": str(DYING),
-            "TUNER_DIE_AT": "tuner.store.sql.SqlStore.record:1",
-            "TUNER_DIE_IN": PARENT,
-            "TUNER_DIE_MARKER": str(marker),
-        },
-    )
+    assert tuner(*RUN, directory=tmp_path).returncode == 0
+    command = ("study", "promote", "--to", "round2", "--max-train-steps", "20")
+    died = run_dying(tmp_path, "tuner.store.sql.SqlStore.record:1", PARENT, *command)
     assert died.returncode == -signal.SIGKILL
     written = (tmp_path / "round2.yaml").read_text()
-    again = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
+    again = tuner(*command, directory=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "round2.yaml").read_text() == written
-    store = open_store(f"sqlite:///{tmp_path / 'tuner.db'}")
+    store = open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")
     assert [p.file_text for p in store.promotions()] == [written]
     store.close()
 
@@ -197,7 +170,7 @@ def nothing_half_made(directory: Path) -> None:
     """No temporary names, no directory without a fact, `best` where the fact says."""
     runs = directory / "runs" / "round1"
     assert not [path for path in runs.rglob("*") if path.name.endswith(".tmp")]
-    store = open_store(f"sqlite:///{directory / 'tuner.db'}")
+    store = open_store(f"sqlite:///{directory / 'tuner.db'}", study="tiny")
     try:
         for trial in store.trials("round1"):
             place = runs / f"trial-{trial.number:04d}"

@@ -19,8 +19,9 @@ from tuner.adapters.initial import hollow_copy, lora_config
 from tuner.data import Examples
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
 from tuner.training.inbox import Inbox
-from tuner.training.loop import Workplace, forward_backward, train
+from tuner.training.loop import tick, train
 from tuner.training.trial_run import TrialRun
+from tuner.training.workplace import Workplace
 
 Hyperparameters = Mapping[str, Value]
 Say = Callable[[Event], None]
@@ -113,7 +114,7 @@ def drive(
             left[entry.trial] = Trained(start=copied(run.optimizer.weights))
         _tick(place, inside, left)
         for slot, (trial, run) in list(inside.items()):
-            if run.step == max_train_steps:
+            if run.step == max_train_steps or run.reason_infeasible is not None:
                 left[trial].weights.update(copied(run.optimizer.weights))
                 del inside[slot]
         tick += 1
@@ -267,15 +268,12 @@ def _start(hollow: PreTrainedModel, base_path: str, trial: Hyperparameters) -> A
 
 
 def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Mapping[int, Trained]) -> None:
-    runs = {slot: run for slot, (_, run) in inside.items()}
-    for run in runs.values():
-        if not run.micro_batches:
-            run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
-    forward_backward(place, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
+    before = {slot: run.step for slot, (_, run) in inside.items()}
+    tick(place, {slot: run for slot, (_, run) in inside.items()})
     for slot, (trial, run) in inside.items():
-        if not run.micro_batches:
-            left[trial].losses.append(run.finish_update())
-            place.pack.load(slot, run.optimizer.weights)
+        if run.step > before[slot]:
+            assert run.train_loss is not None
+            left[trial].losses.append(run.train_loss)
 
 
 def _pairs(

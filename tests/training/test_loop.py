@@ -31,9 +31,10 @@ from tests.training.driving import (
 )
 from tuner.adapters import Base
 from tuner.data import batch_rows
-from tuner.records import Ended, Evaluated, Evaluation, Progressed, Saved, Started
-from tuner.training.loop import Workplace, example_nll, forward_backward
+from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
+from tuner.training.loop import example_nll, forward_backward
 from tuner.training.trial_run import MAX_BAD_UPDATES
+from tuner.training.workplace import Workplace
 
 TOLERANCE = 1e-4
 
@@ -44,12 +45,29 @@ class TestEvents:
         with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
             events = run_loop(place, [assigned])
         assert isinstance(events[0], Started)
-        assert events[-1] == Ended("round1", 0, 1, 10, "complete")
+        assert events[-2] == Ended("round1", 0, 1, 10, "complete")
         assert [evaluation.step for evaluation in curve(events)] == [0, 3, 6, 9, 10]
         for place_, event in enumerate(events):  # file before fact: what an evaluation leaves is on disk
             if isinstance(event, Evaluated):
                 before = [e for e in events[:place_] if isinstance(e, Saved)]
                 assert any(e.checkpoint.step == event.evaluation.step for e in before)
+
+    def test_measures_what_was_run(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Ten updates of two trials side by side, of four rows each."""
+        assigned = [assignment(tmp_path, trial) for trial in range(2)]
+        with workplace(models.base("llama"), [assigned[0].hyperparameters], slots=2) as place:
+            events = run_loop(place, assigned)
+        assert isinstance(events[-1], Measured)
+        work = events[-1].throughput
+        rows = [batch_rows(len(TRAIN), batch_size=4, seed=0, step=step) for step in range(1, 11)]
+        assert work.tokens == 2 * sum(int(TRAIN.num_tokens[list(update)].sum()) for update in rows)
+        assert work.padded_tokens > work.tokens
+        assert work.trial_steps == work.micro_steps == 20
+        assert work.passes in (10, 11)  # the second trial may join one pass later
+        assert work.peak_memory_bytes > 1 << 20
+        assert min(work.training_seconds, work.evaluating_seconds, work.saving_seconds) > 0
+        measured = [event.throughput for event in events if isinstance(event, Measured)]
+        assert [m.trial_steps for m in measured] == sorted(m.trial_steps for m in measured)
 
     def test_evaluation_is_sums_over_targets(self, models: tiny.Models, tmp_path: Path) -> None:
         assigned = assignment(tmp_path, max_train_steps=4)
@@ -276,7 +294,7 @@ def one_update(place: Workplace, trials: Sequence[dict[str, object]]) -> list[tu
     for slot, run in runs.items():
         for _, b in run.optimizer.weights.values():
             b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
-        place.pack.load(slot, run.optimizer.weights)
+        place.pack.load({slot: run.optimizer.weights})
         run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
     while any(run.micro_batches for run in runs.values()):
         tick = {slot: run.micro_batches.popleft() for slot, run in runs.items() if run.micro_batches}
@@ -285,7 +303,10 @@ def one_update(place: Workplace, trials: Sequence[dict[str, object]]) -> list[tu
         torch.cat([g.clone().reshape(-1) for pair in run.optimizer.gradients.values() for g in pair])
         for run in runs.values()
     ]
-    return [(run.finish_update(), gradient) for run, gradient in zip(runs.values(), gradients, strict=True)]
+    return [
+        (run.finish_update(float(run.optimizer.gradient_norm())), gradient)
+        for run, gradient in zip(runs.values(), gradients, strict=True)
+    ]
 
 
 def _last_five(losses: Sequence[float], trial: dict[str, object]) -> float:

@@ -28,6 +28,13 @@ def fill(optimizer: TrialOptimizer, value: float) -> None:
             gradient.fill_(value)
 
 
+def step(optimizer: TrialOptimizer, multiplier: float = 1.0) -> tuple[float, float, bool]:
+    """The rate, the norm and whether it was clipped."""
+    norm = float(optimizer.gradient_norm())
+    rate, clipped = optimizer.step(multiplier, norm=norm)
+    return rate, norm, clipped
+
+
 def flat(optimizer: TrialOptimizer) -> torch.Tensor:
     return torch.cat([weight.reshape(-1) for pair in optimizer.weights.values() for weight in pair])
 
@@ -38,7 +45,7 @@ def test_starts_at_the_adapter_and_leaves_it_alone() -> None:
         assert torch.equal(optimizer.weights[name][0], a)
         assert torch.equal(optimizer.weights[name][1], b)
     fill(optimizer, 1.0)
-    optimizer.step(1.0)
+    step(optimizer)
     assert torch.equal(START["layer.a"][0], torch.ones(2, 5))
 
 
@@ -48,10 +55,10 @@ def test_gradient_that_is_not_finite_moves_nothing(kind: str, bad: float) -> Non
     """1e30 is finite, but its norm is not."""
     optimizer = made(optimizer=kind, weight_decay=0.5)
     fill(optimizer, 1.0)
-    optimizer.step(1.0)
+    step(optimizer)
     before, state = flat(optimizer), optimizer.state()
     optimizer.gradients["layer.a"][0][0, 0] = bad
-    _, norm, clipped = optimizer.step(1.0)
+    _, norm, clipped = step(optimizer)
     assert not math.isfinite(norm)
     assert not clipped
     assert torch.equal(flat(optimizer), before)
@@ -66,7 +73,7 @@ def test_clips_as_torch_does(limit: float, scale: float) -> None:
         parameter.grad = torch.full_like(parameter, scale)
     fill(optimizer, scale)
     expected = float(torch.nn.utils.clip_grad_norm_(reference, limit))
-    _, norm, clipped = optimizer.step(1.0)
+    _, norm, clipped = step(optimizer)
     assert norm == pytest.approx(expected)
     assert clipped == (norm > limit)
     mine = [gradient for pair in optimizer.gradients.values() for gradient in pair]
@@ -77,7 +84,7 @@ def test_clips_as_torch_does(limit: float, scale: float) -> None:
 def test_no_clipping_at_zero() -> None:
     optimizer = made(max_grad_norm=0.0)
     fill(optimizer, 1e6)
-    assert optimizer.step(1.0)[2] is False
+    assert step(optimizer)[2] is False
     assert float(optimizer.gradients["layer.a"][0].max()) == 1e6
 
 
@@ -86,7 +93,7 @@ def test_rates_of_a_and_b(kind: str) -> None:
     """AdamW's first update is the rate itself: LoRA+ gives B its own."""
     optimizer = made(optimizer=kind, learning_rate=0.01, loraplus_ratio=8.0)
     fill(optimizer, 1.0)
-    rate, _, _ = optimizer.step(0.5)
+    rate, _, _ = step(optimizer, 0.5)
     assert rate == pytest.approx(0.005)
     for name, (a, b) in START.items():
         assert torch.allclose(optimizer.weights[name][0], a - 0.005, atol=1e-6)
@@ -102,6 +109,6 @@ def test_state_does_not_depend_on_the_order_of_modules(kind: str) -> None:
         for name, pair in optimizer.gradients.items():
             for number, gradient in enumerate(pair):
                 gradient.fill_(len(name) + number + float(name == "layer.b"))
-        optimizer.step(1.0)
+        step(optimizer)
     assert one.state().keys() == other.state().keys()
     assert all(torch.equal(other.state()[key], value) for key, value in one.state().items())

@@ -202,7 +202,7 @@ class TestEightBitAdamW:
             for mine, gradient in zip(kept, drawn, strict=True):
                 mine.copy_(gradient)
             reference.step()
-            ours.step(1.0)
+            ours.step(1.0, norm=float(ours.gradient_norm()))
         state = ours.state()
         assert any(tensor.dtype == torch.uint8 for tensor in state.values())
         for number, parameter in enumerate(theirs):

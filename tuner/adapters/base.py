@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from tuner.adapters.frozen_linear import speed_up
 from tuner.adapters.head_loss import head_nll
 from tuner.errors import ModelError
 
@@ -130,6 +131,7 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
         raise ModelError(f"model: {type(model).__name__} has no output embedding; tuner trains causal models")
     if getattr(model, "is_quantized", False):
         _keep_differentiable(model)
+    speed_up(model)
     base = Base(model, dtype, head_is_linear=False)
     base.head_is_linear = _head_is_linear(base)
     return base

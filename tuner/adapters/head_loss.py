@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuner.adapters.frozen_linear import product
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in float32."""
 
@@ -21,13 +23,12 @@ class _HeadNll(torch.autograd.Function):
         nll, gradients = [], []
         for start in range(0, hidden.shape[0], rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = torch.nn.functional.linear(part, weight, bias).float()
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            nll.append((log_total - logits.gather(1, wanted))[:, 0])
+            log_probability = product(part, weight, bias).float().log_softmax(dim=1)
+            nll.append(-log_probability.gather(1, wanted)[:, 0])
             if needs_gradient:
-                probability = logits.sub_(log_total).exp_()
+                probability = log_probability.exp_()
                 probability.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=probability.dtype))
-                gradients.append(probability.to(weight.dtype) @ weight)
+                gradients.append(product(probability.to(weight.dtype), weight.t()))
         ctx.save_for_backward(torch.cat(gradients) if gradients else hidden.new_empty(0))
         return torch.cat(nll) if nll else hidden.new_empty(0, dtype=torch.float32)
 

@@ -113,12 +113,18 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
     Raises ModelError when there is none, or when `target_modules` names nothing in the model.
     """
     config = load_config(model, max_length=1)
-    hollow = _hollow(config, dtype=torch.float32, base_path=model.path)
-    per_rank = max(
-        sum(a.numel() + b.numel() for a, b in _one_rank(hollow, targets, model.path).weights.values())
-        for targets in values_of(space["target_modules"])
-    )
-    return per_rank * int(max(values_of(space["lora_r"])))
+    return adapter_sizes(_hollow(config, dtype=torch.float32, base_path=model.path), space)[1]
+
+
+def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
+    """Weights of the smallest and of the largest adapter of a space."""
+    ranks = space["lora_r"]
+    lowest = ranks.low if isinstance(ranks, Range) else min(values_of(ranks))
+    adapters = [
+        _one_rank(hollow, wanted, hollow.name_or_path) for wanted in values_of(space["target_modules"])
+    ]
+    per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
+    return int(lowest) * min(per_rank), int(max(values_of(ranks))) * max(per_rank)
 
 
 def targeted_modules(hollow: PreTrainedModel, space: Space) -> set[str]:

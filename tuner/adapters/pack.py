@@ -6,9 +6,11 @@ batch dimension keep trials apart: one trial's NaN never reaches another.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base
 from tuner.adapters.dropout import dropout_mask
+from tuner.adapters.frozen_linear import FrozenLinear, product
 from tuner.adapters.initial import Adapter
+
+ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+"""A trial's weights, or their gradients, by module and in PEFT's shapes."""
 
 
 @dataclass(frozen=True)
@@ -32,76 +38,87 @@ class PackedRows:
 class Pack:
     """K slots of LoRA weights over a base.
 
-    The stacked weights are what the forward pass computes with, in the base's dtype; the exact ones
-    are the trials' own. `load` and `collect` carry between the two.
+    The stacked weights are what a forward pass computes with, in the base's dtype; the exact ones
+    are the trials' own. `load` and `collect` carry between the two. Weights of all layers lie in one
+    tensor, gradients in another: both are zeroed and converted at once.
     """
 
     def __init__(self, base: Base, *, num_slots: int, max_rank: int, modules: Iterable[str]) -> None:
         self.base = base
         self.num_slots = num_slots
         self.rows: PackedRows | None = None
-        self._layers: dict[str, PackedLinear] = {}
         wanted = set(modules)
-        names = [name for name, _ in base.model.named_modules() if name in wanted]
-        for name in names:
-            inner = base.model.get_submodule(name)
-            layer = PackedLinear(inner, self, key=zlib.crc32(name.encode()), max_rank=max_rank)
-            parent, _, child = name.rpartition(".")
-            setattr(base.model.get_submodule(parent), child, layer)
-            self._layers[name] = layer
+        inner = {name: module for name, module in base.model.named_modules() if name in wanted}
+        shapes = [(num_slots, max_rank, width) for module in inner.values() for width in _widths(module)]
+        sizes = [math.prod(shape) for shape in shapes]
+        weights = torch.zeros(sum(sizes), device=base.device, dtype=base.dtype)
+        self._gradients = torch.zeros_like(weights)
+        self._exact_gradients = self._gradients.float()  # itself where the base is float32
+        stacked = _views(weights, shapes, sizes)
+        gradients = _views(self._gradients, shapes, sizes)
+        exact = _views(self._exact_gradients, shapes, sizes)
+        self.anchor = torch.zeros((), device=base.device, requires_grad=True)
+        """What makes autograd go back through layers whose inputs need no gradient."""
+        self._layers: dict[str, PackedLinear] = {}
+        self._exact: dict[str, tuple[Tensor, Tensor]] = {}
+        for number, (name, module) in enumerate(inner.items()):
+            a, b = 2 * number, 2 * number + 1
+            self._layers[name] = PackedLinear(
+                module,
+                self,
+                key=zlib.crc32(name.encode()),
+                weights=(stacked[a], stacked[b]),
+                gradients=(gradients[a], gradients[b]),
+            )
+            self._exact[name] = exact[a], exact[b]
+            _replace(base, name, self._layers[name])
         self._ranks = [1] * num_slots
         self._names: list[tuple[str, ...]] = [()] * num_slots
+        self._weights_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
+        self._gradients_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
+        """Of a slot, the trial's part of the stacked tensors in PEFT's shapes: A, B, A, B, ..."""
 
     def close(self) -> None:
         """Give the base its own layers back."""
         for name, layer in self._layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.base.model.get_submodule(parent), child, layer.inner)
+            _replace(self.base, name, layer.inner)
 
     def occupy(self, slot: int, adapter: Adapter) -> None:
         """Give a slot to a trial: everything of its predecessor is zeroed."""
         for layer in self._layers.values():
             layer.clear(slot)
+        rank = adapter.config.r
+        self._ranks[slot] = rank
+        self._names[slot] = tuple(adapter.weights)
+        self._weights_of[slot], self._gradients_of[slot] = [], []
         for name in adapter.weights:
             layer = self._layers[name]
-            layer.scales[slot] = adapter.scale
-            layer.dropout_rates[slot] = adapter.config.lora_dropout
-        self._ranks[slot] = adapter.config.r
-        self._names[slot] = tuple(adapter.weights)
-        self.load(slot, adapter.weights)
+            layer.take(slot, scale=adapter.scale, dropout_rate=adapter.config.lora_dropout)
+            self._weights_of[slot] += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
+            a, b = self._exact[name]
+            self._gradients_of[slot] += [a[slot, :rank], b[slot, :rank].t()]
+        self.load({slot: adapter.weights})
 
     @torch.no_grad()
-    def load(self, slot: int, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Copy a trial's exact weights into its slot, rounding to the compute dtype."""
-        stacked: list[Tensor] = []
-        exact: list[Tensor] = []
-        for name, (a, b) in weights.items():
-            layer = self._layers[name]
-            rank = a.shape[0]
-            stacked += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
-            exact += [a, b]
-        torch._foreach_copy_(stacked, exact)
+    def load(self, weights: Mapping[int, ExactTensors]) -> None:
+        """Copy trials' exact weights into their slots, rounding to the compute dtype."""
+        stacked = [view for slot in weights for view in self._weights_of[slot]]
+        torch._foreach_copy_(stacked, self._exact_tensors(weights))
+
+    def zero_gradients(self) -> None:
+        """Begin a pass."""
+        self._gradients.zero_()
 
     @torch.no_grad()
-    def collect(self, slot: int, gradients: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add the slot's gradients of this pass to `gradients`, in PEFT's shapes."""
-        rank = self._ranks[slot]
-        mine: list[Tensor] = []
-        sums: list[Tensor] = []
-        for name in self._names[slot]:
-            layer = self._layers[name]
-            if layer.a.grad is None or layer.b.grad is None:
-                continue
-            mine += [layer.a.grad[slot, :rank], layer.b.grad[slot, :rank].t()]
-            sums += gradients[name]
-        if mine and mine[0].dtype != sums[0].dtype:
-            mine = [gradient.to(sums[0].dtype) for gradient in mine]
-        torch._foreach_add_(sums, mine)
+    def collect(self, gradients: Mapping[int, ExactTensors]) -> None:
+        """Add the gradients of the pass to those of the trials in these slots, in PEFT's shapes."""
+        if self._exact_gradients is not self._gradients:
+            self._exact_gradients.copy_(self._gradients)
+        mine = [view for slot in gradients for view in self._gradients_of[slot]]
+        torch._foreach_add_(self._exact_tensors(gradients), mine)
 
-    def drop_gradients(self) -> None:
-        """Forget the gradients of the last pass."""
-        for layer in self._layers.values():
-            layer.a.grad = layer.b.grad = None
+    def _exact_tensors(self, of: Mapping[int, ExactTensors]) -> list[Tensor]:
+        return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
@@ -121,26 +138,41 @@ class Pack:
 class PackedLinear(nn.Module):
     """A frozen linear layer plus, for each row, its slot's scale * B A dropout(x)."""
 
-    def __init__(self, inner: nn.Module, pack: Pack, *, key: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        inner: nn.Module,
+        pack: Pack,
+        *,
+        key: int,
+        weights: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor],
+    ) -> None:
         super().__init__()
         self.inner = inner
+        self._is_plain = type(inner) in (nn.Linear, FrozenLinear)
         self.key = key
         """What tells its dropout from other modules': of its path, whichever modules the pack wraps."""
         self._pack = (pack,)  # in a tuple: a module must not own the pack that owns it
-        width_in, width_out = _widths(inner)
-        slots, device, dtype = pack.num_slots, pack.base.device, pack.base.dtype
-        self.a = nn.Parameter(torch.zeros(slots, max_rank, width_in, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.zeros(slots, max_rank, width_out, device=device, dtype=dtype))
-        """[slots, rank, out]: B transposed, so that a trial's ranks are the leading rows of both."""
-        self.scales = [0.0] * slots
-        self.dropout_rates = [0.0] * slots
+        self.a, self.b = weights
+        """[slots, rank, in] and [slots, rank, out]: B transposed, so that a trial's ranks lead in both."""
+        self.gradient_a, self.gradient_b = gradients
+        """Of the current pass, in the same shapes."""
+        self.scales = [0.0] * pack.num_slots
+        self.scale = torch.zeros(pack.num_slots, 1, 1, device=self.a.device, dtype=self.a.dtype)
+        """The same as a tensor."""
+        self.dropout_rates = [0.0] * pack.num_slots
 
-    @torch.no_grad()
+    def take(self, slot: int, *, scale: float, dropout_rate: float) -> None:
+        """Let a trial adapt this layer."""
+        self.scales[slot] = scale
+        self.scale[slot] = scale
+        self.dropout_rates[slot] = dropout_rate
+
     def clear(self, slot: int) -> None:
         """Zero the slot, so that nothing of its last trial is left."""
         self.a[slot].zero_()
         self.b[slot].zero_()
-        self.scales[slot] = self.dropout_rates[slot] = 0.0
+        self.take(slot, scale=0.0, dropout_rate=0.0)
 
     @property
     def weight(self) -> Tensor:
@@ -149,30 +181,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], rows grouped by slot as the pack's `rows` says."""
-        y: Tensor = self.inner(x)
-        rows = self._pack[0].rows
+        pack = self._pack[0]
+        rows = pack.rows
         if rows is None or not any(self.scales[slot] for slot in rows.slots):
-            return y
-        rank = self._pack[0].rank_of(rows.slots)
-        a, b = self._select(self.a, rows.slots, rank), self._select(self.b, rows.slots, rank)
-        kept = self._drop(x, rows) if rows.dropout_keys is not None else x
-        grouped = kept.reshape(len(rows.slots), -1, x.shape[-1]).to(a.dtype)
-        low = torch.bmm(grouped, a.transpose(1, 2)) * self._scale(rows.slots, a)
-        flat = y.reshape(len(rows.slots), -1, y.shape[-1])
-        return torch.baddbmm(flat, low.to(flat.dtype), b.to(flat.dtype)).view(y.shape)
+            return self.inner(x)  # type: ignore[no-any-return]
+        dropped = self._drop(x, rows) if rows.dropout_keys is not None else None
+        y = None if self._is_plain else self.inner(x)
+        place = self, rows.slots, pack.rank_of(rows.slots)
+        return _Update.apply(x, dropped, y, pack.anchor, *place)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _select(self, stacked: Tensor, slots: tuple[int, ...], rank: int) -> Tensor:
-        if slots == tuple(range(slots[0], slots[0] + len(slots))):
-            return stacked[slots[0] : slots[0] + len(slots), :rank]
-        return stacked[list(slots), :rank]
-
-    def _scale(self, slots: tuple[int, ...], like: Tensor) -> Tensor:
-        return like.new_tensor([self.scales[slot] for slot in slots])[:, None, None]
-
-    def _drop(self, x: Tensor, rows: PackedRows) -> Tensor:
+    def _drop(self, x: Tensor, rows: PackedRows) -> Tensor | None:
+        """What is left of the inputs; None where all of it is."""
         rates = [self.dropout_rates[slot] for slot in rows.slots]
         if not any(rates):
-            return x
+            return None
         assert rows.dropout_keys is not None
         num_rows, width = rows.dropout_keys.shape[0], x.shape[-1]
         shaped = x.reshape(num_rows, -1, width)
@@ -184,6 +206,93 @@ class PackedLinear(nn.Module):
                 part = torch.where(mask, part, part.new_zeros(())) / (1 - rate)
             parts.append(part)
         return torch.stack(parts).view(x.shape)
+
+
+class _Update(torch.autograd.Function):
+    """W x + scale * B A dropped(x) for every slot at once.
+
+    `y` is W x, or None where the layer's weight is a plain one: then that product is made here, and the
+    sums are made in place. The adapters' weights are no leaves of autograd: their gradients are added to
+    the layer's own tensors, so that a pass of any number of trials leaves them in one place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        y: Tensor | None,
+        _anchor: Tensor,
+        layer: PackedLinear,
+        slots: tuple[int, ...],
+        rank: int,
+    ) -> Tensor:
+        a, b, scale = _of_slots((layer.a[:, :rank], layer.b[:, :rank], layer.scale), slots)
+        kept = _by_slot(x if dropped is None else dropped, slots).to(a.dtype)
+        low = torch.bmm(kept, a.transpose(1, 2)).mul_(scale)
+        ctx.save_for_backward(kept, low)
+        ctx.layer, ctx.slots, ctx.rank = layer, slots, rank
+        ctx.is_dropped, ctx.is_plain = dropped is not None, y is None
+        if y is not None:
+            return torch.baddbmm(_by_slot(y, slots), low.to(y.dtype), b.to(y.dtype)).view(y.shape)
+        y = product(x, layer.inner.weight, layer.inner.bias)  # type: ignore[arg-type]
+        _by_slot(y, slots).baddbmm_(low.to(y.dtype), b.to(y.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        kept, low = ctx.saved_tensors
+        layer, slots, rank = ctx.layer, ctx.slots, ctx.rank
+        (gradient,) = outputs
+        a, b, scale = _of_slots((layer.a[:, :rank], layer.b[:, :rank], layer.scale), slots)
+        high = _by_slot(gradient, slots).to(b.dtype)
+        down = torch.bmm(high, b.transpose(1, 2)).mul_(scale)
+        _add_product(layer.gradient_a[:, :rank], slots, down.transpose(1, 2), kept)
+        _add_product(layer.gradient_b[:, :rank], slots, low.transpose(1, 2), high)
+        of_x = of_dropped = None
+        if ctx.is_plain and ctx.needs_input_grad[0]:
+            of_x = product(gradient, layer.inner.weight.t())
+        if ctx.is_dropped and ctx.needs_input_grad[1]:
+            of_dropped = torch.bmm(down, a).view(*gradient.shape[:-1], -1)
+        elif of_x is not None:
+            _by_slot(of_x, slots).baddbmm_(down.to(of_x.dtype), a.to(of_x.dtype))
+        elif ctx.needs_input_grad[0]:
+            of_x = torch.bmm(down, a).view(*gradient.shape[:-1], -1)
+        return of_x, of_dropped, None if ctx.is_plain else gradient, None, None, None, None
+
+
+def _by_slot(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """[rows, length, width] -> [slots, tokens, width]"""
+    return rows.reshape(len(slots), -1, rows.shape[-1])
+
+
+def _of_slots(stacked: Sequence[Tensor], slots: tuple[int, ...]) -> list[Tensor]:
+    """The slots' parts of stacked tensors: views where the slots are neighbours."""
+    if _are_neighbours(slots):
+        return [tensor[slots[0] : slots[-1] + 1] for tensor in stacked]
+    return [tensor[list(slots)] for tensor in stacked]
+
+
+def _add_product(total: Tensor, slots: tuple[int, ...], left: Tensor, right: Tensor) -> None:
+    """total[slots] += left @ right"""
+    if _are_neighbours(slots):
+        total[slots[0] : slots[-1] + 1].baddbmm_(left, right)
+    else:
+        total[list(slots)] += torch.bmm(left, right)
+
+
+def _are_neighbours(slots: tuple[int, ...]) -> bool:
+    return slots == tuple(range(slots[0], slots[0] + len(slots)))
+
+
+def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> list[Tensor]:
+    parts = torch.split(flat, list(sizes)) if sizes else ()
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _replace(base: Base, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(base.model.get_submodule(parent), child, module)
 
 
 def _widths(linear: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.cli import study_verbs, trial_verbs
+from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.errors import InputError, TunerError
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -46,6 +46,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
+    printing.acting_in = directory
     if directory is not None:
         try:
             os.chdir(directory)
@@ -69,6 +70,6 @@ def run(arguments: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("interrupted", err=True)
+        typer.echo("interrupted; the same command can be given again", err=True)
         return 130
     return code if isinstance(code, int) else 0

@@ -6,39 +6,66 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import click
+import typer
 from rich.console import Console
 
+from tuner.cli.printing import PROSE, output
 from tuner.data import PreparedData, load_tokenizer, prepare, show_rows
 from tuner.errors import DataError, InputError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
+from tuner.report.format import size
 from tuner.spec import RoundSpec, load_round
 from tuner.study.checking import planned_round
+from tuner.study.disk import RoundDisk, free_bytes, taken_back
+from tuner.study.folder import open_folder
+from tuner.study.pages import round_report
 from tuner.study.plan import RoundPlan as StudyPlan
+from tuner.study.running import refuse_changed_file
 
 
-def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> bool:
-    """Print the plan, or every mistake; returns whether the round can be run."""
+def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
+    """Print the plan, or every mistake; returns the command that comes next, None after a mistake."""
     try:
-        plan, remarks = _plan(path, show=0 if as_json else show, probe=probe)
+        round_plan = StudyPlan(load_round(path))
+        command = _next_command(round_plan)
+        with taken_back(round_plan.cache):
+            plan, remarks = _plan(round_plan, show=0 if as_json else show, probe=probe)
     except InputError as error:
         if not as_json:
             raise
-        click.echo(dumps(check_document(_mistakes(error), None)))
-        return False
+        typer.echo(dumps(check_document(_mistakes(error), None)))
+        return None
     if as_json:
-        click.echo(dumps(check_document([], plan)))
+        typer.echo(dumps(check_document([], plan)))
     else:
-        Console().print(plan_table(plan, title=path.name, remarks=remarks))
-    return True
+        output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
+    return command
 
 
-def _plan(path: Path, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
-    file = load_round(path)
-    spec = StudyPlan(file).absolute
+def _next_command(plan: StudyPlan) -> str:
+    """To run the round, or what its report says once it is complete.
+
+    Raises InputError where a run would before it looks at model and data.
+    """
+    folder = open_folder(plan.file.directory)
+    RoundDisk(plan).refuse_unwritable()
+    refuse_changed_file(plan)
+    store = folder.open()
+    try:
+        record = next((record for record in store.rounds() if record.name == plan.name), None)
+        ended = sum(trial.state.is_result for trial in store.trials(plan.name))
+        if record is None or ended < plan.spec.search.trials:
+            return f"tuner study run {plan.file.path}"
+        return round_report(folder, store, record).next_command
+    finally:
+        store.close()
+
+
+def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
+    spec = round_plan.absolute
     tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, file.directory / ".tuner-cache")
+    data = prepare(spec, tokenizer, round_plan.cache)
     if show:
         for shown in show_rows(data.train, tokenizer, show):
             _print_row(shown)
@@ -52,13 +79,17 @@ def _plan(path: Path, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
         measured = probe_round(spec, data)
         hours = plan.trials * measured.seconds_per_trial / 3600
         plan = replace(plan, peak_memory_bytes=measured.peak_memory_bytes, hours=hours)
-    return plan, _remarks(spec, data)
+    remarks = _remarks(spec, data)
+    if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
+        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
+    return plan, remarks
 
 
 def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
     """What became of rows that are not trained on as they are."""
     remarks = []
-    for name, split in (("train", data.report.train), ("eval", data.report.evaluation)):
+    report = data.report
+    for name, split in (("train", report.train), ("eval", report.evaluation), ("test", report.test)):
         if split.truncated:
             remarks.append(
                 f"{split.truncated} of {split.rows_kept} {name} rows are cut at max_length "
@@ -67,8 +98,14 @@ def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
         dropped = split.cut_off + split.empty
         if dropped:
             remarks.append(f"{dropped} {name} rows are left out: nothing in them to learn within max_length")
+        if split.pieces:
+            remarks.append(f"{split.pieces} {name} rows go on with a text longer than max_length")
         if split.duplicates:
             remarks.append(f"{split.duplicates} {name} rows repeat one before them")
+    remarks += data.report.overlaps
+    if len(data.report.mix) > 1:
+        shares = ", ".join(f"{share:.1%} from {Path(path).name}" for path, share in data.report.mix.items())
+        remarks.append(f"of the rows of an epoch: {shares}")
     return remarks
 
 
@@ -80,8 +117,8 @@ def _print_row(pieces: Sequence[tuple[str, bool]]) -> None:
         if coloured:
             console.print(text, style="green" if is_target else "dim", end="", markup=False, highlight=False)
         else:
-            click.echo(f"[[{text}]]" if is_target else text, nl=False)
-    click.echo("\n" + "-" * 40)
+            typer.echo(f"[[{text}]]" if is_target else text, nl=False)
+    typer.echo("\n" + "-" * 40)
 
 
 def _mistakes(error: InputError) -> tuple[Mistake, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import click
+import typer
 
 from tuner.records import CheckpointKind
 from tuner.report.format import size
@@ -14,7 +14,7 @@ from tuner.study.folder import StudyFolder
 def clean_study(folder: StudyFolder, *, delete: bool) -> None:
     """Print what can be freed, and free it with `delete`. Adapters and trunks stay."""
     if not folder.has_begun:
-        click.echo("nothing to free: no round has begun")
+        typer.echo("nothing to free: no round has begun")
         return
     freed = 0
     with hold_study(folder.directory, folder.storage, folder.name):
@@ -28,12 +28,12 @@ def clean_study(folder: StudyFolder, *, delete: bool) -> None:
                         continue
                     num_bytes = sum(c.size_bytes for c in surplus)
                     freed += num_bytes
-                    click.echo(f"{record.name}/{trial.number}: {size(num_bytes)} (ended)")
+                    typer.echo(f"{record.name}/{trial.number}: {size(num_bytes)} (ended)")
                     if delete:
                         paths = tuple(c.path for c in surplus)
                         place.delete(paths)
                         store.record(CheckpointsRemoved(record.name, trial.number, paths))
         finally:
             store.close()
-    click.echo("only a round of the same horizon would go on from these; adapters and trunks stay")
-    click.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+    typer.echo("only a round of the same horizon would go on from these; adapters and trunks stay")
+    typer.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")

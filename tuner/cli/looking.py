@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-from rich.console import Console
+import typer
 
+from tuner.cli.printing import output
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import Trial, TrialState
@@ -23,6 +23,7 @@ from tuner.report import (
     write_html,
 )
 from tuner.report.documents import RoundStatus
+from tuner.report.fitted_table import FittedTable
 from tuner.store import Store
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.pages import round_report
@@ -34,9 +35,9 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
     try:
         statuses = _statuses(folder, store)
         if as_json:
-            click.echo(dumps(status_document(folder.name, statuses)))
+            typer.echo(dumps(status_document(folder.name, statuses)))
         else:
-            Console().print(status_table(folder.name, statuses))
+            output().print(status_table(folder.name, statuses))
         unfinished = next((s for s in statuses if s.state != "complete"), None)
         if unfinished is not None:
             return f"tuner study run {_file_name(folder, unfinished.round)}"
@@ -75,8 +76,8 @@ def write_reports(report: RoundReport, *, html: Path | None, markdown: Path | No
     return page
 
 
-def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) -> None:
-    """Print the trials of all rounds, or of one."""
+def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) -> str:
+    """Print the trials of all rounds, or of one; returns the command that comes next."""
     store = folder.open()
     try:
         names = [record.name for record in store.rounds()]
@@ -94,20 +95,32 @@ def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) 
     finally:
         store.close()
     if as_json:
-        click.echo(dumps([trial_document(trial, adapter=folder.adapter(trial)) for trial in trials]))
+        typer.echo(dumps([trial_document(trial, adapter=folder.adapter(trial)) for trial in trials]))
     else:
-        Console().print(trials_table(trials))
+        _print_table(trials_table(trials))
+    if any(trial.state == TrialState.COMPLETE for trial in trials):
+        return "tuner trial show best"
+    return "tuner study status" if names else f"tuner study run {folder.files[0].path.name}"
+
+
+def _print_table(table: FittedTable) -> None:
+    console = output()
+    console.print(table)
+    if left_out := table.left_out(console.width):
+        typer.echo(f"too narrow for {', '.join(left_out)}: widen the window, or use --json", err=True)
 
 
 def print_trial(folder: StudyFolder, name: str, *, as_json: bool) -> str:
-    """Print one trial; returns its full name."""
+    """Print one trial; returns the command that comes next."""
     trial, max_train_steps = find_trial(folder, name)
     adapter = folder.adapter(trial)
     if as_json:
-        click.echo(dumps(trial_document(trial, adapter=adapter)))
+        typer.echo(dumps(trial_document(trial, adapter=adapter)))
     else:
-        Console().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter))
-    return f"{trial.round}/{trial.number}"
+        output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter))
+    if adapter is None:
+        return "tuner trial list"
+    return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
 
 
 def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import click
+import typer
 
 from tuner.report import dumps
+from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.store import hold_study
 from tuner.study.folder import StudyFolder
 from tuner.study.promotion import Overrides, promote
@@ -43,7 +44,7 @@ def promote_round(
             )
         finally:
             store.close()
-    click.echo(dumps(done.document) if as_json else _prose(done.document))
+    typer.echo(dumps(done.document) if as_json else _prose(done.document))
     return done.path
 
 
@@ -56,14 +57,18 @@ def _prose(document: Mapping[str, Any]) -> str:
         "",
         *(f"  {sentence}" for sentence in document["evidence"]),
         "",
-        f"  {document['trials']['enqueued']} of {document['trials']['total']} trials are carried over; "
-        f"{len(document['continues'])} go on from their trunk.",
+        f"  {document['trials']['enqueued']} of its {document['trials']['total']} trials are carried over; "
+        f"{len(document['continues'])} of them from a trunk.",
         *(
             f"  {name}: {_brief(c['from'])} -> {_brief(c['to'])}  ({c['reason']})"
             for name, c in changed.items()
         ),
         *(f"  {note}" for note in document.get("notes", [])),
-        *(f"  {f['severity']}: {f['message']}" for f in document["findings"] if f["severity"] != "info"),
+        *(
+            f"  {f['severity']}: {f['message']}"
+            for f in document["findings"]
+            if f["severity"] != "info" and f["rule"] not in SAID_BY_THE_EVIDENCE
+        ),
         "",
         f"wrote {document['file']}: read it, change what you know better, then run it",
     ]
@@ -71,6 +76,8 @@ def _prose(document: Mapping[str, Any]) -> str:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, dict) and {"low", "high"} <= value.keys():
+        return f"{value['low']} to {value['high']}{', logarithmic' if value.get('log') else ''}"
     if isinstance(value, dict):
         return " ".join(f"{key} {item}" for key, item in value.items())
     return str(value)

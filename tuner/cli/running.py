@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
-import click
+import typer
 from rich.console import Console
 
-from tuner.errors import InputError, Interrupted
+from tuner.cli.printing import REHEARSAL_BANNER
+from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.records import Evaluation, searched, to_json
 from tuner.report import open_view
-from tuner.spec import load_round
+from tuner.spec import RoundFile, load_round
+from tuner.study.folder import is_rehearsal, open_folder
 from tuner.study.plan import RoundPlan
+from tuner.study.rehearsal import rehearsed_file, simulated_worker, virtual_clock
 from tuner.study.running import run_round
-from tuner.workers import LocalWorker, Worker
+from tuner.workers import (
+    LocalWorker,
+    SimulatedWorker,
+    Worker,
+    WorkerPool,
+    visible_devices,
+    wait_for_former_workers,
+    worker_environments,
+)
+
+ENGINES = ("local", "simulated")
+"""What `run.engine` and `--engine` may say."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def run_file(path: Path, *, duration: str | None, slots: str | None) -> None:
-    """Run or go on with a round, showing it live on standard error.
+def run_file(
+    path: Path, *, duration: str | None, slots: str | None, workers: str | None, engine: str | None
+) -> Path | None:
+    """Run or go on with a round, showing it live on standard error; returns the file there is to report on.
 
-    Raises Interrupted, naming the command that goes on, when a signal asked to stop.
+    With the engine `simulated` that is the rehearsal's copy. It is None when the time was over before base
+    and data were loaded for the first time. Raises Interrupted, naming the command that goes on, when a
+    signal asked to stop.
     """
     seconds = None if duration is None else parse_duration(duration)
-    wanted_slots = None if slots is None else parse_slots(slots)
+    wanted_slots = None if slots is None else parse_count("--slots", slots)
+    wanted_workers = parse_count("--workers", workers or "auto")
     file = load_round(path)
+    command = f"tuner study run {path}" + ("" if engine is None else f" --engine {engine}")
+    engine = _engine(file, engine)
+    if engine == "simulated":
+        file = rehearsed_file(file)
     console = Console(stderr=True)
     view = open_view(
         console=console,
@@ -47,45 +73,88 @@ def run_file(path: Path, *, duration: str | None, slots: str | None) -> None:
             return {
                 "spec": plan.absolute.model_dump(mode="json"),
                 "slots": wanted_slots or plan.spec.run.slots,
-                "cache": str(plan.file.directory / ".tuner-cache"),
+                "cache": str(plan.cache),
                 "lock": str(plan.checkpoints / "worker.lock"),
                 "base": None if known is None else to_json(known),
             }
 
-        return LocalWorker(document, log=plan.checkpoints / "worker.log")
+        lock = plan.checkpoints / "worker.lock"
+        wait_for_former_workers(lock)
+        environments = worker_environments(wanted_workers, visible_devices(), cores=os.cpu_count() or 1)
+        names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
+        makers = [
+            partial(LocalWorker, document, log=plan.checkpoints / f"{name}.log", environment=environment)
+            for name, environment in zip(names, environments, strict=True)
+        ]
+        return makers[0]() if len(makers) == 1 else WorkerPool(makers)
+
+    simulated: list[SimulatedWorker] = []
+
+    def make_simulated(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
+        simulated.append(simulated_worker(plan, slots=wanted_slots or plan.spec.run.slots))
+        return simulated[-1]
 
     deadline = None if seconds is None else time.monotonic() + seconds
-    command = f"tuner study run {path}"
     with _stop_signals() as was_signalled:
 
         def stopping() -> bool:
             return was_signalled() or (deadline is not None and time.monotonic() > deadline)
 
         try:
-            run_round(file, make_worker=make_worker, view=view, stopping=stopping)
+            if engine == "simulated":
+                view.message(REHEARSAL_BANNER)
+                clock = virtual_clock(time.time(), simulated)
+                run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)
+                view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
+            else:
+                run_round(file, make_worker=make_worker, view=view, stopping=stopping)
         except Interrupted as stop:
             if not was_signalled():
                 view.message(f"{duration} are over: {stop}; go on with: {command}")
-                return
+                return file.path if _has_begun(file) else None
             raise Interrupted(f"{stop}; go on with: {command}") from stop
+        except RoundStopped as stop:
+            raise RoundStopped(f"{stop}; then go on with: {command}") from stop
         finally:
             view.close()
+    return file.path
+
+
+def _engine(file: RoundFile, wanted: str | None) -> str:
+    """Where the round runs. Raises InputError for a name that is none, or a rehearsal to be trained."""
+    engine = wanted or file.spec.run.engine
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine}: expects one of {', '.join(ENGINES)}")
+    if engine != "simulated" and is_rehearsal(file):
+        raise InputError(
+            f"{file.path}: this is a rehearsal's file; to train, run the round file in the study's own folder"
+        )
+    return engine
+
+
+def _has_begun(file: RoundFile) -> bool:
+    store = open_folder(file.directory).open()
+    try:
+        return any(record.name == file.spec.round for record in store.rounds())
+    finally:
+        store.close()
 
 
 def parse_duration(text: str) -> float:
     """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises InputError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not seconds or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
         raise InputError(f"--for {text!r}: expects a time such as 90s, 30m, 2h or 1h30m")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return seconds
 
 
-def parse_slots(text: str) -> int | str:
-    """A number of slots, or auto. Raises InputError."""
+def parse_count(option: str, text: str) -> int | Literal["auto"]:
+    """A whole number of at least 1, or auto. Raises InputError."""
     if text == "auto":
-        return text
+        return "auto"
     if not text.isdigit() or int(text) < 1:
-        raise InputError(f"--slots {text!r}: expects auto or a whole number of at least 1")
+        raise InputError(f"{option} {text!r}: expects auto or a whole number of at least 1")
     return int(text)
 
 
@@ -97,7 +166,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        click.echo("\nstopping: saving every trial (once more ends at once)", err=True)
+        typer.echo("\nstopping: saving every trial (once more ends at once)", err=True)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

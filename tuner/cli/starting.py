@@ -13,7 +13,13 @@ from tuner.spec import SourceSpec, new_round
 
 
 def write_first_round(
-    directory: Path, *, model: str, data: str, eval_data: str | None, format: str | None
+    directory: Path,
+    *,
+    model: str,
+    data: str,
+    eval_data: str | None,
+    format: str | None,
+    template: str | None = None,
 ) -> Path:
     """Write DIR/round1.yaml; returns its path.
 
@@ -31,6 +37,7 @@ def write_first_round(
         eval=None if eval_data is None else _from_folder(eval_data, directory),
         format=found,
         train_rows=train_rows,
+        recipe=template,
     )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -48,5 +55,6 @@ def _known(format: str) -> Any:
 
 
 def _from_folder(path: str, directory: Path) -> str:
-    """A local path as seen from the study's folder; a Hub id as it is."""
-    return os.path.relpath(path, directory) if Path(path).expanduser().exists() else path
+    """A local path or pattern as seen from the study's folder; a Hub id or a URL as it is."""
+    is_path = "://" not in path and (Path(path).expanduser().exists() or set("*?[") & set(path))
+    return os.path.relpath(path, directory) if is_path else path

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from tuner.report import RoundReport
     from tuner.study.folder import StudyFolder
 
-app = typer.Typer(help="Rounds: write, check, run, promote, look.", no_args_is_help=True)
+app = typer.Typer(
+    help="Rounds: write, check, run, promote, look. Begin with `tuner study new --help`.",
+    no_args_is_help=True,
+)
 
 RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="The round's file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -26,7 +29,10 @@ def new(
         str | None, typer.Option("--eval", help="Evaluation rows; else 5% of the training rows.")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="alpaca, messages, ...; else what the first row looks like.")
+        str | None, typer.Option(help="How a row is read, such as alpaca; else recognised by its columns.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="A known recipe to begin with: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
 ) -> None:
     """Write a commented round1.yaml, its horizon derived from the number of rows.
@@ -35,7 +41,9 @@ def new(
     """
     from tuner.cli.starting import write_first_round
 
-    path = write_first_round(directory, model=model, data=data, eval_data=eval_data, format=format)
+    path = write_first_round(
+        directory, model=model, data=data, eval_data=eval_data, format=format, template=template
+    )
     _say(f"wrote {path}")
     _next(f"tuner study check {path}")
 
@@ -46,7 +54,7 @@ def check(
     show: Annotated[
         int, typer.Option("--show", metavar="N", min=0, help="Print N rows as the model sees them.")
     ] = 0,
-    probe: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time a few steps.")] = False,
     json: Json = False,
 ) -> None:
     """Validate file, model, tokenizer and data, and print the plan. Trains nothing, records nothing.
@@ -55,11 +63,11 @@ def check(
     """
     from tuner.cli.checking import check_round
 
-    ok = check_round(round_file, show=show, probe=probe, as_json=json)
-    if not ok:
+    command = check_round(round_file, show=show, probe=probe, as_json=json)
+    if command is None:
         raise typer.Exit(2)
     if not json:
-        _next(f"tuner study run {round_file}")
+        _next(command)
 
 
 @app.command()
@@ -71,6 +79,17 @@ def run(
     slots: Annotated[
         str | None, typer.Option(metavar="K|auto", help="Trials trained together; overrides run.slots.")
     ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="Processes that train, one a GPU; auto: one for each GPU."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|simulated",
+            help="Where; overrides run.engine. simulated rehearses with made-up losses, in rehearsal/.",
+        ),
+    ] = None,
 ) -> None:
     """Run a round, or go on with it: the same command.
 
@@ -78,13 +97,16 @@ def run(
     """
     from tuner.cli.running import run_file
 
-    run_file(round_file, duration=for_, slots=slots)
-    _print_summary(_report(round_file.parent, round_file))
+    ran = run_file(round_file, duration=for_, slots=slots, workers=workers, engine=engine)
+    if ran is None:
+        _next(f"tuner study run {round_file}")
+    else:
+        _print_summary(_report(ran.parent, ran), directory=_rehearsal_folder(round_file, ran))
 
 
 @app.command()
 def status(json: Json = False) -> None:
-    """Rounds, trials by state, the best so far.
+    """Where the study stands: rounds, trials by state, the best so far.
 
     Example: `tuner study status`
     """
@@ -97,18 +119,19 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def promote(
-    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round.")],
+    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; its file is ROUND.yaml.")],
     from_round: Annotated[
         str | None, typer.Option("--from", metavar="ROUND", help="Round to promote from; else the latest.")
     ] = None,
     max_train_steps: Annotated[
         int | None, typer.Option(min=1, help="The next horizon, instead of the suggested one.")
     ] = None,
-    top: Annotated[int, typer.Option(metavar="K", min=1, help="Trials carried over as they are.")] = 3,
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="So many best trials are carried over.")] = 3,
     decay: Annotated[
-        str, typer.Option(metavar="steps|share", help="What of a linear decay is kept.")
+        str,
+        typer.Option(metavar="steps|share", help="What is kept of a linear decay: its length, or its share."),
     ] = "steps",
-    force: Annotated[bool, typer.Option(help="Overwrite the file if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
     """Read a round, write the next round's file and say why.
@@ -139,7 +162,7 @@ def promote(
 @app.command()
 def report(
     round_name: Annotated[
-        str | None, typer.Argument(metavar="[ROUND]", help="Else the latest round.")
+        str | None, typer.Argument(metavar="ROUND", help="A round's name; else the latest.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Where the page goes; else report-ROUND.html.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
@@ -150,6 +173,7 @@ def report(
     """
     from tuner.cli.looking import write_reports
 
+    _folder()
     found = _report(Path(), Path(round_name) if round_name else None)
     path = write_reports(found, html=html, markdown=markdown)
     _print_summary(found, page=path)
@@ -159,7 +183,7 @@ def report(
 def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
 ) -> None:
-    """Serve optuna-dashboard on this study to this machine, until Ctrl-C.
+    """Serve optuna-dashboard on this study, to this machine alone; Ctrl-C ends it.
 
     Example: `tuner study dashboard --port 8081`
     """
@@ -168,17 +192,20 @@ def dashboard(
 
     folder = _folder()
     if not folder.has_begun:
-        raise InputError(
-            f"{folder.storage.rpartition('@')[2]}: no round has begun, so there is nothing to show yet"
+        raise InputError(f"{folder.name}: no round has begun, so there is nothing to show yet")
+    try:
+        serve_dashboard(
+            folder.storage, folder.name, port=port, announce=lambda url: _say(f"{url}  (Ctrl-C ends it)")
         )
-    serve_dashboard(folder.storage, port=port, announce=lambda url: _say(f"{url}  (Ctrl-C ends it)"))
+    except KeyboardInterrupt:
+        _next("tuner study status")
 
 
 @app.command()
 def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
 ) -> None:
-    """Show, and with --yes free, checkpoints that nothing goes on from any more.
+    """Show checkpoints that nothing goes on from any more; with --yes, delete them.
 
     Example: `tuner study clean --yes`
     """
@@ -190,9 +217,9 @@ def clean(
 
 def _folder() -> StudyFolder:
     """The study of the current folder, its broken round files named on standard error."""
-    from tuner.study.folder import open_folder
+    from tuner.cli.printing import open_here
 
-    folder = open_folder(Path())
+    folder = open_here()
     for error in folder.broken:
         _say(f"left out, since it has mistakes: {error}")
     return folder
@@ -204,15 +231,22 @@ def _report(directory: Path, round_path: Path | None) -> RoundReport:
     return report_on(directory, round_path)
 
 
-def _print_summary(found: RoundReport, *, page: Path | None = None) -> None:
-    from rich.console import Console
+def _rehearsal_folder(round_file: Path, ran: Path) -> Path | None:
+    """Where the next verbs act when a copy of the file was run; None when the file itself was."""
+    return None if ran.resolve() == round_file.resolve() else round_file.parent / ran.parent.name
 
+
+def _print_summary(found: RoundReport, *, page: Path | None = None, directory: Path | None = None) -> None:
+    from dataclasses import replace
+
+    from tuner.cli.printing import PROSE, next_command, output
     from tuner.report import summary
 
-    Console().print(summary(found))
+    command = next_command(found.next_command, directory=directory)
+    output(piped_width=PROSE).print(summary(replace(found, next_command=command)))
     if page is not None:
         _say(f"the whole report: {page}")
-    _next(found.next_command)
+    _say(f"next: {command}")
 
 
 def _say(text: str) -> None:
@@ -220,4 +254,6 @@ def _say(text: str) -> None:
 
 
 def _next(command: str) -> None:
-    _say(f"next: {command}")
+    from tuner.cli.printing import next_command
+
+    _say(f"next: {next_command(command)}")

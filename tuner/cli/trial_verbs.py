@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Trials: list, show, use.", no_args_is_help=True)
+app = typer.Typer(help="Trials: list, show, use. Begin with `tuner trial list`.", no_args_is_help=True)
 
 TrialName = Annotated[
     str, typer.Argument(metavar="T", help="round1/7, a bare 7 in the latest round, or best.")
@@ -22,16 +21,16 @@ def list_trials(
     ] = None,
     json: Json = False,
 ) -> None:
-    """All trials with what varies, their best steps and losses.
+    """The trials of all rounds: what varies between them, best losses and best steps.
 
     Example: `tuner trial list --round round1`
     """
     from tuner.cli.looking import print_trials
-    from tuner.study.folder import open_folder
+    from tuner.cli.printing import next_command, open_here
 
-    print_trials(open_folder(Path()), round_name=round_name, as_json=json)
+    command = print_trials(open_here(), round_name=round_name, as_json=json)
     if not json:
-        typer.echo("next: tuner trial show best", err=True)
+        typer.echo(f"next: {next_command(command)}", err=True)
 
 
 @app.command()
@@ -41,11 +40,11 @@ def show(trial: TrialName = "best", json: Json = False) -> None:
     Example: `tuner trial show round1/7`
     """
     from tuner.cli.looking import print_trial
-    from tuner.study.folder import open_folder
+    from tuner.cli.printing import next_command, open_here
 
-    name = print_trial(open_folder(Path()), trial, as_json=json)
+    command = print_trial(open_here(), trial, as_json=json)
     if not json:
-        typer.echo(f'next: tuner trial generate {name} --prompt "..."', err=True)
+        typer.echo(f"next: {next_command(command)}", err=True)
 
 
 @app.command()
@@ -54,20 +53,22 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The instruction, in the words of a training row.")],
     input: Annotated[str, typer.Option("--context", help="The row's input, where the format has one.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with, at most.")] = 256,
-    base: Annotated[bool, typer.Option(help="Answer with the untouched base, to compare.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the untouched base, to compare.")] = False,
 ) -> None:
     """Answer a prompt with a trial's adapter, in the template it was trained on.
 
     Example: `tuner trial generate best --prompt "Name three rivers."`
     """
     from tuner.cli.generating import generate_answer
-    from tuner.study.folder import open_folder
+    from tuner.cli.printing import open_here
 
     generate_answer(
-        open_folder(Path()),
+        open_here(),
         trial,
         prompt=prompt,
         context=input,
         max_new_tokens=max_new_tokens,
         with_adapter=not base,
     )
+    compare = "" if base else " --base"
+    typer.echo(f'next: tuner trial generate {trial} --prompt "..."{compare}', err=True)

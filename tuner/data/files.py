@@ -7,6 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import DataError
@@ -18,16 +19,26 @@ _EXPANSION_CHECKED_FROM_BYTES = 64 * 1024 * 1024
 """Text packs to about a fifth; beyond 200 to one, and not just a small file, it is a bomb."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file on this machine."""
+
+    path: Path
+    name: str
+    """What messages call it: the path, or the URL that it is a copy of."""
+
+
 class DataFile:
     """A local file, open for reading once from the front. Every method raises DataError."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: LocalFile) -> None:
+        self.name = file.name
         self._read_bytes = 0
-        with _explained(path):
-            self._packed_bytes = path.stat().st_size
-            opener = gzip.open if path.suffix.lower() == ".gz" else open
-            self._stream = opener(path, "rb")
+        with explained(file):
+            self._packed_bytes = file.path.stat().st_size
+            opener = gzip.open if file.path.suffix.lower() == ".gz" else open
+            self._stream = opener(file.path, "rb")
+        self._file = file
 
     def __enter__(self) -> DataFile:
         return self
@@ -37,7 +48,7 @@ class DataFile:
 
     def read(self, num_bytes: int) -> bytes:
         """At most that many bytes; none at the end."""
-        with _explained(self.path):
+        with explained(self._file):
             return self._counted(self._stream.read(num_bytes))
 
     def lines(self) -> Iterator[tuple[int, str]]:
@@ -45,7 +56,7 @@ class DataFile:
         number = 0
         while raw := self._line():
             number += 1
-            place = f"{self.path}:{number}"
+            place = f"{self.name}:{number}"
             if len(raw) > MAX_ROW_BYTES:
                 raise DataError(f"{place}: the line is longer than {MAX_ROW_BYTES:,} bytes")
             try:
@@ -54,22 +65,22 @@ class DataFile:
                 raise DataError(f"{place}: {not_utf8(error)}") from error
 
     def _line(self) -> bytes:
-        with _explained(self.path):
+        with explained(self._file):
             return self._counted(self._stream.readline(MAX_ROW_BYTES + 1))
 
     def _counted(self, data: bytes) -> bytes:
         self._read_bytes += len(data)
         if self._read_bytes > max(_EXPANSION_CHECKED_FROM_BYTES, _MAX_EXPANSION * self._packed_bytes):
             raise DataError(
-                f"{self.path}: unpacks to more than {_MAX_EXPANSION} times its size, as text does not; "
+                f"{self.name}: unpacks to more than {_MAX_EXPANSION} times its size, as text does not; "
                 "if it is meant to, unpack it first"
             )
         return data
 
 
-def content_hash(path: Path) -> str:
+def content_hash(file: LocalFile) -> str:
     """SHA-256 of the file's bytes as they lie on disk. Raises DataError."""
-    with _explained(path), path.open("rb") as stream:
+    with explained(file), file.path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -80,10 +91,12 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(file: LocalFile) -> Iterator[None]:
+    """Failures of the disk as DataError."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
+        raise DataError(f"{file.name}: there is no such file") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file.name}: cannot be read: {reason}") from error

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from tuner.data.chat import Chat
+from tuner.data.chat import Chat, Message, asked, read_messages
+from tuner.data.plain_text import SEPARATORS
 from tuner.data.segments import Row, Segment, kind_of
+from tuner.data.sharegpt import conversation
+from tuner.data.templates import TEMPLATES
+from tuner.data.windows import Windows
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tuner.spec import SourceSpec
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -40,21 +46,58 @@ class RowFormat:
     """(instruction, input) as the text that comes before the completion in training."""
     starts_plain: bool = True
     """Whether the tokenizer's own beginning (BOS) is put before the text; chat templates bring theirs."""
+    windows: Windows | None = None
+    """How a text becomes several examples, or a part of one; None: a row is an example."""
+    more_identity: Mapping[str, Any] = field(default_factory=dict)
+    """What decides about segments besides the name and the tokenizer, as JSON values."""
 
 
-def row_format(name: str, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
-    """The format of that name. Raises DataError when it is unknown or the tokenizer cannot render it."""
-    match name:
-        case "alpaca":
-            return RowFormat(name, ("instruction", "output"), ("input",), _alpaca, _alpaca_prompt)
-        case "completion":
-            return RowFormat(name, ("prompt", "completion"), (), _completion, _joined)
-        case "text":
-            return RowFormat(name, ("text",), (), _text, _joined)
-        case "messages":
-            chat = Chat(tokenizer)
-            return RowFormat(name, ("messages",), (), chat.segments, chat.prompt, starts_plain=False)
-    raise DataError(f"format {name!r} is not read; allowed are alpaca, messages, completion and text")
+def source_format(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+    """The format of a source as the round file says it. Raises DataError."""
+    chosen = row_format(spec.format, tokenizer, columns=spec.columns, template=spec.template)
+    if spec.split_on is None and spec.overlap_tokens is None:
+        return chosen
+    windows = Windows(
+        overlap_tokens=spec.overlap_tokens or 0,
+        fills=spec.group_records == "fill",
+        separator=SEPARATORS[spec.split_on] if spec.split_on else "",
+    )
+    return replace(
+        chosen, windows=windows, more_identity={**chosen.more_identity, "windows": asdict(windows)}
+    )
+
+
+def row_format(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+) -> RowFormat:
+    """The format of that name.
+
+    `columns` has what its columns are called where they have other names, `template` the text around the
+    turns. Raises DataError when the format is unknown or the tokenizer cannot render it.
+    """
+    called = {**{column: column for column in _COLUMNS}, **(columns or {})}
+    if name == "alpaca" and template in (None, "alpaca"):
+        chosen = _alpaca(called)
+    elif name == "completion":
+        chosen = _completion(called)
+    elif name == "text":
+        chosen = _text(called)
+    elif name in ("alpaca", "messages", "sharegpt"):
+        chosen = _conversation(name, called, Chat(tokenizer, None if template == "tokenizer" else template))
+    else:
+        raise DataError(
+            f"format {name!r} is not read; allowed are alpaca, messages, sharegpt, completion and text"
+        )
+    identity: dict[str, Any] = {}
+    if columns:
+        identity["columns"] = dict(columns)
+    if template is not None:
+        identity["template"] = TEMPLATES.get(template, template)
+    return replace(chosen, more_identity=identity)
 
 
 def require_columns(row: Row, row_format: RowFormat) -> None:
@@ -64,14 +107,34 @@ def require_columns(row: Row, row_format: RowFormat) -> None:
         optional = "".join(f" ({column!r} is optional)" for column in row_format.optional)
         raise DataError(
             f"{row.place}: no column {missing[0]!r}; columns found: {found}; format {row_format.name} "
-            f"needs {' and '.join(map(repr, row_format.needed))}{optional}"
+            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; other names are said by `columns`"
         )
 
 
-def _alpaca(row: Row) -> tuple[Segment, ...]:
-    given = row.values.get("input")
-    prompt = _alpaca_prompt(_string(row, "instruction"), "" if given is None else _string(row, "input"))
-    return Segment(prompt, is_target=False), Segment(_string(row, "output"), is_target=True)
+_COLUMNS = (
+    *("instruction", "input", "output", "messages", "conversations", "system"),
+    *("prompt", "completion", "text"),
+)
+
+
+def _alpaca(called: Mapping[str, str]) -> RowFormat:
+    def segments(row: Row) -> tuple[Segment, ...]:
+        instruction, input, output = _alpaca_texts(row, called)
+        return Segment(_alpaca_prompt(instruction, input), is_target=False), Segment(output, is_target=True)
+
+    return RowFormat("alpaca", *_alpaca_columns(called), segments, _alpaca_prompt)
+
+
+def _alpaca_columns(called: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (called["instruction"], called["output"]), (called["input"],)
+
+
+def _alpaca_texts(row: Row, called: Mapping[str, str]) -> tuple[str, str, str]:
+    """Instruction, input (empty where there is none) and output."""
+    given = row.values.get(called["input"])
+    instruction = _string(row, called["instruction"])
+    input = "" if given is None else _string(row, called["input"])
+    return instruction, input, _string(row, called["output"])
 
 
 def _alpaca_prompt(instruction: str, input: str) -> str:
@@ -79,15 +142,48 @@ def _alpaca_prompt(instruction: str, input: str) -> str:
     return template.format(instruction=instruction, input=input)
 
 
-def _completion(row: Row) -> tuple[Segment, ...]:
-    return (
-        Segment(_string(row, "prompt"), is_target=False),
-        Segment(_string(row, "completion"), is_target=True),
-    )
+def _completion(called: Mapping[str, str]) -> RowFormat:
+    def segments(row: Row) -> tuple[Segment, ...]:
+        return (
+            Segment(_string(row, called["prompt"]), is_target=False),
+            Segment(_string(row, called["completion"]), is_target=True),
+        )
+
+    return RowFormat("completion", (called["prompt"], called["completion"]), (), segments, _joined)
 
 
-def _text(row: Row) -> tuple[Segment, ...]:
-    return (Segment(_string(row, "text"), is_target=True),)
+def _text(called: Mapping[str, str]) -> RowFormat:
+    def segments(row: Row) -> tuple[Segment, ...]:
+        return (Segment(_string(row, called["text"]), is_target=True),)
+
+    return RowFormat("text", (called["text"],), (), segments, _joined)
+
+
+def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    match name:
+        case "alpaca":
+            needed, optional = _alpaca_columns(called)
+        case "messages":
+            needed, optional = (called["messages"],), ()
+        case _:
+            needed, optional = (called["conversations"],), (called["system"],)
+
+    def messages(row: Row) -> list[Message]:
+        match name:
+            case "alpaca":
+                instruction, input, output = _alpaca_texts(row, called)
+                return [asked(instruction, input), {"role": "assistant", "content": output}]
+            case "messages":
+                return read_messages(row, called["messages"])
+            case _:
+                return conversation(row, column=called["conversations"], system_column=called["system"])
+
+    def segments(row: Row) -> tuple[Segment, ...]:
+        return chat.segments(messages(row), row.place)
+
+    return RowFormat(name, needed, optional, segments, chat.prompt, starts_plain=chat.is_named)
 
 
 def _joined(instruction: str, input: str) -> str:

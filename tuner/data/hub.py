@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from tuner.data.files import content_hash
+from tuner.data.files import LocalFile, content_hash
 from tuner.errors import DataError
 
 
@@ -36,5 +36,6 @@ def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) 
 
 def rows_hash(rows: Any) -> str:
     """A hash of the files that the data set is mapped from."""
-    hashes = [content_hash(Path(file["filename"])) for file in rows.cache_files]
+    names = [file["filename"] for file in rows.cache_files]
+    hashes = [content_hash(LocalFile(Path(name), name)) for name in names]
     return hashlib.sha256(f"{hashes} {rows.num_rows}".encode()).hexdigest()

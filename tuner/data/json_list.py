@@ -28,7 +28,7 @@ def json_objects(file: DataFile) -> Iterator[dict[str, Any]]:
         case "[":
             more = text.peek() != "]"
         case _:
-            raise DataError(f"{file.path}: is neither a list of objects nor one object a line")
+            raise DataError(f"{file.name}: is neither a list of objects nor one object a line")
     while more:
         yield text.object()
         match text.peek():
@@ -62,7 +62,7 @@ class _Text:
 
     def error(self, what: str) -> DataError:
         """The error to raise when something is wrong with the row, or right behind it."""
-        return DataError(f"{self._file.path}: row {self.row}: {what}")
+        return DataError(f"{self._file.name}: row {self.row}: {what}")
 
     def peek(self) -> str:
         """The next character that is not white space, or "" at the end."""

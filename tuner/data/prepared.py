@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuner.data.examples import Examples
-from tuner.data.formats import row_format
+from tuner.data.formats import source_format
+from tuner.data.locations import downloads
 from tuner.data.rows import Recipe, tokenised
-from tuner.data.sources import open_source
-from tuner.data.splits import Part, Parts, divide, duplicates, examples, refuse_overlap, sample, weigh
+from tuner.data.sources import open_sources
+from tuner.data.splits import (
+    Part,
+    Parts,
+    divide,
+    duplicates,
+    examples,
+    overlap,
+    pieces,
+    refuse_overlap,
+    sample,
+    weigh,
+)
 from tuner.data.tokenise import Fate, Tokeniser
 from tuner.errors import DataError
 
@@ -46,6 +58,10 @@ class SplitReport:
     """Rows dropped because they had nothing to learn: an empty output, no assistant turn."""
     duplicates: int = 0
     """Rows kept whose text a row before them has."""
+    pieces: int = 0
+    """Rows kept that go on with a text longer than `max_length`."""
+    overlap: int = 0
+    """Rows that training has too (of test, those that training or evaluation has); see `allow_overlap`."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)
     """Tokens a row before truncation: p50, p90, p99 and max of the rows that are not empty."""
 
@@ -57,6 +73,10 @@ class DataReport:
     train: SplitReport = field(default_factory=SplitReport)
     evaluation: SplitReport = field(default_factory=SplitReport)
     test: SplitReport = field(default_factory=SplitReport)
+    mix: Mapping[str, float] = field(default_factory=dict)
+    """Each training source's share of the rows of an epoch, by its path."""
+    overlaps: tuple[str, ...] = ()
+    """Which rows are in two of train, eval and test, where the round file allows it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,17 +102,22 @@ def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | N
         raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
     recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache)
     read = {
-        name: [_part(source, tokenizer, recipe) for source in sources]
+        name: _parts(sources, tokenizer, recipe)
         for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
     }
     train, evaluation, test = read["train"], read["eval"], read["test"]
     if data.eval_fraction is not None:
         train, evaluation = divide(train, data.eval_fraction)
-    refuse_overlap("eval", evaluation, "train", train)
-    refuse_overlap("test", test, "train", train)
-    refuse_overlap("test", test, "eval", evaluation)
+    overlaps = (
+        overlap("eval", evaluation, "train", train),
+        overlap("test", test, "train", train),
+        overlap("test", test, "eval", evaluation),
+    )
+    if not data.allow_overlap:
+        for found, has_test in zip(overlaps, (False, True, True), strict=True):
+            refuse_overlap(found, has_test=has_test)
     used = {
-        "train": [weigh(part.kept(), s.weight) for part, s in zip(train, data.train, strict=True)],
+        "train": [weigh(part.kept(), part.weight) for part in train],
         "eval": sample([part.kept() for part in evaluation], spec.evaluation.max_examples),
         "test": [part.kept() for part in test],
     }
@@ -104,17 +129,33 @@ def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | N
         test=splits["test"],
         report=DataReport(
             train=_report(train, splits["train"]),
-            evaluation=_report(evaluation, splits["eval"]),
-            test=_report(test, splits["test"]),
+            evaluation=_report(evaluation, splits["eval"], overlap=overlaps[0].num_rows),
+            test=_report(test, splits["test"], overlap=max(found.num_rows for found in overlaps[1:])),
+            mix=_mix(used["train"]),
+            overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
         ),
         fingerprint=_fingerprint(splits.values()),
     )
 
 
-def _part(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Part:
-    source = open_source(spec, recipe.cache)
-    table = tokenised(source, row_format(spec.format, tokenizer), recipe)
-    return Part(source, table, np.arange(len(table.fates)))
+def _parts(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Part]:
+    """One for each file."""
+    parts = []
+    with downloads(recipe.cache) as copies:
+        for spec in sources:
+            row_format = source_format(spec, tokenizer)
+            for source in open_sources(spec, recipe.cache, copies):
+                table = tokenised(source, row_format, recipe)
+                parts.append(Part(source, table, np.arange(len(table.fates)), spec.path, spec.weight))
+    return parts
+
+
+def _mix(parts: Parts) -> dict[str, float]:
+    total = sum(len(part.rows) for part in parts)
+    shares: dict[str, float] = {}
+    for part in parts:
+        shares[part.path] = shares.get(part.path, 0.0) + len(part.rows) / total
+    return shares
 
 
 def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[str, Parts]) -> None:
@@ -134,10 +175,11 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
         )
 
 
-def _report(parts: Parts, split: Examples) -> SplitReport:
+def _report(parts: Parts, split: Examples, *, overlap: int = 0) -> SplitReport:
     fates = np.concatenate([np.zeros(0, np.uint8), *(part.table.fates[part.rows] for part in parts)])
     lengths = np.concatenate([np.zeros(0, np.int64), *(part.table.full_lengths[part.rows] for part in parts)])
     lengths = lengths[fates != Fate.EMPTY]
+    kept = [part.kept() for part in parts]
     count = {fate: int((fates == fate).sum()) for fate in Fate}
     return SplitReport(
         num_examples=len(split),
@@ -148,7 +190,9 @@ def _report(parts: Parts, split: Examples) -> SplitReport:
         truncated=count[Fate.TRUNCATED],
         cut_off=count[Fate.CUT_OFF],
         empty=count[Fate.EMPTY],
-        duplicates=duplicates([part.kept() for part in parts]),
+        duplicates=duplicates(kept),
+        pieces=pieces(kept),
+        overlap=overlap,
         token_lengths={
             name: int(np.quantile(lengths, share, method="higher"))
             for name, share in _QUANTILES.items()

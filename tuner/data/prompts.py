@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 
 def render_prompt(
-    format_name: str, tokenizer: PreTrainedTokenizerBase, *, instruction: str, input: str = ""
+    format_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    instruction: str,
+    input: str = "",
+    template: str | None = None,
 ) -> list[int]:
-    """Token ids of the training prompt of a format (`alpaca`, `messages`, `completion`, `text`).
+    """Token ids of the training prompt of a format, with the source's `template`.
 
-    `messages` is a conversation of one user's message; `completion` and `text` take the instruction as
-    it is. Where a format has no place of its own for it, the input follows the instruction. Raises
-    DataError.
+    `messages` and `sharegpt` are a conversation of one user's message; `completion` and `text` take the
+    instruction as it is. Where a format has no place of its own for it, the input follows the instruction.
+    Raises DataError.
     """
-    chosen = row_format(format_name, tokenizer)
+    chosen = row_format(format_name, tokenizer, template=template)
     text = chosen.prompt(instruction, input)
     return _tokeniser(tokenizer).prompt(text, starts_plain=chosen.starts_plain)
 

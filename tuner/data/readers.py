@@ -5,25 +5,25 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeAlias
 
-from tuner.data.files import MAX_ROW_BYTES, DataFile
+from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile
 from tuner.data.formats import RowFormat
 from tuner.data.json_list import json_objects
 from tuner.data.segments import Row, kind_of
 from tuner.errors import DataError
 
-Reader: TypeAlias = Callable[[Path, RowFormat], Iterator[Row]]
+Reader: TypeAlias = Callable[[LocalFile, RowFormat], Iterator[Row]]
 """Reads a file for a format; only the columns that the format reads need be there."""
 
 _PARQUET_BATCH_ROWS = 256
 
 
-def reader_of(path: Path) -> Reader:
+def reader_of(file: LocalFile) -> Reader:
     """What reads this kind of file, by its ending. Raises DataError for an unknown one."""
-    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    packed = path.name.lower().endswith(".gz")
+    name = file.path.name.lower()
+    packed = name.endswith(".gz")
+    ending = name.removesuffix(".gz").rpartition(".")[2]
     match ending:
         case "jsonl" | "ndjson":
             return _json_lines
@@ -34,15 +34,16 @@ def reader_of(path: Path) -> Reader:
         case "parquet" if not packed:
             return _parquet
     raise DataError(
-        f"{path}: an unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
-        "(each also with .gz) and .parquet"
+        f"{file.name}: an unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
+        "(each also with .gz) and .parquet; plain text, such as a log, is read with "
+        "`format: text, split_on: line` (or blank, bytes)"
     )
 
 
-def has_lines(path: Path) -> bool:
+def has_lines(file: LocalFile) -> bool:
     """Whether the numbers of its rows are lines of the file."""
-    reader = reader_of(path)
-    return reader in (_json_lines, _csv) or (reader is _json and _is_json_lines(path))
+    reader = reader_of(file)
+    return reader in (_json_lines, _csv) or (reader is _json and _is_json_lines(file))
 
 
 def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
@@ -52,12 +53,12 @@ def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
     return [column for column in found if column in row_format.needed + row_format.optional]
 
 
-def _json_lines(path: Path, row_format: RowFormat) -> Iterator[Row]:
-    with DataFile(path) as file:
-        for number, line in file.lines():
+def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
+    with DataFile(file) as opened:
+        for number, line in opened.lines():
             if line.isspace():
                 continue
-            place = f"{path}:{number}"
+            place = f"{file.name}:{number}"
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
@@ -72,43 +73,43 @@ def _json_lines(path: Path, row_format: RowFormat) -> Iterator[Row]:
             yield Row(number, place, value)
 
 
-def _json(path: Path, row_format: RowFormat) -> Iterator[Row]:
-    if _is_json_lines(path):
-        yield from _json_lines(path, row_format)
+def _json(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
+    if _is_json_lines(file):
+        yield from _json_lines(file, row_format)
         return
-    with DataFile(path) as file:
-        for number, values in enumerate(json_objects(file), start=1):
-            yield Row(number, f"{path}: row {number}", values)
+    with DataFile(file) as opened:
+        for number, values in enumerate(json_objects(opened), start=1):
+            yield Row(number, f"{file.name}: row {number}", values)
 
 
-def _is_json_lines(path: Path) -> bool:
-    with DataFile(path) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+def _is_json_lines(file: LocalFile) -> bool:
+    with DataFile(file) as opened:
+        return opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
-def _csv(path: Path, row_format: RowFormat) -> Iterator[Row]:
+def _csv(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    with DataFile(path) as file:
-        reader = csv.reader(_without_nul(file), delimiter=delimiter, strict=True)
+    delimiter = "\t" if ".tsv" in file.path.name.lower() else ","
+    with DataFile(file) as opened:
+        reader = csv.reader(_without_nul(opened), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         begins = 1
         try:
             for fields in reader:
-                place = f"{path}:{begins}"
+                place = f"{file.name}:{begins}"
                 if header is None:
                     header = _header(fields, place)
                 elif fields:
                     yield Row(begins, place, _record(header, fields, place))
                 begins = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{begins}: not CSV: {error}") from error
+            raise DataError(f"{file.name}:{begins}: not CSV: {error}") from error
 
 
 def _without_nul(file: DataFile) -> Iterator[str]:
     for number, line in file.lines():
         if "\0" in line:
-            raise DataError(f"{file.path}:{number}: has a NUL byte, which CSV cannot hold")
+            raise DataError(f"{file.name}:{number}: has a NUL byte, which CSV cannot hold")
         yield line
 
 
@@ -124,19 +125,19 @@ def _record(header: list[str], fields: list[str], place: str) -> dict[str, str]:
     return dict(zip(header, fields, strict=True))
 
 
-def _parquet(path: Path, row_format: RowFormat) -> Iterator[Row]:
+def _parquet(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = columns_to_read(file.schema_arrow.names, row_format)
+        with parquet.ParquetFile(file.path) as opened:
+            columns = columns_to_read(opened.schema_arrow.names, row_format)
             number = 0
-            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
+            for batch in opened.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(number, f"{path}: row {number}", values)
+                    yield Row(number, f"{file.name}: row {number}", values)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
+        raise DataError(f"{file.name}: there is no such file") from error
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
+        raise DataError(f"{file.name}: not a Parquet file that can be read: {error}") from error

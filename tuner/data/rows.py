@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from tuner.data.cache import cached_table
 from tuner.data.formats import RowFormat, require_columns
@@ -15,6 +17,7 @@ from tuner.data.segments import Row, Segment
 from tuner.data.sources import Source
 from tuner.data.table import RowTable, TableWriter
 from tuner.data.tokenise import Tokeniser
+from tuner.data.windows import Windows
 from tuner.errors import DataError
 
 _TABLE_VERSION = 1
@@ -35,7 +38,20 @@ class Recipe:
 
 def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable:
     """The table of a source. Raises DataError, for a source without rows too, and StorageError."""
-    made_from = {
+    made_from = ingredients(source, row_format, recipe)
+    table = cached_table(recipe.cache, made_from, lambda writer: _write(source, row_format, recipe, writer))
+    if not len(table.fates):
+        raise DataError(f"{source.name}: has no rows")
+    return table
+
+
+def ingredients(source: Source, row_format: RowFormat, recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides about the table, as JSON values: the key under which it is kept.
+
+    What a source does not say is not in it, so that a key of the round file that is new leaves the tables of
+    files without it where they are.
+    """
+    return {
         "version": _TABLE_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "source": source.identity,
@@ -43,32 +59,55 @@ def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable
         "tokenizer": recipe.tokeniser.fingerprint,
         "loss_on": recipe.loss_on,
         "max_length": recipe.max_length,
+        **row_format.more_identity,
     }
-    table = cached_table(recipe.cache, made_from, lambda writer: _write(source, row_format, recipe, writer))
-    if not len(table.fates):
-        raise DataError(f"{source.name}: has no rows")
-    return table
 
 
 def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableWriter) -> None:
-    for batch in _batches(source.rows(row_format), row_format):
-        digests = [_digest(row, segments) for row, segments in batch]
+    batches = _batches(source.rows(row_format), row_format)
+    if row_format.windows is not None:
+        _write_windows(batches, row_format.windows, recipe, writer)
+        return
+    for batch in batches:
         rows = recipe.tokeniser.rows(
             [segments for _, segments in batch],
             starts_plain=row_format.starts_plain,
             loss_on=recipe.loss_on,
             max_length=recipe.max_length,
         )
-        for (row, _), tokens, digest in zip(batch, rows, digests, strict=True):
-            writer.append(tokens, digest=digest, number=row.number)
+        for (row, segments), tokens in zip(batch, rows, strict=True):
+            text = _text(segments)
+            writer.append(tokens, digest=_hash(text), likeness=_hash(likeness(text)), number=row.number)
 
 
-def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[list[tuple[Row, tuple[Segment, ...]]]]:
-    batch: list[tuple[Row, tuple[Segment, ...]]] = []
+def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, writer: TableWriter) -> None:
+    """Examples of one text all get the hash of the whole, so that they are held out, or not, together."""
+    waiting: deque[tuple[int, str]] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        for batch in batches:
+            added = [(row.number, _text(segments)) for row, segments in batch]
+            waiting.extend(added)
+            yield [text for _, text in added]
+
+    for together, examples in recipe.tokeniser.windowed(texts(), windows, max_length=recipe.max_length):
+        rows = [waiting.popleft() for _ in together]
+        text = windows.separator.join(text for _, text in rows)
+        digest, like = _hash(text), _hash(likeness(text))
+        for example in examples:
+            writer.append(example, digest=digest, likeness=like, number=rows[0][0])
+
+
+_Batch: TypeAlias = list[tuple[Row, tuple[Segment, ...]]]
+
+
+def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[_Batch]:
+    batch: _Batch = []
     characters = 0
     for row in rows:
         require_columns(row, row_format)
         segments = row_format.segments(row)
+        _refuse_half_characters(row, segments)
         batch.append((row, segments))
         characters += sum(len(segment.text) for segment in segments)
         if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
@@ -78,10 +117,27 @@ def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[list[tuple[
         yield batch
 
 
-def _digest(row: Row, segments: tuple[Segment, ...]) -> bytes:
-    text = "".join(segment.text for segment in segments)
+def _refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:
+    text = _text(segments)
+    if text.isascii():
+        return
     try:
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        text.encode()
     except UnicodeEncodeError as error:
         character = f"\\u{ord(text[error.start]):04x}"
         raise DataError(f"{row.place}: has half a character ({character}), which is not text") from error
+
+
+def likeness(text: str) -> str:
+    """What is left of a text without its case, its white space and its choice among equal Unicode forms."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
+
+
+def _text(segments: tuple[Segment, ...]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.data.files import content_hash
+from tuner.data.files import LocalFile, content_hash
 from tuner.data.formats import RowFormat
 from tuner.data.hub import load_rows, rows_hash
+from tuner.data.locations import located
+from tuner.data.plain_text import has_lines as has_line_records
+from tuner.data.plain_text import plain_text_rows
 from tuner.data.readers import columns_to_read, has_lines, reader_of
 from tuner.data.segments import Row
 from tuner.errors import DataError
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from tuner.spec import SourceSpec
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
+_FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,35 +43,45 @@ class Source:
         return f"{self.name}:{number}" if self.has_lines else f"{self.name}: row {number}"
 
 
-def open_source(spec: SourceSpec, cache: Path | None) -> Source:
-    """The source that a round file names. Raises DataError.
+def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
+    """What a round file's source names: one data set, or files in the order of their names. Raises DataError.
 
-    Local files are read here, row by row, so that a mistake can name its line and memory stays flat;
-    folders and Hub ids go through `datasets`, whose files for folders lie in the cache.
+    Files are read here, row by row, so that a mistake can name its line and memory stays flat; those
+    behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for
+    folders lie in the cache.
     """
-    if "://" in spec.path:
-        raise DataError(f"{spec.path}: URLs are not read; give a local file or a data set's id on the Hub")
     path = Path(spec.path)
-    if path.is_dir():
-        return _dataset(spec, cache and cache / "datasets")
-    if _is_hub_id(spec.path) and not path.exists():
-        return _dataset(spec, None)
+    if spec.split_on is None and "://" not in spec.path:
+        if path.is_dir():
+            return [_dataset(spec, cache and cache / "datasets")]
+        if _is_hub_id(spec.path) and not path.exists():
+            return [_dataset(spec, None)]
     if spec.split or spec.config:
-        raise DataError(f"{path}: split and config are for data sets on the Hub; a file has neither")
-    return _file(path)
+        raise DataError(f"{spec.path}: split and config are for data sets on the Hub; a file has neither")
+    open_one = _table if spec.split_on is None else _plain_text
+    return [open_one(file, spec) for file in located(spec.path, copies)]
 
 
 def _is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and not path.lower().endswith(_FILE_ENDINGS)
 
 
-def _file(path: Path) -> Source:
-    reader = reader_of(path)
+def _table(file: LocalFile, spec: SourceSpec) -> Source:
+    reader = reader_of(file)
     return Source(
-        name=str(path),
-        identity=f"{reader.__name__} {content_hash(path)}",
-        has_lines=has_lines(path),
-        rows=lambda row_format: reader(path, row_format),
+        name=file.name,
+        identity=f"{reader.__name__} {content_hash(file)}",
+        has_lines=has_lines(file),
+        rows=lambda row_format: reader(file, row_format),
+    )
+
+
+def _plain_text(file: LocalFile, spec: SourceSpec) -> Source:
+    return Source(
+        name=file.name,
+        identity=f"{spec.split_on} {spec.record_bytes} {spec.group_records} {content_hash(file)}",
+        has_lines=has_line_records(spec),
+        rows=lambda row_format: plain_text_rows(file, spec),
     )
 
 

@@ -23,6 +23,10 @@ class Part:
     table: RowTable
     rows: NDArray[np.int64]
     """Positions in the table, in file order."""
+    path: str
+    """What the round file calls the source, of which this is all or one file."""
+    weight: float
+    """The source's."""
 
     def kept(self) -> Part:
         """Without the rows that were dropped."""
@@ -33,6 +37,10 @@ class Part:
         """[rows, 2] of the rows' text hashes."""
         return self.table.digests[self.rows]
 
+    def likenesses(self) -> NDArray[np.uint64]:
+        """[rows, 2] of the hashes of what makes texts alike."""
+        return self.table.likenesses[self.rows]
+
     def place(self, index: int) -> str:
         """Where the index-th of the rows was read."""
         return self.source.place(int(self.table.numbers[self.rows[index]]))
@@ -42,10 +50,20 @@ Parts = Sequence[Part]
 
 
 def divide(parts: Parts, eval_fraction: float) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows: a row is held out when the hash of its text says so."""
-    held_out = [_position(part.digests()[:, 0]) < eval_fraction for part in parts]
-    train = [replace(part, rows=part.rows[~out]) for part, out in zip(parts, held_out, strict=True)]
-    evaluation = [replace(part, rows=part.rows[out]) for part, out in zip(parts, held_out, strict=True)]
+    """Training rows and held-out rows: a row is held out when the hash of its text says so.
+
+    Of rows that are alike but not equal, the hash of one speaks for all, so that they stay together.
+    """
+    digests, likenesses = _digests(parts), _likenesses(parts)[:, 0]
+    held_out = _position(digests[:, 0]) < eval_fraction
+    order = np.lexsort((digests[:, 1], likenesses))
+    opens = np.diff(likenesses[order], prepend=~likenesses[order[:1]]) != 0
+    speakers = order[np.maximum.accumulate(np.where(opens, np.arange(len(order)), 0))]
+    held_out[order] = held_out[speakers]
+    ends = np.cumsum([len(part.rows) for part in parts])
+    out = np.split(held_out, ends[:-1])
+    train = [replace(part, rows=part.rows[~is_out]) for part, is_out in zip(parts, out, strict=True)]
+    evaluation = [replace(part, rows=part.rows[is_out]) for part, is_out in zip(parts, out, strict=True)]
     return train, evaluation
 
 
@@ -76,26 +94,62 @@ def weigh(part: Part, weight: float) -> Part:
     return replace(part, rows=np.repeat(part.rows, times))
 
 
-def refuse_overlap(name: str, parts: Parts, other_name: str, others: Parts) -> None:
-    """Raises DataError when a row's text is in both; counts them and shows the first."""
-    digests, other_digests = _digests(parts), _digests(others)
-    shared: NDArray[np.bool_] = np.asarray(np.isin(digests, other_digests).all(axis=1))
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Rows that are in two of train, eval and test."""
+
+    num_rows: int = 0
+    """Of the first of the two."""
+    explanation: str = ""
+    """Which two, how many rows, and where the first one stands twice; empty when there is none."""
+
+
+def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
+    """Rows of `parts` that are like a row of `others`."""
+    likenesses, other_likenesses = _likenesses(parts), _likenesses(others)
+    shared = _both_in(likenesses, other_likenesses)
     if not shared.any():
+        return Overlap()
+    equal = shared & _both_in(_digests(parts), _digests(others))
+    first = int(np.argmax(equal if equal.any() else shared))
+    other = int(np.argmax((other_likenesses == likenesses[first]).all(axis=1)))
+    num_shared, num_equal = int(shared.sum()), int(equal.sum())
+    how = "word for word" if num_equal else "but for case, white space or Unicode form"
+    more = f" ({num_equal} of them word for word)" if 0 < num_equal < num_shared else ""
+    return Overlap(
+        num_shared,
+        f"{num_shared} of {len(shared)} {name} rows are {other_name} rows too"
+        + (f"{more}; the first is " if more else f", {how}; the first is ")
+        + f"{_place(parts, first)}, which equals {_place(others, other)}",
+    )
+
+
+def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
+    """Raises DataError when there is one."""
+    if not found.num_rows:
         return
-    first = int(np.argmax(shared))
-    other = int(np.argmax((other_digests == digests[first]).all(axis=1)))
-    advice = "" if "test" in (name, other_name) else ", or give eval_fraction and no eval"
+    advice = "" if has_test else ", or give eval_fraction and no eval"
     raise DataError(
-        f"{int(shared.sum())} of {len(shared)} {name} rows are {other_name} rows too, word for word; the "
-        f"first is {_place(parts, first)}, which equals {_place(others, other)}. A loss measured on what "
-        f"was trained on says nothing: take these rows out of one of the two{advice}"
+        f"{found.explanation}. A loss measured on what was trained on says nothing: take these rows out of "
+        f"one of the two{advice}; or write `allow_overlap: true` under data to measure it all the same"
     )
 
 
 def duplicates(parts: Parts) -> int:
-    """Rows whose text another row before them has."""
+    """Rows whose text another row before them has; the examples of one long text are no duplicates."""
     first_halves = _digests(parts)[:, 0]
-    return len(first_halves) - len(np.unique(first_halves))
+    return len(first_halves) - len(np.unique(first_halves)) - pieces(parts)
+
+
+def pieces(parts: Parts) -> int:
+    """Examples that go on with the text of the one before."""
+    return sum(int(_goes_on(part.table)[part.rows].sum()) for part in parts)
+
+
+def _goes_on(table: RowTable) -> NDArray[np.bool_]:
+    same = np.zeros(len(table.fates), bool)
+    same[1:] = (np.diff(table.numbers) == 0) & (np.diff(table.digests[:, 0]) == 0)
+    return same
 
 
 def examples(parts: Parts) -> Examples:
@@ -105,6 +159,15 @@ def examples(parts: Parts) -> Examples:
 
 def _digests(parts: Parts) -> NDArray[np.uint64]:
     return np.concatenate([np.zeros((0, 2), np.uint64), *(part.digests() for part in parts)])
+
+
+def _likenesses(parts: Parts) -> NDArray[np.uint64]:
+    return np.concatenate([np.zeros((0, 2), np.uint64), *(part.likenesses() for part in parts)])
+
+
+def _both_in(hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each hash is among others, half by half: halves of two hashes make a third only by chance."""
+    return np.asarray(np.isin(hashes, others).all(axis=1), dtype=bool)
 
 
 def _place(parts: Parts, index: int) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from tuner.data.formats import RowFormat
-from tuner.data.sources import open_source
+from tuner.data.locations import downloads
+from tuner.data.segments import Row
+from tuner.data.sources import open_sources
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "completion": ("prompt", "completion"),
     "text": ("text",),
@@ -32,20 +36,29 @@ def survey(source: SourceSpec, *, recognised: bool) -> tuple[str, int]:
     row, or one whose columns no format has.
     """
     every = tuple(column for columns in _COLUMNS.values() for column in columns)
+    every_row = RowFormat("any", (), every, lambda _: (), _nothing)
     found: str = source.format
     count = 0
-    for row in open_source(source, None).rows(RowFormat("any", (), every, lambda _: (), _nothing)):
-        if not count and recognised:
-            name = recognise(tuple(row.values))
-            if name is None:
-                listed = ", ".join(map(repr, row.values)) or "none"
-                formats = "; ".join(f"{f} has {' and '.join(c)}" for f, c in _COLUMNS.items())
-                raise DataError(f"{row.place}: no format has the columns {listed}: {formats}")
-            found = name
-        count += 1
+    with downloads(None) as copies:
+        for row in chain.from_iterable(each.rows(every_row) for each in open_sources(source, None, copies)):
+            if not count and recognised:
+                found = _recognised(row)
+            count += 1
     if not count:
         raise DataError(f"{source.path}: has no rows")
     return found, count
+
+
+def _recognised(row: Row) -> str:
+    name = recognise(tuple(row.values))
+    if name is None:
+        listed = ", ".join(map(repr, row.values)) or "none"
+        formats = "; ".join(f"{f} has {' and '.join(c)}" for f, c in _COLUMNS.items())
+        raise DataError(
+            f"{row.place}: no format has the columns {listed}: {formats}; columns with other names are "
+            "mapped by `columns` in the round file, once the format is said"
+        )
+    return name
 
 
 def _nothing(instruction: str, input: str) -> str:

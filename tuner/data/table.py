@@ -29,6 +29,7 @@ _COLUMNS: Mapping[str, DTypeLike] = {
     "full_lengths": np.dtype("<i8"),
     "fates": np.dtype("u1"),
     "digests": np.dtype("<u8"),
+    "likenesses": np.dtype("<u8"),
     "numbers": np.dtype("<i8"),
 }
 _INDEX = "table.json"
@@ -45,6 +46,8 @@ class RowTable:
     """A `Fate` for each row."""
     digests: NDArray[np.uint64]
     """[rows, 2]: 128 bits of a hash of the row's text, equal for equal texts."""
+    likenesses: NDArray[np.uint64]
+    """[rows, 2]: the same of the text without what `likeness` leaves out."""
     numbers: NDArray[np.int64]
     """Line or row number of each row in its source."""
 
@@ -72,8 +75,8 @@ class TableWriter:
             hashes = {name: _file_hash(self._directory / f"{name}.npy") for name in _COLUMNS}
             (self._directory / _INDEX).write_text(json.dumps({"sha256": hashes}), encoding="utf-8")
 
-    def append(self, row: TokenisedRow, *, digest: bytes, number: int) -> None:
-        """Add a row; `digest` has 16 bytes."""
+    def append(self, row: TokenisedRow, *, digest: bytes, likeness: bytes, number: int) -> None:
+        """Add a row; `digest` and `likeness` have 16 bytes."""
         self._columns["tokens"].append(row.tokens)
         self._columns["targets"].append(row.targets)
         self._columns["lengths"].append(len(row.tokens))
@@ -81,6 +84,7 @@ class TableWriter:
         self._columns["full_lengths"].append(row.full_length)
         self._columns["fates"].append(row.fate)
         self._columns["digests"].append(np.frombuffer(digest, "<u8"))
+        self._columns["likenesses"].append(np.frombuffer(likeness, "<u8"))
         self._columns["numbers"].append(number)
 
 
@@ -99,6 +103,7 @@ def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
         full_lengths=columns["full_lengths"],
         fates=columns["fates"],
         digests=columns["digests"].reshape(-1, 2),
+        likenesses=columns["likenesses"].reshape(-1, 2),
         numbers=columns["numbers"],
     )
 

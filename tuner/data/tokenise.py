@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.data.segments import Segment
-from tuner.errors import ModelError
+from tuner.data.windows import Windows, spans
+from tuner.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,6 +111,54 @@ class Tokeniser:
             has_text = any(s.text.strip() for s in segments if s.is_target or loss_on == "all")
             tokenised.append(_cut(ids, targets, max_length, has_text=has_text))
         return tokenised
+
+    def windowed(
+        self, rows: Iterable[Sequence[str]], windows: Windows, *, max_length: int
+    ) -> Iterator[tuple[range, list[TokenisedRow]]]:
+        """Tokenise texts, all of them targets, which come in batches.
+
+        Yields which of the texts, counted from the first, went together, and the examples they became: one
+        that fits, or several. The last of them ends with EOS, each begins with what the tokenizer puts before
+        a text. Raises DataError when `max_length` leaves no room for new tokens.
+        """
+        room = max_length - len(self._beginning)
+        if room <= windows.overlap_tokens:
+            raise DataError(
+                f"max_length {max_length} leaves no room for anything new after overlap_tokens "
+                f"({windows.overlap_tokens}) and the beginning of a text ({len(self._beginning)} tokens)"
+            )
+        separator = windows.separator if windows.fills else ""
+        first, position, ids, has_text = 0, 0, list[int](), False
+        for texts in rows:
+            pieces = self._ids(self._next, [text + separator for text in texts])
+            for text, piece in zip(texts, pieces, strict=True):
+                fits = windows.fills and len(ids) + len(piece) + 1 <= room
+                if first < position and not fits:
+                    yield range(first, position), self._windows(ids, windows, room, has_text=has_text)
+                    first, ids, has_text = position, [], False
+                ids += piece if first < position else self._opening(text + separator, piece)
+                has_text = has_text or bool(text.strip())
+                position += 1
+        if first < position:
+            yield range(first, position), self._windows(ids, windows, room, has_text=has_text)
+
+    def _opening(self, text: str, as_next: list[int]) -> list[int]:
+        """Ids of a text that begins an example, given those that it has further on."""
+        if self._next is self._first:
+            return as_next
+        ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _windows(self, ids: list[int], windows: Windows, room: int, *, has_text: bool) -> list[TokenisedRow]:
+        if not has_text:
+            return [_cut([*self._beginning, *ids], [], room, has_text=False)]
+        whole = ids if ids[-1:] == [self._end] else [*ids, self._end]
+        rows = []
+        for begin, new, end in spans(len(whole), room=room, overlap=windows.overlap_tokens):
+            tokens = [*self._beginning, *whole[begin:end]]
+            targets = [False] * (len(tokens) - (end - new)) + [True] * (end - new)
+            rows.append(_cut(tokens, targets, len(tokens), has_text=True))
+        return rows
 
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""

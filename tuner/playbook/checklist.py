@@ -15,6 +15,8 @@ from tuner.records import TrialState
 
 INFEASIBLE_SHARE = 0.25
 EVALUATION_SHARE = 0.3
+MIN_EVALUATIONS = 4
+"""With fewer in a run there is hardly a best step to choose."""
 LONG_WARMUP_SHARE = 0.05
 VERY_LONG_WARMUP_SHARE = 0.1
 
@@ -110,10 +112,23 @@ def _costly_evaluation(results: RoundResults) -> Iterator[Finding]:
         yield Finding(
             "costly_evaluation",
             Severity.WARNING,
-            f"Evaluation takes {percent(results.evaluation_share)} of the work: evaluate fewer examples "
-            "(evaluation.max_examples) or less often (evaluation.every_steps).",
+            f"Evaluation takes {percent(results.evaluation_share)} of the work. {_cheaper(results)}",
             {"share": results.evaluation_share},
         )
+
+
+def _cheaper(results: RoundResults) -> str:
+    """How seldom, or how few examples, would bring evaluation down to the share that is allowed."""
+    share = min(results.evaluation_share, 0.999)
+    less = (1 / share - 1) / (1 / EVALUATION_SHARE - 1)
+    every = math.ceil(results.evaluate_every / less)
+    is_sparse = MIN_EVALUATIONS * every > results.max_train_steps
+    return (
+        f"Evaluating every {every} steps instead of {results.evaluate_every} (evaluation.every_steps) would "
+        f"lower it to {percent(EVALUATION_SHARE)}{', in a longer run' if is_sparse else ''}. So would "
+        f"{percent(less)} of the examples (evaluation.max_examples), but gains are then less certain, and no "
+        "trial goes on from this round."
+    )
 
 
 def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
-from tuner.playbook.findings import Finding, Severity
+from tuner.playbook.findings import Finding, Severity, counted
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import LeadingTrial
 from tuner.playbook.space_checks import number
@@ -41,10 +41,10 @@ def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
         yield Finding(
             "overfitting",
             Severity.WARNING,
-            f"{len(in_front)} of {len(leading)} leading trials overfit: the evaluation loss of trial "
-            f"{in_front[0]} rises by {rise.amount:.4f} from step {rise.best_step} to step {rise.last_step} "
-            "while its train loss falls. More data or more regularisation (lora_dropout, weight_decay, a "
-            "lower lora_r) will help; more steps will not.",
+            f"Overfitting in {len(in_front)} of {counted(len(leading), 'leading trial')}: the evaluation "
+            f"loss of trial {in_front[0]} rises by {rise.amount:.4f} from step {rise.best_step} to step "
+            f"{rise.last_step}{' while its train loss falls' if rise.train_loss_falls else ''}. More data or "
+            "more regularisation (lora_dropout, weight_decay, a lower lora_r) will help, more steps not.",
             {
                 "leading": float(len(in_front)),
                 "trials": float(len(rising)),
@@ -56,8 +56,9 @@ def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
         yield Finding(
             "overfitting",
             Severity.INFO,
-            f"{len(rising)} trials overfit, none of them a leading one. Choosing the best trial then favours "
-            "what hobbles training, such as a small learning rate: regularise, and compare again.",
+            f"Overfitting in {counted(len(rising), 'trial')}, none of the leading ones. Choosing the best "
+            "trial then favours what hobbles training, such as a small learning rate: search lora_dropout or "
+            "weight_decay in the next round, and compare again.",
             {"leading": 0.0, "trials": float(len(rising))},
         )
 
@@ -68,11 +69,21 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
         yield Finding(
             "late_variance",
             Severity.WARNING,
-            f"{restless} of the last {changes} changes of the best trial's evaluation loss exceed two "
-            "standard errors, up and down: its rate is still high at the end. A longer decay, a lower rate "
-            "or a larger batch calms it.",
+            f"{restless} of the best trial's last {changes} changes from evaluation to evaluation exceed two "
+            f"standard errors, up and down, so that its best step is partly luck. {_calming(best)}",
             {"restless": float(restless), "changes": float(changes)},
         )
+
+
+def _calming(best: LeadingTrial) -> str:
+    """What calms the end of a run, by its schedule."""
+    match best.trial.hyperparameters.get("schedule", "constant"):
+        case "constant":
+            return "`schedule: linear`, with decay_steps of about 40% of the run, calms it."
+        case "linear":
+            return "Longer decay_steps calm it, and so does a lower learning_rate."
+        case _:
+            return "A lower learning_rate calms it."
 
 
 def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
@@ -81,8 +92,9 @@ def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
         yield Finding(
             "train_loss_rising",
             Severity.PROBLEM,
-            f"The train loss ends above its start in {len(rising)} of {len(leading)} leading trials. That is "
-            "usually a bug: look at what the loss sees with `tuner study check ROUND.yaml --show 5`.",
+            f"The train loss ends above its start in {len(rising)} of "
+            f"{counted(len(leading), 'leading trial')}, by more than its scatter explains. That is usually a "
+            "bug: look at what the loss sees with `tuner study check ROUND.yaml --show 5`.",
             {"rising": float(len(rising)), "leading": float(len(leading))},
         )
 
@@ -91,11 +103,15 @@ def _clipped(best: LeadingTrial) -> Iterator[Finding]:
     updates = max(evaluation.step for evaluation in best.trial.evaluations)
     clipped = sum(evaluation.clipped_updates for evaluation in best.trial.evaluations)
     if clipped > CLIPPED_SHARE * updates:
+        norm = number(best.trial.hyperparameters.get("max_grad_norm"))
+        rate = number(best.trial.hyperparameters.get("learning_rate"))
         yield Finding(
             "clipped",
             Severity.WARNING,
-            f"{clipped} of the best trial's {updates} updates were clipped, so that clipping acts as the "
-            "learning rate: lower learning_rate instead.",
+            f"{clipped} of the best trial's {updates} updates were clipped"
+            f"{f' at max_grad_norm {norm:g}' if norm else ''}, so that clipping acts as the learning rate. "
+            f"Search rates below {f'its {rate:.2g}' if rate else 'its own'} in the next round; if they do "
+            "worse, raise max_grad_norm.",
             {"clipped": float(clipped), "updates": float(updates)},
         )
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.playbook.precision import difference_error, paired_standard_error, residual_spread
+from tuner.playbook.precision import (
+    difference_error,
+    is_number,
+    measured,
+    paired_standard_error,
+    residual_spread,
+)
 from tuner.playbook.selection import best_evaluation
 from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation
@@ -47,7 +53,7 @@ def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
     around the best and at the end must differ significantly too. Rule: Deep Learning Tuning
     Playbook, "Examining the training curves" (problematic overfitting); the test is this project's.
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    finite = measured(evaluations)
     best = best_evaluation(finite)
     if best is None or finite[-1] is best:
         return None
@@ -95,7 +101,7 @@ def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool 
 def train_losses(evaluations: Sequence[Evaluation]) -> tuple[float, ...]:
     """The finite train losses, by step. Rule: this project's decision: others are not read."""
     losses = (evaluation.train_loss for evaluation in evaluations)
-    return tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
+    return tuple(loss for loss in losses if loss is not None and is_number(loss))
 
 
 def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
@@ -118,24 +124,31 @@ def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
 
 
 def train_loss_rise(evaluations: Sequence[Evaluation]) -> float:
-    """Mean train loss of the last quarter minus that of the first, in nats per token; 0 if unknown.
+    """Mean train loss of the last quarter minus that of the first, in nats per token; 0 if not significant.
 
-    Rule: Deep Learning Tuning Playbook, "Examining the training curves": a train loss that goes up is
-    usually a bug.
+    Each train loss is that of a few batches, so it must exceed two standard errors of that difference.
+    The scatter is taken from one train loss to the next, where neither a fall nor a rise hides it. Rule:
+    Deep Learning Tuning Playbook, "Examining the training curves": a train loss that goes up is usually a
+    bug; the test is this project's.
     """
-    losses = train_losses(evaluations)
+    losses = np.array(train_losses(evaluations), dtype=np.float64)
+    if len(losses) < 2:
+        return 0.0
     quarter = max(1, len(losses) // 4)
-    return sum(losses[-quarter:]) / quarter - sum(losses[:quarter]) / quarter if len(losses) > 1 else 0.0
+    rise = float(losses[-quarter:].mean() - losses[:quarter].mean())
+    error = float(np.sqrt(np.square(np.diff(losses)).mean() / quarter))
+    return rise if rise > SIGNIFICANT * error else 0.0
 
 
 def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
     """How many changes of the last quarter are significant, up and down, and how many there are.
 
-    From evaluation to evaluation, at least the last four changes, each apart from their mean (a trend
-    is no restlessness), against the standard error of the pair. (0, changes) unless they go both ways.
+    From evaluation to evaluation, at least the last four changes, each against the standard error of the
+    pair, with their mean and without it: neither a trend nor a bend is restlessness. (0, changes) unless
+    they go both ways.
     Rule: Deep Learning Tuning Playbook, "Examining the training curves" (variance late in training).
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    finite = measured(evaluations)
     last = finite[-max(5, math.ceil(len(finite) / 4) + 1) :]
     pairs = list(itertools.pairwise(last))
     if not pairs:
@@ -145,8 +158,8 @@ def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
     trend = sum(changes) / len(changes)
     errors = [paired_standard_error(later, sooner) for sooner, later in pairs]
     limits = [SIGNIFICANT * (spread if error is None else error) for error in errors]
-    rises = sum(change - trend > limit for change, limit in zip(changes, limits, strict=True))
-    falls = sum(trend - change > limit for change, limit in zip(changes, limits, strict=True))
+    rises = sum(min(c, c - trend) > limit for c, limit in zip(changes, limits, strict=True))
+    falls = sum(max(c, c - trend) < -limit for c, limit in zip(changes, limits, strict=True))
     return (rises + falls if rises and falls else 0), len(changes)
 
 
@@ -158,7 +171,7 @@ def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float
     them, fewer than three in a period, or fewer than three periods. Rule: this project's decision,
     "periodic_evaluation", after the Deep Learning Tuning Playbook's "Examining the training curves".
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    finite = measured(evaluations)
     points = [(e.step, e.eval_loss) for e in finite if e.step > 0 and e.step >= finite[-1].step / 4]
     if len(points) < 12:
         return None

@@ -28,11 +28,19 @@ def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -
 
 def _best_steps(seen: Signs) -> str:
     lead = seen.leading[0]
+    reached = f"reached {lead.best.eval_loss:.4f} at step {lead.best.step}"
+    settled = (
+        "no earlier step was within one standard error of that"
+        if lead.settled_step == lead.best.step
+        else f"step {lead.settled_step} was already within one standard error of that"
+    )
+    if len(seen.leading) == 1:
+        number = lead.trial.number
+        return f"The only complete trial, {number}, {reached} of {seen.max_train_steps}, and {settled}."
     steps = ", ".join(str(step) for step in sorted(lead.best.step for lead in seen.leading))
     return (
         f"The {len(seen.leading)} leading trials were best at step {steps} of {seen.max_train_steps}. The "
-        f"first, trial {lead.trial.number}, reached {lead.best.eval_loss:.4f} at step {lead.best.step}, and "
-        f"step {lead.settled_step} was within one standard error of that."
+        f"first, trial {lead.trial.number}, {reached}, and {settled}."
     )
 
 
@@ -48,10 +56,14 @@ def _gain(gain: Gain, seen: Signs) -> str:
                 how += f", carried on to step {seen.max_train_steps}"
         case GainSource.CONFOUNDED:
             how = "within one run, so that the falling rate is in the number too"
+    worth = (
+        f"was worth {percent(gain.relative)} of the loss"
+        if gain.relative >= 0
+        else f"made the loss {percent(-gain.relative)} worse"
+    )
     return (
-        f"The last doubling was worth {percent(gain.relative)} of the loss, give or take "
-        f"{percent(2 * seen.noise)}: trial {gain.trial} from {gain.from_steps} to {gain.to_steps} steps, "
-        f"{how}."
+        f"The last doubling {worth}, give or take {percent(2 * seen.noise)}: trial {gain.trial} "
+        f"from {gain.from_steps} to {gain.to_steps} steps, {how}."
     )
 
 
@@ -59,9 +71,9 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
     count = len(seen.leading)
     match diagnosis:
         case Diagnosis.NO_LEARNING:
-            return "None of them ever beat the untouched model: look at data, loss masks and learning rates."
+            return "None ever beat the untouched model: look at data, loss masks and learning rates."
         case Diagnosis.TOO_LONG:
-            return "All of them were best within the first 10% of their steps: the horizon is far too long."
+            return "All were best within the first 10% of their steps: the horizon is far too long."
         case Diagnosis.OVERFITTING:
             assert seen.rise is not None
             train = "its train loss fell" if seen.rise.train_loss_falls else "no train loss says otherwise"
@@ -73,39 +85,76 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
         case Diagnosis.UNDETERMINED:
             return _what_would_settle(seen)
         case Diagnosis.SATURATED:
+            assert seen.gain is not None
+            if seen.gain.relative < -seen.threshold:
+                return "That is a loss beyond the noise: more steps do not help."
             return (
                 f"That is no more than {percent(seen.threshold)}, which counts as nothing: it has saturated."
             )
         case Diagnosis.TOO_SHORT:
             return f"{seen.num_late} of {count} were best in the last quarter: more steps will help."
+        case Diagnosis.RIGHT if 2 * seen.num_late > count:
+            return (
+                f"{seen.num_late} of {count} best in the last quarter are too few trials for a pattern: the "
+                "horizon counts as right until more of them say otherwise."
+            )
         case Diagnosis.RIGHT:
             return f"Only {seen.num_late} of {count} were best in the last quarter: the horizon is right."
 
 
 def _what_would_settle(seen: Signs) -> str:
+    decide = "`tuner study promote --to ROUND --max-train-steps N` decides without it."
     if seen.gain is None:
-        return "Nothing shows what a doubling is worth: evaluate more often, or run a second horizon."
+        return (
+            "Nothing shows what a doubling is worth: a smaller evaluation.every_steps would, or a round at "
+            f"another horizon. {decide}"
+        )
+    hidden = f"The noise is above {percent(MAX_UNDETERMINED_NOISE)} and hides it."
+    now = len(seen.leading[0].best.example_nll)
     needed = examples_to_settle(seen)
-    limit = percent(MAX_UNDETERMINED_NOISE)
-    if needed is not None:
-        return f"The noise must be below {limit} for a verdict: about {needed} evaluation examples would do."
-    return f"The noise must be below {limit} for a verdict, and more evaluation examples alone will not do."
+    if needed is None:
+        why = "the seeds differ by as much" if now else "their losses are not known one by one"
+        return f"{hidden} More evaluation examples alone will not do: {why}. {decide}"
+    return (
+        f"{hidden} About {needed} evaluation examples instead of {now} would settle a gain of this size: "
+        f"{_how_to_have(needed, now, seen.max_examples)}. {decide}"
+    )
+
+
+def _how_to_have(needed: int, now: int, max_examples: int | None) -> str:
+    """Which key keeps the evaluation set small, and what it has to be."""
+    if max_examples is not None and now >= max_examples:
+        return f"set evaluation.max_examples to {needed} in the next file, with as many rows in data.eval"
+    more_rows = f"add rows to data.eval, which has {now}"
+    if max_examples is None or needed <= max_examples:
+        return more_rows
+    return f"{more_rows}, and set evaluation.max_examples to {needed} in the next file"
 
 
 def examples_to_settle(seen: Signs) -> int | None:
-    """Evaluation examples with which twice the noise would be 1% of the loss; None if none would do.
+    """Evaluation examples with which a gain of this size would not be hidden; None if none would do.
 
-    The standard error falls with the root of their number, the spread between seeds does not. Rule:
-    this project's decision, "undetermined".
+    Rounded up to two digits. The standard error falls with the root of their number, the spread between
+    seeds does not. Rule: this project's decision, "undetermined".
     """
-    if seen.gain is None:
+    now = len(seen.leading[0].best.example_nll) if seen.leading else 0
+    if seen.gain is None or now == 0:
         return None
-    now = len(seen.leading[0].best.example_nll)
-    by_examples = seen.gain.standard_error**2
-    left = (MAX_UNDETERMINED_NOISE / 2) ** 2 - (seen.noise**2 - by_examples)
-    if now == 0 or left <= 0:
+    allowed = max(MAX_UNDETERMINED_NOISE, abs(seen.gain.relative)) / 2
+    left = allowed**2 - (seen.noise**2 - _by_examples(seen))
+    if left <= 0:
         return None
-    return math.ceil(now * by_examples / left)
+    return _two_digits_up(now * _by_examples(seen) / left)
+
+
+def _by_examples(seen: Signs) -> float:
+    """The part of the squared noise that more evaluation examples would lower."""
+    return seen.gain.standard_error**2 if seen.gain is not None else 0.0
+
+
+def _two_digits_up(number: float) -> int:
+    unit = int(math.pow(10, max(0, math.floor(math.log10(max(1.0, number))) - 1)))
+    return math.ceil(number / unit) * unit
 
 
 def _advice(seen: Signs, suggestion: Suggestion) -> str:

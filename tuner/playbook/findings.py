@@ -28,6 +28,11 @@ class Finding:
     """What the finding rests on; all finite."""
 
 
+def counted(quantity: int, noun: str) -> str:
+    """A number with its noun: 1 trial, 1,200 trials. Rule: this project's decision."""
+    return f"{quantity:,} {noun}" if quantity == 1 else f"{quantity:,} {noun}s"
+
+
 def percent(share: float) -> str:
     """A share as people read it: 12%, 0.34%. Rule: this project's decision: two digits that count."""
     number = 100 * share

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.playbook.precision import difference_error
+from tuner.playbook.precision import MAX_LOSS, difference_error, is_number
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked
@@ -24,6 +24,10 @@ MAX_RATIO = 0.9
 WITHIN = 1.7
 """A horizon this factor away from half of another still stands for the half."""
 
+_MIN_LOSS = 1 / MAX_LOSS
+"""Nats per token below which nothing is relative to a loss."""
+_MAX_LOG_RATIO = 100.0
+"""Two gains that differ by more are as good as one and none; the exponential stays finite."""
 _SCHEDULED = frozenset({"decay_steps"})
 """Hyperparameters that change with the horizon and do not make two trials different ones."""
 
@@ -108,7 +112,7 @@ def seed_spread(trials: Sequence[Trial]) -> float:
     repeated = [
         np.array(losses) / np.mean(losses)
         for losses in groups.values()
-        if len(losses) > 1 and sum(losses) > 0
+        if len(losses) > 1 and np.mean(losses) >= _MIN_LOSS
     ]
     freedom = sum(len(losses) - 1 for losses in repeated)
     squares = sum(float(((losses - 1.0) ** 2).sum()) for losses in repeated)
@@ -188,10 +192,10 @@ def _from_curve(trial: Trial, end: int, source: GainSource) -> Gain | None:
 
 def _from_points(points: Sequence[_Point], horizon: int, trial: Trial, source: GainSource) -> Gain | None:
     """The gain from the losses at several horizons, `horizon` among them."""
-    finite = [point for point in points if math.isfinite(point.evaluation.eval_loss)]
+    finite = [point for point in points if is_number(point.evaluation.eval_loss)]
     whole = _nearest(finite, horizon, within=1.0)
     half = _nearest(finite, horizon / 2, within=WITHIN)
-    if whole is None or half is None or half.evaluation.eval_loss <= 0:
+    if whole is None or half is None or half.evaluation.eval_loss < _MIN_LOSS:
         return None
     scale = _to_one_doubling(half.horizon, whole.horizon) / half.evaluation.eval_loss
     error = difference_error(trial.evaluations, half.evaluation, whole.evaluation)
@@ -225,7 +229,7 @@ def _to_one_doubling(shorter: int, longer: int) -> float:
 def _previous_gain(points: Sequence[_Point], half: _Point, whole: _Point) -> float | None:
     """The gain of the doubling before, from a quarter of the horizon or from a point in between."""
     quarter = _nearest(points, half.horizon / 2, within=WITHIN)
-    if quarter is not None and quarter.evaluation.eval_loss > 0:
+    if quarter is not None and quarter.evaluation.eval_loss >= _MIN_LOSS:
         drop = quarter.evaluation.eval_loss - half.evaluation.eval_loss
         return _to_one_doubling(quarter.horizon, half.horizon) * drop / quarter.evaluation.eval_loss
     middle = _nearest(points, math.sqrt(half.horizon * whole.horizon), within=1.1)
@@ -235,6 +239,8 @@ def _previous_gain(points: Sequence[_Point], half: _Point, whole: _Point) -> flo
     second = middle.evaluation.eval_loss - whole.evaluation.eval_loss
     if first <= 0 or second <= 0:
         return None
-    ratio = math.pow(second / first, 2 / math.log2(whole.horizon / half.horizon))
+    doublings = math.log2(whole.horizon / half.horizon)
+    log_ratio = 2 / doublings * (math.log(second) - math.log(first))
+    ratio = math.exp(min(_MAX_LOG_RATIO, max(-_MAX_LOG_RATIO, log_ratio)))
     total = half.evaluation.eval_loss - whole.evaluation.eval_loss
     return _to_one_doubling(half.horizon, whole.horizon) * total / half.evaluation.eval_loss / ratio

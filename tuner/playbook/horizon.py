@@ -21,7 +21,7 @@ LATE_FRACTION = 0.75
 CONSISTENT = 0.9
 """Posterior probability from which on more than half of the trials are taken to be late."""
 MAX_UNDETERMINED_NOISE = 0.01
-"""Twice the noise may be this share of the loss, no more, for a gain to be judged."""
+"""Up to this share of the loss, twice the noise is small enough for any gain to be judged."""
 MIN_GAIN = 0.001
 """A doubling that is worth no more than this share of the loss is not worth having."""
 MULTIPLES = (1.5, 2.0, 3.0)
@@ -55,11 +55,24 @@ class Signs:
     """Relative to the loss: the gain's standard error and the spread between seeds, in quadrature."""
     rise: Rise | None
     """The best trial's, where its evaluation loss turned up."""
+    max_examples: int | None = None
+    """`evaluation.max_examples`, the most that the evaluation set may hold; None where nothing limits it."""
 
     @property
     def threshold(self) -> float:
         """The gain up to which a doubling counts as worth nothing. Rule: this project's, "saturated"."""
         return max(2 * self.noise, MIN_GAIN)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the noise is too large for a verdict, and the gain does not stand out of it.
+
+        A gain beyond twice its noise, up or down, says the direction however large the noise is. Rule:
+        this project's decision, "undetermined".
+        """
+        if self.gain is None:
+            return True
+        return 2 * self.noise > max(MAX_UNDETERMINED_NOISE, abs(self.gain.relative))
 
     @property
     def num_late(self) -> int:
@@ -96,11 +109,12 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
         gain=gain,
         noise=noise,
         rise=rise,
+        max_examples=results.max_examples,
     )
 
 
 def diagnose(seen: Signs) -> Diagnosis:
-    """The first diagnosis that holds; `undetermined` where nothing is complete or no gain is known.
+    """The first diagnosis that holds; `undetermined` where nothing is complete or the gain is hidden.
 
     Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not
     compute-bound" (best steps in the first 10%, in the last 25%); the others and what "consistently"
@@ -115,7 +129,7 @@ def diagnose(seen: Signs) -> Diagnosis:
         return Diagnosis.TOO_LONG
     if seen.rise is not None and seen.rise.is_overfitting:
         return Diagnosis.OVERFITTING
-    if seen.gain is None or 2 * seen.noise > MAX_UNDETERMINED_NOISE:
+    if seen.gain is None or seen.is_hidden:
         return Diagnosis.UNDETERMINED
     if seen.gain.relative <= seen.threshold:
         return Diagnosis.SATURATED
@@ -139,23 +153,28 @@ class Suggestion:
 def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
     """The next horizon; None where nothing was learned or nothing is complete.
 
-    Never above three times the horizon or above `production_steps`, and not below the floor unless
-    that cap is. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training
-    run"; the amounts are this project's decisions.
+    A multiple of the evaluation interval, unless it is the last horizon itself or `production_steps`.
+    Never above three times the horizon or above `production_steps`, and not below the floor unless that
+    cap is. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run"; the
+    amounts are this project's decisions.
     """
     if not seen.leading or diagnosis == Diagnosis.NO_LEARNING:
         return None
-    low, wanted, high = _wanted(seen, diagnosis)
-    ceiling = math.floor(MULTIPLES[-1] * seen.max_train_steps)
-    if diagnosis != Diagnosis.TOO_SHORT:
-        ceiling = seen.max_train_steps
+    most = MULTIPLES[-1] if diagnosis == Diagnosis.TOO_SHORT else 1.0
+    low, wanted, high = (_on_grid(seen, steps, most) for steps in _wanted(seen, diagnosis))
+    cap = seen.production_steps
+    if cap is None:
+        return Suggestion(wanted, low, high, is_capped=False)
+    return Suggestion(min(wanted, cap), min(low, cap), min(high, cap), is_capped=cap < wanted)
 
-    def bounded(steps: float) -> int:
-        inside = min(max(_round_up(steps, seen.evaluate_every), seen.floor), ceiling)
-        return inside if seen.production_steps is None else max(1, min(inside, seen.production_steps))
 
-    is_capped = seen.production_steps is not None and seen.production_steps < max(wanted, seen.floor)
-    return Suggestion(bounded(wanted), bounded(low), bounded(high), is_capped)
+def _on_grid(seen: Signs, steps: float, most: float) -> int:
+    """The first evaluation not below these steps or the floor; the last one within `most` horizons."""
+    every, longest = seen.evaluate_every, math.floor(most * seen.max_train_steps)
+    up = math.ceil(max(steps, seen.floor) / every - 1e-9) * every
+    if up <= longest:
+        return up
+    return longest if longest == seen.max_train_steps else longest // every * every or longest
 
 
 def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
@@ -183,7 +202,3 @@ def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
 def _multiple(gain: Gain, threshold: float) -> float:
     """The smallest multiple of the horizon whose own last doubling is worth no more than the threshold."""
     return next((m for m in MULTIPLES if gain.at(m) <= threshold), MULTIPLES[-1])
-
-
-def _round_up(steps: float, every: int) -> int:
-    return math.ceil(steps / every - 1e-9) * every

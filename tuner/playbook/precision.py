@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from tuner.records import Evaluation
 
+MAX_LOSS = 1e100
+"""Nats per token from which on a loss is no number to calculate with: its square is still finite."""
 MIN_RESIDUAL_EVALUATIONS = 4
 """Fewer evaluations than this say nothing about their spread around a line."""
+
+
+def is_number(loss: float) -> bool:
+    """Whether a loss can be compared: finite, and not so large that its square is not.
+
+    Rule: this project's decision, "The best step of a trial": other evaluations never win.
+    """
+    return abs(loss) <= MAX_LOSS
+
+
+def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """The evaluations whose loss is a number. Rule: this project's decision, "The best step of a trial"."""
+    return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
 
 
 def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
     """Standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per token.
 
     The loss is a ratio of sums, so by the delta method: the spread of each example's difference
-    around what its tokens predict. None unless both hold the same examples, two at least. Rule: this
-    project's decision, "settled_step".
+    around what its tokens predict. None unless both losses are numbers, over the same examples, two at
+    least. Rule: this project's decision, "settled_step".
     """
     if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
+        return None
+    if len(measured((one, other))) < 2:
         return None
     tokens = np.asarray(one.example_tokens, dtype=np.float64)
     if (total := float(tokens.sum())) <= 0:
@@ -38,7 +55,7 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float:
     paired standard error where per-example losses are not known. Rule: this project's decision,
     "settled_step".
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    finite = measured(evaluations)
     last = finite[-max(MIN_RESIDUAL_EVALUATIONS, math.ceil(len(finite) / 4)) :]
     if len(last) < MIN_RESIDUAL_EVALUATIONS:
         return 0.0

@@ -36,6 +36,8 @@ class RoundResults:
     """The longest run that the user can pay for."""
     evaluation_share: float = 0.0
     """Share of the round's work that evaluation takes, in [0, 1]."""
+    max_examples: int | None = None
+    """`evaluation.max_examples`: the most examples that are evaluated; None where not known."""
     workload: str = ""
     """Fingerprint of base, data, evaluation set, length and batch size; empty when not known."""
     branches: tuple[BranchResult, ...] = field(default=())

@@ -110,7 +110,7 @@ def decay_branches(hyperparameters: Hyperparameters, max_train_steps: int) -> tu
     if not 0 < decay <= max_train_steps:
         return ()
     branches = []
-    for horizon in (round(max_train_steps / 2), round(max_train_steps / math.sqrt(2))):
+    for horizon in sorted({round(max_train_steps / 2), round(max_train_steps / math.sqrt(2))}):
         length = max(1, round(horizon * decay / max_train_steps))
         start = horizon - length
         if start >= max(1, warmup_length(hyperparameters)):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tuner.playbook.precision import difference_error
+from tuner.playbook.precision import difference_error, measured
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
@@ -19,8 +19,9 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
     checkpoint": run to the fixed horizon, then choose among all.
     """
-    finite = (evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss))
-    return min(finite, key=lambda evaluation: (evaluation.eval_loss, evaluation.step), default=None)
+    return min(
+        measured(evaluations), key=lambda evaluation: (evaluation.eval_loss, evaluation.step), default=None
+    )
 
 
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
@@ -34,9 +35,8 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
         return None
     return min(
         evaluation.step
-        for evaluation in evaluations
-        if math.isfinite(evaluation.eval_loss)
-        and evaluation.eval_loss - best.eval_loss <= difference_error(evaluations, evaluation, best)
+        for evaluation in measured(evaluations)
+        if evaluation.eval_loss - best.eval_loss <= difference_error(evaluations, evaluation, best)
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tuner.playbook.precision import measured
 from tuner.records import Evaluation
 
 WINDOW = 1.25
@@ -22,7 +23,7 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     evaluations and the last one are lucky or not by a standard error or so, and rules that compare
     them need the curve below. Rule: this project's decision.
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    finite = measured(evaluations)
     steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
     losses = np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
     return tuple(

@@ -147,8 +147,10 @@ def next_step(report: RoundReport) -> str:
     match report.reading.diagnosis:
         case Diagnosis.NO_LEARNING:
             return "Do not train longer yet: look at what the loss sees, and at the learning rates."
+        case Diagnosis.UNDETERMINED if report.reading.gain is None:
+            return f"Keep {steps} steps until a doubling has been measured, or give the horizon yourself."
         case Diagnosis.UNDETERMINED:
-            return f"Keep {steps} steps until the evaluation is less noisy."
+            return f"Keep {steps} steps until the evaluation is less noisy, or give the horizon yourself."
         case Diagnosis.RIGHT:
             return f"Keep {steps} steps, and search closer around the best trials."
         case Diagnosis.OVERFITTING:

@@ -81,9 +81,9 @@ class Board:
             case Ended():
                 row = self._advance(event.trial, event.step)
                 row.state, row.reason = _state_after(event), event.reason
-            case Died():
+            case Died(trials=numbers):
                 for row in self.rows.values():
-                    if row.state is TrialState.RUNNING:
+                    if row.state is TrialState.RUNNING and row.number in numbers:
                         row.state = TrialState.WAITING
             case _:
                 pass

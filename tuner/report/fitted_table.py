@@ -46,6 +46,11 @@ class FittedTable:
     ) -> None:
         self._columns, self._row_styles, self._has_header = tuple(columns), tuple(row_styles), has_header
 
+    def left_out(self, width: int) -> tuple[str, ...]:
+        """The names of columns that a console of so many characters has no room for."""
+        shown = fitting(self._columns, width)
+        return tuple(c.name for c in self._columns if all(c is not other for other in shown))
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = fitting(self._columns, options.max_width)
         table = Table(

@@ -69,7 +69,7 @@ def size(num_bytes: float) -> str:
 
 def count(quantity: int, noun: str) -> str:
     """A number with its noun: 1 trial, 1,200 trials."""
-    return f"{quantity:,} {noun}" if quantity == 1 else f"{quantity:,} {noun}s"
+    return findings.counted(quantity, noun)
 
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from tuner.records import (
 from tuner.report import format
 from tuner.report.rows import best_first
 
-_SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
+SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
 """Findings that repeat the evidence; overfitting has advice of its own."""
 
 
@@ -105,7 +105,7 @@ class RoundReport:
     def findings(self) -> tuple[Finding, ...]:
         """What the checklist adds to the evidence, the most serious first."""
         order = ("problem", "warning", "info")
-        more = [finding for finding in self.reading.findings if finding.rule not in _SAID_BY_THE_EVIDENCE]
+        more = [finding for finding in self.reading.findings if finding.rule not in SAID_BY_THE_EVIDENCE]
         return tuple(sorted(more, key=lambda finding: order.index(finding.severity)))
 
     @property

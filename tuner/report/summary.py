@@ -43,7 +43,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
 
 
 def _headed(heading: str, body: RenderableType) -> RenderableType:
-    return Group(Text(f"\n{heading}", style="bold"), Padding(body, (0, 0, 0, 2)))
+    return Group(Text(f"\n{heading}", style="bold"), Padding(body, (0, 0, 0, 2), expand=False))
 
 
 def _lineage(reports: Sequence[RoundReport]) -> RenderableType:

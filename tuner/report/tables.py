@@ -51,7 +51,7 @@ def status_table(
     return Group(*lines)
 
 
-def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None) -> RenderableType:
+def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None) -> FittedTable:
     """A row a trial, by round and best loss; `names` are the hyperparameters shown, else those that vary."""
     shown = format.varying(trials) if names is None else tuple(names)
     rounds = dict.fromkeys(trial.round for trial in trials)

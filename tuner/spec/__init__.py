@@ -1,25 +1,25 @@
 """What a round file says: reading it, or naming the line that is wrong; writing one with comments."""
 
 from .changes import refused_changes
+from .data_section import DataSpec, SourceSpec
 from .dimensions import dimension_to_yaml
 from .editing import DELETE, edit_round
 from .hyperparameters import HYPERPARAMETERS
-from .new_round import new_round
+from .new_round import RECIPES, new_round
 from .reading import RoundFile, load_round, read_round
 from .round import RoundSpec
 from .sections import (
     CheckpointsSpec,
-    DataSpec,
     EvaluationSpec,
     ModelSpec,
     RunSpec,
     SearchSpec,
-    SourceSpec,
 )
 
 __all__ = [
     "DELETE",
     "HYPERPARAMETERS",
+    "RECIPES",
     "CheckpointsSpec",
     "DataSpec",
     "EvaluationSpec",

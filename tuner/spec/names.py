@@ -36,7 +36,7 @@ def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
     section, typed = _section(path), str(path[-1]).lower().replace("-", "_")
     if tuple(path[:2]) == ("search", "enqueue"):
         known = [*known, f"{section}.continues"]
-    alias = _KEYS.get(typed, Alias("", ""))
+    alias = _in_the_same_list(_KEYS.get(typed, Alias("", "")), section)
     here = {_leaf(name): name for name in known if _parent(name) == section}
     elsewhere = [name for name in known if _leaf(name) == typed and _parent(name) != section]
     if alias.meant and _parent(alias.meant) == section:
@@ -62,6 +62,13 @@ def meant_value(raw: Any, allowed: Collection[str]) -> str:
     if meant not in allowed:
         meant = next(iter(difflib.get_close_matches(typed, allowed, n=1, cutoff=_SIMILAR)), None)
     return f"did you mean {meant}?" if meant else ""
+
+
+def _in_the_same_list(alias: Alias, section: str) -> Alias:
+    """The sources of train, eval and test have the same keys, and the aliases are those of train's."""
+    if section in ("data.eval", "data.test") and _parent(alias.meant) == "data.train":
+        return alias._replace(meant=f"{section}.{_leaf(alias.meant)}")
+    return alias
 
 
 def _did_you_mean(alias: Alias, section: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.errors import InputError
@@ -11,6 +12,7 @@ from .dimensions import DECAY_SHARE
 from .reading import read_round
 from .round import EVALUATIONS_BY_DEFAULT
 from .sections import RunSpec
+from .wording import one_of
 from .yaml_text import one_line
 
 _BATCH_SIZE = 8
@@ -40,6 +42,62 @@ class Lengths:
         return f"{float(f'{steps * _BATCH_SIZE / self.train_rows:.2g}'):g} epochs"
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a first round trains and tries, beside model and data."""
+
+    goal: str
+    quantization: str
+    hyperparameters: str
+    """Lines of the file, of which some have places to fill in."""
+    search: str
+    max_train_steps: int | None = None
+    """None: by the number of rows."""
+    every_steps: int | None = None
+    max_examples: int = 200
+
+
+_HYPERPARAMETERS = """\
+  learning_rate: {low: 1e-5, high: 3e-3, log: true}  # at its peak
+  lora_r: [8, 16, 32]  # rank of the adapters
+  lora_alpha: 16  # adapters are scaled by lora_alpha / lora_r
+"""
+_SEARCH = """\
+  trials: 16  # infeasible ones count
+  sampler: quasi-random  # covers the space evenly; or tpe, gp, random, grid
+  seed: 0  # of the sampler
+  enqueue: []  # hyperparameters to try first, such as your baseline
+"""
+_DEFAULT = Recipe("Learning rate and rank", "none", _HYPERPARAMETERS, _SEARCH)
+
+RECIPES: Mapping[str, Recipe] = {
+    "alpaca-qlora": Recipe(
+        goal="The rate of QLoRA on Alpaca, beginning with the usual 2e-4",
+        quantization="nf4",
+        hyperparameters="""\
+  learning_rate: {low: 2e-5, high: 2e-3, log: true}  # at its peak; ten times to each side of the usual 2e-4
+  lora_r: 16  # rank of the adapters
+  lora_alpha: 16  # adapters are scaled by lora_alpha / lora_r
+""",
+        search="""\
+  trials: 8  # so few search one hyperparameter well; infeasible ones count
+  sampler: quasi-random  # covers the space evenly; or tpe, gp, random, grid
+  seed: 0  # of the sampler
+  enqueue: [{learning_rate: 2e-4}]  # tried first: the rate that is used where nobody tunes
+""",
+        max_train_steps=60,
+        every_steps=10,
+        max_examples=64,
+    )
+}
+"""Recipes by the name that `tuner study new --template` has for them.
+
+alpaca-qlora is that of QLoRA (arXiv:2305.14314: NF4 with double quantisation, adapters on all linear layers)
+as Unsloth's notebooks run it on Alpaca: batches of 8, 5 steps of warmup, 60 steps, AdamW in 8 bits, rank 16.
+The batch of 8 is cut into micro-batches by the machine that runs it.
+"""
+
+
 def new_round(
     *,
     study: str,
@@ -50,21 +108,29 @@ def new_round(
     eval: str | None = None,
     eval_fraction: float | None = None,
     round_name: str = "round1",
-    goal: str = "Learning rate and rank",
+    goal: str | None = None,
     dtype: str = "bfloat16",
-    quantization: str = "none",
+    quantization: str | None = None,
     max_length: int = 512,
+    recipe: str | None = None,
 ) -> str:
-    """The commented text of a first round file.
+    """The commented text of a first round file, by one of `RECIPES` or as this version does it by default.
 
     `train_rows` are the rows of `data`, those that `eval_fraction` (0.05 when there is no `eval` either) will
-    hold out included. Raises InputError for no rows, and RoundFileError for what a round file cannot say.
+    hold out included. Raises InputError for no rows or an unknown recipe, and RoundFileError for what a round
+    file cannot say.
     """
+    if recipe is not None and recipe not in RECIPES:
+        raise InputError(f"there is no template {recipe}; expects {one_of(list(RECIPES))}")
+    chosen = _DEFAULT if recipe is None else RECIPES[recipe]
     if train_rows < 1:
         raise InputError(f"{data} has no rows to train on")
     if eval is None and eval_fraction is None:
         eval_fraction = 0.05
     lengths = Lengths.of(max(1, round(train_rows * (1 - (eval_fraction or 0)))))
+    if chosen.max_train_steps is not None:
+        lengths = replace(lengths, max_train_steps=chosen.max_train_steps)
+    every_steps = chosen.every_steps or max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT))
     held_out = []
     if eval is not None:
         source = one_line([{"path": eval, "format": format}])
@@ -77,8 +143,10 @@ def new_round(
     text = _TEMPLATE.format(
         study=one_line(study),
         round=one_line(round_name),
-        goal=one_line(goal),
-        model=one_line({"path": model, "dtype": dtype, "quantization": quantization}),
+        goal=one_line(chosen.goal if goal is None else goal),
+        model=one_line({"path": model, "dtype": dtype, "quantization": quantization or chosen.quantization}),
+        hyperparameters=chosen.hyperparameters,
+        search=chosen.search,
         train=one_line([{"path": data, "format": format}]),
         held_out="\n  ".join(held_out),
         max_length=max_length,
@@ -88,7 +156,9 @@ def new_round(
         batch_size=_BATCH_SIZE,
         decay_steps=round(DECAY_SHARE * lengths.max_train_steps),
         decay_share=f"{DECAY_SHARE:.0%}",
-        every_steps=max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT)),
+        evaluation=one_line(
+            {"every_steps": every_steps, "batch_size": 16, "max_examples": chosen.max_examples}
+        ),
         run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump()),
         production_epochs=lengths.epochs(lengths.production_steps),
     )
@@ -102,30 +172,23 @@ _TEMPLATE = """\
 study: {study}
 round: {round}
 goal: {goal}  # shown in reports
-model: {model}  # or nf4, int8
+model: {model}  # none, nf4 or int8
 data:
-  train: {train}  # a file or a Hub id; alpaca, messages, completion or text
+  train: {train}  # a file or a Hub id; alpaca, messages, sharegpt, completion or text
   {held_out}
   test: []  # optional: rows nobody chooses by; checked against the others, not scored yet
   max_length: {max_length}  # tokens; longer rows are cut
   loss_on: completion  # or all, to learn the prompts too
 max_train_steps: {horizon}  # of every trial, never searched; {horizon_epochs} of {rows} rows
 hyperparameters:
-  learning_rate: {{low: 1e-5, high: 3e-3, log: true}}  # at its peak
-  lora_r: [8, 16, 32]  # rank of the adapters
-  lora_alpha: 16  # adapters are scaled by lora_alpha / lora_r
-  target_modules: all-linear  # or layer names, such as [q_proj, v_proj]
+{hyperparameters}  target_modules: all-linear  # or layer names, such as [q_proj, v_proj]
   batch_size: {batch_size}  # sequences per optimizer step; memory decides how it is cut into micro-batches
   optimizer: adamw_8bit  # or adamw
   warmup_steps: 5  # from 0 to the peak
   schedule: linear  # constant, then linear decay over decay_steps; or constant, cosine
   decay_steps: {decay_steps}  # {decay_share} of max_train_steps
 search:
-  trials: 16  # infeasible ones count
-  sampler: quasi-random  # covers the space evenly; or tpe, gp, random, grid
-  seed: 0  # of the sampler
-  enqueue: []  # hyperparameters to try first, such as your baseline
-evaluation: {{every_steps: {every_steps}, batch_size: 16, max_examples: 200}}  # steps 0 and {horizon} always
+{search}evaluation: {evaluation}  # steps 0 and {horizon} always
 checkpoints: {{directory: runs, keep_best: 1}}  # adapters kept for each trial
 run: {run}  # production_steps is the longest run you can pay for, {production_epochs} here
 storage: sqlite:///tuner.db  # beside this file; or postgresql+psycopg://...

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+_PATTERN = re.compile(r"[*?\[]")
 _SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
 
 
@@ -16,11 +17,20 @@ def absolute_model(path: str, directory: Path) -> str:
     return absolute_path(path, directory) if is_path else path
 
 
-def absolute_source(path: str, directory: Path) -> str:
-    """The data file, or the Hub's id or the URL untouched; a name that ends like a data file is a path."""
+def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) -> str:
+    """The data file or pattern of files, or the Hub's id or the URL untouched.
+
+    A name that ends like a data file, has a character of patterns, or is of plain text, is a path.
+    """
     if "://" in path:
         return path
-    is_path = _begins_like_a_path(path) or path.endswith(_DATA_SUFFIXES) or (directory / path).exists()
+    is_path = (
+        is_plain_text
+        or _begins_like_a_path(path)
+        or path.lower().endswith(_DATA_SUFFIXES)
+        or _PATTERN.search(path) is not None
+        or (directory / path).exists()
+    )
     return absolute_path(path, directory) if is_path else path
 
 

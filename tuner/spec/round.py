@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tuner.records import Space
 
+from .data_section import DataSpec, SourceSpec
 from .dimensions import complete_space
 from .names import ONE_HORIZON
 from .paths import absolute_model, absolute_path, absolute_source, absolute_storage
@@ -19,13 +20,11 @@ from .sections import (
     STRICT,
     CheckpointsSpec,
     Count,
-    DataSpec,
     EvaluationSpec,
     ModelSpec,
     Name,
     RunSpec,
     SearchSpec,
-    SourceSpec,
     WrittenHyperparameters,
 )
 from .wording import shown
@@ -123,7 +122,10 @@ class RoundSpec(BaseModel):
         """
 
         def sources(of: list[SourceSpec]) -> list[SourceSpec]:
-            return [each.model_copy(update={"path": absolute_source(each.path, directory)}) for each in of]
+            return [each.model_copy(update={"path": path_of(each)}) for each in of]
+
+        def path_of(source: SourceSpec) -> str:
+            return absolute_source(source.path, directory, is_plain_text=source.split_on is not None)
 
         data, checkpoints = self.data, self.checkpoints
         return self.model_copy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -13,7 +13,6 @@ from pydantic import (
     Field,
     WithJsonSchema,
     field_validator,
-    model_validator,
 )
 
 from .dimensions import read_dimension
@@ -63,68 +62,6 @@ class ModelSpec(BaseModel):
                 "use bfloat16 (or float32)"
             )
         return dtype
-
-
-class SourceSpec(BaseModel):
-    """One data set."""
-
-    model_config = STRICT
-
-    path: Text
-    """A JSON, JSONL, CSV or Parquet file relative to the round file, or a data set on the Hub."""
-    format: Literal["alpaca", "messages", "completion", "text"]
-    """How a row becomes a prompt and its completion: `alpaca` has instruction, input and output; `messages`
-    has a list of role and content; `completion` has prompt and completion; `text` has text alone."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often its rows are drawn, relative to the other training sources."""
-    split: str | None = None
-    """Which split of a data set on the Hub; null is `train`."""
-    config: str | None = None
-    """Which configuration of a data set on the Hub."""
-
-    @field_validator("format", mode="before")
-    @classmethod
-    def _not_yet_read(cls, name: object) -> object:
-        if name == "sharegpt":
-            raise mistake(
-                "this version does not read sharegpt; convert the rows to messages (a list of role and "
-                "content), or use alpaca, completion or text"
-            )
-        return name
-
-
-class DataSpec(BaseModel):
-    """What is learned, and what the loss is measured on."""
-
-    model_config = ConfigDict(
-        **STRICT, json_schema_extra={"anyOf": [{"required": ["eval"]}, {"required": ["eval_fraction"]}]}
-    )
-
-    train: Annotated[list[SourceSpec], Field(min_length=1)]
-    """The training rows; several sources are mixed by weight."""
-    eval: list[SourceSpec] = []
-    """Held-out rows whose loss chooses the best step; or else give `eval_fraction`."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training rows to hold out instead of `eval`, chosen by a hash of their content."""
-    test: list[SourceSpec] = []
-    """Rows nobody chooses by: read and checked against the others, not scored in this version."""
-    max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a row; longer rows are cut at the end."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens are predicted: those of the completion, or those of the prompt too."""
-
-    @model_validator(mode="after")
-    def _one_evaluation_set(self) -> Self:
-        if self.eval and self.eval_fraction is not None:
-            message = "cannot be given together with eval; keep one of them"
-            refuse("data", [Refusal(("eval_fraction",), message, rests_on=("data.eval",))])
-        if not self.eval and self.eval_fraction is None:
-            message = (
-                "missing: rows to evaluate on, as `eval: [{path: ..., format: ...}]`; "
-                "or hold out a share of the training rows by `eval_fraction: 0.05`"
-            )
-            refuse("data", [Refusal(("eval",), message, rests_on=("data.eval_fraction",))])
-        return self
 
 
 def _check_hyperparameters(written: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +162,9 @@ class RunSpec(BaseModel):
 
     model_config = STRICT
 
-    engine: Literal["local"] = "local"
-    """Where trials run: `local` is this machine, one process for each GPU."""
+    engine: Literal["local", "simulated"] = "local"
+    """Where trials run: `local` is this machine, one process for each GPU; `simulated` is a rehearsal with
+    made-up losses, in the folder `rehearsal` beside the file."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),

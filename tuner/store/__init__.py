@@ -1,4 +1,4 @@
-"""Facts in SQL, beside Optuna's own tables in one database; they are the truth about a study."""
+"""Facts in SQL, beside Optuna's own tables in one database; they are the truth about its studies."""
 
 from tuner.store.database import exists, normal_url
 from tuner.store.facts import Fact, FactError, Store

@@ -190,5 +190,9 @@ def explained(url: URL) -> Iterator[None]:
 
 def _refusal(url: URL, reason: str) -> StorageError:
     place = str(database_file(url)) if is_sqlite(url) else url.render_as_string(hide_password=True)
-    advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
-    return StorageError(f"{place}: {reason}{advice if 'not a database' in reason else ''}")
+    advice = ""
+    if "not a database" in reason:
+        advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
+    elif "disk" in reason:  # "disk I/O error" is what SQLite says, too, where it cannot make its journal
+        advice = "; is the disk full? Free some space there"
+    return StorageError(f"{place}: {reason}{advice}")

@@ -1,4 +1,4 @@
-"""Who may write: one process a study, by a lock of the system or server that dies with its holder."""
+"""Who may write: one process a study, or an SQLite file, by a lock that dies with its holder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def hold_study(directory: Path, url: str, study: str) -> Iterator[None]:
     """Be the one process that writes the facts of `study`; messages name its `directory`.
 
     The lock goes when the block ends or the process dies, even by kill -9, and does not pass to child
-    processes. With SQLite it is a lock on the file FILE.lock beside the database, with PostgreSQL an
-    advisory lock named after the study. Raises StorageError that says which process holds the study.
+    processes. With SQLite it is a lock on the file FILE.lock beside the database, and keeps out writers of
+    other studies too; with PostgreSQL it is an advisory lock named after the study, and others may run at
+    the same time. Raises StorageError that says which process holds what.
     """
     target = parse_url(url)
     subject = f"{directory}: the study {study}"
     with explained(target):
-        release = _hold_file(target, subject) if is_sqlite(target) else _hold_server(target, study, subject)
+        hold = _hold_file if is_sqlite(target) else _hold_server
+        release = hold(target, study, subject)
     owner = os.getpid()
     try:
         yield
@@ -53,7 +55,8 @@ def is_held(directory: Path, url: str, study: str) -> bool:
     target = parse_url(url)
     with explained(target):
         if is_sqlite(target):
-            return _is_file_locked(_lock_file(target))
+            path = _lock_file(target)
+            return _is_file_locked(path) and _said_in(path)[1] in ("", study)
         with _lock_engine(target).connect() as connection:
             return _server_holder(connection, study) is not None
 
@@ -65,11 +68,18 @@ def _lock_file(url: URL) -> Path:
     return Path(f"{database_file(url).resolve()}.lock")
 
 
-def _hold_file(url: URL, subject: str) -> Callable[[], None]:
+def _hold_file(url: URL, study: str, subject: str) -> Callable[[], None]:
     path = _lock_file(url)
     descriptor = _patiently(lambda: _try_file(path))
     if descriptor is None:
-        raise _held_by(path.read_text() if path.exists() else "", subject)
+        holder, other = _said_in(path)
+        if other in ("", study):
+            raise _held_by(holder, subject)
+        raise StorageError(
+            f"{subject} cannot be written now: {holder} is writing the study {other} in the same file, "
+            f"{database_file(url)}, and an SQLite file has one writing process; wait until that has ended, "
+            "or give each study its own `storage`, or one PostgreSQL database to both"
+        )
     _descriptors.add(descriptor)
 
     def release() -> None:
@@ -79,7 +89,7 @@ def _hold_file(url: URL, subject: str) -> Callable[[], None]:
 
     try:
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, _this_process().encode())
+        os.write(descriptor, f"{_this_process()}\n{study}".encode())
     except BaseException:
         release()
         raise
@@ -97,6 +107,15 @@ def _try_file(path: Path) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+def _said_in(path: Path) -> tuple[str, str]:
+    """Which process holds the file, and for which study; empty before it has said so, or after it let go."""
+    try:
+        holder, _, study = path.read_text().partition("\n")
+    except FileNotFoundError:
+        return "", ""
+    return holder, study
 
 
 def _is_file_locked(path: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, Connection, CursorResult, Table, and_, case, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tuner.records import Promotion, RoundRecord, Trial, hyperparameters_from_json, to_json
+from tuner.records import RoundRecord, Trial, hyperparameters_from_json, to_json
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
@@ -28,171 +29,165 @@ from tuner.store.facts import (
 from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
 
 
-def write(connection: Connection, fact: Fact) -> None:
-    """Write one fact, by the rules that `facts` states.
+@dataclass(frozen=True)
+class Recorder:
+    """Writes facts of one study, in the transaction that the connection is in."""
 
-    Raises FactError, or IntegrityError where a foreign key shows that its subject is not recorded.
-    """
-    match fact:
-        case RoundBegun(round=record):
-            _begin_round(connection, record)
-        case TrialAsked(trial=trial):
-            _ask_trial(connection, trial)
-        case AttemptStarted():
-            _start_attempt(connection, fact)
-        case StepsRun():
-            _run_steps(connection, fact)
-        case EvaluationMade():
-            _make_evaluation(connection, fact)
-        case CheckpointSaved():
-            _save_checkpoint(connection, fact)
-        case CheckpointsRemoved():
-            _remove_checkpoints(connection, fact)
-        case AttemptEnded():
-            _end_attempt(connection, fact)
-        case TrialEnded():
-            _end_trial(connection, fact)
-        case TrialNoted():
-            _require_trial(connection, fact)
-            connection.execute(update(TRIALS).where(_is_trial(fact)).values(note=fact.reason))
-        case PromotionPlanned(promotion=promotion):
-            _plan_promotion(connection, promotion)
-        case _:
-            assert_never(fact)
+    connection: Connection
+    study: str
 
+    def write(self, fact: Fact) -> None:
+        """Write one fact, by the rules that `facts` states.
 
-def _begin_round(connection: Connection, record: RoundRecord) -> None:
-    values = to_json(record)
-    same_horizon = ROUNDS.c.max_train_steps == record.max_train_steps
-    if not _upsert(connection, ROUNDS, values, replacing=["spec"], where=same_horizon):
-        raise FactError(f"{record.name} has begun with other max_train_steps than {record.max_train_steps}")
+        Raises FactError, or IntegrityError where a foreign key shows that its subject is not recorded.
+        """
+        match fact:
+            case RoundBegun(round=record):
+                self._begin_round(record)
+            case TrialAsked(trial=trial):
+                self._ask_trial(trial)
+            case AttemptStarted():
+                self._start_attempt(fact)
+            case StepsRun():
+                self._run_steps(fact)
+            case EvaluationMade():
+                self._make_evaluation(fact)
+            case CheckpointSaved():
+                self._save_checkpoint(fact)
+            case CheckpointsRemoved():
+                self._remove_checkpoints(fact)
+            case AttemptEnded():
+                self._end_attempt(fact)
+            case TrialEnded():
+                self._end_trial(fact)
+            case TrialNoted():
+                self._require_trial(fact)
+                self._update(TRIALS, _is_trial(fact), note=fact.reason)
+            case PromotionPlanned(promotion=promotion):
+                self._upsert(PROMOTIONS, to_json(promotion))
+            case _:
+                assert_never(fact)
 
+    def _begin_round(self, record: RoundRecord) -> None:
+        same_horizon = ROUNDS.c.max_train_steps == record.max_train_steps
+        if not self._upsert(ROUNDS, to_json(record), replacing=["spec"], where=same_horizon):
+            raise FactError(
+                f"{record.name} has begun with other max_train_steps than {record.max_train_steps}"
+            )
 
-def _ask_trial(connection: Connection, trial: Trial) -> None:
-    values = {
-        "round": trial.round,
-        "number": trial.number,
-        "hyperparameters": dict(trial.hyperparameters),
-        "continues": None if trial.continues is None else str(trial.continues),
-        "optuna_trial": trial.optuna_trial,
-    }
-    _upsert(connection, TRIALS, values, replacing=["optuna_trial"])
-    is_trial = and_(TRIALS.c.round == trial.round, TRIALS.c.number == trial.number)
-    asked = connection.execute(select(TRIALS.c.hyperparameters, TRIALS.c.continues).where(is_trial)).one()
-    same = hyperparameters_from_json(asked.hyperparameters) == dict(trial.hyperparameters)
-    if not same or asked.continues != values["continues"]:
-        raise FactError(f"{trial.round}/{trial.number} was asked with other hyperparameters")
+    def _ask_trial(self, trial: Trial) -> None:
+        values = {
+            "round": trial.round,
+            "number": trial.number,
+            "hyperparameters": dict(trial.hyperparameters),
+            "continues": None if trial.continues is None else str(trial.continues),
+            "optuna_trial": trial.optuna_trial,
+        }
+        self._upsert(TRIALS, values, replacing=["optuna_trial"])
+        is_trial = and_(TRIALS.c.round == trial.round, TRIALS.c.number == trial.number)
+        asked = self._select(TRIALS, is_trial).one()
+        same = hyperparameters_from_json(asked.hyperparameters) == dict(trial.hyperparameters)
+        if not same or asked.continues != values["continues"]:
+            raise FactError(f"{trial.round}/{trial.number} was asked with other hyperparameters")
 
+    def _start_attempt(self, fact: AttemptStarted) -> None:
+        values = {
+            "round": fact.round,
+            "trial": fact.trial,
+            "number": fact.attempt,
+            "from_step": fact.from_step,
+            "to_step": fact.from_step,
+            "started_at": fact.at,
+        }
+        self._upsert(ATTEMPTS, values, replacing=[])
 
-def _start_attempt(connection: Connection, fact: AttemptStarted) -> None:
-    values = {
-        "round": fact.round,
-        "trial": fact.trial,
-        "number": fact.attempt,
-        "from_step": fact.from_step,
-        "to_step": fact.from_step,
-        "started_at": fact.at,
-    }
-    _upsert(connection, ATTEMPTS, values, replacing=[])
+    def _run_steps(self, fact: StepsRun | AttemptEnded) -> None:
+        highest = case((ATTEMPTS.c.to_step < fact.to_step, fact.to_step), else_=ATTEMPTS.c.to_step)
+        if not self._update(ATTEMPTS, _is_attempt(fact), to_step=highest):
+            raise not_recorded(fact)
 
+    def _end_attempt(self, fact: AttemptEnded) -> None:
+        self._run_steps(fact)
+        is_open = and_(_is_attempt(fact), ATTEMPTS.c.ended_at.is_(None))
+        self._update(ATTEMPTS, is_open, ended_at=fact.at, outcome=fact.outcome, message=fact.message)
 
-def _run_steps(connection: Connection, fact: StepsRun | AttemptEnded) -> None:
-    highest = case((ATTEMPTS.c.to_step < fact.to_step, fact.to_step), else_=ATTEMPTS.c.to_step)
-    if not connection.execute(update(ATTEMPTS).where(_is_attempt(fact)).values(to_step=highest)).rowcount:
-        raise not_recorded(fact)
+    def _make_evaluation(self, fact: EvaluationMade) -> None:
+        made = fact.evaluation
+        values = {
+            "round": fact.round,
+            "trial": fact.trial,
+            "step": made.step,
+            "eval_loss": made.eval_loss,
+            "train_loss": made.train_loss,
+            "learning_rate": made.learning_rate,
+            "clipped_updates": made.clipped_updates,
+            "example_nll": made.example_nll,
+            "example_tokens": made.example_tokens,
+        }
+        self._upsert(EVALUATIONS, values)
 
+    def _save_checkpoint(self, fact: CheckpointSaved) -> None:
+        values = {
+            "round": fact.round,
+            "trial": fact.trial,
+            "attempt": fact.attempt,
+            **to_json(fact.checkpoint),
+            "removed": False,
+        }
+        there_already = CHECKPOINTS.c.attempt == fact.attempt
+        newer = or_(CHECKPOINTS.c.attempt < fact.attempt, and_(there_already, ~CHECKPOINTS.c.removed))
+        self._upsert(CHECKPOINTS, values, where=newer)
 
-def _end_attempt(connection: Connection, fact: AttemptEnded) -> None:
-    _run_steps(connection, fact)
-    connection.execute(
-        update(ATTEMPTS)
-        .where(_is_attempt(fact), ATTEMPTS.c.ended_at.is_(None))
-        .values(ended_at=fact.at, outcome=fact.outcome, message=fact.message)
-    )
-
-
-def _make_evaluation(connection: Connection, fact: EvaluationMade) -> None:
-    made = fact.evaluation
-    values = {
-        "round": fact.round,
-        "trial": fact.trial,
-        "step": made.step,
-        "eval_loss": made.eval_loss,
-        "train_loss": made.train_loss,
-        "learning_rate": made.learning_rate,
-        "clipped_updates": made.clipped_updates,
-        "example_nll": made.example_nll,
-        "example_tokens": made.example_tokens,
-    }
-    _upsert(connection, EVALUATIONS, values)
-
-
-def _save_checkpoint(connection: Connection, fact: CheckpointSaved) -> None:
-    values = {
-        "round": fact.round,
-        "trial": fact.trial,
-        "attempt": fact.attempt,
-        **to_json(fact.checkpoint),
-        "removed": False,
-    }
-    there_already = CHECKPOINTS.c.attempt == fact.attempt
-    newer = or_(CHECKPOINTS.c.attempt < fact.attempt, and_(there_already, ~CHECKPOINTS.c.removed))
-    _upsert(connection, CHECKPOINTS, values, where=newer)
-
-
-def _remove_checkpoints(connection: Connection, fact: CheckpointsRemoved) -> None:
-    _require_trial(connection, fact)
-    connection.execute(
-        update(CHECKPOINTS)
-        .where(
+    def _remove_checkpoints(self, fact: CheckpointsRemoved) -> None:
+        self._require_trial(fact)
+        is_gone = and_(
             CHECKPOINTS.c.round == fact.round,
             CHECKPOINTS.c.trial == fact.trial,
             CHECKPOINTS.c.path.in_(fact.paths),
         )
-        .values(removed=True)
-    )
+        self._update(CHECKPOINTS, is_gone, removed=True)
 
+    def _end_trial(self, fact: TrialEnded) -> None:
+        self._require_trial(fact)
+        is_open = and_(_is_trial(fact), TRIALS.c.state.is_(None))
+        self._update(TRIALS, is_open, state=str(fact.state), reason=fact.reason, ended_at=fact.at)
 
-def _end_trial(connection: Connection, fact: TrialEnded) -> None:
-    _require_trial(connection, fact)
-    connection.execute(
-        update(TRIALS)
-        .where(_is_trial(fact), TRIALS.c.state.is_(None))
-        .values(state=str(fact.state), reason=fact.reason, ended_at=fact.at)
-    )
+    def _require_trial(self, fact: CheckpointsRemoved | TrialEnded | TrialNoted) -> None:
+        if self._select(TRIALS, _is_trial(fact)).first() is None:
+            raise not_recorded(fact)
 
+    # --- the only statements, each kept to the study ------------------------------------------------
 
-def _plan_promotion(connection: Connection, promotion: Promotion) -> None:
-    _upsert(connection, PROMOTIONS, to_json(promotion))
+    def _select(self, table: Table, where: ColumnElement[bool]) -> CursorResult[Any]:
+        return self.connection.execute(select(table).where(table.c.study == self.study, where))
 
+    def _update(self, table: Table, where: ColumnElement[bool], **values: Any) -> int:
+        """How many rows there were to update."""
+        statement = update(table).where(table.c.study == self.study, where).values(**values)
+        return self.connection.execute(statement).rowcount
 
-def _upsert(
-    connection: Connection,
-    table: Table,
-    values: Mapping[str, Any],
-    *,
-    replacing: Collection[str] | None = None,
-    where: ColumnElement[bool] | None = None,
-) -> bool:
-    """Insert a row; where its key is taken, replace these columns (default: all) if `where` holds.
+    def _upsert(
+        self,
+        table: Table,
+        values: Mapping[str, Any],
+        *,
+        replacing: Collection[str] | None = None,
+        where: ColumnElement[bool] | None = None,
+    ) -> bool:
+        """Insert a row; where its key is taken, replace these columns (default: all) if `where` holds.
 
-    Whether anything was written.
-    """
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).values(**values)
-    key = [column.name for column in table.primary_key]
-    names = values.keys() - set(key) if replacing is None else replacing
-    if names:
-        replaced = {name: statement.excluded[name] for name in names}
-        statement = statement.on_conflict_do_update(index_elements=key, set_=replaced, where=where)
-    else:
-        statement = statement.on_conflict_do_nothing(index_elements=key)
-    return connection.execute(statement.returning(*table.primary_key)).first() is not None
-
-
-def _require_trial(connection: Connection, fact: CheckpointsRemoved | TrialEnded | TrialNoted) -> None:
-    if connection.execute(select(TRIALS.c.number).where(_is_trial(fact))).first() is None:
-        raise not_recorded(fact)
+        Whether anything was written.
+        """
+        dialect = postgresql if self.connection.dialect.name == "postgresql" else sqlite
+        statement = dialect.insert(table).values(study=self.study, **values)
+        key = [column.name for column in table.primary_key]
+        names = values.keys() - set(key) if replacing is None else replacing
+        if names:
+            replaced = {name: statement.excluded[name] for name in names}
+            statement = statement.on_conflict_do_update(index_elements=key, set_=replaced, where=where)
+        else:
+            statement = statement.on_conflict_do_nothing(index_elements=key)
+        return self.connection.execute(statement.returning(*table.primary_key)).first() is not None
 
 
 def _is_trial(fact: CheckpointsRemoved | TrialEnded | TrialNoted) -> ColumnElement[bool]:

@@ -106,9 +106,17 @@ def storable_text(text: str) -> str:
 
 METADATA = MetaData()
 
+
+def _of_a_trial() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(
+        ["study", "round", "trial"], ["tuner_trials.study", "tuner_trials.round", "tuner_trials.number"]
+    )
+
+
 ROUNDS = Table(
     "tuner_rounds",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("name", Text, primary_key=True),
     Column("max_train_steps", Integer, nullable=False),
     Column("spec", JsonText, nullable=False),
@@ -122,6 +130,7 @@ ROUNDS = Table(
 TRIALS = Table(
     "tuner_trials",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("round", Text, primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("hyperparameters", JsonText, nullable=False),
@@ -132,12 +141,13 @@ TRIALS = Table(
     Column("reason", FreeText),
     Column("note", FreeText),
     Column("ended_at", ExactFloat),
-    ForeignKeyConstraint(["round"], ["tuner_rounds.name"]),
+    ForeignKeyConstraint(["study", "round"], ["tuner_rounds.study", "tuner_rounds.name"]),
 )
 
 ATTEMPTS = Table(
     "tuner_attempts",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("round", Text, primary_key=True),
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("number", Integer, primary_key=True, autoincrement=False),
@@ -147,12 +157,13 @@ ATTEMPTS = Table(
     Column("ended_at", ExactFloat),
     Column("outcome", Text),
     Column("message", FreeText),
-    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+    _of_a_trial(),
 )
 
 EVALUATIONS = Table(
     "tuner_evaluations",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("round", Text, primary_key=True),
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("step", Integer, primary_key=True, autoincrement=False),
@@ -162,12 +173,13 @@ EVALUATIONS = Table(
     Column("clipped_updates", Integer, nullable=False),
     Column("example_nll", Numbers("d"), nullable=False),
     Column("example_tokens", Numbers("i"), nullable=False),
-    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+    _of_a_trial(),
 )
 
 CHECKPOINTS = Table(
     "tuner_checkpoints",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("round", Text, primary_key=True),
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("kind", Text, primary_key=True),
@@ -179,14 +191,15 @@ CHECKPOINTS = Table(
     # A removed checkpoint keeps its row, so that saying it was saved again does not revive it.
     Column("removed", Boolean, nullable=False),
     ForeignKeyConstraint(
-        ["round", "trial", "attempt"],
-        ["tuner_attempts.round", "tuner_attempts.trial", "tuner_attempts.number"],
+        ["study", "round", "trial", "attempt"],
+        ["tuner_attempts.study", "tuner_attempts.round", "tuner_attempts.trial", "tuner_attempts.number"],
     ),
 )
 
 BRANCHES = Table(
     "tuner_branches",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("round", Text, primary_key=True),
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("max_train_steps", Integer, primary_key=True, autoincrement=False),
@@ -199,16 +212,17 @@ BRANCHES = Table(
     Column("eval_loss", ExactFloat),
     Column("example_nll", Numbers("d")),
     Column("example_tokens", Numbers("i")),
-    ForeignKeyConstraint(["round", "trial"], ["tuner_trials.round", "tuner_trials.number"]),
+    _of_a_trial(),
 )
 
 PROMOTIONS = Table(
     "tuner_promotions",
     METADATA,
+    Column("study", Text, primary_key=True),
     Column("to_round", Text, primary_key=True),
     Column("from_round", Text, nullable=False),
     Column("plan", JsonText, nullable=False),
     Column("file_text", FreeText, nullable=False),
     Column("planned_at", ExactFloat, nullable=False),
-    ForeignKeyConstraint(["from_round"], ["tuner_rounds.name"]),
+    ForeignKeyConstraint(["study", "from_round"], ["tuner_rounds.study", "tuner_rounds.name"]),
 )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Table, select
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, Table, select
 from sqlalchemy.exc import IntegrityError
 
 from tuner.records import (
@@ -24,15 +24,16 @@ from tuner.records import (
 from tuner.store.database import explained, open_engine, parse_url, reading, whole_or_absent, writing
 from tuner.store.facts import Fact, not_recorded, state_of
 from tuner.store.migrations import upgrade
-from tuner.store.recording import write
+from tuner.store.recording import Recorder
 from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
 
 T = TypeVar("T")
 
 
-def open_store(url: str) -> SqlStore:
-    """The store at a URL; the database and our tables are created, or brought up to date.
+def open_store(url: str, *, study: str) -> SqlStore:
+    """The facts of one study, in the database at a URL.
 
+    The database and our tables are created, or brought up to date; other studies in it are not seen.
     Raises StorageError when that cannot be done, and then leaves no file that was not there before.
     """
     target = parse_url(url)
@@ -43,22 +44,24 @@ def open_store(url: str) -> SqlStore:
     except BaseException:
         engine.dispose()
         raise
-    return SqlStore(target, engine)
+    return SqlStore(target, engine, study)
 
 
 class SqlStore:
     """A Store in SQLite or PostgreSQL. Made by `open_store`; safe to use from several threads."""
 
-    def __init__(self, url: URL, engine: Engine) -> None:
+    def __init__(self, url: URL, engine: Engine, study: str) -> None:
         self._url = url
         self._engine = engine
+        self._study = study
 
     def record(self, *facts: Fact) -> None:
         """As `Store` says, in one transaction."""
         with explained(self._url), writing(self._engine) as connection:
+            recorder = Recorder(connection, self._study)
             for fact in facts:
                 try:
-                    write(connection, fact)
+                    recorder.write(fact)
                 except IntegrityError as error:
                     if not _is_foreign_key(error):
                         raise
@@ -66,18 +69,16 @@ class SqlStore:
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
-        statement = select(ROUNDS).order_by(ROUNDS.c.begun_at, ROUNDS.c.name)
-        with explained(self._url), reading(self._engine) as connection:
-            return tuple(RoundRecord(**row._mapping) for row in connection.execute(statement))
+        return tuple(RoundRecord(**row) for row in self._rows(ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name))
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
         with explained(self._url), reading(self._engine) as connection:
-            asked = connection.execute(select(TRIALS).where(TRIALS.c.round == round)).all()
-            attempts = _by_trial(connection, ATTEMPTS, round, _attempt)
-            evaluations = _by_trial(connection, EVALUATIONS, round, _evaluation)
-            there = CHECKPOINTS.c.removed.is_(False)
-            checkpoints = _by_trial(connection, CHECKPOINTS, round, _checkpoint, there)
+            asked = connection.execute(self._of_round(TRIALS, round)).all()
+            attempts = _by_trial(connection, self._of_round(ATTEMPTS, round), _attempt)
+            evaluations = _by_trial(connection, self._of_round(EVALUATIONS, round), _evaluation)
+            there = self._of_round(CHECKPOINTS, round).where(CHECKPOINTS.c.removed.is_(False))
+            checkpoints = _by_trial(connection, there, _checkpoint)
         return tuple(
             _trial(row, attempts[row.number], evaluations[row.number], checkpoints[row.number])
             for row in sorted(asked, key=lambda row: row.number)
@@ -85,13 +86,22 @@ class SqlStore:
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
-        statement = select(PROMOTIONS).order_by(PROMOTIONS.c.planned_at, PROMOTIONS.c.to_round)
-        with explained(self._url), reading(self._engine) as connection:
-            return tuple(Promotion(**row._mapping) for row in connection.execute(statement))
+        order = PROMOTIONS.c.planned_at, PROMOTIONS.c.to_round
+        return tuple(Promotion(**row) for row in self._rows(PROMOTIONS, *order))
 
     def close(self) -> None:
         """As `Store` says."""
         self._engine.dispose()
+
+    def _of_round(self, table: Table, round: str) -> Select[Any]:
+        return select(table).where(table.c.study == self._study, table.c.round == round)
+
+    def _rows(self, table: Table, *order: ColumnElement[Any]) -> list[dict[str, Any]]:
+        """The study's rows without its name."""
+        columns = [column for column in table.columns if column.name != "study"]
+        statement = select(*columns).where(table.c.study == self._study).order_by(*order)
+        with explained(self._url), reading(self._engine) as connection:
+            return [dict(row._mapping) for row in connection.execute(statement)]
 
 
 def _is_foreign_key(error: IntegrityError) -> bool:
@@ -99,15 +109,9 @@ def _is_foreign_key(error: IntegrityError) -> bool:
     return in_sqlite or getattr(error.orig, "sqlstate", None) == "23503"
 
 
-def _by_trial(
-    connection: Connection,
-    table: Table,
-    round: str,
-    make: Callable[[Row[Any]], T],
-    *conditions: ColumnElement[bool],
-) -> dict[int, list[T]]:
+def _by_trial(connection: Connection, rows: Select[Any], make: Callable[[Row[Any]], T]) -> dict[int, list[T]]:
     found: defaultdict[int, list[T]] = defaultdict(list)
-    for row in connection.execute(select(table).where(table.c.round == round, *conditions)):
+    for row in connection.execute(rows):
         found[row.trial].append(make(row))
     return found
 

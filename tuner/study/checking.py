@@ -7,10 +7,7 @@ from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Choices, Dimension, Fixed, Range
 from tuner.report.documents import RoundPlan as PlannedRound
 from tuner.spec import RoundSpec
-
-_BYTES_PER_WEIGHT = {"adamw": 12, "adamw_8bit": 6}
-"""Of a resumable checkpoint: the float32 weight and the optimizer's two moments."""
-_BEST_BYTES_PER_WEIGHT = 4
+from tuner.study.disk import checkpoint_bytes
 
 
 def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) -> PlannedRound:
@@ -30,15 +27,6 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
         evaluation_share=evaluated_tokens / (evaluated_tokens + 2 * trained_tokens),
         checkpoint_bytes=checkpoint_bytes(spec, adapter_weights),
     )
-
-
-def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """Disk that the checkpoints of a whole round take: best adapters, a `last` and a trunk for each trial."""
-    optimizer = spec.space()["optimizer"]
-    names = optimizer.values if isinstance(optimizer, Choices) else (getattr(optimizer, "value", "adamw"),)
-    resumable = max(_BYTES_PER_WEIGHT[str(name)] for name in names) + _BEST_BYTES_PER_WEIGHT
-    a_trial = spec.checkpoints.keep_best * _BEST_BYTES_PER_WEIGHT + 2 * resumable
-    return spec.search.trials * a_trial * adapter_weights
 
 
 def mean(dimension: Dimension) -> float:

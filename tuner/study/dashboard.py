@@ -1,4 +1,4 @@
-"""`study dashboard`: optuna-dashboard on this study's database, served by this process to this machine."""
+"""`study dashboard`: optuna-dashboard on this study's rounds, served by this process to this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from optuna_dashboard import wsgi
 
 from tuner.errors import InputError
-from tuner.study.sampling import optuna_storage
+from tuner.study.sampling import StudyStorage
 
 HOST = "127.0.0.1"
 """The dashboard has no authentication and can delete and tell: it is for this machine alone."""
@@ -24,12 +24,12 @@ class _QuietHandler(WSGIRequestHandler):
         """Requests are not worth a line each."""
 
 
-def serve_dashboard(storage: str, *, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; `announce` gets the address once it answers.
+def serve_dashboard(storage: str, study: str, *, port: int, announce: Callable[[str], None]) -> None:
+    """Serve the rounds of one study until interrupted; `announce` gets the address once it answers.
 
     Raises InputError when the port is taken.
     """
-    application = wsgi(optuna_storage(storage))
+    application = wsgi(StudyStorage(storage, study))
     try:
         server = make_server(HOST, port, application, server_class=_Server, handler_class=_QuietHandler)
     except OSError as error:

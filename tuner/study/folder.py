@@ -14,6 +14,14 @@ from tuner.store import MemoryStore, Store, exists, is_held, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan
 
+REHEARSAL = "rehearsal"
+"""Name of the folder of a rehearsal, which is a study of its own."""
+
+
+def is_rehearsal(file: RoundFile) -> bool:
+    """Whether the file is one of a rehearsal's folder."""
+    return file.spec.run.engine == "simulated" and file.directory.name == REHEARSAL
+
 
 @dataclass(frozen=True)
 class StudyFolder:
@@ -31,22 +39,31 @@ class StudyFolder:
         return self.files[0].spec.study
 
     @property
+    def is_rehearsal(self) -> bool:
+        """Whether nothing here was trained."""
+        return is_rehearsal(self.files[0])
+
+    @property
     def storage(self) -> str:
         """The database's URL."""
         return self.files[0].spec.absolute(self.directory).storage
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a database to read."""
-        return exists(self.storage)
+        """Whether a round of this study has begun."""
+        store = self.open()
+        try:
+            return bool(store.rounds())
+        finally:
+            store.close()
 
     def open(self) -> Store:
-        """The study's facts; an empty store where no round has begun, so that looking changes nothing."""
-        return open_store(self.storage) if self.has_begun else MemoryStore()
+        """The study's facts; an empty store where there is no database, so that looking changes nothing."""
+        return open_store(self.storage, study=self.name) if exists(self.storage) else MemoryStore()
 
     def is_running(self) -> bool:
         """Whether a process runs a round of this study now."""
-        return self.has_begun and is_held(self.directory, self.storage, self.name)
+        return exists(self.storage) and is_held(self.directory, self.storage, self.name)
 
     def file(self, round_name: str) -> RoundFile | None:
         """A round's file."""

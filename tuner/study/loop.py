@@ -19,6 +19,7 @@ from tuner.records import (
     Ended,
     Evaluated,
     Event,
+    Measured,
     Progressed,
     Ready,
     Saved,
@@ -156,7 +157,7 @@ class RoundLoop:
         """Turn what a worker says into facts, then act on them."""
         name = self.plan.name
         match event:
-            case Ready() | Started():
+            case Ready() | Started() | Measured():
                 pass
             case Progressed(trial=trial, attempt=attempt, step=step):
                 self.store.record(StepsRun(name, trial, attempt, step))
@@ -171,9 +172,9 @@ class RoundLoop:
                 self._remove_superseded(self._trial(trial), before)
             case Ended():
                 self._record_end(event)
-            case Died(reason=reason, is_input_error=is_input_error):
+            case Died(reason=reason, trials=numbers, is_input_error=is_input_error):
                 for held in self._trials():
-                    if held.state == TrialState.RUNNING:
+                    if held.state == TrialState.RUNNING and held.number in numbers:
                         self._end_attempt(held, "died", reason)
                 if is_input_error:
                     raise InputError(reason)

@@ -49,6 +49,11 @@ class RoundPlan:
         """The directory `runs/ROUND`."""
         return Path(self.absolute.checkpoints.directory) / self.name
 
+    @property
+    def cache(self) -> Path:
+        """Where tokenised rows are kept between runs: beside the file."""
+        return self.file.directory / ".tuner-cache"
+
     def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
         """Steps at which a trial keeps a checkpoint for longer rounds; none without a constant part."""
         return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.spec.run.decay_branches)

@@ -22,6 +22,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         train_rows=record.train_rows,
         production_steps=spec.run.production_steps,
         evaluation_share=record.evaluation_share,
+        max_examples=spec.evaluation.max_examples,
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),
     )

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from tuner.errors import InputError, Interrupted, RoundFileError, StorageError, WorkerError
-from tuner.records import Died, Evaluation, Ready, RoundRecord
+from optuna.exceptions import StorageInternalError
+
+from tuner.errors import (
+    InputError,
+    Interrupted,
+    Mistake,
+    RoundFileError,
+    RoundStopped,
+    StorageError,
+    WorkerError,
+)
+from tuner.records import Died, Evaluation, Ready, RoundRecord, Trial
 from tuner.report import View
+from tuner.report.format import count
 from tuner.spec import RoundFile, refused_changes
 from tuner.store import Store, exists, hold_study, open_store
 from tuner.store.facts import RoundBegun
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
+from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.mirror import MirroredStore
@@ -40,87 +52,121 @@ def run_round(
     view: View,
     stopping: Callable[[], bool],
     clock: Callable[[], float] = time.time,
+    free: Callable[[Path], int] = free_bytes,
 ) -> None:
     """Run a round, or go on with it, until every promised trial has ended.
 
     Raises InputError before anything is recorded when file, model, data, database or directory
-    cannot be used; Interrupted when `stopping` says so, with all progress saved; WorkerError when
-    the round cannot be completed.
+    cannot be used, or the disk is too small; Interrupted when `stopping` says so, with all progress
+    saved; RoundStopped when disk or database fail on the way; WorkerError when the round cannot be
+    completed. `free` gives the free bytes where a path is, or will be.
     """
     plan = RoundPlan(file)
     storage = plan.absolute.storage
-    _refuse_changed_file(plan, storage)
-    with _fresh_directory(plan.checkpoints), hold_study(file.directory, storage, plan.spec.study):
-        known_base = _known_base(plan, storage)
-        worker, ready = _first_worker(lambda: make_worker(plan, lambda: known_base[0]), view, stopping)
-        try:
+    folder = open_folder(file.directory)
+    disk = RoundDisk(plan, free)
+    disk.refuse_unwritable()
+    disk.refuse_full()
+    refuse_changed_file(plan)
+    with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
+        with taken_back(plan.checkpoints, plan.cache):
+            earlier = _trials_so_far(plan, storage)
+            known_base = [_base_evaluation(earlier)]
+            worker, ready = _first_worker(
+                lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
+            )
+            in_use.callback(worker.close)
             known_base[0] = ready.base
-            store = MirroredStore(open_store(storage))
-            try:
-                _begin(plan, store, ready, clock)
-                advisor = Advisor(
-                    optuna_storage(storage), f"{plan.spec.study}/{plan.name}", plan.space, plan.spec.search
-                )
-                RoundLoop(
-                    plan=plan,
-                    store=store,
-                    advisor=advisor,
-                    worker=worker,
-                    folder=CheckpointFolder(plan.checkpoints),
-                    continuations=Continuations(plan, store, ready.workload),
-                    view=view,
-                    clock=clock,
-                    stopping=stopping,
-                ).run()
-                folder = open_folder(file.directory)
-                record = next(record for record in store.rounds() if record.name == plan.name)
-                write_pages(advisor.study, round_report(folder, store, record))
-            finally:
-                store.close()
-        finally:
-            worker.close()
+            disk.refuse_too_small(ready, earlier)
+            store = MirroredStore(open_store(storage, study=plan.spec.study))
+            in_use.callback(store.close)
+            _begin(plan, store, ready, clock)
+        watch = DiskWatch(disk, ready)
+        with _outside_failures(watch):
+            advisor = Advisor(
+                optuna_storage(storage), f"{plan.spec.study}/{plan.name}", plan.space, plan.spec.search
+            )
+            RoundLoop(
+                plan=plan,
+                store=store,
+                advisor=advisor,
+                worker=worker,
+                folder=CheckpointFolder(plan.checkpoints),
+                continuations=Continuations(plan, store, ready.workload),
+                view=view,
+                clock=clock,
+                stopping=lambda: stopping() or watch.is_short(),
+            ).run()
+            record = next(record for record in store.rounds() if record.name == plan.name)
+            write_pages(advisor.study, round_report(folder, store, record))
 
 
-def _refuse_changed_file(plan: RoundPlan, storage: str) -> None:
+@contextmanager
+def _outside_failures(watch: DiskWatch) -> Iterator[None]:
+    """Turns what is not the round's fault, a full disk or a lost database, into RoundStopped."""
+    try:
+        yield
+    except Interrupted as stop:
+        if watch.shortage is None:
+            raise
+        raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
+    except (StorageError, StorageInternalError, OSError) as error:
+        said = " ".join(str(error).split())
+        if watch.is_short():
+            raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
+        raise RoundStopped(f"{said}. What was recorded before is kept; put that right") from error
+
+
+def refuse_changed_file(plan: RoundPlan) -> None:
     """A round that has begun keeps what its results depend on. Raises RoundFileError."""
+    storage = plan.absolute.storage
     if not exists(storage):
         return
-    store = open_store(storage)
+    store = open_store(storage, study=plan.spec.study)
     try:
         begun = next((record for record in store.rounds() if record.name == plan.name), None)
     finally:
         store.close()
     mistakes = refused_changes(begun.spec, plan.file) if begun else []
+    if mistakes and not plan.checkpoints.exists():
+        mistakes.insert(0, Mistake(None, "study", _begun_elsewhere(plan)))
     if mistakes:
         raise RoundFileError(plan.file.path, mistakes)
 
 
-def _known_base(plan: RoundPlan, storage: str) -> list[Evaluation | None]:
-    """The untouched base's evaluation where the round has it already: it is measured once a round."""
+def _begun_elsewhere(plan: RoundPlan) -> str:
+    return (
+        f"{plan.name} of a study {plan.spec.study} has begun in this database with another file, and not "
+        f"from this folder: there is no {plan.checkpoints}. If this is another study, give it a name of its "
+        "own after `study:`; if it is the same, use the file that the round began with"
+    )
+
+
+def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
+    """What earlier runs of the round recorded. Creates nothing."""
     if not exists(storage):
-        return [None]
-    store = open_store(storage)
+        return ()
+    store = open_store(storage, study=plan.spec.study)
     try:
-        at_start = (
-            evaluation
-            for trial in store.trials(plan.name)
-            for evaluation in trial.evaluations
-            if evaluation.step == 0
-        )
-        return [next(at_start, None)]
+        return store.trials(plan.name)
     finally:
         store.close()
 
 
+def _base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
+    """The untouched base's evaluation where the round has it already: it is measured once a round."""
+    return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
+
+
 def _first_worker(
-    make: Callable[[], Worker], view: View, stopping: Callable[[], bool]
+    make: Callable[[], Worker], view: View, stopping: Callable[[], bool], *, begun: int
 ) -> tuple[Worker, Ready]:
     """A worker that has loaded base and data; one that dies on the way is replaced, a few times."""
     view.message("loading base and data")
     for remaining in reversed(range(MAX_STILLBORN)):
         worker = make()
         try:
-            return worker, _wait_until_ready(worker, view, stopping)
+            return worker, _wait_until_ready(worker, view, stopping, begun=begun)
         except WorkerError as error:
             worker.close()
             if not remaining:
@@ -132,8 +178,9 @@ def _first_worker(
     raise AssertionError("the last worker either was ready or raised")
 
 
-def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool]) -> Ready:
-    """Wait for one worker. Raises InputError, WorkerError or Interrupted."""
+def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], *, begun: int) -> Ready:
+    """Wait for one worker; `begun` trials are there to go on with. Raises InputError, WorkerError or
+    Interrupted."""
     while True:
         for event in worker.events(0.5):
             match event:
@@ -145,7 +192,8 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool]) 
                 case Died(reason=reason):
                     raise WorkerError(reason)
         if stopping():
-            raise Interrupted("stopped before anything was begun")
+            kept = f"the {count(begun, 'trial')} begun are as they were" if begun else "nothing was begun"
+            raise Interrupted(f"stopped while loading; {kept}")
 
 
 def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
@@ -153,8 +201,9 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
     begun = next((record for record in store.rounds() if record.name == plan.name), None)
     if begun is not None and begun.workload != ready.workload:
         raise InputError(
-            f"{plan.file.path.name}: the model or the data changed since {plan.name} began (the files "
-            "behind the same paths): its trials would not compare. Put them back, or begin another round"
+            f"{plan.file.path.name}: the model or the data are not those that {plan.name} began with (the "
+            f"files behind the same paths changed, or another folder began a study {plan.spec.study} in this "
+            "database): its trials would not compare. Put them back, or begin another round or study"
         )
     store.record(
         RoundBegun(
@@ -170,24 +219,3 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
             )
         )
     )
-
-
-@contextmanager
-def _fresh_directory(directory: Path) -> Iterator[None]:
-    """Make the round's directory; take it away again when bad input left it without a trial."""
-    existed = directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(f"checkpoints.directory: cannot write in {directory}: {error.strerror}") from error
-    try:
-        yield
-    except InputError:
-        if not existed and not any(directory.glob("trial-*")):
-            for path in directory.glob("worker*"):
-                path.unlink()
-            directory.rmdir()
-        raise

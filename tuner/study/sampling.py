@@ -293,5 +293,20 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
 
 def optuna_storage(url: str) -> optuna.storages.RDBStorage:
     """Optuna's tables in the study's database, beside tuner's own."""
-    arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+    return optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url))
+
+
+class StudyStorage(optuna.storages.RDBStorage):
+    """Optuna's tables as far as they are of one study: what the dashboard lists, finds and shows."""
+
+    def __init__(self, url: str, study: str) -> None:
+        super().__init__(url, engine_kwargs=_engine_arguments(url))
+        self._prefix = f"{study}/"
+
+    def get_all_studies(self) -> list[Any]:
+        """The rounds of the study."""
+        return [found for found in super().get_all_studies() if found.study_name.startswith(self._prefix)]
+
+
+def _engine_arguments(url: str) -> dict[str, Any]:
+    return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}

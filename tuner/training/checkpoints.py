@@ -26,7 +26,7 @@ from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_fro
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
 _STATE_FILE = "state.json"
-_FORMAT = 1
+_FORMAT = 2
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
 

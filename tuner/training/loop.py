@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from tuner.adapters import Base, Pack, PackedRows, initial_adapter
+from tuner.adapters import PackedRows, initial_adapter
 from tuner.adapters.dropout import row_keys
 from tuner.adapters.initial import lora_config
-from tuner.data import Example, Examples
+from tuner.data import Example
 from tuner.errors import TunerError
 from tuner.playbook import is_diverged
 from tuner.records import (
@@ -28,6 +26,7 @@ from tuner.records import (
     Evaluated,
     Evaluation,
     Event,
+    Measured,
     Outcome,
     Progressed,
     Saved,
@@ -37,36 +36,12 @@ from tuner.training.batches import MicroBatch, TokenGrid, grid, rows_by_length
 from tuner.training.checkpoints import read_snapshot
 from tuner.training.inbox import Inbox
 from tuner.training.trial_run import TrialRun
+from tuner.training.workplace import Workplace
 
 _log = logging.getLogger(__name__)
 
-PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens of all trials in one training pass, padding included, before memory says otherwise."""
-
 LAST_EVERY_SHARE = 0.05
 """Of the time, at most this much goes into `last` checkpoints, once one takes more than a second."""
-
-
-@dataclass
-class Workplace:
-    """What all trials of the round share."""
-
-    base: Base
-    hollow: PreTrainedModel
-    """For PEFT's initialisation."""
-    pack: Pack
-    train: Examples
-    evaluation: Examples
-    base_path: str
-    revision: str | None
-    evaluation_rows: int
-    """Evaluation examples of one trial in one pass."""
-    micro_tokens: int
-    """Tokens of one trial in one training pass, padding included."""
-    base_evaluation: Evaluation | None = None
-    """The untouched base at step 0, once measured."""
-    pass_rows: int = field(default=1 << 30)
-    """Rows of all trials in one pass; halved after each out-of-memory."""
 
 
 def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
@@ -89,11 +64,16 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
 
         # --- evaluations that are due: at step 0, every so many steps, and at the horizon
         due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
-        for slot, evaluation in _evaluate(place, due).items():
+        with place.meter.timing("evaluating"):
+            evaluations = _evaluate(place, due)
+        for slot, evaluation in evaluations.items():
             run = runs[slot]
             run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
-            _save(run, last_saved, slot, say)
+            with place.meter.timing("saving"):
+                _save(run, last_saved, slot, say)
             say(Evaluated(*_name(run), evaluation))
+        if evaluations:
+            say(Measured(place.meter.read(place.base.device)))
         for slot, run in list(runs.items()):
             if run.is_at_trunk and slot not in due and not run.micro_batches:
                 say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
@@ -104,20 +84,9 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
                 _leave(run, "complete", None, say)
                 del runs[slot]
 
-        # --- one micro-step for every trial
-        for run in runs.values():
-            if not run.micro_batches:
-                run.begin_update(
-                    place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens
-                )
-        tick = {slot: run.micro_batches.popleft() for slot, run in runs.items()}
-        forward_backward(place, runs, tick)
-
-        # --- updates that are whole
-        for slot, run in runs.items():
-            if not run.micro_batches and run.reason_infeasible is None:
-                run.finish_update()
-                place.pack.load(slot, run.optimizer.weights)
+        # --- one micro-step for every trial, and the updates that are whole
+        with place.meter.timing("training"):
+            tick(place, runs)
         if (now := time.monotonic()) - last_said > 1.0:
             last_said = now
             for run in runs.values():
@@ -126,6 +95,7 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
 
     for run in runs.values():
         _leave(run, "stopped", None, say, save=True)
+    say(Measured(place.meter.read(place.base.device)))
 
 
 # --- a trial enters and leaves --------------------------------------------------------------------
@@ -152,7 +122,7 @@ def _begin(
         say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, "failed", str(error)))
         return None
     place.pack.occupy(slot, run.adapter)
-    place.pack.load(slot, run.optimizer.weights)
+    place.pack.load({slot: run.optimizer.weights})
     say(Started(*_name(run), run.step))
     if run.evaluations:
         best = run.save_best()
@@ -191,6 +161,22 @@ def _save(
 # --- passes over the base -------------------------------------------------------------------------
 
 
+def tick(place: Workplace, runs: Mapping[int, TrialRun]) -> None:
+    """One micro-step of every trial; those whose update is whole then step."""
+    for run in runs.values():
+        if not run.micro_batches:
+            run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
+    forward_backward(place, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
+    whole = {s: run for s, run in runs.items() if not run.micro_batches and run.reason_infeasible is None}
+    if not whole:
+        return
+    norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()]).tolist()
+    for run, norm in zip(whole.values(), norms, strict=True):
+        run.finish_update(norm)
+    place.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
+    place.meter.trial_steps += len(whole)
+
+
 def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mapping[int, MicroBatch]) -> None:
     """One micro-batch of each trial, in as few passes as memory allows.
 
@@ -204,7 +190,6 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
         slots = tuple(sorted(group))
         losses = _pass(place, runs, group, slots)
         if losses is None:
-            place.pack.drop_gradients()
             torch.cuda.empty_cache()
             rows = sum(len(micro_batch.rows) for micro_batch in group.values())
             if rows == 1:
@@ -214,10 +199,9 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
             _log.warning("out of memory with %d rows in a pass: going on with %d", rows, place.pass_rows)
             waiting = [part for whole in (group, *waiting) for part in _groups(whole, place.pass_rows)]
             continue
+        place.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
         for slot, loss in zip(slots, losses, strict=True):
-            place.pack.collect(slot, runs[slot].optimizer.gradients)
             runs[slot].add_loss(loss)
-        place.pack.drop_gradients()
 
 
 def _pass(
@@ -227,6 +211,7 @@ def _pass(
 
     On its own, so that nothing of a pass that failed is still held when its rows are tried again.
     """
+    place.pack.zero_gradients()
     try:
         tokens = grid(
             [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
@@ -235,6 +220,11 @@ def _pass(
             tokens.input_ids, tokens.rows, tokens.columns, _packed(runs, group, slots, tokens)
         )
         height = tokens.input_ids.shape[0] // len(slots)
+        place.meter.count_pass(
+            micro_steps=len(slots),
+            tokens=int(sum(len(place.train[row].input_ids) for slot in slots for row in group[slot].rows)),
+            padded_tokens=tokens.input_ids.numel(),
+        )
         share = torch.tensor(
             [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
         )

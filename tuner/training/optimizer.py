@@ -30,10 +30,15 @@ class TrialOptimizer:
         device: torch.device,
     ) -> None:
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
+        is_8bit = hyperparameters.get("optimizer", "adamw") == "adamw_8bit"
+        # B lies as the pack has it, transposed, so that copies between the two are one kernel. Which elements
+        # bitsandbytes quantises together depends on how they lie: there B lies as PEFT has it.
         flat_a, a_views = _flatten([start[name][0] for name in names], device)
-        flat_b, b_views = _flatten([start[name][1] for name in names], device)
+        flat_b, b_views = _flatten([start[name][1] for name in names], device, transposed=not is_8bit)
         grad_a, a_grads = _flatten([torch.zeros_like(view) for view in a_views], device)
-        grad_b, b_grads = _flatten([torch.zeros_like(view) for view in b_views], device)
+        grad_b, b_grads = _flatten(
+            [torch.zeros_like(view) for view in b_views], device, transposed=not is_8bit
+        )
         self.weights = dict(zip(names, zip(a_views, b_views, strict=True), strict=True))
         self.gradients = dict(zip(names, zip(a_grads, b_grads, strict=True), strict=True))
         self._flat_gradients = (grad_a, grad_b)
@@ -50,7 +55,7 @@ class TrialOptimizer:
             "weight_decay": _number(hyperparameters, "weight_decay", 0.0),
         }
         self._ratios = (1.0, ratio)
-        if hyperparameters.get("optimizer", "adamw") == "adamw_8bit":
+        if is_8bit:
             self._optimizer = _adamw_8bit((a_views, b_views), (a_grads, b_grads), settings)
         else:
             groups = [
@@ -63,18 +68,21 @@ class TrialOptimizer:
         for flat in self._flat_gradients:
             flat.zero_()
 
-    def step(self, multiplier: float) -> tuple[float, float, bool]:
+    def gradient_norm(self) -> Tensor:
+        """The gradient's norm before clipping: a number still on its way from the device.
+
+        Taken tensor by tensor, so that it does not depend on how the weights lie in memory.
+        """
+        return nn.utils.get_total_norm([gradient for pair in self.gradients.values() for gradient in pair])
+
+    def step(self, multiplier: float, *, norm: float) -> tuple[float, bool]:
         """One update at `multiplier` times the trial's rate, unless its gradient is not finite.
 
-        Returns the rate, the gradient's norm before clipping and whether it was clipped. Norms are
-        taken tensor by tensor, so that they do not depend on how the weights lie in memory.
+        `norm` is what `gradient_norm` came to. Returns the rate and whether the gradient was clipped.
         """
         rate = self._base_rate * multiplier
-        tensors = [gradient for pair in self.gradients.values() for gradient in pair]
-        total = nn.utils.get_total_norm(tensors)
-        norm = float(total)
         if norm != norm or norm == float("inf"):
-            return rate, norm, False
+            return rate, False
         clipped = self._max_norm > 0 and norm > self._max_norm
         if clipped:
             coefficient = self._max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
@@ -83,7 +91,7 @@ class TrialOptimizer:
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
             group["lr"] = rate * ratio
         self._optimizer.step()
-        return rate, norm, clipped
+        return rate, clipped
 
     def state(self) -> dict[str, Tensor]:
         """The moments and counters as tensors by name, for a checkpoint."""
@@ -114,10 +122,15 @@ class TrialOptimizer:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 
-def _flatten(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).to(device).clone()
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def _flatten(
+    tensors: list[Tensor], device: torch.device, *, transposed: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Copies of the tensors one after another in float32, and each one's view in its own shape."""
+    laid = [tensor.t() if transposed else tensor for tensor in tensors]
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in laid]).to(device).clone()
+    parts = torch.split(flat, [tensor.numel() for tensor in laid])
+    views = [part.view(tensor.shape) for part, tensor in zip(parts, laid, strict=True)]
+    return flat, [view.t() if transposed else view for view in views]
 
 
 def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:

@@ -15,8 +15,10 @@ from tuner.data import PreparedData
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Assignment, Choices, Fixed, Range, Space, Value
 from tuner.spec import RoundSpec
-from tuner.training.loop import PASS_TOKENS, Workplace, example_nll, forward_backward
+from tuner.training.loop import example_nll, tick
+from tuner.training.opening import PASS_TOKENS
 from tuner.training.trial_run import TrialRun
+from tuner.training.workplace import Workplace
 
 _STEPS = 3
 
@@ -82,11 +84,9 @@ def largest(space: Space) -> dict[str, Value]:
 
 
 def _update(place: Workplace, run: TrialRun) -> None:
-    run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
-    while run.micro_batches:
-        forward_backward(place, {0: run}, {0: run.micro_batches.popleft()})
-    run.finish_update()
-    place.pack.load(0, run.optimizer.weights)
+    step = run.step
+    while run.step == step:
+        tick(place, {0: run})
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

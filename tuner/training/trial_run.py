@@ -106,8 +106,11 @@ class TrialRun:
         """Count a micro-batch's negative log-likelihood."""
         self._update_nll += nll
 
-    def finish_update(self) -> float:
-        """Step the optimizer; returns the update's train loss, in nats per target token."""
+    def finish_update(self, norm: float) -> float:
+        """Step the optimizer; returns the update's train loss, in nats per target token.
+
+        `norm` is the gradient's, from `TrialOptimizer.gradient_norm`.
+        """
         hyperparameters = self.assignment.hyperparameters
         factor = multiplier(
             self.step,
@@ -116,7 +119,7 @@ class TrialRun:
             decay_steps=decay_length(hyperparameters),
             max_train_steps=self.assignment.max_train_steps,
         )
-        rate, norm, clipped = self.optimizer.step(factor)
+        rate, clipped = self.optimizer.step(factor, norm=norm)
         self.step += 1
         counters = self._counters
         counters["nll"] += self._update_nll

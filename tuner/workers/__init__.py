@@ -3,8 +3,22 @@
 A worker takes Assignments and says Events. It knows trials and directories, never a database.
 """
 
-from tuner.workers.local import LocalWorker
+from tuner.workers.devices import visible_devices, worker_environments
+from tuner.workers.formula import LoraFormula
+from tuner.workers.local import LocalWorker, wait_for_former_workers
+from tuner.workers.pool import WorkerPool
 from tuner.workers.protocol import Worker
+from tuner.workers.recorded import RecordedCurves
 from tuner.workers.simulated import SimulatedWorker
 
-__all__ = ["LocalWorker", "SimulatedWorker", "Worker"]
+__all__ = [
+    "LocalWorker",
+    "LoraFormula",
+    "RecordedCurves",
+    "SimulatedWorker",
+    "Worker",
+    "WorkerPool",
+    "visible_devices",
+    "wait_for_former_workers",
+    "worker_environments",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -10,12 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import WorkerError
 from tuner.records import Assignment, Died, Ended, Event, Ready, event_from_json, to_json
 
 _LOG_TAIL_LINES = 15
+
+
+def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> None:
+    """Wait until no worker of an earlier run holds the lock: two never write one folder.
+
+    A worker whose parent was killed ends by itself, at once. Raises WorkerError when one does not.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout_seconds
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise WorkerError(
+                        f"{lock}: a worker of an earlier run is still there after {timeout_seconds:.0f} "
+                        "seconds; end it (`pkill -f tuner.training`)"
+                    ) from error
+                time.sleep(0.1)
 
 
 class LocalWorker:
@@ -76,15 +100,20 @@ class LocalWorker:
                 said.append(self._said.get_nowait())
         except queue.Empty:
             pass
-        for event in said:
-            if isinstance(event, Ended):
-                self._held.discard(event.trial)
-            elif isinstance(event, Ready):
-                self._slots = event.slots
-            elif isinstance(event, Died):
+        return [self._noted(event) for event in said]
+
+    def _noted(self, event: Event) -> Event:
+        """What an event says of the slots; of a death, which trials it took along."""
+        match event:
+            case Ended(trial=trial):
+                self._held.discard(trial)
+            case Ready(slots=slots):
+                self._slots = slots
+            case Died():
+                event = replace(event, trials=tuple(sorted(self._held)))
                 self._held.clear()
                 self._forget()
-        return said
+        return event
 
     def close(self) -> None:
         """Let every trial save, then end the process; kill it when that takes too long."""

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
 
-from tuner.playbook import is_diverged
+from tuner.errors import CheckpointError
+from tuner.playbook import best_evaluation, is_diverged
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Assignment,
+    Checkpoint,
+    CheckpointKind,
     Ended,
     Evaluated,
     Evaluation,
     Event,
     Hyperparameters,
+    Outcome,
     Ready,
+    Saved,
     Started,
 )
 
-Curve = Callable[[Hyperparameters, int, int], Evaluation]
-"""(hyperparameters, step, horizon) -> the evaluation there."""
+Curve: TypeAlias = Callable[[Hyperparameters, int, int], Evaluation]
+"""(hyperparameters, step, horizon) -> the evaluation there; on the trunk the same for every horizon.
+
+A loss that is not finite, or too high for long, makes the trial infeasible, as in the real worker.
+"""
+
+Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
+"""Keeps a checkpoint of a step, or None. Its path's name is as a real one's: `step-000036`, or with `.a1`."""
 
 
 @dataclass
@@ -28,22 +44,70 @@ class _Run:
     step: int
     evaluations: list[Evaluation] = field(default_factory=list)
 
+    @property
+    def name(self) -> tuple[str, int, int]:
+        return self.assignment.round, self.assignment.trial, self.assignment.attempt
+
+    @property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        return evaluation_steps(self.assignment.max_train_steps, self.assignment.evaluate_every)
+
+
+def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint:
+    """A directory named and linked as a real checkpoint's, which holds its step and no weights."""
+    trial = Path(assignment.directory)
+    place = simulated_path(assignment, kind, step)
+    directory = trial.parent / place
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    content = json.dumps({"simulated": True, "step": step})
+    (directory / "simulated.json").write_text(content)
+    if kind == CheckpointKind.BEST:
+        link = trial / ".best.simulated.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(directory.relative_to(trial))
+        link.replace(trial / "best")
+    return Checkpoint(kind, step, place, len(content), hashlib.sha256(content.encode()).hexdigest())
+
+
+def keep_trunk_names(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint | None:
+    """Trunks as names without files, for replays that no other process goes on with."""
+    if kind != CheckpointKind.TRUNK:
+        return None
+    return Checkpoint(kind, step, simulated_path(assignment, kind, step), 0, "")
+
+
+def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> str:
+    """Where the real worker would put it, relative to the round's checkpoint directory."""
+    trial = Path(assignment.directory).name
+    folder = {CheckpointKind.BEST: "best-steps", CheckpointKind.LAST: "last", CheckpointKind.TRUNK: "trunk"}
+    attempt = "" if kind == CheckpointKind.TRUNK else f".a{assignment.attempt}"
+    return f"{trial}/{folder[kind]}/step-{step:06d}{attempt}"
+
 
 class SimulatedWorker:
-    """Trials whose evaluations come from a function; each call of `events` is one evaluation of each.
+    """Trials whose evaluations come from a curve; each call of `events` takes each to its next event.
 
-    `seconds` counts simulated time: steps of all trials at `seconds_per_step`, whoever runs them.
+    `seconds` is the virtual clock: the steps of all trials at `seconds_per_step`, whoever runs them.
     """
 
     def __init__(
-        self, curve: Curve, *, slots: int, vocabulary_size: int = 32_000, seconds_per_step: float = 1.0
+        self,
+        curve: Curve,
+        *,
+        slots: int,
+        vocabulary_size: int = 32_000,
+        seconds_per_step: float = 1.0,
+        keep: Keep = keep_on_disk,
+        ready: Ready | None = None,
     ) -> None:
         self._curve = curve
         self._slots = slots
         self._vocabulary_size = vocabulary_size
         self._seconds_per_step = seconds_per_step
+        self._keep = keep
         self._runs: dict[int, _Run] = {}
-        self._said: list[Event] = [Ready(slots, "simulated")]
+        self._said: list[Event] = [ready or Ready(slots, "simulated")]
         self.seconds = 0.0
 
     def capacity(self) -> int:
@@ -51,23 +115,31 @@ class SimulatedWorker:
         return self._slots - len(self._runs)
 
     def start(self, assignment: Assignment) -> None:
-        """Begin at step 0, or where the checkpoint's name `simulated:STEP` says."""
-        step = int(assignment.resume_from.partition(":")[2]) if assignment.resume_from else 0
+        """Begin at step 0, or at the step of the checkpoint, with the curve up to there."""
+        try:
+            step = self._first_step(assignment)
+        except CheckpointError as error:
+            name = (assignment.round, assignment.trial, assignment.attempt)
+            self._say(Ended(*name, 0, "failed", str(error)))
+            return
         run = _Run(assignment, step)
         self._runs[assignment.trial] = run
-        self._say(Started(assignment.round, assignment.trial, assignment.attempt, step))
-        for earlier in evaluation_steps(assignment.max_train_steps, assignment.evaluate_every):
-            if earlier <= step:
-                self._evaluate(run, earlier)
+        self._say(Started(*run.name, step))
+        if step == 0:
+            self._evaluate(run)
+        else:
+            self._inherit(run)
+        self._end_if_over(run)
 
     def stop(self, trial: int) -> None:
-        """End the trial's attempt where it is."""
-        run = self._runs.pop(trial, None)
+        """Save the trial where it is and end its attempt."""
+        run = self._runs.get(trial)
         if run is not None:
-            self._say(self._ended(run, "stopped", None))
+            self._save(run, CheckpointKind.LAST, run.step)
+            self._end(run, "stopped")
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """What was said, after advancing every trial to its next evaluation. Never waits."""
+        """What was said, after taking every trial to its next evaluation or trunk step. Never waits."""
         if not self._said:
             for run in list(self._runs.values()):
                 self._advance(run)
@@ -75,32 +147,67 @@ class SimulatedWorker:
         return said
 
     def close(self) -> None:
-        """Stop every trial."""
+        """Save and stop every trial."""
         for trial in list(self._runs):
             self.stop(trial)
 
+    def _first_step(self, assignment: Assignment) -> int:
+        if assignment.resume_from is None:
+            return 0
+        place = Path(assignment.resume_from)
+        if self._keep is keep_on_disk and not place.is_dir():
+            raise CheckpointError(f"{place}: the recorded checkpoint is gone")
+        return int(place.name.removeprefix("step-").partition(".")[0])
+
+    def _inherit(self, run: _Run) -> None:
+        """Say again what the checkpoint holds: the curve so far and its best adapter."""
+        run.evaluations += [self._at(run, step) for step in run.evaluation_steps if step <= run.step]
+        best = best_evaluation(run.evaluations)
+        if best is not None:
+            self._save(run, CheckpointKind.BEST, best.step)
+        for evaluation in run.evaluations:
+            self._say(Evaluated(*run.name, evaluation))
+
     def _advance(self, run: _Run) -> None:
-        assignment = run.assignment
-        reason = is_diverged(run.evaluations, self._vocabulary_size)
-        if reason is not None or run.step >= assignment.max_train_steps:
-            self._say(self._ended(run, "infeasible" if reason else "complete", reason))
-            del self._runs[assignment.trial]
-            return
-        steps = evaluation_steps(assignment.max_train_steps, assignment.evaluate_every)
-        following = next(step for step in steps if step > run.step)
+        planned = {*run.evaluation_steps, *run.assignment.trunk_steps}
+        following = min(step for step in planned if step > run.step)
         self.seconds += (following - run.step) * self._seconds_per_step
         run.step = following
-        self._evaluate(run, following)
+        if following in run.evaluation_steps:
+            self._evaluate(run)
+        elif following in run.assignment.trunk_steps:
+            self._save(run, CheckpointKind.TRUNK, following)
+        self._end_if_over(run)
 
-    def _evaluate(self, run: _Run, step: int) -> None:
-        assignment = run.assignment
-        evaluation = self._curve(assignment.hyperparameters, step, assignment.max_train_steps)
+    def _evaluate(self, run: _Run) -> None:
+        """Evaluate where the run is; the files come before the evaluation that they belong to."""
+        evaluation = self._at(run, run.step)
         run.evaluations.append(evaluation)
-        self._say(Evaluated(assignment.round, assignment.trial, assignment.attempt, evaluation))
+        if best_evaluation(run.evaluations) is evaluation:
+            self._save(run, CheckpointKind.BEST, run.step)
+        if run.step in run.assignment.trunk_steps:
+            self._save(run, CheckpointKind.TRUNK, run.step)
+        self._save(run, CheckpointKind.LAST, run.step)
+        self._say(Evaluated(*run.name, evaluation))
 
-    def _ended(self, run: _Run, outcome: str, reason: str | None) -> Ended:
-        assignment = run.assignment
-        return Ended(assignment.round, assignment.trial, assignment.attempt, run.step, outcome, reason)  # type: ignore[arg-type]
+    def _at(self, run: _Run, step: int) -> Evaluation:
+        return self._curve(run.assignment.hyperparameters, step, run.assignment.max_train_steps)
+
+    def _save(self, run: _Run, kind: CheckpointKind, step: int) -> None:
+        checkpoint = self._keep(run.assignment, kind, step)
+        if checkpoint is not None:
+            self._say(Saved(*run.name, checkpoint))
+
+    def _end_if_over(self, run: _Run) -> None:
+        reason = is_diverged(run.evaluations, self._vocabulary_size)
+        if reason is not None:
+            self._end(run, "infeasible", reason)
+        elif run.step >= run.assignment.max_train_steps:
+            self._end(run, "complete")
+
+    def _end(self, run: _Run, outcome: Outcome, reason: str | None = None) -> None:
+        del self._runs[run.assignment.trial]
+        self._say(Ended(*run.name, run.step, outcome, reason))
 
     def _say(self, event: Event) -> None:
         self._said.append(event)

@@ -1,10 +1,11 @@
-"""A real PostgreSQL from a wheel, and a database of its own for each test."""
+"""The databases that facts may be in: a file, or a real PostgreSQL from a wheel, new for each test."""
 
 from __future__ import annotations
 
 import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -34,3 +35,12 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     with server.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     server.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a database of each kind, empty or a file that does not exist yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tuner.db"
+    found: str = request.getfixturevalue("postgres_url")
+    return found

@@ -1,0 +1,598 @@
+"""A round of K trials by tuner, packed, against the same trials one after another with PEFT and Trainer.
+
+    OMP_NUM_THREADS=2 python benchmarks/packing.py                       the tiny cell, on a CPU
+    python benchmarks/packing.py --cells gpu --markdown FILE             on a GPU: every cell
+
+Both sides run in this process in turn, several times; what is printed are medians and ratios of
+medians. A round takes in loading the base, evaluations and checkpoints. Importing libraries and
+tokenising are not counted, for Trainer not even once. Rows, order, precision, evaluations and
+the number of checkpoints kept are the same on both sides; weights are random.
+
+Trainer takes micro-batches of the cell's size and accumulates. Packed, each trial takes the same
+micro-batches, so that one tick is one micro-step of every trial; `--micro-tokens` lets tuner choose
+larger ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from tuner.adapters.initial import lora_config
+from tuner.data import Example, batch_rows
+from tuner.playbook.schedule import warmup_length
+from tuner.records import Assignment, Ended, Evaluated, Event, Measured, Throughput, Value, to_json
+from tuner.spec import RoundSpec
+from tuner.training.inbox import Inbox
+from tuner.training.loop import train
+from tuner.training.opening import open_workplace
+from tuner.training.workplace import Workplace
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model's shape and a round's."""
+
+    name: str
+    shape: dict[str, int]
+    tokens: int
+    """Of a row."""
+    micro_rows: int = 2
+    accumulation: int = 4
+    steps: int = 60
+    evaluation_rows: int = 64
+    evaluate_every: int = 10
+    dtype: str = "float32"
+    quantization: str = "none"
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a trial's micro-step."""
+        return self.micro_rows * self.tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of an update."""
+        return self.micro_rows * self.accumulation
+
+
+_TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+}
+_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32_000,
+}
+_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32_000,
+}
+TINY = Cell("tiny", _TINY, tokens=64)
+
+
+def gpu_cells() -> list[Cell]:
+    """{1B, 7B, 7B in NF4} x {256, 1024, 4096} tokens a micro-step, without accumulation."""
+    short: dict[str, Any] = {"accumulation": 1, "steps": 20, "evaluation_rows": 16, "evaluate_every": 10}
+    return [
+        Cell(name, shape, tokens=tokens // 2, dtype="bfloat16", quantization=quantization, **short)
+        for name, shape, quantization in (("1B", _1B, "none"), ("7B", _7B, "none"), ("7B-nf4", _7B, "nf4"))
+        for tokens in (256, 1024, 4096)
+    ]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One round of K trials, one way."""
+
+    round_seconds: float
+    training_seconds: float
+    peak_bytes: int
+    final_losses: tuple[float, ...]
+
+
+# --- what both sides work on ----------------------------------------------------------------------
+
+
+def write_files(cell: Cell, directory: Path) -> Path:
+    """A model with random weights, its tokenizer, and rows of exactly `cell.tokens` tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **cell.shape, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cell.dtype))
+    model.save_pretrained(directory / "base")
+    words = {f"w{number}": number for number in range(cell.shape["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(directory / "base")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 512), ("eval", cell.evaluation_rows)):
+        with (directory / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                # Each word follows from the one before by the row's own rule: there is something to learn.
+                start, stride = draw.integers(2, len(words)), draw.integers(1, 1000)
+                row = [2 + int(start + stride * place) % (len(words) - 2) for place in range(cell.tokens - 1)]
+                file.write(json.dumps({"text": " ".join(f"w{word}" for word in row)}) + "\n")
+    del model
+    free_memory()
+    return directory
+
+
+def hyperparameters(number: int, cell: Cell) -> dict[str, Value]:
+    """Trial `number`: all linear layers, rank 16, a rate of its own."""
+    return {
+        "learning_rate": 1e-4 * 1.5**number,
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "target_modules": "all-linear",
+        "batch_size": cell.batch_size,
+        "optimizer": "adamw",
+        "warmup_steps": 5,
+        "schedule": "constant",
+        "training_seed": number,
+    }
+
+
+def round_spec(cell: Cell, directory: Path) -> RoundSpec:
+    """The round as a file would say it."""
+    common = {name: value for name, value in hyperparameters(0, cell).items() if name != "training_seed"}
+    return RoundSpec.model_validate(
+        {
+            "study": "packing",
+            "round": "round1",
+            "model": {
+                "path": str(directory / "base"),
+                "dtype": cell.dtype,
+                "quantization": cell.quantization,
+            },
+            "data": {
+                "train": [{"path": str(directory / "train.jsonl"), "format": "text"}],
+                "eval": [{"path": str(directory / "eval.jsonl"), "format": "text"}],
+                "max_length": cell.tokens,
+                "loss_on": "all",
+            },
+            "max_train_steps": cell.steps,
+            "hyperparameters": common,
+            "search": {"trials": 16},
+            "evaluation": {"every_steps": cell.evaluate_every, "batch_size": 16},
+            "storage": "sqlite:///unused.db",
+        }
+    )
+
+
+# --- tuner ----------------------------------------------------------------------------------------
+
+
+def by_tuner(cell: Cell, directory: Path, *, trials: int, slots: int, micro_tokens: int) -> Measurement:
+    """A round in this process: the worker's own set-up and loop, without the pipe."""
+    begin_memory()
+    runs = directory / "runs"
+    begun = time.perf_counter()
+    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=slots)
+    place.micro_tokens = micro_tokens
+    events = drive(place, [_assignment(number, cell, runs) for number in range(trials)])
+    seconds = time.perf_counter() - begun
+    done = [event for event in events if isinstance(event, Ended)]
+    if [event.outcome for event in done] != ["complete"] * trials:
+        raise SystemExit(f"{cell.name}: {done}")
+    work = [event.throughput for event in events if isinstance(event, Measured)][-1]
+    measured = Measurement(seconds, work.training_seconds, peak_bytes(work), _final_losses(events, trials))
+    shutil.rmtree(runs)
+    del place
+    free_memory()
+    return measured
+
+
+def drive(place: Workplace, assignments: Sequence[Assignment]) -> list[Event]:
+    """Run assignments through the training loop; the next one starts as soon as a slot is free."""
+    waiting, events = list(assignments), []
+    open_ends = len(waiting)
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as orders:
+
+        def start() -> None:
+            orders.write(json.dumps({"order": "start", "assignment": to_json(waiting.pop(0))}) + "\n")
+
+        def say(event: Event) -> None:
+            nonlocal open_ends
+            events.append(event)
+            if isinstance(event, Ended):
+                open_ends -= 1
+                if waiting:
+                    start()
+                elif not open_ends:
+                    orders.write('{"order": "close"}\n')
+
+        for _ in range(min(place.pack.num_slots, len(waiting))):
+            start()
+        inbox = Inbox(lines, on_parent_gone=lambda: None)
+        inbox.listen()
+        train(place, inbox, say)
+    return events
+
+
+def _assignment(number: int, cell: Cell, runs: Path) -> Assignment:
+    return Assignment(
+        round="round1",
+        trial=number,
+        attempt=1,
+        hyperparameters=hyperparameters(number, cell),
+        max_train_steps=cell.steps,
+        evaluate_every=cell.evaluate_every,
+        directory=str(runs / f"trial-{number:04d}"),
+    )
+
+
+def _final_losses(events: Sequence[Event], trials: int) -> tuple[float, ...]:
+    last = {event.trial: event.evaluation.eval_loss for event in events if isinstance(event, Evaluated)}
+    return tuple(last[number] for number in range(trials))
+
+
+# --- PEFT and Trainer -----------------------------------------------------------------------------
+
+
+def by_trainer(cell: Cell, directory: Path, *, trials: int, rows: Rows) -> Measurement:
+    """The same trials one after another, as the examples of Optuna and transformers do it."""
+    begin_memory()
+    begun = time.perf_counter()
+    training, losses = 0.0, []
+    for number in range(trials):
+        seconds, loss = _trainer_trial(cell, directory, number, rows)
+        training += seconds
+        losses.append(loss)
+        free_memory()
+    seconds = time.perf_counter() - begun
+    return Measurement(seconds, training, peak_bytes(None), tuple(losses))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised rows that tuner made, for Trainer."""
+
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
+
+
+def _trainer_trial(cell: Cell, directory: Path, number: int, rows: Rows) -> tuple[float, float]:
+    """Training seconds, evaluations and checkpoints left out, and the last evaluation loss."""
+    trial = hyperparameters(number, cell)
+    quantization = None
+    if cell.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, cell.dtype),
+        )
+    on_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / "base",
+        dtype=getattr(torch, cell.dtype),
+        quantization_config=quantization,
+        device_map={"": "cuda:0" if on_gpu else "cpu"},
+    )
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(number)
+    wrapped = get_peft_model(model, lora_config(trial, base_path=str(directory / "base")))
+    arguments = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        max_steps=cell.steps,
+        per_device_train_batch_size=cell.micro_rows,
+        gradient_accumulation_steps=cell.accumulation,
+        per_device_eval_batch_size=16,
+        learning_rate=float(trial["learning_rate"]),  # type: ignore[arg-type]
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=warmup_length(trial),
+        optim="adamw_torch",
+        bf16=cell.dtype == "bfloat16",
+        eval_strategy="steps",
+        eval_steps=cell.evaluate_every,
+        save_strategy="steps",
+        save_steps=cell.evaluate_every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        eval_on_start=number == 0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+    )
+    order = [
+        rows.train[row]
+        for step in range(1, cell.steps + 1)
+        for row in batch_rows(len(rows.train), batch_size=cell.batch_size, seed=number, step=step)
+    ]
+    trainer = TimedTrainer(
+        model=wrapped,
+        args=arguments,
+        train_dataset=order,  # type: ignore[arg-type]
+        eval_dataset=rows.evaluation,  # type: ignore[arg-type]
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    begun = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begun - trainer.other_seconds
+    loss = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    shutil.rmtree(directory / "trainer")
+    return seconds, float(loss)
+
+
+class TimedTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that knows how long its evaluations and checkpoints took."""
+
+    other_seconds = 0.0
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As Trainer does."""
+        return self._timed(super().evaluate, *args, **options)  # type: ignore[no-any-return]
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        self._timed(super()._save_checkpoint, *args, **options)
+
+    def _load_best_model(self) -> None:
+        self._timed(super()._load_best_model)
+
+    def _timed(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        synchronize()
+        begun = time.perf_counter()
+        done = work(*args, **options)
+        synchronize()
+        self.other_seconds += time.perf_counter() - begun
+        return done
+
+
+def collate(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Rows of one length: no padding, so no mask."""
+    ids = torch.from_numpy(np.stack([np.asarray(example.input_ids, dtype=np.int64) for example in batch]))
+    targets = torch.from_numpy(np.stack([example.is_target for example in batch]))
+    return {"input_ids": ids, "labels": torch.where(targets, ids, -100)}
+
+
+# --- the machine's own limit ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Seconds of a pass over T tokens, of K trials together: fixed + per_token * T, K * T tokens at once."""
+
+    fixed_seconds: float
+    seconds_per_token: float
+
+    def speed_up(self, tokens: int, trials: int) -> float:
+        """Of `trials` micro-steps of `tokens` tokens in one pass over as many passes."""
+        alone = self.fixed_seconds + self.seconds_per_token * tokens
+        return trials * alone / (self.fixed_seconds + self.seconds_per_token * tokens * trials)
+
+
+def measure_limit(cell: Cell, directory: Path, *, repetitions: int) -> Limit:
+    """Fit a straight line through the times of one trial's passes of 1 to 16 micro-batches of rows."""
+    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=1)
+    sizes = [rows for rows in (1, 2, 4, 8, 16, 32) if rows * cell.tokens <= 32768]
+    tokens, seconds = [], []
+    for rows in sizes * repetitions:
+        sized = replace(cell, micro_rows=rows, accumulation=1, steps=6, evaluate_every=6)
+        place.micro_tokens = sized.micro_tokens
+        before = place.meter.seconds["training"]
+        drive(place, [_assignment(0, sized, directory / "limit")])
+        tokens.append(sized.micro_tokens)
+        seconds.append((place.meter.seconds["training"] - before) / sized.steps)
+    shutil.rmtree(directory / "limit")
+    middle = [
+        statistics.median(s for t, s in zip(tokens, seconds, strict=True) if t == r * cell.tokens)
+        for r in sizes
+    ]
+    slope, fixed = np.polyfit([rows * cell.tokens for rows in sizes], middle, 1, w=1 / np.asarray(middle))
+    del place
+    free_memory()
+    return Limit(max(0.0, float(fixed)), float(slope))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse_arguments()
+    lines = [heading(), *table_head()]
+    print("\n".join(lines), flush=True)
+    for cell in [TINY] if arguments.cells == "tiny" else gpu_cells():
+        for line in rows_of(cell, arguments):
+            lines.append(line)
+            print(line, flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(lines) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """What to measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", choices=["tiny", "gpu"], default="tiny")
+    parser.add_argument("--trials", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of the cell's own")
+    parser.add_argument("--micro-tokens", type=int, help="tokens of a trial's pass, by tuner alone")
+    parser.add_argument("--trainer-trials", type=int, help="run so few with Trainer, and multiply")
+    parser.add_argument("--markdown", type=Path, help="also write what is printed here")
+    return parser.parse_args()
+
+
+def rows_of(cell: Cell, arguments: argparse.Namespace) -> Iterator[str]:
+    """The lines of one cell's table."""
+    cell = replace(cell, steps=arguments.steps) if arguments.steps else cell
+    micro_tokens = arguments.micro_tokens or cell.micro_tokens
+    with tempfile.TemporaryDirectory() as made:
+        directory = write_files(cell, Path(made))
+        rows = prepared_rows(cell, directory)
+        limit = measure_limit(cell, directory, repetitions=arguments.repetitions)
+        by_tuner(
+            replace(cell, steps=6, evaluate_every=6), directory, trials=1, slots=1, micro_tokens=micro_tokens
+        )
+        for trials in arguments.trials:
+            with_trainer = min(trials, arguments.trainer_trials or trials)
+            packed, alone, reference = [], [], []
+            for _ in range(arguments.repetitions):
+                packed.append(
+                    by_tuner(cell, directory, trials=trials, slots=trials, micro_tokens=micro_tokens)
+                )
+                alone.append(by_tuner(cell, directory, trials=trials, slots=1, micro_tokens=micro_tokens))
+                reference.append(by_trainer(cell, directory, trials=with_trainer, rows=rows))
+            yield table_row(cell, trials, packed, alone, reference, trials / with_trainer, limit)
+
+
+def prepared_rows(cell: Cell, directory: Path) -> Rows:
+    """Tokenise once, into the cache that every later round finds."""
+    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=1)
+    return Rows(
+        [place.train[row] for row in range(len(place.train))],
+        [place.evaluation[row] for row in range(len(place.evaluation))],
+    )
+
+
+def heading() -> str:
+    """Where and with what."""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    versions = ", ".join(
+        f"{name} {sys.modules[name].__version__}" for name in ("torch", "transformers", "peft")
+    )
+    command = " ".join(["python", *sys.argv])
+    return f"# Packing, {time.strftime('%Y-%m-%d')}\n\n{hardware}; {versions}\n\n    {command}\n"
+
+
+_COLUMNS = (
+    "cell",
+    "tokens a micro-step",
+    "K",
+    "trial-steps/s",
+    "round / Trainer",
+    "steps / Trainer",
+    "round / K = 1",
+    "steps / K = 1",
+    "limit",
+    "peak GiB",
+    "largest loss difference",
+)
+
+
+def table_head() -> list[str]:
+    """Of the Markdown table."""
+    return ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
+
+
+def table_row(
+    cell: Cell,
+    trials: int,
+    packed: Sequence[Measurement],
+    alone: Sequence[Measurement],
+    reference: Sequence[Measurement],
+    multiplied: float,
+    limit: Limit,
+) -> str:
+    """Medians, and ratios of medians: above 1, packed tuner is faster."""
+
+    def ratio(others: Sequence[Measurement], field: str, factor: float = 1.0) -> str:
+        ours = statistics.median(getattr(m, field) for m in packed)
+        theirs = factor * statistics.median(getattr(m, field) for m in others)
+        return f"{theirs / ours:.2f}"
+
+    seconds = statistics.median(m.training_seconds for m in packed)
+    difference = max(
+        abs(a - b) / b
+        for ours in packed
+        for others in (alone[0].final_losses, reference[0].final_losses)
+        for a, b in zip(ours.final_losses, others, strict=False)
+    )
+    values = [
+        cell.name,
+        str(cell.micro_tokens),
+        str(trials),
+        f"{trials * cell.steps / seconds:.1f}",
+        ratio(reference, "round_seconds", multiplied),
+        ratio(reference, "training_seconds", multiplied),
+        ratio(alone, "round_seconds"),
+        ratio(alone, "training_seconds"),
+        f"{limit.speed_up(cell.micro_tokens, trials):.2f}",
+        f"{max(m.peak_bytes for m in packed) / 2**30:.2f}",
+        f"{difference:.1e}",
+    ]
+    return "| " + " | ".join(values) + " |"
+
+
+def begin_memory() -> None:
+    """Forget the peak of what came before, where that can be done."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(work: Throughput | None) -> int:
+    """Since `begin_memory` on a GPU; of the whole process so far on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return work.peak_memory_bytes if work else 0
+
+
+def free_memory() -> None:
+    """Let go of what nobody holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

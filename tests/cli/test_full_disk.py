@@ -1,0 +1,70 @@
+"""A disk that is full before a round, and one that fills while it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import MountTmpfs
+from tests.studies import trials_of, tuner, write_round
+from tuner.cli import run
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room there is."""
+    path = disk / "somebody-elses-film"
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return path
+
+
+def test_a_disk_that_is_too_small(small_disk: MountTmpfs, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = small_disk(8)
+    path = write_round(disk)
+    assert run(["study", "run", str(path)]) == 2
+    assert [found.name for found in disk.iterdir()] == ["round1.yaml"]
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"{disk}/runs/round1 has 8.4 MB free, and at least 17 MB is needed (8.4 MB more)" in message
+    assert "Free some space" in message
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
+    """Exit 1 and the reason; after room was made the same command finishes, and no trial has failed."""
+    disk = small_disk(32)
+    write_round(disk, trials=2, steps=200, every=5, learning_rate="1e-3")
+    log = disk.parent / "log"
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+            cwd=disk,
+            stdout=file,
+            stderr=file,
+        )
+        try:
+            until = time.monotonic() + 120
+            while "trial 0  step 10/200" not in log.read_text() and time.monotonic() < until:
+                time.sleep(0.05)
+            film = fill(disk)
+            assert running.wait(120) == 1, log.read_text()
+        finally:
+            running.kill()
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(f"error: no disk: {disk}/runs/round1 has ")
+    assert "Free some space" in last
+    assert last.endswith("then go on with: tuner study run round1.yaml")
+    again = tuner("study", "run", "round1.yaml", directory=disk)
+    assert (again.returncode, again.stderr.count("error: no disk:")) == (2, 1)
+    film.unlink()
+    assert tuner("study", "run", "round1.yaml", directory=disk).returncode == 0
+    listed = trials_of(disk)
+    assert [trial["state"] for trial in listed] == ["complete", "complete"]
+    assert listed[0]["attempts"] == 2
+    assert 200 <= listed[0]["executed_steps"] <= 210

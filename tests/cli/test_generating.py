@@ -1,0 +1,138 @@
+"""`trial generate`: which trial a name means, and the template of training around the prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.studies import QUICKSTART, round_file
+from tests.study.rehearsal import rehearse, trials
+from tuner.cli import run
+from tuner.cli.looking import find_trial
+from tuner.errors import InputError
+from tuner.playbook import best_evaluation
+from tuner.records import Trial, TrialState
+from tuner.study.folder import open_folder
+
+BASE = QUICKSTART / "base"
+INSTRUCTION = "Name a river."
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    f"request.\n\n### Instruction:\n{INSTRUCTION}\n\n### Response:\n"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{INSTRUCTION}\n\n### Input:\nA short one.\n\n### Response:\n"
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A round that was simulated, whose trials are given an adapter of their own each."""
+    directory = tmp_path_factory.mktemp("study")
+    rehearse(directory, trials=6)
+    for trial in trials(directory):
+        link = directory / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
+        if trial.state == TrialState.COMPLETE:
+            write_adapter(link.resolve(), seed=trial.number)
+    return directory
+
+
+def write_adapter(directory: Path, *, seed: int) -> None:
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    wrapped.save_pretrained(str(directory))
+
+
+def best_of(study: Path) -> Trial:
+    complete = [t for t in trials(study) if t.state == TrialState.COMPLETE]
+    return min(complete, key=lambda t: best_evaluation(t.evaluations).eval_loss)  # type: ignore[union-attr]
+
+
+def by_transformers(prompt: str, adapter: Path | None) -> str:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(
+        input_ids=ids.input_ids, attention_mask=ids.attention_mask, max_new_tokens=10, do_sample=False
+    )
+    return str(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def answer(capsys: pytest.CaptureFixture[str], study: Path, name: str, *more: str) -> str:
+    capsys.readouterr()
+    command = ["-C", str(study), "trial", "generate", name, "--prompt", INSTRUCTION, "--max-new-tokens", "10"]
+    assert run([*command, *more]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"next: tuner trial generate {name} "), said.err
+    return said.out.strip()
+
+
+def test_the_prompt_goes_through_the_template_of_training(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    best = best_of(study)
+    adapter = study / "runs" / "round1" / f"trial-{best.number:04d}" / "best"
+    expected = by_transformers(PROMPT, adapter)
+    assert expected
+    assert answer(capsys, study, "best") == expected
+    assert answer(capsys, study, str(best.number)) == expected
+    assert answer(capsys, study, f"round1/{best.number}") == expected
+    assert answer(capsys, study, "best", "--base") == by_transformers(PROMPT, None) != expected
+    assert answer(capsys, study, "best", "--context", "A short one.") == by_transformers(WITH_INPUT, adapter)
+
+
+def test_names(study: Path) -> None:
+    folder = open_folder(study)
+    assert find_trial(folder, "best") == (best_of(study), 8)
+    for number in range(6):
+        for name in (str(number), f"round1/{number}"):
+            assert (found := find_trial(folder, name)[0]).number == number
+            assert found.round == "round1"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("6", "round1 has trials 0 to 5"),
+        ("-1", "round1 has trials 0 to 5"),
+        ("round1/6", "round1 has trials 0 to 5"),
+        ("round1/", "ROUND/NUMBER, NUMBER or best"),
+        ("bets", "ROUND/NUMBER, NUMBER or best"),
+        ("round2/0", "begun: round1"),
+    ],
+)
+def test_names_that_mean_no_trial(study: Path, name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        find_trial(open_folder(study), name)
+    assert str(refused.value).startswith(f"{name}: ")
+
+
+def test_a_trial_without_an_adapter(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    lost = next(t for t in trials(study) if t.state == TrialState.INFEASIBLE)
+    link = study / "runs" / "round1" / f"trial-{lost.number:04d}" / "best"
+    link.unlink(missing_ok=True)
+    assert run(["trial", "generate", str(lost.number), "--prompt", INSTRUCTION]) == 2
+    assert f"round1/{lost.number} is infeasible and has no adapter" in capsys.readouterr().err
+
+
+def test_best_before_any_round_has_begun(tmp_path: Path) -> None:
+    round_file(tmp_path)
+    with pytest.raises(InputError, match=r"begin with: tuner study run round1\.yaml"):
+        find_trial(open_folder(tmp_path), "best")

@@ -1,0 +1,150 @@
+"""`study run --engine simulated`: a whole study rehearsed, and the real one untouched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.studies import write_round
+from tuner.cli import run
+
+BANNER = "REHEARSAL"
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_round(
+        tmp_path, base="no/such/model", data="no/such/data", trials=6, steps=40, every=4, decay_steps=10
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tuner(*arguments: str, within: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.chdir(within)  # -C leaves the process elsewhere
+    return run(list(arguments))
+
+
+def documents(text: str) -> Any:
+    return json.loads(text)
+
+
+def files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).parts[0] for path in directory.rglob("*")}
+
+
+def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def does(*arguments: str) -> tuple[str, str]:
+        assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0, capsys.readouterr().err
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    before = (study / "round1.yaml").read_text()
+    out, err = does("study", "run", "round1.yaml", "--engine", "simulated")
+    assert BANNER in err
+    assert "seconds were simulated" in err
+    assert "made-up losses" in out
+    assert err.rstrip().endswith("next: tuner -C rehearsal study promote --to round2")
+    assert files(study) == {"round1.yaml", "rehearsal"}
+    assert (study / "round1.yaml").read_text() == before
+
+    out, err = does("-C", "rehearsal", "study", "promote", "--to", "round2")
+    assert err.startswith(BANNER)
+    assert err.rstrip().endswith("next: tuner -C rehearsal study run round2.yaml")
+    out, err = does("-C", "rehearsal", "study", "run", "round2.yaml")
+    assert BANNER in err
+    trials = documents(does("-C", "rehearsal", "trial", "list", "--json")[0])
+    carried = [trial for trial in trials if trial["continues"]]
+    assert len(carried) == 3
+    assert all(trial["executed_steps"] < trial["evaluations"][-1]["step"] for trial in carried)
+    assert {trial["state"] for trial in trials} <= {"complete", "infeasible"}
+
+    out, err = does("study", "status", "--json")
+    assert BANNER not in err
+    assert documents(out)["rounds"][0]["state"] == "open"
+    out, err = does("-C", "rehearsal", "study", "report")
+    assert BANNER in err
+    assert "made-up losses" in (study / "rehearsal" / "report-round2.html").read_text()
+
+
+def test_a_rehearsal_is_repeatable_and_run_again_changes_nothing(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def curves() -> Any:
+        tuner("-C", "rehearsal", "trial", "list", "--json", within=study, monkeypatch=monkeypatch)
+        trials = documents(capsys.readouterr().out)
+        return [(t["hyperparameters"], t["state"], t["evaluations"], t["executed_steps"]) for t in trials]
+
+    def rehearse() -> None:
+        arguments = ("study", "run", "round1.yaml", "--engine", "simulated", "--slots", "2")
+        assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
+        capsys.readouterr()
+
+    rehearse()
+    first = curves()
+    assert len(first) == 6
+    rehearse()
+    assert curves() == first
+    (study / "rehearsal").rename(tmp_path / "elsewhere")
+    rehearse()
+    assert curves() == first
+
+
+def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_rehearsal_alone(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("study", "run", "round1.yaml", "--engine", "simulated")
+    assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
+    copy = (study / "rehearsal" / "round1.yaml").read_text()
+    write_round(study, base="no/such/model", data="no/such/data", trials=6, steps=60, every=4, decay_steps=10)
+    capsys.readouterr()
+    assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "max_train_steps" in said
+    assert "delete" in said
+    assert (study / "rehearsal" / "round1.yaml").read_text() == copy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("study", "run", "round1.yaml", "--engine", "ray3"), "local, simulated"),
+        (("study", "run", "rehearsal/round1.yaml", "--engine", "local"), "a rehearsal's file"),
+        (("-C", "rehearsal", "trial", "generate", "best", "--prompt", "x"), "nothing is trained"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    assert (
+        tuner("study", "run", "round1.yaml", "--engine", "simulated", within=study, monkeypatch=monkeypatch)
+        == 0
+    )
+    capsys.readouterr()
+    assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_that_says_simulated_is_rehearsed_without_torch(study: Path) -> None:
+    path = study / "round1.yaml"
+    path.write_text(path.read_text() + "run: {engine: simulated}\n")
+    code = (
+        "import sys; from tuner.cli import run; code = run(['study', 'run', 'round1.yaml']);"
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=study, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(study) == {"round1.yaml", "rehearsal"}

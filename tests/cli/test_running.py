@@ -1,0 +1,100 @@
+"""`study run --for` and `--slots`: what they accept, and what they do to a round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.studies import trials_of, tuner, write_round
+from tuner.cli.running import parse_count, parse_duration
+from tuner.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("2h", 7200),
+        ("1h30m", 5400),
+        ("1h 30m", 5400),
+        ("0.5h", 1800),
+        ("1d", 86400),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "soon", "2 hours", "-1h", "h", "1h30", "1h,30m", "0s"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(InputError, match=r"--for .*90s, 30m, 2h or 1h30m"):
+        parse_duration(text)
+
+
+def test_slots() -> None:
+    assert parse_count("--slots", "auto") == "auto"
+    assert parse_count("--slots", "3") == 3
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(InputError, match=r"--slots .*auto or a whole number of at least 1"):
+            parse_count("--slots", text)
+
+
+@pytest.mark.slow
+def test_a_time_that_is_over_before_the_round_has_begun(tmp_path: Path) -> None:
+    write_round(tmp_path)
+    done = tuner("study", "run", "round1.yaml", "--for", "0.1s", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, message, following = done.stderr.splitlines()
+    assert message.startswith("0.1s are over: stopped while loading; nothing was begun; ")
+    assert following == "next: tuner study run round1.yaml"
+    assert not (tmp_path / "tuner.db").exists()
+
+
+@pytest.mark.slow
+def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
+    """Two trials are begun at once; when the time is over both are saved, and that is no failure."""
+    write_round(tmp_path, trials=2, steps=20_000, every=2_000, learning_rate="1e-4")
+    done = tuner("study", "run", "round1.yaml", "--for", "40s", "--slots", "2", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "worker ready: cpu, 2 slots" in done.stderr
+    assert (
+        "40s are over: stopped; all progress is saved; go on with: tuner study run round1.yaml" in done.stderr
+    )
+    assert done.stderr.splitlines()[-1] == "next: tuner study run round1.yaml"
+    trials = trials_of(tmp_path)
+    assert [(trial["state"], trial["attempts"]) for trial in trials] == [("waiting", 1), ("waiting", 1)]
+    assert all(0 < trial["executed_steps"] < 20_000 for trial in trials)
+    again = tuner("study", "run", "round1.yaml", "--for", "0.1s", directory=tmp_path)
+    assert (
+        again.returncode,
+        "stopped while loading; the 2 trials begun are as they were" in again.stderr,
+    ) == (0, True)
+    assert trials_of(tmp_path) == trials
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_round_and_change_nothing(tmp_path: Path) -> None:
+    """Each has its log and its trials; every trial is digit for digit what one worker makes of it."""
+    for name, workers in (("one", "1"), ("two", "2")):
+        write_round(tmp_path / name, trials=4, steps=40, every=10)
+        done = tuner(
+            *("study", "run", "round1.yaml", "--workers", workers, "--slots", "1"), directory=tmp_path / name
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("worker ready") == int(workers)
+    logs = sorted(path.name for path in (tmp_path / "two" / "runs" / "round1").glob("worker*.log"))
+    assert logs == ["worker-1.log", "worker.log"]
+    one, two = (trials_of(tmp_path / name) for name in ("one", "two"))
+    for trial in (*one, *two):
+        trial.pop("adapter")
+    assert one == two
+
+
+@pytest.mark.slow
+def test_workers_that_are_no_number(tmp_path: Path) -> None:
+    write_round(tmp_path)
+    done = tuner("study", "run", "round1.yaml", "--workers", "none", directory=tmp_path)
+    assert done.returncode == 2
+    assert "--workers 'none': expects auto or a whole number of at least 1" in done.stderr

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.data import tiny
+from tuner.data import Examples, PreparedData
+from tuner.data.locations import downloads, located
+from tuner.errors import DataError
+
+PLAIN = tiny.byte_level()
+
+
+def outputs(examples: Examples) -> list[str]:
+    return [str(PLAIN.decode(e.input_ids[e.is_target])).removesuffix("</s>") for e in examples]
+
+
+@pytest.fixture
+def bucket() -> Iterator[fsspec.AbstractFileSystem]:
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pipe("/bucket/eval.jsonl", jsonl(50, 53))
+    yield files
+    files.store.clear()
+
+
+def jsonl(first: int, last: int) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in tiny.alpaca_rows(last)[first:]).encode()
+
+
+def prepared(path: str, cache: Path | None = None, **more: object) -> PreparedData:
+    held_out = [{"path": "memory://bucket/eval.jsonl", "format": "alpaca"}]
+    train = [{"path": path, "format": "alpaca", **more}]
+    return tiny.prepared(PLAIN, cache=cache, train=train, eval=held_out)
+
+
+def test_a_pattern_is_its_files_by_name(tmp_path: Path, bucket: fsspec.AbstractFileSystem) -> None:
+    for number in (3, 10, 2):
+        (tmp_path / f"part-{number:02}.jsonl").write_bytes(jsonl(number, number + 1))
+    (tmp_path / "part-00.jsonl").mkdir()
+    for pattern in ("part-*.jsonl", "part-[01]?.jsonl", "**/part*"):
+        assert outputs(prepared(str(tmp_path / pattern)).train) == [
+            f"It is {number}, of course." for number in (2, 3, 10)
+        ]
+    with pytest.raises(DataError, match=r"none-\*.jsonl: no file matches this pattern"):
+        prepared(str(tmp_path / "none-*.jsonl"))
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].jsonl"
+    path.write_bytes(b"")
+    (tmp_path / "a1.jsonl").write_bytes(b"")
+    assert [file.path for file in located(str(path), tmp_path)] == [path]
+
+
+def test_files_behind_a_url_are_read(tmp_path: Path, bucket: fsspec.AbstractFileSystem) -> None:
+    bucket.pipe("/bucket/b.jsonl", jsonl(5, 9))
+    bucket.pipe("/bucket/a.jsonl", jsonl(0, 5))
+    bucket.pipe("/bucket/log", b"one\ntwo\n")
+    for cache in (None, tmp_path):
+        assert len(prepared("memory://bucket/b.jsonl", cache).train) == 4
+        assert outputs(prepared("memory://bucket/[ab]*.jsonl", cache).train) == [
+            f"It is {number}, of course." for number in range(9)
+        ]
+    assert len(prepared("memory://bucket/log", tmp_path, format="text", split_on="line").train) == 2
+    with pytest.raises(DataError, match=r"^memory://bucket/x\*: no file matches"):
+        prepared("memory://bucket/x*")
+    with pytest.raises(DataError, match=r"^memory://bucket/x\.jsonl: there is no such file"):
+        prepared("memory://bucket/x.jsonl")
+
+
+def test_a_mistake_in_a_file_behind_a_url_names_the_url(bucket: fsspec.AbstractFileSystem) -> None:
+    bucket.pipe("/bucket/b.jsonl", jsonl(5, 9) + b"{\n")
+    with pytest.raises(DataError, match=r"^memory://bucket/b\.jsonl:5: not one JSON object a line"):
+        prepared("memory://bucket/b.jsonl")
+    with pytest.raises(DataError, match=r"^memory://bucket/b\.jsonl: split and config are for data sets"):
+        prepared("memory://bucket/b.jsonl", split="train")
+
+
+def test_a_file_behind_a_url_is_copied_once_and_again_when_it_changed(
+    tmp_path: Path, bucket: fsspec.AbstractFileSystem
+) -> None:
+    bucket.pipe("/bucket/b.jsonl", jsonl(0, 3))
+    [first], [again] = (located("memory://bucket/b.jsonl", tmp_path) for _ in range(2))
+    assert first == again
+    written = first.path.stat().st_mtime_ns
+    assert located("memory://bucket/b.jsonl", tmp_path)[0].path.stat().st_mtime_ns == written
+    bucket.pipe("/bucket/b.jsonl", jsonl(0, 4))
+    [changed] = located("memory://bucket/b.jsonl", tmp_path)
+    assert changed.path.read_bytes() == jsonl(0, 4)
+    assert first.path.read_bytes() == jsonl(0, 3)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_copies_outside_of_a_cache_do_not_stay(bucket: fsspec.AbstractFileSystem) -> None:
+    with downloads(None) as copies:
+        [file] = located("memory://bucket/eval.jsonl", copies)
+        assert file.path.exists()
+    assert not file.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("s3", r"pip install 'fsspec\[s3\]'"),
+        ("gs", r"pip install 'fsspec\[gs\]'"),
+        ("nosuch", "no file system"),
+    ],
+)
+def test_what_is_missing_for_a_url_is_said(tmp_path: Path, scheme: str, said: str) -> None:
+    package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
+    if package in installed_packages():
+        pytest.skip(f"{package} is installed, so nothing is missing")
+    with pytest.raises(DataError, match=rf"^{scheme}://a/b.jsonl: .*{said}"):
+        located(f"{scheme}://a/b.jsonl", tmp_path)
+
+
+def installed_packages() -> set[str]:
+    from importlib.util import find_spec
+
+    return {name for name in ("s3fs", "gcsfs") if find_spec(name)}

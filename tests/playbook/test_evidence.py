@@ -1,0 +1,101 @@
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.playbook.test_horizon import seen
+from tuner.playbook.evidence import evidence, examples_to_settle
+from tuner.playbook.horizon import Signs, diagnose, suggest
+from tuner.playbook.selection import LeadingTrial
+
+
+def with_examples(signs: Signs, count: int) -> Signs:
+    def evaluated(lead: LeadingTrial) -> LeadingTrial:
+        return replace(lead, best=replace(lead.best, example_nll=(1.0,) * count, example_tokens=(1,) * count))
+
+    return replace(signs, leading=tuple(map(evaluated, signs.leading)))
+
+
+def said(signs: Signs) -> list[str]:
+    diagnosis = diagnose(signs)
+    return list(evidence(signs, diagnosis, suggest(signs, diagnosis)))
+
+
+def undetermined(now: int, max_examples: int | None, *, gain: float = 0.03, noise: float = 0.03) -> str:
+    return said(replace(with_examples(seen(gain=gain, noise=noise), now), max_examples=max_examples))[2]
+
+
+def test_the_examples_that_settle_a_gain_of_this_size():
+    # Twice the noise is 6%, twice the gain: four times the examples.
+    assert examples_to_settle(with_examples(seen(gain=0.03, noise=0.03), 48)) == 200
+    # Of a gain below 1%, up or down, it is to become 1%: 36 times as many.
+    for gain in (0.005, -0.005):
+        assert examples_to_settle(with_examples(seen(gain=gain, noise=0.03), 48)) == 1800
+
+
+def test_where_max_examples_limits_it_is_to_be_raised():
+    message = undetermined(48, 48)
+    assert "About 200 evaluation examples instead of 48 would settle a gain of this size" in message
+    assert "set evaluation.max_examples to 200 in the next file, with as many rows in data.eval" in message
+    assert "`tuner study promote --to ROUND --max-train-steps N` decides without it." in message
+
+
+def test_where_rows_are_few_they_are_to_be_added():
+    assert "add rows to data.eval, which has 48." in undetermined(48, 500)
+    assert "add rows to data.eval, which has 48." in undetermined(48, None)
+    both = undetermined(48, 100)
+    assert "add rows to data.eval, which has 48, and set evaluation.max_examples to 200" in both
+
+
+def test_no_number_of_examples_settles_what_they_do_not_show():
+    assert "their losses are not known one by one" in said(with_examples(seen(gain=0.03, noise=0.03), 0))[2]
+    by_seeds = replace(with_examples(seen(gain=0.03, noise=0.005), 48), noise=0.03)
+    assert examples_to_settle(by_seeds) is None
+    assert "the seeds differ by as much" in said(by_seeds)[2]
+
+
+@given(
+    gain=st.floats(-0.2, 0.2),
+    by_examples=st.floats(0.001, 0.2),
+    by_seeds=st.floats(0, 0.1),
+    now=st.integers(2, 5000),
+)
+def test_with_so_many_examples_the_same_gain_is_no_longer_undetermined(gain, by_examples, by_seeds, now):
+    noise = math.hypot(by_examples, by_seeds)
+    signs = replace(with_examples(seen(gain=gain, noise=by_examples), now), noise=noise)
+    needed = examples_to_settle(signs)
+    if signs.is_hidden and needed is not None:
+        assert needed >= now
+        assert not replace(signs, noise=math.hypot(by_examples * math.sqrt(now / needed), by_seeds)).is_hidden
+
+
+def test_one_trial_is_not_spoken_of_as_many():
+    (first, *_, conclusion, advice) = said(seen((100,)))
+    assert first == (
+        "The only complete trial, 0, reached 1.0000 at step 100 of 100, and no earlier step was within one "
+        "standard error of that."
+    )
+    assert conclusion.startswith("1 of 1 best in the last quarter are too few trials for a pattern")
+    assert advice == "Keep max_train_steps at 100."
+
+
+def test_an_earlier_settled_step_is_named():
+    signs = seen((100,) * 5)
+    leading = (replace(signs.leading[0], settled_step=80), *signs.leading[1:])
+    assert "and step 80 was already within one standard error" in said(replace(signs, leading=leading))[0]
+
+
+@pytest.mark.parametrize(
+    ("gain", "worth", "conclusion"),
+    [
+        (0.05, "was worth 5% of the loss, give or take 4%", "were best in the last quarter"),
+        (0.0005, "was worth 0.05% of the loss", "which counts as nothing"),
+        (-0.05, "made the loss 5% worse, give or take 4%", "more steps do not help"),
+    ],
+)
+def test_a_gain_is_said_by_its_sign(gain, worth, conclusion):
+    sentences = said(seen(gain=gain, noise=0.02 if abs(gain) > 0.04 else 0.0))
+    assert worth in sentences[1]
+    assert conclusion in sentences[2]

@@ -1,0 +1,49 @@
+"""Where verbs print: as wide as the terminal is, or in a file or pipe as wide as what is printed needs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from tuner.study.folder import StudyFolder
+
+WIDEST = 1000
+"""Characters: more than the widest table has."""
+PROSE = 120
+"""Characters of a line that is still read with ease."""
+
+REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
+
+acting_in: Path | None = None
+"""What `-C` said: the commands that are named next are typed from where this one was."""
+
+
+def next_command(command: str, *, directory: Path | None = None) -> str:
+    """A command as it has to be typed to act in a folder; None is the one that this command acts in."""
+    path = acting_in if directory is None else (acting_in or Path()) / directory
+    if path is None or path == Path():
+        return command
+    return command.replace("tuner ", f"tuner -C {shlex.quote(str(path))} ", 1)
+
+
+def open_here() -> StudyFolder:
+    """The study of the current folder; says on standard error when it is a rehearsal."""
+    from tuner.study.folder import open_folder
+
+    folder = open_folder(Path())
+    if folder.is_rehearsal:
+        typer.echo(REHEARSAL_BANNER, err=True)
+    return folder
+
+
+def output(*, piped_width: int = WIDEST) -> Console:
+    """Standard output. `COLUMNS` sets another width, as in most programs."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else piped_width)

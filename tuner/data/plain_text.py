@@ -1,0 +1,97 @@
+"""Records of files that are plain text, such as logs: where one ends, and how many make a row."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, not_utf8
+from tuner.data.segments import Row
+from tuner.errors import DataError
+
+if TYPE_CHECKING:
+    from tuner.spec import SourceSpec
+
+SEPARATORS = {"line": "\n", "blank": "\n\n", "bytes": ""}
+"""What stands between two records in an example."""
+
+_Record = tuple[int, str]
+"""The line it begins on, or its 1-based number where it is cut by bytes, and its text."""
+
+
+def plain_text_rows(file: LocalFile, spec: SourceSpec) -> Iterator[Row]:
+    """Rows with the column text, as `split_on` and `group_records` say. Raises DataError."""
+    assert spec.split_on is not None
+    together = spec.group_records if isinstance(spec.group_records, int) else 1
+    between = ":" if has_lines(spec) else ": row "
+    remaining = _records(file, spec)
+    while records := list(islice(remaining, together)):
+        number = records[0][0]
+        text = SEPARATORS[spec.split_on].join(text for _, text in records)
+        yield Row(number, f"{file.name}{between}{number}", {"text": text})
+
+
+def has_lines(spec: SourceSpec) -> bool:
+    """Whether the numbers of its rows are lines of the file."""
+    return spec.split_on != "bytes"
+
+
+def _records(file: LocalFile, spec: SourceSpec) -> Iterator[_Record]:
+    with DataFile(file) as opened:
+        match spec.split_on:
+            case "line":
+                yield from _lines(opened)
+            case "blank":
+                yield from _paragraphs(opened)
+            case _:
+                assert spec.record_bytes is not None
+                yield from _pieces(opened, spec.record_bytes)
+
+
+def _lines(file: DataFile) -> Iterator[_Record]:
+    """Lines that have text, without their ends."""
+    for number, line in file.lines():
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _paragraphs(file: DataFile) -> Iterator[_Record]:
+    """Lines up to one without text."""
+    begins, lines, characters = 0, list[str](), 0
+    for number, line in file.lines():
+        if not line.strip():
+            if lines:
+                yield begins, "".join(lines).rstrip("\r\n")
+            lines, characters = [], 0
+            continue
+        if not lines:
+            begins = number
+        lines.append(line)
+        characters += len(line)
+        if characters > MAX_ROW_BYTES:
+            raise DataError(
+                f"{file.name}:{begins}: the record is longer than {MAX_ROW_BYTES:,} characters; "
+                "use `split_on: line` or `bytes`"
+            )
+    if lines:
+        yield begins, "".join(lines).rstrip("\r\n")
+
+
+def _pieces(file: DataFile, num_bytes: int) -> Iterator[_Record]:
+    """Pieces of that many bytes; the bytes of a character that would be cut begin the next one."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number = 0
+    while True:
+        waiting = decoder.getstate()[0]
+        data = file.read(max(1, num_bytes - len(waiting)))
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file.name}: row {number + 1}: {not_utf8(error)}") from error
+        if text:
+            number += 1
+            yield number, text
+        if not data:
+            return

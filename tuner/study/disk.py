@@ -1,0 +1,175 @@
+"""The disk a round writes to: whether it can be written, whether there is room, what bad input takes back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import InputError, StorageError
+from tuner.records import Choices, Dimension, Ready, Trial
+from tuner.report.format import count, size
+from tuner.spec import RoundSpec
+from tuner.store.database import database_file, is_sqlite, parse_url
+from tuner.study.plan import RoundPlan
+
+_WEIGHT_BYTES = 4
+"""Of an adapter's weight on disk: float32."""
+_OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
+"""Of a weight's two moments."""
+
+WORKING_BYTES = 16 * 2**20
+"""Room for the database and its journal, the logs and the tokenised rows of a small data set: with less,
+nothing is begun or gone on with."""
+SAVING_BYTES = WORKING_BYTES // 2
+"""With less, a running round stops. Half, so that what is gone on with does not stop again at once."""
+
+
+def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
+    """What the checkpoints of a whole round take at most: best adapters, a `last` and a trunk a trial."""
+    best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
+    return spec.search.trials * (best + 2 * resumable_bytes(spec, adapter_weights))
+
+
+def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
+    """What one resumable checkpoint takes at most: weights, moments, and the best adapter so far."""
+    moments = max(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    return (2 * _WEIGHT_BYTES + moments) * adapter_weights
+
+
+def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
+    """What the checkpoints of one trial take at the least: one best adapter and a `last` that equals it."""
+    moments = min(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    return (2 * _WEIGHT_BYTES + moments) * adapter_weights
+
+
+def _choices(dimension: Dimension) -> tuple[str, ...]:
+    values = dimension.values if isinstance(dimension, Choices) else (getattr(dimension, "value", "adamw"),)
+    return tuple(map(str, values))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is, or will be."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+@dataclass(frozen=True)
+class RoundDisk:
+    """The places where a round writes, and what it needs there."""
+
+    plan: RoundPlan
+    free: Callable[[Path], int] = free_bytes
+
+    def refuse_unwritable(self) -> None:
+        """Raises StorageError where checkpoints cannot be written; leaves nothing there."""
+        directory = self.plan.checkpoints
+        try:
+            place = nearest_existing(directory)
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file")
+            probe = place / f".tuner-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"checkpoints.directory: cannot write in {directory}: {error.strerror}; "
+                "name a directory that can be written"
+            ) from error
+
+    def refuse_full(self) -> None:
+        """Raises StorageError when there is not even room to work in. Before anything is loaded."""
+        self._refuse(dict.fromkeys(self._places(), WORKING_BYTES), "room to work in")
+
+    def refuse_too_small(self, ready: Ready, trials: Sequence[Trial]) -> None:
+        """Raises StorageError when the trials that the round has left need more than is free."""
+        spec = self.plan.spec
+        left = spec.search.trials - sum(trial.state.is_result for trial in trials)
+        if left <= 0:
+            return
+        a_trial = least_trial_bytes(spec, ready.smallest_adapter)
+        there = sum(c.size_bytes for t in trials if not t.state.is_final for c in t.checkpoints)
+        needed = max(0, left * a_trial - there) + self._in_flight_bytes(ready) + WORKING_BYTES
+        needs = dict.fromkeys(self._places(), WORKING_BYTES) | {self.plan.checkpoints: needed}
+        why = f"{count(left, 'trial')} of at least {size(a_trial)} each"
+        self._refuse(needs, f"{why}, and room to work in")
+
+    def shortage(self, ready: Ready) -> str | None:
+        """Why a running round has to stop and save while it still can; None while there is room."""
+        needs = dict.fromkeys(self._places(), SAVING_BYTES)
+        needs[self.plan.checkpoints] += self._in_flight_bytes(ready)
+        return self._shortage(needs, "so that every running trial can be saved")
+
+    def _in_flight_bytes(self, ready: Ready) -> int:
+        """What the trials in the slots write beside what they then delete."""
+        weights = ready.largest_adapter
+        return ready.slots * (resumable_bytes(self.plan.spec, weights) + _WEIGHT_BYTES * weights)
+
+    def _places(self) -> list[Path]:
+        database = parse_url(self.plan.absolute.storage)
+        beside = [database_file(database).parent] if is_sqlite(database) else []
+        return [self.plan.checkpoints, *beside]
+
+    def _refuse(self, needs: Mapping[Path, int], what_for: str) -> None:
+        shortage = self._shortage(needs, what_for)
+        if shortage is not None:
+            raise StorageError(
+                f"no disk: {shortage}. Free some space (tuner study clean shows checkpoints that can go), "
+                "lower search.trials, or name a directory on another disk"
+            )
+
+    def _shortage(self, needs: Mapping[Path, int], what_for: str) -> str | None:
+        """The first disk that has less than all that is needed on it."""
+        for path in needs:
+            needed = max(n for other, n in needs.items() if _device(other) == _device(path))
+            if (free := self.free(path)) < needed:
+                return (
+                    f"{path} has {size(free)} free, and at least {size(needed)} is needed "
+                    f"({size(needed - free)} more): {what_for}"
+                )
+        return None
+
+
+@dataclass
+class DiskWatch:
+    """Remembers the first shortage of a running round: when it has stopped, less may be in use again."""
+
+    disk: RoundDisk
+    ready: Ready
+    shortage: str | None = None
+
+    def is_short(self) -> bool:
+        """Whether the round has to stop."""
+        self.shortage = self.shortage or self.disk.shortage(self.ready)
+        return self.shortage is not None
+
+
+@contextmanager
+def taken_back(*directories: Path) -> Iterator[None]:
+    """Deletes those directories that the block made, new parents included, when it raises InputError."""
+    missing = {directory: _missing_parents(directory) for directory in directories if not directory.exists()}
+    try:
+        yield
+    except InputError:
+        for directory, parents in missing.items():
+            shutil.rmtree(directory, ignore_errors=True)
+            for parent in parents:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _missing_parents(directory: Path) -> list[Path]:
+    return [parent for parent in directory.parents if not parent.exists()]
+
+
+def _device(path: Path) -> int:
+    return nearest_existing(path).stat().st_dev

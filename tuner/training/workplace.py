@@ -1,0 +1,35 @@
+"""What all trials of a round share in one worker, and how much of it goes into one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from tuner.adapters import Base, Pack
+from tuner.data import Examples
+from tuner.records import Evaluation
+from tuner.training.meter import Meter
+
+
+@dataclass
+class Workplace:
+    """Base, pack and data of a round, loaded once."""
+
+    base: Base
+    hollow: PreTrainedModel
+    """For PEFT's initialisation."""
+    pack: Pack
+    train: Examples
+    evaluation: Examples
+    base_path: str
+    revision: str | None
+    evaluation_rows: int
+    """Evaluation examples of one trial in one pass."""
+    micro_tokens: int
+    """Tokens of one trial in one training pass, padding included."""
+    base_evaluation: Evaluation | None = None
+    """The untouched base at step 0, once measured."""
+    pass_rows: int = field(default=1 << 30)
+    """Rows of all trials in one pass; halved after each out-of-memory."""
+    meter: Meter = field(default_factory=Meter)

@@ -1,0 +1,132 @@
+"""A plausible loss surface of LoRA fine-tuning, for rehearsals: nothing in it was measured.
+
+It knows what people expect of such a surface: a best learning rate that falls with the horizon, noise
+that a decay takes away, divergence above some rate, ranks of diminishing use, overfitting after many
+steps. Everything is made of the study's name, so that a rehearsed study can be rehearsed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.playbook.schedule import decay_length, multiplier, trunk_end, warmup_length
+from tuner.records import Evaluation, Hyperparameters
+
+NUM_EXAMPLES = 32
+"""Evaluation examples that are made up, so that paired standard errors can be rehearsed too."""
+EXAMPLE_TOKENS = 64
+UNTOUCHED_LOSS = 2.2
+
+_CENTRES: Mapping[str, tuple[float, float]] = {
+    "lora_alpha": (32.0, 0.010),
+    "batch_size": (16.0, 0.012),
+    "weight_decay": (0.01, 0.002),
+    "lora_dropout": (0.05, 0.010),
+    "loraplus_ratio": (4.0, 0.006),
+    "max_grad_norm": (1.0, 0.003),
+}
+"""Where each is best before the study's name moves it, and what a factor of ten away from there costs."""
+
+
+@dataclass(frozen=True)
+class LoraFormula:
+    """A `Curve` for a simulated worker: the loss of a made-up fine-tuning run."""
+
+    name: str
+    """What the surface is made of; the same name is the same surface."""
+    pace_steps: int = 60
+    """Steps that a run at the best rate takes to half of what it gains."""
+
+    def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        """The evaluation at a step of a run to a horizon; before the decay it knows no horizon."""
+        rate = _number(hyperparameters, "learning_rate", 2e-4)
+        if step > 0 and rate > 40 * self._best_rate:
+            return Evaluation(step, math.nan, train_loss=math.nan, learning_rate=rate)
+        loss, train_loss = self._losses(hyperparameters, rate / self._best_rate, step, horizon)
+        nll = self._examples(hyperparameters, step, loss)
+        tokens = NUM_EXAMPLES * EXAMPLE_TOKENS
+        return Evaluation(
+            step,
+            math.fsum(nll) / tokens,
+            train_loss=train_loss if step else None,
+            learning_rate=rate * _multiplier(hyperparameters, step - 1, horizon) if step else None,
+            example_nll=nll,
+            example_tokens=(EXAMPLE_TOKENS,) * NUM_EXAMPLES,
+        )
+
+    @property
+    def _best_rate(self) -> float:
+        """Of a run about as long as the pace."""
+        return 4e-4 * 10 ** (self._unit("learning_rate") - 0.5)
+
+    def _losses(
+        self, hyperparameters: Hyperparameters, rate: float, step: int, horizon: int
+    ) -> tuple[float, float]:
+        """Evaluation and train loss; `rate` is in units of the best one."""
+        floor = UNTOUCHED_LOSS * (0.68 + self._penalty(hyperparameters))
+        speed = min(rate, rate**-0.3)
+        progress = _peak_steps(hyperparameters, step, horizon) * speed / self.pace_steps
+        learned = (UNTOUCHED_LOSS - floor) * (1.0 - (1.0 + progress) ** -0.8)
+        noise = 0.02 * rate * _multiplier(hyperparameters, step, horizon) * min(1.0, progress)
+        harm = 0.003 * rate * math.log1p(progress)
+        overfitted = 2e-4 * max(0.0, progress - 20.0)
+        loss = UNTOUCHED_LOSS - learned + noise + harm
+        return loss + overfitted, loss - 0.01 * progress**0.5
+
+    def _penalty(self, hyperparameters: Hyperparameters) -> float:
+        """What everything but the rate costs at the end, as a share of the untouched loss."""
+        rank = _number(hyperparameters, "lora_r", 16.0)
+        total = 0.04 / rank
+        for name, (centre, cost) in _CENTRES.items():
+            best = centre * 10 ** (self._unit(name) - 0.5)
+            value = _number(hyperparameters, name, centre)
+            total += cost * min(4.0, math.log10(max(value, centre / 100) / best) ** 2)
+        for name in ("target_modules", "optimizer", "lora_init", "use_rslora"):
+            total += 0.004 * self._unit(f"{name}={hyperparameters.get(name)}")
+        return total
+
+    def _examples(self, hyperparameters: Hyperparameters, step: int, loss: float) -> tuple[float, ...]:
+        """Per-example sums around a loss: some examples are hard in every run, and each run has its luck."""
+        hard = 1.0 + 0.3 * np.random.default_rng(_seed(self.name, "examples")).standard_normal(NUM_EXAMPLES)
+        # The decay is no part of a trunk's luck: a run that goes on to another horizon must not notice.
+        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name != "decay_steps")
+        luck = np.random.default_rng(_seed(self.name, repr(run), str(step))).standard_normal(NUM_EXAMPLES)
+        share = np.maximum(hard, 0.1) / float(np.maximum(hard, 0.1).mean())
+        amount = 0.004 if step else 0.0
+        return tuple((EXAMPLE_TOKENS * loss * share * (1.0 + amount * luck)).tolist())
+
+    def _unit(self, what: str) -> float:
+        return _seed(self.name, what) / 2**64
+
+
+def _peak_steps(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
+    """Steps done, those below the peak rate counted by their share of it."""
+    warmup = min(step, warmup_length(hyperparameters))
+    end = trunk_end(hyperparameters, horizon)
+    trunk = min(step, max(warmup, end or 0))
+    slower = (*range(warmup), *range(trunk, step))
+    return (trunk - warmup) + math.fsum(_multiplier(hyperparameters, s, horizon) for s in slower)
+
+
+def _multiplier(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
+    return multiplier(
+        step,
+        schedule=str(hyperparameters.get("schedule", "constant")),
+        warmup_steps=warmup_length(hyperparameters),
+        decay_steps=decay_length(hyperparameters),
+        max_train_steps=horizon,
+    )
+
+
+def _number(hyperparameters: Hyperparameters, name: str, default: float) -> float:
+    value = hyperparameters.get(name, default)
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def _seed(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
