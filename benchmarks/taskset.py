@@ -10,7 +10,8 @@ not used; seeds are paired; every step is charged, those of restarts included. A
 the best loss of the table, or after 600 full-length runs, which then is its cost. `asha` and `bohb` need
 the extra: pip install 'tuner[bench]'.
 
-With --raw each replay is written down as it ends, and what is written there is not run again.
+With --raw each replay is written down as it ends, and what is written there is not run again; with
+--summarise nothing more is run.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def main() -> int:
         describe={name: (METHODS[name].__doc__ or "").strip() for name in arguments.methods},
         reference=REFERENCE,
         command=_command(arguments),
-        minutes=(time.monotonic() - begun) / 60,
+        minutes=None if arguments.summarise else (time.monotonic() - begun) / 60,
         plot=arguments.out.with_suffix(".svg").name,
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=600, help="full-length runs at most")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--raw", type=Path, help="JSON lines of the replays, to go on with")
+    parser.add_argument("--summarise", action="store_true", help="write the page of what --raw has")
     parser.add_argument(
         "--out", type=Path, default=Path("taskset.md"), help="the Markdown; the plot beside it"
     )
@@ -117,7 +119,8 @@ def _methods(text: str) -> list[str]:
 
 def _command(arguments: argparse.Namespace) -> str:
     chosen = "" if arguments.methods == list(METHODS) else f" --methods {','.join(arguments.methods)}"
-    return f"python benchmarks/taskset.py DIR --seeds {arguments.seeds}{chosen}"
+    raw = " --raw RAW --summarise" if arguments.summarise else f" --seeds {arguments.seeds}"
+    return f"python benchmarks/taskset.py DIR{raw}{chosen}"
 
 
 def _replays(arguments: argparse.Namespace) -> Iterator[Replay]:
@@ -136,6 +139,9 @@ def _replays(arguments: argparse.Namespace) -> Iterator[Replay]:
     )
     done = {(replay.task, replay.method, replay.seed) for replay in known}
     wanted = {(job.path.stem, job.method, job.seed) for job in jobs}
+    if arguments.summarise:
+        yield from known
+        return
     yield from (replay for replay in known if (replay.task, replay.method, replay.seed) in wanted)
     left = [job for job in jobs if (job.path.stem, job.method, job.seed) not in done]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:

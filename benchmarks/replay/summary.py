@@ -80,17 +80,19 @@ def markdown(
     describe: Mapping[str, str],
     reference: str,
     command: str,
-    minutes: float,
+    minutes: float | None,
     plot: str,
 ) -> str:
-    """The page: costs first, then tasks, regret and how it was run."""
+    """The page: costs first, then tasks, regret and how it was run; no minutes when nothing was run."""
+    took = "" if minutes is None else f", {minutes:.0f} minutes"
     run = [name for name in methods if costs(replays, tasks, name, min(CLOSE)).size]
     lines = [
         "# Replayed learning curves: full-length runs until near the best",
         "",
         f"{len(tasks)} tasks of {len(tasks[0].values)} recorded configurations. Geometric mean over tasks of",
-        "the median over seeds, with 95% bootstrap intervals over seeds; the ratio is that of the 1% costs to",
-        f"those of {reference} on the same seeds. Lower is better. What does not get there costs its budget.",
+        "the median over seeds (the first so many, paired), with 95% bootstrap intervals over seeds; the",
+        f"ratio is that of the 1% costs to those of {reference} on the same seeds. Lower is better. What",
+        "does not get there costs its budget.",
         "",
         f"| method | seeds | within 1% | within 5% | 1%, ratio to {reference} |",
         "|---|---|---|---|---|",
@@ -125,7 +127,7 @@ def markdown(
     lines += [f"- **{name}**: {describe.get(name, '')}" for name in run]
     lines += [
         "",
-        f"`{command}`, {minutes:.0f} minutes in this process, on {_machine()}.",
+        f"`{command}`, on {_machine()}{took}.",
         "",
         "The search space of TaskSet is wide (a learning rate of 1e-8 to 10): what screening gains here is",
         "more than it gains in a sane space.",

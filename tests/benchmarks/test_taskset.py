@@ -232,6 +232,8 @@ def test_the_script_writes_page_and_plot_and_goes_on_with_what_is_there(
     again = run_script(directory, "--seeds", "2", *arguments, directory=tmp_path)
     assert (tmp_path / "raw.jsonl").read_text().splitlines() == lines
     assert again.stdout.split("## The methods")[0] == done.stdout.split("## The methods")[0]
+    summary = run_script(directory, "--summarise", *arguments, directory=tmp_path)
+    assert summary.stdout.split("## The methods")[0] == done.stdout.split("## The methods")[0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tuner.records import (
     Evaluation,
     Promotion,
     RoundRecord,
+    Throughput,
     Trial,
     TrialState,
 )
@@ -32,6 +33,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
 )
 
 ROUND = RoundRecord(
@@ -70,6 +72,18 @@ LAST = Checkpoint(CheckpointKind.LAST, 30, "trial-0007/last-30-1", size_bytes=7,
 PROMOTION = Promotion(
     "round1", "round2", {"from": "round1", "findings": [{"x": 0.1}]}, "round: round2\n# é\n", 40.0
 )
+WORK = Throughput(
+    session="1700000000-12",
+    training_seconds=0.1 + 0.2,
+    evaluating_seconds=1 / 3,
+    saving_seconds=5e-324,
+    passes=2**40,
+    micro_steps=2**41,
+    trial_steps=30,
+    tokens=2**50,
+    padded_tokens=2**51,
+    peak_memory_bytes=80_000_000_000,
+)
 HISTORY: list[Fact] = [
     RoundBegun(ROUND),
     TrialAsked(TRIAL),
@@ -84,6 +98,7 @@ HISTORY: list[Fact] = [
     AttemptStarted("round1", 7, 2, 20, 25.0),
     AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
     COMPLETE,
+    WorkMeasured("round1", WORK),
     PromotionPlanned(PROMOTION),
 ]
 """One of every fact, each following from those before."""
@@ -325,6 +340,22 @@ class StoreContract:
         store.record(PromotionPlanned(again))
         assert store.promotions() == (again, other)
 
+    def test_of_a_session_the_last_work_said_counts(self, store: Store) -> None:
+        more = replace(WORK, training_seconds=9.5, trial_steps=31, peak_memory_bytes=1)
+        second = replace(WORK, session="1700000000-11")
+        store.record(RoundBegun(ROUND), RoundBegun(replace(ROUND, name="round2")))
+        store.record(WorkMeasured("round1", WORK), WorkMeasured("round1", more))
+        store.record(WorkMeasured("round1", second), WorkMeasured("round2", WORK))
+        assert [record.throughputs for record in store.rounds()] == [(second, more), (WORK,)]
+        store.record(WorkMeasured("round1", more))
+        assert [record.throughputs for record in store.rounds()] == [(second, more), (WORK,)]
+
+    def test_a_round_begins_without_work_and_keeps_what_it_has(self, store: Store) -> None:
+        store.record(RoundBegun(replace(ROUND, throughputs=(replace(WORK, session="not recorded"),))))
+        assert store.rounds() == (ROUND,)
+        store.record(WorkMeasured("round1", WORK), RoundBegun(replace(ROUND, spec={"goal": "new"})))
+        assert store.rounds() == (replace(ROUND, spec={"goal": "new"}, throughputs=(WORK,)),)
+
     @pytest.mark.parametrize(
         ("fact", "missing"),
         [
@@ -339,6 +370,7 @@ class StoreContract:
             (replace(ENDED, attempt=2), "attempt 2 of trial round1/7"),
             (replace(COMPLETE, trial=8), "trial round1/8"),
             (TrialNoted("round9", 7, "x"), "trial round9/7"),
+            (WorkMeasured("round9", WORK), "round round9"),
             (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),
         ],
     )

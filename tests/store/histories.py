@@ -14,6 +14,7 @@ from tuner.records import (
     Evaluation,
     Promotion,
     RoundRecord,
+    Throughput,
     Trial,
     TrialState,
 )
@@ -30,6 +31,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
 )
 
 # SQLite keeps 0.0 of -0.0 in a column of its own.
@@ -126,6 +128,10 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
         draw(st.none() | TEXTS),
         draw(TIMES),
     ),
+    lambda draw, trial, _: WorkMeasured(
+        trial[0],
+        Throughput(draw(st.sampled_from("ab")), draw(TIMES), tokens=draw(st.integers(0, 2**60))),
+    ),
     lambda draw, trial, _: PromotionPlanned(
         Promotion(
             trial[0], draw(st.sampled_from(["round2", "round3"])), draw(DOCUMENTS), draw(TEXTS), draw(TIMES)
@@ -153,6 +159,8 @@ def _replaces(fact: Fact) -> object:
             return ("checkpoint", fact.round, fact.trial, fact.checkpoint.path)
         case TrialNoted():
             return ("note", fact.round, fact.trial)
+        case WorkMeasured():
+            return ("work", fact.round, fact.throughput.session)
         case PromotionPlanned(promotion=promotion):
             return ("promotion", promotion.to_round)
         case _:

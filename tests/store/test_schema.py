@@ -18,11 +18,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Table, create_engine, inspect, text
 
-from tests.contracts.store import COMPLETE, HISTORY, ROUND, STARTED, TRIAL, contents
+from tests.contracts.store import COMPLETE, HISTORY, ROUND, STARTED, TRIAL, WORK, contents
 from tuner.errors import StorageError
-from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord
+from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord, Throughput
 from tuner.store import migrations, open_store, schema
-from tuner.store.facts import EvaluationMade, RoundBegun, TrialAsked
+from tuner.store.facts import EvaluationMade, RoundBegun, TrialAsked, WorkMeasured
 
 
 def test_the_migrations_make_the_tables(url: str) -> None:
@@ -73,21 +73,39 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
     strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
+    told = [fact for fact in HISTORY if not isinstance(fact, WorkMeasured)]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
-        store.record(*HISTORY, strange)
+        store.record(*told, strange)
         other.record(RoundBegun(second), TrialAsked(replace(TRIAL, round="round9")))
         before = repr(contents(store)), other.rounds(), other.trials("round9")
     at_revision(url, "0001")
     engine = create_engine(url)
-    columns = {c["name"] for table in schema.METADATA.tables for c in inspect(engine).get_columns(table)}
+    columns = {
+        c["name"] for table in inspect(engine).get_table_names() for c in inspect(engine).get_columns(table)
+    }
     engine.dispose()
     assert "study" not in columns
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
         assert (repr(contents(store)), other.rounds(), other.trials("round9")) == before
         assert contents(other) == ((second,), (), ())
-        store.record(*HISTORY)
+        store.record(*told)
         assert repr(contents(store)) == before[0]
+
+
+def test_a_database_without_throughput_has_none(url: str) -> None:
+    """As it was at revision 0002; what is measured afterwards is kept."""
+    with closing(open_store(url, study="s")) as store:
+        store.record(*(fact for fact in HISTORY if not isinstance(fact, WorkMeasured)))
+        trials = store.trials("round1")
+    at_revision(url, "0002")
+    engine = create_engine(url)
+    assert "tuner_throughput" not in inspect(engine).get_table_names()
+    engine.dispose()
+    with closing(open_store(url, study="s")) as store:
+        assert (store.rounds(), store.trials("round1")) == ((ROUND,), trials)
+        store.record(WorkMeasured("round1", WORK))
+        assert store.rounds()[0].throughputs == (WORK,)
 
 
 def test_every_migration_is_in_a_package_that_is_installed() -> None:
@@ -98,6 +116,9 @@ def test_every_migration_is_in_a_package_that_is_installed() -> None:
     assert "v0001_facts" in on_disk
 
 
+TABLES_OF_THEIR_OWN = {"throughputs"}
+
+
 @pytest.mark.parametrize(
     ("record", "table"),
     [
@@ -106,10 +127,12 @@ def test_every_migration_is_in_a_package_that_is_installed() -> None:
         (Evaluation, schema.EVALUATIONS),
         (Checkpoint, schema.CHECKPOINTS),
         (Promotion, schema.PROMOTIONS),
+        (Throughput, schema.THROUGHPUTS),
     ],
 )
 def test_every_field_of_a_record_has_a_column(record: type[Any], table: Table) -> None:
-    assert {field.name for field in fields(record)} <= set(table.columns.keys())
+    names = {field.name for field in fields(record)} - TABLES_OF_THEIR_OWN
+    assert names <= set(table.columns.keys())
 
 
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import speed_up
@@ -43,6 +44,20 @@ class Base:
     def vocabulary_size(self) -> int:
         """Number of logits."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def keep_fewer_activations(self) -> bool:
+        """Let every layer run again in the backward pass instead of keeping what it computed.
+
+        Less memory, a third more time, the same numbers. False when the model cannot, or does so already.
+        """
+        if not self.model.supports_gradient_checkpointing or self.model.is_gradient_checkpointing:
+            return False
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # transformers looks at the layer's own flag alone; what is inside stays without dropout.
+                module.training = True
+        return True
 
     def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Negative log-likelihood, in float32 and nats, of the tokens at (rows[i], columns[i]).

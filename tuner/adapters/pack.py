@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -120,15 +121,24 @@ class Pack:
     def _exact_tensors(self, of: Mapping[int, ExactTensors]) -> list[Tensor]:
         return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
 
+    @contextmanager
+    def holding(self, packed: PackedRows | None) -> Iterator[None]:
+        """Whose rows pass through the base within the block; None: the untouched base's.
+
+        A backward pass belongs into it, too: layers whose activations were not kept run again.
+        """
+        self.rows = packed
+        try:
+            yield
+        finally:
+            self.rows = None
+
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
     ) -> Tensor:
         """`Base.token_nll` with each row under its slot's adapter; with None, the untouched base."""
-        self.rows = packed
-        try:
+        with self.holding(packed):
             return self.base.token_nll(input_ids, rows, columns)
-        finally:
-            self.rows = None
 
     def rank_of(self, slots: Sequence[int]) -> int:
         """The largest rank among the slots: padding beyond it is skipped."""

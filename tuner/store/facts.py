@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord, Trial, TrialState
+from tuner.records import (
+    Attempt,
+    Checkpoint,
+    Evaluation,
+    Promotion,
+    RoundRecord,
+    Throughput,
+    Trial,
+    TrialState,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +23,10 @@ class RoundBegun:
     """A round begins, or goes on with a file in which what may change has changed."""
 
     round: RoundRecord
-    """Said again, only `spec` replaces what is recorded; another `max_train_steps` is refused."""
+    """Of it `throughputs` are not recorded.
+
+    Said again, only `spec` replaces what is recorded; another `max_train_steps` is refused.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,18 @@ class TrialNoted:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkMeasured:
+    """A worker process has done so much for a round; the last said of a session counts."""
+
+    round: str
+    throughput: Throughput
+
+    def __post_init__(self) -> None:
+        if not self.throughput.session:
+            raise ValueError("what one process has done needs the name of its session")
+
+
+@dataclass(frozen=True, slots=True)
 class PromotionPlanned:
     """A round's file was planned; the last plan said of `to_round` counts."""
 
@@ -137,6 +161,7 @@ Fact: TypeAlias = (
     | AttemptEnded
     | TrialEnded
     | TrialNoted
+    | WorkMeasured
     | PromotionPlanned
 )
 
@@ -152,6 +177,8 @@ def not_recorded(fact: Fact) -> FactError:
             subject = f"round {record.name}"
         case TrialAsked(trial=trial):
             subject = f"round {trial.round}"
+        case WorkMeasured(round=name):
+            subject = f"round {name}"
         case PromotionPlanned(promotion=promotion):
             subject = f"round {promotion.from_round}"
         case StepsRun() | CheckpointSaved() | AttemptEnded():

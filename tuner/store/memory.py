@@ -14,6 +14,7 @@ from tuner.records import (
     Evaluation,
     Promotion,
     RoundRecord,
+    Throughput,
     Trial,
     hyperparameters_from_json,
 )
@@ -31,6 +32,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
     not_recorded,
     state_of,
 )
@@ -72,11 +74,14 @@ class _Known:
 @dataclass
 class _Facts:
     rounds: dict[str, RoundRecord] = field(default_factory=dict)
+    """Without `throughputs`."""
+    throughputs: dict[tuple[str, str], Throughput] = field(default_factory=dict)
+    """By round and session."""
     trials: dict[tuple[str, int], _Known] = field(default_factory=dict)
     promotions: dict[str, Promotion] = field(default_factory=dict)
 
     def copy(self) -> _Facts:
-        return _Facts(dict(self.rounds), dict(self.trials), dict(self.promotions))
+        return _Facts(dict(self.rounds), dict(self.throughputs), dict(self.trials), dict(self.promotions))
 
     def add(self, fact: Fact) -> None:
         match fact:
@@ -84,6 +89,10 @@ class _Facts:
                 self._begin_round(record)
             case TrialAsked(trial=trial):
                 self._ask_trial(fact, trial)
+            case WorkMeasured(round=name, throughput=throughput):
+                if name not in self.rounds:
+                    raise not_recorded(fact)
+                self.throughputs[name, throughput.session] = throughput
             case PromotionPlanned(promotion=promotion):
                 if promotion.from_round not in self.rounds:
                     raise not_recorded(fact)
@@ -103,7 +112,7 @@ class _Facts:
             raise FactError(
                 f"{record.name} has begun with other max_train_steps than {record.max_train_steps}"
             )
-        self.rounds[record.name] = replace(begun, spec=_as_json(record.spec))
+        self.rounds[record.name] = replace(begun, spec=_as_json(record.spec), throughputs=())
 
     def _ask_trial(self, fact: TrialAsked, trial: Trial) -> None:
         if trial.round not in self.rounds:
@@ -187,7 +196,12 @@ class MemoryStore:
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
-        return tuple(sorted(self._facts.rounds.values(), key=lambda r: (r.begun_at, r.name)))
+        measured = sorted(self._facts.throughputs.items())
+        begun = sorted(self._facts.rounds.values(), key=lambda r: (r.begun_at, r.name))
+        return tuple(
+            replace(record, throughputs=tuple(work for (name, _), work in measured if name == record.name))
+            for record in begun
+        )
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""

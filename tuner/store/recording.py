@@ -24,9 +24,10 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
     not_recorded,
 )
-from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
+from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, THROUGHPUTS, TRIALS
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Recorder:
             case TrialNoted():
                 self._require_trial(fact)
                 self._update(TRIALS, _is_trial(fact), note=fact.reason)
+            case WorkMeasured(round=name, throughput=throughput):
+                self._upsert(THROUGHPUTS, {"round": name, **to_json(throughput)})
             case PromotionPlanned(promotion=promotion):
                 self._upsert(PROMOTIONS, to_json(promotion))
             case _:
@@ -70,7 +73,8 @@ class Recorder:
 
     def _begin_round(self, record: RoundRecord) -> None:
         same_horizon = ROUNDS.c.max_train_steps == record.max_train_steps
-        if not self._upsert(ROUNDS, to_json(record), replacing=["spec"], where=same_horizon):
+        values = {name: value for name, value in to_json(record).items() if name in ROUNDS.columns}
+        if not self._upsert(ROUNDS, values, replacing=["spec"], where=same_horizon):
             raise FactError(
                 f"{record.name} has begun with other max_train_steps than {record.max_train_steps}"
             )

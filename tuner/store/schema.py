@@ -215,6 +215,24 @@ BRANCHES = Table(
     _of_a_trial(),
 )
 
+THROUGHPUTS = Table(
+    "tuner_throughput",
+    METADATA,
+    Column("study", Text, primary_key=True),
+    Column("round", Text, primary_key=True),
+    Column("session", Text, primary_key=True),
+    Column("training_seconds", ExactFloat, nullable=False),
+    Column("evaluating_seconds", ExactFloat, nullable=False),
+    Column("saving_seconds", ExactFloat, nullable=False),
+    Column("passes", BigInteger, nullable=False),
+    Column("micro_steps", BigInteger, nullable=False),
+    Column("trial_steps", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("padded_tokens", BigInteger, nullable=False),
+    Column("peak_memory_bytes", BigInteger, nullable=False),
+    ForeignKeyConstraint(["study", "round"], ["tuner_rounds.study", "tuner_rounds.name"]),
+)
+
 PROMOTIONS = Table(
     "tuner_promotions",
     METADATA,

@@ -17,6 +17,7 @@ from tuner.records import (
     Evaluation,
     Promotion,
     RoundRecord,
+    Throughput,
     Trial,
     TrialState,
     hyperparameters_from_json,
@@ -25,7 +26,7 @@ from tuner.store.database import explained, open_engine, parse_url, reading, who
 from tuner.store.facts import Fact, not_recorded, state_of
 from tuner.store.migrations import upgrade
 from tuner.store.recording import Recorder
-from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
+from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, THROUGHPUTS, TRIALS
 
 T = TypeVar("T")
 
@@ -69,7 +70,15 @@ class SqlStore:
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
-        return tuple(RoundRecord(**row) for row in self._rows(ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name))
+        measured: defaultdict[str, list[Throughput]] = defaultdict(list)
+        with explained(self._url), reading(self._engine) as connection:
+            begun = self._rows(connection, ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name)
+            for row in self._rows(connection, THROUGHPUTS):
+                measured[row.pop("round")].append(Throughput(**row))
+        return tuple(
+            RoundRecord(**row, throughputs=tuple(sorted(measured[row["name"]], key=lambda t: t.session)))
+            for row in begun
+        )
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
@@ -87,7 +96,8 @@ class SqlStore:
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
         order = PROMOTIONS.c.planned_at, PROMOTIONS.c.to_round
-        return tuple(Promotion(**row) for row in self._rows(PROMOTIONS, *order))
+        with explained(self._url), reading(self._engine) as connection:
+            return tuple(Promotion(**row) for row in self._rows(connection, PROMOTIONS, *order))
 
     def close(self) -> None:
         """As `Store` says."""
@@ -96,12 +106,11 @@ class SqlStore:
     def _of_round(self, table: Table, round: str) -> Select[Any]:
         return select(table).where(table.c.study == self._study, table.c.round == round)
 
-    def _rows(self, table: Table, *order: ColumnElement[Any]) -> list[dict[str, Any]]:
+    def _rows(self, connection: Connection, table: Table, *order: ColumnElement[Any]) -> list[dict[str, Any]]:
         """The study's rows without its name."""
         columns = [column for column in table.columns if column.name != "study"]
         statement = select(*columns).where(table.c.study == self._study).order_by(*order)
-        with explained(self._url), reading(self._engine) as connection:
-            return [dict(row._mapping) for row in connection.execute(statement)]
+        return [dict(row._mapping) for row in connection.execute(statement)]
 
 
 def _is_foreign_key(error: IntegrityError) -> bool:

@@ -40,6 +40,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
 )
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
@@ -157,8 +158,10 @@ class RoundLoop:
         """Turn what a worker says into facts, then act on them."""
         name = self.plan.name
         match event:
-            case Ready() | Started() | Measured():
+            case Ready() | Started():
                 pass
+            case Measured(throughput=throughput):
+                self.store.record(WorkMeasured(name, throughput))
             case Progressed(trial=trial, attempt=attempt, step=step):
                 self.store.record(StepsRun(name, trial, attempt, step))
             case Evaluated(trial=trial, attempt=attempt, evaluation=evaluation):

@@ -15,6 +15,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    WorkMeasured,
 )
 
 
@@ -28,7 +29,8 @@ class MirroredStore:
         self._inner = inner
         self._memory = MemoryStore()
         for record in inner.rounds():
-            self._memory.record(RoundBegun(record))
+            worked = [WorkMeasured(record.name, throughput) for throughput in record.throughputs]
+            self._memory.record(RoundBegun(record), *worked)
             for trial in inner.trials(record.name):
                 self._memory.record(*history(trial))
 

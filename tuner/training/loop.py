@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tuner.adapters import PackedRows, initial_adapter
@@ -181,27 +182,33 @@ def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mappi
     """One micro-batch of each trial, in as few passes as memory allows.
 
     Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates
-    the sum over trials. Out of memory halves the rows of a pass and tries the same rows again:
-    gradients are collected only after a pass has succeeded.
+    the sum over trials. Out of memory halves the tokens of a pass and tries the same rows again:
+    gradients are collected only after a pass has succeeded. A row that does not fit alone is tried once
+    more with fewer activations kept, before its trial is infeasible.
     """
-    waiting = [dict(group) for group in _groups(tick, place.pass_rows)]
+    lengths = place.train.num_tokens
+    waiting = _groups(tick, lengths, place.pass_tokens)
     while waiting:
         group = waiting.pop(0)
         slots = tuple(sorted(group))
         losses = _pass(place, runs, group, slots)
-        if losses is None:
-            torch.cuda.empty_cache()
-            rows = sum(len(micro_batch.rows) for micro_batch in group.values())
-            if rows == 1:
-                runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
-                continue
-            place.pass_rows = max(1, rows // 2)
-            _log.warning("out of memory with %d rows in a pass: going on with %d", rows, place.pass_rows)
-            waiting = [part for whole in (group, *waiting) for part in _groups(whole, place.pass_rows)]
+        if losses is not None:
+            place.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
+            for slot, loss in zip(slots, losses, strict=True):
+                runs[slot].add_loss(loss)
             continue
-        place.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
-        for slot, loss in zip(slots, losses, strict=True):
-            runs[slot].add_loss(loss)
+        torch.cuda.empty_cache()
+        if sum(len(micro_batch.rows) for micro_batch in group.values()) > 1:
+            place.pass_tokens = max(1, _grid_tokens(group.values(), lengths) // 2)
+            _log.warning("out of memory: going on with %d tokens in a pass", place.pass_tokens)
+            waiting = [
+                part for whole in (group, *waiting) for part in _groups(whole, lengths, place.pass_tokens)
+            ]
+        elif place.base.keep_fewer_activations():
+            _log.warning("out of memory with one row: layers run again in the backward pass from here on")
+            waiting.insert(0, group)
+        else:
+            runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
 
 
 def _pass(
@@ -216,9 +223,6 @@ def _pass(
         tokens = grid(
             [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
         )
-        nll = place.pack.token_nll(
-            tokens.input_ids, tokens.rows, tokens.columns, _packed(runs, group, slots, tokens)
-        )
         height = tokens.input_ids.shape[0] // len(slots)
         place.meter.count_pass(
             micro_steps=len(slots),
@@ -226,9 +230,11 @@ def _pass(
             padded_tokens=tokens.input_ids.numel(),
         )
         share = torch.tensor(
-            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=nll.device
+            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=place.base.device
         )
-        torch.autograd.backward((nll * share[tokens.rows // height]).sum())
+        with place.pack.holding(_packed(runs, group, slots, tokens)):
+            nll = place.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
+            torch.autograd.backward((nll * share[tokens.rows // height]).sum())
         return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
     except torch.OutOfMemoryError:
         return None
@@ -264,6 +270,10 @@ def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
     waiting = [(range(width), rows) for rows in rows_by_length(place.evaluation, rows=place.evaluation_rows)]
     while waiting:
         numbers, rows = waiting.pop(0)
+        tokens_in_pass = len(numbers) * len(rows) * int(place.evaluation.num_tokens[rows].max())
+        if tokens_in_pass > place.evaluation_tokens and len(numbers) * len(rows) > 1:
+            waiting[:0] = _halves(numbers, rows)
+            continue
         examples: list[Example] = [place.evaluation[row] for row in rows]
         packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
         try:
@@ -273,36 +283,50 @@ def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
             if len(rows) == len(numbers) == 1:
                 raise
             torch.cuda.empty_cache()
-            if len(rows) > 1:
-                middle = len(rows) // 2
-                waiting[:0] = [(numbers, rows[:middle]), (numbers, rows[middle:])]
-            else:
-                middle = len(numbers) // 2
-                waiting[:0] = [(numbers[:middle], rows), (numbers[middle:], rows)]
+            place.evaluation_tokens = tokens_in_pass // 2
+            waiting.insert(0, (numbers, rows))
             continue
         part = tokens.sum_by_row(nll).view(len(numbers), -1).cpu()
         sums[numbers.start : numbers.stop, rows] = part
     return sums.tolist()
 
 
-def _groups(tick: Mapping[int, MicroBatch], pass_rows: int) -> list[dict[int, MicroBatch]]:
-    """The tick's micro-batches in passes of at most `pass_rows` rows; one too large alone is halved."""
-    parts: list[tuple[int, MicroBatch]] = []
+def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:
+    """An evaluation's pass as two: of half the rows, or of half the trials where there is one row."""
+    if len(rows) > 1:
+        middle = len(rows) // 2
+        return [(numbers, rows[:middle]), (numbers, rows[middle:])]
+    middle = len(numbers) // 2
+    return [(numbers[:middle], rows), (numbers[middle:], rows)]
+
+
+def _groups(
+    tick: Mapping[int, MicroBatch], lengths: np.ndarray, pass_tokens: int
+) -> list[dict[int, MicroBatch]]:
+    """The tick's micro-batches in passes of at most `pass_tokens` tokens; one too large alone is halved."""
     pending = list(tick.items())
+    groups: list[dict[int, MicroBatch]] = []
     while pending:
         slot, micro_batch = pending.pop(0)
-        if len(micro_batch.rows) > max(1, pass_rows):
+        if len(micro_batch.rows) > 1 and _grid_tokens([micro_batch], lengths) > pass_tokens:
             pending[:0] = [(slot, half) for half in micro_batch.halves()]
-        else:
-            parts.append((slot, micro_batch))
-    groups: list[dict[int, MicroBatch]] = []
-    for slot, micro_batch in parts:
-        tallest = max([len(micro_batch.rows), *(len(m.rows) for m in groups[-1].values())]) if groups else 0
-        if groups and slot not in groups[-1] and tallest * (len(groups[-1]) + 1) <= pass_rows:
+        elif (
+            groups
+            and slot not in groups[-1]
+            and _grid_tokens([*groups[-1].values(), micro_batch], lengths) <= pass_tokens
+        ):
             groups[-1][slot] = micro_batch
         else:
             groups.append({slot: micro_batch})
     return groups
+
+
+def _grid_tokens(micro_batches: Iterable[MicroBatch], lengths: np.ndarray) -> int:
+    """Tokens of a pass over these micro-batches, padding included: each becomes as large as the largest."""
+    parts = list(micro_batches)
+    tallest = max(len(part.rows) for part in parts)
+    longest = max(int(lengths[list(part.rows)].max()) for part in parts)
+    return len(parts) * tallest * longest
 
 
 def _packed(

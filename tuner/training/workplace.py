@@ -30,6 +30,8 @@ class Workplace:
     """Tokens of one trial in one training pass, padding included."""
     base_evaluation: Evaluation | None = None
     """The untouched base at step 0, once measured."""
-    pass_rows: int = field(default=1 << 30)
-    """Rows of all trials in one pass; halved after each out-of-memory."""
+    pass_tokens: int = 1 << 40
+    """Tokens of all trials in one training pass, padding included; halved after each out-of-memory."""
+    evaluation_tokens: int = 1 << 40
+    """The same of an evaluation's pass."""
     meter: Meter = field(default_factory=Meter)
