@@ -81,7 +81,7 @@ def main() -> int:
         replays,
         tasks,
         methods=arguments.methods,
-        describe={name: (METHODS[name].__doc__ or "").strip() for name in arguments.methods},
+        describe={name: " ".join((METHODS[name].__doc__ or "").split()) for name in arguments.methods},
         reference=REFERENCE,
         command=_command(arguments),
         minutes=None if arguments.summarise else (time.monotonic() - begun) / 60,

@@ -58,17 +58,18 @@ class Policy:
 
 
 def tuner_rounds(ledger: Ledger) -> None:
-    """Rounds as promote plans them; after full length, from the first horizon again."""
+    """What tuner does: rounds as promote plans them; after full length, from the first horizon again."""
     _Study(ledger, Policy()).run()
 
 
 def tuner_wide_rounds(ledger: Ledger) -> None:
-    """The same with a third of a round carried over, and nothing added to them."""
+    """A proposal: a third of a round is carried over (`--top`), and longer rounds add no trials."""
     _Study(ledger, Policy(share=1 / 3, new_trials=False)).run()
 
 
 def tuner_learning_rounds(ledger: Ledger) -> None:
-    """The same, where a round begun anew learns from the earlier ones of its horizon."""
+    """A proposal: also, a round begun anew samples by TPE from all earlier results of its horizon, and
+    promotion chooses among all that these left behind."""
     _Study(ledger, Policy(share=1 / 3, new_trials=False, prior=True, pool=True)).run()
 
 

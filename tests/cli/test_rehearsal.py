@@ -16,11 +16,23 @@ from tuner.cli import run
 BANNER = "REHEARSAL"
 
 
+def write(directory: Path, *, steps: int = 40) -> None:
+    """A round whose model and data are nowhere, and whose database is no matter of the folder's."""
+    write_round(
+        directory,
+        base="no/such/model",
+        data="no/such/data",
+        trials=6,
+        steps=steps,
+        every=4,
+        decay_steps=10,
+        storage=f"sqlite:///{directory}/real.db",
+    )
+
+
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_round(
-        tmp_path, base="no/such/model", data="no/such/data", trials=6, steps=40, every=4, decay_steps=10
-    )
+    write(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,7 +115,7 @@ def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_rehearsal_alo
     arguments = ("study", "run", "round1.yaml", "--engine", "simulated")
     assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
     copy = (study / "rehearsal" / "round1.yaml").read_text()
-    write_round(study, base="no/such/model", data="no/such/data", trials=6, steps=60, every=4, decay_steps=10)
+    write(study, steps=60)
     capsys.readouterr()
     assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err

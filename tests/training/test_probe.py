@@ -4,10 +4,11 @@ from pathlib import Path
 
 from tests import tiny
 from tests.data.tiny import source, write_jsonl
-from tuner.data import load_tokenizer, prepare
+from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 from tuner.spec import RoundSpec
-from tuner.training.probe import largest, probe_round
+from tuner.training.opening import arrange
+from tuner.training.probe import largest_hyperparameters, predict, probe
 
 
 def test_largest_takes_the_most_memory() -> None:
@@ -19,7 +20,7 @@ def test_largest_takes_the_most_memory() -> None:
         "schedule": Choices(("cosine", "linear")),
         "optimizer": Fixed("adamw"),
     }
-    chosen = largest(space)
+    chosen = largest_hyperparameters(space)
     assert (chosen["lora_r"], chosen["batch_size"]) == (64, 9)
     assert (chosen["schedule"], chosen["optimizer"]) == ("cosine", "adamw")
     assert isinstance(chosen["lora_alpha"], float)
@@ -27,8 +28,27 @@ def test_largest_takes_the_most_memory() -> None:
 
 
 def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: Path) -> None:
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"Row number {n}."} for n in range(30)])
+    spec, data = _round(models, tmp_path)
     before = set(tmp_path.iterdir())
+    place = arrange(spec, data, slots=3)
+    predicted = predict(place, spec)
+    assert predicted.slots == 3
+    assert predicted.seconds_per_trial > 1000 * 1e-4  # no update of two layers takes a tenth of a millisecond
+    assert predicted.peak_memory_bytes > 10 * 2**20
+    probed = probe(place, largest_hyperparameters(spec.space()))
+    longest = int(data.train.num_tokens.max())
+    assert list(probed.tokens) == sorted(set(probed.tokens))
+    assert all(tokens % longest == 0 for tokens in probed.tokens)
+    assert min(probed.seconds) > 0
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_auto_is_one_slot_on_a_cpu(models: tiny.Models, tmp_path: Path) -> None:
+    assert arrange(*_round(models, tmp_path), slots="auto").pack.num_slots == 1
+
+
+def _round(models: tiny.Models, directory: Path) -> tuple[RoundSpec, PreparedData]:
+    rows = write_jsonl(directory / "rows.jsonl", [{"text": f"Row number {n}."} for n in range(30)])
     spec = RoundSpec.model_validate(
         {
             "study": "s",
@@ -40,8 +60,4 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
             "evaluation": {"every_steps": 100},
         }
     )
-    data = prepare(spec, load_tokenizer(spec.model), None)
-    measured = probe_round(spec, data)
-    assert measured.seconds_per_trial > 1000 * 1e-3  # no update of two layers takes less than a millisecond
-    assert measured.peak_memory_bytes > 10 * 2**20
-    assert set(tmp_path.iterdir()) == before
+    return spec, prepare(spec, load_tokenizer(spec.model), None)

@@ -14,7 +14,7 @@ from tuner.data import PreparedData, load_tokenizer, prepare, show_rows
 from tuner.errors import DataError, InputError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
-from tuner.report.format import size
+from tuner.report.format import count, size
 from tuner.spec import RoundSpec, load_round
 from tuner.study.checking import planned_round
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
@@ -74,12 +74,15 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
 
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
     if probe:
-        from tuner.training.probe import probe_round
+        from tuner.training.opening import arrange
+        from tuner.training.probe import predict
 
-        measured = probe_round(spec, data)
-        hours = plan.trials * measured.seconds_per_trial / 3600
-        plan = replace(plan, peak_memory_bytes=measured.peak_memory_bytes, hours=hours)
+        predicted = predict(arrange(spec, data, slots=spec.run.slots), spec)
+        hours = plan.trials * predicted.seconds_per_trial / 3600
+        plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
+    if probe:
+        remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
     return plan, remarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -26,7 +27,7 @@ from tuner.report.documents import RoundStatus
 from tuner.report.fitted_table import FittedTable
 from tuner.store import Store
 from tuner.study.folder import StudyFolder, open_folder
-from tuner.study.pages import round_report
+from tuner.study.pages import lineage, round_report
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
@@ -46,29 +47,33 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
         store.close()
 
 
-def report_on(directory: Path, round_path: Path | None) -> RoundReport:
-    """The report on a round by name or file, else on the latest. Raises InputError when it has not begun."""
+def reports_on(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...]:
+    """The report on a round by name or file, else on the latest, after those on the rounds before it.
+
+    Raises InputError when it has not begun.
+    """
     folder = open_folder(directory)
     store = folder.open()
     try:
         if round_path is None:
-            return round_report(folder, store, folder.latest(store))
+            return lineage(folder, store, folder.latest(store))
         name = round_path.name.removesuffix(".yaml").removesuffix(".yml")
         by_file = next((f.spec.round for f in folder.files if f.path.name == round_path.name), name)
         record = next((record for record in store.rounds() if record.name == by_file), None)
         if record is None:
             begun = ", ".join(r.name for r in store.rounds()) or "none"
             raise InputError(f"{round_path}: no such round has begun; begun: {begun}")
-        return round_report(folder, store, record)
+        return lineage(folder, store, record)
     finally:
         store.close()
 
 
-def write_reports(report: RoundReport, *, html: Path | None, markdown: Path | None) -> Path:
-    """Write the page, and the Markdown where it is wanted; returns the page's path."""
+def write_reports(reports: Sequence[RoundReport], *, html: Path | None, markdown: Path | None) -> Path:
+    """Write the page on the last, and its Markdown where it is wanted; returns the page's path."""
+    *earlier, report = reports
     page = html or Path(f"report-{report.record.name}.html")
     try:
-        write_html(page, report)
+        write_html(page, report, earlier=earlier)
         if markdown is not None:
             markdown.write_text(round_markdown(report), encoding="utf-8")
     except OSError as error:
@@ -183,6 +188,7 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 is_running=is_running
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: path for number, path in adapters.items() if path is not None},
+                throughput=record.throughput if record else None,
             )
         )
     return statuses

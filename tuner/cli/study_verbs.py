@@ -101,7 +101,7 @@ def run(
     if ran is None:
         _next(f"tuner study run {round_file}")
     else:
-        _print_summary(_report(ran.parent, ran), directory=_rehearsal_folder(round_file, ran))
+        _print_summary(_reports(ran.parent, ran), directory=_rehearsal_folder(round_file, ran))
 
 
 @app.command()
@@ -174,7 +174,7 @@ def report(
     from tuner.cli.looking import write_reports
 
     _folder()
-    found = _report(Path(), Path(round_name) if round_name else None)
+    found = _reports(Path(), Path(round_name) if round_name else None)
     path = write_reports(found, html=html, markdown=markdown)
     _print_summary(found, page=path)
 
@@ -225,10 +225,10 @@ def _folder() -> StudyFolder:
     return folder
 
 
-def _report(directory: Path, round_path: Path | None) -> RoundReport:
-    from tuner.cli.looking import report_on
+def _reports(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...]:
+    from tuner.cli.looking import reports_on
 
-    return report_on(directory, round_path)
+    return reports_on(directory, round_path)
 
 
 def _rehearsal_folder(round_file: Path, ran: Path) -> Path | None:
@@ -236,14 +236,18 @@ def _rehearsal_folder(round_file: Path, ran: Path) -> Path | None:
     return None if ran.resolve() == round_file.resolve() else round_file.parent / ran.parent.name
 
 
-def _print_summary(found: RoundReport, *, page: Path | None = None, directory: Path | None = None) -> None:
+def _print_summary(
+    found: tuple[RoundReport, ...], *, page: Path | None = None, directory: Path | None = None
+) -> None:
+    """Print what the last report says, the others being those on the rounds before."""
     from dataclasses import replace
 
     from tuner.cli.printing import PROSE, next_command, output
     from tuner.report import summary
 
-    command = next_command(found.next_command, directory=directory)
-    output(piped_width=PROSE).print(summary(replace(found, next_command=command)))
+    *earlier, report = found
+    command = next_command(report.next_command, directory=directory)
+    output(piped_width=PROSE).print(summary(replace(report, next_command=command), earlier=earlier))
     if page is not None:
         _say(f"the whole report: {page}")
     _say(f"next: {command}")

@@ -35,7 +35,7 @@ class RoundResults:
     production_steps: int | None = None
     """The longest run that the user can pay for."""
     evaluation_share: float = 0.0
-    """Share of the round's work that evaluation takes, in [0, 1]."""
+    """Share of the round's work that evaluation takes, in [0, 1]: of the time where it was measured."""
     max_examples: int | None = None
     """`evaluation.max_examples`: the most examples that are evaluated; None where not known."""
     workload: str = ""

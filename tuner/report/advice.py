@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tuner.playbook.agreement import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.report import format
@@ -18,7 +19,9 @@ GAIN_SOURCES = {
 }
 
 _RESTS_ON_THE_GAIN = (Diagnosis.UNDETERMINED, Diagnosis.SATURATED, Diagnosis.TOO_SHORT, Diagnosis.RIGHT)
-LINEAGE_HEADERS = ("round", "steps", "trials", "best loss", "steps run", "conclusion")
+LINEAGE_HEADERS = (
+    "round", "steps", "trials", "best loss", "at step", "steps run", "carried over", "conclusion",
+)  # fmt: skip
 
 
 def headline(report: RoundReport) -> str:
@@ -90,15 +93,55 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
     return (f"An earlier trial, {trial.round}/{trial.number}, is still better: {loss} at step {best.step}.",)
 
 
-def lineage_cells(report: RoundReport) -> tuple[str, ...]:
-    """A round as a row among its study's rounds, under `LINEAGE_HEADERS`."""
+def lineage_rows(reports: Sequence[RoundReport]) -> list[tuple[str, ...]]:
+    """A study's rounds, oldest first, as rows under `LINEAGE_HEADERS`."""
+    return [_lineage_cells(report, reports[:position]) for position, report in enumerate(reports)]
+
+
+def _lineage_cells(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[str, ...]:
+    best = report.ranked[0][1] if report.ranked else None
     return (
         report.record.name,
         str(report.max_train_steps),
         format.counts(report.counts),
-        format.loss(report.ranked[0][1].eval_loss if report.ranked else None),
+        format.loss(best.eval_loss if best else None),
+        str(best.step) if best else format.NOTHING,
         f"{report.executed_steps:,}",
+        _carried_cell(report, carried(report, earlier)),
         headline(report),
+    )
+
+
+def _carried_cell(report: RoundReport, over: CarriedOver | None) -> str:
+    if over is None:
+        return format.NOTHING
+    saved = f", {format.count(report.inherited_steps, 'step')} saved" if report.inherited_steps else ""
+    return f"{len(over.trials)} of {over.from_round}{saved}"
+
+
+def carried(report: RoundReport, earlier: Sequence[RoundReport]) -> CarriedOver | None:
+    """What a round took over from those before it."""
+    return carried_over(report.results, [other.results for other in earlier])
+
+
+def held(reports: Sequence[RoundReport]) -> tuple[str, ...]:
+    """For each round that took trials over: whether their order held; `reports` are oldest first."""
+    found = ((report, carried(report, reports[:position])) for position, report in enumerate(reports))
+    return tuple(_held(report, over) for report, over in found if over is not None and over.compared)
+
+
+def _held(report: RoundReport, over: CarriedOver) -> str:
+    name, trials = report.record.name, format.count(len(over.compared), "trial")
+    if len(over.compared) < MIN_RANKED:
+        return f"{trials} of {over.from_round} ran in {name} too: too few to say whether their order held."
+    if over.rank_correlation is None:
+        return f"{trials} of {over.from_round} ran in {name} too, with losses that are all equal."
+    (before, now), place = over.compared[0], over.place_of_the_best
+    where = "still the best" if place == 1 else f"number {place} of them"
+    return (
+        f"{trials} of {over.from_round} ran in {name} too: the rank correlation of their losses is "
+        f"{over.rank_correlation:.2f}, where 1 is the same order. The best of them, "
+        f"{over.from_round}/{before}, is {where} as {name}/{now}."
     )
 
 

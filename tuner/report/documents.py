@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tuner.errors import Mistake
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
-from tuner.records import Trial, TrialState
+from tuner.records import Throughput, Trial, TrialState
 
 _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "failed")
 
@@ -38,6 +38,8 @@ class RoundStatus:
     counts: Mapping[str, int]
     """Trials by state, in the documents' order; waiting counts those promised and not yet begun."""
     best: BestTrial | None
+    throughput: Throughput | None = None
+    """Of all its workers so far; None where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def round_status(
     promised: int,
     is_running: bool,
     adapters: Mapping[int, str],
+    throughput: Throughput | None = None,
 ) -> RoundStatus:
     """Where a round stands, by its trials and the `search.trials` it promised.
 
@@ -86,6 +89,7 @@ def round_status(
         state="running" if is_running else "open" if unfinished else "complete",
         counts={state: by_state[TrialState(state)] for state in _SHOWN_STATES},
         best=_best(trials, adapters),
+        throughput=throughput,
     )
 
 
@@ -142,11 +146,26 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "state": status.state,
                     "trials": {state: status.counts.get(state, 0) for state in _SHOWN_STATES},
                     "best": asdict(status.best) if status.best else None,
+                    "throughput": _throughput(status.throughput) if status.throughput else None,
                 }
                 for status in rounds
             ],
         }
     )
+
+
+def _throughput(throughput: Throughput) -> dict[str, float | None]:
+    return {
+        "tokens_per_second": throughput.tokens_per_second,
+        "trial_steps_per_second": throughput.trial_steps_per_second,
+        "packing_factor": throughput.packing_factor,
+        "padding_share": throughput.padding_share,
+        "evaluation_share": throughput.evaluation_share,
+        "peak_memory_bytes": throughput.peak_memory_bytes,
+        "training_seconds": throughput.training_seconds,
+        "evaluating_seconds": throughput.evaluating_seconds,
+        "saving_seconds": throughput.saving_seconds,
+    }
 
 
 def check_document(mistakes: Sequence[Mistake], plan: RoundPlan | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tuner.errors import StorageError
 from tuner.playbook.findings import Finding
 from tuner.records import Trial, TrialState
-from tuner.report import advice, plots
+from tuner.report import advice, plots, throughput
 from tuner.report.page import SCRIPT, STYLE
 from tuner.report.round_report import RoundReport, describe
 from tuner.report.rows import NUM_WORDS, trial_cells, trial_headers
@@ -75,6 +75,7 @@ def _article(report: RoundReport, *opening: str) -> str:
             _findings(report.findings),
             _plots(report),
             _trials(report),
+            _throughput(report),
             _holds_for(report),
             "</article>",
         )
@@ -131,9 +132,9 @@ def _tiles(report: RoundReport) -> str:
 
 
 def _lineage(reports: Sequence[RoundReport]) -> str:
-    rows = [advice.lineage_cells(report) for report in reports]
-    table = _table(advice.LINEAGE_HEADERS, rows, numbers=(1, 3, 4))
-    return f"<section><h2>How the study went</h2>{table}</section>"
+    table = _table(advice.LINEAGE_HEADERS, advice.lineage_rows(reports), numbers=(1, 3, 4, 5))
+    held = "".join(f"<p>{escape(sentence)}</p>" for sentence in advice.held(reports))
+    return f"<section><h2>How the study went</h2>{table}{held}</section>"
 
 
 # --- what it rests on -----------------------------------------------------------------------------
@@ -193,6 +194,13 @@ def _trials(report: RoundReport) -> str:
 
 def _style(trial: Trial) -> str:
     return "" if trial.state is TrialState.COMPLETE else "lost"
+
+
+def _throughput(report: RoundReport) -> str:
+    rows = throughput.rows(report.record.throughput)
+    if not rows:
+        return ""
+    return f"<section><h2>Throughput</h2>{_table(throughput.HEADERS, rows, numbers=(1,))}</section>"
 
 
 def _holds_for(report: RoundReport) -> str:

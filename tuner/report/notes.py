@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from tuner.playbook.findings import Finding
-from tuner.report import advice
+from tuner.report import advice, throughput
 from tuner.report.round_report import RoundReport, describe
 from tuner.report.rows import NUM_WORDS, trial_cells, trial_headers
 
@@ -33,6 +33,7 @@ def round_markdown(report: RoundReport) -> str:
         "\n".join(_finding(finding) for finding in report.findings) or "Nothing.",
         "## All trials",
         _trials(report),
+        *(["## Throughput", _throughput(report)] if report.record.throughput else []),
         "## What this holds for",
         "The same in every trial:",
         _facts(report.fixed),
@@ -75,6 +76,11 @@ def _trials(report: RoundReport) -> str:
     lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows]
     kinds = ["---:"] * (len(header) - NUM_WORDS) + ["---"] * NUM_WORDS
     return "\n".join([lines[0], f"|{'|'.join(kinds)}|", *lines[1:]])
+
+
+def _throughput(report: RoundReport) -> str:
+    measured = throughput.rows(report.record.throughput)
+    return "\n".join(f"- {name}: {value} ({_escaped(meaning)})" for name, value, meaning in measured)
 
 
 def _facts(facts: Mapping[str, str]) -> str:

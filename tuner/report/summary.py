@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tuner.report import advice, format
+from tuner.report import advice, format, throughput
 from tuner.report.fitted_table import FittedTable, column
 from tuner.report.round_report import RoundReport
 from tuner.report.tables import trials_table
@@ -37,6 +37,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         _headed("Why", _numbered(report.reading.evidence)),
         *([_headed("Leading trials", _leading(report))] if report.ranked else []),
         *([_headed("What else stands out", _findings(report))] if report.findings else []),
+        *([_headed("Throughput", _throughput(report))] if report.record.throughput else []),
         _headed("Holds for", Text(", ".join(f"{name} {value}" for name, value in report.fixed.items()))),
         _headed("Next", Group(Text(advice.next_step(report)), Text(report.next_command, style="bold"))),
     )
@@ -47,14 +48,24 @@ def _headed(heading: str, body: RenderableType) -> RenderableType:
 
 
 def _lineage(reports: Sequence[RoundReport]) -> RenderableType:
-    rows = [advice.lineage_cells(report) for report in reports]
-    ranks, words = (0, 1, 5, 2, 4, 3), {2: 12, 5: 20}
-    return FittedTable(
+    rows = advice.lineage_rows(reports)
+    ranks, words = (0, 1, 7, 2, 3, 4, 6, 5), {2: 12, 6: 14, 7: 20}
+    table = FittedTable(
         [
             column(name, [row[i] for row in rows], rank=ranks[i], min_width=words.get(i))
             for i, name in enumerate(advice.LINEAGE_HEADERS)
         ]
     )
+    return Group(table, *(Text(sentence) for sentence in advice.held(reports)))
+
+
+def _throughput(report: RoundReport) -> RenderableType:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    for name, value, meaning in throughput.rows(report.record.throughput):
+        table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
+    return table
 
 
 def _numbered(sentences: tuple[str, ...]) -> RenderableType:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tuner.playbook.selection import best_evaluation, settled_step
 from tuner.records import Trial, TrialState
-from tuner.report import format, textplot
+from tuner.report import format, textplot, throughput
 from tuner.report.board_table import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
 from tuner.report.fitted_table import Column, FittedTable, column
@@ -46,6 +46,7 @@ def status_table(
     if last is not None and last.best is not None:
         where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is gone"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
+    lines += [Text(f"{s.round}: {throughput.line(s.throughput)}") for s in rounds if s.throughput is not None]
     if eta_seconds is not None:
         lines.append(Text(f"about {format.duration(eta_seconds)} left at the pace so far"))
     return Group(*lines)

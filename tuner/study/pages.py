@@ -8,19 +8,35 @@ from importlib.metadata import version
 import optuna
 from optuna_dashboard import save_note, save_plotly_graph_object
 
-from tuner.playbook import Diagnosis, Reading, RoundResults
+from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
 from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
-from tuner.study.results import reading_of
+from tuner.study.results import reading_of, round_results
 
 _PACKAGES = ("tuner", "optuna", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
     """All that a report on a round says."""
-    results, reading = reading_of(store, record)
+    return _report(folder, store, record, *reading_of(store, record))
+
+
+def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
+    """The reports on the study's rounds up to this one, oldest first."""
+    rounds = store.rounds()
+    upto = rounds[: 1 + [other.name for other in rounds].index(record.name)]
+    read = [round_results(other, store.trials(other.name)) for other in upto]
+    return tuple(
+        _report(folder, store, other, results, read_round(results, read[:position]))
+        for position, (other, results) in enumerate(zip(upto, read, strict=True))
+    )
+
+
+def _report(
+    folder: StudyFolder, store: Store, record: RoundRecord, results: RoundResults, reading: Reading
+) -> RoundReport:
     adapters = {trial.number: folder.adapter(trial) for trial in results.trials}
     return RoundReport(
         study=folder.name,

@@ -11,8 +11,9 @@ from tuner.store import Store
 
 
 def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
-    """A round as it began, with its trials as they stand."""
+    """A round as it began, with its trials as they stand, and what its evaluations really took."""
     spec = RoundSpec.model_validate(record.spec)
+    measured = record.throughput.evaluation_share if record.throughput else None
     return RoundResults(
         name=record.name,
         max_train_steps=record.max_train_steps,
@@ -21,7 +22,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         trials=tuple(trials),
         train_rows=record.train_rows,
         production_steps=spec.run.production_steps,
-        evaluation_share=record.evaluation_share,
+        evaluation_share=record.evaluation_share if measured is None else measured,
         max_examples=spec.evaluation.max_examples,
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),

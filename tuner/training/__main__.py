@@ -16,6 +16,7 @@ from pathlib import Path
 from tuner.errors import InputError, TunerError
 from tuner.records import Died, Event, evaluation_from_json, event_to_json
 from tuner.spec import RoundSpec
+from tuner.training.allocator import keep_freed_memory
 from tuner.training.inbox import Inbox
 from tuner.training.loop import train
 from tuner.training.opening import open_workplace
@@ -31,6 +32,7 @@ def main() -> int:
         events.write(json.dumps(event_to_json(event)) + "\n")
         events.flush()
 
+    keep_freed_memory()
     inbox = Inbox(sys.stdin)
     document = inbox.read_document()
     with Path(document["lock"]).open("w") as lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,15 @@ from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.spec import RoundSpec
 from tuner.training.loop import example_nll
+from tuner.training.probe import largest_hyperparameters, probe
+from tuner.training.room import MARGIN, choose_packing, fit_room, free_device_bytes
 from tuner.training.workplace import Workplace
 
-PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens of all trials in one training pass, padding included, before memory says otherwise."""
-SLOTS = {"cpu": 1, "cuda": 4}
-"""What `slots: auto` means on each kind of device."""
+_log = logging.getLogger(__name__)
+
+PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Tokens of all trials in one pass, padding included, where memory is not the limit. On a CPU larger tensors
+leave the caches (docs/log.md)."""
 _CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 """Keys of a model's configuration that say where it lies, not what it is."""
 
@@ -34,45 +38,74 @@ def open_workplace(
 
     Raises InputError when model or data cannot be used.
     """
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    num_slots = SLOTS[device.type] if slots == "auto" else slots
-    space = spec.space()
-    if any(values_of(space["use_dora"])):
-        raise ModelError("hyperparameters.use_dora: this version trains plain LoRA; leave it false")
     data = prepare(spec, load_tokenizer(spec.model), cache)
-    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
-    workload = _workload(base, data, spec)
-    hollow = hollow_copy(base, base_path=spec.model.path)
-    place = Workplace(
-        base=base,
-        hollow=hollow,
-        pack=Pack(
-            base,
-            num_slots=num_slots,
-            max_rank=int(max(values_of(space["lora_r"]))),
-            modules=targeted_modules(hollow, space),
-        ),
-        train=data.train,
-        evaluation=data.evaluation,
-        base_path=spec.model.path,
-        revision=spec.model.revision,
-        evaluation_rows=spec.evaluation.batch_size,
-        micro_tokens=max(1, PASS_TOKENS[device.type] // num_slots),
-    )
+    place = arrange(spec, data, slots=slots)
     place.base_evaluation = base_evaluation or _measure_base(place)
-    smallest, largest = adapter_sizes(hollow, space)
+    smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(
-        slots=num_slots,
-        device=str(device),
+        slots=place.pack.num_slots,
+        device=str(place.base.device),
         base=place.base_evaluation,
         train_rows=len(data.train),
         eval_rows=len(data.evaluation),
-        workload=workload,
+        workload=_workload(place.base, data, spec),
         evaluation_share=_evaluation_share(data, spec),
         smallest_adapter=smallest,
         largest_adapter=largest,
     )
     return place, ready
+
+
+def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> Workplace:
+    """Load the base and put a pack on it.
+
+    `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
+    as many as fill a pass and fit into memory on a GPU. Raises ModelError when the model cannot be used.
+    """
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    space = spec.space()
+    if any(values_of(space["use_dora"])):
+        raise ModelError("hyperparameters.use_dora: this version trains plain LoRA; leave it false")
+    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    hollow = hollow_copy(base, base_path=spec.model.path)
+    modules = targeted_modules(hollow, space)
+    max_rank = int(max(values_of(space["lora_r"])))
+
+    def place_with(num_slots: int, pass_tokens: int) -> Workplace:
+        return Workplace(
+            base=base,
+            hollow=hollow,
+            pack=Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules),
+            train=data.train,
+            evaluation=data.evaluation,
+            base_path=spec.model.path,
+            revision=spec.model.revision,
+            evaluation_rows=spec.evaluation.batch_size,
+            micro_tokens=max(1, pass_tokens // num_slots),
+            pass_tokens=pass_tokens,
+            evaluation_tokens=pass_tokens,
+        )
+
+    pass_tokens = PASS_TOKENS[device.type]
+    if slots != "auto":
+        return place_with(slots, pass_tokens)
+    if device.type == "cpu":
+        return place_with(1, pass_tokens)
+    alone = place_with(1, pass_tokens)
+    probed = probe(alone, largest_hyperparameters(space))
+    alone.pack.close()
+    if not probed.tokens:
+        return place_with(1, alone.pass_tokens)
+    packing = choose_packing(
+        fit_room(probed),
+        limit_bytes=int(MARGIN * free_device_bytes(device)),
+        slot_weights=adapter_sizes(hollow, space)[1],
+        update_tokens=int(_mean_batch_size(spec) * float(data.train.num_tokens.mean())),
+        longest_row=int(data.train.num_tokens.max()),
+        trials=spec.search.trials,
+    )
+    _log.info("slots: auto: %s, from passes of %s tokens", packing, probed)
+    return place_with(packing.slots, packing.pass_tokens)
 
 
 def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
@@ -89,13 +122,15 @@ def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
 
 def _evaluation_share(data: PreparedData, spec: RoundSpec) -> float:
     """Share of a trial's work that its evaluations take: a token costs half of one that is trained on."""
-    space = spec.space()
-    sizes = values_of(space["batch_size"])
-    batch_size = sum(sizes) / len(sizes)
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
     evaluated = evaluations * float(data.evaluation.num_tokens.sum())
-    trained = 2.0 * spec.max_train_steps * batch_size * float(data.train.num_tokens.mean())
+    trained = 2.0 * spec.max_train_steps * _mean_batch_size(spec) * float(data.train.num_tokens.mean())
     return float(evaluated / (evaluated + trained))
+
+
+def _mean_batch_size(spec: RoundSpec) -> float:
+    sizes = values_of(spec.space()["batch_size"])
+    return float(sum(sizes) / len(sizes))
 
 
 def _measure_base(place: Workplace) -> Evaluation:

@@ -1,71 +1,71 @@
-"""`study check --probe`: a few steps of one trial, timed, with what they take in memory."""
+"""A few passes and steps, timed, with what they take in memory; nothing of them is kept."""
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tuner.adapters import Pack, initial_adapter, load_base
-from tuner.adapters.initial import hollow_copy, lora_config
-from tuner.data import PreparedData
+from tuner.adapters import initial_adapter
+from tuner.adapters.initial import lora_config
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Assignment, Choices, Fixed, Range, Space, Value
+from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
-from tuner.training.loop import example_nll, tick
-from tuner.training.opening import PASS_TOKENS
+from tuner.training.batches import MicroBatch
+from tuner.training.loop import example_nll, forward_backward, tick
+from tuner.training.meter import peak_memory_bytes
+from tuner.training.room import Probed
 from tuner.training.trial_run import TrialRun
 from tuner.training.workplace import Workplace
 
 _STEPS = 3
+_PROBED_TOKENS = (512, 2048, 8192)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a probe saw."""
+class Prediction:
+    """What a round will take, from a few steps of all its slots."""
 
+    slots: int
     seconds_per_trial: float
+    """Of a trial's share: slots that train together divide the time of a pass."""
     peak_memory_bytes: int
 
 
-def probe_round(spec: RoundSpec, data: PreparedData) -> Measured:
-    """Train one trial of the largest adapter for a few steps and evaluate once. Keeps nothing."""
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
-    hollow = hollow_copy(base, base_path=spec.model.path)
-    hyperparameters = largest(spec.space())
-    start = initial_adapter(hollow, lora_config(hyperparameters, base_path=spec.model.path), seed=0)
-    place = Workplace(
-        base=base,
-        hollow=hollow,
-        pack=Pack(base, num_slots=1, max_rank=start.config.r, modules=start.weights),
-        train=data.train,
-        evaluation=data.evaluation,
-        base_path=spec.model.path,
-        revision=spec.model.revision,
-        evaluation_rows=spec.evaluation.batch_size,
-        micro_tokens=PASS_TOKENS[device.type],
-    )
-    assignment = Assignment(
-        spec.round, 0, 1, hyperparameters, spec.max_train_steps, spec.evaluation.every_steps, directory=""
-    )
-    run = TrialRun(assignment, start, device=device)
-    place.pack.occupy(0, start)
-    took = [_timed(lambda: _update(place, run), device) for _ in range(_STEPS + 1)][1:]
-    evaluation = _timed(lambda: example_nll(place, (0,)), device)
+def predict(place: Workplace, spec: RoundSpec) -> Prediction:
+    """Fill every slot with a trial of the largest adapter, train a few steps and evaluate once."""
+    device = place.base.device
+    hyperparameters = largest_hyperparameters(spec.space())
+    slots = range(place.pack.num_slots)
+    runs = {slot: _trial(place, slot, hyperparameters, spec.max_train_steps) for slot in slots}
+    took = [_timed(lambda: _update(place, runs), device) for _ in range(_STEPS + 1)][1:]
+    evaluation = _timed(lambda: example_nll(place, tuple(slots)), device)
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return Measured(spec.max_train_steps * sorted(took)[_STEPS // 2] + evaluations * evaluation, int(peak))
+    together = spec.max_train_steps * sorted(took)[_STEPS // 2] + evaluations * evaluation
+    return Prediction(len(slots), together / len(slots), peak_memory_bytes(device))
 
 
-def largest(space: Space) -> dict[str, Value]:
+def probe(place: Workplace, hyperparameters: Hyperparameters) -> Probed:
+    """Passes of one trial over its longest rows, up to the first that does not fit."""
+    device = place.base.device
+    run = _trial(place, 0, hyperparameters, horizon=1)
+    longest = place.train.num_tokens.argsort()[::-1].tolist()
+    found: list[tuple[int, float, int]] = []
+    for wanted in _PROBED_TOKENS:
+        rows = longest[: max(1, wanted // int(place.train.num_tokens[longest[0]]))]
+        tokens = len(rows) * int(place.train.num_tokens[longest[0]])
+        if found and tokens <= found[-1][0]:
+            break
+        seconds = [_timed(lambda rows=rows: _pass_over(place, run, rows), device) for _ in range(3)]  # type: ignore[misc]
+        if run.reason_infeasible is not None or place.pass_tokens < tokens:
+            break
+        found.append((tokens, min(seconds[1:]), peak_memory_bytes(device)))
+    return Probed(tuple(f[0] for f in found), tuple(f[1] for f in found), tuple(f[2] for f in found))
+
+
+def largest_hyperparameters(space: Space) -> dict[str, Value]:
     """The hyperparameters that take the most memory: the largest rank and batch, the first of all else."""
     values: dict[str, Value] = {}
     for name, dimension in space.items():
@@ -83,10 +83,26 @@ def largest(space: Space) -> dict[str, Value]:
     return values
 
 
-def _update(place: Workplace, run: TrialRun) -> None:
-    step = run.step
-    while run.step == step:
-        tick(place, {0: run})
+def _trial(place: Workplace, slot: int, hyperparameters: Hyperparameters, horizon: int) -> TrialRun:
+    """A trial at step 0 in a slot."""
+    start = initial_adapter(place.hollow, lora_config(hyperparameters, base_path=place.base_path), seed=0)
+    assignment = Assignment("probe", slot, 1, hyperparameters, horizon, horizon, directory="")
+    run = TrialRun(assignment, start, device=place.base.device)
+    place.pack.occupy(slot, start)
+    return run
+
+
+def _update(place: Workplace, runs: dict[int, TrialRun]) -> None:
+    """One update of every trial."""
+    steps = {slot: run.step for slot, run in runs.items()}
+    while any(run.step == steps[slot] and run.reason_infeasible is None for slot, run in runs.items()):
+        tick(place, {slot: run for slot, run in runs.items() if run.step == steps[slot]})
+
+
+def _pass_over(place: Workplace, run: TrialRun, rows: list[int]) -> None:
+    if place.base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place.base.device)
+    forward_backward(place, {0: run}, {0: MicroBatch(tuple(rows), tuple(range(len(rows))))})
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

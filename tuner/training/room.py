@@ -1,0 +1,108 @@
+"""How many trials fit into a worker, and how many tokens into one pass: predicted from a few probe passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MAX_SLOTS = 16
+"""More have not been seen to gain anything: a pass is full long before."""
+KNEE_SHARE = 0.1
+"""A pass is full when its fixed costs are no more than this share of it."""
+MIN_KNEE_TOKENS, MAX_KNEE_TOKENS = 1024, 32_768
+MARGIN = 0.92
+"""Of the free memory, what a prediction may use."""
+BYTES_PER_SLOT_WEIGHT = 28
+"""Of one adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's exact
+weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, their sum in float32 4."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What passes of different sizes took, with nothing in the slots but one trial."""
+
+    tokens: tuple[int, ...]
+    """Of each pass, padding included."""
+    seconds: tuple[float, ...]
+    peak_bytes: tuple[int, ...]
+    """The most that was held during each, the base included."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Straight lines through what was probed: cost = fixed + per_token * tokens of a pass."""
+
+    fixed_seconds: float
+    seconds_per_token: float
+    fixed_bytes: float
+    bytes_per_token: float
+
+    @property
+    def knee_tokens(self) -> int:
+        """Tokens from which a pass is full: its fixed costs have become small."""
+        if self.seconds_per_token <= 0:
+            return MIN_KNEE_TOKENS
+        tokens = (1 / KNEE_SHARE - 1) * self.fixed_seconds / self.seconds_per_token
+        return int(min(max(tokens, MIN_KNEE_TOKENS), MAX_KNEE_TOKENS))
+
+    def peak_bytes(self, *, slots: int, slot_weights: int, pass_tokens: int) -> float:
+        """The most that training will hold at once."""
+        adapters = slots * slot_weights * BYTES_PER_SLOT_WEIGHT
+        return self.fixed_bytes + adapters + self.bytes_per_token * pass_tokens
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a worker settles on."""
+
+    slots: int
+    pass_tokens: int
+    """Of all trials in one pass."""
+
+
+def fit_room(probed: Probed) -> Room:
+    """Least squares; costs that fall with the tokens, which is noise, count as constant."""
+    fixed_seconds, seconds = _line(probed.tokens, probed.seconds)
+    fixed_bytes, per_token = _line(probed.tokens, probed.peak_bytes)
+    return Room(fixed_seconds, seconds, fixed_bytes, per_token)
+
+
+def choose_packing(
+    room: Room, *, limit_bytes: int, slot_weights: int, update_tokens: int, longest_row: int, trials: int
+) -> Packing:
+    """As many trials as fill a pass, as far as they fit into memory; at least one.
+
+    `slot_weights` are those of the largest adapter, `update_tokens` those of a typical update of one trial.
+    Memory goes to the slots first, since tokens of a pass can be cut and slots cannot; but a pass keeps room
+    for one row of each.
+    """
+    wanted = min(trials, MAX_SLOTS, math.ceil(room.knee_tokens / max(1, update_tokens)))
+    for slots in range(max(1, wanted), 0, -1):
+        left = limit_bytes - room.peak_bytes(slots=slots, slot_weights=slot_weights, pass_tokens=0)
+        fitting = left / room.bytes_per_token if room.bytes_per_token > 0 else math.copysign(math.inf, left)
+        if fitting >= slots * longest_row or slots == 1:
+            full = max(room.knee_tokens, slots * longest_row)
+            return Packing(slots, int(max(longest_row, min(fitting, full))))
+    raise AssertionError("one slot is always chosen")
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process holds or may take."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device))
+
+
+def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """(value at 0, slope), neither below 0; of one point, a constant."""
+    if len(set(x)) < 2:
+        return float(np.mean(y)), 0.0
+    slope, start = np.polyfit(x, y, 1)
+    if slope <= 0:
+        return float(np.mean(y)), 0.0
+    if start < 0:
+        return 0.0, float(np.dot(x, y) / np.dot(x, x))
+    return float(start), float(slope)
