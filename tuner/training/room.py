@@ -18,7 +18,7 @@ MARGIN = 0.92
 """Of the free memory, what a prediction may use."""
 BYTES_PER_SLOT_WEIGHT = 28
 """Of one adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's exact
-weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, their sum in float32 4."""
+weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, and their sum 4."""
 
 
 @dataclass(frozen=True)
