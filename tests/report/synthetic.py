@@ -17,6 +17,7 @@ from tuner.records import (
     Range,
     RoundRecord,
     Space,
+    Throughput,
     Trial,
     TrialState,
 )
@@ -37,6 +38,11 @@ SPACE: Space = {
 }
 BASE_LOSS = 2.4310
 NUM_EXAMPLES = 40
+WORK = (
+    Throughput("1-1", 30.0, 9.0, 1.0, 100, 350, 40, 90_000, 100_000, 2_000_000_000),
+    Throughput("2-1", 10.0, 9.0, 1.0, 100, 350, 40, 30_000, 50_000, 3_000_000_000),
+)
+"""Of two workers: 3,000 tokens/s, 2 trial-steps/s, packing factor 3.5, padding 20%, evaluation 30%, 3 GB."""
 
 
 def evaluation(step: int, loss: float, *, rate: float = 1e-4) -> Evaluation:
@@ -141,6 +147,7 @@ def report(
     goal: str = "Learning rate and rank for Alpaca on SmolLM2",
     promised: int = 8,
     earlier: Sequence[RoundReport] = (),
+    throughputs: Sequence[Throughput] = (),
 ) -> RoundReport:
     """A round of the formula as a report, read by the playbook."""
     ran = (
@@ -165,12 +172,40 @@ def report(
     return RoundReport(
         study="alpaca-smollm2",
         goal=goal,
-        record=RoundRecord(round, max_train_steps, spec, 1000.0, train_rows=400, eval_rows=40, workload="w"),
+        record=RoundRecord(
+            round,
+            max_train_steps,
+            spec,
+            1000.0,
+            train_rows=400,
+            eval_rows=40,
+            workload="w",
+            throughputs=tuple(throughputs),
+        ),
         results=results,
         reading=read_round(results, [other.results for other in earlier]),
         adapters={t.number: f"runs/{round}/trial-{t.number:04d}/best" for t in ran},
         next_command="tuner study promote --to round2",
         environment={"tuner": "0.1.0", "torch": "2.13.0", "hardware": "2 CPU cores"},
+    )
+
+
+def two_rounds() -> tuple[RoundReport, RoundReport]:
+    """A round, and one three times as long whose trials go on from the first one's three best."""
+    first = report()
+    later = [
+        trial(
+            number,
+            float(source.hyperparameters["learning_rate"]),  # type: ignore[arg-type]
+            rank=int(source.hyperparameters["lora_r"]),  # type: ignore[arg-type]
+            round="round2",
+            max_train_steps=180,
+            continues=Continuation("round1", source.number, 36),
+        )
+        for number, (source, _) in enumerate(first.ranked[:3])
+    ]
+    return first, report(
+        round="round2", max_train_steps=180, trials_of_round=later, promised=3, earlier=[first]
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.errors import Mistake
-from tuner.records import Continuation, TrialState
+from tuner.records import Continuation, Throughput, TrialState, added_up
 from tuner.report.documents import (
     RoundPlan,
     check_document,
@@ -105,13 +105,46 @@ class TestStatus:
         document = strictly(dumps(status_document("alpaca", [status])))
         (shown,) = document["rounds"]
         assert document["study"] == "alpaca"
-        assert list(shown) == ["round", "max_train_steps", "state", "trials", "best"]
+        assert list(shown) == ["round", "max_train_steps", "state", "trials", "best", "throughput"]
+        assert shown["throughput"] is None
         assert shown["state"] == "complete"
         assert list(shown["trials"]) == STATES
         assert shown["trials"] == dict.fromkeys(STATES, 0) | {"complete": 7, "infeasible": 1}
         assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter"]
         assert shown["best"]["trial"] == 6
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
+
+    def test_what_was_measured_of_its_workers(self) -> None:
+        only_evaluated = Throughput("1-1", evaluating_seconds=2.0, peak_memory_bytes=7)
+        rounds = [
+            round_status(
+                "r",
+                max_train_steps=60,
+                trials=(),
+                promised=1,
+                is_running=True,
+                adapters={},
+                throughput=work,
+            )
+            for work in (added_up(synthetic.WORK), only_evaluated)
+        ]
+        first, second = strictly(dumps(status_document("alpaca", rounds)))["rounds"]
+        assert first["throughput"] == {
+            "tokens_per_second": 3000.0,
+            "trial_steps_per_second": 2.0,
+            "packing_factor": 3.5,
+            "padding_share": pytest.approx(0.2),
+            "evaluation_share": 0.3,
+            "peak_memory_bytes": 3_000_000_000,
+            "training_seconds": 40.0,
+            "evaluating_seconds": 18.0,
+            "saving_seconds": 2.0,
+        }
+        assert list(second["throughput"]) == list(first["throughput"])
+        assert (second["throughput"]["tokens_per_second"], second["throughput"]["evaluation_share"]) == (
+            None,
+            1.0,
+        )
 
     def test_promised_trials_that_have_not_begun_are_waiting(self) -> None:
         status = round_status(

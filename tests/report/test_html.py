@@ -143,6 +143,15 @@ def test_a_study_of_two_rounds_concludes_from_the_last() -> None:
     assert study.text.index("alpaca-smollm2 / round2") < study.text.index("alpaca-smollm2 / round1")
     assert len(study.figures) == 6
     assert study.text.count(second.next_command) == 1
+    assert "ran in round2 too. The rank correlation of their losses in both is" in study.text
+    assert "Throughput" not in study.text
+
+
+def test_each_round_shows_its_own_throughput() -> None:
+    first, second = synthetic.report(), synthetic.report(round="round2", throughputs=synthetic.WORK)
+    page = Page(html_page(second, earlier=[first]))
+    assert page.text.count("Throughput") == 1
+    assert "tokens/s 3,000 trained on" in " ".join(page.text.replace("3,000", " 3,000 ").split())
 
 
 @pytest.mark.parametrize("promised", [0, 8])

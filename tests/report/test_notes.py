@@ -32,6 +32,13 @@ def test_the_whole_report_lists_every_trial_and_what_it_holds_for() -> None:
         assert any(finding.message in line for line in lines)
 
 
+def test_throughput_is_listed_where_there_is_one() -> None:
+    lines = round_markdown(synthetic.report(throughputs=synthetic.WORK)).splitlines()
+    start = lines.index("## Throughput")
+    assert lines[start + 2] == "- tokens/s: 3,000 (trained on, in a second of a worker's training)"
+    assert "## Throughput" not in round_markdown(synthetic.report())
+
+
 def test_user_text_is_not_markdown() -> None:
     reason = "a | b <b>*bold*</b> `code` _x_ snake_case\nsecond line"
     trials = [dataclasses.replace(trial, reason=reason) for trial in synthetic.trials()]

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from tuner.records import Continuation, TrialState
+from tuner.records import Continuation, TrialState, added_up
 from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
 from tuner.report.fitted_table import FittedTable, column, fitting
 
@@ -67,6 +67,25 @@ class TestStatus:
         assert lines[3].split() == ["round2", "180", "running", "5", "waiting", "-", "-", "-"]
         assert lines[4] == "best: round1/6, adapter in runs/round1/trial-0006/best"
         assert lines[5] == "about 6 min 40 s left at the pace so far"
+        assert len(lines) == 6, "of rounds without throughput nothing is said"
+
+    def test_a_line_on_the_throughput_of_a_round_that_has_it(self) -> None:
+        work = added_up(synthetic.WORK)
+        rounds = [
+            round_status(
+                name,
+                max_train_steps=60,
+                trials=[],
+                promised=1,
+                is_running=False,
+                adapters={},
+                throughput=given,
+            )
+            for name, given in (("round1", None), ("round2", work))
+        ]
+        lines = shown(status_table("alpaca", rounds)).splitlines()
+        assert lines[-1].startswith("round2: 3,000 tokens/s, 2 trial-steps/s, packing factor 3.5")
+        assert not any(line.startswith("round1:") for line in lines)
 
     def test_the_best_is_that_of_the_latest_round_that_has_one(self) -> None:
         rounds = [
@@ -193,6 +212,35 @@ class TestSummary:
         text = shown(summary(report, earlier=[first]))
         assert "How the study went" in text
         assert "An earlier trial, round1/6, is still better" in text
+        assert "too few to say whether their order held" in text
+
+    def test_the_lineage_says_cost_best_step_and_what_was_carried(self) -> None:
+        reports = synthetic.two_rounds()
+        lines = [
+            " ".join(line.split())
+            for line in shown(summary(reports[1], earlier=reports[:1]), width=200).splitlines()
+        ]
+        start = lines.index("How the study went")
+        assert lines[start + 1] == ("round steps trials best loss at step steps run carried over conclusion")
+        assert lines[start + 2].startswith("round1 60 7 complete, 1 infeasible 1.3734 60 440 - 60 steps")
+        assert lines[start + 3].startswith(
+            "round2 180 3 complete 1.3126 180 432 3 of round1, 108 steps saved"
+        )
+        text = " ".join(" ".join(lines).split())
+        assert (
+            "3 trials of round1 ran in round2 too. The rank correlation of their losses in both is 0.50 (1: "
+            "the same order). The best of them in round1, trial 6, is number 2 of the 3 in round2." in text
+        )
+
+    def test_throughput_is_shown_where_there_is_one(self) -> None:
+        assert "Throughput" not in shown(summary(synthetic.report()))
+        text = shown(summary(synthetic.report(throughputs=synthetic.WORK)), width=100)
+        section = text.split("\nThroughput\n")[1].split("\nHolds for\n")[0].splitlines()
+        assert [line.split()[:2] for line in section if line][:2] == [
+            ["tokens/s", "3,000"],
+            ["trial-steps/s", "2"],
+        ]
+        assert len([line for line in section if line]) == 6
 
     def test_nothing_complete(self) -> None:
         text = shown(summary(synthetic.report(trials_of_round=[], promised=8)))

@@ -117,6 +117,16 @@ def trials(directory: Path, **changes: Any) -> tuple[Trial, ...]:
         store.close()
 
 
+def rounds(directory: Path) -> tuple[RoundRecord, ...]:
+    """The rounds as a new process finds them."""
+    plan = RoundPlan(round_file(directory))
+    store = open_store(plan.absolute.storage, study=plan.spec.study)
+    try:
+        return store.rounds()
+    finally:
+        store.close()
+
+
 def _record(file: RoundFile) -> RoundRecord:
     return RoundRecord(
         "round1", file.spec.max_train_steps, file.spec.model_dump(mode="json"), begun_at=0.0, workload="same"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.studies import formula
-from tests.study.rehearsal import Crash, rehearse, trials
+from tests.study.rehearsal import Crash, rehearse, rounds, trials
 from tuner.errors import InputError, Interrupted, WorkerError
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
@@ -22,9 +22,12 @@ from tuner.records import (
     Checkpoint,
     CheckpointKind,
     Died,
+    Evaluated,
     Event,
+    Measured,
     Ready,
     Started,
+    Throughput,
     Trial,
     TrialState,
 )
@@ -191,6 +194,35 @@ def test_input_that_cannot_be_used_ends_the_run_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="cannot load"):
         rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1))
+
+
+def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) -> None:
+    """Two processes one after the other, each saying its sums so far again and again."""
+
+    class Measures(SimulatedWorker):
+        session = "first"
+        tokens = 0
+
+        def _say(self, event: Event) -> None:
+            super()._say(event)
+            if isinstance(event, Evaluated):
+                self.tokens += 10
+                peak = 70 if self.session == "first" else 50
+                work = Throughput(self.session, 2.0, tokens=self.tokens, peak_memory_bytes=peak)
+                super()._say(Measured(work))
+
+    class MeasuresAgain(Measures):
+        session = "second"
+
+    rehearse(tmp_path, trials=1, make_worker=lambda: Measures(formula, slots=1))
+    (first,) = rounds(tmp_path)[0].throughputs
+    evaluations = len(trials(tmp_path)[0].evaluations)
+    assert first == Throughput("first", 2.0, tokens=10 * evaluations, peak_memory_bytes=70)
+    rehearse(tmp_path, trials=2, make_worker=lambda: MeasuresAgain(formula, slots=1))
+    whole = rounds(tmp_path)[0].throughput
+    assert whole is not None
+    assert (whole.training_seconds, whole.peak_memory_bytes) == (4.0, 70)
+    assert whole.tokens == 10 * sum(len(trial.evaluations) for trial in trials(tmp_path))
 
 
 def test_steps_run_are_counted_over_attempts(tmp_path: Path) -> None:

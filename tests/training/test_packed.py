@@ -26,7 +26,7 @@ from tests.training.driving import (
 from tuner.records import Value
 from tuner.training.optimizer import TrialOptimizer
 
-STEPS = 25
+STEPS = 50
 MICRO_TOKENS = 60
 """Cuts batches of these rows into one to four micro-batches."""
 
@@ -218,6 +218,12 @@ def test_4_bit_base(models: tiny.Models) -> None:
         packed = drive(place, trials, [Entry(n, 3 - n, tick=n) for n in range(3)], max_train_steps=steps)
     assert packed[0].losses[-1] < packed[0].losses[0]
     assert_same(packed, {n: solo(base, trial, max_train_steps=steps) for n, trial in enumerate(trials)})
+
+
+def test_8_bit_base(models: tiny.Models) -> None:
+    """LLM.int8 rounds each row of activations to 255 values: the last digit decides which."""
+    rounded = models.base("llama", quantization="int8", **tiny.WIDE)
+    assert_lost_in_rounding(rounded, models.base("llama", **tiny.WIDE))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

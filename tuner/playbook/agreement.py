@@ -51,7 +51,8 @@ def carried_over(results: RoundResults, earlier: Sequence[RoundResults]) -> Carr
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Spearman's rank correlation, in [-1, 1]; equal values share the mean of their ranks.
 
-    None for fewer than `MIN_RANKED` values, or where all of one side are equal.
+    None for fewer than `MIN_RANKED` values, or where all of one side are equal. Rule: this project's
+    decision.
     """
     if len(one) < MIN_RANKED or len(set(one)) == 1 or len(set(other)) == 1:
         return None

@@ -136,12 +136,12 @@ def _held(report: RoundReport, over: CarriedOver) -> str:
         return f"{trials} of {over.from_round} ran in {name} too: too few to say whether their order held."
     if over.rank_correlation is None:
         return f"{trials} of {over.from_round} ran in {name} too, with losses that are all equal."
-    (before, now), place = over.compared[0], over.place_of_the_best
-    where = "still the best" if place == 1 else f"number {place} of them"
+    place, best = over.place_of_the_best, over.compared[0][0]
+    stands = "still their best" if place == 1 else f"number {place} of the {len(over.compared)}"
     return (
-        f"{trials} of {over.from_round} ran in {name} too: the rank correlation of their losses is "
-        f"{over.rank_correlation:.2f}, where 1 is the same order. The best of them, "
-        f"{over.from_round}/{before}, is {where} as {name}/{now}."
+        f"{trials} of {over.from_round} ran in {name} too. The rank correlation of their losses in both "
+        f"is {over.rank_correlation:.2f} (1: the same order). The best of them in {over.from_round}, "
+        f"trial {best}, is {stands} in {name}."
     )
 
 
