@@ -1,6 +1,7 @@
 # make quickstart   install, then a whole study: two rounds and a promotion
 # make check test   what has to be green before a change lands
 # make smollm2 ROWS=alpaca.json   model and rows of studies/alpaca-smollm2; without ROWS from the Hub
+# make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
 # make fix          format and repair what can be repaired
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ CLI_DOCS := $(BIN)/typer tuner.cli utils docs --name tuner --title 'The commands
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart smollm2 check test fix clean
+.PHONY: setup quickstart smollm2 bench check test fix clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,10 @@ quickstart: setup
 
 smollm2: setup
 	$(BIN)/python studies/alpaca-smollm2/prepare.py $(if $(ROWS),--rows '$(ROWS)')
+
+# Both sides of a benchmark use all cores; tests use one thread, which never stalls.
+bench: setup
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python benchmarks/packing.py --trials 8 --repetitions 2
 
 check: setup
 	$(BIN)/ruff check

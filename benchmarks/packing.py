@@ -1,6 +1,7 @@
 """A round of K trials by tuner, packed, against the same trials one after another with PEFT and Trainer.
 
     OMP_NUM_THREADS=2 python benchmarks/packing.py                       the tiny cell, on a CPU
+    OMP_NUM_THREADS=2 python benchmarks/packing.py --cells smollm2 --trials 1 2
     python benchmarks/packing.py --cells gpu --markdown FILE             on a GPU: every cell
 
 Both sides run in this process in turn, several times; what is printed are medians and ratios of
@@ -107,7 +108,18 @@ _7B = {
     "num_key_value_heads": 32,
     "vocab_size": 32_000,
 }
+_SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+}
 TINY = Cell("tiny", _TINY, tokens=64)
+SMOLLM2 = Cell(
+    "SmolLM2-135M", _SMOLLM2, tokens=64, accumulation=2, steps=6, evaluation_rows=8, evaluate_every=6
+)
 
 
 def gpu_cells() -> list[Cell]:
@@ -443,7 +455,7 @@ def main() -> None:
     keep_freed_memory()  # both sides gain
     lines = [heading(), *table_head()]
     print("\n".join(lines), flush=True)
-    for cell in [TINY] if arguments.cells == "tiny" else gpu_cells():
+    for cell in {"tiny": [TINY], "smollm2": [SMOLLM2], "gpu": gpu_cells()}[arguments.cells]:
         for line in rows_of(cell, arguments):
             lines.append(line)
             print(line, flush=True)
@@ -456,7 +468,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", choices=["tiny", "gpu"], default="tiny")
+    parser.add_argument("--cells", choices=["tiny", "smollm2", "gpu"], default="tiny")
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of the cell's own")

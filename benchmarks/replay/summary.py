@@ -13,6 +13,8 @@ import numpy as np
 from .task import CLOSE, Task
 
 RESAMPLES = 1000
+FEWEST = 5
+"""Seeds from which on an interval means something."""
 AT_RUNS = (1, 3, 10, 30, 100, 300)
 """Full-length runs at which the regret is shown."""
 COLOURS = (
@@ -191,6 +193,8 @@ def svg(replays: Sequence[Replay], tasks: Sequence[Task], *, methods: Sequence[s
 
 
 def _with_interval(table: np.ndarray) -> str:
+    if table.shape[1] < FEWEST:
+        return f"{_short(typical(table))} (too few seeds)"
     low, high = interval([table], typical)
     return f"{_short(typical(table))} ({_short(low)} to {_short(high)})"
 
@@ -198,6 +202,8 @@ def _with_interval(table: np.ndarray) -> str:
 def _ratio(table: np.ndarray, base: np.ndarray) -> str:
     seeds = min(table.shape[1], base.shape[1])
     both = [table[:, :seeds], base[:, :seeds]]
+    if seeds < FEWEST:
+        return "-"
     low, high = interval(both, lambda a, b: typical(a) / typical(b))
     return f"{typical(both[0]) / typical(both[1]):.2f} ({low:.2f} to {high:.2f})"
 

@@ -54,7 +54,15 @@ class TestStudy:
         assert document["study"] == "tiny"
         assert [r["round"] for r in document["rounds"]] == ["round1", "round2"]
         for status in document["rounds"]:
-            assert list(status) == ["round", "max_train_steps", "state", "trials", "best"]
+            assert list(status) == ["round", "max_train_steps", "state", "trials", "best", "throughput"]
+            executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])
+            measured = status["throughput"]
+            steps = measured["trial_steps_per_second"] * measured["training_seconds"]
+            assert steps == pytest.approx(executed)
+            assert 0.0 < measured["padding_share"] < 1.0
+            assert 0.0 < measured["evaluation_share"] < 1.0
+            assert measured["packing_factor"] >= 1.0
+            assert measured["peak_memory_bytes"] > 1_000_000
             assert status["state"] == "complete"
             assert status["trials"]["waiting"] == status["trials"]["running"] == 0
             assert Path(status["best"]["adapter"]).is_dir()
@@ -154,6 +162,7 @@ class TestStudy:
         page = (study / "report-round1.html").read_text()
         assert "tiny" in page
         assert "tuner study" in page
+        assert all("Throughput" in text and "trial-steps/s" in text for text in (page, done.stdout))
 
     def test_a_running_study_cannot_be_run_twice(self, study: Path) -> None:
         from tuner.store import hold_study

@@ -83,7 +83,15 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     assert documents(out)["rounds"][0]["state"] == "open"
     out, err = does("-C", "rehearsal", "study", "report")
     assert BANNER in err
-    assert "made-up losses" in (study / "rehearsal" / "report-round2.html").read_text()
+    page = (study / "rehearsal" / "report-round2.html").read_text()
+    assert "made-up losses" in page
+    for text in (out, page):
+        assert "How the study went" in text
+        assert "3 of round1" in text
+        assert "The rank correlation of their losses" in " ".join(text.split())
+        assert "Throughput" not in text, "a rehearsal measures nothing"
+    first, _ = does("-C", "rehearsal", "study", "report", "round1")
+    assert "How the study went" not in first
 
 
 def test_a_rehearsal_is_repeatable_and_run_again_changes_nothing(

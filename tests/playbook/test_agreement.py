@@ -129,6 +129,7 @@ def test_the_repetition_of_a_failed_trial_is_the_source():
     again = replace(first.trials[0], number=5)
     over = carried_over(later(1.0, 2.0), [replace(first, trials=(failed, first.trials[1], again))])
     assert over.trials == ((1, 0), (5, 1))
+    assert carried_over(later(1.0, 2.0), [replace(first, trials=(failed,))]) is None
 
 
 def test_the_same_horizon_on_the_same_workload_is_nothing_new():

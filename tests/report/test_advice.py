@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tuner.playbook import Diagnosis, Finding, Severity
-from tuner.records import Choices, Continuation, Fixed, Range, TimesSqrtRank, TrialState
+from tuner.records import Choices, Continuation, Fixed, Range, TimesSqrtRank, Trial, TrialState
 from tuner.report import advice
 from tuner.report.round_report import RoundReport, describe
 
@@ -67,6 +67,32 @@ def test_a_base_that_could_not_be_measured_is_not_compared_with() -> None:
     report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, evaluations=losses)], promised=1)
     assert "untouched" not in " ".join(advice.found(report))
     assert advice.key_numbers(report)[0] == ("best evaluation loss", "2.0000", "trial 0")
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([1.0, 2.0, 3.0], "is 1.00 (1: the same order, -1: reversed). The best in round1, trial 0, is still"),
+        ([3.0, 2.0, 1.0], "-1.00 (1: the same order, -1: reversed). The best in round1, trial 0, is number"),
+        ([2.0, 2.0, 2.0], "3 trials of round1 ran in round2 too, with losses that are all equal."),
+        ([1.0, 2.0], "2 trials of round1 ran in round2 too: too few to say whether the order held."),
+        ([1.0], "1 trial of round1 ran in round2 too: too few to say whether the order held."),
+    ],
+)  # fmt: skip
+def test_whether_the_order_of_an_earlier_round_held(losses: list[float], said: str) -> None:
+    def run(number: int, loss: float, round: str) -> Trial:
+        evaluations = [synthetic.evaluation(0, 4.0), synthetic.evaluation(50, loss)]
+        return synthetic.trial(number, 1e-4 * (number + 1), round=round, evaluations=evaluations)
+
+    before = [run(number, 1.0 + number, "round1") for number in range(3)]
+    after = [run(number, loss, "round2") for number, loss in enumerate(losses)]
+    first = synthetic.report(trials_of_round=before)
+    second = synthetic.report(round="round2", max_train_steps=180, trials_of_round=after)
+    (sentence,) = advice.held([first, second])
+    assert said in sentence
+    same = synthetic.report(round="round2", trials_of_round=after)
+    assert advice.held([first, same]) == (), "the same horizon again is no test of the first"
+    assert advice.lineage_rows([first, same])[1][6] == f"{len(losses)} of round1"
 
 
 def test_no_trial_beats_the_untouched_model() -> None:

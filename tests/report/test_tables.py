@@ -212,7 +212,7 @@ class TestSummary:
         text = shown(summary(report, earlier=[first]))
         assert "How the study went" in text
         assert "An earlier trial, round1/6, is still better" in text
-        assert "too few to say whether their order held" in text
+        assert "too few to say whether the order held" in text
 
     def test_the_lineage_says_cost_best_step_and_what_was_carried(self) -> None:
         reports = synthetic.two_rounds()
@@ -229,7 +229,8 @@ class TestSummary:
         text = " ".join(" ".join(lines).split())
         assert (
             "3 trials of round1 ran in round2 too. The rank correlation of their losses in both is 0.50 (1: "
-            "the same order). The best of them in round1, trial 6, is number 2 of the 3 in round2." in text
+            "the same order, -1: reversed). The best in round1, trial 6, is number 2 of the 3 in round2."
+            in text
         )
 
     def test_throughput_is_shown_where_there_is_one(self) -> None:

@@ -26,12 +26,16 @@ from tuner.records import (
     Event,
     Measured,
     Ready,
+    RoundRecord,
     Started,
     Throughput,
     Trial,
     TrialState,
 )
+from tuner.store import MemoryStore
+from tuner.store.facts import RoundBegun, WorkMeasured
 from tuner.study.loop import MAX_ATTEMPTS, has_failed, unreplaced
+from tuner.study.mirror import MirroredStore
 from tuner.study.sampling import optuna_storage
 from tuner.workers import SimulatedWorker
 
@@ -223,6 +227,15 @@ def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) ->
     assert whole is not None
     assert (whole.training_seconds, whole.peak_memory_bytes) == (4.0, 70)
     assert whole.tokens == 10 * sum(len(trial.evaluations) for trial in trials(tmp_path))
+
+
+def test_a_mirror_knows_what_was_measured_before_it(tmp_path: Path) -> None:
+    inner = MemoryStore()
+    record = RoundRecord("round1", 8, {}, begun_at=0.0)
+    inner.record(RoundBegun(record), *(WorkMeasured("round1", Throughput(session, 2.0)) for session in "ab"))
+    mirrored = MirroredStore(inner)
+    assert mirrored.rounds() == inner.rounds()
+    assert len(mirrored.rounds()[0].throughputs) == 2
 
 
 def test_steps_run_are_counted_over_attempts(tmp_path: Path) -> None:

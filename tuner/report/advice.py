@@ -133,14 +133,14 @@ def held(reports: Sequence[RoundReport]) -> tuple[str, ...]:
 def _held(report: RoundReport, over: CarriedOver) -> str:
     name, trials = report.record.name, format.count(len(over.compared), "trial")
     if len(over.compared) < MIN_RANKED:
-        return f"{trials} of {over.from_round} ran in {name} too: too few to say whether their order held."
+        return f"{trials} of {over.from_round} ran in {name} too: too few to say whether the order held."
     if over.rank_correlation is None:
         return f"{trials} of {over.from_round} ran in {name} too, with losses that are all equal."
     place, best = over.place_of_the_best, over.compared[0][0]
     stands = "still their best" if place == 1 else f"number {place} of the {len(over.compared)}"
     return (
         f"{trials} of {over.from_round} ran in {name} too. The rank correlation of their losses in both "
-        f"is {over.rank_correlation:.2f} (1: the same order). The best of them in {over.from_round}, "
+        f"is {over.rank_correlation:.2f} (1: the same order, -1: reversed). The best in {over.from_round}, "
         f"trial {best}, is {stands} in {name}."
     )
 

@@ -74,7 +74,7 @@ class _Known:
 @dataclass
 class _Facts:
     rounds: dict[str, RoundRecord] = field(default_factory=dict)
-    """Without `throughputs`."""
+    """As they were said; their `throughputs` do not count."""
     throughputs: dict[tuple[str, str], Throughput] = field(default_factory=dict)
     """By round and session."""
     trials: dict[tuple[str, int], _Known] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class _Facts:
             raise FactError(
                 f"{record.name} has begun with other max_train_steps than {record.max_train_steps}"
             )
-        self.rounds[record.name] = replace(begun, spec=_as_json(record.spec), throughputs=())
+        self.rounds[record.name] = replace(begun, spec=_as_json(record.spec))
 
     def _ask_trial(self, fact: TrialAsked, trial: Trial) -> None:
         if trial.round not in self.rounds:

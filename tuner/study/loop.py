@@ -296,11 +296,9 @@ def _promised(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _count_stillborn(so_far: int, event: Event) -> int:
-    """Workers in a row that died before they were ready. Raises WorkerError at `MAX_STILLBORN`."""
-    if isinstance(event, Ready):
-        return 0
+    """Deaths in a row without a sign of life between. Raises WorkerError at `MAX_STILLBORN`."""
     if not isinstance(event, Died):
-        return so_far
+        return 0
     if so_far + 1 >= MAX_STILLBORN:
         raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could begin. {event.reason}")
     return so_far + 1
