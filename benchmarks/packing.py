@@ -148,9 +148,7 @@ class Measurement:
 def write_files(cell: Cell, directory: Path) -> Path:
     """A model with random weights, its tokenizer, and rows of exactly `cell.tokens` tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **cell.shape, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1
-    )
+    config = LlamaConfig(**cell.shape, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cell.dtype))

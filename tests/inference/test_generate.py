@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests import tiny
-from tuner.errors import ModelError
+from tuner.errors import InputError, ModelError
 from tuner.inference import generate
 
 PROMPT = "Name three colours."
@@ -94,3 +94,11 @@ def test_a_model_that_is_not_there(tmp_path: Path, models: tiny.Models) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models.path("llama"))
     with pytest.raises(ModelError, match="no-model"):
         generate(tiny.model_spec(tmp_path / "no-model"), tokenizer, [1, 2], adapter=None, max_new_tokens=1)
+
+
+def test_an_answer_ends_at_the_last_position(models: tiny.Models) -> None:
+    """And a prompt that leaves none is refused: this model has 64."""
+    spec, tokenizer = tiny.model_spec(models.path("gpt2")), AutoTokenizer.from_pretrained(models.path("gpt2"))
+    assert generate(spec, tokenizer, [5] * 60, adapter=None, max_new_tokens=500)
+    with pytest.raises(InputError, match=r"--prompt: it has 64 tokens .* has 64 positions"):
+        generate(spec, tokenizer, [5] * 64, adapter=None, max_new_tokens=500)
