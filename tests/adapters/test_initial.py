@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
-from tuner.adapters.initial import hollow_copy, lora_config, targeted_modules
+from tuner.adapters.initial import adapter_sizes, hollow_copy, lora_config, targeted_modules
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range
 
@@ -119,11 +119,6 @@ def test_what_cannot_be_adapted_is_refused(models: tiny.Models, targets: tuple[s
         initial_adapter(hollow, config, seed=0)
 
 
-def test_dora_is_refused() -> None:
-    with pytest.raises(ModelError, match="use_dora"):
-        lora_config(tiny.hyperparameters(use_dora=True), base_path="somewhere")
-
-
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 16), (True, 8 / 4)])
 def test_scale(models: tiny.Models, rslora: bool, scale: float) -> None:
     assert started(models.base("llama"), lora_r=16, lora_alpha=8.0, use_rslora=rslora).scale == scale
@@ -139,6 +134,12 @@ def test_largest_adapter(models: tiny.Models) -> None:
     adapter = started(models.base("llama"), lora_r=6)
     size = sum(a.numel() + b.numel() for a, b in adapter.weights.values())
     assert largest_adapter(tiny.model_spec(models.path("llama")), space) == size
+    magnitudes = sum(len(b) for _, b in adapter.weights.values())
+    with_dora = space | {"use_dora": Choices((False, True))}
+    assert largest_adapter(tiny.model_spec(models.path("llama")), with_dora) == size + magnitudes
+    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
+    always = adapter_sizes(hollow, space | {"use_dora": Fixed(True)})[0]
+    assert always > adapter_sizes(hollow, with_dora)[0] == adapter_sizes(hollow, space)[0]
 
 
 def test_targeted_modules_are_those_of_any_trial(models: tiny.Models) -> None:

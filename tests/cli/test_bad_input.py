@@ -49,7 +49,6 @@ def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHE
         ({"decay_steps": 8}, ["decay_steps", "warmup_steps"]),
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
-        ({"lora_r": "[2, 4]\n  use_dora: [false, true]"}, ["use_dora"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
     ],
 )

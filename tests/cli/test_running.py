@@ -75,6 +75,29 @@ def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
+    """Beside plain trials of the same round; it is said before and while the round runs."""
+    write_round(
+        tmp_path,
+        trials=2,
+        learning_rate="3e-3",
+        lora_r="2\n  use_dora: [false, true]",
+        sampler="grid",
+    )
+    checked = tuner("study", "check", "round1.yaml", directory=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "DoRA trains one trial at a time: a worker has one slot" in checked.stdout
+    done = tuner("study", "run", "round1.yaml", "--slots", "2", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "DoRA trains one trial at a time: a worker has one slot" in done.stderr
+    assert "worker ready: cpu, 1 slot" in done.stderr
+    assert "slots: 2: DoRA trains one trial at a time" in (tmp_path / "runs/round1/worker.log").read_text()
+    trials = trials_of(tmp_path)
+    assert {trial["hyperparameters"]["use_dora"] for trial in trials} == {False, True}
+    assert [trial["state"] for trial in trials] == ["complete", "complete"]
+
+
+@pytest.mark.slow
 def test_two_workers_share_a_round_and_change_nothing(tmp_path: Path) -> None:
     """Each has its log and its trials; every trial is digit for digit what one worker makes of it."""
     for name, workers in (("one", "1"), ("two", "2")):

@@ -68,7 +68,8 @@ def workplace(
 def begin(place: Workplace, slot: int, trial: Hyperparameters, *, max_train_steps: int) -> TrialRun:
     """A trial at step 0 in a slot."""
     assignment = Assignment("round1", slot, 1, trial, max_train_steps, max_train_steps, directory="")
-    run = TrialRun(assignment, _start(place.hollow, place.base_path, trial), device=place.base.device)
+    start = place.new_adapter(trial, seed=int(trial["training_seed"]))
+    run = TrialRun(assignment, start, device=place.base.device)
     place.pack.occupy(slot, run.adapter)
     return run
 
@@ -88,8 +89,8 @@ class Trained:
 
     losses: list[float] = field(default_factory=list)
     """Train loss of every update."""
-    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    start: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    weights: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    start: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
 
 def drive(
@@ -248,8 +249,8 @@ def started(events: Iterable[Event], trial: int = 0) -> Started:
     return event
 
 
-def copied(weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in weights.items()}
+def copied(weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+    return {name: tuple(part.detach().clone() for part in parts) for name, parts in weights.items()}
 
 
 def _typical_loss_difference(some: Sequence[Trained], others: Sequence[Trained]) -> float:
@@ -277,7 +278,7 @@ def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Ma
 
 
 def _pairs(
-    some: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+    some: Mapping[str, tuple[Tensor, ...]], others: Mapping[str, tuple[Tensor, ...]]
+) -> Iterator[tuple[Tensor, ...]]:
     for name, pair in some.items():
         yield from zip(pair, others[name], strict=True)

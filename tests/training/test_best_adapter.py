@@ -31,13 +31,13 @@ def test_peft_has_the_loss_that_was_recorded(models: tiny.Models, tmp_path: Path
     for one, best in zip(assigned, bests, strict=True):
         assert best is not None
         model = PeftModel.from_pretrained(models.plain(shape), str(Path(one.directory) / "best")).eval()
-        sums = [_nll(model, row) for row in range(len(EVALUATION))]
+        sums = [nll(model, row) for row in range(len(EVALUATION))]
         assert sums == pytest.approx(best.example_nll, rel=1e-4)
         assert sum(sums) / sum(EVALUATION.num_targets) == pytest.approx(best.eval_loss, rel=1e-5)
 
 
 @torch.no_grad()
-def _nll(model: nn.Module, row: int) -> float:
+def nll(model: nn.Module, row: int) -> float:
     example = EVALUATION[row]
     ids = torch.from_numpy(example.input_ids).long()
     logits = model(input_ids=ids[None]).logits[0, :-1].float()

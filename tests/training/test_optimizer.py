@@ -101,6 +101,25 @@ def test_rates_of_a_and_b(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_magnitudes_have_the_rate_of_a(kind: str) -> None:
+    """And a checkpoint's moments are theirs, too: going on is what not stopping is."""
+    start = {name: (a, b, torch.ones(len(b))) for name, (a, b) in START.items()}
+    trial = tiny.hyperparameters(optimizer=kind, learning_rate=0.01, loraplus_ratio=8.0, max_grad_norm=0.0)
+    one = TrialOptimizer(start, trial, device=CPU)
+    fill(one, 1.0)
+    assert float(one.gradient_norm()) == pytest.approx(math.sqrt(flat(one).numel()))
+    step(one)
+    for _, _, magnitude in one.weights.values():
+        assert torch.allclose(magnitude, torch.full_like(magnitude, 0.99), atol=1e-6)
+    other = TrialOptimizer(one.weights, trial, device=CPU)
+    other.load_state(one.state())
+    for optimizer in (one, other):
+        fill(optimizer, -0.5)
+        step(optimizer)
+    assert torch.equal(flat(one), flat(other))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_state_does_not_depend_on_the_order_of_modules(kind: str) -> None:
     """A checkpoint's file has an order of its own."""
     one = made(optimizer=kind)

@@ -33,6 +33,9 @@ TRIALS = {
         schedule="linear",
         decay_steps=4,
     ),
+    "dora": tiny.hyperparameters(
+        use_dora=True, lora_dropout=0.2, warmup_steps=2, schedule="linear", decay_steps=4, loraplus_ratio=2.0
+    ),
 }
 """Rank 32 on the wide model has quantised moments and unquantised ones."""
 

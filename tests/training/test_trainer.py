@@ -19,6 +19,7 @@ from tuner.data import Example, batch_rows
 from tuner.records import Value
 
 STEPS = 50
+DORA_STEPS = 25
 SEED = 3
 MAX_GRAD_NORM = 4.0
 """Between the smallest and the largest norm of these runs."""
@@ -78,8 +79,35 @@ def test_fifty_steps(models: tiny.Models, tmp_path: Path, shape: tiny.Shape, sch
     assert update_difference(trained, reference) < UPDATE_TOLERANCE
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_dora(models: tiny.Models, tmp_path: Path, shape: tiny.Shape) -> None:
+    """Weight decay takes the magnitudes, too, and so does clipping."""
+    ours, theirs = SCHEDULES["linear"]
+    trial = tiny.hyperparameters(
+        ours,
+        batch_size=4,
+        max_grad_norm=MAX_GRAD_NORM,
+        weight_decay=0.1,
+        training_seed=SEED,
+        use_rslora=True,
+        use_dora=True,
+    )
+    trained = solo(models.base(shape), trial, max_train_steps=DORA_STEPS, micro_tokens=40)
+    reference, norms = trainer(models.plain(shape), trial, tmp_path, theirs, steps=DORA_STEPS)
+    reference.start.update(trained.start)
+    assert 0 < sum(norm > MAX_GRAD_NORM for norm in norms) < DORA_STEPS
+    assert loss_difference(trained, reference) < LOSS_TOLERANCE
+    assert update_difference(trained, reference) < UPDATE_TOLERANCE
+    assert all(len(parts) == 3 for parts in reference.weights.values())
+
+
 def trainer(
-    model: PreTrainedModel, trial: Hyperparameters, directory: Path, schedule: dict[str, Any]
+    model: PreTrainedModel,
+    trial: Hyperparameters,
+    directory: Path,
+    schedule: dict[str, Any],
+    *,
+    steps: int = STEPS,
 ) -> tuple[Trained, list[float]]:
     """Train with accumulation over the same rows; what Trainer logged at each step, and gradient norms."""
     for module in model.modules():
@@ -89,7 +117,7 @@ def trainer(
     wrapped = get_peft_model(model, lora_config(trial, base_path=model.name_or_path))
     arguments = TrainingArguments(
         output_dir=str(directory),
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=float(trial["learning_rate"]),
@@ -108,19 +136,23 @@ def trainer(
     )
     rows = [
         TRAIN[row]
-        for step in range(1, STEPS + 1)
+        for step in range(1, steps + 1)
         for row in batch_rows(len(TRAIN), batch_size=4, seed=SEED, step=step)
     ]
     reference = Trainer(model=wrapped, args=arguments, train_dataset=rows, data_collator=pad_right)
     reference.remove_callback(PrinterCallback)
     reference.train()
-    steps = [entry for entry in reference.state.log_history if "loss" in entry]
+    logged = [entry for entry in reference.state.log_history if "loss" in entry]
     weights = {
-        name: (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+        name: tuple(
+            part["default"].weight.detach()
+            for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+            if "default" in part
+        )
         for name, module in wrapped.base_model.model.named_modules()
         if isinstance(module, LoraLayer)
     }
-    return Trained([step["loss"] for step in steps], weights), [step["grad_norm"] for step in steps]
+    return Trained([step["loss"] for step in logged], weights), [step["grad_norm"] for step in logged]
 
 
 def pad_right(batch: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,11 @@ class Adapter:
     """LoRA weights by module, in PEFT's shapes, and what PEFT needs to know of them."""
 
     config: LoraConfig
-    weights: Mapping[str, tuple[Tensor, Tensor]]
-    """Module path -> (A [rank, in], B [out, rank]), float32 on the CPU unless said otherwise."""
+    weights: Mapping[str, tuple[Tensor, ...]]
+    """Module path -> (A [rank, in], B [out, rank]), float32 on the CPU unless said otherwise.
+
+    With DoRA (A, B, magnitude [out]), once a pack has measured the base's weights.
+    """
 
     @property
     def scale(self) -> float:
@@ -41,9 +45,7 @@ class Adapter:
 def lora_config(
     hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
 ) -> LoraConfig:
-    """PEFT's configuration of a trial's adapter. Raises ModelError for DoRA, which is not trained yet."""
-    if hyperparameters.get("use_dora", False):
-        raise ModelError("hyperparameters.use_dora: tuner trains LoRA without DoRA; leave it false")
+    """PEFT's configuration of a trial's adapter."""
     targets = hyperparameters["target_modules"]
     alpha = hyperparameters["lora_alpha"]
     initialisation = hyperparameters.get("lora_init", "default")
@@ -53,6 +55,7 @@ def lora_config(
         lora_alpha=alpha,
         lora_dropout=float(hyperparameters.get("lora_dropout", 0.0)),  # type: ignore[arg-type]
         use_rslora=bool(hyperparameters.get("use_rslora", False)),
+        use_dora=bool(hyperparameters.get("use_dora", False)),
         target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
         init_lora_weights=True if initialisation == "default" else initialisation,
         task_type="CAUSAL_LM",
@@ -62,12 +65,13 @@ def lora_config(
 
 
 def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
-    """The weights that PEFT would start from after `torch.manual_seed(seed)`.
+    """The A and B that PEFT would start from after `torch.manual_seed(seed)`.
 
+    DoRA's magnitudes are not in a hollow copy: `Pack.with_magnitudes` adds them.
     Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
     names nothing in the model, the output head or what is no linear layer.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         torch.manual_seed(seed)
         try:
@@ -80,8 +84,18 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
             wrapped.unload()
 
 
-def _weights(wrapped: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-    weights = {}
+@contextmanager
+def _without_dora(config: LoraConfig) -> Iterator[None]:
+    """PEFT would take the norms of weights that are not there, at the cost of real ones."""
+    wanted, config.use_dora = config.use_dora, False
+    try:
+        yield
+    finally:
+        config.use_dora = wanted
+
+
+def _weights(wrapped: PreTrainedModel) -> dict[str, tuple[Tensor, ...]]:
+    weights: dict[str, tuple[Tensor, ...]] = {}
     for name, module in wrapped.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -124,7 +138,10 @@ def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
         _one_rank(hollow, wanted, hollow.name_or_path) for wanted in values_of(space["target_modules"])
     ]
     per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
-    return int(lowest) * min(per_rank), int(max(values_of(ranks))) * max(per_rank)
+    magnitudes = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
+    dora = values_of(space.get("use_dora", Fixed(False)))
+    smallest = int(lowest) * min(per_rank) + all(dora) * min(magnitudes)
+    return smallest, int(max(values_of(ranks))) * max(per_rank) + any(dora) * max(magnitudes)
 
 
 def targeted_modules(hollow: PreTrainedModel, space: Space) -> set[str]:

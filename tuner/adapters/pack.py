@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base
+from tuner.adapters.dora import DoraUpdate, weight_norm
 from tuner.adapters.dropout import dropout_mask
 from tuner.adapters.frozen_linear import FrozenLinear, product
 from tuner.adapters.initial import Adapter
 
-ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
 """A trial's weights, or their gradients, by module and in PEFT's shapes."""
 
 
@@ -77,15 +78,33 @@ class Pack:
         self._names: list[tuple[str, ...]] = [()] * num_slots
         self._weights_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
         self._gradients_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
-        """Of a slot, the trial's part of the stacked tensors in PEFT's shapes: A, B, A, B, ..."""
+        """Of a slot, the trial's part of the stacked tensors in PEFT's shapes: A, B, A, B, ... With DoRA the
+        magnitude, which is not stacked, follows each B."""
+        self._dora: list[DoraUpdate] = []
 
     def close(self) -> None:
         """Give the base its own layers back."""
         for name, layer in self._layers.items():
             _replace(self.base, name, layer.inner)
 
+    def with_magnitudes(self, adapter: Adapter) -> Adapter:
+        """A new adapter with the magnitudes that DoRA starts from; without DoRA, itself.
+
+        They are the base's norms in float32, so that the adapter changes nothing yet; PEFT rounds them to the
+        base's dtype. Raises ModelError for a base whose weights cannot be read.
+        """
+        if not adapter.config.use_dora:
+            return adapter
+        weights, device = {}, self.base.device
+        for name, (a, b) in adapter.weights.items():
+            norm = weight_norm(self._layers[name].inner, a.to(device), b.to(device), scale=adapter.scale)
+            weights[name] = a, b, norm.cpu()
+        return Adapter(adapter.config, weights)
+
     def occupy(self, slot: int, adapter: Adapter) -> None:
-        """Give a slot to a trial: everything of its predecessor is zeroed."""
+        """Give a slot to a trial: everything of its predecessor is zeroed. DoRA needs a pack of one slot."""
+        assert self.num_slots == 1 or not adapter.config.use_dora
+        self._dora = []
         for layer in self._layers.values():
             layer.clear(slot)
         rank = adapter.config.r
@@ -98,6 +117,11 @@ class Pack:
             self._weights_of[slot] += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
             a, b = self._exact[name]
             self._gradients_of[slot] += [a[slot, :rank], b[slot, :rank].t()]
+            if adapter.config.use_dora:
+                dora = layer.take_dora(rank)
+                self._dora.append(dora)
+                self._weights_of[slot].append(dora.magnitude)
+                self._gradients_of[slot].append(dora.magnitude_gradient)
         self.load({slot: adapter.weights})
 
     @torch.no_grad()
@@ -105,10 +129,14 @@ class Pack:
         """Copy trials' exact weights into their slots, rounding to the compute dtype."""
         stacked = [view for slot in weights for view in self._weights_of[slot]]
         torch._foreach_copy_(stacked, self._exact_tensors(weights))
+        for dora in self._dora:
+            dora.measure()
 
     def zero_gradients(self) -> None:
         """Begin a pass."""
         self._gradients.zero_()
+        for dora in self._dora:
+            dora.magnitude_gradient.zero_()
 
     @torch.no_grad()
     def collect(self, gradients: Mapping[int, ExactTensors]) -> None:
@@ -171,6 +199,7 @@ class PackedLinear(nn.Module):
         self.scale = torch.zeros(pack.num_slots, 1, 1, device=self.a.device, dtype=self.a.dtype)
         """The same as a tensor."""
         self.dropout_rates = [0.0] * pack.num_slots
+        self._dora: DoraUpdate | None = None
 
     def take(self, slot: int, *, scale: float, dropout_rate: float) -> None:
         """Let a trial adapt this layer."""
@@ -178,11 +207,22 @@ class PackedLinear(nn.Module):
         self.scale[slot] = scale
         self.dropout_rates[slot] = dropout_rate
 
+    def take_dora(self, rank: int) -> DoraUpdate:
+        """Let the trial that took the only slot adapt this layer by DoRA."""
+        self._dora = DoraUpdate(
+            self.inner,
+            weights=(self.a[0, :rank], self.b[0, :rank].t()),
+            gradients=(self.gradient_a[0, :rank], self.gradient_b[0, :rank].t()),
+            scale=self.scales[0],
+        )
+        return self._dora
+
     def clear(self, slot: int) -> None:
         """Zero the slot, so that nothing of its last trial is left."""
         self.a[slot].zero_()
         self.b[slot].zero_()
         self.take(slot, scale=0.0, dropout_rate=0.0)
+        self._dora = None
 
     @property
     def weight(self) -> Tensor:
@@ -196,6 +236,8 @@ class PackedLinear(nn.Module):
         if rows is None or not any(self.scales[slot] for slot in rows.slots):
             return self.inner(x)  # type: ignore[no-any-return]
         dropped = self._drop(x, rows) if rows.dropout_keys is not None else None
+        if self._dora is not None:
+            return self._dora.apply(x, dropped)
         y = None if self._is_plain else self.inner(x)
         place = self, rows.slots, pack.rank_of(rows.slots)
         return _Update.apply(x, dropped, y, pack.anchor, *place)  # type: ignore[no-any-return, no-untyped-call]

@@ -15,28 +15,28 @@ from tuner.errors import CheckpointError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_A, _B, _MAGNITUDE = _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+"""PEFT's names of what a module's tuple holds; the last with DoRA only."""
 
 
-def named_tensors(weights: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def named_tensors(weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Weights under PEFT's key names, contiguous and on the CPU."""
-    named = {}
-    for module, (a, b) in weights.items():
-        named[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
-        named[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
-    return named
-
-
-def weights_from(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The inverse of `named_tensors`."""
-    modules = [key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in named if ".lora_A." in key]
     return {
-        module: (named[f"{_PREFIX}{module}.lora_A.weight"], named[f"{_PREFIX}{module}.lora_B.weight"])
-        for module in modules
+        f"{_PREFIX}{module}.{part}": tensor.detach().cpu().contiguous()
+        for module, tensors in weights.items()
+        for part, tensor in zip(_PARTS, tensors, strict=False)
     }
 
 
+def weights_from(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """The inverse of `named_tensors`."""
+    parts = _PARTS if any(key.endswith(_MAGNITUDE) for key in named) else _PARTS[:2]
+    modules = [key.removeprefix(_PREFIX).removesuffix(f".{_A}") for key in named if key.endswith(f".{_A}")]
+    return {module: tuple(named[f"{_PREFIX}{module}.{part}"] for part in parts) for module in modules}
+
+
 def write_adapter(
-    directory: Path, adapter: Adapter, weights: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    directory: Path, adapter: Adapter, weights: Mapping[str, tuple[Tensor, ...]] | None = None
 ) -> None:
     """Write what `PeftModel.from_pretrained(base, directory)` loads, into an existing directory."""
     config = adapter.config

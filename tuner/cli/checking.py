@@ -15,7 +15,7 @@ from tuner.errors import DataError, InputError, Mistake, ModelError, RoundFileEr
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, size
-from tuner.spec import RoundSpec, load_round
+from tuner.spec import DORA_TRAINS_ALONE, RoundSpec, load_round
 from tuner.study.checking import planned_round
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
@@ -81,6 +81,8 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         hours = plan.trials * predicted.seconds_per_trial / 3600
         plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
+    if spec.trains_alone:
+        remarks.append(DORA_TRAINS_ALONE)
     if probe:
         remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:

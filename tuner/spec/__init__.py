@@ -7,7 +7,7 @@ from .editing import DELETE, edit_round
 from .hyperparameters import HYPERPARAMETERS
 from .new_round import RECIPES, new_round
 from .reading import RoundFile, load_round, read_round
-from .round import RoundSpec
+from .round import DORA_TRAINS_ALONE, RoundSpec
 from .sections import (
     CheckpointsSpec,
     EvaluationSpec,
@@ -18,6 +18,7 @@ from .sections import (
 
 __all__ = [
     "DELETE",
+    "DORA_TRAINS_ALONE",
     "HYPERPARAMETERS",
     "RECIPES",
     "CheckpointsSpec",

@@ -104,7 +104,8 @@ _ROWS = (
         "use_dora",
         False,
         Flag(),
-        "Learn magnitude and direction of the weights apart (DoRA, arXiv:2402.09353).",
+        "Learn magnitude and direction of the weights apart (DoRA, arXiv:2402.09353). "
+        "Where a trial may, all of the round train one at a time.",
     ),
     Hyperparameter(
         "loraplus_ratio",

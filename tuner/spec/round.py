@@ -30,6 +30,8 @@ from .sections import (
 from .wording import shown
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
+DORA_TRAINS_ALONE = "DoRA trains one trial at a time: a worker has one slot"
+"""What a round says of itself when `RoundSpec.trains_alone`."""
 EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
 
@@ -114,6 +116,11 @@ class RoundSpec(BaseModel):
     def space(self) -> Space:
         """Every hyperparameter: the file's in its order, then the defaults, fixed."""
         return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether a worker has one slot whatever `run.slots` says: a trial may have `use_dora: true`."""
+        return self.space()["use_dora"].contains(True)
 
     def absolute(self, directory: Path) -> RoundSpec:
         """The same round with every path made absolute from the round file's directory.

@@ -170,7 +170,8 @@ class RunSpec(BaseModel):
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
     ] = "auto"
     """Trials that train together in one pass over the base. `auto`: on a GPU as many as fill a pass and fit
-    into memory, from a few probe passes; on a CPU one, which is exact to the digit."""
+    into memory, from a few probe passes; on a CPU one, which is exact to the digit. Where `use_dora`
+    may be true it is one, whatever is written."""
     production_steps: Count | None = None
     """The longest run you can pay for; no suggested horizon is longer."""
     decay_branches: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.errors import InputError
 from tuner.playbook.schedule import trunk_steps
 from tuner.records import Hyperparameters, Space
 from tuner.spec import RoundFile, RoundSpec
@@ -13,16 +12,9 @@ from tuner.spec import RoundFile, RoundSpec
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """A round file that has been checked. Raises InputError for what this version does not train."""
+    """A round file that has been checked."""
 
     file: RoundFile
-
-    def __post_init__(self) -> None:
-        if self.file.spec.space()["use_dora"].contains(True):
-            raise InputError(
-                f"{self.file.path.name}: hyperparameters.use_dora: this version trains plain LoRA; "
-                "leave it false"
-            )
 
     @property
     def spec(self) -> RoundSpec:

@@ -50,7 +50,7 @@ def rehearsed_file(file: RoundFile) -> RoundFile:
 
 def simulated_worker(plan: RoundPlan, *, slots: int | str) -> SimulatedWorker:
     """A worker on the study's own made-up loss surface."""
-    num_slots = slots if isinstance(slots, int) else SLOTS
+    num_slots = 1 if plan.spec.trains_alone else slots if isinstance(slots, int) else SLOTS
     ready = Ready(num_slots, "simulated", workload=_workload(plan))
     return SimulatedWorker(
         LoraFormula(plan.spec.study, pace_steps=_pace_steps(plan)), slots=num_slots, ready=ready

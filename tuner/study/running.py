@@ -22,7 +22,7 @@ from tuner.errors import (
 from tuner.records import Died, Evaluation, Ready, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
-from tuner.spec import RoundFile, refused_changes
+from tuner.spec import DORA_TRAINS_ALONE, RoundFile, refused_changes
 from tuner.store import Store, exists, hold_study, open_store
 from tuner.store.facts import RoundBegun
 from tuner.study.checkpoints import CheckpointFolder
@@ -72,6 +72,8 @@ def run_round(
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [_base_evaluation(earlier)]
+            if plan.spec.trains_alone:
+                view.message(DORA_TRAINS_ALONE)
             worker, ready = _first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )

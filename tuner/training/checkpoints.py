@@ -28,7 +28,7 @@ _BEST_FILE = "best.safetensors"
 _STATE_FILE = "state.json"
 _FORMAT = 2
 
-Weights = Mapping[str, tuple[Tensor, Tensor]]
+Weights = Mapping[str, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tuner.adapters import PackedRows, initial_adapter
+from tuner.adapters import PackedRows
 from tuner.adapters.dropout import row_keys
-from tuner.adapters.initial import lora_config
 from tuner.data import Example
 from tuner.errors import TunerError
 from tuner.playbook import is_diverged
@@ -113,10 +112,7 @@ def _begin(
             run.restore(snapshot)
             run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
         else:
-            config = lora_config(
-                assignment.hyperparameters, base_path=place.base_path, revision=place.revision
-            )
-            start = initial_adapter(place.hollow, config, seed=_seed(assignment))
+            start = place.new_adapter(assignment.hyperparameters, seed=_seed(assignment))
             run = TrialRun(assignment, start, device=place.base.device)
     except TunerError as error:
         _log.error("trial %d: %s", assignment.trial, error)

@@ -13,10 +13,9 @@ import torch
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
 from tuner.data import PreparedData, load_tokenizer, prepare
-from tuner.errors import ModelError
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
-from tuner.spec import RoundSpec
+from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
 from tuner.training.loop import example_nll
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.room import MARGIN, choose_packing, fit_room, free_device_bytes
@@ -60,12 +59,14 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     """Load the base and put a pack on it.
 
     `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
-    as many as fill a pass and fit into memory on a GPU. Raises ModelError when the model cannot be used.
+    as many as fill a pass and fit into memory on a GPU; DoRA has one. Raises ModelError when the model cannot
+    be used.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     space = spec.space()
-    if any(values_of(space["use_dora"])):
-        raise ModelError("hyperparameters.use_dora: this version trains plain LoRA; leave it false")
+    if spec.trains_alone:
+        _log.info("slots: %s: %s", slots, DORA_TRAINS_ALONE)
+        slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     hollow = hollow_copy(base, base_path=spec.model.path)
     modules = targeted_modules(hollow, space)
@@ -88,7 +89,10 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
 
     pass_tokens = PASS_TOKENS[device.type]
     if slots != "auto":
-        return place_with(slots, pass_tokens)
+        place = place_with(slots, pass_tokens)
+        if spec.trains_alone:
+            place.new_adapter(largest_hyperparameters(space), seed=0)  # refuses a base that DoRA cannot read
+        return place
     if device.type == "cpu":
         return place_with(1, pass_tokens)
     alone = place_with(1, pass_tokens)

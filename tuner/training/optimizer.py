@@ -6,7 +6,7 @@ counter are what they would be alone, to the digit, wherever its slot is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from tuner.records import Hyperparameters
 
+_B = 1
+"""Place of B in a module's tuple."""
+
 
 class TrialOptimizer:
     """Exact float32 weights of one adapter, their gradients, and the update.
 
-    `weights` and `gradients` map module paths to (A, B) in PEFT's shapes. All A's, then all B's, are
-    views of two flat vectors, so that AdamW is two fused kernels.
+    `weights` and `gradients` map module paths to (A, B) in PEFT's shapes, with DoRA (A, B, magnitude). All
+    A's, all B's and all magnitudes are views of a flat vector each, so that AdamW is as many fused kernels.
     """
 
     def __init__(
         self,
-        start: Mapping[str, tuple[Tensor, Tensor]],
+        start: Mapping[str, tuple[Tensor, ...]],
         hyperparameters: Hyperparameters,
         *,
         device: torch.device,
@@ -33,18 +36,23 @@ class TrialOptimizer:
         is_8bit = hyperparameters.get("optimizer", "adamw") == "adamw_8bit"
         # B lies as the pack has it, transposed, so that copies between the two are one kernel. Which elements
         # bitsandbytes quantises together depends on how they lie: there B lies as PEFT has it.
-        flat_a, a_views = _flatten([start[name][0] for name in names], device)
-        flat_b, b_views = _flatten([start[name][1] for name in names], device, transposed=not is_8bit)
-        grad_a, a_grads = _flatten([torch.zeros_like(view) for view in a_views], device)
-        grad_b, b_grads = _flatten(
-            [torch.zeros_like(view) for view in b_views], device, transposed=not is_8bit
-        )
-        self.weights = dict(zip(names, zip(a_views, b_views, strict=True), strict=True))
-        self.gradients = dict(zip(names, zip(a_grads, b_grads, strict=True), strict=True))
-        self._flat_gradients = (grad_a, grad_b)
+        flats, views, self._flat_gradients, gradients = [], [], [], []
+        for number, part in enumerate(zip(*(start[name] for name in names), strict=True)):
+            transposed = number == _B and not is_8bit
+            flat, part_views = _flatten(part, device, transposed=transposed)
+            flat_gradient, part_gradients = _flatten(
+                [torch.zeros_like(view) for view in part_views], device, transposed=transposed
+            )
+            flats.append(flat)
+            views.append(part_views)
+            self._flat_gradients.append(flat_gradient)
+            gradients.append(part_gradients)
+        self.weights = dict(zip(names, zip(*views, strict=True), strict=True))
+        self.gradients = dict(zip(names, zip(*gradients, strict=True), strict=True))
         self._base_rate = _number(hyperparameters, "learning_rate")
         self._max_norm = _number(hyperparameters, "max_grad_norm", 1.0)
-        ratio = _number(hyperparameters, "loraplus_ratio", 1.0)
+        self._ratios = [1.0] * len(flats)
+        self._ratios[_B] = _number(hyperparameters, "loraplus_ratio", 1.0)
         settings: dict[str, Any] = {
             "lr": self._base_rate,
             "betas": (
@@ -54,12 +62,12 @@ class TrialOptimizer:
             "eps": _number(hyperparameters, "adam_epsilon", 1e-8),
             "weight_decay": _number(hyperparameters, "weight_decay", 0.0),
         }
-        self._ratios = (1.0, ratio)
         if is_8bit:
-            self._optimizer = _adamw_8bit((a_views, b_views), (a_grads, b_grads), settings)
+            self._optimizer = _adamw_8bit(views, gradients, settings)
         else:
             groups = [
-                {"params": [_parameter(flat, grad)]} for flat, grad in ((flat_a, grad_a), (flat_b, grad_b))
+                {"params": [_parameter(flat, gradient)]}
+                for flat, gradient in zip(flats, self._flat_gradients, strict=True)
             ]
             self._optimizer = torch.optim.AdamW(groups, fused=True, **settings)
 
@@ -73,7 +81,7 @@ class TrialOptimizer:
 
         Taken tensor by tensor, so that it does not depend on how the weights lie in memory.
         """
-        return nn.utils.get_total_norm([gradient for pair in self.gradients.values() for gradient in pair])
+        return nn.utils.get_total_norm([gradient for parts in self.gradients.values() for gradient in parts])
 
     def step(self, multiplier: float, *, norm: float) -> tuple[float, bool]:
         """One update at `multiplier` times the trial's rate, unless its gradient is not finite.
@@ -123,7 +131,7 @@ class TrialOptimizer:
 
 
 def _flatten(
-    tensors: list[Tensor], device: torch.device, *, transposed: bool = False
+    tensors: Sequence[Tensor], device: torch.device, *, transposed: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Copies of the tensors one after another in float32, and each one's view in its own shape."""
     laid = [tensor.t() if transposed else tensor for tensor in tensors]
@@ -140,8 +148,8 @@ def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:
 
 
 def _adamw_8bit(
-    views: tuple[list[Tensor], list[Tensor]],
-    gradients: tuple[list[Tensor], list[Tensor]],
+    views: Sequence[list[Tensor]],
+    gradients: Sequence[list[Tensor]],
     settings: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """Tensor by tensor: bitsandbytes quantises blocks of 256 within one and leaves small ones in 32 bits."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tuner.adapters import initial_adapter
-from tuner.adapters.initial import lora_config
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
@@ -66,13 +64,13 @@ def probe(place: Workplace, hyperparameters: Hyperparameters) -> Probed:
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
-    """The hyperparameters that take the most memory: the largest rank and batch, the first of all else."""
+    """The hyperparameters that take the most memory: the largest rank and batch, DoRA, else the first."""
     values: dict[str, Value] = {}
     for name, dimension in space.items():
         match dimension:
             case Fixed(value=value):
                 values[name] = value
-            case Choices(values=choices) if name in ("lora_r", "batch_size"):
+            case Choices(values=choices) if name in ("lora_r", "batch_size", "use_dora"):
                 values[name] = max(choices)
             case Choices(values=choices):
                 values[name] = choices[0]
@@ -85,7 +83,7 @@ def largest_hyperparameters(space: Space) -> dict[str, Value]:
 
 def _trial(place: Workplace, slot: int, hyperparameters: Hyperparameters, horizon: int) -> TrialRun:
     """A trial at step 0 in a slot."""
-    start = initial_adapter(place.hollow, lora_config(hyperparameters, base_path=place.base_path), seed=0)
+    start = place.new_adapter(hyperparameters, seed=0)
     assignment = Assignment("probe", slot, 1, hyperparameters, horizon, horizon, directory="")
     run = TrialRun(assignment, start, device=place.base.device)
     place.pack.occupy(slot, start)

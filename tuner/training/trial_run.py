@@ -188,5 +188,5 @@ class TrialRun:
         return publish_snapshot(directory, self.snapshot(), kind=kind, attempt=self.assignment.attempt)
 
 
-def _copy(weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in weights.items()}
+def _copy(weights: Weights) -> dict[str, tuple[Tensor, ...]]:
+    return {name: tuple(part.detach().clone() for part in parts) for name, parts in weights.items()}

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from tuner.adapters import Base, Pack
+from tuner.adapters import Adapter, Base, Pack, initial_adapter
+from tuner.adapters.initial import lora_config
 from tuner.data import Examples
-from tuner.records import Evaluation
+from tuner.records import Evaluation, Hyperparameters
 from tuner.training.meter import Meter
 
 
@@ -35,3 +36,8 @@ class Workplace:
     evaluation_tokens: int = 1 << 40
     """The same of an evaluation's pass."""
     meter: Meter = field(default_factory=Meter)
+
+    def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
+        """What a trial starts from: PEFT's initialisation. Raises ModelError where there is none."""
+        config = lora_config(hyperparameters, base_path=self.base_path, revision=self.revision)
+        return self.pack.with_magnitudes(initial_adapter(self.hollow, config, seed=seed))
