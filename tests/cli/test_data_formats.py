@@ -46,7 +46,7 @@ def test_check_shows_what_the_loss_sees(
     row, more = FORMATS[name]
     for part, numbers in (("train", range(20)), ("eval", range(20, 25))):
         lines = [json.dumps(row).replace("{n}", str(number)) for number in numbers]
-        (tmp_path / f"{part}-rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        (tmp_path / f"{part}-rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     format = name.partition("-")[0]
     sources = [f"{{path: '{part}-*.jsonl.gz', format: {format}{more}}}" for part in ("train", "eval")]
     path = with_data(tmp_path, *sources)

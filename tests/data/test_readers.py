@@ -83,7 +83,7 @@ def test_every_kind_of_file_gives_the_same_rows(
     write(path)
     if packed and name != "a.parquet":
         path = path.with_name(name + ".gz")
-        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes(), mtime=0))
     rows = read(path)
     assert [row.values for row in rows] == ROWS
     assert [row.number for row in rows] == numbers
@@ -166,8 +166,12 @@ DEEP = b"[" * 100_000
         ("a.parquet", b"PAR1 not", "a.parquet: not a Parquet file that can be read"),
         ("a.parquet", b"", "a.parquet: not a Parquet file that can be read"),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz: cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "a.jsonl.gz: cannot be read: Compressed file ended"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff" * 30, "a.jsonl.gz: cannot be read: "),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD * 1000, mtime=0)[:-20],
+            "a.jsonl.gz: cannot be read: Compressed file ended",
+        ),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:12] + b"\xff" * 30, "a.jsonl.gz: cannot be read: "),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_place(
@@ -200,5 +204,5 @@ def test_a_line_that_would_not_fit_in_memory_is_refused(
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_EXPANSION_CHECKED_FROM_BYTES", 1000)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress((GOOD + b"\n") * 100_000))
+    path.write_bytes(gzip.compress((GOOD + b"\n") * 100_000, mtime=0))
     assert "unpacks to more than 200 times its size" in refusal(path)

@@ -10,6 +10,7 @@ import typer
 from tuner.cli.printing import output
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
+from tuner.playbook.sweep import is_sweep
 from tuner.records import Trial, TrialState
 from tuner.report import (
     RoundReport,
@@ -152,8 +153,8 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
 
 
 def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
-    """The best complete trial of the latest round that has one."""
-    for record in reversed(store.rounds()):
+    """The best complete trial of the latest round that has one, sweeps aside."""
+    for record in (record for record in reversed(store.rounds()) if not is_sweep(record.name)):
         complete = [t for t in store.trials(record.name) if t.state == TrialState.COMPLETE]
         if complete:
             return min(complete, key=_best_loss), record.max_train_steps

@@ -1,4 +1,4 @@
-"""What `study run` is wired to: a worker process, the live view, signals and the clock."""
+"""What verbs that run rounds are wired to: a worker process, the live view, signals and the clock."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -41,26 +42,67 @@ ENGINES = ("local", "simulated")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def run_file(
-    path: Path, *, duration: str | None, slots: str | None, workers: str | None, engine: str | None
-) -> Path | None:
+@dataclass(frozen=True)
+class Where:
+    """Where and how rounds are run, as typed; never what they do."""
+
+    slots: str | None = None
+    workers: str | None = None
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        for option, text in (("--slots", self.slots), ("--workers", self.workers)):
+            parse_count(option, text or "auto")
+
+    @property
+    def options(self) -> str:
+        """What a command that goes on has to say of it."""
+        return "" if self.engine is None else f" --engine {self.engine}"
+
+    def file(self, path: Path) -> RoundFile:
+        """The file that is run: the rehearsal's copy with the engine `simulated`."""
+        file = load_round(path)
+        return rehearsed_file(file) if _engine(file, self.engine) == "simulated" else file
+
+
+def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
     """Run or go on with a round, showing it live on standard error; returns the file there is to report on.
 
     With the engine `simulated` that is the rehearsal's copy. It is None when the time was over before base
     and data were loaded for the first time. Raises Interrupted, naming the command that goes on, when a
     signal asked to stop.
     """
-    seconds = None if duration is None else parse_duration(duration)
-    wanted_slots = None if slots is None else parse_count("--slots", slots)
-    wanted_workers = parse_count("--workers", workers or "auto")
-    file = load_round(path)
-    command = f"tuner study run {path}" + ("" if engine is None else f" --engine {engine}")
-    engine = _engine(file, engine)
-    if engine == "simulated":
-        file = rehearsed_file(file)
-    console = Console(stderr=True)
+    with interruptible(f"tuner study run {path}{where.options}", duration=duration) as stopping:
+        file = where.file(path)
+        run_here(file, where, stopping=stopping)
+    return file.path if has_begun(file) else None
+
+
+@contextmanager
+def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether to stop: a signal came, or the time is over.
+
+    What stops on the way names the command that goes on. The end of the time is no failure: it is said, and
+    the block is left.
+    """
+    deadline = None if duration is None else time.monotonic() + parse_duration(duration)
+    with _stop_signals() as was_signalled:
+        try:
+            yield lambda: was_signalled() or (deadline is not None and time.monotonic() > deadline)
+        except Interrupted as stop:
+            if was_signalled():
+                raise Interrupted(f"{stop}; go on with: {command}") from stop
+            typer.echo(f"{duration} are over: {stop}; go on with: {command}", err=True)
+        except RoundStopped as stop:
+            raise RoundStopped(f"{stop}; then go on with: {command}") from stop
+
+
+def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> None:
+    """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
+    wanted_slots = None if where.slots is None else parse_count("--slots", where.slots)
+    wanted_workers = parse_count("--workers", where.workers or "auto")
     view = open_view(
-        console=console,
+        console=Console(stderr=True),
         title=f"{file.spec.study}/{file.spec.round}",
         trials_total=file.spec.search.trials,
         max_train_steps=file.spec.max_train_steps,
@@ -94,30 +136,16 @@ def run_file(
         simulated.append(simulated_worker(plan, slots=wanted_slots or plan.spec.run.slots))
         return simulated[-1]
 
-    deadline = None if seconds is None else time.monotonic() + seconds
-    with _stop_signals() as was_signalled:
-
-        def stopping() -> bool:
-            return was_signalled() or (deadline is not None and time.monotonic() > deadline)
-
-        try:
-            if engine == "simulated":
-                view.message(REHEARSAL_BANNER)
-                clock = virtual_clock(time.time(), simulated)
-                run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)
-                view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
-            else:
-                run_round(file, make_worker=make_worker, view=view, stopping=stopping)
-        except Interrupted as stop:
-            if not was_signalled():
-                view.message(f"{duration} are over: {stop}; go on with: {command}")
-                return file.path if _has_begun(file) else None
-            raise Interrupted(f"{stop}; go on with: {command}") from stop
-        except RoundStopped as stop:
-            raise RoundStopped(f"{stop}; then go on with: {command}") from stop
-        finally:
-            view.close()
-    return file.path
+    try:
+        if _engine(file, where.engine) == "simulated":
+            view.message(REHEARSAL_BANNER)
+            clock = virtual_clock(time.time(), simulated)
+            run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)
+            view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
+        else:
+            run_round(file, make_worker=make_worker, view=view, stopping=stopping)
+    finally:
+        view.close()
 
 
 def _engine(file: RoundFile, wanted: str | None) -> str:
@@ -132,7 +160,8 @@ def _engine(file: RoundFile, wanted: str | None) -> str:
     return engine
 
 
-def _has_begun(file: RoundFile) -> bool:
+def has_begun(file: RoundFile) -> bool:
+    """Whether the round is in the study's facts."""
     store = open_folder(file.directory).open()
     try:
         return any(record.name == file.spec.round for record in store.rounds())

@@ -17,6 +17,27 @@ app = typer.Typer(
 )
 
 RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="The round's file.")]
+For = Annotated[
+    str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
+]
+Slots = Annotated[
+    str | None,
+    typer.Option("--slots", metavar="K|auto", help="Trials trained together; overrides run.slots."),
+]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers", metavar="N|auto", help="Processes that train, one a GPU; auto: one for each GPU."
+    ),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="local|simulated",
+        help="Where; overrides run.engine. simulated rehearses with made-up losses, in rehearsal/.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -73,35 +94,79 @@ def check(
 @app.command()
 def run(
     round_file: RoundPath,
-    for_: Annotated[
-        str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
-    ] = None,
-    slots: Annotated[
-        str | None, typer.Option(metavar="K|auto", help="Trials trained together; overrides run.slots.")
-    ] = None,
-    workers: Annotated[
-        str | None,
-        typer.Option(metavar="N|auto", help="Processes that train, one a GPU; auto: one for each GPU."),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="local|simulated",
-            help="Where; overrides run.engine. simulated rehearses with made-up losses, in rehearsal/.",
-        ),
-    ] = None,
+    for_: For = None,
+    slots: Slots = None,
+    workers: Workers = None,
+    engine: Engine = None,
 ) -> None:
     """Run a round, or go on with it: the same command.
 
     Example: `tuner study run round1.yaml --for 2h`
     """
-    from tuner.cli.running import run_file
+    from tuner.cli.running import Where, run_file
 
-    ran = run_file(round_file, duration=for_, slots=slots, workers=workers, engine=engine)
+    ran = run_file(round_file, duration=for_, where=Where(slots, workers, engine))
     if ran is None:
         _next(f"tuner study run {round_file}")
     else:
         _print_summary(_reports(ran.parent, ran), directory=_rehearsal_folder(round_file, ran))
+
+
+@app.command()
+def sweep(
+    round_file: RoundPath,
+    for_: For = None,
+    slots: Slots = None,
+    workers: Workers = None,
+    engine: Engine = None,
+) -> None:
+    """Find a first max_train_steps: how fast does a constant learning rate fit the training rows?
+
+    Rounds `sweep-N` try 8 rates without dropout and weight decay, N doubling up to
+    `run.production_steps`; the answer is written into the round file, unless its round has begun.
+
+    Example: `tuner study sweep round1.yaml --for 2h`
+    """
+    from tuner.cli.printing import next_command
+    from tuner.cli.running import Where
+    from tuner.cli.sweeping import sweep_file
+
+    command, file = sweep_file(round_file, duration=for_, where=Where(slots, workers, engine))
+    directory = None if file is None else _rehearsal_folder(round_file, file)
+    _say(f"next: {next_command(command, directory=directory)}")
+
+
+@app.command()
+def auto(
+    round_file: RoundPath,
+    for_: For = None,
+    slots: Slots = None,
+    workers: Workers = None,
+    engine: Engine = None,
+) -> None:
+    """Run a round, promote it and run the next, until longer rounds teach nothing more; or go on with that.
+
+    It ends where the report says that more steps would not help, where it cannot tell, at
+    `run.production_steps`, or after `--for`. Every file is written as by `study promote`.
+
+    Example: `tuner study auto round1.yaml --for 12h`
+    """
+    from tuner.cli.automatic import run_rounds
+    from tuner.cli.running import Where
+
+    ended = run_rounds(round_file, duration=for_, where=Where(slots, workers, engine))
+    if ended.last is None:
+        _next(ended.command)
+        return
+    if ended.reason is not None:
+        _say(ended.reason)
+    _print_summary(
+        _reports(ended.last.parent, ended.last),
+        directory=_rehearsal_folder(round_file, ended.last),
+        command=ended.command if ended.reason is None else None,
+    )
+    if ended.taught_nothing:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -237,16 +302,23 @@ def _rehearsal_folder(round_file: Path, ran: Path) -> Path | None:
 
 
 def _print_summary(
-    found: tuple[RoundReport, ...], *, page: Path | None = None, directory: Path | None = None
+    found: tuple[RoundReport, ...],
+    *,
+    page: Path | None = None,
+    directory: Path | None = None,
+    command: str | None = None,
 ) -> None:
-    """Print what the last report says, the others being those on the rounds before."""
+    """Print what the last report says, the others being those on the rounds before.
+
+    `command` comes next, typed from where this one was; else what the report names, within `directory`.
+    """
     from dataclasses import replace
 
     from tuner.cli.printing import PROSE, next_command, output
     from tuner.report import summary
 
     *earlier, report = found
-    command = next_command(report.next_command, directory=directory)
+    command = next_command(command) if command else next_command(report.next_command, directory=directory)
     output(piped_width=PROSE).print(summary(replace(report, next_command=command), earlier=earlier))
     if page is not None:
         _say(f"the whole report: {page}")

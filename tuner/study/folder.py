@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.errors import InputError, RoundFileError
+from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundFile, load_round
 from tuner.store import MemoryStore, Store, exists, is_held, open_store
@@ -85,10 +86,10 @@ class StudyFolder:
         return CheckpointFolder(Path(file.spec.absolute(self.directory).checkpoints.directory) / round_name)
 
     def latest(self, store: Store) -> RoundRecord:
-        """The round that began last. Raises InputError when none has."""
-        rounds = store.rounds()
+        """The round that began last, sweeps aside. Raises InputError when none has."""
+        rounds = [record for record in store.rounds() if not is_sweep(record.name)]
         if not rounds:
-            first = self.files[0].path.name
+            first = next((f for f in self.files if not is_sweep(f.spec.round)), self.files[0]).path.name
             raise InputError(f"no round of {self.name} has begun; begin with: tuner study run {first}")
         return rounds[-1]
 

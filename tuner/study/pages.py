@@ -9,6 +9,7 @@ import optuna
 from optuna_dashboard import save_note, save_plotly_graph_object
 
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
+from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
@@ -24,8 +25,8 @@ def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> Roun
 
 
 def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
-    """The reports on the study's rounds up to this one, oldest first."""
-    rounds = store.rounds()
+    """The reports on the study's rounds up to this one, oldest first, sweeps before it aside."""
+    rounds = [other for other in store.rounds() if other.name == record.name or not is_sweep(other.name)]
     upto = rounds[: 1 + [other.name for other in rounds].index(record.name)]
     read = [round_results(other, store.trials(other.name)) for other in upto]
     return tuple(

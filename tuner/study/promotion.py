@@ -16,6 +16,7 @@ from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule
+from tuner.playbook.sweep import is_sweep
 from tuner.records import Promotion, RoundRecord, TrialState, Value
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
@@ -76,13 +77,19 @@ def promote(
     path = folder.directory / f"{to}.yaml"
     text = round_text(file, next_round, overrides)
     document = promotion_document(folder.name, path, next_round, reading, is_open=_is_open(record, store))
-    _write(path, text, force=force)
+    write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
     plan = Promotion(record.name, to, document, text, clock())
     if not any(
         p.to_round == to and p.file_text == text and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)
+
+
+def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | None:
+    """The round that a round was promoted to last and that has a file; None where there is none."""
+    found = (p.to_round for p in reversed(store.promotions()) if p.from_round == round_name)
+    return next((name for name in found if folder.file(name) is not None), None)
 
 
 def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> str:
@@ -162,6 +169,11 @@ def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) 
         raise InputError(f"{to} has begun: its file stays as it is. Promote to another name, such as {to}b")
     if from_round is None:
         return folder.latest(store)
+    if is_sweep(from_round.removesuffix(".yaml")):
+        raise InputError(
+            f"--from {from_round}: a round of a sweep finds a first horizon and is never promoted; run the "
+            "round file that it was made from, and promote that"
+        )
     record = next((r for r in rounds if r.name == from_round.removesuffix(".yaml")), None)
     if record is None:
         begun = ", ".join(r.name for r in rounds) or "none"
@@ -186,15 +198,13 @@ def _yaml_value(value: Value) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _write(path: Path, text: str, *, force: bool) -> None:
-    """Write the file whole, unless it is there already and says something else."""
+def write_round_file(path: Path, text: str, *, advice: str, force: bool = False) -> None:
+    """Write the file whole. Raises InputError, with the advice, when it is there and says something else."""
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
             return
         if not force:
-            raise InputError(
-                f"{path}: exists and says something else; --force overwrites it, or choose another --to"
-            )
+            raise InputError(f"{path}: exists and says something else; {advice}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuner.playbook import Reading, RoundResults, read_round
+from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundSpec
 from tuner.store import Store
@@ -30,12 +31,13 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
 
 
 def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
-    """The rounds that began before this one, oldest first."""
+    """The rounds that began before this one, oldest first, sweeps aside."""
     rounds: list[RoundRecord] = []
     for other in store.rounds():
         if other.name == record.name:
             break
-        rounds.append(other)
+        if not is_sweep(other.name):
+            rounds.append(other)
     return [round_results(other, store.trials(other.name)) for other in rounds]
 
 

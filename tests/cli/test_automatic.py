@@ -1,0 +1,199 @@
+"""`study auto`: rounds and promotions as by hand, ended by the playbook, and gone on with anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.studies import write_round
+from tuner.cli import run
+
+AUTO = ("study", "auto", "round1.yaml", "--engine", "simulated")
+ROUND_FILES = ["round1.yaml", "round2.yaml", "round3.yaml"]
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A round of 20 steps, of which 90 may be paid for, whose model and data are nowhere."""
+    path = write_round(
+        tmp_path,
+        base="no/such/model",
+        data="no/such/data",
+        trials=4,
+        steps=20,
+        every=5,
+        decay_steps=5,
+        learning_rate="{low: 1e-4, high: 1e-3, log: true}",
+        storage=f"sqlite:///{tmp_path}/real.db",
+    )
+    path.write_text(path.read_text() + "run: {production_steps: 90}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def round_files(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(directory.glob("*.yaml"))}
+
+
+def curves(capsys: pytest.CaptureFixture[str], study: Path) -> Any:
+    """Everything of all trials but what interruptions may change."""
+    capsys.readouterr()
+    try:
+        assert run(["-C", "rehearsal", "trial", "list", "--json"]) == 0
+    finally:
+        os.chdir(study)
+    trials = json.loads(capsys.readouterr().out)
+    return [
+        {k: v for k, v in t.items() if k not in ("attempts", "executed_steps", "adapter")} for t in trials
+    ]
+
+
+def by_hand(study: Path, *commands: tuple[str, ...]) -> None:
+    for command in commands:
+        try:
+            assert run(["-C", "rehearsal", *command] if command[1] == "promote" else list(command)) == 0
+        finally:
+            os.chdir(study)
+
+
+def test_rounds_are_run_and_promoted_as_by_hand_until_the_production_length(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(list(AUTO)) == 0
+    said = capsys.readouterr()
+    assert "enough after round3: longer runs than run.production_steps" in said.err
+    assert "tiny/round3" in said.out
+    assert said.err.splitlines()[-1].startswith("next: tuner -C rehearsal study promote --to round4")
+    automatic, trials = round_files(study / "rehearsal"), curves(capsys, study)
+    assert list(automatic) == ROUND_FILES
+    assert "max_train_steps: 90" in automatic["round3.yaml"]
+
+    (study / "rehearsal").rename(tmp_path / "automatic")
+    by_hand(
+        study,
+        ("study", "run", "round1.yaml", "--engine", "simulated"),
+        ("study", "promote", "--to", "round2"),
+        ("study", "run", "rehearsal/round2.yaml"),
+        ("study", "promote", "--to", "round3"),
+        ("study", "run", "rehearsal/round3.yaml"),
+    )
+    assert round_files(study / "rehearsal") == automatic
+    assert curves(capsys, study) == trials
+
+
+def test_run_again_it_says_the_same_and_changes_nothing(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(list(AUTO)) == 0
+    said, trials = capsys.readouterr(), curves(capsys, study)
+    assert run(list(AUTO)) == 0
+    again = capsys.readouterr()
+    assert "tiny/round3:" in again.err
+    assert "tiny/round1:" not in again.err
+    assert again.err.splitlines()[-2:] == said.err.splitlines()[-2:]
+    assert curves(capsys, study) == trials
+    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+
+
+def test_a_promotion_cut_in_two_is_finished_and_one_made_by_hand_is_gone_on_from(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ("study", "run", "round1.yaml", "--engine", "simulated")
+    by_hand(study, first, ("study", "promote", "--to", "longer"))
+    longer = (study / "rehearsal" / "longer.yaml").read_text()
+    assert run(list(AUTO)) == 0
+    assert list(round_files(study / "rehearsal")) == ["longer-2.yaml", "longer.yaml", "round1.yaml"]
+
+    (study / "rehearsal").rename(tmp_path / "before")
+    by_hand(study, first)
+    (study / "rehearsal" / "round2.yaml").write_text(longer.replace("round: longer", "round: round2"))
+    assert run(list(AUTO)) == 0, capsys.readouterr().err
+    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+
+
+def test_a_file_in_the_way_is_refused_and_kept(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand(study, ("study", "run", "round1.yaml", "--engine", "simulated"))
+    mine = (study / "rehearsal" / "round1.yaml").read_text().replace("round: round1", "round: round2")
+    (study / "rehearsal" / "round2.yaml").write_text(mine)
+    assert run(list(AUTO)) == 2
+    assert "exists and says something else" in capsys.readouterr().err
+    assert (study / "rehearsal" / "round2.yaml").read_text() == mine
+
+
+def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*AUTO[:3], "--for", "0.001s", *AUTO[3:]]
+    assert run(command) == 0
+    said = capsys.readouterr()
+    assert "0.001s are over" in said.err
+    assert said.err.splitlines()[-1] == "next: tuner " + " ".join(command)
+    assert "Nothing to conclude yet" in said.out
+    assert run(list(AUTO)) == 0
+    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+
+
+def test_a_round_that_teaches_no_horizon_ends_it_with_1(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study / "round1.yaml"
+    path.write_text(re.sub(r"learning_rate: .*", "learning_rate: 0.9", path.read_text()))
+    assert run(list(AUTO)) == 1
+    said = capsys.readouterr()
+    assert "enough after round1: no trial is complete" in said.err
+    assert list(round_files(study / "rehearsal")) == ["round1.yaml"]
+
+
+def test_bad_options_are_refused_before_anything(study: Path) -> None:
+    for wrong in (["--for", "soon"], ["--slots", "none"], ["--workers", "0"], ["--engine", "steam"]):
+        assert run([*AUTO[:3], *wrong]) == 2
+    assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+@pytest.mark.slow
+def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(list(AUTO)) == 0
+    files, trials = round_files(study / "rehearsal"), curves(capsys, study)
+    (study / "rehearsal").rename(tmp_path / "undisturbed")
+
+    code, said = _stopped_at("trial 2  step 5/", signal.SIGINT, study)
+    assert code == 130
+    assert f"go on with: tuner {' '.join(AUTO)}" in said
+    for line in ("trial 3  complete", "tiny/round2:", "trial 1  goes on", "tiny/round3:"):
+        code, _ = _stopped_at(line, signal.SIGKILL, study)
+        assert code == -signal.SIGKILL
+    assert run(list(AUTO)) == 0
+    assert round_files(study / "rehearsal") == files
+    assert curves(capsys, study) == trials
+
+
+def _stopped_at(line: str, number: int, directory: Path) -> tuple[int, str]:
+    """Exit code and standard error of the command, which gets a signal when it says a line."""
+    started = subprocess.Popen(
+        [sys.executable, "-u", "-m", "tuner.cli", *AUTO],
+        cwd=directory,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stderr is not None
+    said = ""
+    for read in started.stderr:
+        said += read
+        if line in read:
+            started.send_signal(number)
+            break
+    else:
+        pytest.fail(f"{line!r} was never said:\n{said}")
+    said += started.stderr.read()
+    return started.wait(60), said

@@ -1,0 +1,90 @@
+"""`study sweep` as typed: what it says, what it writes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.studies import tuner, write_round
+from tuner.cli import run
+from tuner.spec import load_round
+
+
+def swept(directory: Path, *, production_steps: int = 80, **changes: object) -> Path:
+    path = write_round(directory, **changes)
+    path.write_text(path.read_text() + f"run: {{production_steps: {production_steps}}}  # mine\n")
+    return path
+
+
+def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = swept(tmp_path, base="no/model", data="no/data", steps=20, every=5)
+    before = path.read_text()
+    monkeypatch.chdir(tmp_path)
+    command = ["study", "sweep", "round1.yaml", "--engine", "simulated"]
+    assert run([*command, "--for", "0.001s"]) == 0
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "next: tuner study sweep round1.yaml --for 0.001s --engine simulated"
+    assert run(command) == 0
+    said = capsys.readouterr()
+    assert "compute-bound" in said.out
+    assert said.out.splitlines()[-1].endswith("max_train_steps 20 -> 10")
+    assert said.err.splitlines()[-1] == "next: tuner -C rehearsal study run round1.yaml"
+    assert path.read_text() == before
+    assert "max_train_steps: 10  # study sweep: about 10%" in (tmp_path / "rehearsal/round1.yaml").read_text()
+
+    monkeypatch.chdir(tmp_path / "rehearsal")
+    assert run(["study", "run", "round1.yaml"]) == 0
+    capsys.readouterr()
+    assert run(["study", "status", "--json"]) == 0
+    rounds = json.loads(capsys.readouterr().out)["rounds"]
+    assert [r["round"] for r in rounds] == ["sweep-20", "sweep-40", "sweep-80", "round1"]
+    begun = (tmp_path / "rehearsal/round1.yaml").read_text()
+    assert run(["study", "sweep", "round1.yaml"]) == 0
+    assert "has begun, so round1.yaml keeps its 10 steps" in capsys.readouterr().out
+    assert (tmp_path / "rehearsal/round1.yaml").read_text() == begun
+
+
+def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = swept(tmp_path, production_steps=60, steps=8, every=2, decay_steps=3)
+    monkeypatch.chdir(tmp_path)
+    assert run(["study", "sweep", "round1.yaml"]) == 0
+    said = capsys.readouterr()
+    assert "60 steps do not even see its rows twice" in said.out
+    assert said.err.splitlines()[-1] == "next: tuner study run round1.yaml"
+    assert load_round(path).spec.max_train_steps == 6
+    assert not (tmp_path / "tuner.db").exists()
+    assert not list(tmp_path.glob("sweep-*"))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept(tmp_path, production_steps=8000, base="no/such/model", steps=8, every=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(["study", "sweep", "round1.yaml"]) == 2
+    assert "no/such/model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["round1.yaml"]
+
+
+@pytest.mark.slow
+def test_a_few_rows_are_fitted_by_real_training(tmp_path: Path) -> None:
+    """Four rows, evaluated on themselves, which a round refuses unless it is a sweep's."""
+    path = swept(tmp_path, production_steps=48, steps=24, every=4, decay_steps=3, lora_r="16")
+    rows = (Path(re.search(r"path: (\S+train.jsonl)", path.read_text())[1])).read_text().splitlines()[:4]  # type: ignore[index]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows) + "\n")
+    path.write_text(re.sub(r"train: .*", "train: [{path: few.jsonl, format: alpaca}]", path.read_text()))
+    done = tuner("study", "sweep", "round1.yaml", "--slots", "8", directory=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"fitted in (4|8|12|16|20|24|28|32|36|40|44|48) steps", done.stdout), done.stdout
+    status = json.loads(tuner("study", "status", "--json", directory=tmp_path).stdout)
+    assert status["rounds"][0]["round"] == "sweep-24"
+    assert "study sweep:" in path.read_text()
+    assert status["rounds"][0]["best"]["eval_loss"] < 0.5

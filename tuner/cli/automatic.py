@@ -1,0 +1,99 @@
+"""What `study auto` is wired to: rounds and promotions as by hand, until the playbook has had enough."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tuner.cli.promoting import promote_round
+from tuner.cli.running import Where, has_begun, interruptible, run_here
+from tuner.errors import Interrupted
+from tuner.playbook.enough import enough
+from tuner.spec import RoundFile
+from tuner.study.folder import open_folder
+from tuner.study.pages import next_name
+from tuner.study.promotion import promoted_from
+from tuner.study.results import reading_of
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How far the rounds came."""
+
+    command: str
+    """The one that goes on."""
+    last: Path | None = None
+    """File of the latest round that has begun; None when none has."""
+    reason: str | None = None
+    """Why there is no further round; None when the time was over first."""
+    taught_nothing: bool = False
+    """Whether the last round suggests no horizon at all."""
+
+
+def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
+    """Run the latest round that came of a file, promote it and run the next one, until it is enough.
+
+    Facts and files hold all that this knows, so that the same command goes on. Raises Interrupted, naming
+    it, when a signal asked to stop.
+    """
+    limit = "" if duration is None else f" --for {shlex.quote(duration)}"
+    ended = Ended(f"tuner study auto {path}{limit}{where.options}")
+    with interruptible(ended.command, duration=duration) as stopping:
+        first = where.file(path)
+        while ended.reason is None:
+            file = _latest(first)
+            try:
+                run_here(file, where, stopping=stopping)
+            finally:
+                if has_begun(file):
+                    ended = replace(ended, last=file.path)
+            reason, taught_nothing = _enough(file)
+            if reason is None:
+                _promote(file, stopping)
+            else:
+                reason = f"enough after {file.spec.round}: {reason}"
+                ended = replace(ended, reason=reason, taught_nothing=taught_nothing)
+    return ended
+
+
+def _latest(file: RoundFile) -> RoundFile:
+    """The end of the line of promotions that begins with a round."""
+    folder = open_folder(file.directory)
+    store = folder.open()
+    try:
+        while (name := promoted_from(folder, store, file.spec.round)) is not None:
+            file = folder.plan(name).file
+        return file
+    finally:
+        store.close()
+
+
+def _enough(file: RoundFile) -> tuple[str | None, bool]:
+    """Why a finished round is the last, or None; and whether it suggests no horizon."""
+    folder = open_folder(file.directory)
+    store = folder.open()
+    try:
+        record = next(record for record in store.rounds() if record.name == file.spec.round)
+        _, reading = reading_of(store, record)
+    finally:
+        store.close()
+    reason = enough(reading, max_train_steps=record.max_train_steps)
+    return reason, reading.suggested_max_train_steps is None
+
+
+def _promote(file: RoundFile, stopping: Callable[[], bool]) -> None:
+    name = file.spec.round
+    written = promote_round(
+        open_folder(file.directory),
+        to=next_name(name),
+        from_round=name,
+        max_train_steps=None,
+        top=3,
+        decay="steps",
+        force=False,
+        as_json=False,
+    )
+    if stopping():
+        raise Interrupted(f"{name} is complete and {written.name} is written")
