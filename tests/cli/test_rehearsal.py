@@ -39,6 +39,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def tuner(*arguments: str, within: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.chdir(within)  # -C leaves the process elsewhere
+    monkeypatch.setenv("COLUMNS", "200")  # narrower tables break a cell's words apart
     return run(list(arguments))
 
 
