@@ -183,6 +183,10 @@ def test_optuna_lives_in_the_same_database(url: str, users: tuple[Callable[[str]
         use(url)
     for use in users:
         use(url)
+    store = open_store(url, study="study")
+    assert [trial.number for trial in store.trials("round1")] == [TRIAL.number]
+    store.close()
+    assert optuna.get_all_study_names(storage=url) == ["study/round1"]
 
 
 def test_optuna_works_while_the_store_is_open(url: str) -> None:
