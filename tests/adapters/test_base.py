@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GraniteConfig,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 
 from tests import tiny
-from tuner.adapters import load_base
+from tuner.adapters import head_loss, load_base
 from tuner.adapters.base import freeze, load_config
 from tuner.errors import ModelError
 
@@ -58,13 +65,35 @@ class TestTokenNll:
             one, other = (models.base(shape).token_nll(x, rows, columns) for x in (ids, padded))
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
-    def test_soft_capped_logits_take_the_whole_head(self, models: tiny.Models) -> None:
+    def test_heads_that_are_more_than_a_product_are_found(self, models: tiny.Models) -> None:
         assert {shape: models.base(shape).head_is_linear for shape in tiny.SHAPES} == {
             "llama": True,
             "qwen2": True,
             "gpt2": True,
             "gemma2": False,
         }
+
+    @pytest.mark.parametrize(
+        ("made", "is_linear"),
+        [(GraniteConfig(logits_scaling=4.0), False), (BertConfig(is_decoder=True), True)],
+    )
+    def test_is_that_of_a_head_of_any_kind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: PreTrainedConfig, is_linear: bool
+    ) -> None:
+        """Scaled logits, and layers between the last hidden states and the embedding; chunk by chunk."""
+        made.update(
+            tiny.config("llama").to_diff_dict() | {"model_type": made.model_type, "architectures": None}
+        )
+        tiny.save_model(tmp_path, made)
+        base = load_base(tiny.model_spec(tmp_path), device="cpu", max_length=8)
+        assert base.head_is_linear == is_linear
+        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 2 * tiny.VOCABULARY)
+        ids = torch.arange(16).view(2, 8) * 3
+        rows, columns = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 3, 7, 2, 6])
+        expected = nn.functional.cross_entropy(
+            base.model(input_ids=ids).logits[rows, columns - 1], ids[rows, columns], reduction="none"
+        )
+        assert torch.allclose(base.token_nll(ids, rows, columns), expected, rtol=1e-5, atol=1e-5)
 
     def test_weak_soft_capping_is_found(self, models: tiny.Models) -> None:
         """With a cap that logits of this size hardly feel."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from tuner.adapters import head_loss
-from tuner.adapters.head_loss import head_nll
+from tuner.adapters.head_loss import chunked_nll, head_nll
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 50
 
@@ -48,6 +48,26 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = head_nll(hidden, weight, None, targets)
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 3 * VOCABULARY)
     assert torch.allclose(head_nll(hidden, weight, None, targets), whole, rtol=1e-6)
+
+
+def test_a_head_of_any_kind_sees_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and backwards, with the values and gradients of all at once."""
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    hidden, weight, offset, targets = made(torch.float32, bias=True)
+    seen: list[int] = []
+
+    def logits(part: Tensor) -> Tensor:
+        seen.append(len(part))
+        return 30 * torch.tanh(linear(part, weight, offset) / 30)
+
+    nll = chunked_nll(logits, hidden, targets, vocabulary_size=VOCABULARY)
+    (gradient,) = torch.autograd.grad(nll.square().sum(), hidden)
+    assert sorted(seen) == [1, 1, 4, 4, 4, 4, 4, 4]
+    expected = cross_entropy(logits(hidden), targets, reduction="none")
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), hidden)
+    assert torch.allclose(nll, expected, rtol=1e-6)
+    assert torch.allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert chunked_nll(logits, hidden[:0], targets[:0], vocabulary_size=VOCABULARY).shape == (0,)
 
 
 def test_without_gradient() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import speed_up
-from tuner.adapters.head_loss import head_nll
+from tuner.adapters.head_loss import chunked_nll, head_nll
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -67,22 +68,34 @@ class Base:
         reach the output embedding.
         """
         targets = input_ids[rows, columns]
+        if not self.head_is_linear:
+            hidden = self._last_hidden(input_ids)[rows, columns - 1]
+            return chunked_nll(self._logits, hidden, targets, vocabulary_size=self.vocabulary_size)
         picked: list[Tensor] = []
 
         def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = inputs[0][rows, columns - 1]
-            picked.append(hidden)
-            return (hidden[None, :1] if self.head_is_linear else hidden[None],)
+            picked.append(inputs[0][rows, columns - 1])
+            return (picked[0][None, :1],)
 
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(pick)
         try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            self.model(input_ids=input_ids, use_cache=False)
         finally:
             hook.remove()
-        if self.head_is_linear:
-            return head_nll(picked[0], head.weight, head.bias, targets)
-        return nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+        return head_nll(picked[0], head.weight, head.bias, targets)
+
+    def _last_hidden(self, input_ids: Tensor) -> Tensor:
+        """What the layers make of `input_ids`: [rows, length, width]."""
+        hidden: Tensor = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """What the model itself makes of last hidden states [tokens, width], its layers left out."""
+        known = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        with patch.object(self.model.get_decoder(), "forward", lambda *_, **__: known):
+            logits: Tensor = self.model(input_ids=hidden.new_zeros((1, 1), dtype=torch.long)).logits[0]
+        return logits
 
 
 def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) -> Base:
@@ -149,6 +162,11 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
     speed_up(model)
     base = Base(model, dtype, head_is_linear=False)
     base.head_is_linear = _head_is_linear(base)
+    if not base.head_is_linear and not _head_stands_alone(base):
+        raise ModelError(
+            f"model: {type(model).__name__} does not compute its logits from the last hidden states alone; "
+            "tuner trains models that do, since it computes them at target positions only"
+        )
     return base
 
 
@@ -226,11 +244,17 @@ def _head_is_linear(base: Base) -> bool:
     finally:
         hook.remove()
     product = nn.functional.linear(hidden[0], head.weight, head.bias)
-    same = logits.shape == product.shape and torch.allclose(
-        logits.float(), product.float(), rtol=1e-3, atol=1e-3
+    return _agree(logits, product)
+
+
+def _head_stands_alone(base: Base) -> bool:
+    ids = torch.arange(4, device=base.device)[None] % base.vocabulary_size
+    with torch.no_grad():
+        logits = base.model(input_ids=ids, use_cache=False).logits
+        return _agree(logits[0], base._logits(base._last_hidden(ids)[0]))
+
+
+def _agree(logits: Tensor, expected: Tensor) -> bool:
+    return logits.shape == expected.shape and torch.allclose(
+        logits.float(), expected.float(), rtol=1e-3, atol=1e-3
     )
-    if not same:
-        logging.getLogger(__name__).info(
-            "logits are more than a product: the whole head runs at target positions"
-        )
-    return same

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tuner.adapters.frozen_linear import product
 
@@ -44,3 +46,21 @@ def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     `weight` is [vocabulary, width] and gets no gradient.
     """
     return _HeadNll.apply(hidden, weight, bias, targets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def chunked_nll(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
+) -> Tensor:
+    """The same behind a head of any kind: `logits` makes [tokens, vocabulary] of [tokens, width].
+
+    It runs again in the backward pass, chunk by chunk.
+    """
+    rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
+
+    def nll(part: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits(part).float(), wanted, reduction="none")
+
+    parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    return torch.cat(
+        [checkpoint(nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    )
