@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-
-import optuna
-from optuna_dashboard import save_note, save_plotly_graph_object
+from typing import TYPE_CHECKING
 
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
 from tuner.playbook.sweep import is_sweep
@@ -15,6 +13,9 @@ from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
 from tuner.study.results import reading_of, round_results
+
+if TYPE_CHECKING:
+    import optuna
 
 _PACKAGES = ("tuner", "optuna", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -85,6 +86,9 @@ def environment() -> dict[str, str]:
 
 def write_pages(study: optuna.Study, report: RoundReport) -> None:
     """Put the reading of a round and its plot of best steps on its page in optuna-dashboard."""
+    # It loads scikit-learn, which would be most of the time of `trial list`.
+    from optuna_dashboard import save_note, save_plotly_graph_object
+
     save_note(study, round_note(report))
     figure = best_steps_figure(report.results.trials, max_train_steps=report.max_train_steps)
     save_plotly_graph_object(study, figure, graph_object_id="tuner-best-steps")

@@ -21,7 +21,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from scipy.stats import qmc
 
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.search import startup_trials
@@ -225,6 +224,8 @@ def quasi_random_point(space: Mapping[str, Choices | Range], *, seed: int, place
     """
     if not space:
         return {}
+    from scipy.stats import qmc  # a second of loading, and only quasi-random rounds need it
+
     sequence = qmc.Sobol(len(space), scramble=True, rng=seed)
     if place:
         sequence.fast_forward(place)
