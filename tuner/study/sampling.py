@@ -21,6 +21,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from sqlalchemy import event
 
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.search import startup_trials
@@ -150,21 +151,20 @@ class Advisor:
         assert trial.optuna_trial is not None
         if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.eval_loss):
             return
-        frozen = self.study.get_trials(deepcopy=False)[trial.optuna_trial]
-        if evaluation.step not in frozen.intermediate_values:
+        if evaluation.step not in self._frozen(trial).intermediate_values:
             self._handle(trial).report(evaluation.eval_loss, evaluation.step)
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
         """Tell Optuna how a trial ended. Telling it again changes nothing."""
         assert trial.optuna_trial is not None
-        if self.study.get_trials(deepcopy=False)[trial.optuna_trial].state not in _OPEN:
+        if self._frozen(trial).state not in _OPEN:
             return
         handle = self._handle(trial)
         for key, value in _attributes(trial, max_train_steps).items():
             handle.set_user_attr(key, value)
         is_infeasible = trial.state == TrialState.INFEASIBLE
         if trial.state != TrialState.FAILED:
-            self._set_feasible(trial.optuna_trial, handle, not is_infeasible)
+            self._set_feasible(trial, handle, not is_infeasible)
         match trial.state:
             case TrialState.COMPLETE:
                 best = best_evaluation(trial.evaluations)
@@ -194,15 +194,20 @@ class Advisor:
                 self.tell(trial, max_train_steps=max_train_steps)
 
     def _handle(self, trial: Trial) -> optuna.Trial:
-        assert trial.optuna_trial is not None
-        frozen = self.study.get_trials(deepcopy=False)[trial.optuna_trial]
-        return optuna.Trial(self.study, frozen._trial_id)
+        return optuna.Trial(self.study, self._trial_id(trial))
 
-    def _set_feasible(self, number: int, handle: optuna.Trial, feasible: bool) -> None:
+    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """One trial, read alone: `get_trials` reads all that are running."""
+        return self._storage.get_trial(self._trial_id(trial))
+
+    def _trial_id(self, trial: Trial) -> int:
+        assert trial.optuna_trial is not None
+        return self._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, trial.optuna_trial)
+
+    def _set_feasible(self, trial: Trial, handle: optuna.Trial, feasible: bool) -> None:
         handle.set_constraint("feasible", 0.0 if feasible else 1.0)
         # optuna-dashboard's best trial reads this older attribute alone.
-        trial_id = self.study.get_trials(deepcopy=False)[number]._trial_id
-        self._storage.set_trial_system_attr(trial_id, "constraints", [0.0 if feasible else 1.0])
+        self._storage.set_trial_system_attr(self._trial_id(trial), "constraints", [0.0 if feasible else 1.0])
 
     def _penalty(self) -> float:
         losses = [t.value for t in self.study.get_trials(deepcopy=False) if t.value is not None]
@@ -294,7 +299,16 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
 
 def optuna_storage(url: str) -> optuna.storages.RDBStorage:
     """Optuna's tables in the study's database, beside tuner's own."""
-    return optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url))
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url))
+    if storage.engine.dialect.name == "sqlite":
+        event.listen(storage.engine, "connect", _leave_waiting_to_facts)
+        storage.engine.dispose()
+    return storage
+
+
+def _leave_waiting_to_facts(connection: Any, _: object) -> None:
+    """Optuna's commits reach the disk with the next fact's: a power cut takes what is told again anyway."""
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class StudyStorage(optuna.storages.RDBStorage):
