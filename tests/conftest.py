@@ -25,7 +25,14 @@ def postgres_server() -> Iterator[str]:
     pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
     # pytest's own directories are closed to the user that the server runs as.
     server = wheel.get_server(tempfile.mkdtemp(prefix="tuner-postgres-"), cleanup_mode="delete")
-    yield server.get_uri(driver="psycopg")
+    url = server.get_uri(driver="psycopg")
+    administrator = create_engine(url, isolation_level="AUTOCOMMIT")
+    with administrator.connect() as connection:
+        # No test cuts the server's power, so no commit needs to wait for the disk.
+        connection.execute(text("ALTER SYSTEM SET synchronous_commit = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+    administrator.dispose()
+    yield url
     server.cleanup()
 
 

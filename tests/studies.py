@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from tuner.cli import run
 from tuner.records import Evaluation, Hyperparameters
 from tuner.report import open_view
 from tuner.spec import RoundFile, load_round
 
 QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 ROUND = """\
 study: {study}
@@ -93,7 +99,29 @@ def silent_view() -> Any:
     return open_view(console=console, title="test", trials_total=1, max_train_steps=1)
 
 
-def tuner(*arguments: str, directory: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Done:
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def tuner(*arguments: str, directory: Path) -> Done:
+    """The command line, without the seconds that a process of its own takes to load."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        chdir(directory),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+        patch.dict(os.environ, ENVIRONMENT),
+    ):
+        returncode = run(list(arguments))
+    return Done(returncode, stdout.getvalue(), stderr.getvalue())
+
+
+def tuner_process(*arguments: str, directory: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "tuner.cli", *arguments],
@@ -102,7 +130,7 @@ def tuner(*arguments: str, directory: Path, timeout: float = 240) -> subprocess.
         capture_output=True,
         timeout=timeout,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env={**os.environ, **ENVIRONMENT},
     )
 
 

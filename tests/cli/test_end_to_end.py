@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna_dashboard import get_note
 
-from tests.studies import QUICKSTART, trials_of, tuner, write_round
+from tests.studies import QUICKSTART, trials_of, tuner, tuner_process, write_round
 from tuner.study.sampling import optuna_storage
 
 TRIAL_KEYS = [
@@ -143,7 +143,7 @@ class TestStudy:
         assert any("tuner-best-steps" in key for (key,) in rows)
 
     def test_generate_answers(self, study: Path) -> None:
-        done = tuner(
+        done = tuner_process(
             "trial", "generate", "best", "--prompt", "Name a river.", "--max-new-tokens", "8", directory=study
         )
         assert done.returncode == 0, done.stderr

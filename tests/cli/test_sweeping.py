@@ -81,7 +81,7 @@ def test_a_few_rows_are_fitted_by_real_training(tmp_path: Path) -> None:
     rows = (Path(re.search(r"path: (\S+train.jsonl)", path.read_text())[1])).read_text().splitlines()[:4]  # type: ignore[index]
     (tmp_path / "few.jsonl").write_text("\n".join(rows) + "\n")
     path.write_text(re.sub(r"train: .*", "train: [{path: few.jsonl, format: alpaca}]", path.read_text()))
-    done = tuner("study", "sweep", "round1.yaml", "--slots", "8", directory=tmp_path, timeout=400)
+    done = tuner("study", "sweep", "round1.yaml", "--slots", "8", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"fitted in (4|8|12|16|20|24|28|32|36|40|44|48) steps", done.stdout), done.stdout
     status = json.loads(tuner("study", "status", "--json", directory=tmp_path).stdout)

@@ -89,9 +89,7 @@ def curves(trials: list[dict[str, Any]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("at", "process"),
     [
-        ("tuner.study.sampling.Advisor.propose+:2", PARENT),  # after ask, before its fact
         ("tuner.store.sql.SqlStore.record:9", PARENT),  # between an evaluation and its record
-        ("tuner.study.sampling.Advisor.tell:1", PARENT),  # after the fact, before tell
         ("rename:6", WORKER),  # a checkpoint written, not yet under its name
         ("symlink:3", WORKER),  # the best adapter in place, its link not yet switched
         ("tuner.training.trial_run.TrialRun.finish_update:7", WORKER),  # inside a step
@@ -109,6 +107,30 @@ def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(
     assert done.returncode == 0, done.stderr
     assert curves(trials_of(tmp_path)) == curves(undisturbed)
     nothing_half_made(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "tuner.study.sampling.Advisor.propose+:2",  # after ask, before its fact
+        "tuner.store.sql.SqlStore.record:4",  # of a trial that has begun
+        "tuner.study.sampling.Advisor.tell:1",  # after the fact, before tell
+    ],
+)
+def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(tmp_path: Path, at: str) -> None:
+    """The same parent over simulated trials."""
+    directories = tmp_path / "undisturbed", tmp_path / "killed"
+    command = (*RUN, "--engine", "simulated")
+    for directory in directories:
+        write_round(directory, **CHANGES)
+    assert tuner(*command, directory=directories[0]).returncode == 0
+    died = run_dying(directories[1], at, PARENT, *command)
+    assert died.returncode == -signal.SIGKILL
+    done = tuner(*command, directory=directories[1])
+    assert done.returncode == 0, done.stderr
+    undisturbed, killed = (curves(trials_of(directory / "rehearsal")) for directory in directories)
+    assert len(undisturbed) == CHANGES["trials"]
+    assert killed == undisturbed
 
 
 @pytest.mark.slow
