@@ -29,6 +29,14 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     assert run([*command, "--for", "0.001s"]) == 0
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == "next: tuner study sweep round1.yaml --for 0.001s --engine simulated"
+    monkeypatch.chdir(tmp_path / "rehearsal")
+    assert run(["study", "run", "sweep-20.yaml", "--for", "0.001s"]) == 0
+    capsys.readouterr()
+    assert run(["study", "status"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "next: tuner study sweep round1.yaml"
+    assert run(["study", "auto", "sweep-20.yaml"]) == 2
+    assert "sweep-20 is a round of a sweep" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
     assert run(command) == 0
     said = capsys.readouterr()
     assert "compute-bound" in said.out

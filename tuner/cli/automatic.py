@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tuner.cli.promoting import promote_round
 from tuner.cli.running import Where, has_begun, interruptible, run_here
-from tuner.errors import Interrupted
+from tuner.errors import InputError, Interrupted
 from tuner.playbook.enough import enough
-from tuner.spec import RoundFile
+from tuner.playbook.sweep import is_sweep
+from tuner.spec import RoundFile, load_round
 from tuner.study.folder import open_folder
 from tuner.study.pages import next_name
 from tuner.study.promotion import promoted_from
@@ -36,8 +37,13 @@ def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
     """Run the latest round that came of a file, promote it and run the next one, until it is enough.
 
     Facts and files hold all that this knows, so that the same command goes on. Raises Interrupted, naming
-    it, when a signal asked to stop.
+    it, when a signal asked to stop, and InputError for a round of a sweep.
     """
+    if is_sweep(name := load_round(path).spec.round):
+        raise InputError(
+            f"{path}: {name} is a round of a sweep, which is never promoted; give the round file that the "
+            "sweep was made from"
+        )
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     ended = Ended(f"tuner study auto {path}{limit}{where.options}")
     with interruptible(ended.command, duration=duration) as stopping:

@@ -42,10 +42,18 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
             output().print(status_table(folder.name, statuses))
         unfinished = next((s for s in statuses if s.state != "complete"), None)
         if unfinished is not None:
-            return f"tuner study run {_file_name(folder, unfinished.round)}"
+            return _going_on(folder, unfinished.round)
         return round_report(folder, store, folder.latest(store)).next_command
     finally:
         store.close()
+
+
+def _going_on(folder: StudyFolder, round_name: str) -> str:
+    """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
+    swept = (file for file in folder.files if not is_sweep(file.spec.round))
+    if is_sweep(round_name) and (file := next(swept, None)) is not None:
+        return f"tuner study sweep {file.path.name}"
+    return f"tuner study run {_file_name(folder, round_name)}"
 
 
 def reports_on(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...]:
