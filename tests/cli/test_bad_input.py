@@ -200,11 +200,13 @@ def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.Capture
 def test_what_only_the_worker_sees(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     rows: dict[str, str],
     words: list[str],
 ) -> None:
     """A run has made the checkpoints' directory and the cache by then, and takes them back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a name that is no folder is looked for on the Hub
     path = write_round(tmp_path, data=write_data(tmp_path, **rows), **changes)
     message = refused(tmp_path, capsys, "study", "run", str(path))
     assert all(word in message for word in words)

@@ -176,8 +176,9 @@ def test_rates_that_diverge_are_not_run_again_and_are_no_edge(tmp_path: Path) ->
     assert [len(of) for of in ran.values()] == [8, 6, 6]
 
 
-@pytest.mark.parametrize("patience", [1, 7, 25])
-def test_stopped_again_and_again_it_comes_to_the_same_answer(tmp_path: Path, patience: int) -> None:
+@pytest.mark.slow
+def test_stopped_again_and_again_it_comes_to_the_same_answer(tmp_path: Path) -> None:
+    patience = 1
     curve = Fit(best_rate=2.6e-4, pace=15.0)
     undisturbed = swept_file(tmp_path / "one")
     answer = sweep(undisturbed, curve)

@@ -26,6 +26,8 @@ from tests.training.driving import (
 from tuner.records import Value
 from tuner.training.optimizer import TrialOptimizer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 MICRO_TOKENS = 60
 """Cuts batches of these rows into one to four micro-batches."""

@@ -15,6 +15,8 @@ from tests.studies import formula, round_file
 from tuner.records import Died, Ended, Evaluated, Ready, Saved
 from tuner.workers import LocalWorker, SimulatedWorker
 
+pytestmark = pytest.mark.slow
+
 
 def local_worker(directory: Path, **changes: object) -> LocalWorker:
     file = round_file(directory, **changes)
