@@ -36,7 +36,8 @@ HYPERPARAMETERS = {
 
 
 class WorkerContract:
-    """Subclasses give a fixture `worker` with two slots and a fixture `directory`."""
+    """Subclasses give fixtures: `worker`, a new one with two slots; `ready_worker`, one that has said that it
+    is ready and is free, which tests may share; and `directory`."""
 
     def test_is_ready_before_anything_else(self, worker: Worker) -> None:
         first = collect(worker, until=lambda events: bool(events))[0]
@@ -44,43 +45,45 @@ class WorkerContract:
         assert first.slots == 2
 
     def test_runs_a_trial_from_its_first_evaluation_to_its_last(
-        self, worker: Worker, directory: Path
+        self, ready_worker: Worker, directory: Path
     ) -> None:
-        wait_until_ready(worker)
-        worker.start(assignment(directory, 0))
-        assert worker.capacity() == 1
-        events = collect(worker, until=lambda seen: any(isinstance(e, Ended) for e in seen))
+        ready_worker.start(assignment(directory, 0))
+        assert ready_worker.capacity() == 1
+        events = collect(ready_worker, until=lambda seen: any(isinstance(e, Ended) for e in seen))
         started = [e for e in events if isinstance(e, Started)]
         assert [(e.trial, e.attempt, e.step) for e in started] == [(0, 1, 0)]
         steps = [e.evaluation.step for e in events if isinstance(e, Evaluated)]
         assert steps == list(evaluation_steps(6, 2))
         assert isinstance(events[-1], Ended)
         assert (events[-1].outcome, events[-1].step) == ("complete", 6)
-        assert worker.capacity() == 2
+        assert ready_worker.capacity() == 2
 
-    def test_runs_two_trials_side_by_side_and_refills_a_slot(self, worker: Worker, directory: Path) -> None:
-        wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=2))
-        worker.start(assignment(directory, 1, steps=6))
-        assert worker.capacity() == 0
-        seen = collect(worker, until=lambda events: ended(events) >= {0})
-        worker.start(assignment(directory, 2, steps=2))
-        seen += collect(worker, until=lambda events: ended(seen + events) == {0, 1, 2})
+    def test_runs_two_trials_side_by_side_and_refills_a_slot(
+        self, ready_worker: Worker, directory: Path
+    ) -> None:
+        ready_worker.start(assignment(directory, 0, steps=2))
+        ready_worker.start(assignment(directory, 1, steps=6))
+        assert ready_worker.capacity() == 0
+        seen = collect(ready_worker, until=lambda events: ended(events) >= {0})
+        ready_worker.start(assignment(directory, 2, steps=2))
+        seen += collect(ready_worker, until=lambda events: ended(seen + events) == {0, 1, 2})
         assert {e.trial for e in seen if isinstance(e, Evaluated)} == {0, 1, 2}
 
-    def test_a_stopped_trial_leaves_and_the_other_goes_on(self, worker: Worker, directory: Path) -> None:
-        wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=400))
-        worker.start(assignment(directory, 1, steps=4))
-        worker.stop(0)
-        seen = collect(worker, until=lambda events: ended(events) == {0, 1})
+    def test_a_stopped_trial_leaves_and_the_other_goes_on(
+        self, ready_worker: Worker, directory: Path
+    ) -> None:
+        ready_worker.start(assignment(directory, 0, steps=400))
+        ready_worker.start(assignment(directory, 1, steps=4))
+        ready_worker.stop(0)
+        seen = collect(ready_worker, until=lambda events: ended(events) == {0, 1})
         outcomes = {e.trial: e.outcome for e in seen if isinstance(e, Ended)}
         assert outcomes == {0: "stopped", 1: "complete"}
 
-    def test_keeps_the_trunk_and_a_longer_run_goes_on_from_it(self, worker: Worker, directory: Path) -> None:
-        wait_until_ready(worker)
-        worker.start(replace(assignment(directory, 0), trunk_steps=(3, 4)))
-        first = collect(worker, until=lambda seen: ended(seen) == {0})
+    def test_keeps_the_trunk_and_a_longer_run_goes_on_from_it(
+        self, ready_worker: Worker, directory: Path
+    ) -> None:
+        ready_worker.start(replace(assignment(directory, 0), trunk_steps=(3, 4)))
+        first = collect(ready_worker, until=lambda seen: ended(seen) == {0})
         trunks = [c for c in saved(first) if c.kind == CheckpointKind.TRUNK]
         assert [trunk.step for trunk in trunks] == [3, 4]
         assert all((directory / trunk.path).is_dir() for trunk in trunks)
@@ -90,20 +93,21 @@ class WorkerContract:
             resume_from=str(directory / trunks[1].path),
             resume_sha256=trunks[1].sha256,
         )
-        worker.start(going_on)
-        worker.start(assignment(directory, 2, steps=10))
-        both = collect(worker, until=lambda seen: ended(seen) == {1, 2})
+        ready_worker.start(going_on)
+        ready_worker.start(assignment(directory, 2, steps=10))
+        both = collect(ready_worker, until=lambda seen: ended(seen) == {1, 2})
         assert {e.trial: e.step for e in both if isinstance(e, Started)} == {1: 4, 2: 0}
         assert losses(both, 1) == pytest.approx(losses(both, 2), rel=1e-5)
         assert list(losses(both, 1)) == list(evaluation_steps(10, 2))
         assert {e.outcome for e in both if isinstance(e, Ended)} == {"complete"}
 
-    def test_a_stopped_trial_goes_on_from_where_it_was_saved(self, worker: Worker, directory: Path) -> None:
-        wait_until_ready(worker)
-        worker.start(assignment(directory, 0, steps=40))
-        seen = collect(worker, until=lambda events: 2 in losses(events, 0))
-        worker.stop(0)
-        seen += collect(worker, until=lambda events: ended(events) == {0})
+    def test_a_stopped_trial_goes_on_from_where_it_was_saved(
+        self, ready_worker: Worker, directory: Path
+    ) -> None:
+        ready_worker.start(assignment(directory, 0, steps=40))
+        seen = collect(ready_worker, until=lambda events: 2 in losses(events, 0))
+        ready_worker.stop(0)
+        seen += collect(ready_worker, until=lambda events: ended(events) == {0})
         last = [c for c in saved(seen) if c.kind == CheckpointKind.LAST][-1]
         stopped = seen[-1]
         assert isinstance(stopped, Ended)
@@ -114,30 +118,32 @@ class WorkerContract:
             resume_from=str(directory / last.path),
             resume_sha256=last.sha256,
         )
-        worker.start(again)
-        rest = collect(worker, until=lambda events: ended(events) == {0})
+        ready_worker.start(again)
+        rest = collect(ready_worker, until=lambda events: ended(events) == {0})
         assert [e.step for e in rest if isinstance(e, Started)] == [last.step]
         assert list(losses(rest, 0)) == list(evaluation_steps(40, 2))
         assert losses(rest, 0)[2] == losses(seen, 0)[2]
 
     def test_a_checkpoint_that_is_gone_fails_the_attempt_and_frees_the_slot(
-        self, worker: Worker, directory: Path
+        self, ready_worker: Worker, directory: Path
     ) -> None:
-        wait_until_ready(worker)
         gone = str(directory / "trial-0000" / "trunk" / "step-000004")
-        worker.start(replace(assignment(directory, 1), resume_from=gone))
+        ready_worker.start(replace(assignment(directory, 1), resume_from=gone))
         (last,) = (
-            e for e in collect(worker, until=lambda events: ended(events) == {1}) if isinstance(e, Ended)
+            e
+            for e in collect(ready_worker, until=lambda events: ended(events) == {1})
+            if isinstance(e, Ended)
         )
         assert last.outcome == "failed"
         assert "gone" in str(last.reason)
-        assert worker.capacity() == 2
+        assert ready_worker.capacity() == 2
 
-    def test_a_trial_that_diverges_is_infeasible_with_a_reason(self, worker: Worker, directory: Path) -> None:
-        wait_until_ready(worker)
+    def test_a_trial_that_diverges_is_infeasible_with_a_reason(
+        self, ready_worker: Worker, directory: Path
+    ) -> None:
         wild = {**HYPERPARAMETERS, "learning_rate": 1e9}
-        worker.start(replace(assignment(directory, 0, steps=40), hyperparameters=wild))
-        events = collect(worker, until=lambda seen: ended(seen) == {0})
+        ready_worker.start(replace(assignment(directory, 0, steps=40), hyperparameters=wild))
+        events = collect(ready_worker, until=lambda seen: ended(seen) == {0})
         last = events[-1]
         assert isinstance(last, Ended)
         assert (last.outcome, last.step < 40) == ("infeasible", True)

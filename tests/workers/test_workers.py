@@ -40,6 +40,13 @@ class TestLocalWorker(WorkerContract):
         yield worker
         worker.close()
 
+    @pytest.fixture(scope="class")
+    def ready_worker(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWorker]:
+        worker = local_worker(tmp_path_factory.mktemp("worker"))
+        wait_until_ready(worker)
+        yield worker
+        worker.close()
+
     def test_a_killed_process_is_said_and_replaced(self, worker: LocalWorker, directory: Path) -> None:
         wait_until_ready(worker)
         worker.start(assignment(directory, 0, steps=400))
@@ -72,6 +79,11 @@ class TestSimulatedWorker(WorkerContract):
     @pytest.fixture
     def worker(self) -> SimulatedWorker:
         return SimulatedWorker(formula, slots=2)
+
+    @pytest.fixture
+    def ready_worker(self, worker: SimulatedWorker) -> SimulatedWorker:
+        wait_until_ready(worker)
+        return worker
 
     def test_time_is_counted_in_steps(self, directory: Path) -> None:
         worker = SimulatedWorker(formula, slots=2, seconds_per_step=0.5)
