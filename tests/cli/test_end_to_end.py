@@ -118,6 +118,14 @@ class TestStudy:
             trial["best_eval_loss"], abs=1e-4
         )
 
+    def test_what_is_exported_has_the_loss_of_its_trial(self, study: Path, tmp_path: Path) -> None:
+        trial = json.loads(tuner("trial", "show", "best", "--json", directory=study).stdout)
+        for name, options in (("adapter", ()), ("merged", ("--merge", "--dtype", "float32"))):
+            done = tuner("trial", "export", "best", "--to", str(tmp_path / name), *options, directory=study)
+            assert done.returncode == 0, done.stderr
+        found = [plain_peft_loss(tmp_path / "adapter", study), plain_loss(tmp_path / "merged", study)]
+        assert found == pytest.approx([trial["best_eval_loss"]] * 2, abs=1e-4)
+
     def test_only_safetensors_and_json_are_kept(self, study: Path) -> None:
         kept = {path.suffix for path in (study / "runs").rglob("*") if path.is_file()}
         assert kept <= {".safetensors", ".json", ".md", ".log", ".lock"}
@@ -216,7 +224,12 @@ class TestStudy:
 
 
 def plain_peft_loss(adapter: Path, study: Path) -> float:
-    """The evaluation loss by transformers and PEFT alone, one example at a time."""
+    """The evaluation loss by transformers and PEFT alone."""
+    return plain_loss(QUICKSTART / "base", study, adapter=adapter)
+
+
+def plain_loss(model_path: Path, study: Path, *, adapter: Path | None = None) -> float:
+    """The same of a model with or without an adapter, one example at a time."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -226,8 +239,9 @@ def plain_peft_loss(adapter: Path, study: Path) -> float:
 
     spec = load_round(study / "round1.yaml").spec.absolute(study)
     examples = prepare(spec, AutoTokenizer.from_pretrained(QUICKSTART / "base"), None).evaluation
-    base = AutoModelForCausalLM.from_pretrained(QUICKSTART / "base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
     total, count = 0.0, 0
     for example in examples:
         ids = torch.tensor(example.input_ids)[None].long()

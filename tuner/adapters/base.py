@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from tuner.spec import ModelSpec
 
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What a round file may say under `model.dtype`."""
 
 
 @dataclass
@@ -104,22 +105,27 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
     Raises ModelError when it cannot be found, or when its rows would influence one another, so that
     a trial's result would depend on its neighbours.
     """
+    loaded = load_model(model, device=device, max_length=max_length)
+    return freeze(loaded, dtype=DTYPES[model.dtype])
+
+
+def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
+    """The base as transformers has it, quantised where the round file says so. Raises as `load_base` does."""
     disable_progress_bar()
-    device = torch.device(device)
     config = load_config(model, max_length=max_length)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.path,
             config=config,
-            dtype=_DTYPES[model.dtype],
-            device_map={"": device},
+            dtype=DTYPES[model.dtype],
+            device_map={"": torch.device(device)},
             quantization_config=_quantization(model),
             trust_remote_code=model.trust_remote_code,
             **_source(model),
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
-    return freeze(loaded, dtype=_DTYPES[model.dtype])
+    return loaded
 
 
 def load_config(model: ModelSpec, *, max_length: int) -> Any:
@@ -203,7 +209,7 @@ def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=_DTYPES[model.dtype],
+                bnb_4bit_compute_dtype=DTYPES[model.dtype],
             )
         case "int8":
             # LLM.int8's outlier threshold looks at all rows together, so that neighbours would matter.

@@ -1,16 +1,36 @@
-"""`tuner trial ...`: trials are listed, shown and used."""
+"""`tuner trial ...`: trials are listed, shown, used and shared."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Trials: list, show, use. Begin with `tuner trial list`.", no_args_is_help=True)
+app = typer.Typer(help="Trials: list, show, use, share. Begin with `tuner trial list`.", no_args_is_help=True)
 
 TrialName = Annotated[
     str, typer.Argument(metavar="T", help="round1/7, a bare 7 in the latest round, or best.")
 ]
+
+
+class MergedDtype(StrEnum):
+    """Types that merged weights may have."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class OtherTool(StrEnum):
+    """Tools whose files `trial export --as` writes."""
+
+    AXOLOTL = "axolotl"
+    LLAMAFACTORY = "llamafactory"
+    TRL = "trl"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -72,3 +92,72 @@ def generate(
     )
     compare = "" if base else " --base"
     typer.echo(f'next: tuner trial generate {trial} --prompt "..."{compare}', err=True)
+
+
+@app.command()
+def export(
+    trial: TrialName,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The directory to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A whole model, the adapter added into the base's weights.")
+    ] = False,
+    dtype: Annotated[
+        MergedDtype | None, typer.Option(help="Type of merged weights; bfloat16 when left out.")
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Convert the merged model into this file too; implies --merge."),
+    ] = None,
+    gguf_converter: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, where it is not on the PATH."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the directory to OWNER/NAME on the Hub, with HF_TOKEN."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that --push makes is public, not private.")
+    ] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence of what is exported, such as apache-2.0."),
+    ] = None,
+    tool: Annotated[
+        OtherTool | None,
+        typer.Option(
+            "--as", help="Not the adapter, but its configuration and rows for another tool to train."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a trial's adapter as a PEFT directory with tokenizer and model card, or more.
+
+    Example: `tuner trial export best --to my-model --merge`
+    """
+    from tuner.cli.exporting import Export, export_recipe, export_trial, finished_trial
+    from tuner.cli.printing import next_command, open_here
+    from tuner.errors import InputError
+
+    folder = open_here()
+    if tool is not None:
+        if merge or gguf or push:
+            raise InputError("--as: writes a configuration; leave out --merge, --gguf and --push")
+        command = export_recipe(
+            finished_trial(folder, trial), tool.value, to=to, force=force, study=folder.directory
+        )
+        typer.echo(f"next: {command}", err=True)
+        return
+    wanted = Export(
+        to=to,
+        force=force,
+        merge=merge or gguf is not None,
+        dtype=dtype.value if dtype else None,
+        licence=licence,
+        gguf=gguf,
+        gguf_converter=gguf_converter,
+        push=push,
+        public=public,
+    )
+    export_trial(finished_trial(folder, trial), wanted, study=folder.directory)
+    typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)

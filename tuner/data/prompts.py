@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tuner.data.formats import row_format
+from tuner.data.templates import TEMPLATES
 from tuner.data.tokenise import Tokeniser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tuner.spec import SourceSpec
 
 
 def render_prompt(
@@ -34,3 +38,23 @@ def render_prompt(
 @lru_cache(maxsize=2)
 def _tokeniser(tokenizer: PreTrainedTokenizerBase) -> Tokeniser:
     return Tokeniser(tokenizer)
+
+
+def chat_template_of(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Jinja that renders a user's message as the rows of all these sources do; None where none does.
+
+    That is the named template around the turns, `alpaca` for that format, after what the tokenizer puts
+    before a text. None is also said where the tokenizer's own template is the one.
+    """
+    names = {_template_name(source) for source in sources}
+    if len(names) != 1 or (name := names.pop()) not in TEMPLATES:
+        return None
+    beginning = _tokeniser(tokenizer).prompt("", starts_plain=True)
+    return "".join(tokenizer.convert_ids_to_tokens(beginning)) + TEMPLATES[name]
+
+
+def _template_name(source: SourceSpec) -> str:
+    """Of a format without turns, the format's."""
+    if source.format in ("completion", "text"):
+        return source.format
+    return source.template or ("alpaca" if source.format == "alpaca" else "tokenizer")

@@ -1,0 +1,259 @@
+"""The model card of an export: what was trained on what, how, how good it is, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from tuner.playbook.selection import best_evaluation
+from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
+from tuner.report import format
+from tuner.report.markdown import code, escaped, table
+from tuner.spec import ModelSpec, RoundSpec, SourceSpec
+
+_ROWS_OF_THE_CURVE = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """The facts of a model card."""
+
+    name: str
+    """Of the exported directory."""
+    spec: RoundSpec
+    """The round file as it is written, so that no path of this machine is told."""
+    record: RoundRecord
+    trial: Trial
+    base_is_on_hub: bool
+    prompt: str | None
+    """A prompt of training with the user's words in braces; None where there is none to show."""
+    has_chat_template: bool
+    """Whether the exported tokenizer renders that prompt."""
+    command: str
+    """The one that made the export."""
+    versions: Mapping[str, str]
+    """Of the packages that made it, by name."""
+    merged_dtype: str | None = None
+    """None for an adapter."""
+    licence: str | None = None
+    """Of the export, as its author states it."""
+    stated_licences: Mapping[str, str] = field(default_factory=dict)
+    """Those that base and data state, by their paths."""
+    hub_sources: tuple[str, ...] = ()
+    """Training data sets of the Hub."""
+    test_loss: float | None = None
+    """On `data.test`, which nothing was chosen by; None where it was not scored."""
+
+
+def model_card(card: Card) -> str:
+    """The README.md of an exported directory, front matter first."""
+    return "\n\n".join(
+        block
+        for block in (
+            f"---\n{_front_matter(card)}\n---",
+            f"# {escaped(card.name)}",
+            _opening(card),
+            "## Use",
+            f"```python\n{_usage(card)}\n```",
+            *_prompt(card),
+            "## Result",
+            _result(card),
+            _curve(card.trial.evaluations),
+            "## Training",
+            _facts(_training(card)),
+            "Hyperparameters:",
+            _hyperparameters(card.trial.hyperparameters),
+            "## Made by",
+            f"```\n{card.command}\n```",
+            f"With {', '.join(f'{name} {version}' for name, version in card.versions.items())}.",
+        )
+        if block
+    ) + "\n"  # fmt: skip
+
+
+def merging_note(model: ModelSpec, dtype: str) -> str:
+    """How a merged model came from its base, in a sentence."""
+    base = {
+        "nf4": "The base's weights were quantised to NF4 with double quantisation and de-quantised again, "
+        "since the adapter was trained on those; the adapter was added",
+        "int8": "The base's weights were quantised to 8 bits and de-quantised again, since the adapter was "
+        "trained on those; the adapter was added",
+        "none": f"The adapter was added to the base's weights in {model.dtype}",
+    }[model.quantization]
+    return f"{base} in float32, and the sum rounded to {dtype}."
+
+
+def _front_matter(card: Card) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=card.spec.model.path if card.base_is_on_hub else None,
+        library_name="transformers" if card.merged_dtype else "peft",
+        pipeline_tag="text-generation",
+        license=card.licence,
+        datasets=list(card.hub_sources) or None,
+        tags=_tags(card),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _tags(card: Card) -> list[str]:
+    flags: Mapping[str, Any] = card.trial.hyperparameters
+    tags = ["tuner", "lora", *(name for name in ("dora", "rslora") if flags.get(f"use_{name}"))]
+    return [*tags, *(["qlora"] if card.spec.model.quantization == "nf4" else [])]
+
+
+def _opening(card: Card) -> str:
+    what = "A LoRA adapter for" if card.merged_dtype is None else "A LoRA adapter merged into"
+    goal = f" The study asks: {escaped(card.spec.goal)}" if card.spec.goal else ""
+    merged = f" {merging_note(card.spec.model, card.merged_dtype)}" if card.merged_dtype else ""
+    return (
+        f"{what} {_base(card.spec.model)}: trial {card.trial.number} of {escaped(card.spec.round)} in the "
+        f"study {escaped(card.spec.study)}, at the best of its evaluations.{goal}{merged}"
+    )
+
+
+def _base(model: ModelSpec) -> str:
+    parts = (
+        f"revision {escaped(model.revision)}" if model.revision else "",
+        f"file {code(model.gguf_file)}" if model.gguf_file else "",
+    )
+    more = ", ".join(part for part in parts if part)
+    return code(_told(model.path)) + (f" ({more})" if more else "")
+
+
+def _usage(card: Card) -> str:
+    model = card.spec.model
+    if card.merged_dtype is not None:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{card.name}", dtype="{card.merged_dtype}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")'
+        )
+    options = {
+        "revision": model.revision,
+        "gguf_file": model.gguf_file,
+        "trust_remote_code": True if model.trust_remote_code else None,
+        "dtype": model.dtype,
+    }
+    said = "".join(f", {name}={_python(value)}" for name, value in options.items() if value is not None)
+    quantised = _QUANTISATION[model.quantization]
+    imports = ("AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else []))
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import {', '.join(imports)}\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({_python(_told(model.path))}{said}{quantised})\n"
+        f'model = PeftModel.from_pretrained(base, "{card.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")'
+    )
+
+
+def _python(value: str | bool) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+_QUANTISATION = {
+    "none": "",
+    "nf4": ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True)",
+    "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)",
+}
+
+
+def _prompt(card: Card) -> Sequence[str]:
+    if card.prompt is None:
+        return ()
+    by = (
+        "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` renders it."
+        if card.has_chat_template
+        else "The tokenizer has no template that renders it."
+    )
+    return f"It was trained on this prompt. {by}", f"```\n{card.prompt}\n```"
+
+
+def _result(card: Card) -> str:
+    best = best_evaluation(card.trial.evaluations)
+    assert best is not None, "a complete trial has been evaluated"
+    untouched = next((e.eval_loss for e in card.trial.evaluations if e.step == 0), None)
+    before = f" The untouched base has {format.loss(untouched)}." if untouched is not None else ""
+    tested = (
+        f" On test rows that nothing was chosen by: {format.loss(card.test_loss)}."
+        if card.test_loss is not None
+        else ""
+    )
+    return (
+        f"Evaluation loss {format.loss(best.eval_loss)} at step {best.step} of {card.record.max_train_steps} "
+        f"in nats per target token, on {format.count(card.record.eval_rows, 'held-out row')}.{before}{tested}"
+    )
+
+
+def _curve(evaluations: Sequence[Evaluation]) -> str:
+    best = best_evaluation(evaluations)
+    shown = _thinned(evaluations, keep=best)
+    rows = [
+        (str(e.step), format.loss(e.train_loss), format.loss(e.eval_loss), "best" if e is best else "")
+        for e in shown
+    ]
+    return table(("step", "train loss", "evaluation loss", ""), rows, num_words=1)
+
+
+def _thinned(evaluations: Sequence[Evaluation], *, keep: Evaluation | None) -> list[Evaluation]:
+    """So many, evenly spread, the first, the last and the best among them."""
+    last = len(evaluations) - 1
+    wanted = min(_ROWS_OF_THE_CURVE, len(evaluations))
+    places = {round(i * last / max(1, wanted - 1)) for i in range(wanted)}
+    return [e for place, e in enumerate(evaluations) if place in places or e is keep]
+
+
+def _training(card: Card) -> Mapping[str, str]:
+    spec, model = card.spec, card.spec.model
+    data = spec.data
+    licences = [f"{escaped(_told(path))}: {escaped(stated)}" for path, stated in card.stated_licences.items()]
+    facts = {
+        "Base": f"{_base(model)}, {model.dtype}, quantization {model.quantization}",
+        "Training data": "; ".join(_source(source) for source in data.train),
+        "Evaluation data": "; ".join(_source(source) for source in data.eval)
+        or f"{format.percent(data.eval_fraction or 0)} of the training rows, held out by their content",
+        "Rows": f"{card.record.train_rows:,} for training, {card.record.eval_rows:,} for evaluation",
+        "Length": f"{data.max_length} tokens at most; the loss is on "
+        + ("the completion" if data.loss_on == "completion" else "all tokens"),
+        "Licences stated": "; ".join(licences),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _hyperparameters(values: Hyperparameters) -> str:
+    rows = [(name, _exact(value)) for name, value in values.items()]
+    return table(("name", "value"), rows, num_words=2)
+
+
+def _exact(value: Value) -> str:
+    """With every digit, so that the card is enough to train again."""
+    return repr(value) if isinstance(value, float) else format.value(value)
+
+
+def _source(source: SourceSpec) -> str:
+    parts = {
+        "format": source.format,
+        "template": source.template,
+        "configuration": source.config,
+        "split": source.split,
+        "weight": None if source.weight == 1 else format.number(source.weight),
+    }
+    said = ", ".join(f"{name} {escaped(value)}" for name, value in parts.items() if value is not None)
+    return f"{code(_told(source.path))} ({said})"
+
+
+def _told(path: str) -> str:
+    """Of an absolute path the last name alone; a URL without what may be secret: user, password and query."""
+    if "://" in path:
+        url = urlsplit(path)
+        return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+    return Path(path).name if Path(path).expanduser().is_absolute() else path
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
