@@ -11,6 +11,10 @@ import pytest
 from tests.cli.conftest import MountTmpfs, make_read_only
 from tests.studies import write_round
 from tuner.cli import run
+from tuner.report.elsewhere import not_installed
+from tuner.spec import load_round
+from tuner.study.plan import RoundPlan
+from tuner.study.running import refuse_uninstalled
 
 GOOD_ROW = '{"instruction": "Name a river.", "output": "The Ebb."}\n'
 OTHER_ROW = '{"instruction": "Name a hill.", "output": "The Tor."}\n'
@@ -60,6 +64,25 @@ def test_mistakes_in_the_file(
     message = refused(tmp_path, capsys, "study", verb, str(path))
     assert "round1.yaml:" in message
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_tool_to_report_to_that_is_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """A rehearsal is shown nowhere, and needs none."""
+    missing = not_installed(["tensorboard", "wandb", "mlflow", "trackio"])
+    if not missing:
+        pytest.skip("all of them are installed")
+    path = write_round(tmp_path)
+    text = path.read_text()
+    path.write_text(f"{text}run: {{report_to: [{missing[0]}]}}\n")
+    message = refused(tmp_path, capsys, "study", verb, str(path))
+    line = len(text.splitlines()) + 1
+    assert f"round1.yaml:{line}: run.report_to: {missing[0]} is not installed" in message
+    assert f"pip install 'tuner[{missing[0]}]'" in message
+    path.write_text(f"{text}run: {{engine: simulated, report_to: [{missing[0]}]}}\n")
+    refuse_uninstalled(RoundPlan(load_round(path)))
 
 
 def test_an_unknown_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

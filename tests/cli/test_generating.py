@@ -1,14 +1,17 @@
-"""`trial generate`: which trial a name means, and the template of training around the prompt."""
+"""`trial generate`: which trial a name means, the template of training, files of prompts, wrong options."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.data.tiny import write_jsonl
 from tests.studies import QUICKSTART, round_file
 from tests.study.rehearsal import rehearse, trials
 from tuner.cli import run
@@ -76,7 +79,7 @@ def answer(capsys: pytest.CaptureFixture[str], study: Path, name: str, *more: st
     command = ["-C", str(study), "trial", "generate", name, "--prompt", INSTRUCTION, "--max-new-tokens", "10"]
     assert run([*command, *more]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(f"next: tuner trial generate {name} "), said.err
+    assert said.err.startswith(f"next: tuner -C {study} trial generate {name} "), said.err
     return said.out.strip()
 
 
@@ -93,6 +96,121 @@ def test_the_prompt_goes_through_the_template_of_training(
     assert answer(capsys, study, f"round1/{best.number}") == expected
     assert answer(capsys, study, "best", "--base") == by_transformers(PROMPT, None) != expected
     assert answer(capsys, study, "best", "--context", "A short one.") == by_transformers(WITH_INPUT, adapter)
+
+
+def test_both_answers_side_by_side(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    trial = f"round1/{best_of(study).number}"
+    with_adapter, of_base = answer(capsys, study, "best"), answer(capsys, study, "best", "--base")
+    both = f"--- {trial}\n{with_adapter}\n--- base\n{of_base}"
+    assert answer(capsys, study, "best", "--compare") == both
+    assert answer(capsys, study, "best", "--compare", "--stream") == both
+
+
+ROWS = [
+    {"instruction": INSTRUCTION, "input": "", "output": "ignored"},
+    {"prompt": INSTRUCTION},
+    {"instruction": INSTRUCTION, "input": "A short one."},
+    {"prompt": INSTRUCTION, "context": "A short one."},
+    *({"prompt": f"Count to {number}: {'1 ' * number}"} for number in (9, 1, 6)),
+]
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def generate_file(study: Path, questions: Path, *more: str) -> int:
+    command = ["-C", str(study), "trial", "generate", "best", "--input", str(questions)]
+    return run([*command, "--max-new-tokens", "10", *more])
+
+
+def test_a_file_of_prompts(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To standard output and to a file, at once, one by one, and in several runs of which one was killed."""
+    monkeypatch.chdir(study)
+    questions, answers = write_jsonl(tmp_path / "questions.jsonl", ROWS), tmp_path / "answers.jsonl"
+    expected = answer(capsys, study, "best")
+    capsys.readouterr()
+    assert generate_file(study, questions, "--compare") == 0
+    together = capsys.readouterr()
+    said = lines_of(together.out)
+    assert [line["row"] for line in said] == list(range(1, 8))
+    assert said[0]["prompt"] == said[1]["prompt"] == PROMPT
+    assert said[2]["prompt"] == said[3]["prompt"] == WITH_INPUT
+    assert said[0]["answer"] == said[1]["answer"] == expected != said[0]["base"]
+    assert "7 answers in" in together.err
+    assert generate_file(study, questions, "--compare", "--batch-size", "1", "--output", str(answers)) == 0
+    whole = answers.read_text()
+    assert lines_of(whole) == said
+    answers.write_text("".join(whole.splitlines(keepends=True)[3:])[:-5])
+    assert generate_file(study, questions, "--compare", "--output", str(answers)) == 0
+    assert answers.read_text() == whole
+    assert "has 3 of 7 answers" in capsys.readouterr().err
+    assert generate_file(study, questions, "--output", str(answers)) == 2
+    assert "another prompt, trial or options" in capsys.readouterr().err
+    assert answers.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"instruction": "Name', ":2: not one JSON object a line"),
+        ("[1]", ":2: a list; a row must be an object"),
+        ('{"question": "Why?"}', ":2: no column 'instruction'; columns found: 'question'"),
+        ('{"instruction": null}', ":2: column 'instruction' is null; it must be text"),
+        ('{"prompt": 3}', ":2: column 'prompt' is the number 3; it must be text"),
+        ('{"prompt": "a", "context": []}', ":2: column 'context' is a list; it must be text"),
+        ('{"prompt": "\\ud800"}', ":2: has half a character"),
+        ('{"prompt": "' + "long " * 3000 + '"}', ":2: it has"),
+    ],
+)
+def test_malformed_rows(
+    study: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    row: str,
+    words: str,
+) -> None:
+    monkeypatch.chdir(study)
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text(json.dumps(ROWS[0]) + f"\n{row}\n")
+    assert generate_file(study, questions, "--output", str(answers)) == 2
+    assert f"error: {questions}{words}" in capsys.readouterr().err
+    assert not answers.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "give --prompt"),
+        (["--prompt", "a", "--input", "b.jsonl"], "one of the two"),
+        (["--prompt", "a", "--output", "b.jsonl"], "--output goes with --input"),
+        (["--prompt", "a", "--batch-size", "2"], "--batch-size goes with --input"),
+        (["--input", "b.jsonl", "--stream"], "--stream goes with --prompt"),
+        (["--input", "b.jsonl", "--context", "c"], "--context goes with --prompt"),
+        (["--input", "b.jsonl", "--output", "./b.jsonl"], "that is the file of the prompts"),
+        (["--input", "b.jsonl"], "b.jsonl: there is no such file"),
+        (["--prompt", "a", "--base", "--compare"], "give one of them"),
+        (["--prompt", "a", "--top-k", "5"], "give a --temperature above 0"),
+        (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: expects a probability"),
+        (["--prompt", "a", "--temperature", "-1"], "greater than or equal to 0"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    study: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(study)
+    assert run(["trial", "generate", "best", *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_names(study: Path) -> None:

@@ -184,7 +184,7 @@ def test_the_prompt_for_inference_begins_the_example(
         eval=[tiny.source(files[1], "text")],
     )
     [example] = data.train
-    prompt = render_prompt(name, tokenizer, instruction="hi", template=template)
+    prompt = list(render_prompt(name, tokenizer, instruction="hi", template=template).ids)
     assert example.input_ids[~example.is_target].tolist() == prompt
     assert prompt[0] == tokenizer.bos_token_id
     assert example.input_ids.tolist().count(tokenizer.bos_token_id) == 1

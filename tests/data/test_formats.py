@@ -154,7 +154,7 @@ def test_an_unknown_format_is_refused() -> None:
 def test_prompts_for_inference_are_those_of_training() -> None:
     alpaca = segments("alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"})[0][0]
     chat = segments("messages", conversation("uAdd.\n\n1 2", "a3"))[0][0]
-    assert PLAIN.decode(render_prompt("alpaca", PLAIN, instruction="Add.", input="1 2")) == "<s>" + alpaca
-    assert CHAT.decode(render_prompt("messages", CHAT, instruction="Add.", input="1 2")) == chat
-    assert PLAIN.decode(render_prompt("completion", PLAIN, instruction="Add.")) == "<s>Add."
-    assert PLAIN.decode(render_prompt("text", PLAIN, instruction="Add.", input="1")) == "<s>Add.\n1"
+    assert PLAIN.decode(render_prompt("alpaca", PLAIN, instruction="Add.", input="1 2").ids) == "<s>" + alpaca
+    assert CHAT.decode(render_prompt("messages", CHAT, instruction="Add.", input="1 2").ids) == chat
+    assert PLAIN.decode(render_prompt("completion", PLAIN, instruction="Add.").ids) == "<s>Add."
+    assert PLAIN.decode(render_prompt("text", PLAIN, instruction="Add.", input="1").ids) == "<s>Add.\n1"

@@ -444,7 +444,7 @@ def test_the_prompt_for_inference_begins_the_training_example(tmp_path: Path) ->
         data = tiny.prepared(tokenizer, train=[tiny.source(file)], eval=[tiny.source(other)])
         for row, example in zip(rows, data.train, strict=True):
             prompt = render_prompt("alpaca", tokenizer, instruction=row["instruction"], input=row["input"])
-            assert example.input_ids[~example.is_target].tolist() == prompt
+            assert example.input_ids[~example.is_target].tolist() == list(prompt.ids)
 
 
 def test_importing_the_room_is_light() -> None:

@@ -20,6 +20,7 @@ def refused(old: str, new: str) -> list[Mistake]:
         ("trials: 16", "trials: 2"),
         ("batch_size: 16", "batch_size: 4"),
         ("slots: auto", "slots: 3"),
+        ("pruner: none}", "pruner: none, report_to: [tensorboard, mlflow]}"),
         ("production_steps: 2000", "production_steps: 60"),
         ("{engine: local, slots: auto, production_steps: 2000, decay_branches: false, pruner: none}", "{}"),
         ("  decay_steps: 24\n", "  decay_steps: 24\n  lora_dropout: 0\n"),

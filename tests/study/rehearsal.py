@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.studies import formula, round_file, silent_view
 from tuner.records import RoundRecord, Trial
+from tuner.report import View
 from tuner.spec import RoundFile
 from tuner.store import Store, open_store
 from tuner.store.facts import Fact, RoundBegun
@@ -77,6 +78,7 @@ def rehearse(
     fuse: int = 0,
     make_worker: Callable[[], Worker] = lambda: SimulatedWorker(formula, slots=2),
     stopping: Callable[[], bool] = lambda: False,
+    view: View | None = None,
     **changes: Any,
 ) -> Fuse:
     """Run, or go on with, a round as one process would; with a fuse it may raise Crash."""
@@ -98,7 +100,7 @@ def rehearse(
             worker=make_worker(),
             folder=CheckpointFolder(plan.checkpoints),
             continuations=Continuations(plan, mirrored, "same"),  # type: ignore[arg-type]
-            view=silent_view(),
+            view=view or silent_view(),
             clock=_seconds().__next__,
             stopping=stopping,
         ).run()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -135,6 +135,40 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert "waiting" in states(tmp_path)
     rehearse(tmp_path)
     check_consistent(tmp_path, promised=3)
+
+
+@dataclass
+class Listener:
+    """A view that keeps the facts it was told of last."""
+
+    told: Sequence[Trial] = ()
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        self.told = trials
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_view_is_told_the_last_facts_too(tmp_path: Path) -> None:
+    """What other tools show comes from it; a round that is complete is told of again."""
+    asked = itertools.chain([False] * 3, itertools.repeat(True))
+    stopped, whole, again = Listener(), Listener(), Listener()
+    with pytest.raises(Interrupted):
+        rehearse(tmp_path, stopping=lambda: next(asked), view=stopped)
+    # As text, since one NaN is not equal to another.
+    assert repr(stopped.told) == repr(trials(tmp_path))
+    assert any(trial.evaluations for trial in stopped.told)
+    rehearse(tmp_path, view=whole)
+    assert repr(whole.told) == repr(trials(tmp_path)) != repr(stopped.told)
+    rehearse(tmp_path, view=again)
+    assert repr(again.told) == repr(whole.told)
 
 
 class MortalWorker(SimulatedWorker):

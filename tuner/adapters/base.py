@@ -164,7 +164,7 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
     if model.get_output_embeddings() is None:
         raise ModelError(f"model: {type(model).__name__} has no output embedding; tuner trains causal models")
     if getattr(model, "is_quantized", False):
-        _keep_differentiable(model)
+        keep_differentiable(model)
     speed_up(model)
     base = Base(model, dtype, head_is_linear=False)
     base.head_is_linear = _head_is_linear(base)
@@ -218,7 +218,7 @@ def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
             return None
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def keep_differentiable(model: PreTrainedModel) -> None:
     """Let gradients pass through 4-bit layers on a CPU.
 
     In evaluation mode bitsandbytes repacks their weights for inference at the first pass without

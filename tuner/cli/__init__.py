@@ -6,6 +6,7 @@ Nothing heavy is imported until a verb runs, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    printing.typed = shlex.join(["tuner", *arguments])
     try:
         code = app(arguments, prog_name="tuner", standalone_mode=False)
     except TunerError as error:

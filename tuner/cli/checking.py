@@ -21,7 +21,7 @@ from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.pages import round_report
 from tuner.study.plan import RoundPlan as StudyPlan
-from tuner.study.running import refuse_changed_file
+from tuner.study.running import refuse_changed_file, refuse_uninstalled
 
 
 def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
@@ -51,6 +51,7 @@ def _next_command(plan: StudyPlan) -> str:
     folder = open_folder(plan.file.directory)
     RoundDisk(plan).refuse_unwritable()
     refuse_changed_file(plan)
+    refuse_uninstalled(plan)
     store = folder.open()
     try:
         record = next((record for record in store.rounds() if record.name == plan.name), None)

@@ -24,6 +24,9 @@ REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is train
 acting_in: Path | None = None
 """What `-C` said: the commands that are named next are typed from where this one was."""
 
+typed = "tuner"
+"""The command that is being run, as it can be given again."""
+
 
 def next_command(command: str, *, directory: Path | None = None) -> str:
     """A command as it has to be typed to act in a folder; None is the one that this command acts in."""

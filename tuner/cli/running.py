@@ -21,6 +21,7 @@ from tuner.cli.printing import REHEARSAL_BANNER
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.records import Evaluation, searched, to_json
 from tuner.report import open_view
+from tuner.report.elsewhere import FollowedRound, followed
 from tuner.spec import RoundFile, load_round
 from tuner.study.folder import is_rehearsal, open_folder
 from tuner.study.plan import RoundPlan
@@ -143,9 +144,21 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> 
             run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)
             view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
         else:
+            view = followed(view, file.spec.run.report_to, _followed_round(file))
             run_round(file, make_worker=make_worker, view=view, stopping=stopping)
     finally:
         view.close()
+
+
+def _followed_round(file: RoundFile) -> FollowedRound:
+    spec = file.spec.absolute(file.directory)
+    return FollowedRound(
+        study=spec.study,
+        round=spec.round,
+        goal=spec.goal,
+        max_train_steps=spec.max_train_steps,
+        checkpoints=Path(spec.checkpoints.directory),
+    )
 
 
 def _engine(file: RoundFile, wanted: str | None) -> str:

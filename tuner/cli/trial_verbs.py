@@ -70,28 +70,65 @@ def show(trial: TrialName = "best", json: Json = False) -> None:
 @app.command()
 def generate(
     trial: TrialName,
-    prompt: Annotated[str, typer.Option(help="The instruction, in the words of a training row.")],
-    input: Annotated[str, typer.Option("--context", help="The row's input, where the format has one.")] = "",
+    prompt: Annotated[
+        str | None, typer.Option(help="The instruction, in the words of a training row.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="The row's input, where the format has one.")] = "",
+    input: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Answer its rows: training rows, or {"prompt": ...} each.'),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Where answers to --input go; the same command goes on."),
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it grows.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the base, without the adapter.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with both, side by side.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with, at most.")] = 256,
-    base: Annotated[bool, typer.Option("--base", help="Answer with the untouched base, to compare.")] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens of this probability together.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws: the same gives the same answers.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of --input at once; else as many as fit a token budget.")
+    ] = None,
 ) -> None:
-    """Answer a prompt with a trial's adapter, in the template it was trained on.
+    """Answer a prompt, or a file of them, with a trial's adapter, in the template it was trained on.
 
-    Example: `tuner trial generate best --prompt "Name three rivers."`
+    Answers to a file are JSON lines in its order, on standard output or in `--output`, which an interrupted
+    run goes on with.
+
+    Example: `tuner trial generate best --prompt "Name three rivers." --compare`
     """
-    from tuner.cli.generating import generate_answer
-    from tuner.cli.printing import open_here
+    from tuner.cli.generating import Asked, generate_answers
+    from tuner.cli.printing import next_command, open_here
+    from tuner.errors import InputError
 
-    generate_answer(
-        open_here(),
-        trial,
+    if base and compare:
+        raise InputError("--base answers with the base alone, --compare with both; give one of them")
+    asked = Asked(
         prompt=prompt,
-        context=input,
+        context=context,
+        input=input,
+        output=output,
+        models=("adapter", "base") if compare else ("base",) if base else ("adapter",),
+        stream=stream,
+        batch_size=batch_size,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
         max_new_tokens=max_new_tokens,
-        with_adapter=not base,
     )
-    compare = "" if base else " --base"
-    typer.echo(f'next: tuner trial generate {trial} --prompt "..."{compare}', err=True)
+    generate_answers(open_here(), trial, asked)
+    how = "" if base or compare else " --compare"
+    command = f'tuner trial generate {trial} --prompt "..."{how}'
+    typer.echo(f"next: {next_command(command)}", err=True)
 
 
 @app.command()

@@ -5,17 +5,19 @@ from tuner.data.order import batch_rows
 from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import show_rows
-from tuner.data.prompts import render_prompt
+from tuner.data.prompts import Prompt, read_prompts, render_prompt
 
 __all__ = [
     "DataReport",
     "Example",
     "Examples",
     "PreparedData",
+    "Prompt",
     "SplitReport",
     "batch_rows",
     "load_tokenizer",
     "prepare",
+    "read_prompts",
     "render_prompt",
     "show_rows",
 ]

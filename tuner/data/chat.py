@@ -73,6 +73,12 @@ class Chat:
             segments.append(Segment(whole[position:], is_target=False))
         return tuple(segments)
 
+    def question(self, messages: Sequence[Message], place: str) -> tuple[Segment, ...]:
+        """A conversation up to where the assistant answers its last message. Raises DataError."""
+        answered = self.segments([*messages, {"role": "assistant", "content": "-"}], place)
+        last = max(index for index, segment in enumerate(answered) if segment.is_target)
+        return answered[:last]
+
     def prompt(self, instruction: str, input: str) -> str:
         """A conversation of one user's message, up to where the assistant begins."""
         return self._render([asked(instruction, input)], "the prompt", ask=True)

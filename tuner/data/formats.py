@@ -42,6 +42,10 @@ class RowFormat:
     """Columns that are read where they exist."""
     segments: Callable[[Row], tuple[Segment, ...]]
     """A row's texts in order. Raises DataError with the row's place."""
+    asking: tuple[str, ...]
+    """Columns that `question` needs."""
+    question: Callable[[Row], tuple[Segment, ...]]
+    """What comes before a row's last completion, whether it has one or not. Raises DataError."""
     prompt: Callable[[str, str], str]
     """(instruction, input) as the text that comes before the completion in training."""
     starts_plain: bool = True
@@ -119,22 +123,25 @@ _COLUMNS = (
 
 def _alpaca(called: Mapping[str, str]) -> RowFormat:
     def segments(row: Row) -> tuple[Segment, ...]:
-        instruction, input, output = _alpaca_texts(row, called)
-        return Segment(_alpaca_prompt(instruction, input), is_target=False), Segment(output, is_target=True)
+        return *question(row), Segment(_string(row, called["output"]), is_target=True)
 
-    return RowFormat("alpaca", *_alpaca_columns(called), segments, _alpaca_prompt)
+    def question(row: Row) -> tuple[Segment, ...]:
+        return (Segment(_alpaca_prompt(*_alpaca_question(row, called)), is_target=False),)
+
+    return RowFormat(
+        "alpaca", *_alpaca_columns(called), segments, (called["instruction"],), question, _alpaca_prompt
+    )
 
 
 def _alpaca_columns(called: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (called["instruction"], called["output"]), (called["input"],)
 
 
-def _alpaca_texts(row: Row, called: Mapping[str, str]) -> tuple[str, str, str]:
-    """Instruction, input (empty where there is none) and output."""
+def _alpaca_question(row: Row, called: Mapping[str, str]) -> tuple[str, str]:
+    """Instruction and input, which is empty where there is none."""
     given = row.values.get(called["input"])
     instruction = _string(row, called["instruction"])
-    input = "" if given is None else _string(row, called["input"])
-    return instruction, input, _string(row, called["output"])
+    return instruction, "" if given is None else _string(row, called["input"])
 
 
 def _alpaca_prompt(instruction: str, input: str) -> str:
@@ -144,19 +151,23 @@ def _alpaca_prompt(instruction: str, input: str) -> str:
 
 def _completion(called: Mapping[str, str]) -> RowFormat:
     def segments(row: Row) -> tuple[Segment, ...]:
-        return (
-            Segment(_string(row, called["prompt"]), is_target=False),
-            Segment(_string(row, called["completion"]), is_target=True),
-        )
+        return *question(row), Segment(_string(row, called["completion"]), is_target=True)
 
-    return RowFormat("completion", (called["prompt"], called["completion"]), (), segments, _joined)
+    def question(row: Row) -> tuple[Segment, ...]:
+        return (Segment(_string(row, called["prompt"]), is_target=False),)
+
+    needed = (called["prompt"], called["completion"])
+    return RowFormat("completion", needed, (), segments, needed[:1], question, _joined)
 
 
 def _text(called: Mapping[str, str]) -> RowFormat:
     def segments(row: Row) -> tuple[Segment, ...]:
         return (Segment(_string(row, called["text"]), is_target=True),)
 
-    return RowFormat("text", (called["text"],), (), segments, _joined)
+    def question(row: Row) -> tuple[Segment, ...]:
+        return (Segment(_string(row, called["text"]), is_target=False),)
+
+    return RowFormat("text", (called["text"],), (), segments, (called["text"],), question, _joined)
 
 
 def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
@@ -173,17 +184,30 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
     def messages(row: Row) -> list[Message]:
         match name:
             case "alpaca":
-                instruction, input, output = _alpaca_texts(row, called)
-                return [asked(instruction, input), {"role": "assistant", "content": output}]
+                output = _string(row, called["output"])
+                return [*asking(row), {"role": "assistant", "content": output}]
             case "messages":
                 return read_messages(row, called["messages"])
             case _:
                 return conversation(row, column=called["conversations"], system_column=called["system"])
 
+    def asking(row: Row) -> list[Message]:
+        if name == "alpaca":
+            return [asked(*_alpaca_question(row, called))]
+        conversation = messages(row)
+        return conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
+
     def segments(row: Row) -> tuple[Segment, ...]:
         return chat.segments(messages(row), row.place)
 
-    return RowFormat(name, needed, optional, segments, chat.prompt, starts_plain=chat.is_named)
+    def question(row: Row) -> tuple[Segment, ...]:
+        if not (conversation := asking(row)):
+            raise DataError(f"{row.place}: the conversation has no message to answer")
+        return chat.question(conversation, row.place)
+
+    return RowFormat(
+        name, needed, optional, segments, needed[:1], question, chat.prompt, starts_plain=chat.is_named
+    )
 
 
 def _joined(instruction: str, input: str) -> str:

@@ -107,7 +107,7 @@ def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[_Batch]:
     for row in rows:
         require_columns(row, row_format)
         segments = row_format.segments(row)
-        _refuse_half_characters(row, segments)
+        refuse_half_characters(row, segments)
         batch.append((row, segments))
         characters += sum(len(segment.text) for segment in segments)
         if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
@@ -117,7 +117,8 @@ def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[_Batch]:
         yield batch
 
 
-def _refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:
+def refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:
+    """Raises DataError for a lone surrogate, which JSON can say and UTF-8 cannot."""
     text = _text(segments)
     if text.isascii():
         return

@@ -36,7 +36,7 @@ def survey(source: SourceSpec, *, recognised: bool) -> tuple[str, int]:
     row, or one whose columns no format has.
     """
     every = tuple(column for columns in _COLUMNS.values() for column in columns)
-    every_row = RowFormat("any", (), every, lambda _: (), _nothing)
+    every_row = RowFormat("any", (), every, lambda _: (), (), lambda _: (), _nothing)
     found: str = source.format
     count = 0
     with downloads(None) as copies:

@@ -79,9 +79,11 @@ class Tokeniser:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         """Hash of everything in the tokenizer that decides about tokens."""
 
-    def prompt(self, text: str, *, starts_plain: bool) -> list[int]:
-        """Token ids of a text that a completion follows."""
+    def prompt(self, text: str, *more: str, starts_plain: bool) -> list[int]:
+        """Token ids of the segments that a completion follows."""
         ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
+        for piece in self._ids(self._next, list(more)):
+            ids += piece
         return self._beginning + ids if starts_plain else ids
 
     def rows(

@@ -35,6 +35,10 @@ class RoundFile:
         """Where its relative paths begin, absolute."""
         return self.path.parent.absolute()
 
+    def line(self, key: str) -> int | None:
+        """The 1-based line of a dotted key, or of the nearest above it that is written."""
+        return parse(self.text).line(tuple(key.split(".")))
+
 
 def load_round(path: Path) -> RoundFile:
     """Read and check a round file.
@@ -101,6 +105,7 @@ _STAND_INS: dict[Location, Any] = {
     **{("data", part, 0): _SOURCE for part in ("train", "eval", "test")},
     **{("data", part, 0, key): _SOURCE[key] for part in ("train", "eval", "test") for key in _SOURCE},
     ("search", "enqueue", 0): {},
+    ("run", "report_to", 0): "tensorboard",
     ("max_train_steps",): 1,
 }
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""

@@ -178,6 +178,9 @@ class RunSpec(BaseModel):
     """Short extra runs that measure loss against horizon; not in this version."""
     pruner: Literal["none"] = "none"
     """Stopping trials early; not in this version."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
+    `pip install 'tuner[tensorboard]'`."""
 
     @field_validator("decay_branches", mode="after")
     @classmethod

@@ -252,6 +252,7 @@ class RoundLoop:
         self.worker.close()
         for event in self.worker.events(0.0):
             self._record(event)
+        self.view.trials(self._trials())
 
     def _is_over(self, trials: Sequence[Trial]) -> bool:
         return all(trial.state.is_final for trial in trials) and len(_promised(trials)) >= self.num_trials

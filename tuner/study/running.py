@@ -21,6 +21,7 @@ from tuner.errors import (
 )
 from tuner.records import Died, Evaluation, Ready, RoundRecord, Trial
 from tuner.report import View
+from tuner.report.elsewhere import not_installed
 from tuner.report.format import count
 from tuner.spec import DORA_TRAINS_ALONE, RoundFile, refused_changes
 from tuner.store import Store, exists, hold_study, open_store
@@ -68,6 +69,7 @@ def run_round(
     disk.refuse_unwritable()
     disk.refuse_full()
     refuse_changed_file(plan)
+    refuse_uninstalled(plan)
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
@@ -132,6 +134,26 @@ def refuse_changed_file(plan: RoundPlan) -> None:
     mistakes = refused_changes(begun.spec, plan.file) if begun else []
     if mistakes and not plan.checkpoints.exists():
         mistakes.insert(0, Mistake(None, "study", _begun_elsewhere(plan)))
+    if mistakes:
+        raise RoundFileError(plan.file.path, mistakes)
+
+
+def refuse_uninstalled(plan: RoundPlan) -> None:
+    """The tools that the round is shown in have to be there; a rehearsal is shown nowhere.
+
+    Raises RoundFileError.
+    """
+    run = plan.spec.run
+    missing = not_installed(run.report_to) if run.engine != "simulated" else []
+    key = "run.report_to"
+    mistakes = [
+        Mistake(
+            plan.file.line(key),
+            key,
+            f"{name} is not installed; install it with: pip install 'tuner[{name}]', or take it out",
+        )
+        for name in missing
+    ]
     if mistakes:
         raise RoundFileError(plan.file.path, mistakes)
 

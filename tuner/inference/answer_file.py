@@ -1,0 +1,130 @@
+"""Answers on disk, one JSON object a line: each is kept as soon as it is there, none is made twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tuner.errors import InputError, StorageError
+
+_BEGINNING = b'{"row": '
+"""How every line begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was said to a row."""
+
+    row: int
+    """As `Prompt.row`."""
+    prompt: str
+    """As the model was given it."""
+    answer: str | None = None
+    """With the adapter; None where it was not asked for."""
+    base: str | None = None
+    """Without it; None where it was not asked for."""
+    made_from: str = ""
+    """Hash of all that decides about the answer: prompt, trial, options."""
+
+    def line(self) -> str:
+        """The answer as a line of a file."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(said, ensure_ascii=False) + "\n"
+
+
+class AnswerFile:
+    """A file that an interrupted run left, or that is not there yet.
+
+    A line that was cut off by a crash counts as not written. Until `open` nothing is changed.
+    """
+
+    def __init__(self, path: Path, expected: Mapping[int, str]) -> None:
+        """`expected` has `made_from` by row.
+
+        Raises InputError when the file has something else than such answers, so that it is not overwritten.
+        """
+        self._path = path
+        self._expected = expected
+        self._stream: IO[bytes] | None = None
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no directory {path.parent}")
+        self._lines, self._whole_bytes = self._read()
+
+    @property
+    def rows(self) -> frozenset[int]:
+        """Rows that have an answer."""
+        return frozenset(self._lines)
+
+    def open(self) -> None:
+        """Take away a half-written line and make ready to append. Raises StorageError."""
+        try:
+            self._stream = self._path.open("ab")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"{self._path}: another process is writing it now") from error
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot be written: {error.strerror}") from error
+        self._stream.truncate(self._whole_bytes)
+
+    def __enter__(self) -> AnswerFile:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        """Write answers through to the disk."""
+        assert self._stream is not None
+        lines = {answer.row: answer.line().encode() for answer in answers}
+        self._stream.write(b"".join(lines.values()))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._lines |= lines
+
+    def close(self) -> None:
+        """Once every row has its answer, put them into the order of the rows."""
+        if self._stream is None:
+            return
+        if list(self._lines) != sorted(self._lines) and self._lines.keys() >= self._expected.keys():
+            ordered = self._path.with_name(f".{self._path.name}.tmp")
+            ordered.write_bytes(b"".join(line for _, line in sorted(self._lines.items())))
+            ordered.replace(self._path)
+        self._stream.close()
+
+    def _read(self) -> tuple[dict[int, bytes], int]:
+        """Lines by row, and the bytes of the file without a half-written last line."""
+        try:
+            text = self._path.read_bytes()
+        except FileNotFoundError:
+            return {}, 0
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be read: {error.strerror}") from error
+        *lines, rest = text.split(b"\n")
+        if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+            raise self._foreign(len(lines) + 1, "it is no answer")
+        found = {}
+        for number, line in enumerate(lines, start=1):
+            row, made_from = self._parsed(line, number)
+            if self._expected.get(row) != made_from:
+                raise self._foreign(number, "it was made from another prompt, trial or options")
+            found[row] = line + b"\n"
+        return found, len(text) - len(rest)
+
+    def _parsed(self, line: bytes, number: int) -> tuple[int, str]:
+        try:
+            value: Any = json.loads(line)
+            return int(value["row"]), str(value["made_from"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._foreign(number, "it is no answer") from error
+
+    def _foreign(self, number: int, what: str) -> InputError:
+        return InputError(
+            f"{self._path}:{number}: {what}, so this command cannot go on with the file; "
+            "delete it, or give another --output"
+        )
