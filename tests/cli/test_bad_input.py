@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +199,40 @@ def test_data_that_cannot_be_used(
     assert all(word in message for word in words)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_text('{"output": "a", "output": "b"}'), "train.jsonl:1: the key 'output'"),
+        (lambda path: path.write_text(GOOD_ROW[:20]), "train.jsonl:1: not one JSON object a line"),
+        (os.mkfifo, "train.jsonl: is a pipe or a device"),
+    ],
+)
+def test_data_files_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
+) -> None:
+    path = write_round(tmp_path, data=write_data(tmp_path))
+    (tmp_path / "data" / "train.jsonl").unlink()
+    make(tmp_path / "data" / "train.jsonl")
+    assert words in refused(tmp_path, capsys, "study", "check", str(path))
+
+
 def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_round(tmp_path, data=write_data(tmp_path, train=""))
     assert run(["study", "check", str(path), "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert (document["ok"], document["plan"]) == (False, None)
     assert "train.jsonl" in document["errors"][0]["message"]
+
+
+def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.studies import QUICKSTART
+
+    if find_spec("unsloth") is not None:
+        pytest.skip("unsloth is installed")
+    path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, loader: unsloth")
+    message = refused(tmp_path, capsys, "study", "check", str(path))
+    assert "model.loader: unsloth cannot be used here: the package is not installed" in message
+    assert "pip install 'tuner[unsloth]'" in message
 
 
 def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ def verbs() -> dict[str, Any]:
     """`study run` and the like, with Typer's commands."""
     root: Any = get_command(app)
     found = {
-        f"{group} {name}": command
+        f"{group} {name}".strip(): command
         for group, commands in root.commands.items()
-        for name, command in commands.commands.items()
+        for name, command in getattr(commands, "commands", {"": commands}).items()
     }
     assert len(found) >= 11
     return found

@@ -52,3 +52,19 @@ def test_loop(path: Path, tmp_path: Path, optimizer: str) -> None:
     assert ended(again).outcome == "complete"
     assert [evaluation.step for evaluation in curve(again)] == [0, 3, 6, 9, 10]
     assert curve(again)[-1].eval_loss < curve(again)[0].eval_loss
+
+
+def test_unsloth_gives_the_same_losses(path: Path) -> None:
+    """Its kernels round otherwise; weights, head and loss are the same."""
+    pytest.importorskip("unsloth", reason="unsloth is not installed")
+    ids = torch.arange(2 * tiny.MAX_LENGTH, device="cuda").reshape(2, -1) % tiny.VOCABULARY
+    rows, columns = torch.tensor([0, 0, 1], device="cuda"), torch.tensor([1, 9, 20], device="cuda")
+    losses = [
+        load_base(
+            tiny.model_spec(path, dtype="bfloat16", loader=loader),
+            device="cuda:0",
+            max_length=tiny.MAX_LENGTH,
+        ).token_nll(ids, rows, columns)
+        for loader in ("transformers", "unsloth")
+    ]
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import time
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from tuner.records import Died, Ended, Evaluated, Progressed, Ready, Started, Trial, TrialState
 from tuner.report.board import Board
 from tuner.report.board_table import board_table
+from tuner.report.devices import GpuReading
 from tuner.report.live import View, open_view
 from tuner.report.textplot import ASCII, UNICODE
 
@@ -171,3 +173,23 @@ class TestBoardTable:
         board.rows[0].by_step[5] = synthetic.evaluation(5, math.nan)
         rows = self.drawn(board, ascii=True).splitlines()[:-1]
         assert all(row.isascii() for row in rows)
+
+
+def test_gpus_are_read_for_each_drawing_and_cost_rows() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, height=9, color_system=None)
+    readings = [GpuReading(n, "NVIDIA H200", 30 * 10**9, 150 * 10**9, 0.5) for n in range(2)]
+    view = open_view(
+        console=console,
+        title="t",
+        trials_total=3,
+        max_train_steps=60,
+        gpus=lambda: readings,
+        clock=lambda: 0.0,
+    )
+    view.trials([dataclasses.replace(begun(synthetic.trial(n, 1e-4)), number=n) for n in range(3)])
+    time.sleep(0.6)
+    assert "GPU 0  30 GB of 150 GB (20%), 50% busy  NVIDIA H200" in out.getvalue()
+    assert "2 waiting not shown" in out.getvalue()
+    view.close()
+    assert "GPU" not in out.getvalue().rpartition("0 of 3 trials")[2]

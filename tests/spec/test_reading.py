@@ -121,6 +121,9 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("round: round1", "round: -rf", 2, "round", "letters, digits"),
         ("round: round1", "round: straße", 2, "round", "letters, digits"),
         ("round: round1", f"round: {'r' * 101}", 2, "round", "at most 100 characters"),
+        ("model}", "model, loader: sloth}", 3, "model.loader", "did you mean unsloth?"),
+        ("model}", "model, loader: unsloth, quantization: int8}", 3, "model.quantization", "nf4 alone"),
+        ("model}", "model, loader: unsloth, gguf_file: a.gguf}", 3, "model.gguf_file", "nf4 alone"),
         ("study: greeting", "study: ..", 1, "study", "letters, digits"),
         ("study: greeting", 'study: "a\\n"', 1, "study", "letters, digits"),
     ],
@@ -148,6 +151,8 @@ def test_single_mistakes(old, new, line, key, message):
         ("evaluation: {every_steps: 0}", "evaluation.every_steps", "at least 1"),
         ("evaluation: 5", "evaluation", "`key: value` lines"),
         ("checkpoints: {keep_best: 0}", "checkpoints.keep_best", "at least 1"),
+        ("checkpoints: {keep_best_trials: 0}", "checkpoints.keep_best_trials", "all or a whole number"),
+        ("checkpoints: {keep_best_trials: every}", "checkpoints.keep_best_trials", "got 'every'"),
         ("run: {slots: many}", "run.slots", "auto or a whole number of at least 1, got 'many'"),
         ("run: {engine: ray}", "run.engine", "expects local or simulated, got 'ray'"),
         ("run: {pruner: median}", "run.pruner", "expects none"),
@@ -271,3 +276,22 @@ def test_the_line_of_a_mistake_inside_blocks():
     text = with_hyperparameters(lora_r="8", learning_rate="\n    low: 1e-5\n    hgih: 1e-3")
     mistake = mistake_in(text)
     assert (mistake.line, mistake.key) == (8, "hyperparameters.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [(r"a\0b", "NUL"), (r"a\ud800", "unicode"), (f"a/{'l' * 256}/b", "longer than 255 bytes")],
+)
+def test_paths_that_no_file_can_have(written, words):
+    text = MINIMAL.replace("some/model", f'"{written}"').replace("train.jsonl", f'"{written}"')
+    text += f'checkpoints: {{directory: "{written}"}}\nstorage: "sqlite:///{written}"\n'
+    found = mistakes_in(text)
+    assert [mistake.key for mistake in found] == [
+        "model.path", "data.train[0].path", "checkpoints.directory", "storage"
+    ]  # fmt: skip
+    assert all(words in mistake.message for mistake in found)
+
+
+def test_a_url_may_be_longer_than_a_name():
+    text = MINIMAL.replace("train.jsonl", f"https://host/a.jsonl?signature={'s' * 300}")
+    assert read_round(text, PATH).spec.data.train[0].path.startswith("https://")

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import speed_up
 from tuner.adapters.head_loss import chunked_nll, head_nll
+from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -112,17 +113,25 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
 def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
     """The base as transformers has it, quantised where the round file says so. Raises as `load_base` does."""
     disable_progress_bar()
+    device = torch.device(device)
     config = load_config(model, max_length=max_length)
+    dtype, quantization = DTYPES[model.dtype], _quantization(model)
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            config=config,
-            dtype=DTYPES[model.dtype],
-            device_map={"": torch.device(device)},
-            quantization_config=_quantization(model),
-            trust_remote_code=model.trust_remote_code,
-            **_source(model),
-        )
+        if model.loader == "unsloth":
+            positions = getattr(config, "max_position_embeddings", None) or max_length
+            loaded: PreTrainedModel = load_by_unsloth(
+                model, device=device, dtype=dtype, max_length=positions, quantization=quantization
+            )
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization,
+                trust_remote_code=model.trust_remote_code,
+                **_source(model),
+            )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
     return loaded
@@ -130,6 +139,7 @@ def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int)
 
 def load_config(model: ModelSpec, *, max_length: int) -> Any:
     """A model's configuration. Raises ModelError as `load_base` does."""
+    require_loader(model)
     try:
         config = AutoConfig.from_pretrained(
             model.path, trust_remote_code=model.trust_remote_code, **_source(model)

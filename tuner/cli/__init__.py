@@ -55,6 +55,30 @@ def _root(
             raise InputError(f"-C {directory}: {error.strerror}") from error
 
 
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
+) -> None:
+    """Look at versions, GPUs, memory, disk, storage and the Hub; exit code 1 after a problem.
+
+    Example: `tuner doctor`
+    """
+    from tuner.cli.doctor import examine
+    from tuner.report import dumps
+    from tuner.report.health import health_document, health_table, is_healthy
+
+    checks = list(examine(Path()))
+    if json:
+        typer.echo(dumps(health_document(checks)))
+    else:
+        printing.output(piped_width=printing.PROSE).print(health_table(checks))
+        has_study = any(check.name == "storage" for check in checks)
+        command = "tuner study status" if has_study else "tuner study new --help"
+        typer.echo(f"next: {printing.next_command(command)}", err=True)
+    if not is_healthy(checks):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
     sys.exit(run(sys.argv[1:]))

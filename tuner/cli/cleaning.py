@@ -1,39 +1,68 @@
-"""What `study clean` frees: the `last` checkpoints of trials that have ended."""
+"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.keeping`."""
 
 from __future__ import annotations
 
 import typer
 
-from tuner.records import CheckpointKind
+from tuner.errors import InputError
 from tuner.report.format import size
 from tuner.store import hold_study
 from tuner.store.facts import CheckpointsRemoved
-from tuner.study.folder import StudyFolder
+from tuner.study.folder import REHEARSAL, StudyFolder, open_folder
+from tuner.study.keeping import unneeded
 
 
 def clean_study(folder: StudyFolder, *, delete: bool) -> None:
-    """Print what can be freed, and free it with `delete`. Adapters and trunks stay."""
-    if not folder.has_begun:
+    """Print what can be freed, that of the study's rehearsal too, and free it with `delete`."""
+    rehearsal = _rehearsal(folder)
+    if not folder.has_begun and rehearsal is None:
         typer.echo("nothing to free: no round has begun")
         return
+    freed = _clean(folder, delete=delete) if folder.has_begun else 0
+    if rehearsal is not None:
+        freed += _clean(rehearsal, delete=delete, prefix=f"{REHEARSAL}/")
+    typer.echo(
+        "from what has ended only a round of the same horizon would go on; the best adapters and trunks stay"
+    )
+    typer.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+
+
+def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
+    """The study's rehearsal where there is one with a round that has begun."""
+    try:
+        found = open_folder(folder.directory / REHEARSAL)
+    except InputError:
+        return None
+    return found if found.has_begun else None
+
+
+def _clean(folder: StudyFolder, *, delete: bool, prefix: str = "") -> int:
+    """Bytes of one study that are, or would be, freed."""
     freed = 0
     with hold_study(folder.directory, folder.storage, folder.name):
         store = folder.open()
         try:
-            for record in store.rounds():
-                place = folder.checkpoints(record.name)
-                for trial in store.trials(record.name):
-                    surplus = [c for c in trial.checkpoints if c.kind == CheckpointKind.LAST]
-                    if not trial.state.is_final or not surplus:
-                        continue
-                    num_bytes = sum(c.size_bytes for c in surplus)
-                    freed += num_bytes
-                    typer.echo(f"{record.name}/{trial.number}: {size(num_bytes)} (ended)")
+            rounds = store.rounds()
+            for at, record in enumerate(rounds):
+                place, file = folder.checkpoints(record.name), folder.file(record.name)
+                found = unneeded(
+                    record,
+                    store.trials(record.name),
+                    later=rounds[at + 1 :],
+                    promotions=store.promotions(),
+                    keep_best_trials=file.spec.checkpoints.most_kept_trials if file else None,
+                    is_rehearsal=folder.is_rehearsal,
+                )
+                for each in found:
+                    number = each.trial.number
+                    freed += each.num_bytes
+                    typer.echo(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
                     if delete:
-                        paths = tuple(c.path for c in surplus)
-                        place.delete(paths)
-                        store.record(CheckpointsRemoved(record.name, trial.number, paths))
+                        store.record(CheckpointsRemoved(record.name, number, each.paths))
+                if delete:
+                    for trial in store.trials(record.name):
+                        if trial.state.is_final:
+                            place.tidy(trial)
         finally:
             store.close()
-    typer.echo("only a round of the same horizon would go on from these; adapters and trunks stay")
-    typer.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+    return freed

@@ -32,6 +32,8 @@ from tuner.workers import (
     SimulatedWorker,
     Worker,
     WorkerPool,
+    gpu_meter,
+    open_nvml,
     visible_devices,
     wait_for_former_workers,
     worker_environments,
@@ -102,12 +104,16 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> 
     """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
     wanted_slots = None if where.slots is None else parse_count("--slots", where.slots)
     wanted_workers = parse_count("--workers", where.workers or "auto")
+    is_simulated = _engine(file, where.engine) == "simulated"
+    devices = () if is_simulated else visible_devices()
+    used = devices if wanted_workers == "auto" else devices[:wanted_workers]
     view = open_view(
         console=Console(stderr=True),
         title=f"{file.spec.study}/{file.spec.round}",
         trials_total=file.spec.search.trials,
         max_train_steps=file.spec.max_train_steps,
         searched=tuple(searched(file.spec.space())),
+        gpus=gpu_meter(open_nvml(), used) if used else None,
     )
 
     def make_worker(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
@@ -123,7 +129,7 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> 
 
         lock = plan.checkpoints / "worker.lock"
         wait_for_former_workers(lock)
-        environments = worker_environments(wanted_workers, visible_devices(), cores=os.cpu_count() or 1)
+        environments = worker_environments(wanted_workers, devices, cores=os.cpu_count() or 1)
         names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
         makers = [
             partial(LocalWorker, document, log=plan.checkpoints / f"{name}.log", environment=environment)
@@ -138,7 +144,7 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> 
         return simulated[-1]
 
     try:
-        if _engine(file, where.engine) == "simulated":
+        if is_simulated:
             view.message(REHEARSAL_BANNER)
             clock = virtual_clock(time.time(), simulated)
             run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)

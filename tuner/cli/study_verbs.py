@@ -247,6 +247,10 @@ def report(
 @app.command()
 def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. Whoever reaches it can change and delete the study."),
+    ] = "127.0.0.1",
 ) -> None:
     """Serve optuna-dashboard on this study, to this machine alone; Ctrl-C ends it.
 
@@ -260,7 +264,11 @@ def dashboard(
         raise InputError(f"{folder.name}: no round has begun, so there is nothing to show yet")
     try:
         serve_dashboard(
-            folder.storage, folder.name, port=port, announce=lambda url: _say(f"{url}  (Ctrl-C ends it)")
+            folder.storage,
+            folder.name,
+            port=port,
+            announce=lambda url: _say(f"{url}  (Ctrl-C ends it)"),
+            host=host,
         )
     except KeyboardInterrupt:
         _next("tuner study status")

@@ -29,7 +29,7 @@ def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) 
             f"{path}: no local file has this name and the Hub cannot be reached: {error}; "
             "check the path, or go online once so that the data set is cached"
         ) from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise DataError(f"{path}: cannot be loaded (config {config}, split {split}): {reason}") from error
 

@@ -13,7 +13,23 @@ from tuner.errors import DataError
 
 _CHUNK_BYTES = 1024 * 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+
+
+class RepeatedKey(Exception):
+    """An object names a key twice, so that one of the values would be lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"the key {repeated!r} is there twice in one object; keep one of them")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Reads JSON as rows have it. Raises RepeatedKey, ValueError or RecursionError."""
 
 
 def json_objects(file: DataFile) -> Iterator[dict[str, Any]]:
@@ -90,7 +106,9 @@ class _Text:
             raise self.error(f"a row must be an object of columns and values, found {found}")
         while True:
             try:
-                value, self._at = _DECODER.raw_decode(self._text, self._at)
+                value, self._at = DECODER.raw_decode(self._text, self._at)
+            except RepeatedKey as error:
+                raise self.error(str(error)) from error
             except (ValueError, RecursionError) as error:
                 if len(self._text) - self._at > MAX_ROW_BYTES or not self._more():
                     raise self.error(self._wrong(error)) from error

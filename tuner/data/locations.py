@@ -40,7 +40,7 @@ def located(path: str, copies: Path) -> list[LocalFile]:
     """
     if "://" in path:
         return _remote(path, copies)
-    if Path(path).exists() or not _PATTERN.search(path):
+    if os.path.exists(path) or not _PATTERN.search(path):  # noqa: PTH110  Path raises for long names
         return [LocalFile(Path(path), path)]
     matches = glob.glob(path, recursive=True)  # noqa: PTH207  Path.glob takes no absolute pattern
     found = sorted(match for match in matches if Path(match).is_file())
@@ -81,6 +81,8 @@ def _copied(files: Any, path: str, name: str, copies: Path) -> LocalFile:
     """The local copy, made under another name and renamed when it is whole."""
     with _explained(name):
         about = files.info(path)
+        if about.get("type") in ("directory", "other"):
+            raise DataError(f"{name}: is a directory, a pipe or a device; name the files in it, as *.jsonl")
         version = hashlib.sha256(json.dumps([name, about], sort_keys=True, default=str).encode()).hexdigest()
         copy = copies / version[:32] / (path.split("?")[0].rpartition("/")[2] or "data")
         if not copy.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -59,24 +60,23 @@ def _lines(file: DataFile) -> Iterator[_Record]:
 
 def _paragraphs(file: DataFile) -> Iterator[_Record]:
     """Lines up to one without text."""
-    begins, lines, characters = 0, list[str](), 0
+    begins, text = 0, io.StringIO()  # a list of short lines would take many times their length
     for number, line in file.lines():
         if not line.strip():
-            if lines:
-                yield begins, "".join(lines).rstrip("\r\n")
-            lines, characters = [], 0
+            if text.tell():
+                yield begins, text.getvalue().rstrip("\r\n")
+                text = io.StringIO()
             continue
-        if not lines:
+        if not text.tell():
             begins = number
-        lines.append(line)
-        characters += len(line)
-        if characters > MAX_ROW_BYTES:
+        text.write(line)
+        if text.tell() > MAX_ROW_BYTES:
             raise DataError(
                 f"{file.name}:{begins}: the record is longer than {MAX_ROW_BYTES:,} characters; "
                 "use `split_on: line` or `bytes`"
             )
-    if lines:
-        yield begins, "".join(lines).rstrip("\r\n")
+    if text.tell():
+        yield begins, text.getvalue().rstrip("\r\n")
 
 
 def _pieces(file: DataFile, num_bytes: int) -> Iterator[_Record]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile
+from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, most_unpacked_bytes, unpacks_too_far
 from tuner.data.formats import RowFormat
-from tuner.data.json_list import json_objects
+from tuner.data.json_list import DECODER, RepeatedKey, json_objects
 from tuner.data.segments import Row, kind_of
 from tuner.errors import DataError
 
@@ -56,16 +56,18 @@ def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
 def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
     with DataFile(file) as opened:
         for number, line in opened.lines():
-            if line.isspace():
+            if not line.strip():
                 continue
             place = f"{file.name}:{number}"
             try:
-                value = json.loads(line)
+                value = DECODER.decode(line)
             except json.JSONDecodeError as error:
                 cut = "" if line.endswith("\n") else "; is the file cut off?"
                 raise DataError(
                     f"{place}: not one JSON object a line: {error.msg} at column {error.colno}{cut}"
                 ) from error
+            except RepeatedKey as error:
+                raise DataError(f"{place}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON that can be read: {error}") from error
             if not isinstance(value, dict):
@@ -129,15 +131,24 @@ def _parquet(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
+    most_bytes = most_unpacked_bytes(file)
     try:
         with parquet.ParquetFile(file.path) as opened:
-            columns = columns_to_read(opened.schema_arrow.names, row_format)
-            number = 0
+            columns = columns_to_read(_header(opened.schema_arrow.names, file.name), row_format)
+            if _announced_bytes(opened.metadata) > most_bytes:
+                raise unpacks_too_far(file)
+            number = read_bytes = 0
             for batch in opened.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
+                read_bytes += batch.nbytes
+                if read_bytes > most_bytes:
+                    raise unpacks_too_far(file)
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(number, f"{file.name}: row {number}", values)
-    except FileNotFoundError as error:
-        raise DataError(f"{file.name}: there is no such file") from error
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.name}: not a Parquet file that can be read: {error}") from error
+
+
+def _announced_bytes(metadata: Any) -> int:
+    """What the pages of a Parquet file unpack to, as its own index says; equal values may repeat in them."""
+    return sum(metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))

@@ -36,7 +36,8 @@ def kind_of(value: Any) -> str:
         case bool():
             return "true or false"
         case int() | float():
-            return f"the number {value!r}"
+            digits = repr(value)
+            return f"the number {digits if len(digits) <= 20 else digits[:20] + '...'}"
         case str():
             return "text"
         case list():

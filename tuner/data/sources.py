@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,11 +51,10 @@ def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Sou
     behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for
     folders lie in the cache.
     """
-    path = Path(spec.path)
     if spec.split_on is None and "://" not in spec.path:
-        if path.is_dir():
+        if os.path.isdir(spec.path):  # noqa: PTH112  Path raises for a name that is too long
             return [_dataset(spec, cache and cache / "datasets")]
-        if _is_hub_id(spec.path) and not path.exists():
+        if _is_hub_id(spec.path) and not os.path.exists(spec.path):  # noqa: PTH110
             return [_dataset(spec, None)]
     if spec.split or spec.config:
         raise DataError(f"{spec.path}: split and config are for data sets on the Hub; a file has neither")

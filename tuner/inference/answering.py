@@ -56,7 +56,7 @@ class Answerer:
         self._model: Any = base.model
         if adapter is not None:
             self._model = PeftModel.from_pretrained(base.model, str(adapter)).eval()
-            # Evaluation mode lets bitsandbytes repack 4-bit weights, from which PEFT's DoRA reads wrong norms.
+            # In evaluation mode bitsandbytes repacks 4-bit weights; PEFT's DoRA reads wrong norms from them.
             keep_differentiable(base.model)
 
     def new_tokens(self, prompt: Prompt, wanted: int) -> int:

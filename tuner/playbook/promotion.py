@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner.errors import InputError, TunerError
@@ -85,13 +85,13 @@ def plan_next_round(
     2: Fewer runs, but of longer duration"; counts are this project's decisions.
     """
     horizon = _horizon(results, reading, max_train_steps)
-    incumbents = _incumbents(results, top)
-    leading = incumbents + [lead.trial for lead in reading.leading if lead.trial not in incumbents]
-    carrying = Carrying(results, incumbents, leading, horizon, decay)
+    best = incumbents(results.trials, top)
+    leading = best + [lead.trial for lead in reading.leading if lead.trial not in best]
+    carrying = Carrying(results, best, leading, horizon, decay)
     changes = carrying.changes()
     _refuse_long_warmup(changes, horizon)
     space = {name: change.to_dimension for name, change in changes.items()}
-    enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in incumbents)
+    enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in best)
     total = num_trials(
         len(results.results) or len(results.trials),
         enqueued=len(enqueue),
@@ -159,10 +159,10 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
     return next(fresh), next(fresh)
 
 
-def _incumbents(results: RoundResults, top: int) -> list[Trial]:
+def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
     """The best trials, of several with the same hyperparameters and seed only the first."""
     distinct: list[Trial] = []
-    for trial, _ in ranked(results.trials):
+    for trial, _ in ranked(trials):
         if not any(trial.hyperparameters == other.hyperparameters for other in distinct):
             distinct.append(trial)
     return distinct[:top]

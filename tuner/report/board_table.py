@@ -10,6 +10,7 @@ from rich.text import Text
 from tuner.records import TrialState
 from tuner.report import format
 from tuner.report.board import Board, Row
+from tuner.report.devices import GpuReading, gpu_line
 from tuner.report.fitted_table import Column, FittedTable, column
 from tuner.report.textplot import UNICODE, Marks, sparkline
 
@@ -31,15 +32,17 @@ def board_table(
     searched: Sequence[str],
     now: float,
     max_rows: int | None,
+    gpus: Sequence[GpuReading] = (),
     marks: Marks = UNICODE,
 ) -> RenderableType:
-    """Title, one row a trial and the round's progress; `max_rows` None shows every trial."""
+    """Title, one row a trial, the round's progress and the GPUs; `max_rows` None shows every trial."""
     rows = _rows_to_show(board, max_rows)
     return Group(
         Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
         FittedTable(_columns(board, rows, searched, marks)),
         *_left_out(board, rows),
         FittedTable(_progress(board, now=now, marks=marks), has_header=False),
+        *(Text(gpu_line(gpu), style="dim", no_wrap=True, overflow="ellipsis") for gpu in gpus),
     )
 
 

@@ -14,6 +14,7 @@ from tuner.records import Died, Ended, Evaluated, Event, Ready, Started, Trial
 from tuner.report import format
 from tuner.report.board import Board, Row
 from tuner.report.board_table import board_table
+from tuner.report.devices import GpuReading
 from tuner.report.textplot import marks_for
 
 _REFRESHES_PER_SECOND = 4
@@ -44,16 +45,17 @@ def open_view(
     trials_total: int,
     max_train_steps: int,
     searched: Sequence[str] = (),
+    gpus: Callable[[], Sequence[GpuReading]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> View:
     """A live table where `console` is an interactive terminal, plain lines elsewhere.
 
     `console` writes to standard error. `searched` names the hyperparameters worth showing, the
-    most telling first.
+    most telling first. `gpus` is read whenever the table is drawn.
     """
     board = Board(trials_total=trials_total, max_train_steps=max_train_steps)
     if console.is_interactive:
-        return _LiveView(console, board, title=title, searched=searched, clock=clock)
+        return _LiveView(console, board, title=title, searched=searched, gpus=gpus, clock=clock)
     return _PlainView(console, board, title=title, searched=searched, clock=clock)
 
 
@@ -140,10 +142,11 @@ class _LiveView:
         *,
         title: str,
         searched: Sequence[str],
+        gpus: Callable[[], Sequence[GpuReading]] | None,
         clock: Callable[[], float],
     ) -> None:
         self._console, self._board, self._title = console, board, title
-        self._searched, self._clock = searched, clock
+        self._searched, self._gpus, self._clock = searched, gpus, clock
         self._lock = threading.Lock()
         self._is_closed = False
         self._live = Live(
@@ -176,13 +179,16 @@ class _LiveView:
         self._live.stop()
 
     def _draw(self) -> RenderableType:
+        readings = () if self._gpus is None or self._is_closed else tuple(self._gpus())
         with self._lock:
-            room = None if self._is_closed else max(1, self._console.height - _LINES_AROUND_ROWS)
+            taken = _LINES_AROUND_ROWS + len(readings)
+            room = None if self._is_closed else max(1, self._console.height - taken)
             return board_table(
                 self._board,
                 title=self._title,
                 searched=self._searched,
                 now=self._clock(),
                 max_rows=room,
+                gpus=readings,
                 marks=marks_for(self._console.options.ascii_only),
             )

@@ -12,7 +12,7 @@ from .reading import RoundFile
 from .round import RoundSpec
 from .yaml_text import one_line, parse
 
-_MAY_CHANGE = ("goal", "search.trials", "evaluation.batch_size", "run")
+_MAY_CHANGE = ("goal", "search.trials", "evaluation.batch_size", "checkpoints.keep_best_trials", "run")
 """Keys, or whole sections, that change no trial's result."""
 _FOLLOWS_HORIZON = ("evaluation.every_steps", "hyperparameters.warmup_steps", "hyperparameters.decay_steps")
 """Keys whose defaults are parts of max_train_steps."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from .names import meant_value
 from .refusals import Refusal, mistake, refuse
-from .sections import STRICT, Text
+from .sections import STRICT, PathText, Text
 from .wording import one_of, shown
 
 Format = Literal["alpaca", "messages", "sharegpt", "completion", "text"]
@@ -44,7 +44,7 @@ class SourceSpec(BaseModel):
 
     model_config = STRICT
 
-    path: Text
+    path: PathText
     """A JSON, JSONL, CSV or Parquet file relative to the round file, a pattern such as `data/*.jsonl`, a URL,
     or a data set on the Hub. All but Parquet may be packed with gzip."""
     format: Format

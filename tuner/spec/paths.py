@@ -13,7 +13,7 @@ _SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
 
 def absolute_model(path: str, directory: Path) -> str:
     """The model's directory, or the id on the Hub untouched: a name is a path when it exists or begins so."""
-    is_path = _begins_like_a_path(path) or (directory / path).exists()
+    is_path = _begins_like_a_path(path) or _exists(directory / path)
     return absolute_path(path, directory) if is_path else path
 
 
@@ -29,7 +29,7 @@ def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) 
         or _begins_like_a_path(path)
         or path.lower().endswith(_DATA_SUFFIXES)
         or _PATTERN.search(path) is not None
-        or (directory / path).exists()
+        or _exists(directory / path)
     )
     return absolute_path(path, directory) if is_path else path
 
@@ -46,6 +46,10 @@ def absolute_storage(url: str, directory: Path) -> str:
 def absolute_path(path: str, directory: Path) -> str:
     """`~` expanded, `..` resolved by name, links left alone."""
     return os.path.normpath(directory.absolute() / Path(path).expanduser())
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises for a name that is too long
 
 
 def _begins_like_a_path(path: str) -> bool:

@@ -23,6 +23,7 @@ from .sections import (
     EvaluationSpec,
     ModelSpec,
     Name,
+    PathText,
     RunSpec,
     SearchSpec,
     WrittenHyperparameters,
@@ -65,7 +66,7 @@ class RoundSpec(BaseModel):
     """What is kept on disk."""
     run: RunSpec = RunSpec()
     """Where and how it runs."""
-    storage: Annotated[str, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
+    storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
     """The database: `sqlite:///FILE` relative to the round file, or `postgresql+psycopg://USER@HOST/DATABASE`."""
 
     @model_validator(mode="before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
 from .dimensions import read_dimension
@@ -28,6 +29,20 @@ STRICT = ConfigDict(
 
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
+_LONGEST_NAME_BYTES = 255
+
+
+def _possible_path(path: str) -> str:
+    """A path, id or URL as it is. A file system looks at no name with a NUL or longer than 255 bytes."""
+    if "\0" in path:
+        raise mistake("has a NUL character, which no path can have")
+    is_url = "://" in path and not path.startswith("sqlite")
+    if not is_url and any(len(name.encode()) > _LONGEST_NAME_BYTES for name in path.split("/")):
+        raise mistake(f"has a name longer than {_LONGEST_NAME_BYTES} bytes, which no file system keeps")
+    return path
+
+
+PathText = Annotated[Text, AfterValidator(_possible_path)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]
 """A name that is safe as a directory."""
 
@@ -40,7 +55,7 @@ class ModelSpec(BaseModel):
 
     model_config = STRICT
 
-    path: Text
+    path: PathText
     """A model on the Hugging Face Hub, or a directory: relative to the file, or absolute."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base's weights and of the computation; adapters are always trained in float32."""
@@ -52,6 +67,17 @@ class ModelSpec(BaseModel):
     """Name of a GGUF file in the model's directory or repository, to read weights and tokenizer from."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings along."""
+    loader: Literal["transformers", "unsloth"] = "transformers"
+    """Who loads the base: `unsloth` puts its own kernels into it, needs a GPU and the extra `unsloth`, and
+    takes neither `int8` nor `gguf_file`."""
+
+    @model_validator(mode="after")
+    def _unsloth_takes_less(self) -> Self:
+        if self.loader == "unsloth" and (self.quantization == "int8" or self.gguf_file):
+            wrong = "gguf_file" if self.gguf_file else "quantization"
+            message = "unsloth loads none and nf4 alone; leave this out, or take loader: transformers"
+            refuse("model", [Refusal((wrong,), message, rests_on=("model.loader",))])
+        return self
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -151,10 +177,29 @@ class CheckpointsSpec(BaseModel):
 
     model_config = STRICT
 
-    directory: Text = "runs"
+    directory: PathText = "runs"
     """Relative to the file; each trial has its folder `ROUND/trial-0007` in it."""
     keep_best: Count = 1
     """Adapters kept for each trial: those of its best steps."""
+    keep_best_trials: Annotated[
+        Literal["all"] | int,
+        WithJsonSchema({"anyOf": [{"const": "all"}, {"type": "integer", "minimum": 1}]}),
+    ] = "all"
+    """Trials of the round that keep their adapters: `all`, or so many of the best. The others lose theirs
+    once they have ended; of the best three, what a longer round goes on from stays. Curves stay of all."""
+
+    @field_validator("keep_best_trials", mode="before")
+    @classmethod
+    def _all_or_count(cls, number: object) -> object:
+        is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+        if number != "all" and not is_count:
+            raise mistake(f"expects all or a whole number of at least 1, got {shown(number)}")
+        return number
+
+    @property
+    def most_kept_trials(self) -> int | None:
+        """`keep_best_trials` as a number; None is all."""
+        return self.keep_best_trials if isinstance(self.keep_best_trials, int) else None
 
 
 class RunSpec(BaseModel):

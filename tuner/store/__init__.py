@@ -4,12 +4,13 @@ from tuner.store.database import exists, normal_url
 from tuner.store.facts import Fact, FactError, Store
 from tuner.store.lock import hold_study, is_held
 from tuner.store.memory import MemoryStore
-from tuner.store.sql import SqlStore, open_store
+from tuner.store.sql import Revision, SqlStore, open_store, revision
 
 __all__ = [
     "Fact",
     "FactError",
     "MemoryStore",
+    "Revision",
     "SqlStore",
     "Store",
     "exists",
@@ -17,4 +18,5 @@ __all__ = [
     "is_held",
     "normal_url",
     "open_store",
+    "revision",
 ]

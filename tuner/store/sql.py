@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, Table, select
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, Table, create_engine, select
 from sqlalchemy.exc import IntegrityError
 
 from tuner.records import (
@@ -22,13 +25,62 @@ from tuner.records import (
     TrialState,
     hyperparameters_from_json,
 )
-from tuner.store.database import explained, open_engine, parse_url, reading, whole_or_absent, writing
+from tuner.store.database import (
+    database_file,
+    exists,
+    explained,
+    is_sqlite,
+    open_engine,
+    parse_url,
+    reading,
+    whole_or_absent,
+    writing,
+)
 from tuner.store.facts import Fact, not_recorded, state_of
-from tuner.store.migrations import upgrade
+from tuner.store.migrations import newest_revision, revision_of, upgrade
 from tuner.store.recording import Recorder
 from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, THROUGHPUTS, TRIALS
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """How far the tables of a database have come."""
+
+    place: str
+    """The file or the server, without a password."""
+    found: str | None
+    """None: none of our tables are there yet."""
+    newest: str
+    """The last that this version of tuner knows."""
+    is_newer: bool
+    """Whether the database was made by a newer version."""
+
+
+def revision(url: str) -> Revision:
+    """How far the tables at a URL have come. Changes nothing.
+
+    Raises StorageError for a database that cannot be reached or read.
+    """
+    target = parse_url(url)
+    place = str(target.database) if is_sqlite(target) else target.render_as_string()
+    there = exists(url)
+    engine = create_engine("sqlite://", creator=lambda: _read_only(target)) if is_sqlite(target) else None
+    engine = engine or open_engine(target)
+    try:
+        with explained(target):
+            found, newest, is_newer = revision_of(engine) if there else (None, newest_revision(), False)
+    finally:
+        engine.dispose()
+    return Revision(place, found, newest, is_newer)
+
+
+def _read_only(target: URL) -> sqlite3.Connection:
+    """A connection that leaves no file behind: one that may not write cannot take its journal away again."""
+    file = database_file(target)
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "immutable=1"
+    return sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True)
 
 
 def open_store(url: str, *, study: str) -> SqlStore:

@@ -64,12 +64,18 @@ class CheckpointFolder:
 
     def tidy(self, trial: Trial) -> None:
         """Delete what a crash left: directories without a fact. Only while no worker holds the trial."""
-        recorded = {self.root / checkpoint.path for checkpoint in trial.checkpoints}
-        directory = self.trial_directory(trial.number)
-        for leftover in _unrecorded(directory, recorded):
+        for leftover in self.leftovers(trial):
             shutil.rmtree(leftover, ignore_errors=True)
+        directory = self.trial_directory(trial.number)
         for link in directory.glob(".best.*.tmp"):
             link.unlink(missing_ok=True)
+        if not (directory / "best").exists():
+            (directory / "best").unlink(missing_ok=True)
+
+    def leftovers(self, trial: Trial) -> list[Path]:
+        """Directories of checkpoints without a fact."""
+        recorded = {self.root / checkpoint.path for checkpoint in trial.checkpoints}
+        return _unrecorded(self.trial_directory(trial.number), recorded)
 
     def size_bytes(self, trials: Sequence[Trial]) -> int:
         """What the recorded checkpoints of trials take on disk."""

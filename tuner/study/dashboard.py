@@ -12,7 +12,7 @@ from tuner.errors import InputError
 from tuner.study.sampling import StudyStorage
 
 HOST = "127.0.0.1"
-"""The dashboard has no authentication and can delete and tell: it is for this machine alone."""
+"""Unless told otherwise the dashboard is for this machine alone: it asks for no password, and can delete."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -24,16 +24,18 @@ class _QuietHandler(WSGIRequestHandler):
         """Requests are not worth a line each."""
 
 
-def serve_dashboard(storage: str, study: str, *, port: int, announce: Callable[[str], None]) -> None:
+def serve_dashboard(
+    storage: str, study: str, *, port: int, announce: Callable[[str], None], host: str = HOST
+) -> None:
     """Serve the rounds of one study until interrupted; `announce` gets the address once it answers.
 
-    Raises InputError when the port is taken.
+    Raises InputError when the port is taken, or the host is none of this machine's.
     """
     application = wsgi(StudyStorage(storage, study))
     try:
-        server = make_server(HOST, port, application, server_class=_Server, handler_class=_QuietHandler)
+        server = make_server(host, port, application, server_class=_Server, handler_class=_QuietHandler)
     except OSError as error:
-        raise InputError(f"--port {port}: {error.strerror}; choose another") from error
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
     with server:
-        announce(f"http://{HOST}:{server.server_port}/dashboard")
+        announce(f"http://{host}:{server.server_port}/dashboard")
         server.serve_forever()

@@ -15,6 +15,7 @@ from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
 from tuner.spec import RoundSpec
 from tuner.store.database import database_file, is_sqlite, parse_url
+from tuner.study.keeping import num_kept
 from tuner.study.plan import RoundPlan
 
 _WEIGHT_BYTES = 4
@@ -30,9 +31,13 @@ SAVING_BYTES = WORKING_BYTES // 2
 
 
 def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """What the checkpoints of a whole round take at most: best adapters, a `last` and a trunk a trial."""
+    """What the checkpoints of a whole round take at most: best adapters, a `last` and a trunk a trial.
+
+    With `keep_best_trials`, once all trials have ended: those in the slots come on top before.
+    """
     best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
-    return spec.search.trials * (best + 2 * resumable_bytes(spec, adapter_weights))
+    kept = num_kept(spec.search.trials, spec.checkpoints.most_kept_trials)
+    return kept * (best + 2 * resumable_bytes(spec, adapter_weights))
 
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
@@ -88,6 +93,7 @@ class RoundDisk:
         """Raises StorageError when the trials that the round has left need more than is free."""
         spec = self.plan.spec
         left = spec.search.trials - sum(trial.state.is_result for trial in trials)
+        left = min(left, num_kept(left, spec.checkpoints.most_kept_trials))
         if left <= 0:
             return
         a_trial = least_trial_bytes(spec, ready.smallest_adapter)

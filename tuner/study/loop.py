@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tuner.errors import InputError, Interrupted, WorkerError
 from tuner.playbook.schedule import evaluation_steps
+from tuner.playbook.sweep import is_sweep
 from tuner.records import (
     Assignment,
     Checkpoint,
@@ -44,6 +45,7 @@ from tuner.store.facts import (
 )
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
+from tuner.study.keeping import outranked, promised_trials
 from tuner.study.plan import RoundPlan
 from tuner.study.sampling import Advisor
 from tuner.workers import Worker
@@ -195,6 +197,7 @@ class RoundLoop:
                 )
                 self._tell(trial.number)
                 self.folder.tidy(self._trial(trial.number))
+                self._remove_outranked()
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
             case "failed":
@@ -238,6 +241,20 @@ class RoundLoop:
         if surplus:
             self.store.record(CheckpointsRemoved(trial.round, trial.number, tuple(c.path for c in surplus)))
 
+    def _remove_outranked(self) -> None:
+        """Give up what `checkpoints.keep_best_trials` does not keep: fact, then file.
+
+        Whoever finds the fact alone tidies the directory up; a file half deleted is in no fact.
+        """
+        name = self.plan.name
+        limit = None if is_sweep(name) else self.plan.spec.checkpoints.most_kept_trials
+        if limit is None:
+            return
+        promised = promised_trials(self.store.promotions(), name)
+        for unneeded in outranked(self._trials(), keep_best_trials=limit, promised=promised):
+            self.store.record(CheckpointsRemoved(name, unneeded.trial.number, unneeded.paths))
+            self.folder.tidy(self._trial(unneeded.trial.number))
+
     # --- beginning and ending ---------------------------------------------------------------------
 
     def _heal(self) -> None:
@@ -246,6 +263,10 @@ class RoundLoop:
             if trial.state == TrialState.RUNNING:
                 self._end_attempt(trial, "interrupted", None)
         self.advisor.heal(self._trials(), max_train_steps=self.plan.spec.max_train_steps)
+        for trial in self._trials():
+            if trial.state.is_final:
+                self.folder.tidy(trial)
+        self._remove_outranked()
 
     def _close(self) -> None:
         """Let the worker save its trials, and record what it says meanwhile."""

@@ -6,6 +6,7 @@ A worker takes Assignments and says Events. It knows trials and directories, nev
 from tuner.workers.devices import visible_devices, worker_environments
 from tuner.workers.formula import LoraFormula
 from tuner.workers.local import LocalWorker, wait_for_former_workers
+from tuner.workers.nvml import driver_version, gpu_meter, open_nvml
 from tuner.workers.pool import WorkerPool
 from tuner.workers.protocol import Worker
 from tuner.workers.recorded import RecordedCurves
@@ -18,6 +19,9 @@ __all__ = [
     "SimulatedWorker",
     "Worker",
     "WorkerPool",
+    "driver_version",
+    "gpu_meter",
+    "open_nvml",
     "visible_devices",
     "wait_for_former_workers",
     "worker_environments",

@@ -43,6 +43,21 @@ def upgrade(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
+def revision_of(engine: Engine) -> tuple[str | None, str, bool]:
+    """Our revision in a database (None: no tables of ours), the newest one known, and whether it is newer."""
+    with engine.connect() as connection:
+        found = _revision(connection)
+    known = {script.revision for script in ScriptDirectory.from_config(configuration()).walk_revisions()}
+    return found, newest_revision(), found is not None and found not in known
+
+
+def newest_revision() -> str:
+    """The last revision that this version of tuner knows."""
+    newest = ScriptDirectory.from_config(configuration()).get_current_head()
+    assert newest is not None
+    return newest
+
+
 def _revision(connection: Connection) -> str | None:
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
     return context.get_current_revision()

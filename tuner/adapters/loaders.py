@@ -1,0 +1,62 @@
+"""Who reads a base's weights besides transformers: unsloth, an optional package that needs a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from tuner.errors import ModelError
+
+if TYPE_CHECKING:
+    from tuner.spec import ModelSpec
+
+
+def require_loader(model: ModelSpec) -> None:
+    """Raises ModelError when `model.loader` cannot be used here. Cheap: loads nothing."""
+    if model.loader == "unsloth":
+        refuse_without_unsloth(
+            is_installed=find_spec("unsloth") is not None, has_gpu=torch.cuda.is_available()
+        )
+
+
+def refuse_without_unsloth(*, is_installed: bool, has_gpu: bool) -> None:
+    """Raises ModelError for what unsloth lacks."""
+    if not is_installed:
+        lacking, remedy = "the package is not installed", "pip install 'tuner[unsloth]'"
+    elif not has_gpu:
+        lacking, remedy = "it needs a CUDA GPU, and torch sees none", "see tuner doctor"
+    else:
+        return
+    raise ModelError(f"model.loader: unsloth cannot be used here: {lacking}; {remedy}, or say transformers")
+
+
+def load_by_unsloth(
+    model: ModelSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    """The model with unsloth's attention and MLP kernels, from exactly the weights that were named."""
+    from unsloth import FastLanguageModel
+
+    loaded, _ = FastLanguageModel.from_pretrained(
+        model_name=model.path,
+        max_seq_length=max_length,
+        dtype=dtype,
+        load_in_4bit=quantization is not None,
+        quantization_config=quantization,
+        device_map={"": device},
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        # Its own repositories of weights quantised before would be another base.
+        use_exact_model_name=True,
+        # Base.keep_fewer_activations decides about that, for layers of any model.
+        use_gradient_checkpointing=False,
+    )
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded

@@ -1,0 +1,165 @@
+"""What `tuner doctor` looks at and never changes: packages, GPUs, memory, disk, the Hub, a study."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tuner.cli.installed import check_packages
+from tuner.errors import InputError, TunerError
+from tuner.report.format import count, size
+from tuner.report.health import Check, Health
+from tuner.store import revision
+from tuner.study.disk import WORKING_BYTES, RoundDisk, free_bytes
+from tuner.study.folder import StudyFolder, looks_like_round, open_folder
+from tuner.study.plan import RoundPlan
+from tuner.workers import driver_version, gpu_meter, open_nvml, visible_devices
+
+_LITTLE_MEMORY_BYTES = 4 * 2**30
+_LITTLE_DISK_BYTES = 5 * 2**30
+"""With less there is a warning: a small model and the adapters of a small round still fit."""
+
+
+def examine(directory: Path) -> Iterator[Check]:
+    """Every check, the quick ones first; what is broken is told, not raised."""
+    yield from check_packages()
+    yield _processor()
+    yield _memory()
+    yield from _gpus()
+    folder, found = _study(directory)
+    yield found
+    yield _disk(directory, folder)
+    if folder is not None:
+        yield from _storage(folder)
+    yield from _hub()
+
+
+def _processor() -> Check:
+    cores, threads = psutil.cpu_count(logical=False), os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS")
+    limited = f", OMP_NUM_THREADS {limit}" if limit else ""
+    return Check("cpu", f"{count(cores or threads, 'core')}, {count(threads, 'thread')}{limited}")
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    found = f"{size(memory.available)} of {size(memory.total)} available"
+    if memory.available < _LITTLE_MEMORY_BYTES:
+        advice = "a model of 1B parameters takes about 2 GB in bfloat16 before anything is trained"
+        return Check("memory", found, Health.WARNING, advice)
+    return Check("memory", found)
+
+
+def _gpus() -> Iterator[Check]:
+    """By torch, which decides whether a GPU is used; memory and driver by NVML where that is installed."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of a package half installed
+        reason = f"{type(error).__name__}: {error}"
+        yield Check("gpu", f"torch cannot be imported: {reason}", Health.PROBLEM, "install torch again")
+        return
+    nvml, devices = open_nvml(), visible_devices()
+    if not torch.cuda.is_available():
+        yield _no_gpu(torch, devices)
+        return
+    driver = f", driver {driver_version(nvml)}" if nvml is not None else ""
+    meter = gpu_meter(nvml, devices)
+    readings = {reading.index: reading for reading in meter()} if meter else {}
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        reading = readings.get(index)
+        free = "" if reading is None else f"{size(reading.total_bytes - reading.used_bytes)} of "
+        yield Check(
+            f"gpu {index}",
+            f"{about.name}, {free}{size(about.total_memory)}{' free' if free else ''}, compute capability "
+            f"{about.major}.{about.minor}, CUDA {torch.version.cuda}{driver}",
+        )
+
+
+def _no_gpu(torch: Any, devices: tuple[str, ...]) -> Check:
+    if devices:
+        return Check(
+            "gpu",
+            f"the driver shows {len(devices)}, and torch {torch.__version__} uses none",
+            Health.WARNING,
+            "install the torch of your CUDA (https://pytorch.org/get-started); until then the CPU trains",
+        )
+    return Check("gpu", "none: trials train on the CPU, which is for small models")
+
+
+def _study(directory: Path) -> tuple[StudyFolder | None, Check]:
+    """The study of the folder, and what is wrong with its files."""
+    if not any(looks_like_round(path) for path in directory.glob("*.y*ml")):
+        return None, Check("study", "none in this folder")
+    try:
+        folder = open_folder(directory)
+    except InputError as error:
+        return None, Check(
+            "study", str(error), Health.PROBLEM, "tuner study check ROUND.yaml names each line"
+        )
+    names = ", ".join(file.path.name for file in folder.files)
+    if folder.broken:
+        mistakes = "; ".join(str(error) for error in folder.broken)
+        return folder, Check(
+            "study",
+            f"{folder.name}: {names}; with mistakes: {mistakes}",
+            Health.WARNING,
+            "mend these files, or move them away: their rounds are left out",
+        )
+    return folder, Check("study", f"{folder.name}: {names}")
+
+
+def _disk(directory: Path, folder: StudyFolder | None) -> Check:
+    """Where checkpoints go: the place of the study's last file, or this folder."""
+    place = directory.resolve()
+    if folder is not None:
+        plan = RoundPlan(folder.files[-1])
+        place = plan.checkpoints
+        try:
+            RoundDisk(plan).refuse_unwritable()
+        except TunerError as error:
+            return Check("disk", str(error), Health.PROBLEM, "choose another checkpoints.directory")
+    free = free_bytes(place)
+    found = f"{size(free)} free at {place}"
+    if free < WORKING_BYTES:
+        return Check("disk", found, Health.PROBLEM, "free some space; tuner study clean shows what can go")
+    if free < _LITTLE_DISK_BYTES:
+        return Check("disk", found, Health.WARNING, "tuner study check says what a round's checkpoints take")
+    return Check("disk", found)
+
+
+def _storage(folder: StudyFolder) -> Iterator[Check]:
+    try:
+        known = revision(folder.storage)
+    except TunerError as error:
+        yield Check("storage", str(error), Health.PROBLEM, "see `storage` in the round file")
+        return
+    if known.found is None:
+        yield Check("storage", f"{known.place}: can be made by the first run; nothing is in it yet")
+    elif known.is_newer:
+        yield Check(
+            "storage",
+            f"{known.place}: revision {known.found}, and this version of tuner knows up to {known.newest}",
+            Health.PROBLEM,
+            "it was made by a newer version: pip install --upgrade tuner",
+        )
+    else:
+        later = "" if known.found == known.newest else f"; the next command brings it to {known.newest}"
+        running = ", and a process runs it now" if folder.is_running() else ""
+        yield Check("storage", f"{known.place}: revision {known.found}{later}{running}")
+
+
+def _hub() -> Iterator[Check]:
+    """The Hub's cache, and whether there is a token, which is shown to nobody."""
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    offline = "; offline, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else ""
+    where = f"{cache} ({size(free_bytes(cache))} free){offline}"
+    yield Check("hub cache", where if cache.is_dir() else f"{where}; empty")
+    has_token = get_token() is not None
+    yield Check("hub token", "there is one" if has_token else "none: gated models need `hf auth login`")
