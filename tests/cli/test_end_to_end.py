@@ -156,7 +156,7 @@ class TestStudy:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
-        assert done.stderr == 'next: tuner trial generate best --prompt "..." --base\n'
+        assert done.stderr == 'next: tuner trial generate best --prompt "..." --compare\n'
 
     def test_check_of_a_complete_round_names_what_follows(self, study: Path) -> None:
         followed = tuner("study", "check", "round1.yaml", directory=study)

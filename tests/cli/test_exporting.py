@@ -109,7 +109,7 @@ def test_an_adapter_that_can_be_used_alone(study: Path) -> None:
     asked = [{"role": "user", "content": "Name a river."}]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     own = AutoTokenizer.from_pretrained(QUICKSTART / "base")
-    assert ids == render_prompt("alpaca", own, instruction="Name a river.")
+    assert tuple(ids) == render_prompt("alpaca", own, instruction="Name a river.").ids
     front = yaml.safe_load((directory / "README.md").read_text().split("---")[1])
     assert front["license"] == "apache-2.0"
     assert "base_model" not in front, "a directory of this machine means nothing on the Hub"

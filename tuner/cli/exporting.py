@@ -255,7 +255,7 @@ def _prompt(finished: Finished, tokenizer: PreTrainedTokenizerBase) -> str | Non
     source = finished.spec.data.train[0]
     if source.format == "text":
         return None
-    ids = render_prompt(source.format, tokenizer, instruction="{instruction}", template=source.template)
+    ids = render_prompt(source.format, tokenizer, instruction="{instruction}", template=source.template).ids
     return str(tokenizer.decode(ids))
 
 
