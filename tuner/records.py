@@ -158,6 +158,15 @@ class Evaluation:
     """Sum of negative log-likelihoods of each evaluation example; empty when not known."""
     example_tokens: tuple[int, ...] = ()
     """Target tokens of each evaluation example, in the same order."""
+    correct_tokens: int | None = None
+    """Those of all the target tokens than which the model finds no other likelier; None where not counted."""
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """Share of the target tokens that are predicted first, in [0, 1]; None where it was not counted."""
+        if self.correct_tokens is None or not sum(self.example_tokens):
+            return None
+        return self.correct_tokens / sum(self.example_tokens)
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -230,6 +239,25 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class FinalScore:
+    """The loss of a trial's best adapter on `data.test`, by which nothing was chosen."""
+
+    step: int
+    """Of the adapter that was scored."""
+    loss: float
+    """As an evaluation loss: sum of negative log-likelihoods over sum of target tokens."""
+    standard_error: float | None
+    """Of the loss over the examples, in nats per token; None for a single one."""
+    num_examples: int
+    num_tokens: int
+    """Target tokens of the examples."""
+    rows: str
+    """Fingerprint of the examples: trials with the same one were scored on the same rows."""
+    scored_at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """Hyperparameters and a seed, run to the round's horizon; assembled from the facts."""
 
@@ -247,6 +275,8 @@ class Trial:
     attempts: tuple[Attempt, ...] = ()
     optuna_trial: int | None = None
     """Number of its trial in the Optuna study `STUDY/ROUND`."""
+    final_score: FinalScore | None = None
+    """On `data.test`; None for all but the trials that somebody settled on."""
 
     @property
     def seed(self) -> int:
@@ -264,6 +294,39 @@ class Trial:
         """The newest checkpoint of a kind, or the one at a step."""
         found = [c for c in self.checkpoints if c.kind == kind and step in (None, c.step)]
         return max(found, key=lambda c: c.step, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A decay branch: a short run from a trial's trunk to a horizon of its own, decaying all the way.
+
+    It is no trial: it has no number, nothing of it is searched, and it leaves no adapter.
+    """
+
+    trial: int
+    """Number of the trial whose trunk it leaves."""
+    max_train_steps: int
+    """Its own horizon."""
+    from_step: int
+    """Where it leaves the trunk."""
+    attempts: tuple[Attempt, ...] = ()
+    checkpoint: Checkpoint | None = None
+    """Where the next attempt goes on; None at the trunk's own checkpoint."""
+    state: Literal["open", "complete", "infeasible", "failed"] = "open"
+    """As of a trial; `open` until it has ended."""
+    reason: str | None = None
+    evaluation: Evaluation | None = None
+    """At its horizon."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of its decay: all that it runs."""
+        return self.max_train_steps - self.from_step
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps really run, those repeated after a crash included."""
+        return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +420,8 @@ class RoundRecord:
     """Share of a trial's work that its evaluations take, in [0, 1]."""
     throughputs: tuple[Throughput, ...] = ()
     """Of every worker process that measured its work for the round, by session."""
+    branches: tuple[Branch, ...] = ()
+    """Its decay branches that have begun, by trial and horizon."""
 
     @property
     def throughput(self) -> Throughput | None:
@@ -386,6 +451,7 @@ class Assignment:
 
     round: str
     trial: int
+    """The trial's number; a negative one names a decay branch."""
     attempt: int
     hyperparameters: Hyperparameters
     max_train_steps: int
@@ -523,6 +589,19 @@ def evaluation_from_json(document: Mapping[str, Any]) -> Evaluation:
 def checkpoint_from_json(document: Mapping[str, Any]) -> Checkpoint:
     """The inverse of `to_json` for a Checkpoint."""
     return Checkpoint(**{**document, "kind": CheckpointKind(document["kind"])})
+
+
+def branch_from_json(document: Mapping[str, Any]) -> Branch:
+    """The inverse of `to_json` for a Branch."""
+    checkpoint, evaluation = document["checkpoint"], document["evaluation"]
+    return Branch(
+        **{
+            **document,
+            "attempts": tuple(Attempt(**attempt) for attempt in document["attempts"]),
+            "checkpoint": None if checkpoint is None else checkpoint_from_json(checkpoint),
+            "evaluation": None if evaluation is None else evaluation_from_json(evaluation),
+        }
+    )
 
 
 def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:

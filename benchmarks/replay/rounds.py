@@ -80,6 +80,7 @@ class TablePlan:
     name: str
     spec: TableRound
     space: Space
+    has_branches: bool = False
 
     @property
     def absolute(self) -> TableRound:

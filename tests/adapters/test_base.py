@@ -65,6 +65,21 @@ class TestTokenNll:
             one, other = (models.base(shape).token_nll(x, rows, columns) for x in (ids, padded))
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("shape", tiny.SHAPES)
+    def test_scores_say_which_tokens_the_model_finds_likeliest(
+        self, models: tiny.Models, shape: tiny.Shape
+    ) -> None:
+        base = models.base(shape)
+        rows, columns = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 4, 9, 5, 8])
+        ids = torch.arange(20).view(2, 10) * 3
+        likeliest = base.model(input_ids=ids).logits[0, 3].argmax()
+        ids[0, 4] = likeliest  # it follows from what comes before it, which stays
+        expected = base.model(input_ids=ids).logits[rows, columns - 1].argmax(dim=1) == ids[rows, columns]
+        nll, is_first = base.token_scores(ids, rows, columns)
+        assert torch.equal(nll, base.token_nll(ids, rows, columns))
+        assert is_first.tolist() == expected.tolist()
+        assert bool(is_first[1])
+
     def test_heads_that_are_more_than_a_product_are_found(self, models: tiny.Models) -> None:
         assert {shape: models.base(shape).head_is_linear for shape in tiny.SHAPES} == {
             "llama": True,

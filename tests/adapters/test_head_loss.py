@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from tuner.adapters import head_loss
-from tuner.adapters.head_loss import chunked_nll, head_nll
+from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 50
 
@@ -94,3 +96,27 @@ def test_one_bad_row_stays_alone() -> None:
     sane = torch.arange(TOKENS) != 4
     assert torch.equal(gradient[sane], expected[sane])
     assert gradient[4].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_scores_are_the_same_values_and_say_which_targets_come_first(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
+    hidden, weight, offset, targets = made(torch.float32, bias=True)
+    logits = linear(hidden, weight, offset).detach()
+    targets[::3] = logits[::3].argmax(dim=1)
+    logits_of = functools.partial(linear, weight=weight, bias=offset)
+    nll, is_first = token_scores(logits_of, hidden, targets, vocabulary_size=VOCABULARY)
+    assert torch.allclose(nll, cross_entropy(logits, targets, reduction="none"), rtol=1e-5)
+    assert not nll.requires_grad
+    assert is_first.tolist() == (logits.argmax(dim=1) == targets).tolist()
+    assert 0 < int(is_first.sum()) < TOKENS
+
+
+def test_a_target_of_logits_that_are_no_numbers_is_not_first() -> None:
+    hidden, weight, _, targets = made(torch.float32, bias=False)
+    _, is_first = token_scores(
+        lambda part: linear(part, weight) * torch.nan, hidden, targets, vocabulary_size=VOCABULARY
+    )
+    assert not is_first.any()

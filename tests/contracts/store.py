@@ -9,10 +9,12 @@ import pytest
 
 from tuner.records import (
     Attempt,
+    Branch,
     Checkpoint,
     CheckpointKind,
     Continuation,
     Evaluation,
+    FinalScore,
     Promotion,
     RoundRecord,
     Throughput,
@@ -23,6 +25,7 @@ from tuner.store import FactError, Store
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
+    BranchAdvanced,
     CheckpointSaved,
     CheckpointsRemoved,
     EvaluationMade,
@@ -33,6 +36,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    TrialScored,
     WorkMeasured,
 )
 
@@ -84,6 +88,24 @@ WORK = Throughput(
     padded_tokens=2**51,
     peak_memory_bytes=80_000_000_000,
 )
+SCORE = FinalScore(
+    step=20,
+    loss=0.1 + 0.2,
+    standard_error=5e-324,
+    num_examples=40,
+    num_tokens=2**40,
+    rows="abc",
+    scored_at=50.25,
+)
+BRANCH = Branch(
+    7,
+    30,
+    18,
+    attempts=(Attempt(1, 18, 24, 31.0, 32.0, "died", "log: \0 and \udcff"), Attempt(2, 24, 30, 33.0)),
+    checkpoint=Checkpoint(CheckpointKind.LAST, 24, "branch-0007-000030/last/step-000024.a1", 7, "l"),
+    reason="odd",
+    evaluation=Evaluation(30, 0.1 + 0.2, None, 1e-4, 3, (1.0, math.inf), (2, 3)),
+)
 HISTORY: list[Fact] = [
     RoundBegun(ROUND),
     TrialAsked(TRIAL),
@@ -98,6 +120,8 @@ HISTORY: list[Fact] = [
     AttemptStarted("round1", 7, 2, 20, 25.0),
     AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
     COMPLETE,
+    TrialScored("round1", 7, SCORE),
+    BranchAdvanced("round1", BRANCH),
     WorkMeasured("round1", WORK),
     PromotionPlanned(PROMOTION),
 ]
@@ -259,7 +283,7 @@ class StoreContract:
         "number", [math.nan, math.inf, -math.inf, 0.1 + 0.2, 5e-324, 1.7976931348623157e308]
     )
     def test_every_digit_comes_back(self, store: Store, number: float) -> None:
-        made = Evaluation(1, number, number, number, 3, (number, -0.0, 1 / 3), (1, 0, 2**31 - 1))
+        made = Evaluation(1, number, number, number, 3, (number, -0.0, 1 / 3), (1, 0, 2**31 - 1), 2**40)
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, made))
         (trial,) = store.trials("round1")
         assert repr(trial.evaluations) == repr((made,))
@@ -356,6 +380,26 @@ class StoreContract:
         store.record(WorkMeasured("round1", WORK), RoundBegun(replace(ROUND, spec={"goal": "new"})))
         assert store.rounds() == (replace(ROUND, spec={"goal": "new"}, throughputs=(WORK,)),)
 
+    def test_the_first_score_of_a_trial_counts(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(replace(TRIAL, final_score=SCORE)))
+        assert store.trials("round1")[0].final_score is None
+        store.record(TrialScored("round1", 7, SCORE))
+        store.record(TrialScored("round1", 7, replace(SCORE, loss=9.0, standard_error=None)))
+        assert repr(store.trials("round1")[0].final_score) == repr(SCORE)
+
+    def test_of_a_branch_the_last_said_counts(self, store: Store) -> None:
+        later = replace(
+            BRANCH, state="complete", checkpoint=None, reason=None, evaluation=Evaluation(30, 1.0)
+        )
+        longer, of_another = replace(BRANCH, max_train_steps=42), replace(BRANCH, trial=2)
+        store.record(RoundBegun(replace(ROUND, branches=(BRANCH,))), TrialAsked(TRIAL))
+        assert store.rounds()[0].branches == ()
+        store.record(TrialAsked(replace(TRIAL, number=2)))
+        store.record(*(BranchAdvanced("round1", b) for b in (BRANCH, longer, of_another, later)))
+        assert repr(store.rounds()[0].branches) == repr((of_another, later, longer))
+        store.record(RoundBegun(ROUND))
+        assert len(store.rounds()[0].branches) == 3
+
     @pytest.mark.parametrize(
         ("fact", "missing"),
         [
@@ -370,6 +414,8 @@ class StoreContract:
             (replace(ENDED, attempt=2), "attempt 2 of trial round1/7"),
             (replace(COMPLETE, trial=8), "trial round1/8"),
             (TrialNoted("round9", 7, "x"), "trial round9/7"),
+            (TrialScored("round1", 8, SCORE), "trial round1/8"),
+            (BranchAdvanced("round1", replace(BRANCH, trial=8)), "trial round1/8"),
             (WorkMeasured("round9", WORK), "round round9"),
             (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),
         ],

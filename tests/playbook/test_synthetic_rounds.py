@@ -1,44 +1,33 @@
 """The readings of rounds whose answer is known: a smoke test, and the whole measurement."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.playbook.diagnoses import (
+    FACTOR,
+    PAGE_ROUNDS,
+    PAGE_SEED,
+    RIGHT_DIAGNOSES,
+    RIGHT_HORIZONS,
+    Measured,
+    measured,
+    page,
+)
 from tests.playbook.rounds import synthetic_round
 from tuner.playbook import Diagnosis, read_round
 
-RIGHT_DIAGNOSES = 0.95
-RIGHT_HORIZONS = 0.90
-FACTOR = 1.5
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "diagnoses.md"
 
 
-def measured(count: int, seed: int) -> tuple[Counter, float, int]:
-    """(truth, diagnosis) pairs of the clear rounds, the share of good suggestions, rounds set aside."""
-    confusion: Counter = Counter()
-    good = []
-    set_aside = 0
-    for i in range(count):
-        synthetic = synthetic_round(np.random.default_rng([seed, i]))
-        if not synthetic.is_clear:
-            set_aside += 1
-            continue
-        reading = read_round(synthetic.results)
-        confusion[synthetic.truth, reading.diagnosis] += 1
-        if synthetic.true_horizon is not None:
-            ratio = (reading.suggested_max_train_steps or 0) / synthetic.true_horizon
-            good.append(1 / FACTOR <= ratio <= FACTOR)
-    return confusion, sum(good) / len(good), set_aside
-
-
-def check(count: int, seed: int) -> None:
-    confusion, horizons, set_aside = measured(count, seed)
-    right = sum(n for (truth, diagnosis), n in confusion.items() if truth == diagnosis)
-    print(f"{right} of {confusion.total()} right, {set_aside} aside, {horizons:.1%} of the horizons")
-    assert {truth for truth, _ in confusion} == set(Diagnosis)
-    assert set_aside < 0.3 * count
-    assert right >= RIGHT_DIAGNOSES * confusion.total(), confusion
-    assert horizons >= RIGHT_HORIZONS
+def check(found: Measured) -> None:
+    print(f"{found.right} of {found.confusion.total()} right, {found.good_horizons:.1%} good")
+    assert {truth for truth, _ in found.confusion} == set(Diagnosis)
+    assert found.set_aside < 0.3 * found.count
+    assert found.right >= RIGHT_DIAGNOSES * found.confusion.total(), found.confusion
+    assert found.good_horizons >= RIGHT_HORIZONS
 
 
 def test_noise_hides_gains_and_makes_none_up():
@@ -65,9 +54,11 @@ def test_noise_hides_gains_and_makes_none_up():
 
 
 def test_readings_of_150_synthetic_rounds():
-    check(150, seed=1)
+    check(measured(150, seed=1))
 
 
 @pytest.mark.slow
-def test_readings_of_1000_synthetic_rounds():
-    check(1000, seed=2)
+def test_readings_of_1000_synthetic_rounds_are_those_of_the_page():
+    found = measured(PAGE_ROUNDS, PAGE_SEED)
+    check(found)
+    assert PAGE.read_text(encoding="utf-8") == page(found), "stale: python -m tests.playbook.diagnoses"

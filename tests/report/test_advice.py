@@ -6,7 +6,18 @@ import math
 import pytest
 
 from tuner.playbook import Diagnosis, Finding, Severity
-from tuner.records import Choices, Continuation, Fixed, Range, TimesSqrtRank, Trial, TrialState
+from tuner.records import (
+    Attempt,
+    Branch,
+    Choices,
+    Continuation,
+    FinalScore,
+    Fixed,
+    Range,
+    TimesSqrtRank,
+    Trial,
+    TrialState,
+)
 from tuner.report import advice
 from tuner.report.round_report import RoundReport, describe
 
@@ -182,3 +193,37 @@ def test_what_was_fixed_and_what_was_searched() -> None:
 def test_counts_leave_out_states_without_trials() -> None:
     report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, state=TrialState.RUNNING)])
     assert report.counts == {"running": 1}
+
+
+def with_test_rows(report: RoundReport) -> RoundReport:
+    spec = {**report.record.spec, "data": {"test": [{"path": "test.jsonl", "format": "alpaca"}]}}
+    return dataclasses.replace(report, record=dataclasses.replace(report.record, spec=spec))
+
+
+def test_test_rows_are_offered_until_a_trial_is_scored_and_a_second_look_is_named() -> None:
+    assert advice.tested(synthetic.report()) == ()
+    report = with_test_rows(synthetic.report())
+    (offer,) = advice.tested(report)
+    assert "`tuner trial show best --test` measures it on data.test; do that once" in offer
+    score = FinalScore(60, 1.5, 0.03, 40, 900, "abc", 1.0)
+    first = Trial("round1", 3, {}, final_score=score)
+    second = Trial(
+        "round2", 0, {}, final_score=dataclasses.replace(score, scored_at=2.0, standard_error=None)
+    )
+    scored = advice.tested(dataclasses.replace(report, scored=(first, second)))
+    assert scored == (
+        "round1/3: On data.test, 40 rows that nothing was chosen by, its loss is 1.5000 ± 0.0300.",
+        "round2/0: On data.test, 40 rows, its loss is 1.5000. That is no longer unbiased: round1/3 had a "
+        "score on them before, and the better of several is optimistic.",
+    )
+
+
+def test_a_round_that_owes_decay_branches_is_not_finished_and_their_steps_are_in_its_cost() -> None:
+    report = synthetic.report()
+    assert (advice.progress(report), report.is_finished) == (None, True)
+    owing = dataclasses.replace(report, branches_left=1)
+    assert "without its decay branches" in str(advice.progress(owing))
+    branch = Branch(3, 30, 18, attempts=(Attempt(1, 18, 25, 0.0), Attempt(2, 22, 30, 0.0)))
+    ran = dataclasses.replace(report, record=dataclasses.replace(report.record, branches=(branch,)))
+    assert ran.executed_steps == report.executed_steps + 15
+    assert "15 of them in decay branches" in advice.setting(ran)["cost"]

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from tuner.errors import Mistake
-from tuner.records import Continuation, Throughput, TrialState, added_up
+from tuner.records import Continuation, Evaluation, Throughput, Trial, TrialState, added_up
 from tuner.report.documents import (
     RoundPlan,
     check_document,
@@ -19,12 +22,13 @@ from tuner.report.documents import (
     status_document,
     trial_document,
 )
+from tuner.report.tables import status_table
 
 from . import synthetic
 
 TRIAL_KEYS = [
     "number", "round", "state", "reason", "hyperparameters", "seed", "best_step", "best_eval_loss",
-    "settled_step", "adapter", "continues", "executed_steps", "attempts", "evaluations",
+    "settled_step", "adapter", "test", "continues", "executed_steps", "attempts", "evaluations",
 ]  # fmt: skip
 STATES = ["waiting", "running", "complete", "pruned", "infeasible", "failed"]
 
@@ -52,7 +56,7 @@ class TestTrialDocument:
         assert document["adapter"] == "/runs/trial-0003/best"
         assert document["seed"] == 0
         assert [list(e) for e in document["evaluations"]] == [
-            ["step", "train_loss", "eval_loss", "learning_rate"]
+            ["step", "train_loss", "eval_loss", "learning_rate", "token_accuracy"]
         ] * len(trial.evaluations)
 
     def test_an_infeasible_trial_shows_its_earlier_best_and_nan_as_null(self) -> None:
@@ -105,14 +109,67 @@ class TestStatus:
         document = strictly(dumps(status_document("alpaca", [status])))
         (shown,) = document["rounds"]
         assert document["study"] == "alpaca"
-        assert list(shown) == ["round", "max_train_steps", "state", "trials", "best", "throughput"]
-        assert shown["throughput"] is None
+        assert list(shown) == [
+            "round",
+            "max_train_steps",
+            "state",
+            "trials",
+            "best",
+            "branches_left",
+            "overfitting",
+            "throughput",
+        ]
+        assert (shown["branches_left"], shown["throughput"]) == (0, None)
         assert shown["state"] == "complete"
         assert list(shown["trials"]) == STATES
         assert shown["trials"] == dict.fromkeys(STATES, 0) | {"complete": 7, "infeasible": 1}
         assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter"]
         assert shown["best"]["trial"] == 6
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
+
+    def test_a_trial_whose_evaluation_loss_rises_is_marked_while_it_runs(self) -> None:
+        def trial(number: int, losses: Sequence[float], state: TrialState) -> Trial:
+            noise = (0.0, 0.002, -0.001, 0.001, 0.0, -0.002, 0.001)
+            made = [
+                Evaluation(5 * i, loss + noise[i], train_loss=2.0 - 0.1 * i) for i, loss in enumerate(losses)
+            ]
+            return Trial("r", number, {}, state, evaluations=tuple(made))
+
+        rising = (2.0, 1.6, 1.5, 1.6, 1.8, 2.0, 2.2)
+        falling = (2.0, 1.8, 1.7, 1.65, 1.62, 1.6, 1.59)
+        status = round_status(
+            "r",
+            max_train_steps=60,
+            trials=[
+                trial(0, falling, TrialState.RUNNING),
+                trial(1, rising, TrialState.RUNNING),
+                trial(2, rising, TrialState.COMPLETE),
+                trial(3, rising, TrialState.INFEASIBLE),
+            ],
+            promised=4,
+            is_running=True,
+            adapters={},
+        )
+        (shown,) = status_document("alpaca", [status])["rounds"]
+        assert shown["overfitting"] == [{"trial": 1, "since_step": 10}, {"trial": 2, "since_step": 10}]
+        said = io.StringIO()
+        Console(file=said, width=120).print(status_table("alpaca", [status]))
+        assert (
+            "r: the evaluation loss rises in trials 1 (since step 10), 2 (since step 10)" in said.getvalue()
+        )
+
+    def test_a_round_that_owes_decay_branches_is_open(self) -> None:
+        status = round_status(
+            "r",
+            max_train_steps=60,
+            trials=synthetic.trials(),
+            promised=8,
+            is_running=False,
+            adapters={},
+            branches_left=2,
+        )
+        (shown,) = status_document("alpaca", [status])["rounds"]
+        assert (shown["state"], shown["branches_left"]) == ("open", 2)
 
     def test_what_was_measured_of_its_workers(self) -> None:
         only_evaluated = Throughput("1-1", evaluating_seconds=2.0, peak_memory_bytes=7)

@@ -157,7 +157,7 @@ def test_single_mistakes(old, new, line, key, message):
         ("run: {engine: ray}", "run.engine", "expects local or simulated, got 'ray'"),
         ("run: {pruner: median}", "run.pruner", "expects none"),
         ("run: {report_to: [tensorbord]}", "run.report_to[0]", "did you mean tensorboard?"),
-        ("run: {decay_branches: true}", "run.decay_branches", "no decay branches"),
+        ("run: {decay_branches: often}", "run.decay_branches", "'often'"),
         ("storage: mysql://user:secret@host/db", "storage", "begins with 'mysql'"),
         ("storage: tuner.db", "storage", "sqlite:///FILE"),
         ("storage: 'sqlite:///:memory:'", "storage", "names no file"),

@@ -8,10 +8,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tuner.records import (
+    Attempt,
+    Branch,
     Checkpoint,
     CheckpointKind,
     Continuation,
     Evaluation,
+    FinalScore,
     Promotion,
     RoundRecord,
     Throughput,
@@ -21,6 +24,7 @@ from tuner.records import (
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
+    BranchAdvanced,
     CheckpointSaved,
     CheckpointsRemoved,
     EvaluationMade,
@@ -31,6 +35,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    TrialScored,
     WorkMeasured,
 )
 
@@ -128,6 +133,20 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
         draw(st.none() | TEXTS),
         draw(TIMES),
     ),
+    lambda draw, trial, _: TrialScored(
+        *trial, FinalScore(draw(STEPS), draw(FLOATS), draw(st.none() | FLOATS), 3, 7, "rows", draw(TIMES))
+    ),
+    lambda draw, trial, _: BranchAdvanced(
+        trial[0],
+        Branch(
+            trial[1],
+            draw(st.sampled_from([20, 28])),
+            12,
+            attempts=(Attempt(1, 12, draw(STEPS), draw(TIMES), message=draw(st.none() | TEXTS)),),
+            reason=draw(st.none() | TEXTS),
+            evaluation=draw(st.none() | evaluations()),
+        ),
+    ),
     lambda draw, trial, _: WorkMeasured(
         trial[0],
         Throughput(draw(st.sampled_from("ab")), draw(TIMES), tokens=draw(st.integers(0, 2**60))),
@@ -159,6 +178,8 @@ def _replaces(fact: Fact) -> object:
             return ("checkpoint", fact.round, fact.trial, fact.checkpoint.path)
         case TrialNoted():
             return ("note", fact.round, fact.trial)
+        case BranchAdvanced(round=name, branch=branch):
+            return ("branch", name, branch.trial, branch.max_train_steps)
         case WorkMeasured():
             return ("work", fact.round, fact.throughput.session)
         case PromotionPlanned(promotion=promotion):

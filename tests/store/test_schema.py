@@ -18,11 +18,37 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Table, create_engine, inspect, text
 
-from tests.contracts.store import COMPLETE, HISTORY, ROUND, STARTED, TRIAL, WORK, contents
+from tests.contracts.store import (
+    BRANCH,
+    COMPLETE,
+    HISTORY,
+    ROUND,
+    SCORE,
+    STARTED,
+    TRIAL,
+    WORK,
+    contents,
+)
 from tuner.errors import StorageError
-from tuner.records import Attempt, Checkpoint, Evaluation, Promotion, RoundRecord, Throughput
+from tuner.records import (
+    Attempt,
+    Branch,
+    Checkpoint,
+    Evaluation,
+    FinalScore,
+    Promotion,
+    RoundRecord,
+    Throughput,
+)
 from tuner.store import migrations, open_store, schema
-from tuner.store.facts import EvaluationMade, RoundBegun, TrialAsked, WorkMeasured
+from tuner.store.facts import (
+    BranchAdvanced,
+    EvaluationMade,
+    RoundBegun,
+    TrialAsked,
+    TrialScored,
+    WorkMeasured,
+)
 
 
 def test_the_migrations_make_the_tables(url: str) -> None:
@@ -73,7 +99,7 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
     strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
-    told = [fact for fact in HISTORY if not isinstance(fact, WorkMeasured)]
+    told = [fact for fact in HISTORY if not isinstance(fact, (WorkMeasured, TrialScored, BranchAdvanced))]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
         store.record(*told, strange)
@@ -96,7 +122,7 @@ def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url:
 def test_a_database_without_throughput_has_none(url: str) -> None:
     """As it was at revision 0002; what is measured afterwards is kept."""
     with closing(open_store(url, study="s")) as store:
-        store.record(*(fact for fact in HISTORY if not isinstance(fact, WorkMeasured)))
+        store.record(*HISTORY[:5])
         trials = store.trials("round1")
     at_revision(url, "0002")
     engine = create_engine(url)
@@ -108,6 +134,19 @@ def test_a_database_without_throughput_has_none(url: str) -> None:
         assert store.rounds()[0].throughputs == (WORK,)
 
 
+def test_a_database_without_scores_takes_them(url: str) -> None:
+    """As it was at revision 0003, with the table of branches that nothing wrote into."""
+    with closing(open_store(url, study="s")) as store:
+        store.record(*HISTORY[:5])
+        before = contents(store)
+    at_revision(url, "0003")
+    with closing(open_store(url, study="s")) as store:
+        assert contents(store) == before
+        store.record(BranchAdvanced("round1", BRANCH), TrialScored("round1", 7, SCORE))
+        assert repr(store.rounds()[0].branches) == repr((BRANCH,))
+        assert store.trials("round1")[0].final_score == SCORE
+
+
 def test_every_migration_is_in_a_package_that_is_installed() -> None:
     versions = importlib.import_module("tuner.store.migrations.versions")
     assert versions.__file__ is not None
@@ -116,7 +155,7 @@ def test_every_migration_is_in_a_package_that_is_installed() -> None:
     assert "v0001_facts" in on_disk
 
 
-TABLES_OF_THEIR_OWN = {"throughputs"}
+TABLES_OF_THEIR_OWN = {"throughputs", "branches"}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +167,8 @@ TABLES_OF_THEIR_OWN = {"throughputs"}
         (Checkpoint, schema.CHECKPOINTS),
         (Promotion, schema.PROMOTIONS),
         (Throughput, schema.THROUGHPUTS),
+        (Branch, schema.BRANCHES),
+        (FinalScore, schema.FINAL_SCORES),
     ],
 )
 def test_every_field_of_a_record_has_a_column(record: type[Any], table: Table) -> None:

@@ -32,7 +32,7 @@ from tests.training.driving import (
 from tuner.adapters import Base
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
-from tuner.training.loop import example_nll, forward_backward
+from tuner.training.loop import example_scores, forward_backward
 from tuner.training.trial_run import MAX_BAD_UPDATES
 from tuner.training.workplace import Workplace
 
@@ -136,7 +136,7 @@ class TestEvents:
             assert [e.step for e in curve(events, number)] == [e.step for e in curve(alone, number)]
             for together, solitary in zip(curve(events, number), curve(alone, number), strict=True):
                 assert together.eval_loss == pytest.approx(solitary.eval_loss, rel=TOLERANCE)
-                assert together.example_nll == pytest.approx(solitary.example_nll, rel=TOLERANCE)
+                assert together.example_nll == pytest.approx(solitary.example_scores, rel=TOLERANCE)
 
 
 class TestWildTrials:
@@ -219,11 +219,18 @@ class SmallBase(Base):
     largest_pass: int = 0
 
     def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        self._make_room(input_ids)
+        return super().token_nll(input_ids, rows, columns)
+
+    def token_scores(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        self._make_room(input_ids)
+        return super().token_scores(input_ids, rows, columns)
+
+    def _make_room(self, input_ids: Tensor) -> None:
         if not self.has_room(input_ids):
             self.refused += 1
             raise torch.OutOfMemoryError("artificial limit")
         self.largest_pass = max(self.largest_pass, input_ids.shape[0])
-        return super().token_nll(input_ids, rows, columns)
 
 
 def with_room_for(base: Base, has_room: Callable[[Tensor], bool]) -> SmallBase:
@@ -260,10 +267,12 @@ class TestOutOfMemory:
         for one in (base, small):
             with workplace(one, self.TRIALS, slots=3) as place:
                 drive(place, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=3)
-                found.append(example_nll(place, (0, 2, 1)))
+                found.append(example_scores(place, (0, 2, 1)))
         assert small.largest_pass == rows
-        assert torch.tensor(found[1]) == pytest.approx(torch.tensor(found[0]), rel=TOLERANCE)
-        assert found[0][0] != found[0][1]
+        with_room, without = ([scores.nll for scores in one] for one in found)
+        assert torch.tensor(without) == pytest.approx(torch.tensor(with_room), rel=TOLERANCE)
+        assert [scores.correct_tokens for scores in found[1]] == [s.correct_tokens for s in found[0]]
+        assert with_room[0] != with_room[1]
 
     @pytest.mark.parametrize("shape", ["llama", "gpt2"])
     def test_a_row_that_fits_when_fewer_activations_are_kept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -15,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
-from tuner.adapters.frozen_linear import speed_up
-from tuner.adapters.head_loss import chunked_nll, head_nll
+from tuner.adapters.frozen_linear import product, speed_up
+from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
 from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.errors import ModelError
 
@@ -69,10 +70,24 @@ class Base:
         the padding, so no mask is needed. `columns` are at least 1. Only the positions asked for
         reach the output embedding.
         """
-        targets = input_ids[rows, columns]
+        hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
         if not self.head_is_linear:
-            hidden = self._last_hidden(input_ids)[rows, columns - 1]
             return chunked_nll(self._logits, hidden, targets, vocabulary_size=self.vocabulary_size)
+        head = self.model.get_output_embeddings()
+        return head_nll(hidden, head.weight, head.bias, targets)
+
+    @torch.no_grad()
+    def token_scores(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """`token_nll` without gradients, and for each of the tokens whether no other is likelier there."""
+        hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
+        head = self.model.get_output_embeddings()
+        logits = partial(product, weight=head.weight, bias=head.bias) if self.head_is_linear else self._logits
+        return token_scores(logits, hidden, targets, vocabulary_size=self.vocabulary_size)
+
+    def _before(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Last hidden states [tokens, width] at the positions before these, which predict them."""
+        if not self.head_is_linear:
+            return self._last_hidden(input_ids)[rows, columns - 1]
         picked: list[Tensor] = []
 
         def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -85,7 +100,7 @@ class Base:
             self.model(input_ids=input_ids, use_cache=False)
         finally:
             hook.remove()
-        return head_nll(picked[0], head.weight, head.bias, targets)
+        return picked[0]
 
     def _last_hidden(self, input_ids: Tensor) -> Tensor:
         """What the layers make of `input_ids`: [rows, length, width]."""

@@ -64,3 +64,18 @@ def chunked_nll(
     return torch.cat(
         [checkpoint(nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     )
+
+
+@torch.no_grad()
+def token_scores(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
+) -> tuple[Tensor, Tensor]:
+    """For evaluations: the same values, and for each target whether no token is likelier; each [tokens]."""
+    rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
+    nll, is_first = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
+    for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+        log_probability = logits(part).float().log_softmax(dim=1)
+        chosen = log_probability.gather(1, wanted[:, None])[:, 0]
+        nll.append(-chosen)
+        is_first.append(chosen >= log_probability.amax(dim=1))
+    return torch.cat(nll), torch.cat(is_first)

@@ -168,6 +168,13 @@ class Pack:
         with self.holding(packed):
             return self.base.token_nll(input_ids, rows, columns)
 
+    def token_scores(
+        self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
+    ) -> tuple[Tensor, Tensor]:
+        """`Base.token_scores` with each row under its slot's adapter; with None, the untouched base."""
+        with self.holding(packed):
+            return self.base.token_scores(input_ids, rows, columns)
+
     def rank_of(self, slots: Sequence[int]) -> int:
         """The largest rank among the slots: padding beyond it is skipped."""
         return max(self._ranks[slot] for slot in slots)

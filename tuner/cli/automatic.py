@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tuner.cli.looking import find_trial
 from tuner.cli.promoting import promote_round
 from tuner.cli.running import Where, has_begun, interruptible, run_here
+from tuner.cli.scoring import score_at_the_end
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.enough import enough
 from tuner.playbook.sweep import is_sweep
@@ -31,6 +33,8 @@ class Ended:
     """Why there is no further round; None when the time was over first."""
     taught_nothing: bool = False
     """Whether the last round suggests no horizon at all."""
+    remark: str | None = None
+    """What there is to say of `data.test`, beside its score."""
 
 
 def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
@@ -61,7 +65,16 @@ def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
             else:
                 reason = f"enough after {file.spec.round}: {reason}"
                 ended = replace(ended, reason=reason, taught_nothing=taught_nothing)
+    if ended.reason is not None and ended.last is not None and not ended.taught_nothing:
+        ended = replace(ended, remark=_score_the_best(ended.last.parent))
     return ended
+
+
+def _score_the_best(directory: Path) -> str | None:
+    """The study has come to its end: its best trial is scored on `data.test`; what to say beside that."""
+    folder = open_folder(directory)
+    trial, _ = find_trial(folder, "best")
+    return score_at_the_end(folder, trial)
 
 
 def _latest(file: RoundFile) -> RoundFile:

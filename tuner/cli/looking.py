@@ -27,8 +27,10 @@ from tuner.report import (
 from tuner.report.documents import RoundStatus
 from tuner.report.fitted_table import FittedTable
 from tuner.store import Store
+from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.pages import lineage, round_report
+from tuner.study.results import num_branches_left
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
@@ -106,10 +108,12 @@ def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) 
             if round_name in (None, name)
             for trial in store.trials(name)
         ]
+        scored = scores_of(store)
     finally:
         store.close()
     if as_json:
-        typer.echo(dumps([trial_document(trial, adapter=folder.adapter(trial)) for trial in trials]))
+        documents = [trial_document(trial, adapter=folder.adapter(trial), scored=scored) for trial in trials]
+        typer.echo(dumps(documents))
     else:
         _print_table(trials_table(trials))
     if any(trial.state == TrialState.COMPLETE for trial in trials):
@@ -124,17 +128,29 @@ def _print_table(table: FittedTable) -> None:
         typer.echo(f"too narrow for {', '.join(left_out)}: widen the window, or use --json", err=True)
 
 
-def print_trial(folder: StudyFolder, name: str, *, as_json: bool) -> str:
-    """Print one trial; returns the command that comes next."""
+def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) -> str:
+    """Print one trial, scored on `data.test` if that is wanted; returns the command that comes next."""
     trial, max_train_steps = find_trial(folder, name)
-    adapter = folder.adapter(trial)
+    if test:
+        from tuner.cli.scoring import scored as with_score
+
+        trial = with_score(folder, trial)
+    adapter, scored = folder.adapter(trial), _scored(folder)
     if as_json:
-        typer.echo(dumps(trial_document(trial, adapter=adapter)))
+        typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored)))
     else:
-        output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter))
+        output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
     if adapter is None:
         return "tuner trial list"
     return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
+
+
+def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
+    store = folder.open()
+    try:
+        return scores_of(store)
+    finally:
+        store.close()
 
 
 def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
@@ -198,6 +214,7 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: path for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
+                branches_left=num_branches_left(record, trials) if record else 0,
             )
         )
     return statuses

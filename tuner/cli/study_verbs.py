@@ -147,7 +147,8 @@ def auto(
     """Run a round, promote it and run the next, until longer rounds teach nothing more; or go on with that.
 
     It ends where the report says that more steps would not help, where it cannot tell, at
-    `run.production_steps`, or after `--for`. Every file is written as by `study promote`.
+    `run.production_steps`, or after `--for`. Every file is written as by `study promote`. Where it ends by
+    itself, the best trial is scored on `data.test`, once.
 
     Example: `tuner study auto round1.yaml --for 12h`
     """
@@ -158,8 +159,9 @@ def auto(
     if ended.last is None:
         _next(ended.command)
         return
-    if ended.reason is not None:
-        _say(ended.reason)
+    for sentence in (ended.reason, ended.remark):
+        if sentence is not None:
+            _say(sentence)
     _print_summary(
         _reports(ended.last.parent, ended.last),
         directory=_rehearsal_folder(round_file, ended.last),

@@ -11,6 +11,7 @@ import typer
 from tuner.cli.running import Where, has_begun, interruptible, run_here
 from tuner.errors import InputError, TunerError
 from tuner.playbook.sweep import (
+    PERFECT_ACCURACY,
     PERFECT_LOSS,
     ComputeBound,
     FirstHorizon,
@@ -85,8 +86,8 @@ def _say_and_write(file: RoundFile, answer: FirstHorizon | ComputeBound) -> None
         case FirstHorizon(max_train_steps=steps, learning_rate=rate):
             typer.echo(
                 f"The training set is fitted in {steps} steps, fastest at a constant learning rate of "
-                f"{rate:.3g}: there the mean loss of a sample of training rows is at most {PERFECT_LOSS} "
-                "(token accuracy is not measured)."
+                f"{rate:.3g}: there the mean loss of a sample of training rows is at most {PERFECT_LOSS}, or "
+                f"{PERFECT_ACCURACY:.0%} of its target tokens are predicted first."
             )
         case ComputeBound(message=message):
             typer.echo(message)

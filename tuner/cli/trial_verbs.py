@@ -54,15 +54,22 @@ def list_trials(
 
 
 @app.command()
-def show(trial: TrialName = "best", json: Json = False) -> None:
-    """One trial: hyperparameters, curve, best step, where its adapter is.
+def show(
+    trial: TrialName = "best",
+    test: Annotated[
+        bool,
+        typer.Option("--test", help="Score it on data.test first, once: for the trial you settle on."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """One trial: hyperparameters, curve, best step, where its adapter is, its score on data.test.
 
     Example: `tuner trial show round1/7`
     """
     from tuner.cli.looking import print_trial
     from tuner.cli.printing import next_command, open_here
 
-    command = print_trial(open_here(), trial, as_json=json)
+    command = print_trial(open_here(), trial, test=test, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(command)}", err=True)
 

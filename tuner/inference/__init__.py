@@ -1,4 +1,4 @@
-"""A trial's adapter in use: answering prompts in the template it was trained on, merging, export."""
+"""A trial's adapter in use: answering prompts in its template, merging, export, a last score."""
 
 import tuner.adapters.quiet  # noqa: F401
 from tuner.inference.answer_file import Answer, AnswerFile
@@ -8,6 +8,7 @@ from tuner.inference.decoding import Decoding
 from tuner.inference.exporting import export_adapter, export_merged
 from tuner.inference.gguf import convert_to_gguf
 from tuner.inference.hub import push
+from tuner.inference.scoring import score
 
 __all__ = [
     "Answer",
@@ -20,4 +21,5 @@ __all__ = [
     "export_adapter",
     "export_merged",
     "push",
+    "score",
 ]

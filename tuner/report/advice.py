@@ -10,6 +10,7 @@ from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.report import format
 from tuner.report.round_report import RoundReport
+from tuner.report.tested import in_words
 
 GAIN_SOURCES = {
     GainSource.EARLIER_ROUND: "seen in an earlier round",
@@ -91,6 +92,18 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
     trial, best = champion.ranked[0]
     loss = format.loss(best.eval_loss)
     return (f"An earlier trial, {trial.round}/{trial.number}, is still better: {loss} at step {best.step}.",)
+
+
+def tested(report: RoundReport) -> tuple[str, ...]:
+    """What `data.test` said of the trials that somebody settled on; or how to ask it, once, at the end."""
+    if report.scored:
+        return tuple(f"{t.round}/{t.number}: {in_words(t, report.scored)}" for t in report.scored)
+    if not report.has_test or not report.ranked:
+        return ()
+    return (
+        "The lowest of many evaluation losses is optimistic. When you have settled on a trial, "
+        "`tuner trial show best --test` measures it on data.test; do that once.",
+    )
 
 
 def lineage_rows(reports: Sequence[RoundReport]) -> list[tuple[str, ...]]:
@@ -177,6 +190,8 @@ def progress(report: RoundReport) -> str | None:
     if report.is_finished:
         return None
     done = len(report.results.results)
+    if done >= report.num_promised:
+        return "This is how it looks without its decay branches; they may change what a doubling is worth."
     return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."
 
 
@@ -225,6 +240,8 @@ def setting(report: RoundReport) -> dict[str, str]:
         else f", evaluated every {report.results.evaluate_every}"
     )
     facts["cost"] = f"{report.executed_steps:,} steps run"
+    if report.branch_steps:
+        facts["cost"] += f", {report.branch_steps:,} of them in decay branches"
     if report.inherited_steps:
         facts["cost"] += f", {report.inherited_steps:,} more taken over from earlier trials"
     seconds = _trial_seconds(report)

@@ -6,10 +6,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuner.errors import Mistake
+from tuner.playbook.curves import rise_after_best
+from tuner.playbook.final_score import scored_before
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import Throughput, Trial, TrialState
 
@@ -40,6 +42,10 @@ class RoundStatus:
     best: BestTrial | None
     throughput: Throughput | None = None
     """Of all its workers so far; None where nothing was measured."""
+    branches_left: int = 0
+    """Decay branches that are owed and have not ended."""
+    overfitting: Mapping[int, int] = field(default_factory=dict)
+    """Trials whose evaluation loss rises now, or did at their end, each with its best step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,9 @@ def round_status(
     is_running: bool,
     adapters: Mapping[int, str],
     throughput: Throughput | None = None,
+    branches_left: int = 0,
 ) -> RoundStatus:
-    """Where a round stands, by its trials and the `search.trials` it promised.
+    """Where a round stands, by its trials, the `search.trials` it promised and the decay branches it owes.
 
     A failed trial is replaced by a new one, so it does not count towards the promise.
     """
@@ -82,7 +89,7 @@ def round_status(
     by_state[TrialState.WAITING] = max(
         by_state[TrialState.WAITING], promised - results - by_state[TrialState.RUNNING]
     )
-    unfinished = by_state[TrialState.WAITING] + by_state[TrialState.RUNNING]
+    unfinished = by_state[TrialState.WAITING] + by_state[TrialState.RUNNING] + branches_left
     return RoundStatus(
         round=round,
         max_train_steps=max_train_steps,
@@ -90,7 +97,16 @@ def round_status(
         counts={state: by_state[TrialState(state)] for state in _SHOWN_STATES},
         best=_best(trials, adapters),
         throughput=throughput,
+        branches_left=branches_left,
+        overfitting=_overfitting(trials),
     )
+
+
+def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
+    """As the playbook judges a complete trial; of one that runs, by its evaluations so far."""
+    sound = [t for t in trials if t.state not in (TrialState.INFEASIBLE, TrialState.FAILED)]
+    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in sound)
+    return {number: rise.best_step for number, rise in rises if rise is not None and rise.is_overfitting}
 
 
 def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
@@ -99,10 +115,11 @@ def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | N
     return None
 
 
-def trial_document(trial: Trial, *, adapter: str | None) -> dict[str, Any]:
+def trial_document(trial: Trial, *, adapter: str | None, scored: Sequence[Trial] = ()) -> dict[str, Any]:
     """What `trial show --json` prints, and an element of `trial list --json`.
 
-    `adapter` is the path of its best adapter. An infeasible trial shows its best evaluation from
+    `adapter` is the path of its best adapter; `scored` are the study's trials that were scored on
+    `data.test`, in their order. An infeasible trial shows its best evaluation from
     before it diverged: its state says that this is no result.
     """
     best = best_evaluation(trial.evaluations)
@@ -118,6 +135,7 @@ def trial_document(trial: Trial, *, adapter: str | None) -> dict[str, Any]:
             "best_eval_loss": best.eval_loss if best else None,
             "settled_step": settled_step(trial.evaluations),
             "adapter": adapter,
+            "test": _test(trial, scored),
             "continues": str(trial.continues) if trial.continues else None,
             "executed_steps": trial.executed_steps,
             "attempts": len(trial.attempts),
@@ -127,11 +145,26 @@ def trial_document(trial: Trial, *, adapter: str | None) -> dict[str, Any]:
                     "train_loss": evaluation.train_loss,
                     "eval_loss": evaluation.eval_loss,
                     "learning_rate": evaluation.learning_rate,
+                    "token_accuracy": evaluation.token_accuracy,
                 }
                 for evaluation in trial.evaluations
             ],
         }
     )
+
+
+def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
+    score = trial.final_score
+    if score is None:
+        return None
+    return {
+        "loss": score.loss,
+        "standard_error": score.standard_error,
+        "step": score.step,
+        "examples": score.num_examples,
+        "tokens": score.num_tokens,
+        "scored_before": [f"{other.round}/{other.number}" for other in scored_before(trial, scored)],
+    }
 
 
 def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]:
@@ -146,6 +179,10 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "state": status.state,
                     "trials": {state: status.counts.get(state, 0) for state in _SHOWN_STATES},
                     "best": asdict(status.best) if status.best else None,
+                    "branches_left": status.branches_left,
+                    "overfitting": [
+                        {"trial": trial, "since_step": step} for trial, step in status.overfitting.items()
+                    ],
                     "throughput": _throughput(status.throughput) if status.throughput else None,
                 }
                 for status in rounds

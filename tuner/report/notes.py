@@ -57,6 +57,7 @@ def _opening(report: RoundReport, *, level: str) -> str:
         f"**{escaped(caution)}**" if caution else "",
         prose(" ".join(advice.found(report))),
         f"Its adapter is in {code(adapter)}." if adapter else "",
+        *(prose(sentence) for sentence in advice.tested(report)),
     )
 
 

@@ -46,6 +46,10 @@ class RoundReport:
     """What to type next, exactly."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions and hardware by name, as the report shows them."""
+    scored: tuple[Trial, ...] = ()
+    """The study's trials that were scored on `data.test`, in the order in which they were."""
+    branches_left: int = 0
+    """Decay branches that the round still owes."""
 
     @property
     def name(self) -> str:
@@ -75,8 +79,13 @@ class RoundReport:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every promised trial has a result."""
-        return len(self.results.results) >= self.num_promised
+        """Whether every promised trial has a result, and every decay branch has ended."""
+        return len(self.results.results) >= self.num_promised and not self.branches_left
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the round file has `data.test`."""
+        return bool(self.record.spec.get("data", {}).get("test"))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -93,8 +102,13 @@ class RoundReport:
 
     @property
     def executed_steps(self) -> int:
-        """Steps that all trials together have run."""
-        return sum(trial.executed_steps for trial in self.results.trials)
+        """Steps that all trials together have run, and their decay branches."""
+        return sum(trial.executed_steps for trial in self.results.trials) + self.branch_steps
+
+    @property
+    def branch_steps(self) -> int:
+        """Those that decay branches have run."""
+        return sum(branch.executed_steps for branch in self.record.branches)
 
     @property
     def inherited_steps(self) -> int:

@@ -16,6 +16,7 @@ from tuner.report.board_table import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
 from tuner.report.fitted_table import Column, FittedTable, column
 from tuner.report.rows import best_first, trial_cells, trial_headers
+from tuner.report.tested import in_words, number
 
 _PLOT_HEIGHT = 12
 _WIDEST_PLOT = 80
@@ -46,10 +47,17 @@ def status_table(
     if last is not None and last.best is not None:
         where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is gone"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
+    lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
+    lines += [Text(f"{s.round}: decay branches left: {s.branches_left}") for s in rounds if s.branches_left]
     lines += [Text(f"{s.round}: {throughput.line(s.throughput)}") for s in rounds if s.throughput is not None]
     if eta_seconds is not None:
         lines.append(Text(f"about {format.duration(eta_seconds)} left at the pace so far"))
     return Group(*lines)
+
+
+def _overfits(trials: Mapping[int, int]) -> str:
+    named = ", ".join(f"{trial} (since step {step})" for trial, step in trials.items())
+    return f"the evaluation loss rises in {'trials' if len(trials) > 1 else 'trial'} {named}: overfitting"
 
 
 def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None) -> FittedTable:
@@ -78,8 +86,13 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     )
 
 
-def trial_page(trial: Trial, *, max_train_steps: int, adapter: str | None) -> RenderableType:
-    """All of one trial: what came of it, its hyperparameters, its curve and its evaluations."""
+def trial_page(
+    trial: Trial, *, max_train_steps: int, adapter: str | None, scored: Sequence[Trial] = ()
+) -> RenderableType:
+    """All of one trial: what came of it, its hyperparameters, its curve and its evaluations.
+
+    `scored` are the study's trials that were scored on `data.test`, in their order.
+    """
     head = Text.assemble(
         (f"{trial.round}/{trial.number}", "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state])
     )
@@ -87,6 +100,7 @@ def trial_page(trial: Trial, *, max_train_steps: int, adapter: str | None) -> Re
         head,
         *([Text(trial.reason)] if trial.reason else []),
         _pairs(_trial_facts(trial, max_train_steps=max_train_steps, adapter=adapter)),
+        *([Text(in_words(trial, scored))] if trial.final_score is not None else []),
         Text("\nhyperparameters", style="bold"),
         _pairs({name: format.value(value) for name, value in trial.hyperparameters.items()}),
         Text("\ncurve", style="bold"),
@@ -104,7 +118,11 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
         facts["best loss"] = (
             f"{format.loss(best.eval_loss)} at step {best.step} of {max_train_steps} ({share})"
         )
+        if best.token_accuracy is not None:
+            facts["token accuracy"] = f"{format.percent(best.token_accuracy)} at that step"
         facts["settled"] = f"at step {settled}"
+    if trial.final_score is not None:
+        facts["test loss"] = number(trial.final_score)
     facts["adapter"] = adapter or format.NOTHING
     if trial.continues is not None:
         facts["continues"] = str(trial.continues)
@@ -115,6 +133,7 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
 
 def _evaluations_table(trial: Trial) -> FittedTable:
     best, made = best_evaluation(trial.evaluations), trial.evaluations
+    accuracies = ["" if e.token_accuracy is None else format.percent(e.token_accuracy) for e in made]
     rates = [format.NOTHING if e.learning_rate is None else format.number(e.learning_rate) for e in made]
     return FittedTable(
         [
@@ -122,6 +141,7 @@ def _evaluations_table(trial: Trial) -> FittedTable:
             column("train loss", [format.loss(e.train_loss) for e in made], rank=2),
             column("eval loss", [format.loss(e.eval_loss) for e in made], rank=1),
             column("learning rate", rates, rank=3),
+            *([column("token accuracy", accuracies, rank=4)] if any(accuracies) else []),
         ],
         row_styles=["bold green" if e is best else "" for e in made],
     )

@@ -103,7 +103,8 @@ class DataSpec(BaseModel):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training rows to hold out instead of `eval`, chosen by a hash of their content."""
     test: list[SourceSpec] = []
-    """Rows nobody chooses by: read and checked against the others, not scored in this version."""
+    """Rows nobody chooses by: checked against the others, and scored once, for the final trial, by
+    `trial show T --test` or where `study auto` ends."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of an example; longer rows are cut at the end, and counted."""
     loss_on: Literal["completion", "all"] = "completion"

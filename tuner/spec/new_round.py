@@ -176,7 +176,7 @@ model: {model}  # none, nf4 or int8
 data:
   train: {train}  # a file or a Hub id; alpaca, messages, sharegpt, completion or text
   {held_out}
-  test: []  # optional: rows nobody chooses by; checked against the others, not scored yet
+  test: []  # optional: rows nobody chooses by; scored once, for the final trial
   max_length: {max_length}  # tokens; longer rows are cut
   loss_on: completion  # or all, to learn the prompts too
 max_train_steps: {horizon}  # of every trial, never searched; {horizon_epochs} of {rows} rows

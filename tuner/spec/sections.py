@@ -220,19 +220,14 @@ class RunSpec(BaseModel):
     production_steps: Count | None = None
     """The longest run you can pay for; no suggested horizon is longer."""
     decay_branches: bool = False
-    """Short extra runs that measure loss against horizon; not in this version."""
+    """After the last trial, short runs from the leading trials' trunks that end at a half and at 0.71 of
+    `max_train_steps`, decaying alike: what the last doubling was worth, measured. Needs `schedule: linear`;
+    trials that ran without it have kept no checkpoint to begin at."""
     pruner: Literal["none"] = "none"
     """Stopping trials early; not in this version."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
     `pip install 'tuner[tensorboard]'`."""
-
-    @field_validator("decay_branches", mode="after")
-    @classmethod
-    def _no_decay_branches_yet(cls, wanted: bool) -> bool:
-        if wanted:
-            raise mistake("this version runs no decay branches; leave it false")
-        return wanted
 
     @field_validator("slots", mode="before")
     @classmethod

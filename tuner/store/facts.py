@@ -8,8 +8,10 @@ from typing import Protocol, TypeAlias
 
 from tuner.records import (
     Attempt,
+    Branch,
     Checkpoint,
     Evaluation,
+    FinalScore,
     Promotion,
     RoundRecord,
     Throughput,
@@ -23,7 +25,7 @@ class RoundBegun:
     """A round begins, or goes on with a file in which what may change has changed."""
 
     round: RoundRecord
-    """Of it `throughputs` are not recorded.
+    """Of it `throughputs` and `branches` are not recorded.
 
     Said again, only `spec` replaces what is recorded; another `max_train_steps` is refused.
     """
@@ -132,6 +134,23 @@ class TrialNoted:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialScored:
+    """A trial's best adapter was scored on `data.test`; the first score said of a trial counts."""
+
+    round: str
+    trial: int
+    score: FinalScore
+
+
+@dataclass(frozen=True, slots=True)
+class BranchAdvanced:
+    """Where a decay branch stands; the last said of a trial's branch to a horizon counts."""
+
+    round: str
+    branch: Branch
+
+
+@dataclass(frozen=True, slots=True)
 class WorkMeasured:
     """A worker process has done so much for a round; the last said of a session counts."""
 
@@ -161,6 +180,8 @@ Fact: TypeAlias = (
     | AttemptEnded
     | TrialEnded
     | TrialNoted
+    | TrialScored
+    | BranchAdvanced
     | WorkMeasured
     | PromotionPlanned
 )
@@ -177,6 +198,8 @@ def not_recorded(fact: Fact) -> FactError:
             subject = f"round {record.name}"
         case TrialAsked(trial=trial):
             subject = f"round {trial.round}"
+        case BranchAdvanced(round=name, branch=branch):
+            subject = f"trial {name}/{branch.trial}"
         case WorkMeasured(round=name):
             subject = f"round {name}"
         case PromotionPlanned(promotion=promotion):

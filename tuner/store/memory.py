@@ -9,6 +9,7 @@ from typing import Any
 
 from tuner.records import (
     Attempt,
+    Branch,
     Checkpoint,
     CheckpointKind,
     Evaluation,
@@ -21,6 +22,7 @@ from tuner.records import (
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
+    BranchAdvanced,
     CheckpointSaved,
     CheckpointsRemoved,
     EvaluationMade,
@@ -32,6 +34,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    TrialScored,
     WorkMeasured,
     not_recorded,
     state_of,
@@ -56,6 +59,7 @@ class _Known:
     checkpoints: Mapping[tuple[CheckpointKind, int], _Saved] = field(default_factory=dict)
     ended: TrialEnded | None = None
     note: str | None = None
+    scored: TrialScored | None = None
 
     def trial(self) -> Trial:
         attempts = tuple(self.attempts[number] for number in sorted(self.attempts))
@@ -68,20 +72,29 @@ class _Known:
             evaluations=tuple(self.evaluations[step] for step in sorted(self.evaluations)),
             checkpoints=tuple(sorted(there, key=lambda c: (c.step, c.kind))),
             attempts=attempts,
+            final_score=None if self.scored is None else self.scored.score,
         )
 
 
 @dataclass
 class _Facts:
     rounds: dict[str, RoundRecord] = field(default_factory=dict)
-    """As they were said; their `throughputs` do not count."""
+    """As they were said; their `throughputs` and `branches` do not count."""
     throughputs: dict[tuple[str, str], Throughput] = field(default_factory=dict)
     """By round and session."""
+    branches: dict[tuple[str, int, int], Branch] = field(default_factory=dict)
+    """By round, trial and horizon."""
     trials: dict[tuple[str, int], _Known] = field(default_factory=dict)
     promotions: dict[str, Promotion] = field(default_factory=dict)
 
     def copy(self) -> _Facts:
-        return _Facts(dict(self.rounds), dict(self.throughputs), dict(self.trials), dict(self.promotions))
+        return _Facts(
+            dict(self.rounds),
+            dict(self.throughputs),
+            dict(self.branches),
+            dict(self.trials),
+            dict(self.promotions),
+        )
 
     def add(self, fact: Fact) -> None:
         match fact:
@@ -89,6 +102,10 @@ class _Facts:
                 self._begin_round(record)
             case TrialAsked(trial=trial):
                 self._ask_trial(fact, trial)
+            case BranchAdvanced(round=name, branch=branch):
+                if (name, branch.trial) not in self.trials:
+                    raise not_recorded(fact)
+                self.branches[name, branch.trial, branch.max_train_steps] = _storable(branch)
             case WorkMeasured(round=name, throughput=throughput):
                 if name not in self.rounds:
                     raise not_recorded(fact)
@@ -153,6 +170,8 @@ def _learn(known: _Known, fact: Fact) -> _Known:
             return replace(known, ended=known.ended or ended)
         case TrialNoted(reason=reason):
             return replace(known, note=storable_text(reason))
+        case TrialScored():
+            return replace(known, scored=known.scored or fact)
     raise AssertionError(fact)
 
 
@@ -177,6 +196,10 @@ def _save_checkpoint(known: _Known, fact: CheckpointSaved) -> _Known:
     return replace(known, checkpoints={**known.checkpoints, key: _Saved(fact.attempt, fact.checkpoint)})
 
 
+def _storable(branch: Branch) -> Branch:
+    return replace(branch, reason=None if branch.reason is None else storable_text(branch.reason))
+
+
 def _as_json(document: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(document))
 
@@ -196,10 +219,15 @@ class MemoryStore:
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
-        measured = sorted(self._facts.throughputs.items())
+        measured = sorted(self._facts.throughputs.items(), key=lambda item: item[0])
+        branches = sorted(self._facts.branches.items(), key=lambda item: item[0])
         begun = sorted(self._facts.rounds.values(), key=lambda r: (r.begun_at, r.name))
         return tuple(
-            replace(record, throughputs=tuple(work for (name, _), work in measured if name == record.name))
+            replace(
+                record,
+                throughputs=tuple(work for (name, _), work in measured if name == record.name),
+                branches=tuple(branch for (name, *_), branch in branches if name == record.name),
+            )
             for record in begun
         )
 

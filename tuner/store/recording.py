@@ -13,6 +13,7 @@ from tuner.records import RoundRecord, Trial, hyperparameters_from_json, to_json
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
+    BranchAdvanced,
     CheckpointSaved,
     CheckpointsRemoved,
     EvaluationMade,
@@ -24,10 +25,21 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    TrialScored,
     WorkMeasured,
     not_recorded,
 )
-from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, THROUGHPUTS, TRIALS
+from tuner.store.schema import (
+    ATTEMPTS,
+    BRANCHES,
+    CHECKPOINTS,
+    EVALUATIONS,
+    FINAL_SCORES,
+    PROMOTIONS,
+    ROUNDS,
+    THROUGHPUTS,
+    TRIALS,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class Recorder:
             case TrialNoted():
                 self._require_trial(fact)
                 self._update(TRIALS, _is_trial(fact), note=fact.reason)
+            case TrialScored(round=name, trial=trial_number, score=score):
+                values = {"round": name, "trial": trial_number, **to_json(score)}
+                self._upsert(FINAL_SCORES, values, replacing=[])
+            case BranchAdvanced(round=name, branch=branch):
+                self._upsert(BRANCHES, {"round": name, **to_json(branch)})
             case WorkMeasured(round=name, throughput=throughput):
                 self._upsert(THROUGHPUTS, {"round": name, **to_json(throughput)})
             case PromotionPlanned(promotion=promotion):
@@ -127,6 +144,7 @@ class Recorder:
             "clipped_updates": made.clipped_updates,
             "example_nll": made.example_nll,
             "example_tokens": made.example_tokens,
+            "correct_tokens": made.correct_tokens,
         }
         self._upsert(EVALUATIONS, values)
 

@@ -173,6 +173,7 @@ EVALUATIONS = Table(
     Column("clipped_updates", Integer, nullable=False),
     Column("example_nll", Numbers("d"), nullable=False),
     Column("example_tokens", Numbers("i"), nullable=False),
+    Column("correct_tokens", BigInteger),
     _of_a_trial(),
 )
 
@@ -203,15 +204,29 @@ BRANCHES = Table(
     Column("round", Text, primary_key=True),
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("max_train_steps", Integer, primary_key=True, autoincrement=False),
-    Column("decay_steps", Integer, nullable=False),
     Column("from_step", Integer, nullable=False),
-    Column("executed_steps", Integer, nullable=False),
-    Column("state", Text),
+    Column("state", Text, nullable=False),
     Column("reason", FreeText),
-    Column("ended_at", ExactFloat),
-    Column("eval_loss", ExactFloat),
-    Column("example_nll", Numbers("d")),
-    Column("example_tokens", Numbers("i")),
+    # Documents: nothing but the branch itself is asked of them.
+    Column("attempts", JsonText, nullable=False),
+    Column("checkpoint", JsonText, nullable=False),
+    Column("evaluation", JsonText, nullable=False),
+    _of_a_trial(),
+)
+
+FINAL_SCORES = Table(
+    "tuner_final_scores",
+    METADATA,
+    Column("study", Text, primary_key=True),
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, nullable=False),
+    Column("loss", ExactFloat, nullable=False),
+    Column("standard_error", ExactFloat),
+    Column("num_examples", Integer, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("rows", Text, nullable=False),
+    Column("scored_at", ExactFloat, nullable=False),
     _of_a_trial(),
 )
 

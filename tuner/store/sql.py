@@ -14,15 +14,18 @@ from sqlalchemy.exc import IntegrityError
 
 from tuner.records import (
     Attempt,
+    Branch,
     Checkpoint,
     CheckpointKind,
     Continuation,
     Evaluation,
+    FinalScore,
     Promotion,
     RoundRecord,
     Throughput,
     Trial,
     TrialState,
+    branch_from_json,
     hyperparameters_from_json,
 )
 from tuner.store.database import (
@@ -39,7 +42,17 @@ from tuner.store.database import (
 from tuner.store.facts import Fact, not_recorded, state_of
 from tuner.store.migrations import newest_revision, revision_of, upgrade
 from tuner.store.recording import Recorder
-from tuner.store.schema import ATTEMPTS, CHECKPOINTS, EVALUATIONS, PROMOTIONS, ROUNDS, THROUGHPUTS, TRIALS
+from tuner.store.schema import (
+    ATTEMPTS,
+    BRANCHES,
+    CHECKPOINTS,
+    EVALUATIONS,
+    FINAL_SCORES,
+    PROMOTIONS,
+    ROUNDS,
+    THROUGHPUTS,
+    TRIALS,
+)
 
 T = TypeVar("T")
 
@@ -123,12 +136,19 @@ class SqlStore:
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
         measured: defaultdict[str, list[Throughput]] = defaultdict(list)
+        branches: defaultdict[str, list[Branch]] = defaultdict(list)
         with explained(self._url), reading(self._engine) as connection:
             begun = self._rows(connection, ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name)
             for row in self._rows(connection, THROUGHPUTS):
                 measured[row.pop("round")].append(Throughput(**row))
+            for row in self._rows(connection, BRANCHES, BRANCHES.c.trial, BRANCHES.c.max_train_steps):
+                branches[row.pop("round")].append(branch_from_json(row))
         return tuple(
-            RoundRecord(**row, throughputs=tuple(sorted(measured[row["name"]], key=lambda t: t.session)))
+            RoundRecord(
+                **row,
+                throughputs=tuple(sorted(measured[row["name"]], key=lambda t: t.session)),
+                branches=tuple(branches[row["name"]]),
+            )
             for row in begun
         )
 
@@ -140,8 +160,15 @@ class SqlStore:
             evaluations = _by_trial(connection, self._of_round(EVALUATIONS, round), _evaluation)
             there = self._of_round(CHECKPOINTS, round).where(CHECKPOINTS.c.removed.is_(False))
             checkpoints = _by_trial(connection, there, _checkpoint)
+            scores = _by_trial(connection, self._of_round(FINAL_SCORES, round), _final_score)
         return tuple(
-            _trial(row, attempts[row.number], evaluations[row.number], checkpoints[row.number])
+            _trial(
+                row,
+                attempts[row.number],
+                evaluations[row.number],
+                checkpoints[row.number],
+                scores[row.number],
+            )
             for row in sorted(asked, key=lambda row: row.number)
         )
 
@@ -178,7 +205,11 @@ def _by_trial(connection: Connection, rows: Select[Any], make: Callable[[Row[Any
 
 
 def _trial(
-    row: Row[Any], attempts: list[Attempt], evaluations: list[Evaluation], checkpoints: list[Checkpoint]
+    row: Row[Any],
+    attempts: list[Attempt],
+    evaluations: list[Evaluation],
+    checkpoints: list[Checkpoint],
+    scores: list[FinalScore],
 ) -> Trial:
     return Trial(
         round=row.round,
@@ -191,6 +222,7 @@ def _trial(
         checkpoints=tuple(sorted(checkpoints, key=lambda c: (c.step, c.kind))),
         attempts=tuple(sorted(attempts, key=lambda a: a.number)),
         optuna_trial=row.optuna_trial,
+        final_score=next(iter(scores), None),
     )
 
 
@@ -215,6 +247,7 @@ def _evaluation(row: Row[Any]) -> Evaluation:
         clipped_updates=row.clipped_updates,
         example_nll=row.example_nll,
         example_tokens=row.example_tokens,
+        correct_tokens=row.correct_tokens,
     )
 
 
@@ -225,4 +258,16 @@ def _checkpoint(row: Row[Any]) -> Checkpoint:
         path=row.path,
         size_bytes=row.size_bytes,
         sha256=row.sha256,
+    )
+
+
+def _final_score(row: Row[Any]) -> FinalScore:
+    return FinalScore(
+        step=row.step,
+        loss=row.loss,
+        standard_error=row.standard_error,
+        num_examples=row.num_examples,
+        num_tokens=row.num_tokens,
+        rows=row.rows,
+        scored_at=row.scored_at,
     )

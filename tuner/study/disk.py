@@ -31,13 +31,14 @@ SAVING_BYTES = WORKING_BYTES // 2
 
 
 def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """What the checkpoints of a whole round take at most: best adapters, a `last` and a trunk a trial.
+    """What the checkpoints of a whole round take at most: best adapters, a `last`, trunks.
 
     With `keep_best_trials`, once all trials have ended: those in the slots come on top before.
     """
     best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
     kept = num_kept(spec.search.trials, spec.checkpoints.most_kept_trials)
-    return kept * (best + 2 * resumable_bytes(spec, adapter_weights))
+    resumable = 4 if spec.run.decay_branches else 2
+    return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:

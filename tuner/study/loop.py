@@ -43,15 +43,14 @@ from tuner.store.facts import (
     TrialNoted,
     WorkMeasured,
 )
+from tuner.study.attempts import MAX_ATTEMPTS, have_failed
+from tuner.study.branches import DecayBranches
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.keeping import outranked, promised_trials
 from tuner.study.plan import RoundPlan
 from tuner.study.sampling import Advisor
 from tuner.workers import Worker
-
-MAX_ATTEMPTS = 3
-"""Attempts in a row that may die without a new checkpoint before a trial is failed."""
 
 MAX_STILLBORN = 3
 """Workers in a row that may die before they are ready."""
@@ -73,8 +72,13 @@ class RoundLoop:
     stopping: Callable[[], bool] = lambda: False
     """Whether the user asked to stop."""
 
+    @property
+    def branches(self) -> DecayBranches:
+        """Those of the round: short runs after its last trial."""
+        return DecayBranches(self.plan, self.store, self.folder, self.clock, self.view.message)
+
     def run(self) -> None:
-        """Run until every promised trial has ended.
+        """Run until every promised trial has ended, and then every decay branch.
 
         Raises Interrupted when asked to stop, InputError or WorkerError when the round cannot be run.
         """
@@ -95,8 +99,10 @@ class RoundLoop:
     # --- what to run next -------------------------------------------------------------------------
 
     def _next_assignment(self) -> Assignment | None:
-        """An interrupted trial first, then what the search has left; None when there is nothing."""
+        """An interrupted trial first, then what the search has left, at last branches; None without any."""
         trials = self._trials()
+        if self._have_ended(trials):
+            return self.branches.next_assignment()
         waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
         if waiting is None and len(_promised(trials)) < self.num_trials:
             waiting = self._ask(trials)
@@ -160,6 +166,15 @@ class RoundLoop:
         """Turn what a worker says into facts, then act on them."""
         name = self.plan.name
         match event:
+            case (
+                Started(trial=run)
+                | Progressed(trial=run)
+                | Evaluated(trial=run)
+                | Saved(trial=run)
+                | Ended(trial=run)
+            ) if run < 0:
+                self.branches.record(event)
+                return
             case Ready() | Started():
                 pass
             case Measured(throughput=throughput):
@@ -181,6 +196,7 @@ class RoundLoop:
                 for held in self._trials():
                     if held.state == TrialState.RUNNING and held.number in numbers:
                         self._end_attempt(held, "died", reason)
+                self.branches.died(numbers, reason)
                 if is_input_error:
                     raise InputError(reason)
         self.view.event(event)
@@ -267,6 +283,7 @@ class RoundLoop:
             if trial.state.is_final:
                 self.folder.tidy(trial)
         self._remove_outranked()
+        self.branches.heal()
 
     def _close(self) -> None:
         """Let the worker save its trials, and record what it says meanwhile."""
@@ -276,6 +293,9 @@ class RoundLoop:
         self.view.trials(self._trials())
 
     def _is_over(self, trials: Sequence[Trial]) -> bool:
+        return self._have_ended(trials) and not self.branches.left()
+
+    def _have_ended(self, trials: Sequence[Trial]) -> bool:
         return all(trial.state.is_final for trial in trials) and len(_promised(trials)) >= self.num_trials
 
     def _trials(self) -> tuple[Trial, ...]:
@@ -292,14 +312,7 @@ class RoundLoop:
 def has_failed(trial: Trial) -> bool:
     """Whether the last attempts died, each without a checkpoint beyond where it had started."""
     newest = max((c.step for c in trial.checkpoints if c.kind != "best"), default=0)
-    fruitless = 0
-    for attempt in reversed(trial.attempts):
-        if attempt.outcome not in ("died", "failed") or (
-            attempt.outcome == "died" and attempt.from_step < newest
-        ):
-            break
-        fruitless += 1
-    return fruitless >= MAX_ATTEMPTS
+    return have_failed(trial.attempts, newest_step=newest)
 
 
 def unreplaced(trials: Sequence[Trial]) -> list[Trial]:

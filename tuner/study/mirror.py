@@ -7,6 +7,7 @@ from tuner.store import MemoryStore, Store
 from tuner.store.facts import (
     AttemptEnded,
     AttemptStarted,
+    BranchAdvanced,
     CheckpointSaved,
     EvaluationMade,
     Fact,
@@ -15,6 +16,7 @@ from tuner.store.facts import (
     TrialAsked,
     TrialEnded,
     TrialNoted,
+    TrialScored,
     WorkMeasured,
 )
 
@@ -33,6 +35,7 @@ class MirroredStore:
             self._memory.record(RoundBegun(record), *worked)
             for trial in inner.trials(record.name):
                 self._memory.record(*history(trial))
+            self._memory.record(*(BranchAdvanced(record.name, branch) for branch in record.branches))
 
     def record(self, *facts: Fact) -> None:
         """As `Store` says."""
@@ -79,4 +82,6 @@ def history(trial: Trial) -> list[Fact]:
         facts.append(TrialEnded(trial.round, trial.number, trial.state, trial.reason, ended))
     elif trial.reason is not None:
         facts.append(TrialNoted(trial.round, trial.number, trial.reason))
+    if trial.final_score is not None:
+        facts.append(TrialScored(trial.round, trial.number, trial.final_score))
     return facts

@@ -11,8 +11,9 @@ from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
+from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder
-from tuner.study.results import reading_of, round_results
+from tuner.study.results import num_branches_left, reading_of, round_results
 
 if TYPE_CHECKING:
     import optuna
@@ -49,6 +50,8 @@ def _report(
         adapters={number: path for number, path in adapters.items() if path is not None},
         next_command=next_command(folder, results, reading, store),
         environment=environment(),
+        scored=scores_of(store),
+        branches_left=num_branches_left(record, results.trials),
     )
 
 
@@ -56,7 +59,9 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
     """What to type after a round: go on with it, promote it, or use its best adapter."""
     file = folder.file(results.name)
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
-    if file is not None and len(results.results) < file.spec.search.trials:
+    record = next(record for record in store.rounds() if record.name == results.name)
+    missing = file is not None and len(results.results) < file.spec.search.trials
+    if missing or num_branches_left(record, results.trials):
         return run
     following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
     if following is not None and folder.file(following) is not None:

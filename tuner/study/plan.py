@@ -46,6 +46,11 @@ class RoundPlan:
         """Where tokenised rows are kept between runs: beside the file."""
         return self.file.directory / ".tuner-cache"
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether the leading trials' decay branches run after the last trial."""
+        return self.spec.run.decay_branches
+
     def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
         """Steps at which a trial keeps a checkpoint for longer rounds; none without a constant part."""
-        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.spec.run.decay_branches)
+        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.has_branches)

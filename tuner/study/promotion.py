@@ -22,7 +22,7 @@ from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
 from tuner.study.folder import StudyFolder
-from tuner.study.results import reading_of
+from tuner.study.results import num_branches_left, reading_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def promotion_document(
         for finding in next_round.findings
     ]
     if is_open:
-        message = f"{next_round.from_round} is not complete: the trials still missing may change this plan"
+        message = f"{next_round.from_round} is not complete: what is still missing may change this plan"
         findings.insert(0, {"rule": "incomplete_round", "severity": "warning", "message": message})
     return {
         "study": study,
@@ -184,8 +184,10 @@ def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) 
 def _is_open(record: RoundRecord, store: Store) -> bool:
     trials = store.trials(record.name)
     promised = int(record.spec["search"]["trials"])
-    return sum(t.state.is_result for t in trials) < promised or any(
-        t.state == TrialState.RUNNING for t in trials
+    return (
+        sum(t.state.is_result for t in trials) < promised
+        or any(t.state == TrialState.RUNNING for t in trials)
+        or num_branches_left(record, trials) > 0
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuner.playbook import Reading, RoundResults, read_round
+from tuner.playbook.branching import branch_results, branches_left
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundSpec
@@ -27,7 +28,15 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         max_examples=spec.evaluation.max_examples,
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),
+        branches=branch_results(trials, record.branches),
     )
+
+
+def num_branches_left(record: RoundRecord, trials: Sequence[Trial]) -> int:
+    """How many decay branches a round whose trials have ended still owes."""
+    if not record.spec.get("run", {}).get("decay_branches"):
+        return 0
+    return len(branches_left(trials, record.max_train_steps, record.branches))
 
 
 def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:

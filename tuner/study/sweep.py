@@ -161,7 +161,10 @@ def _by_rate(store: Store, names: Sequence[str]) -> dict[float, Trial]:
 def _sweep_trial(rate: float, trial: Trial) -> SweepTrial:
     return SweepTrial(
         rate,
-        tuple(FitPoint(evaluation.step, evaluation.eval_loss) for evaluation in trial.evaluations),
+        tuple(
+            FitPoint(evaluation.step, evaluation.eval_loss, evaluation.token_accuracy)
+            for evaluation in trial.evaluations
+        ),
         is_infeasible=trial.state == TrialState.INFEASIBLE,
     )
 

@@ -16,7 +16,8 @@ import torch
 
 from tuner.adapters import PackedRows
 from tuner.adapters.dropout import row_keys
-from tuner.data import Example
+from tuner.adapters.evaluating import Scores, scores_of
+from tuner.adapters.token_grid import TokenGrid, grid
 from tuner.errors import TunerError
 from tuner.playbook import is_diverged
 from tuner.records import (
@@ -32,7 +33,7 @@ from tuner.records import (
     Saved,
     Started,
 )
-from tuner.training.batches import MicroBatch, TokenGrid, grid, rows_by_length
+from tuner.training.batches import MicroBatch
 from tuner.training.checkpoints import read_snapshot
 from tuner.training.inbox import Inbox
 from tuner.training.trial_run import TrialRun
@@ -243,57 +244,34 @@ def _evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evalua
     else:
         at_start = {}
     made = {
-        slot: run.evaluation(place.base_evaluation.example_nll, place.base_evaluation.example_tokens)
+        slot: run.evaluation(
+            place.base_evaluation.example_nll,
+            place.base_evaluation.example_tokens,
+            place.base_evaluation.correct_tokens,
+        )
         for slot, run in at_start.items()
         if place.base_evaluation is not None
     }
     slots = tuple(sorted(slot for slot in due if slot not in made))
     if slots:
-        sums = example_nll(place, slots)
         tokens = place.evaluation.num_targets.tolist()
-        made |= {slot: due[slot].evaluation(sums[place_], tokens) for place_, slot in enumerate(slots)}
+        made |= {
+            slot: due[slot].evaluation(scores.nll, tokens, scores.correct_tokens)
+            for slot, scores in zip(slots, example_scores(place, slots), strict=True)
+        }
     return made
 
 
-@torch.no_grad()
-def example_nll(place: Workplace, slots: Sequence[int]) -> list[list[float]]:
-    """Sum of negative log-likelihoods of every evaluation example under each slot's adapter.
-
-    Shape [slots][examples]; without slots, one list for the untouched base.
-    """
-    width = max(1, len(slots))
-    sums = torch.zeros(width, len(place.evaluation), dtype=torch.float64)
-    waiting = [(range(width), rows) for rows in rows_by_length(place.evaluation, rows=place.evaluation_rows)]
-    while waiting:
-        numbers, rows = waiting.pop(0)
-        tokens_in_pass = len(numbers) * len(rows) * int(place.evaluation.num_tokens[rows].max())
-        if tokens_in_pass > place.evaluation_tokens and len(numbers) * len(rows) > 1:
-            waiting[:0] = _halves(numbers, rows)
-            continue
-        examples: list[Example] = [place.evaluation[row] for row in rows]
-        packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
-        try:
-            tokens = grid([examples] * len(numbers), device=place.base.device)
-            nll = place.pack.token_nll(tokens.input_ids, tokens.rows, tokens.columns, packed)
-        except torch.OutOfMemoryError:
-            if len(rows) == len(numbers) == 1:
-                raise
-            torch.cuda.empty_cache()
-            place.evaluation_tokens = tokens_in_pass // 2
-            waiting.insert(0, (numbers, rows))
-            continue
-        part = tokens.sum_by_row(nll).view(len(numbers), -1).cpu()
-        sums[numbers.start : numbers.stop, rows] = part
-    return sums.tolist()
-
-
-def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:
-    """An evaluation's pass as two: of half the rows, or of half the trials where there is one row."""
-    if len(rows) > 1:
-        middle = len(rows) // 2
-        return [(numbers, rows[:middle]), (numbers, rows[middle:])]
-    middle = len(numbers) // 2
-    return [(numbers[:middle], rows), (numbers[middle:], rows)]
+def example_scores(place: Workplace, slots: Sequence[int]) -> list[Scores]:
+    """What each slot's adapter makes of the evaluation examples; without slots, what the base does."""
+    scores, place.evaluation_tokens = scores_of(
+        place.pack,
+        place.evaluation,
+        slots,
+        rows=place.evaluation_rows,
+        pass_tokens=place.evaluation_tokens,
+    )
+    return scores
 
 
 def _groups(

@@ -16,7 +16,7 @@ from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
-from tuner.training.loop import example_nll
+from tuner.training.loop import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.room import MARGIN, choose_packing, fit_room, free_device_bytes
 from tuner.training.workplace import Workplace
@@ -138,6 +138,12 @@ def _mean_batch_size(spec: RoundSpec) -> float:
 
 
 def _measure_base(place: Workplace) -> Evaluation:
-    sums = example_nll(place, ())[0]
+    (scores,) = example_scores(place, ())
     tokens = place.evaluation.num_targets.tolist()
-    return Evaluation(0, sum(sums) / sum(tokens), example_nll=tuple(sums), example_tokens=tuple(tokens))
+    return Evaluation(
+        0,
+        sum(scores.nll) / sum(tokens),
+        example_nll=scores.nll,
+        example_tokens=tuple(tokens),
+        correct_tokens=scores.correct_tokens,
+    )

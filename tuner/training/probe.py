@@ -12,7 +12,7 @@ from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
 from tuner.training.batches import MicroBatch
-from tuner.training.loop import example_nll, forward_backward, tick
+from tuner.training.loop import example_scores, forward_backward, tick
 from tuner.training.meter import peak_memory_bytes
 from tuner.training.room import Probed
 from tuner.training.trial_run import TrialRun
@@ -39,7 +39,7 @@ def predict(place: Workplace, spec: RoundSpec) -> Prediction:
     slots = range(place.pack.num_slots)
     runs = {slot: _trial(place, slot, hyperparameters, spec.max_train_steps) for slot in slots}
     took = [_timed(lambda: _update(place, runs), device) for _ in range(_STEPS + 1)][1:]
-    evaluation = _timed(lambda: example_nll(place, tuple(slots)), device)
+    evaluation = _timed(lambda: example_scores(place, tuple(slots)), device)
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
     together = spec.max_train_steps * sorted(took)[_STEPS // 2] + evaluations * evaluation
     return Prediction(len(slots), together / len(slots), peak_memory_bytes(device))

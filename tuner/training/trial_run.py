@@ -149,7 +149,9 @@ class TrialRun:
         """Whether a checkpoint for longer rounds is to be kept now."""
         return self.step in self.assignment.trunk_steps
 
-    def evaluation(self, example_nll: Sequence[float], example_tokens: Sequence[int]) -> Evaluation:
+    def evaluation(
+        self, example_nll: Sequence[float], example_tokens: Sequence[int], correct_tokens: int | None
+    ) -> Evaluation:
         """Record the evaluation at this step from its per-example sums."""
         counters = self._counters
         trained = self.step > 0
@@ -161,6 +163,7 @@ class TrialRun:
             clipped_updates=int(counters["clipped"]),
             example_nll=tuple(example_nll),
             example_tokens=tuple(example_tokens),
+            correct_tokens=correct_tokens,
         )
         counters.update(nll=0.0, targets=0.0, clipped=0.0)
         self.evaluations.append(made)

@@ -1,0 +1,191 @@
+"""A round's decay branches: which run next, from where, and what becomes of what their worker says.
+
+To a worker a branch is one more run, named by a negative number. Its files lie in a folder of their own
+under the round's and are deleted when it has ended: a branch leaves a loss, not an adapter.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tuner.playbook.branching import branches_left
+from tuner.records import (
+    Assignment,
+    Attempt,
+    Branch,
+    CheckpointKind,
+    Ended,
+    Evaluated,
+    Progressed,
+    RoundRecord,
+    Saved,
+    Started,
+)
+from tuner.report.format import loss
+from tuner.store.facts import BranchAdvanced, Store
+from tuner.study.attempts import have_failed
+from tuner.study.checkpoints import CheckpointFolder, StartingPoint
+from tuner.study.plan import RoundPlan
+
+
+@dataclass(frozen=True)
+class DecayBranches:
+    """The decay branches of a round being run; everything they do is in the facts."""
+
+    plan: RoundPlan
+    store: Store
+    folder: CheckpointFolder
+    clock: Callable[[], float]
+    """Seconds since the epoch."""
+    say: Callable[[str], None]
+    """Takes a sentence for the user."""
+
+    def left(self) -> tuple[Branch, ...]:
+        """Those that the round owes and that have not ended; right once every trial has."""
+        if not self.plan.has_branches:
+            return ()
+        trials = self.store.trials(self.plan.name)
+        return branches_left(trials, self.plan.spec.max_train_steps, self._record.branches)
+
+    def next_assignment(self) -> Assignment | None:
+        """The next attempt of a branch that no worker holds, from its own checkpoint or the trunk's."""
+        for branch in self.left():
+            if _is_running(branch):
+                continue
+            if (start := self._start(branch)) is not None:
+                return self._assign(branch, start)
+            self._advance(replace(branch, state="failed", reason="its trunk's checkpoint is gone"))
+        return None
+
+    def record(self, event: Started | Progressed | Evaluated | Saved | Ended) -> None:
+        """Turn what a worker says of a branch into facts, then act on them."""
+        branch = self._named(event.trial)
+        match event:
+            case Progressed(step=step):
+                self._advance(_ran(branch, step))
+            case Evaluated(evaluation=evaluation):
+                ran = _ran(branch, evaluation.step)
+                is_last = evaluation.step == branch.max_train_steps
+                self._advance(replace(ran, evaluation=evaluation) if is_last else ran)
+            case Saved(checkpoint=checkpoint) if checkpoint.kind == CheckpointKind.LAST:
+                self._advance(replace(_ran(branch, checkpoint.step), checkpoint=checkpoint))
+                if branch.checkpoint is not None and branch.checkpoint.path != checkpoint.path:
+                    self.folder.delete([branch.checkpoint.path])
+            case Ended(outcome="complete" | "infeasible" as outcome, reason=reason, step=step):
+                ended = self._ended(_ran(branch, step), outcome, reason)
+                self._finish(replace(ended, state=outcome, reason=reason))
+            case Ended(outcome=outcome, reason=reason, step=step):
+                # The checkpoint of an attempt that failed cannot be used: the trunk's is next.
+                kept = None if outcome == "failed" else branch.checkpoint
+                self._try_again(self._ended(replace(_ran(branch, step), checkpoint=kept), outcome, reason))
+            case _:
+                pass
+
+    def died(self, numbers: Collection[int], reason: str) -> None:
+        """A worker is gone, with the runs it held."""
+        for branch in self._record.branches:
+            if self._number(branch) in numbers and _is_running(branch):
+                self._try_again(self._ended(branch, "died", reason))
+
+    def heal(self) -> None:
+        """Put right what an earlier process left open."""
+        for branch in self._record.branches:
+            if _is_running(branch):
+                self._advance(self._ended(branch, "interrupted", None))
+            if branch.state != "open":
+                shutil.rmtree(self._directory(branch), ignore_errors=True)
+
+    # --- an attempt begins ------------------------------------------------------------------------
+
+    def _start(self, branch: Branch) -> StartingPoint | None:
+        if branch.checkpoint is not None and (own := self.folder.point(branch.checkpoint)) is not None:
+            return own
+        trial = self.store.trials(self.plan.name)[branch.trial]
+        trunk = trial.checkpoint(CheckpointKind.TRUNK, branch.from_step)
+        return None if trunk is None else self.folder.point(trunk)
+
+    def _assign(self, branch: Branch, start: StartingPoint) -> Assignment:
+        trial = self.store.trials(self.plan.name)[branch.trial]
+        attempt = Attempt(len(branch.attempts) + 1, start.step, start.step, self.clock())
+        self._tidy(branch)
+        self._advance(replace(branch, attempts=(*branch.attempts, attempt)))
+        begins = "goes on" if start.step > branch.from_step else "leaves the trunk"
+        self.say(f"{_name(branch)} {begins} at step {start.step}")
+        return Assignment(
+            round=self.plan.name,
+            trial=self._number(branch),
+            attempt=attempt.number,
+            hyperparameters={**trial.hyperparameters, "decay_steps": branch.decay_steps},
+            max_train_steps=branch.max_train_steps,
+            evaluate_every=self.plan.spec.evaluation.every_steps,
+            directory=str(self._directory(branch)),
+            resume_from=str(start.path),
+            resume_sha256=start.sha256,
+        )
+
+    def _tidy(self, branch: Branch) -> None:
+        """Delete what a crash left: checkpoints without a fact."""
+        kept = None if branch.checkpoint is None else self.folder.root / branch.checkpoint.path
+        for leftover in self._directory(branch).glob("*/*"):
+            if leftover != kept:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    # --- an attempt ends --------------------------------------------------------------------------
+
+    def _ended(self, branch: Branch, outcome: str, message: str | None) -> Branch:
+        *before, last = branch.attempts
+        last = replace(last, ended_at=self.clock(), outcome=outcome, message=message)
+        return replace(branch, attempts=(*before, last))
+
+    def _try_again(self, branch: Branch) -> None:
+        """The branch waits for its next attempt, unless too many in a row came to nothing."""
+        newest = branch.from_step if branch.checkpoint is None else branch.checkpoint.step
+        if have_failed(branch.attempts, newest_step=newest):
+            reason = branch.attempts[-1].message or branch.attempts[-1].outcome
+            self._finish(replace(branch, state="failed", reason=reason))
+        else:
+            self._advance(branch)
+
+    def _finish(self, branch: Branch) -> None:
+        """The branch has ended: the fact first, then its files go."""
+        self._advance(branch)
+        shutil.rmtree(self._directory(branch), ignore_errors=True)
+        end = branch.evaluation
+        came_to = f"loss {loss(end.eval_loss)}" if branch.state == "complete" and end else branch.reason or ""
+        self.say(f"{_name(branch)}: {branch.state}, {came_to}")
+
+    # --- names and facts --------------------------------------------------------------------------
+
+    @property
+    def _record(self) -> RoundRecord:
+        return next(record for record in self.store.rounds() if record.name == self.plan.name)
+
+    def _advance(self, branch: Branch) -> None:
+        self.store.record(BranchAdvanced(self.plan.name, branch))
+
+    def _number(self, branch: Branch) -> int:
+        """What a worker calls it: below 0, and of one branch alone."""
+        return -(branch.trial * (self.plan.spec.max_train_steps + 1) + branch.max_train_steps)
+
+    def _named(self, number: int) -> Branch:
+        return next(branch for branch in self._record.branches if self._number(branch) == number)
+
+    def _directory(self, branch: Branch) -> Path:
+        return self.folder.root / f"branch-{branch.trial:04d}-{branch.max_train_steps:06d}"
+
+
+def _name(branch: Branch) -> str:
+    return f"decay branch of trial {branch.trial} to step {branch.max_train_steps}"
+
+
+def _is_running(branch: Branch) -> bool:
+    return bool(branch.attempts) and branch.attempts[-1].ended_at is None
+
+
+def _ran(branch: Branch, to_step: int) -> Branch:
+    """The branch when its open attempt has come to a step; the highest one counts."""
+    *before, last = branch.attempts
+    return replace(branch, attempts=(*before, replace(last, to_step=max(last.to_step, to_step))))
