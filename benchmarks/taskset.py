@@ -35,9 +35,8 @@ from replay.summary import Replay, markdown, svg
 from replay.task import Ledger, ReplayOver, Task, UnreadableTask, read_task
 
 METHODS: dict[str, baselines.Method] = {
-    "tuner": rounds.tuner_rounds,
-    "tuner-wide": rounds.tuner_wide_rounds,
-    "tuner-learning": rounds.tuner_learning_rounds,
+    "tuner": rounds.tuner_passes,
+    "tuner-promotions": rounds.tuner_promotions,
     "halving": baselines.successive_halving,
     "asha": baselines.syne_tune_asha,
     "bohb": baselines.syne_tune_bohb,

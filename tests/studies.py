@@ -47,7 +47,7 @@ search:
   enqueue: {enqueue}
 evaluation: {{every_steps: {every}, batch_size: 8, max_examples: 8}}
 storage: {storage}
-"""
+{run}"""
 
 
 def write_round(directory: Path, **changes: Any) -> Path:
@@ -68,6 +68,7 @@ def write_round(directory: Path, **changes: Any) -> Path:
         "enqueue": "[]",
         "every": 2,
         "storage": "sqlite:///tuner.db",
+        "run": "",
         **changes,
     }
     directory.mkdir(parents=True, exist_ok=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from tuner.errors import TunerError
 from tuner.playbook import NextRound, RoundResults, plan_next_round, read_round
+from tuner.playbook.advice import Outcome, outcomes
+from tuner.playbook.passes import Longer, following
 from tuner.playbook.schedule import trunk_steps
 from tuner.records import (
     Checkpoint,
@@ -23,8 +26,9 @@ from tuner.records import (
     RoundRecord,
     Space,
     Trial,
+    Value,
 )
-from tuner.spec import CheckpointsSpec, EvaluationSpec, SearchSpec
+from tuner.spec import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
 from tuner.store import MemoryStore
 from tuner.store.facts import Fact, RoundBegun, TrialAsked
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
@@ -43,34 +47,17 @@ MULTIPLE = 3
 """A round is so many times as long as the one before, up to full length."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What a user does beside running rounds and promoting them."""
-
-    share: float | None = None
-    """Of a round's trials, how many `--top` carries over; None leaves it at its default."""
-    new_trials: bool = True
-    """Whether a longer round runs what promote adds to the trials carried over."""
-    prior: bool = False
-    """Whether a round begun anew learns from all earlier rounds of its horizon, and samples by TPE."""
-    pool: bool = False
-    """Whether promotion chooses among all earlier trials of the horizon that were not carried over."""
+def tuner_passes(ledger: Ledger) -> None:
+    """What `study auto --passes` does: a round at the first horizon; longer ones that carry over the best
+    third of what shorter ones left behind; then the first horizon again, sampled by `tpe` from all
+    rounds so far. Horizons are three times the last, up to full length."""
+    _Study(ledger).run()
 
 
-def tuner_rounds(ledger: Ledger) -> None:
-    """What tuner does: rounds as promote plans them; after full length, from the first horizon again."""
-    _Study(ledger, Policy()).run()
-
-
-def tuner_wide_rounds(ledger: Ledger) -> None:
-    """A proposal: a third of a round is carried over (`--top`), and longer rounds add no trials."""
-    _Study(ledger, Policy(share=1 / 3, new_trials=False)).run()
-
-
-def tuner_learning_rounds(ledger: Ledger) -> None:
-    """A proposal: also, a round begun anew samples by TPE from all earlier results of its horizon, and
-    promotion chooses among all that these left behind."""
-    _Study(ledger, Policy(share=1 / 3, new_trials=False, prior=True, pool=True)).run()
+def tuner_promotions(ledger: Ledger) -> None:
+    """What `study promote` plans by default: three trials are carried over and new ones added. After
+    full length, from the first horizon again, in a study that knows nothing of the one before."""
+    _Study(ledger, by_promotions=True).run()
 
 
 @dataclass(frozen=True)
@@ -102,98 +89,81 @@ class TableRound:
     search: SearchSpec
     evaluation: EvaluationSpec
     checkpoints: CheckpointsSpec
+    run: RunSpec
 
 
 class _Study:
     """Rounds on the table, one after another, until the ledger says that it is over."""
 
-    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, *, by_promotions: bool = False) -> None:
         self._ledger = ledger
-        self._policy = policy
+        self._by_promotions = by_promotions
         self._task = ledger.task
         self._store = _TableStore()
         self._curves = recorded_curves(ledger.task)
-        self._optuna = optuna.storages.InMemoryStorage()
-        self._results: list[RoundResults] = []
-        self._carried: set[tuple[str, int]] = set()
+        self._rounds: list[RoundResults] = []
+        self._outcomes: list[Outcome] = []
+        self._num_rounds = 0
 
     def run(self) -> None:
-        for number in itertools.count():
-            self._run_to_full_length(number)
-
-    def _run_to_full_length(self, number: int) -> None:
-        """A first round, and promotions of it until full length or until nothing is left to promote."""
         space: Space = {**self._task.space, "schedule": Fixed("constant"), "warmup_steps": Fixed(0)}
-        horizon = self._task.steps[rungs(self._ledger)[0]]
-        sampler = "tpe" if self._policy.prior and number else "quasi-random"
-        search = _search(TRIALS, sampler, self._ledger.seed * 1000 + number)
+        first = self._task.steps[rungs(self._ledger)[0]]
+        for number in itertools.count():
+            sampler = "tpe" if number and not self._by_promotions else "quasi-random"
+            search = _search(TRIALS, sampler, self._ledger.seed * 1000 + number)
+            if self._by_promotions:
+                self._rounds, self._outcomes = [], []
+            self._climb(space, search, first)
+
+    def _climb(self, space: Space, search: SearchSpec, horizon: int) -> None:
+        """A round, and longer ones that come of it until full length or until nothing is left to go on."""
         while True:
-            results = self._run_round(space, search, horizon)
-            self._results.append(results)
-            if horizon >= self._task.steps[-1]:
+            last = self._run_round(space, search, horizon)
+            planned = self._longer(last)
+            if planned is None:
                 return
-            try:
-                following = self._promote(results, min(MULTIPLE * horizon, self._task.steps[-1]))
-            except TunerError:
-                return
-            space, horizon = following.space, following.max_train_steps
-            search = self._search_of(following)
+            entries = [
+                {**trial.hyperparameters, "continues": f"{trial.round}/{trial.trial}"}
+                for trial in planned.enqueue
+            ]
+            space, horizon = planned.space, planned.max_train_steps
+            search = _search(planned.trials_total, planned.sampler, self._ledger.seed, enqueue=entries)
 
-    def _promote(self, results: RoundResults, horizon: int) -> NextRound:
-        share = self._policy.share
-        top = {} if share is None else {"top": max(1, round(share * len(results.trials)))}
-        candidates = self._candidates(results)
-        reading = read_round(candidates, self._results[-len(RUNGS) : -1])
-        return plan_next_round(candidates, reading, to="next", max_train_steps=horizon, **top)
-
-    def _candidates(self, results: RoundResults) -> RoundResults:
-        """The round, with what earlier rounds of its horizon have left where the policy says so."""
-        if not self._policy.pool:
-            return results
-        same = (other for other in self._results if other.max_train_steps == results.max_train_steps)
-        left = (t for other in same for t in other.trials if (t.round, t.number) not in self._carried)
-        return replace(results, trials=tuple(left))
-
-    def _search_of(self, following: NextRound) -> SearchSpec:
-        entries = []
-        for enqueued in following.enqueue:
-            trial = self._trial_of(enqueued.hyperparameters)
-            self._carried.add((trial.round, trial.number))
-            entries.append({**enqueued.hyperparameters, "continues": f"{trial.round}/{trial.number}"})
-        total = following.trials_total if self._policy.new_trials else len(entries)
-        return _search(total, following.sampler, self._ledger.seed, enqueue=entries)
-
-    def _trial_of(self, hyperparameters: Hyperparameters) -> Trial:
-        """The longest run of a configuration."""
-        return next(
-            trial
-            for results in reversed(self._results)
-            for trial in results.trials
-            if all(trial.hyperparameters[name] == hyperparameters[name] for name in self._task.space)
-        )
+    def _longer(self, last: RoundResults) -> NextRound | None:
+        full = self._task.steps[-1]
+        longer = min(MULTIPLE * last.max_train_steps, full) if last.max_train_steps < full else None
+        step = following(self._rounds, longer=longer, passes=1_000_000)
+        if not isinstance(step, Longer):
+            return None
+        reading = read_round(last, self._rounds[-len(RUNGS) : -1])
+        plan = partial(plan_next_round, last, reading, to="next", max_train_steps=step.max_train_steps)
+        if self._by_promotions:
+            return plan()
+        return plan(top=step.top, candidates=step.candidates, adds_trials=False)
 
     def _run_round(self, space: Space, search: SearchSpec, horizon: int) -> RoundResults:
-        name = f"round{len(self._results) + 1}"
+        self._num_rounds += 1
+        name = f"round{self._num_rounds}"
         every = self._task.steps[1]
-        spec = TableRound(horizon, search, EvaluationSpec(every_steps=every), CheckpointsSpec(directory="."))
-        plan: Any = TablePlan(name, spec, space)
-        self._store.record(
-            RoundBegun(RoundRecord(name, horizon, {}, float(len(self._results)), workload="table"))
+        spec = TableRound(
+            horizon, search, EvaluationSpec(every_steps=every), CheckpointsSpec(directory="."), RunSpec()
         )
-        # To go on with the Optuna study of a round of the same horizon and space is to learn from it.
-        is_first = horizon == self._task.steps[rungs(self._ledger)[0]]
-        study = "first horizon" if self._policy.prior and is_first else name
+        plan: Any = TablePlan(name, spec, space)
+        begun_at = float(self._num_rounds)
+        self._store.record(RoundBegun(RoundRecord(name, horizon, {}, begun_at, workload="table")))
         RoundLoop(
             plan=plan,
             store=self._store,
-            advisor=_SnappingAdvisor(self._ledger, study, space, search, self._optuna),
+            advisor=_SnappingAdvisor(
+                self._ledger, name, space, search, max_train_steps=horizon, earlier=self._outcomes
+            ),
             worker=_ChargedWorker(self._ledger, self._curves, seconds_per_step=1 / every),
             folder=_NamesOnly(Path(name)),
             continuations=_Continuations(plan, self._store, "table"),
             view=_Nobody(),
             clock=lambda: float(self._ledger.spent),
         ).run()
-        return RoundResults(
+        results = RoundResults(
             name=name,
             max_train_steps=horizon,
             evaluate_every=every,
@@ -202,6 +172,9 @@ class _Study:
             production_steps=self._task.steps[-1],
             workload="table",
         )
+        self._rounds.append(results)
+        self._outcomes += outcomes(results.trials, max_train_steps=horizon)
+        return results
 
 
 def recorded_curves(task: Task) -> RecordedCurves:
@@ -223,30 +196,25 @@ def _search(trials: int, sampler: str, seed: int, enqueue: Sequence[dict[str, An
 class _SnappingAdvisor(Advisor):
     """An Advisor whose new proposals are snapped to the table; it learns what was really run."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        name: str,
-        space: Space,
-        search: SearchSpec,
-        storage: optuna.storages.BaseStorage,
-    ) -> None:
-        super().__init__(storage, name, space, search)
+    def __init__(self, ledger: Ledger, name: str, space: Space, search: SearchSpec, **more: Any) -> None:
+        super().__init__(optuna.storages.InMemoryStorage(), name, space, search, **more)
         self._ledger = ledger
 
-    def propose(self, ordinal: int, *, again: Hyperparameters | None = None) -> Proposal:
-        proposal = super().propose(ordinal, again=again)
+    def _point(self, ordinal: int, trials: Sequence[Trial]) -> dict[str, Value]:
+        point = super()._point(ordinal, trials)
         if ordinal < len(self._search.enqueue):
-            return proposal
-        self.study.tell(proposal.optuna_trial, state=optuna.trial.TrialState.FAIL)
-        row = self._ledger.snap({name: float(proposal.chosen[name]) for name in self._ledger.task.space})
-        point = self._ledger.task.point(row)
-        # A model of the space can only learn from points inside it.
-        inside = {name: min(max(point[name], d.low), d.high) for name, d in self._space.items()}
-        sampler, self._sampler = self._sampler, lambda _: optuna.samplers.RandomSampler(seed=0)
-        told = super().propose(ordinal, again=inside)
-        self._sampler = sampler
-        return Proposal(point, told.optuna_trial)
+            return point
+        table = self._ledger.task
+        row = self._ledger.snap({name: float(point[name]) for name in table.space})
+        return dict(table.point(row))
+
+    def propose(
+        self, ordinal: int, trials: Sequence[Trial] = (), *, again: Hyperparameters | None = None
+    ) -> Proposal:
+        with warnings.catch_warnings():
+            # In a narrowed space, the nearest that is left may lie outside.
+            warnings.filterwarnings("ignore", message="Fixed parameter")
+            return super().propose(ordinal, trials, again=again)
 
 
 class _ChargedWorker(SimulatedWorker):

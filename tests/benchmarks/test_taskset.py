@@ -156,7 +156,7 @@ def test_every_method_finds_the_best_and_repeats_itself(directory: Path, name: s
         assert play(METHODS[name], ledger_of(directory, seed=4)).trace != first.trace
 
 
-@pytest.mark.parametrize("name", ["halving", "tuner-wide"])
+@pytest.mark.parametrize("name", ["halving", "tuner"])
 def test_what_goes_on_is_charged_for_the_rest_alone(directory: Path, name: str) -> None:
     """Both run 27, 9, 3 and 1 trials to 4%, 12%, 36% and all of a run, and no step of them twice."""
     ledger = ledger_of(directory)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.studies import write_round
 from tuner.cli import run
+from tuner.spec import read_round
 
 AUTO = ("study", "auto", "round1.yaml", "--engine", "simulated")
 ROUND_FILES = ["round1.yaml", "round2.yaml", "round3.yaml"]
@@ -152,8 +153,42 @@ def test_a_round_that_teaches_no_horizon_ends_it_with_1(
     assert list(round_files(study / "rehearsal")) == ["round1.yaml"]
 
 
+def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("trials: 4", "trials: 5"))
+    command = [*AUTO, "--passes", "2"]
+    assert run(command) == 0
+    said = capsys.readouterr()
+    assert "enough after round6: " in said.err
+    files = round_files(study / "rehearsal")
+    specs = {name: read_round(text, study / name).spec for name, text in files.items()}
+    assert [(s.max_train_steps, s.search.trials) for s in specs.values()] == 2 * [(20, 5), (60, 2), (90, 1)]
+    anew = specs["round4.yaml"]
+    assert (anew.search.sampler, anew.search.seed, anew.search.enqueue) == ("tpe", 1, [])
+    assert anew.space() == specs["round1.yaml"].space()
+    assert "learns from all rounds so far" in files["round4.yaml"]
+    # What leads is of either pass; whatever it is, it goes on from where it ended.
+    trials = curves(capsys, study)
+    assert all(t["continues"] for t in trials if t["round"] not in ("round1", "round4"))
+    assert all(t["state"] == "complete" for t in trials)
+    taken = [t["continues"].split("@")[0] for t in trials if t["continues"]]
+    assert len(set(taken)) == len(taken) == 6
+
+    assert run(command) == 0
+    assert "enough after round6: " in capsys.readouterr().err
+    assert round_files(study / "rehearsal") == files
+
+
 def test_bad_options_are_refused_before_anything(study: Path) -> None:
-    for wrong in (["--for", "soon"], ["--slots", "none"], ["--workers", "0"], ["--engine", "steam"]):
+    for wrong in (
+        ["--for", "soon"],
+        ["--passes", "0"],
+        ["--slots", "none"],
+        ["--workers", "0"],
+        ["--engine", "steam"],
+    ):
         assert run([*AUTO[:3], *wrong]) == 2
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
 

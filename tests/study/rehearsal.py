@@ -90,7 +90,11 @@ def rehearse(
         mirrored = DyingStore(MirroredStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
         advisor = DyingAdvisor(
-            optuna_storage(plan.absolute.storage), f"{plan.spec.study}/round1", plan.space, plan.spec.search
+            optuna_storage(plan.absolute.storage),
+            f"{plan.spec.study}/round1",
+            plan.space,
+            plan.spec.search,
+            max_train_steps=plan.spec.max_train_steps,
         )
         advisor.fuse = burning
         RoundLoop(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.studies import formula
-from tests.study.rehearsal import Crash, rehearse, rounds, trials
+from tests.study.rehearsal import Crash, Fuse, rehearse, rounds, trials
 from tuner.errors import InputError, Interrupted, WorkerError
 from tuner.playbook.schedule import evaluation_steps
+from tuner.playbook.selection import ranked
 from tuner.records import (
     Assignment,
     Attempt,
@@ -333,3 +335,58 @@ def test_started_and_ready_are_no_facts(tmp_path: Path) -> None:
 
     rehearse(tmp_path, trials=1, make_worker=lambda: Stutters(formula, slots=1))
     assert len(trials(tmp_path)[0].attempts) == 1
+
+
+# --- pruners --------------------------------------------------------------------------------------
+
+RATES = "[3e-3, 2e-2, 1e-4, 4e-3, 1e-3, 1e-2, 2e-4]"
+"""The formula is best at the first."""
+
+
+def pruned_round(directory: Path, pruner: str, **more: Any) -> Fuse:
+    written = {"learning_rate": RATES, "lora_r": 2, "sampler": "grid", "run": f"run: {{pruner: {pruner}}}\n"}
+    return rehearse(
+        directory, make_worker=lambda: SimulatedWorker(formula, slots=1), **{"trials": 7, **written, **more}
+    )
+
+
+@pytest.mark.parametrize(
+    ("pruner", "ended_at"),
+    [
+        # Five have to be complete before there is a median.
+        ("median", {3e-3: 8, 2e-2: 8, 1e-4: 8, 4e-3: 8, 1e-3: 8, 1e-2: 2, 2e-4: 2}),
+        ("halving", {3e-3: 8, 2e-2: 2, 1e-4: 2, 4e-3: 2, 1e-3: 2, 1e-2: 2, 2e-4: 2}),
+    ],
+)
+def test_a_pruner_ends_trials_early_and_changes_nothing_else(
+    tmp_path: Path, pruner: str, ended_at: dict[float, int]
+) -> None:
+    pruned_round(tmp_path, pruner)
+    check_consistent(tmp_path, promised=7)
+    found = trials(tmp_path)
+    assert {t.hyperparameters["learning_rate"]: t.evaluations[-1].step for t in found} == ended_at
+    for trial in found:
+        assert trial.executed_steps == trial.evaluations[-1].step
+        is_early = trial.evaluations[-1].step < 8
+        assert trial.state == (TrialState.PRUNED if is_early else TrialState.COMPLETE)
+        assert (trial.reason or "").startswith(f"{pruner}: ") == is_early
+    assert ranked(found)[0][0].hyperparameters["learning_rate"] == 3e-3
+
+
+def test_a_pruned_trial_whose_process_dies_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    seams = pruned_round(tmp_path / "undisturbed", "halving", trials=2).passed
+    undisturbed = trials(tmp_path / "undisturbed")
+    decided = max(n for n, seam in enumerate(seams) if seam == "before record TrialEnded")
+    # From the evaluation that decides, over the decision, to the tell, which is the last seam.
+    for fuse in (decided, decided + 1, len(seams)):
+        directory = tmp_path / str(fuse)
+        with pytest.raises(Crash):
+            pruned_round(directory, "halving", trials=2, fuse=fuse)
+        pruned_round(directory, "halving", trials=2)
+        check_consistent(directory, promised=2)
+        assert [without_attempts(t) for t in trials(directory)] == [without_attempts(t) for t in undisturbed]
+
+
+def without_attempts(trial: Trial) -> Trial:
+    assert all(attempt.ended_at is not None for attempt in trial.attempts)
+    return replace(trial, attempts=(), checkpoints=())

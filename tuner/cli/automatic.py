@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import typer
+
 from tuner.cli.looking import find_trial
-from tuner.cli.promoting import promote_round
+from tuner.cli.promoting import promote_round, promotion_text
 from tuner.cli.running import Where, has_begun, interruptible, run_here
 from tuner.cli.scoring import score_at_the_end
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.enough import enough
 from tuner.playbook.sweep import is_sweep
 from tuner.spec import RoundFile, load_round
+from tuner.store import hold_study
 from tuner.study.folder import open_folder
 from tuner.study.pages import next_name
-from tuner.study.promotion import promoted_from
+from tuner.study.promotion import go_on_in_passes, promoted_from
 from tuner.study.results import reading_of
 
 
@@ -37,8 +41,10 @@ class Ended:
     """What there is to say of `data.test`, beside its score."""
 
 
-def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
+def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Where) -> Ended:
     """Run the latest round that came of a file, promote it and run the next one, until it is enough.
+
+    With more passes than one, the first horizon is then come back to, and so on.
 
     Facts and files hold all that this knows, so that the same command goes on. Raises Interrupted, naming
     it, when a signal asked to stop, and InputError for a round of a sweep.
@@ -49,7 +55,8 @@ def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
             "sweep was made from"
         )
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
-    ended = Ended(f"tuner study auto {path}{limit}{where.options}")
+    again = "" if passes == 1 else f" --passes {passes}"
+    ended = Ended(f"tuner study auto {path}{limit}{again}{where.options}")
     with interruptible(ended.command, duration=duration) as stopping:
         first = where.file(path)
         while ended.reason is None:
@@ -60,9 +67,11 @@ def run_rounds(path: Path, *, duration: str | None, where: Where) -> Ended:
                 if has_begun(file):
                     ended = replace(ended, last=file.path)
             reason, taught_nothing = _enough(file)
-            if reason is None:
+            if passes > 1:
+                reason = _go_on_in_passes(file, first, passes, stopping)
+            elif reason is None:
                 _promote(file, stopping)
-            else:
+            if reason is not None:
                 reason = f"enough after {file.spec.round}: {reason}"
                 ended = replace(ended, reason=reason, taught_nothing=taught_nothing)
     if ended.reason is not None and ended.last is not None and not ended.taught_nothing:
@@ -100,6 +109,34 @@ def _enough(file: RoundFile) -> tuple[str | None, bool]:
         store.close()
     reason = enough(reading, max_train_steps=record.max_train_steps)
     return reason, reading.suggested_max_train_steps is None
+
+
+def _go_on_in_passes(
+    file: RoundFile, first: RoundFile, passes: int, stopping: Callable[[], bool]
+) -> str | None:
+    """Write what comes next and return None, or why nothing does."""
+    name = file.spec.round
+    folder = open_folder(file.directory)
+    with hold_study(folder.directory, folder.storage, folder.name):
+        store = folder.open()
+        try:
+            written = go_on_in_passes(
+                folder,
+                store,
+                first=first.spec.round,
+                last=name,
+                to=next_name(name),
+                passes=passes,
+                clock=time.time,
+            )
+        finally:
+            store.close()
+    if isinstance(written, str):
+        return written
+    typer.echo(promotion_text(written.document))
+    if stopping():
+        raise Interrupted(f"{name} is complete and {written.path.name} is written")
+    return None
 
 
 def _promote(file: RoundFile, stopping: Callable[[], bool]) -> None:

@@ -44,11 +44,12 @@ def promote_round(
             )
         finally:
             store.close()
-    typer.echo(dumps(done.document) if as_json else _prose(done.document))
+    typer.echo(dumps(done.document) if as_json else promotion_text(done.document))
     return done.path
 
 
-def _prose(document: Mapping[str, Any]) -> str:
+def promotion_text(document: Mapping[str, Any]) -> str:
+    """A promotion's JSON document, told to a person."""
     steps = document["max_train_steps"]
     changed = {n: c for n, c in document["hyperparameters"].items() if c["from"] != c["to"]}
     lines = [
@@ -57,8 +58,7 @@ def _prose(document: Mapping[str, Any]) -> str:
         "",
         *(f"  {sentence}" for sentence in document["evidence"]),
         "",
-        f"  {document['trials']['enqueued']} of its {document['trials']['total']} trials are carried over; "
-        f"{len(document['continues'])} of them from a trunk.",
+        f"  {_carried_over(document)}",
         *(
             f"  {name}: {_brief(c['from'])} -> {_brief(c['to'])}  ({c['reason']})"
             for name, c in changed.items()
@@ -73,6 +73,14 @@ def _prose(document: Mapping[str, Any]) -> str:
         f"wrote {document['file']}: read it, change what you know better, then run it",
     ]
     return "\n".join(lines)
+
+
+def _carried_over(document: Mapping[str, Any]) -> str:
+    enqueued, total = document["trials"]["enqueued"], document["trials"]["total"]
+    if not enqueued:
+        return f"None of its {total} trials is carried over."
+    from_trunks = len(document["continues"])
+    return f"{enqueued} of its {total} trials are carried over; {from_trunks} of them from a trunk."
 
 
 def _brief(value: Any) -> str:

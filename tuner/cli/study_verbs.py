@@ -140,6 +140,12 @@ def sweep(
 def auto(
     round_file: RoundPath,
     for_: For = None,
+    passes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Times that the first horizon is begun with, learning from all."
+        ),
+    ] = 1,
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
@@ -147,15 +153,16 @@ def auto(
     """Run a round, promote it and run the next, until longer rounds teach nothing more; or go on with that.
 
     It ends where the report says that more steps would not help, where it cannot tell, at
-    `run.production_steps`, or after `--for`. Every file is written as by `study promote`. Where it ends by
-    itself, the best trial is scored on `data.test`, once.
+    `run.production_steps`, or after `--for`. Every file is written as by `study promote`. With `--passes`,
+    longer rounds carry over a third and add no trials, and the first horizon is come back to. Where it
+    ends by itself, the best trial is scored on `data.test`, once.
 
     Example: `tuner study auto round1.yaml --for 12h`
     """
     from tuner.cli.automatic import run_rounds
     from tuner.cli.running import Where
 
-    ended = run_rounds(round_file, duration=for_, where=Where(slots, workers, engine))
+    ended = run_rounds(round_file, duration=for_, passes=passes, where=Where(slots, workers, engine))
     if ended.last is None:
         _next(ended.command)
         return

@@ -124,7 +124,15 @@ def same_configuration(one: Trial, other: Trial) -> bool:
 
     Rule: this project's decision: `decay_steps` follows the horizon and does not count.
     """
-    return _identity(one, without=_SCHEDULED) == _identity(other, without=_SCHEDULED)
+    return configuration(one) == configuration(other)
+
+
+def configuration(trial: Trial) -> tuple[object, ...]:
+    """What two trials of different rounds have in common when they are one configuration; hashable.
+
+    Rule: this project's decision, as for `same_configuration`.
+    """
+    return _identity(trial, without=_SCHEDULED)
 
 
 def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[object, ...]:

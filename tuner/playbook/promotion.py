@@ -77,15 +77,18 @@ def plan_next_round(
     max_train_steps: int | None = None,
     top: int = TOP,
     decay: DecayRule = "steps",
+    candidates: Sequence[Trial] | None = None,
+    adds_trials: bool = True,
 ) -> NextRound:
     """What carries over from a round to the next, at the suggested horizon or the given one.
 
+    The top are chosen among `candidates`, trials of this horizon; of the round where none are given.
     Raises TunerError when no horizon is given and the reading suggests none, InputError for a horizon
     that cannot hold one evaluation interval or the warmup. Rule: Deep Learning Tuning Playbook, "Round
     2: Fewer runs, but of longer duration"; counts are this project's decisions.
     """
     horizon = _horizon(results, reading, max_train_steps)
-    best = incumbents(results.trials, top)
+    best = incumbents(results.trials if candidates is None else candidates, top)
     leading = best + [lead.trial for lead in reading.leading if lead.trial not in best]
     carrying = Carrying(results, best, leading, horizon, decay)
     changes = carrying.changes()
@@ -97,7 +100,7 @@ def plan_next_round(
         enqueued=len(enqueue),
         old_horizon=results.max_train_steps,
         new_horizon=horizon,
-        is_searched=bool(searched(space)),
+        is_searched=adds_trials and bool(searched(space)),
     )
     sampler, sampler_reason = default_sampler(is_first_round=False)
     seeds = proposed_seeds(results, noise=reading.noise)
@@ -131,7 +134,7 @@ def num_trials(
 ) -> int:
     """Trials of the next round: trials x T1/T2, at least two new ones, at most as many as before.
 
-    Only the enqueued ones where nothing is left to search. Rule: Deep Learning Tuning Playbook, "Round
+    Only the enqueued ones where nothing is to be searched. Rule: Deep Learning Tuning Playbook, "Round
     2: Fewer runs, but of longer duration"; the numbers are this project's decision.
     """
     if not is_searched:
@@ -193,7 +196,7 @@ def _enqueued(carrying: Carrying, trial: Trial, names: Mapping[str, Dimension]) 
     point = carrying.point(trial)
     step, reason = continuation_step(trial, carrying.results.max_train_steps, point, carrying.new_horizon)
     chosen = {name: point[name] for name in names if name in point}
-    return EnqueuedTrial(chosen, carrying.results.name, trial.number, step, reason)
+    return EnqueuedTrial(chosen, trial.round, trial.number, step, reason)
 
 
 def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:

@@ -203,7 +203,8 @@ class CheckpointsSpec(BaseModel):
 
 
 class RunSpec(BaseModel):
-    """Where and how the round runs; nothing here changes a result, so it may change at any time."""
+    """Where and how the round runs; nothing here changes what a trial run to its end gives, so it may change
+    at any time."""
 
     model_config = STRICT
 
@@ -223,8 +224,10 @@ class RunSpec(BaseModel):
     """After the last trial, short runs from the leading trials' trunks that end at a half and at 0.71 of
     `max_train_steps`, decaying alike: what the last doubling was worth, measured. Needs `schedule: linear`;
     trials that ran without it have kept no checkpoint to begin at."""
-    pruner: Literal["none"] = "none"
-    """Stopping trials early; not in this version."""
+    pruner: Literal["none", "median", "halving"] = "none"
+    """Ends trials before the horizon: `median` one whose best loss is above the median of what at least five
+    complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
+    horizon. It changes neither schedule nor horizon. A pruned trial counts, and is never promoted."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
     `pip install 'tuner[tensorboard]'`."""

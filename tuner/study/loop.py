@@ -7,9 +7,10 @@ that going on after any interruption is running the loop again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.errors import InputError, Interrupted, WorkerError
+from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.sweep import is_sweep
 from tuner.records import (
@@ -118,7 +119,7 @@ class RoundLoop:
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
-        proposal = self.advisor.propose(ordinal, again=again)
+        proposal = self.advisor.propose(ordinal, trials, again=again)
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
         continues: Continuation | None
         why_not: str | None
@@ -186,23 +187,57 @@ class RoundLoop:
                     EvaluationMade(name, trial, evaluation), StepsRun(name, trial, attempt, evaluation.step)
                 )
                 self.advisor.report(self._trial(trial), evaluation, self._planned_steps())
+                if self._prune(self._trial(trial)):
+                    self.worker.stop(trial)
             case Saved(trial=trial, attempt=attempt, checkpoint=checkpoint):
                 before = self._trial(trial).checkpoints
                 self.store.record(CheckpointSaved(name, trial, attempt, checkpoint))
                 self._remove_superseded(self._trial(trial), before)
             case Ended():
+                event = self._as_decided(event)
                 self._record_end(event)
             case Died(reason=reason, trials=numbers, is_input_error=is_input_error):
                 for held in self._trials():
-                    if held.state == TrialState.RUNNING and held.number in numbers:
+                    if has_open_attempt(held) and held.number in numbers:
                         self._end_attempt(held, "died", reason)
                 self.branches.died(numbers, reason)
                 if is_input_error:
                     raise InputError(reason)
         self.view.event(event)
 
+    def _prune(self, trial: Trial) -> bool:
+        """End a trial that others leave behind; whether it was. Its attempt ends when the worker says so."""
+        if trial.state.is_final:
+            return False
+        spec = self.plan.spec
+        reason = reason_to_prune(
+            trial,
+            self._trials(),
+            pruner=spec.run.pruner,
+            max_train_steps=spec.max_train_steps,
+            evaluate_every=spec.evaluation.every_steps,
+        )
+        if reason is None:
+            return False
+        self.store.record(
+            TrialEnded(
+                trial.round, trial.number, TrialState.PRUNED, f"{spec.run.pruner}: {reason}", self.clock()
+            )
+        )
+        return True
+
+    def _as_decided(self, event: Ended) -> Ended:
+        """What a worker let go because the trial was pruned has ended as pruned."""
+        trial = self._trial(event.trial)
+        if trial.state != TrialState.PRUNED:
+            return event
+        return replace(event, outcome="pruned", reason=trial.reason)
+
     def _record_end(self, event: Ended) -> None:
         trial = self._trial(event.trial)
+        if trial.state == TrialState.PRUNED:
+            self._end_attempt(trial, "pruned", None, step=event.step)
+            return
         match event.outcome:
             case "complete" | "infeasible" | "pruned":
                 now = self.clock()
@@ -225,13 +260,20 @@ class RoundLoop:
     def _end_attempt(
         self, trial: Trial, outcome: str, message: str | None, *, step: int | None = None
     ) -> None:
-        """End a trial's open attempt; fail the trial when too many in a row came to nothing."""
+        """End a trial's open attempt; fail the trial when too many in a row came to nothing.
+
+        A pruned trial has ended already: Optuna is told when nothing runs any more.
+        """
         attempt = trial.attempts[-1]
         to_step = max(attempt.to_step, step or 0)
         self.store.record(
             AttemptEnded(trial.round, trial.number, attempt.number, to_step, self.clock(), outcome, message)
         )
         trial = self._trial(trial.number)
+        if trial.state == TrialState.PRUNED:
+            self._tell(trial.number)
+            self.folder.tidy(trial)
+            return
         if not has_failed(trial):
             return
         self.store.record(
@@ -276,8 +318,10 @@ class RoundLoop:
     def _heal(self) -> None:
         """Put right what an earlier process left open, before anything is asked."""
         for trial in self._trials():
-            if trial.state == TrialState.RUNNING:
+            if has_open_attempt(trial):
                 self._end_attempt(trial, "interrupted", None)
+            # It died between the evaluation and the decision that follows from it.
+            self._prune(self._trial(trial.number))
         self.advisor.heal(self._trials(), max_train_steps=self.plan.spec.max_train_steps)
         for trial in self._trials():
             if trial.state.is_final:
@@ -307,6 +351,11 @@ class RoundLoop:
     def _planned_steps(self) -> tuple[int, ...]:
         spec = self.plan.spec
         return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
+
+
+def has_open_attempt(trial: Trial) -> bool:
+    """Whether the trial runs, as far as the facts know: a pruned one does until its worker has let it go."""
+    return bool(trial.attempts) and trial.attempts[-1].ended_at is None
 
 
 def has_failed(trial: Trial) -> bool:

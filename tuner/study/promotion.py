@@ -14,6 +14,8 @@ from typing import Any
 
 from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, plan_next_round
+from tuner.playbook.enough import enough
+from tuner.playbook.passes import Anew, Longer, following, plan_round_anew
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule
 from tuner.playbook.sweep import is_sweep
@@ -22,7 +24,7 @@ from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
 from tuner.study.folder import StudyFolder
-from tuner.study.results import num_branches_left, reading_of
+from tuner.study.results import earlier_results, num_branches_left, reading_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Overrides:
     max_train_steps: int | None = None
     top: int = 3
     decay: DecayRule = "steps"
+
+
+_AS_PLANNED = Overrides()
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def promote(
     *,
     to: str,
     from_round: str | None,
-    overrides: Overrides,
+    overrides: Overrides = _AS_PLANNED,
     force: bool,
     clock: Callable[[], float],
 ) -> PromotedRound:
@@ -71,11 +76,76 @@ def promote(
         top=overrides.top,
         decay=overrides.decay,
     )
-    file = folder.file(record.name)
+    text = round_text(_file(folder, record.name, to), next_round, overrides)
+    return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
+
+
+def go_on_in_passes(
+    folder: StudyFolder,
+    store: Store,
+    *,
+    first: str,
+    last: str,
+    to: str,
+    passes: int,
+    clock: Callable[[], float],
+) -> PromotedRound | str:
+    """Write what comes after a complete round of a study in passes, or say why nothing does.
+
+    Raises InputError when the file exists and says something else.
+    """
+    record = _source(folder, store, to, last)
+    results, reading = reading_of(store, record)
+    before = [r for r in earlier_results(store, record) if r.workload == record.workload]
+    # Those that came of the first file; what was before it is another question.
+    start = next((place for place, r in enumerate(before) if r.name == first), len(before))
+    rounds = [*before[start:], results]
+    why_enough = enough(reading, max_train_steps=record.max_train_steps)
+    longer = reading.suggested_max_train_steps if why_enough is None else None
+    match following(rounds, longer=longer, passes=passes):
+        case None:
+            return why_enough or "no trial is left that a longer round could go on with"
+        case Longer() as step:
+            planned = plan_next_round(
+                results,
+                reading,
+                to=to,
+                max_train_steps=step.max_train_steps,
+                top=step.top,
+                candidates=step.candidates,
+                adds_trials=False,
+            )
+            text = _longer_text(_file(folder, last, to), planned)
+        case Anew(number=number):
+            file = _file(folder, rounds[0].name, to)
+            planned = plan_round_anew(
+                rounds[0], results, reading, to=to, trials=file.spec.search.trials, number=number
+            )
+            text = _text_anew(file, planned, number)
+    return _write(folder, store, record, planned, reading, text, force=False, clock=clock)
+
+
+def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
+    file = folder.file(name)
     if file is None:
-        raise InputError(f"{folder.directory}: the file of {record.name} is gone; {to} is written from it")
+        raise InputError(f"{folder.directory}: the file of {name} is gone; {to} is written from it")
+    return file
+
+
+def _write(
+    folder: StudyFolder,
+    store: Store,
+    record: RoundRecord,
+    next_round: NextRound,
+    reading: Reading,
+    text: str,
+    *,
+    force: bool,
+    clock: Callable[[], float],
+) -> PromotedRound:
+    """Write the file, then record the plan behind it."""
+    to = next_round.to_round
     path = folder.directory / f"{to}.yaml"
-    text = round_text(file, next_round, overrides)
     document = promotion_document(folder.name, path, next_round, reading, is_open=_is_open(record, store))
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
     plan = Promotion(record.name, to, document, text, clock())
@@ -94,6 +164,45 @@ def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | N
 
 def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> str:
     """The next round's file: the last one's text, where each changed line says why it changed."""
+    given = overrides.max_train_steps is not None
+    comments = {
+        "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
+        + (": set by --max-train-steps" if given else ""),
+        "search.trials": f"{len(next_round.enqueue)} enqueued, the rest new: fewer, longer runs",
+        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new",
+    }
+    return _edited(file, next_round, comments)
+
+
+def _longer_text(file: RoundFile, next_round: NextRound) -> str:
+    old = next_round.old_max_train_steps
+    comments = {
+        "max_train_steps": f"{old} in {next_round.from_round}",
+        "search.trials": "a third of the last round's, all carried over: a longer round of a pass adds none",
+        "search.enqueue": f"the best that {old} steps have left behind, of all passes",
+    }
+    return _edited(file, next_round, comments)
+
+
+def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
+    search = file.spec.search
+    changes = {
+        "round": next_round.to_round,
+        "search.trials": next_round.trials_total,
+        "search.sampler": next_round.sampler,
+        "search.seed": search.seed + number - 1,
+        "search.enqueue": [],
+    }
+    comments = {
+        "search.sampler": next_round.sampler_reason,
+        "search.seed": f"pass {number}",
+        "search.enqueue": f"none: they were tried in {file.spec.round}",
+    }
+    changed = {key: value for key, value in changes.items() if key != "search.enqueue" or search.enqueue}
+    return edit_round(file.text, changed, {key: said for key, said in comments.items() if key in changed})
+
+
+def _edited(file: RoundFile, next_round: NextRound, comments: Mapping[str, str]) -> str:
     changes: dict[str, Any] = {
         "round": next_round.to_round,
         "max_train_steps": next_round.max_train_steps,
@@ -101,26 +210,19 @@ def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> 
         "search.sampler": next_round.sampler,
         "search.enqueue": [_entry(trial) for trial in next_round.enqueue],
     }
-    given = overrides.max_train_steps is not None
-    comments = {
-        "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
-        + (": set by --max-train-steps" if given else ""),
-        "search.trials": f"{len(next_round.enqueue)} enqueued, the rest new: fewer, longer runs",
-        "search.sampler": next_round.sampler_reason,
-        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new",
-    }
+    said = {**comments, "search.sampler": next_round.sampler_reason}
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
-            comments[f"hyperparameters.{name}"] = change.reason
-    text = edit_round(file.text, changes, comments)
+            said[f"hyperparameters.{name}"] = change.reason
+    text = edit_round(file.text, changes, said)
     # Defaults that follow the horizon would move with it: what is to stay is written out.
     written = read_round(text, file.path).spec.space()
     moved = {n: d for n, d in next_round.space.items() if written[n] != d}
     for name, dimension in moved.items():
         changes[f"hyperparameters.{name}"] = dimension_to_yaml(dimension)
-        comments[f"hyperparameters.{name}"] = next_round.changes[name].reason
-    return edit_round(file.text, changes, comments) if moved else text
+        said[f"hyperparameters.{name}"] = next_round.changes[name].reason
+    return edit_round(file.text, changes, said) if moved else text
 
 
 def promotion_document(

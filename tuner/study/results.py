@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuner.playbook import Reading, RoundResults, read_round
+from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.branching import branch_results, branches_left
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
@@ -48,6 +49,12 @@ def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
         if not is_sweep(other.name):
             rounds.append(other)
     return [round_results(other, store.trials(other.name)) for other in rounds]
+
+
+def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
+    """How the trials of the rounds before came out, as far as they are of the same workload."""
+    same = (other for other in earlier_results(store, record) if other.workload == record.workload)
+    return tuple(o for other in same for o in outcomes(other.trials, max_train_steps=other.max_train_steps))
 
 
 def reading_of(store: Store, record: RoundRecord) -> tuple[RoundResults, Reading]:

@@ -34,6 +34,7 @@ from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.mirror import MirroredStore
 from tuner.study.pages import round_report, write_pages
 from tuner.study.plan import RoundPlan
+from tuner.study.results import earlier_outcomes
 from tuner.study.sampling import Advisor, optuna_storage
 from tuner.workers import Worker
 
@@ -87,8 +88,14 @@ def run_round(
             _begin(plan, store, ready, clock)
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
+            record = next(record for record in store.rounds() if record.name == plan.name)
             advisor = Advisor(
-                optuna_storage(storage), f"{plan.spec.study}/{plan.name}", plan.space, plan.spec.search
+                optuna_storage(storage),
+                f"{plan.spec.study}/{plan.name}",
+                plan.space,
+                plan.spec.search,
+                max_train_steps=plan.spec.max_train_steps,
+                earlier=earlier_outcomes(store, record),
             )
             RoundLoop(
                 plan=plan,
@@ -101,7 +108,6 @@ def run_round(
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
             ).run()
-            record = next(record for record in store.rounds() if record.name == plan.name)
             write_pages(advisor.study, round_report(folder, store, record))
 
 

@@ -12,8 +12,10 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
+from typing import Any, Literal
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -24,6 +26,7 @@ from optuna.distributions import (
 from sqlalchemy import event
 
 from tuner.playbook import best_evaluation, settled_step
+from tuner.playbook.advice import Lesson, Outcome, lessons, outcomes
 from tuner.playbook.search import startup_trials
 from tuner.records import (
     Choices,
@@ -37,6 +40,7 @@ from tuner.records import (
     searched,
 )
 from tuner.spec import SearchSpec
+from tuner.study.points import quasi_random_point, random_point
 
 MAX_REPORTS = 20
 """Evaluations of a trial that Optuna is shown: 10,000 trials with 100 each made the first `ask` take 36 s."""
@@ -58,11 +62,22 @@ class Advisor:
     """The Optuna study of one round, `STUDY/ROUND`."""
 
     def __init__(
-        self, storage: optuna.storages.BaseStorage, name: str, space: Space, search: SearchSpec
+        self,
+        storage: optuna.storages.BaseStorage,
+        name: str,
+        space: Space,
+        search: SearchSpec,
+        *,
+        max_train_steps: int,
+        earlier: Sequence[Outcome] = (),
     ) -> None:
+        """`earlier` are the outcomes of the workload's rounds before, oldest first: they advise `tpe` and
+        `gp`, and never become trials of this round's study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = searched(space)
         self._search = search
+        self._max_train_steps = max_train_steps
+        self._earlier = tuple(earlier)
         self._distributions = {key: _distribution(d) for key, d in self._space.items()}
         self._storage = storage
         self.study = optuna.create_study(
@@ -82,61 +97,96 @@ class Advisor:
             return math.inf
         return len(self._search.enqueue) + math.prod(len(values) for values in self._grid())
 
-    def propose(self, ordinal: int, *, again: Hyperparameters | None = None) -> Proposal:
+    def propose(
+        self, ordinal: int, trials: Sequence[Trial] = (), *, again: Hyperparameters | None = None
+    ) -> Proposal:
         """The round's proposal number `ordinal`, from 0; the enqueued ones come first.
 
-        `again` repeats the hyperparameters of a failed trial instead. Makes a running trial in
-        Optuna's study.
+        `trials` are all of the round so far. `again` repeats the hyperparameters of a failed trial
+        instead. Makes a running trial in Optuna's study.
         """
         if again is not None:
-            given: Mapping[str, Value] = {name: again[name] for name in self._space}
+            chosen: Mapping[str, Value] = {name: again[name] for name in self._space}
         else:
-            given = self._given(ordinal)
-        if given:
-            encoded = {name: _encode(value) for name, value in given.items()}
-            self.study.enqueue_trial(encoded)
-        finished = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = self._sampler(finished)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self.study.ask(self._distributions)
-        self.study.sampler = optuna.samplers.RandomSampler()
-        chosen = {name: self._decode(name, trial.params[name]) for name in self._space}
-        return Proposal(chosen, trial.number)
+            chosen = self._point(ordinal, trials)
+        self.study.enqueue_trial(self._encoded(chosen))
+        return Proposal(dict(chosen), self.study.ask(self._distributions).number)
 
-    def _given(self, ordinal: int) -> dict[str, Value]:
-        """The values that are known without asking a sampler: all of them, some, or none."""
+    def _point(self, ordinal: int, trials: Sequence[Trial]) -> dict[str, Value]:
+        """A value for each searched name: what is enqueued, the rest by the sampler."""
         num_enqueued = len(self._search.enqueue)
         entry = dict(self._search.enqueue[ordinal]) if ordinal < num_enqueued else {}
         given = {name: _tupled(value) for name, value in entry.items() if name in self._space}
+        if len(given) == len(self._space):
+            return given
+        # Its own for each proposal: a resumed round repeats none.
+        random = np.random.default_rng((self._search.seed, ordinal))
         match self._search.sampler:
             case "quasi-random":
                 # An entry's missing values come from a sequence of their own: the round's stays balanced.
                 seed = self._search.seed + (1 if entry else 0)
                 place = ordinal if entry else ordinal - num_enqueued
-                return {**quasi_random_point(self._space, seed=seed, place=place), **given}
+                point = quasi_random_point(self._space, seed=seed, place=place)
             case "grid":
                 points = list(itertools.product(*self._grid()))
-                place = 0 if entry else ordinal - num_enqueued
-                return {**dict(zip(self._space, points[place], strict=True)), **given}
-            case _:
-                return given
+                point = dict(zip(self._space, points[0 if entry else ordinal - num_enqueued], strict=True))
+            case "random":
+                point = random_point(self._space, random)
+            case "tpe" | "gp" as sampler:
+                point = self._modelled_point(sampler, trials, random)
+        return {**point, **given}
+
+    def _modelled_point(
+        self, sampler: Literal["tpe", "gp"], trials: Sequence[Trial], random: np.random.Generator
+    ) -> dict[str, Value]:
+        """What a model of all that was tried proposes; a random point while there is too little of it."""
+        now = outcomes(trials, max_train_steps=self._max_train_steps)
+        known = [lesson for lesson in lessons([*self._earlier, *now]) if self._holds(lesson.hyperparameters)]
+        startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
+        if len(known) < startup:
+            return random_point(self._space, random)
+        known.sort(key=lambda lesson: lesson.merit)
+        # What still runs is taken to be poor, so that trials side by side are not alike.
+        running = [trial.hyperparameters for trial in trials if not trial.state.is_final]
+        if sampler == "tpe":
+            from tuner.study.parzen import parzen_point  # loads scipy, and only such rounds need it
+
+            return parzen_point(self._space, [*(le.hyperparameters for le in known), *running], random=random)
+        return self._gaussian_process_point(known, running, seed=int(random.integers(2**31)))
+
+    def _gaussian_process_point(
+        self, ranked: Sequence[Lesson], running: Sequence[Hyperparameters], *, seed: int
+    ) -> dict[str, Value]:
+        """What Optuna's GPSampler proposes in a study of its own, which is told ranks as normal scores.
+
+        It ignores pruned trials: infeasible ones are told as the worst, and as violated constraints.
+        """
+        study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=1))
+        scores = [NormalDist().inv_cdf((place + 0.5) / len(ranked)) for place in range(len(ranked))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            for lesson, score in zip(ranked, scores, strict=True):
+                told = optuna.create_trial(
+                    params=self._encoded(lesson.hyperparameters),
+                    distributions=self._distributions,
+                    value=score,
+                    constraints={"feasible": 0.0 if math.isfinite(lesson.merit) else 1.0},
+                )
+                study.add_trial(told)
+            for point in running:
+                study.enqueue_trial(self._encoded(point))
+                study.ask(self._distributions)
+            found = study.ask(self._distributions).params
+        return {name: self._decode(name, found[name]) for name in self._space}
+
+    def _holds(self, point: Hyperparameters) -> bool:
+        return all(name in point and d.contains(point[name]) for name, d in self._space.items())
+
+    def _encoded(self, point: Hyperparameters) -> dict[str, Any]:
+        return {name: _encode(point[name]) for name in self._space}
 
     def _grid(self) -> list[tuple[Value, ...]]:
         return [d.values for d in self._space.values() if isinstance(d, Choices)]
-
-    def _sampler(self, num_trials: int) -> optuna.samplers.BaseSampler:
-        """A sampler whose seed follows the number of trials: a resumed round repeats no proposal."""
-        seed = (self._search.seed * 1_000_003 + num_trials) % 2**32
-        match self._search.sampler:
-            case "tpe":
-                startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
-                return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-            case "gp":
-                startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
-                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-            case _:
-                return optuna.samplers.RandomSampler(seed=seed)
 
     def _decode(self, name: str, value: Any) -> Value:
         dimension = self._space[name]
@@ -220,43 +270,6 @@ def shown_steps(planned: Sequence[int]) -> frozenset[int]:
         return frozenset(planned)
     stride = (len(planned) - 1) / (MAX_REPORTS - 1)
     return frozenset(planned[round(number * stride)] for number in range(MAX_REPORTS))
-
-
-def quasi_random_point(space: Mapping[str, Choices | Range], *, seed: int, place: int) -> dict[str, Value]:
-    """Point number `place` of a scrambled Sobol sequence over the space.
-
-    Taken by our own count and not by Optuna's, whose trials include those that a crash left behind.
-    """
-    if not space:
-        return {}
-    from scipy.stats import qmc  # a second of loading, and only quasi-random rounds need it
-
-    sequence = qmc.Sobol(len(space), scramble=True, rng=seed)
-    if place:
-        sequence.fast_forward(place)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The balance properties of Sobol")
-        unit = sequence.random(1)[0].tolist()
-    return {name: _at(dimension, u) for (name, dimension), u in zip(space.items(), unit, strict=True)}
-
-
-def _at(dimension: Choices | Range, unit: float) -> Value:
-    """The value at a place in [0, 1) of a dimension."""
-    if isinstance(dimension, Choices):
-        return dimension.values[min(int(unit * len(dimension.values)), len(dimension.values) - 1)]
-    low, high = dimension.low, dimension.high
-    if dimension.integer:
-        low, high = low - 0.5, high + 0.5
-        if dimension.log:
-            low = max(low, 0.5)
-    value = (
-        math.exp(math.log(low) + unit * (math.log(high) - math.log(low)))
-        if dimension.log
-        else low + unit * (high - low)
-    )
-    if dimension.integer:
-        return int(min(max(round(value), dimension.low), dimension.high))
-    return min(max(value, dimension.low), dimension.high)
 
 
 def _distribution(dimension: Choices | Range) -> BaseDistribution:

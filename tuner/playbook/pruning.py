@@ -1,0 +1,87 @@
+"""When a trial may end before the horizon because others of its round were better at the same step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Literal, TypeAlias
+
+from tuner.playbook.schedule import evaluation_steps, warmup_length
+from tuner.playbook.selection import best_evaluation
+from tuner.records import Trial, TrialState
+
+Pruner: TypeAlias = Literal["none", "median", "halving"]
+
+REDUCTION = 3
+"""Of the trials that have come to a rung, one in so many goes on; each rung is so many times the last."""
+NUM_RUNGS = 2
+"""Rungs before the horizon: at a ninth and at a third of it."""
+MIN_COMPLETE = 5
+"""Complete trials before there is a median to fall behind."""
+
+
+def reason_to_prune(
+    trial: Trial,
+    others: Sequence[Trial],
+    *,
+    pruner: Pruner,
+    max_train_steps: int,
+    evaluate_every: int,
+) -> str | None:
+    """Why a trial is to end at its latest evaluation, in words; None where it is to go on.
+
+    A function of facts, so that it is decided alike when asked again. Schedule and horizon stay as they
+    are. Nothing is decided before the warmup has ended, at the horizon, of steps that were inherited, or
+    where a loss that is not finite says that the trial is infeasible.
+    `median`: the best loss so far is above the median of what the complete trials had up to that step
+    (Golovin et al., "Google Vizier", 2017). `halving`: it is not among the best third of the trials that
+    have come to the rung (Li et al., "A System for Massively Parallel Hyperparameter Tuning", 2020). Rule:
+    this project's decision, "run.pruner".
+    """
+    if pruner == "none" or not trial.evaluations or not math.isfinite(trial.evaluations[-1].eval_loss):
+        return None
+    step = trial.evaluations[-1].step
+    inherited = trial.continues.step if trial.continues else 0
+    if step <= max(inherited, warmup_length(trial.hyperparameters)) or step >= max_train_steps:
+        return None
+    own = _best_until(trial, step)
+    peers = [other for other in others if other.number != trial.number]
+    match pruner:
+        case "median":
+            return _behind_the_median(own, peers, step)
+        case "halving" if step in rungs(max_train_steps, evaluate_every=evaluate_every):
+            return _behind_on_the_rung(own, peers, step)
+        case _:
+            return None
+
+
+def rungs(max_train_steps: int, *, evaluate_every: int) -> tuple[int, ...]:
+    """The evaluation steps at which `halving` compares: the first ones at or after T/9 and T/3.
+
+    Rule: this project's decision, "run.pruner": successive halving by rungs within the fixed horizon.
+    """
+    planned = [s for s in evaluation_steps(max_train_steps, evaluate_every) if 0 < s < max_train_steps]
+    wanted = [max_train_steps / REDUCTION**place for place in range(NUM_RUNGS, 0, -1)]
+    found = (next((step for step in planned if step >= at), None) for at in wanted)
+    return tuple(dict.fromkeys(step for step in found if step is not None))
+
+
+def _behind_the_median(own: float, peers: Sequence[Trial], step: int) -> str | None:
+    complete = [_best_until(peer, step) for peer in peers if peer.state == TrialState.COMPLETE]
+    if len(complete) < MIN_COMPLETE or not own > (middle := median(complete)):
+        return None
+    return f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)}, {middle:.4f}"
+
+
+def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | None:
+    there = [_best_until(peer, step) for peer in peers if any(e.step == step for e in peer.evaluations)]
+    places = max(1, (len(there) + 1) // REDUCTION)
+    if sum(loss < own for loss in there) < places:
+        return None
+    return f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1}"
+
+
+def _best_until(trial: Trial, step: int) -> float:
+    best = best_evaluation(evaluation for evaluation in trial.evaluations if evaluation.step <= step)
+    return math.inf if best is None else best.eval_loss
