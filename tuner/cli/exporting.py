@@ -243,6 +243,7 @@ def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase
         licence=export.licence,
         stated_licences=dict(_stated_licences(finished, hub_sources)),
         hub_sources=hub_sources,
+        test_loss=finished.trial.final_score.loss if finished.trial.final_score else None,
     )
 
 
