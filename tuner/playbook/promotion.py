@@ -163,7 +163,10 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
 
 
 def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
-    """The best trials, of several with the same hyperparameters and seed only the first."""
+    """The best trials, of several with the same hyperparameters and seed only the first.
+
+    Rule: this project's decision, "The next round": what is carried over as it is.
+    """
     distinct: list[Trial] = []
     for trial, _ in ranked(trials):
         if not any(trial.hyperparameters == other.hyperparameters for other in distinct):
