@@ -24,6 +24,7 @@ TRIAL_KEYS = [
     "best_eval_loss",
     "settled_step",
     "adapter",
+    "test",
     "continues",
     "executed_steps",
     "attempts",
@@ -54,7 +55,10 @@ class TestStudy:
         assert document["study"] == "tiny"
         assert [r["round"] for r in document["rounds"]] == ["round1", "round2"]
         for status in document["rounds"]:
-            assert list(status) == ["round", "max_train_steps", "state", "trials", "best", "throughput"]
+            assert list(status) == [
+                "round", "max_train_steps", "state", "trials", "best", "branches_left", "overfitting",
+                "throughput",
+            ]  # fmt: skip
             executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])
             measured = status["throughput"]
             steps = measured["trial_steps_per_second"] * measured["training_seconds"]
