@@ -56,11 +56,11 @@ def test_a_time_that_is_over_before_the_round_has_begun(tmp_path: Path) -> None:
 def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
     """Two trials are begun at once; when the time is over both are saved, and that is no failure."""
     write_round(tmp_path, trials=2, steps=20_000, every=2_000, learning_rate="1e-4")
-    done = tuner("study", "run", "round1.yaml", "--for", "25s", "--slots", "2", directory=tmp_path)
+    done = tuner("study", "run", "round1.yaml", "--for", "20s", "--slots", "2", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "worker ready: cpu, 2 slots" in done.stderr
     assert (
-        "25s are over: stopped; all progress is saved; go on with: tuner study run round1.yaml" in done.stderr
+        "20s are over: stopped; all progress is saved; go on with: tuner study run round1.yaml" in done.stderr
     )
     assert done.stderr.splitlines()[-1] == "next: tuner study run round1.yaml"
     trials = trials_of(tmp_path)

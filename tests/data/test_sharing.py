@@ -24,12 +24,14 @@ def source(format: str, template: str | None = None) -> SourceSpec:
 )
 def test_a_chat_renders_the_prompt_of_training(format: str, template: str | None, bos: bool) -> None:
     tokenizer = byte_level(bos=bos, chat_template=CHATML)
-    expected = render_prompt(format, tokenizer, instruction="Name a river.", template=template)
+    expected = render_prompt(format, tokenizer, instruction="Name a river.", template=template).ids
     chat = chat_template_of([source(format, template)] * 2, tokenizer)
     assert chat is not None
     tokenizer.chat_template = chat
     asked = [{"role": "user", "content": "Name a river."}]
-    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == expected
+    assert (
+        tuple(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)) == expected
+    )
     assert (expected[0] == tokenizer.bos_token_id) == bos
 
 

@@ -136,7 +136,7 @@ class TestEvents:
             assert [e.step for e in curve(events, number)] == [e.step for e in curve(alone, number)]
             for together, solitary in zip(curve(events, number), curve(alone, number), strict=True):
                 assert together.eval_loss == pytest.approx(solitary.eval_loss, rel=TOLERANCE)
-                assert together.example_nll == pytest.approx(solitary.example_scores, rel=TOLERANCE)
+                assert together.example_nll == pytest.approx(solitary.example_nll, rel=TOLERANCE)
 
 
 class TestWildTrials:
