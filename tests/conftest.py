@@ -66,12 +66,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the slowest tests come first, so that processes that share the files end together.
 
-    Coverage, which makes Python half as fast, is taken where it is asked for: `COVERING`, without slow tests.
+    Coverage, which makes Python half as fast, is taken where it is asked for: `COVERING`, without slow
+    tests and those that hypothesis draws.
     """
     slowness: dict[Path, float] = defaultdict(float)
     for item in items:
         slowness[item.path] = max(slowness[item.path], _slowness(item))
-        if item.path.relative_to(TESTS).parts[0] not in COVERING or _slowness(item):
+        is_drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if item.path.relative_to(TESTS).parts[0] not in COVERING or _slowness(item) or is_drawn:
             item.add_marker("no_cover")
     items.sort(key=lambda item: -slowness[item.path])
 

@@ -104,6 +104,7 @@ def test_run_again_it_says_the_same_and_changes_nothing(
     assert list(round_files(study / "rehearsal")) == ROUND_FILES
 
 
+@pytest.mark.slow
 def test_a_promotion_cut_in_two_is_finished_and_one_made_by_hand_is_gone_on_from(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_file_in_the_way_is_refused_and_kept(study: Path, capsys: pytest.Captu
     assert (study / "rehearsal" / "round2.yaml").read_text() == mine
 
 
+@pytest.mark.slow
 def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +155,7 @@ def test_a_round_that_teaches_no_horizon_ends_it_with_1(
     assert list(round_files(study / "rehearsal")) == ["round1.yaml"]
 
 
+@pytest.mark.slow
 def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ def swept(directory: Path, *, production_steps: int = 80, **changes: object) -> 
     return path
 
 
+@pytest.mark.slow
 def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

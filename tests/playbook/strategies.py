@@ -25,7 +25,7 @@ from tuner.records import (
 )
 
 heavy = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 """For properties of whole rounds, of which each takes some milliseconds to draw."""
 

@@ -46,7 +46,7 @@ def sqlite_store(directory: str) -> Store:
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(data=st.data())
 def test_studies_told_in_turns_know_what_each_would_alone(data: st.DataObject) -> None:
@@ -66,7 +66,7 @@ def test_studies_told_in_turns_know_what_each_would_alone(data: st.DataObject) -
 
 @pytest.mark.parametrize("make", [memory_store, sqlite_store])
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(history=histories(), data=st.data())
 def test_replays_change_nothing(

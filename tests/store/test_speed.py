@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import pytest
 from sqlalchemy import create_engine, insert
 
 from tuner.records import Evaluation, RoundRecord, Trial, to_json
@@ -16,6 +17,7 @@ from tuner.store.schema import EVALUATIONS
 NUM_TRIALS, NUM_EVALUATIONS, NUM_EXAMPLES = 100, 100, 200
 
 
+@pytest.mark.slow
 def test_ten_thousand_evaluations_of_two_hundred_examples(tmp_path: Path) -> None:
     """Measured on 2 cores: 0.2 s on SQLite, 0.5 s on PostgreSQL."""
     url = f"sqlite:///{tmp_path}/tuner.db"
