@@ -247,7 +247,6 @@ def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.Capture
     ("changes", "rows", "words"),
     [
         ({}, {"train": ""}, ["train.jsonl"]),
-        ({}, {"train": GOOD_ROW + OTHER_ROW}, ["eval.jsonl", "train.jsonl"]),
         ({"base": "no-model"}, {}, ["no-model"]),
     ],
 )

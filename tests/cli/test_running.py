@@ -101,7 +101,7 @@ def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
 def test_two_workers_share_a_round_and_change_nothing(tmp_path: Path) -> None:
     """Each has its log and its trials; every trial is digit for digit what one worker makes of it."""
     for name, workers in (("one", "1"), ("two", "2")):
-        write_round(tmp_path / name, trials=3, steps=20, every=10)
+        write_round(tmp_path / name, trials=3, steps=10, every=5)
         done = tuner(
             *("study", "run", "round1.yaml", "--workers", workers, "--slots", "1"), directory=tmp_path / name
         )

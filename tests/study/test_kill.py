@@ -171,18 +171,18 @@ def test_sigterm_saves_and_names_the_command_that_goes_on(
     assert [trial["executed_steps"] for trial in found] == [10, 10]
 
 
-@pytest.mark.slow
 def test_promote_killed_between_file_and_fact_is_finished_by_promoting_again(tmp_path: Path) -> None:
     write_round(tmp_path, **CHANGES)
-    assert tuner(*RUN, directory=tmp_path).returncode == 0
+    assert tuner(*RUN, "--engine", "simulated", directory=tmp_path).returncode == 0
+    directory = tmp_path / "rehearsal"
     command = ("study", "promote", "--to", "round2", "--max-train-steps", "20")
-    died = run_dying(tmp_path, "tuner.store.sql.SqlStore.record:1", PARENT, *command)
+    died = run_dying(directory, "tuner.store.sql.SqlStore.record:1", PARENT, *command)
     assert died.returncode == -signal.SIGKILL
-    written = (tmp_path / "round2.yaml").read_text()
-    again = tuner(*command, directory=tmp_path)
+    written = (directory / "round2.yaml").read_text()
+    again = tuner(*command, directory=directory)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "round2.yaml").read_text() == written
-    store = open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")
+    assert (directory / "round2.yaml").read_text() == written
+    store = open_store(f"sqlite:///{directory / 'tuner.db'}", study="tiny")
     assert [p.file_text for p in store.promotions()] == [written]
     store.close()
 

@@ -97,6 +97,7 @@ def run_round(
                 max_train_steps=plan.spec.max_train_steps,
                 earlier=earlier_outcomes(store, record),
             )
+            in_use.callback(advisor.close)
             RoundLoop(
                 plan=plan,
                 store=store,

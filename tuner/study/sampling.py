@@ -88,6 +88,12 @@ class Advisor:
             sampler=optuna.samplers.RandomSampler(),
         )
 
+    def close(self) -> None:
+        """Let go of the database."""
+        if isinstance(self._storage, optuna.storages.RDBStorage):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
+
     # --- asking -----------------------------------------------------------------------------------
 
     @property
