@@ -26,4 +26,6 @@ def test_what_unsloth_lacks(is_installed: bool, has_gpu: bool, words: str) -> No
 
 def test_nothing_is_refused_that_can_be_used() -> None:
     refuse_without_unsloth(is_installed=True, has_gpu=True)
-    require_loader(tiny.model_spec("anything"))
+    spec = tiny.model_spec("anything")
+    assert spec.loader == "transformers"
+    require_loader(spec)

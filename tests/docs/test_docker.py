@@ -48,7 +48,7 @@ def test_commands_can_be_typed(words: list[str]) -> None:
     for word in rest:
         if word.startswith("-"):
             option_of(word, verb)
-    verb.make_context(verb.name, rest)
+    assert verb.make_context(verb.name, list(rest)).info_name == verb.name
 
 
 def test_what_is_copied_exists_and_is_not_left_out() -> None:
