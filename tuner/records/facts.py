@@ -1,0 +1,262 @@
+"""What rounds, trials and branches leave: assembled from what the store holds, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from tuner.records.space import Hyperparameters
+from tuner.records.throughput import Throughput, added_up
+
+
+class TrialState(StrEnum):
+    """Where a trial stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    INFEASIBLE = "infeasible"
+    """The hyperparameters' fault: a result, with a reason and without an objective."""
+    FAILED = "failed"
+    """The machine's fault, after the last attempt: not a result."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the trial will never run again."""
+        return self not in (TrialState.WAITING, TrialState.RUNNING)
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the trial counts towards `search.trials`."""
+        return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.INFEASIBLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The loss on the held-out examples at a step, and how training went since the one before."""
+
+    step: int
+    eval_loss: float
+    """Sum of negative log-likelihoods over sum of target tokens; may be NaN or infinite."""
+    train_loss: float | None = None
+    """The same ratio over the training batches since the evaluation before; None at step 0."""
+    learning_rate: float | None = None
+    """Rate of the last update before this evaluation; None at step 0."""
+    clipped_updates: int = 0
+    """Updates since the evaluation before whose gradient norm was clipped."""
+    example_nll: tuple[float, ...] = ()
+    """Sum of negative log-likelihoods of each evaluation example; empty when not known."""
+    example_tokens: tuple[int, ...] = ()
+    """Target tokens of each evaluation example, in the same order."""
+    correct_tokens: int | None = None
+    """Those of all the target tokens than which the model finds no other likelier; None where not counted."""
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """Share of the target tokens that are predicted first, in [0, 1]; None where it was not counted."""
+        if self.correct_tokens is None or not sum(self.example_tokens):
+            return None
+        return self.correct_tokens / sum(self.example_tokens)
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"an evaluation's step is at least 0; got {self.step}")
+        if len(self.example_nll) != len(self.example_tokens):
+            raise ValueError("an evaluation needs one token count for each example")
+
+
+class CheckpointKind(StrEnum):
+    """What a checkpoint is for."""
+
+    BEST = "best"
+    """The PEFT adapter directory of the best step so far."""
+    LAST = "last"
+    """Resumable, the newest: where the next attempt goes on."""
+    TRUNK = "trunk"
+    """Resumable, in the constant part of the schedule: where a longer round goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An adapter saved at a step."""
+
+    kind: CheckpointKind
+    step: int
+    path: str
+    """Directory, relative to the round's checkpoint directory (`runs/ROUND`)."""
+    size_bytes: int
+    sha256: str
+    """Of the directory: hash of the sorted (name, content hash) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a trial goes on from; its text form is `round1/3@36`."""
+
+    round: str
+    trial: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.round}/{self.trial}@{self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> Continuation:
+        """The inverse of `str`. Raises ValueError."""
+        path, _, step = text.rpartition("@")
+        round_name, _, trial = path.rpartition("/")
+        if not round_name:
+            raise ValueError(f"expected ROUND/TRIAL@STEP, got {text!r}")
+        return cls(round_name, int(trial), int(step))
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of a trial on a machine."""
+
+    number: int
+    """1, 2, ... within the trial."""
+    from_step: int
+    to_step: int
+    """The last step known to have been run; to_step - from_step steps were executed."""
+    started_at: float
+    """Seconds since the epoch."""
+    ended_at: float | None = None
+    outcome: str | None = None
+    """complete, infeasible, pruned, stopped (asked to), interrupted (the parent died), died (the worker
+    did) or failed."""
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinalScore:
+    """The loss of a trial's best adapter on `data.test`, by which nothing was chosen."""
+
+    step: int
+    """Of the adapter that was scored."""
+    loss: float
+    """As an evaluation loss: sum of negative log-likelihoods over sum of target tokens."""
+    standard_error: float | None
+    """Of the loss over the examples, in nats per token; None for a single one."""
+    num_examples: int
+    num_tokens: int
+    """Target tokens of the examples."""
+    rows: str
+    """Fingerprint of the examples: trials with the same one were scored on the same rows."""
+    scored_at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Hyperparameters and a seed, run to the round's horizon; assembled from the facts."""
+
+    round: str
+    number: int
+    hyperparameters: Hyperparameters
+    state: TrialState = TrialState.WAITING
+    reason: str | None = None
+    """Why it is infeasible, pruned or failed; or why it started afresh although it was to go on."""
+    continues: Continuation | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    """By step, each step once."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Those that exist."""
+    attempts: tuple[Attempt, ...] = ()
+    optuna_trial: int | None = None
+    """Number of its trial in the Optuna study `STUDY/ROUND`."""
+    final_score: FinalScore | None = None
+    """On `data.test`; None for all but the trials that somebody settled on."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of initialisation, data order and dropout."""
+        seed = self.hyperparameters.get("training_seed", 0)
+        assert isinstance(seed, (int, float))
+        return int(seed)
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps really run, those repeated after a crash included, those inherited not."""
+        return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
+
+    def checkpoint(self, kind: CheckpointKind, step: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint of a kind, or the one at a step."""
+        found = [c for c in self.checkpoints if c.kind == kind and step in (None, c.step)]
+        return max(found, key=lambda c: c.step, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A decay branch: a short run from a trial's trunk to a horizon of its own, decaying all the way.
+
+    It is no trial: it has no number, nothing of it is searched, and it leaves no adapter.
+    """
+
+    trial: int
+    """Number of the trial whose trunk it leaves."""
+    max_train_steps: int
+    """Its own horizon."""
+    from_step: int
+    """Where it leaves the trunk."""
+    attempts: tuple[Attempt, ...] = ()
+    checkpoint: Checkpoint | None = None
+    """Where the next attempt goes on; None at the trunk's own checkpoint."""
+    state: Literal["open", "complete", "infeasible", "failed"] = "open"
+    """As of a trial; `open` until it has ended."""
+    reason: str | None = None
+    evaluation: Evaluation | None = None
+    """At its horizon."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of its decay: all that it runs."""
+        return self.max_train_steps - self.from_step
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps really run, those repeated after a crash included."""
+        return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """A round that has begun."""
+
+    name: str
+    max_train_steps: int
+    spec: Mapping[str, Any]
+    """The round file as it was when the round began (later with the keys that may change), as JSON."""
+    begun_at: float
+    """Seconds since the epoch."""
+    train_rows: int = 0
+    eval_rows: int = 0
+    workload: str = ""
+    """Fingerprint of base, data, evaluation set and length."""
+    evaluation_share: float = 0.0
+    """Share of a trial's work that its evaluations take, in [0, 1]."""
+    throughputs: tuple[Throughput, ...] = ()
+    """Of every worker process that measured its work for the round, by session."""
+    branches: tuple[Branch, ...] = ()
+    """Its decay branches that have begun, by trial and horizon."""
+
+    @property
+    def throughput(self) -> Throughput | None:
+        """Of all of them together; None where nothing was measured."""
+        return added_up(self.throughputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A plan that `promote` recorded."""
+
+    from_round: str
+    to_round: str
+    plan: Mapping[str, Any]
+    """The JSON document of `study promote --json`."""
+    file_text: str
+    """The round file as written."""
+    planned_at: float

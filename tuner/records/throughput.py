@@ -1,0 +1,79 @@
+"""What worker processes have done, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What a worker process has done since it was ready, in sums."""
+
+    session: str = ""
+    """Names the life of one worker process; empty for a sum over several."""
+    training_seconds: float = 0.0
+    """Spent in training passes and updates. Those of workers side by side are added up."""
+    evaluating_seconds: float = 0.0
+    saving_seconds: float = 0.0
+    passes: int = 0
+    """Forward and backward passes of training."""
+    micro_steps: int = 0
+    """Trials' micro-batches in them."""
+    trial_steps: int = 0
+    """Optimizer updates, of all trials."""
+    tokens: int = 0
+    """Tokens trained on."""
+    padded_tokens: int = 0
+    """The same with the padding that was computed along."""
+    peak_memory_bytes: int = 0
+    """The most at once; of several workers, the largest."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens trained on in a second of training; None without any."""
+        return _ratio(self.tokens, self.training_seconds)
+
+    @property
+    def trial_steps_per_second(self) -> float | None:
+        """Updates of all trials in a second of training; None without any."""
+        return _ratio(self.trial_steps, self.training_seconds)
+
+    @property
+    def packing_factor(self) -> float | None:
+        """Trials that share a training pass, on average; None without a pass."""
+        return _ratio(self.micro_steps, self.passes)
+
+    @property
+    def padding_share(self) -> float | None:
+        """Share of the computed tokens that is padding, in [0, 1]; None without a pass."""
+        real = _ratio(self.tokens, self.padded_tokens)
+        return None if real is None else 1.0 - real
+
+    @property
+    def evaluation_share(self) -> float | None:
+        """Share of the measured seconds that evaluation took, in [0, 1]; None where none were."""
+        measured = self.training_seconds + self.evaluating_seconds + self.saving_seconds
+        return _ratio(self.evaluating_seconds, measured)
+
+
+def added_up(parts: Iterable[Throughput]) -> Throughput | None:
+    """What several worker processes have done together; None where there was none."""
+    sessions = tuple(parts)
+    if not sessions:
+        return None
+    return Throughput(
+        training_seconds=sum(part.training_seconds for part in sessions),
+        evaluating_seconds=sum(part.evaluating_seconds for part in sessions),
+        saving_seconds=sum(part.saving_seconds for part in sessions),
+        passes=sum(part.passes for part in sessions),
+        micro_steps=sum(part.micro_steps for part in sessions),
+        trial_steps=sum(part.trial_steps for part in sessions),
+        tokens=sum(part.tokens for part in sessions),
+        padded_tokens=sum(part.padded_tokens for part in sessions),
+        peak_memory_bytes=max(part.peak_memory_bytes for part in sessions),
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
