@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 from tests.playbook.test_horizon import seen
 from tuner.playbook.evidence import evidence, examples_to_settle
+from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, suggest
 from tuner.playbook.selection import LeadingTrial
+
+EARLIER = Gain(0.03, 0.0, None, GainSource.EARLIER_ROUND, trial=0, from_steps=50, to_steps=100)
 
 
 def with_examples(signs: Signs, count: int) -> Signs:
@@ -54,6 +57,24 @@ def test_no_number_of_examples_settles_what_they_do_not_show():
     by_seeds = replace(with_examples(seen(gain=0.03, noise=0.005), 48), noise=0.03)
     assert examples_to_settle(by_seeds) is None
     assert "the seeds differ by as much" in said(by_seeds)[2]
+
+
+@pytest.mark.parametrize(
+    ("gain", "advice"),
+    [
+        (0.0012, ", 1.5 times as many: the last doubling of these should be worth 0.097%."),
+        (0.0014, ", 2 times as many: the last doubling of these should be worth 0.098%."),
+        (0.03, ", 3 times as many, the most for one round: the last doubling of these should be worth 1.7%."),
+    ],
+)
+def test_more_steps_are_advised_with_what_they_should_bring(gain, advice):
+    assert said(seen(gain=gain, noise=0.0))[-1].endswith(advice)
+
+
+def test_a_gain_over_more_than_a_doubling_is_said_to_be_reckoned():
+    for from_steps, is_reckoned in ((33, True), (49, False), (50, False)):
+        signs = replace(seen(gain=0.03, noise=0.0), gain=replace(EARLIER, from_steps=from_steps))
+        assert ("in an earlier round, reckoned for one doubling." in said(signs)[1]) is is_reckoned
 
 
 @given(

@@ -48,7 +48,10 @@ def test_the_evidence_says_the_numbers():
     assert evidence[0].startswith("The 5 leading trials were best at step 100, 100, 100, 100, 100 of 100.")
     assert "trial 0 from 50 to 100 steps" in evidence[1]
     assert "5 of 5 were best in the last quarter" in evidence[2]
-    assert evidence[3] == "Train for 300 steps next, 3 times as many."
+    assert evidence[3] == (
+        "Train for 300 steps next, 3 times as many, the most for one round: the last doubling of these "
+        "should be worth 1.2%."
+    )
 
 
 def test_epochs_need_rows_and_batch_size():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tuner.playbook.findings import percent
 from tuner.playbook.gain import Gain, GainSource
-from tuner.playbook.horizon import MAX_UNDETERMINED_NOISE, Diagnosis, Signs, Suggestion
+from tuner.playbook.horizon import MAX_UNDETERMINED_NOISE, MULTIPLES, Diagnosis, Signs, Suggestion
 
 
 def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> Iterator[str]:
@@ -48,6 +48,8 @@ def _gain(gain: Gain, seen: Signs) -> str:
     match gain.source:
         case GainSource.EARLIER_ROUND:
             how = "the same hyperparameters in an earlier round"
+            if not gain.is_of_a_doubling:
+                how += ", reckoned for one doubling"
         case GainSource.DECAY_BRANCHES:
             how = "a decay branch against the whole run"
         case GainSource.TRUNK:
@@ -164,4 +166,8 @@ def _advice(seen: Signs, suggestion: Suggestion) -> str:
         return f"Keep max_train_steps at {suggestion.steps}."
     between = f" ({suggestion.low} to {suggestion.high})" if suggestion.low < suggestion.high else ""
     factor = suggestion.steps / seen.max_train_steps
-    return f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many."
+    times = f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many"
+    if factor <= 1 or seen.gain is None:
+        return f"{times}."
+    most = ", the most for one round" if factor > MULTIPLES[-2] else ""
+    return f"{times}{most}: the last doubling of these should be worth {percent(seen.gain.at(factor))}."

@@ -68,6 +68,11 @@ class Gain:
             return DEFAULT_RATIO
         return min(MAX_RATIO, max(0.0, self.relative / self.previous))
 
+    @property
+    def is_of_a_doubling(self) -> bool:
+        """Whether it was measured over about one doubling, and not reckoned from another factor."""
+        return abs(self.to_steps / self.from_steps - 2.0) <= 0.1
+
     def at(self, multiple: float) -> float:
         """Predicted gain over the last doubling of a horizon `multiple` times as long."""
         return self.relative * math.pow(self.ratio, math.log2(multiple))
