@@ -48,8 +48,8 @@ METHODS: dict[str, baselines.Method] = {
     "two-rounds-from-scratch": baselines.two_rounds_from_scratch,
 }
 """What is compared, tuner's first."""
-REFERENCE = "halving"
-"""What the others' costs are divided by, seed by seed."""
+REFERENCE = "tuner"
+"""Whose costs are divided by those of the others, seed by seed."""
 
 _tasks: dict[Path, Task] = {}
 

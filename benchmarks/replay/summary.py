@@ -47,16 +47,31 @@ class Replay(NamedTuple):
         return (best - task.best) / (task.start - task.best)
 
 
-def costs(replays: Sequence[Replay], tasks: Sequence[Task], method: str, closeness: float) -> np.ndarray:
-    """[tasks, seeds], of the seeds that the method has on all tasks."""
+def costs(
+    replays: Sequence[Replay],
+    tasks: Sequence[Task],
+    method: str,
+    closeness: float,
+    *,
+    beside: str | None = None,
+) -> np.ndarray:
+    """[tasks, seeds], of the seeds that the method, and the one `beside` it, have on all tasks."""
+    seeds = _seeds(replays, tasks, method)
+    if beside is not None:
+        seeds &= _seeds(replays, tasks, beside)
     by_task = {task.name: task for task in tasks}
-    found: dict[tuple[str, int], float] = {
+    found = {
         (r.task, r.seed): r.cost(by_task[r.task], closeness)
         for r in replays
         if r.method == method and r.task in by_task
     }
-    seeds = sorted({seed for _, seed in found if all((t.name, seed) in found for t in tasks)})
-    return np.array([[found[task.name, seed] for seed in seeds] for task in tasks])
+    return np.array([[found[task.name, seed] for seed in sorted(seeds)] for task in tasks])
+
+
+def _seeds(replays: Sequence[Replay], tasks: Sequence[Task], method: str) -> set[int]:
+    """Those that the method has on all tasks."""
+    found = {(r.task, r.seed) for r in replays if r.method == method}
+    return {seed for _, seed in found if all((task.name, seed) in found for task in tasks)}
 
 
 def typical(table: np.ndarray) -> float:
@@ -92,19 +107,19 @@ def markdown(
         "# Replayed learning curves: full-length runs until near the best",
         "",
         f"{len(tasks)} tasks of {len(tasks[0].values)} recorded configurations. Geometric mean over tasks of",
-        "the median over seeds (the first so many, paired), with 95% bootstrap intervals over seeds; the",
-        f"ratio is that of the 1% costs to those of {reference} on the same seeds. Lower is better. What",
-        "does not get there costs its budget.",
+        "the median over seeds, with 95% bootstrap intervals over seeds; lower is better. What does not get",
+        f"there costs its budget. The last columns are {reference}'s costs over the method's, on the",
+        "seeds that both have.",
         "",
-        f"| method | seeds | within 1% | within 5% | 1%, ratio to {reference} |",
-        "|---|---|---|---|---|",
+        f"| method | seeds | within 1% | within 5% | {reference} / it, 1% | {reference} / it, 5% |",
+        "|---|---|---|---|---|---|",
     ]
-    base = costs(replays, tasks, reference, min(CLOSE)) if reference in run else None
     for name in run:
         near, nearer = (costs(replays, tasks, name, closeness) for closeness in CLOSE)
+        to_near, to_nearer = (_ratio(replays, tasks, reference, name, closeness) for closeness in CLOSE)
         lines.append(
             f"| {name} | {nearer.shape[1]} | {_with_interval(nearer)} | {_with_interval(near)} "
-            f"| {_ratio(nearer, base) if base is not None and name != reference else '1'} |"
+            f"| {to_nearer} | {to_near} |"
         )
     lines += ["", "## Each task: median cost to come within 1% (5%)", ""]
     lines += [f"| method | {' | '.join(task.name for task in tasks)} |", "|---" * (len(tasks) + 1) + "|"]
@@ -199,10 +214,14 @@ def _with_interval(table: np.ndarray) -> str:
     return f"{_short(typical(table))} ({_short(low)} to {_short(high)})"
 
 
-def _ratio(table: np.ndarray, base: np.ndarray) -> str:
-    seeds = min(table.shape[1], base.shape[1])
-    both = [table[:, :seeds], base[:, :seeds]]
-    if seeds < FEWEST:
+def _ratio(replays: Sequence[Replay], tasks: Sequence[Task], method: str, to: str, closeness: float) -> str:
+    if method == to:
+        return "1"
+    both = [
+        costs(replays, tasks, method, closeness, beside=to),
+        costs(replays, tasks, to, closeness, beside=method),
+    ]
+    if both[0].shape[1] < FEWEST:
         return "-"
     low, high = interval(both, lambda a, b: typical(a) / typical(b))
     return f"{typical(both[0]) / typical(both[1]):.2f} ({low:.2f} to {high:.2f})"
