@@ -154,6 +154,21 @@ class TestStudy:
             rows = database.execute("SELECT key FROM study_system_attributes").fetchall()
         assert any("tuner-best-steps" in key for (key,) in rows)
 
+    def test_a_promoted_trial_is_reproduced_from_its_trunk(self, study: Path) -> None:
+        promoted = next(t for t in trials_of(study) if t["round"] == "round2" and t["continues"])
+        name = f"round2/{promoted['number']}"
+        done = tuner("trial", "reproduce", name, "--json", directory=study)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert list(document) == [
+            "study", "trial", "agreement", "tolerance", "from_step", "to_step", "first_difference",
+            "largest_difference", "state", "reason", "evaluations", "environment", "remarks",
+        ]  # fmt: skip
+        assert (document["agreement"], document["from_step"], document["environment"]) == ("equal", 6, [])
+        assert [e["recorded"] for e in document["evaluations"]] == [
+            e["eval_loss"] for e in promoted["evaluations"] if e["step"] > 6
+        ]
+
     def test_generate_answers(self, study: Path) -> None:
         done = tuner_process(
             "trial", "generate", "best", "--prompt", "Name a river.", "--max-new-tokens", "8", directory=study

@@ -24,6 +24,7 @@ from tuner.records import (
 from tuner.store import FactError, Store
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     BranchAdvanced,
     CheckpointSaved,
@@ -118,6 +119,7 @@ HISTORY: list[Fact] = [
     ENDED,
     TrialNoted("round1", 7, "afresh"),
     AttemptStarted("round1", 7, 2, 20, 25.0),
+    AttemptPlaced("round1", 7, 2, {"device": "cpu (AVX2)", "torch": "2.13.0"}),
     AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
     COMPLETE,
     TrialScored("round1", 7, SCORE),
@@ -243,6 +245,13 @@ class StoreContract:
         (trial,) = store.trials("round1")
         assert trial.state is TrialState.WAITING
         assert (trial.attempts[0].from_step, trial.attempts[0].started_at) == (0, 10.5)
+
+    def test_the_last_that_is_said_of_an_attempts_environment_counts(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        for version in ("2.12.0", "2.13.0"):
+            store.record(AttemptPlaced("round1", 7, 1, {"torch": version}), ENDED)
+        (attempt,) = store.trials("round1")[0].attempts
+        assert (attempt.environment, attempt.outcome) == ({"torch": "2.13.0"}, "interrupted")
 
     def test_the_first_end_of_an_attempt_counts(self, store: Store) -> None:
         again = replace(ENDED, to_step=40, outcome="died", message=None, at=99.0)

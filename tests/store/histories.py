@@ -23,6 +23,7 @@ from tuner.records import (
 )
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     BranchAdvanced,
     CheckpointSaved,
@@ -98,10 +99,12 @@ def _said_of_attempt(
     draw: st.DrawFn, facts: list[Fact], trial: tuple[str, int], attempts: dict[tuple[str, int], int]
 ) -> Fact:
     attempt = draw(st.integers(1, attempts[trial]))
-    match draw(st.sampled_from(["start", "end", "steps", "save", "remove"])):
+    match draw(st.sampled_from(["start", "place", "end", "steps", "save", "remove"])):
         case "start":
             attempts[trial] += 1
             return AttemptStarted(*trial, attempts[trial], draw(STEPS), draw(TIMES))
+        case "place":
+            return AttemptPlaced(*trial, attempt, {"torch": draw(TEXTS)})
         case "end":
             message = draw(st.none() | TEXTS)
             return AttemptEnded(*trial, attempt, draw(STEPS), draw(TIMES), "died", message)
@@ -176,6 +179,8 @@ def _replaces(fact: Fact) -> object:
             return ("evaluation", fact.round, fact.trial, fact.evaluation.step)
         case CheckpointSaved():
             return ("checkpoint", fact.round, fact.trial, fact.checkpoint.path)
+        case AttemptPlaced():
+            return ("environment", fact.round, fact.trial, fact.attempt)
         case TrialNoted():
             return ("note", fact.round, fact.trial)
         case BranchAdvanced(round=name, branch=branch):

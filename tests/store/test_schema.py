@@ -42,6 +42,7 @@ from tuner.records import (
 )
 from tuner.store import migrations, open_store, schema
 from tuner.store.facts import (
+    AttemptPlaced,
     BranchAdvanced,
     EvaluationMade,
     RoundBegun,
@@ -99,7 +100,8 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
     strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
-    told = [fact for fact in HISTORY if not isinstance(fact, (WorkMeasured, TrialScored, BranchAdvanced))]
+    later = (WorkMeasured, TrialScored, BranchAdvanced, AttemptPlaced)
+    told = [fact for fact in HISTORY if not isinstance(fact, later)]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
         store.record(*told, strange)
@@ -145,6 +147,18 @@ def test_a_database_without_scores_takes_them(url: str) -> None:
         store.record(BranchAdvanced("round1", BRANCH), TrialScored("round1", 7, SCORE))
         assert repr(store.rounds()[0].branches) == repr((BRANCH,))
         assert store.trials("round1")[0].final_score == SCORE
+
+
+def test_a_database_without_environments_knows_of_none(url: str) -> None:
+    """As it was at revision 0004; those of later attempts are kept."""
+    placed = AttemptPlaced("round1", 7, 1, {"torch": "2.13.0"})
+    with closing(open_store(url, study="s")) as store:
+        store.record(*HISTORY[:5], placed)
+    at_revision(url, "0004")
+    with closing(open_store(url, study="s")) as store:
+        assert store.trials("round1")[0].attempts[0].environment == {}
+        store.record(placed)
+        assert store.trials("round1")[0].attempts[0].environment == placed.environment
 
 
 def test_every_migration_is_in_a_package_that_is_installed() -> None:

@@ -89,7 +89,7 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[]
     the block is left.
     """
     deadline = None if duration is None else time.monotonic() + parse_duration(duration)
-    with _stop_signals() as was_signalled:
+    with stop_signals("stopping: saving every trial (once more ends at once)") as was_signalled:
         try:
             yield lambda: was_signalled() or (deadline is not None and time.monotonic() > deadline)
         except Interrupted as stop:
@@ -207,14 +207,14 @@ def parse_count(option: str, text: str) -> int | Literal["auto"]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop; a second one ends the process at once."""
+def stop_signals(answer: str) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask to stop, and are answered; a second one ends the process at once."""
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        typer.echo("\nstopping: saving every trial (once more ends at once)", err=True)
+        typer.echo(f"\n{answer}", err=True)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

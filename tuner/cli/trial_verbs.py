@@ -75,6 +75,31 @@ def show(
 
 
 @app.command()
+def reproduce(
+    trial: TrialName,
+    to_step: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Run the first N steps only; the schedule stays as it was."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a trial again, alone, and say whether its curve agrees; exit code 1 where it does not.
+
+    The study stays as it is: no trial is added, and the run's files are deleted at its end.
+
+    Example: `tuner trial reproduce best --to-step 20`
+    """
+    from tuner.cli.printing import next_command, open_here
+    from tuner.cli.reproducing import reproduce_trial
+
+    agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
+    if not json:
+        typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
+    if not agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     trial: TrialName,
     prompt: Annotated[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tuner.records.facts import Checkpoint, Evaluation
@@ -59,6 +60,8 @@ class Started:
     trial: int
     attempt: int
     step: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """As in `Attempt.environment`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -129,6 +129,9 @@ class Attempt:
     """complete, infeasible, pruned, stopped (asked to), interrupted (the parent died), died (the worker
     did) or failed."""
     message: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What its worker computed with, by name: `device`, `threads`, `slots`, and packages with their versions.
+    Empty where it was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -52,6 +52,17 @@ class AttemptStarted:
     from_step: int
     at: float
     """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptPlaced:
+    """The worker of an attempt has said what it computes with; the last said of an attempt counts."""
+
+    round: str
+    trial: int
+    attempt: int
+    environment: Mapping[str, str]
+    """As in `Attempt.environment`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +184,7 @@ Fact: TypeAlias = (
     RoundBegun
     | TrialAsked
     | AttemptStarted
+    | AttemptPlaced
     | StepsRun
     | EvaluationMade
     | CheckpointSaved
@@ -204,7 +216,7 @@ def not_recorded(fact: Fact) -> FactError:
             subject = f"round {name}"
         case PromotionPlanned(promotion=promotion):
             subject = f"round {promotion.from_round}"
-        case StepsRun() | CheckpointSaved() | AttemptEnded():
+        case AttemptPlaced() | StepsRun() | CheckpointSaved() | AttemptEnded():
             subject = f"attempt {fact.attempt} of trial {fact.round}/{fact.trial}"
         case _:
             subject = f"trial {fact.round}/{fact.trial}"

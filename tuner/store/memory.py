@@ -21,6 +21,7 @@ from tuner.records import (
 )
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     BranchAdvanced,
     CheckpointSaved,
@@ -153,6 +154,8 @@ def _learn(known: _Known, fact: Fact) -> _Known:
         case AttemptStarted():
             started = Attempt(fact.attempt, fact.from_step, fact.from_step, fact.at)
             return replace(known, attempts={fact.attempt: started, **known.attempts})
+        case AttemptPlaced(environment=environment):
+            return _change_attempt(known, fact, environment=dict(environment))
         case StepsRun() | AttemptEnded():
             return _run_steps(known, fact)
         case EvaluationMade(evaluation=made):
@@ -176,14 +179,23 @@ def _learn(known: _Known, fact: Fact) -> _Known:
 
 
 def _run_steps(known: _Known, fact: StepsRun | AttemptEnded) -> _Known:
-    attempt = known.attempts.get(fact.attempt)
-    if attempt is None:
-        raise not_recorded(fact)
-    attempt = replace(attempt, to_step=max(attempt.to_step, fact.to_step))
+    attempt = _attempt(known, fact)
+    known = _change_attempt(known, fact, to_step=max(attempt.to_step, fact.to_step))
     if isinstance(fact, AttemptEnded) and attempt.ended_at is None:
         message = None if fact.message is None else storable_text(fact.message)
-        attempt = replace(attempt, ended_at=fact.at, outcome=fact.outcome, message=message)
-    return replace(known, attempts={**known.attempts, fact.attempt: attempt})
+        return _change_attempt(known, fact, ended_at=fact.at, outcome=fact.outcome, message=message)
+    return known
+
+
+def _change_attempt(known: _Known, fact: AttemptPlaced | StepsRun | AttemptEnded, **changes: Any) -> _Known:
+    changed = replace(_attempt(known, fact), **changes)
+    return replace(known, attempts={**known.attempts, fact.attempt: changed})
+
+
+def _attempt(known: _Known, fact: AttemptPlaced | StepsRun | AttemptEnded) -> Attempt:
+    if fact.attempt not in known.attempts:
+        raise not_recorded(fact)
+    return known.attempts[fact.attempt]
 
 
 def _save_checkpoint(known: _Known, fact: CheckpointSaved) -> _Known:

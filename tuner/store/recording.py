@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from tuner.records import RoundRecord, Trial, hyperparameters_from_json, to_json
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     BranchAdvanced,
     CheckpointSaved,
@@ -61,6 +62,9 @@ class Recorder:
                 self._ask_trial(trial)
             case AttemptStarted():
                 self._start_attempt(fact)
+            case AttemptPlaced(environment=environment):
+                if not self._update(ATTEMPTS, _is_attempt(fact), environment=dict(environment)):
+                    raise not_recorded(fact)
             case StepsRun():
                 self._run_steps(fact)
             case EvaluationMade():
@@ -216,7 +220,7 @@ def _is_trial(fact: CheckpointsRemoved | TrialEnded | TrialNoted) -> ColumnEleme
     return and_(TRIALS.c.round == fact.round, TRIALS.c.number == fact.trial)
 
 
-def _is_attempt(fact: StepsRun | AttemptEnded) -> ColumnElement[bool]:
+def _is_attempt(fact: AttemptPlaced | StepsRun | AttemptEnded) -> ColumnElement[bool]:
     return and_(
         ATTEMPTS.c.round == fact.round, ATTEMPTS.c.trial == fact.trial, ATTEMPTS.c.number == fact.attempt
     )

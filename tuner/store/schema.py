@@ -157,6 +157,7 @@ ATTEMPTS = Table(
     Column("ended_at", ExactFloat),
     Column("outcome", Text),
     Column("message", FreeText),
+    Column("environment", JsonText, nullable=False, server_default="{}"),
     _of_a_trial(),
 )
 

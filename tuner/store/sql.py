@@ -235,6 +235,7 @@ def _attempt(row: Row[Any]) -> Attempt:
         ended_at=row.ended_at,
         outcome=row.outcome,
         message=row.message,
+        environment=row.environment,
     )
 
 

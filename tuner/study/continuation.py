@@ -46,13 +46,10 @@ class Continuations:
 
     def checkpoint(self, trial: Trial) -> StartingPoint | None:
         """The checkpoint that a trial's `continues` names; None when it has none or it is gone."""
-        wish = trial.continues
-        if wish is None:
+        if trial.continues is None:
             return None
-        earlier = self._trial(wish.round, wish.trial)
-        folder = self._folder(wish.round)
-        points = [c for c in folder.resumable(earlier) if c.step == wish.step] if earlier else []
-        return next((point for c in points if (point := folder.point(c)) is not None), None)
+        directory = Path(self.plan.absolute.checkpoints.directory)
+        return continued_checkpoint(self.store, directory, trial.continues)
 
     def _find(self, round_name: str, number: int, hyperparameters: Hyperparameters) -> Continuation | str:
         record = next((r for r in self.store.rounds() if r.name == round_name), None)
@@ -107,6 +104,14 @@ class Continuations:
 
     def _folder(self, round_name: str) -> CheckpointFolder:
         return CheckpointFolder(Path(self.plan.absolute.checkpoints.directory) / round_name)
+
+
+def continued_checkpoint(store: Store, directory: Path, wish: Continuation) -> StartingPoint | None:
+    """The checkpoint to go on from, in the study's checkpoint directory; None when it is gone."""
+    earlier = next((t for t in store.trials(wish.round) if t.number == wish.trial), None)
+    folder = CheckpointFolder(directory / wish.round)
+    points = [c for c in folder.resumable(earlier) if c.step == wish.step] if earlier else []
+    return next((point for c in points if (point := folder.point(c)) is not None), None)
 
 
 def lost_best(evaluations: Sequence[Evaluation], planned: Sequence[int], step: int) -> str | None:

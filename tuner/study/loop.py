@@ -33,6 +33,7 @@ from tuner.records import (
 from tuner.report import View
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     CheckpointSaved,
     CheckpointsRemoved,
@@ -176,6 +177,8 @@ class RoundLoop:
             ) if run < 0:
                 self.branches.record(event)
                 return
+            case Started(environment=environment) if environment:
+                self.store.record(AttemptPlaced(name, event.trial, event.attempt, environment))
             case Ready() | Started():
                 pass
             case Measured(throughput=throughput):

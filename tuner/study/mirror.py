@@ -6,6 +6,7 @@ from tuner.records import Promotion, RoundRecord, Trial
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import (
     AttemptEnded,
+    AttemptPlaced,
     AttemptStarted,
     BranchAdvanced,
     CheckpointSaved,
@@ -68,6 +69,8 @@ def history(trial: Trial) -> list[Fact]:
             AttemptStarted(*name, attempt.from_step, attempt.started_at),
             StepsRun(*name, attempt.to_step),
         ]
+        if attempt.environment:
+            facts.append(AttemptPlaced(*name, attempt.environment))
     facts += [EvaluationMade(trial.round, trial.number, evaluation) for evaluation in trial.evaluations]
     newest = max((attempt.number for attempt in trial.attempts), default=1)
     facts += [CheckpointSaved(trial.round, trial.number, newest, c) for c in trial.checkpoints]

@@ -77,7 +77,7 @@ def run_round(
             known_base = [_base_evaluation(earlier)]
             if plan.spec.trains_alone:
                 view.message(DORA_TRAINS_ALONE)
-            worker, ready = _first_worker(
+            worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
             in_use.callback(worker.close)
@@ -189,7 +189,7 @@ def _base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
     return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
 
 
-def _first_worker(
+def first_worker(
     make: Callable[[], Worker], view: View, stopping: Callable[[], bool], *, begun: int
 ) -> tuple[Worker, Ready]:
     """A worker that has loaded base and data; one that dies on the way is replaced, a few times."""

@@ -121,7 +121,7 @@ def _begin(
         return None
     place.pack.occupy(slot, run.adapter)
     place.pack.load({slot: run.optimizer.weights})
-    say(Started(*_name(run), run.step))
+    say(Started(*_name(run), run.step, place.environment))
     if run.evaluations:
         best = run.save_best()
         if best is not None:

@@ -16,6 +16,7 @@ from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
+from tuner.training.environment import environment
 from tuner.training.loop import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.room import MARGIN, choose_packing, fit_room, free_device_bytes
@@ -40,6 +41,7 @@ def open_workplace(
     data = prepare(spec, load_tokenizer(spec.model), cache)
     place = arrange(spec, data, slots=slots)
     place.base_evaluation = base_evaluation or _measure_base(place)
+    place.environment = environment(place.base.device, slots=place.pack.num_slots)
     smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(
         slots=place.pack.num_slots,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -36,6 +37,8 @@ class Workplace:
     evaluation_tokens: int = 1 << 40
     """The same of an evaluation's pass."""
     meter: Meter = field(default_factory=Meter)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """As in `Attempt.environment`."""
 
     def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
         """What a trial starts from: PEFT's initialisation. Raises ModelError where there is none."""

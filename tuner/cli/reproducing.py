@@ -1,0 +1,63 @@
+"""What `trial reproduce` is wired to: a worker of its own with one slot, the live view and signals."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from tuner.cli.looking import find_trial
+from tuner.cli.printing import PROSE, output
+from tuner.cli.running import stop_signals
+from tuner.errors import Interrupted
+from tuner.playbook.reproduction import Agreement
+from tuner.records import searched
+from tuner.report import dumps, open_view
+from tuner.report.reproduction import reproduction_document, reproduction_page
+from tuner.spec import RoundSpec
+from tuner.study.folder import StudyFolder
+from tuner.study.reproducing import planned_rerun, reproduce
+from tuner.workers import LocalWorker, visible_devices, worker_environments
+
+
+def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
+    """Run a trial again, live on standard error; print what it comes to, and return whether it agrees.
+
+    Raises Interrupted, naming the command that begins again, when a signal asked to stop.
+    """
+    trial, _ = find_trial(folder, name)
+    rerun = planned_rerun(folder, trial, to_step=to_step)
+    view = open_view(
+        console=Console(stderr=True),
+        title=f"{folder.name}/{trial.round}, trial {trial.number} again",
+        trials_total=1,
+        max_train_steps=rerun.record.max_train_steps,
+        searched=tuple(searched(rerun.spec.space())),
+    )
+    limit = "" if to_step is None else f" --to-step {to_step}"
+    try:
+        with stop_signals("stopping (once more ends at once)") as stopping:
+            found = reproduce(rerun, make_worker=_worker, view=view, stopping=stopping)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; begin again with: tuner trial reproduce {name}{limit}") from stop
+    finally:
+        view.close()
+    if as_json:
+        typer.echo(dumps(reproduction_document(folder.name, found)))
+    else:
+        output(piped_width=PROSE).print(reproduction_page(folder.name, found))
+    return found.agreement != Agreement.DIFFERS
+
+
+def _worker(spec: RoundSpec, *, cache: Path, place: Path) -> LocalWorker:
+    (environment,) = worker_environments(1, visible_devices(), cores=os.cpu_count() or 1)
+    document = {
+        "spec": spec.model_dump(mode="json"),
+        "slots": 1,
+        "cache": str(cache),
+        "lock": str(place / "worker.lock"),
+        "base": None,
+    }
+    return LocalWorker(lambda: document, log=place / "worker.log", environment=environment)
