@@ -181,6 +181,9 @@ def test_plan() -> None:
     ):
         assert part in text
     assert "memory" not in text
+    assert "branches" not in text
+    branching = dataclasses.replace(plan, branches=10, branch_steps=120)
+    assert "10 after the last trial, 120 steps: 25% more" in shown(plan_table(branching, title=""))
     measured = dataclasses.replace(plan, peak_memory_bytes=2_300_000_000, hours=1.7)
     assert "2.3 GB" in shown(plan_table(measured, title=""))
     assert "about 1 h 42 min" in shown(plan_table(measured, title=""))

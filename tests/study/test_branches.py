@@ -18,6 +18,7 @@ from tuner.store import MemoryStore, Store
 from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
 from tuner.study.attempts import MAX_ATTEMPTS
 from tuner.study.branches import DecayBranches
+from tuner.study.checking import planned_work
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.mirror import history
 from tuner.study.plan import RoundPlan
@@ -69,6 +70,13 @@ def test_a_branch_is_no_trial_and_leaves_no_files(study: Path) -> None:
     assert {path.name for path in (study / "runs" / "round1").iterdir()} == {
         f"trial-{n:04d}" for n in range(3)
     }
+
+
+def test_study_check_counts_what_is_run(study: Path) -> None:
+    (record,), planned = rounds(study), planned_work(round_file(study, **CHANGES).spec)
+    ran = sum(branch.executed_steps for branch in record.branches)
+    assert (planned.branches, planned.branch_steps) == (len(record.branches), ran)
+    assert planned.steps == ran + sum(trial.executed_steps for trial in trials(study, **CHANGES))
 
 
 def test_the_gain_is_taken_from_them(study: Path) -> None:

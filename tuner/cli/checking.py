@@ -16,7 +16,7 @@ from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, size
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec, load_round
-from tuner.study.checking import planned_round
+from tuner.study.checking import planned_hours, planned_round
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.pages import round_report
@@ -79,7 +79,11 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         from tuner.training.probe import predict
 
         predicted = predict(arrange(spec, data, slots=spec.run.slots), spec)
-        hours = plan.trials * predicted.seconds_per_trial / 3600
+        hours = planned_hours(
+            spec,
+            seconds_per_step=predicted.seconds_per_step,
+            seconds_per_evaluation=predicted.seconds_per_evaluation,
+        )
         plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
     if spec.trains_alone:

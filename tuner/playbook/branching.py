@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tuner.playbook.results import BranchResult
-from tuner.playbook.schedule import decay_branches
-from tuner.playbook.selection import leading_trials
-from tuner.records import Branch, CheckpointKind, Trial
+from tuner.playbook.schedule import DecayBranch, decay_branches
+from tuner.playbook.selection import leading_trials, num_leading
+from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
+
+
+def expected_branches(
+    num_trials: int, hyperparameters: Hyperparameters, max_train_steps: int, *, most: int | None = None
+) -> tuple[DecayBranch, ...]:
+    """The branches of a round of so many trials with such hyperparameters, if all of them end complete.
+
+    `most` is how many trials keep their trunks, None for all. Rule: this project's decision, "Decay
+    branches".
+    """
+    leading = num_leading(num_trials) if most is None else min(num_leading(num_trials), most)
+    return leading * decay_branches(hyperparameters, max_train_steps)
 
 
 def owed_branches(trials: Sequence[Trial], max_train_steps: int) -> tuple[Branch, ...]:

@@ -75,5 +75,13 @@ def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Leadi
     order = ranked(trials)
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
-        for trial, best in order[: max(MIN_LEADING, math.ceil(len(order) / 4))]
+        for trial, best in order[: num_leading(len(order))]
     )
+
+
+def num_leading(num_complete: int) -> int:
+    """How many of so many complete trials are leading.
+
+    Rule: this project's decision, "Leading trials": max(5, a quarter).
+    """
+    return min(num_complete, max(MIN_LEADING, math.ceil(num_complete / 4)))

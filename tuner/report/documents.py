@@ -59,7 +59,7 @@ class RoundPlan:
     train_rows: int
     eval_rows: int
     tokens: int
-    """Training tokens of all trials together."""
+    """Training tokens of all trials and decay branches together."""
     evaluation_share: float
     """Part of the work that is evaluation, 0 to 1."""
     checkpoint_bytes: int
@@ -67,6 +67,10 @@ class RoundPlan:
     """Measured by `--probe`."""
     hours: float | None = None
     """Measured by `--probe`."""
+    branches: int = 0
+    """Decay branches that follow the last trial, if all trials end complete."""
+    branch_steps: int = 0
+    """What they run, all together."""
 
 
 def round_status(

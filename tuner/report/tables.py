@@ -178,6 +178,7 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
     share = format.percent(plan.evaluation_share)
     facts = {
         "work": f"{work} = {plan.trials * plan.max_train_steps:,}",
+        **_branches(plan),
         "each trial sees": f"{format.number(plan.epochs)} epochs of {format.count(plan.train_rows, 'row')}",
         "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
         "training tokens": f"{plan.tokens:,}",
@@ -188,6 +189,14 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
     if plan.hours is not None:
         facts["time"] = f"about {format.duration(3600 * plan.hours)}"
     return Group(Text(title, style="bold"), _pairs(facts), *(Text(remark) for remark in remarks))
+
+
+def _branches(plan: RoundPlan) -> dict[str, str]:
+    if not plan.branches:
+        return {}
+    share = format.percent(plan.branch_steps / (plan.trials * plan.max_train_steps))
+    steps = format.count(plan.branch_steps, "step")
+    return {"decay branches": f"{plan.branches} after the last trial, {steps}: {share} more"}
 
 
 def _pairs(facts: Mapping[str, str]) -> Table:

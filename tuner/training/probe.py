@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
 from tuner.training.batches import MicroBatch
@@ -27,8 +26,10 @@ class Prediction:
     """What a round will take, from a few steps of all its slots."""
 
     slots: int
-    seconds_per_trial: float
+    seconds_per_step: float
     """Of a trial's share: slots that train together divide the time of a pass."""
+    seconds_per_evaluation: float
+    """The same of an evaluation."""
     peak_memory_bytes: int
 
 
@@ -40,9 +41,8 @@ def predict(place: Workplace, spec: RoundSpec) -> Prediction:
     runs = {slot: _trial(place, slot, hyperparameters, spec.max_train_steps) for slot in slots}
     took = [_timed(lambda: _update(place, runs), device) for _ in range(_STEPS + 1)][1:]
     evaluation = _timed(lambda: example_scores(place, tuple(slots)), device)
-    evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
-    together = spec.max_train_steps * sorted(took)[_STEPS // 2] + evaluations * evaluation
-    return Prediction(len(slots), together / len(slots), peak_memory_bytes(device))
+    step = sorted(took)[_STEPS // 2]
+    return Prediction(len(slots), step / len(slots), evaluation / len(slots), peak_memory_bytes(device))
 
 
 def probe(place: Workplace, hyperparameters: Hyperparameters) -> Probed:

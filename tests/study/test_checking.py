@@ -1,0 +1,42 @@
+"""The work that a round file promises, its decay branches included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.studies import round_file
+from tuner.study.checking import Work, planned_hours, planned_work
+
+BRANCHES = "run: {decay_branches: true}"
+
+
+def work(directory: Path, **changes: Any) -> Work:
+    return planned_work(round_file(directory, **changes).spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Work(3 * 8, 3 * 4)),
+        # Eight steps, the last three decaying: branches from 2 to 4 and from 4 to 6, evaluated at their ends.
+        ({"run": BRANCHES}, Work(3 * 8 + 3 * 4, 3 * 4 + 3 * 2, branches=6, branch_steps=12)),
+        ({"run": BRANCHES, "trials": 24}, Work(24 * 8 + 6 * 4, 24 * 4 + 6 * 2, 12, 24)),
+        ({"run": BRANCHES, "schedule": "cosine"}, Work(3 * 8, 3 * 4)),
+        ({"run": BRANCHES, "schedule": "[linear, constant]"}, Work(3 * 8 + 6, 3 * 4 + 3, 3, 6)),
+        (
+            {"run": f"{BRANCHES}\ncheckpoints: {{keep_best_trials: 1}}", "trials": 24},
+            Work(24 * 8 + 3 * 4, 24 * 4 + 3 * 2, 6, 12),
+        ),
+    ],
+)
+def test_work(tmp_path: Path, changes: dict[str, Any], expected: Work) -> None:
+    assert work(tmp_path, **changes) == expected
+
+
+def test_hours_count_steps_and_evaluations(tmp_path: Path) -> None:
+    spec = round_file(tmp_path, run=BRANCHES).spec
+    assert planned_hours(spec, seconds_per_step=3600.0, seconds_per_evaluation=0.0) == 36
+    assert planned_hours(spec, seconds_per_step=0.0, seconds_per_evaluation=3600.0) == 18
