@@ -345,9 +345,8 @@ RATES = "[3e-3, 2e-2, 1e-4, 4e-3, 1e-3, 1e-2, 2e-4]"
 
 def pruned_round(directory: Path, pruner: str, **more: Any) -> Fuse:
     written = {"learning_rate": RATES, "lora_r": 2, "sampler": "grid", "run": f"run: {{pruner: {pruner}}}\n"}
-    return rehearse(
-        directory, make_worker=lambda: SimulatedWorker(formula, slots=1), **{"trials": 7, **written, **more}
-    )
+    alone = {"make_worker": lambda: SimulatedWorker(formula, slots=1)}
+    return rehearse(directory, **{"trials": 7, **alone, **written, **more})
 
 
 @pytest.mark.parametrize(
@@ -385,6 +384,32 @@ def test_a_pruned_trial_whose_process_dies_ends_as_if_it_had_not(tmp_path: Path)
         pruned_round(directory, "halving", trials=2)
         check_consistent(directory, promised=2)
         assert [without_attempts(t) for t in trials(directory)] == [without_attempts(t) for t in undisturbed]
+
+
+class _Deaf(SimulatedWorker):
+    """Runs every trial to its end before it hears that it is to stop, unless it is closed."""
+
+    def stop(self, trial: int) -> None:
+        pass
+
+    def close(self) -> None:
+        for trial in list(self._runs):
+            super().stop(trial)
+
+
+def test_what_a_pruned_trial_did_before_it_heard_of_it_changes_nothing(tmp_path: Path) -> None:
+    """Or who else is pruned, and the adapter, would depend on who is faster."""
+    pruned_round(tmp_path / "heard", "halving", trials=3)
+    pruned_round(tmp_path / "deaf", "halving", make_worker=lambda: _Deaf(formula, slots=1), trials=3)
+    heard, deaf = (trials(tmp_path / name) for name in ("heard", "deaf"))
+    assert sum(trial.executed_steps for trial in deaf) > sum(trial.executed_steps for trial in heard)
+    assert [without_attempts(t) for t in deaf] == [without_attempts(t) for t in heard]
+    runs = tmp_path / "deaf" / "runs" / "round1"
+    for trial in deaf:
+        best = trial.checkpoint(CheckpointKind.BEST)
+        assert best is not None
+        assert (runs / f"trial-{trial.number:04d}" / "best").resolve() == runs / best.path
+    check_consistent(tmp_path / "deaf", promised=3)
 
 
 def without_attempts(trial: Trial) -> Trial:

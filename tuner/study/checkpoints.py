@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,14 +64,20 @@ class CheckpointFolder:
             shutil.rmtree(self.root / path, ignore_errors=True)
 
     def tidy(self, trial: Trial) -> None:
-        """Delete what a crash left: directories without a fact. Only while no worker holds the trial."""
+        """Delete what has no fact, and let `best` lead where the facts say.
+
+        What has none a crash left, or the trial did after it was pruned. Only while no worker holds it.
+        """
         for leftover in self.leftovers(trial):
             shutil.rmtree(leftover, ignore_errors=True)
-        directory = self.trial_directory(trial.number)
-        for link in directory.glob(".best.*.tmp"):
+        link = self.trial_directory(trial.number) / "best"
+        for unfinished in link.parent.glob(".best.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        best = trial.checkpoint(CheckpointKind.BEST)
+        if best is not None and (self.root / best.path).is_dir():
+            _lead(link, self.root / best.path)
+        elif not link.exists():
             link.unlink(missing_ok=True)
-        if not (directory / "best").exists():
-            (directory / "best").unlink(missing_ok=True)
 
     def leftovers(self, trial: Trial) -> list[Path]:
         """Directories of checkpoints without a fact."""
@@ -80,6 +87,15 @@ class CheckpointFolder:
     def size_bytes(self, trials: Sequence[Trial]) -> int:
         """What the recorded checkpoints of trials take on disk."""
         return sum(checkpoint.size_bytes for trial in trials for checkpoint in trial.checkpoints)
+
+
+def _lead(link: Path, target: Path) -> None:
+    """Make a link lead to its target; it may lead to what was deleted."""
+    if link.resolve() == target.resolve():
+        return
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
 
 
 def _unrecorded(directory: Path, recorded: set[Path]) -> list[Path]:

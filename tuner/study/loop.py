@@ -20,6 +20,7 @@ from tuner.records import (
     Died,
     Ended,
     Evaluated,
+    Evaluation,
     Event,
     Measured,
     Progressed,
@@ -181,6 +182,12 @@ class RoundLoop:
                 self.store.record(AttemptPlaced(name, event.trial, event.attempt, environment))
             case Ready() | Started():
                 pass
+            case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
+                self._trial(event.trial).state == TrialState.PRUNED
+            ):
+                # Said before the worker heard that it is to stop: how much, depends on who is faster.
+                self.store.record(StepsRun(name, event.trial, event.attempt, step))
+                return
             case Measured(throughput=throughput):
                 self.store.record(WorkMeasured(name, throughput))
             case Progressed(trial=trial, attempt=attempt, step=step):
