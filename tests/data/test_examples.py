@@ -31,7 +31,7 @@ def test_picked_rows_equal_the_same_rows_copied(
 ) -> None:
     picks = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8)) if rows else []
     whole = Examples.of(example(row) for row in rows)
-    picked = Examples([(whole._tables[0], np.array(picks, np.int64))])
+    picked = Examples([(whole._picks[0][0], np.array(picks, np.int64))])
     copied = Examples.of(example(rows[pick]) for pick in picks)
     assert picked.content_hash() == copied.content_hash()
     assert picked.num_tokens.tolist() == copied.num_tokens.tolist()

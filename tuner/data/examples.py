@@ -10,6 +10,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+_ROWS_AT_ONCE = 65_536
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
@@ -38,12 +40,13 @@ class Examples(Sequence[Example]):
     """Rows picked from tables, in order; a row may be picked twice. Nothing is copied."""
 
     def __init__(self, picks: Sequence[tuple[TokenTable, NDArray[np.int64]]]) -> None:
-        self._tables = tuple(table for table, _ in picks)
-        self._table = np.repeat(np.arange(len(picks)), [len(rows) for _, rows in picks])
-        self._row = np.concatenate([rows for _, rows in picks]) if picks else np.zeros(0, np.int64)
-        self.num_tokens: NDArray[np.int64] = _per_row(picks, lambda table: np.diff(table.offsets))
+        self._picks = tuple(picks)
+        self._ends = np.cumsum([len(rows) for _, rows in picks], dtype=np.int64)
+        self.num_tokens: NDArray[np.int32] = _per_row(
+            picks, lambda table, rows: table.offsets[rows + 1] - table.offsets[rows]
+        )
         """Tokens of each row."""
-        self.num_targets: NDArray[np.int64] = _per_row(picks, lambda table: table.num_targets)
+        self.num_targets: NDArray[np.int32] = _per_row(picks, lambda table, rows: table.num_targets[rows])
         """Target tokens of each row."""
 
     @classmethod
@@ -59,18 +62,19 @@ class Examples(Sequence[Example]):
     def content_hash(self) -> str:
         """Hash of all tokens and target masks, in order."""
         tokens, targets = hashlib.sha256(), hashlib.sha256()
-        for index, table in enumerate(self._tables):
-            rows = self._row[self._table == index]
-            breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-            for run in np.split(rows, breaks) if len(rows) else []:
-                start, end = table.offsets[run[0]], table.offsets[run[-1] + 1]
+        for table, rows in self._picks:
+            is_last = np.append(np.diff(rows) != 1, True)[: len(rows)]
+            runs = zip(rows[np.roll(is_last, 1)], rows[is_last], strict=True)
+            for first, last in runs:
+                start, end = table.offsets[first], table.offsets[last + 1]
                 tokens.update(table.tokens[start:end].data)
                 targets.update(table.targets[start:end].data)
-        parts = (self.num_tokens.tobytes(), tokens.digest(), targets.digest())
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        whole = hashlib.sha256(self.num_tokens.astype(np.int64).data)
+        whole.update(tokens.digest() + targets.digest())
+        return whole.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self.num_tokens)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -79,14 +83,23 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        table, row = self._tables[self._table[index]], self._row[index]
+        at = range(len(self))[index]
+        pick = int(np.searchsorted(self._ends, at, side="right"))
+        table, rows = self._picks[pick]
+        row = rows[at - self._ends[pick]]  # from the end
         start, end = table.offsets[row], table.offsets[row + 1]
         return Example(table.tokens[start:end], table.targets[start:end])
 
 
 def _per_row(
     picks: Sequence[tuple[TokenTable, NDArray[np.int64]]],
-    measure: Callable[[TokenTable], NDArray[np.int64]],
-) -> NDArray[np.int64]:
-    empty = np.zeros(0, np.int64)
-    return np.concatenate([empty, *(measure(table)[rows] for table, rows in picks)])
+    measure: Callable[[TokenTable, NDArray[np.int64]], NDArray[np.int64]],
+) -> NDArray[np.int32]:
+    found = np.zeros(sum(len(rows) for _, rows in picks), np.int32)
+    at = 0
+    for table, rows in picks:
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[begin : begin + _ROWS_AT_ONCE]
+            found[at : at + len(some)] = measure(table, some)
+            at += len(some)
+    return found

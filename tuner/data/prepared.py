@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuner.data.examples import Examples
 from tuner.data.formats import source_format
@@ -177,8 +178,7 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
 
 def _report(parts: Parts, split: Examples, *, overlap: int = 0) -> SplitReport:
     fates = np.concatenate([np.zeros(0, np.uint8), *(part.table.fates[part.rows] for part in parts)])
-    lengths = np.concatenate([np.zeros(0, np.int64), *(part.table.full_lengths[part.rows] for part in parts)])
-    lengths = lengths[fates != Fate.EMPTY]
+    lengths = np.concatenate([np.zeros(0, np.int64), *map(_full_lengths, parts)])
     kept = [part.kept() for part in parts]
     count = {fate: int((fates == fate).sum()) for fate in Fate}
     return SplitReport(
@@ -194,11 +194,17 @@ def _report(parts: Parts, split: Examples, *, overlap: int = 0) -> SplitReport:
         pieces=pieces(kept),
         overlap=overlap,
         token_lengths={
-            name: int(np.quantile(lengths, share, method="higher"))
+            name: int(np.quantile(lengths, share, method="higher", overwrite_input=True))
             for name, share in _QUANTILES.items()
             if len(lengths)
         },
     )
+
+
+def _full_lengths(part: Part) -> NDArray[np.int64]:
+    """Of the rows that are not empty."""
+    lengths: NDArray[np.int64] = part.table.full_lengths[part.rows]
+    return lengths[part.table.fates[part.rows] != Fate.EMPTY]
 
 
 def _fingerprint(splits: Iterable[Examples]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from tuner.data.sources import Source
 from tuner.data.table import RowTable
 from tuner.data.tokenise import Fate
 from tuner.errors import DataError
+
+_ROWS_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,10 +40,6 @@ class Part:
         """[rows, 2] of the rows' text hashes."""
         return self.table.digests[self.rows]
 
-    def likenesses(self) -> NDArray[np.uint64]:
-        """[rows, 2] of the hashes of what makes texts alike."""
-        return self.table.likenesses[self.rows]
-
     def place(self, index: int) -> str:
         """Where the index-th of the rows was read."""
         return self.source.place(int(self.table.numbers[self.rows[index]]))
@@ -54,12 +53,14 @@ def divide(parts: Parts, eval_fraction: float) -> tuple[list[Part], list[Part]]:
 
     Of rows that are alike but not equal, the hash of one speaks for all, so that they stay together.
     """
-    digests, likenesses = _digests(parts), _likenesses(parts)[:, 0]
-    held_out = _position(digests[:, 0]) < eval_fraction
-    order = np.lexsort((digests[:, 1], likenesses))
+    held_out = np.concatenate([_position(part.digests()[:, 0]) < eval_fraction for part in parts])
+    likenesses = _halves(parts, "likenesses", 0)
+    order = np.lexsort((_halves(parts, "digests", 1), likenesses))
     opens = np.diff(likenesses[order], prepend=~likenesses[order[:1]]) != 0
-    speakers = order[np.maximum.accumulate(np.where(opens, np.arange(len(order)), 0))]
-    held_out[order] = held_out[speakers]
+    del likenesses
+    speaks = np.where(opens, np.arange(len(order)), 0)
+    np.maximum.accumulate(speaks, out=speaks)
+    held_out[order] = held_out[order[speaks]]
     ends = np.cumsum([len(part.rows) for part in parts])
     out = np.split(held_out, ends[:-1])
     train = [replace(part, rows=part.rows[~is_out]) for part, is_out in zip(parts, out, strict=True)]
@@ -75,7 +76,7 @@ def sample(parts: Parts, max_examples: int | None) -> list[Part]:
     if max_examples is None:
         return list(parts)
     owner = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
-    chosen = np.sort(np.argsort(_digests(parts)[:, 0], kind="stable")[:max_examples])
+    chosen = np.sort(np.argsort(_halves(parts, "digests", 0), kind="stable")[:max_examples])
     starts = np.searchsorted(owner, np.arange(len(parts)))
     return [
         replace(part, rows=part.rows[chosen[owner[chosen] == index] - starts[index]])
@@ -89,6 +90,8 @@ def weigh(part: Part, weight: float) -> Part:
     Of a fraction, the rows whose hash falls in it have one more: 2 is every row twice, 0.25 a fixed
     quarter of the rows, 1.5 every row once and half of them again.
     """
+    if weight == 1:
+        return part
     whole, fraction = divmod(weight, 1)
     times = int(whole) + (_position(part.digests()[:, 1]) < fraction)
     return replace(part, rows=np.repeat(part.rows, times))
@@ -106,13 +109,13 @@ class Overlap:
 
 def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
     """Rows of `parts` that are like a row of `others`."""
-    likenesses, other_likenesses = _likenesses(parts), _likenesses(others)
-    shared = _both_in(likenesses, other_likenesses)
+    likenesses = _both_halves(parts, "likenesses")
+    shared = _among(likenesses, others, "likenesses")
     if not shared.any():
         return Overlap()
-    equal = shared & _both_in(_digests(parts), _digests(others))
+    equal = shared & _among(_both_halves(parts, "digests"), others, "digests")
     first = int(np.argmax(equal if equal.any() else shared))
-    other = int(np.argmax((other_likenesses == likenesses[first]).all(axis=1)))
+    other = int(np.argmax((_both_halves(others, "likenesses") == likenesses[first]).all(axis=1)))
     num_shared, num_equal = int(shared.sum()), int(equal.sum())
     how = "word for word" if num_equal else "but for case, white space or Unicode form"
     more = f" ({num_equal} of them word for word)" if 0 < num_equal < num_shared else ""
@@ -137,8 +140,9 @@ def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
 
 def duplicates(parts: Parts) -> int:
     """Rows whose text another row before them has; the examples of one long text are no duplicates."""
-    first_halves = _digests(parts)[:, 0]
-    return len(first_halves) - len(np.unique(first_halves)) - pieces(parts)
+    first_halves = _halves(parts, "digests", 0)
+    first_halves.sort()
+    return int((np.diff(first_halves) == 0).sum()) - pieces(parts)
 
 
 def pieces(parts: Parts) -> int:
@@ -148,7 +152,8 @@ def pieces(parts: Parts) -> int:
 
 def _goes_on(table: RowTable) -> NDArray[np.bool_]:
     same = np.zeros(len(table.fates), bool)
-    same[1:] = (np.diff(table.numbers) == 0) & (np.diff(table.digests[:, 0]) == 0)
+    same[1:] = table.numbers[1:] == table.numbers[:-1]
+    same[1:] &= table.digests[1:, 0] == table.digests[:-1, 0]
     return same
 
 
@@ -157,17 +162,34 @@ def examples(parts: Parts) -> Examples:
     return Examples([(part.table.tokens, part.rows) for part in parts])
 
 
-def _digests(parts: Parts) -> NDArray[np.uint64]:
-    return np.concatenate([np.zeros((0, 2), np.uint64), *(part.digests() for part in parts)])
+_Kind = Literal["digests", "likenesses"]
 
 
-def _likenesses(parts: Parts) -> NDArray[np.uint64]:
-    return np.concatenate([np.zeros((0, 2), np.uint64), *(part.likenesses() for part in parts)])
+def _halves(parts: Parts, kind: _Kind, half: int) -> NDArray[np.uint64]:
+    """[rows] of one half of each hash: halves of two rows are equal by chance once in 2**64."""
+    return np.concatenate([np.zeros(0, np.uint64), *(block[:, half] for block in _blocks(parts, kind))])
 
 
-def _both_in(hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether each hash is among others, half by half: halves of two hashes make a third only by chance."""
-    return np.asarray(np.isin(hashes, others).all(axis=1), dtype=bool)
+def _both_halves(parts: Parts, kind: _Kind) -> NDArray[np.uint64]:
+    return np.concatenate([np.zeros((0, 2), np.uint64), *_blocks(parts, kind)])
+
+
+def _blocks(parts: Parts, kind: _Kind) -> Iterator[NDArray[np.uint64]]:
+    """[rows, 2] of the hashes, some rows at a time: they stay in the files that they are mapped from."""
+    for part in parts:
+        hashes: NDArray[np.uint64] = getattr(part.table, kind)
+        for begin in range(0, len(part.rows), _ROWS_AT_ONCE):
+            yield hashes[part.rows[begin : begin + _ROWS_AT_ONCE]]
+
+
+def _among(hashes: NDArray[np.uint64], others: Parts, kind: _Kind) -> NDArray[np.bool_]:
+    """Whether each hash is one of the others."""
+    ordered = np.sort(hashes[:, 0])
+    found = [np.zeros((0, 2), np.uint64)]
+    for block in _blocks(others, kind) if len(ordered) else ():
+        nearest = np.searchsorted(ordered, block[:, 0]).clip(max=len(ordered) - 1)
+        found.append(block[ordered[nearest] == block[:, 0]])
+    return np.asarray(np.isin(hashes, np.concatenate(found)).all(axis=1), dtype=bool)
 
 
 def _place(parts: Parts, index: int) -> str:
