@@ -357,6 +357,23 @@ def test_a_folder_is_read_as_a_data_set_is(tmp_path: Path) -> None:
         tiny.prepared(PLAIN, train=[tiny.source(folder, split="valid")], eval_fraction=0.2)
 
 
+def test_a_folder_of_anything_is_refused_with_a_pattern_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", tiny.alpaca_rows(9))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.csv.gz").touch()
+    (tmp_path / ".hidden.parquet").touch()
+    with pytest.raises(DataError, match=r"kinds, such as a.jsonl and more/b.csv.gz; .* as .*/\*\.jsonl$"):
+        tiny.prepared(PLAIN, train=[tiny.source(tmp_path)], eval_fraction=0.2)
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n---\n")
+    found = tiny.prepared(PLAIN, cache=tmp_path / ".c", train=[tiny.source(tmp_path)], eval_fraction=0.2)
+    assert found.report.train.rows_read + found.report.evaluation.rows_read == 9
+    monkeypatch.setattr("tuner.data.hub._MOST_ENTRIES", 3)
+    with pytest.raises(DataError, match=r"is a folder with more than 3 files; name the files by a pattern"):
+        tiny.prepared(PLAIN, train=[tiny.source(tmp_path)], eval_fraction=0.2)
+
+
 def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
@@ -373,7 +390,7 @@ def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
 
 def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: cannot be loaded .* doesn't contain any data files"):
+    with pytest.raises(DataError, match=r"empty: is a folder without files that have rows"):
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "empty")], eval_fraction=0.2)
     code = (
         "from tuner.data.hub import load_rows\n"

@@ -3,11 +3,64 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tuner.data.files import LocalFile, content_hash
 from tuner.errors import DataError
+
+_MOST_ENTRIES = 10_000
+"""Of a folder, folders in it included: `datasets` looks at every one, of a home folder for minutes."""
+_KINDS = {
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".json": "JSON",
+    ".csv": "CSV",
+    ".tsv": "CSV",
+    ".parquet": "Parquet",
+}
+
+
+def load_folder(folder: str, *, config: str | None, split: str, cache: Path | None) -> Any:
+    """What `load_rows` gives for a folder of files of one kind, or whose README.md says what to read.
+
+    Raises DataError, for a folder too that is anything else, such as a home folder.
+    """
+    pattern = f"name the files by a pattern, as {Path(folder) / '*.jsonl'}"
+    examples: dict[str, str] = {}
+    try:
+        for number, entry in enumerate(_entries(folder)):
+            if number == _MOST_ENTRIES:
+                raise DataError(f"{folder}: is a folder with more than {_MOST_ENTRIES:,} files; {pattern}")
+            name = entry.name.lower().removesuffix(".gz")
+            if (kind := _KINDS.get(Path(name).suffix)) and entry.is_file():
+                examples.setdefault(kind, os.path.relpath(entry, folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    if not examples:
+        raise DataError(
+            f"{folder}: is a folder without files that have rows ({', '.join(_KINDS)}); "
+            "name a file, or a pattern"
+        )
+    if len(examples) > 1 and not (Path(folder) / "README.md").exists():
+        found = " and ".join(examples.values())
+        raise DataError(f"{folder}: is a folder with files of several kinds, such as {found}; {pattern}")
+    return load_rows(folder, config=config, split=split, cache=cache)
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All that can be seen in a folder: `datasets` leaves hidden names out too."""
+    with os.scandir(folder) as found:
+        listed = list(islice((entry for entry in found if not entry.name.startswith(".")), _MOST_ENTRIES + 1))
+    yield from sorted(listed, key=lambda entry: entry.name)
+    for entry in listed:
+        with suppress(OSError):  # what cannot be looked into
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
 
 
 def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) -> Any:

@@ -203,8 +203,9 @@ def _report(parts: Parts, split: Examples, *, overlap: int = 0) -> SplitReport:
 
 def _full_lengths(part: Part) -> NDArray[np.int64]:
     """Of the rows that are not empty."""
-    lengths: NDArray[np.int64] = part.table.full_lengths[part.rows]
-    return lengths[part.table.fates[part.rows] != Fate.EMPTY]
+    rows = part.rows[part.table.fates[part.rows] != Fate.EMPTY]
+    lengths: NDArray[np.int64] = part.table.full_lengths[rows]
+    return lengths
 
 
 def _fingerprint(splits: Iterable[Examples]) -> str:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner.data.files import LocalFile, content_hash
 from tuner.data.formats import RowFormat
-from tuner.data.hub import load_rows, rows_hash
+from tuner.data.hub import load_folder, load_rows, rows_hash
 from tuner.data.locations import located
 from tuner.data.plain_text import has_lines as has_line_records
 from tuner.data.plain_text import plain_text_rows
@@ -53,9 +53,9 @@ def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Sou
     """
     if spec.split_on is None and "://" not in spec.path:
         if os.path.isdir(spec.path):  # noqa: PTH112  Path raises for a name that is too long
-            return [_dataset(spec, cache and cache / "datasets")]
+            return [_dataset(spec, load_folder, cache and cache / "datasets")]
         if _is_hub_id(spec.path) and not os.path.exists(spec.path):  # noqa: PTH110
-            return [_dataset(spec, None)]
+            return [_dataset(spec, load_rows, None)]
     if spec.split or spec.config:
         raise DataError(f"{spec.path}: split and config are for data sets on the Hub; a file has neither")
     open_one = _table if spec.split_on is None else _plain_text
@@ -85,8 +85,8 @@ def _plain_text(file: LocalFile, spec: SourceSpec) -> Source:
     )
 
 
-def _dataset(spec: SourceSpec, cache: Path | None) -> Source:
-    rows = load_rows(spec.path, config=spec.config, split=spec.split or "train", cache=cache)
+def _dataset(spec: SourceSpec, load: Callable[..., Any], cache: Path | None) -> Source:
+    rows = load(spec.path, config=spec.config, split=spec.split or "train", cache=cache)
 
     def read(row_format: RowFormat) -> Iterator[Row]:
         columns = columns_to_read(rows.column_names, row_format)
