@@ -160,7 +160,9 @@ def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = study / "round1.yaml"
-    path.write_text(path.read_text().replace("trials: 4", "trials: 5"))
+    path.write_text(
+        path.read_text().replace("trials: 4", "trials: 5") + "checkpoints: {keep_best_trials: 1}\n"
+    )
     command = [*AUTO, "--passes", "2"]
     assert run(command) == 0
     said = capsys.readouterr()
@@ -172,7 +174,9 @@ def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
     assert (anew.search.sampler, anew.search.seed, anew.search.enqueue) == ("tpe", 1, [])
     assert anew.space() == specs["round1.yaml"].space()
     assert "learns from all rounds so far" in files["round4.yaml"]
-    # What leads is of either pass; whatever it is, it goes on from where it ended.
+    # What leads is of either pass; whatever it is, its trunk was kept, and it goes on from there.
+    kept = list((study / "rehearsal" / "runs" / "round1").glob("trial-*/trunk/*"))
+    assert len(kept) == 4  # two passes, each with two of five
     trials = curves(capsys, study)
     assert all(t["continues"] for t in trials if t["round"] not in ("round1", "round4"))
     assert all(t["state"] == "complete" for t in trials)

@@ -12,7 +12,7 @@ from tests.study.rehearsal import Crash, rehearse, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, Promotion, RoundRecord, Trial, TrialState
-from tuner.study.keeping import num_kept, outranked, promised_trials, unneeded
+from tuner.study.keeping import num_carried_over, num_kept, outranked, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {
@@ -74,6 +74,18 @@ def test_what_promote_carries_can_be_gone_on_from() -> None:
 def test_trials_that_plans_name() -> None:
     plan = {"continues": [{"trial": "round1/4", "from_step": 5}, {"trial": "round0/2", "from_step": 5}]}
     assert promised_trials([Promotion("round1", "round2", plan, "", 0.0)], "round1") == {4}
+
+
+def test_what_any_pass_may_take_up_is_kept() -> None:
+    def carried(passes: int, *planned: int) -> int:
+        plans = [Promotion("round1", "round2", {"passes": number}, "", 0.0) for number in planned]
+        old = Promotion("round1", "round2", {}, "", 0.0)
+        return num_carried_over(12, passes=passes, promotions=[old, *plans])
+
+    assert [carried(1), carried(2), carried(3)] == [3, 8, 12]
+    assert carried(1, 2) == carried(2, 1) == 8
+    every = outranked(FIVE, keep_best_trials=1, carried=4)
+    assert [u.trial.number for u in every if len(u.checkpoints) == len(KINDS)] == [2]
 
 
 def test_how_many_trials_need_room() -> None:

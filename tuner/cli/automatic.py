@@ -62,7 +62,7 @@ def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Wher
         while ended.reason is None:
             file = _latest(first)
             try:
-                run_here(file, where, stopping=stopping)
+                run_here(file, where, stopping=stopping, passes=passes)
             finally:
                 if has_begun(file):
                     ended = replace(ended, last=file.path)

@@ -100,7 +100,7 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[]
             raise RoundStopped(f"{stop}; then go on with: {command}") from stop
 
 
-def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> None:
+def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
     """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
     wanted_slots = None if where.slots is None else parse_count("--slots", where.slots)
     wanted_workers = parse_count("--workers", where.workers or "auto")
@@ -147,11 +147,13 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool]) -> 
         if is_simulated:
             view.message(REHEARSAL_BANNER)
             clock = virtual_clock(time.time(), simulated)
-            run_round(file, make_worker=make_simulated, view=view, stopping=stopping, clock=clock)
+            run_round(
+                file, make_worker=make_simulated, view=view, stopping=stopping, passes=passes, clock=clock
+            )
             view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
-            run_round(file, make_worker=make_worker, view=view, stopping=stopping)
+            run_round(file, make_worker=make_worker, view=view, stopping=stopping, passes=passes)
     finally:
         view.close()
 

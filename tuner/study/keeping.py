@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from tuner.playbook.passes import num_carried
 from tuner.playbook.promotion import TOP, incumbents
 from tuner.playbook.sweep import is_sweep
 from tuner.records import Checkpoint, CheckpointKind, Promotion, RoundRecord, Trial
@@ -30,17 +31,21 @@ class Unneeded:
 
 
 def outranked(
-    trials: Sequence[Trial], *, keep_best_trials: int | None, promised: Collection[int] = ()
+    trials: Sequence[Trial],
+    *,
+    keep_best_trials: int | None,
+    carried: int = TOP,
+    promised: Collection[int] = (),
 ) -> Iterator[Unneeded]:
     """What `checkpoints.keep_best_trials` gives up of a round as it stands; None is all, so nothing.
 
-    The adapters of the best trials stay, and what `study promote` goes on from: resumable checkpoints of as
-    many as it carries over, and of the `promised` ones, which a plan names. Who has fallen behind never
-    comes back, since a trial that has ended changes no more; so nothing is given up too early.
+    The adapters of the best trials stay, and what longer rounds go on from: resumable checkpoints of the best
+    `carried`, and of the `promised` ones, which a plan names. Who has fallen behind never comes back, since a
+    trial that has ended changes no more; so nothing is given up too early.
     """
     if keep_best_trials is None:
         return
-    order = [trial.number for trial in incumbents(trials, max(keep_best_trials, TOP))]
+    order = [trial.number for trial in incumbents(trials, max(keep_best_trials, carried))]
     best, resumable = order[:keep_best_trials], {*order, *promised}
     for trial in trials:
         if not trial.state.is_final or trial.number in best:
@@ -55,6 +60,16 @@ def outranked(
 def num_kept(num_trials: int, keep_best_trials: int | None) -> int:
     """Trials of a round that keep a resumable checkpoint once all have ended."""
     return num_trials if keep_best_trials is None else min(num_trials, max(keep_best_trials, TOP))
+
+
+def num_carried_over(num_trials: int, *, passes: int, promotions: Sequence[Promotion]) -> int:
+    """The best trials of a round that longer rounds may go on with: three by `study promote`.
+
+    Of `study auto --passes` each pass takes a third of a round's number, of what the passes before have left
+    behind. How many passes there are to be, `passes` says, or the plan of an earlier promotion.
+    """
+    planned = max([passes, *(int(promotion.plan.get("passes", 1)) for promotion in promotions)])
+    return TOP if planned == 1 else max(TOP, planned * num_carried(num_trials))
 
 
 def promised_trials(promotions: Sequence[Promotion], round_name: str) -> set[int]:
@@ -90,8 +105,13 @@ def unneeded(
         yield from (Unneeded(trial, trial.checkpoints, whole) for trial in ended)
         return
     limit = None if is_sweep(record.name) else keep_best_trials
-    promised = promised_trials(promotions, record.name)
-    behind = {u.trial.number: u for u in outranked(trials, keep_best_trials=limit, promised=promised)}
+    kept = outranked(
+        trials,
+        keep_best_trials=limit,
+        carried=num_carried_over(len(trials), passes=1, promotions=promotions),
+        promised=promised_trials(promotions, record.name),
+    )
+    behind = {unneeded.trial.number: unneeded for unneeded in kept}
     for trial in ended:
         found = behind.get(trial.number)
         last = {c for c in trial.checkpoints if c.kind == CheckpointKind.LAST}

@@ -50,7 +50,7 @@ from tuner.study.attempts import MAX_ATTEMPTS, have_failed
 from tuner.study.branches import DecayBranches
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
-from tuner.study.keeping import outranked, promised_trials
+from tuner.study.keeping import num_carried_over, outranked, promised_trials
 from tuner.study.plan import RoundPlan
 from tuner.study.sampling import Advisor
 from tuner.workers import Worker
@@ -74,6 +74,8 @@ class RoundLoop:
     """Seconds since the epoch."""
     stopping: Callable[[], bool] = lambda: False
     """Whether the user asked to stop."""
+    passes: int = 1
+    """Of `study auto`: how often longer rounds take up what this one leaves."""
 
     @property
     def branches(self) -> DecayBranches:
@@ -318,8 +320,14 @@ class RoundLoop:
         limit = None if is_sweep(name) else self.plan.spec.checkpoints.most_kept_trials
         if limit is None:
             return
-        promised = promised_trials(self.store.promotions(), name)
-        for unneeded in outranked(self._trials(), keep_best_trials=limit, promised=promised):
+        promotions = self.store.promotions()
+        given_up = outranked(
+            self._trials(),
+            keep_best_trials=limit,
+            carried=num_carried_over(self.num_trials, passes=self.passes, promotions=promotions),
+            promised=promised_trials(promotions, name),
+        )
+        for unneeded in given_up:
             self.store.record(CheckpointsRemoved(name, unneeded.trial.number, unneeded.paths))
             self.folder.tidy(self._trial(unneeded.trial.number))
 

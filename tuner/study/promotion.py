@@ -122,7 +122,7 @@ def go_on_in_passes(
                 rounds[0], results, reading, to=to, trials=file.spec.search.trials, number=number
             )
             text = _text_anew(file, planned, number)
-    return _write(folder, store, record, planned, reading, text, force=False, clock=clock)
+    return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
 
 
 def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
@@ -142,11 +142,14 @@ def _write(
     *,
     force: bool,
     clock: Callable[[], float],
+    passes: int = 1,
 ) -> PromotedRound:
     """Write the file, then record the plan behind it."""
     to = next_round.to_round
     path = folder.directory / f"{to}.yaml"
-    document = promotion_document(folder.name, path, next_round, reading, is_open=_is_open(record, store))
+    document = promotion_document(
+        folder.name, path, next_round, reading, is_open=_is_open(record, store), passes=passes
+    )
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
     plan = Promotion(record.name, to, document, text, clock())
     if not any(
@@ -226,9 +229,9 @@ def _edited(file: RoundFile, next_round: NextRound, comments: Mapping[str, str])
 
 
 def promotion_document(
-    study: str, path: Path, next_round: NextRound, reading: Reading, *, is_open: bool
+    study: str, path: Path, next_round: NextRound, reading: Reading, *, is_open: bool, passes: int = 1
 ) -> dict[str, Any]:
-    """The JSON document of `study promote --json`."""
+    """The JSON document of `study promote --json`; `passes` is that of the `study auto` that promotes."""
     findings = [
         {"rule": finding.rule, "severity": str(finding.severity), "message": finding.message}
         for finding in next_round.findings
@@ -261,6 +264,7 @@ def promotion_document(
         ],
         "findings": findings,
         "notes": list(next_round.notes),
+        "passes": passes,
     }
 
 

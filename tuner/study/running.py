@@ -53,6 +53,7 @@ def run_round(
     make_worker: WorkerMaker,
     view: View,
     stopping: Callable[[], bool],
+    passes: int = 1,
     clock: Callable[[], float] = time.time,
     free: Callable[[Path], int] = free_bytes,
 ) -> None:
@@ -61,7 +62,8 @@ def run_round(
     Raises InputError before anything is recorded when file, model, data, database or directory
     cannot be used, or the disk is too small; Interrupted when `stopping` says so, with all progress
     saved; RoundStopped when disk or database fail on the way; WorkerError when the round cannot be
-    completed. `free` gives the free bytes where a path is, or will be.
+    completed. `passes` is that of `study auto`, where it runs the round: trials that a later pass may
+    go on with keep their checkpoints. `free` gives the free bytes where a path is, or will be.
     """
     plan = RoundPlan(file)
     storage = plan.absolute.storage
@@ -108,6 +110,7 @@ def run_round(
                 view=view,
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
+                passes=passes,
             ).run()
             write_pages(advisor.study, round_report(folder, store, record))
 
