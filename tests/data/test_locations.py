@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -123,3 +125,42 @@ def installed_packages() -> set[str]:
     from importlib.util import find_spec
 
     return {name for name in ("s3fs", "gcsfs") if find_spec(name)}
+
+
+def test_files_in_an_archive_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("b.jsonl", jsonl(2, 4))
+        archive.writestr("a.jsonl", jsonl(0, 2))
+    found = located(f"zip://*.jsonl::{tmp_path}/rows.zip", tmp_path / "copies")
+    assert [file.path.read_bytes() for file in found] == [jsonl(0, 2), jsonl(2, 4)]
+    with pytest.raises(DataError, match=r"rows\.zip: there is no such file$"):
+        located(f"zip://c.jsonl::{tmp_path}/rows.zip", tmp_path)
+    with pytest.raises(DataError, match=r"none\.zip: there is no such file$"):
+        located(f"zip://a.jsonl::{tmp_path}/none.zip", tmp_path)
+
+
+class Unwilling(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
+    """Says "not found" of everything, as the file systems for http and S3 do, and why."""
+
+    causes: ClassVar[dict[str, tuple[str, Exception | None]]] = {
+        "missing": ("missing", None),
+        "no-bucket": ("The specified bucket does not exist", None),
+        "down": ("down", ConnectionRefusedError("nobody listens")),
+    }
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        said, cause = self.causes[path]
+        raise FileNotFoundError(said) from cause
+
+
+def test_why_a_file_behind_a_url_is_not_there_is_said(tmp_path: Path) -> None:
+    fsspec.register_implementation("unwilling", Unwilling, clobber=True)
+    for path, said in {
+        "missing": "there is no such file",
+        "no-bucket": "there is no such file: The specified bucket does not exist",
+        "down": "cannot be read: nobody listens",
+    }.items():
+        with pytest.raises(DataError, match=rf"^unwilling://{path}: {said}$"):
+            located(f"unwilling://{path}", tmp_path)
+    with pytest.raises(DataError, match=r"^ftp://127\.0\.0\.1:1/a\.jsonl: cannot be read: .*refused"):
+        located("ftp://127.0.0.1:1/a.jsonl", tmp_path)

@@ -64,16 +64,17 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = url.partition("://")[0]
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        remedy = f"; install it by `pip install 'fsspec[{extra}]'`" if extra else ""
-        raise DataError(
-            f"{url}: {scheme}:// needs a package that is not installed: {error}{remedy}"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{url}: no file system of fsspec reads {scheme}:// ({error})") from error
+    with _explained(url):  # some connect at once
+        try:
+            files, path = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            extra = _EXTRAS.get(scheme)
+            remedy = f"; install it by `pip install 'fsspec[{extra}]'`" if extra else ""
+            raise DataError(
+                f"{url}: {scheme}:// needs a package that is not installed: {error}{remedy}"
+            ) from error
+        except ValueError as error:
+            raise DataError(f"{url}: no file system of fsspec reads {scheme}:// ({error})") from error
     return files, str(path)
 
 
@@ -111,7 +112,23 @@ def _explained(name: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{name}: there is no such file") from error
+        raise DataError(f"{name}: {_not_found(name, error)}") from error
     except Exception as error:  # each package behind fsspec has exceptions of its own
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{name}: cannot be read: {reason}") from error
+        raise DataError(f"{name}: cannot be read: {_reason(error)}") from error
+
+
+def _not_found(name: str, error: FileNotFoundError) -> str:
+    """What is meant: packages say that nothing was found of a server that does not answer, too."""
+    cause = error.__cause__
+    refused = getattr(cause, "status", 404) != 404
+    if refused or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):
+        return f"cannot be read: {_reason(cause)}"
+    said = str(error)
+    return "there is no such file" + (f": {said}" if error.errno is None and said not in name else "")
+
+
+def _reason(error: BaseException | None) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if "credentials" in reason.lower():
+        reason += "; give them as its own tools take them (docs/how-to/bring-your-data.md, Where rows are)"
+    return reason
