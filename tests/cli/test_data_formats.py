@@ -52,7 +52,8 @@ def test_check_shows_what_the_loss_sees(
     path = with_data(tmp_path, *sources)
     path.write_text(path.read_text().replace("max_length: 64", "max_length: 256"))
     assert run(["study", "check", str(path), "--show", "1"]) == 0
-    shown = capsys.readouterr().out.split("-" * 40)[0]
+    shown = capsys.readouterr().out
+    assert shown.startswith("--- train-rows.jsonl.gz:1: ")
     learned = shown.partition("[[")[2].partition("]]")[0]
     assert "Name river 0." in shown.replace("[[", "")
     assert ("river 0." in learned) == (format == "text")
@@ -73,7 +74,8 @@ def test_check_shows_a_log_and_counts_what_became_of_it(
     )
     assert run(["study", "check", str(path), "--show", "1"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("l[[ine 0 says so\nline 1 says so\n"), "nothing predicts a first token"
+    assert said.startswith("--- logs/a.log:1: 6"), "of 64 tokens"
+    assert "learned\nl[[ine 0 says so\nline 1 says so\n" in said, "nothing predicts a first token"
     assert "train rows go on with a text longer than max_length" in " ".join(said.split())
     assert "1 eval rows repeat one before them" in " ".join(said.split())
 

@@ -191,8 +191,8 @@ def test_the_prompt_for_inference_begins_the_example(
     assert example.input_ids[-1] == tokenizer.eos_token_id
     assert example.input_ids.tolist().count(tokenizer.eos_token_id) == 1
     [shown] = show_rows(data.train, tokenizer, 1)
-    assert [is_target for _, is_target in shown] == [False, True]
-    assert shown[1][0].strip() == "hello</s>"
+    assert [is_target for _, is_target in shown.pieces] == [False, True]
+    assert shown.pieces[1][0].strip() == "hello</s>"
 
 
 @pytest.mark.parametrize("name", sorted(COLUMNS))

@@ -144,7 +144,9 @@ def test_records_fill_examples(tmp_path: Path, held_out: list[dict[str, Any]], t
     lines = [f"line {n}" for n in range(40)] + ["long " * 30, "end"]
     source = text_source(tmp_path / "log", "\n".join(lines), split_on="line", group_records="fill")
     data = tiny.prepared(tokenizer, train=[source], eval=held_out, max_length=40)
-    texts = [text for row in show_rows(data.train, tokenizer, 99) for text, is_target in row if is_target]
+    texts = [
+        text for row in show_rows(data.train, tokenizer, 99) for text, is_target in row.pieces if is_target
+    ]
     joined = "".join(text.removesuffix(tokenizer.eos_token) for text in texts)
     assert joined.split() == " ".join(lines).split()
     assert data.train.num_tokens.max() == 40

@@ -448,9 +448,14 @@ def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
     data = tiny.prepared(CHAT, train=[tiny.source(file, "messages")], eval_fraction=0.2)
     [shown] = show_rows(data.train, CHAT, 1)
     asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert shown[1:] == [("hello<|im_end|>", True), ("\n" + asked, False), ("hello<|im_end|>", True)]
-    assert shown[0][0].endswith("<|im_end|>\n" + asked)
+    assert shown.pieces[1:] == [("hello<|im_end|>", True), ("\n" + asked, False), ("hello<|im_end|>", True)]
+    assert shown.pieces[0][0].endswith("<|im_end|>\n" + asked)
     assert len(show_rows(data.train, CHAT, 1000)) == len(data.train)
+    assert (shown.place, shown.num_tokens, shown.num_targets) == (
+        data.train.place(0),
+        len(data.train[0].input_ids),
+        data.train[0].is_target.sum(),
+    )
 
 
 def test_the_prompt_for_inference_begins_the_training_example(tmp_path: Path) -> None:
@@ -482,5 +487,5 @@ def test_real_alpaca_rows() -> None:
     assert all(example.input_ids[-1] == PLAIN.eos_token_id for example in data.train) == (
         train.truncated == 0
     )
-    assert "### Response:\n" in show_rows(data.train, PLAIN, 1)[0][0][0]
+    assert "### Response:\n" in show_rows(data.train, PLAIN, 1)[0].pieces[0][0]
     assert np.all(data.train.num_targets > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tuner.cli.printing import PROSE, output
-from tuner.data import PreparedData, load_tokenizer, prepare, show_rows
+from tuner.data import PreparedData, ShownRow, load_tokenizer, prepare, printable, show_rows
 from tuner.errors import DataError, InputError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
@@ -68,8 +67,8 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, round_plan.cache)
     if show:
-        for shown in show_rows(data.train, tokenizer, show):
-            _print_row(shown)
+        for row in show_rows(data.train, tokenizer, show):
+            _print_row(row, round_plan.file.directory)
 
     from tuner.adapters import largest_adapter  # loads torch: after what is cheap to check
 
@@ -119,16 +118,19 @@ def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
     return remarks
 
 
-def _print_row(pieces: Sequence[tuple[str, bool]]) -> None:
+def _print_row(row: ShownRow, directory: Path) -> None:
     """A row as the model sees it: what the loss sees is green, between brackets where there is no colour."""
     console = Console()
-    coloured = console.is_terminal
-    for text, is_target in pieces:
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    place = row.place.removeprefix(f"{directory}/")
+    typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them learned")
+    for piece, is_target in row.pieces:
+        text = printable(piece)
         if coloured:
-            console.print(text, style="green" if is_target else "dim", end="", markup=False, highlight=False)
+            typer.secho(text, fg="green" if is_target else None, dim=not is_target, nl=False)
         else:
             typer.echo(f"[[{text}]]" if is_target else text, nl=False)
-    typer.echo("\n" + "-" * 40)
+    typer.echo("\n")
 
 
 def _mistakes(error: InputError) -> tuple[Mistake, ...]:

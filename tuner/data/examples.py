@@ -39,8 +39,14 @@ class TokenTable:
 class Examples(Sequence[Example]):
     """Rows picked from tables, in order; a row may be picked twice. Nothing is copied."""
 
-    def __init__(self, picks: Sequence[tuple[TokenTable, NDArray[np.int64]]]) -> None:
+    def __init__(
+        self,
+        picks: Sequence[tuple[TokenTable, NDArray[np.int64]]],
+        places: Sequence[Callable[[int], str]] = (),
+    ) -> None:
+        """`places` has, for each table, what says where the n-th row picked from it was read."""
         self._picks = tuple(picks)
+        self._places = tuple(places)
         self._ends = np.cumsum([len(rows) for _, rows in picks], dtype=np.int64)
         self.num_tokens: NDArray[np.int32] = _per_row(
             picks, lambda table, rows: table.offsets[rows + 1] - table.offsets[rows]
@@ -83,12 +89,31 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        pick = int(np.searchsorted(self._ends, at, side="right"))
+        pick, at = self._at(index)
         table, rows = self._picks[pick]
-        row = rows[at - self._ends[pick]]  # from the end
-        start, end = table.offsets[row], table.offsets[row + 1]
+        start, end = table.offsets[rows[at]], table.offsets[rows[at] + 1]
         return Example(table.tokens[start:end], table.targets[start:end])
+
+    def place(self, index: int) -> str:
+        """Where a row was read; empty where nobody knows."""
+        pick, at = self._at(index)
+        return self._places[pick](at) if self._places else ""
+
+    def from_each(self, count: int) -> list[int]:
+        """Indices of so many rows: the first of each table, then the second of each, in their order."""
+        starts = np.concatenate([[0], self._ends[:-1]]).tolist() if self._picks else []
+        in_turn = [
+            (nth, start + nth)
+            for start, end in zip(starts, self._ends.tolist(), strict=True)
+            for nth in range(min(count, end - start))
+        ]
+        return sorted(index for _, index in sorted(in_turn)[:count])
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """Which table, and which of the rows picked from it."""
+        index = range(len(self))[index]
+        pick = int(np.searchsorted(self._ends, index, side="right"))
+        return pick, index - int(self._ends[pick]) + len(self._picks[pick][1])
 
 
 def _per_row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,22 +14,58 @@ from tuner.data.examples import Example, Examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pieces = list[tuple[str, bool]]
-"""A row's text in pieces, each with whether its tokens are targets."""
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """A row as the model sees it."""
+
+    place: str
+    """Where it was read."""
+    num_tokens: int
+    num_targets: int
+    pieces: list[tuple[str, bool]]
+    """Its text in pieces, each with whether its tokens are targets."""
 
 
-def show_rows(examples: Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Pieces]:
-    """The first rows, decoded from the very tokens that are trained on, special tokens visible."""
-    return [_pieces(example, tokenizer) for example in examples[:count]]
+def show_rows(examples: Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ShownRow]:
+    """The first of each file, decoded from the very tokens that are trained on, special tokens visible."""
+    shown = []
+    for index in examples.from_each(count):
+        example = examples[index]
+        num_tokens, num_targets = len(example.input_ids), int(example.is_target.sum())
+        shown.append(ShownRow(examples.place(index), num_tokens, num_targets, _pieces(example, tokenizer)))
+    return shown
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+def printable(text: str) -> str:
+    """The text, with control characters written out: a terminal would take them for commands."""
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) != "Cc" else _escaped(character)
+        for character in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Each piece as it reads after those before it: decoded alone, some tokenizers drop its first space."""
     breaks = np.flatnonzero(np.diff(example.is_target)) + 1
-    bounds = [0, *breaks.tolist(), len(example.input_ids)]
+    ends = [*breaks.tolist(), len(example.input_ids)]
+    texts = [_decoded(example.input_ids[:end].tolist(), tokenizer) for end in ends]
+    # Where a piece ends within a character, the character is shown with the next one.
+    cuts = [0, *(_agreeing(*pair) for pair in pairwise(texts)), len(texts[-1])]
     return [
-        (_decoded(example.input_ids[start:end].tolist(), tokenizer), bool(example.is_target[start]))
-        for start, end in pairwise(bounds)
+        (texts[-1][start:end], bool(example.is_target[last - 1]))
+        for (start, end), last in zip(pairwise(cuts), ends, strict=True)
     ]
+
+
+def _agreeing(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differing = (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differing, min(len(text), len(other)))
 
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

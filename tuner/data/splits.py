@@ -159,7 +159,7 @@ def _goes_on(table: RowTable) -> NDArray[np.bool_]:
 
 def examples(parts: Parts) -> Examples:
     """The parts' rows, one part after the other."""
-    return Examples([(part.table.tokens, part.rows) for part in parts])
+    return Examples([(part.table.tokens, part.rows) for part in parts], [part.place for part in parts])
 
 
 _Kind = Literal["digests", "likenesses"]
