@@ -275,7 +275,7 @@ def nothing(path: Path) -> None:
         ("zero.jsonl", link_to("/dev/zero"), "a pipe or a device"),
         ("dangling.json", link_to("nowhere"), "there is no such file"),
         ("loop.csv", link_to("loop.csv"), "cannot be read"),
-        ("empty.jsonl", Path.mkdir, "cannot be loaded"),
+        ("empty.jsonl", Path.mkdir, "is a folder without files that have rows"),
         ("../nowhere/../up.jsonl", nothing, "there is no such file"),
         ("line\nbreak.jsonl", lambda path: path.write_bytes(b"{"), "not one JSON object"),
         ("[a-.jsonl", nothing, "no file matches"),
