@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
-from tuner.data import load_tokenizer
+from tuner.data import load_tokenizer, reachable
 from tuner.errors import ModelError
 from tuner.spec import ModelSpec
 
@@ -55,6 +56,26 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_the_hub_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "is not in the local Hub cache" in refusal("nobody/no-such-model-anywhere")
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would try for 47 seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(reachable, "_PAUSES_SECONDS", (0.0, 0.0))
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    begun = time.monotonic()
+    assert "is not in the local Hub cache" in refusal("nobody/no-such-model-anywhere")
+    assert time.monotonic() - begun < 20
+    assert reachable.where_to_look("nobody/no-such-model-anywhere") == {"local_files_only": True}
+
+
+def test_the_hub_is_asked_where_it_may_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reachable.can_be_resolved("http://localhost:9999")
+    assert reachable.where_to_look(str(tmp_path)) == {}
+    monkeypatch.setenv("https_proxy", "http://localhost:1")
+    assert reachable.can_be_resolved("https://behind-a-proxy.invalid")
 
 
 def test_a_gguf_file_brings_its_tokenizer(tmp_path: Path) -> None:

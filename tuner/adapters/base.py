@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from tuner.adapters.frozen_linear import product, speed_up
 from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
 from tuner.adapters.loaders import load_by_unsloth, require_loader
+from tuner.data.reachable import where_to_look
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
 
 
 def _source(model: ModelSpec) -> dict[str, Any]:
-    source: dict[str, Any] = {"revision": model.revision} if model.revision else {}
+    source = where_to_look(model.path)
+    if model.revision:
+        source["revision"] = model.revision
     if model.gguf_file:
         source["gguf_file"] = model.gguf_file
     return source

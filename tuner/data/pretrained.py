@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.data.reachable import where_to_look
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _require_directory(model)
-    options = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    options = where_to_look(model.path)
+    if model.gguf_file:
+        options["gguf_file"] = model.gguf_file
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
