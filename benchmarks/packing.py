@@ -461,19 +461,27 @@ def main() -> None:
         arguments.markdown.write_text("\n".join(lines) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """What to measure."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What to measure. Ends the process where that cannot be done here."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cells", choices=["tiny", "smollm2", "gpu"], default="tiny")
-    parser.add_argument("--trials", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
+    parser.add_argument(
+        "--trials", type=int, nargs="+", metavar="K", help="of a round: 1 2 4 8, and 16 on a GPU"
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of the cell's own")
     parser.add_argument("--micro-tokens", type=int, help="tokens of a trial's pass, by tuner alone")
     parser.add_argument("--trainer-trials", type=int, help="run so few with Trainer, and multiply")
     parser.add_argument("--markdown", type=Path, help="also write what is printed here")
-    return parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.cells == "gpu" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--cells gpu: no CUDA GPU: torch.cuda.is_available() is False; on a CPU: --cells tiny"
+        )
+    arguments.trials = arguments.trials or [1, 2, 4, 8, *([16] if arguments.cells == "gpu" else [])]
+    return arguments
 
 
 def rows_of(cell: Cell, arguments: argparse.Namespace) -> Iterator[str]:
@@ -518,7 +526,13 @@ def heading() -> str:
         f"{name} {sys.modules[name].__version__}" for name in ("torch", "transformers", "peft")
     )
     command = " ".join(["python", *sys.argv])
-    return f"# Packing, {time.strftime('%Y-%m-%d')}\n\n{hardware}; {versions}\n\n    {command}\n"
+    return (
+        f"# Packing, {time.strftime('%Y-%m-%d')}\n\n{hardware}; {versions}\n\n    {command}\n\n"
+        "K trials packed by tuner, against the same trials one after another with PEFT and Trainer, and by\n"
+        "tuner one at a time (K = 1). Ratios of medians, above 1 where packed is faster: `round` is all of\n"
+        "it, loading, evaluations and checkpoints included; `steps` is training alone; `limit` is what\n"
+        "packing can gain in that on this machine.\n"
+    )
 
 
 _COLUMNS = (

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    Cohere2MoeConfig,
     GraniteConfig,
+    LlavaConfig,
     MambaConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -90,12 +93,17 @@ class TestTokenNll:
 
     @pytest.mark.parametrize(
         ("made", "is_linear"),
-        [(GraniteConfig(logits_scaling=4.0), False), (BertConfig(is_decoder=True), True)],
+        [
+            (GraniteConfig(logits_scaling=4.0), False),
+            (BertConfig(is_decoder=True), True),
+            (Cohere2MoeConfig(num_hidden_layers=2, num_experts=4), False),
+        ],
     )
     def test_is_that_of_a_head_of_any_kind(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: PreTrainedConfig, is_linear: bool
     ) -> None:
-        """Scaled logits, and layers between the last hidden states and the embedding; chunk by chunk."""
+        """Scaled logits; layers between the last hidden states and the embedding; a model that looks for its
+        routers' choices beside them. Chunk by chunk."""
         made.update(
             tiny.config("llama").to_diff_dict() | {"model_type": made.model_type, "architectures": None}
         )
@@ -110,11 +118,46 @@ class TestTokenNll:
         )
         assert torch.allclose(base.token_nll(ids, rows, columns), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("shape", ["llama", "gemma2"])
+    def test_no_more_logits_at_once_than_a_chunk(
+        self, models: tiny.Models, monkeypatch: pytest.MonkeyPatch, shape: tiny.Shape
+    ) -> None:
+        """With gradients and without; logits of positions that are not asked for are never made."""
+        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 3 * tiny.VOCABULARY)
+        base = models.base(shape)
+        ids = torch.arange(40).view(2, 20) * 3
+        rows, columns = torch.arange(2).repeat_interleave(10), torch.arange(1, 11).repeat(2)
+        hidden = base.model.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_())
+        with LargestLogits(base.model.get_output_embeddings().weight) as largest:
+            base.token_nll(ids, rows, columns).sum().backward()
+            base.token_scores(ids, rows, columns)
+        hidden.remove()
+        assert largest.rows == 3
+
     def test_weak_soft_capping_is_found(self, models: tiny.Models) -> None:
         """With a cap that logits of this size hardly feel."""
         path = models.path("gemma2", final_logit_softcapping=300.0)
         base = load_base(tiny.model_spec(path), device="cpu", max_length=8)
         assert not base.head_is_linear
+
+
+class LargestLogits(TorchDispatchMode):
+    """Watches every tensor that is made as wide as the vocabulary."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.rows = 0
+        self._weight = weight.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if (
+            isinstance(made, torch.Tensor)
+            and made.shape[-1:] == (tiny.VOCABULARY,)
+            and made.untyped_storage().data_ptr() != self._weight
+        ):
+            self.rows = max(self.rows, made.numel() // tiny.VOCABULARY)
+        return made
 
 
 class TestFrozen:
@@ -166,8 +209,11 @@ class TestRefused:
         scaling = {"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope}
         if rope["rope_type"] == "longrope":
             scaling |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-        tiny.config("llama", rope_parameters=scaling).save_pretrained(tmp_path)
+        made = tiny.config("llama", rope_parameters=scaling)
+        made.save_pretrained(tmp_path)
         assert f"uses {rope['rope_type']} RoPE scaling" in self.refusal(tmp_path)
+        LlavaConfig(text_config=made).save_pretrained(tmp_path / "with-pictures")
+        assert f"uses {rope['rope_type']} RoPE scaling" in self.refusal(tmp_path / "with-pictures")
 
     def test_positions_of_one_kind_of_layers(self, tmp_path: Path) -> None:
         """Where kinds of layers have parameters of their own, as in Gemma 3."""
@@ -214,6 +260,15 @@ class TestRefused:
         model.model.layers[1].mlp.norm = nn.BatchNorm1d(8)
         with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.norm is a BatchNorm"):
             freeze(model, dtype=torch.float32)
+
+    def test_tokens_that_see_what_follows_them(self, tmp_path: Path) -> None:
+        made = BertConfig()
+        made.update(
+            tiny.config("llama").to_diff_dict()
+            | {"model_type": "bert", "architectures": None, "is_decoder": False}
+        )
+        tiny.save_model(tmp_path, made)
+        assert "a token sees those that follow it" in self.refusal(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         assert "cannot load" in self.refusal(tmp_path / "nowhere")

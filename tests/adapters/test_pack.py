@@ -130,6 +130,37 @@ def test_gradients_are_autograds_with_the_same_masks(
                     assert float((gradient - wanted).norm()) < 1e-4 * float(wanted.norm())
 
 
+def test_a_model_finds_the_weight_and_bias_of_its_layer(models: tiny.Models) -> None:
+    """Jamba takes the bias away again, and adds it elsewhere."""
+    base = models.base("qwen2")
+    one = adapter(base, seed=0, target_modules=("q_proj",))
+    plain = {name: base.model.get_submodule(name) for name in one.weights}
+    with packed(base, [one], slots=(0,)):
+        for name, layer in plain.items():
+            wrapped = base.model.get_submodule(name)
+            assert wrapped is not layer
+            assert (wrapped.weight is layer.weight, wrapped.bias is layer.bias) == (True, True)
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gpt2"])
+def test_a_model_may_add_to_a_layers_output_in_place(models: tiny.Models, shape: tiny.Shape) -> None:
+    """Falcon does, to what comes out of a linear layer: with a bias, and of another class than nn.Linear."""
+    base, batch, found = models.base(shape), Batch.of(tiny.examples(2)[:]), []
+    one = adapter(base, seed=0, target_modules=("c_attn",) if shape == "gpt2" else ("q_proj",))
+    with packed(base, [one], slots=(0,)) as pack:
+        layers = [base.model.get_submodule(name) for name in one.weights]
+        for add in (torch.Tensor.add, torch.Tensor.add_):
+            hooks = [layer.register_forward_hook(lambda _, __, y, add=add: add(y, 1.0)) for layer in layers]
+            pack.zero_gradients()
+            nll = pack.token_nll(batch.input_ids, batch.rows, batch.columns, PackedRows((0,)))
+            nll.sum().backward()
+            found.append([nll.detach(), *(layer.gradient_a.clone() for layer in layers)])
+            for hook in hooks:
+                hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(part.any() for part in found[0])
+
+
 def test_evaluation_drops_nothing(models: tiny.Models) -> None:
     base, batch = models.base("llama"), Batch.of(tiny.examples(2)[:])
     dropping, keeping = (adapter(base, seed=0, lora_dropout=rate) for rate in (0.9, 0.0))

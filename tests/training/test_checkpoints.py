@@ -37,6 +37,7 @@ def snapshot(adapter: Adapter) -> Snapshot:
         ),
         best={name: (a + 1, b - 1) for name, (a, b) in adapter.weights.items()},
         counters={"nll": 0.1 + 0.2, "clipped": 3.0},
+        sums={0: (0.0, 0.0), 3: (0.1 + 0.7, math.inf)},
     )
 
 
@@ -50,7 +51,7 @@ class TestSnapshot:
         read = read_snapshot(tmp_path / kept.path, sha256=kept.sha256)
         assert (kept.kind, kept.step, kept.path) == ("last", 6, "trial-0007/last/step-000006.a2")
         assert kept.size_bytes == sum(path.stat().st_size for path in (tmp_path / kept.path).iterdir())
-        assert (read.step, read.counters) == (6, snapshot.counters)
+        assert (read.step, read.counters, read.sums) == (6, snapshot.counters, snapshot.sums)
         assert repr(read.evaluations) == repr(snapshot.evaluations)  # NaN differs from itself
         assert read.optimizer.keys() == snapshot.optimizer.keys()
         assert all(torch.equal(read.optimizer[key], value) for key, value in snapshot.optimizer.items())

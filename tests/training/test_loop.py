@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import tiny
 from tests.training.driving import (
@@ -30,6 +31,7 @@ from tests.training.driving import (
     workplace,
 )
 from tuner.adapters import Base
+from tuner.adapters.dropout import row_keys
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
 from tuner.training.loop import example_scores, forward_backward
@@ -155,6 +157,9 @@ class TestWildTrials:
         assert [ended(events, n).outcome for n in range(3)] == ["complete", "infeasible", "complete"]
         assert ended(events, 1).step <= 1 + MAX_BAD_UPDATES
         assert "gradient" in str(ended(events, 1).reason)
+        with workplace(models.base("llama"), [wild]) as place:
+            solitary = run_loop(place, [replace(assigned[1], directory=assigned[1].directory + "-alone")])
+        assert ended(solitary, 1) == ended(events, 1)
         for number in (0, 2):
             alone = solo(models.base("llama"), trials[number], max_train_steps=10)
             last = curve(events, number)[-1].train_loss
@@ -168,6 +173,49 @@ class TestWildTrials:
         assert ended(events).outcome == "infeasible"
         assert "evaluation loss is nan at step 2" in str(ended(events).reason)
         assert curve(events)[-1].step == 2
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+    def test_three_bad_updates_in_a_row_and_not_fewer(self, models: tiny.Models, bad: float) -> None:
+        """A good one between them begins the count anew."""
+        trial = tiny.hyperparameters()
+        with workplace(models.base("llama"), [trial]) as place:
+            run = begin(place, 0, trial, max_train_steps=20)
+            for norm in (bad, bad, 1.0, bad, bad):
+                run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=1 << 20)
+                run.add_loss(5.0)
+                run.finish_update(norm)
+                assert run.reason_infeasible is None
+            run.finish_update(bad)
+        assert (
+            run.reason_infeasible == "gradient zero or not finite in 3 updates in a row, the last at step 6"
+        )
+
+
+class TestDropout:
+    def test_masks_are_of_the_seed_the_step_and_the_place_in_the_batch(self, models: tiny.Models) -> None:
+        """However the batch is cut, and whoever shares the pass."""
+        trials = [
+            tiny.hyperparameters(lora_dropout=0.5, batch_size=size, training_seed=seed)
+            for size, seed in ((2, 7), (3, 4))
+        ]
+        keys: list[int] = []
+
+        def look(_: Tensor) -> bool:
+            packed = place.pack.rows
+            assert packed is not None
+            assert packed.dropout_keys is not None
+            keys.extend(packed.dropout_keys.tolist())
+            return True
+
+        with workplace(with_room_for(models.base("llama"), look), trials, slots=2, micro_tokens=1) as place:
+            drive(place, trials, [Entry(0, 1), Entry(1, 0)], max_train_steps=3)
+        expected = [
+            row_keys(seed, step, torch.arange(size)).tolist()
+            for size, seed in ((2, 7), (3, 4))
+            for step in (1, 2, 3)
+        ]
+        assert sorted(keys) == sorted(key for rows in expected for key in rows)
+        assert len(set(keys)) == 15
 
 
 class TestAccumulation:
@@ -257,6 +305,49 @@ class TestOutOfMemory:
             alone = solo(base, trial, max_train_steps=8)
             assert loss_difference(tight[number], alone) < TOLERANCE
             assert update_difference(tight[number], alone) < TOLERANCE
+
+    def test_a_pass_that_fails_half_way_back_leaves_nothing(self, models: tiny.Models) -> None:
+        """Memory ends in the backward pass, when the last layer has its gradients already."""
+        base = models.base("llama")
+        begun, refused = [], []
+
+        def end(_: Tensor) -> None:
+            refused.append(1)
+            raise torch.OutOfMemoryError("artificial limit")
+
+        def watch(_: nn.Module, __: object, output: Tensor) -> None:
+            begun.append(1)
+            if output.requires_grad and len(output) > 4 and len(refused) < 3:
+                output.register_hook(end)
+
+        hook = base.model.get_submodule("model.layers.0").register_forward_hook(watch)
+        with workplace(base, self.TRIALS, slots=3) as place:
+            tight = drive(place, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=4)
+        hook.remove()
+        assert 0 < len(refused) < len(begun)
+        for number, trial in enumerate(self.TRIALS):
+            alone = solo(base, trial, max_train_steps=4)
+            assert loss_difference(tight[number], alone) < TOLERANCE
+            assert update_difference(tight[number], alone) < TOLERANCE
+
+    def test_evaluations_that_are_due_share_a_pass(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Five examples of each of three trials; in training four rows of each at most."""
+        trials = [tiny.hyperparameters(training_seed=n) for n in range(3)]
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, max_train_steps=2, evaluate_every=2)
+            for n, trial in enumerate(trials)
+        ]
+        passes: list[int] = []
+
+        def look(ids: Tensor) -> bool:
+            if not torch.is_grad_enabled():
+                passes.append(len(ids))
+            return True
+
+        with workplace(with_room_for(models.base("llama"), look), trials, slots=3) as place:
+            place.base_evaluation = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
+            run_loop(place, assigned)
+        assert passes == [15, 15, 6] or sorted(passes) == [2, 4, 5, 5, 10, 10]  # one may come a pass later
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_evaluation_is_as_with_room(self, models: tiny.Models, rows: int) -> None:

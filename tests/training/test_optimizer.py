@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +99,25 @@ def test_rates_of_a_and_b(kind: str) -> None:
     for name, (a, b) in START.items():
         assert torch.allclose(optimizer.weights[name][0], a - 0.005, atol=1e-6)
         assert torch.allclose(optimizer.weights[name][1], b - 0.04, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_every_hyperparameter_is_the_libraries(kind: str) -> None:
+    """Betas, epsilon and decay, each far from its default, over steps with different gradients."""
+    changes = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 0.3, "weight_decay": 0.4}
+    optimizer = made(optimizer=kind, learning_rate=0.01, max_grad_norm=0.0, **changes)
+    mine = [weight for part in (0, 1) for weight in (pair[part] for pair in optimizer.weights.values())]
+    reference = [torch.nn.Parameter(weight.clone()) for weight in mine]
+    library = torch.optim.AdamW if kind == "adamw" else AdamW8bit
+    theirs = library(reference, lr=0.01, betas=(0.5, 0.7), eps=0.3, weight_decay=0.4)
+    for value in (1.0, -0.2, 3.0):
+        for parameter in reference:
+            parameter.grad = torch.full_like(parameter, value)
+        fill(optimizer, value)
+        theirs.step()
+        step(optimizer)
+    for weight, parameter in zip(mine, reference, strict=True):
+        assert torch.allclose(weight, parameter, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])

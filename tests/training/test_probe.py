@@ -2,12 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import PhimoeConfig
+
 from tests import tiny
 from tests.data.tiny import source, write_jsonl
+from tests.training.test_loop import with_room_for
 from tuner.data import PreparedData, load_tokenizer, prepare
+from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 from tuner.spec import RoundSpec
-from tuner.training.opening import arrange
+from tuner.training.opening import arrange, packing_for
 from tuner.training.probe import largest_hyperparameters, predict, probe
 
 
@@ -48,13 +54,42 @@ def test_auto_is_one_slot_on_a_cpu(models: tiny.Models, tmp_path: Path) -> None:
     assert arrange(*_round(models, tmp_path), slots="auto").pack.num_slots == 1
 
 
-def _round(models: tiny.Models, directory: Path) -> tuple[RoundSpec, PreparedData]:
+def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path) -> None:
+    """As on a GPU: these rows are so short that a pass has room for every trial, if memory has."""
+    spec, data = _round(models, tmp_path)
+    place = arrange(spec, data, slots=1)
+    assert packing_for(place, spec, limit_bytes=1 << 50).slots == spec.search.trials > 1
+    assert packing_for(place, spec, limit_bytes=1 << 20).slots == 1
+
+
+def test_a_row_that_does_not_fit_is_no_prediction(models: tiny.Models, tmp_path: Path) -> None:
+    spec, data = _round(models, tmp_path)
+    place = arrange(spec, data, slots=2)
+    place.base = with_room_for(place.base, lambda ids: not torch.is_grad_enabled())
+    with pytest.raises(ModelError, match="no room for a pass of even one row"):
+        predict(place, spec)
+
+
+def test_layers_that_a_pack_cannot_wrap_are_refused_at_once(models: tiny.Models, tmp_path: Path) -> None:
+    """Phi 3.5's routers are linear layers with two results, and all-linear takes them, too."""
+    shape = {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
+    made = PhimoeConfig(
+        **tiny.config("llama").to_diff_dict() | {"model_type": "phimoe", "architectures": None} | shape
+    )
+    spec, data = _round(models, tmp_path, model=tiny.save_model(tmp_path / "phimoe", made))
+    with pytest.raises(ModelError, match=r"target_modules: model\.layers\.0\.mlp\.router"):
+        arrange(spec, data, slots=1)
+
+
+def _round(
+    models: tiny.Models, directory: Path, *, model: Path | None = None
+) -> tuple[RoundSpec, PreparedData]:
     rows = write_jsonl(directory / "rows.jsonl", [{"text": f"Row number {n}."} for n in range(30)])
     spec = RoundSpec.model_validate(
         {
             "study": "s",
             "round": "r",
-            "model": {"path": str(models.path("llama")), "dtype": "float32"},
+            "model": {"path": str(model or models.path("llama")), "dtype": "float32"},
             "data": {"train": [source(rows, "text")], "eval_fraction": 0.2, "max_length": tiny.MAX_LENGTH},
             "max_train_steps": 1000,
             "hyperparameters": {"learning_rate": 1e-4, "lora_r": [2, 4], "batch_size": [1, 2]},

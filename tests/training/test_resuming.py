@@ -142,6 +142,22 @@ def test_best_adapter_before_the_stop_is_kept(models: tiny.Models, tmp_path: Pat
     assert_equal_weights(best_weights(going_on), best_weights(undisturbed))
 
 
+def test_bad_updates_count_across_a_stop(models: tiny.Models, tmp_path: Path) -> None:
+    wild = tiny.hyperparameters(learning_rate=1e30)
+    ends = []
+    with workplace(models.base("llama"), [wild]) as place:
+        for name, tick in (("a", None), ("b", 3)):
+            assigned = assignment(tmp_path / name, hyperparameters=wild, evaluate_every=5)
+            events = run_loop(place, [assigned], stop_at_tick=tick)
+            if ended(events).outcome == "stopped":
+                assert ended(events).step == 3
+                going_on = resumed_from(events, assigned, CheckpointKind.LAST)
+                events = run_loop(place, [replace(going_on, attempt=1)])
+            ends.append(ended(events))
+    assert ends[0] == ends[1]
+    assert (ends[0].outcome, ends[0].step) == ("infeasible", 4)
+
+
 class TestTrunk:
     SHORT, LONG = 8, 15
     TRIAL = tiny.hyperparameters(lora_dropout=0.2, schedule="linear", warmup_steps=2, decay_steps=3)
@@ -178,6 +194,28 @@ class TestTrunk:
         assert curve(going_on) == curve(expected)
         assert (started(going_on).step, ended(going_on).step) == (5, self.LONG)
         assert_equal_weights(best_weights(promoted), best_weights(fresh))
+
+    def test_evaluations_of_the_shorter_round_alone_are_left_out(
+        self, models: tiny.Models, tmp_path: Path
+    ) -> None:
+        """A trunk at the shorter round's end, which lies between two evaluations of the longer one."""
+        trial = tiny.hyperparameters()
+        short = assignment(
+            tmp_path / "1", hyperparameters=trial, max_train_steps=6, evaluate_every=4, trunk_steps=(6,)
+        )
+        events = run(models.base("llama"), short)
+        fresh = assignment(tmp_path / "2", hyperparameters=trial, max_train_steps=9, evaluate_every=4)
+        promoted = resumed_from(
+            events,
+            short,
+            CheckpointKind.TRUNK,
+            max_train_steps=9,
+            directory=str(tmp_path / "3" / "trial-0000"),
+            trunk_steps=(),
+        )
+        going_on = run(models.base("llama"), promoted)
+        assert [evaluation.step for evaluation in curve(events)] == [0, 4, 6]
+        assert curve(going_on) == curve(run(models.base("llama"), fresh))
 
 
 class TestFaultyCheckpoints:

@@ -11,6 +11,7 @@ from tests.studies import formula
 from tuner.errors import InputError, WorkerError
 from tuner.records import Died, Ended, Event, Ready
 from tuner.workers import SimulatedWorker, WorkerPool, wait_for_former_workers, worker_environments
+from tuner.workers.devices import visible_devices
 from tuner.workers.pool import MAX_DEATHS
 
 
@@ -63,13 +64,13 @@ def test_each_trial_runs_in_one_worker_and_all_are_heard(tmp_path: Path) -> None
 def test_only_the_one_that_holds_a_trial_is_told_to_stop_it(tmp_path: Path) -> None:
     made = Made()
     pool = WorkerPool([made, made])
-    pool.start(assignment(tmp_path, 0, steps=400))
-    pool.start(assignment(tmp_path, 1, steps=4))
-    pool.stop(0)
+    pool.start(assignment(tmp_path, 0, steps=4))
+    pool.start(assignment(tmp_path, 1, steps=400))
+    pool.stop(1)
     pool.stop(7)
     events = collect(pool, until=lambda seen: ended(seen) == {0, 1})
     outcomes = {event.trial: event.outcome for event in events if isinstance(event, Ended)}
-    assert outcomes == {0: "stopped", 1: "complete"}
+    assert outcomes == {0: "complete", 1: "stopped"}
 
 
 def test_a_device_that_is_never_ready_is_left_out(tmp_path: Path) -> None:
@@ -108,6 +109,14 @@ class TestEnvironments:
         assert worker_environments(3, (), cores=8, environment={}) == [{"OMP_NUM_THREADS": "2"}] * 3
         assert worker_environments(9, (), cores=8, environment={})[0] == {"OMP_NUM_THREADS": "1"}
         assert worker_environments(2, (), cores=8, environment={"OMP_NUM_THREADS": "7"}) == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("listed", "devices"),
+    [("0,1", ("0", "1")), (" GPU-a , MIG-b", ("GPU-a", "MIG-b")), ("", ()), ("-1", ()), ("3", ("3",))],
+)
+def test_devices_are_those_that_the_environment_lists(listed: str, devices: tuple[str, ...]) -> None:
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": listed}) == devices
 
 
 def test_a_worker_of_an_earlier_run_that_does_not_end_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import product, speed_up
@@ -110,7 +110,7 @@ class Base:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """What the model itself makes of last hidden states [tokens, width], its layers left out."""
-        known = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        known = MoeModelOutputWithPast(last_hidden_state=hidden[None])
         with patch.object(self.model.get_decoder(), "forward", lambda *_, **__: known):
             logits: Tensor = self.model(input_ids=hidden.new_zeros((1, 1), dtype=torch.long)).logits[0]
         return logits
@@ -162,7 +162,7 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _cannot_load(model, error) from error
-    _refuse_shared_rows(config, model.path, max_length)
+    _refuse_shared_rows(config.get_text_config(decoder=True), model.path, max_length)
     return config
 
 
@@ -195,6 +195,11 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
         keep_differentiable(model)
     speed_up(model)
     base = Base(model, dtype, head_is_linear=False)
+    if _sees_what_follows(base):
+        raise ModelError(
+            f"model: in {type(model).__name__} a token sees those that follow it: an answer's loss would be "
+            "read off the answer, and padding would count; tuner trains causal models"
+        )
     base.head_is_linear = _head_is_linear(base)
     if not base.head_is_linear and not _head_stands_alone(base):
         raise ModelError(
@@ -257,6 +262,15 @@ def keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.train()
+
+
+@torch.no_grad()
+def _sees_what_follows(base: Base) -> bool:
+    """Change the last token of a few, and compare the logits before it."""
+    ids = (torch.arange(4, device=base.device) % base.vocabulary_size).repeat(2, 1)
+    ids[1, -1] = base.vocabulary_size - 1
+    one, other = base.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return bool((one - other).norm() > torch.finfo(base.dtype).eps ** 0.5 * one.norm())
 
 
 def _head_is_linear(base: Base) -> bool:

@@ -104,7 +104,7 @@ def _weights(wrapped: PreTrainedModel) -> dict[str, tuple[Tensor, ...]]:
         ):
             raise ModelError(
                 f"hyperparameters.target_modules: {name} is the output head or no linear layer; "
-                "tuner adapts the linear layers before the head"
+                "tuner adapts the linear layers before the head: name the target modules without it"
             )
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         weights[name] = a.detach().float(), b.detach().float()

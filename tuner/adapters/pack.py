@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base
 from tuner.adapters.dora import DoraUpdate, weight_norm
 from tuner.adapters.dropout import dropout_mask
 from tuner.adapters.frozen_linear import FrozenLinear, product
 from tuner.adapters.initial import Adapter
+from tuner.adapters.linear_layers import widths
 
 ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
 """A trial's weights, or their gradients, by module and in PEFT's shapes."""
@@ -51,7 +51,7 @@ class Pack:
         self.rows: PackedRows | None = None
         wanted = set(modules)
         inner = {name: module for name, module in base.model.named_modules() if name in wanted}
-        shapes = [(num_slots, max_rank, width) for module in inner.values() for width in _widths(module)]
+        shapes = [(num_slots, max_rank, width) for module in inner.values() for width in widths(module)]
         sizes = [math.prod(shape) for shape in shapes]
         weights = torch.zeros(sum(sizes), device=base.device, dtype=base.dtype)
         self._gradients = torch.zeros_like(weights)
@@ -236,6 +236,11 @@ class PackedLinear(nn.Module):
         """The base's weight: some models look at its dtype."""
         return self.inner.weight  # type: ignore[return-value]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias: some models take it out and put it back."""
+        return self.inner.bias  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], rows grouped by slot as the pack's `rows` says."""
         pack = self._pack[0]
@@ -293,10 +298,10 @@ class _Update(torch.autograd.Function):
         ctx.layer, ctx.slots, ctx.rank = layer, slots, rank
         ctx.is_dropped, ctx.is_plain = dropped is not None, y is None
         if y is not None:
-            return torch.baddbmm(_by_slot(y, slots), low.to(y.dtype), b.to(y.dtype)).view(y.shape)
+            return _own(torch.baddbmm(_by_slot(y, slots), low.to(y.dtype), b.to(y.dtype)), y.shape)
         y = product(x, layer.inner.weight, layer.inner.bias)  # type: ignore[arg-type]
         _by_slot(y, slots).baddbmm_(low.to(y.dtype), b.to(y.dtype))
-        return y
+        return _own(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -323,6 +328,11 @@ class _Update(torch.autograd.Function):
 def _by_slot(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
     """[rows, length, width] -> [slots, tokens, width]"""
     return rows.reshape(len(slots), -1, rows.shape[-1])
+
+
+def _own(made: Tensor, shape: torch.Size) -> Tensor:
+    """The same memory in a shape, as no view to autograd: some models add to a layer's output in place."""
+    return torch.ops.aten._unsafe_view(made, shape)  # type: ignore[no-any-return]
 
 
 def _of_slots(stacked: Sequence[Tensor], slots: tuple[int, ...]) -> list[Tensor]:
@@ -352,10 +362,3 @@ def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]
 def _replace(base: Base, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(base.model.get_submodule(parent), child, module)
-
-
-def _widths(linear: nn.Module) -> tuple[int, int]:
-    if isinstance(linear, Conv1D):
-        return int(linear.weight.shape[0]), int(linear.nf)
-    assert isinstance(linear, nn.Linear)
-    return linear.in_features, linear.out_features

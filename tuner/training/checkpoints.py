@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Snapshot:
     """The adapter of the best evaluation so far; None when that is this snapshot's own."""
     counters: Mapping[str, Any]
     """Running sums since the last evaluation, by name: floats and ints."""
+    sums: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """The same up to each evaluation, by step: a longer round may not have one of them."""
 
 
 def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
@@ -86,6 +88,7 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
         evaluations=tuple(evaluation_from_json(item) for item in state["evaluations"]),
         best=weights_from(best) if best is not None else None,
         counters=state["counters"],
+        sums={int(step): tuple(sums) for step, sums in state.get("sums", {}).items()},
     )
 
 
@@ -108,6 +111,7 @@ def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
         "format": _FORMAT,
         "step": snapshot.step,
         "counters": dict(snapshot.counters),
+        "sums": dict(snapshot.sums),
         "evaluations": [to_json(evaluation) for evaluation in snapshot.evaluations],
     }
     (directory / _STATE_FILE).write_text(json.dumps(state))

@@ -12,6 +12,7 @@ import torch
 
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
+from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
@@ -19,7 +20,7 @@ from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
 from tuner.training.environment import environment
 from tuner.training.loop import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
-from tuner.training.room import MARGIN, choose_packing, fit_room, free_device_bytes
+from tuner.training.room import MARGIN, Packing, choose_packing, fit_room, free_device_bytes
 from tuner.training.workplace import Workplace
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     hollow = hollow_copy(base, base_path=spec.model.path)
     modules = targeted_modules(hollow, space)
+    refuse_unlike_linear(base, modules)
     max_rank = int(max(values_of(space["lora_r"])))
 
     def place_with(num_slots: int, pass_tokens: int) -> Workplace:
@@ -98,20 +100,26 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     if device.type == "cpu":
         return place_with(1, pass_tokens)
     alone = place_with(1, pass_tokens)
-    probed = probe(alone, largest_hyperparameters(space))
+    packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
     alone.pack.close()
+    return place_with(packing.slots, packing.pass_tokens)
+
+
+def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packing:
+    """What `auto` settles on: a few passes of one trial in `place`, and what they took, in so much memory."""
+    probed = probe(place, largest_hyperparameters(spec.space()))
     if not probed.tokens:
-        return place_with(1, alone.pass_tokens)
+        return Packing(1, place.pass_tokens)
     packing = choose_packing(
         fit_room(probed),
-        limit_bytes=int(MARGIN * free_device_bytes(device)),
-        slot_weights=adapter_sizes(hollow, space)[1],
-        update_tokens=int(_mean_batch_size(spec) * float(data.train.num_tokens.mean())),
-        longest_row=int(data.train.num_tokens.max()),
+        limit_bytes=limit_bytes,
+        slot_weights=adapter_sizes(place.hollow, spec.space())[1],
+        update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
+        longest_row=int(place.train.num_tokens.max()),
         trials=spec.search.trials,
     )
     _log.info("slots: auto: %s, from passes of %s tokens", packing, probed)
-    return place_with(packing.slots, packing.pass_tokens)
+    return packing
 
 
 def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:

@@ -23,6 +23,9 @@ from tuner.training.optimizer import TrialOptimizer
 MAX_BAD_UPDATES = 3
 """Updates in a row without a usable gradient before a trial is infeasible."""
 
+_SUMMED = ("nll", "targets", "clipped")
+"""Counters of the updates since the last evaluation."""
+
 
 class TrialRun:
     """A trial between its first and last step in this worker. Its clock is its own `step`."""
@@ -40,7 +43,9 @@ class TrialRun:
         self.micro_batches: deque[MicroBatch] = deque()
         self._update_nll = 0.0
         self._update_targets = 0
-        self._counters: dict[str, float] = dict.fromkeys(("nll", "targets", "clipped", "bad", "rate"), 0.0)
+        self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
+        self._sums: dict[int, tuple[float, ...]] = {}
+        """What was summed up to each evaluation from the one before it, by step."""
         self._evaluation_steps = frozenset(
             evaluation_steps(assignment.max_train_steps, assignment.evaluate_every)
         )
@@ -73,6 +78,11 @@ class TrialRun:
             for evaluation in snapshot.evaluations
             if evaluation.step <= snapshot.step and evaluation.step in self._evaluation_steps
         ]
+        last = self.evaluations[-1].step if self.evaluations else 0
+        self._sums = {step: sums for step, sums in snapshot.sums.items() if step <= last}
+        left_out = [sums for step, sums in snapshot.sums.items() if step > last]
+        for number, name in enumerate(_SUMMED):  # what was summed up to those counts on, up to the next one
+            self._counters[name] = sum([*(sums[number] for sums in left_out), self._counters[name]])
         self.best_weights = _copy(snapshot.best if snapshot.best is not None else snapshot.adapter.weights)
 
     def snapshot(self) -> Snapshot:
@@ -84,6 +94,7 @@ class TrialRun:
             evaluations=tuple(self.evaluations),
             best=self.best_weights,
             counters=dict(self._counters),
+            sums=dict(self._sums),
         )
 
     # --- an update --------------------------------------------------------------------------------
@@ -165,7 +176,8 @@ class TrialRun:
             example_tokens=tuple(example_tokens),
             correct_tokens=correct_tokens,
         )
-        counters.update(nll=0.0, targets=0.0, clipped=0.0)
+        self._sums[self.step] = tuple(counters[name] for name in _SUMMED)
+        counters.update(dict.fromkeys(_SUMMED, 0.0))
         self.evaluations.append(made)
         if self.best_step == self.step:
             self.best_weights = _copy(self.optimizer.weights)
