@@ -45,7 +45,7 @@ search:
   trials: {trials}
   sampler: {sampler}
   enqueue: {enqueue}
-evaluation: {{every_steps: {every}, batch_size: 8, max_examples: 8}}
+evaluation: {{every_steps: {every}, batch_size: 8, max_examples: 8{evaluation}}}
 storage: {storage}
 {run}"""
 
@@ -67,6 +67,7 @@ def write_round(directory: Path, **changes: Any) -> Path:
         "sampler": "quasi-random",
         "enqueue": "[]",
         "every": 2,
+        "evaluation": "",
         "storage": "sqlite:///tuner.db",
         "run": "",
         **changes,

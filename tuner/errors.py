@@ -57,6 +57,10 @@ class ModelError(InputError):
     """A model or tokenizer that cannot be loaded or trained."""
 
 
+class MetricError(InputError):
+    """A function of `evaluation.answers.metric` that is not there, raises, or returns no finite number."""
+
+
 class StorageError(InputError):
     """A database or a directory that cannot be used, or that another process holds."""
 

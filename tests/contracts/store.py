@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tuner.records import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -34,6 +35,7 @@ from tuner.store.facts import (
     PromotionPlanned,
     RoundBegun,
     StepsRun,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -98,6 +100,14 @@ SCORE = FinalScore(
     rows="abc",
     scored_at=50.25,
 )
+ANSWERS = AnswerScore(
+    step=20,
+    metric="metrics.py:overlap",
+    mean=0.1 + 0.2,
+    standard_error=5e-324,
+    num_examples=50,
+    is_objective=True,
+)
 BRANCH = Branch(
     7,
     30,
@@ -123,6 +133,7 @@ HISTORY: list[Fact] = [
     AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
     COMPLETE,
     TrialScored("round1", 7, SCORE),
+    TrialAnswered("round1", 7, ANSWERS),
     BranchAdvanced("round1", BRANCH),
     WorkMeasured("round1", WORK),
     PromotionPlanned(PROMOTION),
@@ -396,6 +407,15 @@ class StoreContract:
         store.record(TrialScored("round1", 7, replace(SCORE, loss=9.0, standard_error=None)))
         assert repr(store.trials("round1")[0].final_score) == repr(SCORE)
 
+    def test_the_last_answers_of_a_trial_count(self, store: Store) -> None:
+        """Those of an adapter that was trained again."""
+        store.record(RoundBegun(ROUND), TrialAsked(replace(TRIAL, answer_score=ANSWERS)))
+        assert store.trials("round1")[0].answer_score is None
+        alone = replace(ANSWERS, mean=-1e300, standard_error=None, num_examples=1, is_objective=False)
+        for score in (ANSWERS, alone):
+            store.record(TrialAnswered("round1", 7, score))
+            assert repr(store.trials("round1")[0].answer_score) == repr(score)
+
     def test_of_a_branch_the_last_said_counts(self, store: Store) -> None:
         later = replace(
             BRANCH, state="complete", checkpoint=None, reason=None, evaluation=Evaluation(30, 1.0)
@@ -424,6 +444,7 @@ class StoreContract:
             (replace(COMPLETE, trial=8), "trial round1/8"),
             (TrialNoted("round9", 7, "x"), "trial round9/7"),
             (TrialScored("round1", 8, SCORE), "trial round1/8"),
+            (TrialAnswered("round1", 8, ANSWERS), "trial round1/8"),
             (BranchAdvanced("round1", replace(BRANCH, trial=8)), "trial round1/8"),
             (WorkMeasured("round9", WORK), "round round9"),
             (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),

@@ -83,7 +83,9 @@ def source(path: Path, format: str = "alpaca", **more: Any) -> dict[str, Any]:
     return {"path": str(path), "format": format, **more}
 
 
-def round_spec(*, max_examples: int = 200, **data: Any) -> RoundSpec:
+def round_spec(
+    *, max_examples: int = 200, answers: Mapping[str, Any] | None = None, **data: Any
+) -> RoundSpec:
     return RoundSpec.model_validate(
         {
             "study": "s",
@@ -92,7 +94,7 @@ def round_spec(*, max_examples: int = 200, **data: Any) -> RoundSpec:
             "data": data,
             "max_train_steps": 10,
             "hyperparameters": {"learning_rate": 1e-4},
-            "evaluation": {"every_steps": 5, "max_examples": max_examples},
+            "evaluation": {"every_steps": 5, "max_examples": max_examples, "answers": answers},
         }
     )
 

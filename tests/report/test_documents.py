@@ -28,7 +28,7 @@ from . import synthetic
 
 TRIAL_KEYS = [
     "number", "round", "state", "reason", "hyperparameters", "seed", "best_step", "best_eval_loss",
-    "settled_step", "adapter", "test", "continues", "executed_steps", "attempts", "evaluations",
+    "settled_step", "adapter", "answers", "test", "continues", "executed_steps", "attempts", "evaluations",
 ]  # fmt: skip
 STATES = ["waiting", "running", "complete", "pruned", "infeasible", "failed"]
 
@@ -123,7 +123,7 @@ class TestStatus:
         assert shown["state"] == "complete"
         assert list(shown["trials"]) == STATES
         assert shown["trials"] == dict.fromkeys(STATES, 0) | {"complete": 7, "infeasible": 1}
-        assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter"]
+        assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter", "answer_score"]
         assert shown["best"]["trial"] == 6
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
 

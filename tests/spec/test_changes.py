@@ -48,6 +48,7 @@ def test_what_changes_no_result_may_change(old, new):
         ("enqueue: []", "enqueue: [{lora_r: 8}]", 26, "search.enqueue", "[]", "[{lora_r: 8}]"),
         ("every_steps: 5", "every_steps: 6", 27, "evaluation.every_steps", "5", "6"),
         ("max_examples: 200", "max_examples: 20", 27, "evaluation.max_examples", "200", "20"),
+        ("max_examples: 200", "answers: {max_examples: 9}", 27, "evaluation.answers", "null", "{metric:"),
         ("max_length: 512", "max_length: 256", 9, "data.max_length", "512", "256"),
         ("loss_on: completion", "loss_on: all", 10, "data.loss_on", "completion", "all"),
         ("dtype: bfloat16", "dtype: float32", 4, "model.dtype", "bfloat16", "float32"),

@@ -146,3 +146,18 @@ def test_storage_is_relative_to_the_file(url, absolute):
 def test_a_relative_directory_is_taken_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert spec_of(MINIMAL).absolute(Path("sub")).checkpoints.directory == str(tmp_path / "sub" / "runs")
+
+
+def test_a_metric_is_a_file_beside_the_round_or_a_module(tmp_path: Path):
+    (tmp_path / "beside.py").write_text("")
+    text = FULL.replace("every_steps: 5", "every_steps: 5, answers: {metric: METRIC}")
+    written = ("exact_match", "scores.py:overlap", "beside:overlap", "somewhere.else:overlap", "/a/b.py:f")
+    found = [spec_of(text.replace("METRIC", name)).absolute(tmp_path) for name in written]
+    again = [spec.absolute(tmp_path / "other") for spec in found]
+    assert [spec.evaluation.answers.metric for spec in again] == [
+        "exact_match",
+        f"{tmp_path}/scores.py:overlap",
+        f"{tmp_path}/beside.py:overlap",
+        "somewhere.else:overlap",
+        "/a/b.py:f",
+    ]

@@ -36,6 +36,24 @@ TOO_LONG = "decay_steps: 56"
             "61 is above max_train_steps",
         ),
         ([("_steps: 2000", "_steps: 59")], 29, "run.production_steps", "59 is below max_train_steps (60)"),
+        (
+            [("every_steps: 5", "every_steps: 5, answers: {objective: true}"), ("r: none", "r: median")],
+            29,
+            "run.pruner",
+            "median compares losses on the way",
+        ),
+        (
+            [("every_steps: 5", "every_steps: 5, answers: {objective: true}"), ("e: local", "e: simulated")],
+            27,
+            "evaluation.answers.objective",
+            "nothing is trained in a rehearsal",
+        ),
+        (
+            [("every_steps: 5", "every_steps: 5, answers: {metric: exact}")],
+            27,
+            "evaluation.answers.metric",
+            "expects exact_match, file.py:function or module:function, got 'exact'",
+        ),
         ([("quasi-random", "grid")], 13, "hyperparameters.learning_rate", "the grid sampler needs values"),
         ([(ENQUEUE, "enqueue: [{lora_r: 12}]")], 26, "search.enqueue[0].lora_r", "allowed: 8, 16 or 32"),
         (

@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tuner.records import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -33,6 +34,7 @@ from tuner.store.facts import (
     PromotionPlanned,
     RoundBegun,
     StepsRun,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -138,6 +140,12 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
     ),
     lambda draw, trial, _: TrialScored(
         *trial, FinalScore(draw(STEPS), draw(FLOATS), draw(st.none() | FLOATS), 3, 7, "rows", draw(TIMES))
+    ),
+    lambda draw, trial, _: TrialAnswered(
+        *trial,
+        AnswerScore(
+            draw(STEPS), "exact_match", draw(TIMES), draw(st.none() | FLOATS), 3, draw(st.booleans())
+        ),
     ),
     lambda draw, trial, _: BranchAdvanced(
         trial[0],

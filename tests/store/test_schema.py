@@ -19,6 +19,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Table, create_engine, inspect, text
 
 from tests.contracts.store import (
+    ANSWERS,
     BRANCH,
     COMPLETE,
     HISTORY,
@@ -31,6 +32,7 @@ from tests.contracts.store import (
 )
 from tuner.errors import StorageError
 from tuner.records import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -46,6 +48,7 @@ from tuner.store.facts import (
     BranchAdvanced,
     EvaluationMade,
     RoundBegun,
+    TrialAnswered,
     TrialAsked,
     TrialScored,
     WorkMeasured,
@@ -100,7 +103,7 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
     strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
-    later = (WorkMeasured, TrialScored, BranchAdvanced, AttemptPlaced)
+    later = (WorkMeasured, TrialScored, TrialAnswered, BranchAdvanced, AttemptPlaced)
     told = [fact for fact in HISTORY if not isinstance(fact, later)]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
@@ -137,7 +140,7 @@ def test_a_database_without_throughput_has_none(url: str) -> None:
 
 
 def test_a_database_without_scores_takes_them(url: str) -> None:
-    """As it was at revision 0003, with the table of branches that nothing wrote into."""
+    """As it was at revision 0003, with the table of branches that nothing wrote into, and none of answers."""
     with closing(open_store(url, study="s")) as store:
         store.record(*HISTORY[:5])
         before = contents(store)
@@ -145,8 +148,10 @@ def test_a_database_without_scores_takes_them(url: str) -> None:
     with closing(open_store(url, study="s")) as store:
         assert contents(store) == before
         store.record(BranchAdvanced("round1", BRANCH), TrialScored("round1", 7, SCORE))
+        store.record(TrialAnswered("round1", 7, ANSWERS))
         assert repr(store.rounds()[0].branches) == repr((BRANCH,))
         assert store.trials("round1")[0].final_score == SCORE
+        assert store.trials("round1")[0].answer_score == ANSWERS
 
 
 def test_a_database_without_environments_knows_of_none(url: str) -> None:
@@ -183,6 +188,7 @@ TABLES_OF_THEIR_OWN = {"throughputs", "branches"}
         (Throughput, schema.THROUGHPUTS),
         (Branch, schema.BRANCHES),
         (FinalScore, schema.FINAL_SCORES),
+        (AnswerScore, schema.ANSWER_SCORES),
     ],
 )
 def test_every_field_of_a_record_has_a_column(record: type[Any], table: Table) -> None:

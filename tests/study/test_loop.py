@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from hypothesis import strategies as st
 
 from tests.studies import formula
 from tests.study.rehearsal import Crash, Fuse, rehearse, rounds, trials
-from tuner.errors import InputError, Interrupted, WorkerError
+from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.selection import ranked
 from tuner.records import (
+    Answered,
+    AnswerScore,
     Assignment,
     Attempt,
     Checkpoint,
     CheckpointKind,
     Died,
+    Ended,
     Evaluated,
     Event,
     Measured,
@@ -34,7 +38,7 @@ from tuner.records import (
     Trial,
     TrialState,
 )
-from tuner.store import MemoryStore
+from tuner.store import MemoryStore, open_store
 from tuner.store.facts import RoundBegun, WorkMeasured
 from tuner.study.attempts import MAX_ATTEMPTS
 from tuner.study.loop import has_failed, unreplaced
@@ -227,14 +231,41 @@ def test_workers_that_are_never_ready_end_the_run(tmp_path: Path) -> None:
         rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99}, is_ready=False))
 
 
-def test_input_that_cannot_be_used_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_input_that_cannot_be_used_any_more_ends_the_run_at_once(tmp_path: Path) -> None:
     class Refusing(SimulatedWorker):
         def start(self, assignment: Assignment) -> None:
             super().start(assignment)
             self._said = [Died("model.path: cannot load", is_input_error=True)]
 
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(RoundStopped, match="cannot load"):
         rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1))
+
+
+class Answering(SimulatedWorker):
+    """Whose trials answer when they have come to their horizon: each better than the one before."""
+
+    def _say(self, event: Event) -> None:
+        if isinstance(event, Ended) and event.outcome == "complete":
+            score = AnswerScore(4, "exact_match", 0.1 * (1 + event.trial), 0.05, 20, is_objective=True)
+            super()._say(Answered(event.round, event.trial, event.attempt, score))
+        super()._say(event)
+
+
+def test_answers_are_recorded_before_the_end_is_and_optuna_is_told_them(tmp_path: Path) -> None:
+    """As facts, by which the round's trials are ranked."""
+    answers = ", answers: {objective: true}"
+    fuse = rehearse(tmp_path, make_worker=lambda: Answering(formula, slots=1), evaluation=answers)
+    seams = [seam.partition(" record ")[2] for seam in fuse.passed if seam.startswith("after record")]
+    assert "TrialEnded" in seams[1 + seams.index("TrialAnswered")]
+    complete = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
+    assert len(complete) > 1
+    assert [trial for trial, _ in ranked(complete)] == complete[::-1]
+    study = optuna_study(tmp_path)
+    told = {t.user_attrs["trial"]: t.value for t in study.trials if t.value is not None}
+    assert told == {trial.number: pytest.approx(0.1 * (1 + trial.number)) for trial in complete}
+    assert study.best_trial.user_attrs["trial"] == complete[-1].number
+    with closing(open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")) as store:
+        assert repr(MirroredStore(store).trials("round1")) == repr(store.trials("round1"))
 
 
 def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.studies import round_file
-from tuner.records import RoundRecord, Throughput
-from tuner.study.results import round_results
+from tuner.records import AnswerScore, Evaluation, RoundRecord, Throughput, Trial, TrialState
+from tuner.store import MemoryStore
+from tuner.store.facts import RoundBegun
+from tuner.study.mirror import history
+from tuner.study.results import earlier_outcomes, round_results
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,27 @@ def test_what_evaluation_took_replaces_what_was_expected(
     spec = round_file(tmp_path).spec.model_dump(mode="json")
     record = RoundRecord("round1", 8, spec, begun_at=0.0, evaluation_share=0.4)
     assert round_results(replace(record, throughputs=work), ()).evaluation_share == pytest.approx(share)
+
+
+def test_earlier_answers_count_where_they_were_asked_alike(tmp_path: Path) -> None:
+    """Which of loss and answers was the objective then makes no difference."""
+    store = MemoryStore()
+    asked = {
+        "round1": ", answers: {max_examples: 9, objective: false}",
+        "round2": ", answers: {max_examples: 8}",
+        "round3": "",
+        "round4": ", answers: {max_examples: 9, objective: true}",
+    }
+    score = AnswerScore(4, "exact_match", 0.5, 0.1, 9)
+    for number, (name, evaluation) in enumerate(asked.items()):
+        spec = round_file(tmp_path, evaluation=evaluation).spec.model_dump(mode="json")
+        record = RoundRecord(name, 8, spec, begun_at=float(number), workload="same")
+        made = (Evaluation(4, 1.0),)
+        done = Trial(name, 0, {}, TrialState.COMPLETE, evaluations=made, answer_score=score)
+        store.record(RoundBegun(record), *history(done))
+    now = store.rounds()[-1]
+    assert [(o.loss, o.answers) for o in earlier_outcomes(store, now)] == [
+        (1.0, 0.5),
+        (1.0, None),
+        (1.0, None),
+    ]

@@ -10,7 +10,17 @@ import optuna
 import pytest
 
 from tuner.playbook.advice import outcomes
-from tuner.records import Choices, Evaluation, Fixed, Hyperparameters, Range, Space, Trial, TrialState
+from tuner.records import (
+    AnswerScore,
+    Choices,
+    Evaluation,
+    Fixed,
+    Hyperparameters,
+    Range,
+    Space,
+    Trial,
+    TrialState,
+)
 from tuner.spec import SearchSpec
 from tuner.study.points import quasi_random_point
 from tuner.study.sampling import MAX_REPORTS, Advisor, optuna_storage, shown_steps
@@ -262,3 +272,47 @@ def test_at_most_twenty_evaluations_of_a_trial_are_shown() -> None:
     assert len(shown) == MAX_REPORTS
     assert {0, 1000} <= shown <= set(planned)
     assert shown_steps((0, 5, 10)) == {0, 5, 10}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_answers_as_the_objective_are_maximised_and_shown_as_they_are(sampler: str) -> None:
+    """Whatever the losses say: here they fall where answers get worse."""
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+
+    def answering(round: str, number: int, rate: float, optuna_trial: int | None = None) -> Trial:
+        score = AnswerScore(5, "exact_match", 1 - abs(rate - 0.7), 0.01, 50, is_objective=True)
+        evaluations, values = (Evaluation(5, 1 + rate),), {"learning_rate": rate}
+        state = TrialState.COMPLETE
+        return Trial(
+            round,
+            number,
+            values,
+            state,
+            evaluations=evaluations,
+            optuna_trial=optuna_trial,
+            answer_score=score,
+        )
+
+    earlier = tuple(answering("round0", n, n / 20) for n in range(20))
+    adviser = Advisor(
+        optuna.storages.InMemoryStorage(),
+        "study/round1",
+        space,
+        SearchSpec(trials=8, sampler=sampler),
+        max_train_steps=15,
+        earlier=outcomes(earlier, max_train_steps=5),
+        objective="answers",
+    )
+    proposals = [adviser.propose(ordinal) for ordinal in range(3)]
+    rates = [float(p.chosen["learning_rate"]) for p in proposals]  # type: ignore[arg-type]
+    assert sum(abs(rate - 0.7) < 0.2 for rate in rates) >= 2
+    adviser.tell(answering("round1", 0, 0.6, proposals[0].optuna_trial), max_train_steps=15)
+    diverged = trial(1, proposals[1].optuna_trial, TrialState.INFEASIBLE, proposals[1].chosen)
+    adviser.report(diverged, diverged.evaluations[0], (0, 5))
+    adviser.tell(diverged, max_train_steps=15)
+    told, infeasible, _ = adviser.study.trials
+    assert (adviser.study.direction.name, adviser.study.metric_names) == ("MAXIMIZE", ["answer score"])
+    assert told.value == pytest.approx(0.9)
+    assert told.user_attrs["answers"] == "50 by exact_match"
+    assert (infeasible.state.name, infeasible.value) == ("PRUNED", None)
+    assert adviser.study.best_trial.number == told.number

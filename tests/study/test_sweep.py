@@ -85,14 +85,14 @@ def fitted(curve: Fit, rate: float) -> int:
 
 
 def test_the_first_round_fixes_everything_but_the_rate(tmp_path: Path) -> None:
-    file = swept_file(tmp_path, lora_r="[4, 8]", steps=18)
+    file = swept_file(tmp_path, lora_r="[4, 8]", steps=18, evaluation=", answers: {objective: true}")
     found = next_sweep(file)
     assert isinstance(found, RoundFile)
     spec = found.spec
     assert (spec.round, spec.max_train_steps, spec.search.trials) == ("sweep-20", 20, 8)
     assert [entry["learning_rate"] for entry in spec.search.enqueue][::7] == [1e-5, 3e-3]
     assert spec.data.eval == spec.data.train
-    assert spec.evaluation.max_examples == 256
+    assert (spec.evaluation.max_examples, spec.evaluation.answers) == (256, None)
     assert spec.hyperparameters["lora_r"] == 4
     assert spec.hyperparameters["lora_dropout"] == spec.hyperparameters["weight_decay"] == 0
     assert "# mine" in found.text

@@ -202,10 +202,18 @@ class StopsAtTick(Inbox):
 
 
 def run_loop(
-    place: Workplace, assignments: Iterable[Assignment], *, stop_at_tick: int | None = None
+    place: Workplace,
+    assignments: Iterable[Assignment],
+    *,
+    stop_at_tick: int | None = None,
+    heard: list[Event] | None = None,
 ) -> list[Event]:
-    """Run assignments through the training loop, one after the other as slots get free; what it said."""
-    waiting, events, open_ends = list(assignments), [], set()
+    """Run assignments through the training loop, one after the other as slots get free; what it said.
+
+    `heard` has it, too, where the loop raises.
+    """
+    waiting, open_ends = list(assignments), set()
+    events = [] if heard is None else heard
     reading, writing = os.pipe()
     with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as orders:
 

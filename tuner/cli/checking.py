@@ -9,8 +9,18 @@ import typer
 from rich.console import Console
 
 from tuner.cli.printing import PROSE, output
-from tuner.data import PreparedData, ShownRow, load_tokenizer, prepare, printable, show_rows
-from tuner.errors import DataError, InputError, Mistake, ModelError, RoundFileError
+from tuner.data import (
+    PreparedData,
+    ShownRow,
+    load_metric,
+    load_tokenizer,
+    prepare,
+    printable,
+    show_rows,
+    try_metric,
+)
+from tuner.data.metrics import METRIC_KEY
+from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, size
@@ -66,6 +76,7 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     spec = round_plan.absolute
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, round_plan.cache)
+    _refuse_metric(round_plan, data)
     if show:
         for row in show_rows(data.train, tokenizer, show):
             _print_row(row, round_plan.file.directory)
@@ -85,6 +96,7 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         )
         plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
+    remarks += _answers(round_plan, data)
     if spec.trains_alone:
         remarks.append(DORA_TRAINS_ALONE)
     if probe:
@@ -92,6 +104,38 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
     return plan, remarks
+
+
+def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
+    """Raises RoundFileError where answers cannot be compared as the file says: better now than at night."""
+    if plan.absolute.evaluation.answers is None:
+        return
+    try:
+        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.questions[0])
+    except MetricError as error:
+        said = str(error).removeprefix(f"{METRIC_KEY}: ")
+        raise RoundFileError(
+            plan.file.path, [Mistake(plan.file.line(METRIC_KEY), METRIC_KEY, said)]
+        ) from error
+
+
+def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
+    """What answering means for each trial, and which answers can never be long enough."""
+    answers = plan.spec.evaluation.answers
+    if answers is None:
+        return []
+    purpose = "ranks the trials" if answers.objective else "is shown beside the loss"
+    remarks = [
+        f"each complete trial answers {count(len(data.questions), 'evaluation row')} with up to "
+        f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"
+    ]
+    too_long = sum(question.reference_tokens > answers.max_new_tokens for question in data.questions)
+    if too_long:
+        remarks.append(
+            f"{too_long} of their completions have more than evaluation.answers.max_new_tokens "
+            f"({answers.max_new_tokens}), so no answer can equal them"
+        )
+    return remarks
 
 
 def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:

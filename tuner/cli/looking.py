@@ -9,7 +9,7 @@ import typer
 
 from tuner.cli.printing import output
 from tuner.errors import InputError
-from tuner.playbook import best_evaluation
+from tuner.playbook.selection import ranked
 from tuner.playbook.sweep import is_sweep
 from tuner.records import Trial, TrialState
 from tuner.report import (
@@ -179,15 +179,10 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
 def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
     """The best complete trial of the latest round that has one, sweeps aside."""
     for record in (record for record in reversed(store.rounds()) if not is_sweep(record.name)):
-        complete = [t for t in store.trials(record.name) if t.state == TrialState.COMPLETE]
-        if complete:
-            return min(complete, key=_best_loss), record.max_train_steps
+        order = ranked(store.trials(record.name))
+        if order:
+            return order[0][0], record.max_train_steps
     raise InputError(f"best: no trial of {folder.name} is complete yet; see: tuner study status")
-
-
-def _best_loss(trial: Trial) -> tuple[float, int]:
-    best = best_evaluation(trial.evaluations)
-    return (best.eval_loss if best else float("inf"), trial.number)
 
 
 def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:

@@ -1,25 +1,31 @@
 """Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
 
 from tuner.data.examples import Example, Examples
+from tuner.data.metrics import Metric, load_metric
 from tuner.data.order import batch_rows
 from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
 from tuner.data.prompts import Prompt, read_prompts, render_prompt
+from tuner.data.questions import Question, try_metric
 
 __all__ = [
     "DataReport",
     "Example",
     "Examples",
+    "Metric",
     "PreparedData",
     "Prompt",
+    "Question",
     "ShownRow",
     "SplitReport",
     "batch_rows",
+    "load_metric",
     "load_tokenizer",
     "prepare",
     "printable",
     "read_prompts",
     "render_prompt",
     "show_rows",
+    "try_metric",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tuner.data.examples import Examples
 from tuner.data.formats import source_format
 from tuner.data.locations import downloads
+from tuner.data.questions import Question, questions
 from tuner.data.rows import Recipe, tokenised
 from tuner.data.sources import open_sources
 from tuner.data.splits import (
@@ -91,6 +92,8 @@ class PreparedData:
     report: DataReport
     fingerprint: str
     """Hash of all tokens and target masks, in order."""
+    questions: tuple[Question, ...] = ()
+    """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
 
 
 def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> PreparedData:
@@ -102,8 +105,10 @@ def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | N
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
         raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
     recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache)
+    answers = spec.evaluation.answers
+    held_out = "train" if data.eval_fraction is not None else "eval"
     read = {
-        name: _parts(sources, tokenizer, recipe)
+        name: _parts(sources, tokenizer, recipe, asks=answers is not None and name == held_out)
         for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
     }
     train, evaluation, test = read["train"], read["eval"], read["test"]
@@ -136,18 +141,40 @@ def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | N
             overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
         ),
         fingerprint=_fingerprint(splits.values()),
+        questions=questions(
+            used["eval"],
+            tokenizer,
+            beginning=recipe.tokeniser.beginning_tokens,
+            max_examples=answers.max_examples,
+        )
+        if answers is not None
+        else (),
     )
 
 
-def _parts(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Part]:
-    """One for each file."""
+def _parts(
+    sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, asks: bool
+) -> list[Part]:
+    """One for each file; `asks` says that their completions are to be told from their prompts."""
     parts = []
+    by_turns = replace(recipe, loss_on="completion")
     with downloads(recipe.cache) as copies:
         for spec in sources:
             row_format = source_format(spec, tokenizer)
             for source in open_sources(spec, recipe.cache, copies):
                 table = tokenised(source, row_format, recipe)
-                parts.append(Part(source, table, np.arange(len(table.fates)), spec.path, spec.weight))
+                has_turns = asks and recipe.loss_on == "all" and spec.format != "text"
+                parts.append(
+                    Part(
+                        source,
+                        table,
+                        np.arange(len(table.fates)),
+                        spec.path,
+                        spec.weight,
+                        spec.format,
+                        tokenised(source, row_format, by_turns) if has_turns else None,
+                    )
+                )
     return parts
 
 

@@ -30,6 +30,11 @@ class Part:
     """What the round file calls the source, of which this is all or one file."""
     weight: float
     """The source's."""
+    format: str = ""
+    """The source's."""
+    turns: RowTable | None = None
+    """The same rows with targets on completions alone, where `table` has them on all tokens and these are
+    asked for."""
 
     def kept(self) -> Part:
         """Without the rows that were dropped."""

@@ -79,6 +79,11 @@ class Tokeniser:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         """Hash of everything in the tokenizer that decides about tokens."""
 
+    @property
+    def beginning_tokens(self) -> int:
+        """How many tokens the tokenizer itself puts before a text, such as BOS."""
+        return len(self._beginning)
+
     def prompt(self, text: str, *more: str, starts_plain: bool) -> list[int]:
         """Token ids of the segments that a completion follows."""
         ids: list[int] = self._first.encode(text, add_special_tokens=False).ids

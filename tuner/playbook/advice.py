@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from tuner.playbook.gain import configuration
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, Trial, TrialState
 
-_Losses: TypeAlias = Mapping[tuple[object, ...], float]
+Objective: TypeAlias = Literal["loss", "answers"]
+"""What a round's trials are ranked by: the best evaluation loss, or the answers of that step."""
+
+_Values: TypeAlias = Mapping[tuple[object, ...], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class Outcome:
     """Expected at the horizon where the trial was pruned; infinite where it is infeasible."""
     is_measured: bool
     """Whether the loss was measured at the horizon."""
+    answers: float | None = None
+    """The mean score of the best step's answers; None where none were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,10 @@ class Lesson:
 
     hyperparameters: Hyperparameters
     merit: float
-    """The loss to be expected at the longest horizon; infinite where it is infeasible."""
+    """What is to be expected at the longest horizon, lower is better: the loss, or the answer score with its
+    sign changed; infinite where it is infeasible."""
+    loss: float
+    """The loss to be expected there, which parts equal merits."""
 
 
 def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome, ...]:
@@ -58,24 +66,42 @@ def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome,
             case _:
                 continue
         is_measured = trial.state == TrialState.COMPLETE
-        found.append(Outcome(trial.hyperparameters, configuration(trial), max_train_steps, loss, is_measured))
+        answers = trial.answer_score.mean if trial.answer_score is not None else None
+        found.append(
+            Outcome(trial.hyperparameters, configuration(trial), max_train_steps, loss, is_measured, answers)
+        )
     return tuple(found)
 
 
-def lessons(found: Sequence[Outcome]) -> tuple[Lesson, ...]:
+def lessons(found: Sequence[Outcome], *, objective: Objective = "loss") -> tuple[Lesson, ...]:
     """One lesson for each configuration, in the order in which they were first tried.
 
     `found` are the outcomes of one workload's rounds, oldest first. A configuration speaks by its longest
-    run. Losses of different horizons are not compared as they are: each is lowered by what the
-    configurations known at both horizons gained, in the median. Rule: this project's decision, "Search".
+    run. Values of different horizons are not compared as they are: each is lowered by what the
+    configurations known at both horizons gained, in the median. Where answers are the objective, what has
+    answered nothing teaches nothing, unless it is infeasible. Rule: this project's decision, "Search".
     """
+    if objective == "answers":
+        found = [outcome for outcome in found if outcome.answers is not None or math.isinf(outcome.loss)]
     speaking: dict[tuple[object, ...], Outcome] = {}
     for outcome in found:
         known = speaking.get(outcome.configuration)
         if known is None or outcome.horizon >= known.horizon:
             speaking[outcome.configuration] = outcome
-    gains = _gains_to_the_longest(found)
-    return tuple(Lesson(o.hyperparameters, o.loss - gains[o.horizon]) for o in speaking.values())
+    value = _loss if objective == "loss" else _answers_to_minimise
+    gains, gains_of_loss = _gains_to_the_longest(found, value), _gains_to_the_longest(found, _loss)
+    return tuple(
+        Lesson(o.hyperparameters, value(o) - gains[o.horizon], o.loss - gains_of_loss[o.horizon])
+        for o in speaking.values()
+    )
+
+
+def _loss(outcome: Outcome) -> float:
+    return outcome.loss
+
+
+def _answers_to_minimise(outcome: Outcome) -> float:
+    return math.inf if outcome.answers is None else -outcome.answers
 
 
 def _gain_after(step: int, curves: Sequence[Sequence[Evaluation]]) -> float:
@@ -88,19 +114,19 @@ def _gain_after(step: int, curves: Sequence[Sequence[Evaluation]]) -> float:
     return median(gains) if gains else 0.0
 
 
-def _gains_to_the_longest(found: Sequence[Outcome]) -> dict[int, float]:
-    losses: dict[int, dict[tuple[object, ...], float]] = {outcome.horizon: {} for outcome in found}
+def _gains_to_the_longest(found: Sequence[Outcome], value: Callable[[Outcome], float]) -> dict[int, float]:
+    values: dict[int, dict[tuple[object, ...], float]] = {outcome.horizon: {} for outcome in found}
     for outcome in found:
         if outcome.is_measured:
-            losses[outcome.horizon][outcome.configuration] = outcome.loss
-    horizons = sorted(losses)
+            values[outcome.horizon][outcome.configuration] = value(outcome)
+    horizons = sorted(values)
     gains = dict.fromkeys(horizons, 0.0)
     for shorter, longer in reversed(list(pairwise(horizons))):
-        gains[shorter] = gains[longer] + _gain_between(losses[shorter], losses[longer])
+        gains[shorter] = gains[longer] + _gain_between(values[shorter], values[longer])
     return gains
 
 
-def _gain_between(shorter: _Losses, longer: _Losses) -> float:
+def _gain_between(shorter: _Values, longer: _Values) -> float:
     """The median of what is known at both horizons; without any, from the one's best to the other's."""
     both = [shorter[name] - longer[name] for name in shorter if name in longer]
     if both:

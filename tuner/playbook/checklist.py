@@ -9,7 +9,7 @@ from tuner.playbook.curve_checks import curve_findings
 from tuner.playbook.findings import Finding, Severity, percent
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import warmup_length
-from tuner.playbook.selection import LeadingTrial, ranked
+from tuner.playbook.selection import LeadingTrial, ranked_by_loss
 from tuner.playbook.space_checks import space_findings
 from tuner.records import TrialState
 
@@ -74,7 +74,7 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
 
 
 def _too_few_trials(results: RoundResults, noise: float) -> Iterator[Finding]:
-    losses = [best.eval_loss for _, best in ranked(results.trials)]
+    losses = [best.eval_loss for _, best in ranked_by_loss(results.trials)]
     losses += [math.inf] * (len(results.results) - len(losses))
     shortfall = half_round_shortfall(losses)
     if shortfall <= noise:

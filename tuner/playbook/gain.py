@@ -12,7 +12,7 @@ import numpy as np
 from tuner.playbook.precision import MAX_LOSS, difference_error, is_number
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import trunk_end, warmup_length
-from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked
+from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_loss
 from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation, Trial
 
@@ -112,7 +112,7 @@ def seed_spread(trials: Sequence[Trial]) -> float:
     Tuning Playbook, "Understanding noise between runs" (trial variance).
     """
     groups: dict[tuple[object, ...], list[float]] = {}
-    for trial, best in ranked(trials):
+    for trial, best in ranked_by_loss(trials):
         groups.setdefault(_identity(trial, without={"training_seed"}), []).append(best.eval_loss)
     repeated = [
         np.array(losses) / np.mean(losses)
@@ -155,7 +155,9 @@ def _from_earlier_rounds(
     for lead in leading:
         points = [_Point(results.max_train_steps, lead.best)]
         for other in comparable:
-            twins = (best for trial, best in ranked(other.trials) if same_configuration(trial, lead.trial))
+            twins = (
+                best for trial, best in ranked_by_loss(other.trials) if same_configuration(trial, lead.trial)
+            )
             if (twin := next(twins, None)) is not None:
                 points.append(_Point(other.max_train_steps, twin))
         if (

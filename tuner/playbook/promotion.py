@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import DecayRule, tiny_rate_share
 from tuner.playbook.search import Sampler, default_sampler, search_findings, startup_trials
-from tuner.playbook.selection import ranked
+from tuner.playbook.selection import objective_score, ranked
 from tuner.records import Dimension, Hyperparameters, Space, Trial, searched
 
 TOP = 3
@@ -147,19 +148,30 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
     """Two other seeds for the best two trials when what parts them is within the noise; else none.
 
     The noise is that of their own paired difference or `noise` (relative to the loss), whichever is
-    larger. Rule: Deep Learning Tuning Playbook, "Determining whether to adopt a training
-    pipeline change or hyperparameter configuration": run the winner again before adopting it.
+    larger; where answers are the objective, that of the two scores' difference. Rule: Deep Learning Tuning
+    Playbook, "Determining whether to adopt a training pipeline change or hyperparameter configuration": run
+    the winner again before adopting it.
     """
     order = ranked(results.trials)
     if len(order) < 2:
         return ()
-    (winner, first), (_, second) = order[:2]
-    limit = max(noise * first.eval_loss, paired_standard_error(second, first) or 0.0)
-    if second.eval_loss - first.eval_loss > limit:
+    (winner, first), (runner_up, second) = order[:2]
+    if (best := objective_score(winner)) is not None and (other := objective_score(runner_up)) is not None:
+        behind, limit = best - other, _answers_error(winner, runner_up)
+    else:
+        behind = second.eval_loss - first.eval_loss
+        limit = max(noise * first.eval_loss, paired_standard_error(second, first) or 0.0)
+    if behind > limit:
         return ()
     used = {trial.seed for trial in results.trials}
     fresh = (seed for seed in itertools.count(winner.seed + 1) if seed not in used)
     return next(fresh), next(fresh)
+
+
+def _answers_error(*trials: Trial) -> float:
+    """Standard error of the difference between answer scores, as if they were of other questions."""
+    scores = [trial.answer_score for trial in trials if trial.answer_score is not None]
+    return math.sqrt(sum((score.standard_error or 0.0) ** 2 for score in scores))
 
 
 def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:

@@ -52,10 +52,19 @@ class LeadingTrial:
 
 
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
-    """Complete trials with a finite evaluation and their best one, best first; ties by number.
+    """Complete trials with a finite evaluation and their best one, by the round's objective, best first.
 
-    Infeasible, pruned and failed trials are never among them, whatever they reached before. Rule:
+    That is the answers of the best step where the round file says so, ties by the loss; else the loss; ties
+    by number. Infeasible, pruned and failed trials are never among them, whatever they reached before. Rule:
     this project's decision, "Infeasible".
+    """
+    return tuple(sorted(ranked_by_loss(trials), key=lambda pair: -(objective_score(pair[0]) or 0.0)))
+
+
+def ranked_by_loss(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
+    """The same by the loss, whatever the objective: what is read about horizons rests on losses.
+
+    Rule: this project's decision, "The best step of a trial".
     """
     found = [
         (trial, best)
@@ -65,14 +74,23 @@ def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     return tuple(sorted(found, key=lambda pair: (pair[1].eval_loss, pair[0].number)))
 
 
+def objective_score(trial: Trial) -> float | None:
+    """The answer score that its round ranks the trial by, higher is better; None where losses decide.
+
+    Rule: this project's decision, "The best step of a trial".
+    """
+    score = trial.answer_score
+    return score.mean if score is not None and score.is_objective else None
+
+
 def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
-    """The best max(5, a quarter) of the completed trials, best first.
+    """The best max(5, a quarter) of the completed trials by their losses, best first.
 
     Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not
     compute-bound", reads the best steps of a round's trials; that only the leading ones speak is this
     project's decision.
     """
-    order = ranked(trials)
+    order = ranked_by_loss(trials)
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
         for trial, best in order[: num_leading(len(order))]

@@ -5,6 +5,7 @@ nats per target token; sizes are bytes.
 """
 
 from tuner.records.events import (
+    Answered,
     Assignment,
     Died,
     Ended,
@@ -18,6 +19,7 @@ from tuner.records.events import (
     Started,
 )
 from tuner.records.facts import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -56,6 +58,8 @@ from tuner.records.space import (
 from tuner.records.throughput import Throughput, added_up
 
 __all__ = [
+    "AnswerScore",
+    "Answered",
     "Assignment",
     "Attempt",
     "Branch",

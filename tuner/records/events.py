@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from tuner.records.facts import Checkpoint, Evaluation
+from tuner.records.facts import AnswerScore, Checkpoint, Evaluation
 from tuner.records.space import Hyperparameters
 from tuner.records.throughput import Throughput
 
@@ -96,6 +96,16 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """The best adapter of a trial at its horizon has answered the round's prompts; its `Ended` follows."""
+
+    round: str
+    trial: int
+    attempt: int
+    score: AnswerScore
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """The worker's throughput since it was ready; said after evaluations and at the end."""
 
@@ -128,4 +138,4 @@ class Died:
     """Whether the round file, the model or the data is to blame, so that a new worker would not help."""
 
 
-Event: TypeAlias = Ready | Started | Progressed | Evaluated | Saved | Measured | Ended | Died
+Event: TypeAlias = Ready | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died

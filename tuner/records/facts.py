@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -154,6 +155,28 @@ class FinalScore:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """How a trial's best adapter answers evaluation rows, by `evaluation.answers`; higher is better."""
+
+    step: int
+    """Of the adapter that answered."""
+    metric: str
+    """As the round file names it: `exact_match`, or the user's function."""
+    mean: float
+    """Over the answers, in the metric's own scale."""
+    standard_error: float | None
+    """Of the mean over the answers; None for a single one."""
+    num_examples: int
+    """Answers."""
+    is_objective: bool = False
+    """Whether the round ranks its trials by it; else by the evaluation loss."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.mean):
+            raise ValueError(f"an answer score is a finite number; got {self.mean}")
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """Hyperparameters and a seed, run to the round's horizon; assembled from the facts."""
 
@@ -173,6 +196,8 @@ class Trial:
     """Number of its trial in the Optuna study `STUDY/ROUND`."""
     final_score: FinalScore | None = None
     """On `data.test`; None for all but the trials that somebody settled on."""
+    answer_score: AnswerScore | None = None
+    """Of the best step; None unless the trial is complete and its round has `evaluation.answers`."""
 
     @property
     def seed(self) -> int:

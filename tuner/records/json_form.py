@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from tuner.records.events import (
+    Answered,
     Assignment,
     Died,
     Ended,
@@ -20,13 +21,13 @@ from tuner.records.events import (
     Saved,
     Started,
 )
-from tuner.records.facts import Attempt, Branch, Checkpoint, CheckpointKind, Evaluation
+from tuner.records.facts import AnswerScore, Attempt, Branch, Checkpoint, CheckpointKind, Evaluation
 from tuner.records.space import Value
 from tuner.records.throughput import Throughput
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Ready, Started, Progressed, Evaluated, Saved, Measured, Ended, Died)
+    for kind in (Ready, Started, Progressed, Evaluated, Saved, Answered, Measured, Ended, Died)
 }
 
 
@@ -98,6 +99,8 @@ def event_from_json(document: Mapping[str, Any]) -> Event:
         values["trials"] = tuple(values["trials"])
     if "throughput" in values:
         values["throughput"] = Throughput(**values["throughput"])
+    if "score" in values:
+        values["score"] = AnswerScore(**values["score"])
     return kind(**values)
 
 

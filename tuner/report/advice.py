@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from tuner.playbook.agreement import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
-from tuner.report import format
+from tuner.playbook.selection import objective_score
+from tuner.report import answered, format
 from tuner.report.round_report import RoundReport
 from tuner.report.tested import in_words
 
@@ -56,19 +56,28 @@ def found(report: RoundReport) -> tuple[str, ...]:
     if not report.ranked:
         return (f"{trials} so far: {format.counts(report.counts)}.",)
     (trial, best), *others = report.ranked
-    if best.step == 0:
+    if all(evaluation.step == 0 for _, evaluation in report.ranked):
         loss = format.loss(best.eval_loss)
         return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {loss}.",)
     share = format.percent(best.step / report.max_train_steps)
+    answers = f"answers that score {answered.in_words(trial.answer_score)}, " if trial.answer_score else ""
     sentences = [
         f"The best of {trials} ({format.counts(report.counts)}) is "
-        f"trial {trial.number}: evaluation loss {format.loss(best.eval_loss)} at step {best.step} of "
+        f"trial {trial.number}: {answers}"
+        f"evaluation loss {format.loss(best.eval_loss)} at step {best.step} of "
         f"{report.max_train_steps} ({share} of the run){_against_the_base(report, best.eval_loss)}."
     ]
     if report.shown_names:
         sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
     if others:
         runner_up, second = others[0]
+        if objective_score(trial) is not None:
+            score, loss = answered.number(runner_up.answer_score), format.loss(second.eval_loss)
+            sentences.append(
+                f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
+                "their answers; what is said of the horizon goes by losses."
+            )
+            return tuple(sentences)
         behind = format.percent((second.eval_loss - best.eval_loss) / abs(best.eval_loss or 1.0))
         loss = format.loss(second.eval_loss)
         sentences.append(f"The runner-up, trial {runner_up.number}, is {behind} behind with {loss}.")
@@ -83,15 +92,34 @@ def _against_the_base(report: RoundReport, loss: float) -> str:
 
 
 def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[str, ...]:
-    """A sentence where a trial of an earlier round has a lower loss on the same workload."""
-    mine = report.ranked[0][1].eval_loss if report.ranked else math.inf
-    comparable = [e for e in earlier if e.ranked and e.record.workload == report.record.workload]
-    champion = min(comparable, key=lambda e: e.ranked[0][1].eval_loss, default=None)
-    if champion is None or champion.ranked[0][1].eval_loss >= mine:
+    """A sentence where a trial of an earlier round is better by the same objective on the same workload."""
+    by = _ranked_by(report)
+    comparable = [
+        e
+        for e in earlier
+        if e.ranked
+        and e.record.workload == report.record.workload
+        and (not report.ranked or _ranked_by(e) == by)
+    ]
+    champion = min(comparable, key=_merit, default=None)
+    if champion is None or (report.ranked and _merit(champion) >= _merit(report)):
         return ()
     trial, best = champion.ranked[0]
-    loss = format.loss(best.eval_loss)
-    return (f"An earlier trial, {trial.round}/{trial.number}, is still better: {loss} at step {best.step}.",)
+    score = f"answers that score {answered.number(trial.answer_score)}, loss " if by is not None else ""
+    name, loss = f"{trial.round}/{trial.number}", format.loss(best.eval_loss)
+    return (f"An earlier trial, {name}, is still better: {score}{loss} at step {best.step}.",)
+
+
+def _ranked_by(report: RoundReport) -> tuple[str, int] | None:
+    """Metric and number of the answers by which its trials are ranked; None where the loss decides."""
+    score = report.ranked[0][0].answer_score if report.ranked else None
+    return (score.metric, score.num_examples) if score is not None and score.is_objective else None
+
+
+def _merit(report: RoundReport) -> tuple[float, float]:
+    """Lower is better: first by answers, where they are the objective, then by loss."""
+    trial, best = report.ranked[0]
+    return -(objective_score(trial) or 0.0), best.eval_loss
 
 
 def tested(report: RoundReport) -> tuple[str, ...]:
@@ -166,7 +194,12 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         trial, best = report.ranked[0]
         base = report.untouched_loss
         against = f"trial {trial.number}" + (f", untouched {format.loss(base)}" if base is not None else "")
-        numbers.append(("best evaluation loss", format.loss(best.eval_loss), against))
+        if trial.answer_score is not None:
+            by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"
+            numbers.append(("answer score", answered.number(trial.answer_score), by))
+        is_lowest = objective_score(trial) is None
+        name = "best evaluation loss" if is_lowest else "its evaluation loss"
+        numbers.append((name, format.loss(best.eval_loss), against))
         numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))
     is_telling = reading.diagnosis in _RESTS_ON_THE_GAIN and reading.leading
     if is_telling and reading.gain is not None and reading.gain_source is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tuner.playbook.selection import best_evaluation
 from tuner.records import (
+    Answered,
+    AnswerScore,
     Died,
     Ended,
     Evaluated,
@@ -31,6 +34,7 @@ class Row:
     step: int = 0
     train_loss: float | None = None
     by_step: dict[int, Evaluation] = field(default_factory=dict)
+    answers: AnswerScore | None = None
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -64,6 +68,7 @@ class Board:
             row.hyperparameters, row.state, row.reason = trial.hyperparameters, trial.state, trial.reason
             row.by_step |= {evaluation.step: evaluation for evaluation in trial.evaluations}
             row.step = max([row.step, *row.by_step])
+            row.answers = trial.answer_score
 
     def take(self, event: Event, *, now: float) -> None:
         """Take over what a worker said at `now`, seconds on any clock."""
@@ -78,6 +83,8 @@ class Board:
             case Evaluated():
                 row = self._advance(event.trial, event.evaluation.step)
                 row.by_step[event.evaluation.step] = event.evaluation
+            case Answered():
+                self._row(event.trial).answers = event.score
             case Ended():
                 row = self._advance(event.trial, event.step)
                 row.state, row.reason = _state_after(event), event.reason
@@ -99,9 +106,12 @@ class Board:
 
     @property
     def best(self) -> Row | None:
-        """The trial with the lowest loss so far, infeasible ones left out."""
+        """The trial with the best answers where they are the objective, else the lowest loss so far.
+
+        Infeasible ones are left out.
+        """
         able = [r for r in self.rows.values() if r.state is not TrialState.INFEASIBLE and r.best is not None]
-        return min(able, key=_best_loss, default=None)
+        return min(able, key=_merit, default=None)
 
     @property
     def num_results(self) -> int:
@@ -134,9 +144,10 @@ class Board:
         return None if pace is None else self.remaining_steps / pace
 
 
-def _best_loss(row: Row) -> tuple[float, int]:
+def _merit(row: Row) -> tuple[float, float, int]:
     assert row.best is not None
-    return row.best.eval_loss, row.number
+    score = row.answers.mean if row.answers is not None and row.answers.is_objective else -math.inf
+    return -score, row.best.eval_loss, row.number
 
 
 def _state_after(event: Ended) -> TrialState:

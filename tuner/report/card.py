@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
-from tuner.report import format
+from tuner.report import answered, format
 from tuner.report.markdown import code, escaped, table
 from tuner.spec import ModelSpec, RoundSpec, SourceSpec
 
@@ -184,9 +184,12 @@ def _result(card: Card) -> str:
         if card.test_loss is not None
         else ""
     )
+    answers = card.trial.answer_score
+    said = f" Answer score: {escaped(answered.in_words(answers))}; higher is better." if answers else ""
     return (
         f"Evaluation loss {format.loss(best.eval_loss)} at step {best.step} of {card.record.max_train_steps} "
-        f"in nats per target token, on {format.count(card.record.eval_rows, 'held-out row')}.{before}{tested}"
+        f"in nats per target token, on {format.count(card.record.eval_rows, 'held-out row')}."
+        f"{before}{said}{tested}"
     )
 
 

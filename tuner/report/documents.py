@@ -20,13 +20,15 @@ _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "fail
 
 @dataclass(frozen=True, slots=True)
 class BestTrial:
-    """The complete trial of a round with the lowest evaluation loss."""
+    """The complete trial of a round that is best by its objective."""
 
     trial: int
     eval_loss: float
     step: int
     adapter: str | None
     """Path of its best adapter; None when it was removed."""
+    answer_score: float | None = None
+    """The mean score of its answers; None where none were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
 
 def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
     for trial, best in ranked(trials):
-        return BestTrial(trial.number, best.eval_loss, best.step, adapters.get(trial.number))
+        answers = trial.answer_score.mean if trial.answer_score is not None else None
+        return BestTrial(trial.number, best.eval_loss, best.step, adapters.get(trial.number), answers)
     return None
 
 
@@ -139,6 +142,7 @@ def trial_document(trial: Trial, *, adapter: str | None, scored: Sequence[Trial]
             "best_eval_loss": best.eval_loss if best else None,
             "settled_step": settled_step(trial.evaluations),
             "adapter": adapter,
+            "answers": _answers(trial),
             "test": _test(trial, scored),
             "continues": str(trial.continues) if trial.continues else None,
             "executed_steps": trial.executed_steps,
@@ -168,6 +172,20 @@ def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
         "examples": score.num_examples,
         "tokens": score.num_tokens,
         "scored_before": [f"{other.round}/{other.number}" for other in scored_before(trial, scored)],
+    }
+
+
+def _answers(trial: Trial) -> dict[str, Any] | None:
+    score = trial.answer_score
+    if score is None:
+        return None
+    return {
+        "score": score.mean,
+        "standard_error": score.standard_error,
+        "step": score.step,
+        "metric": score.metric,
+        "examples": score.num_examples,
+        "is_objective": score.is_objective,
     }
 
 

@@ -16,7 +16,7 @@ from tuner.records import Trial, TrialState
 from tuner.report import advice, plots, throughput
 from tuner.report.page import SCRIPT, STYLE
 from tuner.report.round_report import RoundReport, describe
-from tuner.report.rows import NUM_WORDS, trial_cells, trial_headers
+from tuner.report.rows import NUM_WORDS, have_answered, trial_cells, trial_headers
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
@@ -185,8 +185,9 @@ def _figure(caption: str, figure_json: str) -> str:
 
 def _trials(report: RoundReport) -> str:
     names = report.shown_names
-    headers = trial_headers(names)
-    rows = [trial_cells(trial, names) for trial in report.trials]
+    answers = have_answered(report.trials)
+    headers = trial_headers(names, answers=answers)
+    rows = [trial_cells(trial, names, answers=answers) for trial in report.trials]
     leader = report.ranked[0][0] if report.ranked else None
     styles = ["best" if trial is leader else _style(trial) for trial in report.trials]
     numbers = range(1, len(headers) - NUM_WORDS)

@@ -10,8 +10,8 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tuner.records import Died, Ended, Evaluated, Event, Ready, Started, Trial
-from tuner.report import format
+from tuner.records import Answered, Died, Ended, Evaluated, Event, Ready, Started, Trial
+from tuner.report import answered, format
 from tuner.report.board import Board, Row
 from tuner.report.board_table import board_table
 from tuner.report.devices import GpuReading
@@ -116,6 +116,8 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
                 f"trial {event.trial}  {step}  eval {format.loss(evaluation.eval_loss)}"
                 f"  best {_best(board.rows[event.trial])}"
             )
+        case Answered(score=score):
+            return f"trial {event.trial}  answers {answered.in_words(score)}"
         case Ended():
             reason = f": {event.reason}" if event.reason else ""
             return f"trial {event.trial}  {event.outcome}{reason}  best {_best(board.rows[event.trial])}"

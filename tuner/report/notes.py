@@ -8,7 +8,7 @@ from tuner.playbook.findings import Finding
 from tuner.report import advice, throughput
 from tuner.report.markdown import code, escaped, prose, table
 from tuner.report.round_report import RoundReport, describe
-from tuner.report.rows import NUM_WORDS, trial_cells, trial_headers
+from tuner.report.rows import NUM_WORDS, have_answered, trial_cells, trial_headers
 
 
 def round_note(report: RoundReport) -> str:
@@ -72,8 +72,9 @@ def _finding(finding: Finding) -> str:
 
 def _trials(report: RoundReport) -> str:
     names = report.shown_names
-    cells = (trial_cells(trial, names) for trial in report.trials)
-    return table(trial_headers(names), cells, num_words=NUM_WORDS)
+    answers = have_answered(report.trials)
+    cells = (trial_cells(trial, names, answers=answers) for trial in report.trials)
+    return table(trial_headers(names, answers=answers), cells, num_words=NUM_WORDS)
 
 
 def _throughput(report: RoundReport) -> str:

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from tuner.playbook.selection import best_evaluation, settled_step
 from tuner.records import Trial, TrialState
-from tuner.report import format, textplot, throughput
+from tuner.report import answered, format, textplot, throughput
 from tuner.report.board_table import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
 from tuner.report.fitted_table import Column, FittedTable, column
-from tuner.report.rows import best_first, trial_cells, trial_headers
+from tuner.report.rows import best_first, have_answered, trial_cells, trial_headers
 from tuner.report.tested import in_words, number
 
 _PLOT_HEIGHT = 12
@@ -37,6 +37,7 @@ def status_table(
             column("steps", [str(status.max_train_steps) for status in rounds], rank=3),
             Column("state", tuple(Text(status.state) for status in rounds), rank=2, is_number=False),
             column("trials", [format.counts(status.counts) for status in rounds], rank=5, min_width=12),
+            *_answers_of([b.answer_score if b else None for b in best]),
             column("best loss", [format.loss(b.eval_loss if b else None) for b in best], rank=1),
             column("trial", [str(b.trial) if b else format.NOTHING for b in best], rank=4),
             column("best step", [str(b.step) if b else format.NOTHING for b in best], rank=6),
@@ -55,6 +56,11 @@ def status_table(
     return Group(*lines)
 
 
+def _answers_of(scores: Sequence[float | None]) -> list[Column]:
+    shown = [format.NOTHING if score is None else format.number(score) for score in scores]
+    return [column(answered.HEADER, shown, rank=1)] if any(score is not None for score in scores) else []
+
+
 def _overfits(trials: Mapping[int, int]) -> str:
     named = ", ".join(f"{trial} (since step {step})" for trial, step in trials.items())
     return f"the evaluation loss rises in {'trials' if len(trials) > 1 else 'trial'} {named}: overfitting"
@@ -67,15 +73,19 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     order = [best_first([trial for trial in trials if trial.round == round]) for round in rounds]
     rows = [trial for own in order for trial in own]
     leaders = [own[0] for own in order if own[0].state is TrialState.COMPLETE]
-    cells = [trial_cells(trial, shown) for trial in rows]
-    columns = [column(name, [row[i] for row in cells], rank=0) for i, name in enumerate(trial_headers(shown))]
+    answers = have_answered(rows)
+    cells = [trial_cells(trial, shown, answers=answers) for trial in rows]
+    headers = trial_headers(shown, answers=answers)
+    columns = [column(name, [row[i] for row in cells], rank=0) for i, name in enumerate(headers)]
     first, *chosen, loss, step, settled, _, remarks = columns
+    scored = [replace(chosen.pop(), rank=1)] if answers else []
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
     names_of_trials = tuple(Text(f"{trial.round}/{trial.number}") for trial in rows)
     return FittedTable(
         [
             replace(first, cells=names_of_trials, is_number=False),
             *(replace(other, rank=6 if i else 2) for i, other in enumerate(chosen)),
+            *scored,
             replace(loss, rank=1),
             replace(step, rank=4),
             replace(settled, rank=7),
@@ -121,6 +131,8 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
         if best.token_accuracy is not None:
             facts["token accuracy"] = f"{format.percent(best.token_accuracy)} at that step"
         facts["settled"] = f"at step {settled}"
+    if trial.answer_score is not None:
+        facts[answered.HEADER] = f"{answered.in_words(trial.answer_score)}, at step {trial.answer_score.step}"
     if trial.final_score is not None:
         facts["test loss"] = number(trial.final_score)
     facts["adapter"] = adapter or format.NOTHING

@@ -9,6 +9,7 @@ from .new_round import RECIPES, new_round
 from .reading import RoundFile, load_round, read_round
 from .round import DORA_TRAINS_ALONE, RoundSpec
 from .sections import (
+    AnswersSpec,
     CheckpointsSpec,
     EvaluationSpec,
     ModelSpec,
@@ -21,6 +22,7 @@ __all__ = [
     "DORA_TRAINS_ALONE",
     "HYPERPARAMETERS",
     "RECIPES",
+    "AnswersSpec",
     "CheckpointsSpec",
     "DataSpec",
     "EvaluationSpec",

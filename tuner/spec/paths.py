@@ -34,6 +34,19 @@ def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) 
     return absolute_path(path, directory) if is_path else path
 
 
+def absolute_metric(metric: str, directory: Path) -> str:
+    """`file.py:function` with the file made absolute; a module of a file that is there is that file."""
+    place, colon, function = metric.rpartition(":")
+    if not colon:
+        return metric
+    if not place.endswith(".py"):
+        file = f"{place.replace('.', '/')}.py"
+        if not _exists(directory / file):
+            return metric
+        place = file
+    return f"{absolute_path(place, directory)}:{function}"
+
+
 def absolute_storage(url: str, directory: Path) -> str:
     """The URL with SQLite's file made absolute; any other URL untouched."""
     found = _SQLITE_FILE.fullmatch(url)

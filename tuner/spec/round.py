@@ -13,9 +13,9 @@ from tuner.records import Space
 from .data_section import DataSpec, SourceSpec
 from .dimensions import complete_space
 from .names import ONE_HORIZON
-from .paths import absolute_model, absolute_path, absolute_source, absolute_storage
+from .paths import absolute_metric, absolute_model, absolute_path, absolute_source, absolute_storage
 from .refusals import mistake, refuse
-from .rules import horizon_refusals, search_refusals
+from .rules import horizon_refusals, objective_refusals, search_refusals
 from .sections import (
     STRICT,
     CheckpointsSpec,
@@ -110,6 +110,7 @@ class RoundSpec(BaseModel):
                 written=self.hyperparameters,
             ),
             *search_refusals(self.round, search=self.search, space=space),
+            *objective_refusals(evaluation=self.evaluation, run=self.run),
         ]
         refuse("round", refusals)
         return self
@@ -135,13 +136,16 @@ class RoundSpec(BaseModel):
         def path_of(source: SourceSpec) -> str:
             return absolute_source(source.path, directory, is_plain_text=source.split_on is not None)
 
-        data, checkpoints = self.data, self.checkpoints
+        data, checkpoints, answers = self.data, self.checkpoints, self.evaluation.answers
+        if answers is not None:
+            answers = answers.model_copy(update={"metric": absolute_metric(answers.metric, directory)})
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update={"path": absolute_model(self.model.path, directory)}),
                 "data": data.model_copy(
                     update={name: sources(getattr(data, name)) for name in ("train", "eval", "test")}
                 ),
+                "evaluation": self.evaluation.model_copy(update={"answers": answers}),
                 "checkpoints": checkpoints.model_copy(
                     update={"directory": absolute_path(checkpoints.directory, directory)}
                 ),

@@ -37,6 +37,25 @@ def horizon_refusals(
     yield from _schedule_refusals(max_train_steps, space, written)
 
 
+def objective_refusals(*, evaluation: EvaluationSpec, run: RunSpec) -> Iterator[Refusal]:
+    """What needs losses as the objective."""
+    if not evaluation.has_answers_as_objective:
+        return
+    objective = "evaluation.answers.objective"
+    if run.pruner != "none":
+        message = (
+            f"{run.pruner} compares losses on the way, and answers are scored at the end alone, by which "
+            f"{objective} ranks the trials; take none"
+        )
+        yield Refusal(("run", "pruner"), message, rests_on=(objective,))
+    if run.engine == "simulated":
+        message = (
+            "nothing is trained in a rehearsal, so nothing answers; rehearse the round with "
+            "`objective: false`, which ranks by the made-up losses"
+        )
+        yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
+
+
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
     """Warmup and decay have to fit for the largest values a trial may draw."""
     warmup, decay = largest(space["warmup_steps"]), largest(space["decay_steps"])

@@ -158,6 +158,35 @@ def _enqueued(name: str, raw: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_METRIC = r"exact_match|[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+
+
+class AnswersSpec(BaseModel):
+    """How generated answers are scored, once for each complete trial, with the adapter of its best step."""
+
+    model_config = STRICT
+
+    metric: Annotated[Text, WithJsonSchema({"type": "string", "pattern": f"^({_METRIC})$"})] = "exact_match"
+    """What compares an answer with the row's completion: `exact_match`, which is 1 where they are equal but
+    for white space, else 0; or a function as `file.py:function`, of a file beside the round file, or
+    `module:function`. It is called as `function(answer, reference)` with two texts and returns a finite
+    number, the higher the better."""
+    max_examples: Count = 50
+    """Answer so many evaluation rows at most: the first that have a prompt and a completion."""
+    max_new_tokens: Count = 128
+    """Tokens that an answer may have; the likeliest is taken each time."""
+    objective: bool = False
+    """Whether trials are ranked by the mean score of their answers, and the sampler is told that; else the
+    evaluation loss decides. Best steps and horizons always go by the loss."""
+
+    @field_validator("metric")
+    @classmethod
+    def _names_a_function(cls, metric: str) -> str:
+        if not re.fullmatch(_METRIC, metric):
+            raise mistake(f"expects exact_match, file.py:function or module:function, got {shown(metric)}")
+        return metric
+
+
 class EvaluationSpec(BaseModel):
     """When and on how much the loss is measured."""
 
@@ -170,6 +199,13 @@ class EvaluationSpec(BaseModel):
     """Sequences evaluated at once; changes no result."""
     max_examples: Count = 200
     """Evaluate on that many examples at most."""
+    answers: AnswersSpec | None = None
+    """Let every complete trial answer evaluation rows, and score that; not done where it is left out."""
+
+    @property
+    def has_answers_as_objective(self) -> bool:
+        """Whether trials are ranked by their answers; else by the evaluation loss."""
+        return self.answers is not None and self.answers.objective
 
 
 class CheckpointsSpec(BaseModel):

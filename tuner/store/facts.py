@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from tuner.records import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -154,6 +155,15 @@ class TrialScored:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialAnswered:
+    """A trial's best adapter has answered the round's prompts; the last score said of a trial counts."""
+
+    round: str
+    trial: int
+    score: AnswerScore
+
+
+@dataclass(frozen=True, slots=True)
 class BranchAdvanced:
     """Where a decay branch stands; the last said of a trial's branch to a horizon counts."""
 
@@ -193,6 +203,7 @@ Fact: TypeAlias = (
     | TrialEnded
     | TrialNoted
     | TrialScored
+    | TrialAnswered
     | BranchAdvanced
     | WorkMeasured
     | PromotionPlanned

@@ -32,6 +32,7 @@ from tuner.store.facts import (
     PromotionPlanned,
     RoundBegun,
     StepsRun,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -61,6 +62,7 @@ class _Known:
     ended: TrialEnded | None = None
     note: str | None = None
     scored: TrialScored | None = None
+    answered: TrialAnswered | None = None
 
     def trial(self) -> Trial:
         attempts = tuple(self.attempts[number] for number in sorted(self.attempts))
@@ -74,6 +76,7 @@ class _Known:
             checkpoints=tuple(sorted(there, key=lambda c: (c.step, c.kind))),
             attempts=attempts,
             final_score=None if self.scored is None else self.scored.score,
+            answer_score=None if self.answered is None else self.answered.score,
         )
 
 
@@ -175,6 +178,8 @@ def _learn(known: _Known, fact: Fact) -> _Known:
             return replace(known, note=storable_text(reason))
         case TrialScored():
             return replace(known, scored=known.scored or fact)
+        case TrialAnswered():
+            return replace(known, answered=fact)
     raise AssertionError(fact)
 
 

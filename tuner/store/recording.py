@@ -23,6 +23,7 @@ from tuner.store.facts import (
     PromotionPlanned,
     RoundBegun,
     StepsRun,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -31,6 +32,7 @@ from tuner.store.facts import (
     not_recorded,
 )
 from tuner.store.schema import (
+    ANSWER_SCORES,
     ATTEMPTS,
     BRANCHES,
     CHECKPOINTS,
@@ -83,6 +85,8 @@ class Recorder:
             case TrialScored(round=name, trial=trial_number, score=score):
                 values = {"round": name, "trial": trial_number, **to_json(score)}
                 self._upsert(FINAL_SCORES, values, replacing=[])
+            case TrialAnswered(round=name, trial=trial_number, score=answers):
+                self._upsert(ANSWER_SCORES, {"round": name, "trial": trial_number, **to_json(answers)})
             case BranchAdvanced(round=name, branch=branch):
                 self._upsert(BRANCHES, {"round": name, **to_json(branch)})
             case WorkMeasured(round=name, throughput=throughput):

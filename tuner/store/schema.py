@@ -231,6 +231,21 @@ FINAL_SCORES = Table(
     _of_a_trial(),
 )
 
+ANSWER_SCORES = Table(
+    "tuner_answer_scores",
+    METADATA,
+    Column("study", Text, primary_key=True),
+    Column("round", Text, primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("mean", ExactFloat, nullable=False),
+    Column("standard_error", ExactFloat),
+    Column("num_examples", Integer, nullable=False),
+    Column("is_objective", Boolean, nullable=False),
+    _of_a_trial(),
+)
+
 THROUGHPUTS = Table(
     "tuner_throughput",
     METADATA,

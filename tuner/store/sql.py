@@ -13,6 +13,7 @@ from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, Tabl
 from sqlalchemy.exc import IntegrityError
 
 from tuner.records import (
+    AnswerScore,
     Attempt,
     Branch,
     Checkpoint,
@@ -43,6 +44,7 @@ from tuner.store.facts import Fact, not_recorded, state_of
 from tuner.store.migrations import newest_revision, revision_of, upgrade
 from tuner.store.recording import Recorder
 from tuner.store.schema import (
+    ANSWER_SCORES,
     ATTEMPTS,
     BRANCHES,
     CHECKPOINTS,
@@ -161,6 +163,7 @@ class SqlStore:
             there = self._of_round(CHECKPOINTS, round).where(CHECKPOINTS.c.removed.is_(False))
             checkpoints = _by_trial(connection, there, _checkpoint)
             scores = _by_trial(connection, self._of_round(FINAL_SCORES, round), _final_score)
+            answers = _by_trial(connection, self._of_round(ANSWER_SCORES, round), _answer_score)
         return tuple(
             _trial(
                 row,
@@ -168,6 +171,7 @@ class SqlStore:
                 evaluations[row.number],
                 checkpoints[row.number],
                 scores[row.number],
+                answers[row.number],
             )
             for row in sorted(asked, key=lambda row: row.number)
         )
@@ -210,6 +214,7 @@ def _trial(
     evaluations: list[Evaluation],
     checkpoints: list[Checkpoint],
     scores: list[FinalScore],
+    answers: list[AnswerScore],
 ) -> Trial:
     return Trial(
         round=row.round,
@@ -223,6 +228,7 @@ def _trial(
         attempts=tuple(sorted(attempts, key=lambda a: a.number)),
         optuna_trial=row.optuna_trial,
         final_score=next(iter(scores), None),
+        answer_score=next(iter(answers), None),
     )
 
 
@@ -259,6 +265,17 @@ def _checkpoint(row: Row[Any]) -> Checkpoint:
         path=row.path,
         size_bytes=row.size_bytes,
         sha256=row.sha256,
+    )
+
+
+def _answer_score(row: Row[Any]) -> AnswerScore:
+    return AnswerScore(
+        step=row.step,
+        metric=row.metric,
+        mean=row.mean,
+        standard_error=row.standard_error,
+        num_examples=row.num_examples,
+        is_objective=row.is_objective,
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tuner.errors import InputError, Interrupted, WorkerError
+from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.sweep import is_sweep
 from tuner.records import (
+    Answered,
     Assignment,
     Checkpoint,
     Continuation,
@@ -41,6 +42,7 @@ from tuner.store.facts import (
     EvaluationMade,
     StepsRun,
     Store,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -85,7 +87,8 @@ class RoundLoop:
     def run(self) -> None:
         """Run until every promised trial has ended, and then every decay branch.
 
-        Raises Interrupted when asked to stop, InputError or WorkerError when the round cannot be run.
+        Raises Interrupted when asked to stop, RoundStopped when model, data or metric cannot be used any
+        more, WorkerError when the round cannot be completed.
         """
         self._heal()
         stillborn = 0
@@ -205,6 +208,8 @@ class RoundLoop:
                 before = self._trial(trial).checkpoints
                 self.store.record(CheckpointSaved(name, trial, attempt, checkpoint))
                 self._remove_superseded(self._trial(trial), before)
+            case Answered(trial=trial, score=score):
+                self.store.record(TrialAnswered(name, trial, score))
             case Ended():
                 event = self._as_decided(event)
                 self._record_end(event)
@@ -214,7 +219,7 @@ class RoundLoop:
                         self._end_attempt(held, "died", reason)
                 self.branches.died(numbers, reason)
                 if is_input_error:
-                    raise InputError(reason)
+                    raise RoundStopped(reason)
         self.view.event(event)
 
     def _prune(self, trial: Trial) -> bool:

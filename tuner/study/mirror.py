@@ -14,6 +14,7 @@ from tuner.store.facts import (
     Fact,
     RoundBegun,
     StepsRun,
+    TrialAnswered,
     TrialAsked,
     TrialEnded,
     TrialNoted,
@@ -87,4 +88,6 @@ def history(trial: Trial) -> list[Fact]:
         facts.append(TrialNoted(trial.round, trial.number, trial.reason))
     if trial.final_score is not None:
         facts.append(TrialScored(trial.round, trial.number, trial.final_score))
+    if trial.answer_score is not None:
+        facts.append(TrialAnswered(trial.round, trial.number, trial.answer_score))
     return facts

@@ -73,6 +73,9 @@ def _changes(file: RoundFile) -> dict[str, Any]:
     }
     if absolute.model.path != written.model.path:
         changes["model.path"] = absolute.model.path
+    answers, moved_answers = written.evaluation.answers, absolute.evaluation.answers
+    if answers is not None and moved_answers is not None and answers.metric != moved_answers.metric:
+        changes["evaluation.answers.metric"] = moved_answers.metric
     for name in ("train", "eval", "test"):
         sources, moved = getattr(written.data, name), getattr(absolute.data, name)
         if sources != moved:

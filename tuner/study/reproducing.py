@@ -95,6 +95,9 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
     try:
         record = next(record for record in store.rounds() if record.name == trial.round)
         spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
+        # The curve is compared: what its best adapter answers follows from it.
+        evaluation = spec.evaluation.model_copy(update={"answers": None})
+        spec = spec.model_copy(update={"evaluation": evaluation})
         wanted = _last_step(name, trial, record, spec, to_step)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tuner.playbook import Reading, RoundResults, read_round
 from tuner.playbook.advice import Outcome, outcomes
@@ -52,9 +53,24 @@ def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
 
 
 def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
-    """How the trials of the rounds before came out, as far as they are of the same workload."""
-    same = (other for other in earlier_results(store, record) if other.workload == record.workload)
-    return tuple(o for other in same for o in outcomes(other.trials, max_train_steps=other.max_train_steps))
+    """How the trials of the rounds before came out, as far as they are of the same workload.
+
+    What they answered counts where they were asked as in this round.
+    """
+    asked = {other.name: _asked(other) for other in store.rounds()}
+    found: list[Outcome] = []
+    for other in earlier_results(store, record):
+        if other.workload == record.workload:
+            known = outcomes(other.trials, max_train_steps=other.max_train_steps)
+            is_alike = asked[other.name] == asked[record.name]
+            found += known if is_alike else [replace(outcome, answers=None) for outcome in known]
+    return tuple(found)
+
+
+def _asked(record: RoundRecord) -> dict[str, object]:
+    """What decides about the answers of a round's trials besides its workload."""
+    answers = record.spec.get("evaluation", {}).get("answers") or {}
+    return {name: value for name, value in answers.items() if name != "objective"}
 
 
 def reading_of(store: Store, record: RoundRecord) -> tuple[RoundResults, Reading]:

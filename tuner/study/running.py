@@ -61,9 +61,9 @@ def run_round(
 
     Raises InputError before anything is recorded when file, model, data, database or directory
     cannot be used, or the disk is too small; Interrupted when `stopping` says so, with all progress
-    saved; RoundStopped when disk or database fail on the way; WorkerError when the round cannot be
-    completed. `passes` is that of `study auto`, where it runs the round: trials that a later pass may
-    go on with keep their checkpoints. `free` gives the free bytes where a path is, or will be.
+    saved; RoundStopped when disk, database or what a worker needs fail on the way; WorkerError when the
+    round cannot be completed. `passes` is that of `study auto`, where it runs the round: trials that a
+    later pass may go on with keep their checkpoints. `free` gives the free bytes where a path is, or will be.
     """
     plan = RoundPlan(file)
     storage = plan.absolute.storage
@@ -98,6 +98,7 @@ def run_round(
                 plan.spec.search,
                 max_train_steps=plan.spec.max_train_steps,
                 earlier=earlier_outcomes(store, record),
+                objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
             )
             in_use.callback(advisor.close)
             RoundLoop(

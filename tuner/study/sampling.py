@@ -26,8 +26,9 @@ from optuna.distributions import (
 from sqlalchemy import event
 
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.advice import Lesson, Outcome, lessons, outcomes
+from tuner.playbook.advice import Lesson, Objective, Outcome, lessons, outcomes
 from tuner.playbook.search import startup_trials
+from tuner.playbook.selection import objective_score
 from tuner.records import (
     Choices,
     Evaluation,
@@ -70,23 +71,29 @@ class Advisor:
         *,
         max_train_steps: int,
         earlier: Sequence[Outcome] = (),
+        objective: Objective = "loss",
     ) -> None:
         """`earlier` are the outcomes of the workload's rounds before, oldest first: they advise `tpe` and
-        `gp`, and never become trials of this round's study."""
+        `gp`, and never become trials of this round's study. The loss is minimised, answers are maximised."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = searched(space)
         self._search = search
         self._max_train_steps = max_train_steps
         self._earlier = tuple(earlier)
+        self._objective: Objective = objective
         self._distributions = {key: _distribution(d) for key, d in self._space.items()}
         self._storage = storage
         self.study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction="minimize",
+            direction="minimize" if objective == "loss" else "maximize",
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),
         )
+        if objective == "answers":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names(["answer score"])  # what the dashboard calls a trial's value
 
     def close(self) -> None:
         """Let go of the database."""
@@ -147,11 +154,12 @@ class Advisor:
     ) -> dict[str, Value]:
         """What a model of all that was tried proposes; a random point while there is too little of it."""
         now = outcomes(trials, max_train_steps=self._max_train_steps)
-        known = [lesson for lesson in lessons([*self._earlier, *now]) if self._holds(lesson.hyperparameters)]
+        learned = lessons([*self._earlier, *now], objective=self._objective)
+        known = [lesson for lesson in learned if self._holds(lesson.hyperparameters)]
         startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
         if len(known) < startup:
             return random_point(self._space, random)
-        known.sort(key=lambda lesson: lesson.merit)
+        known.sort(key=lambda lesson: (lesson.merit, lesson.loss))
         # What still runs is taken to be poor, so that trials side by side are not alike.
         running = [trial.hyperparameters for trial in trials if not trial.state.is_final]
         if sampler == "tpe":
@@ -203,8 +211,14 @@ class Advisor:
     # --- telling ----------------------------------------------------------------------------------
 
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
-        """Show Optuna an evaluation of a running trial, unless it is one too many or not finite."""
+        """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
+
+        Nothing where answers are the objective: Optuna takes the last value that was shown of a pruned trial,
+        which is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
+        """
         assert trial.optuna_trial is not None
+        if self._objective == "answers":
+            return
         if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.eval_loss):
             return
         if evaluation.step not in self._frozen(trial).intermediate_values:
@@ -223,10 +237,8 @@ class Advisor:
             self._set_feasible(trial, handle, not is_infeasible)
         match trial.state:
             case TrialState.COMPLETE:
-                best = best_evaluation(trial.evaluations)
-                assert best is not None
-                self.study.tell(trial.optuna_trial, best.eval_loss)
-            case TrialState.INFEASIBLE if self._search.sampler == "gp":
+                self.study.tell(trial.optuna_trial, self._value(trial))
+            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == "loss":
                 # GPSampler ignores pruned trials: a penalty and the constraint are what it learns from.
                 self.study.tell(trial.optuna_trial, self._penalty())
             case TrialState.INFEASIBLE | TrialState.PRUNED:
@@ -235,6 +247,16 @@ class Advisor:
                 self.study.tell(trial.optuna_trial, state=optuna.trial.TrialState.FAIL)
             case other:
                 raise ValueError(f"trial {trial.number} is {other}: only an ended trial can be told")
+
+    def _value(self, trial: Trial) -> float:
+        """What a complete trial came to, by the round's objective."""
+        if self._objective == "answers":
+            score = objective_score(trial)
+            assert score is not None  # recorded before the trial's end
+            return score
+        best = best_evaluation(trial.evaluations)
+        assert best is not None
+        return best.eval_loss
 
     def heal(self, trials: Sequence[Trial], *, max_train_steps: int) -> None:
         """After a crash: end what Optuna has and the facts do not, and tell what was not told."""
@@ -309,6 +331,10 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
         attributes["best_step_fraction"] = round(best.step / max_train_steps, 4)
         attributes["settled_step"] = settled_step(trial.evaluations)
         attributes["best_eval_loss"] = best.eval_loss
+    if trial.answer_score is not None:
+        attributes["answer_score"] = trial.answer_score.mean
+        attributes["answer_score_standard_error"] = trial.answer_score.standard_error
+        attributes["answers"] = f"{trial.answer_score.num_examples} by {trial.answer_score.metric}"
     if trial.reason:
         attributes["reason"] = trial.reason
     if trial.continues:

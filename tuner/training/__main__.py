@@ -51,7 +51,12 @@ def main() -> int:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
         say(ready)
-        train(place, inbox, say)
+        try:
+            train(place, inbox, say)
+        except TunerError as error:
+            # Another worker would come to the same answers, and to the same end.
+            say(Died(f"{error}. Every trial is saved; put that right", is_input_error=True))
+            return 1
     return 0
 
 

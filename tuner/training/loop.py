@@ -21,6 +21,7 @@ from tuner.adapters.token_grid import TokenGrid, grid
 from tuner.errors import TunerError
 from tuner.playbook import is_diverged
 from tuner.records import (
+    Answered,
     Assignment,
     CheckpointKind,
     Ended,
@@ -46,7 +47,10 @@ LAST_EVERY_SHARE = 0.05
 
 
 def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
-    """Run assignments from `inbox` until it closes; a close saves every trial first."""
+    """Run assignments from `inbox` until it closes; a close saves every trial first.
+
+    Raises TunerError, every trial saved, where the round's answers cannot be scored.
+    """
     runs: dict[int, TrialRun] = {}
     last_saved: dict[int, tuple[float, float]] = {}
     last_said = 0.0
@@ -82,7 +86,13 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
                 _leave(run, "infeasible", run.reason_infeasible, say)
                 del runs[slot]
             elif run.step >= run.assignment.max_train_steps:
-                _leave(run, "complete", None, say)
+                try:
+                    has_answered = _answer(place, run, slot, inbox, say)
+                except TunerError:
+                    for each in runs.values():
+                        _leave(each, "stopped", None, say, save=True)
+                    raise
+                _leave(run, "complete" if has_answered else "stopped", None, say, save=not has_answered)
                 del runs[slot]
 
         # --- one micro-step for every trial, and the updates that are whole
@@ -129,6 +139,28 @@ def _begin(
     for evaluation in run.evaluations:
         say(Evaluated(*_name(run), evaluation))
     return run
+
+
+def _answer(place: Workplace, run: TrialRun, slot: int, inbox: Inbox, say: Callable[[Event], None]) -> bool:
+    """Let the best adapter of a trial at its horizon answer, where the round asks; a branch is no trial.
+
+    False when the trial or the worker is to stop before the last answer. The other slots wait.
+    """
+    if place.exam is None or run.assignment.trial < 0:
+        return True
+    assert run.best_step is not None
+    assert run.best_weights is not None
+    score = place.exam.score(
+        place.pack,
+        slot,
+        run.best_weights,
+        step=run.best_step,
+        stopping=lambda: inbox.closed or run.assignment.trial in inbox.unwanted,
+    )
+    if score is None:
+        return False
+    say(Answered(*_name(run), score))
+    return True
 
 
 def _leave(

@@ -17,6 +17,7 @@ from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
+from tuner.training.answering import exam
 from tuner.training.environment import environment
 from tuner.training.loop import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
@@ -37,10 +38,13 @@ def open_workplace(
 ) -> tuple[Workplace, Ready]:
     """Load base and data; measure the untouched base unless its evaluation is given.
 
-    Raises InputError when model or data cannot be used.
+    Raises InputError when model, data or metric cannot be used.
     """
-    data = prepare(spec, load_tokenizer(spec.model), cache)
+    tokenizer = load_tokenizer(spec.model)
+    data = prepare(spec, tokenizer, cache)
     place = arrange(spec, data, slots=slots)
+    if spec.evaluation.answers is not None:
+        place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
     place.base_evaluation = base_evaluation or _measure_base(place)
     place.environment = environment(place.base.device, slots=place.pack.num_slots)
     smallest, largest = adapter_sizes(place.hollow, spec.space())

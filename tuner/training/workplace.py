@@ -11,6 +11,7 @@ from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config
 from tuner.data import Examples
 from tuner.records import Evaluation, Hyperparameters
+from tuner.training.answering import Exam
 from tuner.training.meter import Meter
 
 
@@ -32,6 +33,8 @@ class Workplace:
     """Tokens of one trial in one training pass, padding included."""
     base_evaluation: Evaluation | None = None
     """The untouched base at step 0, once measured."""
+    exam: Exam | None = None
+    """What complete trials are asked; None unless the round file has `evaluation.answers`."""
     pass_tokens: int = 1 << 40
     """Tokens of all trials in one training pass, padding included; halved after each out-of-memory."""
     evaluation_tokens: int = 1 << 40

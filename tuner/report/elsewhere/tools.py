@@ -80,6 +80,9 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def outcome(trial: Trial) -> dict[str, int | float]:
-    """The best step and its loss, of a trial that has one."""
-    best = best_evaluation(trial.evaluations)
-    return {} if best is None else {"best_step": best.step, "best_eval_loss": best.eval_loss}
+    """The best step, its loss and the score of its answers, as far as a trial has them."""
+    best, answers = best_evaluation(trial.evaluations), trial.answer_score
+    if best is None:
+        return {}
+    scored = {} if answers is None else {"answer_score": answers.mean}
+    return {"best_step": best.step, "best_eval_loss": best.eval_loss, **scored}

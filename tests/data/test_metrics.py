@@ -1,0 +1,122 @@
+"""Answers are compared word for word or by the user's function, whose mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tuner.data import load_metric
+from tuner.errors import MetricError
+
+NEIGHBOUR = "LIMIT = 3\n"
+METRICS = """
+from neighbour_of_a_metric import LIMIT
+from fractions import Fraction
+
+def overlap(answer, reference):
+    print("the metric talks")
+    return Fraction(len(set(answer.split()) & set(reference.split())), LIMIT)
+
+class Judge:
+    @staticmethod
+    def agrees(answer, reference):
+        return answer == reference
+
+def divides(answer, reference):
+    return 1 / len(answer)
+
+def leaves(answer, reference):
+    raise SystemExit("enough")
+
+def nan(answer, reference):
+    return float("nan")
+
+def huge(answer, reference):
+    return -1e101
+
+def several(answer, reference):
+    import numpy
+    return numpy.zeros(2)
+
+def text(answer, reference):
+    return "0.5"
+
+def nothing(answer, reference):
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour_of_a_metric.py").write_text(NEIGHBOUR)
+    (tmp_path / "metrics.py").write_text(METRICS)
+    return tmp_path / "metrics.py"
+
+
+def score(name: str, answer: str, reference: str) -> float:
+    return load_metric(name)(answer, reference, place="eval.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Red and\n blue ", 1.0),
+        ("Red  and blue", 1.0),
+        ("red and blue", 0.0),
+        ("Redand blue", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_exact_match_looks_past_white_space_alone(answer: str, expected: float) -> None:
+    assert score("exact_match", answer, " Red and blue") == expected
+
+
+def test_a_function_of_a_file_and_its_neighbours(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it prints does not reach standard output, where events and documents are."""
+    assert score(f"{metrics}:overlap", "red blue", "blue red green") == pytest.approx(2 / 3)
+    assert score(f"{metrics}:Judge.agrees", "red", "red") == 1.0
+    assert score("operator:eq", "red", "blue") == 0.0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "the metric talks\n")
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("divides", r"it raised ZeroDivisionError: division by zero \(.*metrics.py:\d+\)"),
+        ("leaves", "it raised SystemExit: enough"),
+        ("nan", "it returned nan, not a finite number"),
+        ("huge", "it returned -1e[+]101, which is beyond 1e[+]100"),
+        ("several", "it raised TypeError: only"),
+        ("text", "it returned '0.5', not a number"),
+        ("nothing", "it returned None, not a number"),
+    ],
+)
+def test_a_function_at_fault_is_named_with_what_it_was_called_with(
+    metrics: Path, function: str, what: str
+) -> None:
+    called = f"metrics.py:{function}, called with answer '' and reference 'Red' \\(eval.jsonl:7\\)"
+    with pytest.raises(MetricError, match=f"^evaluation.answers.metric: {called}: {what}"):
+        score(f"{metrics}:{function}", "", "Red")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("{folder}/gone.py:f", "gone.py:f: there is no file .*gone.py; give exact_match"),
+        (
+            "no.such.module:f",
+            "no.such.module cannot be imported: ModuleNotFoundError: No module named 'no'; give",
+        ),
+        ("{folder}/broken.py:f", r"cannot be imported: ValueError: at once \(.*broken.py:1\)"),
+        ("{folder}/metrics.py:overlaps", "has no function overlaps; it has .*overlap"),
+        ("{folder}/metrics.py:number", "has no function number"),
+    ],
+)
+def test_a_function_that_is_not_there(metrics: Path, name: str, what: str) -> None:
+    (metrics.parent / "broken.py").write_text("raise ValueError('at once')\n")
+    with pytest.raises(MetricError, match=what):
+        load_metric(name.format(folder=metrics.parent))

@@ -1,0 +1,80 @@
+"""What a model is asked is what it was trained to complete, and the reference is the row's completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data import tiny
+from tuner.data import PreparedData, Question, render_prompt
+from tuner.errors import DataError
+
+PLAIN = tiny.byte_level(bos=True)
+CHAT = tiny.byte_level(chat_template=tiny.CHATML)
+
+
+def asked(
+    tokenizer: Any, sources: list[dict[str, Any]], *, max_examples: int = 50, **data: Any
+) -> PreparedData:
+    given = {"train": sources, "allow_overlap": True} | ({} if "eval_fraction" in data else {"eval": sources})
+    return tiny.prepared(tokenizer, answers={"max_examples": max_examples}, **given | data)
+
+
+def pairs(questions: tuple[Question, ...]) -> list[tuple[str, str]]:
+    return [(q.prompt.text, q.reference) for q in questions]
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_row_is_asked_as_it_is_trained_whatever_the_loss_is_on(tmp_path: Path, loss_on: str) -> None:
+    rows = tiny.alpaca_rows(12)
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = asked(PLAIN, [tiny.source(tmp_path / "rows.jsonl")], max_examples=5, loss_on=loss_on)
+    assert [q.reference for q in data.questions] == [row["output"].strip() for row in rows[:5]]
+    for number, (question, row) in enumerate(zip(data.questions, rows, strict=False), start=1):
+        sent = render_prompt("alpaca", PLAIN, instruction=row["instruction"], input=row.get("input", ""))
+        assert question.prompt.ids == sent.ids
+        assert (question.prompt.row, question.prompt.place) == (number, f"{tmp_path}/rows.jsonl:{number}")
+        assert question.reference_tokens == len(PLAIN.encode(row["output"], add_special_tokens=False))
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_held_out_rows_alone_are_asked(tmp_path: Path, loss_on: str) -> None:
+    rows = tiny.alpaca_rows(40)
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    sources = [tiny.source(tmp_path / "rows.jsonl")]
+    data = asked(PLAIN, sources, eval_fraction=0.3, allow_overlap=False, loss_on=loss_on)
+    held_out = [str(PLAIN.decode(e.input_ids)) for e in data.evaluation]
+    assert len(data.questions) == len(held_out) > 3
+    assert all(question.reference in text for question, text in zip(data.questions, held_out, strict=True))
+
+
+def test_of_a_conversation_the_last_turn_is_asked(tmp_path: Path) -> None:
+    turns = [("user", "One?"), ("assistant", "Uno."), ("user", "Two?"), ("assistant", "Dos.")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    for loss_on in ("completion", "all"):
+        source = {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}
+        [(prompt, reference)] = pairs(asked(CHAT, [source], loss_on=loss_on).questions)
+        assert reference == "Dos."
+        assert prompt.endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
+        assert "Uno." in prompt
+
+
+def test_rows_without_a_prompt_or_without_a_whole_completion_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "", "completion": "Nobody asked."},
+        {"prompt": "Short?", "completion": "A long answer. " * 20},
+        {"prompt": "Short?", "completion": "Yes."},
+    ]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    tiny.write_jsonl(tmp_path / "texts.jsonl", [{"text": "Nobody asks this."}])
+    texts = {"path": str(tmp_path / "texts.jsonl"), "format": "text"}
+    completions = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
+    data = asked(PLAIN, [texts, completions], max_length=48)
+    assert [(q.prompt.row, q.reference) for q in data.questions] == [(3, "Yes.")]
+    with pytest.raises(
+        DataError, match=r"evaluation.answers: .*texts.jsonl \(format text\): no evaluation row"
+    ):
+        asked(PLAIN, [texts])
