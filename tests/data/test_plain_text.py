@@ -13,8 +13,8 @@ from tests.data import tiny
 from tuner.data import show_rows
 from tuner.data.files import LocalFile
 from tuner.data.plain_text import plain_text_rows
-from tuner.data.segments import Row
-from tuner.data.tokenise import Tokeniser
+from tuner.data.segments import Row, Segment
+from tuner.data.tokenise import TokenisedRow, Tokeniser
 from tuner.data.windows import Windows, spans
 from tuner.errors import DataError
 from tuner.spec import SourceSpec
@@ -167,13 +167,39 @@ def test_records_are_put_together_as_long_as_they_fit(texts: list[str], max_leng
         tokeniser = Tokeniser(tokenizer)
         windows = Windows(fills=True, separator="\n")
         batches = [texts[at : at + batch] for at in range(0, len(texts), batch)]
-        groups = list(tokeniser.windowed(batches, windows, max_length=max_length))
+        groups = windowed(tokeniser, batches, windows, max_length)
         assert [at for together, _ in groups for at in together] == list(range(len(texts)))
         assert all(len(together) == 1 for together, examples in groups if len(examples) > 1)
         for (together, _), (following, _) in pairwise(groups):
             more = [texts[at] for at in [*together, following[0]]]
-            [[_, examples]] = tokeniser.windowed([["\n".join(more)]], Windows(), max_length=max_length)
+            [[_, examples]] = windowed(tokeniser, [["\n".join(more)]], Windows(), max_length)
             assert len(examples) > 1 or examples[0].full_length > max_length - 2, "it would have fitted"
+
+
+def windowed(
+    tokeniser: Tokeniser, batches: list[list[str]], windows: Windows, max_length: int
+) -> list[tuple[range, list[TokenisedRow]]]:
+    found = tokeniser.windowed(batches, windows, max_length=max_length)
+    return [(together, list(examples)) for together, examples in found]
+
+
+@pytest.mark.parametrize("tokenizer", [WITH_BOS, LLAMA_2], ids=["bos", "llama"])
+def test_a_long_text_is_tokenised_in_parts(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    tokeniser = Tokeniser(tokenizer)
+    lines = [f"line {n} has more words than one\n" for n in range(9)]
+
+    def tokens(text: str, most_characters: int) -> list[list[int]]:
+        monkeypatch.setattr("tuner.data.tokenise._MOST_CHARACTERS", most_characters)
+        [[_, examples]] = windowed(tokeniser, [[text]], Windows(), 20)
+        segments = (Segment(text, is_target=True),)
+        [row] = tokeniser.rows([segments], starts_plain=True, loss_on="all", max_length=999)
+        return [row.tokens.tolist(), *(example.tokens.tolist() for example in examples)]
+
+    for whole_lines in (lines, ["instructionRed\n" * 9]):
+        assert tokens("".join(whole_lines), 40) == tokens("".join(whole_lines), 10_000)
+    for text in (" ".join(lines).replace("\n", ""), "x" * 99):
+        [whole, *_] = tokens(text, 10)
+        assert tokenizer.decode(whole, skip_special_tokens=True) == text
 
 
 def test_pieces_of_one_text_are_held_out_together(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from tuner.data.tokenise import Tokeniser
 from tuner.data.windows import Windows
 from tuner.errors import DataError
 
-_TABLE_VERSION = 1
+_TABLE_VERSION = 2
 """Raise it when the same rows give another table."""
 _BATCH_ROWS = 512
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 500_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,6 +20,9 @@ from tuner.errors import DataError, ModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+_MOST_CHARACTERS = 500_000
+"""Tokenised at once, at 200 bytes a character. A longer text is cut, if it can be where a line begins."""
 
 
 class Fate(IntEnum):
@@ -88,7 +92,7 @@ class Tokeniser:
         """Token ids of the segments that a completion follows."""
         ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
         for piece in self._ids(self._next, list(more)):
-            ids += piece
+            ids.extend(piece)
         return self._beginning + ids if starts_plain else ids
 
     def rows(
@@ -106,22 +110,22 @@ class Tokeniser:
         nexts = iter(self._ids(self._next, [segment.text for s in rows for segment in s[1:]]))
         tokenised = []
         for segments in rows:
-            ids = list(self._beginning) if starts_plain else []
-            targets = [False] * len(ids)
+            ids = array("i", self._beginning if starts_plain else ())
+            targets = bytearray(len(ids))
             for index, segment in enumerate(segments):
                 piece = next(nexts if index else firsts)
-                ids += piece
-                targets += [segment.is_target or loss_on == "all"] * len(piece)
-            if ids[-1:] != [self._end]:
+                ids.extend(piece)
+                targets += bytes([segment.is_target or loss_on == "all"]) * len(piece)
+            if not ids or ids[-1] != self._end:
                 ids.append(self._end)
                 targets.append(True)
             has_text = any(s.text.strip() for s in segments if s.is_target or loss_on == "all")
-            tokenised.append(_cut(ids, targets, max_length, has_text=has_text))
+            tokenised.append(_cut(ids, bytes(targets), max_length, has_text=has_text))
         return tokenised
 
     def windowed(
         self, rows: Iterable[Sequence[str]], windows: Windows, *, max_length: int
-    ) -> Iterator[tuple[range, list[TokenisedRow]]]:
+    ) -> Iterator[tuple[range, Iterable[TokenisedRow]]]:
         """Tokenise texts, all of them targets, which come in batches.
 
         Yields which of the texts, counted from the first, went together, and the examples they became: one
@@ -135,37 +139,39 @@ class Tokeniser:
                 f"({windows.overlap_tokens}) and the beginning of a text ({len(self._beginning)} tokens)"
             )
         separator = windows.separator if windows.fills else ""
-        first, position, ids, has_text = 0, 0, list[int](), False
+        first, position, ids, has_text = 0, 0, array("i"), False
         for texts in rows:
             pieces = self._ids(self._next, [text + separator for text in texts])
             for text, piece in zip(texts, pieces, strict=True):
                 fits = windows.fills and len(ids) + len(piece) + 1 <= room
                 if first < position and not fits:
                     yield range(first, position), self._windows(ids, windows, room, has_text=has_text)
-                    first, ids, has_text = position, [], False
-                ids += piece if first < position else self._opening(text + separator, piece)
+                    first, ids, has_text = position, array("i"), False
+                ids.extend(piece if first < position else self._opening(text + separator, piece))
                 has_text = has_text or bool(text.strip())
                 position += 1
         if first < position:
             yield range(first, position), self._windows(ids, windows, room, has_text=has_text)
 
-    def _opening(self, text: str, as_next: list[int]) -> list[int]:
+    def _opening(self, text: str, as_next: Sequence[int]) -> Sequence[int]:
         """Ids of a text that begins an example, given those that it has further on."""
         if self._next is self._first:
             return as_next
-        ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
+        [ids] = self._ids(self._first, [text])
         return ids
 
-    def _windows(self, ids: list[int], windows: Windows, room: int, *, has_text: bool) -> list[TokenisedRow]:
+    def _windows(
+        self, ids: array[int], windows: Windows, room: int, *, has_text: bool
+    ) -> Iterator[TokenisedRow]:
         if not has_text:
-            return [_cut([*self._beginning, *ids], [], room, has_text=False)]
-        whole = ids if ids[-1:] == [self._end] else [*ids, self._end]
-        rows = []
-        for begin, new, end in spans(len(whole), room=room, overlap=windows.overlap_tokens):
-            tokens = [*self._beginning, *whole[begin:end]]
-            targets = [False] * (len(tokens) - (end - new)) + [True] * (end - new)
-            rows.append(_cut(tokens, targets, len(tokens), has_text=True))
-        return rows
+            yield _cut([*self._beginning, *ids], b"", room, has_text=False)
+            return
+        if ids[-1] != self._end:
+            ids.append(self._end)
+        for begin, new, end in spans(len(ids), room=room, overlap=windows.overlap_tokens):
+            tokens = [*self._beginning, *ids[begin:end]]
+            targets = bytes(len(tokens) - (end - new)) + b"\1" * (end - new)
+            yield _cut(tokens, targets, len(tokens), has_text=True)
 
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""
@@ -176,9 +182,18 @@ class Tokeniser:
                 return whole[:at]
         raise ModelError("the tokenizer has no tokens for the letter a; is it damaged?")
 
-    @staticmethod
-    def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def _ids(self, tokenizer: Tokenizer, texts: list[str]) -> list[Sequence[int]]:
+        cut = [_parts_of_text(text) for text in texts]
+        heads = tokenizer.encode_batch_fast([parts[0] for parts in cut], add_special_tokens=False)
+        return [self._with_more(head.ids, parts[1:]) for head, parts in zip(heads, cut, strict=True)]
+
+    def _with_more(self, ids: list[int], texts: Sequence[str]) -> Sequence[int]:
+        if not texts:
+            return ids
+        whole = array("i", ids)
+        for text in texts:
+            whole.extend(self._next.encode(text, add_special_tokens=False).ids)
+        return whole
 
 
 def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -187,8 +202,18 @@ def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return segments
 
 
-def _cut(ids: list[int], targets: list[bool], max_length: int, *, has_text: bool) -> TokenisedRow:
-    mask = np.array(targets[:max_length], dtype=bool)
+def _parts_of_text(text: str) -> list[str]:
+    parts, begin = [], 0
+    while len(text) - begin > _MOST_CHARACTERS:
+        half, end = begin + _MOST_CHARACTERS // 2, begin + _MOST_CHARACTERS
+        at = text.rfind("\n", half, end) + 1 or text.rfind(" ", half, end)
+        parts.append(text[begin : at if at > 0 else end])
+        begin += len(parts[-1])
+    return [*parts, text[begin:]]
+
+
+def _cut(ids: Sequence[int], targets: bytes, max_length: int, *, has_text: bool) -> TokenisedRow:
+    mask = np.frombuffer(targets[:max_length], dtype=bool).copy()
     mask[:1] = False
     if not has_text:
         fate = Fate.EMPTY
