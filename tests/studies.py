@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -81,6 +82,15 @@ def write_round(directory: Path, **changes: Any) -> Path:
 def round_file(directory: Path, **changes: Any) -> RoundFile:
     """The same, loaded."""
     return load_round(write_round(directory, **changes))
+
+
+def hub_cache(directory: Path, *, commit: str) -> Path:
+    """A Hub's local cache with `quickstart/base`, its main at this commit; returns that repository."""
+    repository = directory / "models--quickstart--base"
+    shutil.copytree(QUICKSTART / "base", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return repository
 
 
 def formula(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:

@@ -113,10 +113,36 @@ def test_an_adapter_that_can_be_used_alone(study: Path) -> None:
     front = yaml.safe_load((directory / "README.md").read_text().split("---")[1])
     assert front["license"] == "apache-2.0"
     assert "base_model" not in front, "a directory of this machine means nothing on the Hub"
-    assert (
-        "tuner trial export round1/0 --to new/adapter --license apache-2.0"
-        in (directory / "README.md").read_text()
+    card = (directory / "README.md").read_text()
+    assert "tuner trial export round1/0 --to new/adapter --license apache-2.0" in card
+    for prompt in ("{instruction}\n\n### Response:", "{instruction}\n\n### Input:\n{input}\n\n### Response:"):
+        assert f"### Instruction:\n{prompt}\n" in card
+
+
+def test_the_card_says_the_base_and_the_template_of_training(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a base of the Hub each adapter keeps the commit; this one is told of another one's."""
+    file, best = (
+        study / "round1.yaml",
+        study / "runs" / "round1" / "trial-0000" / "best" / "adapter_config.json",
     )
+    before = {path: path.read_text() for path in (file, best)}
+    commit = "c" * 40
+    best.write_text(before[best].replace('"revision": null', f'"revision": "{commit}"'))
+    changed = before[file].replace("quantization: nf4}", "quantization: nf4, trust_remote_code: true}")
+    file.write_text(changed.replace("format: alpaca}", "format: alpaca, template: tokenizer}"))
+    try:
+        assert run(["trial", "export", "best", "--to", "told"]) == 0
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+    assert "warning: model.trust_remote_code: Python code of " in capsys.readouterr().err
+    card = (study / "told" / "README.md").read_text()
+    assert f'revision="{commit}", trust_remote_code=True' in card
+    assert f"(revision {commit})" in card
+    assert "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` renders it." in card
+    assert PeftConfig.from_pretrained(str(study / "told")).revision == commit
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -159,7 +185,8 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
         (("--gguf-converter", "no.py"), "--gguf-converter: means something with --gguf only"),
         (("--dtype", "float16"), "--dtype: means something with --merge only"),
         (("--public",), "--public: means something with --push only"),
-        (("--as", "trl", "--merge"), "--as: writes a configuration"),
+        (("--as", "trl", "--merge"), "--as: writes a configuration; leave out --merge"),
+        (("--as", "trl", "--license", "mit", "--push", "me/x"), "leave out --push and --license"),
     ],
 )
 def test_options_that_cannot_be_had(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.data.tiny import write_jsonl
 from tests.studies import QUICKSTART, round_file
@@ -146,13 +147,46 @@ def test_a_file_of_prompts(
     assert generate_file(study, questions, "--compare", "--batch-size", "1", "--output", str(answers)) == 0
     whole = answers.read_text()
     assert lines_of(whole) == said
+    for other in ((), ("--compare", "--temperature", "1"), ("--compare", "--max-new-tokens", "9")):
+        assert generate_file(study, questions, "--output", str(answers), *other) == 2
+        assert "another prompt, trial or options" in capsys.readouterr().err
+    assert answers.read_text() == whole
+    link = study / "runs" / "round1" / f"trial-{best_of(study).number:04d}" / "best"
+    best = link.readlink()
+    later = shutil.copytree(link.resolve(), link.resolve().with_name("step-999999"))
+    for target, code in ((later, 2), (best, 0)):
+        link.unlink()
+        link.symlink_to(target)
+        assert generate_file(study, questions, "--compare", "--output", str(answers)) == code
     answers.write_text("".join(whole.splitlines(keepends=True)[3:])[:-5])
     assert generate_file(study, questions, "--compare", "--output", str(answers)) == 0
     assert answers.read_text() == whole
     assert "has 3 of 7 answers" in capsys.readouterr().err
-    assert generate_file(study, questions, "--output", str(answers)) == 2
-    assert "another prompt, trial or options" in capsys.readouterr().err
-    assert answers.read_text() == whole
+
+
+def test_ctrl_c_keeps_what_is_answered_and_says_how_to_go_on(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pressed while the model makes the third answer."""
+    monkeypatch.chdir(study)
+    questions, answers = write_jsonl(tmp_path / "questions.jsonl", ROWS), tmp_path / "answers.jsonl"
+    whole, left = LlamaForCausalLM.generate, 2
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    options = ("--base", "--batch-size", "1", "--output", str(answers))
+    assert generate_file(study, questions, *options) == 130
+    said = capsys.readouterr().err
+    assert (
+        f"stopped; 2 of 7 answers are in {answers}; go on with: tuner -C {study} trial generate best" in said
+    )
+    assert len(lines_of(answers.read_text())) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.studies import trials_of, tuner, write_round
+from tests.studies import QUICKSTART, trials_of, tuner, write_round
 from tuner.cli.running import parse_count, parse_duration
 from tuner.errors import InputError
 
@@ -76,9 +76,13 @@ def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
-    """Beside plain trials of the same round; it is said before and while the round runs."""
+    """Beside plain trials of the same round; it is said before and while the round runs.
+
+    So are rows that are left out, and what a model may do that brings code along.
+    """
     write_round(
         tmp_path,
+        base=f"{QUICKSTART / 'base'}, trust_remote_code: true",
         trials=2,
         learning_rate="3e-3",
         lora_r="2\n  use_dora: [false, true]",
@@ -90,6 +94,12 @@ def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
     done = tuner("study", "run", "round1.yaml", "--slots", "2", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "DoRA trains one trial at a time: a worker has one slot" in done.stderr
+    code = "model.trust_remote_code: Python code of "
+    lost = "11 train rows are left out: nothing in them to learn within max_length"
+    assert code in checked.stdout
+    assert lost in checked.stdout
+    assert lost in done.stderr
+    assert f"warning: {code}" in done.stderr
     assert "worker ready: cpu, 1 slot" in done.stderr
     assert "slots: 2: DoRA trains one trial at a time" in (tmp_path / "runs/round1/worker.log").read_text()
     trials = trials_of(tmp_path)

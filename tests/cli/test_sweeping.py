@@ -72,6 +72,33 @@ def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(
     assert not list(tmp_path.glob("sweep-*"))
 
 
+def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 421 rows that are not cut off, 2 a step; one epoch is not two, so nothing is trained."""
+    path = write_round(tmp_path, steps=8, every=2, decay_steps=3)
+    before = path.read_text()
+    monkeypatch.chdir(tmp_path)
+    for epochs, more, words in (
+        ("0", (), "--epochs 0: expects a number above 0"),
+        ("nan", (), "--epochs nan: expects a number above 0"),
+        ("3", ("--engine", "simulated"), "--epochs: a rehearsal opens no data"),
+        ("0.01", (), "run.production_steps: 3 is below max_train_steps (8)"),
+    ):
+        assert run(["study", "sweep", "round1.yaml", "--epochs", epochs, *more]) == 2
+        assert words in capsys.readouterr().err
+        assert [each.name for each in tmp_path.iterdir()] == ["round1.yaml"]
+    assert path.read_text() == before
+    assert run(["study", "sweep", "round1.yaml", "--epochs", "1.5"]) == 0
+    assert "--epochs 1.5: of 421 rows, 2 a step: 316 steps" in capsys.readouterr().out
+    spec = load_round(path).spec
+    assert (spec.run.production_steps, spec.max_train_steps) == (316, 32)
+    assert "{production_steps: 316}  # production_steps: 1.5 x 421 rows" in path.read_text()
+    write_round(tmp_path / "rehearsal", run="run: {engine: simulated, production_steps: 80}\n")
+    assert run(["study", "sweep", "rehearsal/round1.yaml", "--epochs", "3"]) == 2
+    assert "--epochs: a rehearsal opens no data" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_folder_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

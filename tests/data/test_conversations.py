@@ -42,9 +42,10 @@ def test_sharegpt_says_what_messages_say() -> None:
     system = {"from": "system", "value": "Be kind."}
     assert segments("sharegpt", {"conversations": [system, *TURNS * 2]}) == expected
     assert segments("sharegpt", {"conversations": TURNS * 2, "system": "Be kind."}) == expected
-    assert segments("sharegpt", {"conversations": TURNS, "system": None}) == segments(
-        "messages", {"messages": MESSAGES}
-    )
+    for nothing in (None, ""):
+        assert segments("sharegpt", {"conversations": TURNS, "system": nothing}) == segments(
+            "messages", {"messages": MESSAGES}
+        )
     columns = {"conversations": "dialog", "system": "rules"}
     mapped = {"dialog": TURNS * 2, "rules": "Be kind."}
     assert segments("sharegpt", mapped, columns=columns) == expected

@@ -98,6 +98,19 @@ def test_a_file_behind_a_url_is_copied_once_and_again_when_it_changed(
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
+def test_a_file_that_arrives_in_part_is_refused_and_not_kept(
+    tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_half(_: object, path: str, local: str) -> None:
+        content = bucket.cat(path)
+        Path(local).write_bytes(content[: len(content) // 2])
+
+    monkeypatch.setattr(type(bucket), "get_file", get_half)
+    with pytest.raises(DataError, match=r"^memory://bucket/eval.jsonl: \d+ of \d+ bytes arrived; try again"):
+        located("memory://bucket/eval.jsonl", tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_copies_outside_of_a_cache_do_not_stay(bucket: fsspec.AbstractFileSystem) -> None:
     with downloads(None) as copies:
         [file] = located("memory://bucket/eval.jsonl", copies)

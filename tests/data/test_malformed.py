@@ -141,6 +141,7 @@ CONTENTS: dict[str, tuple[str, bytes, str, str]] = {
     "a missing column": ("a.jsonl", GOOD + b'{"instruction": "a"}\n', ":2: ", "no column 'output'"),
     "another delimiter": ("a.csv", b"instruction;output\na;b\n", ":2: ", "'instruction;output'"),
     "a ragged CSV": ("a.csv", CSV + b"a,b\na,b,c\n", ":3: ", "3 fields"),
+    "a CSV line that is short": ("a.csv", CSV + b"a\n", ":2: ", "1 fields, but the first line names 2"),
     "a CSV with NUL": ("a.csv", CSV + b"a,b\n\0,b\n", ":3: ", "NUL byte"),
     "a CSV of old Macs": ("a.csv", b"instruction,output\ra,b\r", ":1: ", "not CSV"),
     "a line of NUL": ("a.jsonl", GOOD + bytes(20) + b"\n", ":2: ", "not one JSON object"),

@@ -128,6 +128,12 @@ def test_a_long_text_becomes_several_examples(
     assert (report.pieces, report.truncated, report.duplicates) == (len(pieces) - 1, 0, 0)
 
 
+@pytest.mark.parametrize("text", ["Red", "Red</s>"])
+def test_a_text_ends_with_one_eos(text: str) -> None:
+    [(_, [row])] = Tokeniser(PLAIN).windowed([[text]], Windows(), max_length=20)
+    assert row.tokens.tolist() == [*PLAIN("Red").input_ids, PLAIN.eos_token_id]
+
+
 def test_without_being_told_a_long_text_of_a_table_is_cut_off(tmp_path: Path) -> None:
     table = [{"text": " ".join(f"word {n}" for n in range(60))}, {"text": "b"}]
     train = tiny.source(tiny.write_jsonl(tmp_path / "a.jsonl", table), "text")

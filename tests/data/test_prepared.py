@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from tests.data import tiny
 from tuner.data import Examples, PreparedData, batch_rows, render_prompt, show_rows
 from tuner.data.formats import source_format
+from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
 from tuner.data.sources import open_sources
 from tuner.data.tokenise import Tokeniser
@@ -122,6 +124,7 @@ LIKE = [
     ("It is 4, of course.", "  it IS 4,\n of course. "),
     ("Straße", "STRASSE"),
     ("caf\u00e9 \ufb01ne", "cafe\u0301 fine"),
+    ("\uff21 3\u00b2", "A 32"),
 ]
 
 
@@ -233,6 +236,10 @@ def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     assert report.tokens == data.train.num_tokens.sum() == sum(len(e.input_ids) for e in data.train)
     assert report.targets == data.train.num_targets.sum() == sum(e.is_target.sum() for e in data.train)
     assert data.train.num_tokens.max() == 150
+    assert data.report.losses(150) == [
+        "1 of 3 train rows are cut at max_length 150",
+        "2 train rows are left out: nothing in them to learn within max_length",
+    ]
     lengths = report.token_lengths
     assert lengths["max"] > 150
     assert sorted(lengths.values()) == list(lengths.values())
@@ -374,6 +381,25 @@ def test_a_folder_of_anything_is_refused_with_a_pattern_to_write(
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path)], eval_fraction=0.2)
 
 
+def test_a_configuration_of_a_data_set_is_chosen(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.jsonl"}]} for name in "ab"
+    ]
+    for n, name in enumerate("ab"):
+        tiny.write_jsonl(folder / f"{name}.jsonl", tiny.alpaca_rows(20 * n + 20)[20 * n :])
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    data = tiny.prepared(
+        PLAIN,
+        cache=tmp_path / "cache",
+        train=[tiny.source(folder, config="b")],
+        eval=[tiny.source(folder, config="a")],
+    )
+    assert outputs(data.train) == [f"It is {n}, of course." for n in range(20, 40)]
+    assert outputs(data.evaluation) == [f"It is {n}, of course." for n in range(20)]
+
+
 def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
@@ -403,6 +429,26 @@ def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "tuner.errors.DataError: nobody/no-such-set: no local file"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Dataset 'a/b' is a gated dataset on the Hub.", "a/b: is gated: ask for access on its page on the"),
+        ("Dataset 'a/b' doesn't exist on the Hub.", "a/b: neither a local file nor .* log in with `hf auth"),
+    ],
+)
+def test_a_data_set_that_the_hub_keeps_says_what_to_do(
+    said: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words that `datasets` has for it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(said)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=words):
+        load_rows("a/b", config=None, split="train", cache=None)
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:

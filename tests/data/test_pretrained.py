@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub import errors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from tests.data import tiny
+from tests.studies import hub_cache, round_file
+from tuner.adapters.base import load_config
 from tuner.data import load_tokenizer, reachable
+from tuner.data.pretrained import as_trained, hub_advice, loaded_commit
 from tuner.errors import ModelError
 from tuner.spec import ModelSpec
 
@@ -36,6 +40,12 @@ def test_without_eos_nothing_could_end(tmp_path: Path) -> None:
     without = {key: value for key, value in json.loads(config.read_text()).items() if key != "eos_token"}
     config.write_text(json.dumps(without))
     assert "has no EOS token" in refusal(tmp_path)
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert "has a slow tokenizer only; tuner needs a fast one" in refusal(tmp_path)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
@@ -76,6 +86,61 @@ def test_the_hub_is_asked_where_it_may_answer(tmp_path: Path, monkeypatch: pytes
     assert reachable.where_to_look(str(tmp_path)) == {}
     monkeypatch.setenv("https_proxy", "http://localhost:1")
     assert reachable.can_be_resolved("https://behind-a-proxy.invalid")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (errors.GatedRepoError, "is gated: ask for access on its page on the Hub, then log in with `hf auth"),
+        (errors.RepositoryNotFoundError, "nor a repository on the Hub that you can see; check the name"),
+        (errors.RevisionNotFoundError, "has no revision v9"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(kind: type[errors.HfHubHTTPError], words: str) -> None:
+    """The Hub's own error is the cause of what transformers raises."""
+    refused = OSError("401 Client Error")
+    refused.__cause__ = kind.__new__(kind)  # without a response, which only their texts need
+    advice = hub_advice(ModelSpec(path="someone/model", revision="v9"), refused)
+    assert advice is not None
+    assert words in advice
+    assert hub_advice(ModelSpec(path="someone/model"), OSError("disk")) is None
+
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository in the local cache of a Hub that cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return hub_cache(tmp_path / "hub", commit=COMMITS[0])
+
+
+def test_a_model_of_the_hub_is_used_offline_and_found_again_when_its_branch_has_moved(
+    cached: Path, tmp_path: Path
+) -> None:
+    model = ModelSpec(path="quickstart/base")
+    assert load_tokenizer(model).eos_token == "</s>"
+    assert load_config(model, max_length=8).vocab_size == 1024
+    assert loaded_commit(model) == COMMITS[0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"revision": COMMITS[0]}))
+    (cached / "refs" / "main").write_text(COMMITS[1])
+    for load in (load_tokenizer, lambda each: load_config(each, max_length=8)):
+        with pytest.raises(ModelError, match="is not in the local Hub cache, and the Hub cannot be reached"):
+            load(model)
+    trained_on = as_trained(round_file(tmp_path, base=model.path).spec, tmp_path).model
+    assert load_config(trained_on, max_length=8).vocab_size == 1024
+    assert load_tokenizer(trained_on).eos_token == "</s>"
+
+
+@pytest.mark.parametrize("config", ['{"revision": null}', "{", None])
+def test_a_model_without_a_commit_is_as_the_file_says(tmp_path: Path, config: str | None) -> None:
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    spec = round_file(tmp_path, base=f"{tmp_path}, revision: v1").spec
+    assert as_trained(spec, tmp_path) == spec
+    assert loaded_commit(spec.model) is None
 
 
 def test_a_gguf_file_brings_its_tokenizer(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_columns_and_kinds_of_file_are_those_of_training(tmp_path: Path) -> None
         ("sharegpt", {"conversations": [{"from": "nobody", "value": ""}]}, "is from 'nobody'"),
         ("completion", {"completion": "x"}, "no column 'prompt'; columns found: 'completion'"),
         ("text", {"prompt": 1}, "column 'prompt' is the number 1"),
+        ("alpaca", {"prompt": None}, "column 'prompt' is null"),
     ],
 )
 def test_rows_without_a_question(tmp_path: Path, format: str, row: dict[str, Any], words: str) -> None:

@@ -50,7 +50,11 @@ def test_no_template_that_all_rows_share(sources: list[SourceSpec]) -> None:
     assert chat_template_of(sources, byte_level(chat_template=CHATML)) is None
 
 
-def test_licences(tmp_path: Path) -> None:
+COMMIT = "a" * 40
+
+
+def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a directory's card, or of a card in the local cache of the Hub."""
     assert stated_licence(str(tmp_path), kind="model") is None
     for text, licence in (
         ("---\nlicense: mit\n---\n# A model\n", "mit"),
@@ -60,5 +64,15 @@ def test_licences(tmp_path: Path) -> None:
     ):
         (tmp_path / "README.md").write_text(text)
         assert stated_licence(str(tmp_path), kind="model") == licence
+    for kind in ("model", "dataset"):
+        repository = tmp_path / f"{kind}s--someone--thing"
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+        card = repository / "snapshots" / COMMIT / "README.md"
+        card.write_text(f"---\nlicense: of-a-{kind}\n---\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert stated_licence("someone/thing", kind="model") == "of-a-model"
+    assert stated_licence("someone/thing", kind="dataset") == "of-a-dataset"
     for unknown in ("nobody/has-this-one", "https://host/rows.jsonl", "not an id"):
         assert stated_licence(unknown, kind="dataset") is None

@@ -109,8 +109,8 @@ def test_an_answer_is_said_as_it_grows(models: tiny.Models) -> None:
     assert len(heard) > 4
 
 
-def test_an_answer_ends_at_the_end_of_text(models: tiny.Models) -> None:
-    """The first token that the model says is taken for the tokenizer's end of text."""
+def test_an_answer_ends_at_the_end_of_text(models: tiny.Models, tmp_path: Path) -> None:
+    """The third token that the model says is taken for it, by the tokenizer or by the model's own files."""
     spec = tiny.model_spec(models.path("llama"))
     tokenizer = AutoTokenizer.from_pretrained(models.path("llama"))
     asked = [prompt(ids) for ids in (tokenizer(PROMPT).input_ids, tokenizer("Count.").input_ids)]
@@ -119,11 +119,14 @@ def test_an_answer_ends_at_the_end_of_text(models: tiny.Models) -> None:
         third = models.plain("llama").generate(
             torch.tensor([asked[0].ids]), max_new_tokens=3, do_sample=False, pad_token_id=0
         )[0, -3:]
+    made = tiny.save_model(tmp_path / "model", tiny.config("llama"))
+    GenerationConfig(eos_token_id=[1, int(third[-1])]).save_pretrained(made)
+    by_the_models_files = Answerer(tiny.model_spec(made), tokenizer).answers(asked, GREEDY)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(third[-1]))
-    ended = Answerer(spec, tokenizer).answers(asked, GREEDY)
-    assert ended[0].num_tokens == int((third == third[-1]).nonzero()[0, 0])
-    assert whole[0].startswith(ended[0].text)
-    assert len(ended[0].text) < len(whole[0])
+    for ended in (Answerer(spec, tokenizer).answers(asked, GREEDY), by_the_models_files):
+        assert ended[0].num_tokens == int((third == third[-1]).nonzero()[0, 0])
+        assert whole[0].startswith(ended[0].text)
+        assert len(ended[0].text) < len(whole[0])
 
 
 def test_what_the_models_files_say_of_sampling_is_not_asked_for(models: tiny.Models, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -114,6 +115,24 @@ def test_how_to_load_it(quantization: str) -> None:
     assert front_matter(merged)["library_name"] == "transformers"
     assert ("de-quantised again" in merged) == (quantization != "none")
     assert "rounded to float16" in merged
+
+
+def test_facts_that_few_rounds_have() -> None:
+    text = FULL.replace("quantization: none", "quantization: none, gguf_file: m.gguf")
+    text = re.sub(r"  eval:.*", "  eval_fraction: 0.05", text)
+    text = re.sub(r"  loss_on:.*", "  loss_on: all", text)
+    text = text.replace("path: data/train.jsonl", "path: org/rows, config: small, split: good, weight: 0.5")
+    made = model_card(card(text, merged_dtype="bfloat16", prompt_with_input="### Input:\n{input}"))
+    for fact in (
+        "(file `m.gguf`)",
+        "The adapter was added to the base's bfloat16 weights in float32, and the sum rounded to bf",
+        "5% of the training rows, held out by their content",
+        "`org/rows` (format alpaca, configuration small, split good, weight 0.5)",
+        "the loss is on all tokens",
+        "Rows with an input have it so:\n\n```\n### Input:\n{input}\n```",
+    ):
+        assert fact in made
+    assert 'gguf_file="m.gguf"' in model_card(card(text))
 
 
 def test_no_secret_and_no_path_of_this_machine_is_told() -> None:

@@ -128,10 +128,11 @@ class TestStatus:
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
 
     def test_a_trial_whose_evaluation_loss_rises_is_marked_while_it_runs(self) -> None:
-        def trial(number: int, losses: Sequence[float], state: TrialState) -> Trial:
+        def trial(number: int, losses: Sequence[float], state: TrialState, *, train: float = -0.1) -> Trial:
             noise = (0.0, 0.002, -0.001, 0.001, 0.0, -0.002, 0.001)
             made = [
-                Evaluation(5 * i, loss + noise[i], train_loss=2.0 - 0.1 * i) for i, loss in enumerate(losses)
+                Evaluation(5 * i, loss + noise[i], train_loss=2.0 + train * i)
+                for i, loss in enumerate(losses)
             ]
             return Trial("r", number, {}, state, evaluations=tuple(made))
 
@@ -145,8 +146,9 @@ class TestStatus:
                 trial(1, rising, TrialState.RUNNING),
                 trial(2, rising, TrialState.COMPLETE),
                 trial(3, rising, TrialState.INFEASIBLE),
+                trial(4, rising, TrialState.RUNNING, train=0.1),
             ],
-            promised=4,
+            promised=5,
             is_running=True,
             adapters={},
         )
@@ -248,9 +250,10 @@ def test_check_document() -> None:
         trials=8, max_train_steps=60, epochs=1.2, train_rows=400, eval_rows=50, tokens=10_000,
         evaluation_share=math.nan, checkpoint_bytes=1000,
     )  # fmt: skip
-    document = strictly(dumps(check_document([], plan)))
-    assert list(document) == ["ok", "errors", "plan"]
+    document = strictly(dumps(check_document([], plan, ["3 train rows are left out"])))
+    assert list(document) == ["ok", "errors", "plan", "remarks"]
     assert document["ok"] is True
+    assert document["remarks"] == ["3 train rows are left out"]
     assert list(document["plan"]) == [
         "trials", "max_train_steps", "epochs", "train_rows", "eval_rows", "tokens", "evaluation_share",
         "checkpoint_bytes", "peak_memory_bytes", "hours", "branches", "branch_steps",
@@ -261,4 +264,5 @@ def test_check_document() -> None:
         "ok": False,
         "errors": [{"line": 12, "key": "hyperparameters.lora_rank", "message": "unknown"}],
         "plan": None,
+        "remarks": [],
     }

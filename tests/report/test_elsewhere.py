@@ -165,11 +165,21 @@ Points: TypeAlias = dict[str, dict[str, list[tuple[int, float]]]]
 
 def from_tensorboard(directory: Path) -> Points:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import api_pb2, metadata
 
     found: Points = {}
     for run in sorted((directory / "tensorboard" / "round1").iterdir()):
         events = EventAccumulator(str(run)).Reload()
         assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} == set(events.summary_metadata)
+        kept = {
+            tag: metadata.parse_session_end_info_plugin_data(about.plugin_data.content)
+            if "end" in tag
+            else metadata.parse_session_start_info_plugin_data(about.plugin_data.content)
+            for tag, about in events.summary_metadata.items()
+        }
+        assert kept["_hparams_/session_start_info"].hparams["max_train_steps"].number_value == 8
+        status = kept["_hparams_/session_end_info"].status
+        assert api_pb2.Status.Name(status) == f"STATUS_{'FAILURE' if run.name.endswith('1') else 'SUCCESS'}"
         tags = events.Tags()["scalars"]
         found[f"round1/{int(run.name[-4:])}"] = {
             tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags

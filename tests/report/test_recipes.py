@@ -113,6 +113,48 @@ def test_numbers_are_numbers_to_every_reader(tool: str) -> None:
     assert 2 in (document.get("per_device_train_batch_size"), document.get("micro_batch_size"))
 
 
+def test_a_batch_that_two_does_not_divide_is_cut_into_single_rows() -> None:
+    for size, cut in ((3, (1, 3)), (8, (2, 4)), (1, (1, 1))):
+        made = recipe(batch_size=size)
+        assert (made.micro_batch, made.accumulation) == cut
+
+
+def test_a_run_that_ends_in_its_warmup_has_no_more_of_a_schedule() -> None:
+    made = recipe(horizon=5, best_step=5, warmup_steps=5, decay_steps=0, schedule="cosine")
+    assert made.scheduler == ("constant_with_warmup", {})
+
+
+SAID = {
+    "trl": {
+        **{"lora_r": 8, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "max_length": 512},
+        **{"model_revision": "v1", "trust_remote_code": True, "optim": "adamw_8bit", "bf16": True},
+        **{"eval_steps": 5, "per_device_eval_batch_size": 16, "lora_alpha": 16, "packing": False},
+    },
+    "llamafactory": {
+        **{"lora_rank": 8, "lora_dropout": 0.1, "use_rslora": True, "use_dora": True, "cutoff_len": 512},
+        **{"model_revision": "v1", "trust_remote_code": True, "optim": "adamw_8bit", "bf16": True},
+        **{"eval_steps": 5, "per_device_eval_batch_size": 16, "lora_alpha": 16},
+    },
+    "axolotl": {
+        **{"lora_r": 8, "lora_dropout": 0.1, "peft_use_rslora": True, "peft_use_dora": True},
+        **{"revision_of_model": "v1", "trust_remote_code": True, "optimizer": "adamw_8bit", "bf16": True},
+        **{"eval_steps": 5, "eval_batch_size": 16, "lora_alpha": 16, "sequence_len": 512},
+        **{"sample_packing": False},
+    },
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_was_trained_is_said_in_each_tools_words(tool: str) -> None:
+    model = {"revision": "v1", "trust_remote_code": True}
+    _, document = written(tool, model=model, use_rslora=True, use_dora=True)
+    assert {key: document.get(key) for key in SAID[tool]} == SAID[tool]
+    _, other = written(tool, model={"dtype": "float32"}, optimizer="adamw")
+    assert other["bf16"] is False
+    assert "adamw_torch" in (other.get("optim"), other.get("optimizer"))
+    assert not {"model_revision", "revision_of_model", "trust_remote_code"} & other.keys()
+
+
 @pytest.mark.parametrize("tool", ["trl", "llamafactory"])
 def test_what_the_trainer_is_told_are_arguments_of_its(tool: str) -> None:
     """Without the words of the tool, which its own schema was asked about: docs/log.md."""

@@ -93,7 +93,13 @@ def test_the_recipe_of_alpaca_and_qlora():
     space = {name: dimension.value for name, dimension in spec.space().items() if hasattr(dimension, "value")}
     assert (spec.model.quantization, spec.max_train_steps, spec.search.trials) == ("nf4", 60, 8)
     expected = {
-        **{"lora_r": 16, "target_modules": "all-linear", "batch_size": 8, "warmup_steps": 5},
+        **{
+            "lora_r": 16,
+            "lora_alpha": 16,
+            "target_modules": "all-linear",
+            "batch_size": 8,
+            "warmup_steps": 5,
+        },
         **{"optimizer": "adamw_8bit", "decay_steps": 24},
     }
     assert {name: space[name] for name in expected} == expected

@@ -365,6 +365,20 @@ class TestOutOfMemory:
         assert [scores.correct_tokens for scores in found[1]] == [s.correct_tokens for s in found[0]]
         assert with_room[0] != with_room[1]
 
+    def test_an_evaluation_takes_no_more_rows_of_a_trial_than_its_own_batch_size(
+        self, models: tiny.Models
+    ) -> None:
+        """Of 12 rows five at a time, whatever the batch size of training, and where there is room for all."""
+        roomy = with_room_for(models.base("llama"), lambda _: True)
+        with workplace(roomy, self.TRIALS, slots=3) as place:
+            assert place.evaluation_rows == 5
+            example_scores(place, ())
+            assert roomy.largest_pass == 5
+            for slot in (0, 1):
+                begin(place, slot, self.TRIALS[slot], max_train_steps=3)
+            example_scores(place, (0, 1))
+            assert roomy.largest_pass == 10
+
     @pytest.mark.parametrize("shape", ["llama", "gpt2"])
     def test_a_row_that_fits_when_fewer_activations_are_kept(
         self, models: tiny.Models, shape: tiny.Shape

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from tuner.adapters.frozen_linear import product, speed_up
 from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
 from tuner.adapters.loaders import load_by_unsloth, require_loader
+from tuner.data.pretrained import hub_advice
 from tuner.data.reachable import where_to_look
 from tuner.errors import ModelError
 
@@ -176,6 +177,8 @@ def _source(model: ModelSpec) -> dict[str, Any]:
 
 
 def _cannot_load(model: ModelSpec, error: Exception) -> ModelError:
+    if (advice := hub_advice(model, error)) is not None:
+        return ModelError(f"model.path: cannot load {model.path!r}: {advice}")
     return ModelError(
         f"model.path: cannot load {model.path!r}: {error}\n"
         "Give a directory with config.json and safetensors, a Hub id, or a directory and gguf_file."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from tuner.data import (
     try_metric,
 )
 from tuner.data.metrics import METRIC_KEY
+from tuner.data.pretrained import loaded_commit
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, size
-from tuner.spec import DORA_TRAINS_ALONE, RoundSpec, load_round
+from tuner.spec import DORA_TRAINS_ALONE, ModelSpec, RoundSpec, load_round
 from tuner.study.checking import planned_hours, planned_round
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
@@ -46,7 +48,7 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | N
         typer.echo(dumps(check_document(_mistakes(error), None)))
         return None
     if as_json:
-        typer.echo(dumps(check_document([], plan)))
+        typer.echo(dumps(check_document([], plan, remarks)))
     else:
         output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
@@ -99,6 +101,7 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     remarks += _answers(round_plan, data)
     if spec.trains_alone:
         remarks.append(DORA_TRAINS_ALONE)
+    remarks += _model_remarks(spec.model)
     if probe:
         remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
@@ -138,19 +141,19 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     return remarks
 
 
+def _model_remarks(model: ModelSpec) -> Iterator[str]:
+    """What may make the base another one, or do more than compute."""
+    if model.trust_remote_code:
+        yield model.warning_of_code
+    commit = loaded_commit(model)
+    if commit is not None and model.revision != commit:
+        yield f"the base is {model.path} at commit {commit}; `revision: {commit}` under model keeps it so"
+
+
 def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
     """What became of rows that are not trained on as they are."""
-    remarks = []
-    report = data.report
-    for name, split in (("train", report.train), ("eval", report.evaluation), ("test", report.test)):
-        if split.truncated:
-            remarks.append(
-                f"{split.truncated} of {split.rows_kept} {name} rows are cut at max_length "
-                f"{spec.data.max_length}"
-            )
-        dropped = split.cut_off + split.empty
-        if dropped:
-            remarks.append(f"{dropped} {name} rows are left out: nothing in them to learn within max_length")
+    remarks = data.report.losses(spec.data.max_length)
+    for name, split in data.report.splits.items():
         if split.pieces:
             remarks.append(f"{split.pieces} {name} rows go on with a text longer than max_length")
         if split.duplicates:

@@ -14,9 +14,11 @@ import typer
 
 from tuner.cli.destination import appearing_whole, require_free
 from tuner.cli.looking import find_trial
+from tuner.cli.printing import warn_of_code
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.licences import stated_licence
-from tuner.data.prompts import chat_template_of
+from tuner.data.pretrained import as_trained
+from tuner.data.prompts import chat_template_of, template_name
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
@@ -95,9 +97,9 @@ class Finished:
     trial: Trial
     record: RoundRecord
     written: RoundSpec
-    """The round file as it is written."""
+    """The round file as it is written, but for the base's revision: the commit that was trained on."""
     spec: RoundSpec
-    """With absolute paths."""
+    """The same with absolute paths."""
     adapter: Path
 
     @property
@@ -131,7 +133,9 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
         record = next(record for record in store.rounds() if record.name == trial.round)
     finally:
         store.close()
-    return Finished(trial, record, plan.spec, plan.absolute, Path(adapter))
+    written, spec = (as_trained(each, Path(adapter)) for each in (plan.spec, plan.absolute))
+    warn_of_code(spec.model)
+    return Finished(trial, record, written, spec, Path(adapter))
 
 
 def _why(trial: Trial) -> str:
@@ -229,6 +233,7 @@ def _token(export: Export, finished: Finished) -> str | None:
 def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase, *, renders: bool) -> Card:
     data = finished.spec.data
     hub_sources = tuple(dict.fromkeys(source.path for source in data.train if _is_id(source.path)))
+    has_input = data.train[0].format == "alpaca"
     return Card(
         name=export.push or export.to.name,
         spec=finished.written,
@@ -236,7 +241,8 @@ def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase
         trial=finished.trial,
         base_is_on_hub=finished.base_is_on_hub,
         prompt=_prompt(finished, tokenizer),
-        has_chat_template=renders or data.train[0].format in ("messages", "sharegpt"),
+        prompt_with_input=_prompt(finished, tokenizer, input="{input}") if has_input else None,
+        has_chat_template=renders or template_name(data.train[0]) == "tokenizer",
         command=export.command(finished.name),
         versions=dict(_versions()),
         merged_dtype=export.merged_dtype if export.merge else None,
@@ -251,13 +257,15 @@ def _is_id(path: str) -> bool:
     return not Path(path).is_absolute() and "://" not in path
 
 
-def _prompt(finished: Finished, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _prompt(finished: Finished, tokenizer: PreTrainedTokenizerBase, *, input: str = "") -> str | None:
     """With the first source's template; None for text, which nothing is said before."""
     source = finished.spec.data.train[0]
     if source.format == "text":
         return None
-    ids = render_prompt(source.format, tokenizer, instruction="{instruction}", template=source.template).ids
-    return str(tokenizer.decode(ids))
+    prompt = render_prompt(
+        source.format, tokenizer, instruction="{instruction}", input=input, template=source.template
+    )
+    return str(tokenizer.decode(prompt.ids))
 
 
 def _stated_licences(finished: Finished, hub_sources: tuple[str, ...]) -> Iterator[tuple[str, str]]:

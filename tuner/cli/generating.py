@@ -17,7 +17,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from tuner.cli import printing
 from tuner.cli.looking import find_trial
+from tuner.cli.printing import warn_of_code
 from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
+from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, Interrupted
 from tuner.records import Trial
 from tuner.report.format import count
@@ -92,6 +94,9 @@ def generate_answers(folder: StudyFolder, name: str, asked: Asked) -> None:
             f"{name}: {trial.round}/{trial.number} is {trial.state} and has no adapter; see: tuner trial list"
         )
     spec = folder.plan(trial.round).absolute
+    if adapter is not None:
+        spec = as_trained(spec, Path(adapter))
+    warn_of_code(spec.model)
     speaker = _Speaker(spec, load_tokenizer(spec.model), trial, Path(adapter).resolve() if adapter else None)
     if asked.input is None:
         _answer_one(speaker, asked)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from tuner.spec import ModelSpec
     from tuner.study.folder import StudyFolder
 
 WIDEST = 1000
@@ -44,6 +45,12 @@ def open_here() -> StudyFolder:
     if folder.is_rehearsal:
         typer.echo(REHEARSAL_BANNER, err=True)
     return folder
+
+
+def warn_of_code(model: ModelSpec) -> None:
+    """Say on standard error what a model may do that brings Python code along."""
+    if model.trust_remote_code:
+        typer.echo(f"warning: {model.warning_of_code}", err=True)
 
 
 def output(*, piped_width: int = WIDEST) -> Console:

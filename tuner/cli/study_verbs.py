@@ -115,6 +115,12 @@ def run(
 @app.command()
 def sweep(
     round_file: RoundPath,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E", help="The longest run you can pay for, in epochs; run.production_steps is set so."
+        ),
+    ] = None,
     for_: For = None,
     slots: Slots = None,
     workers: Workers = None,
@@ -125,13 +131,14 @@ def sweep(
     Rounds `sweep-N` try 8 rates without dropout and weight decay, N doubling up to
     `run.production_steps`; the answer is written into the round file, unless its round has begun.
 
-    Example: `tuner study sweep round1.yaml --for 2h`
+    Example: `tuner study sweep round1.yaml --epochs 3 --for 2h`
     """
     from tuner.cli.printing import next_command
     from tuner.cli.running import Where
     from tuner.cli.sweeping import sweep_file
 
-    command, file = sweep_file(round_file, duration=for_, where=Where(slots, workers, engine))
+    where = Where(slots, workers, engine)
+    command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _rehearsal_folder(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tuner.playbook.sweep import (
     SweepProblem,
     answer_without_a_sweep,
 )
-from tuner.spec import RoundFile, read_round
+from tuner.spec import RoundFile, edit_round, read_round
 from tuner.study.checking import mean
 from tuner.study.disk import taken_back
 from tuner.study.folder import is_rehearsal
@@ -27,19 +28,31 @@ from tuner.study.plan import RoundPlan
 from tuner.study.promotion import write_round_file
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
 
+_NO_ROWS = "--epochs: a rehearsal opens no data to count rows of; write run.production_steps"
 
-def sweep_file(path: Path, *, duration: str | None, where: Where) -> tuple[str, Path | None]:
+
+def sweep_file(
+    path: Path, *, duration: str | None, where: Where, epochs: float | None = None
+) -> tuple[str, Path | None]:
     """Sweep, or go on with it, and write what was found into the round file.
 
-    Returns the command that comes next, and the round file that it is to run; None when the time was over
-    first. Raises TunerError when the sweep gives no answer, and Interrupted, naming the command that goes
-    on, when a signal asked to stop.
+    `epochs` are taken as its `run.production_steps`, which is written with the answer. Returns the command
+    that comes next, and the round file that it is to run; None when the time was over first. Raises
+    TunerError when the sweep gives no answer, and Interrupted, naming the command that goes on, when a signal
+    asked to stop.
     """
+    length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
-    command = f"tuner study sweep {path}{limit}{where.options}"
+    command = f"tuner study sweep {path}{length}{limit}{where.options}"
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise InputError(f"--epochs {epochs:g}: expects a number above 0")
+    if epochs is not None and where.engine == "simulated":
+        raise InputError(_NO_ROWS)
     answer: SweepDecision | None = None
     with interruptible(command, duration=duration) as stopping:
         file = where.file(path)
+        if epochs is not None:
+            file = _with_epochs(file, epochs)
         answer = _answer_at_once(file)
         while answer is None:
             found = next_sweep(file)
@@ -53,6 +66,27 @@ def sweep_file(path: Path, *, duration: str | None, where: Where) -> tuple[str, 
         return command, None
     _say_and_write(file, answer)
     return f"tuner study run {path.name if is_rehearsal(file) else path}", file.path
+
+
+def _with_epochs(file: RoundFile, epochs: float) -> RoundFile:
+    """The file with so many epochs of its training rows as `run.production_steps`, said and not yet written.
+
+    Raises InputError in a rehearsal, which knows no rows, and where it is less than `max_train_steps`.
+    """
+    if is_rehearsal(file):
+        raise InputError(_NO_ROWS)
+    from tuner.data import load_tokenizer, prepare
+
+    planned = RoundPlan(file)
+    with taken_back(planned.cache):
+        rows = len(prepare(planned.absolute, load_tokenizer(planned.absolute.model), planned.cache).train)
+        batch_size = round(mean(planned.space["batch_size"]))
+        steps = max(1, math.ceil(epochs * rows / batch_size))
+        typer.echo(
+            f"--epochs {epochs:g}: of {rows} rows, {batch_size} a step: {steps} steps, the longest of a sweep"
+        )
+        comments = {"run.production_steps": f"{epochs:g} x {rows} rows"}
+        return read_round(edit_round(file.text, {"run.production_steps": steps}, comments), file.path)
 
 
 def _run(found: RoundFile, where: Where, stopping: Callable[[], bool]) -> None:

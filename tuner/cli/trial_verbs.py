@@ -210,8 +210,15 @@ def export(
 
     folder = open_here()
     if tool is not None:
-        if merge or gguf or push:
-            raise InputError("--as: writes a configuration; leave out --merge, --gguf and --push")
+        others: dict[str, object] = {
+            "--merge": merge,
+            "--dtype": dtype,
+            "--gguf": gguf,
+            "--gguf-converter": gguf_converter,
+        }
+        others |= {"--push": push, "--public": public, "--license": licence}
+        if given := [option for option, value in others.items() if value]:
+            raise InputError(f"--as: writes a configuration; leave out {' and '.join(given)}")
         command = export_recipe(
             finished_trial(folder, trial), tool.value, to=to, force=force, study=folder.directory
         )

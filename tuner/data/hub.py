@@ -73,9 +73,13 @@ def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) 
     try:
         return datasets.load_dataset(path, name=config, split=split, cache_dir=cache and str(cache))
     except datasets.exceptions.DatasetNotFoundError as error:
+        if "is a gated dataset" in str(error):
+            raise DataError(
+                f"{path}: is gated: ask for access on its page on the Hub, then log in with `hf auth login`"
+            ) from error
         raise DataError(
             f"{path}: neither a local file nor a data set of the Hub that can be seen: {error} "
-            "If it is gated, ask for access on its page and log in with `hf auth login`"
+            "If it is private, log in with `hf auth login`"
         ) from error
     except ConnectionError as error:
         raise DataError(

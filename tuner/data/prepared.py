@@ -80,6 +80,23 @@ class DataReport:
     overlaps: tuple[str, ...] = ()
     """Which rows are in two of train, eval and test, where the round file allows it."""
 
+    @property
+    def splits(self) -> Mapping[str, SplitReport]:
+        """By the names of the round file."""
+        return {"train": self.train, "eval": self.evaluation, "test": self.test}
+
+    def losses(self, max_length: int) -> list[str]:
+        """What is not trained or evaluated on though it was read, a sentence for each split and reason."""
+        said = []
+        for name, split in self.splits.items():
+            if split.truncated:
+                said.append(
+                    f"{split.truncated} of {split.rows_kept} {name} rows are cut at max_length {max_length}"
+                )
+            if dropped := split.cut_off + split.empty:
+                said.append(f"{dropped} {name} rows are left out: nothing in them to learn within max_length")
+        return said
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:

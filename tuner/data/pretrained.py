@@ -1,7 +1,8 @@
-"""Loading a model's tokenizer, and what to do when that does not work."""
+"""A model as a directory or the Hub has it: its tokenizer, its commit, what to do where there is none."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from tuner.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tuner.spec import ModelSpec
+    from tuner.spec import ModelSpec, RoundSpec
 
 
 def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
@@ -59,7 +60,33 @@ def _require_directory(model: ModelSpec) -> None:
         raise ModelError(f"{path}: has no file {model.gguf_file}; GGUF files there: {files}")
 
 
-def _advice(model: ModelSpec, error: BaseException) -> str:
+def loaded_commit(model: ModelSpec) -> str | None:
+    """The Hub's commit that was loaded, of a model that has been; None for a directory."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import extract_commit_hash
+
+    if Path(model.path).is_dir():
+        return None
+    found = try_to_load_from_cache(model.path, model.gguf_file or "config.json", revision=model.revision)
+    return extract_commit_hash(found, None) if isinstance(found, str) else None
+
+
+def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
+    """The round file with its base at the Hub's commit that an adapter, a PEFT directory, was trained on.
+
+    A branch moves on: what it has today may be another base.
+    """
+    try:
+        known = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("revision")
+    except (OSError, ValueError):
+        return spec  # whoever loads the adapter says what is wrong with it
+    if not isinstance(known, str):
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": known})})
+
+
+def hub_advice(model: ModelSpec, error: BaseException) -> str | None:
+    """What to do about a model that the Hub does not give; None where the error is another."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -79,6 +106,12 @@ def _advice(model: ModelSpec, error: BaseException) -> str:
             "it is no directory here, is not in the local Hub cache, and the Hub cannot be reached; "
             "check the name, go online once, or give a directory"
         )
+    return None
+
+
+def _advice(model: ModelSpec, error: BaseException) -> str:
+    if (advice := hub_advice(model, error)) is not None:
+        return advice
     if (
         Path(model.path).is_dir()
         and not model.gguf_file

@@ -119,15 +119,15 @@ def chat_template_of(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokeniz
     That is the named template around the turns, `alpaca` for that format, after what the tokenizer puts
     before a text. None is also said where the tokenizer's own template is the one.
     """
-    names = {_template_name(source) for source in sources}
+    names = {template_name(source) for source in sources}
     if len(names) != 1 or (name := names.pop()) not in TEMPLATES:
         return None
     beginning = _tokeniser(tokenizer).prompt("", starts_plain=True)
     return "".join(tokenizer.convert_ids_to_tokens(beginning)) + TEMPLATES[name]
 
 
-def _template_name(source: SourceSpec) -> str:
-    """Of a format without turns, the format's."""
+def template_name(source: SourceSpec) -> str:
+    """What renders a source's prompts: a named template, `tokenizer` for its own, a format without turns."""
     if source.format in ("completion", "text"):
         return source.format
     return source.template or ("alpaca" if source.format == "alpaca" else "tokenizer")

@@ -50,6 +50,8 @@ class Ready:
     """Weights of the smallest adapter that a trial of the round may have; 0 where nothing is written."""
     largest_adapter: int = 0
     """Weights of the largest one."""
+    remarks: tuple[str, ...] = ()
+    """Which rows are cut or left out, and how many."""
 
 
 @dataclass(frozen=True, slots=True)

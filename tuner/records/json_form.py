@@ -95,8 +95,9 @@ def event_from_json(document: Mapping[str, Any]) -> Event:
             values[name] = parse(values[name])
     if "checkpoint" in values:
         values["checkpoint"] = checkpoint_from_json(values["checkpoint"])
-    if "trials" in values:
-        values["trials"] = tuple(values["trials"])
+    for name in ("trials", "remarks"):
+        if name in values:
+            values[name] = tuple(values[name])
     if "throughput" in values:
         values["throughput"] = Throughput(**values["throughput"])
     if "score" in values:

@@ -32,6 +32,8 @@ class Card:
     """A prompt of training with the user's words in braces; None where there is none to show."""
     has_chat_template: bool
     """Whether the exported tokenizer renders that prompt."""
+    prompt_with_input: str | None = None
+    """The same of rows with an input, which may be another template; None where rows have none."""
     command: str
     """The one that made the export."""
     versions: Mapping[str, str]
@@ -81,7 +83,7 @@ def merging_note(model: ModelSpec, dtype: str) -> str:
         "since the adapter was trained on those; the adapter was added",
         "int8": "The base's weights were quantised to 8 bits and de-quantised again, since the adapter was "
         "trained on those; the adapter was added",
-        "none": f"The adapter was added to the base's weights in {model.dtype}",
+        "none": f"The adapter was added to the base's {model.dtype} weights",
     }[model.quantization]
     return f"{base} in float32, and the sum rounded to {dtype}."
 
@@ -171,7 +173,10 @@ def _prompt(card: Card) -> Sequence[str]:
         if card.has_chat_template
         else "The tokenizer has no template that renders it."
     )
-    return f"It was trained on this prompt. {by}", f"```\n{card.prompt}\n```"
+    shown = [f"It was trained on this prompt. {by}", f"```\n{card.prompt}\n```"]
+    if card.prompt_with_input is not None:
+        shown += ["Rows with an input have it so:", f"```\n{card.prompt_with_input}\n```"]
+    return shown
 
 
 def _result(card: Card) -> str:

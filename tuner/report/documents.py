@@ -227,13 +227,16 @@ def _throughput(throughput: Throughput) -> dict[str, float | None]:
     }
 
 
-def check_document(mistakes: Sequence[Mistake], plan: RoundPlan | None) -> dict[str, Any]:
+def check_document(
+    mistakes: Sequence[Mistake], plan: RoundPlan | None, remarks: Sequence[str] = ()
+) -> dict[str, Any]:
     """What `study check --json` prints; `plan` is None where mistakes kept it from being made."""
     return _document(
         {
             "ok": not mistakes,
             "errors": [asdict(mistake) for mistake in mistakes],
             "plan": asdict(plan) if plan else None,
+            "remarks": list(remarks),
         }
     )
 

@@ -71,6 +71,14 @@ class ModelSpec(BaseModel):
     """Who loads the base: `unsloth` puts its own kernels into it, needs a GPU and the extra `unsloth`, and
     takes neither `int8` nor `gguf_file`."""
 
+    @property
+    def warning_of_code(self) -> str:
+        """What to know of `trust_remote_code` before the model is loaded."""
+        advice = (
+            "read it first" if self.revision else "read it first, and keep to what you read by `revision`"
+        )
+        return f"model.trust_remote_code: Python code of {self.path} runs here, with your rights; {advice}"
+
     @model_validator(mode="after")
     def _unsloth_takes_less(self) -> Self:
         if self.loader == "unsloth" and (self.quantization == "int8" or self.gguf_file):

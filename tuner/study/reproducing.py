@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
 from tuner.playbook import reproduction
 from tuner.playbook.reproduction import Reproduction
@@ -98,6 +99,8 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         # The curve is compared: what its best adapter answers follows from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})
+        if (adapter := folder.adapter(trial)) is not None:
+            spec = as_trained(spec, Path(adapter))
         wanted = _last_step(name, trial, record, spec, to_step)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)

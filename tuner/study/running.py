@@ -79,6 +79,8 @@ def run_round(
             known_base = [_base_evaluation(earlier)]
             if plan.spec.trains_alone:
                 view.message(DORA_TRAINS_ALONE)
+            if plan.spec.model.trust_remote_code:
+                view.message(f"warning: {plan.spec.model.warning_of_code}")
             worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
@@ -221,6 +223,8 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
             match event:
                 case Ready():
                     view.event(event)
+                    for remark in event.remarks:
+                        view.message(remark)
                     return event
                 case Died(reason=reason, is_input_error=True):
                     raise InputError(reason)

@@ -129,7 +129,7 @@ def _production_steps(file: RoundFile) -> int:
     if file.spec.run.production_steps is None:
         raise InputError(
             f"{file.path.name}: run.production_steps: missing: a sweep doubles its steps up to the longest "
-            "run that you can pay for; add it under `run:`"
+            "run that you can pay for; add it under `run:`, or give --epochs"
         )
     return file.spec.run.production_steps
 

@@ -14,6 +14,7 @@ from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.data import PreparedData, load_tokenizer, prepare
+from tuner.data.pretrained import loaded_commit
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
@@ -58,6 +59,7 @@ def open_workplace(
         evaluation_share=_evaluation_share(data, spec),
         smallest_adapter=smallest,
         largest_adapter=largest,
+        remarks=tuple(data.report.losses(spec.data.max_length)),
     )
     return place, ready
 
@@ -88,7 +90,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
             train=data.train,
             evaluation=data.evaluation,
             base_path=spec.model.path,
-            revision=spec.model.revision,
+            revision=loaded_commit(spec.model) or spec.model.revision,
             evaluation_rows=spec.evaluation.batch_size,
             micro_tokens=max(1, pass_tokens // num_slots),
             pass_tokens=pass_tokens,

@@ -27,6 +27,7 @@ class Workplace:
     evaluation: Examples
     base_path: str
     revision: str | None
+    """The Hub's commit that the base was loaded from, kept in each adapter; None for a directory."""
     evaluation_rows: int
     """Evaluation examples of one trial in one pass."""
     micro_tokens: int
