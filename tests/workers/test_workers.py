@@ -112,3 +112,14 @@ def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> N
     assert died.is_input_error
     assert "empty" in died.reason
     assert not any(isinstance(e, Evaluated) for e in events)
+
+
+def test_a_worker_of_another_version_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(  # runs as the process starts, in place of ours
+        """print('{"event": "ended", "trial": 0, "mood": "fine"}', flush=True); input(); input()"""
+    )
+    worker = LocalWorker(lambda: {}, log=tmp_path / "worker.log", environment={"PYTHONPATH": str(tmp_path)})
+    [died] = worker.events(timeout_seconds=60.0)
+    assert isinstance(died, Died)
+    assert "mood" in died.reason
+    assert "upgraded" in died.reason

@@ -171,6 +171,12 @@ class LocalWorker:
                 event = event_from_json(json.loads(line))
             except ValueError:
                 continue  # a last line that the death of the process cut in two
+            except (KeyError, TypeError) as error:
+                process.kill()
+                event = Died(
+                    f"the worker says what this process does not know ({type(error).__name__}: {error}): was "
+                    "tuner upgraded meanwhile? The same command, given again, goes on"
+                )
             said_died = said_died or isinstance(event, Died)
             self._said.put(event)
         code = process.wait()
