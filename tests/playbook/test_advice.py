@@ -39,6 +39,8 @@ def test_the_longest_run_of_a_configuration_speaks_whatever_its_decay():
     assert merits((5, [trial(0.1, [3.0, 2.0], decay_steps=2)]), (10, [again])) == {0.1: 1.9}
     diverged = trial(0.1, [3.0, 2.0, math.nan], TrialState.INFEASIBLE)
     assert merits((5, SHORT), (10, [diverged]))[0.1] == math.inf
+    later = [trial(0.1, [3.0, 1.8])]
+    assert merits((5, [trial(0.1, [3.0, 2.0])]), (5, later)) == {0.1: 1.8}, "of two, the later one"
 
 
 def test_only_results_teach():

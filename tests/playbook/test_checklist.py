@@ -10,6 +10,7 @@ from tests.playbook.rounds import noisy_trial
 from tests.playbook.rows import round_of, trial_of
 from tuner.playbook import RoundResults, Severity
 from tuner.playbook.checklist import checklist, half_round_shortfall
+from tuner.playbook.curves import periodicity
 from tuner.playbook.findings import Finding, percent
 from tuner.playbook.selection import leading_trials
 from tuner.playbook.space_checks import position
@@ -87,6 +88,16 @@ def test_unstable_edge_is_the_best_trial_below_infeasible_ones():
     states = [TrialState.COMPLETE, TrialState.COMPLETE, INFEASIBLE, INFEASIBLE]
     edge = by_rate(1e-4, 2e-4, 4e-4, 8e-4, states=states, losses=[2.1, 2.0, 9, 9])
     assert findings(edge)["unstable_edge"].numbers == {"edge": 2e-4, "infeasible_above": 2}
+    assert "boundary" not in findings(edge)
+    close = by_rate(
+        1e-4,
+        9e-4,
+        9.5e-4,
+        states=[TrialState.COMPLETE, TrialState.COMPLETE, INFEASIBLE],
+        losses=[2.1, 2.0, 9],
+    )
+    assert "unstable_edge" in findings(close)
+    assert "boundary" not in findings(close), "beyond that bound nothing trains"
     inside = by_rate(1e-4, 2e-4, 4e-4, 8e-4, states=states, losses=[2.0, 2.1, 9, 9])
     assert "unstable_edge" not in findings(inside)
     assert "unstable_edge" not in findings(by_rate(1e-4, 2e-4, losses=[2.1, 2.0]))
@@ -124,6 +135,11 @@ def test_too_few_trials_is_a_shortfall_above_the_noise():
     assert "too_few_trials" not in findings(results, noise=0.0101)
 
 
+def test_a_shortfall_that_is_the_noise_is_none():
+    results = by_rate(*[1e-4] * 8, losses=[2.0, 2.5, *[3.0] * 6])
+    assert "too_few_trials" not in findings(results, noise=0.25)
+
+
 def test_too_few_trials_where_most_reached_nothing():
     results = by_rate(*[1e-4] * 8, states=[TrialState.COMPLETE, *[INFEASIBLE] * 7])
     assert "have reached nothing" in findings(results)["too_few_trials"].message
@@ -156,6 +172,15 @@ def test_late_variance():
 
 
 @pytest.mark.parametrize(
+    ("tail", "changes"), [((0.0, 0.02, 0.0, 0.0, 0.0), None), ((0.0, 0.02, 0.01, 0.0, 0.0), 3)]
+)
+def test_late_variance_is_three_changes_up_and_down(tail, changes):
+    losses = [*(3.0 - step / 400 for step in GRID[:-13]), *(2.0,) * 8, *(2.0 + more for more in tail)]
+    found = findings(round_of(trial_of(0, losses, steps=GRID), max_train_steps=400)).get("late_variance")
+    assert (found and found.numbers["restless"]) == changes
+
+
+@pytest.mark.parametrize(
     ("schedule", "calms"),
     [
         ("constant", "`schedule: linear`"),
@@ -185,6 +210,7 @@ def test_train_loss_rising_is_a_problem_of_the_best_or_of_most():
     assert "in 1 of 1 leading trial, by more" in rule(True).message
     assert rule(False, True, True) is not None
     assert rule(False, True, False) is None
+    assert rule(False, True) is None
 
 
 @pytest.mark.parametrize(("clipped", "fires"), [(5, False), (6, True)])
@@ -244,6 +270,19 @@ def test_periodic_evaluation_has_the_epochs_period():
     assert found.numbers["epoch_steps"] == 60
     assert "periodic_evaluation" not in findings(noisy_round(wave, train_rows=360))
     assert "periodic_evaluation" not in findings(noisy_round(wave, train_rows=0))
+
+
+@pytest.mark.parametrize(("amplitude", "fires"), [(0.02, False), (0.035, True)])
+def test_periodic_evaluation_is_six_tenths_of_the_variance(amplitude, fires):
+    def waves(t):
+        return (
+            2 + np.exp(-t / 30) + amplitude * np.sin(2 * np.pi * t / 60) + 0.02 * np.sin(2 * np.pi * t / 37)
+        )
+
+    results = noisy_round(waves, train_rows=480)
+    share = periodicity(results.trials[0].evaluations, 60)
+    assert 0.65 < share < 0.85 if fires else 0.42 < share < 0.58
+    assert ("periodic_evaluation" in findings(results)) == fires
 
 
 def test_alpha_that_follows_the_rank():

@@ -67,6 +67,15 @@ def test_the_rise_is_judged_at_the_last_evaluation():
     rise = rise_after_best(curve([3, 2, 1, 1.1, 1.2, 1.3, 1.4, 1.5]))
     assert (rise.best_step, rise.last_step, rise.amount) == (20, 70, 0.5)
     assert rise.train_loss_falls is None
+    assert rise.is_overfitting
+
+
+@pytest.mark.parametrize(("amount", "is_rise"), [(0.0195, False), (0.0205, True)])
+def test_a_rise_is_more_than_two_standard_errors(amount, is_rise):
+    # Four examples whose differences are plus or minus the spread: its standard error is spread / sqrt(3).
+    last = exact(80, 1.0 + amount, spread=0.01 * math.sqrt(3))
+    rise = rise_after_best([exact(5, 3.0), exact(10, 2.0), exact(20, 1.0), exact(40, 1.0), last])
+    assert (rise is not None) == is_rise
 
 
 def test_a_last_evaluation_near_the_best_is_no_rise_whatever_came_before():

@@ -88,9 +88,11 @@ def test_an_earlier_round_comes_first():
 def test_an_earlier_round_needs_the_same_hyperparameters_and_workload():
     trial = at_100()
     other = replace(trial, hyperparameters={**trial.hyperparameters, "learning_rate": 1.0})
+    reseeded = replace(trial, hyperparameters={**trial.hyperparameters, "training_seed": 1})
     recut = replace(trial, hyperparameters={**trial.hyperparameters, "decay_steps": 20})
     now = round_of(trial)
     assert gain_of(now, earlier_round(50, 2.4, other)).source == GainSource.TRUNK
+    assert gain_of(now, earlier_round(50, 2.4, reseeded)).source == GainSource.TRUNK
     assert gain_of(now, earlier_round(50, 2.4, trial, workload="v")).source == GainSource.TRUNK
     assert gain_of(now, earlier_round(100, 2.4, trial)).source == GainSource.TRUNK
     assert gain_of(now, earlier_round(50, 2.4, recut)).source == GainSource.EARLIER_ROUND
@@ -128,6 +130,11 @@ def test_branches_at_the_half_and_at_the_root_give_both_gains():
     assert gain.source == GainSource.DECAY_BRANCHES
     assert gain.relative == pytest.approx((2.28 - 2.13) / 2.28)
     assert gain.ratio == pytest.approx(0.25)  # half the gain in half a doubling
+
+
+@pytest.mark.parametrize(("shorter", "expected"), [(50, True), (48, True), (45, False), (40, False)])
+def test_about_a_doubling_is_one(shorter, expected):
+    assert Gain(0.02, 0.001, None, GainSource.EARLIER_ROUND, 0, shorter, 100).is_of_a_doubling == expected
 
 
 def test_ratio_is_clipped():

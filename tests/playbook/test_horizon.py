@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.playbook.rows import exact, round_of, trial_of
 from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, RoundResults
-from tuner.playbook.gain import Gain, GainSource
+from tuner.playbook.curves import Rise
+from tuner.playbook.gain import Gain, GainSource, seed_spread
 from tuner.playbook.horizon import Signs, diagnose, signs, suggest
 from tuner.playbook.selection import LeadingTrial
 from tuner.records import Trial
@@ -34,6 +35,9 @@ def seen(
         leading.append(LeadingTrial(trial, exact(step, 1.0), step, step / horizon))
     known = None if gain is None else Gain(gain, noise, previous, GainSource.TRUNK, 0, horizon // 2, horizon)
     return Signs(horizon, every, production, tuple(leading), known, noise, rise)
+
+
+RISE = Rise(best_step=50, last_step=100, amount=0.1, standard_error=0.01, train_loss_falls=True)
 
 
 def answer(signs: Signs) -> tuple[Diagnosis, int | None]:
@@ -63,11 +67,59 @@ def answer(signs: Signs) -> tuple[Diagnosis, int | None]:
         (seen((100, 100, 100, 50, 50), gain=0.0011), (Diagnosis.RIGHT, 100)),
         (seen((70,) * 5), (Diagnosis.RIGHT, 100)),
         (seen((80,) * 5, gain=0.05), (Diagnosis.TOO_SHORT, 300)),
+        (seen((75,) * 5), (Diagnosis.TOO_SHORT, 300)),
+        (seen((5,) * 5, rise=RISE, every=5), (Diagnosis.TOO_LONG, 10)),
+        (seen((0,) * 5, rise=RISE, gain=None), (Diagnosis.NO_LEARNING, None)),
+        (seen((40,) * 5, rise=RISE, noise=0.02), (Diagnosis.OVERFITTING, 50)),
+        (seen((40,) * 5, rise=RISE, gain=None), (Diagnosis.OVERFITTING, 50)),
+        (seen((80,) * 5, rise=RISE, gain=0.1), (Diagnosis.OVERFITTING, 100)),
         (seen(()), (Diagnosis.UNDETERMINED, None)),
     ],
 )
 def test_diagnosis_and_suggestion(signs, expected):
     assert answer(signs) == expected
+
+
+@pytest.mark.parametrize(("late", "of"), [(4, 5), (6, 8), (8, 10), (13, 20)])
+def test_consistently_late_is_what_leaves_little_doubt_of_a_majority(late, of):
+    assert diagnose(seen((100,) * late + (50,) * (of - late))) == Diagnosis.TOO_SHORT
+    assert diagnose(seen((100,) * (late - 1) + (50,) * (of - late + 1))) == Diagnosis.RIGHT
+
+
+def test_the_noise_is_that_of_the_gain_and_that_between_seeds_in_quadrature():
+    def repeated(seed: int) -> Trial:
+        run = trial_of(
+            seed, lambda s: falling_by(s) * (1 + 0.02 * seed), learning_rate=1e-4, training_seed=seed
+        )
+        blurred = tuple(
+            replace(e, example_nll=exact(e.step, e.eval_loss, spread=0.1).example_nll) if e.step == 50 else e
+            for e in run.evaluations
+        )
+        return replace(run, evaluations=blurred)
+
+    results = round_of(repeated(0), repeated(1))
+    found = signs(results)
+    between_seeds = seed_spread(results.trials)
+    assert min(found.gain.standard_error, between_seeds) > 0.01
+    assert found.noise**2 == pytest.approx(found.gain.standard_error**2 + between_seeds**2)
+
+
+def falling_by(step: int) -> float:
+    return 2.0 - step / 200
+
+
+def test_the_rise_is_the_best_trials():
+    turning = trial_of(0, lambda s: 1.0 + abs(s - 50) / 100)
+    falling = trial_of(1, lambda s: 3.0 - s / 100)
+    assert signs(round_of(turning, falling)).rise is not None
+    assert (
+        signs(
+            round_of(
+                falling, replace(turning, evaluations=trial_of(0, lambda s: 5 + abs(s - 50)).evaluations)
+            )
+        ).rise
+        is None
+    )
 
 
 def test_twice_the_noise_is_the_threshold_of_saturation():
@@ -81,7 +133,9 @@ def test_twice_the_noise_is_the_threshold_of_saturation():
         (0.00122, None, 150),  # x 0.7^0.585 = 0.81
         (0.00125, None, 200),
         (0.0014, None, 200),  # x 0.7
+        (0.0016, None, 300),  # 2.5 would do, but is none of the multiples
         (0.0017, None, 300),  # x 0.7^1.585 = 0.57
+        (0.002, 0.004, 200),  # exactly the threshold
         (0.1, None, 300),
         (0.0019, 0.0038, 200),  # x 0.5
         (0.0019, 0.0020, 300),  # x 0.9, the clip
@@ -116,6 +170,18 @@ def test_saturated_takes_the_ninetieth_percentile_of_the_settled_steps():
     assert answer(seen((20, 30, 40, 50, 60), gain=0.0)) == (Diagnosis.SATURATED, 70)
     interval = suggest(seen((20, 30, 40, 50, 60), gain=0.0), Diagnosis.SATURATED)
     assert (interval.low, interval.high) == (50, 80)
+    # Percentile 90 of 20, 20, 20, 20, 100 is 68; times 1.25 is 85.
+    assert answer(seen((20, 20, 20, 20, 100), gain=0.0)) == (Diagnosis.SATURATED, 90)
+
+
+def test_the_interval_of_too_long_is_twice_the_first_and_the_last_best_step():
+    suggestion = suggest(seen((5, 2, 10), every=1), Diagnosis.TOO_LONG)
+    assert (suggestion.low, suggestion.steps, suggestion.high) == (4, 20, 20)
+
+
+def test_the_interval_of_too_short_is_that_of_the_gain_give_or_take_twice_its_noise():
+    suggestion = suggest(seen(gain=0.0017, noise=0.0002), Diagnosis.TOO_SHORT)
+    assert (suggestion.low, suggestion.steps, suggestion.high) == (200, 300, 300)
 
 
 def test_overfitting_is_found_before_saturation_and_suggests_alike():

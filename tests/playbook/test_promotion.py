@@ -10,6 +10,7 @@ from tests.playbook.strategies import heavy, rounds
 from tuner.errors import InputError, TunerError
 from tuner.playbook import Diagnosis, NextRound, RoundResults, plan_next_round, read_round
 from tuner.playbook.promotion import num_trials, proposed_seeds
+from tuner.playbook.schedule import tiny_rate_share
 from tuner.playbook.search import startup_trials
 from tuner.records import (
     Checkpoint,
@@ -111,6 +112,9 @@ def test_the_learning_rate_does_not_reach_where_all_diverged():
     diverged = a_trial(8, state=TrialState.INFEASIBLE, learning_rate=6e-4)
     results = results_of(*(a_trial(i, learning_rate=3e-4) for i in range(5)), diverged)
     assert plan(results, 60).changes["learning_rate"].to_dimension.high == pytest.approx(6e-4)
+    below = a_trial(8, state=TrialState.INFEASIBLE, learning_rate=2e-4)
+    results = results_of(*(a_trial(i, learning_rate=3e-4) for i in range(5)), below)
+    assert plan(results, 60).changes["learning_rate"].to_dimension.high == pytest.approx(9e-4)
 
 
 def test_a_fixed_learning_rate_stays_but_is_advised_on():
@@ -142,6 +146,7 @@ def test_a_searched_warmup_is_fixed_or_a_list_where_the_enqueued_disagree():
     assert change.to_dimension == Choices((5, 10))
     assert "widened" in change.reason
     assert plan(mixed, top=1).changes["warmup_steps"].to_dimension == Fixed(10)
+    assert plan(mixed, 30).space["decay_steps"] == Fixed(20), "the longest warmup has to fit as well"
 
 
 @pytest.mark.parametrize(
@@ -175,10 +180,72 @@ def test_a_decay_means_nothing_to_a_cosine():
     assert not [f for f in plan(eight(space), 180).findings if f.rule == "tiny_rate"]
 
 
+def test_a_tiny_rate_is_warned_of_beyond_half_of_what_the_horizon_gains():
+    results = eight({**SPACE, "schedule": Fixed("cosine")})
+    hyperparameters = results.trials[0].hyperparameters
+    shares = {
+        horizon: tiny_rate_share(hyperparameters, old=hyperparameters, old_horizon=60, new_horizon=horizon)
+        for horizon in range(95, 115)
+    }
+    assert 0.5 in shares.values()
+    assert any(0.45 < share < 0.5 for share in shares.values())
+    assert any(0.5 < share < 0.55 for share in shares.values())
+    for horizon, share in shares.items():
+        assert any(f.rule == "tiny_rate" for f in plan(results, horizon).findings) == (share > 0.5)
+
+
+def test_a_tiny_rate_is_that_of_the_best_trial():
+    space = {**SPACE, "schedule": Choices(("linear", "cosine"))}
+
+    def rules(best: str, others: str) -> list[str]:
+        trials = [a_trial(i, space, schedule=best if i == 0 else others) for i in range(5)]
+        return [finding.rule for finding in plan(results_of(*trials, space=space), 70).findings]
+
+    assert "tiny_rate" in rules("cosine", "linear")
+    assert "tiny_rate" not in rules("linear", "cosine")
+
+
+def test_late_best_steps_want_the_decay_tuned_again():
+    def says_so(results: RoundResults) -> bool:
+        return any("the decay wants tuning again" in note for note in plan(results).notes)
+
+    assert says_so(eight())
+    early = tuple(
+        replace(t, evaluations=(exact(0, 3.0), *(exact(s, 2.0) for s in GRID[1:]))) for t in eight().trials
+    )
+    assert not says_so(results_of(*early))
+
+
+def test_names_of_adams_that_few_trials_cannot_tell_apart_are_said():
+    space = {**SPACE, "adam_beta1": Choices((0.8, 0.9))}
+    found = [f.rule for f in plan(eight(space, adam_beta1=0.8), top=1).findings]
+    assert "too_many_names" not in found, "the leading trials agree, so that it is fixed"
+    mixed = results_of(*(a_trial(i, space, adam_beta1=(0.8, 0.9)[i % 2]) for i in range(8)), space=space)
+    narrowed = plan(mixed)
+    assert "adam_beta1" in searched(narrowed.space)
+    assert narrowed.trials_total < 10
+    assert "too_many_names" in [f.rule for f in narrowed.findings]
+
+
+def test_trials_that_failed_do_not_count():
+    failed = [a_trial(8 + i, state=TrialState.FAILED) for i in range(8)]
+    assert plan(results_of(*eight().trials, *failed), 60).trials_total == 8
+
+
 def test_the_same_horizon_leaves_nothing_to_run_for_the_enqueued():
     promoted = plan(eight(), 60)
     assert [entry.from_step for entry in promoted.enqueue] == [60, 60, 60]
     assert promoted.trials_total == 8
+
+
+def test_a_shorter_horizon_keeps_of_the_decay_what_the_warmup_leaves():
+    change = plan(eight(), 25).changes["decay_steps"]
+    assert change.to_dimension == Fixed(20)
+    assert change.reason == "re-cut: all that the warmup leaves of 25 steps"
+
+
+def test_a_few_more_steps_at_the_peak_are_none_at_a_tiny_rate():
+    assert not [f for f in plan(eight(), 61).findings if f.rule == "tiny_rate"]
 
 
 def test_a_shorter_horizon_goes_on_from_an_earlier_trunk_or_afresh():
@@ -232,6 +299,14 @@ def test_seeds_are_proposed_when_the_lead_is_within_the_noise():
     assert proposed_seeds(results_of(*close[:2], used), noise=0.001) == (2, 3)
 
 
+def test_a_trial_drawn_twice_is_no_runner_up():
+    """Few choices repeat: what parts two runs of one configuration says nothing of another."""
+    twice = [replace(a_trial(0), number=i) for i in range(2)]
+    behind = replace(a_trial(5), evaluations=(exact(0, 3.0), exact(60, 2.9)))
+    assert proposed_seeds(results_of(*twice), noise=0.1) == ()
+    assert proposed_seeds(results_of(*twice, behind), noise=0.001) == ()
+
+
 def test_the_finding_names_the_seeds():
     close = [replace(a_trial(i), evaluations=a_trial(0).evaluations) for i in range(3)]
     (finding,) = [f for f in plan(results_of(*close)).findings if f.rule == "lead_within_noise"]
@@ -283,6 +358,8 @@ def test_more_than_the_production_length_is_noted():
     assert any(
         "production_steps, 100" in note for note in plan(replace(eight(), production_steps=100), 120).notes
     )
+    at_the_cap = plan(replace(eight(), production_steps=120), 120).notes
+    assert not any("more than run.production_steps" in note for note in at_the_cap)
 
 
 @heavy

@@ -12,7 +12,7 @@ from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, Severity, read_round
 from tuner.playbook.gain import GainSource
 from tuner.playbook.reading import Cost
-from tuner.records import TrialState
+from tuner.records import Fixed, TrialState
 
 GRID = tuple(range(0, 101, 5))
 
@@ -63,11 +63,30 @@ def test_epochs_need_rows_and_batch_size():
 def test_compute_bound_needs_a_falling_train_loss_and_a_cap_that_binds():
     reading = read_round(too_short_round(production_steps=200))
     assert reading.compute_bound is True
-    assert "compute_bound" in rules(reading)
+    (said,) = [f.message for f in reading.findings if f.rule == "compute_bound"]
+    assert "still falls at step 100, and run.production_steps ends runs at 200." in said
     assert reading.suggested_max_train_steps == 200
     assert reading.evidence[-1] == "Train for 200 steps, the most that run.production_steps allows."
+    at_the_cap = read_round(too_short_round(production_steps=100)).evidence[-1]
+    assert at_the_cap == "Keep max_train_steps at 100, the most that run.production_steps allows."
     assert read_round(too_short_round(production_steps=2000)).compute_bound is None
     assert read_round(too_short_round()).compute_bound is None
+
+
+@pytest.mark.parametrize(("lowest", "compute_bound"), [(0.051, True), (0.05, False)])
+def test_a_training_set_is_fitted_at_a_twentieth_of_a_nat(lowest, compute_bound):
+    results = too_short_round(production_steps=100)
+    trials = tuple(
+        replace(
+            t,
+            evaluations=tuple(
+                replace(e, train_loss=lowest + (100 - e.step) / 1000 if e.step else None)
+                for e in t.evaluations
+            ),
+        )
+        for t in results.trials
+    )
+    assert read_round(replace(results, trials=trials)).compute_bound is compute_bound
 
 
 def test_saturated_or_fitted_is_not_compute_bound():
@@ -159,7 +178,21 @@ def test_a_changed_workload_is_said():
     results = too_short_round()
     other = replace(results, name="round0", workload="another", max_train_steps=50)
     assert "workload_changed" in rules(read_round(results, [other]))
-    assert "workload_changed" not in rules(read_round(results, [replace(other, workload="w")]))
+    same = replace(other, workload="w")
+    assert "workload_changed" not in rules(read_round(results, [same]))
+    (said,) = [f.message for f in read_round(results, [other]).findings if f.rule == "workload_changed"]
+    assert said.startswith("Model, data, evaluation set or length differ from round0: the right horizon")
+
+
+def test_a_changed_batch_size_is_said():
+    """It is a hyperparameter, and no part of the fingerprint that a worker takes."""
+    results = too_short_round()
+    now = replace(results, space={**results.space, "batch_size": Fixed(8)})
+    before = replace(now, name="round0", space={**now.space, "batch_size": Fixed(16)}, max_train_steps=50)
+    (said,) = [f.message for f in read_round(now, [before]).findings if f.rule == "workload_changed"]
+    assert said.startswith("The batch size differs from round0: the right horizon may have moved.")
+    both = read_round(now, [replace(before, workload="another")]).findings
+    assert any("differ from round0 and the batch size differs from round0" in f.message for f in both)
 
 
 @pytest.mark.filterwarnings("error")

@@ -166,16 +166,34 @@ def test_recut_decay_fits_and_is_a_fifth_where_its_length_is_kept(decay, old, ne
         assert recut >= min(new / 5, new - warmup)
 
 
+COSINE = {"schedule": "cosine"}
+
+
+def tiny_share(old: dict, new: dict, *, horizon: int) -> float:
+    return tiny_rate_share(new, old=old, old_horizon=100, new_horizon=horizon)
+
+
 def test_a_stretched_cosine_spends_few_new_steps_of_a_double_horizon_at_a_tiny_rate():
-    assert tiny_rate_share({"schedule": "cosine"}, old_horizon=100, new_horizon=200) == pytest.approx(
-        0.41, abs=0.01
-    )
-    assert tiny_rate_share({"schedule": "cosine"}, old_horizon=100, new_horizon=120) == 1.0
+    assert tiny_share(COSINE, COSINE, horizon=200) == pytest.approx(0.41, abs=0.01)
+    assert tiny_share(COSINE, COSINE, horizon=120) == 1.0
+    assert tiny_share(COSINE, COSINE, horizon=90) == 0.0
 
 
-def test_a_linear_decay_is_tiny_over_its_last_tenth():
-    hyperparameters = {"schedule": "linear", "decay_steps": 50}
-    assert tiny_rate_share(hyperparameters, old_horizon=100, new_horizon=200) == pytest.approx(
-        0.05, abs=0.011
-    )
-    assert tiny_rate_share(hyperparameters, old_horizon=200, new_horizon=100) == 0.0
+@given(horizon=st.integers(101, 400), decay=st.integers(0, 100))
+def test_a_longer_trunk_spends_its_steps_at_the_peak(horizon, decay):
+    kept = {"schedule": "linear", "decay_steps": decay}
+    assert tiny_share(kept, kept, horizon=horizon) == 0.0
+
+
+def test_a_decay_that_takes_all_new_steps_spends_them_at_its_end():
+    whole = {"schedule": "linear", "decay_steps": 100}
+    assert tiny_share(whole, {**whole, "decay_steps": 110}, horizon=110) == 1.0
+    # Of 200 steps of decay the last 19 run below a tenth of the peak.
+    assert tiny_share(whole, {**whole, "decay_steps": 200}, horizon=200) == pytest.approx(0.19)
+
+
+def test_a_tiny_rate_is_below_a_tenth_of_the_peak():
+    # Ten steps of decay from the peak: the last one runs at exactly a tenth, no step below it.
+    old, new = {"schedule": "linear", "decay_steps": 0}, {"schedule": "linear", "decay_steps": 10}
+    assert tiny_share(old, new, horizon=110) == 0.0
+    assert tiny_share(old, {**new, "decay_steps": 20}, horizon=120) == pytest.approx(0.05)

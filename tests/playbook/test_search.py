@@ -5,8 +5,8 @@ from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 
 
 def test_explore_first_then_exploit():
-    assert default_sampler(is_first_round=True)[0] == "quasi-random"
-    assert default_sampler(is_first_round=False)[0] == "tpe"
+    assert default_sampler(knows_good_trials=False)[0] == "quasi-random"
+    assert default_sampler(knows_good_trials=True)[0] == "tpe"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_default_grid_is_eight_rates_at_equal_factors():
     [
         ([FitPoint(0, 3.0), FitPoint(10, 0.051), FitPoint(20, 0.05)], 20),
         ([FitPoint(0, 3.0, 0.2), FitPoint(10, 0.2, 0.99), FitPoint(20, 0.05, 1.0)], 10),
+        ([FitPoint(10, 0.2, 0.989), FitPoint(20, 0.1, 0.99)], 20),
         ([FitPoint(0, 3.0), FitPoint(10, math.nan, None)], None),
         ([], None),
     ],
@@ -61,6 +62,8 @@ def test_perfect_fit_can_be_set():
 
 def test_the_fastest_fit_is_the_first_horizon():
     assert decide(SLOW, FAST, TOO_FAST) == FirstHorizon(20, 3e-4)
+    deeper = sweep_trial(2e-4, 3, 1, 0.2, 0.0001)
+    assert decide(SLOW, deeper, FAST, TOO_FAST) == FirstHorizon(20, 3e-4), "not the lowest loss"
 
 
 def test_no_fit_doubles_the_steps_up_to_the_production_length():

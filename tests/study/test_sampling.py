@@ -121,6 +121,15 @@ def test_enqueued_values_come_first_and_the_sampler_fills_the_rest(
         assert SPACE["learning_rate"].contains(second.chosen["learning_rate"])
 
 
+def test_what_is_enqueued_takes_no_place_of_the_quasi_random_sequence() -> None:
+    space: Space = {"learning_rate": Range(1e-5, 1e-2, log=True), "lora_r": Choices((8, 16))}
+    whole = {"learning_rate": 1e-4, "lora_r": 8}
+    for enqueue in ([], [whole], [whole, {"lora_r": 16}]):
+        adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue)
+        new = [dict(adviser.propose(len(enqueue) + place).chosen) for place in range(2)]
+        assert new == [quasi_random_point(space, seed=0, place=place) for place in range(2)]
+
+
 def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.storages.BaseStorage) -> None:
     space: Space = {"learning_rate": Choices((1e-4, 1e-3)), "lora_r": Choices((8, 16))}
     adviser = Advisor(storage, "grid", space, SearchSpec(trials=9, sampler="grid"), max_train_steps=10)

@@ -67,7 +67,7 @@ def promotion_text(document: Mapping[str, Any]) -> str:
         *(
             f"  {f['severity']}: {f['message']}"
             for f in document["findings"]
-            if f["severity"] != "info" and f["rule"] not in SAID_BY_THE_EVIDENCE
+            if f["rule"] not in SAID_BY_THE_EVIDENCE
         ),
         "",
         f"wrote {document['file']}: read it, change what you know better, then run it",
@@ -79,8 +79,11 @@ def _carried_over(document: Mapping[str, Any]) -> str:
     enqueued, total = document["trials"]["enqueued"], document["trials"]["total"]
     if not enqueued:
         return f"None of its {total} trials is carried over."
-    from_trunks = len(document["continues"])
-    return f"{enqueued} of its {total} trials are carried over; {from_trunks} of them from a trunk."
+    horizon = document["max_train_steps"]["to"]
+    from_steps = [entry["from_step"] for entry in document["continues"]]
+    is_over = from_steps.count(horizon) == enqueued
+    how = ", already complete" if is_over else f"; {len(from_steps)} of them from a trunk"
+    return f"{enqueued} of its {total} trials {'is' if enqueued == 1 else 'are'} carried over{how}."
 
 
 def _brief(value: Any) -> str:

@@ -118,11 +118,12 @@ class Carrying:
             return new, "as before, and so is the horizon"
         if self.decay == "share":
             return new, "re-cut: the same share of the run as before"
-        now = (
-            f", {percent(int(number(new.value) or 0) / self.new_horizon)} now"
-            if isinstance(new, Fixed)
-            else ""
-        )
+        now = ""
+        if isinstance(old, Fixed) and isinstance(new, Fixed):
+            before, after = (int(number(d.value) or 0) for d in (old, new))
+            if after < before:
+                return new, f"re-cut: all that the warmup leaves of {self.new_horizon} steps"
+            now = f", {percent(after / self.new_horizon)} now"
         return new, f"re-cut: as long as before, and at least 20% of the run{now}"
 
     def _can_be_linear(self) -> bool:

@@ -132,11 +132,23 @@ def _cheaper(results: RoundResults) -> str:
 
 
 def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) -> Iterator[Finding]:
-    others = [other.name for other in earlier if other.workload != results.workload]
-    if others:
+    other_work = [other.name for other in earlier if other.workload != results.workload]
+    other_batches = [
+        other.name for other in earlier if other.space.get("batch_size") != results.space.get("batch_size")
+    ]
+    differing = [
+        f"{what} from {', '.join(names)}"
+        for what, names in (
+            ("model, data, evaluation set or length differ", other_work),
+            ("the batch size differs", other_batches),
+        )
+        if names
+    ]
+    if differing:
+        said = " and ".join(differing)
         yield Finding(
             "workload_changed",
             Severity.INFO,
-            f"Model, data, evaluation set, length or batch size differ from {', '.join(others)}: the right "
-            "horizon may have moved. A smaller batch or more dropout wants more steps.",
+            f"{said[0].upper()}{said[1:]}: the right horizon may have moved. A smaller batch or more dropout "
+            "wants more steps.",
         )

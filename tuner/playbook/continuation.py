@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from tuner.playbook.schedule import trunk_end, warmup_length
 from tuner.records import CheckpointKind, Evaluation, Hyperparameters, Trial
@@ -32,7 +32,7 @@ def can_continue(
         return None
     differing = sorted(n for n in {*old, *new} - {"decay_steps"} if old.get(n) != new.get(n))
     if differing:
-        return f"{', '.join(differing)} differ"
+        return f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
     old_end, new_end = trunk_end(old, old_horizon), trunk_end(new, new_horizon)
     if old_end is None or new_end is None:
         return f"a {new.get('schedule')} schedule depends on the horizon from its first step"
@@ -72,11 +72,10 @@ def continuation_step(
 
 
 def inherited_evaluations(
-    evaluations: Iterable[Evaluation], step: int, evaluation_steps: Sequence[int]
+    evaluations: Iterable[Evaluation], step: int, evaluation_steps: Collection[int]
 ) -> tuple[Evaluation, ...]:
     """Evaluations that a run going on from a step has as its own: up to that step, on the new grid.
 
     Rule: this project's decision, "Trunk".
     """
-    grid = frozenset(evaluation_steps)
-    return tuple(e for e in evaluations if e.step <= step and e.step in grid)
+    return tuple(e for e in evaluations if e.step <= step and e.step in evaluation_steps)

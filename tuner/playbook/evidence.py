@@ -160,9 +160,12 @@ def _two_digits_up(number: float) -> int:
 
 
 def _advice(seen: Signs, suggestion: Suggestion) -> str:
+    is_kept = suggestion.steps == seen.max_train_steps
     if suggestion.is_capped:
-        return f"Train for {suggestion.steps} steps, the most that run.production_steps allows."
-    if suggestion.steps == seen.max_train_steps:
+        train = "Keep max_train_steps at" if is_kept else "Train for"
+        steps = "" if is_kept else " steps"
+        return f"{train} {suggestion.steps}{steps}, the most that run.production_steps allows."
+    if is_kept:
         return f"Keep max_train_steps at {suggestion.steps}."
     between = f" ({suggestion.low} to {suggestion.high})" if suggestion.low < suggestion.high else ""
     factor = suggestion.steps / seen.max_train_steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tuner.errors import InputError, TunerError
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.continuation import continuation_step
-from tuner.playbook.findings import Finding, Severity, percent
+from tuner.playbook.findings import Finding, Severity, counted, percent
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.precision import paired_standard_error
 from tuner.playbook.reading import Reading
@@ -103,7 +103,7 @@ def plan_next_round(
         new_horizon=horizon,
         is_searched=adds_trials and bool(searched(space)),
     )
-    sampler, sampler_reason = default_sampler(is_first_round=False)
+    sampler, sampler_reason = default_sampler(knows_good_trials=bool(best))
     seeds = proposed_seeds(results, noise=reading.noise)
     return NextRound(
         from_round=results.name,
@@ -126,7 +126,7 @@ def plan_next_round(
             *_tiny_rate(carrying),
             *_lead_within_noise(seeds),
         ),
-        notes=tuple(_notes(results, reading, horizon)),
+        notes=(*_notes(results, reading, horizon), *_nothing_to_run(enqueue, total, horizon)),
     )
 
 
@@ -152,10 +152,12 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
     Playbook, "Determining whether to adopt a training pipeline change or hyperparameter configuration": run
     the winner again before adopting it.
     """
-    order = ranked(results.trials)
+    best_evaluations = {trial.number: best for trial, best in ranked(results.trials)}
+    order = incumbents(results.trials, 2)
     if len(order) < 2:
         return ()
-    (winner, first), (runner_up, second) = order[:2]
+    winner, runner_up = order
+    first, second = (best_evaluations[trial.number] for trial in order)
     if (best := objective_score(winner)) is not None and (other := objective_score(runner_up)) is not None:
         behind, limit = best - other, _answers_error(winner, runner_up)
     else:
@@ -219,14 +221,16 @@ def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
         return
     old_horizon, horizon = carrying.results.max_train_steps, carrying.new_horizon
     point = carrying.point(carrying.incumbents[0])
-    share = tiny_rate_share(point, old_horizon=old_horizon, new_horizon=horizon)
+    share = tiny_rate_share(
+        point, old=carrying.incumbents[0].hyperparameters, old_horizon=old_horizon, new_horizon=horizon
+    )
     if share > TINY_RATE_SHARE:
         yield Finding(
             "tiny_rate",
             Severity.WARNING,
-            f"{percent(share)} of the {horizon - old_horizon} steps beyond the last horizon run below a "
-            "tenth of the peak rate, where they teach little: a linear schedule with a shorter decay "
-            "spends them at the peak.",
+            f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} that the horizon gains would "
+            "run below a tenth of the peak rate, where they teach little: a linear schedule with a decay as "
+            "long as before spends them at the peak.",
             {"share": share, "steps": float(horizon - old_horizon)},
         )
 
@@ -237,8 +241,14 @@ def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
             "lead_within_noise",
             Severity.INFO,
             "What parts the best two trials is within the noise. Before adopting the winner, run both again "
-            f"with other seeds: training_seed {' and '.join(map(str, seeds))}.",
+            f"with other seeds: training_seed {' and '.join(map(str, seeds))}, each as an entry of "
+            f"search.enqueue, where training_seed is a list that holds them.",
         )
+
+
+def _nothing_to_run(enqueue: Sequence[EnqueuedTrial], total: int, horizon: int) -> Iterator[str]:
+    if len(enqueue) == total and all(entry.from_step == horizon for entry in enqueue):
+        yield "All of its trials are complete already: raise search.trials to run new ones."
 
 
 def _notes(results: RoundResults, reading: Reading, horizon: int) -> Iterator[str]:

@@ -140,8 +140,9 @@ def _compute_bound_finding(seen: Signs, compute_bound: bool | None) -> Iterator[
         yield Finding(
             "compute_bound",
             Severity.INFO,
-            "Training is compute-bound: the train loss still falls where the longest affordable run ends. "
-            "About 10% of that length answers most questions, but what holds there may fail at 20% or at "
-            "100%: keep the last round for the few best, at full length.",
+            f"Training is compute-bound: the train loss still falls at step {seen.max_train_steps}, and "
+            f"run.production_steps ends runs at {seen.production_steps}. About 10% of that length answers "
+            "most questions, but what holds there may fail at 20% or at 100%: keep the last round for "
+            "the few best, at full length.",
             {"share_of_production": share},
         )

@@ -152,15 +152,21 @@ def recut_decay(
     return max(0, min(wanted, new_horizon - warmup_steps))
 
 
-def tiny_rate_share(hyperparameters: Hyperparameters, *, old_horizon: int, new_horizon: int) -> float:
-    """Share of the steps beyond the old horizon that run below 10% of the peak rate; 0 if none are.
+def tiny_rate_share(
+    hyperparameters: Hyperparameters, *, old: Hyperparameters, old_horizon: int, new_horizon: int
+) -> float:
+    """Share of the steps that a longer horizon gains that run below 10% of the peak rate; 0 if it gains none.
 
-    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs": a common mistake is to
-    spend all the extra steps at too small a rate.
+    What a trunk gains is spent at the peak, so that with one only what the decay gains counts, at the end of
+    the run; without one, as for cosine, it is the steps beyond the old horizon. `old` are the
+    hyperparameters at the old horizon. Rule: Deep Learning Tuning Playbook, "Round 1: Many short training
+    runs": a common mistake is to spend all the extra steps at too small a rate.
     """
-    extra = range(old_horizon, new_horizon)
-    if not extra:
+    num_gained = new_horizon - old_horizon
+    if num_gained <= 0:
         return 0.0
+    has_trunk = trunk_end(hyperparameters, new_horizon) is not None
+    decay_gains = decay_length(hyperparameters) - decay_length(old) if has_trunk else num_gained
     tiny = sum(
         multiplier(
             step,
@@ -170,9 +176,9 @@ def tiny_rate_share(hyperparameters: Hyperparameters, *, old_horizon: int, new_h
             max_train_steps=new_horizon,
         )
         < TINY_RATE
-        for step in extra
+        for step in range(new_horizon - min(max(0, decay_gains), num_gained), new_horizon)
     )
-    return tiny / len(extra)
+    return tiny / num_gained
 
 
 def _steps(hyperparameters: Hyperparameters, name: str) -> int:

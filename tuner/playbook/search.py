@@ -17,15 +17,17 @@ _TRIALS_NEEDED = (("adam_beta1", 10), ("adam_epsilon", 25), ("adam_beta2", 100))
 """Trials from which on a name of Adam's is worth searching; far more than 25 is taken as 100."""
 
 
-def default_sampler(*, is_first_round: bool) -> tuple[Sampler, str]:
+def default_sampler(*, knows_good_trials: bool) -> tuple[Sampler, str]:
     """The sampler of a round and the reason for it.
+
+    A first round knows no good trials, nor does one that follows a round without a complete trial.
 
     Rule: Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search
     instead of more sophisticated black box optimization algorithms during the exploration phase": by
     default the second round exploits.
     """
-    if is_first_round:
-        return "quasi-random", "the first round explores: its trials cover the space evenly"
+    if not knows_good_trials:
+        return "quasi-random", "no good trials are known yet: these cover the space evenly"
     return "tpe", "the space has been narrowed around good trials: a model of them may choose now"
 
 

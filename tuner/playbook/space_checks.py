@@ -20,8 +20,9 @@ def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Findin
     batch size"; the last two are this project's decisions.
     """
     if best is not None:
-        yield from _boundaries(results, best)
-        yield from _unstable_edge(results, best)
+        edges = tuple(_unstable_edge(results, best))
+        yield from _boundaries(results, best, is_edge_unstable=bool(edges))
+        yield from edges
     yield from _alpha_follows_rank(results)
     if "batch_size" in searched(results.space):
         yield Finding(
@@ -49,7 +50,7 @@ def number(value: Value | None) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _boundaries(results: RoundResults, best: Trial) -> Iterator[Finding]:
+def _boundaries(results: RoundResults, best: Trial, *, is_edge_unstable: bool) -> Iterator[Finding]:
     for name, dimension in searched(results.space).items():
         value = number(best.hyperparameters.get(name))
         if not isinstance(dimension, Range) or value is None:
@@ -58,8 +59,8 @@ def _boundaries(results: RoundResults, best: Trial) -> Iterator[Finding]:
         if BOUNDARY_SHARE < at < 1 - BOUNDARY_SHARE:
             continue
         side, bound = ("lower", dimension.low) if at <= BOUNDARY_SHARE else ("upper", dimension.high)
-        if bound == 0:
-            continue  # nothing lies beyond it
+        if bound == 0 or (is_edge_unstable and name == "learning_rate" and side == "upper"):
+            continue  # nothing lies beyond it, or nothing that trains
         yield Finding(
             "boundary",
             Severity.WARNING,

@@ -31,7 +31,7 @@ def horizon_refusals(
         yield Refusal(
             ("run", "production_steps"),
             f"{run.production_steps} is below max_train_steps ({max_train_steps}), but it is the longest run "
-            "you can pay for",
+            "you can pay for; raise it, or train for less",
             rests_on=(_HORIZON,),
         )
     yield from _schedule_refusals(max_train_steps, space, written)

@@ -13,7 +13,7 @@ from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder
-from tuner.study.results import num_branches_left, reading_of, round_results
+from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results
 
 if TYPE_CHECKING:
     import optuna
@@ -23,18 +23,28 @@ _PACKAGES = ("tuner", "optuna", "torch", "transformers", "peft", "bitsandbytes")
 
 def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
     """All that a report on a round says."""
+    record = _as_it_stands(folder, record)
     return _report(folder, store, record, *reading_of(store, record))
 
 
 def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
     """The reports on the study's rounds up to this one, oldest first, sweeps before it aside."""
     rounds = [other for other in store.rounds() if other.name == record.name or not is_sweep(other.name)]
-    upto = rounds[: 1 + [other.name for other in rounds].index(record.name)]
+    upto = [
+        _as_it_stands(folder, other)
+        for other in rounds[: 1 + [other.name for other in rounds].index(record.name)]
+    ]
     read = [round_results(other, store.trials(other.name)) for other in upto]
     return tuple(
         _report(folder, store, other, results, read_round(results, read[:position]))
         for position, (other, results) in enumerate(zip(upto, read, strict=True))
     )
+
+
+def _as_it_stands(folder: StudyFolder, record: RoundRecord) -> RoundRecord:
+    """The round with what its file may still change, such as `run.production_steps`, as it now says it."""
+    file = folder.file(record.name)
+    return record if file is None else as_written_now(record, file)
 
 
 def _report(

@@ -24,7 +24,7 @@ from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
 from tuner.study.folder import StudyFolder
-from tuner.study.results import earlier_results, num_branches_left, reading_of
+from tuner.study.results import as_written_now, earlier_results, num_branches_left, reading_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ def promote(
     """
     to = to.removesuffix(".yaml")
     record = _source(folder, store, to, from_round)
+    file = _file(folder, record.name, to)
+    record = as_written_now(record, file)
+    _refuse_unpayable(file, overrides.max_train_steps)
     results, reading = reading_of(store, record)
     next_round = plan_next_round(
         results,
@@ -76,7 +79,7 @@ def promote(
         top=overrides.top,
         decay=overrides.decay,
     )
-    text = round_text(_file(folder, record.name, to), next_round, overrides)
+    text = round_text(file, next_round, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
 
 
@@ -125,6 +128,15 @@ def go_on_in_passes(
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
 
 
+def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
+    cap = file.spec.run.production_steps
+    if max_train_steps is not None and cap is not None and max_train_steps > cap:
+        raise InputError(
+            f"--max-train-steps {max_train_steps} is above run.production_steps, {cap}, the longest run that "
+            f"you can pay for: raise it in {file.path.name}, which may still be done, or train for less"
+        )
+
+
 def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
@@ -171,10 +183,25 @@ def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> 
     comments = {
         "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
         + (": set by --max-train-steps" if given else ""),
-        "search.trials": f"{len(next_round.enqueue)} enqueued, the rest new: fewer, longer runs",
-        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new",
+        "search.trials": _number_of_trials(file, next_round)
+        + (f"; --top {overrides.top}" if overrides.top != _AS_PLANNED.top else ""),
+        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new"
+        if next_round.enqueue
+        else f"none: no trial of {next_round.from_round} is complete",
     }
-    return _edited(file, next_round, comments)
+    return _edited(
+        file, next_round, comments, by_option="" if overrides.decay == "steps" else "set by --decay share"
+    )
+
+
+def _number_of_trials(file: RoundFile, next_round: NextRound) -> str:
+    """Where the trials come from, for the comment beside their number."""
+    enqueued, total = len(next_round.enqueue), next_round.trials_total
+    if enqueued == total:
+        return "all enqueued, none new"
+    is_longer = next_round.max_train_steps > next_round.old_max_train_steps
+    fewer = ": fewer, longer runs" if is_longer and total < file.spec.search.trials else ""
+    return f"{enqueued} enqueued, the rest new{fewer}" if enqueued else "all new"
 
 
 def _longer_text(file: RoundFile, next_round: NextRound) -> str:
@@ -205,7 +232,10 @@ def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
     return edit_round(file.text, changed, {key: said for key, said in comments.items() if key in changed})
 
 
-def _edited(file: RoundFile, next_round: NextRound, comments: Mapping[str, str]) -> str:
+def _edited(
+    file: RoundFile, next_round: NextRound, comments: Mapping[str, str], *, by_option: str = ""
+) -> str:
+    """The file's text with the next round's values; `by_option` is what recut the decay, if not the rule."""
     changes: dict[str, Any] = {
         "round": next_round.to_round,
         "max_train_steps": next_round.max_train_steps,
@@ -214,18 +244,25 @@ def _edited(file: RoundFile, next_round: NextRound, comments: Mapping[str, str])
         "search.enqueue": [_entry(trial) for trial in next_round.enqueue],
     }
     said = {**comments, "search.sampler": next_round.sampler_reason}
+    reasons = {name: change.reason for name, change in next_round.changes.items()}
+    if by_option and "decay_steps" in reasons:
+        reasons["decay_steps"] += f": {by_option}"
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
-            said[f"hyperparameters.{name}"] = change.reason
+            said[f"hyperparameters.{name}"] = reasons[name]
     text = edit_round(file.text, changes, said)
     # Defaults that follow the horizon would move with it: what is to stay is written out.
-    written = read_round(text, file.path).spec.space()
-    moved = {n: d for n, d in next_round.space.items() if written[n] != d}
-    for name, dimension in moved.items():
-        changes[f"hyperparameters.{name}"] = dimension_to_yaml(dimension)
-        said[f"hyperparameters.{name}"] = next_round.changes[name].reason
-    return edit_round(file.text, changes, said) if moved else text
+    written = read_round(text, file.path).spec
+    space = written.space()
+    moved = {
+        f"hyperparameters.{n}": dimension_to_yaml(d) for n, d in next_round.space.items() if space[n] != d
+    }
+    said.update({key: reasons[key.partition(".")[2]] for key in moved})
+    if written.evaluation.every_steps != next_round.evaluate_every:
+        moved["evaluation.every_steps"] = next_round.evaluate_every
+        said["evaluation.every_steps"] = f"as in {next_round.from_round}: trials go on where both evaluate"
+    return edit_round(file.text, {**changes, **moved}, said) if moved else text
 
 
 def promotion_document(

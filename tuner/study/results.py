@@ -10,7 +10,7 @@ from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.branching import branch_results, branches_left
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
-from tuner.spec import RoundSpec
+from tuner.spec import RoundFile, RoundSpec
 from tuner.store import Store
 
 
@@ -32,6 +32,13 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
     )
+
+
+def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
+    """A begun round with what its file may still change as it now says it, though no run has seen it yet."""
+    now = file.spec.model_dump(mode="json")
+    search = {**record.spec["search"], "trials": now["search"]["trials"]}
+    return replace(record, spec={**record.spec, "goal": now["goal"], "run": now["run"], "search": search})
 
 
 def num_branches_left(record: RoundRecord, trials: Sequence[Trial]) -> int:

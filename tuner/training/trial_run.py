@@ -14,6 +14,7 @@ from torch import Tensor
 from tuner.adapters import Adapter
 from tuner.data import batch_rows
 from tuner.playbook import best_evaluation
+from tuner.playbook.continuation import inherited_evaluations
 from tuner.playbook.schedule import decay_length, evaluation_steps, multiplier, warmup_length
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.batches import MicroBatch, cut
@@ -73,11 +74,8 @@ class TrialRun:
         self.step = snapshot.step
         self.optimizer.load_state(snapshot.optimizer)
         self._counters.update(snapshot.counters)
-        self.evaluations = [
-            evaluation
-            for evaluation in snapshot.evaluations
-            if evaluation.step <= snapshot.step and evaluation.step in self._evaluation_steps
-        ]
+        inherited = inherited_evaluations(snapshot.evaluations, snapshot.step, self._evaluation_steps)
+        self.evaluations = list(inherited)
         last = self.evaluations[-1].step if self.evaluations else 0
         self._sums = {step: sums for step, sums in snapshot.sums.items() if step <= last}
         left_out = [sums for step, sums in snapshot.sums.items() if step > last]

@@ -1,0 +1,229 @@
+"""`study promote` on the facts of a round: what the next file says, and that it says what is so."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.studies import round_file, silent_view
+from tuner.cli.promoting import promotion_text
+from tuner.errors import InputError, TunerError
+from tuner.records import Evaluation, Hyperparameters, complete_hyperparameters
+from tuner.spec import RoundFile, load_round, read_round
+from tuner.study.continuation import Continuations
+from tuner.study.folder import open_folder
+from tuner.study.pages import lineage
+from tuner.study.plan import RoundPlan
+from tuner.study.promotion import Overrides, PromotedRound, promote
+from tuner.study.running import run_round
+from tuner.workers import SimulatedWorker
+
+RATES = "[1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2]"
+
+
+def falling(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+    """A loss that is far from its end, lower for higher rates."""
+    rate = float(hyperparameters["learning_rate"])  # type: ignore[arg-type]
+    loss = 4.0 - math.log1p(step * (1 + 10 * rate))
+    return Evaluation(step, loss, train_loss=loss if step else None, learning_rate=rate if step else None)
+
+
+def rising(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+    """The untouched model stays the best."""
+    return Evaluation(step, 2.0 + step / 100, train_loss=1.0 if step else None)
+
+
+def run(file: RoundFile, curve: Callable[[Hyperparameters, int, int], Evaluation] = falling) -> None:
+    run_round(
+        file,
+        make_worker=lambda plan, base: SimulatedWorker(curve, slots=3),
+        view=silent_view(),
+        stopping=lambda: False,
+    )
+
+
+def first_round(directory: Path, **changes: Any) -> RoundFile:
+    return round_file(
+        directory,
+        **{
+            "learning_rate": RATES,
+            "lora_r": "2",
+            "trials": 6,
+            "sampler": "grid",
+            "run": "run: {production_steps: 40}",
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A round of 6 trials of 8 steps, 3 of them decaying."""
+    directory = tmp_path_factory.mktemp("study")
+    run(first_round(directory))
+    return directory
+
+
+def promoted(directory: Path, *, to: str = "round2", **overrides: Any) -> PromotedRound:
+    folder = open_folder(directory)
+    store = folder.open()
+    try:
+        return promote(
+            folder,
+            store,
+            to=to,
+            from_round="round1",
+            overrides=Overrides(**overrides),
+            force=True,
+            clock=lambda: 0.0,
+        )
+    finally:
+        store.close()
+
+
+def comment(done: PromotedRound, key: str) -> str:
+    """What the written file says beside a key."""
+    (line,) = [line for line in done.path.read_text().splitlines() if line.strip().startswith(f"{key}:")]
+    return line.partition("#")[2].strip()
+
+
+def test_each_changed_line_says_why(study: Path) -> None:
+    done = promoted(study)
+    assert load_round(done.path).spec.max_train_steps == 24
+    assert comment(done, "max_train_steps") == "8 in round1"
+    assert comment(done, "trials") == "3 enqueued, the rest new: fewer, longer runs"
+    assert comment(done, "decay_steps").startswith("re-cut: as long as before")
+    assert "--" not in done.path.read_text()
+    assert "3 of its 5 trials are carried over; 3 of them from a trunk." in promotion_text(done.document)
+
+
+def test_the_enqueued_go_on_from_the_round(study: Path) -> None:
+    spec = load_round(promoted(study).path).spec
+    assert [entry["continues"] for entry in spec.search.enqueue] == ["round1/5", "round1/4", "round1/3"]
+
+
+def test_defaults_that_follow_the_horizon_stay_where_they_were(tmp_path: Path) -> None:
+    """Another evaluation grid would lose the enqueued trials their trunks, another warmup all comparison."""
+    file = first_round(tmp_path, steps=48, trials=2, run="")
+    text = re.sub(r"every_steps: 2, |  (?:warmup|decay)_steps: .*\n", "", file.text)
+    file.path.write_text(text)
+    before = load_round(file.path).spec
+    run(load_round(file.path))
+    done = promoted(tmp_path, max_train_steps=480)
+    spec = load_round(done.path).spec
+    assert spec.evaluation.every_steps == before.evaluation.every_steps
+    assert "as in round1: trials go on where both evaluate" in done.path.read_text()
+    assert spec.space()["warmup_steps"] == before.space()["warmup_steps"]
+    assert spec.space()["decay_steps"] == done.next_round.space["decay_steps"]
+    little_longer = load_round(promoted(tmp_path, max_train_steps=60).path).spec.space()
+    assert little_longer["decay_steps"] == before.space()["decay_steps"]
+
+
+def test_a_round_that_has_begun_keeps_its_file(study: Path) -> None:
+    with pytest.raises(InputError, match="round1 has begun: its file stays as it is"):
+        promoted(study, to="round1")
+
+
+def test_what_an_option_decided_is_said_to_be_so(study: Path) -> None:
+    done = promoted(study, max_train_steps=16, top=1, decay="share")
+    assert comment(done, "max_train_steps") == "8 in round1: set by --max-train-steps"
+    assert comment(done, "trials") == "1 enqueued, the rest new: fewer, longer runs; --top 1"
+    assert comment(done, "decay_steps").endswith("the same share of the run as before: set by --decay share")
+    assert "1 of its 3 trials is carried over" in promotion_text(done.document)
+
+
+def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk(study: Path) -> None:
+    done = promoted(study, max_train_steps=8)
+    assert comment(done, "trials") == "3 enqueued, the rest new"
+    assert "3 of its 6 trials are carried over, already complete." in promotion_text(done.document)
+    everything = promoted(study, max_train_steps=8, top=6)
+    assert comment(everything, "trials") == "all enqueued, none new; --top 6"
+    assert "raise search.trials to run new ones" in promotion_text(everything.document)
+
+
+def test_a_lead_within_the_noise_is_said_with_the_seeds_to_try(tmp_path: Path) -> None:
+    run(
+        first_round(tmp_path, trials=2),
+        lambda h, step, horizon: falling({"learning_rate": 1e-3}, step, horizon),
+    )
+    text = promotion_text(promoted(tmp_path).document)
+    assert "info: What parts the best two trials is within the noise." in text
+    assert "training_seed 1 and 2" in text
+
+
+def test_a_horizon_that_cannot_be_paid_for_is_refused(study: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"--max-train-steps 41 is above run.production_steps, 40, .* round1"
+    ):
+        promoted(study, to="longer", max_train_steps=41)
+    assert not (study / "longer.yaml").exists()
+    assert promoted(study, to="longer", max_train_steps=40).next_round.max_train_steps == 40
+
+
+def test_what_may_still_change_is_read_from_the_file(tmp_path: Path) -> None:
+    """A longer run may be paid for after all; nobody need run the round again to say so."""
+    file = first_round(tmp_path, run="run: {production_steps: 10}", trials=3)
+    run(file)
+    assert promoted(tmp_path).next_round.max_train_steps == 10
+    first_round(tmp_path, run="run: {production_steps: 100}", trials=4)
+    done = promoted(tmp_path)
+    assert done.next_round.max_train_steps == 24
+    assert done.document["findings"][0]["rule"] == "incomplete_round"
+    folder = open_folder(tmp_path)
+    store = folder.open()
+    try:
+        (report,) = lineage(folder, store, folder.latest(store))
+    finally:
+        store.close()
+    assert report.reading.suggested_max_train_steps == 24
+    assert not report.is_finished
+
+
+def test_where_nothing_was_learned_nothing_is_written_unless_a_horizon_is_given(tmp_path: Path) -> None:
+    run(first_round(tmp_path, trials=2), rising)
+    with pytest.raises(TunerError, match="untouched model"):
+        promoted(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["round1.yaml"]
+    assert promoted(tmp_path, max_train_steps=16).path.exists()
+
+
+def test_where_no_trial_is_complete_the_next_round_explores(tmp_path: Path) -> None:
+    run(first_round(tmp_path, trials=2), lambda h, step, horizon: Evaluation(step, math.nan if step else 2.0))
+    with pytest.raises(TunerError, match="--max-train-steps"):
+        promoted(tmp_path)
+    done = promoted(tmp_path, max_train_steps=16)
+    assert load_round(done.path).spec.search.sampler == "quasi-random"
+    assert comment(done, "sampler").startswith("no good trials are known yet")
+    assert comment(done, "enqueue") == "none: no trial of round1 is complete"
+    assert comment(done, "trials") == "all new"
+
+
+def test_what_is_enqueued_goes_on_only_from_the_same_work_on_the_same_grid(study: Path) -> None:
+    def begun(max_train_steps: int, *, workload: str | None = None, every: int = 2, **other: Any) -> Any:
+        """The step that the first enqueued trial goes on from, or why it starts afresh."""
+        file = promoted(study, max_train_steps=max_train_steps)
+        plan = RoundPlan(
+            read_round(file.path.read_text().replace("every_steps: 2", f"every_steps: {every}"), file.path)
+        )
+        chosen = {k: v for k, v in plan.spec.search.enqueue[0].items() if k != "continues"}
+        folder = open_folder(study)
+        store = folder.open()
+        try:
+            same = store.rounds()[0].workload if workload is None else workload
+            found, reason = Continuations(plan, store, same).find(
+                0, {**complete_hyperparameters(plan.space, chosen), **other}
+            )
+        finally:
+            store.close()
+        return reason if found is None else (str(found), found.step)
+
+    assert begun(16) == ("round1/5@5", 5)
+    assert begun(8) == ("round1/5@8", 8)
+    assert "model, data, evaluation set or length changed since then" in begun(16, workload="other")
+    assert begun(16, lora_alpha=99).endswith("lora_alpha differs")
+    assert "its best adapter up to step 5 is of step 4" in begun(16, every=3)
