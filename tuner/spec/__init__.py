@@ -1,14 +1,14 @@
 """What a round file says: reading it, or naming the line that is wrong; writing one with comments."""
 
-from .changes import refused_changes
-from .data_section import DataSpec, SourceSpec
-from .dimensions import dimension_to_yaml
-from .editing import DELETE, edit_round
-from .hyperparameters import HYPERPARAMETERS
-from .new_round import RECIPES, new_round
-from .reading import RoundFile, load_round, read_round
-from .round import DORA_TRAINS_ALONE, RoundSpec
-from .sections import (
+from tuner.spec.changes import refused_changes
+from tuner.spec.data_section import DataSpec, SourceSpec
+from tuner.spec.dimensions import dimension_to_yaml
+from tuner.spec.editing import DELETE, edit_round
+from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.new_round import RECIPES, new_round
+from tuner.spec.reading import RoundFile, load_round, read_round
+from tuner.spec.round import DORA_TRAINS_ALONE, RoundSpec
+from tuner.spec.sections import (
     AnswersSpec,
     CheckpointsSpec,
     EvaluationSpec,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .reference import COMMAND, reference_pages
+from tuner.spec.reference import COMMAND, reference_pages
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.errors import Mistake
-
-from .dimensions import dimension_to_yaml
-from .reading import RoundFile
-from .round import RoundSpec
-from .yaml_text import one_line, parse
+from tuner.spec.dimensions import dimension_to_yaml
+from tuner.spec.reading import RoundFile
+from tuner.spec.round import RoundSpec
+from tuner.spec.yaml_text import one_line, parse
 
 _MAY_CHANGE = ("goal", "search.trials", "evaluation.batch_size", "checkpoints.keep_best_trials", "run")
 """Keys, or whole sections, that change no trial's result."""

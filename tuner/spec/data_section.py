@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from .names import meant_value
-from .refusals import Refusal, mistake, refuse
-from .sections import STRICT, PathText, Text
-from .wording import one_of, shown
+from tuner.spec.names import meant_value
+from tuner.spec.refusals import Refusal, mistake, refuse
+from tuner.spec.sections import STRICT, PathText, Text
+from tuner.spec.wording import one_of, shown
 
 Format = Literal["alpaca", "messages", "sharegpt", "completion", "text"]
 Template = Literal["alpaca", "chatml", "llama3", "tokenizer"]

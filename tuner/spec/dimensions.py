@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value
-
-from .hyperparameters import HYPERPARAMETERS, Hyperparameter
-from .kinds import ALL_LINEAR, Flag, Integer, Modules, Number
-from .wording import one_of, shown
+from tuner.spec.hyperparameters import HYPERPARAMETERS, Hyperparameter
+from tuner.spec.kinds import ALL_LINEAR, Flag, Integer, Modules, Number
+from tuner.spec.wording import one_of, shown
 
 DECAY_SHARE = 0.4
 """Of the horizon, by default. On 124M-parameter runs of 50k steps a decay of 40% ended at a loss of 2.955,

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tuner.errors import InputError
-
-from .layout import Entry, Layout, Section
-from .yaml_text import YamlError, one_line, parse, plain
+from tuner.spec.layout import Entry, Layout, Section
+from tuner.spec.yaml_text import YamlError, one_line, parse, plain
 
 
 class _Delete:

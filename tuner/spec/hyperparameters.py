@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from tuner.records import Value
-
-from .kinds import ALL_LINEAR, Flag, Integer, Kind, Modules, Number, OneOf
+from tuner.spec.kinds import ALL_LINEAR, Flag, Integer, Kind, Modules, Number, OneOf
 
 
 @dataclass(frozen=True, slots=True)

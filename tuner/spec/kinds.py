@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tuner.records import Value
-
-from .names import meant_value
-from .wording import one_of, refusal, shown
+from tuner.spec.names import meant_value
+from tuner.spec.wording import one_of, refusal, shown
 
 
 class Kind(Protocol):

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from .aliases import KEYS, NOT_KEYS, VALUES, Alias
-from .wording import one_of
+from tuner.spec.aliases import KEYS, NOT_KEYS, VALUES, Alias
+from tuner.spec.wording import one_of
 
 ONE_HORIZON = (
     "Within a round all trials train equally long: a search over lengths would mostly find that longer is "

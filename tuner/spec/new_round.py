@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.errors import InputError
-
-from .dimensions import DECAY_SHARE
-from .reading import read_round
-from .round import EVALUATIONS_BY_DEFAULT
-from .sections import RunSpec
-from .wording import one_of
-from .yaml_text import one_line
+from tuner.spec.dimensions import DECAY_SHARE
+from tuner.spec.reading import read_round
+from tuner.spec.round import EVALUATIONS_BY_DEFAULT
+from tuner.spec.sections import RunSpec
+from tuner.spec.wording import one_of
+from tuner.spec.yaml_text import one_line
 
 _BATCH_SIZE = 8
 _MIN_STEPS = 60

@@ -13,13 +13,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tuner.errors import InputError, Mistake, RoundFileError
-
-from .hyperparameters import HYPERPARAMETERS
-from .names import meant_value, unknown_key
-from .refusals import Location
-from .round import RoundSpec
-from .wording import one_of, refusal, shown
-from .yaml_text import YamlError, parse
+from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.names import meant_value, unknown_key
+from tuner.spec.refusals import Location
+from tuner.spec.round import RoundSpec
+from tuner.spec.wording import one_of, refusal, shown
+from tuner.spec.yaml_text import YamlError, parse
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from .dimensions import value_to_yaml
-from .hyperparameters import HYPERPARAMETERS, Hyperparameter
-from .kinds import Flag, Integer, Kind, Modules, Number
-from .round import RoundSpec
-from .yaml_text import one_line
+from tuner.spec.dimensions import value_to_yaml
+from tuner.spec.hyperparameters import HYPERPARAMETERS, Hyperparameter
+from tuner.spec.kinds import Flag, Integer, Kind, Modules, Number
+from tuner.spec.round import RoundSpec
+from tuner.spec.yaml_text import one_line
 
 COMMAND = "python -m tuner.spec docs/reference"
 """What writes the pages."""

@@ -9,14 +9,13 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tuner.records import Space
-
-from .data_section import DataSpec, SourceSpec
-from .dimensions import complete_space
-from .names import ONE_HORIZON
-from .paths import absolute_metric, absolute_model, absolute_path, absolute_source, absolute_storage
-from .refusals import mistake, refuse
-from .rules import horizon_refusals, objective_refusals, search_refusals
-from .sections import (
+from tuner.spec.data_section import DataSpec, SourceSpec
+from tuner.spec.dimensions import complete_space
+from tuner.spec.names import ONE_HORIZON
+from tuner.spec.paths import absolute_metric, absolute_model, absolute_path, absolute_source, absolute_storage
+from tuner.spec.refusals import mistake, refuse
+from tuner.spec.rules import horizon_refusals, objective_refusals, search_refusals
+from tuner.spec.sections import (
     STRICT,
     CheckpointsSpec,
     Count,
@@ -28,7 +27,7 @@ from .sections import (
     SearchSpec,
     WrittenHyperparameters,
 )
-from .wording import shown
+from tuner.spec.wording import shown
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
 DORA_TRAINS_ALONE = "DoRA trains one trial at a time: a worker has one slot"

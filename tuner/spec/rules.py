@@ -6,12 +6,11 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from tuner.records import Fixed, Range, Space, TimesSqrtRank
-
-from .dimensions import describe, largest, value_to_yaml
-from .hyperparameters import HYPERPARAMETERS
-from .refusals import Refusal
-from .sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
-from .wording import shown
+from tuner.spec.dimensions import describe, largest, value_to_yaml
+from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.refusals import Refusal
+from tuner.spec.sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
+from tuner.spec.wording import shown
 
 _HORIZON = "max_train_steps"
 

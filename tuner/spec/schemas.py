@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .hyperparameters import HYPERPARAMETERS, Hyperparameter
-from .kinds import Integer, Number
+from tuner.spec.hyperparameters import HYPERPARAMETERS, Hyperparameter
+from tuner.spec.kinds import Integer, Number
 
 _CONTINUES = {
     "type": "string",

@@ -16,11 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from .dimensions import read_dimension
-from .hyperparameters import HYPERPARAMETERS
-from .refusals import UNKNOWN_KEY, Refusal, mistake, refuse
-from .schemas import enqueue_schema, hyperparameters_schema
-from .wording import shown
+from tuner.spec.dimensions import read_dimension
+from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.refusals import UNKNOWN_KEY, Refusal, mistake, refuse
+from tuner.spec.schemas import enqueue_schema, hyperparameters_schema
+from tuner.spec.wording import shown
 
 STRICT = ConfigDict(
     extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

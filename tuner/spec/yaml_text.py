@@ -17,7 +17,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from .refusals import Location
+from tuner.spec.refusals import Location
 
 
 class YamlError(ValueError):
