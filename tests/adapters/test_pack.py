@@ -238,3 +238,11 @@ def test_stacked_weights_have_the_dtype_of_the_base(models: tiny.Models) -> None
 def _twice(batch: Batch) -> tuple[Tensor, Tensor]:
     height = batch.input_ids.shape[0]
     return torch.cat([batch.rows, batch.rows + height]), batch.columns.repeat(2)
+
+
+def test_a_slot_has_room_for_what_any_of_its_trials_adapts(models: tiny.Models) -> None:
+    base = models.base("llama")
+    narrow = [adapter(base, seed=0, lora_r=4, target_modules=(name,)) for name in ("q_proj", "down_proj")]
+    with packed(base, narrow, slots=(0, 1)) as pack:
+        sizes = [sum(part.numel() for parts in one.weights.values() for part in parts) for one in narrow]
+        assert pack.slot_weights == sum(sizes)

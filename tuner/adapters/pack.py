@@ -149,6 +149,11 @@ class Pack:
     def _exact_tensors(self, of: Mapping[int, ExactTensors]) -> list[Tensor]:
         return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
 
+    @property
+    def slot_weights(self) -> int:
+        """Weights that a slot has room for: of every module that some trial adapts, at the largest rank."""
+        return self._gradients.numel() // self.num_slots
+
     @contextmanager
     def holding(self, packed: PackedRows | None) -> Iterator[None]:
         """Whose rows pass through the base within the block; None: the untouched base's.

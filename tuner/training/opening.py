@@ -119,7 +119,7 @@ def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packi
     packing = choose_packing(
         fit_room(probed),
         limit_bytes=limit_bytes,
-        slot_weights=adapter_sizes(place.hollow, spec.space())[1],
+        slot_weights=max(place.pack.slot_weights, adapter_sizes(place.hollow, spec.space())[1]),
         update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
         longest_row=int(place.train.num_tokens.max()),
         trials=spec.search.trials,

@@ -76,7 +76,7 @@ def choose_packing(
 ) -> Packing:
     """As many trials as fill a pass, as far as they fit into memory; at least one.
 
-    `slot_weights` are those of the largest adapter, `update_tokens` those of a typical update of one trial.
+    `slot_weights` are those that a slot holds, `update_tokens` those of a typical update of one trial.
     Memory goes to the slots first, since tokens of a pass can be cut and slots cannot; but a pass keeps room
     for one row of each.
     """
