@@ -24,6 +24,7 @@ TRIAL_KEYS = [
     "best_eval_loss",
     "settled_step",
     "adapter",
+    "answers",
     "test",
     "continues",
     "executed_steps",

@@ -48,8 +48,7 @@ class Continuations:
         """The checkpoint that a trial's `continues` names; None when it has none or it is gone."""
         if trial.continues is None:
             return None
-        directory = Path(self.plan.absolute.checkpoints.directory)
-        return continued_checkpoint(self.store, directory, trial.continues)
+        return continued_checkpoint(self.store, self._folder(trial.continues.round), trial.continues)
 
     def _find(self, round_name: str, number: int, hyperparameters: Hyperparameters) -> Continuation | str:
         record = next((r for r in self.store.rounds() if r.name == round_name), None)
@@ -106,10 +105,9 @@ class Continuations:
         return CheckpointFolder(Path(self.plan.absolute.checkpoints.directory) / round_name)
 
 
-def continued_checkpoint(store: Store, directory: Path, wish: Continuation) -> StartingPoint | None:
-    """The checkpoint to go on from, in the study's checkpoint directory; None when it is gone."""
+def continued_checkpoint(store: Store, folder: CheckpointFolder, wish: Continuation) -> StartingPoint | None:
+    """The checkpoint to go on from, in the folder of the round it names; None when it is gone."""
     earlier = next((t for t in store.trials(wish.round) if t.number == wish.trial), None)
-    folder = CheckpointFolder(directory / wish.round)
     points = [c for c in folder.resumable(earlier) if c.step == wish.step] if earlier else []
     return next((point for c in points if (point := folder.point(c)) is not None), None)
 

@@ -142,7 +142,8 @@ def _start(
     """The trunk's checkpoint that a trial continues, or step 0 and why that is the same run."""
     if trial.continues is None:
         return None, ()
-    there = continued_checkpoint(store, directory, trial.continues)
+    folder = CheckpointFolder(directory / trial.continues.round)
+    there = continued_checkpoint(store, folder, trial.continues)
     if there is not None and there.step < to_step:
         return there, (f"It goes on from {trial.continues}, as recorded: earlier steps are not run again.",)
     why = "its checkpoint is gone" if there is None else "nothing would be left to run"
