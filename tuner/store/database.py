@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +147,12 @@ def whole_or_absent(url: URL) -> Iterator[None]:
     path = database_file(url)
     with explained(url):
         created = _create_file(path)
-    try:
-        yield
-    except BaseException:
+    with ExitStack() as undo:
         if created:
             for suffix in ("", "-wal", "-shm", "-journal"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
-        raise
+                undo.callback(Path(f"{path}{suffix}").unlink, missing_ok=True)
+        yield
+        undo.pop_all()
 
 
 def _create_file(path: Path) -> bool:

@@ -8,7 +8,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, NullPool, text
@@ -87,12 +87,11 @@ def _hold_file(url: URL, study: str, subject: str) -> Callable[[], None]:
         _descriptors.discard(descriptor)
         os.close(descriptor)
 
-    try:
+    with ExitStack() as undo:
+        undo.callback(release)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{_this_process()}\n{study}".encode())
-    except BaseException:
-        release()
-        raise
+        undo.pop_all()
     return release
 
 
@@ -145,12 +144,11 @@ _HOLDER = text(
 
 def _hold_server(url: URL, study: str, subject: str) -> Callable[[], None]:
     connection = _lock_engine(url).connect()
-    try:
+    with ExitStack() as undo:
+        undo.callback(connection.close)
         if _patiently(lambda: connection.scalar(_TRY, _numbers(study)) or None) is None:
             raise _held_by(_server_holder(connection, study) or "", subject)
-    except BaseException:
-        connection.close()
-        raise
+        undo.pop_all()
     descriptor: int = connection.connection.driver_connection.fileno()  # type: ignore[union-attr]
     _descriptors.add(descriptor)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +107,11 @@ def open_store(url: str, *, study: str) -> SqlStore:
     """
     target = parse_url(url)
     engine = open_engine(target)
-    try:
+    with ExitStack() as undo:
+        undo.callback(engine.dispose)
         with whole_or_absent(target), explained(target):
             upgrade(engine)
-    except BaseException:
-        engine.dispose()
-        raise
+        undo.pop_all()
     return SqlStore(target, engine, study)
 
 

@@ -202,16 +202,17 @@ def first_worker(
     view.message("loading base and data")
     for remaining in reversed(range(MAX_STILLBORN)):
         worker = make()
-        try:
-            return worker, _wait_until_ready(worker, view, stopping, begun=begun)
-        except WorkerError as error:
-            worker.close()
-            if not remaining:
-                raise
-            view.message(f"{error}\nstarting another worker")
-        except BaseException:
-            worker.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(worker.close)
+            try:
+                ready = _wait_until_ready(worker, view, stopping, begun=begun)
+            except WorkerError as error:
+                if not remaining:
+                    raise
+                view.message(f"{error}\nstarting another worker")
+                continue
+            undo.pop_all()
+            return worker, ready
     raise AssertionError("the last worker either was ready or raised")
 
 

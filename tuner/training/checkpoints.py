@@ -131,9 +131,8 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
 
 
 def _switch_link(link: Path, target: Path) -> None:
