@@ -40,8 +40,7 @@ from tuner.records import (
 )
 from tuner.store import MemoryStore, open_store
 from tuner.store.facts import RoundBegun, WorkMeasured
-from tuner.study.attempts import MAX_ATTEMPTS
-from tuner.study.loop import has_failed, unreplaced
+from tuner.study.attempts import MAX_ATTEMPTS, has_failed, unreplaced
 from tuner.study.mirror import MirroredStore
 from tuner.study.sampling import optuna_storage
 from tuner.workers import SimulatedWorker

@@ -48,7 +48,7 @@ from tuner.store.facts import (
     TrialNoted,
     WorkMeasured,
 )
-from tuner.study.attempts import MAX_ATTEMPTS, have_failed
+from tuner.study.attempts import MAX_ATTEMPTS, has_failed, has_open_attempt, unreplaced
 from tuner.study.branches import DecayBranches
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
@@ -374,27 +374,6 @@ class RoundLoop:
     def _planned_steps(self) -> tuple[int, ...]:
         spec = self.plan.spec
         return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
-
-
-def has_open_attempt(trial: Trial) -> bool:
-    """Whether the trial runs, as far as the facts know: a pruned one does until its worker has let it go."""
-    return bool(trial.attempts) and trial.attempts[-1].ended_at is None
-
-
-def has_failed(trial: Trial) -> bool:
-    """Whether the last attempts died, each without a checkpoint beyond where it had started."""
-    newest = max((c.step for c in trial.checkpoints if c.kind != "best"), default=0)
-    return have_failed(trial.attempts, newest_step=newest)
-
-
-def unreplaced(trials: Sequence[Trial]) -> list[Trial]:
-    """Failed trials that no later trial repeats."""
-    return [
-        trial
-        for trial in trials
-        if trial.state == TrialState.FAILED
-        and not any(t.number > trial.number and t.hyperparameters == trial.hyperparameters for t in trials)
-    ]
 
 
 def _promised(trials: Sequence[Trial]) -> list[Trial]:
