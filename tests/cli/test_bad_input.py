@@ -76,7 +76,7 @@ def test_a_tool_to_report_to_that_is_not_installed(
     """A rehearsal is shown nowhere, and needs none."""
     missing = not_installed(["tensorboard", "wandb", "mlflow", "trackio"])
     if not missing:
-        pytest.skip("all of them are installed")
+        pytest.skip("every tool to report to is installed: none is left to be missed")
     path = write_round(tmp_path)
     text = path.read_text()
     path.write_text(f"{text}run: {{report_to: [{missing[0]}]}}\n")
@@ -228,7 +228,7 @@ def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     from tests.studies import QUICKSTART
 
     if find_spec("unsloth") is not None:
-        pytest.skip("unsloth is installed")
+        pytest.skip("needs an environment without unsloth")
     path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, loader: unsloth")
     message = refused(tmp_path, capsys, "study", "check", str(path))
     assert "model.loader: unsloth cannot be used here: the package is not installed" in message

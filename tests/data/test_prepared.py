@@ -236,7 +236,7 @@ def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     assert report.tokens == data.train.num_tokens.sum() == sum(len(e.input_ids) for e in data.train)
     assert report.targets == data.train.num_targets.sum() == sum(e.is_target.sum() for e in data.train)
     assert data.train.num_tokens.max() == 150
-    assert data.report.losses(150) == [
+    assert data.report.left_out(150) == [
         "1 of 3 train rows are cut at max_length 150",
         "2 train rows are left out: nothing in them to learn within max_length",
     ]

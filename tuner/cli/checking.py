@@ -152,7 +152,7 @@ def _model_remarks(model: ModelSpec) -> Iterator[str]:
 
 def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
     """What became of rows that are not trained on as they are."""
-    remarks = data.report.losses(spec.data.max_length)
+    remarks = data.report.left_out(spec.data.max_length)
     for name, split in data.report.splits.items():
         if split.pieces:
             remarks.append(f"{split.pieces} {name} rows go on with a text longer than max_length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -206,19 +207,11 @@ def export(
     """
     from tuner.cli.exporting import Export, export_recipe, export_trial, finished_trial
     from tuner.cli.printing import next_command, open_here
-    from tuner.errors import InputError
 
     folder = open_here()
     if tool is not None:
-        others: dict[str, object] = {
-            "--merge": merge,
-            "--dtype": dtype,
-            "--gguf": gguf,
-            "--gguf-converter": gguf_converter,
-        }
-        others |= {"--push": push, "--public": public, "--license": licence}
-        if given := [option for option, value in others.items() if value]:
-            raise InputError(f"--as: writes a configuration; leave out {' and '.join(given)}")
+        weights = {"--merge": merge, "--dtype": dtype, "--gguf": gguf, "--gguf-converter": gguf_converter}
+        _refuse_beside_as({**weights, "--push": push, "--public": public, "--license": licence})
         command = export_recipe(
             finished_trial(folder, trial), tool.value, to=to, force=force, study=folder.directory
         )
@@ -237,3 +230,11 @@ def export(
     )
     export_trial(finished_trial(folder, trial), wanted, study=folder.directory)
     typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
+
+
+def _refuse_beside_as(options: Mapping[str, object]) -> None:
+    """Raises InputError for options of weights: a configuration has none."""
+    from tuner.errors import InputError
+
+    if given := [option for option, value in options.items() if value]:
+        raise InputError(f"--as: writes a configuration; leave out {' and '.join(given)}")

@@ -85,7 +85,7 @@ class DataReport:
         """By the names of the round file."""
         return {"train": self.train, "eval": self.evaluation, "test": self.test}
 
-    def losses(self, max_length: int) -> list[str]:
+    def left_out(self, max_length: int) -> list[str]:
         """What is not trained or evaluated on though it was read, a sentence for each split and reason."""
         said = []
         for name, split in self.splits.items():

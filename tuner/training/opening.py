@@ -59,7 +59,7 @@ def open_workplace(
         evaluation_share=_evaluation_share(data, spec),
         smallest_adapter=smallest,
         largest_adapter=largest,
-        remarks=tuple(data.report.losses(spec.data.max_length)),
+        remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
     return place, ready
 
