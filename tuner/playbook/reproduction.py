@@ -16,7 +16,7 @@ TOLERANCE_8BIT_OPTIMIZER = 1e-3
 """The same with `adamw_8bit`, which amplifies rounding."""
 TOLERANCE_ROUNDED = {"none": 2e-3, "nf4": 1e-2, "int8": 1e-2}
 """By quantization, of a base in less than float32 or of one whose activations are rounded. Measured on a tiny
-model: 1e-3 in bfloat16, up to 1e-2 in bfloat16 over NF4."""
+model: 1e-3 in bfloat16, up to 1e-2 in bfloat16 over NF4; int8 is taken to be as wide."""
 
 
 class Agreement(StrEnum):
