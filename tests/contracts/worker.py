@@ -16,6 +16,7 @@ from tuner.records import (
     Ended,
     Evaluated,
     Event,
+    Preparing,
     Ready,
     Saved,
     Started,
@@ -39,8 +40,9 @@ class WorkerContract:
     """Subclasses give fixtures: `worker`, a new one with two slots; `ready_worker`, one that has said that it
     is ready and is free, which tests may share; and `directory`."""
 
-    def test_is_ready_before_anything_else(self, worker: Worker) -> None:
-        first = collect(worker, until=lambda events: bool(events))[0]
+    def test_prepares_and_is_ready_before_anything_else(self, worker: Worker) -> None:
+        events = collect(worker, until=lambda seen: any(not isinstance(e, Preparing) for e in seen))
+        first = next(e for e in events if not isinstance(e, Preparing))
         assert isinstance(first, Ready)
         assert first.slots == 2
 

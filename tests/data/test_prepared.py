@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
-from tuner.data import Examples, PreparedData, batch_rows, render_prompt, show_rows
+from tuner.data import Examples, PreparedData, batch_rows, prepare, render_prompt, show_rows
 from tuner.data.formats import source_format
 from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
@@ -56,6 +56,18 @@ def test_every_row_is_trained_on_or_held_out(tmp_path: Path) -> None:
     assert 10 <= len(data.evaluation) <= 60
     assert len(data.test) == 0
     assert data.report.train.rows_read + data.report.evaluation.rows_read == 300
+
+
+def test_how_far_tokenising_is_can_be_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.data.rows._SAY_EVERY_SECONDS", 0.0)
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(1200))
+    spec = tiny.round_spec(train=[tiny.source(path)], eval_fraction=0.1)
+    said: list[str] = []
+    prepare(spec, PLAIN, tmp_path / "cache", said.append)
+    assert said == [f"tokenising: {rows} rows of {path}" for rows in ("512", "1,024", "1,200")]
+    said.clear()
+    prepare(spec, PLAIN, tmp_path / "cache", said.append)
+    assert not said, "the table is there already"
 
 
 @given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.2, 0.8))

@@ -8,7 +8,18 @@ import time
 import pytest
 from rich.console import Console
 
-from tuner.records import Died, Ended, Evaluated, Progressed, Ready, Started, Trial, TrialState
+from tuner.records import (
+    Died,
+    Ended,
+    Evaluated,
+    Event,
+    Preparing,
+    Progressed,
+    Ready,
+    Started,
+    Trial,
+    TrialState,
+)
 from tuner.report.board import Board
 from tuner.report.board_table import board_table
 from tuner.report.devices import GpuReading
@@ -33,6 +44,12 @@ def open_on(file: io.StringIO, *, terminal: bool, width: int = 100, height: int 
 
 def begun(trial: Trial) -> Trial:
     return dataclasses.replace(trial, state=TrialState.WAITING, evaluations=(), reason=None, attempts=())
+
+
+def drawn(board: Board) -> str:
+    out = io.StringIO()
+    Console(file=out, width=100).print(board_table(board, title="", searched=(), now=3.0, max_rows=None))
+    return out.getvalue()
 
 
 def play(view: View, trial: Trial) -> None:
@@ -87,6 +104,14 @@ class TestPlainLines:
         assert "the worker died: killed by signal 9 [red]x[/red] :smile:" in out.getvalue()
         assert "see runs/round1/worker.log [bold]" in out.getvalue()
 
+    def test_what_is_prepared_is_said_every_half_minute(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=False)
+        for thousand in range(70):  # two calls of the clock each, a second apart
+            view.event(Preparing(f"tokenising rows.jsonl: {thousand},000 rows"))
+        said = [line for line in out.getvalue().splitlines() if line.startswith("tokenising")]
+        assert said == [f"tokenising rows.jsonl: {thousand},000 rows" for thousand in (14, 29, 44, 59)]
+
     def test_nothing_but_characters_of_every_encoding(self) -> None:
         out = io.StringIO()
         view = open_on(out, terminal=False)
@@ -97,6 +122,21 @@ class TestPlainLines:
 
 
 class TestOnATerminal:
+    @pytest.mark.parametrize("end", [Ready(2, "cpu"), Died("killed")])
+    def test_what_is_prepared_is_shown_until_it_is_done(self, end: Event) -> None:
+        board = Board(trials_total=8, max_train_steps=60)
+        board.take(Preparing("tokenising rows.jsonl: 70,000 rows"), now=1.0)
+        assert "tokenising rows.jsonl: 70,000 rows" in drawn(board)
+        board.take(end, now=2.0)
+        assert "tokenising" not in drawn(board)
+
+    def test_what_was_being_prepared_is_not_left_on_the_screen(self) -> None:
+        out = io.StringIO()
+        view = open_on(out, terminal=True)
+        view.event(Preparing("tokenising rows.jsonl: 70,000 rows"))
+        view.close()
+        assert "tokenising" not in out.getvalue().rpartition("\x1b[2K")[2]
+
     @pytest.mark.parametrize("width", [5, 20, 40, 80, 200])
     def test_a_round_at_any_width(self, width: int) -> None:
         out = io.StringIO()

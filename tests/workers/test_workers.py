@@ -12,7 +12,7 @@ import pytest
 
 from tests.contracts.worker import WorkerContract, assignment, collect, ended, wait_until_ready
 from tests.studies import formula, round_file
-from tuner.records import Died, Ended, Evaluated, Ready, Saved
+from tuner.records import Died, Ended, Evaluated, Preparing, Ready, Saved
 from tuner.workers import LocalWorker, SimulatedWorker
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,8 @@ class TestLocalWorker(WorkerContract):
         worker.start(assignment(directory, 1, steps=2))
         again = collect(worker, until=lambda seen: ended(seen) == {1})
         assert any(isinstance(e, Ready) for e in again)
+        doing = [e.doing for e in again if isinstance(e, Preparing)]
+        assert [words.split()[0] for words in doing] == ["loading", "evaluating"]
 
     def test_the_process_ends_when_its_parent_is_gone(self, worker: LocalWorker, directory: Path) -> None:
         wait_until_ready(worker)

@@ -9,13 +9,13 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from tuner.cli.preparing import prepared
 from tuner.cli.printing import PROSE, output
 from tuner.data import (
     PreparedData,
     ShownRow,
     load_metric,
     load_tokenizer,
-    prepare,
     printable,
     show_rows,
     try_metric,
@@ -77,7 +77,7 @@ def _next_command(plan: StudyPlan) -> str:
 def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, list[str]]:
     spec = round_plan.absolute
     tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, round_plan.cache)
+    data = prepared(spec, round_plan.cache, tokenizer)
     _refuse_metric(round_plan, data)
     if show:
         for row in show_rows(data.train, tokenizer, show):

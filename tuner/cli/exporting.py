@@ -286,7 +286,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def export_recipe(finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path) -> str:
     """Write a trial's configuration for another tool, and the rows beside it; returns the tool's command."""
-    from tuner.data import prepare
+    from tuner.cli.preparing import prepared
     from tuner.data.exported import write_parquet, write_to_disk
     from tuner.report.recipes import TOOLS, Recipe, recipe_file
 
@@ -305,7 +305,7 @@ def export_recipe(finished: Finished, tool_name: str, *, to: Path, force: bool, 
         every_steps=spec.evaluation.every_steps,
         eval_batch_size=spec.evaluation.batch_size,
     )
-    rows = prepare(spec, load_tokenizer(spec.model), study / ".tuner-cache")
+    rows = prepared(spec, study / ".tuner-cache")
     with appearing_whole(to) as directory:
         write = write_to_disk if tool.rows_on_disk else write_parquet
         write({"train": rows.train, tool.held_out: rows.evaluation}, directory / "rows")

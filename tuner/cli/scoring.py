@@ -8,8 +8,8 @@ from pathlib import Path
 
 import typer
 
+from tuner.cli.preparing import prepared
 from tuner.cli.printing import warn_of_code
-from tuner.data import load_tokenizer, prepare
 from tuner.data.pretrained import as_trained
 from tuner.errors import TunerError
 from tuner.records import Trial, TrialState
@@ -58,7 +58,7 @@ def _measure(spec: RoundSpec, cache: Path, adapter: Path) -> Sums:
     typer.echo("scoring the best adapter on data.test", err=True)
     spec = as_trained(spec, adapter)
     warn_of_code(spec.model)
-    rows = prepare(spec, load_tokenizer(spec.model), cache).test
+    rows = prepared(spec, cache).test
 
     from tuner.inference import score  # after what can be wrong: it loads torch
 

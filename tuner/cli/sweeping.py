@@ -75,11 +75,11 @@ def _with_epochs(file: RoundFile, epochs: float) -> RoundFile:
     """
     if is_rehearsal(file):
         raise InputError(_NO_ROWS)
-    from tuner.data import load_tokenizer, prepare
+    from tuner.cli.preparing import prepared
 
     planned = RoundPlan(file)
     with taken_back(planned.cache):
-        rows = len(prepare(planned.absolute, load_tokenizer(planned.absolute.model), planned.cache).train)
+        rows = len(prepared(planned.absolute, planned.cache).train)
         batch_size = round(mean(planned.space["batch_size"]))
         steps = max(1, math.ceil(epochs * rows / batch_size))
         typer.echo(
@@ -103,11 +103,11 @@ def _answer_at_once(file: RoundFile) -> ComputeBound | None:
     planned = RoundPlan(read_round(first_sweep(file), file.path))
     if is_rehearsal(file):
         return None
-    from tuner.data import load_tokenizer, prepare
+    from tuner.cli.preparing import prepared
 
     spec = planned.absolute
     with taken_back(planned.cache):
-        data = prepare(spec, load_tokenizer(spec.model), planned.cache)
+        data = prepared(spec, planned.cache)
     return answer_without_a_sweep(
         production_steps=spec.run.production_steps,
         batch_size=round(mean(planned.space["batch_size"])),

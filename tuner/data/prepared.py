@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,15 +113,21 @@ class PreparedData:
     """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
 
 
-def prepare(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> PreparedData:
+def prepare(
+    spec: RoundSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path | None,
+    say: Callable[[str], None] = lambda _: None,
+) -> PreparedData:
     """The data of a round whose paths are absolute; `cache` is a folder for tokenised data, or None.
 
-    Raises DataError, and StorageError when the cache cannot be written.
+    `say` hears how far it is, about once a second. Raises DataError, and StorageError when the cache
+    cannot be written.
     """
     data = spec.data
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
         raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
-    recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache)
+    recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache, say)
     answers = spec.evaluation.answers
     held_out = "train" if data.eval_fraction is not None else "eval"
     read = {

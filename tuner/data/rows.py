@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ _TABLE_VERSION = 2
 """Raise it when the same rows give another table."""
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
+_SAY_EVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Recipe:
     loss_on: Literal["completion", "all"]
     max_length: int
     cache: Path | None
+    say: Callable[[str], None] = lambda _: None
+    """Hears how far it is, about once a second."""
 
 
 def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable:
@@ -64,7 +68,7 @@ def ingredients(source: Source, row_format: RowFormat, recipe: Recipe) -> dict[s
 
 
 def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableWriter) -> None:
-    batches = _batches(source.rows(row_format), row_format)
+    batches = _counted(_batches(source.rows(row_format), row_format), source.name, recipe.say)
     if row_format.windows is not None:
         _write_windows(batches, row_format.windows, recipe, writer)
         return
@@ -115,6 +119,16 @@ def _batches(rows: Iterator[Row], row_format: RowFormat) -> Iterator[_Batch]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _counted(batches: Iterator[_Batch], name: str, say: Callable[[str], None]) -> Iterator[_Batch]:
+    num_rows, said_at = 0, time.monotonic()
+    for batch in batches:
+        yield batch
+        num_rows += len(batch)
+        if (now := time.monotonic()) - said_at >= _SAY_EVERY_SECONDS:
+            said_at = now
+            say(f"tokenising: {num_rows:,} rows of {name}")
 
 
 def refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:

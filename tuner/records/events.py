@@ -55,6 +55,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparing:
+    """A sign of life of a worker that is not ready yet; said at most about once a second."""
+
+    doing: str
+    """Such as `tokenising: 120,000 rows of train.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """A trial's attempt begins."""
 
@@ -140,4 +148,6 @@ class Died:
     """Whether the round file, the model or the data is to blame, so that a new worker would not help."""
 
 
-Event: TypeAlias = Ready | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died
+Event: TypeAlias = (
+    Preparing | Ready | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died
+)

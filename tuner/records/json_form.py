@@ -16,6 +16,7 @@ from tuner.records.events import (
     Evaluated,
     Event,
     Measured,
+    Preparing,
     Progressed,
     Ready,
     Saved,
@@ -27,7 +28,18 @@ from tuner.records.throughput import Throughput
 
 _EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Ready, Started, Progressed, Evaluated, Saved, Answered, Measured, Ended, Died)
+    for kind in (
+        Preparing,
+        Ready,
+        Started,
+        Progressed,
+        Evaluated,
+        Saved,
+        Answered,
+        Measured,
+        Ended,
+        Died,
+    )
 }
 
 

@@ -16,7 +16,9 @@ from tuner.records import (
     Evaluation,
     Event,
     Hyperparameters,
+    Preparing,
     Progressed,
+    Ready,
     Started,
     Trial,
     TrialState,
@@ -58,6 +60,8 @@ class Board:
         self.trials_total = trials_total
         self.max_train_steps = max_train_steps
         self.rows: dict[int, Row] = {}
+        self.preparing: str | None = None
+        """What the first worker does until it is ready."""
         self._executed_steps = 0
         self._started_at: float | None = None
 
@@ -73,6 +77,10 @@ class Board:
     def take(self, event: Event, *, now: float) -> None:
         """Take over what a worker said at `now`, seconds on any clock."""
         match event:
+            case Preparing(doing=doing):
+                self.preparing = doing
+            case Ready():
+                self.preparing = None
             case Started():
                 self._started_at = now if self._started_at is None else self._started_at
                 row = self._row(event.trial)
@@ -89,6 +97,7 @@ class Board:
                 row = self._advance(event.trial, event.step)
                 row.state, row.reason = _state_after(event), event.reason
             case Died(trials=numbers):
+                self.preparing = None
                 for row in self.rows.values():
                     if row.state is TrialState.RUNNING and row.number in numbers:
                         row.state = TrialState.WAITING

@@ -35,15 +35,25 @@ def board_table(
     gpus: Sequence[GpuReading] = (),
     marks: Marks = UNICODE,
 ) -> RenderableType:
-    """Title, one row a trial, the round's progress and the GPUs; `max_rows` None shows every trial."""
+    """Title, one row a trial, the round's progress, what is being prepared and the GPUs.
+
+    `max_rows` None shows every trial.
+    """
     rows = _rows_to_show(board, max_rows)
     return Group(
         Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
         FittedTable(_columns(board, rows, searched, marks)),
         *_left_out(board, rows),
         FittedTable(_progress(board, now=now, marks=marks), has_header=False),
+        *_preparing(board),
         *(Text(gpu_line(gpu), style="dim", no_wrap=True, overflow="ellipsis") for gpu in gpus),
     )
+
+
+def _preparing(board: Board) -> list[Text]:
+    if board.preparing is None:
+        return []
+    return [Text(board.preparing, style="dim", no_wrap=True, overflow="ellipsis")]
 
 
 def _rows_to_show(board: Board, max_rows: int | None) -> list[Row]:

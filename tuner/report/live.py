@@ -10,13 +10,15 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tuner.records import Answered, Died, Ended, Evaluated, Event, Ready, Started, Trial
+from tuner.records import Answered, Died, Ended, Evaluated, Event, Preparing, Ready, Started, Trial
 from tuner.report import answered, format
 from tuner.report.board import Board, Row
 from tuner.report.board_table import board_table
 from tuner.report.devices import GpuReading
 from tuner.report.textplot import marks_for
 
+PREPARING_EVERY_SECONDS = 30
+"""Between lines of plain output that say how far preparing is."""
 _REFRESHES_PER_SECOND = 4
 _LINES_AROUND_ROWS = 6
 """Terminal lines that the rows of the table cannot have: head, progress, what is left out, prompt."""
@@ -73,14 +75,25 @@ class _PlainView:
         clock: Callable[[], float],
     ) -> None:
         self._console, self._board, self._searched, self._clock = console, board, searched, clock
+        self._prepared_at = clock()
         self.message(f"{title}: {format.count(board.trials_total, 'trial')} of {board.max_train_steps} steps")
 
     def event(self, event: Event) -> None:
         known = isinstance(event, Evaluated) and event.evaluation.step in self._seen(event.trial)
         self._board.take(event, now=self._clock())
         line = None if known else _line(event, self._board, self._searched)
+        if isinstance(event, Preparing) and not self._is_time():
+            return
         if line is not None:
             self.message(line + (self._remaining() if isinstance(event, Ended) else ""))
+
+    def _is_time(self) -> bool:
+        """Whether what is being prepared is worth a line again."""
+        now = self._clock()
+        if now - self._prepared_at < PREPARING_EVERY_SECONDS:
+            return False
+        self._prepared_at = now
+        return True
 
     def _seen(self, trial: int) -> frozenset[int]:
         row = self._board.rows.get(trial)
@@ -104,6 +117,8 @@ class _PlainView:
 def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
     """What plain output says of an event; None for what is said too often to be worth a line."""
     match event:
+        case Preparing(doing=doing):
+            return doing
         case Ready():
             return f"worker ready: {event.device}, {format.count(event.slots, 'slot')}"
         case Started():
@@ -177,13 +192,15 @@ class _LiveView:
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def close(self) -> None:
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            self._board.preparing = None
         self._live.stop()
 
     def _draw(self) -> RenderableType:
         readings = () if self._gpus is None or self._is_closed else tuple(self._gpus())
         with self._lock:
-            taken = _LINES_AROUND_ROWS + len(readings)
+            taken = _LINES_AROUND_ROWS + len(readings) + (self._board.preparing is not None)
             room = None if self._is_closed else max(1, self._console.height - taken)
             return board_table(
                 self._board,

@@ -24,6 +24,7 @@ from tuner.records import (
     Evaluation,
     Event,
     Measured,
+    Preparing,
     Progressed,
     Ready,
     Saved,
@@ -185,7 +186,7 @@ class RoundLoop:
                 return
             case Started(environment=environment) if environment:
                 self.store.record(AttemptPlaced(name, event.trial, event.attempt, environment))
-            case Ready() | Started():
+            case Preparing() | Ready() | Started():
                 pass
             case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
                 self._trial(event.trial).state == TrialState.PRUNED

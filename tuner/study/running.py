@@ -19,7 +19,7 @@ from tuner.errors import (
     StorageError,
     WorkerError,
 )
-from tuner.records import Died, Evaluation, Ready, RoundRecord, Trial
+from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.elsewhere import not_installed
 from tuner.report.format import count
@@ -222,6 +222,8 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
     while True:
         for event in worker.events(0.5):
             match event:
+                case Preparing():
+                    view.event(event)
                 case Ready():
                     view.event(event)
                     for remark in event.remarks:

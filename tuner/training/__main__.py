@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tuner.errors import InputError, TunerError
-from tuner.records import Died, Event, evaluation_from_json, event_to_json
+from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
 from tuner.spec import RoundSpec
 from tuner.training.allocator import keep_freed_memory
 from tuner.training.inbox import Inbox
@@ -46,6 +46,7 @@ def main() -> int:
                 cache=Path(document["cache"]),
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,
+                say=lambda doing: say(Preparing(doing)),
             )
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))

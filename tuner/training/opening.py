@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -35,18 +36,27 @@ _CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash",
 
 
 def open_workplace(
-    spec: RoundSpec, *, cache: Path, slots: int | Literal["auto"], base_evaluation: Evaluation | None = None
+    spec: RoundSpec,
+    *,
+    cache: Path,
+    slots: int | Literal["auto"],
+    base_evaluation: Evaluation | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Workplace, Ready]:
     """Load base and data; measure the untouched base unless its evaluation is given.
 
-    Raises InputError when model, data or metric cannot be used.
+    `say` hears what is being done. Raises InputError when model, data or metric cannot be used.
     """
     tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, cache)
+    data = prepare(spec, tokenizer, cache, say)
+    say(f"loading {spec.model.path}")
     place = arrange(spec, data, slots=slots)
     if spec.evaluation.answers is not None:
         place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
-    place.base_evaluation = base_evaluation or _measure_base(place)
+    if base_evaluation is None:
+        say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
+        base_evaluation = _measure_base(place)
+    place.base_evaluation = base_evaluation
     place.environment = environment(place.base.device, slots=place.pack.num_slots)
     smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(
