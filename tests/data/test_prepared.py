@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
-from tuner.data import Examples, PreparedData, batch_rows, prepare, render_prompt, show_rows
+from tuner.data import Examples, PreparedData, batch_rows, prepare, reachable, render_prompt, show_rows
 from tuner.data.formats import source_format
 from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
@@ -426,21 +426,20 @@ def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
     assert sorted(outputs(data.train) + outputs(data.evaluation)) == sorted(f"b{n}" for n in range(30))
 
 
-def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: is a folder without files that have rows"):
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "empty")], eval_fraction=0.2)
-    code = (
-        "from tuner.data.hub import load_rows\n"
-        "load_rows('nobody/no-such-set', config=None, split='train', cache=None)"
-    )
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=False
-    )
-    assert done.stderr.splitlines()[-1].startswith(
-        "tuner.errors.DataError: nobody/no-such-set: no local file"
-    )
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(reachable, "_PAUSES_SECONDS", (0.0, 0.0))
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"nobody/no-such-set: no local file .* the Hub cannot be reached"):
+        load_rows("nobody/no-such-set", config=None, split="train", cache=None)
+    assert time.monotonic() - begun < 15, "its client would try for 23 seconds"
+    assert not datasets.config.HF_HUB_OFFLINE, "for this data set alone"
 
 
 @pytest.mark.parametrize(
@@ -458,6 +457,7 @@ def test_a_data_set_that_the_hub_keeps_says_what_to_do(
     def refuse(*_: object, **__: object) -> None:
         raise datasets.exceptions.DatasetNotFoundError(said)
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=words):
         load_rows("a/b", config=None, split="train", cache=None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tuner.data.files import LocalFile, content_hash
+from tuner.data.reachable import is_out_of_reach
 from tuner.errors import DataError
 
 _MOST_ENTRIES = 10_000
@@ -71,7 +72,8 @@ def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) 
     import datasets
 
     try:
-        return datasets.load_dataset(path, name=config, split=split, cache_dir=cache and str(cache))
+        with _the_cache_alone() if is_out_of_reach(path) else nullcontext():
+            return datasets.load_dataset(path, name=config, split=split, cache_dir=cache and str(cache))
     except datasets.exceptions.DatasetNotFoundError as error:
         if "is a gated dataset" in str(error):
             raise DataError(
@@ -89,6 +91,18 @@ def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) 
     except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, RuntimeError) as error:
         reason = error.__cause__ or error
         raise DataError(f"{path}: cannot be loaded (config {config}, split {split}): {reason}") from error
+
+
+@contextmanager
+def _the_cache_alone() -> Iterator[None]:
+    """`datasets` as with HF_HUB_OFFLINE, which it reads when it is imported."""
+    import datasets
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def rows_hash(rows: Any) -> str:

@@ -16,11 +16,15 @@ _PAUSES_SECONDS = (0.0, 1.0, 2.0)
 
 def where_to_look(path: str) -> dict[str, Any]:
     """What `from_pretrained` is told besides: the local cache alone, where the Hub is out of reach."""
+    return {"local_files_only": True} if is_out_of_reach(path) else {}
+
+
+def is_out_of_reach(path: str) -> bool:
+    """Whether this names something of the Hub, which does not answer."""
     from huggingface_hub import constants
 
-    if Path(path).is_dir() or constants.HF_HUB_OFFLINE or can_be_resolved(constants.ENDPOINT):
-        return {}
-    return {"local_files_only": True}
+    is_here = Path(path).is_dir() or constants.HF_HUB_OFFLINE
+    return not (is_here or can_be_resolved(constants.ENDPOINT))
 
 
 @functools.cache
