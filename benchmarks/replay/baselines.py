@@ -105,7 +105,7 @@ def syne_tune_asha(ledger: Ledger) -> None:
 
 
 def syne_tune_bohb(ledger: Ledger) -> None:
-    """syne-tune's BOHB: the same rungs, points from a kernel density model."""
+    """syne-tune's BOHB: the same rungs, points from a kernel density model of the logarithms."""
     _syne_tune(ledger, "BOHB")
 
 
@@ -129,7 +129,7 @@ def _with_pruner(ledger: Ledger, pruner: optuna.pruners.BasePruner) -> None:
 
 def _syne_tune(ledger: Ledger, name: str) -> None:
     from syne_tune.backend.trial_status import Trial
-    from syne_tune.config_space import loguniform
+    from syne_tune.config_space import uniform
     from syne_tune.optimizer import baselines
     from syne_tune.optimizer.scheduler import SchedulerDecision
 
@@ -138,7 +138,8 @@ def _syne_tune(ledger: Ledger, name: str) -> None:
     random.seed(ledger.seed)
     np.random.seed(ledger.seed)
     levels = rungs(ledger)
-    space = {key: loguniform(d.low, d.high) for key, d in ledger.task.space.items()}
+    # BOHB's densities know no logarithmic scale: given loguniform, they take 1e-8 and 1e-4 for neighbours.
+    space = {key: uniform(math.log(d.low), math.log(d.high)) for key, d in ledger.task.space.items()}
     scheduler = getattr(baselines, name)(
         space,
         metric="loss",
@@ -152,9 +153,9 @@ def _syne_tune(ledger: Ledger, name: str) -> None:
     while True:
         with _quiet():
             suggestion = scheduler.suggest()
-        row = ledger.snap({key: float(suggestion.config[key]) for key in space})
+        row = ledger.snap({key: math.exp(suggestion.config[key]) for key in space})
         point = {
-            key: min(max(value, space[key].lower), space[key].upper)
+            key: min(max(math.log(value), space[key].lower), space[key].upper)
             for key, value in ledger.task.point(row).items()
         }
         trial = Trial(number, point, None)
