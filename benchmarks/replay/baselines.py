@@ -20,8 +20,8 @@ RUNGS = (2, 6, 18, 50)
 """4%, 12%, 36% and all of a run, in evaluation intervals: the rungs of every method that has rungs."""
 BRACKET = (27, 9, 3, 1)
 """Trials of a bracket of synchronous successive halving on each rung."""
-TWO_ROUNDS = (27, 6, 3)
-"""Two rounds from scratch: trials, their intervals, and how many are run again at full length."""
+TWO_ROUNDS = (27, 3)
+"""Two rounds from scratch: trials to the second rung, and how many are run again at full length."""
 
 WORST = 1e3
 """Loss that is told of a run that diverged, where a scheduler wants a number."""
@@ -75,7 +75,7 @@ def successive_halving(ledger: Ledger) -> None:
 def two_rounds_from_scratch(ledger: Ledger) -> None:
     """Short runs of random points; the best of them again from step 0, at full length."""
     generator = np.random.default_rng(ledger.seed)
-    count, short, top = TWO_ROUNDS
+    (count, top), short = TWO_ROUNDS, rungs(ledger)[1]
     while True:
         rows = [ledger.snap_unit(generator.random(len(ledger.task.space))) for _ in range(count)]
         losses = {row: ledger.run(row, 0, short) for row in rows}

@@ -35,14 +35,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write_table(path: Path, *, seed: int, num: int = 120) -> None:
+def write_table(path: Path, *, seed: int, num: int = 120, evaluations: int = FULL) -> None:
     """Curves that fall to a floor made of the learning rate and l2; the highest rates diverge."""
     random = np.random.default_rng(seed)
     rate = 10 ** random.uniform(-5, 0, num)
     beta = 1 - 10 ** random.uniform(-3, 0, num)
     l2 = 10 ** random.uniform(-8, 0, num)
     floor = 0.3 + 0.1 * (np.log10(rate) + 2.5) ** 2 + 0.02 * (np.log10(l2) + 5) ** 2
-    steps = np.arange(FULL + 1)
+    steps = np.arange(evaluations + 1)
     losses = floor[:, None] + (3.0 - floor[:, None]) * np.exp(-steps / 8)[None]
     losses[rate > 0.5, 3:] = np.nan
     np.savez(
@@ -154,6 +154,13 @@ def test_every_method_finds_the_best_and_repeats_itself(directory: Path, name: s
     if name != "bohb":  # slow, and its model is of no further interest here
         assert play(METHODS[name], ledger_of(directory, seed=3)).trace == first.trace
         assert play(METHODS[name], ledger_of(directory, seed=4)).trace != first.trace
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("asha", "bohb")])
+def test_curves_of_few_evaluations_are_replayed_too(tmp_path: Path, name: str) -> None:
+    write_table(tmp_path / "short.npz", seed=1, evaluations=4)
+    replay = play(METHODS[name], ledger_of(tmp_path, name="short", budget=40))
+    assert replay.spent >= 40 * 4 or replay.best <= replay.task.best * 1.01 or not replay._free.any()
 
 
 @pytest.mark.parametrize("name", ["halving", "tuner"])

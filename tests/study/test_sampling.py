@@ -233,6 +233,16 @@ def test_a_round_is_advised_by_earlier_ones_and_shows_none_of_their_trials(sampl
     assert [again.propose(ordinal).chosen for ordinal in range(3)] == [p.chosen for p in proposals]
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_what_runs_outside_of_the_space_is_no_obstacle(sampler: str) -> None:
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+    earlier = earlier_trials([(n / 20, 1 + abs(n / 20 - 0.3)) for n in range(20)])
+    outside = trial(0, 0, TrialState.RUNNING, {"learning_rate": 40.0})
+    adviser = advised(space, earlier, sampler=sampler)
+    alone = advised(space, earlier, sampler=sampler)
+    assert adviser.propose(1, [outside]).chosen == alone.propose(1).chosen
+
+
 def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.BaseStorage) -> None:
     adviser = advisor(storage)
     proposal = adviser.propose(0)

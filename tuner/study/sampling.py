@@ -161,7 +161,11 @@ class Advisor:
             return random_point(self._space, random)
         known.sort(key=lambda lesson: (lesson.merit, lesson.loss))
         # What still runs is taken to be poor, so that trials side by side are not alike.
-        running = [trial.hyperparameters for trial in trials if not trial.state.is_final]
+        running = [
+            trial.hyperparameters
+            for trial in trials
+            if not trial.state.is_final and self._holds(trial.hyperparameters)
+        ]
         if sampler == "tpe":
             from tuner.study.parzen import parzen_point  # loads scipy, and only such rounds need it
 
