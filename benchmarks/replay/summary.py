@@ -103,10 +103,11 @@ def markdown(
     """The page: costs first, then tasks, regret and how it was run; no minutes when nothing was run."""
     took = "" if minutes is None else f", {minutes:.0f} minutes"
     run = [name for name in methods if costs(replays, tasks, name, min(CLOSE)).size]
+    sizes = " or ".join(map(str, sorted({len(task.values) for task in tasks})))
     lines = [
         "# Replayed learning curves: full-length runs until near the best",
         "",
-        f"{len(tasks)} tasks of {len(tasks[0].values)} recorded configurations. Geometric mean over tasks of",
+        f"{len(tasks)} tasks of {sizes} recorded configurations. Geometric mean over tasks of",
         "the median over seeds, with 95% bootstrap intervals over seeds; lower is better. What does not get",
         f"there costs its budget. The last columns are {reference}'s costs over the method's, on the",
         "seeds that both have.",
