@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,32 @@ def test_a_table_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
     assert build.calls == 1
     cached_table(tmp_path / "cache", {"a": 2}, build)
     assert build.calls == 2
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
+    left, young, held = (tmp_path / f"unfinished-{name}" for name in ("left", "young", "held"))
+    for directory in (left, young, held):
+        directory.mkdir()
+        (directory / "tokens.npy").touch()
+    an_hour_ago = time.time() - 3600
+    os.utime(left, (an_hour_ago, an_hour_ago))
+    os.utime(held, (an_hour_ago, an_hour_ago))
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    cached_table(tmp_path, {"a": 1}, Builder())
+    os.close(descriptor)
+    assert [directory.exists() for directory in (left, young, held)] == [False, True, True]
+
+
+def test_what_is_being_built_is_locked(tmp_path: Path) -> None:
+    def build(writer: TableWriter) -> None:
+        descriptor = os.open(entry_of(tmp_path), os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        Builder()(writer)
+
+    check(cached_table(tmp_path, {"a": 1}, build))
 
 
 def test_without_a_cache_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.worker import WorkerContract, assignment, collect, ended, wait_until_ready
-from tests.studies import formula, round_file
+from tests.studies import QUICKSTART, formula, round_file
 from tuner.records import Died, Ended, Evaluated, Preparing, Ready, Saved
 from tuner.workers import LocalWorker, SimulatedWorker
 
@@ -114,6 +115,18 @@ def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> N
     assert died.is_input_error
     assert "empty" in died.reason
     assert not any(isinstance(e, Evaluated) for e in events)
+
+
+def test_a_worker_that_is_closed_while_it_prepares_leaves_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(QUICKSTART / "data", data)
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(rows * (5_000_000 // len(rows)))
+    worker = local_worker(tmp_path, data=data)
+    collect(worker, until=lambda seen: any(isinstance(e, Preparing) for e in seen))
+    worker.close()
+    assert worker.pid is None
+    assert not any((tmp_path / "cache").iterdir())
 
 
 def test_a_worker_of_another_version_is_ended(tmp_path: Path) -> None:

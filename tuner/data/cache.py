@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tuner.data.table import RowTable, TableWriter, read_table
 from tuner.errors import StorageError
+
+_UNFINISHED = "unfinished-"
+_LOCKED_AFTER_SECONDS = 60.0
+"""Between making a directory and locking it, at most."""
 
 
 def cached_table(
@@ -30,9 +38,8 @@ def cached_table(
     try:
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache) as directory:
-            unnamed = Path(directory) / "table"
-            unnamed.mkdir()
+            _remove_abandoned(cache)
+        with _unfinished(cache) as unnamed:
             table = _built(unnamed, build, mapped=entry is not None)
             if entry is not None:
                 _name(unnamed, entry)
@@ -40,6 +47,34 @@ def cached_table(
     except OSError as error:
         place = cache or tempfile.gettempdir()
         raise StorageError(f"{place}: tokenised data cannot be written here: {error}") from error
+
+
+@contextmanager
+def _unfinished(cache: Path | None) -> Iterator[Path]:
+    """A directory to build in, which is gone at the end; locked, so that it is known whether anyone does."""
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache) as directory:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # no locks on this disk: nothing is then taken for abandoned either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            unnamed = Path(directory) / "table"
+            unnamed.mkdir()
+            yield unnamed
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Delete what processes that were killed had begun; a directory is young before it is locked."""
+    for directory in cache.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):  # locked, or gone meanwhile
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(descriptor).st_mtime > _LOCKED_AFTER_SECONDS:
+                    shutil.rmtree(directory)
+            finally:
+                os.close(descriptor)
 
 
 def _built(directory: Path, build: Callable[[TableWriter], None], *, mapped: bool) -> RowTable:

@@ -34,6 +34,12 @@ def main() -> int:
 
     keep_freed_memory()
     inbox = Inbox(sys.stdin)
+
+    def prepare(doing: str) -> None:
+        if inbox.closed:
+            sys.exit()  # nothing has begun, so there is nothing to save
+        say(Preparing(doing))
+
     document = inbox.read_document()
     with Path(document["lock"]).open("w") as lock:
         # A parent waits until no worker of an earlier one shares this lock: two never write one folder.
@@ -46,7 +52,7 @@ def main() -> int:
                 cache=Path(document["cache"]),
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,
-                say=lambda doing: say(Preparing(doing)),
+                say=prepare,
             )
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
