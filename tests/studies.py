@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 from tuner.cli import run
-from tuner.records import Evaluation, Hyperparameters
+from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, TrialState
 from tuner.report import open_view
 from tuner.spec import RoundFile, load_round
+from tuner.store import open_store
+from tuner.store.facts import RoundBegun
+from tuner.study.mirror import history
+from tuner.study.plan import RoundPlan
 
 QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -82,6 +87,33 @@ def write_round(directory: Path, **changes: Any) -> Path:
 def round_file(directory: Path, **changes: Any) -> RoundFile:
     """The same, loaded."""
     return load_round(write_round(directory, **changes))
+
+
+def record_sweep(
+    file: RoundFile, found: Mapping[float, float | None], *more: Trial, correct: int = 50
+) -> None:
+    """Record a round of a sweep as run: the loss that each rate came to; None where it diverged.
+
+    `correct` is the percentage of tokens that all of them predict.
+    """
+    spec = file.spec
+    store = open_store(RoundPlan(file).absolute.storage, study=spec.study)
+    store.record(RoundBegun(RoundRecord(spec.round, spec.max_train_steps, spec.model_dump(mode="json"), 0.0)))
+    for number, (rate, loss) in enumerate(found.items()):
+        last = Evaluation(
+            spec.max_train_steps,
+            loss or math.nan,
+            example_nll=(1.0,),
+            example_tokens=(100,),
+            correct_tokens=correct,
+        )
+        state = TrialState.INFEASIBLE if loss is None else TrialState.COMPLETE
+        curve = (Evaluation(0, 3.0), last)
+        run = Trial(spec.round, number, {"learning_rate": rate}, state, evaluations=curve)
+        store.record(*history(run))
+    for trial in more:
+        store.record(*history(trial))
+    store.close()
 
 
 def hub_cache(directory: Path, *, commit: str) -> Path:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +137,52 @@ def test_a_file_in_the_way_is_refused_and_kept(study: Path, capsys: pytest.Captu
 def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*AUTO[:3], "--for", "0.001s", *AUTO[3:]]
+    command = [*AUTO[:3], "--for", "0.001s 0s", "--passes", "2", *AUTO[3:]]
     assert run(command) == 0
     said = capsys.readouterr()
-    assert "0.001s are over" in said.err
-    assert said.err.splitlines()[-1] == "next: tuner " + " ".join(command)
+    assert "0.001s 0s are over" in said.err
+    assert said.err.splitlines()[-1] == "next: tuner " + shlex.join(command)
     assert "Nothing to conclude yet" in said.out
-    assert run(list(AUTO)) == 0
+    os.chdir(study.parent)
+    assert run(["study", "auto", f"{study.name}/rehearsal/round1.yaml"]) == 0
+    following = f"next: tuner -C {study.name}/rehearsal study promote --to round4"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(following)
     assert list(round_files(study / "rehearsal")) == ROUND_FILES
+
+
+class Interrupting(io.StringIO):
+    """Standard output that presses Ctrl-C when some words are written to it."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def write(self, text: str) -> int:
+        if self.words in text:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_interrupted_between_two_rounds_it_has_promoted_its_own_and_begun_no_other(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another round, run by hand since, is none of its own."""
+    by_hand(study, ("study", "run", "round1.yaml", "--engine", "simulated"))
+    text = (study / "rehearsal" / "round1.yaml").read_text()
+    other = text.replace("round: round1", "round: other").replace("trials: 4", "trials: 1")
+    (study / "rehearsal" / "other.yaml").write_text(
+        other.replace("max_train_steps: 20", "max_train_steps: 60")
+    )
+    by_hand(study, ("study", "run", "rehearsal/other.yaml"))
+    for passes in ((), ("--passes", "2")):
+        with redirect_stdout(Interrupting("wrote ")) as said:
+            assert run([*AUTO[:3], *passes, *AUTO[3:]]) == 130
+        assert "tiny: round1 -> round2, 20 -> 60 steps (too_short)" in said.getvalue()
+        goes_on = shlex.join(["tuner", *AUTO[:3], *passes, *AUTO[3:]])
+        where_it_is = f"round1 is complete and round2.yaml is written; go on with: {goes_on}"
+        assert where_it_is in capsys.readouterr().err
+        (study / "rehearsal" / "round2.yaml").unlink()
+    assert {trial["round"] for trial in curves(capsys, study)} == {"round1", "other"}
 
 
 def test_a_round_that_teaches_no_horizon_ends_it_with_1(

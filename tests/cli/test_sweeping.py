@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.studies import tuner, write_round
+from tests.studies import record_sweep, tuner, write_round
 from tuner.cli import run
-from tuner.spec import load_round
+from tuner.playbook.sweep import default_grid
+from tuner.spec import RoundFile, load_round
+from tuner.study.sweep import next_sweep
 
 
 def swept(directory: Path, *, production_steps: int = 80, **changes: object) -> Path:
@@ -27,9 +29,9 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     before = path.read_text()
     monkeypatch.chdir(tmp_path)
     command = ["study", "sweep", "round1.yaml", "--engine", "simulated"]
-    assert run([*command, "--for", "0.001s"]) == 0
+    assert run([*command, "--for", "0.001s 0s"]) == 0
     said = capsys.readouterr().err
-    assert said.splitlines()[-1] == "next: tuner study sweep round1.yaml --for 0.001s --engine simulated"
+    assert said.splitlines()[-1] == "next: tuner study sweep round1.yaml --for '0.001s 0s' --engine simulated"
     monkeypatch.chdir(tmp_path / "rehearsal")
     assert run(["study", "run", "sweep-20.yaml", "--for", "0.001s"]) == 0
     capsys.readouterr()
@@ -53,8 +55,11 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     rounds = json.loads(capsys.readouterr().out)["rounds"]
     assert [r["round"] for r in rounds] == ["sweep-20", "sweep-40", "sweep-80", "round1"]
     begun = (tmp_path / "rehearsal/round1.yaml").read_text()
-    assert run(["study", "sweep", "round1.yaml"]) == 0
-    assert "has begun, so round1.yaml keeps its 10 steps" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path.parent)
+    assert run(["study", "sweep", f"{tmp_path.name}/rehearsal/round1.yaml"]) == 0
+    said = capsys.readouterr()
+    assert "has begun, so round1.yaml keeps its 10 steps" in said.out
+    assert said.err.splitlines()[-1] == f"next: tuner -C {tmp_path.name}/rehearsal study run round1.yaml"
     assert (tmp_path / "rehearsal/round1.yaml").read_text() == begun
 
 
@@ -62,6 +67,7 @@ def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = swept(tmp_path, production_steps=60, steps=8, every=2, decay_steps=3)
+    path.write_text(path.read_text().replace("batch_size: 2", "batch_size: [2, 64]"))  # the first counts
     monkeypatch.chdir(tmp_path)
     assert run(["study", "sweep", "round1.yaml"]) == 0
     said = capsys.readouterr()
@@ -81,7 +87,9 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
     monkeypatch.chdir(tmp_path)
     for epochs, more, words in (
         ("0", (), "--epochs 0: expects a number above 0"),
+        ("-1", (), "--epochs -1: expects a number above 0"),
         ("nan", (), "--epochs nan: expects a number above 0"),
+        ("inf", (), "--epochs inf: expects a number above 0"),
         ("3", ("--engine", "simulated"), "--epochs: a rehearsal opens no data"),
         ("0.01", (), "run.production_steps: 3 is below max_train_steps (8)"),
     ):
@@ -94,20 +102,77 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
     spec = load_round(path).spec
     assert (spec.run.production_steps, spec.max_train_steps) == (316, 32)
     assert "{production_steps: 316}  # production_steps: 1.5 x 421 rows" in path.read_text()
-    write_round(tmp_path / "rehearsal", run="run: {engine: simulated, production_steps: 80}\n")
-    assert run(["study", "sweep", "rehearsal/round1.yaml", "--epochs", "3"]) == 2
-    assert "--epochs: a rehearsal opens no data" in capsys.readouterr().err
+    for folder in ("rehearsal", "rehearsed"):
+        write_round(tmp_path / folder, run="run: {engine: simulated, production_steps: 80}\n")
+        assert run(["study", "sweep", f"{folder}/round1.yaml", "--epochs", "3"]) == 2
+        assert "--epochs: a rehearsal opens no data" in capsys.readouterr().err
+        assert [each.name for each in (tmp_path / folder).iterdir()] == ["round1.yaml"]
 
 
-def test_a_model_that_cannot_be_loaded_leaves_the_folder_as_it_was(
+def test_an_answer_is_said_and_written_and_what_has_begun_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    swept(tmp_path, production_steps=8000, base="no/such/model", steps=8, every=2)
+    path = swept(tmp_path, production_steps=500, steps=18, every=5)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "runs").touch()
     assert run(["study", "sweep", "round1.yaml"]) == 2
-    assert "no/such/model" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["round1.yaml"]
+    assert "runs" in capsys.readouterr().err
+    assert not (tmp_path / "sweep-20.yaml").exists()
+    (tmp_path / "runs").unlink()
+    first = next_sweep(load_round(path))
+    assert isinstance(first, RoundFile)
+    rates = default_grid()
+    record_sweep(first, dict.fromkeys(rates[:3], 0.2))
+    text = first.path.read_text()
+    first.path.write_text(text.replace("lora_r: 2", "lora_r: 4"))
+    assert run(["study", "sweep", "round1.yaml"]) == 2
+    assert "hyperparameters.lora_r: the round began with 2" in capsys.readouterr().err
+    assert "lora_r: 4" in first.path.read_text()
+    first.path.write_text(text)
+    record_sweep(first, dict.fromkeys(rates, 0.2) | {rates[3]: 0.05})
+    assert run(["study", "sweep", "round1.yaml"]) == 0
+    said = capsys.readouterr()
+    assert (
+        "The training set is fitted in 20 steps, fastest at a constant learning rate of 0.000115: there the "
+        "mean loss of a sample of training rows is at most 0.05, or 99% of its target tokens"
+    ) in said.out
+    assert said.out.splitlines()[-1] == "wrote round1.yaml: max_train_steps 18 -> 20"
+    assert said.err.splitlines()[-1] == "next: tuner study run round1.yaml"
+    assert load_round(path).spec.max_train_steps == 20
+
+
+def test_a_sweep_without_an_answer_fails_and_leaves_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = swept(tmp_path, production_steps=500, steps=20, every=5)
+    before = path.read_text()
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        found = next_sweep(load_round(path))
+        assert isinstance(found, RoundFile)
+        rates = [entry["learning_rate"] for entry in found.spec.search.enqueue]
+        record_sweep(found, {rate: 1 + rate for rate in rates})
+    assert run(["study", "sweep", "round1.yaml"]) == 1
+    assert "still at the edge of the grid, 1e-07, after 2 widenings" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_a_model_or_rows_that_cannot_be_loaded_leave_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "eval"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instr')
+    for changes, said in (
+        ({"base": "no/such/model"}, "no/such/model"),
+        ({"data": tmp_path / "rows"}, "train.jsonl:2: not one JSON object"),
+    ):
+        swept(tmp_path / "study", production_steps=8000, steps=8, every=2, **changes)
+        monkeypatch.chdir(tmp_path / "study")
+        assert run(["study", "sweep", "round1.yaml"]) == 2
+        assert said in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
 
 
 @pytest.mark.slow

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
-from tests.studies import formula, round_file, silent_view
+from tests.studies import formula, round_file
 from tests.study.rehearsal import Crash, DyingStore, Fuse, rehearse, rounds, trials
 from tuner.playbook import read_round
 from tuner.playbook.gain import GainSource
-from tuner.records import Branch, CheckpointKind, Died, Event, RoundRecord, Trial
+from tuner.records import (
+    Assignment,
+    Branch,
+    Checkpoint,
+    CheckpointKind,
+    Died,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    Progressed,
+    RoundRecord,
+    Saved,
+    Started,
+    Trial,
+)
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
 from tuner.study.attempts import MAX_ATTEMPTS
@@ -105,12 +122,17 @@ class Place:
         self.plan = RoundPlan(round_file(study, **CHANGES))
         self.store = MemoryStore()
         self.store.record(*facts)
+        self.said: list[str] = []
+
+    def opened(self, *, fuse: Fuse | None = None) -> DecayBranches:
+        """The branches as a process sees them."""
+        store: Store = self.store if fuse is None else DyingStore(self.store, fuse)  # type: ignore[assignment]
+        folder = CheckpointFolder(self.plan.checkpoints)
+        return DecayBranches(self.plan, store, folder, _seconds().__next__, self.said.append)
 
     def run(self, worker: Worker, *, fuse: Fuse | None = None) -> None:
         """One process: what an earlier one left is healed, then branches run to the end."""
-        store: Store = self.store if fuse is None else DyingStore(self.store, fuse)  # type: ignore[assignment]
-        folder = CheckpointFolder(self.plan.checkpoints)
-        branches = DecayBranches(self.plan, store, folder, _seconds().__next__, silent_view().message)
+        branches = self.opened(fuse=fuse)
         branches.heal()
         while branches.left():
             while worker.capacity() > 0 and (assignment := branches.next_assignment()) is not None:
@@ -204,6 +226,189 @@ def test_a_branch_without_its_trunk_is_given_up_and_says_why(study: Path, facts:
     place = Place(study, [*facts, CheckpointsRemoved("round1", 0, (trunk.path,))])
     place.run(SimulatedWorker(formula, slots=1))
     assert {(b.trial, b.max_train_steps) for b in place.branches} == ENDS - {(0, 6)}
+
+
+# --- one branch, event by event -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(study: Path, facts: list[Fact]) -> Iterator[Place]:
+    place = Place(study, facts)
+    yield place
+    for left in place.plan.checkpoints.glob("branch-*"):
+        shutil.rmtree(left)
+
+
+@dataclass
+class Run:
+    """What a worker says of the branch that it was given."""
+
+    place: Place
+    branches: DecayBranches
+    assignment: Assignment
+
+    def say(self, event: type[Any], *arguments: Any) -> Branch:
+        """Record it; the branch as it is then."""
+        name = (self.assignment.round, self.assignment.trial, self.assignment.attempt)
+        self.branches.record(event(*name, *arguments))
+        return self.place.branches[0]
+
+    def save(self, step: int, *, kind: CheckpointKind = CheckpointKind.LAST) -> Path:
+        """Save a checkpoint, and say so; its directory."""
+        path = Path(self.assignment.directory, kind, f"step-{step}.a{self.assignment.attempt}")
+        path.mkdir(parents=True, exist_ok=True)
+        named = str(path.relative_to(self.place.plan.checkpoints))
+        self.say(Saved, Checkpoint(kind, step, named, 1, f"sha of {named}"))
+        return path
+
+    def again(self) -> Run:
+        """The next attempt of it."""
+        assignment = self.branches.next_assignment()
+        assert assignment is not None
+        assert assignment.trial == self.assignment.trial
+        return Run(self.place, self.branches, assignment)
+
+
+def begun(place: Place) -> Run:
+    branches = place.opened()
+    assignment = branches.next_assignment()
+    assert assignment is not None
+    return Run(place, branches, assignment)
+
+
+def test_a_worker_is_given_a_run_that_decays_from_the_trunk(place: Place) -> None:
+    best = read_round(round_results(place.store.rounds()[0], place.store.trials("round1"))).leading[0].trial
+    leftover = place.plan.checkpoints / f"branch-{best.number:04d}-000004" / "last" / "step-000003.a9"
+    leftover.mkdir(parents=True)
+    run = begun(place)
+    trunk = best.checkpoint(CheckpointKind.TRUNK, 2)
+    assert trunk is not None
+    assert run.assignment == Assignment(
+        round="round1",
+        trial=run.assignment.trial,
+        attempt=1,
+        hyperparameters={**best.hyperparameters, "decay_steps": 2},
+        max_train_steps=4,
+        evaluate_every=2,
+        directory=str(leftover.parent.parent),
+        resume_from=str(place.plan.checkpoints / trunk.path),
+        resume_sha256=trunk.sha256,
+    )
+    assert not leftover.exists()
+    others = [run.branches.next_assignment() for _ in range(6)]
+    assert others[5] is None
+    assert len({each.trial for each in (run.assignment, *others) if each is not None and each.trial < 0}) == 6
+    assert place.said[0] == f"decay branch of trial {best.number} to step 4 leaves the trunk at step 2"
+
+
+def test_what_a_worker_says_of_a_branch_is_recorded_as_it_comes(place: Place) -> None:
+    run = begun(place)
+    assert run.say(Started, 2).attempts[0].to_step == 2
+    assert run.say(Progressed, 3, 1.0).attempts[0].to_step == 3
+    inherited = run.say(Evaluated, Evaluation(2, 1.5))
+    assert (inherited.evaluation, inherited.executed_steps) == (None, 1)
+    run.save(3, kind=CheckpointKind.BEST)
+    run.save(3, kind=CheckpointKind.TRUNK)
+    assert place.branches[0].checkpoint is None
+    old = run.save(3)
+    assert run.save(3) == old
+    assert old.is_dir()
+    new = run.save(4)
+    assert (old.exists(), new.is_dir()) == (False, True)
+    assert place.branches[0].executed_steps == 2
+    last = Evaluation(4, 1.25)
+    assert run.say(Evaluated, last).evaluation == last
+    ended = run.say(Ended, 4, "complete")
+    assert (ended.state, ended.evaluation, ended.attempts[0].outcome) == ("complete", last, "complete")
+    assert not Path(run.assignment.directory).exists()
+    assert place.said[-1].endswith("to step 4: complete, loss 1.2500")
+    run.branches.died([run.assignment.trial], "later")
+    assert place.branches[0] == ended
+
+
+def test_steps_are_counted_whoever_says_them_first(place: Place) -> None:
+    run = begun(place)
+    assert run.say(Evaluated, Evaluation(3, 1.5)).executed_steps == 1
+    run.save(4)
+    assert place.branches[0].executed_steps == 2
+    assert run.say(Ended, 3, "stopped").executed_steps == 2
+    assert run.again().say(Ended, 5, "stopped").executed_steps == 3
+    assert run.again().say(Ended, 6, "complete").executed_steps == 5
+
+
+def test_an_infeasible_branch_is_not_tried_again(place: Place) -> None:
+    run = begun(place)
+    run.say(Evaluated, Evaluation(4, 9.0))
+    ended = run.say(Ended, 4, "infeasible", "its loss diverged")
+    assert (ended.state, ended.reason) == ("infeasible", "its loss diverged")
+    assert place.said[-1].endswith("to step 4: infeasible, its loss diverged")
+    assert ended not in run.branches.left()
+
+
+def test_a_stopped_attempt_goes_on_and_a_failed_one_leaves_the_trunk_anew(place: Place) -> None:
+    run = begun(place)
+    saved = run.save(3)
+    assert run.say(Ended, 3, "stopped").state == "open"
+    second = run.again()
+    assert (second.assignment.attempt, second.assignment.resume_from) == (2, str(saved))
+    assert second.assignment.resume_sha256 == f"sha of {saved.relative_to(place.plan.checkpoints)}"
+    assert place.said[-1].endswith("to step 4 goes on at step 3")
+    assert place.branches[0].attempts[1].to_step == 3
+    assert second.say(Ended, 3, "failed", "unreadable").checkpoint is None
+    assert saved.is_dir()
+    third = second.again()
+    assert third.assignment.resume_from == run.assignment.resume_from
+    assert not saved.exists()
+
+
+def test_a_checkpoint_that_is_gone_is_made_good_from_the_trunk(place: Place) -> None:
+    run = begun(place)
+    saved = run.save(3)
+    run.say(Ended, 3, "stopped")
+    shutil.rmtree(saved)
+    assert run.again().assignment.resume_from == run.assignment.resume_from
+
+
+def test_deaths_are_counted_from_the_last_progress_and_only_of_what_the_worker_held(place: Place) -> None:
+    run = begun(place)
+    run.save(3)
+    for _ in range(MAX_ATTEMPTS):
+        run.branches.died([run.assignment.trial - 1], "another worker")
+        assert place.branches[0].attempts[-1].ended_at is None
+        run.branches.died([run.assignment.trial], "lost")
+        last = place.branches[0].attempts[-1]
+        assert (place.branches[0].state, last.outcome, last.message) == ("open", "died", "lost")
+        run = run.again()
+    failed = run.say(Ended, 3, "failed")
+    assert (failed.state, failed.reason) == ("failed", "failed")
+
+
+def test_a_process_that_goes_on_keeps_what_a_branch_can_go_on_from(place: Place) -> None:
+    run = begun(place)
+    saved = run.save(3)
+    later = place.opened()
+    later.heal()
+    assert place.branches[0].attempts[0].outcome == "interrupted"
+    goes_on = later.next_assignment()
+    assert goes_on is not None
+    assert goes_on.resume_from == str(saved)
+    assert saved.is_dir()
+
+
+def test_files_go_after_the_fact_that_the_branch_has_ended(place: Place) -> None:
+    run = begun(place)
+    saved = run.save(4)
+    dying = replace(run, branches=place.opened(fuse=Fuse(1)))
+    with pytest.raises(Crash):
+        dying.say(Ended, 4, "complete")
+    assert saved.is_dir()
+
+
+def test_branches_that_the_file_has_given_up_are_not_owed(study: Path, facts: list[Fact]) -> None:
+    place = Place(study, facts)
+    assert place.opened().left()
+    place.plan = RoundPlan(round_file(study, **{**CHANGES, "storage": "sqlite:///tuner.db"}))
+    assert place.opened().left() == ()
 
 
 def _seconds() -> Iterator[float]:

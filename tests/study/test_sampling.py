@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,10 @@ def test_quasi_random_points_cover_each_range_evenly() -> None:
 def test_enqueued_values_come_first_and_the_sampler_fills_the_rest(
     storage: optuna.storages.BaseStorage,
 ) -> None:
-    enqueue = [{"learning_rate": 2e-4, "lora_r": 16, "continues": "round0/3"}, {"lora_r": 8}]
+    enqueue = [
+        {"learning_rate": 2e-4, "lora_r": 16, "continues": "round0/3"},
+        {"lora_r": 8, "target_modules": ["q_proj", "v_proj"]},
+    ]
     for sampler in ("quasi-random", "tpe"):
         adviser = Advisor(
             storage,
@@ -117,7 +121,8 @@ def test_enqueued_values_come_first_and_the_sampler_fills_the_rest(
         )  # type: ignore[arg-type]
         first, second = adviser.propose(0), adviser.propose(1)
         assert (first.chosen["learning_rate"], first.chosen["lora_r"]) == (2e-4, 16)
-        assert second.chosen["lora_r"] == 8
+        assert (second.chosen["lora_r"], second.chosen["target_modules"]) == (8, ("q_proj", "v_proj"))
+        assert set(first.chosen) == set(second.chosen) == set(SPACE) - {"optimizer"}
         assert SPACE["learning_rate"].contains(second.chosen["learning_rate"])
 
 
@@ -125,9 +130,17 @@ def test_what_is_enqueued_takes_no_place_of_the_quasi_random_sequence() -> None:
     space: Space = {"learning_rate": Range(1e-5, 1e-2, log=True), "lora_r": Choices((8, 16))}
     whole = {"learning_rate": 1e-4, "lora_r": 8}
     for enqueue in ([], [whole], [whole, {"lora_r": 16}]):
-        adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue)
+        adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=3)
         new = [dict(adviser.propose(len(enqueue) + place).chosen) for place in range(2)]
-        assert new == [quasi_random_point(space, seed=0, place=place) for place in range(2)]
+        assert new == [quasi_random_point(space, seed=3, place=place) for place in range(2)]
+    filled = adviser.propose(1).chosen
+    assert filled == {**quasi_random_point(space, seed=4, place=1), "lora_r": 16}
+
+
+def test_random_points_of_two_seeds_have_none_in_common() -> None:
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+    advisers = [advised(space, (), sampler="random", seed=seed) for seed in range(2)]
+    assert len({adviser.propose(n).chosen["learning_rate"] for adviser in advisers for n in range(3)}) == 6
 
 
 def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.storages.BaseStorage) -> None:
@@ -142,6 +155,16 @@ def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.sto
             trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen), max_train_steps=10
         )
     assert len(set(points)) == 4
+
+
+def test_a_grid_begins_after_what_is_enqueued() -> None:
+    space: Space = {"learning_rate": Choices((1e-4, 1e-3)), "lora_r": Choices((8, 16))}
+    enqueue = [{"learning_rate": 1e-3}]
+    adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler="grid", enqueue=enqueue)
+    assert adviser.num_points == 5
+    first, *points = [tuple(adviser.propose(ordinal).chosen.values()) for ordinal in range(5)]
+    assert first == (1e-3, 8)
+    assert points == [(rate, rank) for rate in (1e-4, 1e-3) for rank in (8, 16)]
 
 
 def test_a_failed_trial_is_asked_again_with_the_same_values(storage: optuna.storages.BaseStorage) -> None:
@@ -194,13 +217,15 @@ def test_an_infeasible_region_of_an_earlier_round_is_kept_out_of(sampler: str) -
     assert max(rates) <= 0.6
 
 
-def earlier_trials(found: list[tuple[float, float]], *, round_name: str = "round0") -> tuple[Trial, ...]:
-    """Complete trials by rate and loss; infeasible where the loss is infinite."""
+def earlier_trials(
+    found: list[tuple[float, float]], *, round_name: str = "round0", **others: Any
+) -> tuple[Trial, ...]:
+    """Complete trials by rate and loss, with these other values; infeasible where the loss is infinite."""
     return tuple(
         Trial(
             round_name,
             number,
-            {"learning_rate": rate},
+            {"learning_rate": rate, **others},
             TrialState.COMPLETE if math.isfinite(loss) else TrialState.INFEASIBLE,
             evaluations=(Evaluation(5, loss),),
         )
@@ -243,6 +268,64 @@ def test_what_runs_outside_of_the_space_is_no_obstacle(sampler: str) -> None:
     assert adviser.propose(1, [outside]).chosen == alone.propose(1).chosen
 
 
+RATES = (0.02, 0.13, 0.22, 0.35, 0.41, 0.58, 0.77, 0.93)
+
+
+def near(best: float, *rates: float) -> list[tuple[float, float]]:
+    return [(rate, 1 + abs(rate - best)) for rate in rates]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_model_is_asked_once_half_of_the_round_is_known(sampler: str) -> None:
+    """Before that it is a random point; what is enqueued counts as if it were known."""
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+    anywhere = advised(space, (), sampler="random").propose(7).chosen
+    queue = [{"learning_rate": 0.5}] * 6
+    for enqueue, known, is_random in (([], 3, True), ([], 4, False), (queue, 5, True), (queue, 6, False)):
+        adviser = advised(space, earlier_trials(near(0.3, *RATES[:known])), sampler=sampler, enqueue=enqueue)
+        assert (adviser.propose(7).chosen == anywhere) == is_random
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_only_what_lies_in_the_space_is_known(sampler: str) -> None:
+    space: Space = {"learning_rate": Range(0.0, 1.0), "lora_r": Choices((8, 16))}
+    inside = earlier_trials(near(0.3, *RATES), lora_r=8)
+    beside = earlier_trials(near(0.3, 1.5, -0.2), round_name="wider", lora_r=16)
+    without = earlier_trials(near(0.3, 0.3), round_name="other")
+    alone, among = (
+        advised(space, known, sampler=sampler).propose(8).chosen
+        for known in (inside, (*inside, *beside, *without))
+    )
+    assert among == alone
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_what_runs_beside_is_kept_away_from_and_what_is_complete_is_learned_from(sampler: str) -> None:
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+    earlier = earlier_trials(near(0.3, *RATES))
+
+    def proposed(*trials: Trial, seed: int = 0, known: tuple[Trial, ...] = ()) -> float:
+        outcomes_before = (*outcomes(earlier, max_train_steps=5), *outcomes(known, max_train_steps=15))
+        search = SearchSpec(trials=8, sampler=sampler, seed=seed)  # type: ignore[arg-type]
+        storage = optuna.storages.InMemoryStorage()
+        adviser = Advisor(storage, "study", space, search, max_train_steps=15, earlier=outcomes_before)
+        return float(adviser.propose(12, trials).chosen["learning_rate"])  # type: ignore[arg-type]
+
+    def of_round(state: TrialState, *rates: float) -> list[Trial]:
+        return [
+            trial(n, n, state, {"learning_rate": rate}, 1 + abs(rate - 0.3)) for n, rate in enumerate(rates)
+        ]
+
+    alone = proposed()
+    running = of_round(TrialState.RUNNING, alone)
+    assert abs(alone - 0.3) < 0.15
+    assert abs(proposed(*running) - alone) > 1e-3
+    assert proposed(*running, seed=1) != proposed(*running)
+    assert abs(proposed(*of_round(TrialState.RUNNING, 0.9, 0.91, 0.92)) - 0.3) < 0.15
+    complete = of_round(TrialState.COMPLETE, 0.29, 0.31, 0.3)
+    assert proposed(*complete) == proposed(known=tuple(complete))
+
+
 def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.BaseStorage) -> None:
     adviser = advisor(storage)
     proposal = adviser.propose(0)
@@ -257,6 +340,15 @@ def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.Ba
     assert frozen.intermediate_values == {0: 3.0, 5: 1.25}
     assert frozen.user_attrs["best_step"] == 5
     assert frozen.user_attrs["best_step_fraction"] == 0.5
+
+
+def test_a_loss_that_is_not_finite_is_not_shown() -> None:
+    adviser = advisor(optuna.storages.InMemoryStorage())
+    proposal = adviser.propose(0)
+    running = trial(0, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen)
+    for step, loss in ((0, 3.0), (5, math.nan), (10, math.inf)):
+        adviser.report(running, Evaluation(step, loss), (0, 5, 10))
+    assert adviser.study.trials[0].intermediate_values == {0: 3.0}
 
 
 def test_the_objective_is_the_best_evaluation_and_not_the_last(storage: optuna.storages.BaseStorage) -> None:
@@ -335,3 +427,21 @@ def test_answers_as_the_objective_are_maximised_and_shown_as_they_are(sampler: s
     assert told.user_attrs["answers"] == "50 by exact_match"
     assert (infeasible.state.name, infeasible.value) == ("PRUNED", None)
     assert adviser.study.best_trial.number == told.number
+
+
+def test_equal_answers_are_parted_by_their_losses() -> None:
+    space: Space = {"learning_rate": Range(0.0, 1.0)}
+    score = AnswerScore(5, "exact_match", 0.5, 0.01, 50, is_objective=True)
+    found = earlier_trials([(n / 20, 1 + abs(n / 20 - 0.7)) for n in range(20)])
+    equal = outcomes([replace(t, answer_score=score) for t in found], max_train_steps=5)
+    adviser = Advisor(
+        optuna.storages.InMemoryStorage(),
+        "study",
+        space,
+        SearchSpec(trials=8, sampler="tpe"),
+        max_train_steps=5,
+        earlier=equal,
+        objective="answers",
+    )
+    rates = [float(adviser.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
+    assert all(abs(rate - 0.7) < 0.2 for rate in rates)

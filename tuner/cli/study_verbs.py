@@ -109,7 +109,7 @@ def run(
     if ran is None:
         _next(f"tuner study run {round_file}")
     else:
-        _print_summary(_reports(ran.parent, ran), directory=_rehearsal_folder(round_file, ran))
+        _print_summary(_reports(ran.parent, ran), directory=_folder_of(round_file, ran))
 
 
 @app.command()
@@ -139,7 +139,7 @@ def sweep(
 
     where = Where(slots, workers, engine)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
-    directory = None if file is None else _rehearsal_folder(round_file, file)
+    directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
 
 
@@ -178,7 +178,7 @@ def auto(
             _say(sentence)
     _print_summary(
         _reports(ended.last.parent, ended.last),
-        directory=_rehearsal_folder(round_file, ended.last),
+        directory=_folder_of(round_file, ended.last),
         command=ended.command if ended.reason is None else None,
     )
     if ended.taught_nothing:
@@ -320,9 +320,10 @@ def _reports(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...
     return reports_on(directory, round_path)
 
 
-def _rehearsal_folder(round_file: Path, ran: Path) -> Path | None:
-    """Where the next verbs act when a copy of the file was run; None when the file itself was."""
-    return None if ran.resolve() == round_file.resolve() else round_file.parent / ran.parent.name
+def _folder_of(round_file: Path, ran: Path) -> Path:
+    """Where the next verbs act: the folder of the file that was typed, or the rehearsal's within it."""
+    folder = round_file.parent
+    return folder if ran.parent.resolve() == folder.resolve() else folder / ran.parent.name
 
 
 def _print_summary(

@@ -20,15 +20,13 @@ from tuner.playbook.sweep import (
     SweepProblem,
     answer_without_a_sweep,
 )
-from tuner.spec import RoundFile, edit_round, read_round
+from tuner.spec import RoundFile, edit_round, load_round, read_round
 from tuner.study.checking import mean
 from tuner.study.disk import taken_back
 from tuner.study.folder import is_rehearsal
 from tuner.study.plan import RoundPlan
 from tuner.study.promotion import write_round_file
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
-
-_NO_ROWS = "--epochs: a rehearsal opens no data to count rows of; write run.production_steps"
 
 
 def sweep_file(
@@ -37,17 +35,17 @@ def sweep_file(
     """Sweep, or go on with it, and write what was found into the round file.
 
     `epochs` are taken as its `run.production_steps`, which is written with the answer. Returns the command
-    that comes next, and the round file that it is to run; None when the time was over first. Raises
-    TunerError when the sweep gives no answer, and Interrupted, naming the command that goes on, when a signal
-    asked to stop.
+    that comes next and the round file that it is to run, in whose folder it is to be typed; None when the
+    time was over first. Raises TunerError when the sweep gives no answer, and Interrupted, naming the command
+    that goes on, when a signal asked to stop.
     """
     length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     command = f"tuner study sweep {path}{length}{limit}{where.options}"
     if epochs is not None and not 0 < epochs < math.inf:
         raise InputError(f"--epochs {epochs:g}: expects a number above 0")
-    if epochs is not None and where.engine == "simulated":
-        raise InputError(_NO_ROWS)
+    if epochs is not None and (where.engine or load_round(path).spec.run.engine) == "simulated":
+        raise InputError("--epochs: a rehearsal opens no data to count rows of; write run.production_steps")
     answer: SweepDecision | None = None
     with interruptible(command, duration=duration) as stopping:
         file = where.file(path)
@@ -65,23 +63,21 @@ def sweep_file(
     if not isinstance(answer, (FirstHorizon, ComputeBound)):
         return command, None
     _say_and_write(file, answer)
-    return f"tuner study run {path.name if is_rehearsal(file) else path}", file.path
+    return f"tuner study run {path.name}", file.path
 
 
 def _with_epochs(file: RoundFile, epochs: float) -> RoundFile:
     """The file with so many epochs of its training rows as `run.production_steps`, said and not yet written.
 
-    Raises InputError in a rehearsal, which knows no rows, and where it is less than `max_train_steps`.
+    Raises InputError where it is less than `max_train_steps`.
     """
-    if is_rehearsal(file):
-        raise InputError(_NO_ROWS)
     from tuner.cli.preparing import prepared
 
     planned = RoundPlan(file)
     with taken_back(planned.cache):
         rows = len(prepared(planned.absolute, planned.cache).train)
         batch_size = round(mean(planned.space["batch_size"]))
-        steps = max(1, math.ceil(epochs * rows / batch_size))
+        steps = math.ceil(epochs * rows / batch_size)
         typer.echo(
             f"--epochs {epochs:g}: of {rows} rows, {batch_size} a step: {steps} steps, the longest of a sweep"
         )

@@ -23,7 +23,7 @@ from tuner.playbook.sweep import (
     default_grid,
     is_sweep,
 )
-from tuner.records import Choices, Dimension, Range, Trial, TrialState, Value
+from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value
 from tuner.spec import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
 from tuner.store import Store
 from tuner.study.folder import open_folder
@@ -88,12 +88,13 @@ def first_sweep(file: RoundFile) -> str:
         "evaluation.answers": DELETE,
         "evaluation.every_steps": every,
         "evaluation.max_examples": SAMPLE_SIZE,
+        "run.pruner": DELETE,
         "search.sampler": "quasi-random",
     }
     for name, dimension in spec.space().items():
         value = _NEUTRAL.get(name, _fixed(name, dimension))
-        if value is not None and name != "learning_rate":
-            changes[f"hyperparameters.{name}"] = list(value) if isinstance(value, tuple) else value
+        if value is not None:
+            changes[f"hyperparameters.{name}"] = value
     comments = {
         "data.eval": "a sample of the training rows: how well are they fitted?",
         "data.allow_overlap": "on purpose: see eval",
@@ -177,9 +178,7 @@ def _following(
     match decision:
         case LongerSweep(max_train_steps=longer):
             found = _by_rate(store, names)
-            sound = [
-                found[rate] for rate in sorted(found, key=float) if found[rate].state == TrialState.COMPLETE
-            ]
+            sound = [found[rate] for rate in sorted(found) if found[rate].state == TrialState.COMPLETE]
             entries = [
                 {
                     "learning_rate": trial.hyperparameters["learning_rate"],
@@ -227,13 +226,17 @@ def _is_complete(file: RoundFile, store: Store) -> bool:
 
 
 def _fixed(name: str, dimension: Dimension) -> Value | None:
-    """One value of a searched hyperparameter: the first of a list, of a range the default or its low end."""
+    """The one value of a searched hyperparameter: the first of a list, of a range the default or its low end.
+
+    A fixed warmup is written too, since its default follows the horizon. None leaves what the file has.
+    """
     match dimension:
         case Choices(values=values):
             return values[0]
         case Range(low=low):
             default = HYPERPARAMETERS[name].default
-            within = default is not None and dimension.contains(default)
-            return default if within else int(low) if dimension.integer else low
+            return default if default is not None and dimension.contains(default) else low
+        case Fixed(value=value) if name == "warmup_steps":
+            return value
         case _:
             return None
