@@ -90,6 +90,7 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
         ("-1", (), "--epochs -1: expects a number above 0"),
         ("nan", (), "--epochs nan: expects a number above 0"),
         ("inf", (), "--epochs inf: expects a number above 0"),
+        ("1e308", (), "--epochs 1e+308: expects a number above 0, and at most 1,000,000"),
         ("3", ("--engine", "simulated"), "--epochs: a rehearsal opens no data"),
         ("0.01", (), "run.production_steps: 3 is below max_train_steps (8)"),
     ):

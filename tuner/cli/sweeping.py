@@ -28,6 +28,8 @@ from tuner.study.plan import RoundPlan
 from tuner.study.promotion import write_round_file
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
 
+MOST_EPOCHS = 1_000_000
+
 
 def sweep_file(
     path: Path, *, duration: str | None, where: Where, epochs: float | None = None
@@ -42,8 +44,8 @@ def sweep_file(
     length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     command = f"tuner study sweep {path}{length}{limit}{where.options}"
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise InputError(f"--epochs {epochs:g}: expects a number above 0")
+    if epochs is not None and not 0 < epochs <= MOST_EPOCHS:
+        raise InputError(f"--epochs {epochs:g}: expects a number above 0, and at most {MOST_EPOCHS:,}")
     if epochs is not None and (where.engine or load_round(path).spec.run.engine) == "simulated":
         raise InputError("--epochs: a rehearsal opens no data to count rows of; write run.production_steps")
     answer: SweepDecision | None = None
