@@ -23,6 +23,7 @@ from tests import tiny
 from tuner.adapters import head_loss, load_base
 from tuner.adapters.base import freeze, load_config
 from tuner.errors import ModelError
+from tuner.spec import ModelSpec
 
 
 class TestTokenNll:
@@ -197,6 +198,17 @@ class TestFrozen:
 
 
 class TestRefused:
+    def test_a_base_that_does_not_fit_into_memory(
+        self, models: tiny.Models, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("Tried to allocate 130 GiB")
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+        said = r"does not fit into the memory of cpu: Tried to allocate 130 GiB\nSet model.quantization: nf4"
+        with pytest.raises(ModelError, match=said):
+            load_base(ModelSpec(path=str(models.path("llama"))), device="cpu", max_length=tiny.MAX_LENGTH)
+
     def refusal(self, directory: Path, *, max_length: int = tiny.MAX_LENGTH) -> str:
         with pytest.raises(ModelError) as refused:
             load_base(tiny.model_spec(directory), device="cpu", max_length=max_length)

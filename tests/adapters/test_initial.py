@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
 from tuner.adapters.initial import adapter_sizes, hollow_copy, lora_config, targeted_modules
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range
+from tuner.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -150,3 +154,25 @@ def test_targeted_modules_are_those_of_any_trial(models: tiny.Models) -> None:
         "transformer.h.1.attn.c_attn",
         "transformer.h.0.mlp.c_fc",
     }
+
+
+def test_a_model_whose_code_comes_along_is_measured_without_being_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `study check` does, where no model of this process has made its class known."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = {**tiny.config("llama").to_dict(), "model_type": "own", "auto_map": classes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    space = {"lora_r": Fixed(2), "target_modules": Fixed("all-linear")}
+    model = ModelSpec(path=str(tmp_path), trust_remote_code=True)
+    (tmp_path / "plain").mkdir()
+    tiny.config("llama").save_pretrained(tmp_path / "plain")
+    plain = ModelSpec(path=str(tmp_path / "plain"))
+    assert largest_adapter(model, space) == largest_adapter(plain, space) > 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import MountTmpfs, make_read_only
-from tests.studies import write_round
+from tests.studies import tuner, write_round
 from tuner.cli import run
 from tuner.report.elsewhere import not_installed
 from tuner.spec import load_round
@@ -287,3 +287,40 @@ def test_new_writes_a_round_that_checks(tmp_path: Path, capsys: pytest.CaptureFi
     assert (spec.study, spec.data.train[0].format) == ("mine", "alpaca")
     assert run(["study", "new", str(tmp_path / "mine"), *arguments]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_path_in_the_home_folder_is_found_and_written_so_that_it_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell leaves `--data=~/rows.jsonl` as it is; a folder with a blank is quoted where it is named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW * 3)
+    (tmp_path / "held.jsonl").write_text(OTHER_ROW)
+    study = tmp_path / "my study"
+    options = ("--model=~/base", "--data=~/rows.jsonl", "--eval=~/held.jsonl")
+    done = tuner("study", "new", str(study), *options, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"next: tuner study check '{study}/round1.yaml'" in done.stderr
+    spec = load_round(study / "round1.yaml").spec.absolute(study)
+    found = (spec.model.path, spec.data.train[0].path, spec.data.eval[0].path)
+    assert found == tuple(str(tmp_path / name) for name in ("base", "rows.jsonl", "held.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--data", "", "--data: has no value; give a file"),
+        ("--model", "", "--model: has no value"),
+        ("--eval", "", "--eval: has no value"),
+        ("--data", f"{'x' * 256}.jsonl", "--data: has a name longer than 255 bytes"),
+    ],
+)
+def test_new_refuses_what_is_no_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    """Such as a variable of the shell that is not set."""
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW)
+    given = {"--model": "m", "--data": str(tmp_path / "rows.jsonl"), option: value}
+    options = [word for pair in given.items() for word in pair]
+    assert words in refused(tmp_path, capsys, "study", "new", str(tmp_path / "mine"), *options)

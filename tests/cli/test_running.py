@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.studies import QUICKSTART, trials_of, tuner, write_round
-from tuner.cli.running import parse_count, parse_duration
-from tuner.errors import InputError
+from tuner.cli import printing
+from tuner.cli.running import interruptible, parse_count, parse_duration
+from tuner.errors import InputError, RoundStopped
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,16 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
+def test_what_goes_on_is_named_as_it_has_to_be_typed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(printing, "acting_in", Path("my study"))
+    said = "no disk; then go on with: tuner -C 'my study' study run round1.yaml"
+    with (
+        pytest.raises(RoundStopped, match=re.escape(said)),
+        interruptible("tuner study run round1.yaml", duration=None),
+    ):
+        raise RoundStopped("no disk")
+
+
 @pytest.mark.parametrize("text", ["", "2", "soon", "2 hours", "-1h", "h", "1h30", "1h,30m", "0s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(InputError, match=r"--for .*90s, 30m, 2h or 1h30m"):
@@ -36,7 +48,7 @@ def test_what_is_no_duration(text: str) -> None:
 def test_slots() -> None:
     assert parse_count("--slots", "auto") == "auto"
     assert parse_count("--slots", "3") == 3
-    for text in ("0", "-1", "1.5", "many", ""):
+    for text in ("0", "-1", "1.5", "many", "", "²"):
         with pytest.raises(InputError, match=r"--slots .*auto or a whole number of at least 1"):
             parse_count("--slots", text)
 

@@ -81,6 +81,10 @@ def test_a_function_of_a_file_and_its_neighbours(metrics: Path, capsys: pytest.C
     assert score("operator:eq", "red", "blue") == 0.0
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "the metric talks\n")
+    codes = {load_metric(f"{metrics}:{name}").code for name in ("overlap", "Judge.agrees")}
+    metrics.write_text(f"{METRICS}# another file\n")
+    assert len(codes | {load_metric(f"{metrics}:overlap").code}) == 2
+    assert load_metric("exact_match").code is None
 
 
 @pytest.mark.parametrize(

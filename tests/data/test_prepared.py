@@ -145,9 +145,43 @@ def test_rows_that_differ_in_form_alone_are_the_same(tmp_path: Path, output: str
     evaluation = tiny.write_jsonl(tmp_path / "eval.jsonl", [{"instruction": "A", "output": other}])
     message = refusal(tmp_path, [{"instruction": "a", "output": output}], eval=[tiny.source(evaluation)])
     assert message.startswith(
-        "1 of 1 eval rows are train rows too, but for case, white space or Unicode form"
+        "1 of 1 eval rows are train rows too, but for format, case, white space or Unicode form"
     )
     assert "allow_overlap: true" in message
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"format": "messages", "template": "chatml"},
+        {"format": "sharegpt", "template": "llama3"},
+        {"format": "completion"},
+        {"format": "alpaca", "template": "chatml"},
+    ],
+)
+def test_rows_that_say_the_same_in_another_format_are_the_same(tmp_path: Path, other: dict[str, str]) -> None:
+    written = {
+        "messages": {
+            "messages": [_turn("role", "user", "content", ASKED), _turn("role", "assistant", "content", "4")]
+        },
+        "sharegpt": {
+            "conversations": [_turn("from", "human", "value", ASKED), _turn("from", "gpt", "value", "4")]
+        },
+        "completion": {"prompt": ASKED, "completion": "4"},
+        "alpaca": {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+    }
+    unlike = tiny.alpaca_rows(2)
+    file = tiny.write_jsonl(tmp_path / "eval.jsonl", [written[other["format"]]])
+    message = refusal(tmp_path, [*unlike, written["alpaca"]], eval=[{"path": str(file), **other}])
+    assert message.startswith("1 of 1 eval rows are train rows too, but for format, case")
+    assert f"which equals {tmp_path / 'rows.jsonl'}:3" in message
+
+
+ASKED = "Add.\n\n2 and 2"
+
+
+def _turn(who: str, speaker: str, what: str, said: str) -> dict[str, str]:
+    return {who: speaker, what: said}
 
 
 def test_rows_that_are_equal_and_rows_that_are_alike_are_counted_apart(tmp_path: Path) -> None:
@@ -348,7 +382,7 @@ def test_tables_of_finished_rounds_are_found(tmp_path: Path) -> None:
     [source] = open_sources(spec, None, tmp_path)
     recipe = Recipe(Tokeniser(PLAIN), "completion", 512, None)
     assert ingredients(source, source_format(spec, PLAIN), recipe) == {
-        "version": 2,
+        "version": 3,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "source": f"_json_lines {hashlib.sha256(file.read_bytes()).hexdigest()}",
         "format": "alpaca",

@@ -87,3 +87,16 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with AnswerFile(path, EXPECTED), pytest.raises(StorageError, match="another process is writing it"):
         AnswerFile(path, EXPECTED).open()
+
+
+def test_what_another_run_wrote_since_the_file_was_read_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    for answers in (ANSWERS[:1], ANSWERS[1:]):  # the last replaces the file, in the order of the rows
+        late = AnswerFile(path, EXPECTED)
+        with AnswerFile(path, EXPECTED) as file:
+            file.append(answers)
+        with pytest.raises(StorageError, match="has written it meanwhile"):
+            late.open()
+    assert rows_in(path) == [1, 2, 3]
+    with AnswerFile(path, EXPECTED) as file:
+        assert file.rows == {1, 2, 3}

@@ -1,5 +1,7 @@
 """A study in passes climbs over the horizons it knows, with what no longer round has taken up."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +96,10 @@ def test_a_round_begun_anew_is_the_first_one_sampled_from_what_was_learned():
     planned = plan_round_anew(FIRST, THIRD, read_round(THIRD), to="round4", trials=6, number=2)
     assert (planned.max_train_steps, planned.trials_total, planned.sampler) == (20, 6, "tpe")
     assert (planned.from_round, planned.enqueue, planned.space) == ("round3", (), SPACE)
+    by_gp = plan_round_anew(
+        replace(FIRST, sampler="gp"), THIRD, read_round(THIRD), to="round4", trials=6, number=2
+    )
+    assert by_gp.sampler == "gp"
     assert all(c.from_dimension == c.to_dimension for c in planned.changes.values())
 
 

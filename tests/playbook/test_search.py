@@ -1,12 +1,16 @@
 import pytest
 
-from tuner.playbook.search import caveats, default_sampler, search_findings, startup_trials
-from tuner.records import Choices, Fixed, Range, TimesSqrtRank
+from tuner.playbook.search import default_sampler, search_findings, startup_trials
+from tuner.records import Choices, Fixed, Range
 
 
 def test_explore_first_then_exploit():
     assert default_sampler(knows_good_trials=False)[0] == "quasi-random"
     assert default_sampler(knows_good_trials=True)[0] == "tpe"
+    for before in ("tpe", "random", "grid"):
+        assert default_sampler(knows_good_trials=True, before=before)[0] == "tpe"
+    assert default_sampler(knows_good_trials=True, before="gp")[0] == "gp"
+    assert default_sampler(knows_good_trials=False, before="gp")[0] == "quasi-random"
 
 
 @pytest.mark.parametrize(
@@ -26,8 +30,3 @@ def test_adams_names_by_number_of_trials(name, too_few, enough):
     assert name in finding.message
     assert not list(search_findings(space, enough))
     assert not list(search_findings({name: Fixed(0.9)}, too_few))
-
-
-def test_fixed_names_are_caveats():
-    space = {"lora_r": Choices((8, 16)), "lora_alpha": TimesSqrtRank(4.0), "batch_size": Fixed(8)}
-    assert caveats(space) == ("batch_size",)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.studies import formula
+from tests.studies import formula, silent_view
 from tests.study.rehearsal import Crash, Fuse, rehearse, rounds, trials
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.schedule import evaluation_steps
@@ -265,6 +266,34 @@ def test_answers_are_recorded_before_the_end_is_and_optuna_is_told_them(tmp_path
     assert study.best_trial.user_attrs["trial"] == complete[-1].number
     with closing(open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")) as store:
         assert repr(MirroredStore(store).trials("round1")) == repr(store.trials("round1"))
+
+
+def test_a_metric_that_was_edited_between_two_trials_is_said_once(tmp_path: Path) -> None:
+    class Scores(SimulatedWorker):
+        metric = "before"
+
+        def _say(self, event: Event) -> None:
+            super()._say(
+                replace(event, environment={"metric": self.metric}) if isinstance(event, Started) else event
+            )
+
+    class ScoresOtherwise(Scores):
+        metric = "after"
+
+    said: list[str] = []
+    view = silent_view()
+    view.message = said.append
+    answers = ", answers: {metric: own.py:score}"
+    for promised, worker in ((2, Scores), (5, ScoresOtherwise)):
+        rehearse(
+            tmp_path,
+            trials=promised,
+            evaluation=answers,
+            view=view,
+            make_worker=partial(worker, formula, slots=1),
+        )
+    [warning] = [text for text in said if text.startswith("warning")]
+    assert "the file of own.py:score is not what it was" in warning
 
 
 def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.studies import round_file, silent_view
 from tuner.cli.promoting import promotion_text
-from tuner.errors import InputError, TunerError
-from tuner.records import Evaluation, Hyperparameters, complete_hyperparameters
+from tuner.errors import CheckpointError, InputError, TunerError
+from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
 from tuner.spec import RoundFile, load_round, read_round
 from tuner.study.continuation import Continuations
 from tuner.study.folder import open_folder
@@ -38,10 +38,14 @@ def rising(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluat
     return Evaluation(step, 2.0 + step / 100, train_loss=1.0 if step else None)
 
 
-def run(file: RoundFile, curve: Callable[[Hyperparameters, int, int], Evaluation] = falling) -> None:
+def run(
+    file: RoundFile,
+    curve: Callable[[Hyperparameters, int, int], Evaluation] = falling,
+    worker: type[SimulatedWorker] = SimulatedWorker,
+) -> None:
     run_round(
         file,
-        make_worker=lambda plan, base: SimulatedWorker(curve, slots=3),
+        make_worker=lambda plan, base: worker(curve, slots=3),
         view=silent_view(),
         stopping=lambda: False,
     )
@@ -227,3 +231,28 @@ def test_what_is_enqueued_goes_on_only_from_the_same_work_on_the_same_grid(study
     assert "model, data, evaluation set or length changed since then" in begun(16, workload="other")
     assert begun(16, lora_alpha=99).endswith("lora_alpha differs")
     assert "its best adapter up to step 5 is of step 4" in begun(16, every=3)
+
+
+class Damaged(SimulatedWorker):
+    """Cannot read what another round has kept."""
+
+    def _first_step(self, assignment: Assignment) -> int:
+        if "round1" in (assignment.resume_from or ""):
+            raise CheckpointError("its hash is another")
+        return super()._first_step(assignment)
+
+
+def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path: Path) -> None:
+    run(first_round(tmp_path, trials=2))
+    second = load_round(promoted(tmp_path).path)
+    run(second, worker=Damaged)
+    store = open_folder(tmp_path).open()
+    trials = store.trials("round2")
+    store.close()
+    carried = [trial for trial in trials if trial.continues]
+    assert {str(trial.state) for trial in trials} == {"complete"}
+    assert len(carried) == 2
+    for trial in carried:
+        assert [(a.from_step, a.outcome) for a in trial.attempts] == [(5, "failed"), (0, "complete")]
+        said = f"started afresh instead of going on from {trial.continues}: its hash is another"
+        assert trial.reason == said

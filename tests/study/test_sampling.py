@@ -24,7 +24,7 @@ from tuner.records import (
 )
 from tuner.spec import SearchSpec
 from tuner.study.points import quasi_random_point
-from tuner.study.sampling import MAX_REPORTS, Advisor, optuna_storage, shown_steps
+from tuner.study.sampling import MAX_REPORTS, Advisor, StudyStorage, optuna_storage, shown_steps
 
 SPACE: Space = {
     "learning_rate": Range(1e-5, 1e-2, log=True),
@@ -445,3 +445,11 @@ def test_equal_answers_are_parted_by_their_losses() -> None:
     )
     rates = [float(adviser.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
     assert all(abs(rate - 0.7) < 0.2 for rate in rates)
+
+
+def test_optuna_takes_the_database_that_the_facts_are_in(tmp_path: Path) -> None:
+    """However the round file writes its URL: a driver that is not ours may not be installed."""
+    url = f"sqlite+pysqlite:///{tmp_path}/deeper/../tuner.db"
+    for storage in (optuna_storage(url), StudyStorage(url, "tiny")):
+        assert storage.url == f"sqlite:///{tmp_path}/tuner.db"
+        storage.engine.dispose()

@@ -188,15 +188,17 @@ def assignment(directory: Path, trial: int = 0, **more: object) -> Assignment:
 
 
 class StopsAtTick(Inbox):
-    """Asks a trial to leave when the loop has come round so many times."""
+    """Asks a trial to leave, or the worker to close, when the loop has come round so many times."""
 
     tick: int | None = None
-    trial = 0
+    trial: int | None = 0
 
     def assignments(self, *, wait: bool) -> Iterator[Assignment]:
         yield from super().assignments(wait=wait)
         if self.tick is not None:
-            if self.tick == 0:
+            if self.tick == 0 and self.trial is None:
+                self.closed = True
+            elif self.tick == 0 and self.trial is not None:
                 self.unwanted.add(self.trial)
             self.tick -= 1
 
@@ -206,11 +208,13 @@ def run_loop(
     assignments: Iterable[Assignment],
     *,
     stop_at_tick: int | None = None,
+    stop: int | None = 0,
     heard: list[Event] | None = None,
 ) -> list[Event]:
     """Run assignments through the training loop, one after the other as slots get free; what it said.
 
-    `heard` has it, too, where the loop raises.
+    Trial `stop` is to leave at `stop_at_tick`; None is the whole worker. `heard` has what was
+    said, too, where the loop raises.
     """
     waiting, open_ends = list(assignments), set()
     events = [] if heard is None else heard
@@ -234,7 +238,7 @@ def run_loop(
             start(assigned)
         del waiting[: place.pack.num_slots]
         inbox = StopsAtTick(lines, on_parent_gone=lambda: None)
-        inbox.tick = stop_at_tick
+        inbox.tick, inbox.trial = stop_at_tick, stop
         inbox.listen()
         train(place, inbox, say)
     return events

@@ -30,7 +30,7 @@ from tests.training.driving import (
     update_difference,
     workplace,
 )
-from tuner.adapters import Base
+from tuner.adapters import Adapter, Base, Pack
 from tuner.adapters.dropout import row_keys
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
@@ -418,6 +418,61 @@ class TestOutOfMemory:
         assert ended(events, 1).outcome == "complete"
         assert started(events, 1).step == 0
 
+    def test_an_evaluation_row_that_never_fits(self, models: tiny.Models, tmp_path: Path) -> None:
+        """Its trials are infeasible and say why, and the worker is there for the next one."""
+        trial = tiny.hyperparameters()
+        told = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
+        small = with_room_for(models.base("llama"), lambda ids: torch.is_grad_enabled() or len(ids) > 10)
+        assigned = [assignment(tmp_path, n, max_train_steps=2, evaluate_every=2) for n in range(3)]
+        with workplace(small, [trial], slots=2) as place:
+            place.base_evaluation = told
+            events = run_loop(place, assigned)
+        for number in range(3):
+            assert ended(events, number) == Ended(
+                "round1", number, 1, 2, "infeasible", "out of memory evaluating one example alone"
+            )
+            assert curve(events, number) == [told]
+
+    def test_a_trial_without_room_beside_others_begins_when_one_has_left(
+        self, models: tiny.Models, tmp_path: Path
+    ) -> None:
+        """It is not to blame for them: its curve is the one that it has alone."""
+        trials = [tiny.hyperparameters(training_seed=n) for n in range(3)]
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, max_train_steps=3 + n)
+            for n, trial in enumerate(trials)
+        ]
+        with workplace(models.base("llama"), trials, slots=3) as place:
+            small_memory(place, most=2)
+            events = run_loop(place, assigned)
+        begun, left = ([e.trial for e in events if isinstance(e, kind)] for kind in (Started, Ended))
+        assert (begun, left[0]) == ([0, 1, 2], 0)
+        assert events.index(started(events, 2)) > events.index(ended(events, 0))
+        assert {ended(events, n).outcome for n in range(3)} == {"complete"}
+        with workplace(models.base("llama"), [trials[2]]) as place:
+            alone = run_loop(place, [replace(assigned[2], directory=assigned[2].directory + "-alone")])
+        assert curve(events, 2)[-1].eval_loss == pytest.approx(curve(alone, 2)[-1].eval_loss, rel=TOLERANCE)
+
+    def test_a_trial_without_room_alone_is_infeasible(self, models: tiny.Models, tmp_path: Path) -> None:
+        assigned = assignment(tmp_path)
+        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
+            small_memory(place, most=0)
+            events = run_loop(place, [assigned])
+        reason = "out of memory alone: no room for its adapter beside the base"
+        assert ended(events) == Ended("round1", 0, 1, 0, "infeasible", reason)
+        assert not any(isinstance(event, Started) for event in events)
+
+    @pytest.mark.parametrize("stop", [1, None])
+    def test_one_that_waits_for_room_can_be_stopped(
+        self, models: tiny.Models, tmp_path: Path, stop: int | None
+    ) -> None:
+        assigned = [assignment(tmp_path, n, max_train_steps=8) for n in range(2)]
+        with workplace(models.base("llama"), [tiny.hyperparameters()], slots=2) as place:
+            small_memory(place, most=1)
+            events = run_loop(place, assigned, stop_at_tick=3, stop=stop)
+        assert ended(events, 1) == Ended("round1", 1, 1, 0, "stopped")
+        assert ended(events, 0).outcome == ("complete" if stop else "stopped")
+
 
 def one_update(place: Workplace, trials: Sequence[dict[str, object]]) -> list[tuple[float, Tensor]]:
     """Train loss and gradients of every trial's first update, before its optimizer steps."""
@@ -452,3 +507,17 @@ def _last_five(losses: Sequence[float], trial: dict[str, object]) -> float:
         for s in range(6, 11)
     ]
     return sum(loss * n for loss, n in zip(losses[5:], targets, strict=True)) / sum(targets)
+
+
+def small_memory(place: Workplace, *, most: int) -> None:
+    """Let the pack of a workplace have room for so many trials, as a small GPU has."""
+    taken: set[int] = set()
+
+    class Small(Pack):
+        def occupy(self, slot: int, adapter: Adapter) -> None:
+            if len(taken | {slot}) > most:
+                raise torch.OutOfMemoryError("artificial limit")
+            taken.add(slot)
+            super().occupy(slot, adapter)
+
+    place.pack.__class__ = Small

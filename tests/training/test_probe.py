@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PhimoeConfig
 
 from tests import tiny
 from tests.data.tiny import source, write_jsonl
-from tests.training.test_loop import with_room_for
+from tests.training.test_loop import small_memory, with_room_for
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
@@ -68,6 +70,27 @@ def test_a_row_that_does_not_fit_is_no_prediction(models: tiny.Models, tmp_path:
     place.base = with_room_for(place.base, lambda ids: not torch.is_grad_enabled())
     with pytest.raises(ModelError, match="no room for a pass of even one row"):
         predict(place, spec)
+
+
+def test_memory_without_room_for_the_slots_is_said(models: tiny.Models, tmp_path: Path) -> None:
+    """When the pack is made, and when a probe fills its slots."""
+    spec, data = _round(models, tmp_path)
+    place = arrange(spec, data, slots=2)
+    small_memory(place, most=1)
+    with pytest.raises(ModelError, match=r"run\.slots: with 2 slot\(s\), memory has no room"):
+        predict(place, spec)
+    with SmallMemory(), pytest.raises(ModelError, match=r"run\.slots: with 7 slot\(s\), memory has no room"):
+        arrange(spec, data, slots=7)
+
+
+class SmallMemory(TorchFunctionMode):
+    """Memory that ends at the first tensor of zeros as large as the weights of seven slots."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = function(*arguments, **(options or {}))
+        if function is torch.zeros and made.numel() > 7 * 1000:
+            raise torch.OutOfMemoryError("artificial limit")
+        return made
 
 
 def test_layers_that_a_pack_cannot_wrap_are_refused_at_once(models: tiny.Models, tmp_path: Path) -> None:

@@ -138,3 +138,4 @@ def test_a_worker_of_another_version_is_ended(tmp_path: Path) -> None:
     assert isinstance(died, Died)
     assert "mood" in died.reason
     assert "upgraded" in died.reason
+    assert worker.capacity() == 1, "a pool whose other workers are gone must not wait for ever"

@@ -151,6 +151,11 @@ def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int)
             )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"model.path: {model.path!r} does not fit into the memory of {device}: {error}\n"
+            "Set model.quantization: nf4, take a smaller model, or end what else uses that memory."
+        ) from error
     return loaded
 
 

@@ -127,7 +127,10 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
     Raises ModelError when there is none, or when `target_modules` names nothing in the model.
     """
     config = load_config(model, max_length=1)
-    return adapter_sizes(_hollow(config, dtype=torch.float32, base_path=model.path), space)[1]
+    hollow = _hollow(
+        config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
+    )
+    return adapter_sizes(hollow, space)[1]
 
 
 def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
@@ -168,12 +171,15 @@ def _one_rank(hollow: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
     return initial_adapter(hollow, lora_config(shape, base_path=base_path), seed=0)
 
 
-def _hollow(config: Any, *, dtype: torch.dtype, base_path: str) -> PreTrainedModel:
+def _hollow(
+    config: Any, *, dtype: torch.dtype, base_path: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """`trust_remote_code` is needed for a class that no model of this process has been loaded by."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config)
+        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     for module in hollow.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             zero = torch.zeros((), dtype=dtype).expand(module.weight.shape)

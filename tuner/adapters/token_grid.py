@@ -22,8 +22,6 @@ class TokenGrid:
     """[targets] row of each target token."""
     columns: Tensor
     """[targets] column of each target token."""
-    targets_per_row: Tensor
-    """[rows] on the CPU."""
 
     def sum_by_row(self, nll: Tensor) -> Tensor:
         """Add up per-token values [targets] row by row, in float64: [rows]."""
@@ -51,7 +49,6 @@ def grid(examples: Sequence[Sequence[Example]], *, device: torch.device, pad: in
         input_ids=torch.from_numpy(ids).to(device),
         rows=torch.from_numpy(rows).to(device),
         columns=torch.from_numpy(columns).to(device),
-        targets_per_row=torch.from_numpy(target.sum(axis=1)),
     )
 
 

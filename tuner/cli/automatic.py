@@ -56,7 +56,7 @@ def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Wher
         )
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     again = "" if passes == 1 else f" --passes {passes}"
-    ended = Ended(f"tuner study auto {path}{limit}{again}{where.options}")
+    ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
     with interruptible(ended.command, duration=duration) as stopping:
         first = where.file(path)
         while ended.reason is None:

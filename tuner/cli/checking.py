@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def _next_command(plan: StudyPlan) -> str:
         record = next((record for record in store.rounds() if record.name == plan.name), None)
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.search.trials:
-            return f"tuner study run {plan.file.path}"
+            return f"tuner study run {shlex.quote(str(plan.file.path))}"
         return round_report(folder, store, record).next_command
     finally:
         store.close()

@@ -168,7 +168,7 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
                 raise InputError(f"{name}: no round {round_name!r} has begun; begun: {begun}")
             record = found
         trials = store.trials(record.name)
-        if not number.isdigit() or int(number) >= len(trials):
+        if not number.isdecimal() or int(number) >= len(trials):
             known = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
             raise InputError(f"{name}: expects ROUND/NUMBER, NUMBER or best; {record.name} has {known}")
         return _at_rest(trials[int(number)], folder.is_running()), record.max_train_steps

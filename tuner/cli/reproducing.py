@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tuner.cli.looking import find_trial
-from tuner.cli.printing import PROSE, output
+from tuner.cli.printing import PROSE, next_command, output
 from tuner.cli.running import stop_signals
 from tuner.errors import Interrupted
 from tuner.playbook.reproduction import Agreement
@@ -41,7 +41,8 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
         with stop_signals("stopping (once more ends at once)") as stopping:
             found = reproduce(rerun, make_worker=_worker, view=view, stopping=stopping)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; begin again with: tuner trial reproduce {name}{limit}") from stop
+        again = next_command(f"tuner trial reproduce {name}{limit}")
+        raise Interrupted(f"{stop}; begin again with: {again}") from stop
     finally:
         view.close()
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Literal
 import typer
 from rich.console import Console
 
-from tuner.cli.printing import REHEARSAL_BANNER
+from tuner.cli.printing import REHEARSAL_BANNER, next_command
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.records import Evaluation, searched, to_json
 from tuner.report import open_view
@@ -75,7 +76,8 @@ def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
     and data were loaded for the first time. Raises Interrupted, naming the command that goes on, when a
     signal asked to stop.
     """
-    with interruptible(f"tuner study run {path}{where.options}", duration=duration) as stopping:
+    command = f"tuner study run {shlex.quote(str(path))}{where.options}"
+    with interruptible(command, duration=duration) as stopping:
         file = where.file(path)
         run_here(file, where, stopping=stopping)
     return file.path if has_begun(file) else None
@@ -85,19 +87,20 @@ def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
 def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether to stop: a signal came, or the time is over.
 
-    What stops on the way names the command that goes on. The end of the time is no failure: it is said, and
-    the block is left.
+    What stops on the way names the command that goes on, as it has to be typed here. The end of the time is
+    no failure: it is said, and the block is left.
     """
+    again = next_command(command)
     deadline = None if duration is None else time.monotonic() + parse_duration(duration)
     with stop_signals("stopping: saving every trial (once more ends at once)") as was_signalled:
         try:
             yield lambda: was_signalled() or (deadline is not None and time.monotonic() > deadline)
         except Interrupted as stop:
             if was_signalled():
-                raise Interrupted(f"{stop}; go on with: {command}") from stop
-            typer.echo(f"{duration} are over: {stop}; go on with: {command}", err=True)
+                raise Interrupted(f"{stop}; go on with: {again}") from stop
+            typer.echo(f"{duration} are over: {stop}; go on with: {again}", err=True)
         except RoundStopped as stop:
-            raise RoundStopped(f"{stop}; then go on with: {command}") from stop
+            raise RoundStopped(f"{stop}; then go on with: {again}") from stop
 
 
 def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
@@ -203,7 +206,7 @@ def parse_count(option: str, text: str) -> int | Literal["auto"]:
     """A whole number of at least 1, or auto. Raises InputError."""
     if text == "auto":
         return "auto"
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{option} {text!r}: expects auto or a whole number of at least 1")
     return int(text)
 

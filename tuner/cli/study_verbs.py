@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -66,7 +67,7 @@ def new(
         directory, model=model, data=data, eval_data=eval_data, format=format, template=template
     )
     _say(f"wrote {path}")
-    _next(f"tuner study check {path}")
+    _next(f"tuner study check {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -107,7 +108,7 @@ def run(
 
     ran = run_file(round_file, duration=for_, where=Where(slots, workers, engine))
     if ran is None:
-        _next(f"tuner study run {round_file}")
+        _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
         _print_summary(_reports(ran.parent, ran), directory=_folder_of(round_file, ran))
 

@@ -43,7 +43,7 @@ def sweep_file(
     """
     length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
-    command = f"tuner study sweep {path}{length}{limit}{where.options}"
+    command = f"tuner study sweep {shlex.quote(str(path))}{length}{limit}{where.options}"
     if epochs is not None and not 0 < epochs <= MOST_EPOCHS:
         raise InputError(f"--epochs {epochs:g}: expects a number above 0, and at most {MOST_EPOCHS:,}")
     if epochs is not None and (where.engine or load_round(path).spec.run.engine) == "simulated":
@@ -65,7 +65,7 @@ def sweep_file(
     if not isinstance(answer, (FirstHorizon, ComputeBound)):
         return command, None
     _say_and_write(file, answer)
-    return f"tuner study run {path.name}", file.path
+    return f"tuner study run {shlex.quote(path.name)}", file.path
 
 
 def _with_epochs(file: RoundFile, epochs: float) -> RoundFile:

@@ -48,6 +48,8 @@ class RowFormat:
     """What comes before a row's last completion, whether it has one or not. Raises DataError."""
     prompt: Callable[[str, str], str]
     """(instruction, input) as the text that comes before the completion in training."""
+    said: Callable[[Row], str] | None = None
+    """What a row says without the text around it, in whichever format it is written; None: its segments."""
     starts_plain: bool = True
     """Whether the tokenizer's own beginning (BOS) is put before the text; chat templates bring theirs."""
     windows: Windows | None = None
@@ -128,8 +130,11 @@ def _alpaca(called: Mapping[str, str]) -> RowFormat:
     def question(row: Row) -> tuple[Segment, ...]:
         return (Segment(_alpaca_prompt(*_alpaca_question(row, called)), is_target=False),)
 
+    def said(row: Row) -> str:
+        return " ".join((*_alpaca_question(row, called), _string(row, called["output"])))
+
     return RowFormat(
-        "alpaca", *_alpaca_columns(called), segments, (called["instruction"],), question, _alpaca_prompt
+        "alpaca", *_alpaca_columns(called), segments, (called["instruction"],), question, _alpaca_prompt, said
     )
 
 
@@ -205,8 +210,11 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
             raise DataError(f"{row.place}: the conversation has no message to answer")
         return chat.question(conversation, row.place)
 
+    def said(row: Row) -> str:
+        return " ".join(message["content"] for message in messages(row))
+
     return RowFormat(
-        name, needed, optional, segments, needed[:1], question, chat.prompt, starts_plain=chat.is_named
+        name, needed, optional, segments, needed[:1], question, chat.prompt, said, starts_plain=chat.is_named
     )
 
 

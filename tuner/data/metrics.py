@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -26,8 +27,10 @@ _NOT_THE_USERS = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
 class Metric:
     """A comparison by the name that a round file gives it; higher is better."""
 
-    def __init__(self, name: str, compare: Callable[[str, str], Any]) -> None:
+    def __init__(self, name: str, compare: Callable[[str, str], Any], *, code: str | None = None) -> None:
         self.name = name
+        self.code = code
+        """Hash of the file that the function is in; None where there is none of the user's."""
         self._compare = compare
 
     def __call__(self, answer: str, reference: str, *, place: str) -> float:
@@ -83,7 +86,7 @@ def load_metric(name: str) -> Metric:
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         there = f"; it has {', '.join(known[:8])}" if known else ""
         raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
-    return Metric(shown, found)
+    return Metric(shown, found, code=_file_hash(module))
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -103,6 +106,13 @@ def _file(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _file_hash(module: ModuleType) -> str | None:
+    try:
+        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()[:16]
+    except (AttributeError, OSError):
+        return None
 
 
 def _last_words(error: BaseException) -> str:

@@ -122,7 +122,7 @@ def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
     first = int(np.argmax(equal if equal.any() else shared))
     other = int(np.argmax((_both_halves(others, "likenesses") == likenesses[first]).all(axis=1)))
     num_shared, num_equal = int(shared.sum()), int(equal.sum())
-    how = "word for word" if num_equal else "but for case, white space or Unicode form"
+    how = "word for word" if num_equal else "but for format, case, white space or Unicode form"
     more = f" ({num_equal} of them word for word)" if 0 < num_equal < num_shared else ""
     return Overlap(
         num_shared,

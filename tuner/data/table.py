@@ -47,7 +47,7 @@ class RowTable:
     digests: NDArray[np.uint64]
     """[rows, 2]: 128 bits of a hash of the row's text, equal for equal texts."""
     likenesses: NDArray[np.uint64]
-    """[rows, 2]: the same of the text without what `likeness` leaves out."""
+    """[rows, 2]: the same of what the row says, without its format and what `likeness` leaves out."""
     numbers: NDArray[np.int64]
     """Line or row number of each row in its source."""
 

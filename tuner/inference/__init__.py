@@ -15,7 +15,6 @@ __all__ = [
     "AnswerFile",
     "Answerer",
     "Decoding",
-    "Generated",
     "batches",
     "convert_to_gguf",
     "export_adapter",

@@ -53,7 +53,7 @@ class AnswerFile:
         self._stream: IO[bytes] | None = None
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no directory {path.parent}")
-        self._lines, self._whole_bytes = self._read()
+        self._lines, self._whole_bytes, self._read_bytes = self._read()
 
     @property
     def rows(self) -> frozenset[int]:
@@ -61,14 +61,23 @@ class AnswerFile:
         return frozenset(self._lines)
 
     def open(self) -> None:
-        """Take away a half-written line and make ready to append. Raises StorageError."""
+        """Take away a half-written line and make ready to append.
+
+        Raises StorageError, also where another process has written since the file was read.
+        """
         try:
             self._stream = self._path.open("ab")
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked, found = os.fstat(self._stream.fileno()), self._path.stat()
         except BlockingIOError as error:
             raise StorageError(f"{self._path}: another process is writing it now") from error
         except OSError as error:
             raise StorageError(f"{self._path}: cannot be written: {error.strerror}") from error
+        if found.st_ino != locked.st_ino or found.st_size != self._read_bytes:
+            self._stream.close()
+            raise StorageError(
+                f"{self._path}: another process has written it meanwhile; the same command goes on with it"
+            )
         self._stream.truncate(self._whole_bytes)
 
     def __enter__(self) -> AnswerFile:
@@ -97,12 +106,12 @@ class AnswerFile:
             ordered.replace(self._path)
         self._stream.close()
 
-    def _read(self) -> tuple[dict[int, bytes], int]:
-        """Lines by row, and the bytes of the file without a half-written last line."""
+    def _read(self) -> tuple[dict[int, bytes], int, int]:
+        """Lines by row, and the bytes of the file without a half-written last line and with it."""
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
-            return {}, 0
+            return {}, 0, 0
         except OSError as error:
             raise InputError(f"{self._path}: cannot be read: {error.strerror}") from error
         *lines, rest = text.split(b"\n")
@@ -114,7 +123,7 @@ class AnswerFile:
             if self._expected.get(row) != made_from:
                 raise self._foreign(number, "it was made from another prompt, trial or options")
             found[row] = line + b"\n"
-        return found, len(text) - len(rest)
+        return found, len(text) - len(rest), len(text)
 
     def _parsed(self, line: bytes, number: int) -> tuple[int, str]:
         try:

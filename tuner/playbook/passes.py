@@ -11,7 +11,7 @@ from tuner.playbook.gain import configuration
 from tuner.playbook.promotion import NextRound
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
-from tuner.playbook.search import startup_trials
+from tuner.playbook.search import with_a_model
 from tuner.playbook.selection import ranked
 from tuner.playbook.tiers import tier_of
 from tuner.records import Trial, TrialState
@@ -106,9 +106,8 @@ def plan_round_anew(
         changes=changes,
         enqueue=(),
         trials_total=trials,
-        sampler="tpe",
+        sampler=with_a_model(first.sampler),
         sampler_reason="learns from all rounds so far",
-        startup_trials=startup_trials(enqueued=0, total=trials),
         proposed_seeds=(),
         findings=reading.findings,
         notes=(f"Pass {number} begins: the horizon and the space of {first.name} again.",),

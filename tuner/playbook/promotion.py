@@ -16,7 +16,7 @@ from tuner.playbook.precision import paired_standard_error
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import DecayRule, tiny_rate_share
-from tuner.playbook.search import Sampler, default_sampler, search_findings, startup_trials
+from tuner.playbook.search import Sampler, default_sampler, search_findings
 from tuner.playbook.selection import objective_score, ranked
 from tuner.records import Dimension, Hyperparameters, Space, Trial, searched
 
@@ -60,8 +60,6 @@ class NextRound:
     """The enqueued ones included."""
     sampler: Sampler
     sampler_reason: str
-    startup_trials: int
-    """Trials before a model-based sampler models; the enqueued ones count."""
     proposed_seeds: tuple[int, ...]
     """Other seeds for the best two, where what parts them is within the noise; else empty."""
     findings: tuple[Finding, ...]
@@ -103,7 +101,7 @@ def plan_next_round(
         new_horizon=horizon,
         is_searched=adds_trials and bool(searched(space)),
     )
-    sampler, sampler_reason = default_sampler(knows_good_trials=bool(best))
+    sampler, sampler_reason = default_sampler(knows_good_trials=bool(best), before=results.sampler)
     seeds = proposed_seeds(results, noise=reading.noise)
     return NextRound(
         from_round=results.name,
@@ -118,7 +116,6 @@ def plan_next_round(
         trials_total=total,
         sampler=sampler,
         sampler_reason=sampler_reason,
-        startup_trials=startup_trials(enqueued=len(enqueue), total=total),
         proposed_seeds=seeds,
         findings=(
             *reading.findings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tuner.playbook.search import Sampler
 from tuner.records import Evaluation, Space, Trial, TrialState
 
 
@@ -39,11 +40,13 @@ class RoundResults:
     max_examples: int | None = None
     """`evaluation.max_examples`: the most examples that are evaluated; None where not known."""
     workload: str = ""
-    """Fingerprint of base, data, evaluation set, length and batch size; empty when not known."""
+    """Fingerprint of base, data, evaluation set and length; empty when not known."""
     branches: tuple[BranchResult, ...] = field(default=())
     """Decay branches of the leading trials."""
     seconds_per_step: float | None = None
     """Measured cost of one trial's step, its share of evaluations included."""
+    sampler: Sampler = "quasi-random"
+    """`search.sampler`."""
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.evaluate_every < 1:

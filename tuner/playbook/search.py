@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from tuner.playbook.findings import Finding, Severity
-from tuner.records import Fixed, Space, searched
+from tuner.records import Space, searched
 
 Sampler: TypeAlias = Literal["quasi-random", "tpe", "gp", "random", "grid"]
 
@@ -17,18 +17,26 @@ _TRIALS_NEEDED = (("adam_beta1", 10), ("adam_epsilon", 25), ("adam_beta2", 100))
 """Trials from which on a name of Adam's is worth searching; far more than 25 is taken as 100."""
 
 
-def default_sampler(*, knows_good_trials: bool) -> tuple[Sampler, str]:
-    """The sampler of a round and the reason for it.
+def default_sampler(*, knows_good_trials: bool, before: Sampler = "quasi-random") -> tuple[Sampler, str]:
+    """The sampler of a round and the reason for it; `before` is that of the round which it follows.
 
-    A first round knows no good trials, nor does one that follows a round without a complete trial.
-
-    Rule: Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search
-    instead of more sophisticated black box optimization algorithms during the exploration phase": by
-    default the second round exploits.
+    A first round knows no good trials, nor does one that follows a round without a complete trial. Rule:
+    Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search instead of
+    more sophisticated black box optimization algorithms during the exploration phase": by default the second
+    round exploits.
     """
     if not knows_good_trials:
         return "quasi-random", "no good trials are known yet: these cover the space evenly"
-    return "tpe", "the space has been narrowed around good trials: a model of them may choose now"
+    reason = "the space has been narrowed around good trials: a model of them may choose now"
+    return with_a_model(before), reason
+
+
+def with_a_model(sampler: Sampler) -> Literal["tpe", "gp"]:
+    """The sampler that models what was tried: the one that the file names already, else tpe.
+
+    Rule: this project's decision, "Search".
+    """
+    return "gp" if sampler == "gp" else "tpe"
 
 
 def startup_trials(*, enqueued: int, total: int) -> int:
@@ -55,11 +63,3 @@ def search_findings(space: Space, trials: int) -> Iterator[Finding]:
             f"{trials} trials are few for all that is searched: fix {names}.",
             {"trials": float(trials), "needed": float(max(needed for _, needed in early))},
         )
-
-
-def caveats(space: Space) -> tuple[str, ...]:
-    """The fixed hyperparameters: what a round concludes holds for these values of them alone.
-
-    Rule: Deep Learning Tuning Playbook, "Identifying scientific, nuisance, and fixed hyperparameters".
-    """
-    return tuple(name for name, dimension in space.items() if isinstance(dimension, Fixed))

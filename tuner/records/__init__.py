@@ -40,7 +40,6 @@ from tuner.records.json_form import (
     evaluation_from_json,
     event_from_json,
     event_to_json,
-    finite_or_none,
     hyperparameters_from_json,
     to_json,
 )
@@ -101,7 +100,6 @@ __all__ = [
     "evaluation_from_json",
     "event_from_json",
     "event_to_json",
-    "finite_or_none",
     "hyperparameters_from_json",
     "searched",
     "to_json",

@@ -131,8 +131,8 @@ class Attempt:
     did) or failed."""
     message: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What its worker computed with, by name: `device`, `threads`, `slots`, and packages with their versions.
-    Empty where it was not recorded."""
+    """What its worker computed with, by name: `device`, `threads`, `slots`, packages with their versions, and
+    of a user's `metric` the hash of its file. Empty where it was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
@@ -115,11 +114,6 @@ def event_from_json(document: Mapping[str, Any]) -> Event:
     if "score" in values:
         values["score"] = AnswerScore(**values["score"])
     return kind(**values)
-
-
-def finite_or_none(number: float | None) -> float | None:
-    """The number, or None where JSON has no form for it."""
-    return number if number is not None and math.isfinite(number) else None
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from html import escape
 from pathlib import Path
 
@@ -21,16 +20,14 @@ from tuner.report.rows import NUM_WORDS, have_answered, trial_cells, trial_heade
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
-def write_html(
-    path: Path, report: RoundReport, *, earlier: Sequence[RoundReport] = (), made_at: datetime | None = None
-) -> None:
+def write_html(path: Path, report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> None:
     """Write the page of a round, and of the study's rounds before it in their order, all or nothing.
 
     Raises StorageError where the file cannot be written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(html_page(report, earlier=earlier, made_at=made_at), encoding="utf-8")
+        draft.write_text(html_page(report, earlier=earlier), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -38,15 +35,12 @@ def write_html(
         raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from error
 
 
-def html_page(
-    report: RoundReport, *, earlier: Sequence[RoundReport] = (), made_at: datetime | None = None
-) -> str:
+def html_page(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> str:
     """The page as text; it concludes from `report`, and `earlier` rounds follow, the latest first."""
     from plotly.offline import get_plotlyjs  # half a second: only for those who draw
 
     title = report.study if earlier else report.name
     lineage = [_lineage([*earlier, report])] if earlier else []
-    date = f" on {made_at:%Y-%m-%d at %H:%M}" if made_at else ""
     return "\n".join(
         (
             "<!doctype html>",
@@ -57,7 +51,7 @@ def html_page(
             f"<style>{STYLE}</style></head><body><main>",
             _article(report, _opening(report, earlier), *lineage),
             *(_article(other, _round_opening(other)) for other in reversed(earlier)),
-            f"<footer>Made by tuner{date}. Losses are nats per target token; a step is one optimizer "
+            "<footer>Made by tuner. Losses are nats per target token; a step is one optimizer "
             "update.</footer></main>",
             f"<script>{get_plotlyjs()}</script>",
             f"<script>{SCRIPT}</script>",

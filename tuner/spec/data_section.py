@@ -111,7 +111,7 @@ class DataSpec(BaseModel):
     """Which tokens are predicted: those of the completion, or those of the prompt too."""
     allow_overlap: bool = False
     """Accept rows that are in two of train, eval and test, counting them, instead of refusing them. Rows are
-    the same when they differ only in case, white space or Unicode form."""
+    the same when they differ only in format, case, white space or Unicode form."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

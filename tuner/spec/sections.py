@@ -32,7 +32,7 @@ Text = Annotated[str, Field(min_length=1)]
 _LONGEST_NAME_BYTES = 255
 
 
-def _possible_path(path: str) -> str:
+def possible_path(path: str) -> str:
     """A path, id or URL as it is. A file system looks at no name with a NUL or longer than 255 bytes."""
     if "\0" in path:
         raise mistake("has a NUL character, which no path can have")
@@ -42,7 +42,7 @@ def _possible_path(path: str) -> str:
     return path
 
 
-PathText = Annotated[Text, AfterValidator(_possible_path)]
+PathText = Annotated[Text, AfterValidator(possible_path)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]
 """A name that is safe as a directory."""
 

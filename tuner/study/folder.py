@@ -153,5 +153,5 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """`round10` comes after `round9`."""
     return [
-        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name) if part
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part
     ]

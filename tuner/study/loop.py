@@ -6,7 +6,7 @@ that going on after any interruption is running the loop again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tuner.errors import Interrupted, RoundStopped, WorkerError
@@ -51,7 +51,7 @@ from tuner.store.facts import (
 )
 from tuner.study.attempts import MAX_ATTEMPTS, has_failed, has_open_attempt, unreplaced
 from tuner.study.branches import DecayBranches
-from tuner.study.checkpoints import CheckpointFolder
+from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.keeping import num_carried_over, outranked, promised_trials
 from tuner.study.plan import RoundPlan
@@ -152,7 +152,7 @@ class RoundLoop:
     def _assign(self, trial: Trial) -> Assignment:
         """The trial's next attempt, from its newest checkpoint that is whole."""
         self.folder.tidy(trial)
-        start = self.folder.newest(trial) or self.continuations.checkpoint(trial)
+        start = self.folder.newest(trial) or self._start_of_another(trial)
         attempt = max((a.number for a in trial.attempts), default=0) + 1
         from_step = start.step if start else 0
         self.store.record(AttemptStarted(trial.round, trial.number, attempt, from_step, self.clock()))
@@ -168,6 +168,22 @@ class RoundLoop:
             resume_sha256=start.sha256 if start else None,
             trunk_steps=self.plan.trunk_steps(trial.hyperparameters),
         )
+
+    def _start_of_another(self, trial: Trial) -> StartingPoint | None:
+        """The checkpoint that the trial continues; None, and noted why, where it is gone or cannot be read.
+
+        From step 0 it is the same run.
+        """
+        if trial.continues is None:
+            return None
+        start, why = self.continuations.checkpoint(trial), "its checkpoint is gone"
+        for attempt in trial.attempts:
+            if attempt.outcome == "failed" and attempt.from_step == trial.continues.step:
+                start, why = None, attempt.message or "it failed"
+        if start is None:
+            note = f"started afresh instead of going on from {trial.continues}: {why}"
+            self.store.record(TrialNoted(trial.round, trial.number, note))
+        return start
 
     # --- what has happened ------------------------------------------------------------------------
 
@@ -185,6 +201,7 @@ class RoundLoop:
                 self.branches.record(event)
                 return
             case Started(environment=environment) if environment:
+                self._warn_of_another_metric(environment)
                 self.store.record(AttemptPlaced(name, event.trial, event.attempt, environment))
             case Preparing() | Ready() | Started():
                 pass
@@ -222,6 +239,16 @@ class RoundLoop:
                 if is_input_error:
                     raise RoundStopped(reason)
         self.view.event(event)
+
+    def _warn_of_another_metric(self, environment: Mapping[str, str]) -> None:
+        """Say, once, that answers are scored from here on by a function that was edited meanwhile."""
+        answers, now = self.plan.spec.evaluation.answers, environment.get("metric")
+        before = {a.environment.get("metric") for trial in self._trials() for a in trial.attempts} - {None}
+        if answers is not None and now is not None and before and now not in before:
+            self.view.message(
+                f"warning: evaluation.answers.metric: the file of {answers.metric} is not what it was when "
+                f"trials of {self.plan.name} were scored before: scores from then and now need not compare"
+            )
 
     def _prune(self, trial: Trial) -> bool:
         """End a trial that others leave behind; whether it was. Its attempt ends when the worker says so."""

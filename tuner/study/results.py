@@ -31,6 +31,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
+        sampler=spec.search.sampler,
     )
 
 

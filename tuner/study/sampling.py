@@ -41,6 +41,7 @@ from tuner.records import (
     searched,
 )
 from tuner.spec import SearchSpec
+from tuner.store import normal_url
 from tuner.study.points import quasi_random_point, random_point
 
 MAX_REPORTS = 20
@@ -348,6 +349,7 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
 
 def optuna_storage(url: str) -> optuna.storages.RDBStorage:
     """Optuna's tables in the study's database, beside tuner's own."""
+    url = normal_url(url)
     storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url))
     if storage.engine.dialect.name == "sqlite":
         event.listen(storage.engine, "connect", _leave_waiting_to_facts)
@@ -364,6 +366,7 @@ class StudyStorage(optuna.storages.RDBStorage):
     """Optuna's tables as far as they are of one study: what the dashboard lists, finds and shows."""
 
     def __init__(self, url: str, study: str) -> None:
+        url = normal_url(url)
         super().__init__(url, engine_kwargs=_engine_arguments(url))
         self._prefix = f"{study}/"
 

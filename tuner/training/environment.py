@@ -1,4 +1,4 @@
-"""What a worker computes with, so far as it can change the last digits of a loss."""
+"""What a worker computes with, so far as it can change the last digits of a loss, or how answers score."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 _PACKAGES = ("tuner", "torch", "transformers", "peft", "bitsandbytes")
 
 
-def environment(device: torch.device, *, slots: int) -> dict[str, str]:
-    """As `Attempt.environment` keeps it: device, threads on a CPU, slots, and versions of packages."""
+def environment(device: torch.device, *, slots: int, metric: str | None = None) -> dict[str, str]:
+    """As `Attempt.environment` keeps it. `metric` is the hash of the file of a user's, None without any."""
     if device.type == "cuda":
         computes_with = {"device": torch.cuda.get_device_name(device)}
     else:
         # The instruction set chooses the kernels, and the number of threads the order of their sums.
         instructions = torch.backends.cpu.get_cpu_capability()
         computes_with = {"device": f"cpu ({instructions})", "threads": str(torch.get_num_threads())}
-    return {**computes_with, "slots": str(slots), **{name: _version(name) for name in _PACKAGES}}
+    scores_by = {} if metric is None else {"metric": metric}
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {**computes_with, "slots": str(slots), **versions, **scores_by}
 
 
 def _version(package: str) -> str:

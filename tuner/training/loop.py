@@ -52,16 +52,18 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
     Raises TunerError, every trial saved, where the round's answers cannot be scored.
     """
     runs: dict[int, TrialRun] = {}
+    waiting: list[Assignment] = []
+    room_for = place.pack.num_slots  # less once memory did not have it: then one begins when another has left
     last_saved: dict[int, tuple[float, float]] = {}
     last_said = 0.0
 
     while not inbox.closed:
         # --- new trials take free slots, unwanted ones leave
-        for assignment in inbox.assignments(wait=not runs):
-            free = next(slot for slot in range(place.pack.num_slots) if slot not in runs)
-            run = _begin(place, assignment, free, say)
-            if run is not None:
-                runs[free] = run
+        waiting += inbox.assignments(wait=not runs and not waiting)
+        room_for = _fill_slots(place, runs, waiting, room_for, say)
+        for assignment in [each for each in waiting if each.trial in inbox.unwanted]:
+            waiting.remove(assignment)
+            _decline(assignment, "stopped", None, say)
         for slot, run in list(runs.items()):
             if run.assignment.trial in inbox.unwanted:
                 _leave(run, "stopped", None, say, save=True)
@@ -79,21 +81,10 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
             say(Evaluated(*_name(run), evaluation))
         if evaluations:
             say(Measured(place.meter.read(place.base.device)))
-        for slot, run in list(runs.items()):
+        for slot, run in runs.items():
             if run.is_at_trunk and slot not in due and not run.micro_batches:
                 say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
-            if run.reason_infeasible is not None:
-                _leave(run, "infeasible", run.reason_infeasible, say)
-                del runs[slot]
-            elif run.step >= run.assignment.max_train_steps:
-                try:
-                    has_answered = _answer(place, run, slot, inbox, say)
-                except TunerError:
-                    for each in runs.values():
-                        _leave(each, "stopped", None, say, save=True)
-                    raise
-                _leave(run, "complete" if has_answered else "stopped", None, say, save=not has_answered)
-                del runs[slot]
+        _end_what_is_over(place, runs, inbox, say)
 
         # --- one micro-step for every trial, and the updates that are whole
         with place.meter.timing("training"):
@@ -106,16 +97,71 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
 
     for run in runs.values():
         _leave(run, "stopped", None, say, save=True)
+    for assignment in waiting:
+        _decline(assignment, "stopped", None, say)
     say(Measured(place.meter.read(place.base.device)))
 
 
 # --- a trial enters and leaves --------------------------------------------------------------------
 
 
+class _NoRoomBesideOthers(Exception):
+    """Memory has no room for a trial while others are in the slots."""
+
+
+def _fill_slots(
+    place: Workplace,
+    runs: dict[int, TrialRun],
+    waiting: list[Assignment],
+    room_for: int,
+    say: Callable[[Event], None],
+) -> int:
+    """Let trials that wait begin in free slots; for how many trials memory has room, as far as is known."""
+    while waiting and len(runs) < room_for:
+        free = next(slot for slot in range(place.pack.num_slots) if slot not in runs)
+        try:
+            run = _begin(place, waiting[0], free, say, is_alone=not runs)
+        except _NoRoomBesideOthers:
+            return len(runs)
+        del waiting[0]
+        if run is not None:
+            runs[free] = run
+    return room_for
+
+
 def _begin(
-    place: Workplace, assignment: Assignment, slot: int, say: Callable[[Event], None]
+    place: Workplace, assignment: Assignment, slot: int, say: Callable[[Event], None], *, is_alone: bool
 ) -> TrialRun | None:
-    """Put a trial into a slot, from its checkpoint or from PEFT's initialisation."""
+    """Put a trial into a slot, from its checkpoint or from PEFT's initialisation.
+
+    None where it has ended at once. Raises _NoRoomBesideOthers where it might fit alone.
+    """
+    try:
+        run = _placed(place, assignment, slot)
+    except TunerError as error:
+        _log.error("trial %d: %s", assignment.trial, error)
+        _decline(assignment, "failed", str(error), say)
+        return None
+    if run is None and not is_alone:
+        _log.warning("out of memory: trial %d waits until another has left its slot", assignment.trial)
+        raise _NoRoomBesideOthers
+    if run is None:
+        _decline(
+            assignment, "infeasible", "out of memory alone: no room for its adapter beside the base", say
+        )
+        return None
+    say(Started(*_name(run), run.step, place.environment))
+    if run.evaluations:
+        best = run.save_best()
+        if best is not None:
+            say(Saved(*_name(run), best))
+    for evaluation in run.evaluations:
+        say(Evaluated(*_name(run), evaluation))
+    return run
+
+
+def _placed(place: Workplace, assignment: Assignment, slot: int) -> TrialRun | None:
+    """The trial in its slot; None when out of memory, of which nothing is then held here any more."""
     try:
         if assignment.resume_from is not None:
             snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
@@ -125,20 +171,37 @@ def _begin(
         else:
             start = place.new_adapter(assignment.hyperparameters, seed=_seed(assignment))
             run = TrialRun(assignment, start, device=place.base.device)
-    except TunerError as error:
-        _log.error("trial %d: %s", assignment.trial, error)
-        say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, "failed", str(error)))
+        place.pack.occupy(slot, run.adapter)
+        place.pack.load({slot: run.optimizer.weights})
+    except torch.OutOfMemoryError:
         return None
-    place.pack.occupy(slot, run.adapter)
-    place.pack.load({slot: run.optimizer.weights})
-    say(Started(*_name(run), run.step, place.environment))
-    if run.evaluations:
-        best = run.save_best()
-        if best is not None:
-            say(Saved(*_name(run), best))
-    for evaluation in run.evaluations:
-        say(Evaluated(*_name(run), evaluation))
     return run
+
+
+def _decline(
+    assignment: Assignment, outcome: Outcome, reason: str | None, say: Callable[[Event], None]
+) -> None:
+    """End an attempt that never began."""
+    say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, outcome, reason))
+
+
+def _end_what_is_over(
+    place: Workplace, runs: dict[int, TrialRun], inbox: Inbox, say: Callable[[Event], None]
+) -> None:
+    """Trials that are infeasible or at their horizon leave; raises TunerError as `train` does."""
+    for slot, run in list(runs.items()):
+        if run.reason_infeasible is not None:
+            _leave(run, "infeasible", run.reason_infeasible, say)
+            del runs[slot]
+        elif run.step >= run.assignment.max_train_steps:
+            try:
+                has_answered = _answer(place, run, slot, inbox, say)
+            except TunerError:
+                for each in runs.values():
+                    _leave(each, "stopped", None, say, save=True)
+                raise
+            _leave(run, "complete" if has_answered else "stopped", None, say, save=not has_answered)
+            del runs[slot]
 
 
 def _answer(place: Workplace, run: TrialRun, slot: int, inbox: Inbox, say: Callable[[Event], None]) -> bool:
@@ -202,7 +265,10 @@ def tick(place: Workplace, runs: Mapping[int, TrialRun]) -> None:
         return
     norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()]).tolist()
     for run, norm in zip(whole.values(), norms, strict=True):
-        run.finish_update(norm)
+        try:
+            run.finish_update(norm)
+        except torch.OutOfMemoryError:  # the first update makes the optimizer's moments
+            run.reason_infeasible = "out of memory: no room for its optimizer"
     place.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
     place.meter.trial_steps += len(whole)
 
@@ -270,28 +336,35 @@ def _pass(
 
 
 def _evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
-    """Evaluate the trials that are due, all in the same passes."""
-    if place.base_evaluation is not None:
-        at_start = {slot: run for slot, run in due.items() if run.step == 0}
-    else:
-        at_start = {}
-    made = {
-        slot: run.evaluation(
-            place.base_evaluation.example_nll,
-            place.base_evaluation.example_tokens,
-            place.base_evaluation.correct_tokens,
-        )
-        for slot, run in at_start.items()
-        if place.base_evaluation is not None
-    }
-    slots = tuple(sorted(slot for slot in due if slot not in made))
-    if slots:
-        tokens = place.evaluation.num_targets.tolist()
-        made |= {
-            slot: due[slot].evaluation(scores.nll, tokens, scores.correct_tokens)
-            for slot, scores in zip(slots, example_scores(place, slots), strict=True)
-        }
+    """Evaluate the trials that are due, all in the same passes; one without memory for that is infeasible."""
+    base, tokens = place.base_evaluation, place.evaluation.num_targets.tolist()
+    known = {slot for slot, run in due.items() if run.step == 0 and base is not None}
+    measured = _scores_as_room_allows(place, tuple(sorted(due.keys() - known)))
+    made = {}
+    for slot, run in due.items():
+        try:
+            if slot in known and base is not None:
+                made[slot] = run.evaluation(base.example_nll, base.example_tokens, base.correct_tokens)
+            elif (scores := measured[slot]) is not None:
+                made[slot] = run.evaluation(scores.nll, tokens, scores.correct_tokens)
+            else:
+                run.reason_infeasible = "out of memory evaluating one example alone"
+        except torch.OutOfMemoryError:
+            run.reason_infeasible = "out of memory: no room for its best weights"
     return made
+
+
+def _scores_as_room_allows(place: Workplace, slots: tuple[int, ...]) -> dict[int, Scores | None]:
+    """`example_scores` by slot: together, or alone where that takes too much; None where it still does."""
+    if not slots:
+        return {}
+    try:
+        return dict(zip(slots, example_scores(place, slots), strict=True))
+    except torch.OutOfMemoryError:
+        if len(slots) == 1:
+            return {slots[0]: None}
+    # Here the failed pass and its tensors are gone, which they are not while the error is handled.
+    return {slot: found for each in slots for slot, found in _scores_as_room_allows(place, (each,)).items()}
 
 
 def example_scores(place: Workplace, slots: Sequence[int]) -> list[Scores]:

@@ -23,7 +23,14 @@ from tuner.training.answering import exam
 from tuner.training.environment import environment
 from tuner.training.loop import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
-from tuner.training.room import MARGIN, Packing, choose_packing, fit_room, free_device_bytes
+from tuner.training.room import (
+    MARGIN,
+    Packing,
+    choose_packing,
+    fit_room,
+    free_device_bytes,
+    needing_room,
+)
 from tuner.training.workplace import Workplace
 
 _log = logging.getLogger(__name__)
@@ -55,9 +62,11 @@ def open_workplace(
         place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
     if base_evaluation is None:
         say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
-        base_evaluation = _measure_base(place)
+        with needing_room(place.pack.num_slots):
+            base_evaluation = _measure_base(place)
     place.base_evaluation = base_evaluation
-    place.environment = environment(place.base.device, slots=place.pack.num_slots)
+    metric = place.exam.metric.code if place.exam is not None else None
+    place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
     smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(
         slots=place.pack.num_slots,
@@ -79,7 +88,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
 
     `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
     as many as fill a pass and fit into memory on a GPU; DoRA has one. Raises ModelError when the model cannot
-    be used.
+    be used, or memory has no room for it and the slots.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     space = spec.space()
@@ -108,17 +117,19 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         )
 
     pass_tokens = PASS_TOKENS[device.type]
-    if slots != "auto":
-        place = place_with(slots, pass_tokens)
-        if spec.trains_alone:
-            place.new_adapter(largest_hyperparameters(space), seed=0)  # refuses a base that DoRA cannot read
-        return place
-    if device.type == "cpu":
-        return place_with(1, pass_tokens)
-    alone = place_with(1, pass_tokens)
-    packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
-    alone.pack.close()
-    return place_with(packing.slots, packing.pass_tokens)
+    with needing_room(slots):
+        if slots != "auto":
+            place = place_with(slots, pass_tokens)
+            if spec.trains_alone:
+                # Refuses a base that DoRA cannot read.
+                place.new_adapter(largest_hyperparameters(space), seed=0)
+            return place
+        if device.type == "cpu":
+            return place_with(1, pass_tokens)
+        alone = place_with(1, pass_tokens)
+        packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
+        alone.pack.close()
+        return place_with(packing.slots, packing.pass_tokens)
 
 
 def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packing:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tuner.errors import ModelError
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
 from tuner.training.batches import MicroBatch
 from tuner.training.loop import example_scores, forward_backward, tick
 from tuner.training.meter import peak_memory_bytes
-from tuner.training.room import Probed
+from tuner.training.room import Probed, needing_room, no_room
 from tuner.training.trial_run import TrialRun
 from tuner.training.workplace import Workplace
 
@@ -42,14 +41,12 @@ def predict(place: Workplace, spec: RoundSpec) -> Prediction:
     device = place.base.device
     hyperparameters = largest_hyperparameters(spec.space())
     slots = range(place.pack.num_slots)
-    runs = {slot: _trial(place, slot, hyperparameters, spec.max_train_steps) for slot in slots}
-    took = [_timed(lambda: _update(place, runs), device) for _ in range(_STEPS + 1)][1:]
-    if any(run.step == 0 for run in runs.values()):
-        raise ModelError(
-            f"run.slots: with {len(slots)} slot(s), memory has no room for a pass of even one row; lower "
-            "run.slots, data.max_length or hyperparameters.lora_r, or set model.quantization: nf4"
-        )
-    evaluation = _timed(lambda: example_scores(place, tuple(slots)), device)
+    with needing_room(len(slots)):
+        runs = {slot: _trial(place, slot, hyperparameters, spec.max_train_steps) for slot in slots}
+        took = [_timed(lambda: _update(place, runs), device) for _ in range(_STEPS + 1)][1:]
+        if any(run.step == 0 for run in runs.values()):
+            raise no_room(len(slots))
+        evaluation = _timed(lambda: example_scores(place, tuple(slots)), device)
     step = sorted(took)[_STEPS // 2]
     return Prediction(len(slots), step / len(slots), evaluation / len(slots), peak_memory_bytes(device))
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+
+from tuner.errors import ModelError
 
 MAX_SLOTS = 16
 """More have not been seen to gain anything: a pass is full long before."""
@@ -88,6 +92,23 @@ def choose_packing(
             full = max(room.knee_tokens, slots * longest_row)
             return Packing(slots, int(max(longest_row, min(fitting, full))))
     raise AssertionError("one slot is always chosen")
+
+
+def no_room(slots: int | Literal["auto"]) -> ModelError:
+    """The error of a round of which nothing fits into memory."""
+    return ModelError(
+        f"run.slots: with {slots} slot(s), memory has no room for a pass of even one row; lower run.slots, "
+        "data.max_length or hyperparameters.lora_r, or set model.quantization: nf4"
+    )
+
+
+@contextmanager
+def needing_room(slots: int | Literal["auto"]) -> Iterator[None]:
+    """Raises `no_room` where memory ends within the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise no_room(slots) from error
 
 
 def free_device_bytes(device: torch.device) -> int:

@@ -75,7 +75,9 @@ class LocalWorker:
         return self._process.pid if self._process else None
 
     def capacity(self) -> int:
-        """Slots that are free now."""
+        """Slots that are free now; of a process that died before it said how many, one to try it again."""
+        if self._process is None and not self._slots:
+            return 1
         return self._slots - len(self._held)
 
     def start(self, assignment: Assignment) -> None:
