@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tuner.errors import Mistake
-from tuner.records import Continuation, Evaluation, Throughput, Trial, TrialState, added_up
+from tuner.records import Attempt, Continuation, Evaluation, Throughput, Trial, TrialState, added_up
 from tuner.report.documents import (
     RoundPlan,
     check_document,
@@ -116,6 +116,7 @@ class TestStatus:
             "trials",
             "best",
             "branches_left",
+            "seconds_left",
             "overfitting",
             "throughput",
         ]
@@ -172,6 +173,30 @@ class TestStatus:
         )
         (shown,) = status_document("alpaca", [status])["rounds"]
         assert (shown["state"], shown["branches_left"]) == ("open", 2)
+
+    def test_how_long_it_will_take(self) -> None:
+        """Two trials side by side, then one: a step a second, whatever a killed process left in between."""
+        attempts = [
+            (Attempt(1, 0, 50, 1000.0, 1100.0, "complete"),),
+            (Attempt(1, 0, 50, 1000.0, 1100.0, "complete"),),
+            (Attempt(1, 0, 30, 2000.0, 90_000.0, "interrupted"), Attempt(2, 20, 40, 90_010.0)),
+        ]
+        states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
+        trials = [
+            Trial("r", number, {}, state, evaluations=(Evaluation(40, 1.0),), attempts=tried)
+            for number, (state, tried) in enumerate(zip(states, attempts, strict=True))
+        ]
+
+        def seconds_left(**changes: Any) -> float | None:
+            known = {"trials": trials, "promised": 5, "is_running": True, "now": 90_030.0}
+            status = round_status("r", max_train_steps=50, adapters={}, **{**known, **changes})
+            (shown,) = status_document("alpaca", [status])["rounds"]
+            return shown["seconds_left"]  # type: ignore[no-any-return]
+
+        assert seconds_left() == pytest.approx((2 * 50 + 10) * 120 / 120)
+        assert seconds_left(is_running=False) == pytest.approx((2 * 50 + 10) * 100 / 100)
+        assert seconds_left(trials=trials[:2], promised=2) is None, "nothing is left"
+        assert seconds_left(trials=trials[2:], is_running=False) is None, "no pace is known"
 
     def test_what_was_measured_of_its_workers(self) -> None:
         only_evaluated = Throughput("1-1", evaluating_seconds=2.0, peak_memory_bytes=7)

@@ -59,14 +59,15 @@ class TestStatus:
         second = round_status(
             "round2", max_train_steps=180, trials=[], promised=5, is_running=True, adapters={}
         )
-        lines = shown(status_table("alpaca", [first, second], eta_seconds=400)).splitlines()
+        second = dataclasses.replace(second, seconds_left=400.0)
+        lines = shown(status_table("alpaca", [first, second])).splitlines()
         assert lines[0] == "alpaca"
         assert lines[2].split() == [
             "round1", "60", "complete", "7", "complete,", "1", "infeasible", "1.3734", "6", "60",
         ]  # fmt: skip
         assert lines[3].split() == ["round2", "180", "running", "5", "waiting", "-", "-", "-"]
         assert lines[4] == "best: round1/6, adapter in runs/round1/trial-0006/best"
-        assert lines[5] == "about 6 min 40 s left at the pace so far"
+        assert lines[5] == "round2: about 6 min 40 s left at the pace so far"
         assert len(lines) == 6, "of rounds without throughput nothing is said"
 
     def test_a_line_on_the_throughput_of_a_round_that_has_it(self) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.studies import round_file
-from tuner.records import AnswerScore, Evaluation, RoundRecord, Throughput, Trial, TrialState
+from tuner.records import AnswerScore, Attempt, Evaluation, RoundRecord, Throughput, Trial, TrialState
 from tuner.store import MemoryStore
 from tuner.store.facts import RoundBegun
 from tuner.study.mirror import history
-from tuner.study.results import earlier_outcomes, round_results
+from tuner.study.results import earlier_outcomes, round_results, seconds_per_step
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,14 @@ def test_earlier_answers_count_where_they_were_asked_alike(tmp_path: Path) -> No
         (1.0, None),
         (1.0, None),
     ]
+
+
+def test_a_steps_seconds_are_those_of_attempts_whose_end_was_seen() -> None:
+    attempts = (
+        Attempt(1, 0, 30, 0.0, 86_400.0, "interrupted"),  # its end is when the next process began
+        Attempt(2, 20, 20, 86_400.0, 86_450.0, "died"),
+        Attempt(3, 20, 60, 86_450.0, 86_470.0, "stopped"),
+        Attempt(4, 60, 90, 86_480.0),
+    )
+    assert seconds_per_step([Trial("round1", 0, {}, attempts=attempts)]) == pytest.approx(20 / 40)
+    assert seconds_per_step([Trial("round1", 0, {}, attempts=attempts[:2])]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -210,6 +211,7 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 adapters={number: path for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
                 branches_left=num_branches_left(record, trials) if record else 0,
+                now=time.time(),
             )
         )
     return statuses

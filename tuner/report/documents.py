@@ -14,6 +14,7 @@ from tuner.playbook.curves import rise_after_best
 from tuner.playbook.final_score import scored_before
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import Throughput, Trial, TrialState
+from tuner.report.board import Board
 
 _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "failed")
 
@@ -48,6 +49,8 @@ class RoundStatus:
     """Decay branches that are owed and have not ended."""
     overfitting: Mapping[int, int] = field(default_factory=dict)
     """Trials whose evaluation loss rises now, or did at their end, each with its best step."""
+    seconds_left: float | None = None
+    """Until every promised trial has ended, at the pace so far; None before there is one, and at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,12 @@ def round_status(
     adapters: Mapping[int, str],
     throughput: Throughput | None = None,
     branches_left: int = 0,
+    now: float | None = None,
 ) -> RoundStatus:
     """Where a round stands, by its trials, the `search.trials` it promised and the decay branches it owes.
 
-    A failed trial is replaced by a new one, so it does not count towards the promise.
+    `now` is the time on the clock of the attempts that run; None where none does. A failed trial is
+    replaced by a new one, so it does not count towards the promise.
     """
     by_state = Counter(trial.state for trial in trials)
     results = sum(trial.state.is_result for trial in trials)
@@ -105,7 +110,33 @@ def round_status(
         throughput=throughput,
         branches_left=branches_left,
         overfitting=_overfitting(trials),
+        seconds_left=_seconds_left(
+            trials, promised=promised, max_train_steps=max_train_steps, now=now if is_running else None
+        ),
     )
+
+
+def _seconds_left(
+    trials: Sequence[Trial], *, promised: int, max_train_steps: int, now: float | None
+) -> float | None:
+    """By the steps of all attempts and the time in which one or more of them ran.
+
+    When those that a killed process held ended is not known: they are left out.
+    """
+    board = Board(trials_total=promised, max_train_steps=max_train_steps)
+    board.sync(trials)
+    steps, seconds, until = 0, 0.0, -math.inf
+    attempts = [a for trial in trials for a in trial.attempts if a.outcome != "interrupted"]
+    for attempt in sorted(attempts, key=lambda attempt: attempt.started_at):
+        ended = now if attempt.ended_at is None else attempt.ended_at
+        if ended is None:
+            continue
+        steps += attempt.to_step - attempt.from_step
+        seconds += max(0.0, ended - max(attempt.started_at, until))
+        until = max(until, ended)
+    if not steps or not board.remaining_steps:
+        return None
+    return board.remaining_steps * seconds / steps
 
 
 def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
@@ -202,6 +233,7 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "trials": {state: status.counts.get(state, 0) for state in _SHOWN_STATES},
                     "best": asdict(status.best) if status.best else None,
                     "branches_left": status.branches_left,
+                    "seconds_left": status.seconds_left,
                     "overfitting": [
                         {"trial": trial, "since_step": step} for trial, step in status.overfitting.items()
                     ],

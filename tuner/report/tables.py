@@ -24,9 +24,7 @@ _PLOT_MARGIN = 12
 """Characters left of a curve, its axis labels included."""
 
 
-def status_table(
-    study: str, rounds: Sequence[RoundStatus], *, eta_seconds: float | None = None
-) -> RenderableType:
+def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     """The rounds of a study with their trials, and what is best in the latest that has a best."""
     if not rounds:
         return Text(f"{study}: no round has begun")
@@ -50,9 +48,12 @@ def status_table(
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
     lines += [Text(f"{s.round}: decay branches left: {s.branches_left}") for s in rounds if s.branches_left]
+    lines += [
+        Text(f"{s.round}: about {format.duration(s.seconds_left)} left at the pace so far")
+        for s in rounds
+        if s.seconds_left is not None
+    ]
     lines += [Text(f"{s.round}: {throughput.line(s.throughput)}") for s in rounds if s.throughput is not None]
-    if eta_seconds is not None:
-        lines.append(Text(f"about {format.duration(eta_seconds)} left at the pace so far"))
     return Group(*lines)
 
 

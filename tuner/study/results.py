@@ -90,7 +90,12 @@ def reading_of(store: Store, record: RoundRecord) -> tuple[RoundResults, Reading
 def seconds_per_step(trials: Sequence[Trial]) -> float | None:
     """Measured seconds of a trial's step, its evaluations included; None before any attempt has ended."""
     timed = [
-        a for trial in trials for a in trial.attempts if a.ended_at is not None and a.to_step > a.from_step
+        attempt
+        for trial in trials
+        for attempt in trial.attempts
+        # When those that a killed process held ended is not known.
+        if attempt.outcome != "interrupted" and attempt.ended_at is not None
+        if attempt.to_step > attempt.from_step
     ]
     steps = sum(attempt.to_step - attempt.from_step for attempt in timed)
     seconds = sum((attempt.ended_at or 0.0) - attempt.started_at for attempt in timed)
