@@ -121,7 +121,7 @@ def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_worker_changes_nothing(tmp_path: Path) -> None:
-    """It has its log, and its trials if it is ready in time; each is digit for digit what one worker makes."""
+    """It has its log, and trials if it is ready in time; each is digit for digit what one worker makes."""
     for name, workers in (("one", "1"), ("two", "2")):
         write_round(tmp_path / name, trials=3, steps=10, every=5)
         done = tuner(
