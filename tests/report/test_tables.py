@@ -183,6 +183,10 @@ def test_plan() -> None:
         assert part in text
     assert "memory" not in text
     assert "branches" not in text
+    assert "row lengths" not in text
+    counted = dataclasses.replace(plan, token_lengths={"p50": 40, "p90": 61, "p99": 90, "max": 102})
+    lengths = "half up to 40 tokens, 90% up to 61, 99% up to 90, longest 102"
+    assert lengths in shown(plan_table(counted, title=""))
     branching = dataclasses.replace(plan, branches=10, branch_steps=120)
     assert "10 after the last trial, 120 steps: 25% more" in shown(plan_table(branching, title=""))
     measured = dataclasses.replace(plan, peak_memory_bytes=2_300_000_000, hours=1.7)

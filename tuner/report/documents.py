@@ -76,6 +76,8 @@ class RoundPlan:
     """Decay branches that follow the last trial, if all trials end complete."""
     branch_steps: int = 0
     """What they run, all together."""
+    token_lengths: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of the training rows before truncation: p50, p90, p99 and max; none where it was not counted."""
 
 
 def round_status(

@@ -193,6 +193,7 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
         "work": f"{work} = {plan.trials * plan.max_train_steps:,}",
         **_branches(plan),
         "each trial sees": f"{format.number(plan.epochs)} epochs of {format.count(plan.train_rows, 'row')}",
+        **_token_lengths(plan),
         "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
         "training tokens": f"{plan.tokens:,}",
         "checkpoints": f"up to {format.size(plan.checkpoint_bytes)} on disk",
@@ -202,6 +203,15 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
     if plan.hours is not None:
         facts["time"] = f"about {format.duration(3600 * plan.hours)}"
     return Group(Text(title, style="bold"), _pairs(facts), *(Text(remark) for remark in remarks))
+
+
+def _token_lengths(plan: RoundPlan) -> dict[str, str]:
+    if not plan.token_lengths:
+        return {}
+    half, most, nearly_all, longest = (plan.token_lengths[name] for name in ("p50", "p90", "p99", "max"))
+    return {
+        "row lengths": f"half up to {half} tokens, 90% up to {most}, 99% up to {nearly_all}, longest {longest}"
+    }
 
 
 def _branches(plan: RoundPlan) -> dict[str, str]:

@@ -73,6 +73,7 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
         checkpoint_bytes=checkpoint_bytes(spec, adapter_weights),
         branches=work.branches,
         branch_steps=work.branch_steps,
+        token_lengths=data.report.train.token_lengths,
     )
 
 
