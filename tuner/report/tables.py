@@ -209,9 +209,8 @@ def _token_lengths(plan: RoundPlan) -> dict[str, str]:
     if not plan.token_lengths:
         return {}
     half, most, nearly_all, longest = (plan.token_lengths[name] for name in ("p50", "p90", "p99", "max"))
-    return {
-        "row lengths": f"half up to {half} tokens, 90% up to {most}, 99% up to {nearly_all}, longest {longest}"
-    }
+    below = f"half up to {half} tokens, 90% up to {most}, 99% up to {nearly_all}"
+    return {"row lengths": f"{below}, longest {longest}"}
 
 
 def _branches(plan: RoundPlan) -> dict[str, str]:
