@@ -17,7 +17,7 @@ from tuner.adapters.frozen_linear import FrozenLinear, product
 def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this processor is, and however small the product."""
     if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch has no oneDNN")
+        pytest.skip("needs a torch with oneDNN")
     monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: request.param)
     monkeypatch.setattr(frozen_linear, "MIN_OPERATIONS", 0)
 

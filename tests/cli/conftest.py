@@ -21,10 +21,10 @@ def small_disk(tmp_path: Path) -> Iterator[MountTmpfs]:
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
         if os.geteuid() != 0:
-            pytest.skip("only root can mount a small file system")
+            pytest.skip("needs root, to mount a small file system")
         done = _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(place))
         if done.returncode:
-            pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+            pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
         mounted.append(place)
         return place
 

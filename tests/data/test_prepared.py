@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
-from tuner.data import Examples, PreparedData, batch_rows, prepare, reachable, render_prompt, show_rows
+from tuner.data import Examples, PreparedData, batch_rows, prepare, render_prompt, show_rows
 from tuner.data.formats import source_format
 from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
@@ -460,15 +460,11 @@ def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
     assert sorted(outputs(data.train) + outputs(data.evaluation)) == sorted(f"b{n}" for n in range(30))
 
 
-def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_hub")
+def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: is a folder without files that have rows"):
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "empty")], eval_fraction=0.2)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
-    monkeypatch.setattr(reachable, "_PAUSES_SECONDS", (0.0, 0.0))
-    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
-        monkeypatch.delenv(proxy.upper(), raising=False)
     begun = time.monotonic()
     with pytest.raises(DataError, match=r"nobody/no-such-set: no local file .* the Hub cannot be reached"):
         load_rows("nobody/no-such-set", config=None, split="train", cache=None)

@@ -34,7 +34,7 @@ from tuner.adapters import Adapter, Base, Pack
 from tuner.adapters.dropout import row_keys
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
-from tuner.training.loop import example_scores, forward_backward
+from tuner.training.packed_passes import example_scores, forward_backward
 from tuner.training.trial_run import MAX_BAD_UPDATES
 from tuner.training.workplace import Workplace
 

@@ -21,7 +21,7 @@ from tuner.records import Evaluation, Ready
 from tuner.spec import DORA_TRAINS_ALONE, RoundSpec
 from tuner.training.answering import exam
 from tuner.training.environment import environment
-from tuner.training.loop import example_scores
+from tuner.training.packed_passes import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.room import (
     MARGIN,

@@ -11,8 +11,8 @@ import torch
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.spec import RoundSpec
 from tuner.training.batches import MicroBatch
-from tuner.training.loop import example_scores, forward_backward, tick
 from tuner.training.meter import peak_memory_bytes
+from tuner.training.packed_passes import example_scores, forward_backward, tick
 from tuner.training.room import Probed, needing_room, no_room
 from tuner.training.trial_run import TrialRun
 from tuner.training.workplace import Workplace
