@@ -61,7 +61,7 @@ class Board:
         self.max_train_steps = max_train_steps
         self.rows: dict[int, Row] = {}
         self.preparing: str | None = None
-        """What the first worker does until it is ready."""
+        """What a worker does until it is ready."""
         self._executed_steps = 0
         self._started_at: float | None = None
 
