@@ -35,7 +35,7 @@ def main() -> int:
     keep_freed_memory()
     inbox = Inbox(sys.stdin)
 
-    def prepare(doing: str) -> None:
+    def say_what_it_does(doing: str) -> None:
         if inbox.closed:
             sys.exit()  # nothing has begun, so there is nothing to save
         say(Preparing(doing))
@@ -52,7 +52,7 @@ def main() -> int:
                 cache=Path(document["cache"]),
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,
-                say=prepare,
+                say=say_what_it_does,
             )
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
