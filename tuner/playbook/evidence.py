@@ -194,7 +194,7 @@ def _what_would_uncover(seen: Signs) -> str:
     if needed is None:
         why = "the seeds differ by as much" if now else "the losses of single examples are not known"
         return (
-            f"{hidden} More evaluation examples will not do: {why}. Repeat the best trial with other seeds."
+            f"{hidden} More evaluation examples will not help: {why}. Repeat the best trial with other seeds."
         )
     return (
         f"{hidden} About {needed} evaluation examples instead of {now} would settle a gain of this size: "
