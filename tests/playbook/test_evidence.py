@@ -166,4 +166,4 @@ def test_an_edge_keeps_the_horizon_and_says_why_and_gives_up_after_two_rounds():
     assert not any("Train for" in sentence for sentence in first)
     last = said(seen(small_rates=True, widenings=2))
     assert "Train for 300 steps" in last[-2]
-    assert "still at the upper end after 2 rounds" in last[-1]
+    assert "still at the upper end, after 2 rounds" in last[-1]

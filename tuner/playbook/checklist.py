@@ -88,8 +88,8 @@ def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Find
         "too_few_trials",
         Severity.WARNING,
         f"The best of only {counted(half, 'trial')} would typically be {percent(gain)} worse than "
-        f"the best of {len(losses)}, more than {percent(threshold)}: more trials would probably find a better "
-        "one. Raise search.trials, or make the space smaller.",
+        f"the best of {len(losses)}, more than {percent(threshold)}: more trials would probably find a "
+        "better one. Raise search.trials, or make the space smaller.",
         {"gain": gain, "threshold": threshold, "trials": float(len(losses))},
     )
 
