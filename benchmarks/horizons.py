@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -49,10 +49,12 @@ KEEPS = (Diagnosis.RIGHT, Diagnosis.SATURATED, Diagnosis.TOO_LONG, Diagnosis.OVE
 """Diagnoses that stand by the horizon or shorten it."""
 
 ONE_TRIAL = "one trial"
-COMPARISON = "with a comparison run"
-EARLIER = "with an earlier round"
 SEVERAL = "several trials"
 MIXED = "mixed schedules"
+
+COMPARISON = "a comparison run"
+EARLIER = "an earlier round"
+BOTH = "both"
 
 
 class UnreadableRuns(Exception):
@@ -124,7 +126,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a longer run of the round's best trial came to."""
+    """What the round's best trial came to with a longer horizon; repeats at one horizon are averaged."""
 
     ratio: float
     """Its horizon over the round's."""
@@ -138,12 +140,20 @@ class Case:
     """A round and what is known of longer runs."""
 
     kind: str
+    """What its trials are."""
+    beside: str
+    """What else the round has to go by; empty for nothing."""
     shape: str
     """Of the schedule of its best trial."""
     data: str
     results: RoundResults
     earlier: tuple[RoundResults, ...]
     answers: tuple[Answer, ...]
+
+    @property
+    def name(self) -> str:
+        """The class that its verdict is counted in."""
+        return f"{self.kind}{f' with {self.beside}' if self.beside else ''}: {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -257,82 +267,86 @@ def _is_of_equal_share(one: Run, other: Run) -> bool:
 
 
 def cases(runs: Sequence[Run]) -> Iterator[Case]:
-    """Every round that has an answer."""
+    """Every round that has an answer: as it is, and with each shorter run of its best trial beside it."""
     read = [piece for run in runs for piece in pieces(run)]
     partners = {run: [other for other in read if is_longer_partner(other, run)] for run in read}
-    yield from _single(partners)
-    yield from _triples(partners)
-    yield from _several(partners)
-    yield from _mixed(partners)
+    for kind, groups in (
+        (ONE_TRIAL, [[run] for run in read]),
+        (SEVERAL, _alike(read)),
+        (MIXED, _mixed(read)),
+    ):
+        for group in groups:
+            trials = sorted(group, key=lambda run: (run.family, run.origin))[:MOST_TRIALS]
+            best = min(trials, key=lambda run: run.best_loss)
+            if longer := partners.get(best):
+                case = _case(kind, trials, longer)
+                yield case
+                yield from _with_shorter(case, trials.index(best), best, partners)
 
 
-def _single(partners: dict[Run, list[Run]]) -> Iterator[Case]:
-    for run, longer in partners.items():
-        if longer:
-            yield _case(ONE_TRIAL, [run], longer)
-
-
-def _triples(partners: dict[Run, list[Run]]) -> Iterator[Case]:
-    """Rounds of one trial that was run to a shorter horizon too; a constant rate needs no such run."""
-    for shorter, middles in partners.items():
-        for middle in middles:
-            longest = partners[middle]
-            if not longest or middle.schedule == "constant":
-                continue
-            branch = BranchResult(0, shorter.max_train_steps, _evaluations(shorter))
-            alone = _case(COMPARISON, [middle], longest)
-            yield replace(alone, results=replace(alone.results, branches=(branch,)))
-            yield replace(alone, kind=EARLIER, earlier=(_round("round0", [shorter]),))
-
-
-def _several(partners: dict[Run, list[Run]]) -> Iterator[Case]:
-    """Rounds of runs that differ in rate, seed or weight decay."""
+def _alike(read: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in rate, seed or weight decay alone, several of a size, schedule and horizon."""
     groups: dict[tuple[object, ...], list[Run]] = {}
-    for run in partners:
+    for run in read:
         share = round(run.share, 2)
-        key = (*run.family.size, run.max_train_steps, run.schedule, share)
-        groups.setdefault(key, []).append(run)
-    yield from _answered(SEVERAL, groups.values(), partners)
+        groups.setdefault((*run.family.size, run.max_train_steps, run.schedule, share), []).append(run)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _mixed(partners: dict[Run, list[Run]]) -> Iterator[Case]:
-    """Rounds in which the schedule differs too, constant runs cut at the round's horizon among them."""
+def _mixed(read: Sequence[Run]) -> list[list[Run]]:
+    """Runs of a size and horizon that differ in the schedule too; constant ones are cut to be among them."""
     groups: dict[tuple[object, ...], list[Run]] = {}
-    for run in partners:
+    for run in read:
         if run.schedule != "constant":
             groups.setdefault((*run.family.size, run.max_train_steps), []).append(run)
-    whole = {run.origin: run for run in partners if run.schedule == "constant"}
+    # The last piece of a constant run is all of it.
+    whole = {run.origin: run for run in read if run.schedule == "constant"}
     for group in groups.values():
-        horizon = group[0].max_train_steps
-        group += [
-            run.cut(horizon)
-            for run in whole.values()
-            if run.family.size == group[0].family.size and run.max_train_steps >= horizon
-        ]
-    different = [group for group in groups.values() if len({(r.schedule, r.share) for r in group}) > 1]
-    yield from _answered(MIXED, different, partners)
+        size, horizon = group[0].family.size, group[0].max_train_steps
+        constant = [run for run in whole.values() if run.family.size == size]
+        group += [run.cut(horizon) for run in constant if run.max_train_steps >= horizon]
+    return [group for group in groups.values() if len({(run.schedule, run.share) for run in group}) > 1]
 
 
-def _answered(kind: str, groups: Iterable[Sequence[Run]], partners: dict[Run, list[Run]]) -> Iterator[Case]:
-    """Cases of groups of runs that have longer partners for their best run."""
-    for group in groups:
-        trials = sorted(group, key=lambda run: (run.family, run.origin))[:MOST_TRIALS]
-        longer = partners.get(min(trials, key=lambda run: run.best_loss), [])
-        if len(trials) > 1 and longer:
-            yield _case(kind, trials, longer)
+def _with_shorter(
+    case: Case, number: int, best: Run, partners: Mapping[Run, Sequence[Run]]
+) -> Iterator[Case]:
+    """The case with shorter runs of its best trial; a constant rate shows them by itself."""
+    if best.schedule == "constant":
+        return
+    shorter = [run for run, longer in partners.items() if best in longer]
+    branches = {run: (BranchResult(number, run.max_train_steps, _evaluations(run)),) for run in shorter}
+    before = {run: (_earlier_round(case.results, number, run),) for run in shorter}
+    for run in shorter:
+        compared = replace(case.results, branches=branches[run])
+        yield replace(case, beside=COMPARISON, results=compared)
+        yield replace(case, beside=EARLIER, earlier=before[run])
+        for shortest in shorter:
+            if run in partners[shortest]:
+                yield replace(case, beside=BOTH, results=compared, earlier=before[shortest])
+
+
+def _earlier_round(results: RoundResults, number: int, run: Run) -> RoundResults:
+    """A round at the horizon of a shorter run, which is the twin of the trial of that number."""
+    alone = _round("round0", [run])
+    point = dict(results.trials[number].hyperparameters) | {"decay_steps": run.decay_steps}
+    return replace(alone, trials=(replace(alone.trials[0], hyperparameters=point),))
 
 
 def _case(kind: str, trials: Sequence[Run], longer: Sequence[Run]) -> Case:
     best = min(trials, key=lambda run: run.best_loss)
+    repeats: dict[int, list[Run]] = {}
+    for run in longer:
+        repeats.setdefault(run.max_train_steps, []).append(run)
     answers = tuple(
         Answer(
-            ratio=run.max_train_steps / best.max_train_steps,
-            drop=1.0 - run.best_loss / best.best_loss,
-            noise=run.noise,
+            ratio=horizon / best.max_train_steps,
+            drop=1.0 - statistics.fmean(run.best_loss for run in runs) / best.best_loss,
+            noise=statistics.fmean(run.noise for run in runs),
         )
-        for run in longer
+        for horizon, runs in sorted(repeats.items())
     )
-    return Case(kind, best.shape, best.family.data, _round("round1", trials), (), answers)
+    return Case(kind, "", best.shape, best.family.data, _round("round1", trials), (), answers)
 
 
 def _round(name: str, runs: Sequence[Run]) -> RoundResults:
@@ -387,9 +401,10 @@ def _evaluations(run: Run) -> tuple[Evaluation, ...]:
 def judge(case: Case) -> Outcome:
     """Read a case's round, and predict the drop to each of its answers."""
     reading = read_round(case.results, case.earlier)
-    gain = signs(case.results, case.earlier).gain
+    # A gain of unknown noise counts as unknown.
+    gain = None if reading.noise is None else signs(case.results, case.earlier).gain
     predicted = None if gain is None else tuple(predicted_drop(gain, answer.ratio) for answer in case.answers)
-    source = None if reading.gain_source is None else str(reading.gain_source)
+    source = None if gain is None else str(gain.source)
     return Outcome(case, reading.diagnosis, reading.suggested_max_train_steps, source, predicted)
 
 
@@ -430,48 +445,55 @@ def tally(outcomes: Sequence[Outcome]) -> Tally:
 # --- the page -------------------------------------------------------------------------------------
 
 _METHOD = """\
-A round is the shorter of two runs that differ in their horizons alone, which stand 1.3 to 3.4 apart; the longer
-one is the answer. One round may have several answers, and each is a prediction. A gain is relative to the
-round's best loss. A verdict keeps where it is `right`, `saturated`, `too_long` or `overfitting` and names no
-longer horizon; it is wrong where a longer run gained more than 1% and more than twice its noise (spread of the
-last quarter around a line). No losses of single examples are known. A decayed run ends at its last evaluation,
-up to 200 steps before its horizon; a constant run is read at several of its steps.
+A round is the shorter of two runs that differ in their horizons alone, which stand 1.3 to 3.4 apart; the
+longer one is the answer, the mean of its repeats where there are several. A round may have several answers,
+and each is compared with a prediction. A gain is relative to the round's best loss. `several trials` differ in
+rate, seed or weight decay, `mixed schedules` in the schedule too. A comparison run or an earlier round is a run
+shorter than the round's. A verdict keeps where it is `right`, `saturated`, `too_long` or `overfitting` and
+names no longer horizon; it is wrong where a longer run gained more than 1% and more than twice its noise
+(spread of the last quarter around a line). No losses of single examples are known. A decayed run ends at its
+last evaluation, up to 200 steps before its horizon; a constant run is read at several of its steps.
 """
+NUM_LISTED = 20
+"""Wrong keeps that are listed one by one."""
 
 
 def markdown(outcomes: Sequence[Outcome], *, command: str, runs: Runs) -> str:
     """The page of results."""
     total = tally(outcomes)
-    wrong = sum(outcome.is_wrong_keep for outcome in outcomes)
+    wrong = [outcome for outcome in outcomes if outcome.is_wrong_keep]
     met = f"{total.within / total.given:.0%}" if total.given else "none"
     lines = [
         "# Predicted and real gains of longer runs",
         "",
         f"    {command}",
         "",
-        f"{len(runs.runs)} runs, {len(runs.left_out)} left out; {total.rounds} rounds with {total.asked} longer runs.",
-        f"Of {total.given} predictions given, {total.within} ({met}) are within a factor {FACTOR} of the real gain;",
-        f"{total.asked - total.given} were not given. Wrong to keep the horizon: {wrong} rounds.",
+        f"{len(runs.runs)} runs, {len(runs.left_out)} left out; {total.rounds} rounds with {total.asked} answers.",
+        f"Of {total.given} predictions, {total.within} ({met}) are within a factor {FACTOR} of the real gain;",
+        f"{total.asked - total.given} were not given. Wrong to keep the horizon: {len(wrong)} rounds.",
         "",
         *_METHOD.splitlines(),
         "",
         "## Predictions by source",
-        *_predictions(outcomes, "source", lambda o: o.source or "not given"),
-        "## Predictions by kind of round and schedule",
-        *_predictions(outcomes, "round", lambda o: f"{o.case.kind}: {o.case.shape}"),
+        *_predictions(outcomes, "source", lambda outcome: outcome.source or "not given"),
+        "## Predictions by round and schedule",
+        *_predictions(outcomes, "round", lambda outcome: outcome.case.name),
         "## Predictions by data set",
-        *_predictions(outcomes, "data and round", lambda o: f"{o.case.data}: {o.case.kind}"),
-        "## Verdicts",
-        *_verdicts(outcomes),
-        *(["## Left out", "", *(f"- {line}" for line in runs.left_out), ""] if runs.left_out else []),
+        *_predictions(outcomes, "data and source", lambda o: f"{o.case.data}: {o.source or 'not given'}"),
+        "## Verdicts by round and schedule",
+        *_verdicts(outcomes, lambda outcome: outcome.case.name),
+        "## Verdicts by data set",
+        *_verdicts(outcomes, lambda outcome: outcome.case.data),
+        *_listed("Wrong keeps", [_in_words(outcome) for outcome in wrong]),
+        *_listed("Left out", runs.left_out),
     ]
     return "\n".join(lines)
 
 
-def _predictions(outcomes: Sequence[Outcome], title: str, group: Any) -> list[str]:
+def _predictions(outcomes: Sequence[Outcome], title: str, group: Callable[[Outcome], str]) -> list[str]:
     lines = [
         "",
-        f"| {title} | rounds | longer runs | predictions given | within {FACTOR} | median predicted / real |",
+        f"| {title} | rounds | answers | predictions | within {FACTOR} | median predicted / real |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, members in _grouped(outcomes, group).items():
@@ -482,14 +504,14 @@ def _predictions(outcomes: Sequence[Outcome], title: str, group: Any) -> list[st
     return [*lines, ""]
 
 
-def _verdicts(outcomes: Sequence[Outcome]) -> list[str]:
+def _verdicts(outcomes: Sequence[Outcome], group: Callable[[Outcome], str]) -> list[str]:
     seen = [d for d in Diagnosis if any(outcome.diagnosis == d for outcome in outcomes)]
     lines = [
         "",
         f"| round | rounds | {' | '.join(str(d) for d in seen)} | keeps | wrong |",
         f"| --- | {'---: | ' * (len(seen) + 3)}".rstrip(),
     ]
-    for name, members in _grouped(outcomes, lambda o: f"{o.case.kind}: {o.case.shape}").items():
+    for name, members in _grouped(outcomes, group).items():
         counts = Counter(outcome.diagnosis for outcome in members)
         keeps = sum(outcome.keeps for outcome in members)
         wrong = sum(outcome.is_wrong_keep for outcome in members)
@@ -498,7 +520,24 @@ def _verdicts(outcomes: Sequence[Outcome]) -> list[str]:
     return [*lines, ""]
 
 
-def _grouped(outcomes: Sequence[Outcome], group: Any) -> dict[str, list[Outcome]]:
+def _in_words(outcome: Outcome) -> str:
+    case = outcome.case
+    most = max(case.answers, key=lambda answer: answer.drop)
+    return (
+        f"{case.results.workload}, {case.name}: `{outcome.diagnosis}` at {case.results.max_train_steps} steps; "
+        f"{most.ratio:.2f} times as long gained {most.drop:.2%}"
+    )
+
+
+def _listed(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
+        return []
+    more = len(lines) - NUM_LISTED
+    shown = [f"- {line}" for line in lines[:NUM_LISTED]] + ([f"- and {more} more"] if more > 0 else [])
+    return [f"## {title}", "", *shown, ""]
+
+
+def _grouped(outcomes: Sequence[Outcome], group: Callable[[Outcome], str]) -> dict[str, list[Outcome]]:
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(group(outcome), []).append(outcome)
