@@ -211,6 +211,19 @@ def test_a_constant_run_is_its_own_longer_partner() -> None:
     assert [len(case.answers) for case in found] == [3, 3, 3, 3, 2, 1]
 
 
+def test_constant_runs_of_one_family_do_not_answer_for_each_other() -> None:
+    offsets = (0.0, 0.5)
+    found = [
+        case
+        for case in cases_of(*(entry("constant", 4000, offset=offset) for offset in offsets))
+        if case.kind == "one trial" and case.results.max_train_steps == 2000
+    ]
+    for case, offset in zip(found, offsets, strict=True):
+        drop = 1 - (at_constant_rate(4000) + offset) / (at_constant_rate(2000) + offset)
+        assert case.answers[-1].ratio == 2.0
+        assert case.answers[-1].drop == pytest.approx(drop)
+
+
 def test_a_shorter_run_is_a_comparison_run_or_an_earlier_round() -> None:
     from tuner.playbook.gain import same_configuration
 
@@ -260,10 +273,14 @@ def test_several_trials_are_answered_for_the_best() -> None:
 
 
 def test_repeats_in_one_round_have_seeds_of_their_own() -> None:
-    repeated = [entry("cosine", 1000, offset=o) for o in (0.0, 0.1, 0.2)]
-    found = cases_of(*repeated, entry("cosine", 2000))
-    (case,) = [case for case in found if case.kind == "several trials"]
-    assert [trial.seed for trial in case.results.trials] == [0, 1, 2]
+    from tuner.playbook.gain import same_configuration
+
+    repeated = [entry("cosine", 2000, offset=o) for o in (0.1, 0.0, 0.2)]
+    found = cases_of(entry("cosine", 1000), *repeated, entry("cosine", 4000))
+    alone, compared, after = (case for case in found if case.kind == "several trials")
+    assert [trial.seed for trial in alone.results.trials] == [0, 1, 2]
+    assert compared.results.branches[0].trial == 1
+    assert same_configuration(after.earlier[0].trials[0], after.results.trials[1])
 
 
 def test_at_most_eight_runs_are_a_round() -> None:
@@ -312,6 +329,7 @@ def outcome(
         (Diagnosis.RIGHT, None, [0.05], True),
         (Diagnosis.SATURATED, 500, [0.009], False),
         (Diagnosis.SATURATED, 500, [0.015], False),  # below twice the noise of 0.8%
+        (Diagnosis.SATURATED, 1100, [0.05], False),
         (Diagnosis.TOO_SHORT, 2000, [0.05], False),
         (Diagnosis.UNDETERMINED, 1500, [0.05], False),
         (Diagnosis.SATURATED, 500, [-0.05], False),
