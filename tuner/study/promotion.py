@@ -24,7 +24,7 @@ from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
 from tuner.study.folder import StudyFolder
-from tuner.study.results import as_written_now, earlier_results, num_branches_left, reading_of
+from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _number_of_trials(file: RoundFile, next_round: NextRound) -> str:
     if enqueued == total:
         return "all enqueued, none new"
     is_longer = next_round.max_train_steps > next_round.old_max_train_steps
-    fewer = ": fewer, longer runs" if is_longer and total < file.spec.search.trials else ""
+    fewer = ": fewer, longer runs" if is_longer and total < file.spec.num_trials else ""
     return f"{enqueued} enqueued, the rest new{fewer}" if enqueued else "all new"
 
 
@@ -326,9 +326,8 @@ def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) 
 
 def _is_open(record: RoundRecord, store: Store) -> bool:
     trials = store.trials(record.name)
-    promised = int(record.spec["search"]["trials"])
     return (
-        sum(t.state.is_result for t in trials) < promised
+        sum(t.state.is_result for t in trials) < num_promised(record)
         or any(t.state == TrialState.RUNNING for t in trials)
         or num_branches_left(record, trials) > 0
     )
