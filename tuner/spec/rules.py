@@ -119,11 +119,13 @@ def _repeats(search: SearchSpec, space: Space) -> Iterator[Refusal]:
         {name: HYPERPARAMETERS[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
         for entry in search.enqueue
     ]
-    refused = set()
+    refused: set[int] = set()
     for entry in [*entries, {}]:
         within = [position for position, other in enumerate(entries) if entry.items() <= other.items()]
         room = num_points({name: d for name, d in dimensions.items() if name not in entry})
-        if len(within) > room and (position := within[int(room)]) not in refused:
+        for position in within[int(min(room, len(within))) :]:
+            if position in refused:
+                continue
             refused.add(position)
             yield Refusal(
                 ("search", "enqueue", position),

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, plan_next_round
 from tuner.playbook.enough import enough
-from tuner.playbook.passes import Anew, Longer, following, plan_round_anew
+from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule
 from tuner.playbook.sweep import is_sweep
-from tuner.records import Promotion, RoundRecord, TrialState, Value
+from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
@@ -71,7 +71,7 @@ def promote(
     record = as_written_now(record, file)
     _refuse_unpayable(file, overrides.max_train_steps)
     results, reading = reading_of(store, record)
-    next_round = plan_next_round(
+    planned = plan_next_round(
         results,
         reading,
         to=to,
@@ -79,6 +79,7 @@ def promote(
         top=overrides.top,
         decay=overrides.decay,
     )
+    next_round = each_point_once(planned)
     text = round_text(file, next_round, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
 
@@ -118,14 +119,24 @@ def go_on_in_passes(
                 candidates=step.candidates,
                 adds_trials=False,
             )
+            planned = each_point_once(planned)
             text = _longer_text(_file(folder, last, to), planned)
         case Anew(number=number):
             file = _file(folder, rounds[0].name, to)
-            planned = plan_round_anew(
-                rounds[0], results, reading, to=to, trials=file.spec.search.trials, number=number
-            )
+            trials = int(min(file.spec.search.trials, points_left(rounds)))
+            planned = plan_round_anew(rounds[0], results, reading, to=to, trials=trials, number=number)
             text = _text_anew(file, planned, number)
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
+
+
+def each_point_once(planned: NextRound) -> NextRound:
+    """The plan without a point twice, which rounding to fewer steps can make, nor more trials than points."""
+    enqueue: list[EnqueuedTrial] = []
+    for trial in planned.enqueue:
+        if all(dict(trial.hyperparameters) != dict(other.hyperparameters) for other in enqueue):
+            enqueue.append(trial)
+    most = min(planned.trials_total, num_points(planned.space))
+    return replace(planned, enqueue=tuple(enqueue), trials_total=int(most))
 
 
 def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
