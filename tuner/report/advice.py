@@ -219,7 +219,7 @@ def rule_in_words(rule: str) -> str:
 
 
 def progress(report: RoundReport) -> str | None:
-    """A caution while trials are missing, or why a finished round has fewer than its file wants; else None."""
+    """A caution while trials are missing, or why a finished round has fewer than wanted; else None."""
     done = len(report.results.results)
     if report.is_finished and done < report.num_wanted:
         points = format.count(report.num_promised, "point")
