@@ -167,6 +167,8 @@ def auto(
 
     Example: `tuner study auto round1.yaml --for 12h`
     """
+    from dataclasses import replace
+
     from tuner.cli.automatic import run_rounds
     from tuner.cli.running import Where
 
@@ -177,8 +179,11 @@ def auto(
     for sentence in (ended.reason, ended.remark):
         if sentence is not None:
             _say(sentence)
+    *earlier, last = _reports(ended.last.parent, ended.last)
+    if ended.reason is not None and not ended.taught_nothing:
+        last = replace(last, ended_because=ended.reason, next_command="tuner trial show best")
     _print_summary(
-        _reports(ended.last.parent, ended.last),
+        (*earlier, last),
         directory=_folder_of(round_file, ended.last),
         command=ended.command if ended.reason is None else None,
     )

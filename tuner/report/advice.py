@@ -241,6 +241,8 @@ def progress(report: RoundReport) -> str | None:
 
 def next_step(report: RoundReport) -> str:
     """Why the next command is the one to type."""
+    if report.ended_because is not None:
+        return "The study has ended: use the best trial's adapter."
     if not report.is_finished:
         return "Finish the round first: the same command goes on where it stopped."
     if not report.results.complete:

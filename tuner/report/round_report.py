@@ -49,6 +49,8 @@ class RoundReport:
     """Versions and hardware by name, as the report shows them."""
     scored: tuple[Trial, ...] = ()
     """The study's trials that were scored on `data.test`, in the order in which they were."""
+    ended_because: str | None = None
+    """Why `study auto` runs no further round; None where it did not end the study."""
     branches_left: int = 0
     """Decay branches that the round still owes."""
 
