@@ -90,7 +90,7 @@ def _any_plan(rng: np.random.Generator) -> Plan:
         every=max(1, horizon // int(rng.integers(10, 51))),
         schedule=("constant", "linear", "cosine")[int(rng.choice(3, p=[0.35, 0.4, 0.25]))],  # type: ignore[arg-type]
         share=float(rng.choice([0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9])),
-        noise=log_uniform(rng, 0.001, 0.01),
+        noise=log_uniform(rng, 0.001, 0.0025) if rng.random() < 0.6 else log_uniform(rng, 0.0025, 0.01),
         has_examples=rng.random() < 0.85,
         has_comparison=rng.random() < 0.85,
     )
@@ -151,7 +151,7 @@ def _made(plan: Plan, rng: np.random.Generator) -> SyntheticRound:
 
 def _company(plan: Plan, rng: np.random.Generator) -> list[Runs]:
     """The trials' curves: all alike; one that learns among others that do not; two kinds of best steps."""
-    base_loss, drop = rng.uniform(1.0, 3.0), log_uniform(rng, 0.03, 0.6)
+    base_loss, drop = rng.uniform(1.0, 3.0), log_uniform(rng, 0.05, 0.6)
     benefit = log_uniform(rng, 0.01, 0.2)
 
     def made(family: Family, share_of_drop: float, seed: int, pace: float) -> Runs:
@@ -173,7 +173,7 @@ def _company(plan: Plan, rng: np.random.Generator) -> list[Runs]:
             draw = rng.random()
             family = never if draw < 0.08 else short_lived if draw < 0.16 else learner()
             one = seed()
-            spread = rng.uniform(0.0, 0.3)
+            spread = rng.uniform(0.05, 0.5)
             return [
                 made(family, 1 - spread * rng.random(), one, log_uniform(rng, 0.8, 1.25))
                 for _ in range(plan.count)

@@ -17,6 +17,8 @@ from tuner.playbook import Diagnosis
 
 MARGIN = 2.0
 """A value within this factor of a threshold has no clear answer."""
+EVEN_FALL_MARGIN = 1.5
+"""The same for what the last quarter brings of the gain: an even fall brings twice the threshold, less its bend."""
 
 WORTHWHILE = 0.005
 HIDING = 0.01
@@ -182,16 +184,16 @@ def _outcomes(seen: _Seen, margin: float) -> list[tuple[Diagnosis, _Curve | None
         leading = [curve for curve in pool if curve.lowest <= last]
         if margin == 1:
             leading = leading[:NUM_LEADING]
-        in_doubt = any(doubtful[: len(leading)])
-        found += [(diagnosis, best) for diagnosis in _walk(seen, best, leading, in_doubt, margin)]
+        certain = [curve for curve in leading if curve is best or not doubtful[pool.index(curve)]]
+        found += [(diagnosis, best) for diagnosis in _walk(seen, best, (leading, certain), margin)]
     return found
 
 
 def _walk(
-    seen: _Seen, best: _Curve, leading: Sequence[_Curve], in_doubt: bool, margin: float
+    seen: _Seen, best: _Curve, leading: Sequence[Sequence[_Curve]], margin: float
 ) -> Iterator[Diagnosis]:
     """The diagnoses that may hold, in the playbook's order, up to the first that holds for certain."""
-    for holds, diagnosis in _conditions(seen, best, leading, in_doubt, margin):
+    for holds, diagnosis in _conditions(seen, best, leading, margin):
         if holds is not False and not (holds is None and margin == 1):
             yield diagnosis
         if holds:
@@ -200,11 +202,12 @@ def _walk(
 
 
 def _conditions(
-    seen: _Seen, best: _Curve, leading: Sequence[_Curve], in_doubt: bool, margin: float
+    seen: _Seen, best: _Curve, leading: Sequence[Sequence[_Curve]], margin: float
 ) -> Iterator[tuple[Truth, Diagnosis]]:
+    """Each condition; `leading` with the trials that may have learned something, and without them."""
     noise = seen.noise(best)
-    too_long = _all_leading([_is_early(curve, noise, margin) for curve in leading])
-    yield (None if in_doubt and margin > 1 else too_long), Diagnosis.TOO_LONG
+    early = [_all_leading([_is_early(curve, noise, margin) for curve in curves]) for curves in leading]
+    yield _agreed(early), Diagnosis.TOO_LONG
 
     rise = (best.losses[-1] - best.lowest) / best.lowest
     yield over(rise, 2 * noise, margin), Diagnosis.OVERFITTING
@@ -216,10 +219,11 @@ def _conditions(
     yield negated(over(gain, max(2 * noise, WORTHWHILE), margin)), Diagnosis.SATURATED
 
     drops = [max(0.0, drop) for drop in _last_quarter(best)]
-    yield _agreed([negated(over(drop + 2 * noise, gain / 5, margin)) for drop in drops]), Diagnosis.RIGHT
+    even = min(margin, EVEN_FALL_MARGIN)
+    yield _agreed([negated(over(drop + 2 * noise, gain / 5, even)) for drop in drops]), Diagnosis.RIGHT
     falls = _agreed([over(drop, 2 * noise, margin) for drop in drops])
-    late = _consistently([_is_late(curve, noise, margin) for curve in leading])
-    yield either(falls, None if in_doubt and margin > 1 else late), Diagnosis.TOO_SHORT
+    late = [_consistently([_is_late(curve, noise, margin) for curve in curves]) for curves in leading]
+    yield either(falls, _agreed(late)), Diagnosis.TOO_SHORT
 
 
 def _is_early(curve: _Curve, noise: float, margin: float) -> Truth:
