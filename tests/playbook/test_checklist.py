@@ -13,7 +13,7 @@ from tuner.playbook.checklist import checklist, half_round_shortfall
 from tuner.playbook.curves import periodicity
 from tuner.playbook.findings import Finding, percent
 from tuner.playbook.selection import leading_trials
-from tuner.playbook.space_checks import position
+from tuner.playbook.edges import position
 from tuner.records import Choices, Evaluation, Fixed, Range, TimesSqrtRank, TrialState
 
 GRID = tuple(range(0, 401, 10))

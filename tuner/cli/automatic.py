@@ -15,14 +15,14 @@ from tuner.cli.promoting import promote_round, promotion_text
 from tuner.cli.running import Where, has_begun, interruptible, run_here
 from tuner.cli.scoring import score_at_the_end
 from tuner.errors import InputError, Interrupted
-from tuner.playbook.enough import enough
+from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.sweep import is_sweep
 from tuner.spec import RoundFile, load_round
 from tuner.store import hold_study
 from tuner.study.folder import open_folder
 from tuner.study.pages import next_name
 from tuner.study.promotion import go_on_in_passes, promoted_from
-from tuner.study.results import reading_of
+from tuner.study.results import earlier_results, reading_of
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Wher
             finally:
                 if has_begun(file):
                     ended = replace(ended, last=file.path)
-            reason, taught_nothing = _enough(file)
+            follows = _next_horizon(file, has_deadline=duration is not None)
+            reason = follows.reason if isinstance(follows, Enough) else None
             if passes > 1:
                 reason = _go_on_in_passes(file, first, passes, stopping)
-            elif reason is None:
-                _promote(file, stopping)
+            elif not isinstance(follows, Enough):
+                _promote(file, follows, stopping)
             if reason is not None:
                 reason = f"enough after {file.spec.round}: {reason}"
+                taught_nothing = isinstance(follows, Enough) and follows.taught_nothing
                 ended = replace(ended, reason=reason, taught_nothing=taught_nothing)
     if ended.reason is not None and ended.last is not None and not ended.taught_nothing:
         ended = replace(ended, remark=_score_the_best(ended.last.parent))
@@ -98,17 +100,16 @@ def _latest(file: RoundFile) -> RoundFile:
         store.close()
 
 
-def _enough(file: RoundFile) -> tuple[str | None, bool]:
-    """Why a finished round is the last, or None; and whether it suggests no horizon."""
+def _next_horizon(file: RoundFile, *, has_deadline: bool) -> int | Enough:
+    """The horizon of the round after a finished one, or why that is the last."""
     folder = open_folder(file.directory)
     store = folder.open()
     try:
         record = next(record for record in store.rounds() if record.name == file.spec.round)
-        _, reading = reading_of(store, record)
+        results, reading = reading_of(store, record)
+        return next_horizon(results, reading, earlier_results(store, record), has_deadline=has_deadline)
     finally:
         store.close()
-    reason = enough(reading, max_train_steps=record.max_train_steps)
-    return reason, reading.suggested_max_train_steps is None
 
 
 def _go_on_in_passes(
@@ -139,13 +140,13 @@ def _go_on_in_passes(
     return None
 
 
-def _promote(file: RoundFile, stopping: Callable[[], bool]) -> None:
+def _promote(file: RoundFile, max_train_steps: int, stopping: Callable[[], bool]) -> None:
     name = file.spec.round
     written = promote_round(
         open_folder(file.directory),
         to=next_name(name),
         from_round=name,
-        max_train_steps=None,
+        max_train_steps=max_train_steps,
         top=3,
         decay="steps",
         force=False,

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tuner.playbook.edges import number
 from tuner.playbook.findings import percent
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import DecayRule, recut_decay
-from tuner.playbook.space_checks import number
 from tuner.playbook.spaces import as_listed, moved_rate, narrowed, rate_range, widened
 from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Trial, TrialState, Value

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from tuner.playbook.curve_checks import curve_findings
-from tuner.playbook.findings import Finding, Severity, percent
+from tuner.playbook.findings import Finding, Severity, counted, percent
+from tuner.playbook.horizon import MULTIPLES
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import warmup_length
-from tuner.playbook.selection import LeadingTrial, ranked_by_loss
+from tuner.playbook.selection import LeadingTrial, distinct, ranked_by_loss
 from tuner.playbook.space_checks import space_findings
 from tuner.records import TrialState
 
@@ -25,13 +26,13 @@ def checklist(
     results: RoundResults,
     leading: Sequence[LeadingTrial],
     *,
-    noise: float,
+    noise: float | None,
     earlier: Sequence[RoundResults] = (),
 ) -> tuple[Finding, ...]:
     """What the rules beside the diagnosis say of a round.
 
-    `noise` is relative to the loss. Rule: Deep Learning Tuning Playbook, "After each round of
-    experiments" and its checklist; the numbers are this project's decisions.
+    `noise` is relative to the loss; None where it is unknown. Rule: Deep Learning Tuning Playbook, "After
+    each round of experiments" and its checklist; the numbers are this project's decisions.
     """
     return (
         *space_findings(results, leading[0].trial if leading else None),
@@ -44,20 +45,23 @@ def checklist(
     )
 
 
-def half_round_shortfall(losses: Sequence[float]) -> float:
-    """Median relative excess of the best of half the trials, drawn with replacement, over the best.
+def doubling_of_trials(losses: Sequence[float]) -> float:
+    """Return what the last doubling of the trials is expected to have gained, relative to the loss.
 
-    Infinite losses stand for trials without an objective. The bootstrap's distribution is known (the
-    best of h draws from n is beyond rank k with probability (1 - k/n)^h), so nothing is drawn. 0 for
-    fewer than two trials, infinite where half the trials would typically have reached nothing. Rule:
+    The expected best of half the trials, drawn without replacement, against the best of all; half is rounded
+    down. Infinite losses stand for trials without an objective: the draws that reach nothing else are left
+    out, and the result is infinite where all do. 0 for fewer than two trials that reached something. Rule:
     this project's decision, "too_few_trials".
     """
     order = sorted(losses)
-    if len(order) < 2 or not math.isfinite(order[0]) or order[0] <= 0:
+    count, half = len(order), len(order) // 2
+    num_finite = sum(math.isfinite(loss) for loss in order)
+    if num_finite < 2 or order[0] <= 0:
         return 0.0
-    draws = len(order) // 2
-    median = next(k for k in range(1, len(order) + 1) if math.pow(1 - k / len(order), draws) <= 0.5)
-    return order[median - 1] / order[0] - 1.0
+    # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half).
+    chances = [math.comb(count - 1 - k, half - 1) for k in range(num_finite)]
+    expected = sum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
+    return expected / order[0] - 1.0
 
 
 def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
@@ -73,24 +77,21 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
         )
 
 
-def _too_few_trials(results: RoundResults, noise: float) -> Iterator[Finding]:
-    losses = [best.eval_loss for _, best in ranked_by_loss(results.trials)]
-    losses += [math.inf] * (len(results.results) - len(losses))
-    shortfall = half_round_shortfall(losses)
-    if shortfall <= noise:
+def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
+    """More trials are worth having while the last doubling of their number brought a worthwhile gain."""
+    losses = [best.eval_loss for _, best in ranked_by_loss(distinct(results.complete))]
+    losses += [math.inf] * (len(distinct(results.results)) - len(losses))
+    gain, threshold = doubling_of_trials(losses), max(noise or 0.0, results.worthwhile_gain)
+    if gain <= threshold:
         return
-    numbers = {"noise": noise, "trials": float(len(losses))}
-    if math.isfinite(shortfall):
-        numbers["shortfall"] = shortfall
-        outcome = f"have ended {percent(shortfall)} worse, more than the noise of {percent(noise)}"
-    else:
-        outcome = "have reached nothing"
+    half = len(losses) // 2
     yield Finding(
         "too_few_trials",
         Severity.WARNING,
-        f"Half of the {len(losses)} trials would typically {outcome}: the best is probably not found yet. "
-        "Raise search.trials, or make the space smaller.",
-        numbers,
+        f"The best of only {counted(half, 'trial')} would typically be {percent(gain)} worse than "
+        f"the best of {len(losses)}, more than {percent(threshold)}: more trials would probably find a better "
+        "one. Raise search.trials, or make the space smaller.",
+        {"gain": gain, "threshold": threshold, "trials": float(len(losses))},
     )
 
 
@@ -98,11 +99,15 @@ def _long_warmup(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
     warmup = warmup_length(leading[0].trial.hyperparameters) if leading else 0
     share = warmup / results.max_train_steps
     if share > LONG_WARMUP_SHARE:
+        # No round is more than three times as long as the one before.
+        at_once = math.ceil(warmup / LONG_WARMUP_SHARE) <= MULTIPLES[-1] * results.max_train_steps
+        longer = "a longer horizon" if at_once else "longer horizons over the next rounds"
         yield Finding(
             "long_warmup",
             Severity.PROBLEM if share > VERY_LONG_WARMUP_SHARE else Severity.WARNING,
-            f"The best trial warms up for {warmup} of {results.max_train_steps} steps ({percent(share)}). If "
-            f"it needs so many, consider a horizon of {math.ceil(warmup / LONG_WARMUP_SHARE)} or more.",
+            f"The best trial warms up for {warmup} of {results.max_train_steps} steps ({percent(share)}, "
+            f"more than {percent(LONG_WARMUP_SHARE)}). Try a shorter warmup_steps, or, if it needs so many, "
+            f"{longer}.",
             {"warmup_steps": float(warmup), "share": share},
         )
 

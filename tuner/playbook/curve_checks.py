@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
+from tuner.playbook.edges import number
 from tuner.playbook.findings import Finding, Severity, counted
 from tuner.playbook.results import RoundResults
-from tuner.playbook.selection import LeadingTrial
-from tuner.playbook.space_checks import number
+from tuner.playbook.selection import LeadingTrial, beats_the_base
 
 CLIPPED_SHARE = 0.5
 PERIODIC_SHARE = 0.6
@@ -33,7 +33,9 @@ def curve_findings(results: RoundResults, leading: Sequence[LeadingTrial]) -> It
 
 
 def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
-    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in results.complete)
+    # What never beat the base model has nothing to overfit.
+    learned = (trial for trial in results.complete if beats_the_base(trial))
+    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in learned)
     rising = {n: rise for n, rise in rises if rise is not None and rise.is_overfitting}
     in_front = [lead.trial.number for lead in leading if lead.trial.number in rising]
     if in_front:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tuner.playbook.precision import (
+    SIGNIFICANT,
     difference_error,
     is_number,
     measured,
@@ -19,9 +20,6 @@ from tuner.playbook.precision import (
 from tuner.playbook.selection import best_evaluation
 from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation
-
-SIGNIFICANT = 2.0
-"""Standard errors from which on a difference counts as one."""
 
 FITTED_TRAIN_LOSS = 0.05
 """Nats per token at which the training set counts as fitted."""
@@ -60,7 +58,7 @@ def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
     last = finite[-1]
     error = difference_error(finite, last, best)
     amount = last.eval_loss - best.eval_loss
-    if amount <= SIGNIFICANT * error:
+    if error is None or amount <= SIGNIFICANT * error:
         return None
     curve = smoothed(finite)
     lasting = curve[-1].eval_loss - min(evaluation.eval_loss for evaluation in curve)
@@ -84,8 +82,54 @@ def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
         evaluation.step
         for evaluation in curve
         if evaluation.eval_loss - best.eval_loss
-        <= SIGNIFICANT * difference_error(evaluations, evaluation, best)
+        <= SIGNIFICANT * (difference_error(evaluations, evaluation, best) or 0.0)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LateDrop:
+    """How much a smoothed loss fell over the last quarter of the horizon, relative to it."""
+
+    relative: float
+    """Negative where it rose."""
+    standard_error: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the loss was still falling."""
+        return self.relative > SIGNIFICANT * self.standard_error
+
+    @property
+    def at_most(self) -> float:
+        """The largest drop that the evaluations allow for."""
+        return self.relative + SIGNIFICANT * self.standard_error
+
+
+def late_drop(evaluations: Sequence[Evaluation], max_train_steps: int) -> LateDrop | None:
+    """Return the drop of the smoothed loss from three quarters of the horizon to its end.
+
+    Between evaluations the smoothed curve is a straight line. None where there is none on both sides of three
+    quarters, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook, "Deciding
+    how long to train when training is not compute-bound": the last 25% of the steps; the test is this
+    project's decision.
+    """
+    curve = smoothed(evaluations)
+    if not curve or not is_number(evaluations[-1].eval_loss):
+        return None
+    at, last = 0.75 * max_train_steps, curve[-1]
+    before = max((e for e in curve if e.step <= at), key=lambda e: e.step, default=None)
+    after = min((e for e in curve if e.step >= at), key=lambda e: e.step, default=None)
+    if before is None or after is None or last.step <= at:
+        return None
+    errors = [difference_error(evaluations, e, last) for e in (before, after)]
+    if (first := errors[0]) is None or (second := errors[1]) is None:
+        return None
+    share = (at - before.step) / (after.step - before.step) if after.step > before.step else 0.0
+    start = before.eval_loss + share * (after.eval_loss - before.eval_loss)
+    if start <= 0:
+        return None
+    error = (1 - share) * first + share * (0.0 if after is last else second)
+    return LateDrop((start - last.eval_loss) / start, error / start)
 
 
 def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool | None:
@@ -141,26 +185,34 @@ def train_loss_rise(evaluations: Sequence[Evaluation]) -> float:
 
 
 def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
-    """How many changes of the last quarter are significant, up and down, and how many there are.
+    """Return how many changes of the last quarter are significant, and how many there are.
 
     From evaluation to evaluation, at least the last four changes, each against the standard error of the
-    pair, with their mean and without it: neither a trend nor a bend is restlessness. (0, changes) unless
-    they go both ways.
+    pair, with their mean and without it: neither a trend nor a bend is restlessness. (0, changes) unless they
+    turn at least twice: a loss that falls and then rises turns once, and that is overfitting.
     Rule: Deep Learning Tuning Playbook, "Examining the training curves" (variance late in training).
     """
     finite = measured(evaluations)
     last = finite[-max(5, math.ceil(len(finite) / 4) + 1) :]
     pairs = list(itertools.pairwise(last))
-    if not pairs:
-        return 0, 0
     spread = residual_spread(finite)
     changes = [later.eval_loss - sooner.eval_loss for sooner, later in pairs]
+    paired = (paired_standard_error(later, sooner) for sooner, later in pairs)
+    errors = [known for error in paired if (known := spread if error is None else error) is not None]
+    if not changes or len(errors) < len(changes):
+        return 0, len(changes)
     trend = sum(changes) / len(changes)
-    errors = [paired_standard_error(later, sooner) for sooner, later in pairs]
-    limits = [SIGNIFICANT * (spread if error is None else error) for error in errors]
-    rises = sum(min(c, c - trend) > limit for c, limit in zip(changes, limits, strict=True))
-    falls = sum(max(c, c - trend) < -limit for c, limit in zip(changes, limits, strict=True))
-    return (rises + falls if rises and falls else 0), len(changes)
+    signs = [_direction(c, trend, SIGNIFICANT * error) for c, error in zip(changes, errors, strict=True)]
+    significant = [sign for sign in signs if sign]
+    turns = sum(sooner != later for sooner, later in itertools.pairwise(significant))
+    return (len(significant) if turns >= 2 else 0), len(changes)
+
+
+def _direction(change: float, trend: float, limit: float) -> int:
+    """1 for a significant rise, -1 for a fall, with the trend and without it; 0 for neither."""
+    if min(change, change - trend) > limit:
+        return 1
+    return -1 if max(change, change - trend) < -limit else 0
 
 
 def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float | None:

@@ -3,77 +3,117 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import median
 
-from tuner.playbook.findings import percent
+from tuner.playbook.edges import MAX_WIDENINGS
+from tuner.playbook.findings import counted, percent
 from tuner.playbook.gain import Gain, GainSource
-from tuner.playbook.horizon import MAX_UNDETERMINED_NOISE, MULTIPLES, Diagnosis, Signs, Suggestion
+from tuner.playbook.horizon import (
+    LATE_SHARE_OF_GAIN,
+    MAX_UNDETERMINED_NOISE,
+    MULTIPLES,
+    Diagnosis,
+    Signs,
+    Suggestion,
+    puts_the_edge_first,
+)
+from tuner.playbook.precision import majority_probability
+from tuner.playbook.selection import LeadingTrial
+
+_SOURCES = {
+    GainSource.COMPARISON: "measured by a comparison run on the same schedule",
+    GainSource.STABLE_PHASE: "from its own evaluations, at a constant rate",
+    GainSource.EARLIER_ROUND: "from an earlier round with the same hyperparameters",
+    GainSource.BEFORE_DECAY: "from its evaluations before the decay",
+}
 
 
 def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> Iterator[str]:
-    """What was seen, what follows from it and what to do, a sentence or two each.
+    """Yield what was seen, what follows from it and what to do, a sentence or two each.
 
     Rule: this project's decision: every number that a conclusion rests on is said beside it.
     """
     if not seen.leading:
-        yield "No trial is complete with a finite evaluation loss, so the round says nothing of its horizon."
+        yield _nothing_leads(seen)
         return
     yield _best_steps(seen)
     if seen.gain is not None:
         yield _gain(seen.gain, seen)
     yield _conclusion(seen, diagnosis)
-    if suggestion is not None:
-        yield _advice(seen, suggestion)
+    if puts_the_edge_first(seen, diagnosis):
+        yield (
+            "The best learning rate is at the upper end of those tried, so all of them may be too small, and "
+            f"runs then look too short or flat. Try higher rates at {seen.max_train_steps} steps first."
+        )
+    elif suggestion is not None:
+        yield _advice(seen, diagnosis, suggestion)
+    if _has_given_up_on_rates(seen, diagnosis):
+        yield (
+            f"The best learning rate is still at the upper end after {MAX_WIDENINGS} rounds with higher ones: "
+            "look at warmup and the scale of the adapter (lora_alpha)."
+        )
+
+
+def _has_given_up_on_rates(seen: Signs, diagnosis: Diagnosis) -> bool:
+    is_misleading = diagnosis in (Diagnosis.TOO_SHORT, Diagnosis.SATURATED, Diagnosis.UNDETERMINED)
+    return is_misleading and seen.has_small_rates and not puts_the_edge_first(seen, diagnosis)
+
+
+def _nothing_leads(seen: Signs) -> str:
+    if not seen.num_complete:
+        return "No trial is complete with a finite evaluation loss, so nothing says how long to train."
+    none = "The complete trial did not beat" if seen.num_complete == 1 else "No complete trial beat"
+    return (
+        f"{none} the base model by more than two standard errors: look at the data, the loss masks and the "
+        "learning rates."
+    )
 
 
 def _best_steps(seen: Signs) -> str:
     lead = seen.leading[0]
     reached = f"reached {lead.best.eval_loss:.4f} at step {lead.best.step}"
-    settled = (
-        "no earlier step was within one standard error of that"
-        if lead.settled_step == lead.best.step
-        else f"step {lead.settled_step} was already within one standard error of that"
-    )
+    settled = ""
+    if lead.settled_step < lead.best.step:
+        settled = f", and was within one standard error of that from step {lead.settled_step} on"
     if len(seen.leading) == 1:
-        number = lead.trial.number
-        return f"The only complete trial, {number}, {reached} of {seen.max_train_steps}, and {settled}."
-    steps = ", ".join(str(step) for step in sorted(lead.best.step for lead in seen.leading))
-    return (
-        f"The {len(seen.leading)} leading trials were best at step {steps} of {seen.max_train_steps}. The "
-        f"first, trial {lead.trial.number}, {reached}, and {settled}."
-    )
+        return f"Trial {lead.trial.number} {reached} of {seen.max_train_steps}{settled}."
+    where = _where_best(seen.leading, seen.max_train_steps)
+    return f"{where} The best, trial {lead.trial.number}, {reached}{settled}."
+
+
+def _where_best(leading: Sequence[LeadingTrial], max_train_steps: int) -> str:
+    count = len(leading)
+    steps = sorted(lead.best.step for lead in leading)
+    others = [step for step in steps if step < max_train_steps]
+    if not others:
+        every = "Both" if count == 2 else f"All {count}"
+        return f"{every} leading trials were best at the last step ({max_train_steps})."
+    span = f"step {others[0]}" if others[0] == others[-1] else f"steps {others[0]} to {others[-1]}"
+    if len(others) < count:
+        at_end = count - len(others)
+        return (
+            f"{at_end} of {count} leading trials {'was' if at_end == 1 else 'were'} best at the last step "
+            f"({max_train_steps}), the {'other' if len(others) == 1 else 'others'} at {span}."
+        )
+    middle = f", the median at {median(steps):g}" if count > 2 and others[0] < others[-1] else ""
+    return f"The {count} leading trials were best at {span} of {max_train_steps}{middle}."
 
 
 def _gain(gain: Gain, seen: Signs) -> str:
-    match gain.source:
-        case GainSource.EARLIER_ROUND:
-            how = "the same hyperparameters in an earlier round"
-            if not gain.is_of_a_doubling:
-                how += ", reckoned for one doubling"
-        case GainSource.DECAY_BRANCHES:
-            how = "a decay branch against the whole run"
-        case GainSource.TRUNK:
-            how = "its evaluations at the constant rate"
-            if gain.to_steps < seen.max_train_steps:
-                how += f", carried on to step {seen.max_train_steps}"
-        case GainSource.CONFOUNDED:
-            how = "within one run, so that the falling rate is in the number too"
-    worth = (
-        f"was worth {percent(gain.relative)} of the loss"
-        if gain.relative >= 0
-        else f"made the loss {percent(-gain.relative)} worse"
-    )
-    return (
-        f"The last doubling {worth}, give or take {percent(2 * seen.noise)}: trial {gain.trial} "
-        f"from {gain.from_steps} to {gain.to_steps} steps, {how}."
-    )
+    steps = f"{gain.from_steps} to {gain.to_steps}"
+    doubling = f"Doubling the steps ({steps})"
+    if not gain.is_of_a_doubling:
+        doubling = f"Doubling the steps (rescaled from {steps})"
+    change = f"{'cut' if gain.relative >= 0 else 'raised'} the loss by {percent(abs(gain.relative))}"
+    noise = f" +- {percent(2 * seen.noise)}" if seen.noise is not None else ", with unknown noise"
+    return f"{doubling} {change}{noise} (trial {gain.trial}, {_SOURCES[gain.source]})."
 
 
 def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
-    count = len(seen.leading)
     match diagnosis:
         case Diagnosis.NO_LEARNING:
-            return "None ever beat the untouched model: look at data, loss masks and learning rates."
+            return _nothing_leads(seen)
         case Diagnosis.TOO_LONG:
             return "All were best within the first 10% of their steps: the horizon is far too long."
         case Diagnosis.OVERFITTING:
@@ -88,38 +128,77 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
             return _what_would_settle(seen)
         case Diagnosis.SATURATED:
             assert seen.gain is not None
-            if seen.gain.relative < -seen.threshold:
-                return "That is a loss beyond the noise: more steps do not help."
-            return (
-                f"That is no more than {percent(seen.threshold)}, which counts as nothing: it has saturated."
-            )
+            if seen.gain.relative < -seen.worthwhile:
+                return "The loss rose by more than the noise: more steps do not help."
+            limit = f"{percent(seen.worthwhile)}{_because(seen)}"
+            return f"That is no more than {limit}: more steps are not worth it."
         case Diagnosis.TOO_SHORT:
-            return f"{seen.num_late} of {count} were best in the last quarter: more steps will help."
-        case Diagnosis.RIGHT if 2 * seen.num_late > count:
-            return (
-                f"{seen.num_late} of {count} best in the last quarter are too few trials for a pattern: the "
-                "horizon counts as right until more of them say otherwise."
-            )
+            return f"{_still_falling(seen)}: more steps will help."
         case Diagnosis.RIGHT:
-            return f"Only {seen.num_late} of {count} were best in the last quarter: the horizon is right."
+            assert seen.late is not None
+            return (
+                f"The last quarter of the steps brought {percent(max(0.0, seen.late.relative))}, at most "
+                f"{percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid, its end did not. "
+                f"{seen.max_train_steps} steps are about right."
+            )
+
+
+def _because(seen: Signs) -> str:
+    """What the threshold is, where the noise does not set it."""
+    return " (run.worthwhile_gain)" if seen.worthwhile == seen.worthwhile_gain else " (twice the noise)"
+
+
+def _still_falling(seen: Signs) -> str:
+    late = f"{seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter"
+    if len(seen.leading) == 1:
+        late = "the trial was best in the last quarter"
+    if seen.late is None or not seen.late.is_significant:
+        return late[0].upper() + late[1:]
+    return f"The best trial still fell by {percent(seen.late.relative)} in the last quarter"
 
 
 def _what_would_settle(seen: Signs) -> str:
-    decide = "`tuner study promote --to ROUND --max-train-steps N` decides without it."
     if seen.gain is None:
         return (
-            "Nothing shows what a doubling is worth: a smaller evaluation.every_steps would, or a round at "
-            f"another horizon. {decide}"
+            "Nothing shows what a doubling is worth. A comparison run (run.decay_branches: auto) measures "
+            "it, or a smaller evaluation.every_steps where the rate is constant."
         )
+    if seen.noise is None:
+        return (
+            "How certain that is cannot be told from so few evaluations: set a smaller "
+            "evaluation.every_steps, or repeat the best trial with other seeds."
+        )
+    if seen.is_hidden:
+        return _what_would_uncover(seen)
+    missing = trials_to_settle(seen)
+    return (
+        "The gain is worth having, but the best trial neither clearly falls at its end nor has clearly "
+        f"stopped: {seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter. About "
+        f"{counted(missing, 'more leading trial')} that is best there would settle it."
+    )
+
+
+def trials_to_settle(seen: Signs) -> int:
+    """Return how many more late leading trials would make them consistently late.
+
+    Rule: this project's decision, "undetermined".
+    """
+    late, count = seen.num_late, len(seen.leading)
+    return next(more for more in range(1, 1000) if majority_probability(late + more, count + more) >= 0.9)
+
+
+def _what_would_uncover(seen: Signs) -> str:
     hidden = f"The noise is above {percent(MAX_UNDETERMINED_NOISE)} and hides it."
     now = len(seen.leading[0].best.example_nll)
     needed = examples_to_settle(seen)
     if needed is None:
-        why = "the seeds differ by as much" if now else "their losses are not known one by one"
-        return f"{hidden} More evaluation examples alone will not do: {why}. {decide}"
+        why = "the seeds differ by as much" if now else "the losses of single examples are not known"
+        return (
+            f"{hidden} More evaluation examples will not do: {why}. Repeat the best trial with other seeds."
+        )
     return (
         f"{hidden} About {needed} evaluation examples instead of {now} would settle a gain of this size: "
-        f"{_how_to_have(needed, now, seen.max_examples)}. {decide}"
+        f"{_how_to_have(needed, now, seen.max_examples)}."
     )
 
 
@@ -140,18 +219,12 @@ def examples_to_settle(seen: Signs) -> int | None:
     seeds does not. Rule: this project's decision, "undetermined".
     """
     now = len(seen.leading[0].best.example_nll) if seen.leading else 0
-    if seen.gain is None or now == 0:
+    if seen.gain is None or seen.noise is None or now == 0:
         return None
     allowed = max(MAX_UNDETERMINED_NOISE, abs(seen.gain.relative)) / 2
-    left = allowed**2 - (seen.noise**2 - _by_examples(seen))
-    if left <= 0:
-        return None
-    return _two_digits_up(now * _by_examples(seen) / left)
-
-
-def _by_examples(seen: Signs) -> float:
-    """The part of the squared noise that more evaluation examples would lower."""
-    return seen.gain.standard_error**2 if seen.gain is not None else 0.0
+    by_examples = (seen.gain.standard_error or 0.0) ** 2
+    left = allowed**2 - (seen.noise**2 - by_examples)
+    return None if left <= 0 else _two_digits_up(now * by_examples / left)
 
 
 def _two_digits_up(number: float) -> int:
@@ -159,18 +232,23 @@ def _two_digits_up(number: float) -> int:
     return math.ceil(number / unit) * unit
 
 
-def _advice(seen: Signs, suggestion: Suggestion) -> str:
+def _advice(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion) -> str:
     is_kept = suggestion.steps == seen.max_train_steps
     if suggestion.is_capped:
-        train = "Keep max_train_steps at" if is_kept else "Train for"
-        steps = "" if is_kept else " steps"
-        return f"{train} {suggestion.steps}{steps}, the most that run.production_steps allows."
+        if is_kept:
+            return f"Keep {suggestion.steps} steps: run.production_steps does not allow longer runs."
+        return f"Train for {suggestion.steps} steps next, the most that run.production_steps allows."
     if is_kept:
         return f"Keep max_train_steps at {suggestion.steps}."
-    between = f" ({suggestion.low} to {suggestion.high})" if suggestion.low < suggestion.high else ""
     factor = suggestion.steps / seen.max_train_steps
-    times = f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many"
+    times = f"Train for {suggestion.steps} steps next, {factor:.2g} times as many"
+    if diagnosis == Diagnosis.UNDETERMINED:
+        return f"{times}: when in doubt, train longer; the best step is chosen afterwards."
+    between = f" ({suggestion.low} to {suggestion.high})" if suggestion.low < suggestion.high else ""
     if factor <= 1 or seen.gain is None:
-        return f"{times}."
+        return f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many."
     most = ", the most for one round" if factor > MULTIPLES[-2] else ""
-    return f"{times}{most}: the last doubling of these should be worth {percent(seen.gain.at(factor))}."
+    return (
+        f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many{most}. That should "
+        f"cut the loss by about {percent(seen.gain.to(factor))}."
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
 from tuner.playbook.precision import MAX_LOSS, difference_error, is_number
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import trunk_end, warmup_length
+from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_loss
 from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation, Trial
@@ -23,105 +23,140 @@ MAX_RATIO = 0.9
 
 WITHIN = 1.7
 """A horizon this factor away from half of another still stands for the half."""
+MAX_TELLING_DECAY_SHARE = 0.4
+"""Of 42 Llama runs with decays up to this share the stable phase predicted the gain within a factor 1.5 in
+35, of 12 runs with decays of 60 to 90% in 8."""
+CLOSE_TO_HALF = 1.25
+"""An earlier round this factor away from half the horizon makes a comparison run unnecessary."""
 
 _MIN_LOSS = 1 / MAX_LOSS
 """Nats per token below which nothing is relative to a loss."""
-_MAX_LOG_RATIO = 100.0
-"""Two gains that differ by more are as good as one and none; the exponential stays finite."""
 _SCHEDULED = frozenset({"decay_steps"})
 """Hyperparameters that change with the horizon and do not make two trials different ones."""
 
 
 class GainSource(StrEnum):
-    """How the gain was had, the most telling way first."""
+    """How the gain was measured, the most reliable way first."""
 
+    COMPARISON = "comparison_run"
+    """A run to a shorter horizon on the same schedule."""
+    STABLE_PHASE = "stable_phase"
+    """The trial's own evaluations, at a rate that is constant to the end."""
     EARLIER_ROUND = "earlier_round"
-    """The same hyperparameters in a round with another horizon."""
-    DECAY_BRANCHES = "decay_branches"
-    """Branches that end at shorter horizons with the same share of decay."""
-    TRUNK = "trunk"
-    """The constant part's own evaluations, from half its length to its end."""
-    CONFOUNDED = "confounded"
-    """Evaluations within one decaying run: the decay lowers the later loss as well."""
+    """The same hyperparameters in a round with another horizon and the same share of decay."""
+    BEFORE_DECAY = "before_decay"
+    """The evaluations before the decay begins, from half of these steps to all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Relative loss reduction of a trial from half a horizon to the whole, each decayed alike."""
+    """Relative loss reduction of a trial from half its horizon to the whole, each decayed alike."""
 
     relative: float
     """(loss at half - loss at the whole) / loss at half; negative where longer was worse."""
-    standard_error: float
-    """Of `relative`, over the evaluation examples."""
-    previous: float | None
-    """The same for the doubling before, where it is known."""
+    standard_error: float | None
+    """Of `relative`, over the evaluation examples; None where it cannot be had."""
     source: GainSource
     trial: int
     from_steps: int
     """The shorter horizon it was measured at; not always exactly the half."""
     to_steps: int
-
-    @property
-    def ratio(self) -> float:
-        """Next doubling's gain over this one's, in [0, 0.9]. Rule: this project's, "too_short"."""
-        if self.previous is None or self.previous <= 0:
-            return DEFAULT_RATIO
-        return min(MAX_RATIO, max(0.0, self.relative / self.previous))
+    ratio: float = DEFAULT_RATIO
+    """Drop of log loss over the next doubling, relative to that over this one; in [0, 0.9]."""
 
     @property
     def is_of_a_doubling(self) -> bool:
-        """Whether it was measured over about one doubling, and not reckoned from another factor."""
+        """Whether it was measured over about one doubling, and not rescaled from another factor."""
         return abs(self.to_steps / self.from_steps - 2.0) <= 0.1
 
     def at(self, multiple: float) -> float:
-        """Predicted gain over the last doubling of a horizon `multiple` times as long."""
-        return self.relative * math.pow(self.ratio, math.log2(multiple))
+        """Predict the gain over the last doubling of a horizon `multiple` times as long."""
+        return -math.expm1(-self._log_drop * math.pow(self.ratio, math.log2(multiple)))
+
+    def to(self, multiple: float) -> float:
+        """Predict the relative drop of the loss from this horizon to one `multiple` times as long.
+
+        The next doublings are a geometric series of drops of log loss. Rule: this project's decision,
+        "too_short".
+        """
+        doublings = math.log2(multiple)
+        series = self.ratio * (1 - math.pow(self.ratio, doublings)) / (1 - self.ratio)
+        return -math.expm1(-self._log_drop * series)
+
+    @property
+    def _log_drop(self) -> float:
+        """Drop of log loss over the last doubling."""
+        return -math.log1p(-self.relative)
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
     horizon: int
     evaluation: Evaluation
+    source: GainSource
+
+    @property
+    def loss(self) -> float:
+        return self.evaluation.eval_loss
 
 
 def measured_gain(
     results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults] = ()
 ) -> Gain | None:
-    """The best available measure of the last doubling's gain; None if nothing shows it.
+    """Return the gain of the last doubling from the best source that there is; None where nothing shows it.
 
-    In this order: an earlier round at another horizon (for the best of the leading trials that was
-    run there too), decay branches, the trunk of the best trial, its run as a whole. Rule: this
-    project's decision, "gain"; measured on 131 Llama-124M runs, it predicts what a doubling brings
-    (AUC 0.90) where the share of late best steps does not (0.67).
+    In this order: a comparison run; the stable phase of a rate that is constant to the end; an earlier round
+    at another horizon with the same share of decay; the stable phase before a decay of at most 40%. The best
+    of the leading trials that has the source speaks. Evaluations within a decay are no source: the falling
+    rate lowers the later loss as well. Rule: this project's decision, "gain"; measured on 131 Llama-124M
+    runs, it predicts what a doubling brings (AUC 0.90) where the share of late best steps does not (0.67).
     """
     if not leading:
         return None
-    best = leading[0].trial
-    return (
-        _from_earlier_rounds(results, leading, earlier)
-        or _from_branches(results, leading)
-        or _from_trunk(best, results.max_train_steps)
-        or _from_run(best, results.max_train_steps)
-    )
+    found = [_from_horizons(results, lead, earlier) for lead in leading]
+    by_comparison = next((gain for gain in found if gain and gain.source == GainSource.COMPARISON), None)
+    by_round = next((gain for gain in found if gain and gain.source == GainSource.EARLIER_ROUND), None)
+    stable = _from_stable_phase(leading[0].trial, results.max_train_steps)
+    at_constant_rate = stable if stable and stable.source == GainSource.STABLE_PHASE else None
+    return by_comparison or at_constant_rate or by_round or stable
 
 
-def seed_spread(trials: Sequence[Trial]) -> float:
-    """Standard deviation of the best loss between seeds, relative to it; 0 where none were repeated.
+def wants_comparison(
+    results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults] = ()
+) -> bool:
+    """Return whether only a comparison run would show well what the best trial's last doubling was worth.
+
+    So it is where its rate decays and no earlier round ran it, with the same share of decay, within a factor
+    1.25 of half the horizon. Rule: this project's decision, "gain".
+    """
+    if not leading:
+        return False
+    best, horizon = leading[0], results.max_train_steps
+    if trunk_end(best.trial.hyperparameters, horizon) == horizon:
+        return False
+    twins = _twins_at_other_horizons(results, best, earlier)
+    return not any(abs(math.log(2 * twin.horizon / horizon)) <= math.log(CLOSE_TO_HALF) for twin in twins)
+
+
+def seed_spread(trials: Sequence[Trial]) -> float | None:
+    """Return the standard deviation of the best loss between seeds, relative to it; None without repeats.
 
     Pooled over the groups of complete trials that differ in `training_seed` alone. Rule: Deep Learning
     Tuning Playbook, "Understanding noise between runs" (trial variance).
     """
-    groups: dict[tuple[object, ...], list[float]] = {}
+    groups: dict[tuple[object, ...], dict[object, float]] = {}
     for trial, best in ranked_by_loss(trials):
-        groups.setdefault(_identity(trial, without={"training_seed"}), []).append(best.eval_loss)
+        # Copies of one seed measure nothing.
+        seeds = groups.setdefault(_identity(trial, without={"training_seed"}), {})
+        seeds.setdefault(trial.hyperparameters.get("training_seed"), best.eval_loss)
     repeated = [
-        np.array(losses) / np.mean(losses)
+        np.array(list(losses.values())) / np.mean(list(losses.values()))
         for losses in groups.values()
-        if len(losses) > 1 and np.mean(losses) >= _MIN_LOSS
+        if len(losses) > 1 and np.mean(list(losses.values())) >= _MIN_LOSS
     ]
     freedom = sum(len(losses) - 1 for losses in repeated)
     squares = sum(float(((losses - 1.0) ** 2).sum()) for losses in repeated)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+    return math.sqrt(squares / freedom) if freedom else None
 
 
 def same_configuration(one: Trial, other: Trial) -> bool:
@@ -144,88 +179,84 @@ def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[obje
     return tuple(sorted((k, v) for k, v in trial.hyperparameters.items() if k not in without))
 
 
-def _from_earlier_rounds(
-    results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults]
-) -> Gain | None:
-    comparable = [
-        other
-        for other in earlier
-        if other.workload == results.workload and other.max_train_steps != results.max_train_steps
+def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]) -> Gain | None:
+    """The gain of a trial from its runs to several horizons; comparison runs first for the half."""
+    whole = _Point(results.max_train_steps, lead.best, GainSource.COMPARISON)
+    compared = [
+        _Point(run.max_train_steps, best, GainSource.COMPARISON)
+        for run in results.branches
+        if run.trial == lead.trial.number and (best := best_evaluation(run.evaluations)) is not None
     ]
-    for lead in leading:
-        points = [_Point(results.max_train_steps, lead.best)]
-        for other in comparable:
-            twins = (
-                best for trial, best in ranked_by_loss(other.trials) if same_configuration(trial, lead.trial)
-            )
-            if (twin := next(twins, None)) is not None:
-                points.append(_Point(other.max_train_steps, twin))
-        if (
-            gain := _from_points(points, results.max_train_steps, lead.trial, GainSource.EARLIER_ROUND)
-        ) is not None:
-            return gain
-    return None
+    twins = list(_twins_at_other_horizons(results, lead, earlier))
+    points = [*compared, *twins]
+    return _from_points(whole, points, lead.trial, halves=compared) or _from_points(whole, points, lead.trial)
 
 
-def _from_branches(results: RoundResults, leading: Sequence[LeadingTrial]) -> Gain | None:
-    for lead in leading:
-        points = [_Point(results.max_train_steps, lead.best)]
-        for branch in results.branches:
-            best = best_evaluation(branch.evaluations)
-            if branch.trial == lead.trial.number and best is not None:
-                points.append(_Point(branch.max_train_steps, best))
-        gain = _from_points(points, results.max_train_steps, lead.trial, GainSource.DECAY_BRANCHES)
-        if gain is not None:
-            return gain
-    return None
+def _twins_at_other_horizons(
+    results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]
+) -> Iterator[_Point]:
+    """The trial's runs in earlier rounds of the workload, to other horizons with the same share of decay."""
+    for other in earlier:
+        if other.workload != results.workload or other.max_train_steps == results.max_train_steps:
+            continue
+        twins = (
+            best
+            for trial, best in ranked_by_loss(other.trials)
+            if same_configuration(trial, lead.trial)
+            and _have_equal_shares(trial, other.max_train_steps, lead.trial, results.max_train_steps)
+        )
+        if (twin := next(twins, None)) is not None:
+            yield _Point(other.max_train_steps, twin, GainSource.EARLIER_ROUND)
 
 
-def _from_trunk(trial: Trial, max_train_steps: int) -> Gain | None:
-    """The gain at the trunk's end, carried on to the horizon by the series of the gains.
+def _have_equal_shares(one: Trial, one_horizon: int, other: Trial, other_horizon: int) -> bool:
+    """Whether two runs decay over the same share of their steps, to the rounding of whole steps."""
+    decay, other_decay = decay_length(one.hyperparameters), decay_length(other.hyperparameters)
+    rescaled = decay * other_horizon / one_horizon
+    return abs(rescaled - other_decay) <= max(1.0, other_horizon / one_horizon)
 
-    Without that, saturated rounds with a decay of 40% read as too short (15 of 65 synthetic ones).
+
+def _from_stable_phase(trial: Trial, max_train_steps: int) -> Gain | None:
+    """The gain from half the stable phase to its end, taken for that of the whole run.
+
+    It is not carried on to the horizon: on 42 Llama runs the gain of the stable phase was too small as it
+    is (median predicted over real 0.77).
     """
     end = trunk_end(trial.hyperparameters, max_train_steps)
-    gain = None if end is None else _from_curve(trial, end, GainSource.TRUNK)
-    if gain is None or gain.relative <= 0:
-        return gain
-    carried = gain.at(max_train_steps / gain.to_steps)
-    previous = None if gain.previous is None else gain.previous * carried / gain.relative
-    return replace(gain, relative=carried, previous=previous)
-
-
-def _from_run(trial: Trial, max_train_steps: int) -> Gain | None:
-    return _from_curve(trial, max_train_steps, GainSource.CONFOUNDED)
-
-
-def _from_curve(trial: Trial, end: int, source: GainSource) -> Gain | None:
+    longest_decay = MAX_TELLING_DECAY_SHARE * max_train_steps + 0.5
+    if end is None or max_train_steps - end > longest_decay:
+        return None
+    source = GainSource.STABLE_PHASE if end == max_train_steps else GainSource.BEFORE_DECAY
     first = max(1, warmup_length(trial.hyperparameters))
     curve = smoothed([e for e in trial.evaluations if first <= e.step <= end])
-    points = [_Point(e.step, e) for e in curve]
-    return _from_points(points, points[-1].horizon, trial, source) if points else None
-
-
-def _from_points(points: Sequence[_Point], horizon: int, trial: Trial, source: GainSource) -> Gain | None:
-    """The gain from the losses at several horizons, `horizon` among them."""
-    finite = [point for point in points if is_number(point.evaluation.eval_loss)]
-    whole = _nearest(finite, horizon, within=1.0)
-    half = _nearest(finite, horizon / 2, within=WITHIN)
-    if whole is None or half is None or half.evaluation.eval_loss < _MIN_LOSS:
+    if not curve:
         return None
-    scale = _to_one_doubling(half.horizon, whole.horizon) / half.evaluation.eval_loss
+    *before, last = (_Point(evaluation.step, evaluation, source) for evaluation in curve)
+    return _from_points(last, before, trial)
+
+
+def _from_points(
+    whole: _Point, points: Sequence[_Point], trial: Trial, *, halves: Sequence[_Point] | None = None
+) -> Gain | None:
+    """The gain up to `whole` from the losses at other horizons; `halves` may stand for half of it."""
+    finite = [p for p in points if is_number(p.loss) and p.horizon < whole.horizon]
+    half = _nearest([p for p in halves if p in finite] if halves is not None else finite, whole.horizon / 2)
+    if half is None or not is_number(whole.loss) or min(half.loss, whole.loss) < _MIN_LOSS:
+        return None
     error = difference_error(trial.evaluations, half.evaluation, whole.evaluation)
+    scale = _last_doubling_share(math.log2(whole.horizon / half.horizon))
     return Gain(
-        relative=scale * (half.evaluation.eval_loss - whole.evaluation.eval_loss),
-        standard_error=scale * error,
-        previous=_previous_gain(finite, half, whole),
-        source=source,
+        relative=-math.expm1(-scale * math.log(half.loss / whole.loss)),
+        standard_error=None if error is None else scale * error / half.loss,
+        source=half.source,
         trial=trial.number,
         from_steps=half.horizon,
         to_steps=whole.horizon,
+        ratio=_ratio_of_doublings(finite, half, whole),
     )
 
 
-def _nearest(points: Sequence[_Point], horizon: float, *, within: float) -> _Point | None:
+def _nearest(points: Sequence[_Point], horizon: float, *, within: float = WITHIN) -> _Point | None:
     """The point closest to a horizon by factor, unless that factor is larger than `within`."""
 
     def distance(point: _Point) -> float:
@@ -235,27 +266,42 @@ def _nearest(points: Sequence[_Point], horizon: float, *, within: float) -> _Poi
     return min(close, key=distance, default=None)
 
 
-def _to_one_doubling(shorter: int, longer: int) -> float:
-    """What the gain of one doubling is to that from `shorter` to `longer`, in a geometric series."""
-    doublings = math.log2(longer / shorter)
-    return (1 / DEFAULT_RATIO - 1) / (math.pow(DEFAULT_RATIO, -doublings) - 1)
+def _last_doubling_share(doublings: float) -> float:
+    """The drop of the last doubling relative to that of the last `doublings`.
+
+    By a series of the usual ratio: between 0.5 and 0.9 it hardly matters, and a measured one is noisy.
+    """
+    lost = 1 - math.pow(DEFAULT_RATIO, doublings)
+    return math.pow(DEFAULT_RATIO, doublings - 1) * (1 - DEFAULT_RATIO) / lost
 
 
-def _previous_gain(points: Sequence[_Point], half: _Point, whole: _Point) -> float | None:
-    """The gain of the doubling before, from a quarter of the horizon or from a point in between."""
-    quarter = _nearest(points, half.horizon / 2, within=WITHIN)
-    if quarter is not None and quarter.evaluation.eval_loss >= _MIN_LOSS:
-        drop = quarter.evaluation.eval_loss - half.evaluation.eval_loss
-        return _to_one_doubling(quarter.horizon, half.horizon) * drop / quarter.evaluation.eval_loss
-    middle = _nearest(points, math.sqrt(half.horizon * whole.horizon), within=1.1)
-    if middle is None:
-        return None
-    first = half.evaluation.eval_loss - middle.evaluation.eval_loss
-    second = middle.evaluation.eval_loss - whole.evaluation.eval_loss
-    if first <= 0 or second <= 0:
-        return None
-    doublings = math.log2(whole.horizon / half.horizon)
-    log_ratio = 2 / doublings * (math.log(second) - math.log(first))
-    ratio = math.exp(min(_MAX_LOG_RATIO, max(-_MAX_LOG_RATIO, log_ratio)))
-    total = half.evaluation.eval_loss - whole.evaluation.eval_loss
-    return _to_one_doubling(half.horizon, whole.horizon) * total / half.evaluation.eval_loss / ratio
+def _ratio_of_doublings(points: Sequence[_Point], half: _Point, whole: _Point) -> float:
+    """The ratio of a doubling's drop to the one before, from a point before the half or between."""
+    quarter = _nearest([p for p in points if p.horizon < half.horizon], half.horizon / 2)
+    if quarter is not None:
+        return _solved_ratio(quarter, half, whole)
+    between = [p for p in points if half.horizon < p.horizon < whole.horizon]
+    middle = _nearest(between, math.sqrt(half.horizon * whole.horizon), within=1.1)
+    return DEFAULT_RATIO if middle is None else _solved_ratio(half, middle, whole)
+
+
+def _solved_ratio(first: _Point, second: _Point, third: _Point) -> float:
+    """The ratio of a geometric series of drops of log loss through three horizons, in [0, 0.9].
+
+    With drops d1 and d2 over a and b doublings it solves d2 / d1 = r^a (1 - r^b) / (1 - r^a), whose right
+    side rises with r; the usual ratio where the first drop is none.
+    """
+    if min(first.loss, second.loss, third.loss) < _MIN_LOSS or first.loss <= second.loss:
+        return DEFAULT_RATIO
+    wanted = math.log(second.loss / third.loss) / math.log(first.loss / second.loss)
+    a, b = math.log2(second.horizon / first.horizon), math.log2(third.horizon / second.horizon)
+    low, high = 0.0, MAX_RATIO
+    if wanted <= 0:
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.pow(middle, a) * (1 - math.pow(middle, b)) / (1 - math.pow(middle, a)) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high

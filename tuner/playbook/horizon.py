@@ -9,12 +9,14 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.playbook.curves import Rise, plateau_step, rise_after_best
-from tuner.playbook.gain import Gain, measured_gain, seed_spread
+from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
+from tuner.playbook.edges import MAX_WIDENINGS, num_widenings, rates_may_be_too_small
+from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.precision import majority_probability
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, warmup_length
+from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, leading_trials
+from tuner.records import Trial
 
 TOO_LONG_FRACTION = 0.10
 LATE_FRACTION = 0.75
@@ -22,8 +24,9 @@ CONSISTENT = 0.9
 """Posterior probability from which on more than half of the trials are taken to be late."""
 MAX_UNDETERMINED_NOISE = 0.01
 """Up to this share of the loss, twice the noise is small enough for any gain to be judged."""
-MIN_GAIN = 0.001
-"""A doubling that is worth no more than this share of the loss is not worth having."""
+LATE_SHARE_OF_GAIN = 0.2
+"""A horizon is right where its last quarter brought at most this share of the gain; an even fall brings
+0.4."""
 MULTIPLES = (1.5, 2.0, 3.0)
 """What a horizon may be multiplied by. Ranks of short and long runs agree at 2x (0.95) and no longer
 at 6x (0.5; 3,819 AlgoPerf runs), so three times is the most for one round."""
@@ -51,17 +54,33 @@ class Signs:
     production_steps: int | None
     leading: tuple[LeadingTrial, ...]
     gain: Gain | None
-    noise: float
-    """Relative to the loss: the gain's standard error and the spread between seeds, in quadrature."""
+    noise: float | None
+    """Relative to the loss: the gain's standard error and the spread between seeds, in quadrature, as far as
+    they are known; None where neither is."""
     rise: Rise | None
     """The best trial's, where its evaluation loss turned up."""
     max_examples: int | None = None
     """`evaluation.max_examples`, the most that the evaluation set may hold; None where nothing limits it."""
+    worthwhile_gain: float = 0.005
+    """`run.worthwhile_gain`: what a doubling has to bring at least."""
+    late: LateDrop | None = None
+    """How much the best trial fell in the last quarter; None where unknown or not finite at the end."""
+    num_complete: int = 0
+    """Complete trials, also those that never beat the base model."""
+    has_small_rates: bool = False
+    """Whether the best learning rate is so high among those tried that all may be too small."""
+    num_widenings: int = 0
+    """How often the study has raised its learning rates for that already."""
 
     @property
-    def threshold(self) -> float:
-        """The gain up to which a doubling counts as worth nothing. Rule: this project's, "saturated"."""
-        return max(2 * self.noise, MIN_GAIN)
+    def worthwhile(self) -> float:
+        """The gain that a doubling has to exceed. Rule: this project's, "worthwhile"."""
+        return max(2 * (self.noise or 0.0), self.worthwhile_gain)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing says what a doubling is worth, or how certain that is."""
+        return self.gain is None or self.noise is None
 
     @property
     def is_hidden(self) -> bool:
@@ -70,8 +89,8 @@ class Signs:
         A gain beyond twice its noise, up or down, says the direction however large the noise is. Rule:
         this project's decision, "undetermined".
         """
-        if self.gain is None:
-            return True
+        if self.gain is None or self.noise is None:
+            return False
         return 2 * self.noise > max(MAX_UNDETERMINED_NOISE, abs(self.gain.relative))
 
     @property
@@ -80,62 +99,100 @@ class Signs:
         return sum(lead.fraction >= LATE_FRACTION for lead in self.leading)
 
     @property
-    def floor(self) -> int:
-        """The shortest horizon to suggest: warmup, decay and one evaluation interval, of any leading trial.
+    def is_consistently_late(self) -> bool:
+        """Whether most leading trials are late, beyond doubt. Rule: the playbook's "consistently"."""
+        return majority_probability(self.num_late, len(self.leading)) >= CONSISTENT
 
-        Never above the horizon that was run. Rule: this project's decision, "too_long".
+    @property
+    def still_falls(self) -> bool:
+        """Whether the best trial's smoothed loss fell significantly in the last quarter."""
+        return self.late is not None and self.late.is_significant
+
+    @property
+    def is_done_early(self) -> bool:
+        """Whether the best trial's last quarter brought next to nothing of what the last doubling did."""
+        if self.gain is None or self.late is None:
+            return False
+        return self.late.at_most <= LATE_SHARE_OF_GAIN * self.gain.relative
+
+    @property
+    def floor(self) -> int:
+        """The shortest horizon in which warmup and an evaluation interval come before the decay.
+
+        The longest of the leading trials', never above the horizon. Rule: this project's decision, "Floor".
         """
-        needed = (
-            warmup_length(lead.trial.hyperparameters) + decay_length(lead.trial.hyperparameters)
-            for lead in self.leading
-        )
-        return min(max(needed, default=0) + self.evaluate_every, self.max_train_steps)
+        needed = (self._floor_of(lead.trial) for lead in self.leading)
+        return min(max(needed, default=0), self.max_train_steps)
+
+    def _floor_of(self, trial: Trial) -> int:
+        share = decay_length(trial.hyperparameters) / self.max_train_steps
+        before_decay = warmup_length(trial.hyperparameters) + self.evaluate_every
+        return math.ceil(before_decay / (1 - share) - 1e-9) if share < 1 else self.max_train_steps
 
 
 def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
-    """The signs of a round, with the gain from the best source that there is.
+    """Return the signs of a round, with the gain from the best source that there is.
 
     Rule: this project's decision, "Reading a round".
     """
     leading = leading_trials(results.trials, results.max_train_steps)
+    best = leading[0].trial if leading else None
     gain = measured_gain(results, leading, earlier)
-    noise = math.hypot(gain.standard_error if gain else 0.0, seed_spread(results.trials))
-    rise = rise_after_best(leading[0].trial.evaluations) if leading else None
     return Signs(
         max_train_steps=results.max_train_steps,
         evaluate_every=results.evaluate_every,
         production_steps=results.production_steps,
         leading=leading,
         gain=gain,
-        noise=noise,
-        rise=rise,
+        noise=_noise(gain, results),
+        rise=rise_after_best(best.evaluations) if best else None,
         max_examples=results.max_examples,
+        worthwhile_gain=results.worthwhile_gain,
+        late=late_drop(best.evaluations, results.max_train_steps) if best else None,
+        num_complete=len(results.complete),
+        has_small_rates=rates_may_be_too_small(results, best) if best else False,
+        num_widenings=num_widenings(results, earlier),
     )
 
 
-def diagnose(seen: Signs) -> Diagnosis:
-    """The first diagnosis that holds; `undetermined` where nothing is complete or the gain is hidden.
+def _noise(gain: Gain | None, results: RoundResults) -> float | None:
+    known = [gain.standard_error if gain else None, seed_spread(results.trials)]
+    parts = [part for part in known if part is not None]
+    return math.hypot(*parts) if parts else None
 
-    Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not
-    compute-bound" (best steps in the first 10%, in the last 25%); the others and what "consistently"
-    means are this project's decisions.
+
+def diagnose(seen: Signs) -> Diagnosis:
+    """Return the first diagnosis that holds.
+
+    What a doubling was worth decides; the share of late best steps is evidence beside it, never a veto. Rule:
+    Deep Learning Tuning Playbook, "Deciding how long to train when training is not compute-bound" (best steps
+    in the first 10%, in the last 25%); the others and what "consistently" means are this project's decisions.
     """
-    leading = seen.leading
-    if not leading:
-        return Diagnosis.UNDETERMINED
-    if all(lead.best.step == 0 for lead in leading):
-        return Diagnosis.NO_LEARNING
-    if all(lead.fraction <= TOO_LONG_FRACTION for lead in leading):
+    if not seen.leading:
+        return Diagnosis.NO_LEARNING if seen.num_complete else Diagnosis.UNDETERMINED
+    if all(lead.fraction <= TOO_LONG_FRACTION for lead in seen.leading):
         return Diagnosis.TOO_LONG
     if seen.rise is not None and seen.rise.is_overfitting:
         return Diagnosis.OVERFITTING
-    if seen.gain is None or seen.is_hidden:
+    if seen.gain is None or seen.is_unknown or seen.is_hidden:
         return Diagnosis.UNDETERMINED
-    if seen.gain.relative <= seen.threshold:
+    if seen.gain.relative <= seen.worthwhile:
         return Diagnosis.SATURATED
-    if majority_probability(seen.num_late, len(leading)) >= CONSISTENT:
+    if seen.is_done_early:
+        return Diagnosis.RIGHT
+    if seen.still_falls or seen.is_consistently_late:
         return Diagnosis.TOO_SHORT
-    return Diagnosis.RIGHT
+    return Diagnosis.UNDETERMINED
+
+
+def puts_the_edge_first(seen: Signs, diagnosis: Diagnosis) -> bool:
+    """Return whether higher learning rates are to be tried at the same horizon before it is judged.
+
+    At most twice in a study. Rule: this project's decision, "An edge comes first", after the Deep Learning
+    Tuning Playbook's "misleading search spaces may cause an incorrect conclusion".
+    """
+    is_misleading = diagnosis in (Diagnosis.TOO_SHORT, Diagnosis.SATURATED, Diagnosis.UNDETERMINED)
+    return is_misleading and seen.has_small_rates and seen.num_widenings < MAX_WIDENINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +207,24 @@ class Suggestion:
     """Whether `production_steps` keeps it from being longer."""
 
 
-def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
-    """The next horizon; None where nothing was learned or nothing is complete.
+_MOST = {Diagnosis.TOO_SHORT: MULTIPLES[-1], Diagnosis.UNDETERMINED: MULTIPLES[0]}
+"""The largest multiple of the horizon that is suggested; 1 for every other diagnosis."""
 
-    A multiple of the evaluation interval, unless it is the last horizon itself or `production_steps`.
-    Never above three times the horizon or above `production_steps`, and not below the floor unless that
-    cap is. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run"; the
-    amounts are this project's decisions.
+
+def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
+    """Return the next horizon; None where nothing was learned or nothing is complete.
+
+    Rounded up to an evaluation, but not beyond three times the horizon (1.5 times where `undetermined`), and
+    never above `production_steps`; not below the floor unless that cap is. Rule: Deep Learning Tuning
+    Playbook, "Deciding the number of steps for each training run"; the amounts are this project's decisions.
     """
-    if not seen.leading or diagnosis == Diagnosis.NO_LEARNING:
+    if not seen.leading:
         return None
-    most = MULTIPLES[-1] if diagnosis == Diagnosis.TOO_SHORT else 1.0
-    low, wanted, high = (_on_grid(seen, steps, most) for steps in _wanted(seen, diagnosis))
+    if puts_the_edge_first(seen, diagnosis):
+        low = wanted = high = seen.max_train_steps
+    else:
+        most = _MOST.get(diagnosis, 1.0)
+        low, wanted, high = (_on_grid(seen, steps, most) for steps in _wanted(seen, diagnosis))
     cap = seen.production_steps
     if cap is None:
         return Suggestion(wanted, low, high, is_capped=False)
@@ -169,12 +232,9 @@ def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
 
 
 def _on_grid(seen: Signs, steps: float, most: float) -> int:
-    """The first evaluation not below these steps or the floor; the last one within `most` horizons."""
-    every, longest = seen.evaluate_every, math.floor(most * seen.max_train_steps)
-    up = math.ceil(max(steps, seen.floor) / every - 1e-9) * every
-    if up <= longest:
-        return up
-    return longest if longest == seen.max_train_steps else longest // every * every or longest
+    """The first evaluation not below these steps or the floor, but at most so many horizons."""
+    up = math.ceil(max(steps, seen.floor) / seen.evaluate_every - 1e-9) * seen.evaluate_every
+    return min(up, math.floor(most * seen.max_train_steps))
 
 
 def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
@@ -185,18 +245,42 @@ def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
             best_steps = [lead.best.step for lead in seen.leading]
             return 2.0 * min(best_steps), 2.0 * max(best_steps), 2.0 * max(best_steps)
         case Diagnosis.SATURATED | Diagnosis.OVERFITTING:
-            settled = [plateau_step(lead.trial.evaluations) or 0 for lead in seen.leading]
-            low, middle, high = np.percentile(settled, [50, 90, 100]) * SETTLED_MARGIN
+            settled = [_settled_horizon(seen, lead.trial) for lead in seen.leading]
+            low, middle, high = np.percentile(settled, [50, 90, 100])
             return float(low), float(middle), float(high)
         case Diagnosis.TOO_SHORT:
             assert seen.gain is not None
-            gain, threshold = seen.gain, seen.threshold
-            less = replace(gain, relative=gain.relative - 2 * seen.noise)
-            more = replace(gain, relative=gain.relative + 2 * seen.noise)
-            low, middle, high = (_multiple(g, threshold) for g in (less, gain, more))
+            gain, noise = seen.gain, seen.noise or 0.0
+            less = replace(gain, relative=gain.relative - 2 * noise)
+            more = replace(gain, relative=min(gain.relative + 2 * noise, _ALMOST_ALL))
+            low, middle, high = (_multiple(g, seen.worthwhile) for g in (less, gain, more))
             return low * horizon, middle * horizon, high * horizon
+        case Diagnosis.UNDETERMINED:
+            return horizon, MULTIPLES[0] * horizon, MULTIPLES[0] * horizon
         case _:
             return horizon, horizon, horizon
+
+
+_ALMOST_ALL = 0.999
+"""No gain is taken to be more of the loss than this."""
+
+
+def _settled_horizon(seen: Signs, trial: Trial) -> float:
+    """A horizon at which a trial would have been as good, as far as its curve can tell.
+
+    A quarter more than its settled step; where the rate decays that of the stable phase, lengthened by the
+    decay's share; without a stable phase half the steps, where a comparison run was as good.
+    """
+    horizon = seen.max_train_steps
+    end = trunk_end(trial.hyperparameters, horizon)
+    if end is None:
+        is_compared = seen.gain is not None and seen.gain.source == GainSource.COMPARISON
+        halves = is_compared and seen.gain is not None and seen.gain.relative <= seen.worthwhile
+        return horizon / 2 if halves else horizon
+    if end == 0:
+        return horizon
+    settled = plateau_step([e for e in trial.evaluations if e.step <= end]) or 0
+    return SETTLED_MARGIN * settled * horizon / end
 
 
 def _multiple(gain: Gain, threshold: float) -> float:

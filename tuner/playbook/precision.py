@@ -11,8 +11,12 @@ from tuner.records import Evaluation
 
 MAX_LOSS = 1e100
 """Nats per token from which on a loss is no number to calculate with: its square is still finite."""
+SIGNIFICANT = 2.0
+"""Standard errors from which on a difference counts as one."""
 MIN_RESIDUAL_EVALUATIONS = 4
 """Fewer evaluations than this say nothing about their spread around a line."""
+MIN_LATE_EVALUATIONS = 6
+"""The spread is taken over at least so many of the last evaluations, where there are as many."""
 
 
 def is_number(loss: float) -> bool:
@@ -48,17 +52,17 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
     return math.sqrt(variance) if math.isfinite(variance) else None
 
 
-def residual_spread(evaluations: Sequence[Evaluation]) -> float:
-    """Standard deviation of the last quarter's losses around a line through them, in nats per token.
+def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
+    """Return the standard deviation of the late losses around a line through them, in nats per token.
 
-    At least the last four finite evaluations are taken; 0 where there are fewer. It stands in for the
-    paired standard error where per-example losses are not known. Rule: this project's decision,
-    "settled_step".
+    The last quarter of the finite evaluations is taken, but at least the last six; all of them where there
+    are four or five; None where there are fewer. It stands in for the paired standard error where per-example
+    losses are not known. Rule: this project's decision, "settled_step".
     """
     finite = measured(evaluations)
-    last = finite[-max(MIN_RESIDUAL_EVALUATIONS, math.ceil(len(finite) / 4)) :]
+    last = finite[-max(MIN_LATE_EVALUATIONS, math.ceil(len(finite) / 4)) :]
     if len(last) < MIN_RESIDUAL_EVALUATIONS:
-        return 0.0
+        return None
     steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
     losses = np.array([evaluation.eval_loss for evaluation in last], dtype=np.float64)
     steps -= steps.mean()
@@ -67,11 +71,11 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float:
     return math.sqrt(float(residuals @ residuals) / (len(last) - 2))
 
 
-def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float:
-    """Standard error of the difference of two evaluations of a trial, in nats per token.
+def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float | None:
+    """Return the standard error of the difference of two evaluations of a trial, in nats per token.
 
-    Paired where both know their examples, the residual spread of the trial's curve otherwise. Rule:
-    this project's decision, "settled_step".
+    Paired where both know their examples, the residual spread of the trial's curve otherwise; None where
+    neither can be had. Rule: this project's decision, "settled_step".
     """
     paired = paired_standard_error(one, other)
     return residual_spread(evaluations) if paired is None else paired

@@ -141,7 +141,7 @@ def num_trials(
     return max(1, enqueued, min(wanted, old_total))
 
 
-def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
+def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, ...]:
     """Two other seeds for the best two trials when what parts them is within the noise; else none.
 
     The noise is that of their own paired difference or `noise` (relative to the loss), whichever is
@@ -159,7 +159,7 @@ def proposed_seeds(results: RoundResults, *, noise: float) -> tuple[int, ...]:
         behind, limit = best - other, _answers_error(winner, runner_up)
     else:
         behind = second.eval_loss - first.eval_loss
-        limit = max(noise * first.eval_loss, paired_standard_error(second, first) or 0.0)
+        limit = max((noise or 0.0) * first.eval_loss, paired_standard_error(second, first) or 0.0)
     if behind > limit:
         return ()
     used = {trial.seed for trial in results.trials}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tuner.playbook.checklist import checklist
 from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_loss_still_falls, train_losses
+from tuner.playbook.edges import Edge, edges, number
 from tuner.playbook.evidence import evidence
 from tuner.playbook.findings import Finding, Severity
 from tuner.playbook.gain import GainSource
@@ -16,12 +17,12 @@ from tuner.playbook.horizon import (
     Signs,
     Suggestion,
     diagnose,
+    puts_the_edge_first,
     signs,
     suggest,
 )
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import LeadingTrial
-from tuner.playbook.space_checks import number
 
 _SEVERITIES = {
     Diagnosis.NO_LEARNING: Severity.PROBLEM,
@@ -52,20 +53,24 @@ class Reading:
     evidence: tuple[str, ...]
     """Sentences: what was seen, what follows, what to do."""
     suggested_max_train_steps: int | None
-    """None where nothing was learned or nothing is complete."""
+    """None where no trial beat the base model or none is complete."""
     suggestion_interval: tuple[int, int] | None
     """Horizons that the same evidence would support as well."""
     cost: Cost | None
     gain: float | None
     """Relative loss reduction over the last doubling of the horizon."""
     gain_source: GainSource | None
-    noise: float
-    """Of the gain, relative to the loss."""
+    noise: float | None
+    """Of the gain, relative to the loss; None where it is unknown."""
     compute_bound: bool | None
     """None where the round cannot tell."""
     leading: tuple[LeadingTrial, ...]
     """Best first."""
     findings: tuple[Finding, ...]
+    edges: tuple[Edge, ...] = ()
+    """Bounds of the search space at which the best trial lies."""
+    widens_rates: bool = False
+    """Whether higher learning rates are to be tried at the same horizon before it is judged."""
 
 
 def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Reading:
@@ -91,6 +96,8 @@ def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> R
         noise=seen.noise,
         compute_bound=compute_bound,
         leading=seen.leading,
+        edges=edges(results, seen.leading[0].trial) if seen.leading else (),
+        widens_rates=puts_the_edge_first(seen, diagnosis),
         findings=(
             *_diagnosis_finding(seen, diagnosis, sentences),
             *_compute_bound_finding(seen, compute_bound),
@@ -128,7 +135,9 @@ def _cost(results: RoundResults, seen: Signs, suggestion: Suggestion) -> Cost:
 def _diagnosis_finding(seen: Signs, diagnosis: Diagnosis, sentences: Sequence[str]) -> Iterator[Finding]:
     if diagnosis not in _SEVERITIES:
         return
-    numbers = {"noise": seen.noise, "leading": float(len(seen.leading)), "late": float(seen.num_late)}
+    numbers = {"leading": float(len(seen.leading)), "late": float(seen.num_late)}
+    if seen.noise is not None:
+        numbers["noise"] = seen.noise
     if seen.gain is not None:
         numbers["gain"] = seen.gain.relative
     yield Finding(diagnosis.value, _SEVERITIES[diagnosis], " ".join(sentences[1:] or sentences), numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tuner.playbook.search import Sampler
@@ -10,14 +11,14 @@ from tuner.records import Evaluation, Space, Trial, TrialState
 
 @dataclass(frozen=True, slots=True)
 class BranchResult:
-    """A decay branch that has run: the loss of a leading trial at a shorter horizon."""
+    """A comparison run that has ended: the loss of a trial at a shorter horizon on the same schedule."""
 
     trial: int
-    """Number of the trial whose trunk it left."""
+    """Number of the trial that it is compared with."""
     max_train_steps: int
-    """The branch's own horizon."""
+    """Its own horizon."""
     evaluations: tuple[Evaluation, ...]
-    """By step, the trunk's included or not; the last one is at `max_train_steps`."""
+    """By step, those before its start included or not; the last one is at `max_train_steps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class RoundResults:
     """Rows of the training set; 0 when not known."""
     production_steps: int | None = None
     """The longest run that the user can pay for."""
+    worthwhile_gain: float = 0.005
+    """`run.worthwhile_gain`: the share of the loss that doubling the steps has to bring, in [0, 1)."""
     evaluation_share: float = 0.0
     """Share of the round's work that evaluation takes, in [0, 1]: of the time where it was measured."""
     max_examples: int | None = None
@@ -42,11 +45,13 @@ class RoundResults:
     workload: str = ""
     """Fingerprint of base, data, evaluation set and length; empty when not known."""
     branches: tuple[BranchResult, ...] = field(default=())
-    """Decay branches of the leading trials."""
+    """Comparison runs of the round's trials, decay branches among them."""
     seconds_per_step: float | None = None
     """Measured cost of one trial's step, its share of evaluations included."""
     sampler: Sampler = "quasi-random"
     """`search.sampler`."""
+    limits: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Lowest and highest value that a hyperparameter may have at all, by name; None where there is none."""
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.evaluate_every < 1:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tuner.playbook.precision import difference_error, measured
+from tuner.playbook.precision import SIGNIFICANT, difference_error, measured
+from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
@@ -27,8 +28,9 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     """The earliest step that is not worse than the best by more than one standard error; or None.
 
-    The standard error is that of the paired difference to the best. Rule: this project's decision,
-    "settled_step": when the trial was done, as far as the evaluation can tell.
+    The standard error is that of the paired difference to the best; where it is unknown, the best itself is
+    the answer. Rule: this project's decision, "settled_step": when the trial was done, as far as the
+    evaluation can tell.
     """
     best = best_evaluation(evaluations)
     if best is None:
@@ -36,7 +38,7 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     return min(
         evaluation.step
         for evaluation in measured(evaluations)
-        if evaluation.eval_loss - best.eval_loss <= difference_error(evaluations, evaluation, best)
+        if evaluation.eval_loss - best.eval_loss <= (difference_error(evaluations, evaluation, best) or 0.0)
     )
 
 
@@ -83,17 +85,47 @@ def objective_score(trial: Trial) -> float | None:
     return score.mean if score is not None and score.is_objective else None
 
 
-def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
-    """The best max(5, a quarter) of the completed trials by their losses, best first.
+def beats_the_base(trial: Trial) -> bool:
+    """Return whether a trial became better than the base model by more than two standard errors.
 
-    Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not
-    compute-bound", reads the best steps of a round's trials; that only the leading ones speak is this
-    project's decision.
+    At its best step, and on the smoothed curve as well: the best of many evaluations is low by luck. Where
+    the base model's loss is not among the evaluations, there is nothing to beat; where no standard error is
+    known, any better step counts. Rule: this project's decision, "Leading trials".
     """
-    order = ranked_by_loss(trials)
+    best = best_evaluation(trial.evaluations)
+    if best is None:
+        return False
+    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
+    if base is None:
+        return True
+    error = difference_error(trial.evaluations, base, best) or 0.0
+    lowest = min(evaluation.eval_loss for evaluation in smoothed(trial.evaluations))
+    return best.step > 0 and base.eval_loss - max(best.eval_loss, lowest) > SIGNIFICANT * error
+
+
+def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Return the first of each configuration and seed: copies of a run are no further evidence.
+
+    Rule: this project's decision, "Leading trials".
+    """
+    found: dict[tuple[object, ...], Trial] = {}
+    for trial in trials:
+        found.setdefault(tuple(sorted(trial.hyperparameters.items())), trial)
+    return tuple(found.values())
+
+
+def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
+    """Return the best five, or a quarter where that is more, of the trials that beat the base, best first.
+
+    By their losses, of copies only the first. Rule: Deep Learning Tuning Playbook, "Deciding how long to
+    train when training is not compute-bound", reads the best steps of a round's trials; that only the
+    leading ones speak is this project's decision.
+    """
+    complete = distinct(trial for trial, _ in ranked_by_loss(trials))
+    order = [(trial, best) for trial, best in ranked_by_loss(complete) if beats_the_base(trial)]
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
-        for trial, best in order[: num_leading(len(order))]
+        for trial, best in order[: num_leading(len(complete))]
     )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
+from tuner.playbook.edges import diverged_above, edges, number
 from tuner.playbook.findings import Finding, Severity
 from tuner.playbook.results import RoundResults
-from tuner.records import Choices, Range, Trial, TrialState, Value, searched
-
-BOUNDARY_SHARE = 0.05
-"""Share of a range that counts as its bound."""
+from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
 def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Finding]:
@@ -20,9 +17,8 @@ def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Findin
     batch size"; the last two are this project's decisions.
     """
     if best is not None:
-        edges = tuple(_unstable_edge(results, best))
-        yield from _boundaries(results, best, is_edge_unstable=bool(edges))
-        yield from edges
+        yield from _boundaries(results, best)
+        yield from _unstable_edge(results, best)
     yield from _alpha_follows_rank(results)
     if "batch_size" in searched(results.space):
         yield Finding(
@@ -33,40 +29,14 @@ def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Findin
         )
 
 
-def position(dimension: Range, value: float) -> float:
-    """Where a value lies in a range: 0 at the low bound, 1 at the high one, in logarithms where log.
-
-    Rule: Deep Learning Tuning Playbook, "Identifying bad search space boundaries".
-    """
-    if not dimension.log:
-        return (value - dimension.low) / (dimension.high - dimension.low)
-    if value <= 0:
-        return 0.0
-    return math.log(value / dimension.low) / math.log(dimension.high / dimension.low)
-
-
-def number(value: Value | None) -> float | None:
-    """The value as a number, None for what is not one. Rule: this project's decision: true is none."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _boundaries(results: RoundResults, best: Trial, *, is_edge_unstable: bool) -> Iterator[Finding]:
-    for name, dimension in searched(results.space).items():
-        value = number(best.hyperparameters.get(name))
-        if not isinstance(dimension, Range) or value is None:
-            continue
-        at = position(dimension, value)
-        if BOUNDARY_SHARE < at < 1 - BOUNDARY_SHARE:
-            continue
-        side, bound = ("lower", dimension.low) if at <= BOUNDARY_SHARE else ("upper", dimension.high)
-        if bound == 0 or (is_edge_unstable and name == "learning_rate" and side == "upper"):
-            continue  # nothing lies beyond it, or nothing that trains
+def _boundaries(results: RoundResults, best: Trial) -> Iterator[Finding]:
+    for edge in edges(results, best):
         yield Finding(
             "boundary",
             Severity.WARNING,
-            f"The best {name}, {value:.3g}, lies at the {side} bound of its range, {bound:.3g}. "
-            "A better value may lie beyond it: widen the range there.",
-            {"value": value, "bound": bound, "position": at},
+            f"The best {edge.name}, {edge.value:.3g}, lies at the {edge.side} bound of the search space, "
+            f"{edge.bound:.3g}. A better value may lie beyond it: `tuner study promote` widens it there.",
+            {"value": edge.value, "bound": edge.bound},
         )
 
 
@@ -78,8 +48,7 @@ def _unstable_edge(results: RoundResults, best: Trial) -> Iterator[Finding]:
     edge = max((rate for n, rate in rates.items() if rate is not None and n not in infeasible), default=None)
     if edge is None or rates.get(best.number) != edge:
         return
-    beyond = sum(rate > edge for n, rate in rates.items() if rate is not None and n in infeasible)
-    if beyond:
+    if beyond := diverged_above(results, edge):
         yield Finding(
             "unstable_edge",
             Severity.WARNING,

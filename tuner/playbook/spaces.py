@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+from typing import Literal, TypeAlias
 
+from tuner.playbook.edges import WIDENING, Edge, listed_numbers
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
+
+Limits: TypeAlias = tuple[float | None, float | None]
+"""Lowest and highest value that a hyperparameter may have at all; None where there is none."""
 
 RATE_EXPONENT = -0.25
 """The best learning rate goes with this power of the horizon; published exponents are 0 to -0.32."""
@@ -93,6 +98,59 @@ def widened(dimension: Dimension, values: Iterable[Value]) -> Dimension:
             return as_listed(dimension, (*known, *missing))
         case Range():
             return _widened_range(dimension, missing)
+
+
+def beyond_edge(old: Dimension, edge: Edge, limits: Limits) -> Dimension:
+    """Return the dimension, widened on the side where the best trial lies at its bound.
+
+    A logarithmic range by a factor of ten, another by its own width, a list of numbers by its next value;
+    never beyond a limit of the hyperparameter. Rule: Deep Learning Tuning Playbook, "Identifying bad search
+    space boundaries"; the amounts are this project's decision.
+    """
+    match old:
+        case Range():
+            return _range_beyond(old, edge.side, limits)
+        case Choices():
+            values = listed_numbers(old)
+            following = _next_value(values if edge.side == "upper" else values[::-1])
+            if not _within(following, limits) or following in values:
+                return old
+            return as_listed(old, (*old.values, _like(old.values[0], following)))
+        case _:
+            return old
+
+
+def _range_beyond(
+    old: Range, side: Literal["lower", "upper"], limits: tuple[float | None, float | None]
+) -> Range:
+    lowest, highest = limits
+    low, high = old.low, old.high
+    if side == "upper":
+        wanted = high * WIDENING if old.log else high + (high - low)
+        high = wanted if highest is None or wanted < highest else (high + highest) / 2
+    else:
+        wanted = low - (high - low)
+        low = low / WIDENING if old.log or wanted <= 0 < low else wanted
+        low = low if lowest is None else max(low, lowest)
+    if old.integer:
+        return Range(math.floor(low), math.ceil(high), log=old.log and math.floor(low) > 0, integer=True)
+    return Range(rounded(low), rounded(high) if highest is None else high, log=old.log)
+
+
+def _next_value(values: Sequence[float]) -> float:
+    """The value that would come next in a list, by the factor of the last two where both are above 0."""
+    before, last = values[-2:]
+    return last * last / before if min(before, last) > 0 else last + (last - before)
+
+
+def _within(value: float, limits: Limits) -> bool:
+    lowest, highest = limits
+    return (lowest is None or value >= lowest) and (highest is None or value < highest)
+
+
+def _like(value: Value, following: float) -> Value:
+    """The number as an int where the list holds ints, else with two digits."""
+    return round(following) if isinstance(value, int) else rounded(following)
 
 
 def _widened_range(old: Range, missing: Sequence[Value]) -> Dimension:

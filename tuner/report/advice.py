@@ -13,10 +13,10 @@ from tuner.report.round_report import RoundReport
 from tuner.report.tested import in_words
 
 GAIN_SOURCES = {
-    GainSource.EARLIER_ROUND: "seen in an earlier round",
-    GainSource.DECAY_BRANCHES: "measured with decay branches",
-    GainSource.TRUNK: "measured at the constant rate",
-    GainSource.CONFOUNDED: "within one run, decay included",
+    GainSource.COMPARISON: "measured by a comparison run",
+    GainSource.STABLE_PHASE: "at the constant rate",
+    GainSource.EARLIER_ROUND: "from an earlier round",
+    GainSource.BEFORE_DECAY: "before the decay",
 }
 
 _RESTS_ON_THE_GAIN = (Diagnosis.UNDETERMINED, Diagnosis.SATURATED, Diagnosis.TOO_SHORT, Diagnosis.RIGHT)
@@ -28,24 +28,29 @@ LINEAGE_HEADERS = (
 def headline(report: RoundReport) -> str:
     """The conclusion in one sentence: was the horizon right, and what would be?"""
     steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
-    if not report.reading.leading:
+    if not report.results.complete:
         return "Nothing to conclude yet: no trial is complete."
+    if report.reading.widens_rates:
+        return f"The learning rates may all be too small: try higher ones at {steps} steps first."
     would_do = f" {next_steps} would do." if next_steps is not None and next_steps < steps else ""
+    is_longer = next_steps is not None and next_steps > steps
     match report.reading.diagnosis:
         case Diagnosis.NO_LEARNING:
-            return "Training did not help: the untouched model is still the best."
+            return "Training did not help: no trial beat the base model."
         case Diagnosis.TOO_LONG:
             return f"{steps} steps are far too many.{would_do}"
         case Diagnosis.OVERFITTING:
             return f"The best trial overfits, so more steps will not help.{would_do}"
+        case Diagnosis.UNDETERMINED if is_longer:
+            return f"Unclear whether more steps would help. When in doubt, train longer: {next_steps} next."
         case Diagnosis.UNDETERMINED:
             return "This round cannot tell whether more steps would help."
         case Diagnosis.SATURATED:
             return f"{steps} steps are {'more than ' if would_do else ''}enough.{would_do}"
-        case Diagnosis.TOO_SHORT if next_steps is not None and next_steps > steps:
+        case Diagnosis.TOO_SHORT if is_longer:
             return f"{steps} steps are too few. Train for {next_steps} next."
         case Diagnosis.TOO_SHORT:
-            return f"{steps} steps are too few, but longer runs are more than you allow."
+            return f"{steps} steps are too few, but run.production_steps does not allow longer runs."
         case Diagnosis.RIGHT:
             return f"{steps} steps are about right."
 
@@ -203,8 +208,9 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))
     is_telling = reading.diagnosis in _RESTS_ON_THE_GAIN and reading.leading
     if is_telling and reading.gain is not None and reading.gain_source is not None:
-        give = f"± {format.percent(2 * reading.noise)}, {GAIN_SOURCES[reading.gain_source]}"
-        numbers.append(("worth of the last doubling", format.percent(reading.gain), give))
+        noise = "of unknown noise" if reading.noise is None else f"± {format.percent(2 * reading.noise)}"
+        give = f"{noise}, {GAIN_SOURCES[reading.gain_source]}"
+        numbers.append(("gain of the last doubling", format.percent(reading.gain), give))
     if reading.suggested_max_train_steps is not None:
         low, high = reading.suggestion_interval or (0, 0)
         between = f", {low} to {high} are as good" if low < high else ""
@@ -232,16 +238,14 @@ def next_step(report: RoundReport) -> str:
     """Why the next command is the one to type."""
     if not report.is_finished:
         return "Finish the round first: the same command goes on where it stopped."
-    if not report.reading.leading:
+    if not report.results.complete:
         return "No trial is complete, so look at why before running more."
     steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
+    if report.reading.widens_rates:
+        return f"Search higher learning rates in another round of {steps} steps."
     match report.reading.diagnosis:
         case Diagnosis.NO_LEARNING:
             return "Do not train longer yet: look at what the loss sees, and at the learning rates."
-        case Diagnosis.UNDETERMINED if report.reading.gain is None:
-            return f"Keep {steps} steps until a doubling has been measured, or give the horizon yourself."
-        case Diagnosis.UNDETERMINED:
-            return f"Keep {steps} steps until the evaluation is less noisy, or give the horizon yourself."
         case Diagnosis.RIGHT:
             return f"Keep {steps} steps, and search closer around the best trials."
         case Diagnosis.OVERFITTING:

@@ -4,7 +4,7 @@ from tuner.spec.changes import refused_changes
 from tuner.spec.data_section import DataSpec, SourceSpec
 from tuner.spec.dimensions import dimension_to_yaml
 from tuner.spec.editing import DELETE, edit_round
-from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.hyperparameters import HYPERPARAMETERS, limits
 from tuner.spec.new_round import RECIPES, new_round
 from tuner.spec.reading import RoundFile, load_round, read_round
 from tuner.spec.round import DORA_TRAINS_ALONE, RoundSpec
@@ -34,6 +34,7 @@ __all__ = [
     "SourceSpec",
     "dimension_to_yaml",
     "edit_round",
+    "limits",
     "load_round",
     "new_round",
     "read_round",

@@ -141,5 +141,11 @@ _ROWS = (
     ),
 )
 
+
+def limits() -> dict[str, tuple[float | None, float | None]]:
+    """Return the lowest and the highest value that each number may have by name, None where there is none."""
+    return {row.name: row.kind.limits for row in _ROWS if isinstance(row.kind, (Integer, Number))}
+
+
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})
 """The table by name, in the order of the reference page."""

@@ -42,6 +42,11 @@ class Number:
         said = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
         return f"a number {' and '.join(said)}"
 
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """Its bounds."""
+        return self.above if self.at_least is None else self.at_least, self.below
+
     def parse(self, raw: Any) -> float:
         """A float; whole numbers become floats, text that looks like a number does not."""
         if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw):
@@ -70,6 +75,11 @@ class Integer:
     def allowed(self) -> str:
         """Such as `a whole number of at least 1`."""
         return f"a whole number of at least {self.at_least}"
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """Its lower bound."""
+        return self.at_least, None
 
     def parse(self, raw: Any) -> int:
         """An int; 8.0 is refused, since whoever types it may mean something that is not whole."""

@@ -264,6 +264,9 @@ class RunSpec(BaseModel):
     may be true it is one, whatever is written."""
     production_steps: Count | None = None
     """The longest run you can pay for; no suggested horizon is longer."""
+    worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """The share of the loss that doubling the steps has to bring; a horizon whose last doubling brought no
+    more is long enough."""
     decay_branches: bool = False
     """After the last trial, short runs from the leading trials' trunks that end at a half and at 0.71 of
     `max_train_steps`, decaying alike: what the last doubling was worth, measured. Needs `schedule: linear`;

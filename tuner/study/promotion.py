@@ -14,7 +14,7 @@ from typing import Any
 
 from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, plan_next_round
-from tuner.playbook.enough import enough
+from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.passes import Anew, Longer, following, plan_round_anew
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule
@@ -103,11 +103,15 @@ def go_on_in_passes(
     # Those that came of the first file; what was before it is another question.
     start = next((place for place, r in enumerate(before) if r.name == first), len(before))
     rounds = [*before[start:], results]
-    why_enough = enough(reading, max_train_steps=record.max_train_steps)
-    longer = reading.suggested_max_train_steps if why_enough is None else None
+    follows = next_horizon(results, reading, earlier_results(store, record))
+    longer = None if isinstance(follows, Enough) or follows <= record.max_train_steps else follows
     match following(rounds, longer=longer, passes=passes):
         case None:
-            return why_enough or "no trial is left that a longer round could go on with"
+            return (
+                follows.reason
+                if isinstance(follows, Enough)
+                else "no trial is left that a longer round could go on with"
+            )
         case Longer() as step:
             planned = plan_next_round(
                 results,

@@ -10,7 +10,7 @@ from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.branching import branch_results, branches_left
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
-from tuner.spec import RoundFile, RoundSpec
+from tuner.spec import RoundFile, RoundSpec, limits
 from tuner.store import Store
 
 
@@ -26,12 +26,14 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         trials=tuple(trials),
         train_rows=record.train_rows,
         production_steps=spec.run.production_steps,
+        worthwhile_gain=spec.run.worthwhile_gain,
         evaluation_share=record.evaluation_share if measured is None else measured,
         max_examples=spec.evaluation.max_examples,
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
         sampler=spec.search.sampler,
+        limits=limits(),
     )
 
 
