@@ -244,7 +244,10 @@ def _comparison(
     if plan.schedule == "constant" or not plan.has_comparison:
         return ()
     owners = np.repeat(np.arange(len(runs)), copies)
-    looks_best = min(range(len(complete)), key=lambda i: min(e.eval_loss for e in complete[i].evaluations))
+    looks_best = min(
+        range(len(complete)),
+        key=lambda i: (min(e.eval_loss for e in complete[i].evaluations), complete[i].number),
+    )
     trial, run = complete[looks_best], runs[owners[looks_best]]
     half = round(plan.horizon / 2)
     begins = half - max(1, round(half * plan.decay_steps / plan.horizon)) if plan.schedule == "linear" else -1

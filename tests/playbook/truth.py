@@ -25,6 +25,7 @@ HIDING = 0.01
 TOO_LONG, LATE = 0.10, 0.75
 NUM_LEADING = 5
 MOST = 3.0
+SETTLED_MARGIN = 1.25
 
 Truth = bool | None
 
@@ -304,15 +305,15 @@ def _is_edge(seen: _Seen, best: _Curve) -> Truth:
     if any(diverged > rate for diverged in case.diverged_rates):
         return False
     position = math.log(rate / case.lowest_rate) / math.log(case.highest_rate / case.lowest_rate)
-    ambiguous = len([c for c in seen.curves if c.lowest <= best.lowest * (1 + 2 * case.noise)]) > 1
-    if position >= 0.95:
-        return None if ambiguous else True
-    by_rate = sorted(seen.curves, key=lambda curve: -curve.trial.learning_rate)[:3]
-    in_order = len(by_rate) == 3 and by_rate[0].lowest < by_rate[1].lowest < by_rate[2].lowest
-    steps = [abs(b.lowest / a.lowest - 1) for a, b in zip(by_rate, by_rate[1:], strict=False)]
-    if len(by_rate) == 3 and min(steps) <= 2 * case.noise:
+    if sum(curve.lowest <= best.lowest * (1 + 2 * case.noise) for curve in seen.curves) > 1:
         return None
-    return None if ambiguous else in_order
+    if position >= 0.95:
+        return True
+    highest = sorted(seen.curves, key=lambda curve: -curve.trial.learning_rate)[:3]
+    if len(highest) < 3 or highest[0] is not best:
+        return False
+    behind = highest[2].lowest / highest[1].lowest - 1
+    return None if abs(behind) <= 2 * case.noise else behind > 0
 
 
 def _true_horizon(seen: _Seen, best: _Curve, diagnosis: Diagnosis, edge: bool) -> float | None:
@@ -336,7 +337,7 @@ def _where_doubling_stops_paying(best: _Curve, horizon: float, noise: float) -> 
 
 
 def _settled(seen: _Seen, best: _Curve) -> float | None:
-    """The shortest runs that end as well as the best of up to T, within the noise; of nine in ten leading."""
+    """A quarter more than the shortest run that ends as well as the best of up to T, of nine in ten leading."""
     if best.trial.runs.schedule == "cosine":
         return _cosine_settled(seen, best)
     leading = [c for c in seen.curves if c.learned(seen.noise(c), 1.0)][:NUM_LEADING]
@@ -344,16 +345,19 @@ def _settled(seen: _Seen, best: _Curve) -> float | None:
     for curve in leading:
         horizons = np.arange(1.0, seen.case.horizon + 1)
         finals = curve.trial.runs.final(horizons)
-        lengths.append(float(horizons[finals <= finals.min() * (1 + seen.noise(curve))][0]))
-    return float(np.percentile(lengths, 90))
+        lengths.append(float(horizons[finals <= finals.min() * (1 + 2 * seen.noise(curve))][0]))
+    return SETTLED_MARGIN * float(np.percentile(lengths, 90))
 
 
 def _cosine_settled(seen: _Seen, best: _Curve) -> float | None:
-    """Half the horizon where a comparison run shows that it is as good, else the whole."""
-    half_is_worse = over(float(best.trial.runs.gain(seen.case.horizon)), 2 * seen.noise(best), MARGIN)
-    if not seen.case.has_comparison or half_is_worse:
+    """Half the horizon where a comparison run shows that it is as good, else the whole.
+
+    Not clear between a difference that cannot be seen and one that is worthwhile.
+    """
+    gain, noise = float(best.trial.runs.gain(seen.case.horizon)), seen.noise(best)
+    if not seen.case.has_comparison or gain > MARGIN * max(2 * noise, WORTHWHILE):
         return float(seen.case.horizon)
-    return None if half_is_worse is None else seen.case.horizon / 2
+    return seen.case.horizon / 2 if gain <= noise else None
 
 
 def _bounded(case: Case, best: _Curve, wanted: float, diagnosis: Diagnosis) -> float:
