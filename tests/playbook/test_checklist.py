@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from tests.playbook.rounds import noisy_trial
 from tests.playbook.rows import round_of, trial_of
 from tuner.playbook import RoundResults, Severity
-from tuner.playbook.checklist import checklist, half_round_shortfall
+from tuner.playbook.checklist import checklist, doubling_of_trials
 from tuner.playbook.curves import periodicity
+from tuner.playbook.edges import position
 from tuner.playbook.findings import Finding, percent
 from tuner.playbook.selection import leading_trials
-from tuner.playbook.edges import position
 from tuner.records import Choices, Evaluation, Fixed, Range, TimesSqrtRank, TrialState
 
 GRID = tuple(range(0, 401, 10))
@@ -112,37 +113,45 @@ def test_infeasible_share_above_a_quarter(bad, severity):
     assert (found.severity if found else None) == severity
 
 
-def test_shortfall_of_half_a_round():
-    # Four draws of eight miss the best with probability (7/8)^4 = 0.59, the best two with 0.32.
-    assert half_round_shortfall([2.0, 2.2, 3, 3, 3, 3, 3, 3]) == pytest.approx(0.1)
-    assert half_round_shortfall([2.0]) == 0.0
-    assert half_round_shortfall([2.0, *[math.inf] * 7]) == math.inf
-    assert half_round_shortfall([math.inf] * 4) == 0.0
+def test_the_last_doubling_of_the_trials():
+    # Of the six pairs of four trials three hold the best, two the second without it, one the third.
+    assert doubling_of_trials([3.0, 2.0, 2.2, 9.0]) == pytest.approx((3 * 2.0 + 2 * 2.2 + 3.0) / 6 / 2.0 - 1)
+    assert doubling_of_trials([2.0, 3.0]) == pytest.approx(0.25)
+    assert doubling_of_trials([2.0]) == 0.0
+    assert doubling_of_trials([2.0, *[math.inf] * 7]) == 0.0
+    assert doubling_of_trials([math.inf] * 4) == 0.0
 
 
-@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=30), st.randoms())
-def test_shortfall_is_the_bootstrap_median(losses, random):
-    exact = half_round_shortfall(losses)
-    assert exact == half_round_shortfall(random.sample(losses, len(losses)))
-    draws = np.random.default_rng(0).choice(losses, (4001, len(losses) // 2)).min(axis=1)
-    low, high = np.quantile(draws, [0.45, 0.55]) / min(losses) - 1
-    assert low - 1e-9 <= exact <= high + 1e-9
+@given(st.lists(st.floats(0.1, 9), min_size=2, max_size=12), st.randoms())
+def test_the_last_doubling_is_the_mean_over_all_halves(losses, random):
+    exact = doubling_of_trials(losses)
+    assert exact == doubling_of_trials(random.sample(losses, len(losses)))
+    halves = [min(half) for half in itertools.combinations(losses, len(losses) // 2)]
+    assert exact == pytest.approx(sum(halves) / len(halves) / min(losses) - 1)
 
 
-def test_too_few_trials_is_a_shortfall_above_the_noise():
-    results = by_rate(*[1e-4] * 8, losses=[2.0, 2.02, *[2.5] * 6])
-    assert findings(results, noise=0.0099)["too_few_trials"].numbers["shortfall"] == pytest.approx(0.01)
-    assert "too_few_trials" not in findings(results, noise=0.0101)
+def test_more_trials_are_worth_less_and_less():
+    losses = np.random.default_rng(0).gamma(2.0, 0.05, 1000) + 2.0
+    gains = [doubling_of_trials(losses[:count].tolist()) for count in (4, 16, 64, 256, 1000)]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[-1] < 0.003 < 0.01 < gains[0]
 
 
-def test_a_shortfall_that_is_the_noise_is_none():
-    results = by_rate(*[1e-4] * 8, losses=[2.0, 2.5, *[3.0] * 6])
-    assert "too_few_trials" not in findings(results, noise=0.25)
+def test_too_few_trials_is_a_doubling_above_noise_and_what_is_worthwhile():
+    results = by_rate(*(1e-4 * 1.01**i for i in range(4)), losses=[2.0, 2.01, 2.03, 2.03])
+    gain = doubling_of_trials([2.0, 2.01, 2.03, 2.03])
+    assert 0.004 < gain < 0.005
+    assert "too_few_trials" not in findings(results, noise=0.0)
+    asking = replace(results, worthwhile_gain=0.004)
+    found = findings(asking, noise=0.0)["too_few_trials"]
+    assert found.numbers["gain"] == pytest.approx(gain)
+    assert found.message.startswith("The best of only 2 trials would typically be 0.42% worse")
+    assert "too_few_trials" not in findings(asking, noise=0.0049)
 
 
-def test_too_few_trials_where_most_reached_nothing():
-    results = by_rate(*[1e-4] * 8, states=[TrialState.COMPLETE, *[INFEASIBLE] * 7])
-    assert "have reached nothing" in findings(results)["too_few_trials"].message
+def test_copies_are_no_trials():
+    results = by_rate(*[1e-4] * 8, losses=[2.0, *[2.5] * 7])
+    assert "too_few_trials" not in findings(results, noise=0.0), "eight copies of one trial say nothing"
 
 
 def test_overfitting_of_a_leading_trial():
@@ -166,15 +175,21 @@ def test_overfitting_of_others_favours_what_is_hobbled():
 
 
 def test_late_variance():
-    found = findings(noisy_round(lambda t: 2 + 0.02 * (t / 10 % 2)))["late_variance"]
+    found = findings(noisy_round(lambda t: 2 + 0.02 * (t / 10 % 2) + (t == 0)))["late_variance"]
     assert found.numbers == {"restless": 11, "changes": 11}
     assert "late_variance" not in findings(noisy_round(lambda t: 2 + np.exp(-t / 30)))
 
 
 @pytest.mark.parametrize(
-    ("tail", "changes"), [((0.0, 0.02, 0.0, 0.0, 0.0), None), ((0.0, 0.02, 0.01, 0.0, 0.0), 3)]
+    ("tail", "changes"),
+    [
+        ((0.0, 0.02, 0.0, 0.0, 0.0), None),
+        ((0.0, 0.02, 0.01, 0.0, 0.0), None),
+        ((0.0, 0.02, 0.0, 0.02, 0.0), 4),
+        ((-0.015, -0.03, -0.045, -0.03, -0.015), None),
+    ],
 )
-def test_late_variance_is_three_changes_up_and_down(tail, changes):
+def test_late_variance_turns_twice_at_least(tail, changes):
     losses = [*(3.0 - step / 400 for step in GRID[:-13]), *(2.0,) * 8, *(2.0 + more for more in tail)]
     found = findings(round_of(trial_of(0, losses, steps=GRID), max_train_steps=400)).get("late_variance")
     assert (found and found.numbers["restless"]) == changes
@@ -189,7 +204,7 @@ def test_late_variance_is_three_changes_up_and_down(tail, changes):
     ],
 )
 def test_late_variance_says_what_calms_this_schedule(schedule, calms):
-    trial = trial_of(0, lambda s: 2 + 0.02 * (s / 10 % 2), steps=GRID, schedule=schedule)
+    trial = trial_of(0, lambda s: 2 + 0.02 * (s / 10 % 2) + (s == 0), steps=GRID, schedule=schedule)
     assert calms in findings(round_of(trial, max_train_steps=400))["late_variance"].message
 
 

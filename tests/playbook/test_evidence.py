@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.playbook.test_horizon import seen
-from tuner.playbook.evidence import evidence, examples_to_settle
+from tuner.playbook.evidence import evidence, examples_to_settle, trials_to_settle
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, suggest
 from tuner.playbook.selection import LeadingTrial
 
-EARLIER = Gain(0.03, 0.0, None, GainSource.EARLIER_ROUND, trial=0, from_steps=50, to_steps=100)
+EARLIER = Gain(0.03, 0.0, GainSource.EARLIER_ROUND, trial=0, from_steps=50, to_steps=100)
 
 
 def with_examples(signs: Signs, count: int) -> Signs:
@@ -42,7 +42,6 @@ def test_where_max_examples_limits_it_is_to_be_raised():
     message = undetermined(48, 48)
     assert "About 200 evaluation examples instead of 48 would settle a gain of this size" in message
     assert "set evaluation.max_examples to 200 in the next file, with as many rows in data.eval" in message
-    assert "`tuner study promote --to ROUND --max-train-steps N` decides without it." in message
 
 
 def test_where_rows_are_few_they_are_to_be_added():
@@ -53,7 +52,10 @@ def test_where_rows_are_few_they_are_to_be_added():
 
 
 def test_no_number_of_examples_settles_what_they_do_not_show():
-    assert "their losses are not known one by one" in said(with_examples(seen(gain=0.03, noise=0.03), 0))[2]
+    assert (
+        "the losses of single examples are not known"
+        in said(with_examples(seen(gain=0.03, noise=0.03), 0))[2]
+    )
     by_seeds = replace(with_examples(seen(gain=0.03, noise=0.005), 48), noise=0.03)
     assert examples_to_settle(by_seeds) is None
     assert "the seeds differ by as much" in said(by_seeds)[2]
@@ -62,19 +64,19 @@ def test_no_number_of_examples_settles_what_they_do_not_show():
 @pytest.mark.parametrize(
     ("gain", "advice"),
     [
-        (0.0012, ", 1.5 times as many: the last doubling of these should be worth 0.097%."),
-        (0.0014, ", 2 times as many: the last doubling of these should be worth 0.098%."),
-        (0.03, ", 3 times as many, the most for one round: the last doubling of these should be worth 1.7%."),
+        (0.006, ", 1.5 times as many. That should cut the loss by about 0.26%."),
+        (0.007, ", 2 times as many. That should cut the loss by about 0.49%."),
+        (0.03, ", 3 times as many, the most for one round. That should cut the loss by about 3%."),
     ],
 )
 def test_more_steps_are_advised_with_what_they_should_bring(gain, advice):
     assert said(seen(gain=gain, noise=0.0))[-1].endswith(advice)
 
 
-def test_a_gain_over_more_than_a_doubling_is_said_to_be_reckoned():
-    for from_steps, is_reckoned in ((33, True), (49, False), (50, False)):
+def test_a_gain_over_more_than_a_doubling_is_said_to_be_rescaled():
+    for from_steps, is_rescaled in ((33, True), (49, False), (50, False)):
         signs = replace(seen(gain=0.03, noise=0.0), gain=replace(EARLIER, from_steps=from_steps))
-        assert ("in an earlier round, reckoned for one doubling." in said(signs)[1]) is is_reckoned
+        assert (f"(rescaled from {from_steps} to 100)" in said(signs)[1]) is is_rescaled
 
 
 @given(
@@ -93,30 +95,75 @@ def test_with_so_many_examples_the_same_gain_is_no_longer_undetermined(gain, by_
 
 
 def test_one_trial_is_not_spoken_of_as_many():
-    (first, *_, conclusion, advice) = said(seen((100,)))
-    assert first == (
-        "The only complete trial, 0, reached 1.0000 at step 100 of 100, and no earlier step was within one "
-        "standard error of that."
-    )
-    assert conclusion.startswith("1 of 1 best in the last quarter are too few trials for a pattern")
-    assert advice == "Keep max_train_steps at 100."
+    (first, _, conclusion, _) = said(seen((100,)))
+    assert first == "Trial 0 reached 1.0000 at step 100 of 100."
+    assert conclusion == "The best trial still fell by 0.8% in the last quarter: more steps will help."
+    (_, _, conclusion, _) = said(replace(seen((100,) * 2), late=None))
+    assert conclusion == "2 of 2 leading trials were best in the last quarter: more steps will help."
+
+
+@pytest.mark.parametrize(
+    ("best_steps", "expected"),
+    [
+        ((100, 100), "Both leading trials were best at the last step (100)."),
+        ((100,) * 5, "All 5 leading trials were best at the last step (100)."),
+        (
+            (100,) * 39 + (80,),
+            "39 of 40 leading trials were best at the last step (100), the other at step 80.",
+        ),
+        (
+            (100, 30, 80),
+            "1 of 3 leading trials was best at the last step (100), the others at steps 30 to 80.",
+        ),
+        ((40, 30, 80), "The 3 leading trials were best at steps 30 to 80 of 100, the median at 40."),
+        ((40, 40), "The 2 leading trials were best at step 40 of 100."),
+    ],
+)
+def test_best_steps_are_summed_up(best_steps, expected):
+    assert said(seen(best_steps))[0].startswith(expected)
 
 
 def test_an_earlier_settled_step_is_named():
     signs = seen((100,) * 5)
     leading = (replace(signs.leading[0], settled_step=80), *signs.leading[1:])
-    assert "and step 80 was already within one standard error" in said(replace(signs, leading=leading))[0]
+    said_first = said(replace(signs, leading=leading))[0]
+    assert said_first.endswith(", and was within one standard error of that from step 80 on.")
 
 
 @pytest.mark.parametrize(
     ("gain", "worth", "conclusion"),
     [
-        (0.05, "was worth 5% of the loss, give or take 4%", "were best in the last quarter"),
-        (0.0005, "was worth 0.05% of the loss", "which counts as nothing"),
-        (-0.05, "made the loss 5% worse, give or take 4%", "more steps do not help"),
+        (0.05, "cut the loss by 5% +- 4%", "more steps will help"),
+        (0.0005, "cut the loss by 0.05%", "no more than 0.5% (run.worthwhile_gain)"),
+        (-0.05, "raised the loss by 5% +- 4%", "more steps do not help"),
     ],
 )
 def test_a_gain_is_said_by_its_sign(gain, worth, conclusion):
     sentences = said(seen(gain=gain, noise=0.02 if abs(gain) > 0.04 else 0.0))
     assert worth in sentences[1]
     assert conclusion in sentences[2]
+
+
+def test_a_threshold_that_the_noise_sets_is_said_to_be_so():
+    assert "no more than 0.8% (twice the noise)" in said(seen(gain=0.001, noise=0.004))[2]
+
+
+def test_a_gain_of_unknown_noise_says_what_would_tell():
+    sentences = said(seen(gain=0.05, noise=None))
+    assert "with unknown noise" in sentences[1]
+    assert "set a smaller evaluation.every_steps, or repeat the best trial with other seeds" in sentences[2]
+
+
+def test_trials_that_would_settle_it_are_counted():
+    signs = replace(seen((100, 100, 100, 50)), late=None)
+    assert trials_to_settle(signs) == 1
+    assert "About 1 more leading trial" in said(signs)[2]
+
+
+def test_an_edge_keeps_the_horizon_and_says_why_and_gives_up_after_two_rounds():
+    first = said(seen(small_rates=True))
+    assert first[-1].endswith("Try higher rates at 100 steps first.")
+    assert not any("Train for" in sentence for sentence in first)
+    last = said(seen(small_rates=True, widenings=2))
+    assert "Train for 300 steps" in last[-2]
+    assert "still at the upper end, after 2 rounds" in last[-1]

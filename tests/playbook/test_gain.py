@@ -1,9 +1,19 @@
+import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.playbook.rows import exact, round_of, trial_of
-from tuner.playbook.gain import DEFAULT_RATIO, Gain, GainSource, measured_gain, seed_spread
+from tuner.playbook.gain import (
+    DEFAULT_RATIO,
+    Gain,
+    GainSource,
+    measured_gain,
+    seed_spread,
+    wants_comparison,
+)
 from tuner.playbook.results import BranchResult, RoundResults
 from tuner.playbook.selection import leading_trials
 from tuner.records import Trial
@@ -33,27 +43,30 @@ def test_nothing_is_known_of_nothing():
     assert gain_of(round_of(trial_of(0, [3.0], steps=[100]))) is None
 
 
-def test_trunk_of_a_constant_rate_is_the_whole_run():
+def log_ratio(*losses: float) -> float:
+    first, second, third = losses
+    return math.log(second / third) / math.log(first / second)
+
+
+def test_stable_phase_of_a_constant_rate_is_the_whole_run():
     gain = gain_of(round_of(at_100()))
     half, whole, quarter = power(50), power(100), power(25)
-    assert gain.source == GainSource.TRUNK
+    assert gain.source == GainSource.STABLE_PHASE
     assert (gain.from_steps, gain.to_steps) == (50, 100)
     assert gain.relative == pytest.approx((half - whole) / half)
-    assert gain.previous == pytest.approx((quarter - half) / quarter)
-    assert gain.ratio == pytest.approx(gain.relative / gain.previous)
+    assert gain.ratio == pytest.approx(log_ratio(quarter, half, whole))
 
 
-def test_gain_of_a_trunk_is_carried_on_to_the_horizon():
+def test_gain_before_a_decay_is_that_of_the_stable_phase_and_not_carried_on():
     steps = (0, 15, 30, 60, 100)
     gain = gain_of(round_of(trial_of(0, power, steps=steps, schedule="linear", decay_steps=40)))
-    measured = (power(30) - power(60)) / power(30)
-    before = (power(15) - power(30)) / power(15)
+    assert gain.source == GainSource.BEFORE_DECAY
     assert (gain.from_steps, gain.to_steps) == (30, 60)
-    assert gain.relative == pytest.approx(measured * (measured / before) ** 0.737, rel=1e-3)
-    assert gain.ratio == pytest.approx(measured / before)
+    assert gain.relative == pytest.approx((power(30) - power(60)) / power(30))
+    assert gain.ratio == pytest.approx(log_ratio(power(15), power(30), power(60)))
 
 
-def test_the_decay_does_not_touch_the_trunk():
+def test_the_decay_does_not_touch_the_stable_phase():
     steps = tuple(range(0, 101, 2))
     plain = trial_of(0, power, steps=steps, schedule="linear", decay_steps=40)
     decayed = trial_of(
@@ -62,88 +75,154 @@ def test_the_decay_does_not_touch_the_trunk():
     assert gain_of(round_of(plain)) == gain_of(round_of(decayed))
 
 
-def test_cosine_without_another_horizon_is_confounded():
-    gain = gain_of(round_of(at_100(schedule="cosine")))
-    assert gain.source == GainSource.CONFOUNDED
-    assert gain.relative == pytest.approx((power(50) - power(100)) / power(50))
+@pytest.mark.parametrize(
+    ("hyperparameters", "is_known"),
+    [
+        ({"schedule": "cosine"}, False),
+        ({"schedule": "linear", "decay_steps": 41}, False),
+        ({"schedule": "linear", "decay_steps": 40}, True),
+        ({"schedule": "linear", "decay_steps": 40, "warmup_steps": 55}, False),
+        ({"schedule": "linear", "decay_steps": 0}, True),
+    ],
+)
+def test_what_lies_within_a_decay_gives_no_number(hyperparameters, is_known):
+    trial = trial_of(0, power, steps=tuple(range(0, 101, 2)), **hyperparameters)
+    assert (gain_of(round_of(trial)) is not None) is is_known
 
 
-def test_a_warmup_beyond_half_the_trunk_leaves_the_whole_run():
-    gain = gain_of(round_of(at_100(schedule="linear", decay_steps=50, warmup_steps=40)))
-    assert gain.source == GainSource.CONFOUNDED
+def test_forty_percent_are_meant_to_the_rounding_of_whole_steps():
+    trial = trial_of(0, power, steps=tuple(range(0, 46, 3)), schedule="linear", decay_steps=18)
+    longer = replace(trial, hyperparameters={**trial.hyperparameters, "decay_steps": 19})
+    assert gain_of(round_of(trial, max_train_steps=45)) is not None
+    assert gain_of(round_of(longer, max_train_steps=45)) is None
 
 
-def test_an_earlier_round_comes_first():
+def test_a_comparison_run_comes_first():
     trial = at_100(schedule="linear", decay_steps=40)
-    branch = BranchResult(0, 50, (exact(50, 2.5),))
-    now = round_of(trial, branches=(branch,))
-    gain = gain_of(now, earlier_round(50, 2.4, trial))
-    assert gain.source == GainSource.EARLIER_ROUND
-    assert gain.relative == pytest.approx((2.4 - power(100)) / 2.4)
-    assert gain.previous is None
+    half = replace(trial, hyperparameters={**trial.hyperparameters, "decay_steps": 20})
+    now = round_of(trial, branches=(BranchResult(0, 50, (exact(50, 2.5),)),))
+    gain = gain_of(now, earlier_round(50, 2.4, half))
+    assert gain.source == GainSource.COMPARISON
+    assert gain.relative == pytest.approx((2.5 - power(100)) / 2.5)
     assert gain.ratio == DEFAULT_RATIO
-    assert gain_of(now).source == GainSource.DECAY_BRANCHES
+    assert gain_of(round_of(trial), earlier_round(50, 2.4, half)).source == GainSource.EARLIER_ROUND
 
 
-def test_an_earlier_round_needs_the_same_hyperparameters_and_workload():
-    trial = at_100()
-    other = replace(trial, hyperparameters={**trial.hyperparameters, "learning_rate": 1.0})
-    reseeded = replace(trial, hyperparameters={**trial.hyperparameters, "training_seed": 1})
-    recut = replace(trial, hyperparameters={**trial.hyperparameters, "decay_steps": 20})
+def test_an_earlier_round_gives_a_comparison_run_the_gain_before():
+    trial = at_100(schedule="cosine")
+    now = round_of(trial, branches=(BranchResult(0, 50, (exact(50, 2.5),)),))
+    gain = gain_of(now, earlier_round(25, 3.5, trial))
+    assert (gain.source, gain.from_steps) == (GainSource.COMPARISON, 50)
+    assert gain.ratio == pytest.approx(log_ratio(3.5, 2.5, power(100)))
+
+
+def test_the_stable_phase_of_a_constant_rate_comes_before_an_earlier_round():
+    assert gain_of(round_of(at_100()), earlier_round(50, 2.4, at_100())).source == GainSource.STABLE_PHASE
+
+
+def test_an_earlier_round_needs_the_same_hyperparameters_share_and_workload():
+    trial = at_100(schedule="linear", decay_steps=60)
+
+    def changed(**values) -> Trial:
+        return replace(trial, hyperparameters={**trial.hyperparameters, "decay_steps": 30, **values})
+
     now = round_of(trial)
-    assert gain_of(now, earlier_round(50, 2.4, other)).source == GainSource.TRUNK
-    assert gain_of(now, earlier_round(50, 2.4, reseeded)).source == GainSource.TRUNK
-    assert gain_of(now, earlier_round(50, 2.4, trial, workload="v")).source == GainSource.TRUNK
-    assert gain_of(now, earlier_round(100, 2.4, trial)).source == GainSource.TRUNK
-    assert gain_of(now, earlier_round(50, 2.4, recut)).source == GainSource.EARLIER_ROUND
+    assert gain_of(now, earlier_round(50, 2.4, changed())).source == GainSource.EARLIER_ROUND
+    assert gain_of(now, earlier_round(50, 2.4, changed(decay_steps=29))).source == GainSource.EARLIER_ROUND
+    assert gain_of(now, earlier_round(50, 2.4, changed(decay_steps=20))) is None
+    assert gain_of(now, earlier_round(50, 2.4, changed(decay_steps=60))) is None
+    assert gain_of(now, earlier_round(50, 2.4, changed(learning_rate=1.0))) is None
+    assert gain_of(now, earlier_round(50, 2.4, changed(training_seed=1))) is None
+    assert gain_of(now, earlier_round(50, 2.4, changed(), workload="v")) is None
+    assert gain_of(now, earlier_round(100, 2.4, trial)) is None
 
 
 def test_two_earlier_rounds_give_the_gain_before():
-    trial = at_100()
+    trial = at_100(schedule="cosine")
     gain = gain_of(round_of(trial), earlier_round(50, 2.5, trial), earlier_round(25, 3.2, trial))
-    assert gain.previous == pytest.approx(0.7 / 3.2)
-    assert gain.ratio == pytest.approx(gain.relative / (0.7 / 3.2))
+    assert gain.ratio == pytest.approx(log_ratio(3.2, 2.5, power(100)))
 
 
 def test_the_best_trial_that_was_run_before_is_compared():
-    best, second = at_100(), trial_of(1, lambda s: 1.01 * power(s), steps=SPARSE)
+    best = at_100(schedule="cosine")
+    second = trial_of(1, lambda s: 1.01 * power(s), steps=SPARSE, schedule="cosine")
     gain = gain_of(round_of(best, second), earlier_round(50, 2.4, second))
     assert (gain.source, gain.trial) == (GainSource.EARLIER_ROUND, 1)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "earlier_horizon", "expected"),
+    [("constant", None, False), ("cosine", None, True), ("cosine", 50, False), ("cosine", 41, False),
+     ("cosine", 39, True), ("cosine", 62, False), ("cosine", 64, True)],
+)  # fmt: skip
+def test_a_decayed_round_wants_a_comparison_unless_an_earlier_one_stands_for_half(
+    schedule, earlier_horizon, expected
+):
+    results = round_of(at_100(schedule=schedule))
+    earlier = [earlier_round(earlier_horizon, 2.4, at_100(schedule=schedule))] if earlier_horizon else []
+    assert wants_comparison(results, leading_trials(results.trials, 100), earlier) is expected
+
+
+@pytest.mark.parametrize("horizons", [(100, 150, 200), (50, 100, 200), (100, 141, 200), (90, 300, 600)])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8, 0.9, 0.97])
+def test_the_ratio_of_an_exact_series_is_found_at_any_three_horizons(horizons, ratio):
+    """Losses whose logarithm falls by a geometric series over the doublings."""
+
+    def at(horizon: int) -> float:
+        return 2.0 * math.exp(0.2 * ratio ** math.log2(horizon / horizons[0]))
+
+    trial = trial_of(0, [4.0, at(horizons[2])], steps=[0, horizons[2]], schedule="cosine")
+    earlier = [earlier_round(h, at(h), trial) for h in horizons[:2]]
+    gain = gain_of(round_of(trial, max_train_steps=horizons[2]), *earlier)
+    assert gain.ratio == pytest.approx(min(0.9, ratio), abs=1e-9)
+
+
+@given(st.floats(0.02, 0.89), st.floats(0.001, 0.5), st.floats(1.2, 3.0))
+def test_an_exact_series_is_carried_on_exactly(ratio, size, multiple):
+    def at(horizon: float) -> float:
+        return 2.0 * math.exp(size * ratio ** math.log2(horizon / 50))
+
+    trial = trial_of(0, [9.0, at(200)], steps=[0, 200], schedule="cosine")
+    gain = gain_of(round_of(trial, max_train_steps=200), *(earlier_round(h, at(h), trial) for h in (50, 100)))
+    assert gain.to(multiple) == pytest.approx(1 - at(200 * multiple) / at(200), rel=1e-6, abs=1e-12)
+    assert gain.at(multiple) == pytest.approx(
+        1 - at(200 * multiple) / at(100 * multiple), rel=1e-6, abs=1e-12
+    )
+
+
 def test_a_third_of_the_horizon_is_brought_to_one_doubling():
-    trial = at_100()
+    trial = at_100(schedule="cosine")
     gain = gain_of(round_of(trial), earlier_round(33, 2.4, trial))
     share = (1 / 0.7 - 1) / ((1 / 0.7) ** 1.599 - 1)
-    assert gain.relative == pytest.approx(share * (2.4 - power(100)) / 2.4, rel=1e-3)
+    assert gain.relative == pytest.approx(1 - (power(100) / 2.4) ** share, rel=1e-3)
 
 
 def test_a_horizon_of_a_tenth_says_nothing_of_the_last_doubling():
-    trial = at_100()
-    assert gain_of(round_of(trial), earlier_round(10, 2.4, trial)).source == GainSource.TRUNK
+    trial = at_100(schedule="cosine")
+    assert gain_of(round_of(trial), earlier_round(10, 2.4, trial)) is None
 
 
 def test_branches_at_the_half_and_at_the_root_give_both_gains():
     branches = (BranchResult(0, 50, (exact(50, 2.28),)), BranchResult(0, 71, (exact(71, 2.18),)))
     trial = at_100(lambda s: 4.0 - 1.87 * s / 100, schedule="linear", decay_steps=40)
     gain = gain_of(round_of(trial, branches=branches))
-    assert gain.source == GainSource.DECAY_BRANCHES
+    assert gain.source == GainSource.COMPARISON
     assert gain.relative == pytest.approx((2.28 - 2.13) / 2.28)
-    assert gain.ratio == pytest.approx(0.25)  # half the gain in half a doubling
+    assert gain.ratio == pytest.approx(0.28, abs=0.02)  # half the drop in half a doubling
 
 
 @pytest.mark.parametrize(("shorter", "expected"), [(50, True), (48, True), (45, False), (40, False)])
 def test_about_a_doubling_is_one(shorter, expected):
-    assert Gain(0.02, 0.001, None, GainSource.EARLIER_ROUND, 0, shorter, 100).is_of_a_doubling == expected
+    assert Gain(0.02, 0.001, GainSource.EARLIER_ROUND, 0, shorter, 100).is_of_a_doubling == expected
 
 
-def test_ratio_is_clipped():
-    gain = Gain(0.02, 0.001, 0.01, GainSource.TRUNK, 0, 50, 100)
-    assert gain.ratio == 0.9
-    assert replace(gain, relative=-0.01).ratio == 0.0
-    assert replace(gain, previous=None).ratio == 0.7
-    assert replace(gain, previous=-0.01).ratio == 0.7
-    assert replace(gain, previous=0.04).at(2) == pytest.approx(0.01)
+def test_a_loss_that_rose_before_leaves_the_usual_ratio_and_one_that_rises_now_stops_the_series():
+    trial = at_100(schedule="cosine")
+    rose = gain_of(round_of(trial), earlier_round(50, 3.0, trial), earlier_round(25, 2.5, trial))
+    assert rose.ratio == DEFAULT_RATIO
+    rises = gain_of(round_of(trial), earlier_round(50, 2.05, trial), earlier_round(25, 2.5, trial))
+    assert (rises.relative < 0, rises.ratio) == (True, 0.0)
+    assert replace(rises, ratio=0.7).to(2.0) < 0
 
 
 def test_spread_between_seeds_is_pooled_and_relative():
@@ -156,13 +235,15 @@ def test_spread_between_seeds_is_pooled_and_relative():
     # Relative deviations of -1% and 1%, and of 0 and 0, with two degrees of freedom.
     assert seed_spread(trials) == pytest.approx(0.01)
     assert seed_spread(trials[2:]) == 0.0
-    assert seed_spread(trials[::2]) == 0.0
+    assert seed_spread(trials[::2]) is None
+    copy = replace(trials[0], number=9)
+    assert seed_spread([trials[0], copy]) is None, "copies of a seed measure nothing"
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("loss", [0.0, 5e-324, -1.0])
 def test_nothing_is_relative_to_a_loss_of_nothing(loss):
     trials = [trial_of(i, [3.0, loss], steps=[0, 100], learning_rate=1e-4, training_seed=i) for i in range(3)]
-    assert seed_spread(trials) == 0.0
+    assert seed_spread(trials) is None
     halves = trial_of(0, [3.0, loss, loss], steps=[0, 50, 100])
     assert gain_of(round_of(halves)) is None

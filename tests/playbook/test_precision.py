@@ -96,10 +96,16 @@ def test_residual_spread_takes_the_last_quarter_around_its_line():
 
 
 def test_residual_spread_needs_four_finite_evaluations():
-    curve = [Evaluation(0, 3.0), Evaluation(1, 1.0), Evaluation(2, 2.0)]
-    assert residual_spread(curve) == 0.0
-    assert residual_spread([*curve, Evaluation(3, math.nan)]) == 0.0
+    curve = [Evaluation(step, loss) for step, loss in enumerate((3.0, 1.0, 2.0))]
+    assert residual_spread(curve) is None
+    assert residual_spread([*curve, Evaluation(3, math.nan)]) is None
     assert residual_spread([*curve, Evaluation(3, 5.0)]) > 0
+
+
+def test_residual_spread_is_over_six_evaluations_where_there_are_as_many():
+    line = [Evaluation(step, 9.0 - step) for step in range(1, 7)]
+    assert residual_spread([Evaluation(0, 50.0), *line]) == pytest.approx(0.0, abs=1e-12)
+    assert residual_spread([Evaluation(0, 50.0), *line[:4]]) > 1
 
 
 def test_difference_error_falls_back_on_the_spread():

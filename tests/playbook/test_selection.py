@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,8 @@ from hypothesis import strategies as st
 
 from tests.playbook.strategies import curves, losses
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.selection import leading_trials, ranked
+from tuner.playbook.precision import paired_standard_error
+from tuner.playbook.selection import beats_the_base, leading_trials, ranked
 from tuner.records import Evaluation, Trial, TrialState
 
 GRID = tuple(range(0, 101, 10))
@@ -17,7 +19,7 @@ def curve(*values: float, tokens: tuple[int, ...] = ()) -> tuple[Evaluation, ...
 
 
 def trial(number: int, *values: float, state: TrialState = TrialState.COMPLETE) -> Trial:
-    return Trial("round1", number, {}, state, evaluations=curve(*values))
+    return Trial("round1", number, {"learning_rate": 1.0 + number}, state, evaluations=curve(*values))
 
 
 def paired(step: int, *nll: float) -> Evaluation:
@@ -101,9 +103,47 @@ def test_leading_are_the_best_five_or_a_quarter():
 def test_only_complete_trials_with_a_finite_loss_lead():
     others = [s for s in TrialState if s != TrialState.COMPLETE]
     trials = [trial(i, 0.1, 0.1, state=state) for i, state in enumerate(others)]
-    trials += [trial(10, math.nan), trial(11), trial(12, 2.0)]
+    trials += [trial(10, math.nan), trial(11), trial(12, 3.0, 2.0)]
     assert [t.number for t, _ in ranked(trials)] == [12]
     assert [lead.trial.number for lead in leading_trials(trials, 10)] == [12]
+
+
+def test_what_never_beats_the_base_model_does_not_lead():
+    never, learns = trial(0, 2.0, 2.1, 2.2), trial(1, 9.0, 5.0, 4.0)
+    assert [lead.trial.number for lead in leading_trials([never, learns], 20)] == [1]
+    assert leading_trials([never], 20) == ()
+    assert not beats_the_base(trial(0, 2.0, 2.0))
+    assert beats_the_base(Trial("round1", 0, {}, evaluations=(Evaluation(10, 5.0),))), "nothing to beat"
+
+
+def test_the_base_model_is_beaten_by_more_than_two_standard_errors():
+    """Per-example losses whose mean falls by `drop`, with a spread of a known paired standard error."""
+
+    def run(drop: float) -> Trial:
+        base = [20.0, 20.0, 20.0, 20.0]
+        noise = [1.0, -1.0, 1.0, -1.0]
+        after = [b - 10 * drop + n for b, n in zip(base, noise, strict=True)]
+        return Trial("round1", 0, {}, evaluations=(paired(0, *base), paired(10, *after)))
+
+    error = paired_standard_error(*run(0.5).evaluations)
+    assert not beats_the_base(run(1.99 * error))
+    assert beats_the_base(run(2.01 * error))
+
+
+def test_a_single_lucky_evaluation_does_not_beat_the_base_model():
+    lucky = [2.0, *(2.3,) * 6, 1.9, *(2.3,) * 6]
+    evaluations = tuple(
+        paired(step, *(10 * loss,) * 4) for step, loss in zip((0, *range(100, 113)), lucky, strict=True)
+    )
+    assert best_evaluation(evaluations).step == 106
+    assert not beats_the_base(Trial("round1", 0, {}, evaluations=evaluations))
+
+
+def test_copies_of_a_run_lead_once():
+    copies = [replace(trial(i, 9, 1), hyperparameters={"lora_r": 8}) for i in range(4)]
+    assert [lead.trial.number for lead in leading_trials([*copies, trial(9, 9, 2)], 10)] == [0, 9]
+    reseeded = [replace(copy, hyperparameters={"training_seed": i}) for i, copy in enumerate(copies)]
+    assert len(leading_trials(reseeded, 10)) == 4
 
 
 @given(st.lists(losses, max_size=10), st.randoms())

@@ -49,9 +49,8 @@ def doubling_of_trials(losses: Sequence[float]) -> float:
     """Return what the last doubling of the trials is expected to have gained, relative to the loss.
 
     The expected best of half the trials, drawn without replacement, against the best of all; half is rounded
-    down. Infinite losses stand for trials without an objective: the draws that reach nothing else are left
-    out, and the result is infinite where all do. 0 for fewer than two trials that reached something. Rule:
-    this project's decision, "too_few_trials".
+    down. Infinite losses stand for trials without an objective: draws of such trials alone are left out. 0
+    for fewer than two trials that reached something. Rule: this project's decision, "too_few_trials".
     """
     order = sorted(losses)
     count, half = len(order), len(order) // 2
@@ -89,8 +88,8 @@ def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Find
         "too_few_trials",
         Severity.WARNING,
         f"The best of only {counted(half, 'trial')} would typically be {percent(gain)} worse than "
-        f"the best of {len(losses)}, more than {percent(threshold)}: more trials would probably find a better "
-        "one. Raise search.trials, or make the space smaller.",
+        f"the best of {len(losses)}, more than {percent(threshold)}: more trials would probably find a "
+        "better one. Raise search.trials, or make the space smaller.",
         {"gain": gain, "threshold": threshold, "trials": float(len(losses))},
     )
 

@@ -50,7 +50,7 @@ def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -
         yield _advice(seen, diagnosis, suggestion)
     if _has_given_up_on_rates(seen, diagnosis):
         yield (
-            f"The best learning rate is still at the upper end after {MAX_WIDENINGS} rounds with higher ones: "
+            f"The best learning rate is still at the upper end, after {MAX_WIDENINGS} rounds of higher ones: "
             "look at warmup and the scale of the adapter (lora_alpha)."
         )
 
@@ -173,8 +173,8 @@ def _what_would_settle(seen: Signs) -> str:
     missing = trials_to_settle(seen)
     return (
         "The gain is worth having, but the best trial neither clearly falls at its end nor has clearly "
-        f"stopped: {seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter. About "
-        f"{counted(missing, 'more leading trial')} that is best there would settle it."
+        f"stopped: {seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter. "
+        f"About {counted(missing, 'more leading trial')} that is best there would settle it."
     )
 
 
@@ -194,7 +194,7 @@ def _what_would_uncover(seen: Signs) -> str:
     if needed is None:
         why = "the seeds differ by as much" if now else "the losses of single examples are not known"
         return (
-            f"{hidden} More evaluation examples will not do: {why}. Repeat the best trial with other seeds."
+            f"{hidden} More evaluation examples will not help: {why}. Repeat the best trial with other seeds."
         )
     return (
         f"{hidden} About {needed} evaluation examples instead of {now} would settle a gain of this size: "

@@ -29,6 +29,8 @@ MAX_TELLING_DECAY_SHARE = 0.4
 CLOSE_TO_HALF = 1.25
 """An earlier round this factor away from half the horizon makes a comparison run unnecessary."""
 
+_ALMOST_ALL = 1 - 1e-9
+"""A loss that fell to nothing has a logarithm all the same."""
 _MIN_LOSS = 1 / MAX_LOSS
 """Nats per token below which nothing is relative to a loss."""
 _SCHEDULED = frozenset({"decay_steps"})
@@ -86,7 +88,7 @@ class Gain:
     @property
     def _log_drop(self) -> float:
         """Drop of log loss over the last doubling."""
-        return -math.log1p(-self.relative)
+        return -math.log1p(-min(self.relative, _ALMOST_ALL))
 
 
 @dataclass(frozen=True, slots=True)

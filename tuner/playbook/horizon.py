@@ -252,17 +252,13 @@ def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
             assert seen.gain is not None
             gain, noise = seen.gain, seen.noise or 0.0
             less = replace(gain, relative=gain.relative - 2 * noise)
-            more = replace(gain, relative=min(gain.relative + 2 * noise, _ALMOST_ALL))
+            more = replace(gain, relative=gain.relative + 2 * noise)
             low, middle, high = (_multiple(g, seen.worthwhile) for g in (less, gain, more))
             return low * horizon, middle * horizon, high * horizon
         case Diagnosis.UNDETERMINED:
             return horizon, MULTIPLES[0] * horizon, MULTIPLES[0] * horizon
         case _:
             return horizon, horizon, horizon
-
-
-_ALMOST_ALL = 0.999
-"""No gain is taken to be more of the loss than this."""
 
 
 def _settled_horizon(seen: Signs, trial: Trial) -> float:
