@@ -35,13 +35,19 @@ def with_reading(diagnosis: Diagnosis, suggested: int | None) -> RoundReport:
     ("diagnosis", "suggested", "headline", "next_step"),
     [
         (Diagnosis.TOO_SHORT, 180, "60 steps are too few. Train for 180 next.", "a round of 180 steps"),
-        (Diagnosis.TOO_SHORT, 60, "60 steps are too few, but longer", "another round of 60 steps"),
+        (
+            Diagnosis.TOO_SHORT,
+            60,
+            "60 steps are too few, but run.production_steps",
+            "another round of 60 steps",
+        ),
         (Diagnosis.TOO_LONG, 20, "60 steps are far too many. 20 would do.", "a round of 20 steps"),
         (Diagnosis.SATURATED, 40, "60 steps are more than enough. 40 would do.", "a round of 40 steps"),
         (Diagnosis.SATURATED, 60, "60 steps are enough.", "another round of 60 steps"),
         (Diagnosis.RIGHT, 60, "60 steps are about right.", "search closer"),
         (Diagnosis.OVERFITTING, 40, "The best trial overfits, so more steps will not help. 40", "more data"),
-        (Diagnosis.UNDETERMINED, 60, "This round cannot tell", "Keep 60 steps"),
+        (Diagnosis.UNDETERMINED, 60, "This round cannot tell", "another round of 60 steps"),
+        (Diagnosis.UNDETERMINED, 90, "Unclear whether more steps would help. When in doubt", "a round of 90"),
         (Diagnosis.NO_LEARNING, None, "Training did not help", "Do not train longer"),
     ],
 )
@@ -53,11 +59,18 @@ def test_each_diagnosis_in_words(
     assert next_step in advice.next_step(report)
 
 
-def test_a_gain_that_is_not_known_is_no_matter_of_noise() -> None:
+def test_an_edge_of_the_learning_rate_comes_before_the_horizon() -> None:
+    report = with_reading(Diagnosis.TOO_SHORT, 60)
+    edge = dataclasses.replace(report, reading=dataclasses.replace(report.reading, widens_rates=True))
+    assert advice.headline(edge).startswith("The learning rates may all be too small: try higher ones at 60")
+    assert advice.next_step(edge) == "Search higher learning rates in another round of 60 steps."
+
+
+def test_a_gain_of_unknown_noise_is_said_to_be_so() -> None:
     report = with_reading(Diagnosis.UNDETERMINED, 60)
-    assert "until the evaluation is less noisy" in advice.next_step(report)
-    unknown = dataclasses.replace(report, reading=dataclasses.replace(report.reading, gain=None))
-    assert "until a doubling has been measured" in advice.next_step(unknown)
+    unknown = dataclasses.replace(report, reading=dataclasses.replace(report.reading, noise=None))
+    (said,) = [what for name, _, what in advice.key_numbers(unknown) if name == "gain of the last doubling"]
+    assert said.startswith("of unknown noise")
 
 
 def test_what_was_found_has_the_numbers() -> None:
@@ -109,7 +122,7 @@ def test_whether_the_order_of_an_earlier_round_held(losses: list[float], said: s
 def test_no_trial_beats_the_untouched_model() -> None:
     report = synthetic.shaped_report(lambda step: 2 + 0.01 * step)
     assert advice.found(report) == ("None of 5 trials (5 complete) beat the untouched model's 2.0000.",)
-    assert advice.headline(report) == "Training did not help: the untouched model is still the best."
+    assert advice.headline(report) == "Training did not help: no trial beat the base model."
 
 
 def test_a_loss_above_the_untouched_model_is_not_praised() -> None:
@@ -121,7 +134,7 @@ def test_a_loss_above_the_untouched_model_is_not_praised() -> None:
 
 
 def test_the_last_doubling_is_a_key_number_only_where_the_diagnosis_rests_on_it() -> None:
-    assert "worth of the last doubling" in [name for name, _, _ in advice.key_numbers(synthetic.report())]
+    assert "gain of the last doubling" in [name for name, _, _ in advice.key_numbers(synthetic.report())]
     overfitting = synthetic.overfitting_report()
     assert overfitting.reading.gain is not None
     names = [name for name, _, _ in advice.key_numbers(overfitting)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 from tuner.report import round_markdown, round_note
+from tuner.report.markdown import prose
 
 from . import synthetic
 
@@ -29,7 +30,7 @@ def test_the_whole_report_lists_every_trial_and_what_it_holds_for() -> None:
     assert "- lora_alpha: 16" in lines
     assert "- torch: 2.13.0" in lines
     for finding in report.findings:
-        assert any(finding.message in line for line in lines)
+        assert any(prose(finding.message) in line for line in lines)
 
 
 def test_throughput_is_listed_where_there_is_one() -> None:

@@ -77,7 +77,8 @@ HELD_OUT = {"eval_fraction": 0.1}
 VALID: list[dict[str, Any]] = [
     {"evaluation": {"batch_size": 4}},
     {"run": {"slots": 4, "production_steps": None}},
-    {"search": {"enqueue": [{"lora_r": 16, "target_modules": "all-linear", "continues": "r0/3"}, {}]}},
+    {"search": {"enqueue": [{"lora_r": 16, "target_modules": "all-linear", "continues": "r0/3"}]}},
+    {"search": {"enqueue": [{}]}},
     {"hyperparameters": {"target_modules": ["q_proj"], "lora_alpha": {"times_sqrt_r": 4}}},
     {"storage": "postgresql+psycopg://me@host/db"},
     {

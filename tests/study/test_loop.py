@@ -100,6 +100,67 @@ def test_raising_the_number_of_trials_reopens_a_round(tmp_path: Path) -> None:
     check_consistent(tmp_path, promised=5)
 
 
+ONE_RATE = "3e-3"
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "random", "tpe", "gp", "grid"])
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({"lora_r": "[4, 8]", "trials": 6}, {4, 8}),
+        ({"lora_r": "[4, 8, 16]", "trials": 3}, {4, 8, 16}),
+        ({"lora_r": "[4, 8, 16]", "trials": 2, "enqueue": "[{lora_r: 8}]"}, None),
+        ({"lora_r": "[4, 8]", "trials": 6, "enqueue": "[{lora_r: 8}]"}, {4, 8}),
+        ({"lora_r": "4", "trials": 6}, {4}),
+    ],
+)
+def test_a_round_is_complete_when_its_space_is_exhausted(
+    tmp_path: Path, changes: dict[str, Any], tried: set[int] | None, sampler: str
+) -> None:
+    changes = {"learning_rate": ONE_RATE, "sampler": sampler, **changes}
+    rehearse(tmp_path, **changes)
+    ranks = [trial.hyperparameters["lora_r"] for trial in trials(tmp_path, **changes)]
+    assert len(ranks) == len(set(ranks)) == (len(tried) if tried else 2)
+    assert set(ranks) == (tried or set(ranks))
+    rehearse(tmp_path, **changes)
+    assert len(trials(tmp_path, **changes)) == len(ranks)
+
+
+def test_infeasible_points_of_an_exhausted_space_are_results(tmp_path: Path) -> None:
+    changes = {"learning_rate": "[3e-3, 9e-2]", "lora_r": "4", "trials": 5}
+    rehearse(tmp_path, **changes)
+    assert sorted(states(tmp_path)) == ["complete", "infeasible"]
+
+
+def test_more_trials_of_an_exhausted_space_are_none(tmp_path: Path) -> None:
+    changes = {"learning_rate": ONE_RATE, "lora_r": "[4, 8]"}
+    rehearse(tmp_path, trials=2, **changes)
+    before = trials(tmp_path, trials=2, **changes)
+    rehearse(tmp_path, trials=7, **changes)
+    assert repr(trials(tmp_path, trials=7, **changes)) == repr(before)
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "tpe"])
+def test_a_finite_round_that_dies_at_every_seam_repeats_no_point(tmp_path: Path, sampler: str) -> None:
+    changes = {"learning_rate": "[1e-3, 3e-3]", "lora_r": "[4, 8]", "trials": 9, "sampler": sampler}
+    changes["enqueue"] = "[{lora_r: 8}, {learning_rate: 1e-3, lora_r: 4}]"
+    rehearse(tmp_path / "undisturbed", **changes)
+    for seam in itertools.count(1, 3):
+        try:
+            rehearse(tmp_path / "disturbed", fuse=seam, **changes)
+        except Crash:
+            assert seam < 900, "the round makes no headway"
+            continue
+        break
+    found = trials(tmp_path / "disturbed")
+    points = [(t.hyperparameters["learning_rate"], t.hyperparameters["lora_r"]) for t in found]
+    assert len(points) == len(set(points)) == 4
+    if sampler == "quasi-random":
+        assert [t.hyperparameters for t in found] == [
+            t.hyperparameters for t in trials(tmp_path / "undisturbed")
+        ]
+
+
 def test_dying_at_every_seam_in_turn(tmp_path: Path) -> None:
     """One process for each seam of a whole round, each killed one seam further on."""
     undisturbed = rehearse(tmp_path / "undisturbed", trials=2).passed

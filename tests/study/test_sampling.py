@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tuner.playbook.advice import outcomes
 from tuner.records import (
@@ -21,6 +24,8 @@ from tuner.records import (
     Space,
     Trial,
     TrialState,
+    Value,
+    num_points,
 )
 from tuner.spec import SearchSpec
 from tuner.study.points import quasi_random_point
@@ -42,6 +47,17 @@ def storage(tmp_path: Path) -> optuna.storages.BaseStorage:
 
 def advisor(storage: optuna.storages.BaseStorage, space: Space = SPACE, **search: Any) -> Advisor:
     return Advisor(storage, "study/round1", space, SearchSpec(**{"trials": 8, **search}), max_train_steps=10)
+
+
+def proposed_points(adviser: Advisor, num: int, known: Sequence[Trial] = ()) -> list[dict[str, Value]]:
+    """The next points of a round whose trials all end complete."""
+    found = list(known)
+    for ordinal in range(len(found), len(found) + num):
+        proposal = adviser.propose(ordinal, found)
+        found.append(
+            trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1 + 0.01 * ordinal)
+        )
+    return [dict(done.hyperparameters) for done in found[len(known) :]]
 
 
 def trial(
@@ -161,10 +177,155 @@ def test_a_grid_begins_after_what_is_enqueued() -> None:
     space: Space = {"learning_rate": Choices((1e-4, 1e-3)), "lora_r": Choices((8, 16))}
     enqueue = [{"learning_rate": 1e-3}]
     adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler="grid", enqueue=enqueue)
-    assert adviser.num_points == 5
-    first, *points = [tuple(adviser.propose(ordinal).chosen.values()) for ordinal in range(5)]
-    assert first == (1e-3, 8)
-    assert points == [(rate, rank) for rate in (1e-4, 1e-3) for rank in (8, 16)]
+    assert adviser.num_points == 4
+    points = [tuple(p.values()) for p in proposed_points(adviser, 4)]
+    assert points == [(1e-3, 8), (1e-4, 8), (1e-4, 16), (1e-3, 16)]
+
+
+SAMPLERS = ("quasi-random", "random", "tpe", "gp", "grid")
+FINITE: dict[str, Space] = {
+    "two ranks": {"lora_r": Choices((4, 8)), "optimizer": Fixed("adamw")},
+    "three ranks": {"lora_r": Choices((4, 8, 16))},
+    "nothing searched": {"lora_r": Fixed(8)},
+    "seeds": {"lora_r": Choices((4, 8)), "training_seed": Choices((0, 1, 2))},
+    "names and lists": {
+        "target_modules": Choices(("all-linear", ("q_proj", "v_proj"))),
+        "lora_r": Choices((4, 8)),
+    },
+    "whole numbers": {"warmup_steps": Range(3, 9, integer=True)},
+    "whole numbers by their logarithm": {"lora_r": Range(1, 12, log=True, integer=True)},
+}
+
+
+@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_finite_space_is_gone_through_without_repeating_a_point(sampler: str, name: str) -> None:
+    space = FINITE[name]
+    if sampler == "grid" and any(isinstance(dimension, Range) for dimension in space.values()):
+        pytest.skip("a grid has no ranges")
+    adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler, trials=20)
+    points = proposed_points(adviser, int(num_points(space)))
+    assert adviser.num_points == len(points) == len({tuple(point.items()) for point in points})
+    assert all(space[key].contains(value) for point in points for key, value in point.items())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("state", list(TrialState))
+def test_a_point_that_has_its_trial_is_taken_whatever_became_of_it(state: TrialState, sampler: str) -> None:
+    """Those that run beside, too. A failed trial is repeated by `again` alone."""
+    space: Space = {"lora_r": Choices((4, 8))}
+    for rank, other in ((4, 8), (8, 4)):
+        adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler)
+        assert adviser.propose(1, [trial(0, 0, state, {"lora_r": rank})]).chosen == {"lora_r": other}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_is_enqueued_is_tried_before_it_has_run(sampler: str) -> None:
+    """Of two entries of one name each, and a whole one that comes last: three of four points."""
+    space: Space = {"lora_r": Choices((4, 8)), "lora_dropout": Choices((0.0, 0.1))}
+    enqueue = [{"lora_r": 8}, {"lora_r": 4}, {"lora_r": 8, "lora_dropout": 0}]
+    for seed in range(4):
+        adviser = advisor(
+            optuna.storages.InMemoryStorage(), space, sampler=sampler, enqueue=enqueue, seed=seed
+        )
+        first, second, third, last = proposed_points(adviser, 4)
+        assert first == {"lora_r": 8, "lora_dropout": 0.1}
+        assert second["lora_r"] == last["lora_r"] == 4
+        assert third == enqueue[2]
+        assert second["lora_dropout"] != last["lora_dropout"]
+
+
+def test_an_entry_whose_points_are_all_taken_is_another_point() -> None:
+    """Which entry leaves which point is decided one by one, so that the last may find none."""
+    space: Space = {"lora_r": Choices((4, 8)), "lora_dropout": Choices((0.0, 0.1))}
+    enqueue = [{"lora_r": 4}, {"lora_r": 4}, {"lora_dropout": 0.1}, {"lora_dropout": 0.0}]
+    for seed in range(6):
+        points = proposed_points(
+            advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=seed), 4
+        )
+        assert len({tuple(sorted(point.items())) for point in points}) == 4
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "random", "tpe"])
+@settings(max_examples=25, deadline=None)
+@given(
+    ranks=st.integers(1, 4),
+    warmups=st.integers(1, 5),
+    log=st.booleans(),
+    seed=st.integers(0, 100),
+    killed=st.integers(0, 8),
+)
+def test_a_killed_round_goes_on_with_the_points_that_it_would_have_tried(
+    sampler: str, ranks: int, warmups: int, log: bool, seed: int, killed: int
+) -> None:
+    space: Space = {
+        "lora_r": Choices(tuple(4 * 2**n for n in range(ranks))),
+        "warmup_steps": Range(1, 1 + warmups, log=log, integer=True),
+    }
+
+    def adviser() -> Advisor:
+        return advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler, seed=seed)
+
+    total = int(num_points(space))
+    assert total == ranks * (warmups + 1)
+    whole = proposed_points(adviser(), total)
+    assert len({tuple(point.items()) for point in whole}) == total
+    begun = min(killed, total)
+    known = [trial(n, n, TrialState.COMPLETE, point, 1 + 0.01 * n) for n, point in enumerate(whole[:begun])]
+    assert proposed_points(adviser(), total - begun, known) == whole[begun:]
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "random", "tpe", "grid"])  # gp begins with 8 anyway
+def test_points_that_a_round_of_the_same_length_has_run_come_last(sampler: str) -> None:
+    """Of any other length, or with other values of what is fixed, they are trials of their own."""
+    space: Space = {"lora_r": Choices((4, 8, 16)), "lora_dropout": Fixed(0.1)}
+
+    def first_of(seed: int, *, dropout: float, horizon: int) -> Value:
+        ran = [
+            Trial(
+                "round0",
+                n,
+                {"lora_r": rank, "lora_dropout": dropout},
+                TrialState.COMPLETE,
+                evaluations=(Evaluation(5, 1.0),),
+            )
+            for n, rank in enumerate((4, 16))
+        ]
+        adviser = Advisor(
+            optuna.storages.InMemoryStorage(),
+            "study/round1",
+            space,
+            SearchSpec(trials=3, sampler=sampler, seed=seed),  # type: ignore[arg-type]
+            max_train_steps=15,
+            earlier=outcomes(ran, max_train_steps=horizon),
+        )
+        points = proposed_points(adviser, 3)
+        assert {point["lora_r"] for point in points} == {4, 8, 16}
+        return points[0]["lora_r"]
+
+    others = set()
+    for seed in range(6):
+        assert first_of(seed, dropout=0.1, horizon=15) == 8
+        others |= {first_of(seed, dropout=0.1, horizon=5), first_of(seed, dropout=0.2, horizon=15)}
+    assert others - {8}
+
+
+def test_a_large_space_of_whole_numbers_is_not_listed() -> None:
+    space: Space = {"lora_r": Range(1, 10**9, integer=True), "warmup_steps": Range(0, 10**9, integer=True)}
+    adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=[{"lora_r": 7}])
+    assert adviser.num_points == 10**9 * (10**9 + 1)
+    assert len({tuple(point.items()) for point in proposed_points(adviser, 8)}) == 8
+
+
+def test_a_rare_value_of_a_finite_space_is_found() -> None:
+    """One that a thousand random points would mostly miss."""
+    space: Space = {"lora_r": Range(1, 4000, log=True, integer=True)}
+    adviser = advisor(optuna.storages.InMemoryStorage(), space)
+    known = [
+        trial(n, n, TrialState.COMPLETE, {"lora_r": rank})
+        for n, rank in enumerate(rank for rank in range(1, 4001) if rank != 3999)
+    ]
+    assert adviser.propose(3999, known).chosen == {"lora_r": 3999}
 
 
 def test_a_failed_trial_is_asked_again_with_the_same_values(storage: optuna.storages.BaseStorage) -> None:

@@ -68,7 +68,7 @@ def _next_command(plan: StudyPlan) -> str:
     try:
         record = next((record for record in store.rounds() if record.name == plan.name), None)
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
-        if record is None or ended < plan.spec.search.trials:
+        if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}"
         return round_report(folder, store, record).next_command
     finally:
@@ -100,6 +100,8 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
     remarks += _answers(round_plan, data)
+    if spec.ends_early is not None:
+        remarks.append(spec.ends_early)
     if spec.trains_alone:
         remarks.append(DORA_TRAINS_ALONE)
     remarks += _model_remarks(spec.model)

@@ -31,7 +31,7 @@ from tuner.store import Store
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.pages import lineage, round_report
-from tuner.study.results import num_branches_left
+from tuner.study.results import num_branches_left, num_promised
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
@@ -195,9 +195,7 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
     for name in order:
         file, record = folder.file(name), records.get(name)
         trials = [_at_rest(trial, is_running) for trial in store.trials(name)]
-        spec_trials = (
-            file.spec.search.trials if file else int(record.spec["search"]["trials"]) if record else 0
-        )
+        promised = file.spec.num_trials if file else num_promised(record) if record else 0
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
         adapters = {trial.number: folder.adapter(trial) for trial in trials}
         statuses.append(
@@ -205,7 +203,7 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 name,
                 max_train_steps=horizon,
                 trials=trials,
-                promised=spec_trials,
+                promised=promised,
                 is_running=is_running
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: path for number, path in adapters.items() if path is not None},

@@ -113,7 +113,7 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool], pas
     view = open_view(
         console=Console(stderr=True),
         title=f"{file.spec.study}/{file.spec.round}",
-        trials_total=file.spec.search.trials,
+        trials_total=file.spec.num_trials,
         max_train_steps=file.spec.max_train_steps,
         searched=tuple(searched(file.spec.space())),
         gpus=gpu_meter(open_nvml(), used) if used else None,

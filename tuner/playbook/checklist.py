@@ -10,7 +10,7 @@ from tuner.playbook.findings import Finding, Severity, counted, percent
 from tuner.playbook.horizon import MULTIPLES
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import warmup_length
-from tuner.playbook.selection import LeadingTrial, distinct, ranked_by_loss
+from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_loss
 from tuner.playbook.space_checks import space_findings
 from tuner.records import TrialState
 
@@ -38,7 +38,7 @@ def checklist(
         *space_findings(results, leading[0].trial if leading else None),
         *_infeasible_share(results),
         *_too_few_trials(results, noise),
-        *curve_findings(results, leading),
+        *curve_findings(results, foremost_trials(results.trials, results.max_train_steps)),
         *_long_warmup(results, leading),
         *_costly_evaluation(results),
         *_workload_changed(results, earlier),

@@ -14,7 +14,7 @@ from tuner.playbook.results import RoundResults
 from tuner.playbook.search import with_a_model
 from tuner.playbook.selection import ranked
 from tuner.playbook.tiers import tier_of
-from tuner.records import Trial, TrialState
+from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
 
 CARRIED_SHARE = 1 / 3
 """Of a round's trials, how many a longer round carries over."""
@@ -56,7 +56,34 @@ def following(rounds: Sequence[RoundResults], *, longer: int | None, passes: int
     if horizon is not None and candidates:
         return Longer(horizon, candidates, num_carried(len(last.results)))
     begun = sum(r.max_train_steps == rounds[0].max_train_steps for r in rounds)
-    return Anew(begun + 1) if begun < passes else None
+    return Anew(begun + 1) if begun < passes and points_left(rounds) > 0 else None
+
+
+def points_left(rounds: Sequence[RoundResults]) -> float:
+    """Points of the first round's space that no round of its horizon has tried; mostly infinite.
+
+    Rule: this project's decision, "Search": no point is run twice for as many steps.
+    """
+    first = rounds[0]
+    tried = {
+        configuration
+        for r in rounds
+        if r.max_train_steps == first.max_train_steps
+        for trial in r.trials
+        if trial.state != TrialState.FAILED
+        if (configuration := _within(first.space, trial)) is not None
+    }
+    return num_points(first.space) - len(tried)
+
+
+def _within(space: Space, trial: Trial) -> tuple[Value, ...] | None:
+    """The trial's values of what is searched; None for a point that the space does not hold."""
+    known = trial.hyperparameters
+    is_within = all(
+        isinstance(dimension, TimesSqrtRank) or (name in known and dimension.contains(known[name]))
+        for name, dimension in space.items()
+    )
+    return tuple(known[name] for name in searched(space)) if is_within else None
 
 
 def num_carried(num_trials: int) -> int:

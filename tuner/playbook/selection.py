@@ -122,10 +122,24 @@ def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Leadi
     leading ones speak is this project's decision.
     """
     complete = distinct(trial for trial, _ in ranked_by_loss(trials))
-    order = [(trial, best) for trial, best in ranked_by_loss(complete) if beats_the_base(trial)]
+    learned = [trial for trial in complete if beats_the_base(trial)]
+    return _first(learned, num_leading(len(complete)), max_train_steps)
+
+
+def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
+    """Return the leading trials, or as many of the best where none beat the base model.
+
+    What curves say of a bug is read there too. Rule: this project's decision, "Leading trials".
+    """
+    complete = distinct(trial for trial, _ in ranked_by_loss(trials))
+    leading = leading_trials(complete, max_train_steps)
+    return leading or _first(complete, num_leading(len(complete)), max_train_steps)
+
+
+def _first(trials: Iterable[Trial], count: int, max_train_steps: int) -> tuple[LeadingTrial, ...]:
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
-        for trial, best in order[: num_leading(len(complete))]
+        for trial, best in ranked_by_loss(trials)[:count]
     )
 
 

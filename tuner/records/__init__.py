@@ -53,6 +53,7 @@ from tuner.records.space import (
     TimesSqrtRank,
     Value,
     complete_hyperparameters,
+    num_points,
     searched,
 )
 from tuner.records.throughput import Throughput, added_up
@@ -101,6 +102,7 @@ __all__ = [
     "event_from_json",
     "event_to_json",
     "hyperparameters_from_json",
+    "num_points",
     "searched",
     "to_json",
 ]

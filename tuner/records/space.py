@@ -85,6 +85,23 @@ def searched(space: Space) -> dict[str, Choices | Range]:
     return {name: d for name, d in space.items() if isinstance(d, (Choices, Range))}
 
 
+def num_points(space: Space) -> float:
+    """How many different points there are: infinite where a range of real numbers is searched."""
+    return math.prod(_num_values(dimension) for dimension in space.values())
+
+
+def _num_values(dimension: Dimension) -> float:
+    match dimension:
+        case Choices(values=values):
+            return len(values)
+        case Range(low=low, high=high, integer=True):
+            return math.floor(high) - math.ceil(low) + 1
+        case Range():
+            return math.inf
+        case _:
+            return 1
+
+
 def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str, Value]:
     """All hyperparameters of a trial: what was chosen, what is fixed, what follows from these.
 

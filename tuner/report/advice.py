@@ -225,10 +225,15 @@ def rule_in_words(rule: str) -> str:
 
 
 def progress(report: RoundReport) -> str | None:
-    """A caution while trials are missing; None for a finished round."""
+    """A caution while trials are missing, or why a finished round has fewer than wanted; else None."""
+    done = len(report.results.results)
+    if report.is_finished and done < report.num_wanted:
+        points = format.count(report.num_promised, "point")
+        return (
+            f"The search space has {points}, so the round ended after {done} of {report.num_wanted} trials."
+        )
     if report.is_finished:
         return None
-    done = len(report.results.results)
     if done >= report.num_promised:
         return "This is how it looks without its decay branches; they may change what a doubling is worth."
     return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."

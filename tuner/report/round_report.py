@@ -21,6 +21,7 @@ from tuner.records import (
     TimesSqrtRank,
     Trial,
     TrialState,
+    num_points,
     searched,
 )
 from tuner.report import format
@@ -73,6 +74,11 @@ class RoundReport:
 
     @property
     def num_promised(self) -> int:
+        """Trials that the round is complete with: fewer than wanted where the space has fewer points."""
+        return int(min(self.num_wanted, num_points(self.results.space)))
+
+    @property
+    def num_wanted(self) -> int:
         """`search.trials` of the round file; the number of results where the record does not say."""
         search = self.record.spec.get("search", {})
         return int(search.get("trials", len(self.results.results)))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tuner.records import Space
+from tuner.records import Space, num_points
 from tuner.spec.data_section import DataSpec, SourceSpec
 from tuner.spec.dimensions import complete_space
 from tuner.spec.names import ONE_HORIZON
@@ -117,6 +117,22 @@ class RoundSpec(BaseModel):
     def space(self) -> Space:
         """Every hyperparameter: the file's in its order, then the defaults, fixed."""
         return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the round runs: `search.trials`, or fewer where the search space has fewer points."""
+        return int(min(self.search.trials, num_points(self.space())))
+
+    @property
+    def ends_early(self) -> str | None:
+        """What a round says of itself when it has fewer points than `search.trials`; else None."""
+        if self.num_trials == self.search.trials:
+            return None
+        points = "1 point" if self.num_trials == 1 else f"{self.num_trials} points"
+        return (
+            f"The search space has {points}, so the round ends after {self.num_trials} of "
+            f"{self.search.trials} trials."
+        )
 
     @property
     def trains_alone(self) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from tuner.records import Fixed, Range, Space, TimesSqrtRank
+from tuner.records import Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
 from tuner.spec.dimensions import describe, largest, value_to_yaml
 from tuner.spec.hyperparameters import HYPERPARAMETERS
 from tuner.spec.refusals import Refusal
@@ -77,7 +77,7 @@ def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[s
 
 
 def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
-    """Enqueued points outside the space, and spaces the sampler cannot search."""
+    """Enqueued points that are outside the space or repeated, and spaces the sampler cannot search."""
     if search.sampler == "grid":
         for name, dimension in space.items():
             if isinstance(dimension, Range):
@@ -86,11 +86,13 @@ def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Ite
     if len(search.enqueue) > search.trials:
         message = f"has {len(search.enqueue)} entries, but search.trials is {search.trials}"
         yield Refusal(("search", "enqueue"), message, rests_on=("search.trials",))
-    for position, entry in enumerate(search.enqueue):
-        for name, value in entry.items():
-            if wrong := _enqueue_mistake(name, value, round_name, space):
-                at = ("search", "enqueue", position, name)
-                yield Refusal(at, wrong, rests_on=(f"hyperparameters.{name}",))
+    outside = [
+        Refusal(("search", "enqueue", position, name), wrong, rests_on=(f"hyperparameters.{name}",))
+        for position, entry in enumerate(search.enqueue)
+        for name, value in entry.items()
+        if (wrong := _enqueue_mistake(name, value, round_name, space))
+    ]
+    yield from outside or _repeats(search, space)
 
 
 def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str | None:
@@ -108,3 +110,40 @@ def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str 
         both = f"hyperparameters.{name}: [{describe(dimension)}, {read}]"
         return f"{read} is not in the search space, fixed at {describe(dimension)}; for both write {both}"
     return f"{read} is not in the search space; allowed: {describe(dimension)}"
+
+
+def _repeats(search: SearchSpec, space: Space) -> Iterator[Refusal]:
+    """Entries that are the same point; entries that name so little that there are too few points for them."""
+    dimensions = searched(space)
+    entries = [
+        {name: HYPERPARAMETERS[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
+        for entry in search.enqueue
+    ]
+    refused: set[int] = set()
+    for entry in [*entries, {}]:
+        within = [position for position, other in enumerate(entries) if entry.items() <= other.items()]
+        room = num_points({name: d for name, d in dimensions.items() if name not in entry})
+        for position in within[int(min(room, len(within))) :]:
+            if position in refused:
+                continue
+            refused.add(position)
+            yield Refusal(
+                ("search", "enqueue", position),
+                _repeat(entry, within[0], num_points=int(room), num_entries=len(within)),
+                rests_on=tuple(f"hyperparameters.{name}" for name in dimensions),
+            )
+
+
+def _repeat(entry: Mapping[str, Value], first: int, *, num_points: int, num_entries: int) -> str:
+    point = ", ".join(f"{name}: {shown(value_to_yaml(value))}" for name, value in entry.items())
+    if num_points == 1:
+        said = f" ({point})" if point else ""
+        return (
+            f"is the same point as search.enqueue[{first}]{said}, and a point is tried once; remove one of "
+            "them, or list two seeds as hyperparameters.training_seed and give each entry one"
+        )
+    where = f" with {point}" if point else ""
+    return (
+        f"is one of {num_entries} entries{where}, and the search space has only {num_points} points{where}; "
+        f"remove {num_entries - num_points} of them, or search more values"
+    )

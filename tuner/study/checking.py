@@ -28,7 +28,7 @@ class Work:
 
 def planned_work(spec: RoundSpec) -> Work:
     """The work of a round whose trials all begin at step 0 and end complete."""
-    horizon, every, trials = spec.max_train_steps, spec.evaluation.every_steps, spec.search.trials
+    horizon, every, trials = spec.max_train_steps, spec.evaluation.every_steps, spec.num_trials
     steps, evaluations = trials * horizon, trials * (len(evaluation_steps(horizon, every)) - 1)
     if not spec.run.decay_branches:
         return Work(steps, evaluations)
@@ -62,7 +62,7 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
     trained_tokens = work.steps * batch_size * float(data.train.num_tokens.mean())
     evaluated_tokens = work.evaluations * float(data.evaluation.num_tokens.sum())
     return PlannedRound(
-        trials=spec.search.trials,
+        trials=spec.num_trials,
         max_train_steps=spec.max_train_steps,
         epochs=spec.max_train_steps * batch_size / len(data.train),
         train_rows=len(data.train),

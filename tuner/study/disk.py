@@ -36,7 +36,7 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     With `keep_best_trials`, once all trials have ended: those in the slots come on top before.
     """
     best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
-    kept = num_kept(spec.search.trials, spec.checkpoints.most_kept_trials)
+    kept = num_kept(spec.num_trials, spec.checkpoints.most_kept_trials)
     resumable = 4 if spec.run.decay_branches else 2
     return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
@@ -93,7 +93,7 @@ class RoundDisk:
     def refuse_too_small(self, ready: Ready, trials: Sequence[Trial]) -> None:
         """Raises StorageError when the trials that the round has left need more than is free."""
         spec = self.plan.spec
-        left = spec.search.trials - sum(trial.state.is_result for trial in trials)
+        left = spec.num_trials - sum(trial.state.is_result for trial in trials)
         left = min(left, num_kept(left, spec.checkpoints.most_kept_trials))
         if left <= 0:
             return

@@ -70,7 +70,7 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
     file = folder.file(results.name)
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
     record = next(record for record in store.rounds() if record.name == results.name)
-    missing = file is not None and len(results.results) < file.spec.search.trials
+    missing = file is not None and len(results.results) < file.spec.num_trials
     if missing or num_branches_left(record, results.trials):
         return run
     following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 
-from tuner.records import Choices, Range, Value
+from tuner.records import Choices, Hyperparameters, Range, Value
+
+PointValues: TypeAlias = tuple[Value | None, ...]
+"""A point by the values of the searched names, in their order."""
+
+
+_BLOCK = 64
+"""Points of a sequence that are made at once, after the first: few rounds need a second one."""
 
 
 def quasi_random_point(space: Mapping[str, Choices | Range], *, seed: int, place: int) -> dict[str, Value]:
@@ -16,22 +25,49 @@ def quasi_random_point(space: Mapping[str, Choices | Range], *, seed: int, place
 
     Taken by our own count and not by Optuna's, whose trials include those that a crash left behind.
     """
+    return next(quasi_random_points(space, seed=seed, place=place))
+
+
+def quasi_random_points(
+    space: Mapping[str, Choices | Range], *, seed: int, place: int
+) -> Iterator[dict[str, Value]]:
+    """The sequence of `quasi_random_point` from a place on, without end."""
     if not space:
-        return {}
+        yield from itertools.repeat({})
     from scipy.stats import qmc  # a second of loading, and only quasi-random rounds need it
 
     sequence = qmc.Sobol(len(space), scramble=True, rng=seed)
     if place:
         sequence.fast_forward(place)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The balance properties of Sobol")
-        unit = sequence.random(1)[0].tolist()
-    return {name: value_at(dimension, u) for (name, dimension), u in zip(space.items(), unit, strict=True)}
+    for num in itertools.chain([1], itertools.repeat(_BLOCK)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The balance properties of Sobol")
+            units = sequence.random(num).tolist()
+        for unit in units:
+            yield {name: value_at(d, u) for (name, d), u in zip(space.items(), unit, strict=True)}
 
 
 def random_point(space: Mapping[str, Choices | Range], random: np.random.Generator) -> dict[str, Value]:
     """A point anywhere in the space."""
     return {name: value_at(dimension, random.random()) for name, dimension in space.items()}
+
+
+def every_point(space: Mapping[str, Choices | Range]) -> Iterator[dict[str, Value]]:
+    """All points of a finite space, the last name's values running fastest."""
+    for values in itertools.product(*map(_values, space.values())):
+        yield dict(zip(space, values, strict=True))
+
+
+def _values(dimension: Choices | Range) -> Iterable[Value]:
+    if isinstance(dimension, Choices):
+        return dimension.values
+    assert dimension.integer, "a range of real numbers has no next value"
+    return range(math.ceil(dimension.low), math.floor(dimension.high) + 1)
+
+
+def values_of(space: Iterable[str], point: Hyperparameters) -> PointValues:
+    """What tells a point from others: equal numbers are equal, however they are written."""
+    return tuple(point.get(name) for name in space)
 
 
 def value_at(dimension: Choices | Range, unit: float) -> Value:

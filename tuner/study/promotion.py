@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, plan_next_round
 from tuner.playbook.enough import Enough, next_horizon
-from tuner.playbook.passes import Anew, Longer, following, plan_round_anew
+from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule
 from tuner.playbook.sweep import is_sweep
-from tuner.records import Promotion, RoundRecord, TrialState, Value
+from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
 from tuner.study.folder import StudyFolder
-from tuner.study.results import as_written_now, earlier_results, num_branches_left, reading_of
+from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def promote(
     record = as_written_now(record, file)
     _refuse_unpayable(file, overrides.max_train_steps)
     results, reading = reading_of(store, record)
-    next_round = plan_next_round(
+    planned = plan_next_round(
         results,
         reading,
         to=to,
@@ -79,6 +79,7 @@ def promote(
         top=overrides.top,
         decay=overrides.decay,
     )
+    next_round = each_point_once(planned)
     text = round_text(file, next_round, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
 
@@ -122,14 +123,24 @@ def go_on_in_passes(
                 candidates=step.candidates,
                 adds_trials=False,
             )
+            planned = each_point_once(planned)
             text = _longer_text(_file(folder, last, to), planned)
         case Anew(number=number):
             file = _file(folder, rounds[0].name, to)
-            planned = plan_round_anew(
-                rounds[0], results, reading, to=to, trials=file.spec.search.trials, number=number
-            )
+            trials = int(min(file.spec.search.trials, points_left(rounds)))
+            planned = plan_round_anew(rounds[0], results, reading, to=to, trials=trials, number=number)
             text = _text_anew(file, planned, number)
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
+
+
+def each_point_once(planned: NextRound) -> NextRound:
+    """The plan without a point twice, which rounding to fewer steps can make, nor more trials than points."""
+    enqueue: list[EnqueuedTrial] = []
+    for trial in planned.enqueue:
+        if all(dict(trial.hyperparameters) != dict(other.hyperparameters) for other in enqueue):
+            enqueue.append(trial)
+    most = min(planned.trials_total, num_points(planned.space))
+    return replace(planned, enqueue=tuple(enqueue), trials_total=int(most))
 
 
 def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
@@ -204,7 +215,7 @@ def _number_of_trials(file: RoundFile, next_round: NextRound) -> str:
     if enqueued == total:
         return "all enqueued, none new"
     is_longer = next_round.max_train_steps > next_round.old_max_train_steps
-    fewer = ": fewer, longer runs" if is_longer and total < file.spec.search.trials else ""
+    fewer = ": fewer, longer runs" if is_longer and total < file.spec.num_trials else ""
     return f"{enqueued} enqueued, the rest new{fewer}" if enqueued else "all new"
 
 
@@ -330,9 +341,8 @@ def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) 
 
 def _is_open(record: RoundRecord, store: Store) -> bool:
     trials = store.trials(record.name)
-    promised = int(record.spec["search"]["trials"])
     return (
-        sum(t.state.is_result for t in trials) < promised
+        sum(t.state.is_result for t in trials) < num_promised(record)
         or any(t.state == TrialState.RUNNING for t in trials)
         or num_branches_left(record, trials) > 0
     )

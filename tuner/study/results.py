@@ -44,6 +44,11 @@ def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
     return replace(record, spec={**record.spec, "goal": now["goal"], "run": now["run"], "search": search})
 
 
+def num_promised(record: RoundRecord) -> int:
+    """Trials that a begun round is complete with."""
+    return RoundSpec.model_validate(record.spec).num_trials
+
+
 def num_branches_left(record: RoundRecord, trials: Sequence[Trial]) -> int:
     """How many decay branches a round whose trials have ended still owes."""
     if not record.spec.get("run", {}).get("decay_branches"):

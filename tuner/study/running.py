@@ -77,6 +77,8 @@ def run_round(
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [_base_evaluation(earlier)]
+            if plan.spec.ends_early is not None:
+                view.message(plan.spec.ends_early)
             if plan.spec.trains_alone:
                 view.message(DORA_TRAINS_ALONE)
             if plan.spec.model.trust_remote_code:

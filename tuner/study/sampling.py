@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -38,14 +38,28 @@ from tuner.records import (
     Trial,
     TrialState,
     Value,
+    complete_hyperparameters,
+    num_points,
     searched,
 )
 from tuner.spec import SearchSpec
 from tuner.store import normal_url
-from tuner.study.points import quasi_random_point, random_point
+from tuner.study.points import (
+    PointValues,
+    every_point,
+    quasi_random_points,
+    random_point,
+    values_of,
+)
 
 MAX_REPORTS = 20
 """Evaluations of a trial that Optuna is shown: 10,000 trials with 100 each made the first `ask` take 36 s."""
+
+_TRIES = {"quasi-random": 1000, "random": 1000, "grid": 1000, "tpe": 20, "gp": 3}
+"""Proposals of a sampler that may all be points of the round already, before one is looked for without it.
+One of `gp` takes half a second or more, and a second one is mostly the same."""
+_RANDOM_TRIES = 1000
+"""Random points that may, before a finite space is gone through in order."""
 
 _OPEN = (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)
 
@@ -81,6 +95,8 @@ class Advisor:
         self._search = search
         self._max_train_steps = max_train_steps
         self._earlier = tuple(earlier)
+        self._enqueued = [self._given(entry) for entry in search.enqueue]
+        self._run_before = self._finished_alike(space)
         self._objective: Objective = objective
         self._distributions = {key: _distribution(d) for key, d in self._space.items()}
         self._storage = storage
@@ -106,18 +122,16 @@ class Advisor:
 
     @property
     def num_points(self) -> float:
-        """How many different proposals there are: infinite except for a grid."""
-        if self._search.sampler != "grid":
-            return math.inf
-        return len(self._search.enqueue) + math.prod(len(values) for values in self._grid())
+        """How many different proposals there are: infinite where a range of real numbers is searched."""
+        return num_points(self._space)
 
     def propose(
         self, ordinal: int, trials: Sequence[Trial] = (), *, again: Hyperparameters | None = None
     ) -> Proposal:
         """The round's proposal number `ordinal`, from 0; the enqueued ones come first.
 
-        `trials` are all of the round so far. `again` repeats the hyperparameters of a failed trial
-        instead. Makes a running trial in Optuna's study.
+        `trials` are all of the round so far, whose points are not proposed again. `again` repeats the
+        hyperparameters of a failed trial instead. Makes a running trial in Optuna's study.
         """
         if again is not None:
             chosen: Mapping[str, Value] = {name: again[name] for name in self._space}
@@ -127,39 +141,91 @@ class Advisor:
         return Proposal(dict(chosen), self.study.ask(self._distributions).number)
 
     def _point(self, ordinal: int, trials: Sequence[Trial]) -> dict[str, Value]:
-        """A value for each searched name: what is enqueued, the rest by the sampler."""
-        num_enqueued = len(self._search.enqueue)
-        entry = dict(self._search.enqueue[ordinal]) if ordinal < num_enqueued else {}
-        given = {name: _tupled(value) for name, value in entry.items() if name in self._space}
+        """A value for each searched name: what is enqueued, the rest by the sampler; no point twice."""
+        given = self._enqueued[ordinal] if ordinal < len(self._enqueued) else {}
         if len(given) == len(self._space):
-            return given
+            return dict(given)
+        taken = self._taken(trials)
+        for avoided in (taken | self._run_before, taken):
+            for point in self._candidates(ordinal, trials, given):
+                if values_of(self._space, point) not in avoided:
+                    return point
+        raise AssertionError(f"all {self.num_points} points of the search space are taken")
+
+    def _taken(self, trials: Sequence[Trial]) -> set[PointValues]:
+        """Points that have their trial in this round, whatever came of it, or are going to by the file."""
+        tried = (values_of(self._space, trial.hyperparameters) for trial in trials)
+        whole = (entry for entry in self._enqueued if len(entry) == len(self._space))
+        return {*tried, *(values_of(self._space, entry) for entry in whole)}
+
+    def _finished_alike(self, space: Space) -> set[PointValues]:
+        """Points of a finite space that an earlier round has run for as many steps.
+
+        They come last: run again, they give the same.
+        """
+        if math.isinf(self.num_points):
+            return set()
+        return {
+            values_of(self._space, point)
+            for outcome in self._earlier
+            if outcome.horizon == self._max_train_steps and self._holds(point := outcome.hyperparameters)
+            if complete_hyperparameters(space, point) == dict(point)
+        }
+
+    def _given(self, entry: Mapping[str, Any]) -> dict[str, Value]:
+        return {name: _tupled(value) for name, value in entry.items() if name in self._space}
+
+    def _candidates(
+        self, ordinal: int, trials: Sequence[Trial], given: Mapping[str, Value]
+    ) -> Iterator[dict[str, Value]]:
+        """Points in the order in which they are to be proposed, unless they are taken.
+
+        Of a finite space every point is among them; where an entry leaves no free one, others follow.
+        """
         # Its own for each proposal: a resumed round repeats none.
         random = np.random.default_rng((self._search.seed, ordinal))
+        sampled = self._sampled(ordinal, trials, random)
+        for point in itertools.islice(sampled, _TRIES[self._search.sampler]):
+            yield {**point, **given}
+        left_open = {name: dimension for name, dimension in self._space.items() if name not in given}
+        for point in _any_point(left_open, random):
+            yield {**point, **given}
+        yield from _any_point(self._space, random)
+
+    def _sampled(
+        self, ordinal: int, trials: Sequence[Trial], random: np.random.Generator
+    ) -> Iterator[dict[str, Value]]:
+        """What the sampler proposes; as much as is taken already, it is asked again.
+
+        A sequence begins at the place that the proposal has without any point taken: all before have theirs.
+        """
+        num_enqueued = len(self._enqueued)
+        is_entry = ordinal < num_enqueued
         match self._search.sampler:
             case "quasi-random":
                 # An entry's missing values come from a sequence of their own: the round's stays balanced.
-                seed = self._search.seed + (1 if entry else 0)
-                place = ordinal if entry else ordinal - num_enqueued
-                point = quasi_random_point(self._space, seed=seed, place=place)
+                seed = self._search.seed + (1 if is_entry else 0)
+                place = ordinal if is_entry else ordinal - num_enqueued
+                yield from quasi_random_points(self._space, seed=seed, place=place)
             case "grid":
-                points = list(itertools.product(*self._grid()))
-                point = dict(zip(self._space, points[0 if entry else ordinal - num_enqueued], strict=True))
+                place = 0 if is_entry else ordinal - num_enqueued
+                yield from itertools.islice(every_point(self._space), place, None)
             case "random":
-                point = random_point(self._space, random)
+                yield from _random_points(self._space, random)
             case "tpe" | "gp" as sampler:
-                point = self._modelled_point(sampler, trials, random)
-        return {**point, **given}
+                yield from self._modelled_points(sampler, trials, random)
 
-    def _modelled_point(
+    def _modelled_points(
         self, sampler: Literal["tpe", "gp"], trials: Sequence[Trial], random: np.random.Generator
-    ) -> dict[str, Value]:
-        """What a model of all that was tried proposes; a random point while there is too little of it."""
+    ) -> Iterator[dict[str, Value]]:
+        """What a model of all that was tried proposes; random points while there is too little of it."""
         now = outcomes(trials, max_train_steps=self._max_train_steps)
         learned = lessons([*self._earlier, *now], objective=self._objective)
         known = [lesson for lesson in learned if self._holds(lesson.hyperparameters)]
-        startup = startup_trials(enqueued=len(self._search.enqueue), total=self._search.trials)
+        total = int(min(self._search.trials, self.num_points))
+        startup = startup_trials(enqueued=len(self._search.enqueue), total=total)
         if len(known) < startup:
-            return random_point(self._space, random)
+            yield from _random_points(self._space, random)
         known.sort(key=lambda lesson: (lesson.merit, lesson.loss))
         # What still runs is taken to be poor, so that trials side by side are not alike.
         running = [
@@ -170,8 +236,11 @@ class Advisor:
         if sampler == "tpe":
             from tuner.study.parzen import parzen_point  # loads scipy, and only such rounds need it
 
-            return parzen_point(self._space, [*(le.hyperparameters for le in known), *running], random=random)
-        return self._gaussian_process_point(known, running, seed=int(random.integers(2**31)))
+            ranked = [*(lesson.hyperparameters for lesson in known), *running]
+            while True:
+                yield parzen_point(self._space, ranked, random=random)
+        while True:
+            yield self._gaussian_process_point(known, running, seed=int(random.integers(2**31)))
 
     def _gaussian_process_point(
         self, ranked: Sequence[Lesson], running: Sequence[Hyperparameters], *, seed: int
@@ -203,9 +272,6 @@ class Advisor:
 
     def _encoded(self, point: Hyperparameters) -> dict[str, Any]:
         return {name: _encode(point[name]) for name in self._space}
-
-    def _grid(self) -> list[tuple[Value, ...]]:
-        return [d.values for d in self._space.values() if isinstance(d, Choices)]
 
     def _decode(self, name: str, value: Any) -> Value:
         dimension = self._space[name]
@@ -313,6 +379,23 @@ def _distribution(dimension: Choices | Range) -> BaseDistribution:
             return IntDistribution(int(low), int(high), log=log)
         case Range(low=low, high=high, log=log):
             return FloatDistribution(low, high, log=log)
+
+
+def _random_points(
+    space: Mapping[str, Choices | Range], random: np.random.Generator
+) -> Iterator[dict[str, Value]]:
+    while True:
+        yield random_point(space, random)
+
+
+def _any_point(
+    space: Mapping[str, Choices | Range], random: np.random.Generator
+) -> Iterator[dict[str, Value]]:
+    """Random points; of a finite space some, and then every one in its order."""
+    if math.isinf(num_points(space)):
+        yield from _random_points(space, random)
+    yield from itertools.islice(_random_points(space, random), _RANDOM_TRIES)
+    yield from every_point(space)
 
 
 def _encode(value: Value) -> bool | int | float | str:

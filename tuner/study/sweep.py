@@ -221,7 +221,7 @@ def _is_complete(file: RoundFile, store: Store) -> bool:
     trials = store.trials(file.spec.round)
     return (
         all(trial.state.is_final for trial in trials)
-        and sum(trial.state.is_result for trial in trials) >= file.spec.search.trials
+        and sum(trial.state.is_result for trial in trials) >= file.spec.num_trials
     )
 
 

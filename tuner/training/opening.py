@@ -143,7 +143,7 @@ def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packi
         slot_weights=max(place.pack.slot_weights, adapter_sizes(place.hollow, spec.space())[1]),
         update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
         longest_row=int(place.train.num_tokens.max()),
-        trials=spec.search.trials,
+        trials=spec.num_trials,
     )
     _log.info("slots: auto: %s, from passes of %s tokens", packing, probed)
     return packing
