@@ -1,4 +1,4 @@
-"""How often the playbook reads a round as it should, over synthetic rounds by class; and the page that says so.
+"""How often the playbook reads synthetic rounds as it should, by class; and the page that says so.
 
 `python -m tests.playbook.diagnoses docs/reference/diagnoses.md` measures again and writes the page.
 """
@@ -22,11 +22,11 @@ EASY = "easy"
 RIGHT_DIAGNOSES = 0.95
 """Over all hard classes together, and of the easy rounds."""
 RIGHT_IN_EACH_CLASS = 0.90
-RIGHT_HORIZONS = {EASY: 0.90, "hard": 0.80}
+RIGHT_HORIZONS = 0.80
 FACTOR = 1.5
 """A suggestion within this factor of the true horizon is good."""
 
-PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED = 150, 400, 2
+PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED = 120, 300, 2
 """What the page is made of: rounds of each hard class, easy rounds, and where their draws begin."""
 
 
@@ -39,6 +39,8 @@ class Measured:
     """Of the clear rounds: (truth, reading)."""
     horizons: Counter[tuple[Diagnosis, bool]] = field(default_factory=Counter)
     """Of those with a true horizon: (truth, whether the suggestion is good)."""
+    possible: int = 0
+    """Of the rounds set aside, those read as one of the diagnoses that may hold."""
 
     @property
     def clear(self) -> int:
@@ -63,10 +65,10 @@ class Measured:
 
     def add(self, synthetic: SyntheticRound) -> None:
         self.count += 1
-        answer = synthetic.answer
+        answer, reading = synthetic.answer, read_round(synthetic.results)
         if not answer.is_clear:
+            self.possible += reading.diagnosis in answer.possible
             return
-        reading = read_round(synthetic.results)
         self.confusion[answer.diagnosis, reading.diagnosis] += 1
         if answer.horizon is not None:
             ratio = (reading.suggested_max_train_steps or 0) / answer.horizon
@@ -94,6 +96,7 @@ def together(found: Iterable[Measured]) -> Measured:
         total.count += one.count
         total.confusion += one.confusion
         total.horizons += one.horizons
+        total.possible += one.possible
     return total
 
 
@@ -137,33 +140,41 @@ def page(found: Mapping[str, Measured]) -> str:
         if kind in _WHAT
     ]
     classes = _table(["class", "rounds", "set aside", "right", "good horizon", "misread"], rows, numbers=4)
+    aside = all_hard.count - all_hard.clear
+    possible = _share(all_hard.possible, aside)
+    right = _share(all_hard.right, all_hard.clear)
+    good = _share(all_hard.good_horizons, all_hard.horizons.total())
     return f"""\
 # How often a round is read rightly
 
 `tests/playbook/hard_rounds.py` makes up rounds whose answer is known, by class. Unless its class says
-otherwise a round has 1 to 20 complete trials, and some that diverged; 10 to 50 evaluations; a constant rate, a
-linear decay of 10 to 90% of the run, or a cosine; noise of 0.1 to 1% on the difference of two evaluations;
-and per-example losses of {NUM_EXAMPLES} examples in 85% of the rounds. 85% of the decayed rounds have their comparison run.
-What a decay adds follows published curves (`tests/playbook/loss_curves.py`), so that a run to half the
-steps with the same share of decay has a loss of its own. Trials learn by a power of the step, by a fall
-that ends early or late, overfit early or late, learn slowly or not at all.
+otherwise a round has 1 to 20 complete trials, and some that diverged; 10 to 50 evaluations; a constant
+rate, a linear decay of 10 to 90% of the run, or a cosine; noise of 0.1 to 1% on the difference of two
+evaluations; in 85% of the rounds, losses of each of {NUM_EXAMPLES} examples; and in 85% of those with a
+decay, their comparison run. What a decay adds follows published curves (`tests/playbook/loss_curves.py`), so that
+a run to half the steps with the same share of decay has a loss of its own. Trials learn by a power of the
+step, by a fall that ends early or late, overfit early or late, learn slowly or not at all.
 
 `tests/playbook/truth.py` reads diagnosis and horizon off the curves without noise. Its definitions are
 written down apart from the product's code. A round is set aside where a condition on the way is within a
-factor of {MARGIN:g} of its threshold ({EVEN_FALL_MARGIN:g} for what the last quarter brings of the gain: an even fall brings twice the
-threshold), where trials that noise can exchange have different answers, or where the evaluations cannot tell.
+factor of {MARGIN:g} of its threshold ({EVEN_FALL_MARGIN:g} for the last quarter's part of the gain, of
+which an even fall has twice the threshold), where trials that noise can exchange have different answers, or where
+the evaluations cannot tell.
 
 ## By class
 {classes}
 
-Of the {all_hard.count:,} hard rounds {all_hard.count - all_hard.clear} are set aside. Of the other {all_hard.clear}, {_share(all_hard.right, all_hard.clear)} are read as what they are. Where a right
-horizon exists, {_share(all_hard.good_horizons, all_hard.horizons.total())} of the suggestions are within a factor of {FACTOR} of it: for `too_short` the
-shortest run whose last doubling brings no more than is worthwhile, at most three times the round or
-`production_steps`; for `saturated` and `overfitting` a quarter more than the shortest run that is as good,
-for a cosine half the steps or all; at an edge of the learning rate the round's own.
+Of the {all_hard.count:,} hard rounds {aside} are set aside; {possible} of these are read as one of the
+diagnoses that may hold. Of the other {all_hard.clear}, {right} are read as what they are. Where a right
+horizon exists, {good} of the suggestions are within a factor of {FACTOR} of it: for `too_short` the shortest
+run whose last doubling brings no more than is worthwhile, at most three times the round or
+`production_steps`; for
+`saturated` and `overfitting` a quarter more than the shortest run that is as good, for a cosine half the
+steps or all; at an edge of the learning rate the round's own.
 
-A test asks for at least {RIGHT_DIAGNOSES:.0%} of the diagnoses of all hard rounds together and of the easy ones, {RIGHT_IN_EACH_CLASS:.0%} in each
-class, {RIGHT_HORIZONS["hard"]:.0%} of the horizons ({RIGHT_HORIZONS[EASY]:.0%} of the easy ones), and that this page is what it measured.
+A test asks for at least {RIGHT_DIAGNOSES:.0%} of the diagnoses of all hard rounds together and of the easy
+ones, {RIGHT_IN_EACH_CLASS:.0%} in each class, {RIGHT_HORIZONS:.0%} of the horizons, and that this page is
+what it measured.
 
 ## All hard classes together
 {_confusion(all_hard)}
@@ -173,6 +184,8 @@ class, {RIGHT_HORIZONS["hard"]:.0%} of the horizons ({RIGHT_HORIZONS[EASY]:.0%} 
 
 Until this page had hard rounds it rested on 1,000 easy ones, with a threshold of 0.1% and another definition
 of `right`: 185 were set aside, 96.4% of the others were read rightly, and 93.2% of the horizons were good.
+The easy curves learn as much in a step of the decay as in any other, which real runs do not: a horizon from
+the stable phase of a saturated one, lengthened by the decay's share, comes out too long.
 
 The rounds are made up: they show that the rules do what they say, not that real curves look like these.
 [The log](../log.md) has what was measured on recorded learning curves.

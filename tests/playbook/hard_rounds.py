@@ -156,8 +156,8 @@ def _company(plan: Plan, rng: np.random.Generator) -> list[Runs]:
 
     def made(family: Family, share_of_drop: float, seed: int, pace: float) -> Runs:
         shape, rise = family(np.random.default_rng(seed))
-        scale = pace * plan.horizon * (0.5 if plan.schedule == "cosine" else 1 - plan.decay_steps / plan.horizon / 2)
-        curve = learning(base_loss, drop * share_of_drop, shape, scale, rise)
+        sum_of_rates = plan.horizon / 2 if plan.schedule == "cosine" else plan.horizon - plan.decay_steps / 2
+        curve = learning(base_loss, drop * share_of_drop, shape, pace * sum_of_rates, rise)
         length = max(1.0, plan.horizon / 4)
         share = plan.decay_steps / plan.horizon
         return Runs(curve, plan.schedule, share, 0.0 if family is never else benefit, length)
@@ -193,7 +193,12 @@ def _company(plan: Plan, rng: np.random.Generator) -> list[Runs]:
             depth = [1.0, rng.uniform(0.5, 1.5)]
             which = rng.permutation([i % 2 for i in range(plan.count)])
             return [
-                made(families[i][0], depth[i] * rng.uniform(0.9, 1.0), families[i][1], log_uniform(rng, 0.9, 1.1))
+                made(
+                    families[i][0],
+                    depth[i] * rng.uniform(0.9, 1.0),
+                    families[i][1],
+                    log_uniform(rng, 0.9, 1.1),
+                )
                 for i in which
             ]
 
@@ -238,7 +243,11 @@ def _trial(
 
 
 def _comparison(
-    plan: Plan, complete: Sequence[Trial], runs: Sequence[Runs], copies: Sequence[int], rng: np.random.Generator
+    plan: Plan,
+    complete: Sequence[Trial],
+    runs: Sequence[Runs],
+    copies: Sequence[int],
+    rng: np.random.Generator,
 ) -> tuple[BranchResult, ...]:
     """The run to T/2 that a decayed round makes for the trial that looks best."""
     if plan.schedule == "constant" or not plan.has_comparison:

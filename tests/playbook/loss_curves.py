@@ -72,9 +72,9 @@ class Runs:
 
 
 def learning(base_loss: float, drop: float, shape: Curve, scale: float, rise: Curve | None = None) -> Curve:
-    """A curve from the base model's loss down by `drop` of it, by a shape that falls from 1 to 0, and up again.
+    """A curve from the base model's loss down by `drop` of it, and up again.
 
-    Shape and rise are functions of step / scale.
+    The shape falls from 1 to 0. Shape and rise are functions of step / scale.
     """
 
     def curve(steps: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from tuner.playbook import Diagnosis
 MARGIN = 2.0
 """A value within this factor of a threshold has no clear answer."""
 EVEN_FALL_MARGIN = 1.5
-"""The same for what the last quarter brings of the gain: an even fall brings twice the threshold, less its bend."""
+"""The same for the last quarter's part of the gain: an even fall has twice the threshold."""
 
 WORTHWHILE = 0.005
 HIDING = 0.01
@@ -65,21 +65,26 @@ class Case:
 @dataclass(frozen=True)
 class Answer:
     diagnosis: Diagnosis
-    is_clear: bool
-    """Whether no condition on the way is within `MARGIN` of its threshold, so that another might hold."""
+    possible: frozenset[Diagnosis]
+    """What it may be as well, where conditions on the way are within `MARGIN` of their thresholds."""
     horizon: float | None
     """Where more steps stop paying; None where there is no such horizon or it is not clear."""
     is_edge: bool
     """Whether the learning rates may all be too small, so that the horizon stays."""
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether it can be nothing else."""
+        return self.possible == {self.diagnosis}
+
 
 def answer(case: Case) -> Answer:
     seen = _Seen.of(case)
     (diagnosis, best), *_ = _outcomes(seen, 1.0)
-    is_clear = {found for found, _ in _outcomes(seen, MARGIN)} == {diagnosis}
+    possible = frozenset(found for found, _ in _outcomes(seen, MARGIN))
     edge = _is_edge(seen, best) if best is not None and diagnosis in _QUALIFIED_BY_EDGE else False
     horizon = None if edge is None or best is None else _true_horizon(seen, best, diagnosis, edge)
-    return Answer(diagnosis, is_clear, horizon, edge is True)
+    return Answer(diagnosis, possible, horizon, edge is True)
 
 
 _QUALIFIED_BY_EDGE = (Diagnosis.TOO_SHORT, Diagnosis.SATURATED, Diagnosis.UNDETERMINED)
@@ -337,7 +342,7 @@ def _where_doubling_stops_paying(best: _Curve, horizon: float, noise: float) -> 
 
 
 def _settled(seen: _Seen, best: _Curve) -> float | None:
-    """A quarter more than the shortest run that ends as well as the best of up to T, of nine in ten leading."""
+    """A quarter more than the shortest run that is as good as any up to T, for nine in ten leading trials."""
     if best.trial.runs.schedule == "cosine":
         return _cosine_settled(seen, best)
     leading = [c for c in seen.curves if c.learned(seen.noise(c), 1.0)][:NUM_LEADING]
