@@ -1,28 +1,26 @@
-"""Rounds with a known answer: noise-free curves, the diagnosis they deserve, and noisy trials of them.
+"""Rounds with a known answer, easy ones: copies of one curve times a factor, at a constant rate in effect.
 
-A curve is a formula of the step. The truth is read off the noise-free curves by definitions written
-out here, apart from the product's code; the trials get paired noise for each evaluation example.
+`truth` reads the answer off the noise-free curves; trials get paired noise for each evaluation example.
+`hard_rounds` has the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.playbook import Diagnosis, RoundResults
+from tests.playbook.loss_curves import Curve, Runs
+from tests.playbook.truth import Answer, Case, TrueTrial, answer
+from tuner.playbook import RoundResults
 from tuner.records import Evaluation, Fixed, Hyperparameters, Range, Space, Trial, TrialState
 
-Curve = Callable[[np.ndarray], np.ndarray]
-
 NUM_EXAMPLES = 120
-MARGIN = 1.5
-"""A case this close to a threshold, by factor, has no clear answer and is set aside."""
 
+LEARNING_RATES = Range(1e-5, 3e-3, log=True)
 SPACE: Space = {
-    "learning_rate": Range(1e-5, 3e-3, log=True),
+    "learning_rate": LEARNING_RATES,
     "batch_size": Fixed(8),
     "warmup_steps": Fixed(0),
     "schedule": Fixed("constant"),
@@ -42,6 +40,7 @@ def noisy_trial(
     state: TrialState = TrialState.COMPLETE,
     train_slope: float = -1.0,
     round_name: str = "round1",
+    has_examples: bool = True,
 ) -> Trial:
     """A trial whose evaluations differ from the curve by example noise.
 
@@ -62,8 +61,8 @@ def noisy_trial(
                 float(nll.sum() / tokens.sum()),
                 train_loss=None if step == 0 else float(2.0 + train_slope * i / len(steps)),
                 learning_rate=None if step == 0 else 1e-4,
-                example_nll=tuple(nll.tolist()),
-                example_tokens=tuple(tokens.tolist()),
+                example_nll=tuple(nll.tolist()) if has_examples else (),
+                example_tokens=tuple(tokens.tolist()) if has_examples else (),
             )
         )
     chosen = {name: d.value for name, d in SPACE.items() if isinstance(d, Fixed)}
@@ -74,11 +73,7 @@ def noisy_trial(
 @dataclass(frozen=True)
 class SyntheticRound:
     results: RoundResults
-    truth: Diagnosis
-    true_horizon: float | None
-    """Where more steps stop paying, on the noise-free curve of the best trial, within floor, 3x and cap."""
-    is_clear: bool
-    """Whether it keeps its distance from every threshold that its diagnosis passes."""
+    answer: Answer
 
 
 def synthetic_round(
@@ -116,12 +111,21 @@ def synthetic_round(
         production,
         workload="w",
     )
-    leading = curves[: max(5, math.ceil(count / 4))]
-    truth, is_clear = _truth(leading, np.array(steps, dtype=np.float64), judged_with)
-    true_horizon = _true_horizon(truth, leading[0], steps, judged_with)
-    if true_horizon is not None:
-        true_horizon = min(max(true_horizon, decay + every), 3 * horizon, production or math.inf)
-    return SyntheticRound(results, truth, true_horizon, is_clear)
+    true_trials = tuple(
+        TrueTrial(Runs(curve, "linear" if decay else "constant", decay / horizon), 3e-4 * 1.01**i)
+        for i, curve in enumerate(curves)
+    )
+    case = Case(
+        true_trials,
+        steps,
+        every,
+        judged_with,
+        LEARNING_RATES.high,
+        LEARNING_RATES.low,
+        tuple(float(str(t.hyperparameters["learning_rate"])) for t in trials[count:]),
+        production_steps=production,
+    )
+    return SyntheticRound(results, answer(case))
 
 
 def evaluation_grid(horizon: int, every: int) -> tuple[int, ...]:
@@ -203,63 +207,3 @@ _FAMILIES = (_power, _power, _power, _saturating, _overfitting, _short_lived, _l
 
 def _worse(curve: Curve, factor: float) -> Curve:
     return lambda t: factor * curve(t)
-
-
-# --- the truth ------------------------------------------------------------------------------------
-
-
-def _truth(leading: list[Curve], steps: np.ndarray, noise: float) -> tuple[Diagnosis, bool]:
-    """The diagnosis of the noise-free curves, and whether each condition on the way to it was clear."""
-    horizon = steps[-1]
-    losses = [curve(steps) for curve in leading]
-    best_steps = [steps[int(np.argmin(loss))] for loss in losses]
-    first = losses[0]
-    learned = (first[0] - first.min()) / first.min() / noise
-    if learned == 0:
-        return Diagnosis.NO_LEARNING, first[1] / first[0] - 1 > MARGIN * 2 * noise
-    clear = learned > 10
-    fraction = max(best_steps) / horizon
-    clear &= not _near(fraction, 0.1)
-    if fraction <= 0.1:
-        return Diagnosis.TOO_LONG, clear
-    rise = (first[-1] - first.min()) / first.min()
-    clear &= not _near(rise, 2 * noise)
-    if rise > 2 * noise:
-        return Diagnosis.OVERFITTING, clear
-    gain = true_gain(leading[0], horizon)
-    threshold = max(2 * noise, 0.001)
-    clear &= not _near(abs(gain), threshold)
-    if abs(gain) <= threshold:
-        clear &= not _near(2 * noise, 0.01)
-        return (Diagnosis.UNDETERMINED if 2 * noise > 0.01 else Diagnosis.SATURATED), clear
-    if gain < 0:
-        return Diagnosis.SATURATED, clear
-    late = [step / horizon >= 0.75 for step in best_steps]
-    clear &= not any(_near(1 - step / horizon, 0.25) for step in best_steps)
-    return (Diagnosis.TOO_SHORT if sum(late) >= 0.8 * len(late) else Diagnosis.RIGHT), clear
-
-
-def true_gain(curve: Curve, horizon: float) -> float:
-    """Relative loss difference between half the horizon and the whole, on the noise-free curve."""
-    half, whole = curve(np.array([horizon / 2, horizon]))
-    return float((half - whole) / half)
-
-
-def _true_horizon(truth: Diagnosis, curve: Curve, steps: tuple[int, ...], noise: float) -> float | None:
-    grid = np.array(steps, dtype=np.float64)
-    losses = curve(grid)
-    match truth:
-        case Diagnosis.TOO_SHORT:
-            longer = steps[-1] * np.geomspace(1, 50, 2000)
-            enough = [h for h in longer if true_gain(curve, h) <= max(2 * noise, 0.001)]
-            return float(enough[0]) if enough else float(longer[-1])
-        case Diagnosis.SATURATED:
-            return float(grid[np.flatnonzero(losses <= losses.min() * (1 + noise))[0]])
-        case Diagnosis.OVERFITTING:
-            return float(grid[int(np.argmin(losses))])
-        case _:
-            return None
-
-
-def _near(value: float, threshold: float) -> bool:
-    return threshold / MARGIN < value < threshold * MARGIN

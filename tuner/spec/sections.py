@@ -126,14 +126,16 @@ class SearchSpec(BaseModel):
     model_config = STRICT
 
     trials: Count = 16
-    """Trials of the round. Infeasible ones count; those that a machine failed are replaced."""
+    """Trials of the round. Infeasible ones count; those that a machine failed are replaced. No point is tried
+    twice, so a search space with fewer points has a trial for each."""
     sampler: Literal["quasi-random", "tpe", "gp", "random", "grid"] = "quasi-random"
     """Who proposes: `quasi-random` covers the space evenly; `tpe` and `gp` model the results so far; `grid`
     goes through all combinations of lists."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler; training has its own, `hyperparameters.training_seed`."""
     enqueue: Annotated[list[dict[str, Any]], WithJsonSchema(enqueue_schema())] = []
-    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out.
+    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out. Each point
+    once: to run one again, list two values of `training_seed`.
     `continues: round1/3` goes on from that trial's run."""
 
     @field_validator("enqueue", mode="after")
