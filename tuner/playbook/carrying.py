@@ -245,7 +245,10 @@ def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
     numbers = [n for value in held if (n := number(value)) is not None]
     if isinstance(wanted, Range) and wanted.log and min(numbers, default=1.0) <= 0:
         listed = as_listed(wanted, (*dict.fromkeys(held), *log_spaced(wanted)))
-        return listed, "added by --add, as a list: a logarithmic range cannot hold the 0 of the enqueued trials"
+        return (
+            listed,
+            "added by --add, as a list: a logarithmic range cannot hold the 0 of the enqueued trials",
+        )
     new = widened(wanted, held)
     return new, "added by --add" + ("; widened to hold the enqueued trials" if new != wanted else "")
 

@@ -271,8 +271,8 @@ def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
             "tiny_rate",
             Severity.WARNING,
             f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} that the horizon gains would "
-            "run below a tenth of the peak rate, where they teach little: a longer horizon, or a constant rate "
-            "before a short decay, spends more of them at the peak.",
+            "run below a tenth of the peak rate, where they teach little. A longer horizon, or a constant "
+            "rate until a short decay, spends more steps at the peak.",
             {"share": share, "steps": float(horizon - old_horizon)},
         )
 
@@ -282,9 +282,9 @@ def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
         yield Finding(
             "lead_within_noise",
             Severity.INFO,
-            "The best two trials differ by less than the noise. Before adopting the winner, run both again with "
-            f"other seeds, training_seed {' and '.join(map(str, seeds))}: make training_seed a list that holds "
-            "them, and add the runs to search.enqueue.",
+            "The best two trials differ by less than the noise. Before adopting the winner, run both again "
+            f"with other seeds, training_seed {' and '.join(map(str, seeds))}: make training_seed a list "
+            "that holds them, and add the runs to search.enqueue.",
         )
 
 

@@ -42,14 +42,15 @@ def _noisier_gradients(
     known = max(*dropouts, _largest(results.space, "lora_dropout"))
     if (dropout := _largest(space, "lora_dropout")) > known:
         yield (
-            f"lora_dropout goes up to {dropout:g}, above the {known:g} so far: gradients are noisier, so more "
-            "steps may be needed."
+            f"lora_dropout goes up to {dropout:g}, above the {known:g} so far: gradients are noisier, so "
+            "more steps may be needed."
         )
-    before, now = (_largest(known.space, "batch_size") if known else 0.0 for known in (_last(earlier), results))
-    if 0 < now < before:
+    before = _largest(earlier[-1].space, "batch_size") if earlier else 0.0
+    now = _largest(space, "batch_size")
+    if now < before:
         yield (
-            f"The batch size went down from {before:g} to {now:g}: gradients are noisier, so more steps may be "
-            "needed."
+            f"The batch size went down from {before:g} to {now:g}: gradients are noisier, so more steps may "
+            "be needed."
         )
 
 
@@ -67,10 +68,6 @@ def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterat
             f"{' and '.join(names)} will probably not help yet: the training set is not fitted (train loss "
             f"{lowest:.2g}) and nothing overfits."
         )
-
-
-def _last(earlier: Sequence[RoundResults]) -> RoundResults | None:
-    return earlier[-1] if earlier else None
 
 
 def _largest(space: Space, name: str) -> float:

@@ -135,7 +135,7 @@ def reaching(narrow: Dimension, wide: Dimension, side: Literal["lower", "upper"]
             low = narrow.low if side == "upper" else min(narrow.low, wide.low)
             high = narrow.high if side == "lower" else max(narrow.high, wide.high)
             return Range(low, high, log=wide.log and low > 0, integer=narrow.integer and wide.integer)
-        case (Fixed() | Choices()), Choices(values=values):
+        case ((Fixed() | Choices()), Choices(values=values)):
             used = (narrow.value,) if isinstance(narrow, Fixed) else narrow.values
             outermost = (max if side == "upper" else min)(listed_numbers(wide))
             return as_listed(wide, (*used, *(value for value in values if value == outermost)))
