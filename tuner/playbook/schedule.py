@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tuner.records import Hyperparameters
+from tuner.records import Choices, Fixed, Hyperparameters, Space
 
 DecayRule: TypeAlias = Literal["steps", "share"]
-"""What of a linear decay is kept when the horizon changes: its length, or its share of the run."""
+"""What of a linear decay is kept when the horizon changes: its length in steps, or its share of the run."""
 
 MIN_DECAY_DIVISOR = 5
 """No promoted decay is shorter than a fifth of the horizon. Final losses of Llama-124M after 50,000
@@ -131,15 +131,30 @@ def trunk_steps(hyperparameters: Hyperparameters, max_train_steps: int, *, branc
     return tuple(sorted({end, *(branch.from_step for branch in planned)}))
 
 
+def can_decay_linearly(space: Space) -> bool:
+    """Return whether a trial of the space may have a linear decay, so that `decay_steps` counts.
+
+    Rule: this project's decision: the schedules of `multiplier`.
+    """
+    match space.get("schedule"):
+        case Fixed(value=value):
+            return value == "linear"
+        case Choices(values=values):
+            return "linear" in values
+        case _:
+            return False
+
+
 def recut_decay(
     decay_steps: int, *, old_horizon: int, new_horizon: int, warmup_steps: int, keep: DecayRule
 ) -> int:
     """Length of the linear decay in a run of another horizon; 0 stays 0.
 
-    `steps` keeps the length, so that new steps are spent at the peak rate, but decays over at least
-    20% of the new horizon; `share` keeps the share; the same horizon keeps both. Never longer than
-    what the warmup leaves. Rule: Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer
-    duration" (keep the decay's length); the 20% are this project's decision.
+    `share` keeps the share of the run. `steps` keeps the length, so that new steps are spent at the peak
+    rate, but decays over at least 20% of the new horizon. The same horizon keeps both. Never longer than what
+    the warmup leaves. Rule: this project's decision: of 9 comparable pairs of Llama-124M runs, those with the
+    same share were better in 7, by 0.12 to 0.79% of the loss. The Deep Learning Tuning Playbook, "Round 2:
+    Fewer runs, but of longer duration", keeps the length; the 20% are this project's.
     """
     if decay_steps <= 0:
         return 0
