@@ -1,5 +1,6 @@
 """Whole studies, simulated: every one ends by itself, whatever its curves, schedule, noise and bounds are."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.playbook.rounds import SPACE, evaluation_grid, noisy_trial
-from tuner.playbook import Reading, RoundResults, plan_next_round, read_round
+from tuner.playbook import Diagnosis, Reading, RoundResults, plan_next_round, read_round
 from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.gain import wants_comparison
 from tuner.playbook.results import BranchResult
@@ -17,7 +18,8 @@ BEST_RATE = 1e-3
 PACE = 60
 """Steps in which a run at the best rate gains half of what it can."""
 SHAPES = ("learning", "saturating", "overfitting", "small rates", "flat")
-SCHEDULES = (("constant", 0.0), ("linear", 0.2), ("linear", 0.4), ("linear", 0.7), ("linear", 0.9), ("cosine", 0.0))
+SHARES = (0.2, 0.4, 0.7, 0.9)
+SCHEDULES = (("constant", 0.0), *(("linear", share) for share in SHARES), ("cosine", 0.0))
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Study:
 
     @property
     def space(self) -> Space:
-        high = 1e-5 if self.shape == "small rates" else 3e-3
+        high = 1e-4 if self.shape == "small rates" else 3e-3
         decay = int(self.horizon * self.decay_share)
         return {
             **SPACE,
@@ -79,7 +81,12 @@ class Study:
 
 
 def run_round(
-    study: Study, space: Space, horizon: int, points: list[dict[str, Value]], rng: np.random.Generator, **fields
+    study: Study,
+    space: Space,
+    horizon: int,
+    points: list[dict[str, Value]],
+    rng: np.random.Generator,
+    **fields,
 ) -> RoundResults:
     every = max(1, study.horizon // 15)
     grid = evaluation_grid(horizon, every)
@@ -117,7 +124,8 @@ def compared(study: Study, results: RoundResults, earlier: list[RoundResults], r
 
 def sampled(space: Space, rng: np.random.Generator) -> dict[str, Value]:
     rates = space["learning_rate"]
-    rate = rates.value if isinstance(rates, Fixed) else math.exp(rng.uniform(math.log(rates.low), math.log(rates.high)))
+    assert isinstance(rates, Range)
+    rate = math.exp(rng.uniform(math.log(rates.low), math.log(rates.high)))
     return {name: d.value for name, d in space.items() if isinstance(d, Fixed)} | {"learning_rate": rate}
 
 
@@ -136,9 +144,7 @@ def run_by_itself(seed: int) -> tuple[list[int], list[Reading], Enough]:
         earlier.append(results)
         if isinstance(follows, Enough):
             return [r.max_train_steps for r in earlier], readings, follows
-        plan = plan_next_round(
-            results, reading, to="next", earlier=earlier[:-1], max_train_steps=follows
-        )
+        plan = plan_next_round(results, reading, to="next", earlier=earlier[:-1], max_train_steps=follows)
         space, horizon = plan.space, plan.max_train_steps
         fixed = {name: d.value for name, d in space.items() if isinstance(d, Fixed)}
         points = [{**fixed, **entry.hyperparameters} for entry in plan.enqueue]
@@ -152,7 +158,7 @@ def test_a_hundred_studies_end_and_repeat_no_horizon_but_for_a_widened_edge(bloc
     for seed in range(25 * block, 25 * block + 25):
         horizons, readings, ended = run_by_itself(seed)
         ends.add(ended.reason[:25])
-        repeated = [a == b for a, b in zip(horizons, horizons[1:], strict=False)]
+        repeated = [a == b for a, b in itertools.pairwise(horizons)]
         assert horizons == sorted(horizons), seed
         assert repeated == [reading.widens_rates for reading in readings[:-1]], (seed, horizons)
         assert sum(repeated) <= 2
@@ -161,8 +167,11 @@ def test_a_hundred_studies_end_and_repeat_no_horizon_but_for_a_widened_edge(bloc
 
 
 def test_rates_that_are_all_too_small_are_raised_before_the_horizon():
-    raised = [run_by_itself(seed)[1][0].widens_rates for seed in range(3, 103, 5)]
-    assert sum(raised) >= 10
+    """Of the studies whose rates are all too small those with eight trials in a round, and any schedule."""
+    readings = [run_by_itself(seed)[1][0] for seed in range(8, 158, 15)]
+    learned = [reading for reading in readings if reading.diagnosis != Diagnosis.NO_LEARNING]
+    assert len(learned) >= 7
+    assert sum(reading.widens_rates for reading in learned) >= 0.7 * len(learned)
 
 
 def test_without_a_bound_no_study_goes_beyond_nine_times_its_first_horizon():
