@@ -34,7 +34,7 @@ from tuner.records import (
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
 from tuner.study.attempts import MAX_ATTEMPTS
-from tuner.study.branches import DecayBranches
+from tuner.study.branches import ComparisonRuns
 from tuner.study.checking import planned_work
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.mirror import history
@@ -101,7 +101,7 @@ def test_the_gain_is_taken_from_them(study: Path) -> None:
     reading = read_round(round_results(record, trials(study, **CHANGES)))
     best = reading.leading[0].trial
     half, whole = (formula(best.hyperparameters, step, step).eval_loss for step in (4, 8))
-    assert reading.gain_source == GainSource.DECAY_BRANCHES
+    assert reading.gain_source == GainSource.COMPARISON
     assert reading.gain == pytest.approx((half - whole) / half)
 
 
@@ -124,11 +124,11 @@ class Place:
         self.store.record(*facts)
         self.said: list[str] = []
 
-    def opened(self, *, fuse: Fuse | None = None) -> DecayBranches:
+    def opened(self, *, fuse: Fuse | None = None) -> ComparisonRuns:
         """The branches as a process sees them."""
         store: Store = self.store if fuse is None else DyingStore(self.store, fuse)  # type: ignore[assignment]
         folder = CheckpointFolder(self.plan.checkpoints)
-        return DecayBranches(self.plan, store, folder, _seconds().__next__, self.said.append)
+        return ComparisonRuns(self.plan, store, folder, _seconds().__next__, self.said.append)
 
     def run(self, worker: Worker, *, fuse: Fuse | None = None) -> None:
         """One process: what an earlier one left is healed, then branches run to the end."""
@@ -244,7 +244,7 @@ class Run:
     """What a worker says of the branch that it was given."""
 
     place: Place
-    branches: DecayBranches
+    branches: ComparisonRuns
     assignment: Assignment
 
     def say(self, event: type[Any], *arguments: Any) -> Branch:
@@ -298,7 +298,7 @@ def test_a_worker_is_given_a_run_that_decays_from_the_trunk(place: Place) -> Non
     others = [run.branches.next_assignment() for _ in range(6)]
     assert others[5] is None
     assert len({each.trial for each in (run.assignment, *others) if each is not None and each.trial < 0}) == 6
-    assert place.said[0] == f"decay branch of trial {best.number} to step 4 leaves the trunk at step 2"
+    assert place.said[0] == f"comparison run of trial {best.number} to step 4 starts at step 2"
 
 
 def test_what_a_worker_says_of_a_branch_is_recorded_as_it_comes(place: Place) -> None:
@@ -352,7 +352,7 @@ def test_a_stopped_attempt_goes_on_and_a_failed_one_leaves_the_trunk_anew(place:
     second = run.again()
     assert (second.assignment.attempt, second.assignment.resume_from) == (2, str(saved))
     assert second.assignment.resume_sha256 == f"sha of {saved.relative_to(place.plan.checkpoints)}"
-    assert place.said[-1].endswith("to step 4 goes on at step 3")
+    assert place.said[-1].endswith("to step 4 resumes at step 3")
     assert place.branches[0].attempts[1].to_step == 3
     assert second.say(Ended, 3, "failed", "unreadable").checkpoint is None
     assert saved.is_dir()
