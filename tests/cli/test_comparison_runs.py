@@ -16,9 +16,6 @@ from tuner.study.plan import RoundPlan
 from tuner.training.opening import open_workplace
 
 ROUND = {"trials": 1, "learning_rate": 0.01, "lora_r": 2, "steps": 12, "evaluation": ""}
-EARLY = {"schedule": "linear", "decay_steps": 10}
-"""To 6 steps it decays over 5 of them, which is as soon as the warmup of one step has ended."""
-
 
 @pytest.mark.parametrize(
     ("schedule", "decay"),
@@ -55,10 +52,10 @@ def test_one_from_scratch_equals_a_trial_of_its_length(
     )
     assert curve(run_loop(place, [fresh]))[-1] == branch.evaluation
 
-    report = json.loads(tuner("study", "report", "--json", directory=study).stdout)
-    assert "comparison_run" in json.dumps(report)
-    shown = tuner("study", "report", directory=study).stdout
-    assert "6 of them in comparison runs" in shown
-    assert "-1" not in shown.replace("round-1", "")
+    shown = tuner("study", "report", "--markdown", "report.md", directory=study).stdout
+    assert "measured by a comparison run" in " ".join(shown.split())
+    page = (study / "report.md").read_text()
+    assert "18 steps run, 6 of them in comparison runs" in page
+    assert "-6" not in page.split()
     listed = json.loads(tuner("trial", "list", "--json", directory=study).stdout)
     assert [each["number"] for each in listed] == [0]
