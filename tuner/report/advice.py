@@ -235,7 +235,7 @@ def progress(report: RoundReport) -> str | None:
     if report.is_finished:
         return None
     if done >= report.num_promised:
-        return "This is how it looks without its decay branches; they may change what a doubling is worth."
+        return "This is how it looks before its comparison runs, which measure what a doubling is worth."
     return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."
 
 
@@ -285,7 +285,7 @@ def setting(report: RoundReport) -> dict[str, str]:
     )
     facts["cost"] = f"{report.executed_steps:,} steps run"
     if report.branch_steps:
-        facts["cost"] += f", {report.branch_steps:,} of them in decay branches"
+        facts["cost"] += f", {report.branch_steps:,} of them in comparison runs"
     if report.inherited_steps:
         facts["cost"] += f", {report.inherited_steps:,} more taken over from earlier trials"
     seconds = _trial_seconds(report)

@@ -269,10 +269,14 @@ class RunSpec(BaseModel):
     worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """The share of the loss that doubling the steps has to bring; a horizon whose last doubling brought no
     more is long enough."""
-    decay_branches: bool = False
-    """After the last trial, short runs from the leading trials' trunks that end at a half and at 0.71 of
-    `max_train_steps`, decaying alike: what the last doubling was worth, measured. Needs `schedule: linear`;
-    trials that ran without it have kept no checkpoint to begin at."""
+    decay_branches: Annotated[
+        Literal["auto"] | bool,
+        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "boolean"}]}),
+    ] = "auto"
+    """Comparison runs, which measure what the last doubling of the steps was worth. `auto`: after the last
+    trial the best one is run to half of `max_train_steps` on the same schedule, where the rate decays and no
+    earlier round tells. `true`: all leading trials, to a half and to 0.71. `false`: none. With
+    `schedule: linear` they start from checkpoints of the trials and are short, else from scratch."""
     pruner: Literal["none", "median", "halving"] = "none"
     """Ends trials before the horizon: `median` one whose best loss is above the median of what at least five
     complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
@@ -280,6 +284,13 @@ class RunSpec(BaseModel):
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
     `pip install 'tuner[tensorboard]'`."""
+
+    @field_validator("decay_branches", mode="before")
+    @classmethod
+    def _auto_or_yes_or_no(cls, rule: object) -> object:
+        if rule != "auto" and not isinstance(rule, bool):
+            raise mistake(f"expects auto, true or false, got {shown(rule)}")
+        return rule
 
     @field_validator("slots", mode="before")
     @classmethod

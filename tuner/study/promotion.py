@@ -360,7 +360,7 @@ def _is_open(record: RoundRecord, store: Store) -> bool:
     return (
         sum(t.state.is_result for t in trials) < num_promised(record)
         or any(t.state == TrialState.RUNNING for t in trials)
-        or num_branches_left(record, trials) > 0
+        or num_branches_left(store, record) > 0
     )
 
 
