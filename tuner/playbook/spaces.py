@@ -8,7 +8,7 @@ from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Literal, TypeAlias
 
-from tuner.playbook.edges import WIDENING, Edge, listed_numbers
+from tuner.playbook.edges import WIDENING, Edge, listed_numbers, number
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
 Limits: TypeAlias = tuple[float | None, float | None]
@@ -120,7 +120,7 @@ def beyond_edge(old: Dimension, edge: Edge, limits: Limits) -> Dimension:
             following = _next_value(values if edge.side == "upper" else values[::-1])
             if not _within(following, limits) or following in values:
                 return old
-            return as_listed(old, (*old.values, _like(old.values[0], following)))
+            return _in_order(old, (*old.values, _like(old.values[0], following)))
         case _:
             return old
 
@@ -188,6 +188,12 @@ def log_spaced(old: Range) -> tuple[Value, ...]:
     inner = (old.low * math.pow(old.high / old.low, i / count) for i in range(1, count))
     written = [old.low, *(round(v) if old.integer else rounded(v) for v in inner), old.high]
     return tuple(dict.fromkeys(int(v) if old.integer else v for v in written))
+
+
+def _in_order(old: Choices, values: Sequence[Value]) -> Choices:
+    """The values, rising where the old ones rose."""
+    rose = list(old.values) == listed_numbers(old)
+    return Choices(tuple(sorted(values, key=lambda value: number(value) or 0.0) if rose else values))
 
 
 def _range_beyond(
