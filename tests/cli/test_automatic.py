@@ -214,7 +214,7 @@ def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
     anew = specs["round4.yaml"]
     assert (anew.search.sampler, anew.search.seed, anew.search.enqueue) == ("tpe", 1, [])
     assert anew.space() == specs["round1.yaml"].space()
-    assert "learns from all rounds so far" in files["round4.yaml"]
+    assert "learns from the trials of all rounds" in files["round4.yaml"]
     # What leads is of either pass; whatever it is, its trunk was kept, and it goes on from there.
     kept = list((study / "rehearsal" / "runs" / "round1").glob("trial-*/trunk/*"))
     assert len(kept) == 4  # two passes, each with two of five

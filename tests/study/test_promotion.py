@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
 from tuner.cli.promoting import promotion_text
 from tuner.errors import CheckpointError, InputError, TunerError
@@ -27,10 +28,15 @@ RATES = "[1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2]"
 
 
 def falling(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
-    """A loss that is far from its end, lower for higher rates."""
+    """A loss that is far from its end, lowest for a rate of 5e-3."""
+    distance = abs(math.log10(float(hyperparameters["learning_rate"]) / 5e-3))  # type: ignore[arg-type]
+    return exact(step, 4.0 - math.log1p(step * (1.2 - 0.1 * distance)), train_loss=1.0 if step else None)
+
+
+def faster_with_the_rate(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+    """A loss that falls faster the higher the rate is, without end."""
     rate = float(hyperparameters["learning_rate"])  # type: ignore[arg-type]
-    loss = 4.0 - math.log1p(step * (1 + 10 * rate))
-    return Evaluation(step, loss, train_loss=loss if step else None, learning_rate=rate if step else None)
+    return exact(step, 4.0 - math.log1p(step * (1 + 10 * rate)), train_loss=1.0 if step else None)
 
 
 def rising(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
@@ -73,7 +79,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def promoted(directory: Path, *, to: str = "round2", **overrides: Any) -> PromotedRound:
+def promoted(
+    directory: Path, *, to: str = "round2", source: str | None = "round1", **overrides: Any
+) -> PromotedRound:
     folder = open_folder(directory)
     store = folder.open()
     try:
@@ -81,7 +89,7 @@ def promoted(directory: Path, *, to: str = "round2", **overrides: Any) -> Promot
             folder,
             store,
             to=to,
-            from_round="round1",
+            from_round=source,
             overrides=Overrides(**overrides),
             force=True,
             clock=lambda: 0.0,
@@ -101,19 +109,106 @@ def test_each_changed_line_says_why(study: Path) -> None:
     assert load_round(done.path).spec.max_train_steps == 24
     assert comment(done, "max_train_steps") == "8 in round1"
     assert comment(done, "trials") == "3 enqueued, the rest new: fewer, longer runs"
-    assert comment(done, "decay_steps").startswith("re-cut: as long as before")
+    assert comment(done, "decay_steps") == "re-cut: the same share of the run as before, 38%"
     assert "--" not in done.path.read_text()
-    assert "3 of its 5 trials are carried over; 3 of them from a trunk." in promotion_text(done.document)
+    assert "3 of its 5 trials are carried over; all 3 resume from a checkpoint." in promotion_text(
+        done.document
+    )
+
+
+def test_higher_rates_come_first_and_nothing_else_changes(tmp_path: Path) -> None:
+    file = first_round(tmp_path)
+    run(file, faster_with_the_rate)
+    done = promoted(tmp_path)
+    before, after = (text.splitlines() for text in (file.text, done.path.read_text()))
+    keys = {line.partition(":")[0].strip() for line in after if line not in before}
+    entries = {key for key in keys if key.startswith("-")}
+    assert keys - entries == {"round", "learning_rate", "trials", "sampler", "enqueue"}
+    assert load_round(done.path).spec.space()["learning_rate"].contains(0.1)
+    assert "10 times" in comment(done, "learning_rate")
+    assert all(entry.from_step == 8 for entry in done.next_round.enqueue), "complete facts"
+    run(load_round(done.path), faster_with_the_rate)
+    third = promoted(tmp_path, to="round3", source=None)
+    assert third.next_round.max_train_steps == 8
+    assert load_round(third.path).spec.space()["learning_rate"].contains(1.0)
+    run(load_round(third.path), faster_with_the_rate)
+    fourth = promoted(tmp_path, to="round4", source=None)
+    assert fourth.next_round.max_train_steps > 8, "twice at most"
+
+
+def test_a_cosine_file_never_speaks_of_decay_steps(tmp_path: Path) -> None:
+    file = first_round(tmp_path, schedule="cosine", steps=44, trials=3, run="")
+    file.path.write_text(re.sub(r"  decay_steps: .*\n", "", file.text))
+    run(load_round(file.path))
+    done = promoted(tmp_path, max_train_steps=66)
+    assert "decay_steps" not in done.path.read_text()
+    assert "decay_steps" not in promotion_text(done.document)
+
+
+def test_a_horizon_that_the_user_did_not_set_says_why_it_is_another(study: Path) -> None:
+    suggested = promoted(study, max_train_steps=24, reason="because")
+    assert comment(suggested, "max_train_steps") == "8 in round1"
+    bounded = promoted(study, max_train_steps=20, reason="at most 9 times the first horizon")
+    assert comment(bounded, "max_train_steps") == "8 in round1: at most 9 times the first horizon"
+
+
+def test_an_added_idea_is_tried_beside_the_incumbents_that_go_on(study: Path) -> None:
+    done = promoted(study, add=("weight_decay=1e-3,1e-2", "lora_dropout=0:0.2"))
+    spec = load_round(done.path).spec
+    assert spec.space()["weight_decay"].contains(0.0)
+    assert comment(done, "weight_decay").startswith("added by --add")
+    assert comment(done, "lora_dropout") == "added by --add"
+    assert [(e["weight_decay"], e["lora_dropout"]) for e in spec.search.enqueue] == [(0.0, 0.1)] * 3
+    assert [e.from_step for e in done.next_round.enqueue] == [5, 5, 5]
+    written = done.document["hyperparameters"]["weight_decay"]
+    assert (written["from"], set(written["to"])) == (0, {0, 1e-3, 1e-2})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "lora_dropout",
+        "lora_dropout=",
+        "=1",
+        "lora_dropot=0.1",
+        "lora_dropout=0.1",
+        "lora_dropout=0,1.5",
+        "lora_dropout=a",
+        "lora_dropout=0:0.1:lin",
+        "weight_decay=0:0.1:log",
+        "weight_decay=0.2:0.1",
+        "weight_decay=[",
+        "weight_decay=1,1",
+        "learning_rate=1e-3,1e-2",
+        "batch_size=4,8",
+        "max_train_steps=5,9",
+        "optimizer=adamw:adamw_8bit",
+        "warmup_steps=1.5,2",
+        "decay_steps=500",
+    ],
+)
+def test_what_cannot_be_added_is_refused_and_nothing_is_written(study: Path, wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        promoted(study, to="refused", add=(wrong,))
+    assert not (study / "refused.yaml").exists()
+    if not wrong.startswith("decay_steps"):
+        assert f"--add {wrong}: " in str(caught.value)
+        assert "Example: --add lora_dropout=0,0.05" in str(caught.value)
+
+
+def test_a_name_is_added_once(study: Path) -> None:
+    with pytest.raises(InputError, match="added twice"):
+        promoted(study, to="refused", add=("weight_decay=0.1", "weight_decay=0.2"))
 
 
 def test_the_enqueued_go_on_from_the_round(study: Path) -> None:
     spec = load_round(promoted(study).path).spec
-    assert [entry["continues"] for entry in spec.search.enqueue] == ["round1/5", "round1/4", "round1/3"]
+    assert [entry["continues"] for entry in spec.search.enqueue] == ["round1/3", "round1/4", "round1/2"]
 
 
 def test_defaults_that_follow_the_horizon_stay_where_they_were(tmp_path: Path) -> None:
     """Another evaluation grid would lose the enqueued trials their trunks, another warmup all comparison."""
-    file = first_round(tmp_path, steps=48, trials=2, run="")
+    file = first_round(tmp_path, steps=47, trials=2, run="")
     text = re.sub(r"every_steps: 2, |  (?:warmup|decay)_steps: .*\n", "", file.text)
     file.path.write_text(text)
     before = load_round(file.path).spec
@@ -124,8 +219,8 @@ def test_defaults_that_follow_the_horizon_stay_where_they_were(tmp_path: Path) -
     assert "as in round1: trials go on where both evaluate" in done.path.read_text()
     assert spec.space()["warmup_steps"] == before.space()["warmup_steps"]
     assert spec.space()["decay_steps"] == done.next_round.space["decay_steps"]
-    little_longer = load_round(promoted(tmp_path, max_train_steps=60).path).spec.space()
-    assert little_longer["decay_steps"] == before.space()["decay_steps"]
+    longer = load_round(promoted(tmp_path, max_train_steps=60, decay="steps").path).spec.space()
+    assert longer["decay_steps"] == before.space()["decay_steps"]
 
 
 def test_a_round_that_has_begun_keeps_its_file(study: Path) -> None:
@@ -134,10 +229,10 @@ def test_a_round_that_has_begun_keeps_its_file(study: Path) -> None:
 
 
 def test_what_an_option_decided_is_said_to_be_so(study: Path) -> None:
-    done = promoted(study, max_train_steps=16, top=1, decay="share")
+    done = promoted(study, max_train_steps=16, top=1, decay="steps")
     assert comment(done, "max_train_steps") == "8 in round1: set by --max-train-steps"
     assert comment(done, "trials") == "1 enqueued, the rest new: fewer, longer runs; --top 1"
-    assert comment(done, "decay_steps").endswith("the same share of the run as before: set by --decay share")
+    assert comment(done, "decay_steps").endswith("25% now: set by --decay steps")
     assert "1 of its 3 trials is carried over" in promotion_text(done.document)
 
 
@@ -145,9 +240,10 @@ def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk
     done = promoted(study, max_train_steps=8)
     assert comment(done, "trials") == "3 enqueued, the rest new"
     assert "3 of its 5 trials are carried over, already complete." in promotion_text(done.document)
+    assert "max_train_steps: 8\n" in done.path.read_text(), "the line stays as it was"
     everything = promoted(study, max_train_steps=8, top=6)
-    assert comment(everything, "trials") == "all enqueued, none new; --top 6"
-    assert "raise search.trials to run new ones" in promotion_text(everything.document)
+    assert comment(everything, "trials") == "6 enqueued, the rest new; --top 6"
+    assert everything.next_round.trials_total == 7, "something new is tried"
 
 
 def test_a_lead_within_the_noise_is_said_with_the_seeds_to_try(tmp_path: Path) -> None:
@@ -156,7 +252,7 @@ def test_a_lead_within_the_noise_is_said_with_the_seeds_to_try(tmp_path: Path) -
         lambda h, step, horizon: falling({"learning_rate": 1e-3}, step, horizon),
     )
     text = promotion_text(promoted(tmp_path).document)
-    assert "info: What parts the best two trials is within the noise." in text
+    assert "info: The best two trials differ by less than the noise." in text
     assert "training_seed 1 and 2" in text
 
 
@@ -171,10 +267,11 @@ def test_a_horizon_that_cannot_be_paid_for_is_refused(study: Path) -> None:
 
 def test_what_may_still_change_is_read_from_the_file(tmp_path: Path) -> None:
     """A longer run may be paid for after all; nobody need run the round again to say so."""
-    file = first_round(tmp_path, run="run: {production_steps: 10}", trials=3)
+    rates = "[3e-3, 5e-3, 8e-3]"
+    file = first_round(tmp_path, run="run: {production_steps: 10}", trials=3, learning_rate=rates)
     run(file)
     assert promoted(tmp_path).next_round.max_train_steps == 10
-    first_round(tmp_path, run="run: {production_steps: 100}", trials=4)
+    first_round(tmp_path, run="run: {production_steps: 100}", trials=4, learning_rate=rates)
     done = promoted(tmp_path)
     assert done.next_round.max_train_steps == 24
     assert done.document["findings"][0]["rule"] == "incomplete_round"
@@ -190,7 +287,7 @@ def test_what_may_still_change_is_read_from_the_file(tmp_path: Path) -> None:
 
 def test_where_nothing_was_learned_nothing_is_written_unless_a_horizon_is_given(tmp_path: Path) -> None:
     run(first_round(tmp_path, trials=2), rising)
-    with pytest.raises(TunerError, match="untouched model"):
+    with pytest.raises(TunerError, match="base model"):
         promoted(tmp_path)
     assert [path.name for path in tmp_path.glob("*.yaml")] == ["round1.yaml"]
     assert promoted(tmp_path, max_train_steps=16).path.exists()
@@ -203,7 +300,7 @@ def test_where_no_trial_is_complete_the_next_round_explores(tmp_path: Path) -> N
     done = promoted(tmp_path, max_train_steps=16)
     assert load_round(done.path).spec.search.sampler == "quasi-random"
     assert comment(done, "sampler").startswith("no good trials are known yet")
-    assert comment(done, "enqueue") == "none: no trial of round1 is complete"
+    assert comment(done, "enqueue") == "none: no complete trial of round1 beat the base model"
     assert comment(done, "trials") == "all new"
 
 
@@ -226,8 +323,8 @@ def test_what_is_enqueued_goes_on_only_from_the_same_work_on_the_same_grid(study
             store.close()
         return reason if found is None else (str(found), found.step)
 
-    assert begun(16) == ("round1/5@5", 5)
-    assert begun(8) == ("round1/5@8", 8)
+    assert begun(16) == ("round1/3@5", 5)
+    assert begun(8) == ("round1/3@8", 8)
     assert "model, data, evaluation set or length changed since then" in begun(16, workload="other")
     assert begun(16, lora_alpha=99).endswith("lora_alpha differs")
     assert "its best adapter up to step 5 is of step 4" in begun(16, every=3)
@@ -244,7 +341,7 @@ class Damaged(SimulatedWorker):
 
 def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path: Path) -> None:
     run(first_round(tmp_path, trials=2))
-    second = load_round(promoted(tmp_path).path)
+    second = load_round(promoted(tmp_path, top=2).path)
     run(second, worker=Damaged)
     store = open_folder(tmp_path).open()
     trials = store.trials("round2")

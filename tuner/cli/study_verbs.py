@@ -241,7 +241,7 @@ def promote(
 ) -> None:
     """Read a round, write the next round's file and say why.
 
-    Examples: `tuner study promote --to round2`; `tuner study promote --to round3 --add lora_dropout=0,0.05`
+    Example: `tuner study promote --to round2`
     """
     from tuner.cli.promoting import promote_round
 
