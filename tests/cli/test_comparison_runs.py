@@ -17,6 +17,7 @@ from tuner.training.opening import open_workplace
 
 ROUND = {"trials": 1, "learning_rate": 0.01, "lora_r": 2, "steps": 12, "evaluation": ""}
 
+
 @pytest.mark.parametrize(
     ("schedule", "decay"),
     [

@@ -12,6 +12,7 @@ from tests.studies import QUICKSTART, write_round
 from tests.training.driving import curve, run_loop
 from tuner.cli import run
 from tuner.cli.scoring import score_at_the_end
+from tuner.playbook.branching import branch_hyperparameters
 from tuner.records import Assignment, RoundRecord, Trial
 from tuner.spec import load_round
 from tuner.store import open_store

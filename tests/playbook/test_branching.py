@@ -104,7 +104,9 @@ def test_a_sweep_makes_none():
     assert owed_branches(round_of(BEST, name="sweep-100"), rule=True) == ()
 
 
-@pytest.mark.parametrize(("horizon", "is_owed"), [(38, True), (40, False), (50, False), (62, False), (64, True)])
+@pytest.mark.parametrize(
+    ("horizon", "is_owed"), [(38, True), (40, False), (50, False), (62, False), (64, True)]
+)
 def test_an_earlier_round_close_to_the_half_makes_it_unnecessary(horizon, is_owed):
     decay = {"decay_steps": round(0.4 * horizon)}
     twin = replace(BEST, hyperparameters={**BEST.hyperparameters, **decay})
@@ -127,7 +129,8 @@ def test_one_that_has_begun_goes_on_as_it_began():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "decay"), [(LINEAR, 20), ({**LINEAR, "decay_steps": 33}, 16), ({**LINEAR, "decay_steps": 1}, 1)]
+    ("schedule", "decay"),
+    [(LINEAR, 20), ({**LINEAR, "decay_steps": 33}, 16), ({**LINEAR, "decay_steps": 1}, 1)],
 )
 @pytest.mark.parametrize("start", [0, 30])
 def test_the_decay_keeps_its_share_of_the_run(schedule, decay, start):
@@ -192,7 +195,9 @@ def _keeping(trial, results, have_checkpoints):
 def test_what_has_run_never_decides_what_is_owed(results, rule):
     before = owed_branches(replace(results, branches=()), rule=rule)
     assume(before)
-    ran = tuple(BranchResult(b.trial, b.max_train_steps, (Evaluation(b.max_train_steps, 0.5),)) for b in before)
+    ran = tuple(
+        BranchResult(b.trial, b.max_train_steps, (Evaluation(b.max_train_steps, 0.5),)) for b in before
+    )
     assert owed_branches(replace(results, branches=ran), rule=rule) == before
 
 
