@@ -198,3 +198,53 @@ def test_a_round_without_points_for_all_its_trials_ends_and_says_so(
     assert "The search space has 2 points, so the round ended after 2 of 6 trials." in report
     assert "Finish the round first" not in report
     assert len(documents(does("-C", str(directory), "trial", "list", "--json")[0])) == 2
+
+
+def test_comparison_runs_may_be_asked_for_at_any_time(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished round is open again until they have run, and one that began without stays as it was."""
+    file = study / "rehearsal" / "round1.yaml"
+
+    def does(*arguments: str, within: str = "rehearsal") -> tuple[str, str]:
+        assert tuner("-C", within, *arguments, within=study, monkeypatch=monkeypatch) == 0
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    def status() -> tuple[str, int]:
+        (found,) = documents(does("study", "status", "--json")[0])["rounds"]
+        return found["state"], found["branches_left"]
+
+    def rewrite(old: str, new: str) -> None:
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    with (study / "round1.yaml").open("a") as round_file:
+        round_file.write("run: {decay_branches: false}\n")
+    does("study", "run", "round1.yaml", "--engine", "simulated", within=".")
+    before = documents(does("trial", "list", "--json")[0])
+    assert status() == ("complete", 0)
+
+    rewrite("decay_branches: false, ", "")
+    assert status() == ("complete", 0)
+    assert "comparison run" not in does("study", "run", "round1.yaml")[1]
+    assert status() == ("complete", 0)
+
+    rewrite("{engine: simulated}", "{decay_branches: auto, engine: simulated}")
+    assert status() == ("open", 1)
+    out, err = does("study", "report")
+    assert "before its comparison runs" in " ".join(out.split())
+    assert err.rstrip().endswith("study run round1.yaml")
+    _, err = does("study", "run", "round1.yaml")
+    assert "starts at step 0" in err
+    assert status() == ("complete", 0)
+
+    rewrite("decay_branches: auto", "decay_branches: true")
+    # The other two leading trials, to the half alone: they kept no checkpoints for a longer one.
+    assert status() == ("open", 2)
+    does("study", "run", "round1.yaml")
+    assert status() == ("complete", 0)
+    assert documents(does("trial", "list", "--json")[0]) == before
+    does("study", "clean", "--yes")
+    does("study", "promote", "--to", "round2", "--max-train-steps", "80")

@@ -245,12 +245,12 @@ def test_test_rows_are_offered_until_a_trial_is_scored_and_a_second_look_is_name
     )
 
 
-def test_a_round_that_owes_decay_branches_is_not_finished_and_their_steps_are_in_its_cost() -> None:
+def test_a_round_that_owes_comparison_runs_is_not_finished_and_their_steps_are_in_its_cost() -> None:
     report = synthetic.report()
     assert (advice.progress(report), report.is_finished) == (None, True)
     owing = dataclasses.replace(report, branches_left=1)
-    assert "without its decay branches" in str(advice.progress(owing))
+    assert "before its comparison runs" in str(advice.progress(owing))
     branch = Branch(3, 30, 18, attempts=(Attempt(1, 18, 25, 0.0), Attempt(2, 22, 30, 0.0)))
     ran = dataclasses.replace(report, record=dataclasses.replace(report.record, branches=(branch,)))
     assert ran.executed_steps == report.executed_steps + 15
-    assert "15 of them in decay branches" in advice.setting(ran)["cost"]
+    assert "15 of them in comparison runs" in advice.setting(ran)["cost"]

@@ -306,7 +306,7 @@ class Answering(SimulatedWorker):
     """Whose trials answer when they have come to their horizon: each better than the one before."""
 
     def _say(self, event: Event) -> None:
-        if isinstance(event, Ended) and event.outcome == "complete":
+        if isinstance(event, Ended) and event.outcome == "complete" and event.trial >= 0:
             score = AnswerScore(4, "exact_match", 0.1 * (1 + event.trial), 0.05, 20, is_objective=True)
             super()._say(Answered(event.round, event.trial, event.attempt, score))
         super()._say(event)
@@ -366,7 +366,7 @@ def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) ->
 
         def _say(self, event: Event) -> None:
             super()._say(event)
-            if isinstance(event, Evaluated):
+            if isinstance(event, Evaluated) and event.trial >= 0:
                 self.tokens += 10
                 peak = 70 if self.session == "first" else 50
                 work = Throughput(self.session, 2.0, tokens=self.tokens, peak_memory_bytes=peak)

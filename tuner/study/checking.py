@@ -39,7 +39,7 @@ def planned_work(spec: RoundSpec) -> Work:
 
 
 def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
-    """The round's comparison runs, for each schedule and the ends of its lengths, were all trials so."""
+    """The comparison runs for each schedule and the ends of its lengths, if all trials have those."""
     space, trials = spec.space(), spec.num_trials
     # A trial that continues another's may have no checkpoint where its comparison run would start.
     continue_others = any("continues" in entry for entry in spec.search.enqueue)

@@ -109,7 +109,7 @@ class RoundLoop:
     # --- what to run next -------------------------------------------------------------------------
 
     def _next_assignment(self) -> Assignment | None:
-        """An interrupted trial first, then what the search has left, at last comparison runs; or None."""
+        """An interrupted trial, then what the search has left, at last comparison runs; None without any."""
         trials = self._trials()
         if self._have_ended(trials):
             return self.branches.next_assignment()
