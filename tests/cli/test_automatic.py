@@ -73,9 +73,9 @@ def test_rounds_are_run_and_promoted_as_by_hand_until_the_production_length(
 ) -> None:
     assert run(list(AUTO)) == 0
     said = capsys.readouterr()
-    assert "enough after round3: longer runs than run.production_steps" in said.err
+    assert "enough after round3: run.production_steps, 90, does not allow longer runs" in said.err
     assert "tiny/round3" in said.out
-    assert said.err.splitlines()[-1].startswith("next: tuner -C rehearsal study promote --to round4")
+    assert said.err.splitlines()[-1].startswith("next: tuner -C rehearsal trial show best")
     automatic, trials = round_files(study / "rehearsal"), curves(capsys, study)
     assert list(automatic) == ROUND_FILES
     assert "max_train_steps: 90" in automatic["round3.yaml"]
@@ -145,7 +145,7 @@ def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
     assert "Nothing to conclude yet" in said.out
     os.chdir(study.parent)
     assert run(["study", "auto", f"{study.name}/rehearsal/round1.yaml"]) == 0
-    following = f"next: tuner -C {study.name}/rehearsal study promote --to round4"
+    following = f"next: tuner -C {study.name}/rehearsal trial show best"
     assert capsys.readouterr().err.splitlines()[-1].startswith(following)
     assert list(round_files(study / "rehearsal")) == ROUND_FILES
 

@@ -57,6 +57,10 @@ def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHE
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
+        (
+            {"enqueue": "[{learning_rate: 1e-3, lora_r: 2}, {learning_rate: 0.001, lora_r: 2}]"},
+            ["search.enqueue[1]: is", "the same point as search.enqueue[0]", "remove one"],
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", ["run", "check"])

@@ -12,6 +12,7 @@ from tests.studies import QUICKSTART, write_round
 from tests.training.driving import curve, run_loop
 from tuner.cli import run
 from tuner.cli.scoring import score_at_the_end
+from tuner.playbook.branching import branch_hyperparameters
 from tuner.records import Assignment, RoundRecord, Trial
 from tuner.spec import load_round
 from tuner.store import open_store
@@ -68,13 +69,13 @@ def test_branches_equal_fresh_runs_of_their_horizon(study: Path, tmp_path: Path)
             round="fresh",
             trial=0,
             attempt=1,
-            hyperparameters={**trials[branch.trial].hyperparameters, "decay_steps": branch.decay_steps},
+            hyperparameters=branch_hyperparameters(branch, trials[branch.trial].hyperparameters, 8),
             max_train_steps=branch.max_train_steps,
             evaluate_every=2,
             directory=str(tmp_path / f"{branch.max_train_steps}"),
         )
         assert curve(run_loop(place, [fresh]))[-1] == branch.evaluation
-        assert branch.executed_steps == branch.decay_steps < branch.max_train_steps
+        assert branch.executed_steps == branch.max_train_steps - branch.from_step < branch.max_train_steps
 
 
 def test_a_study_that_comes_to_its_end_scores_its_best_trial(

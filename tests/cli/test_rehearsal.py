@@ -169,3 +169,32 @@ def test_a_file_that_says_simulated_is_rehearsed_without_torch(study: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert files(study) == {"round1.yaml", "rehearsal"}
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "grid"])
+def test_a_round_without_points_for_all_its_trials_ends_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sampler: str
+) -> None:
+    write_round(tmp_path, learning_rate="1e-3", trials=6, sampler=sampler, run="run: {engine: simulated}")
+    directory = tmp_path / "rehearsal"
+
+    def does(*arguments: str) -> tuple[str, str]:
+        assert tuner(*arguments, within=tmp_path, monkeypatch=monkeypatch) == 0, capsys.readouterr().err
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    plan = documents(does("study", "check", "round1.yaml", "--json")[0])
+    why = "The search space has 2 points, so the round ends after 2 of 6 trials."
+    assert plan["plan"]["trials"] == 2
+    assert why in plan["remarks"]
+    said = does("study", "run", "round1.yaml")[1]
+    assert said.count(why) == 1
+    assert "2 trials of 8 steps" in said
+    assert "(2 of 2 trials done)" in said
+    status = documents(does("-C", str(directory), "study", "status", "--json")[0])
+    (round1,) = status["rounds"]
+    assert (round1["state"], round1["trials"]["complete"], round1["trials"]["waiting"]) == ("complete", 2, 0)
+    report = does("-C", str(directory), "study", "report", "round1")[0]
+    assert "The search space has 2 points, so the round ended after 2 of 6 trials." in report
+    assert "Finish the round first" not in report
+    assert len(documents(does("-C", str(directory), "trial", "list", "--json")[0])) == 2

@@ -142,7 +142,7 @@ NONE = (None, None)
         (Range(4, 16, integer=True), "upper", (1, None), Range(4, 28, integer=True)),
         (Range(4, 16, log=True, integer=True), "lower", (1, None), Range(1, 16, log=True, integer=True)),
         (Choices((4, 8, 16)), "upper", (1, None), Choices((4, 8, 16, 32))),
-        (Choices((4, 8, 16)), "lower", (1, None), Choices((4, 8, 16, 2))),
+        (Choices((4, 8, 16)), "lower", (1, None), Choices((2, 4, 8, 16))),
         (Choices((0.0, 0.05, 0.1)), "upper", (0, 1), Choices((0.0, 0.05, 0.1, 0.2))),
         (Choices((0.5, 0.7, 0.9)), "upper", (0, 1), Choices((0.5, 0.7, 0.9))),
     ],

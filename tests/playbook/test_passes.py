@@ -1,5 +1,6 @@
 """A study in passes climbs over the horizons it knows, with what no longer round has taken up."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.playbook import RoundResults, plan_next_round, read_round
-from tuner.playbook.passes import Anew, Longer, following, left_behind, num_carried, plan_round_anew
-from tuner.records import Evaluation, Fixed, Range, Trial, TrialState
+from tuner.playbook.passes import (
+    Anew,
+    Longer,
+    following,
+    left_behind,
+    num_carried,
+    plan_round_anew,
+    points_left,
+)
+from tuner.records import Choices, Evaluation, Fixed, Range, Trial, TrialState
 
 SPACE = {"learning_rate": Range(1e-5, 1.0, log=True), "schedule": Fixed("constant"), "warmup_steps": Fixed(0)}
 
@@ -63,6 +72,17 @@ def test_a_later_pass_climbs_over_the_same_horizons_with_what_all_passes_left():
     assert (step.max_train_steps, rates(step.candidates)) == (90, [0.1, 0.25])
     sixth = results("round6", 90, {0.1: 0.6})
     assert following([FIRST, SECOND, THIRD, AGAIN, fifth, sixth], longer=None, passes=2) is None
+
+
+def test_no_pass_begins_at_points_that_have_all_run():
+    """A list is exhausted by those inside it, each once, whatever became of them."""
+    listed = {**SPACE, "learning_rate": Choices((0.1, 0.2, 0.3))}
+    losses = {0.1: 1.0, 0.2: 1.1, 0.3: 1.2}
+    for rates, left in (((0.1, 0.2), 1), ((0.1, 0.2, 0.7), 1), ((0.1, 0.2, 0.3), 0)):
+        first = replace(results("round1", 20, {rate: losses.get(rate, 2.0) for rate in rates}), space=listed)
+        assert points_left([first, replace(SECOND, space=listed), first]) == left
+        assert following([first], longer=None, passes=2) == (Anew(2) if left else None)
+    assert points_left([FIRST]) == math.inf
 
 
 def test_where_nothing_is_left_to_go_on_with_the_pass_is_over():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.playbook.schedule import (
-    DecayBranch,
+    ComparisonRun,
     decay_branches,
     evaluation_steps,
     multiplier,
@@ -95,8 +95,9 @@ def test_trunk_ends_where_the_decay_begins():
 
 def test_branches_end_at_the_half_and_at_the_root_with_the_same_share():
     hyperparameters = {"schedule": "linear", "warmup_steps": 5, "decay_steps": 40}
-    assert decay_branches(hyperparameters, 100) == (DecayBranch(30, 50, 20), DecayBranch(43, 71, 28))
+    assert decay_branches(hyperparameters, 100) == (ComparisonRun(30, 50), ComparisonRun(43, 71))
     assert trunk_steps(hyperparameters, 100, branches=True) == (30, 43, 60)
+    assert trunk_steps(hyperparameters, 100, branches="auto") == (30, 60)
     assert trunk_steps(hyperparameters, 100, branches=False) == (60,)
 
 
@@ -106,7 +107,7 @@ def test_a_branch_that_starts_within_the_warmup_is_left_out():
 
 
 def test_two_branches_of_one_length_are_one():
-    assert decay_branches({"schedule": "linear", "decay_steps": 1}, 3) == (DecayBranch(1, 2, 1),)
+    assert decay_branches({"schedule": "linear", "decay_steps": 1}, 3) == (ComparisonRun(1, 2),)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -128,7 +129,7 @@ def test_branches_stay_on_the_trunk(horizon, data):
     hyperparameters = {"schedule": "linear", "warmup_steps": warmup, "decay_steps": decay}
     for branch in decay_branches(hyperparameters, horizon):
         assert warmup <= branch.from_step <= horizon - decay
-        assert branch.from_step + branch.decay_steps == branch.max_train_steps <= horizon
+        assert branch.from_step < branch.max_train_steps <= horizon
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,20 @@ def test_nothing_complete() -> None:
     assert "look at why" in advice.next_step(report)
 
 
+def test_a_round_without_points_for_all_its_trials_says_so() -> None:
+    report = synthetic.report(promised=12)
+    two = dataclasses.replace(
+        report.results, space={"lora_r": Choices((4, 8))}, trials=synthetic.trials()[:2]
+    )
+    exhausted = dataclasses.replace(report, results=two)
+    assert (exhausted.num_promised, exhausted.is_finished) == (2, True)
+    assert advice.progress(exhausted) == (
+        "The search space has 2 points, so the round ended after 2 of 12 trials."
+    )
+    one = dataclasses.replace(report, results=dataclasses.replace(two, trials=two.trials[:1]))
+    assert advice.progress(one) == "This is how it looks with 1 of 2 trials; the rest may change it."
+
+
 def test_an_unfinished_round_says_so() -> None:
     report = synthetic.report(promised=12)
     assert not report.is_finished

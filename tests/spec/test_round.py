@@ -161,3 +161,28 @@ def test_a_metric_is_a_file_beside_the_round_or_a_module(tmp_path: Path):
         "somewhere.else:overlap",
         "/a/b.py:f",
     ]
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "trials", "expected"),
+    [
+        ({"lora_r": [4, 8]}, 6, 2),
+        ({"lora_r": [4, 8, 16]}, 3, 3),
+        ({"lora_r": [4, 8], "training_seed": [0, 1, 2]}, 16, 6),
+        ({"lora_r": {"low": 4, "high": 8}}, 16, 5),
+        ({"lora_r": {"low": 1, "high": 8, "log": True}, "use_dora": [True, False]}, 99, 16),
+        ({"lora_alpha": {"low": 8, "high": 10, "integer": True}}, 16, 3),
+        ({"lora_alpha": {"low": 8, "high": 10}, "lora_r": [4, 8]}, 16, 16),
+        ({"lora_alpha": {"times_sqrt_r": 4}}, 5, 1),
+        ({}, 1, 1),
+    ],
+)
+def test_a_round_has_no_more_trials_than_points(hyperparameters, trials, expected):
+    spec = RoundSpec.model_validate(document(hyperparameters=hyperparameters, search={"trials": trials}))
+    assert spec.num_trials == expected
+    assert (spec.ends_early is None) == (expected == trials)
+    if spec.ends_early is not None:
+        points = "1 point" if expected == 1 else f"{expected} points"
+        assert spec.ends_early == (
+            f"The search space has {points}, so the round ends after {expected} of {trials} trials."
+        )

@@ -148,3 +148,84 @@ def test_enqueued_values_are_read_like_those_of_the_space():
     entry = spec_of(text).search.enqueue[0]
     assert entry == {"lora_alpha": 16.0, "target_modules": "all-linear"}
     assert type(entry["lora_alpha"]) is float
+
+
+SEARCHED = """
+hyperparameters:
+  learning_rate: [1e-4, 1e-3]
+  lora_r: [8, 16]
+  target_modules: all-linear
+  training_seed: {seeds}
+search:
+  trials: 8
+  enqueue: {entries}
+"""
+
+
+def of_entries(entries: str, *, seeds: str = "0") -> str:
+    return MINIMAL + SEARCHED.format(entries=entries, seeds=seeds)
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused", "message"),
+    [
+        (
+            "[{learning_rate: 1e-4, lora_r: 8}, {lora_r: 8, learning_rate: 0.0001}]",
+            [1],
+            "is the same point as search.enqueue[0] (learning_rate: 0.0001, lora_r: 8)",
+        ),
+        ("3 * [{learning_rate: 1e-4, lora_r: 8}]", [1, 2], "remove one of them, or list two seeds"),
+        (
+            "[{lora_r: 8, learning_rate: 1e-4}, {lora_r: 8, learning_rate: 1e-4, continues: r0/3}]",
+            [1],
+            "is the same point",
+        ),
+        (
+            "[{lora_r: 8, learning_rate: 1e-4}, "
+            "{learning_rate: 1e-4, lora_r: 8, target_modules: all-linear}]",
+            [1],
+            "is the same point",
+        ),
+        (
+            "[{lora_r: 8, learning_rate: 1e-4}, {lora_r: 8}, {}, {lora_r: 8}]",
+            [3],
+            "is one of 3 entries with lora_r: 8, and the search space has only 2 points with lora_r: 8",
+        ),
+        ("5 * [{}]", [4], "is one of 5 entries, and the search space has only 4 points; remove 1 of them"),
+        (
+            "[{lora_r: 8}, {lora_r: 8}, {lora_r: 16}, {lora_r: 16}, {learning_rate: 1e-4}]",
+            [4],
+            "the search space has only 4 points; remove 1 of them, or search more values",
+        ),
+    ],
+)
+def test_an_entry_that_repeats_a_point_is_refused(entries, refused, message):
+    times, _, entry = entries.rpartition(" * ")
+    text = of_entries("[" + ", ".join(int(times) * [entry[1:-1]]) + "]" if times else entries)
+    mistakes = mistakes_in(text)
+    assert [mistake.key for mistake in mistakes] == [f"search.enqueue[{position}]" for position in refused]
+    assert message in mistakes[0].message
+    line = 1 + text[: text.index("  enqueue:")].count("\n")
+    assert {mistake.line for mistake in mistakes} == {line}
+
+
+@pytest.mark.parametrize(
+    ("entries", "seeds"),
+    [
+        ("[{lora_r: 8}, {lora_r: 8}, {lora_r: 16}, {}]", "0"),
+        ("[{lora_r: 8, learning_rate: 1e-4}, {lora_r: 8, learning_rate: 1e-3}]", "0"),
+        ("[{lora_r: 8, learning_rate: 1e-4}, {lora_r: 8, learning_rate: 1e-4}]", "[0, 1]"),
+        (
+            "[{lora_r: 8, learning_rate: 1e-4, training_seed: 0}, "
+            "{lora_r: 8, learning_rate: 1e-4, training_seed: 1}]",
+            "[0, 1]",
+        ),
+    ],
+)
+def test_entries_that_leave_each_other_room(entries, seeds):
+    assert spec_of(of_entries(entries, seeds=seeds)).search.enqueue
+
+
+def test_entries_of_a_range_may_be_as_many_as_there_are_trials():
+    queue = "enqueue: [" + ", ".join(16 * ["{lora_r: 8}"]) + "]"
+    assert len(spec_of(changed((ENQUEUE, queue))).search.enqueue) == 16

@@ -1,4 +1,4 @@
-"""Decay branches run after the last trial, survive a crash at every seam, and leave nothing but a loss."""
+"""Comparison runs follow the last trial, survive a crash at every seam, and leave nothing but a loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tuner.records import (
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
 from tuner.study.attempts import MAX_ATTEMPTS
-from tuner.study.branches import DecayBranches
+from tuner.study.branches import ComparisonRuns
 from tuner.study.checking import planned_work
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.mirror import history
@@ -71,12 +71,14 @@ def expected(found: tuple[Trial, ...]) -> dict[tuple[int, int], float]:
 def test_a_round_is_complete_after_the_branches_of_its_leading_trials(study: Path) -> None:
     (record,), found = rounds(study), trials(study, **CHANGES)
     assert losses(record) == expected(found)
+    store = MemoryStore()
+    store.record(RoundBegun(record), *(fact for trial in found for fact in history(trial)))
     assert {(b.from_step, b.max_train_steps, b.executed_steps) for b in record.branches} == {
         (2, 4, 2),
         (4, 6, 2),
     }
-    assert num_branches_left(record, found) == 0
-    assert num_branches_left(replace(record, branches=record.branches[2:]), found) == 2
+    assert num_branches_left(store, record) == 0
+    assert num_branches_left(store, replace(record, branches=record.branches[2:])) == 2
 
 
 def test_a_branch_is_no_trial_and_leaves_no_files(study: Path) -> None:
@@ -101,7 +103,7 @@ def test_the_gain_is_taken_from_them(study: Path) -> None:
     reading = read_round(round_results(record, trials(study, **CHANGES)))
     best = reading.leading[0].trial
     half, whole = (formula(best.hyperparameters, step, step).eval_loss for step in (4, 8))
-    assert reading.gain_source == GainSource.DECAY_BRANCHES
+    assert reading.gain_source == GainSource.COMPARISON
     assert reading.gain == pytest.approx((half - whole) / half)
 
 
@@ -118,17 +120,17 @@ def facts(study: Path) -> list[Fact]:
 class Place:
     """That study in memory, with the branches that a process has begun; its trunks are on disk."""
 
-    def __init__(self, study: Path, facts: list[Fact]) -> None:
-        self.plan = RoundPlan(round_file(study, **CHANGES))
+    def __init__(self, study: Path, facts: list[Fact], **changes: Any) -> None:
+        self.plan = RoundPlan(round_file(study, **{**CHANGES, **changes}))
         self.store = MemoryStore()
         self.store.record(*facts)
         self.said: list[str] = []
 
-    def opened(self, *, fuse: Fuse | None = None) -> DecayBranches:
+    def opened(self, *, fuse: Fuse | None = None) -> ComparisonRuns:
         """The branches as a process sees them."""
         store: Store = self.store if fuse is None else DyingStore(self.store, fuse)  # type: ignore[assignment]
         folder = CheckpointFolder(self.plan.checkpoints)
-        return DecayBranches(self.plan, store, folder, _seconds().__next__, self.said.append)
+        return ComparisonRuns(self.plan, store, folder, _seconds().__next__, self.said.append)
 
     def run(self, worker: Worker, *, fuse: Fuse | None = None) -> None:
         """One process: what an earlier one left is healed, then branches run to the end."""
@@ -244,7 +246,7 @@ class Run:
     """What a worker says of the branch that it was given."""
 
     place: Place
-    branches: DecayBranches
+    branches: ComparisonRuns
     assignment: Assignment
 
     def say(self, event: type[Any], *arguments: Any) -> Branch:
@@ -298,7 +300,7 @@ def test_a_worker_is_given_a_run_that_decays_from_the_trunk(place: Place) -> Non
     others = [run.branches.next_assignment() for _ in range(6)]
     assert others[5] is None
     assert len({each.trial for each in (run.assignment, *others) if each is not None and each.trial < 0}) == 6
-    assert place.said[0] == f"decay branch of trial {best.number} to step 4 leaves the trunk at step 2"
+    assert place.said[0] == f"comparison run of trial {best.number} to step 4 starts at step 2"
 
 
 def test_what_a_worker_says_of_a_branch_is_recorded_as_it_comes(place: Place) -> None:
@@ -352,7 +354,7 @@ def test_a_stopped_attempt_goes_on_and_a_failed_one_leaves_the_trunk_anew(place:
     second = run.again()
     assert (second.assignment.attempt, second.assignment.resume_from) == (2, str(saved))
     assert second.assignment.resume_sha256 == f"sha of {saved.relative_to(place.plan.checkpoints)}"
-    assert place.said[-1].endswith("to step 4 goes on at step 3")
+    assert place.said[-1].endswith("to step 4 resumes at step 3")
     assert place.branches[0].attempts[1].to_step == 3
     assert second.say(Ended, 3, "failed", "unreadable").checkpoint is None
     assert saved.is_dir()
@@ -407,8 +409,98 @@ def test_files_go_after_the_fact_that_the_branch_has_ended(place: Place) -> None
 def test_branches_that_the_file_has_given_up_are_not_owed(study: Path, facts: list[Fact]) -> None:
     place = Place(study, facts)
     assert place.opened().left()
-    place.plan = RoundPlan(round_file(study, **{**CHANGES, "storage": "sqlite:///tuner.db"}))
-    assert place.opened().left() == ()
+    best = read_round(round_results(place.store.rounds()[0], place.store.trials("round1"))).leading[0].trial
+    for rule, owed in (("false", ()), ("auto", ((best.number, 4, 2),))):
+        storage = f"sqlite:///tuner.db\nrun: {{decay_branches: {rule}}}"
+        place.plan = RoundPlan(round_file(study, **{**CHANGES, "storage": storage}))
+        left = place.opened().left()
+        assert tuple((b.trial, b.max_train_steps, b.from_step) for b in left) == owed
+
+
+# --- from scratch -------------------------------------------------------------------------------------
+
+COSINE = {"schedule": "cosine", "decay_steps": 0, "storage": "sqlite:///tuner.db"}
+"""`decay_branches` is left at its default, `auto`."""
+
+
+@pytest.fixture(scope="module")
+def cosine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cosine")
+    rehearse(directory, **{**CHANGES, **COSINE})
+    return directory
+
+
+def begun_cosine(study: Path) -> list[Fact]:
+    """That study as its last trial left it."""
+    found: list[Fact] = [RoundBegun(rounds(study)[0])]
+    return found + [fact for trial in trials(study, **{**CHANGES, **COSINE}) for fact in history(trial)]
+
+
+def test_the_best_trial_of_a_cosine_round_is_run_to_the_half_from_scratch(cosine: Path) -> None:
+    (record,), found = rounds(cosine), trials(cosine, **{**CHANGES, **COSINE})
+    reading = read_round(round_results(record, found))
+    (branch,) = record.branches
+    assert branch.trial == reading.leading[0].trial.number
+    assert (branch.state, branch.from_step, branch.max_train_steps, branch.executed_steps) == (
+        "complete",
+        0,
+        4,
+        4,
+    )
+    assert reading.gain_source == GainSource.COMPARISON
+    assert not list((cosine / "runs" / "round1").glob("branch-*"))
+    planned = planned_work(round_file(cosine, **{**CHANGES, **COSINE}).spec)
+    assert (planned.branches, planned.branch_steps) == (1, 4)
+
+
+def test_one_from_scratch_dies_at_every_seam_in_turn(cosine: Path) -> None:
+    facts, whole = begun_cosine(cosine), Fuse(-1)
+    Place(cosine, facts, **COSINE).run(SimulatedWorker(formula, slots=1), fuse=whole)
+    wanted = losses(rounds(cosine)[0])
+    for seam in range(1, len(whole.passed) + 1):
+        place = Place(cosine, facts, **COSINE)
+        with pytest.raises(Crash):
+            place.run(SimulatedWorker(formula, slots=1), fuse=Fuse(seam))
+        place.run(SimulatedWorker(formula, slots=1))
+        assert losses(place.store.rounds()[0]) == wanted, whole.passed[seam - 1]
+        assert 4 <= place.branches[0].executed_steps <= 8
+        assert not list(place.plan.checkpoints.glob("branch-*"))
+
+
+def test_a_worker_is_given_one_from_scratch_with_the_trials_schedule(cosine: Path) -> None:
+    place = Place(cosine, begun_cosine(cosine), **COSINE)
+    run = begun(place)
+    best = place.store.trials("round1")[place.branches[0].trial]
+    assert run.assignment.hyperparameters == best.hyperparameters
+    assert (run.assignment.max_train_steps, run.assignment.resume_from) == (4, None)
+    assert run.assignment.trial < 0
+    assert place.said == [f"comparison run of trial {best.number} to step 4 starts at step 0"]
+    run.save(2)
+    run.say(Ended, 2, "stopped")
+    assert run.again().assignment.resume_from is not None
+    assert place.said[-1].endswith("resumes at step 2")
+    shutil.rmtree(run.assignment.directory)
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_the_half_starts_from_scratch_where_its_stable_checkpoint_is_gone(
+    study: Path, facts: list[Fact], *, is_recorded: bool
+) -> None:
+    """Given up by a fact, or deleted by hand."""
+    auto = {"storage": "sqlite:///tuner.db"}
+    best = read_round(round_results(rounds(study)[0], trials(study, **CHANGES))).leading[0].trial
+    trunk = best.checkpoint(CheckpointKind.TRUNK, 2)
+    assert trunk is not None
+    removed = [CheckpointsRemoved("round1", best.number, (trunk.path,))] if is_recorded else []
+    place = Place(study, [*facts, *removed], **auto)
+    lost = place.plan.checkpoints / trunk.path
+    aside = lost.rename(lost.with_name("aside"))
+    place.run(SimulatedWorker(formula, slots=1))
+    aside.rename(lost)
+    (branch,) = place.branches
+    assert (branch.trial, branch.state, branch.from_step) == (best.number, "complete", 0)
+    assert branch.executed_steps == 4
+    assert losses(place.store.rounds()[0]).items() <= losses(rounds(study)[0]).items()
 
 
 def _seconds() -> Iterator[float]:

@@ -144,7 +144,7 @@ def test_what_an_option_decided_is_said_to_be_so(study: Path) -> None:
 def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk(study: Path) -> None:
     done = promoted(study, max_train_steps=8)
     assert comment(done, "trials") == "3 enqueued, the rest new"
-    assert "3 of its 6 trials are carried over, already complete." in promotion_text(done.document)
+    assert "3 of its 5 trials are carried over, already complete." in promotion_text(done.document)
     everything = promoted(study, max_train_steps=8, top=6)
     assert comment(everything, "trials") == "all enqueued, none new; --top 6"
     assert "raise search.trials to run new ones" in promotion_text(everything.document)
@@ -256,3 +256,19 @@ def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path:
         assert [(a.from_step, a.outcome) for a in trial.attempts] == [(5, "failed"), (0, "complete")]
         said = f"started afresh instead of going on from {trial.continues}: its hash is another"
         assert trial.reason == said
+
+
+def test_a_promotion_has_no_more_trials_than_points(tmp_path: Path) -> None:
+    run(first_round(tmp_path, learning_rate="1e-3", lora_r="[2, 4, 8]", trials=12))
+    done = promoted(tmp_path, max_train_steps=12, top=1)
+    assert (done.next_round.trials_total, load_round(done.path).spec.search.trials) == (3, 3)
+    assert done.document["trials"] == {"enqueued": 1, "total": 3}
+
+
+def test_points_that_fewer_steps_make_one_are_enqueued_once(tmp_path: Path) -> None:
+    """Decays of 2 and 3 of 8 steps are both of 2 when all is cut in the ratio 0.75."""
+    run(first_round(tmp_path, learning_rate="1e-3", decay_steps="[2, 3]", trials=2))
+    done = promoted(tmp_path, max_train_steps=6, decay="share")
+    assert len(done.next_round.enqueue) == done.next_round.trials_total == 1
+    spec = load_round(done.path).spec
+    assert (len(spec.search.enqueue), spec.num_trials, spec.hyperparameters["decay_steps"]) == (1, 1, 2)

@@ -15,7 +15,7 @@ from tuner.cli.promoting import promote_round, promotion_text
 from tuner.cli.running import Where, has_begun, interruptible, run_here
 from tuner.cli.scoring import score_at_the_end
 from tuner.errors import InputError, Interrupted
-from tuner.playbook.enough import Enough, next_horizon
+from tuner.playbook.enough import MAX_GROWTH, Enough, next_horizon
 from tuner.playbook.sweep import is_sweep
 from tuner.spec import RoundFile, load_round
 from tuner.store import hold_study
@@ -147,8 +147,7 @@ def _promote(file: RoundFile, max_train_steps: int, stopping: Callable[[], bool]
         to=next_name(name),
         from_round=name,
         max_train_steps=max_train_steps,
-        top=3,
-        decay="steps",
+        reason=f"at most {MAX_GROWTH} times the first horizon",
         force=False,
         as_json=False,
     )

@@ -31,7 +31,7 @@ from tuner.store import Store
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.pages import lineage, round_report
-from tuner.study.results import num_branches_left, num_promised
+from tuner.study.results import as_written_now, num_branches_left, num_promised
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
@@ -208,7 +208,9 @@ def _statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: path for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
-                branches_left=num_branches_left(record, trials) if record else 0,
+                branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
+                if record
+                else 0,
                 now=time.time(),
             )
         )

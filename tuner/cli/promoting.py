@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
+from tuner.playbook.schedule import DecayRule
 from tuner.report import dumps
 from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.store import hold_study
@@ -22,8 +23,10 @@ def promote_round(
     to: str,
     from_round: str | None,
     max_train_steps: int | None,
-    top: int,
-    decay: Literal["steps", "share"],
+    top: int | None = None,
+    decay: DecayRule = "share",
+    add: Sequence[str] = (),
+    reason: str = Overrides.reason,
     force: bool,
     as_json: bool,
 ) -> Path:
@@ -38,7 +41,7 @@ def promote_round(
                 store,
                 to=to,
                 from_round=from_round,
-                overrides=Overrides(max_train_steps, top, decay),
+                overrides=Overrides(max_train_steps, top, decay, tuple(add), reason),
                 force=force,
                 clock=time.time,
             )
@@ -70,7 +73,7 @@ def promotion_text(document: Mapping[str, Any]) -> str:
             if f["rule"] not in SAID_BY_THE_EVIDENCE
         ),
         "",
-        f"wrote {document['file']}: read it, change what you know better, then run it",
+        f"wrote {document['file']}: review it, edit it if needed, then run it",
     ]
     return "\n".join(lines)
 
@@ -82,8 +85,16 @@ def _carried_over(document: Mapping[str, Any]) -> str:
     horizon = document["max_train_steps"]["to"]
     from_steps = [entry["from_step"] for entry in document["continues"]]
     is_over = from_steps.count(horizon) == enqueued
-    how = ", already complete" if is_over else f"; {len(from_steps)} of them from a trunk"
+    how = ", already complete" if is_over else f"; {_resumed(len(from_steps), enqueued)}"
     return f"{enqueued} of its {total} trials {'is' if enqueued == 1 else 'are'} carried over{how}."
+
+
+def _resumed(number: int, enqueued: int) -> str:
+    if number == enqueued:
+        return "it resumes from a checkpoint" if number == 1 else f"all {number} resume from a checkpoint"
+    return (
+        f"{number} of them {'resumes' if number == 1 else 'resume'} from a checkpoint, the others start over"
+    )
 
 
 def _brief(value: Any) -> str:

@@ -167,6 +167,8 @@ def auto(
 
     Example: `tuner study auto round1.yaml --for 12h`
     """
+    from dataclasses import replace
+
     from tuner.cli.automatic import run_rounds
     from tuner.cli.running import Where
 
@@ -177,8 +179,11 @@ def auto(
     for sentence in (ended.reason, ended.remark):
         if sentence is not None:
             _say(sentence)
+    *earlier, last = _reports(ended.last.parent, ended.last)
+    if ended.reason is not None and not ended.taught_nothing:
+        last = replace(last, ended_because=ended.reason, next_command="tuner trial show best")
     _print_summary(
-        _reports(ended.last.parent, ended.last),
+        (*earlier, last),
         directory=_folder_of(round_file, ended.last),
         command=ended.command if ended.reason is None else None,
     )
@@ -208,25 +213,44 @@ def promote(
     max_train_steps: Annotated[
         int | None, typer.Option(min=1, help="The next horizon, instead of the suggested one.")
     ] = None,
-    top: Annotated[int, typer.Option(metavar="K", min=1, help="So many best trials are carried over.")] = 3,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="Number of best trials to carry over. Default: 3, or half of the round's trials if fewer.",
+        ),
+    ] = None,
     decay: Annotated[
         str,
-        typer.Option(metavar="steps|share", help="What is kept of a linear decay: its length, or its share."),
-    ] = "steps",
+        typer.Option(
+            metavar="share|steps",
+            help="What to keep of a linear decay: its share of the run, or its length in steps.",
+        ),
+    ] = "share",
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Also search a fixed hyperparameter, in a list (lora_dropout=0,0.05) or a range "
+            "(weight_decay=1e-4:1e-1:log). Repeatable.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
     """Read a round, write the next round's file and say why.
 
-    Example: `tuner study promote --to round2`
+    Examples: `tuner study promote --to round2`; `tuner study promote --to round3 --add lora_dropout=0,0.05`
     """
     from tuner.cli.promoting import promote_round
 
     if decay not in ("steps", "share"):
         raise typer.BadParameter(
-            "steps keeps the decay's length, share its part of the run", param_hint="--decay"
+            f"got {decay}; allowed: share (of the run) and steps (the length), whichever is to be kept",
+            param_hint="--decay",
         )
-    kept: Literal["steps", "share"] = "share" if decay == "share" else "steps"
+    kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
     path = promote_round(
         _folder(),
         to=to,
@@ -234,6 +258,7 @@ def promote(
         max_train_steps=max_train_steps,
         top=top,
         decay=kept,
+        add=add or (),
         force=force,
         as_json=json,
     )

@@ -1,55 +1,123 @@
-"""Which decay branches a round owes, and what those that have run say of shorter horizons."""
+"""Which comparison runs a round owes, and what those that have run say of shorter horizons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from tuner.playbook.results import BranchResult
-from tuner.playbook.schedule import DecayBranch, decay_branches
-from tuner.playbook.selection import leading_trials, num_leading
+from tuner.playbook.gain import wants_comparison
+from tuner.playbook.horizon import Diagnosis, diagnose, signs
+from tuner.playbook.results import BranchResult, RoundResults
+from tuner.playbook.schedule import (
+    ComparisonRule,
+    ComparisonRun,
+    comparison_runs,
+    decay_length,
+    half_from_scratch,
+    shorter_decay,
+)
+from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
+from tuner.playbook.sweep import is_sweep
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
+_SETTLED = frozenset({Diagnosis.NO_LEARNING, Diagnosis.TOO_LONG, Diagnosis.OVERFITTING})
+"""Diagnoses that hold whatever the last doubling was worth."""
 
-def expected_branches(
-    num_trials: int, hyperparameters: Hyperparameters, max_train_steps: int, *, most: int | None = None
-) -> tuple[DecayBranch, ...]:
-    """The branches of a round of so many trials with such hyperparameters, if all of them end complete.
 
-    `most` is how many trials keep their trunks, None for all. Rule: this project's decision, "Decay
-    branches".
+def expected_runs(
+    num_trials: int,
+    hyperparameters: Hyperparameters,
+    max_train_steps: int,
+    *,
+    rule: ComparisonRule,
+    num_kept: int | None = None,
+) -> tuple[ComparisonRun, ...]:
+    """Return the most comparison runs that a round of so many such trials makes.
+
+    `num_kept` trials still have their stable checkpoints at the end of the round; None is all. Rule: this
+    project's decision, "Comparison runs".
     """
-    leading = num_leading(num_trials) if most is None else min(num_leading(num_trials), most)
-    return leading * decay_branches(hyperparameters, max_train_steps)
+    runs = comparison_runs(hyperparameters, max_train_steps, rule=rule)
+    leading = num_leading(num_trials) if rule is True else min(num_trials, 1)
+    kept = leading if num_kept is None else min(leading, num_kept)
+    half = half_from_scratch(hyperparameters, max_train_steps)
+    return kept * runs + (leading - kept) * ((half,) if runs and half else ())
 
 
-def owed_branches(trials: Sequence[Trial], max_train_steps: int) -> tuple[Branch, ...]:
-    """The branches of the leading trials that kept the trunk's checkpoint they begin at, best trial first.
+def owed_branches(
+    results: RoundResults, earlier: Sequence[RoundResults] = (), *, rule: ComparisonRule
+) -> tuple[Branch, ...]:
+    """Return the comparison runs that a round makes after its last trial, best trial first.
 
-    A trial that went on from a later step of an earlier round has no such checkpoint in this one. Rule: this
-    project's decision, "Decay branches".
+    By `auto` that of the best trial, where what the last doubling was worth decides and nothing else shows it
+    well; by `True` those of all leading trials. Without its stable checkpoint (it was given up, or the trial
+    continues from a later step of an earlier round) the run to T/2 starts from scratch, and one to T/sqrt(2)
+    is left out. Rule: this project's decision, "Comparison runs".
     """
+    if rule is False or is_sweep(results.name):
+        return ()
+    leading = leading_trials(results.trials, results.max_train_steps)
+    if rule == "auto":
+        leading = leading[:1] if _needs_comparison(results, leading, earlier) else ()
     return tuple(
-        Branch(lead.trial.number, planned.max_train_steps, planned.from_step)
-        for lead in leading_trials(trials, max_train_steps)
-        for planned in decay_branches(lead.trial.hyperparameters, max_train_steps)
-        if lead.trial.checkpoint(CheckpointKind.TRUNK, planned.from_step) is not None
+        branch for lead in leading for branch in _branches_of(lead.trial, results.max_train_steps, rule=rule)
     )
 
 
-def branches_left(
-    trials: Sequence[Trial], max_train_steps: int, begun: Iterable[Branch]
-) -> tuple[Branch, ...]:
-    """The branches owed that have not ended, each as it stands.
+def _needs_comparison(
+    results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults]
+) -> bool:
+    if not wants_comparison(results, leading, earlier):
+        return False
+    # What has run already must not decide whether it is owed.
+    return diagnose(signs(replace(results, branches=()), earlier)) not in _SETTLED
 
-    Rule: this project's decision, "Decay branches": a round is complete after them.
+
+def _branches_of(trial: Trial, max_train_steps: int, *, rule: ComparisonRule) -> Iterator[Branch]:
+    half = half_from_scratch(trial.hyperparameters, max_train_steps)
+    for planned in comparison_runs(trial.hyperparameters, max_train_steps, rule=rule):
+        has_start = (
+            planned.from_step == 0 or trial.checkpoint(CheckpointKind.TRUNK, planned.from_step) is not None
+        )
+        if has_start:
+            yield Branch(trial.number, planned.max_train_steps, planned.from_step)
+        elif half is not None and planned.max_train_steps == half.max_train_steps:
+            yield Branch(trial.number, half.max_train_steps, 0)
+
+
+def branches_left(
+    results: RoundResults,
+    earlier: Sequence[RoundResults] = (),
+    *,
+    rule: ComparisonRule,
+    begun: Iterable[Branch],
+) -> tuple[Branch, ...]:
+    """Return the comparison runs owed that have not ended, each as it stands.
+
+    Rule: this project's decision, "Comparison runs": a round is complete after them.
     """
     known = {(branch.trial, branch.max_train_steps): branch for branch in begun}
-    owed = (known.get((b.trial, b.max_train_steps), b) for b in owed_branches(trials, max_train_steps))
-    return tuple(branch for branch in owed if branch.state == "open")
+    owed = owed_branches(results, earlier, rule=rule)
+    standing = (known.get((branch.trial, branch.max_train_steps), branch) for branch in owed)
+    return tuple(branch for branch in standing if branch.state == "open")
+
+
+def branch_hyperparameters(
+    branch: Branch, hyperparameters: Hyperparameters, max_train_steps: int
+) -> Hyperparameters:
+    """Return the trial's hyperparameters with the decay cut to the comparison run's horizon.
+
+    `max_train_steps` is the trial's. The decay keeps its share of the run, in whole steps. Rule: this
+    project's decision, "Comparison runs".
+    """
+    if not decay_length(hyperparameters):
+        return hyperparameters
+    decay = shorter_decay(hyperparameters, max_train_steps, branch.max_train_steps)
+    return {**hyperparameters, "decay_steps": decay}
 
 
 def branch_results(trials: Iterable[Trial], begun: Iterable[Branch]) -> tuple[BranchResult, ...]:
-    """What the complete branches measured: the trunk's evaluations up to where each left it, and its end.
+    """What the complete comparison runs measured: the evaluations up to where each starts, and its end.
 
     Rule: this project's decision, "gain": each horizon with its own decay of the same share.
     """

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from tuner.playbook.edges import number
+from tuner.playbook.edges import Edge, number
 from tuner.playbook.findings import percent
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import DecayRule, recut_decay
-from tuner.playbook.spaces import as_listed, moved_rate, narrowed, rate_range, widened
+from tuner.playbook.schedule import DecayRule, can_decay_linearly, recut_decay
+from tuner.playbook.spaces import (
+    as_listed,
+    beyond_edge,
+    capped,
+    higher_rates,
+    log_spaced,
+    moved_rate,
+    narrowed,
+    rate_range,
+    reaching,
+    widened,
+)
 from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Trial, TrialState, Value
+
+_RATE = "learning_rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,14 @@ class Carrying:
     """Trials around whose values spaces are narrowed, the incumbents among them, best first."""
     new_horizon: int
     decay: DecayRule
+    edges: Sequence[Edge] = ()
+    """Bounds at which the best trial lies; each is widened."""
+    widens_rates: bool = False
+    """Whether only the learning rates are raised, and all else stays as it is."""
+    reopened: Mapping[str, Dimension] = field(default_factory=dict)
+    """What comes back as it was in an earlier round."""
+    added: Mapping[str, Dimension] = field(default_factory=dict)
+    """What the user adds to the search."""
 
     def changes(self) -> dict[str, HyperparameterChange]:
         """What every hyperparameter becomes, in the old space's order.
@@ -49,33 +70,51 @@ class Carrying:
     def point(self, incumbent: Trial) -> dict[str, Value]:
         """All hyperparameters of an incumbent in the next round: its own, the decay re-cut."""
         values = dict(incumbent.hyperparameters)
+        for name in self.added:
+            old = self.results.space.get(name)
+            if name not in values and isinstance(old, Fixed):
+                values[name] = old.value
         if "decay_steps" in values:
-            values["decay_steps"] = self._recut(values["decay_steps"])
+            values["decay_steps"] = self._recut(values["decay_steps"], incumbent)
         return values
 
     def _change(self, name: str, old: Dimension) -> HyperparameterChange:
         tier = tier_of(name)
+        points = [self.point(trial) for trial in self.incumbents]
+        held = [point[name] for point in points if name in point]
+        if name in self.added:
+            new, reason = _added(self.added[name], held)
+            return HyperparameterChange(old, new, tier, reason)
         new, reason = self._dimension(name, old, tier)
-        held = widened(new, [self.point(t)[name] for t in self.incumbents if name in t.hyperparameters])
-        if held != new:
+        if (edge := self._edge(name)) is not None:
+            further = self._beyond(name, old, new, edge)
+            if further != new:
+                reason += f"; widened, since the best trial is at the {edge.side} bound, {edge.bound:g}"
+            new = further
+        wide = widened(new, held)
+        if wide != new:
             reason += "; widened to hold the enqueued trials"
-        return HyperparameterChange(old, held, tier, reason)
+        return HyperparameterChange(old, wide, tier, reason)
 
     def _dimension(self, name: str, old: Dimension, tier: Tier) -> tuple[Dimension, str]:
         if name == "decay_steps":
             return self._decay(old)
+        if self.widens_rates:
+            return self._with_higher_rates(name, old)
+        if name in self.reopened:
+            return self.reopened[name], "re-opened: the earlier order of trials did not hold"
         if isinstance(old, TimesSqrtRank):
             return old, "follows lora_r"
         if isinstance(old, Fixed):
             return old, self._reason_to_stay(name)
-        values = [t.hyperparameters[name] for t in self.leading if name in t.hyperparameters]
+        values = self._values(name)
         if not values:
-            return old, "searched as before: no trial is complete"
+            return old, "searched as before: no complete trial beat the base model"
         match tier:
             case Tier.VERY_LIKELY:
                 return Fixed(values[0]), "the best trial's value, very likely to hold in longer runs"
             case Tier.KEPT:
-                return Fixed(values[0]), "the best trial's value; changing it would start the tuning anew"
+                return Fixed(values[0]), "the best trial's value; changing it would start the tuning over"
             case Tier.LIKELY:
                 new = as_listed(old, values)
                 agree = "agree on it" if isinstance(new, Fixed) else "used these"
@@ -85,17 +124,59 @@ class Carrying:
             case Tier.MIGHT:
                 return self._might(name, old, values)
 
+    def _values(self, name: str) -> list[Value]:
+        """The leading trials' values, the best trial's first."""
+        return [t.hyperparameters[name] for t in self.leading if name in t.hyperparameters]
+
+    def _with_higher_rates(self, name: str, old: Dimension) -> tuple[Dimension, str]:
+        if name != _RATE:
+            return old, "as before: higher learning rates come first"
+        limits = self.results.limits.get(name, (None, None))
+        return higher_rates(old, limits), (
+            "up to 10 times higher: the best trials had the highest rates, so all of them may be too small"
+        )
+
+    def _edge(self, name: str) -> Edge | None:
+        if self.widens_rates:
+            return None
+        return next((edge for edge in self.edges if edge.name == name), None)
+
+    def _beyond(self, name: str, old: Dimension, new: Dimension, edge: Edge) -> Dimension:
+        """The next dimension, made to reach beyond the bound of the old one at which the best trial lies."""
+        is_decay = name == "decay_steps"
+        before = new if is_decay else old
+        # Where the tier would fix it, it stays searched, around the leading trials.
+        base = new if is_decay or isinstance(new, type(old)) else narrowed(old, self._values(name))
+        wide = beyond_edge(before, edge, self.results.limits.get(name, (None, None)))
+        if name in ("warmup_steps", "decay_steps"):
+            room = self._room(name)
+            if room <= longest(base):
+                return new
+            wide = capped(wide, room)
+        return new if wide == before else reaching(base, wide, edge.side)
+
+    def _room(self, name: str) -> float:
+        """The longest warmup or decay that the other one leaves room for."""
+        space = self.results.space
+        if not self._can_be_linear() or not {"warmup_steps", "decay_steps"} <= space.keys():
+            return self.new_horizon
+        if name == "warmup_steps":
+            return self.new_horizon - longest(self._decay(space["decay_steps"])[0])
+        return self.new_horizon - longest(self._change("warmup_steps", space["warmup_steps"]).to_dimension)
+
     def _reason_to_stay(self, name: str) -> str:
-        if name == "learning_rate" and self.new_horizon != self.results.max_train_steps:
+        if name == _RATE and self.new_horizon != self.results.max_train_steps:
             factor = moved_rate(1.0, old_horizon=self.results.max_train_steps, new_horizon=self.new_horizon)
             return f"fixed, as before; other horizons often want another rate, here about {factor:.2f} times"
         return "fixed, as before"
 
     def _might(self, name: str, old: Choices | Range, values: Sequence[Value]) -> tuple[Dimension, str]:
         rate = number(values[0])
-        if name != "learning_rate" or not isinstance(old, Range) or rate is None:
+        if name != _RATE or not isinstance(old, Range) or rate is None:
             return narrowed(old, values), "around the leading trials; might hold in longer runs"
         centre = moved_rate(rate, old_horizon=self.results.max_train_steps, new_horizon=self.new_horizon)
+        if (edge := self._edge(name)) is not None and edge.side == "upper":
+            centre = max(centre, rate)
         space = rate_range(old, centre, ceiling=self._unstable_rate())
         moved = f" moved by {centre / rate:.2f} for the new horizon" if centre != rate else ""
         return space, f"a third to three times the best trial's {rate:.2g}{moved}"
@@ -105,49 +186,71 @@ class Carrying:
         rates = [
             (rate, trial.state == TrialState.INFEASIBLE)
             for trial in self.results.results
-            if (rate := number(trial.hyperparameters.get("learning_rate"))) is not None
+            if (rate := number(trial.hyperparameters.get(_RATE))) is not None
         ]
         edge = max((rate for rate, infeasible in rates if not infeasible), default=math.inf)
         return min((rate for rate, infeasible in rates if infeasible and rate > edge), default=math.inf)
 
     def _decay(self, old: Dimension) -> tuple[Dimension, str]:
+        if self.results.max_train_steps == self.new_horizon:
+            return old, "as before, and so is the horizon"
         new = _mapped(old, self._recut)
         if not self._can_be_linear():
-            return new, "means nothing to this schedule"
-        if self.results.max_train_steps == self.new_horizon:
-            return new, "as before, and so is the horizon"
-        if self.decay == "share":
-            return new, "re-cut: the same share of the run as before"
-        now = ""
+            return new, "as before" if new == old else "shortened to fit into the run"
         if isinstance(old, Fixed) and isinstance(new, Fixed):
             before, after = (int(number(d.value) or 0) for d in (old, new))
-            if after < before:
+            now = f", {percent(after / self.new_horizon)}"
+            if after < self._wanted_decay(before):
                 return new, f"re-cut: all that the warmup leaves of {self.new_horizon} steps"
-            now = f", {percent(after / self.new_horizon)} now"
-        return new, f"re-cut: as long as before, and at least 20% of the run{now}"
+        else:
+            now = ""
+        if self.decay == "share":
+            return new, f"re-cut: the same share of the run as before{now}"
+        return new, f"re-cut: as long as before, and at least 20% of the run{now and now + ' now'}"
 
     def _can_be_linear(self) -> bool:
-        match self.results.space.get("schedule"):
-            case Fixed(value=value):
-                return value == "linear"
-            case Choices(values=values):
-                return "linear" in values
-            case _:
-                return False
+        return can_decay_linearly(self.results.space)
 
-    def _recut(self, decay_steps: Value) -> int:
-        warmups = [number(trial.hyperparameters.get("warmup_steps")) for trial in self.incumbents]
+    def _recut(self, decay_steps: Value, incumbent: Trial | None = None) -> int:
+        """The decay in the next round, of one trial or of any."""
+        known = int(number(decay_steps) or 0)
+        if self.results.max_train_steps == self.new_horizon:
+            own = number(incumbent.hyperparameters.get("warmup_steps")) if incumbent else None
+            return max(0, min(known, self.new_horizon - int(own or 0)))
+        if not self._can_be_linear():
+            return max(0, min(known, self.new_horizon - self._longest_warmup()))
+        return self._wanted_decay(known, warmup_steps=self._longest_warmup())
+
+    def _wanted_decay(self, decay_steps: int, *, warmup_steps: int = 0) -> int:
         return recut_decay(
-            int(number(decay_steps) or 0),
+            decay_steps,
             old_horizon=self.results.max_train_steps,
             new_horizon=self.new_horizon,
-            warmup_steps=int(max((w or 0 for w in warmups), default=self._longest_old_warmup())),
+            warmup_steps=warmup_steps,
             keep=self.decay,
         )
+
+    def _longest_warmup(self) -> int:
+        """The longest of what is carried over; of what may be drawn where nothing is."""
+        warmups = [number(trial.hyperparameters.get("warmup_steps")) for trial in self.incumbents]
+        return int(max((w or 0 for w in warmups), default=self._longest_old_warmup()))
 
     def _longest_old_warmup(self) -> float:
         old = self.results.space.get("warmup_steps")
         return longest(old) if old is not None else 0
+
+
+def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
+    """What the user adds, made to hold the incumbents' values."""
+    numbers = [n for value in held if (n := number(value)) is not None]
+    if isinstance(wanted, Range) and wanted.log and min(numbers, default=1.0) <= 0:
+        listed = as_listed(wanted, (*dict.fromkeys(held), *log_spaced(wanted)))
+        return (
+            listed,
+            "added by --add, as a list: a logarithmic range cannot hold the 0 of the enqueued trials",
+        )
+    new = widened(wanted, held)
+    return new, "added by --add" + ("; widened to hold the enqueued trials" if new != wanted else "")
 
 
 def longest(dimension: Dimension) -> float:

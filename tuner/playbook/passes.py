@@ -12,7 +12,7 @@ from tuner.playbook.promotion import NextRound
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
 from tuner.playbook.search import with_a_model
-from tuner.playbook.selection import ranked
+from tuner.playbook.selection import beats_the_base, ranked
 from tuner.playbook.tiers import tier_of
 from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
 
@@ -95,7 +95,7 @@ def num_carried(num_trials: int) -> int:
 
 
 def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tuple[Trial, ...]:
-    """Complete trials of a horizon that no longer round has taken up, best first.
+    """Return the trials of a horizon that beat the base model and that no longer round has run, best first.
 
     Rule: this project's decision: a trial that was just behind in its own pass may lead in the next.
     """
@@ -107,7 +107,8 @@ def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tupl
         if trial.state != TrialState.FAILED
     }
     same = [trial for r in rounds if r.max_train_steps == max_train_steps for trial in r.trials]
-    return tuple(trial for trial, _ in ranked(same) if configuration(trial) not in taken)
+    left = (trial for trial, _ in ranked(same) if configuration(trial) not in taken)
+    return tuple(trial for trial in left if beats_the_base(trial))
 
 
 def plan_round_anew(
@@ -128,14 +129,14 @@ def plan_round_anew(
         old_max_train_steps=last.max_train_steps,
         max_train_steps=first.max_train_steps,
         evaluate_every=first.evaluate_every,
-        decay="steps",
+        decay="share",
         space=first.space,
         changes=changes,
         enqueue=(),
         trials_total=trials,
         sampler=with_a_model(first.sampler),
-        sampler_reason="learns from all rounds so far",
+        sampler_reason="learns from the trials of all rounds",
         proposed_seeds=(),
         findings=reading.findings,
-        notes=(f"Pass {number} begins: the horizon and the space of {first.name} again.",),
+        notes=(f"Pass {number} begins, with the horizon and the space of {first.name}.",),
     )

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from tuner.errors import InputError, TunerError
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.continuation import continuation_step
+from tuner.playbook.edges import Edge, number
 from tuner.playbook.findings import Finding, Severity, counted, percent
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.precision import paired_standard_error
 from tuner.playbook.reading import Reading
+from tuner.playbook.remarks import remarks
+from tuner.playbook.reopening import overturned_order, reopened_space, reopening_findings
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import DecayRule, tiny_rate_share
+from tuner.playbook.schedule import DecayRule, can_decay_linearly, tiny_rate_share
 from tuner.playbook.search import Sampler, default_sampler, search_findings
-from tuner.playbook.selection import objective_score, ranked
-from tuner.records import Dimension, Hyperparameters, Space, Trial, searched
+from tuner.playbook.selection import beats_the_base, distinct, objective_score, ranked
+from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 
 TOP = 3
-"""Trials that are carried over as they are."""
+"""Most trials that are carried over as they are."""
 TINY_RATE_SHARE = 0.5
 
 
@@ -61,11 +64,11 @@ class NextRound:
     sampler: Sampler
     sampler_reason: str
     proposed_seeds: tuple[int, ...]
-    """Other seeds for the best two, where what parts them is within the noise; else empty."""
+    """Other seeds for the best two, where they differ by less than the noise; else empty."""
     findings: tuple[Finding, ...]
     """The reading's, and those of the promotion itself."""
     notes: tuple[str, ...]
-    """What a person should know before running it."""
+    """What to know before running it."""
 
 
 def plan_next_round(
@@ -73,23 +76,41 @@ def plan_next_round(
     reading: Reading,
     *,
     to: str,
+    earlier: Sequence[RoundResults] = (),
     max_train_steps: int | None = None,
-    top: int = TOP,
-    decay: DecayRule = "steps",
+    top: int | None = None,
+    decay: DecayRule = "share",
+    added: Mapping[str, Dimension] | None = None,
     candidates: Sequence[Trial] | None = None,
     adds_trials: bool = True,
 ) -> NextRound:
-    """What carries over from a round to the next, at the suggested horizon or the given one.
+    """Return what carries over from a round to the next, at the suggested horizon or the given one.
 
-    The top are chosen among `candidates`, trials of this horizon; of the round where none are given.
+    `earlier` are the study's rounds before, oldest first. The top, three or half of the round's trials where
+    that is fewer, are chosen among `candidates`, trials of this horizon; of the round where none are given.
+    `added` are dimensions that the user adds to the search.
     Raises TunerError when no horizon is given and the reading suggests none, InputError for a horizon
     that cannot hold one evaluation interval or the warmup. Rule: Deep Learning Tuning Playbook, "Round
     2: Fewer runs, but of longer duration"; counts are this project's decisions.
     """
     horizon = _horizon(results, reading, max_train_steps)
-    best = incumbents(results.trials if candidates is None else candidates, top)
+    num_kept = num_carried_over(len(results.results)) if top is None else top
+    best = incumbents(results.trials if candidates is None else candidates, num_kept)
     leading = best + [lead.trial for lead in reading.leading if lead.trial not in best]
-    carrying = Carrying(results, best, leading, horizon, decay)
+    widens_rates = reading.widens_rates and horizon == results.max_train_steps
+    overturned = overturned_order(results, earlier, noise=reading.noise)
+    reopened = reopened_space(results, overturned) if overturned and not widens_rates else {}
+    carrying = Carrying(
+        results,
+        best,
+        leading,
+        horizon,
+        decay,
+        edges=_edges(results, reading),
+        widens_rates=widens_rates,
+        reopened=reopened,
+        added=added or {},
+    )
     changes = carrying.changes()
     _refuse_long_warmup(changes, horizon)
     space = {name: change.to_dimension for name, change in changes.items()}
@@ -101,7 +122,11 @@ def plan_next_round(
         new_horizon=horizon,
         is_searched=adds_trials and bool(searched(space)),
     )
-    sampler, sampler_reason = default_sampler(knows_good_trials=bool(best), before=results.sampler)
+    sampler, sampler_reason = default_sampler(
+        knows_good_trials=bool(best),
+        before=results.sampler,
+        is_narrowed=not widens_rates and not reopened,
+    )
     seeds = proposed_seeds(results, noise=reading.noise)
     return NextRound(
         from_round=results.name,
@@ -120,29 +145,53 @@ def plan_next_round(
         findings=(
             *reading.findings,
             *search_findings(space, total),
+            *reopening_findings(overturned, reopened, widens_rates=widens_rates),
             *_tiny_rate(carrying),
             *_lead_within_noise(seeds),
         ),
-        notes=(*_notes(results, reading, horizon), *_nothing_to_run(enqueue, total, horizon)),
+        notes=(
+            *_notes(results, reading, horizon, space),
+            *remarks(results, reading, space, best, earlier),
+            *_nothing_to_run(enqueue, total, horizon),
+        ),
     )
+
+
+def num_carried_over(num_trials: int) -> int:
+    """Return how many of a round's trials the next one runs first: three, or half where that is fewer.
+
+    At least one. Rule: Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer duration"; the
+    numbers are this project's decision.
+    """
+    return min(TOP, max(1, num_trials // 2))
+
+
+def _edges(results: RoundResults, reading: Reading) -> tuple[Edge, ...]:
+    """The bounds to widen; the learning rate's, too, where only higher rates are said to come first."""
+    name = "learning_rate"
+    if not reading.widens_rates or any(edge.name == name for edge in reading.edges):
+        return reading.edges
+    rate = number(reading.leading[0].trial.hyperparameters.get(name))
+    return reading.edges if rate is None else (*reading.edges, Edge(name, "upper", rate, rate))
 
 
 def num_trials(
     old_total: int, *, enqueued: int, old_horizon: int, new_horizon: int, is_searched: bool = True
 ) -> int:
-    """Trials of the next round: trials x T1/T2, at least two new ones, at most as many as before.
+    """Return the trials of the next round: trials x T1/T2, at least two new ones, at most as many as before.
 
-    Only the enqueued ones where nothing is to be searched. Rule: Deep Learning Tuning Playbook, "Round
+    In any case one new one, so that something new is tried; only the enqueued ones where nothing is to be
+    searched. Rule: Deep Learning Tuning Playbook, "Round
     2: Fewer runs, but of longer duration"; the numbers are this project's decision.
     """
     if not is_searched:
         return max(1, enqueued)
     wanted = max(round(old_total * old_horizon / new_horizon), enqueued + 2)
-    return max(1, enqueued, min(wanted, old_total))
+    return max(enqueued + 1, min(wanted, old_total))
 
 
 def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, ...]:
-    """Two other seeds for the best two trials when what parts them is within the noise; else none.
+    """Return two other seeds for the best two trials when they differ by less than the noise; else none.
 
     The noise is that of their own paired difference or `noise` (relative to the loss), whichever is
     larger; where answers are the objective, that of the two scores' difference. Rule: Deep Learning Tuning
@@ -174,15 +223,11 @@ def _answers_error(*trials: Trial) -> float:
 
 
 def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
-    """The best trials, of several with the same hyperparameters and seed only the first.
+    """Return the best trials that beat the base model, of copies only the first.
 
     Rule: this project's decision, "The next round": what is carried over as it is.
     """
-    distinct: list[Trial] = []
-    for trial, _ in ranked(trials):
-        if not any(trial.hyperparameters == other.hyperparameters for other in distinct):
-            distinct.append(trial)
-    return distinct[:top]
+    return list(distinct(trial for trial, _ in ranked(trials) if beats_the_base(trial))[:top])
 
 
 def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
@@ -190,7 +235,7 @@ def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
     if horizon is None:
         raise TunerError(
             f"{results.name} suggests no horizon for the next round: {' '.join(reading.evidence)} "
-            "Give --max-train-steps to go on nevertheless."
+            "Pass --max-train-steps to promote nevertheless."
         )
     if horizon < results.evaluate_every:
         raise InputError(
@@ -226,8 +271,8 @@ def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
             "tiny_rate",
             Severity.WARNING,
             f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} that the horizon gains would "
-            "run below a tenth of the peak rate, where they teach little: a linear schedule with a decay as "
-            "long as before spends them at the peak.",
+            "run below a tenth of the peak rate, where they teach little. A longer horizon, or a constant "
+            "rate until a short decay, spends more steps at the peak.",
             {"share": share, "steps": float(horizon - old_horizon)},
         )
 
@@ -237,9 +282,9 @@ def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
         yield Finding(
             "lead_within_noise",
             Severity.INFO,
-            "What parts the best two trials is within the noise. Before adopting the winner, run both again "
-            f"with other seeds: training_seed {' and '.join(map(str, seeds))}, each as an entry of "
-            f"search.enqueue, where training_seed is a list that holds them.",
+            "The best two trials differ by less than the noise. Before adopting the winner, run both again "
+            f"with other seeds, training_seed {' and '.join(map(str, seeds))}: make training_seed a list "
+            "that holds them, and add the runs to search.enqueue.",
         )
 
 
@@ -248,15 +293,16 @@ def _nothing_to_run(enqueue: Sequence[EnqueuedTrial], total: int, horizon: int) 
         yield "All of its trials are complete already: raise search.trials to run new ones."
 
 
-def _notes(results: RoundResults, reading: Reading, horizon: int) -> Iterator[str]:
+def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) -> Iterator[str]:
     suggested, cap = reading.suggested_max_train_steps, results.production_steps
     if suggested is not None and horizon != suggested:
-        yield f"The horizon of {horizon} steps was given; the playbook suggests {suggested}."
+        yield f"The next round trains for {horizon} steps; the playbook suggests {suggested}."
     if cap is not None and horizon > cap:
         yield f"{horizon} steps are more than run.production_steps, {cap}."
     if horizon > 3 * results.max_train_steps:
         yield "More than three times the last horizon: what was best there may not be best here."
-    if reading.diagnosis == Diagnosis.TOO_SHORT:
-        yield "Where best steps are late, the decay wants tuning again as well: try other decay_steps."
-    if not ranked(results.trials):
-        yield "No trial of the last round is complete, so nothing is enqueued and no space is narrowed."
+    has_decay = can_decay_linearly(space) and longest(space.get("decay_steps", Fixed(0))) > 0
+    if reading.diagnosis == Diagnosis.TOO_SHORT and horizon > results.max_train_steps and has_decay:
+        yield "The best steps are late: also retune decay_steps."
+    if not incumbents(results.trials, 1):
+        yield "No complete trial beat the base model, so nothing is enqueued and no range is narrowed."

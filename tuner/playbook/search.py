@@ -17,8 +17,10 @@ _TRIALS_NEEDED = (("adam_beta1", 10), ("adam_epsilon", 25), ("adam_beta2", 100))
 """Trials from which on a name of Adam's is worth searching; far more than 25 is taken as 100."""
 
 
-def default_sampler(*, knows_good_trials: bool, before: Sampler = "quasi-random") -> tuple[Sampler, str]:
-    """The sampler of a round and the reason for it; `before` is that of the round which it follows.
+def default_sampler(
+    *, knows_good_trials: bool, before: Sampler = "quasi-random", is_narrowed: bool = True
+) -> tuple[Sampler, str]:
+    """Return the sampler of a round and the reason for it; `before` is that of the round which it follows.
 
     A first round knows no good trials, nor does one that follows a round without a complete trial. Rule:
     Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search instead of
@@ -26,9 +28,10 @@ def default_sampler(*, knows_good_trials: bool, before: Sampler = "quasi-random"
     round exploits.
     """
     if not knows_good_trials:
-        return "quasi-random", "no good trials are known yet: these cover the space evenly"
-    reason = "the space has been narrowed around good trials: a model of them may choose now"
-    return with_a_model(before), reason
+        return "quasi-random", "no good trials are known yet: it covers the space evenly"
+    if not is_narrowed:
+        return with_a_model(before), "learns from the trials of all rounds"
+    return with_a_model(before), "the space is narrowed around good trials: now a model of them chooses"
 
 
 def with_a_model(sampler: Sampler) -> Literal["tpe", "gp"]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Literal, TypeAlias
 
-from tuner.playbook.edges import WIDENING, Edge, listed_numbers
+from tuner.playbook.edges import WIDENING, Edge, listed_numbers, number
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
 Limits: TypeAlias = tuple[float | None, float | None]
@@ -20,6 +21,10 @@ MARGIN = 0.25
 """Share of the leading trials' spread that a narrowed range leaves on both sides of them."""
 MIN_MARGIN = 0.05
 """Share of the old range that it leaves at least."""
+MAX_NEW_VALUES = 5
+"""Values by which a list of learning rates is widened at once."""
+MAX_LISTED = 8
+"""Steps in which a logarithmic range becomes a list."""
 DIGITS = 2
 """Significant digits of the bounds that are written."""
 
@@ -115,9 +120,80 @@ def beyond_edge(old: Dimension, edge: Edge, limits: Limits) -> Dimension:
             following = _next_value(values if edge.side == "upper" else values[::-1])
             if not _within(following, limits) or following in values:
                 return old
-            return as_listed(old, (*old.values, _like(old.values[0], following)))
+            return _in_order(old, (*old.values, _like(old.values[0], following)))
         case _:
             return old
+
+
+def reaching(narrow: Dimension, wide: Dimension, side: Literal["lower", "upper"]) -> Dimension:
+    """Return a narrowed dimension that reaches as far as a wider one on one side.
+
+    Rule: this project's decision, "An edge comes first": what is narrowed stays so on the other side.
+    """
+    match narrow, wide:
+        case Range(), Range():
+            low = narrow.low if side == "upper" else min(narrow.low, wide.low)
+            high = narrow.high if side == "lower" else max(narrow.high, wide.high)
+            return Range(low, high, log=wide.log and low > 0, integer=narrow.integer and wide.integer)
+        case ((Fixed() | Choices()), Choices(values=values)):
+            used = (narrow.value,) if isinstance(narrow, Fixed) else narrow.values
+            outermost = (max if side == "upper" else min)(listed_numbers(wide))
+            return as_listed(wide, (*used, *(value for value in values if value == outermost)))
+        case _:
+            return narrow
+
+
+def capped(dimension: Dimension, highest: float) -> Dimension:
+    """Return the dimension without what is above a number; unchanged where nothing else would be left.
+
+    Rule: this project's decision: warmup and decay fit into the horizon.
+    """
+    match dimension:
+        case Range(low=low, high=high) if low < highest < high:
+            return replace(dimension, high=highest)
+        case Choices(values=values):
+            kept = [v for v in values if not isinstance(v, (int, float)) or v <= highest]
+            return as_listed(dimension, kept) if kept else dimension
+        case _:
+            return dimension
+
+
+def higher_rates(old: Dimension, limits: Limits) -> Dimension:
+    """Return the learning rates with ten times the upper bound and the same lower one.
+
+    A list goes on by the factor of its last two values, to ten times the last. Rule: this project's decision,
+    "An edge comes first".
+    """
+    _, limit = limits
+    match old:
+        case Range(high=high):
+            wanted = rounded(high * WIDENING)
+            return replace(old, high=wanted if limit is None or wanted < limit else (high + limit) / 2)
+        case Choices() if values := listed_numbers(old):
+            factor = values[-1] / values[-2] if len(values) > 1 and values[-2] > 0 else WIDENING
+            count = round(math.log(WIDENING) / math.log(factor)) if factor < WIDENING else 1
+            count = max(1, min(MAX_NEW_VALUES, count))
+            following = [rounded(values[-1] * math.pow(WIDENING, (i + 1) / count)) for i in range(count)]
+            return as_listed(old, (*old.values, *(value for value in following if _within(value, limits))))
+        case _:
+            return old
+
+
+def log_spaced(old: Range) -> tuple[Value, ...]:
+    """Return values of a logarithmic range about a factor of three apart, both bounds among them.
+
+    Rule: this project's decision: a range with 0 in it is searched as a list.
+    """
+    count = max(1, min(MAX_LISTED, round(2 * math.log10(old.high / old.low))))
+    inner = (old.low * math.pow(old.high / old.low, i / count) for i in range(1, count))
+    written = [old.low, *(round(v) if old.integer else rounded(v) for v in inner), old.high]
+    return tuple(dict.fromkeys(int(v) if old.integer else v for v in written))
+
+
+def _in_order(old: Choices, values: Sequence[Value]) -> Choices:
+    """The values, rising where the old ones rose."""
+    rose = list(old.values) == listed_numbers(old)
+    return Choices(tuple(sorted(values, key=lambda value: number(value) or 0.0) if rose else values))
 
 
 def _range_beyond(

@@ -17,7 +17,7 @@ class Assignment:
 
     round: str
     trial: int
-    """The trial's number; a negative one names a decay branch."""
+    """The trial's number; a negative one names a comparison run."""
     attempt: int
     hyperparameters: Hyperparameters
     max_train_steps: int

@@ -219,30 +219,26 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A decay branch: a short run from a trial's trunk to a horizon of its own, decaying all the way.
+    """A comparison run: a trial's hyperparameters run to a shorter horizon on the same schedule.
 
-    It is no trial: it has no number, nothing of it is searched, and it leaves no adapter.
+    It is a decay branch where it starts from the trial's stable checkpoint. It is no trial: it has no number,
+    nothing of it is searched, and it leaves no adapter.
     """
 
     trial: int
-    """Number of the trial whose trunk it leaves."""
+    """Number of the trial that it is compared with."""
     max_train_steps: int
     """Its own horizon."""
     from_step: int
-    """Where it leaves the trunk."""
+    """Step of the stable checkpoint that it starts from; 0 from scratch."""
     attempts: tuple[Attempt, ...] = ()
     checkpoint: Checkpoint | None = None
-    """Where the next attempt goes on; None at the trunk's own checkpoint."""
+    """Where the next attempt resumes; None where it starts."""
     state: Literal["open", "complete", "infeasible", "failed"] = "open"
     """As of a trial; `open` until it has ended."""
     reason: str | None = None
     evaluation: Evaluation | None = None
     """At its horizon."""
-
-    @property
-    def decay_steps(self) -> int:
-        """Steps of its decay: all that it runs."""
-        return self.max_train_steps - self.from_step
 
     @property
     def executed_steps(self) -> int:
@@ -269,7 +265,7 @@ class RoundRecord:
     throughputs: tuple[Throughput, ...] = ()
     """Of every worker process that measured its work for the round, by session."""
     branches: tuple[Branch, ...] = ()
-    """Its decay branches that have begun, by trial and horizon."""
+    """Its comparison runs that have begun, by trial and horizon."""
 
     @property
     def throughput(self) -> Throughput | None:

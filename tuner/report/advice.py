@@ -235,12 +235,14 @@ def progress(report: RoundReport) -> str | None:
     if report.is_finished:
         return None
     if done >= report.num_promised:
-        return "This is how it looks without its decay branches; they may change what a doubling is worth."
+        return "This is how it looks before its comparison runs, which measure what a doubling is worth."
     return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."
 
 
 def next_step(report: RoundReport) -> str:
     """Why the next command is the one to type."""
+    if report.ended_because is not None:
+        return "The study has ended: use the best trial's adapter."
     if not report.is_finished:
         return "Finish the round first: the same command goes on where it stopped."
     if not report.results.complete:
@@ -283,7 +285,7 @@ def setting(report: RoundReport) -> dict[str, str]:
     )
     facts["cost"] = f"{report.executed_steps:,} steps run"
     if report.branch_steps:
-        facts["cost"] += f", {report.branch_steps:,} of them in decay branches"
+        facts["cost"] += f", {report.branch_steps:,} of them in comparison runs"
     if report.inherited_steps:
         facts["cost"] += f", {report.inherited_steps:,} more taken over from earlier trials"
     seconds = _trial_seconds(report)

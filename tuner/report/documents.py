@@ -46,7 +46,7 @@ class RoundStatus:
     throughput: Throughput | None = None
     """Of all its workers so far; None where nothing was measured."""
     branches_left: int = 0
-    """Decay branches that are owed and have not ended."""
+    """Comparison runs that are owed and have not ended."""
     overfitting: Mapping[int, int] = field(default_factory=dict)
     """Trials whose evaluation loss rises now, or did at their end, each with its best step."""
     seconds_left: float | None = None
@@ -64,7 +64,7 @@ class RoundPlan:
     train_rows: int
     eval_rows: int
     tokens: int
-    """Training tokens of all trials and decay branches together."""
+    """Training tokens of all trials and comparison runs together."""
     evaluation_share: float
     """Part of the work that is evaluation, 0 to 1."""
     checkpoint_bytes: int
@@ -73,7 +73,7 @@ class RoundPlan:
     hours: float | None = None
     """Measured by `--probe`."""
     branches: int = 0
-    """Decay branches that follow the last trial, if all trials end complete."""
+    """Comparison runs that follow the last trial, at most."""
     branch_steps: int = 0
     """What they run, all together."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def round_status(
     branches_left: int = 0,
     now: float | None = None,
 ) -> RoundStatus:
-    """Where a round stands, by its trials, the `search.trials` it promised and the decay branches it owes.
+    """Where a round stands, by its trials, the `search.trials` it promised and the comparison runs it owes.
 
     `now` is the time on the clock of the attempts that run; None where none does. A failed trial is
     replaced by a new one, so it does not count towards the promise.

@@ -49,8 +49,10 @@ class RoundReport:
     """Versions and hardware by name, as the report shows them."""
     scored: tuple[Trial, ...] = ()
     """The study's trials that were scored on `data.test`, in the order in which they were."""
+    ended_because: str | None = None
+    """Why `study auto` runs no further round; None where it did not end the study."""
     branches_left: int = 0
-    """Decay branches that the round still owes."""
+    """Comparison runs that the round still owes."""
 
     @property
     def name(self) -> str:
@@ -85,7 +87,7 @@ class RoundReport:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every promised trial has a result, and every decay branch has ended."""
+        """Whether every promised trial has a result, and every comparison run has ended."""
         return len(self.results.results) >= self.num_promised and not self.branches_left
 
     @property
@@ -108,12 +110,12 @@ class RoundReport:
 
     @property
     def executed_steps(self) -> int:
-        """Steps that all trials together have run, and their decay branches."""
+        """Steps that all trials together have run, and their comparison runs."""
         return sum(trial.executed_steps for trial in self.results.trials) + self.branch_steps
 
     @property
     def branch_steps(self) -> int:
-        """Those that decay branches have run."""
+        """Those that comparison runs have run."""
         return sum(branch.executed_steps for branch in self.record.branches)
 
     @property

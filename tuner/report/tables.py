@@ -47,7 +47,7 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
         where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is gone"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
-    lines += [Text(f"{s.round}: decay branches left: {s.branches_left}") for s in rounds if s.branches_left]
+    lines += [Text(f"{s.round}: comparison runs left: {s.branches_left}") for s in rounds if s.branches_left]
     lines += [
         Text(f"{s.round}: about {format.duration(s.seconds_left)} left at the pace so far")
         for s in rounds
@@ -218,7 +218,7 @@ def _branches(plan: RoundPlan) -> dict[str, str]:
         return {}
     share = format.percent(plan.branch_steps / (plan.trials * plan.max_train_steps))
     steps = format.count(plan.branch_steps, "step")
-    return {"decay branches": f"{plan.branches} after the last trial, {steps}: {share} more"}
+    return {"comparison runs": f"up to {plan.branches} after the last trial, {steps}: {share} more"}
 
 
 def _pairs(facts: Mapping[str, str]) -> Table:

@@ -126,14 +126,16 @@ class SearchSpec(BaseModel):
     model_config = STRICT
 
     trials: Count = 16
-    """Trials of the round. Infeasible ones count; those that a machine failed are replaced."""
+    """Trials of the round. Infeasible ones count; those that a machine failed are replaced. No point is tried
+    twice, so a search space with fewer points has a trial for each."""
     sampler: Literal["quasi-random", "tpe", "gp", "random", "grid"] = "quasi-random"
     """Who proposes: `quasi-random` covers the space evenly; `tpe` and `gp` model the results so far; `grid`
     goes through all combinations of lists."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler; training has its own, `hyperparameters.training_seed`."""
     enqueue: Annotated[list[dict[str, Any]], WithJsonSchema(enqueue_schema())] = []
-    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out.
+    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out. Each point
+    once: to run one again, list two values of `training_seed`.
     `continues: round1/3` goes on from that trial's run."""
 
     @field_validator("enqueue", mode="after")
@@ -267,10 +269,14 @@ class RunSpec(BaseModel):
     worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """The share of the loss that doubling the steps has to bring; a horizon whose last doubling brought no
     more is long enough."""
-    decay_branches: bool = False
-    """After the last trial, short runs from the leading trials' trunks that end at a half and at 0.71 of
-    `max_train_steps`, decaying alike: what the last doubling was worth, measured. Needs `schedule: linear`;
-    trials that ran without it have kept no checkpoint to begin at."""
+    decay_branches: Annotated[
+        Literal["auto"] | bool,
+        WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "boolean"}]}),
+    ] = "auto"
+    """Comparison runs, which measure what the last doubling of the steps was worth. `auto`: after the last
+    trial the best one is run to half of `max_train_steps` on the same schedule, where the rate decays and no
+    earlier round tells. `true`: all leading trials, to a half and to 0.71. `false`: none. With
+    `schedule: linear` they start from checkpoints of the trials and are short, else from scratch."""
     pruner: Literal["none", "median", "halving"] = "none"
     """Ends trials before the horizon: `median` one whose best loss is above the median of what at least five
     complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
@@ -278,6 +284,13 @@ class RunSpec(BaseModel):
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
     `pip install 'tuner[tensorboard]'`."""
+
+    @field_validator("decay_branches", mode="before")
+    @classmethod
+    def _auto_or_yes_or_no(cls, rule: object) -> object:
+        if rule != "auto" and not isinstance(rule, bool):
+            raise mistake(f"expects auto, true or false, got {shown(rule)}")
+        return rule
 
     @field_validator("slots", mode="before")
     @classmethod

@@ -165,7 +165,7 @@ class TrialAnswered:
 
 @dataclass(frozen=True, slots=True)
 class BranchAdvanced:
-    """Where a decay branch stands; the last said of a trial's branch to a horizon counts."""
+    """Where a comparison run stands; the last said of a trial's run to a horizon counts."""
 
     round: str
     branch: Branch

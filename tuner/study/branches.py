@@ -1,7 +1,7 @@
-"""A round's decay branches: which run next, from where, and what becomes of what their worker says.
+"""A round's comparison runs: which run next, from where, and what becomes of what their worker says.
 
-To a worker a branch is one more run, named by a negative number. Its files lie in a folder of their own
-under the round's and are deleted when it has ended: a branch leaves a loss, not an adapter.
+To a worker each is one more run, named by a negative number. Its files lie in a folder of their own
+under the round's and are deleted when it has ended: it leaves a loss, not an adapter.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from tuner.playbook.branching import branches_left
+from tuner.playbook import RoundResults
+from tuner.playbook.branching import branch_hyperparameters, branches_left
 from tuner.records import (
     Assignment,
     Attempt,
@@ -29,11 +31,12 @@ from tuner.store.facts import BranchAdvanced, Store
 from tuner.study.attempts import have_failed
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
+from tuner.study.results import earlier_results, round_results
 
 
 @dataclass(frozen=True)
-class DecayBranches:
-    """The decay branches of a round being run; everything they do is in the facts."""
+class ComparisonRuns:
+    """The comparison runs of a round being run; everything they do is in the facts."""
 
     plan: RoundPlan
     store: Store
@@ -45,23 +48,31 @@ class DecayBranches:
 
     def left(self) -> tuple[Branch, ...]:
         """Those that the round owes and that have not ended; right once every trial has."""
-        if not self.plan.has_branches:
+        rule = self.plan.comparison_rule
+        if rule is False:
             return ()
-        trials = self.store.trials(self.plan.name)
-        return branches_left(trials, self.plan.spec.max_train_steps, self._record.branches)
+        record = self._record
+        results = round_results(record, self.store.trials(self.plan.name))
+        return branches_left(results, self._earlier, rule=rule, begun=record.branches)
 
     def next_assignment(self) -> Assignment | None:
-        """The next attempt of a branch that no worker holds, from its own checkpoint or the trunk's."""
+        """The next attempt of a run that no worker holds: from its own checkpoint, else from its start.
+
+        Where the stable checkpoint is gone, the run to T/2 starts from scratch.
+        """
         for branch in self.left():
             if _is_running(branch):
                 continue
-            if (start := self._start(branch)) is not None:
+            start = self._start(branch)
+            if start is not None or branch.from_step == 0:
                 return self._assign(branch, start)
+            if branch.max_train_steps == round(self.plan.spec.max_train_steps / 2):
+                return self._assign(replace(branch, from_step=0), None)
             self._advance(replace(branch, state="failed", reason="its trunk's checkpoint is gone"))
         return None
 
     def record(self, event: Started | Progressed | Evaluated | Saved | Ended) -> None:
-        """Turn what a worker says of a branch into facts, then act on them."""
+        """Turn what a worker says of a comparison run into facts, then act on them."""
         branch = self._named(event.trial)
         match event:
             case Progressed(step=step):
@@ -78,7 +89,7 @@ class DecayBranches:
                 ended = self._ended(_ran(branch, step), outcome, reason)
                 self._finish(replace(ended, state=outcome, reason=reason))
             case Ended(outcome=outcome, reason=reason, step=step):
-                # The checkpoint of an attempt that failed cannot be used: the trunk's is next.
+                # The checkpoint of an attempt that failed cannot be used: the run starts over.
                 kept = None if outcome == "failed" else branch.checkpoint
                 self._try_again(self._ended(replace(_ran(branch, step), checkpoint=kept), outcome, reason))
             case _:
@@ -107,23 +118,26 @@ class DecayBranches:
         trunk = trial.checkpoint(CheckpointKind.TRUNK, branch.from_step)
         return None if trunk is None else self.folder.point(trunk)
 
-    def _assign(self, branch: Branch, start: StartingPoint) -> Assignment:
+    def _assign(self, branch: Branch, start: StartingPoint | None) -> Assignment:
         trial = self.store.trials(self.plan.name)[branch.trial]
-        attempt = Attempt(len(branch.attempts) + 1, start.step, start.step, self.clock())
+        step = start.step if start else 0
+        attempt = Attempt(len(branch.attempts) + 1, step, step, self.clock())
         self._tidy(branch)
         self._advance(replace(branch, attempts=(*branch.attempts, attempt)))
-        begins = "goes on" if start.step > branch.from_step else "leaves the trunk"
-        self.say(f"{_name(branch)} {begins} at step {start.step}")
+        begins = "resumes" if step > branch.from_step else "starts"
+        self.say(f"{_name(branch)} {begins} at step {step}")
         return Assignment(
             round=self.plan.name,
             trial=self._number(branch),
             attempt=attempt.number,
-            hyperparameters={**trial.hyperparameters, "decay_steps": branch.decay_steps},
+            hyperparameters=branch_hyperparameters(
+                branch, trial.hyperparameters, self.plan.spec.max_train_steps
+            ),
             max_train_steps=branch.max_train_steps,
             evaluate_every=self.plan.spec.evaluation.every_steps,
             directory=str(self._directory(branch)),
-            resume_from=str(start.path),
-            resume_sha256=start.sha256,
+            resume_from=str(start.path) if start else None,
+            resume_sha256=start.sha256 if start else None,
         )
 
     def _tidy(self, branch: Branch) -> None:
@@ -141,7 +155,7 @@ class DecayBranches:
         return replace(branch, attempts=(*before, last))
 
     def _try_again(self, branch: Branch) -> None:
-        """The branch waits for its next attempt, unless too many in a row came to nothing."""
+        """The run waits for its next attempt, unless too many in a row came to nothing."""
         newest = branch.from_step if branch.checkpoint is None else branch.checkpoint.step
         if have_failed(branch.attempts, newest_step=newest):
             reason = branch.attempts[-1].message or branch.attempts[-1].outcome
@@ -150,7 +164,7 @@ class DecayBranches:
             self._advance(branch)
 
     def _finish(self, branch: Branch) -> None:
-        """The branch has ended: the fact first, then its files go."""
+        """The run has ended: the fact first, then its files go."""
         self._advance(branch)
         shutil.rmtree(self._directory(branch), ignore_errors=True)
         end = branch.evaluation
@@ -158,6 +172,11 @@ class DecayBranches:
         self.say(f"{_name(branch)}: {branch.state}, {came_to}")
 
     # --- names and facts --------------------------------------------------------------------------
+
+    @cached_property
+    def _earlier(self) -> list[RoundResults]:
+        """The rounds before this one; they do not change while it runs."""
+        return earlier_results(self.store, self._record)
 
     @property
     def _record(self) -> RoundRecord:
@@ -167,7 +186,7 @@ class DecayBranches:
         self.store.record(BranchAdvanced(self.plan.name, branch))
 
     def _number(self, branch: Branch) -> int:
-        """What a worker calls it: below 0, and of one branch alone."""
+        """What a worker calls it: below 0, and of one run alone."""
         return -(branch.trial * (self.plan.spec.max_train_steps + 1) + branch.max_train_steps)
 
     def _named(self, number: int) -> Branch:
@@ -178,7 +197,7 @@ class DecayBranches:
 
 
 def _name(branch: Branch) -> str:
-    return f"decay branch of trial {branch.trial} to step {branch.max_train_steps}"
+    return f"comparison run of trial {branch.trial} to step {branch.max_train_steps}"
 
 
 def _is_running(branch: Branch) -> bool:
@@ -186,6 +205,6 @@ def _is_running(branch: Branch) -> bool:
 
 
 def _ran(branch: Branch, to_step: int) -> Branch:
-    """The branch when its open attempt has come to a step; the highest one counts."""
+    """The run when its open attempt has come to a step; the highest one counts."""
     *before, last = branch.attempts
     return replace(branch, attempts=(*before, replace(last, to_step=max(last.to_step, to_step))))

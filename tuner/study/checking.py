@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tuner.data import PreparedData
-from tuner.playbook.branching import expected_branches
-from tuner.playbook.schedule import evaluation_steps
+from tuner.playbook.branching import expected_runs
+from tuner.playbook.schedule import ComparisonRun, evaluation_steps
 from tuner.records import Choices, Dimension, Fixed, Range
 from tuner.report.documents import RoundPlan as PlannedRound
 from tuner.spec import RoundSpec
@@ -16,10 +18,10 @@ from tuner.study.keeping import num_kept
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a round's trials and decay branches do, all together."""
+    """What a round's trials and comparison runs do at most, all together."""
 
     steps: int
-    """Updates, those of the branches included."""
+    """Updates, those of the comparison runs included."""
     evaluations: int
     """Without those of the untouched base."""
     branches: int = 0
@@ -27,33 +29,31 @@ class Work:
 
 
 def planned_work(spec: RoundSpec) -> Work:
-    """The work of a round whose trials all begin at step 0 and end complete."""
+    """The work of a round whose trials begin at step 0 and end complete, with the most comparison runs."""
     horizon, every, trials = spec.max_train_steps, spec.evaluation.every_steps, spec.num_trials
     steps, evaluations = trials * horizon, trials * (len(evaluation_steps(horizon, every)) - 1)
-    if not spec.run.decay_branches:
-        return Work(steps, evaluations)
-    kept = num_kept(trials, spec.checkpoints.most_kept_trials)
-    space = spec.space()
-    lengths = {name: round(mean(space[name])) for name in ("warmup_steps", "decay_steps")}
-    schedules = _values(space["schedule"])
-    branches = [
-        branch
-        for schedule in schedules
-        for branch in expected_branches(trials, {**lengths, "schedule": schedule}, horizon, most=kept)
-    ]
-    # Where the schedule is searched, the leading trials have each of them equally often.
-    num, run, made = (
-        round(sum(parts) / len(schedules))
-        for parts in (
-            [1 for _ in branches],
-            [branch.decay_steps for branch in branches],
-            [
-                sum(step > branch.from_step for step in evaluation_steps(branch.max_train_steps, every))
-                for branch in branches
-            ],
+    runs = max(_expected_runs(spec), key=lambda runs: sum(run.num_steps for run in runs))
+    compared = sum(run.num_steps for run in runs)
+    made = sum(step > run.from_step for run in runs for step in evaluation_steps(run.max_train_steps, every))
+    return Work(steps + compared, evaluations + made, len(runs), compared)
+
+
+def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
+    """The round's comparison runs, for each schedule and the ends of its lengths, were all trials so."""
+    space, trials = spec.space(), spec.num_trials
+    # A trial that continues another's may have no checkpoint where its comparison run would start.
+    continue_others = any("continues" in entry for entry in spec.search.enqueue)
+    kept = 0 if continue_others else num_kept(trials, spec.checkpoints.most_kept_trials)
+    for schedule, warmup, decay in itertools.product(
+        _values(space["schedule"]), _ends(space["warmup_steps"]), _ends(space["decay_steps"])
+    ):
+        yield expected_runs(
+            trials,
+            {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay},
+            spec.max_train_steps,
+            rule=spec.run.decay_branches,
+            num_kept=kept,
         )
-    )
-    return Work(steps + run, evaluations + made, num, run)
 
 
 def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) -> PlannedRound:
@@ -94,6 +94,17 @@ def mean(dimension: Dimension) -> float:
             return (low + high) / 2
         case other:
             raise TypeError(f"{other} is no number")
+
+
+def _ends(dimension: Dimension) -> tuple[int, ...]:
+    """The least and the most that a length may be, and what is listed between."""
+    match dimension:
+        case Choices(values=values):
+            return tuple(int(value) for value in values)  # type: ignore[arg-type]
+        case Range(low=low, high=high):
+            return int(low), int(high)
+        case _:
+            return (round(mean(dimension)),)
 
 
 def _values(dimension: Dimension) -> tuple[str, ...]:

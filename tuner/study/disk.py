@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import InputError, StorageError
+from tuner.playbook.schedule import ComparisonRule
 from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
 from tuner.spec import RoundSpec
@@ -22,6 +23,9 @@ _WEIGHT_BYTES = 4
 """Of an adapter's weight on disk: float32."""
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
 """Of a weight's two moments."""
+
+_MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
+"""Stable checkpoints that a trial keeps for comparison runs."""
 
 WORKING_BYTES = 16 * 2**20
 """Room for the database and its journal, the logs and the tokenised rows of a small data set: with less,
@@ -37,7 +41,8 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """
     best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
     kept = num_kept(spec.num_trials, spec.checkpoints.most_kept_trials)
-    resumable = 4 if spec.run.decay_branches else 2
+    # A `last`, the end of the stable phase, and where comparison runs start.
+    resumable = 2 + _MOST_STARTS[spec.run.decay_branches]
     return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
 

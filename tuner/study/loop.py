@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
@@ -50,7 +51,7 @@ from tuner.store.facts import (
     WorkMeasured,
 )
 from tuner.study.attempts import MAX_ATTEMPTS, has_failed, has_open_attempt, unreplaced
-from tuner.study.branches import DecayBranches
+from tuner.study.branches import ComparisonRuns
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.keeping import num_carried_over, outranked, promised_trials
@@ -80,13 +81,13 @@ class RoundLoop:
     passes: int = 1
     """Of `study auto`: how often longer rounds take up what this one leaves."""
 
-    @property
-    def branches(self) -> DecayBranches:
-        """Those of the round: short runs after its last trial."""
-        return DecayBranches(self.plan, self.store, self.folder, self.clock, self.view.message)
+    @cached_property
+    def branches(self) -> ComparisonRuns:
+        """The round's comparison runs, after its last trial."""
+        return ComparisonRuns(self.plan, self.store, self.folder, self.clock, self.view.message)
 
     def run(self) -> None:
-        """Run until every promised trial has ended, and then every decay branch.
+        """Run until every promised trial has ended, and then every comparison run.
 
         Raises Interrupted when asked to stop, RoundStopped when model, data or metric cannot be used any
         more, WorkerError when the round cannot be completed.
@@ -108,7 +109,7 @@ class RoundLoop:
     # --- what to run next -------------------------------------------------------------------------
 
     def _next_assignment(self) -> Assignment | None:
-        """An interrupted trial first, then what the search has left, at last branches; None without any."""
+        """An interrupted trial first, then what the search has left, at last comparison runs; or None."""
         trials = self._trials()
         if self._have_ended(trials):
             return self.branches.next_assignment()

@@ -61,7 +61,7 @@ def _report(
         next_command=next_command(folder, results, reading, store),
         environment=environment(),
         scored=scores_of(store),
-        branches_left=num_branches_left(record, results.trials),
+        branches_left=num_branches_left(store, record),
     )
 
 
@@ -71,7 +71,7 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
     record = next(record for record in store.rounds() if record.name == results.name)
     missing = file is not None and len(results.results) < file.spec.num_trials
-    if missing or num_branches_left(record, results.trials):
+    if missing or num_branches_left(store, _as_it_stands(folder, record)):
         return run
     following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
     if following is not None and folder.file(following) is not None:

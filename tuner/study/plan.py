@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.playbook.schedule import trunk_steps
+from tuner.playbook.schedule import ComparisonRule, trunk_steps
 from tuner.records import Hyperparameters, Space
 from tuner.spec import RoundFile, RoundSpec
 
@@ -47,10 +47,10 @@ class RoundPlan:
         return self.file.directory / ".tuner-cache"
 
     @property
-    def has_branches(self) -> bool:
-        """Whether the leading trials' decay branches run after the last trial."""
+    def comparison_rule(self) -> ComparisonRule:
+        """Which comparison runs follow the last trial."""
         return self.spec.run.decay_branches
 
     def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
         """Steps at which a trial keeps a checkpoint for longer rounds; none without a constant part."""
-        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.has_branches)
+        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.comparison_rule)

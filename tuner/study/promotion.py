@@ -17,12 +17,13 @@ from tuner.playbook import NextRound, Reading, plan_next_round
 from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
-from tuner.playbook.schedule import DecayRule
+from tuner.playbook.schedule import DecayRule, can_decay_linearly
 from tuner.playbook.sweep import is_sweep
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store
 from tuner.store.facts import PromotionPlanned
+from tuner.study.additions import added_dimensions
 from tuner.study.folder import StudyFolder
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
@@ -32,8 +33,13 @@ class Overrides:
     """What the user decides instead of the playbook."""
 
     max_train_steps: int | None = None
-    top: int = 3
-    decay: DecayRule = "steps"
+    top: int | None = None
+    """Number of trials to carry over; None: three, or half of the round's where that is fewer."""
+    decay: DecayRule = "share"
+    add: tuple[str, ...] = ()
+    """What is searched in addition, as `NAME=VALUES` or `NAME=LOW:HIGH[:log]`."""
+    reason: str = "set by --max-train-steps"
+    """Why the horizon is not the suggested one, for the comment beside it."""
 
 
 _AS_PLANNED = Overrides()
@@ -75,12 +81,14 @@ def promote(
         results,
         reading,
         to=to,
+        earlier=earlier_results(store, record),
         max_train_steps=overrides.max_train_steps,
         top=overrides.top,
         decay=overrides.decay,
+        added=added_dimensions(overrides.add, file),
     )
     next_round = each_point_once(planned)
-    text = round_text(file, next_round, overrides)
+    text = round_text(file, next_round, reading, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
 
 
@@ -111,7 +119,7 @@ def go_on_in_passes(
             return (
                 follows.reason
                 if isinstance(follows, Enough)
-                else "no trial is left that a longer round could go on with"
+                else "no trial is left that a longer round could continue"
             )
         case Longer() as step:
             planned = plan_next_round(
@@ -148,14 +156,14 @@ def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
     if max_train_steps is not None and cap is not None and max_train_steps > cap:
         raise InputError(
             f"--max-train-steps {max_train_steps} is above run.production_steps, {cap}, the longest run that "
-            f"you can pay for: raise it in {file.path.name}, which may still be done, or train for less"
+            f"you can pay for: raise it in {file.path.name}, or choose fewer steps"
         )
 
 
 def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
-        raise InputError(f"{folder.directory}: the file of {name} is gone; {to} is written from it")
+        raise InputError(f"{folder.directory}: the file of {name} is missing, and {to} is written from it")
     return file
 
 
@@ -192,20 +200,20 @@ def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | N
     return next((name for name in found if folder.file(name) is not None), None)
 
 
-def round_text(file: RoundFile, next_round: NextRound, overrides: Overrides) -> str:
-    """The next round's file: the last one's text, where each changed line says why it changed."""
-    given = overrides.max_train_steps is not None
+def round_text(file: RoundFile, next_round: NextRound, reading: Reading, overrides: Overrides) -> str:
+    """Return the next round's file: the last one's text, where each changed line says why it changed."""
+    is_given = overrides.max_train_steps not in (None, reading.suggested_max_train_steps)
     comments = {
         "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
-        + (": set by --max-train-steps" if given else ""),
+        + (f": {overrides.reason}" if is_given else ""),
         "search.trials": _number_of_trials(file, next_round)
-        + (f"; --top {overrides.top}" if overrides.top != _AS_PLANNED.top else ""),
-        "search.enqueue": f"the best of {next_round.from_round}, as they are, before anything new"
+        + (f"; --top {overrides.top}" if overrides.top is not None else ""),
+        "search.enqueue": f"the best of {next_round.from_round} run first, unchanged"
         if next_round.enqueue
-        else f"none: no trial of {next_round.from_round} is complete",
+        else f"none: no complete trial of {next_round.from_round} beat the base model",
     }
     return _edited(
-        file, next_round, comments, by_option="" if overrides.decay == "steps" else "set by --decay share"
+        file, next_round, comments, by_option="set by --decay steps" if overrides.decay == "steps" else ""
     )
 
 
@@ -223,8 +231,8 @@ def _longer_text(file: RoundFile, next_round: NextRound) -> str:
     old = next_round.old_max_train_steps
     comments = {
         "max_train_steps": f"{old} in {next_round.from_round}",
-        "search.trials": "a third of the last round's, all carried over: a longer round of a pass adds none",
-        "search.enqueue": f"the best that {old} steps have left behind, of all passes",
+        "search.trials": "a third of the last round's, all carried over: a longer round adds none",
+        "search.enqueue": f"the best trials of {old} steps that have not been run longer",
     }
     return _edited(file, next_round, comments)
 
@@ -241,7 +249,7 @@ def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
     comments = {
         "search.sampler": next_round.sampler_reason,
         "search.seed": f"pass {number}",
-        "search.enqueue": f"none: they were tried in {file.spec.round}",
+        "search.enqueue": f"none: {file.spec.round} has run them",
     }
     changed = {key: value for key, value in changes.items() if key != "search.enqueue" or search.enqueue}
     return edit_round(file.text, changed, {key: said for key, said in comments.items() if key in changed})
@@ -253,14 +261,15 @@ def _edited(
     """The file's text with the next round's values; `by_option` is what recut the decay, if not the rule."""
     changes: dict[str, Any] = {
         "round": next_round.to_round,
-        "max_train_steps": next_round.max_train_steps,
+        **_changed_horizon(next_round),
         "search.trials": next_round.trials_total,
         "search.sampler": next_round.sampler,
         "search.enqueue": [_entry(trial) for trial in next_round.enqueue],
     }
-    said = {**comments, "search.sampler": next_round.sampler_reason}
+    said = {key: text for key, text in comments.items() if key in changes}
+    said["search.sampler"] = next_round.sampler_reason
     reasons = {name: change.reason for name, change in next_round.changes.items()}
-    if by_option and "decay_steps" in reasons:
+    if by_option and reasons.get("decay_steps", "").startswith("re-cut"):
         reasons["decay_steps"] += f": {by_option}"
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
@@ -271,13 +280,20 @@ def _edited(
     written = read_round(text, file.path).spec
     space = written.space()
     moved = {
-        f"hyperparameters.{n}": dimension_to_yaml(d) for n, d in next_round.space.items() if space[n] != d
+        f"hyperparameters.{n}": dimension_to_yaml(d)
+        for n, d in next_round.space.items()
+        if space[n] != d and (n != "decay_steps" or can_decay_linearly(next_round.space))
     }
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:
         moved["evaluation.every_steps"] = next_round.evaluate_every
         said["evaluation.every_steps"] = f"as in {next_round.from_round}: trials go on where both evaluate"
     return edit_round(file.text, {**changes, **moved}, said) if moved else text
+
+
+def _changed_horizon(next_round: NextRound) -> dict[str, int]:
+    is_new = next_round.max_train_steps != next_round.old_max_train_steps
+    return {"max_train_steps": next_round.max_train_steps} if is_new else {}
 
 
 def promotion_document(
@@ -289,7 +305,7 @@ def promotion_document(
         for finding in next_round.findings
     ]
     if is_open:
-        message = f"{next_round.from_round} is not complete: what is still missing may change this plan"
+        message = f"{next_round.from_round} is not complete: its remaining trials may change this plan"
         findings.insert(0, {"rule": "incomplete_round", "severity": "warning", "message": message})
     return {
         "study": study,
@@ -344,7 +360,7 @@ def _is_open(record: RoundRecord, store: Store) -> bool:
     return (
         sum(t.state.is_result for t in trials) < num_promised(record)
         or any(t.state == TrialState.RUNNING for t in trials)
-        or num_branches_left(record, trials) > 0
+        or num_branches_left(store, record) > 0
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tuner.playbook import Reading, RoundResults, read_round
 from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.branching import branch_results, branches_left
+from tuner.playbook.schedule import ComparisonRule
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundFile, RoundSpec, limits
@@ -39,7 +40,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
 
 def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
     """A begun round with what its file may still change as it now says it, though no run has seen it yet."""
-    now = file.spec.model_dump(mode="json")
+    now = keep_unwritten_rule(file, record).spec.model_dump(mode="json")
     search = {**record.spec["search"], "trials": now["search"]["trials"]}
     return replace(record, spec={**record.spec, "goal": now["goal"], "run": now["run"], "search": search})
 
@@ -49,11 +50,31 @@ def num_promised(record: RoundRecord) -> int:
     return RoundSpec.model_validate(record.spec).num_trials
 
 
-def num_branches_left(record: RoundRecord, trials: Sequence[Trial]) -> int:
-    """How many decay branches a round whose trials have ended still owes."""
-    if not record.spec.get("run", {}).get("decay_branches"):
+def keep_unwritten_rule(file: RoundFile, record: RoundRecord | None) -> RoundFile:
+    """Return the file, without comparison runs where its round began without and it does not name them.
+
+    So a round that an earlier version began or finished owes none because a default is another one now.
+    """
+    run = file.spec.run
+    if record is None or recorded_rule(record) is not False or "decay_branches" in run.model_fields_set:
+        return file
+    without = run.model_copy(update={"decay_branches": False})
+    return replace(file, spec=file.spec.model_copy(update={"run": without}))
+
+
+def recorded_rule(record: RoundRecord) -> ComparisonRule:
+    """Return which comparison runs a round makes; none where the version that began it knew no such key."""
+    rule: ComparisonRule = record.spec.get("run", {}).get("decay_branches", False)
+    return rule
+
+
+def num_branches_left(store: Store, record: RoundRecord) -> int:
+    """How many comparison runs a round whose trials have ended still owes, by this record of it."""
+    rule = recorded_rule(record)
+    if rule is False:
         return 0
-    return len(branches_left(trials, record.max_train_steps, record.branches))
+    results = round_results(record, store.trials(record.name))
+    return len(branches_left(results, earlier_results(store, record), rule=rule, begun=record.branches))
 
 
 def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:

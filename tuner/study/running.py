@@ -34,7 +34,7 @@ from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.mirror import MirroredStore
 from tuner.study.pages import round_report, write_pages
 from tuner.study.plan import RoundPlan
-from tuner.study.results import earlier_outcomes
+from tuner.study.results import earlier_outcomes, keep_unwritten_rule
 from tuner.study.sampling import Advisor, optuna_storage
 from tuner.workers import Worker
 
@@ -72,6 +72,7 @@ def run_round(
     disk.refuse_unwritable()
     disk.refuse_full()
     refuse_changed_file(plan)
+    plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
@@ -138,19 +139,24 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
 
 def refuse_changed_file(plan: RoundPlan) -> None:
     """A round that has begun keeps what its results depend on. Raises RoundFileError."""
-    storage = plan.absolute.storage
-    if not exists(storage):
-        return
-    store = open_store(storage, study=plan.spec.study)
-    try:
-        begun = next((record for record in store.rounds() if record.name == plan.name), None)
-    finally:
-        store.close()
+    begun = _begun(plan)
     mistakes = refused_changes(begun.spec, plan.file) if begun else []
     if mistakes and not plan.checkpoints.exists():
         mistakes.insert(0, Mistake(None, "study", _begun_elsewhere(plan)))
     if mistakes:
         raise RoundFileError(plan.file.path, mistakes)
+
+
+def _begun(plan: RoundPlan) -> RoundRecord | None:
+    """The round as it is recorded; None before it has begun. Creates nothing."""
+    storage = plan.absolute.storage
+    if not exists(storage):
+        return None
+    store = open_store(storage, study=plan.spec.study)
+    try:
+        return next((record for record in store.rounds() if record.name == plan.name), None)
+    finally:
+        store.close()
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
