@@ -35,10 +35,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "diagnoses.md"
 
 def check_together(found: Mapping[str, Measured]) -> None:
     for name, one in (("hard", hard(found)), (EASY, found[EASY])):
-        print(
         good = f"{one.good_horizons} of {one.horizons.total()} horizons"
         print(f"{name}: {one.right} of {one.clear} right, {good}")
-        )
         assert one.right_share >= RIGHT_DIAGNOSES, (name, one.confusion)
 
 
