@@ -26,7 +26,7 @@ RIGHT_HORIZONS = 0.80
 FACTOR = 1.5
 """A suggestion within this factor of the true horizon is good."""
 
-PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED = 120, 300, 2
+PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED = 100, 250, 2
 """What the page is made of: rounds of each hard class, easy rounds, and where their draws begin."""
 
 
@@ -151,15 +151,17 @@ def page(found: Mapping[str, Measured]) -> str:
 otherwise a round has 1 to 20 complete trials, and some that diverged; 10 to 50 evaluations; a constant
 rate, a linear decay of 10 to 90% of the run, or a cosine; noise of 0.1 to 1% on the difference of two
 evaluations; in 85% of the rounds, losses of each of {NUM_EXAMPLES} examples; and in 85% of those with a
-decay, their comparison run. What a decay adds follows published curves (`tests/playbook/loss_curves.py`), so that
-a run to half the steps with the same share of decay has a loss of its own. Trials learn by a power of the
-step, by a fall that ends early or late, overfit early or late, learn slowly or not at all.
+decay, their comparison run.
+
+What a decay adds follows published curves (`tests/playbook/loss_curves.py`), so that a run
+to half the steps with the same share of decay has a loss of its own. Trials learn by a power of the step, by
+a fall that ends early or late, overfit early or late, learn slowly or not at all.
 
 `tests/playbook/truth.py` reads diagnosis and horizon off the curves without noise. Its definitions are
 written down apart from the product's code. A round is set aside where a condition on the way is within a
 factor of {MARGIN:g} of its threshold ({EVEN_FALL_MARGIN:g} for the last quarter's part of the gain, of
-which an even fall has twice the threshold), where trials that noise can exchange have different answers, or where
-the evaluations cannot tell.
+which an even fall has twice the threshold), where trials that noise can exchange have different answers, or
+where the evaluations cannot tell.
 
 ## By class
 {classes}
