@@ -46,7 +46,7 @@ class LoraSurface:
     """What endless training at an endless rank comes to, without overfitting."""
     power: float
     pace_steps: float
-    """What is left to learn falls as (1 + progress)^-power; a step at the best rate is 1 / pace of progress."""
+    """What is left to learn falls as (1 + progress)^-power; a step at the best rate is 1 / pace of it."""
     best_rate: float
     rate_by_rank: float
     rate_by_batch: float
@@ -68,7 +68,7 @@ class LoraSurface:
     max_rate: float = 10.0
     """x at which training without warmup diverges."""
     full_steps: int = 1080
-    every_steps: int = 10
+    every_steps: int = 20
     evaluation_noise: float = 0.002
     run_noise: float = 0.0015
 
@@ -169,7 +169,7 @@ SURFACES = {surface.name: surface for surface in (A, B)}
 
 METHODS: dict[str, contest.Method] = {
     "tuner": contest.rounds(contest.Path()),
-    "two-rounds": contest.rounds(contest.Path(divisors=(3, 1))),
+    "two-rounds": contest.rounds(contest.Path(divisors=(3, 1), first_trials=16)),
     "tenth-of-16": contest.rounds(contest.Path(divisors=(10, 1), first_trials=16)),
     "optuna-halving": contest.tpe_with_halving,
     "optuna-early-halving": contest.tpe_with_early_halving,
@@ -180,10 +180,11 @@ METHODS: dict[str, contest.Method] = {
 """What is compared, tuner's first."""
 REFERENCE = "tuner"
 DESCRIPTIONS = {
-    "tuner": "the default path: rounds of T/9, T/3 and T steps, as `study new`, `study promote` and `study run` "
-    "make them. The first has as many trials as the budget pays for, the others as `study promote` plans.",
-    "two-rounds": "the same with rounds of T/3 and T.",
-    "tenth-of-16": "a first round of T/10 with 16 trials, then T. What is left buys trials of the last round.",
+    "tuner": "the default path: rounds of T/9, T/3 and T steps, the first one of 24 trials, as `study new`, "
+    "`study promote` and `study run` make them. What is left of the budget buys trials of the last round, as "
+    "raising `search.trials` does.",
+    "two-rounds": "the same with rounds of T/3 and T, the first one of 16 trials.",
+    "tenth-of-16": "the same with rounds of T/10 and T, the first one of 16 trials.",
     **{
         name: " ".join((method.__doc__ or "").split())
         for name, method in METHODS.items()
@@ -286,10 +287,10 @@ def markdown(results: Sequence[Result], *, command: str, minutes: float) -> str:
     lines = [
         "# Made-up surfaces of LoRA: the loss of what is named best, at equal steps",
         "",
-        "Noise-free loss after T steps of the configuration that a method names best, once it has spent 10 or 17",
-        "times T steps; restarts and comparison runs are charged. Means over seeds, and what it is above tuner's,",
-        "relative to the loss, with 95% bootstrap intervals over the seeds, which are paired: above 0, tuner is",
-        "better. The horizons of tuner's rounds are given, as by `study promote --max-train-steps`. Defaults",
+        "Noise-free loss after T steps of the configuration that a method names best, once it has spent",
+        "10 or 17 times T steps; restarts and comparison runs are charged. Means over seeds. Differences",
+        "are paired and relative to tuner's loss, with 95% bootstrap intervals over seeds: above 0, tuner",
+        "is better. The horizons of tuner's rounds are given, as by `promote --max-train-steps`. Defaults",
         "were chosen on A, and are judged on B.",
         "",
     ]

@@ -15,7 +15,6 @@ import optuna
 
 from tuner.playbook import RoundResults, best_evaluation, plan_next_round, read_round
 from tuner.playbook.advice import outcomes
-from tuner.playbook.promotion import num_trials
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Choices,
@@ -38,6 +37,8 @@ from .task import ReplayOver
 
 DECAY_SHARE = 0.4
 """Of every run of every method."""
+FIRST_TRIALS = 24
+"""Trials of a first round that `study new` writes."""
 
 
 class Surface(Protocol):
@@ -169,45 +170,19 @@ Method: TypeAlias = Callable[[Contest], None]
 
 @dataclass(frozen=True)
 class Path:
-    """How a study goes from its first round to full length."""
+    """How a study goes from its first round to full length, before the last round gets more trials."""
 
     divisors: Sequence[int] = (9, 3, 1)
     """Each round's horizon is full length divided by so much."""
+    first_trials: int = FIRST_TRIALS
     top: int = 3
     """Trials that are carried over at most; as `promote --top`."""
     shrink: float | None = None
     """A round has so many times fewer trials than the one before; None: as the playbook has it."""
-    first_trials: int | None = None
-    """None: as many as the budget pays for."""
 
     def horizons(self, full_steps: int) -> list[int]:
+        """Of the rounds, the last one at full length."""
         return [round(full_steps / divisor) for divisor in self.divisors]
-
-    def trials(self, first: int, horizons: Sequence[int]) -> list[int]:
-        """Trials of each round, those carried over included."""
-        counts = [first]
-        for old, new in zip(horizons, horizons[1:], strict=False):
-            counts.append(self.following(counts[-1], old, new))
-        return counts
-
-    def following(self, trials: int, old_horizon: int, new_horizon: int) -> int:
-        """Trials of the round after one of so many trials."""
-        if self.shrink is not None:
-            return max(round(trials / self.shrink), self.top + 1)
-        return num_trials(trials, enqueued=self.top, old_horizon=old_horizon, new_horizon=new_horizon)
-
-    def cost(self, first: int, full_steps: int) -> int:
-        """Steps of all rounds, where nothing diverges: restarts from trunks and a comparison run each."""
-        horizons = self.horizons(full_steps)
-        counts = self.trials(first, horizons)
-        work = sum(count * horizon for count, horizon in zip(counts, horizons, strict=True))
-        trunks = sum(horizon - decay_of(horizon) for horizon in horizons[:-1])
-        return work - self.top * trunks + sum(map(comparison_steps, horizons))
-
-    def affordable(self, budget_steps: int, full_steps: int) -> int:
-        """The most trials of a first round whose study the budget pays for."""
-        counts = range(2, 1000)
-        return max((n for n in counts if self.cost(n, full_steps) <= budget_steps), default=2)
 
 
 def decay_of(horizon: int) -> int:
@@ -226,12 +201,10 @@ def rounds(path: Path) -> Method:
 
 
 def _follow(path: Path, contest: Contest) -> None:
-    full = contest.surface.full_steps
-    horizons = path.horizons(full)
+    horizons = path.horizons(contest.surface.full_steps)
     study = _Study(contest)
     try:
-        first = path.first_trials or path.affordable(contest.budget_steps, full)
-        this = study.first_round(horizons[0], first)
+        this = study.first_round(horizons[0], path.first_trials)
         for horizon in horizons[1:]:
             this = study.promoted(this, horizon, path)
         study.add_trials(this)
@@ -292,7 +265,7 @@ class _Study:
         ]
         trials = planned.trials_total
         if path.shrink is not None:
-            trials = path.following(last.trials, last.horizon, horizon)
+            trials = max(round(last.trials / path.shrink), len(enqueue) + 1)
         return self._begun(
             _Round(
                 planned.to_round, planned.space, horizon, trials, planned.sampler, enqueue, self._contest.seed
