@@ -156,21 +156,29 @@ def test_every_step_is_charged_and_a_diverged_run_stops() -> None:
 
 def test_the_default_path_goes_on_from_trunks_and_charges_the_rest() -> None:
     """24 trials of T/9; then each trial from the trunk of the one it continues, and comparison runs."""
-    contest = play("tuner", contest_of())
-    by_horizon = {h: [run for run in contest.ended if run.horizon == h] for h in (120, 360, 1080)}
-    kept = [
-        sum(any(run.point == other.point for other in by_horizon[shorter]) for run in by_horizon[longer])
-        for shorter, longer in ((120, 360), (360, 1080))
-    ]
-    assert all(1 <= num <= 3 for num in kept)
-    complete = sum(len(runs) * horizon for horizon, runs in by_horizon.items())
-    saved = kept[0] * (120 - 48) + kept[1] * (360 - 144)
-    comparisons = round(0.4 * 60) + round(0.4 * 180) + round(0.4 * 540)
-    # What is beyond: the trials that diverged, and the one that the end of the budget cut off.
-    beyond = contest.spent - (complete - saved + comparisons)
-    assert 0 <= beyond < FULL + 24 * contest.surface.every_steps
-    assert len(by_horizon[120]) > 15
-    assert contest.spent <= contest.budget_steps < contest.spent + contest.surface.every_steps
+    from replay.contest import Contest
+
+    charges: list[int] = []
+
+    class Recording(Contest):
+        def charge(self, steps: int) -> None:
+            super().charge(steps)
+            charges.append(steps)
+
+    contest = play("tuner", Recording(contest_of().surface, 0, 10))
+    every = contest.surface.every_steps
+    # Trials are charged from evaluation to evaluation, comparison runs whole: T/2 with a decay of 40%.
+    comparisons = [at for at, steps in enumerate(charges) if steps > every]
+    assert [charges[at] for at in comparisons] == [0.4 * 60, 0.4 * 180, 0.4 * 540]
+
+    short, middle, full = ([r.point for r in contest.ended if r.horizon == h] for h in (120, 360, FULL))
+    carried = sum(point in short for point in middle)
+    assert 1 <= carried <= 3
+    assert 1 <= sum(point in middle for point in full) <= 3
+    first, second = sum(charges[: comparisons[0]]), sum(charges[comparisons[0] + 1 : comparisons[1]])
+    assert first == 120 * len(short) + every * (24 - len(short))  # B diverges before the first evaluation
+    assert 0 <= second - (360 * len(middle) - carried * (120 - 48)) <= 2 * every
+    assert sum(charges) == contest.spent <= contest.budget_steps < contest.spent + every
 
 
 @pytest.mark.parametrize("method", ["tuner", "two-rounds", "optuna-halving", "tpe", "quasi-random", "random"])
