@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -15,30 +13,14 @@ import optuna
 from tuner.playbook import NextRound, RoundResults, plan_next_round, read_round
 from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.passes import Longer, following
-from tuner.playbook.schedule import trunk_steps
-from tuner.records import (
-    Checkpoint,
-    Evaluated,
-    Event,
-    Fixed,
-    Hyperparameters,
-    Promotion,
-    RoundRecord,
-    Space,
-    Trial,
-    Value,
-)
-from tuner.spec import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
-from tuner.store import MemoryStore
-from tuner.store.facts import Fact, RoundBegun, TrialAsked
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
-from tuner.study.continuation import Continuations
-from tuner.study.loop import RoundLoop
+from tuner.records import Evaluated, Event, Fixed, Hyperparameters, Space, Trial, Value
+from tuner.spec import SearchSpec
 from tuner.study.sampling import Advisor, Proposal
 from tuner.workers import RecordedCurves, SimulatedWorker
 from tuner.workers.simulated import keep_trunk_names
 
 from .baselines import RUNGS, rungs
+from .loop import WORKLOAD, RoundStores, begin_round, loop_plan, run_loop, unchecked_search
 from .task import Ledger, Task
 
 TRIALS = 27
@@ -60,38 +42,6 @@ def tuner_promotions(ledger: Ledger) -> None:
     _Study(ledger, by_promotions=True).run()
 
 
-@dataclass(frozen=True)
-class TablePlan:
-    """What a `RoundPlan` is to the loop, for a table's hyperparameters, which no round file can name."""
-
-    name: str
-    spec: TableRound
-    space: Space
-    has_branches: bool = False
-
-    @property
-    def absolute(self) -> TableRound:
-        return self.spec
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.name)
-
-    def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
-        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=False)
-
-
-@dataclass(frozen=True)
-class TableRound:
-    """What a `RoundSpec` is to the loop."""
-
-    max_train_steps: int
-    search: SearchSpec
-    evaluation: EvaluationSpec
-    checkpoints: CheckpointsSpec
-    run: RunSpec
-
-
 class _Study:
     """Rounds on the table, one after another, until the ledger says that it is over."""
 
@@ -99,7 +49,7 @@ class _Study:
         self._ledger = ledger
         self._by_promotions = by_promotions
         self._task = ledger.task
-        self._store = _TableStore()
+        self._store = RoundStores()
         self._curves = recorded_curves(ledger.task)
         self._rounds: list[RoundResults] = []
         self._outcomes: list[Outcome] = []
@@ -110,7 +60,7 @@ class _Study:
         first = self._task.steps[rungs(self._ledger)[0]]
         for number in itertools.count():
             sampler = "tpe" if number and not self._by_promotions else "quasi-random"
-            search = _search(TRIALS, sampler, self._ledger.seed * 1000 + number)
+            search = unchecked_search(TRIALS, sampler, self._ledger.seed * 1000 + number)
             if self._by_promotions:
                 self._rounds, self._outcomes = [], []
             self._climb(space, search, first)
@@ -127,7 +77,9 @@ class _Study:
                 for trial in planned.enqueue
             ]
             space, horizon = planned.space, planned.max_train_steps
-            search = _search(planned.trials_total, planned.sampler, self._ledger.seed, enqueue=entries)
+            search = unchecked_search(
+                planned.trials_total, planned.sampler, self._ledger.seed, enqueue=entries
+            )
 
     def _longer(self, last: RoundResults) -> NextRound | None:
         full = self._task.steps[-1]
@@ -145,24 +97,17 @@ class _Study:
         self._num_rounds += 1
         name = f"round{self._num_rounds}"
         every = self._task.steps[1]
-        spec = TableRound(
-            horizon, search, EvaluationSpec(every_steps=every), CheckpointsSpec(directory="."), RunSpec()
-        )
-        plan: Any = TablePlan(name, spec, space)
-        begun_at = float(self._num_rounds)
-        self._store.record(RoundBegun(RoundRecord(name, horizon, {}, begun_at, workload="table")))
-        RoundLoop(
-            plan=plan,
-            store=self._store,
-            advisor=_SnappingAdvisor(
+        plan = loop_plan(name, space, search, horizon=horizon, every=every)
+        begin_round(self._store, plan, begun_at=float(self._num_rounds))
+        run_loop(
+            plan,
+            self._store,
+            _SnappingAdvisor(
                 self._ledger, name, space, search, max_train_steps=horizon, earlier=self._outcomes
             ),
-            worker=_ChargedWorker(self._ledger, self._curves, seconds_per_step=1 / every),
-            folder=_NamesOnly(Path(name)),
-            continuations=_Continuations(plan, self._store, "table"),
-            view=_Nobody(),
-            clock=lambda: float(self._ledger.spent),
-        ).run()
+            _ChargedWorker(self._ledger, self._curves, seconds_per_step=1 / every),
+            spent=lambda: float(self._ledger.spent),
+        )
         results = RoundResults(
             name=name,
             max_train_steps=horizon,
@@ -170,7 +115,7 @@ class _Study:
             space=space,
             trials=self._store.trials(name),
             production_steps=self._task.steps[-1],
-            workload="table",
+            workload=WORKLOAD,
         )
         self._rounds.append(results)
         self._outcomes += outcomes(results.trials, max_train_steps=horizon)
@@ -186,11 +131,6 @@ def recorded_curves(task: Task) -> RecordedCurves:
         eval_losses=dict(zip(keys, task.curves.tolist(), strict=True)),
         train_losses=dict(zip(keys, task.train_curves.tolist(), strict=True)),
     )
-
-
-def _search(trials: int, sampler: str, seed: int, enqueue: Sequence[dict[str, Any]] = ()) -> SearchSpec:
-    # Unchecked: a round file's check knows only LoRA's names.
-    return SearchSpec.model_construct(trials=trials, sampler=sampler, seed=seed, enqueue=list(enqueue))
 
 
 class _SnappingAdvisor(Advisor):
@@ -232,58 +172,3 @@ class _ChargedWorker(SimulatedWorker):
             if isinstance(event, Evaluated):
                 self._ledger.see(event.evaluation.eval_loss)
         return said
-
-
-class _TableStore:
-    """A Store of one MemoryStore a round: the loop reads a round's trials at every event."""
-
-    def __init__(self) -> None:
-        self._rounds: dict[str, MemoryStore] = {}
-        self._trials: dict[str, tuple[Trial, ...]] = {}
-
-    def record(self, *facts: Fact) -> None:
-        for fact in facts:
-            name = _round_of(fact)
-            self._rounds.setdefault(name, MemoryStore()).record(fact)
-            self._trials.pop(name, None)
-
-    def rounds(self) -> tuple[RoundRecord, ...]:
-        return tuple(record for store in self._rounds.values() for record in store.rounds())
-
-    def trials(self, name: str) -> tuple[Trial, ...]:
-        if name not in self._trials:
-            self._trials[name] = self._rounds[name].trials(name) if name in self._rounds else ()
-        return self._trials[name]
-
-    def promotions(self) -> tuple[Promotion, ...]:
-        return ()
-
-    def close(self) -> None: ...
-
-
-def _round_of(fact: Any) -> str:
-    if isinstance(fact, RoundBegun):
-        return fact.round.name
-    return str(fact.trial.round if isinstance(fact, TrialAsked) else fact.round)
-
-
-class _NamesOnly(CheckpointFolder):
-    """Checkpoints that are names without files."""
-
-    def point(self, checkpoint: Checkpoint) -> StartingPoint:
-        return StartingPoint(self.root / checkpoint.path, checkpoint.sha256, checkpoint.step)
-
-
-class _Continuations(Continuations):
-    def _folder(self, round_name: str) -> CheckpointFolder:
-        return _NamesOnly(Path(round_name))
-
-
-class _Nobody:
-    """A view that nobody looks at."""
-
-    def trials(self, trials: object) -> None: ...
-
-    def event(self, event: object) -> None: ...
-
-    def message(self, text: str) -> None: ...

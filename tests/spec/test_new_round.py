@@ -24,14 +24,14 @@ def test_the_file_it_writes(tmp_path):
     assert [(source.path, source.format) for source in spec.data.train] == [("train.jsonl", "messages")]
     assert [(source.path, source.format) for source in spec.data.eval] == [("eval.jsonl", "messages")]
     assert spec.data.eval_fraction is None
-    assert (spec.max_train_steps, spec.run.production_steps) == (200, 2000)
-    assert (spec.evaluation.every_steps, spec.search.trials) == (17, 16)
+    assert (spec.max_train_steps, spec.run.production_steps) == (223, 2000)
+    assert (spec.evaluation.every_steps, spec.search.trials) == (19, 24)
     assert searched(spec.space()) == {
         "learning_rate": Range(1e-5, 3e-3, log=True),
         "lora_r": Choices((8, 16, 32)),
     }
-    assert spec.hyperparameters["decay_steps"] == 80
-    assert "0.31 epochs of 5200 rows" in text
+    assert (spec.hyperparameters["warmup_steps"], spec.hyperparameters["decay_steps"]) == (5, 89)
+    assert "0.34 epochs of 5200 rows" in text
     assert "3.1 epochs" in text
 
 
@@ -53,10 +53,22 @@ def test_lengths_follow_the_rows(rows):
     production, horizon = spec.run.production_steps, spec.max_train_steps
     assert production is not None
     assert production == 60 or abs(production * 8 / rows - 3) <= 0.2
-    assert horizon == 60 or abs(horizon / production - 0.1) <= 0.01
-    assert 60 <= horizon <= production
+    assert horizon >= 20
+    rounds_left = 2 if production > 9 * 19 else 1
+    assert horizon == -(-production // 3**rounds_left)
+    assert horizon * 3**rounds_left >= production
+    assert spec.hyperparameters["warmup_steps"] == min(5, horizon // 10) >= 2
     assert abs(spec.evaluation.every_steps - horizon / 12) <= 0.5
     assert spec.hyperparameters["decay_steps"] == round(0.4 * horizon)
+
+
+@pytest.mark.parametrize(
+    ("rows", "production", "horizon"),
+    [(8, 60, 20), (400, 150, 50), (453, 170, 57), (480, 180, 20), (2_667, 1000, 112), (52_002, 20_000, 2223)],
+)
+def test_rounds_begin_at_a_ninth_that_holds_twenty_steps(rows: int, production: int, horizon: int) -> None:
+    spec = spec_of(new_round(study="s", model="m", data="d.jsonl", train_rows=rows, eval="e.jsonl"))
+    assert (spec.run.production_steps, spec.max_train_steps) == (production, horizon)
 
 
 def test_held_out_rows_are_not_trained_on():

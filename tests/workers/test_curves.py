@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,67 @@ def test_it_is_plausible() -> None:
     assert final(60, learning_rate=rates[best]) > final(180, learning_rate=rates[best])
     assert final(60, learning_rate=1e-3) < final(60, learning_rate=1e-3, decay_steps=0)
     assert final(60, lora_r=32) < final(60, lora_r=2)
+
+
+PUBLISHED: dict[float | str, float] = {0.0: 3.108, 0.2: 2.968, 0.4: 2.955, 0.6: 2.951, "cosine": 2.955}
+"""Final loss by decay share: 124M Llama, 50,000 steps, Hägele et al. 2024 (arXiv:2405.18392)."""
+
+
+def best_by_decay(horizon: int) -> dict[float | str, float]:
+    """Mean final loss over studies by decay, at the rate that is best with a decay of 40%."""
+
+    def mean_loss(rate: float, decay: float | str) -> float:
+        shape = (
+            {"schedule": "cosine"} if decay == "cosine" else {"decay_steps": round(horizon * float(decay))}
+        )
+        losses = [
+            study(run(learning_rate=rate * study._best_rate, **shape), horizon, horizon).eval_loss  # type: ignore[arg-type]
+            for study in map(partial(LoraFormula, pace_steps=50), "abcdefgh")
+        ]
+        return math.fsum(losses) / len(losses)
+
+    best = min((10 ** (k / 10) for k in range(-6, 4)), key=lambda rate: mean_loss(rate, 0.4))
+    return {decay: mean_loss(best, decay) for decay in PUBLISHED}
+
+
+@pytest.mark.parametrize("paces", [6, 10, 20])
+def test_decays_are_worth_what_was_published(paces: int) -> None:
+    found = best_by_decay(50 * paces)
+    assert found[0.0] > found[0.2] > found[0.4] > found[0.6]
+    excess = {decay: loss / found[0.4] - 1 for decay, loss in found.items()}
+    published = {decay: loss / PUBLISHED[0.4] - 1 for decay, loss in PUBLISHED.items()}
+    assert excess[0.0] == pytest.approx(published[0.0], abs=0.011)
+    assert excess[0.2] == pytest.approx(published[0.2], abs=0.0015)
+    assert excess[0.6] == pytest.approx(published[0.6], abs=0.0008)
+    assert excess["cosine"] == pytest.approx(published["cosine"], abs=0.002)
+
+
+def test_a_decay_is_worth_by_its_share_not_its_length() -> None:
+    """One that is kept in steps when the horizon trebles is worse than one that is kept in share."""
+    kept = [final(600, learning_rate=2e-4, decay_steps=steps) for steps in (80, 120, 240)]
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_a_decay_takes_noise_away_as_it_goes_on() -> None:
+    losses = [FORMULA(run(decay_steps=120), step, 300).eval_loss for step in range(180, 301, 30)]  # type: ignore[arg-type]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] - losses[-1] > 0.04 * losses[0]
+
+
+def test_the_best_rate_falls_with_the_horizon() -> None:
+    rates = [10 ** (k / 10) for k in range(-50, -29)]
+    best = [
+        min(rates, key=lambda rate: final(steps, learning_rate=rate, decay_steps=0.4 * steps))
+        for steps in (50, 400, 3200)
+    ]
+    assert best == sorted(best, reverse=True)
+    assert 0.2 < best[2] / best[0] < 0.7
+
+
+def test_many_steps_overfit() -> None:
+    constant = run(schedule="constant", learning_rate=FORMULA._best_rate)
+    losses = [FORMULA(constant, step, 20_000).eval_loss for step in (100, 3_000, 20_000)]  # type: ignore[arg-type]
+    assert losses[0] > losses[1] < losses[2]
 
 
 def test_a_rate_far_too_high_diverges_and_another_study_has_another_surface() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tuner.playbook.curve_checks import curve_findings
 from tuner.playbook.findings import Finding, Severity, counted, percent
 from tuner.playbook.horizon import MULTIPLES
+from tuner.playbook.precision import MAX_LOSS, is_number
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import warmup_length
 from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_loss
@@ -54,8 +55,8 @@ def doubling_of_trials(losses: Sequence[float]) -> float:
     """
     order = sorted(losses)
     count, half = len(order), len(order) // 2
-    num_finite = sum(math.isfinite(loss) for loss in order)
-    if num_finite < 2 or order[0] <= 0:
+    num_finite = sum(is_number(loss) for loss in order)
+    if num_finite < 2 or order[0] < 1 / MAX_LOSS:
         return 0.0
     # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half).
     chances = [math.comb(count - 1 - k, half - 1) for k in range(num_finite)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,13 @@ from tuner.spec.wording import one_of
 from tuner.spec.yaml_text import one_line
 
 _BATCH_SIZE = 8
-_MIN_STEPS = 60
+_MIN_PRODUCTION_STEPS = 60
 _PRODUCTION_EPOCHS = 3
-_SHARE_OF_PRODUCTION = 0.1
-"""A tenth of the production length answers most questions (Google's Deep Learning Tuning Playbook)."""
+_FACTOR = 3
+"""From a round to the next: three rounds go from a ninth of the production length to all of it."""
+_MIN_STEPS = 20
+"""Of a first round. Where a ninth of the production length is less, two rounds start at a third of it."""
+_MAX_WARMUP_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,19 @@ class Lengths:
 
     @classmethod
     def of(cls, train_rows: int) -> Lengths:
-        """Three epochs for production, a tenth of that for the round, both in round numbers."""
-        production = max(_MIN_STEPS, _two_digits(_PRODUCTION_EPOCHS * train_rows / _BATCH_SIZE))
-        horizon = min(production, max(_MIN_STEPS, _two_digits(_SHARE_OF_PRODUCTION * production)))
+        """Three epochs for production, in round numbers, and a ninth of that for the round.
+
+        Rounded up, so that two promotions to three times the steps get there.
+        """
+        production = max(_MIN_PRODUCTION_STEPS, _two_digits(_PRODUCTION_EPOCHS * train_rows / _BATCH_SIZE))
+        ninth = math.ceil(production / _FACTOR**2)
+        horizon = ninth if ninth >= _MIN_STEPS else math.ceil(production / _FACTOR)
         return cls(train_rows, horizon, production)
+
+    @property
+    def warmup_steps(self) -> int:
+        """At most a tenth of the round."""
+        return min(_MAX_WARMUP_STEPS, self.max_train_steps // 10)
 
     def epochs(self, steps: int) -> str:
         """Such as `0.92 epochs`."""
@@ -62,7 +75,7 @@ _HYPERPARAMETERS = """\
   lora_alpha: 16  # adapters are scaled by lora_alpha / lora_r
 """
 _SEARCH = """\
-  trials: 16  # infeasible ones count
+  trials: 24  # many short runs; longer rounds have fewer; infeasible ones count
   sampler: quasi-random  # covers the space evenly; or tpe, gp, random, grid
   seed: 0  # of the sampler
   enqueue: []  # hyperparameters to try first, such as your baseline
@@ -153,6 +166,7 @@ def new_round(
         horizon_epochs=lengths.epochs(lengths.max_train_steps),
         rows=lengths.train_rows,
         batch_size=_BATCH_SIZE,
+        warmup_steps=lengths.warmup_steps,
         decay_steps=round(DECAY_SHARE * lengths.max_train_steps),
         decay_share=f"{DECAY_SHARE:.0%}",
         evaluation=one_line(
@@ -183,7 +197,7 @@ hyperparameters:
 {hyperparameters}  target_modules: all-linear  # or layer names, such as [q_proj, v_proj]
   batch_size: {batch_size}  # sequences per optimizer step; memory decides how it is cut into micro-batches
   optimizer: adamw_8bit  # or adamw
-  warmup_steps: 5  # from 0 to the peak
+  warmup_steps: {warmup_steps}  # from 0 to the peak
   schedule: linear  # constant, then linear decay over decay_steps; or constant, cosine
   decay_steps: {decay_steps}  # {decay_share} of max_train_steps
 search:

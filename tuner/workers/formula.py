@@ -1,8 +1,12 @@
-"""A plausible loss surface of LoRA fine-tuning, for rehearsals: nothing in it was measured.
+"""A plausible loss surface of LoRA fine-tuning, for rehearsals: what a decay is worth was measured, no more.
 
 It knows what people expect of such a surface: a best learning rate that falls with the horizon, noise
 that a decay takes away, divergence above some rate, ranks of diminishing use, overfitting after many
 steps. Everything is made of the study's name, so that a rehearsed study can be rehearsed again.
+
+Decays follow Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+Durations" (arXiv:2405.18392). Final losses of a 124M Llama after 50,000 steps: 3.108 without decay, 2.968
+with a linear decay over the last 20%, 2.955 with 40%, 2.951 with 60%, and 2.955 with cosine to zero.
 """
 
 from __future__ import annotations
@@ -21,6 +25,16 @@ NUM_EXAMPLES = 32
 """Evaluation examples that are made up, so that paired standard errors can be rehearsed too."""
 EXAMPLE_TOKENS = 64
 UNTOUCHED_LOSS = 2.2
+NOISE = 0.13
+"""Loss that a constant rate leaves on top, at the best rate of a run about as long as the pace."""
+ANNEALED = 0.025
+"""Mean fall of the rate below its peak, over the run so far, that halves this noise."""
+DECAYED_WORTH = 0.1
+"""A decaying step teaches as a step at the peak does, times the rate's share of the peak to this power.
+
+Fitted, with `NOISE` and `ANNEALED`, to the published final losses at 8 and 16 paces. Were it worth the share
+itself, cosine to zero would be 2% worse than a decay of 40%.
+"""
 
 _CENTRES: Mapping[str, tuple[float, float]] = {
     "lora_alpha": (32.0, 0.010),
@@ -69,10 +83,11 @@ class LoraFormula:
     ) -> tuple[float, float]:
         """Evaluation and train loss; `rate` is in units of the best one."""
         floor = UNTOUCHED_LOSS * (0.68 + self._penalty(hyperparameters))
-        speed = min(rate, rate**-0.3)
-        progress = _peak_steps(hyperparameters, step, horizon) * speed / self.pace_steps
+        speed = 3.0 * rate / (1.0 + 2.0 * rate**1.3)
+        worth, annealed = _decayed(hyperparameters, step, horizon)
+        progress = worth * speed / self.pace_steps
         learned = (UNTOUCHED_LOSS - floor) * (1.0 - (1.0 + progress) ** -0.8)
-        noise = 0.02 * rate * _multiplier(hyperparameters, step, horizon) * min(1.0, progress)
+        noise = NOISE * rate / (1.0 + 0.1 * rate) * min(1.0, progress) / (1.0 + annealed / ANNEALED)
         harm = 0.003 * rate * math.log1p(progress)
         overfitted = 2e-4 * max(0.0, progress - 20.0)
         loss = UNTOUCHED_LOSS - learned + noise + harm
@@ -104,13 +119,19 @@ class LoraFormula:
         return _seed(self.name, what) / 2**64
 
 
-def _peak_steps(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
-    """Steps done, those below the peak rate counted by their share of it."""
+def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple[float, float]:
+    """What the steps done are worth, in steps at the peak, and how far their mean rate is below the peak.
+
+    The warmup counts for the first by its shares of the peak, and not for the second.
+    """
     warmup = min(step, warmup_length(hyperparameters))
     end = trunk_end(hyperparameters, horizon)
     trunk = min(step, max(warmup, end or 0))
-    slower = (*range(warmup), *range(trunk, step))
-    return (trunk - warmup) + math.fsum(_multiplier(hyperparameters, s, horizon) for s in slower)
+    warming = [_multiplier(hyperparameters, s, horizon) for s in range(warmup)]
+    decaying = [_multiplier(hyperparameters, s, horizon) for s in range(trunk, step)]
+    worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)
+    annealed = math.fsum(1.0 - m for m in decaying)
+    return worth, annealed / max(1, step - warmup)
 
 
 def _multiplier(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
