@@ -88,7 +88,7 @@ def objective_score(trial: Trial) -> float | None:
 def beats_the_base(trial: Trial) -> bool:
     """Return whether a trial became better than the base model by more than two standard errors.
 
-    At its best step, and on the smoothed curve as well: the best of many evaluations is low by luck. Where
+    At its best step, and on the smoothed curve there: the best of many evaluations is low by luck. Where
     the base model's loss is not among the evaluations, there is nothing to beat; where no standard error is
     known, any better step counts. Rule: this project's decision, "Leading trials".
     """
@@ -99,8 +99,8 @@ def beats_the_base(trial: Trial) -> bool:
     if base is None:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
-    lowest = min(evaluation.eval_loss for evaluation in smoothed(trial.evaluations))
-    return best.step > 0 and base.eval_loss - max(best.eval_loss, lowest) > SIGNIFICANT * error
+    there = next(e.eval_loss for e in smoothed(trial.evaluations) if e.step == best.step)
+    return best.step > 0 and base.eval_loss - max(best.eval_loss, there) > SIGNIFICANT * error
 
 
 def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
