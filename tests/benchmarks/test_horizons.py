@@ -429,3 +429,16 @@ def test_the_llama_runs_hold_every_kind_of_round() -> None:
     assert {case.beside for case in made} == {"", "a comparison run", "an earlier round", "both"}
     assert {case.data for case in made} == {"slimpajama", "openwebtext2"}
     assert all(-0.01 < answer.drop < 0.1 for case in made for answer in case.answers)
+
+
+@pytest.mark.skipif(not LLAMA_RUNS.exists(), reason=f"needs {LLAMA_RUNS}")
+def test_predictions_hold_on_the_llama_runs_and_no_horizon_is_kept_wrongly() -> None:
+    from longer.cases import cases
+    from longer.outcomes import judge, tally
+    from longer.runs import load_runs
+
+    outcomes = [judge(case) for case in cases(load_runs(LLAMA_RUNS).runs)]
+    counted = tally(outcomes)
+    assert counted.given > 300
+    assert counted.within >= 0.8 * counted.given
+    assert not any(outcome.is_wrong_keep for outcome in outcomes)
