@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.playbook.schedule import trunk_steps
+from tuner.playbook.schedule import ComparisonRule, trunk_steps
 from tuner.records import Checkpoint, Hyperparameters, Promotion, RoundRecord, Space, Trial
 from tuner.spec import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
 from tuner.store import MemoryStore
@@ -26,7 +26,7 @@ class LoopPlan:
     name: str
     spec: LoopRound
     space: Space
-    has_branches: bool = False
+    comparison_rule: ComparisonRule = False
 
     @property
     def absolute(self) -> LoopRound:
@@ -37,7 +37,7 @@ class LoopPlan:
         return Path(self.name)
 
     def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
-        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=False)
+        return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.comparison_rule)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class TestStudy:
             executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])
             measured = status["throughput"]
             steps = measured["trial_steps_per_second"] * measured["training_seconds"]
-            assert steps == pytest.approx(executed)
+            # Comparison runs are work, but no trial's.
+            assert executed - 1e-6 <= steps <= executed + status["max_train_steps"] / 2
             assert 0.0 < measured["padding_share"] < 1.0
             assert 0.0 < measured["evaluation_share"] < 1.0
             assert measured["packing_factor"] >= 1.0
@@ -150,7 +151,9 @@ class TestStudy:
             assert 0 <= trial.user_attrs["best_step_fraction"] <= 1
             assert len(trial.intermediate_values) <= 20
         assert min(t.value for t in complete) == shown.best_value
-        assert "max_train_steps" in get_note(shown)
+        note = get_note(shown)
+        assert "steps next" in note
+        assert "This is how it looks" not in note, "its comparison run has ended"
         with sqlite3.connect(study / "tuner.db") as database:
             rows = database.execute("SELECT key FROM study_system_attributes").fetchall()
         assert any("tuner-best-steps" in key for (key,) in rows)

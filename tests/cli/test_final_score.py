@@ -20,7 +20,7 @@ from tuner.study.folder import open_folder
 from tuner.study.plan import RoundPlan
 from tuner.training.opening import open_workplace
 
-NUM_ROWS = 6
+NUM_ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps, decay branches that end at 4 and 6, and the evaluation rows as test rows, too."""
     directory = tmp_path_factory.mktemp("study")
     path = write_round(
-        directory, trials=2, learning_rate="[0.003, 0.01]", lora_r=2, sampler="grid", dropout=0.1
+        directory, trials=2, learning_rate="[0.005, 0.008]", lora_r=2, sampler="grid", dropout=0.1
     )
     rows = (QUICKSTART / "data" / "eval.jsonl").read_text().splitlines(keepends=True)[:NUM_ROWS]
     (directory / "held-out.jsonl").write_text("".join(rows))
@@ -60,11 +60,11 @@ def test_branches_equal_fresh_runs_of_their_horizon(study: Path, tmp_path: Path)
     """Digit for digit: alone in its worker, on a CPU, in float32, dropout included."""
     record, trials = facts(study)
     assert [(b.trial, b.max_train_steps, b.state) for b in record.branches] == [
-        (trial, horizon, "complete") for trial in (0, 1) for horizon in (4, 6)
-    ]
+        (0, horizon, "complete") for horizon in (4, 6)
+    ], "of the one trial that beat the base model by more than its noise"
     plan = RoundPlan(load_round(study / "round1.yaml"))
     place, _ = open_workplace(plan.absolute, cache=plan.cache, slots=1)
-    for branch in record.branches[:2]:
+    for branch in record.branches:
         fresh = Assignment(
             round="fresh",
             trial=0,

@@ -139,9 +139,9 @@ def test_the_readme_quotes_the_tutorial(printed: dict[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """With the quickstart's base and 60 of its rows, short trials, and without what serves until Ctrl-C."""
+    """With the quickstart's base and 300 of its rows, short trials, and without what serves until Ctrl-C."""
     commands = [c for c in typed_and_shown(README)[0] if c.split()[:3] != ["tuner", "study", "dashboard"]]
-    rows = (ROOT / "studies" / "quickstart" / "data" / "train.jsonl").read_text().splitlines()[:60]
+    rows = (ROOT / "studies" / "quickstart" / "data" / "train.jsonl").read_text().splitlines()[:300]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     model, base = "HuggingFaceTB/SmolLM2-135M-Instruct", ROOT / "studies" / "quickstart" / "base"
     assert model in commands[0]

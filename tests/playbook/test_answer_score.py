@@ -43,7 +43,8 @@ def test_trials_are_ranked_by_answers_where_they_are_the_objective_and_ties_go_b
 
 
 def test_horizons_are_read_from_losses_all_the_same():
-    assert [lead.trial.number for lead in leading_trials(TRIALS, 10)] == [0, 2, 3, 1, 4]
+    # The last one answers, but its loss is above that of the base model.
+    assert [lead.trial.number for lead in leading_trials(TRIALS, 10)] == [0, 2, 3, 1]
 
 
 @pytest.mark.parametrize(("error", "is_close"), [(0.1, True), (0.01, False)])

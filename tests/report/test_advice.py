@@ -48,7 +48,7 @@ def with_reading(diagnosis: Diagnosis, suggested: int | None) -> RoundReport:
         (Diagnosis.OVERFITTING, 40, "The best trial overfits, so more steps will not help. 40", "more data"),
         (Diagnosis.UNDETERMINED, 60, "This round cannot tell", "another round of 60 steps"),
         (Diagnosis.UNDETERMINED, 90, "Unclear whether more steps would help. When in doubt", "a round of 90"),
-        (Diagnosis.NO_LEARNING, None, "Training did not help", "Do not train longer"),
+        (Diagnosis.NO_LEARNING, None, "No trial beat the base model", "Do not train longer"),
     ],
 )
 def test_each_diagnosis_in_words(

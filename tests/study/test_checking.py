@@ -29,7 +29,7 @@ def work(directory: Path, **changes: Any) -> Work:
         ({"enqueue": "[{lora_r: 2, continues: round0/1}]"}, Work(3 * 8 + 4, 3 * 4 + 2, 1, 4)),
         ({"schedule": "constant"}, Work(3 * 8, 3 * 4)),
         # Eight steps, the last three decaying: branches from 2 to 4 and from 4 to 6, evaluated at their ends.
-        ({"learning_rate": "1e-3", "trials": 9}, Work(2 * 8, 2 * 4)),  # of two ranks
+        ({"learning_rate": "1e-3", "trials": 9}, Work(2 * 8 + 2, 2 * 4 + 1, 1, 2)),  # of two ranks
         ({"run": BRANCHES}, Work(3 * 8 + 3 * 4, 3 * 4 + 3 * 2, branches=6, branch_steps=12)),
         ({"run": BRANCHES, "trials": 24}, Work(24 * 8 + 6 * 4, 24 * 4 + 6 * 2, 12, 24)),
         ({"run": BRANCHES, "schedule": "cosine"}, Work(3 * 8 + 3 * 4, 3 * 4 + 3 * 2, 3, 12)),

@@ -242,8 +242,8 @@ def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk
     assert "3 of its 5 trials are carried over, already complete." in promotion_text(done.document)
     assert "max_train_steps: 8\n" in done.path.read_text(), "the line stays as it was"
     everything = promoted(study, max_train_steps=8, top=6)
-    assert comment(everything, "trials") == "6 enqueued, the rest new; --top 6"
-    assert everything.next_round.trials_total == 7, "something new is tried"
+    assert comment(everything, "trials") == "all enqueued, none new; --top 6"
+    assert everything.next_round.trials_total == 6, "the space has no other point"
 
 
 def test_a_lead_within_the_noise_is_said_with_the_seeds_to_try(tmp_path: Path) -> None:
@@ -268,10 +268,10 @@ def test_a_horizon_that_cannot_be_paid_for_is_refused(study: Path) -> None:
 def test_what_may_still_change_is_read_from_the_file(tmp_path: Path) -> None:
     """A longer run may be paid for after all; nobody need run the round again to say so."""
     rates = "[3e-3, 5e-3, 8e-3]"
-    file = first_round(tmp_path, run="run: {production_steps: 10}", trials=3, learning_rate=rates)
+    file = first_round(tmp_path, run="run: {production_steps: 10}", trials=2, learning_rate=rates)
     run(file)
     assert promoted(tmp_path).next_round.max_train_steps == 10
-    first_round(tmp_path, run="run: {production_steps: 100}", trials=4, learning_rate=rates)
+    first_round(tmp_path, run="run: {production_steps: 100}", trials=3, learning_rate=rates)
     done = promoted(tmp_path)
     assert done.next_round.max_train_steps == 24
     assert done.document["findings"][0]["rule"] == "incomplete_round"

@@ -18,8 +18,9 @@ from tuner.playbook.horizon import (
     Suggestion,
     puts_the_edge_first,
 )
-from tuner.playbook.precision import majority_probability
-from tuner.playbook.selection import LeadingTrial
+from tuner.playbook.precision import difference_error, majority_probability, measured
+from tuner.playbook.selection import LeadingTrial, best_evaluation
+from tuner.records import Trial
 
 _SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run on the same schedule",
@@ -64,9 +65,24 @@ def _nothing_leads(seen: Signs) -> str:
     if not seen.num_complete:
         return "No trial is complete with a finite evaluation loss, so nothing says how long to train."
     none = "The complete trial did not beat" if seen.num_complete == 1 else "No complete trial beat"
+    look = "look at the data, the loss masks and the learning rates"
+    if (hidden := _hidden_drop(seen.foremost)) is None:
+        return f"{none} the base model: {look}."
+    return f"{none} the base model by more than two standard errors. {hidden}, or {look}."
+
+
+def _hidden_drop(trial: Trial | None) -> str | None:
+    """What the best trial gained within the noise, and what would show it; None where it gained nothing."""
+    finite = measured(trial.evaluations) if trial else []
+    best, base = best_evaluation(finite), next((e for e in finite if e.step == 0), None)
+    if trial is None or best is None or base is None or best.eval_loss >= base.eval_loss:
+        return None
+    drop = percent(1 - best.eval_loss / base.eval_loss)
+    error = difference_error(finite, base, best) or 0.0
+    rows = f" over {counted(len(best.example_nll), 'evaluation row')}" if best.example_nll else ""
     return (
-        f"{none} the base model by more than two standard errors: look at the data, the loss masks and the "
-        "learning rates."
+        f"The best, trial {trial.number}, is {drop} below it at step {best.step}, within the noise of "
+        f"{percent(2 * error / base.eval_loss)}{rows}. Add rows to data.eval"
     )
 
 

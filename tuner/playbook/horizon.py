@@ -15,7 +15,7 @@ from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.precision import majority_probability
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
-from tuner.playbook.selection import LeadingTrial, leading_trials
+from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials
 from tuner.records import Trial
 
 TOO_LONG_FRACTION = 0.10
@@ -65,6 +65,8 @@ class Signs:
     """`run.worthwhile_gain`: what a doubling has to bring at least."""
     late: LateDrop | None = None
     """How much the best trial fell in the last quarter; None where unknown or not finite at the end."""
+    foremost: Trial | None = None
+    """The best complete trial, where none beat the base model."""
     num_complete: int = 0
     """Complete trials, also those that never beat the base model."""
     has_small_rates: bool = False
@@ -149,10 +151,15 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
         max_examples=results.max_examples,
         worthwhile_gain=results.worthwhile_gain,
         late=late_drop(best.evaluations, results.max_train_steps) if best else None,
+        foremost=None if leading else _foremost(results),
         num_complete=len(results.complete),
         has_small_rates=rates_may_be_too_small(results, best) if best else False,
         num_widenings=num_widenings(results, earlier),
     )
+
+
+def _foremost(results: RoundResults) -> Trial | None:
+    return next((lead.trial for lead in foremost_trials(results.trials, results.max_train_steps)), None)
 
 
 def _noise(gain: Gain | None, results: RoundResults) -> float | None:

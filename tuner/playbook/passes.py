@@ -12,7 +12,7 @@ from tuner.playbook.promotion import NextRound
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
 from tuner.playbook.search import with_a_model
-from tuner.playbook.selection import beats_the_base, ranked
+from tuner.playbook.selection import may_be_carried_over, ranked
 from tuner.playbook.tiers import tier_of
 from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
 
@@ -108,7 +108,7 @@ def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tupl
     }
     same = [trial for r in rounds if r.max_train_steps == max_train_steps for trial in r.trials]
     left = (trial for trial, _ in ranked(same) if configuration(trial) not in taken)
-    return tuple(trial for trial in left if beats_the_base(trial))
+    return tuple(trial for trial in left if may_be_carried_over(trial))
 
 
 def plan_round_anew(

@@ -20,7 +20,7 @@ from tuner.playbook.reopening import overturned_order, reopened_space, reopening
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import DecayRule, can_decay_linearly, tiny_rate_share
 from tuner.playbook.search import Sampler, default_sampler, search_findings
-from tuner.playbook.selection import beats_the_base, distinct, objective_score, ranked
+from tuner.playbook.selection import distinct, may_be_carried_over, objective_score, ranked
 from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 
 TOP = 3
@@ -227,7 +227,7 @@ def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
 
     Rule: this project's decision, "The next round": what is carried over as it is.
     """
-    return list(distinct(trial for trial, _ in ranked(trials) if beats_the_base(trial))[:top])
+    return list(distinct(trial for trial, _ in ranked(trials) if may_be_carried_over(trial))[:top])
 
 
 def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:

@@ -103,6 +103,15 @@ def beats_the_base(trial: Trial) -> bool:
     return best.step > 0 and base.eval_loss - max(best.eval_loss, there) > SIGNIFICANT * error
 
 
+def may_be_carried_over(trial: Trial) -> bool:
+    """Return whether a complete trial is worth continuing: it beat the base model.
+
+    Where answers are the objective they decide alone, since the base model was not asked. Rule: this
+    project's decision, "The next round".
+    """
+    return objective_score(trial) is not None or beats_the_base(trial)
+
+
 def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     """Return the first of each configuration and seed: copies of a run are no further evidence.
 

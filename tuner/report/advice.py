@@ -35,6 +35,8 @@ def headline(report: RoundReport) -> str:
     would_do = f" {next_steps} would do." if next_steps is not None and next_steps < steps else ""
     is_longer = next_steps is not None and next_steps > steps
     match report.reading.diagnosis:
+        case Diagnosis.NO_LEARNING if any(best.step > 0 for _, best in report.ranked):
+            return "No trial beat the base model by more than the noise."
         case Diagnosis.NO_LEARNING:
             return "Training did not help: no trial beat the base model."
         case Diagnosis.TOO_LONG:

@@ -118,7 +118,9 @@ def run_round(
                 stopping=lambda: stopping() or watch.is_short(),
                 passes=passes,
             ).run()
-            write_pages(advisor.study, round_report(folder, store, record))
+            # The record of before knows none of the comparison runs.
+            ended = next(r for r in store.rounds() if r.name == record.name)
+            write_pages(advisor.study, round_report(folder, store, ended))
 
 
 @contextmanager
