@@ -148,8 +148,9 @@ class TestStatus:
                 trial(2, rising, TrialState.COMPLETE),
                 trial(3, rising, TrialState.INFEASIBLE),
                 trial(4, rising, TrialState.RUNNING, train=0.1),
+                trial(5, (1.5, 1.5, 1.5, 1.6, 1.8, 2.0, 2.2), TrialState.RUNNING),
             ],
-            promised=5,
+            promised=6,
             is_running=True,
             adapters={},
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tuner.errors import Mistake
 from tuner.playbook.curves import rise_after_best
 from tuner.playbook.final_score import scored_before
-from tuner.playbook.selection import best_evaluation, ranked, settled_step
+from tuner.playbook.selection import beats_the_base, best_evaluation, ranked, settled_step
 from tuner.records import Throughput, Trial, TrialState
 from tuner.report.board import Board
 
@@ -142,9 +142,12 @@ def _seconds_left(
 
 
 def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
-    """As the playbook judges a complete trial; of one that runs, by its evaluations so far."""
+    """As the playbook judges a complete trial; of one that runs, by its evaluations so far.
+
+    What has not beaten the base model has learned nothing to overfit.
+    """
     sound = [t for t in trials if t.state not in (TrialState.INFEASIBLE, TrialState.FAILED)]
-    rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in sound)
+    rises = ((t.number, rise_after_best(t.evaluations)) for t in sound if beats_the_base(t))
     return {number: rise.best_step for number, rise in rises if rise is not None and rise.is_overfitting}
 
 
