@@ -256,6 +256,12 @@ def test_long_warmup(warmup, severity):
     assert (found.severity if found else None) == severity
 
 
+@pytest.mark.parametrize(("warmup", "advice"), [(50, "a longer horizon."), (250, "longer horizons over the")])
+def test_a_long_warmup_names_no_horizon_that_one_round_cannot_reach(warmup, advice):
+    results = round_of(trial_of(0, falling, steps=GRID, warmup_steps=warmup), max_train_steps=400)
+    assert advice in findings(results)["long_warmup"].message
+
+
 @pytest.mark.parametrize(("share", "fires"), [(0.3, False), (0.31, True)])
 def test_costly_evaluation(share, fires):
     results = round_of(trial_of(0, falling, steps=GRID), max_train_steps=400, evaluation_share=share)
