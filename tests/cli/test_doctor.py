@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from rich.console import Console
 from sqlalchemy import text
 
 from tests.studies import write_round
 from tuner.cli import run
 from tuner.cli.installed import check_package
 from tuner.errors import StorageError
-from tuner.report.health import Check, Health, is_healthy
+from tuner.report.health import Check, Health, health_table, is_healthy
 from tuner.store import open_store, revision
 from tuner.store.database import open_engine, parse_url
 from tuner.store.schema import VERSION_TABLE
@@ -120,6 +122,16 @@ def test_a_package_and_its_range(installed: str | None, status: Health, found: s
     check = check_package(Requirement("optuna>=5,<7"), installed=installed)
     assert (check.name, check.status, check.found) == ("optuna", status, found)
     assert (check.advice == "pip install 'optuna<7,>=5'") == (status is Health.PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "text", ["[/y]", "x[/y]", "[red]", "tuner[wandb]", "[link=x]", ":smile:", "[", "\\[b]"]
+)
+def test_no_text_is_markup(text: str) -> None:
+    out = io.StringIO()
+    checks = [Check(text, text, health, text) for health in Health]
+    Console(file=out, width=80).print(health_table(checks))
+    assert out.getvalue().count(text) == 3 * len(checks)
 
 
 def test_only_a_problem_is_unhealthy() -> None:
