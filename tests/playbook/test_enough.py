@@ -74,6 +74,15 @@ def test_the_second_undetermined_in_a_row_ends_the_study():
     assert next_horizon(second, read_round(second), [falling_round()]) == 900
 
 
+def test_a_horizon_of_one_step_is_not_blamed_on_production_steps():
+    """Half as long again is no whole step more."""
+    trial = trial_of(0, [3.0, 2.0], steps=[0, 1], schedule="cosine")
+    results = round_of(trial, evaluate_every=1, max_train_steps=1)
+    ended = next_horizon(results, read_round(results))
+    assert isinstance(ended, Enough)
+    assert "production_steps" not in ended.reason
+
+
 def test_without_a_bound_rounds_go_to_nine_times_the_first_horizon():
     results = falling_round(400)
     reading = read_round(results)

@@ -57,6 +57,8 @@ def next_horizon(
             "for the second time in a row the round cannot tell whether more steps would help; its report "
             f"says what would. The next horizon to try is {suggested} steps"
         )
+    if suggested <= steps and results.production_steps is None:
+        return Enough(f"a horizon of {steps} leaves no step to add: set a longer max_train_steps")
     if suggested <= steps:
         return Enough(f"run.production_steps, {results.production_steps}, does not allow longer runs")
     return _bounded(suggested, results, same, has_deadline=has_deadline)
