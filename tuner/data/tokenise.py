@@ -34,7 +34,7 @@ class Fate(IntEnum):
     CUT_OFF = 2
     """Dropped: max_length left no target."""
     EMPTY = 3
-    """Dropped: nothing to learn, such as an empty output or a conversation without assistant turn."""
+    """Dropped: nothing to learn, such as empty answers or a conversation without assistant turn."""
 
     @property
     def is_kept(self) -> bool:
@@ -77,6 +77,7 @@ class Tokeniser:
         for own in (self._first, self._next):
             own.encode_special_tokens = backend.encode_special_tokens
         self._end = int(tokenizer.eos_token_id)
+        self._end_text = str(tokenizer.eos_token)
         self._beginning = self._find_beginning()
         plain_only = backend.encode_special_tokens
         identity = json.dumps([text, plain_only, tokenizer.chat_template, self._beginning, self._end])
@@ -115,11 +116,11 @@ class Tokeniser:
             for index, segment in enumerate(segments):
                 piece = next(nexts if index else firsts)
                 ids.extend(piece)
-                targets += bytes([segment.is_target or loss_on == "all"]) * len(piece)
+                targets += bytes([_is_learned(segment, loss_on)]) * len(piece)
             if not ids or ids[-1] != self._end:
                 ids.append(self._end)
-                targets.append(True)
-            has_text = any(s.text.strip() for s in segments if s.is_target or loss_on == "all")
+                targets.append(not segments or not segments[-1].is_masked)
+            has_text = any(self._says(s.text) for s in segments if _is_learned(s, loss_on))
             tokenised.append(_cut(ids, bytes(targets), max_length, has_text=has_text))
         return tokenised
 
@@ -173,6 +174,10 @@ class Tokeniser:
             targets = bytes(len(tokens) - (end - new)) + b"\1" * (end - new)
             yield _cut(tokens, targets, len(tokens), has_text=True)
 
+    def _says(self, text: str) -> bool:
+        """Whether there is more in a text than its end."""
+        return bool(text.replace(self._end_text, "").strip())
+
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""
         whole: list[int] = self._first.encode("a", add_special_tokens=True).ids
@@ -194,6 +199,10 @@ class Tokeniser:
         for text in texts:
             whole.extend(self._next.encode(text, add_special_tokens=False).ids)
         return whole
+
+
+def _is_learned(segment: Segment, loss_on: Literal["completion", "all"]) -> bool:
+    return (segment.is_target or loss_on == "all") and not segment.is_masked
 
 
 def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
