@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tuner.data.messages import REASONING_KEYS, Conversation, Message
+from tuner.data.messages import Conversation, Message
 from tuner.data.segments import Segment
 from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
@@ -151,19 +151,10 @@ class Chat:
                 f"message {index + 1}: {self._name} leaves out this message of role {message.role!r}; take "
                 "a model or a `template` that renders it, or give it a role that it renders, such as user"
             )
-        known = (
-            other for other in REASONING_KEYS if other != key and self._knows(conversation, index, other)
+        return (
+            f"message {index + 1} has {key!r}, and {self._name} leaves it out here; write it into the content "
+            "as the model is to say it, or take it out"
         )
-        other = next(known, None)
-        return f"message {index + 1} has {key!r}, and {self._name} leaves it out here; " + (
-            f"it reads {other!r}: rename the key"
-            if other
-            else "write it into the content as the model is to say it, or take it out"
-        )
-
-    def _knows(self, conversation: Conversation, index: int, key: str) -> bool:
-        """Whether reasoning under that key would be rendered."""
-        return not self._lost(_with_marker(conversation, (index, key)), [(index, key)])
 
     def _is_empty(self, message: Message) -> bool:
         eos = str(self._tokenizer.eos_token)

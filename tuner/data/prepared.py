@@ -119,6 +119,26 @@ class PreparedData:
     """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
 
 
+def refuse_tokens_beyond(
+    data: PreparedData, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> None:
+    """Raises DataError for the first row with a token that a base with so many embeddings lacks.
+
+    `tokenizer` is called to name the token.
+    """
+    for split in (data.train, data.evaluation, data.test):
+        if (found := split.first_beyond(num_embeddings)) is None:
+            continue
+        index, token = found
+        text = tokenizer().convert_ids_to_tokens(token)
+        raise DataError(
+            f"{split.place(index)}: has the token {text!r} ({token}), and the model has embeddings for "
+            f"{num_embeddings} tokens, 0 to {num_embeddings - 1}: the tokenizer has tokens that were added "
+            "without resizing the model. Resize it (`model.resize_token_embeddings(len(tokenizer))`, then "
+            "train and save it), take the tokenizer that belongs to it, or take the token out of the rows"
+        )
+
+
 def prepare(
     spec: RoundSpec,
     tokenizer: PreTrainedTokenizerBase,

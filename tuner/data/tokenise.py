@@ -79,6 +79,7 @@ class Tokeniser:
         self._end = int(tokenizer.eos_token_id)
         self._end_text = str(tokenizer.eos_token)
         self._beginning = self._find_beginning()
+        self._bos_text = self._text_of_bos(tokenizer.bos_token)
         plain_only = backend.encode_special_tokens
         identity = json.dumps([text, plain_only, tokenizer.chat_template, self._beginning, self._end])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -91,8 +92,9 @@ class Tokeniser:
 
     def prompt(self, text: str, *more: str, starts_plain: bool) -> list[int]:
         """Token ids of the segments that a completion follows."""
-        ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
-        for piece in self._ids(self._next, list(more)):
+        texts = self._without_bos([text, *more]) if starts_plain else [text, *more]
+        ids: list[int] = self._first.encode(texts[0], add_special_tokens=False).ids
+        for piece in self._ids(self._next, texts[1:]):
             ids.extend(piece)
         return self._beginning + ids if starts_plain else ids
 
@@ -104,11 +106,17 @@ class Tokeniser:
         loss_on: Literal["completion", "all"],
         max_length: int,
     ) -> list[TokenisedRow]:
-        """Tokenise rows together. An example that is not truncated ends with exactly one EOS."""
+        """Tokenise rows together. An example that is not truncated ends with exactly one EOS.
+
+        With `starts_plain` it begins with exactly one BOS, where the tokenizer puts one before a text.
+        """
         if loss_on == "completion":
             rows = [_up_to_last_target(segments) for segments in rows]
-        firsts = iter(self._ids(self._first, [s[0].text for s in rows if s]))
-        nexts = iter(self._ids(self._next, [segment.text for s in rows for segment in s[1:]]))
+        texts = [[segment.text for segment in segments] for segments in rows]
+        if starts_plain:
+            texts = [self._without_bos(of_row) for of_row in texts]
+        firsts = iter(self._ids(self._first, [of_row[0] for of_row in texts if of_row]))
+        nexts = iter(self._ids(self._next, [text for of_row in texts for text in of_row[1:]]))
         tokenised = []
         for segments in rows:
             ids = array("i", self._beginning if starts_plain else ())
@@ -156,9 +164,10 @@ class Tokeniser:
 
     def _opening(self, text: str, as_next: Sequence[int]) -> Sequence[int]:
         """Ids of a text that begins an example, given those that it has further on."""
-        if self._next is self._first:
+        [plain] = self._without_bos([text])
+        if self._next is self._first and plain == text:
             return as_next
-        [ids] = self._ids(self._first, [text])
+        [ids] = self._ids(self._first, [plain])
         return ids
 
     def _windows(
@@ -175,8 +184,25 @@ class Tokeniser:
             yield _cut(tokens, targets, len(tokens), has_text=True)
 
     def _says(self, text: str) -> bool:
-        """Whether there is more in a text than its end."""
-        return bool(text.replace(self._end_text, "").strip())
+        """Whether there is more in a text than where it begins and ends."""
+        return bool(text.replace(self._end_text, "").replace(self._bos_text or self._end_text, "").strip())
+
+    def _text_of_bos(self, bos: object) -> str | None:
+        """How a text writes the BOS that the tokenizer puts before it; None where it puts none."""
+        ids = self._first.encode(str(bos), add_special_tokens=False).ids if bos is not None else []
+        return str(bos) if len(ids) == 1 and ids[0] in self._beginning else None
+
+    def _without_bos(self, texts: list[str]) -> list[str]:
+        """The texts of an example without the BOS that the first of them begins with."""
+        if self._bos_text is None:
+            return texts
+        at = next((index for index, text in enumerate(texts) if text), None)
+        if at is None or not texts[at].startswith(self._bos_text):
+            return texts
+        text = texts[at]
+        while text.startswith(self._bos_text):
+            text = text.removeprefix(self._bos_text)
+        return self._without_bos([*texts[:at], text, *texts[at + 1 :]])
 
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""
