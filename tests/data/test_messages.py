@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class TestWhetherATurnIsLearned:
         assert last.endswith("]It is 5.<|im_end|>")
 
     def test_an_unlearned_turn_that_is_rendered_anew_is_no_obstacle(self, tmp_path: Path) -> None:
-        """Qwen3's template thinks in the last turn alone, so the first one reads otherwise when it is last."""
+        """Qwen3's template thinks in the last turn alone, so the first reads otherwise when it is last."""
         tokenizer = qwen3()
         row = {"messages": [USER, WRONG | {"weight": 0}, USER, RIGHT]}
         [said] = shown(tmp_path, [row], tokenizer=tokenizer)
@@ -182,7 +182,7 @@ class TestTools:
 
 
 class TestAlpacasEarlierTurns:
-    ROW = {"instruction": "Add.", "output": "4", "system": "Be kind.", "history": [["Hi", "Hello"]]}
+    ROW: ClassVar = {"instruction": "Add.", "output": "4", "system": "Be kind.", "history": [["Hi", "Hello"]]}
 
     def test_in_its_own_text(self, tmp_path: Path) -> None:
         [said] = shown(tmp_path, [self.ROW], "alpaca", tokenizer=PLAIN)
@@ -286,7 +286,7 @@ class TestEmptyAnswers:
         data = prepared(tmp_path, rows, format, template=template)
         assert (data.report.train.empty, len(data.train)) == (1, 1)
         assert data.report.left_out(512) == [
-            "1 train rows are left out: they have no answer, or an empty one"
+            "1 train rows are left out: no answer to learn (none, empty, or weight 0)"
         ]
 
     @pytest.mark.parametrize("format", ["messages", "sharegpt"])
@@ -332,7 +332,8 @@ class TestRoles:
 class TestWhatIsNotRead:
     def test_keys_and_columns_are_named_once_with_their_count(self, tmp_path: Path) -> None:
         named = {"messages": [USER | {"name": "Ann"}, RIGHT], "images": ["a.png"], "id": 7, "history": []}
-        rows = [named, named, {"messages": [USER, RIGHT]}, {"messages": [USER, RIGHT], "system": "Be kind."}]
+        rows: list[dict[str, Any]] = [named, named]
+        rows += [{"messages": [USER, RIGHT]}, {"messages": [USER, RIGHT], "system": "Be kind."}]
         place = f"{tmp_path}/train.jsonl"
         assert sorted(prepared(tmp_path, rows).report.left_out(512)) == [
             f"'name' of a message is not read (2 rows, first {place}:1)",
@@ -351,7 +352,8 @@ class TestWhatIsNotRead:
         again = tiny.prepared(PLAIN, train=train, eval_fraction=0.5, cache=tmp_path / "cache")
         assert again.report == said.report
         assert said.report.remarks == (
-            f"format completion does not read the column 'system' (40 rows, first {tmp_path}/a.parquet: row 1)",
+            f"format completion does not read the column 'system' (40 rows, first "
+            f"{tmp_path}/a.parquet: row 1)",
         )
 
     def test_a_user_is_not_learned_from(self, tmp_path: Path) -> None:

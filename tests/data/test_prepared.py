@@ -284,7 +284,7 @@ def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     assert data.train.num_tokens.max() == 150
     assert data.report.left_out(150) == [
         "1 of 3 train rows are cut at max_length 150",
-        "1 train rows are left out: they have no answer, or an empty one",
+        "1 train rows are left out: no answer to learn (none, empty, or weight 0)",
         "1 train rows are left out: nothing in them to learn within max_length",
     ]
     lengths = report.token_lengths

@@ -134,7 +134,7 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
 
 
 def embeddings_of(model: ModelSpec) -> int:
-    """Number of token ids that a model has embeddings for, from its configuration alone. Raises ModelError."""
+    """Number of token ids that a model has embeddings for, by its configuration. Raises ModelError."""
     config = load_config(model, max_length=1)
     hollow = _hollow(
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code

@@ -152,8 +152,8 @@ class Chat:
                 "a model or a `template` that renders it, or give it a role that it renders, such as user"
             )
         return (
-            f"message {index + 1} has {key!r}, and {self._name} leaves it out here; write it into the content "
-            "as the model is to say it, or take it out"
+            f"message {index + 1} has {key!r}, and {self._name} leaves it out here; write it into the "
+            "content as the model is to say it, or take it out"
         )
 
     def _is_empty(self, message: Message) -> bool:

@@ -80,7 +80,7 @@ class Examples(Sequence[Example]):
         return whole.hexdigest()
 
     def first_beyond(self, num_embeddings: int) -> tuple[int, int] | None:
-        """Index of the first row with a token id of at least so many, and that id; None where none has one."""
+        """Index of the first row with a token id of at least so many, and that id; None without one."""
         start = 0
         for table, rows in self._picks:
             has_none = not len(table.tokens) or int(table.tokens.max()) < num_embeddings

@@ -96,7 +96,9 @@ class DataReport:
                     f"{split.truncated} of {split.rows_kept} {name} rows are cut at max_length {max_length}"
                 )
             if split.empty:
-                said.append(f"{split.empty} {name} rows are left out: they have no answer, or an empty one")
+                said.append(
+                    f"{split.empty} {name} rows are left out: no answer to learn (none, empty, or weight 0)"
+                )
             if split.cut_off:
                 said.append(
                     f"{split.cut_off} {name} rows are left out: nothing in them to learn within max_length"
