@@ -105,6 +105,8 @@ class TestWhetherATurnIsLearned:
         assert said.replace("[", "").replace("]", "") == whole.rstrip("\n")
         assert said.endswith("<|im_start|>assistant\n[<think>\n\n</think>\n\n4<|im_end|>]")
         assert said.count("[") == 1
+        [said] = shown(tmp_path, [row], tokenizer=tokenizer, loss_on="all")
+        assert "It is 5." not in "".join(piece.partition("]")[0] for piece in said.split("[")[1:])
 
 
 def qwen3() -> PreTrainedTokenizerBase:
