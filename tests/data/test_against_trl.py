@@ -244,3 +244,32 @@ def test_a_named_template_exported_for_others(tmp_path: Path, template: str, nam
     assert ours == Seen(theirs.ids[:end], theirs.learned[:end])
     assert not tokenizer.decode(theirs.ids[end:]).strip()
     assert ours.ids[-1] == tokenizer.eos_token_id
+
+
+def test_tools_and_reasoning_are_what_trl_renders(tmp_path: Path) -> None:
+    """TRL's template for Qwen 3 differs from the model's in its marks, and learns the generation prompt."""
+    from trl.chat_template_utils import qwen3_chat_template
+
+    tokenizer = with_marks(tiny.byte_level(), "<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = qwen3_chat_template
+    tool = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
+    thought = {**ANSWERED, "reasoning_content": "Red is one."}
+    rows = [{"messages": [SYSTEM, ASKED, thought], "tools": [tool]}]
+    [ours] = seen_by_tuner(tmp_path, tokenizer, rows, "messages")
+    [theirs] = seen_by_trl(tmp_path, tokenizer, rows, assistant_only_loss=True)
+    assert theirs.ids[: len(ours.ids)] == ours.ids
+    assert tokenizer.decode(theirs.ids[len(ours.ids) :]) == "\n"
+    learned = tokenizer.decode([id for id, seen in zip(ours.ids, ours.learned, strict=True) if seen])
+    assert learned == "<think>\nRed is one.\n</think>\n\nRed, of course.<|im_end|>"
+    assert all(theirs.learned[at] for at, seen in enumerate(ours.learned) if seen)
+
+
+@pytest.mark.parametrize("name", ["with BOS", "sentencepiece"])
+def test_a_bos_in_the_row_changes_nothing_but_trls_second_one(tmp_path: Path, name: str) -> None:
+    tokenizer = PLAIN_TOKENIZERS[name]()
+    texts = [{"text": "Red, green and blue."}]
+    with_bos = [{"text": "<s>Red, green and blue."}]
+    ours = seen_by_tuner(tmp_path, tokenizer, with_bos, "text")
+    [theirs] = seen_by_trl(tmp_path, tokenizer, texts)
+    assert ours == [Seen(theirs.ids, [False, *theirs.learned[1:]])]
+    assert seen_by_tuner(tmp_path, tokenizer, texts, "text") == ours

@@ -206,6 +206,9 @@ def test_columns_may_have_other_names(name: str) -> None:
     values: dict[str, Any] = dict.fromkeys(COLUMNS[name], "word")
     if name in ("messages", "sharegpt"):
         values[COLUMNS[name][0]] = MESSAGES if name == "messages" else TURNS
+        values["tools"] = []
+    if name == "alpaca":
+        values["history"] = [["earlier", "word"]]
     mapped = {given_columns[column]: value for column, value in values.items()}
     assert segments(name, mapped, columns=given_columns) == segments(name, values)
     del mapped[chosen.needed[0]]

@@ -284,7 +284,8 @@ def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     assert data.train.num_tokens.max() == 150
     assert data.report.left_out(150) == [
         "1 of 3 train rows are cut at max_length 150",
-        "2 train rows are left out: nothing in them to learn within max_length",
+        "1 train rows are left out: no answer to learn (none, empty, or weight 0)",
+        "1 train rows are left out: nothing in them to learn within max_length",
     ]
     lengths = report.token_lengths
     assert lengths["max"] > 150
@@ -382,7 +383,7 @@ def test_tables_of_finished_rounds_are_found(tmp_path: Path) -> None:
     [source] = open_sources(spec, None, tmp_path)
     recipe = Recipe(Tokeniser(PLAIN), "completion", 512, None)
     assert ingredients(source, source_format(spec, PLAIN), recipe) == {
-        "version": 3,
+        "version": 4,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "source": f"_json_lines {hashlib.sha256(file.read_bytes()).hexdigest()}",
         "format": "alpaca",

@@ -5,10 +5,12 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
 from tuner.data.segments import Segment
 from tuner.data.tokenise import Fate, TokenisedRow, Tokeniser
+from tuner.data.windows import Windows
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>\0"), max_size=40)
 FILLED = TEXTS.filter(lambda text: bool(text.strip()))
@@ -144,3 +146,70 @@ def test_the_fingerprint_tells_tokenizers_apart() -> None:
     tokenizers = [PLAIN, WITH_BOS, LLAMA_2, tiny.byte_level(chat_template=tiny.CHATML)]
     assert len({Tokeniser(tokenizer).fingerprint for tokenizer in tokenizers}) == len(tokenizers)
     assert Tokeniser(tiny.byte_level()).fingerprint == Tokeniser(PLAIN).fingerprint
+
+
+BOS = [(WITH_BOS, "bos"), (LLAMA_2, "llama")]
+
+
+@pytest.mark.parametrize(("tokenizer", "name"), BOS, ids=["byte level", "sentencepiece"])
+@pytest.mark.parametrize("before", ["<s>", "<s><s>"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_bos_that_is_there_is_not_added_again(
+    tokenizer: PreTrainedTokenizerBase, name: str, before: str, loss_on: Literal["completion", "all"]
+) -> None:
+    """As the tokenizer has the text without it."""
+    for pieces in ([("Red", True)], [("Name:", False), ("Red", True)], [("", False), ("Red", True)]):
+        at = 1 if pieces[0][0] == "" else 0
+        said = [
+            (before + text if index == at else text, learned) for index, (text, learned) in enumerate(pieces)
+        ]
+        once, twice = (row(TOKENISERS[name], *texts, loss_on=loss_on) for texts in (pieces, said))
+        assert twice.tokens.tolist() == once.tokens.tolist()
+        assert twice.targets.tolist() == once.targets.tolist()
+        assert twice.tokens.tolist().count(tokenizer.bos_token_id) == 1
+        assert not twice.targets[0]
+    ids = TOKENISERS[name].prompt(f"{before}Red", starts_plain=True)
+    assert ids == tokenizer("Red").input_ids
+
+
+def test_a_bos_that_the_tokenizer_does_not_put_stays_as_written() -> None:
+    """GPT-2's tokenizer puts none; a chat template writes its own."""
+    assert row(TOKENISERS["plain"], ("<s>Red", True)).tokens[0] == PLAIN.bos_token_id
+    pieces = (Segment("<s>Hi", is_target=False), Segment("Red", is_target=True))
+    [made] = TOKENISERS["bos"].rows([pieces], starts_plain=False, loss_on="completion", max_length=99)
+    assert WITH_BOS.decode(made.tokens) == "<s>HiRed</s>"
+
+
+def test_a_bos_that_is_text_to_the_tokenizer_stays_text() -> None:
+    tokenizer = tiny.byte_level(bos=True)
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    made = row(Tokeniser(tokenizer), ("<s>Red", True))
+    assert tokenizer.decode(made.tokens) == "<s><s>Red</s>"
+
+
+@pytest.mark.parametrize(("tokenizer", "name"), BOS, ids=["byte level", "sentencepiece"])
+@pytest.mark.parametrize("fills", [True, False])
+def test_windows_begin_with_one_bos(tokenizer: PreTrainedTokenizerBase, name: str, fills: bool) -> None:
+    windows = Windows(overlap_tokens=0, fills=fills, separator="\n")
+    made, plain = (
+        [
+            (example.tokens.tolist(), example.targets.tolist())
+            for _, examples in TOKENISERS[name].windowed([texts], windows, max_length=9)
+            for example in examples
+        ]
+        for texts in (["<s>Red and green", "<s>Blue"], ["Red and green", "Blue"])
+    )
+    assert made[0] == plain[0]
+    assert all(tokens[0] == tokenizer.bos_token_id != tokens[1] for tokens, _ in made)
+    assert not any(targets[0] for _, targets in made)
+
+
+def test_what_is_masked_no_loss_sees() -> None:
+    pieces = (Segment("xy", is_target=False), Segment("b", is_target=False, is_masked=True))
+    [made] = TOKENISERS["plain"].rows([pieces], starts_plain=True, loss_on="all", max_length=9)
+    assert PLAIN.decode(made.tokens) == "xyb</s>"
+    assert made.targets.tolist() == [False, True, False, False]
+    [made] = TOKENISERS["plain"].rows(
+        [(*pieces, Segment("c", is_target=True))], starts_plain=True, loss_on="all", max_length=9
+    )
+    assert made.targets.tolist() == [False, True, False, True, True]

@@ -2,7 +2,7 @@
 
 import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.base import Base, load_base
-from tuner.adapters.initial import Adapter, initial_adapter, largest_adapter
+from tuner.adapters.initial import Adapter, embeddings_of, initial_adapter, largest_adapter
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.adapters.peft_files import read_adapter, write_adapter
 
@@ -11,6 +11,7 @@ __all__ = [
     "Base",
     "Pack",
     "PackedRows",
+    "embeddings_of",
     "initial_adapter",
     "largest_adapter",
     "load_base",

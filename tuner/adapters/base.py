@@ -51,6 +51,11 @@ class Base:
         """Number of logits."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
+    @property
+    def num_embeddings(self) -> int:
+        """Number of token ids that it can read and predict."""
+        return num_embeddings(self.model)
+
     def keep_fewer_activations(self) -> bool:
         """Let every layer run again in the backward pass instead of keeping what it computed.
 
@@ -188,6 +193,12 @@ def _cannot_load(model: ModelSpec, error: Exception) -> ModelError:
         f"model.path: cannot load {model.path!r}: {error}\n"
         "Give a directory with config.json and safetensors, a Hub id, or a directory and gguf_file."
     )
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Number of token ids that a causal model can read and predict."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(end.weight.shape[0]) for end in ends if end is not None)
 
 
 def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:

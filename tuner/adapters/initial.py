@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tuner.adapters.base import Base, load_config
+from tuner.adapters.base import Base, load_config, num_embeddings
 from tuner.errors import ModelError
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
@@ -131,6 +131,15 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
     )
     return adapter_sizes(hollow, space)[1]
+
+
+def embeddings_of(model: ModelSpec) -> int:
+    """Number of token ids that a model has embeddings for, by its configuration. Raises ModelError."""
+    config = load_config(model, max_length=1)
+    hollow = _hollow(
+        config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
+    )
+    return num_embeddings(hollow)
 
 
 def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:

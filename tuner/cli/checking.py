@@ -18,6 +18,7 @@ from tuner.data import (
     load_metric,
     load_tokenizer,
     printable,
+    refuse_tokens_beyond,
     show_rows,
     try_metric,
 )
@@ -84,8 +85,9 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         for row in show_rows(data.train, tokenizer, show):
             _print_row(row, round_plan.file.directory)
 
-    from tuner.adapters import largest_adapter  # loads torch: after what is cheap to check
+    from tuner.adapters import embeddings_of, largest_adapter  # loads torch: after what is cheap to check
 
+    refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
     if probe:
         from tuner.training.opening import arrange

@@ -3,7 +3,7 @@
 from tuner.data.examples import Example, Examples
 from tuner.data.metrics import Metric, load_metric
 from tuner.data.order import batch_rows
-from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare
+from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
 from tuner.data.prompts import Prompt, read_prompts, render_prompt
@@ -25,6 +25,7 @@ __all__ = [
     "prepare",
     "printable",
     "read_prompts",
+    "refuse_tokens_beyond",
     "render_prompt",
     "show_rows",
     "try_metric",

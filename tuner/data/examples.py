@@ -79,6 +79,18 @@ class Examples(Sequence[Example]):
         whole.update(tokens.digest() + targets.digest())
         return whole.hexdigest()
 
+    def first_beyond(self, num_embeddings: int) -> tuple[int, int] | None:
+        """Index of the first row with a token id of at least so many, and that id; None without one."""
+        start = 0
+        for table, rows in self._picks:
+            has_none = not len(table.tokens) or int(table.tokens.max()) < num_embeddings
+            for at, row in enumerate([] if has_none else rows.tolist()):
+                ids = table.tokens[table.offsets[row] : table.offsets[row + 1]]
+                if (beyond := ids[ids >= num_embeddings]).size:
+                    return start + at, int(beyond[0])
+            start += len(rows)
+        return None
+
     def __len__(self) -> int:
         return len(self.num_tokens)
 

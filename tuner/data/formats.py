@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuner.data.chat import Chat, Message, asked, read_messages
+from tuner.data.chat import Chat, asked
+from tuner.data.messages import (
+    REASONING_KEYS,
+    Conversation,
+    Message,
+    read_history,
+    read_messages,
+    read_system,
+    read_tools,
+)
 from tuner.data.plain_text import SEPARATORS
 from tuner.data.segments import Row, Segment, kind_of
-from tuner.data.sharegpt import conversation
+from tuner.data.sharegpt import conversation as sharegpt_messages
 from tuner.data.templates import TEMPLATES
 from tuner.data.windows import Windows
 from tuner.errors import DataError
@@ -56,6 +65,10 @@ class RowFormat:
     """How a text becomes several examples, or a part of one; None: a row is an example."""
     more_identity: Mapping[str, Any] = field(default_factory=dict)
     """What decides about segments besides the name and the tokenizer, as JSON values."""
+    remarks: Callable[[Row], Iterable[str]] = lambda _: ()
+    """What a row says that is read otherwise, or not at all; the same words for each such row."""
+    unread: tuple[str, ...] = ()
+    """Columns that only other formats read, so that `remarks` can name them."""
 
 
 def source_format(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
@@ -85,9 +98,9 @@ def row_format(
     `columns` has what its columns are called where they have other names, `template` the text around the
     turns. Raises DataError when the format is unknown or the tokenizer cannot render it.
     """
-    called = {**{column: column for column in _COLUMNS}, **(columns or {})}
+    called = _called(columns or {})
     if name == "alpaca" and template in (None, "alpaca"):
-        chosen = _alpaca(called)
+        chosen = _alpaca(called, Chat(tokenizer, "alpaca"))
     elif name == "completion":
         chosen = _completion(called)
     elif name == "text":
@@ -103,7 +116,7 @@ def row_format(
         identity["columns"] = dict(columns)
     if template is not None:
         identity["template"] = TEMPLATES.get(template, template)
-    return replace(chosen, more_identity=identity)
+    return _with_unread_columns(replace(chosen, more_identity=identity))
 
 
 def require_columns(row: Row, row_format: RowFormat) -> None:
@@ -118,28 +131,95 @@ def require_columns(row: Row, row_format: RowFormat) -> None:
 
 
 _COLUMNS = (
-    *("instruction", "input", "output", "messages", "conversations", "system"),
+    *("instruction", "input", "output", "messages", "conversations", "system", "history", "tools"),
     *("prompt", "completion", "text"),
 )
+_READ_ELSEWHERE = (
+    *("system", "history", "tools", "functions", "documents", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+    *("chosen", "rejected", "weight", "train", "loss", *REASONING_KEYS),
+)
+"""Columns that some format, here or in other tools, gives a meaning."""
 
 
-def _alpaca(called: Mapping[str, str]) -> RowFormat:
+_YIELDING = ("system", "history", "tools")
+"""Columns that are not looked for where another one is mapped to their name."""
+_NOWHERE = "\0"
+"""The name of a column that is not looked for."""
+
+
+def _called(columns: Mapping[str, str]) -> dict[str, str]:
+    """What each column is called."""
+    given_away = {name for column, name in columns.items() if column != name and name in _YIELDING}
+    own = {column: _NOWHERE if column in given_away else column for column in _COLUMNS}
+    return {**own, **columns}
+
+
+def _with_unread_columns(chosen: RowFormat) -> RowFormat:
+    """The format, remarking on columns with a value that other formats read."""
+    unread = tuple(name for name in _READ_ELSEWHERE if name not in (*chosen.needed, *chosen.optional))
+    own = chosen.remarks
+
+    def remarks(row: Row) -> Iterator[str]:
+        yield from own(row)
+        for column in unread:
+            if row.values.get(column) not in (None, "", [], {}):
+                yield f"format {chosen.name} does not read the column {column!r}"
+
+    return replace(chosen, remarks=remarks, unread=unread)
+
+
+def _alpaca(called: Mapping[str, str], chat: Chat) -> RowFormat:
+    """Stanford's text; with the system's or earlier turns, the template of that name."""
+
     def segments(row: Row) -> tuple[Segment, ...]:
+        if earlier := _earlier(row, called):
+            return chat.segments(
+                conversation(row, earlier).answered(_string(row, called["output"])), row.place
+            )
         return *question(row), Segment(_string(row, called["output"]), is_target=True)
 
     def question(row: Row) -> tuple[Segment, ...]:
+        if earlier := _earlier(row, called):
+            return chat.question(conversation(row, earlier), row.place)
         return (Segment(_alpaca_prompt(*_alpaca_question(row, called)), is_target=False),)
 
+    def conversation(row: Row, earlier: tuple[Message, ...]) -> Conversation:
+        instruction, input = _alpaca_question(row, called)
+        return Conversation((*earlier, asked(instruction, f"### Input:\n{input}" if input else "")))
+
     def said(row: Row) -> str:
-        return " ".join((*_alpaca_question(row, called), _string(row, called["output"])))
+        texts = (*_alpaca_question(row, called), _string(row, called["output"]))
+        return " ".join((*(message.content for message in _earlier(row, called)), *texts))
+
+    def remarks(row: Row) -> Iterator[str]:
+        if earlier := _earlier(row, called):
+            yield from conversation(row, earlier).answered(_string(row, called["output"])).remarks()
 
     return RowFormat(
-        "alpaca", *_alpaca_columns(called), segments, (called["instruction"],), question, _alpaca_prompt, said
+        "alpaca",
+        *_alpaca_columns(called),
+        segments,
+        (called["instruction"],),
+        question,
+        _alpaca_prompt,
+        said,
+        remarks=remarks,
     )
 
 
 def _alpaca_columns(called: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return (called["instruction"], called["output"]), (called["input"],)
+    return (called["instruction"], called["output"]), _named(called, "input", "system", "history")
+
+
+def _named(called: Mapping[str, str], *columns: str) -> tuple[str, ...]:
+    """What these columns are called, those that are looked for."""
+    return tuple(called[column] for column in columns if called[column] != _NOWHERE)
+
+
+def _earlier(row: Row, called: Mapping[str, str]) -> tuple[Message, ...]:
+    """The messages before a row's instruction."""
+    return (*read_system(row, called["system"]), *read_history(row, called["history"]))
 
 
 def _alpaca_question(row: Row, called: Mapping[str, str]) -> tuple[str, str]:
@@ -182,39 +262,43 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
         case "alpaca":
             needed, optional = _alpaca_columns(called)
         case "messages":
-            needed, optional = (called["messages"],), ()
+            needed, optional = (called["messages"],), _named(called, "tools")
         case _:
-            needed, optional = (called["conversations"],), (called["system"],)
+            needed, optional = (called["conversations"],), _named(called, "system", "tools")
 
-    def messages(row: Row) -> list[Message]:
+    def conversation(row: Row) -> Conversation:
         match name:
             case "alpaca":
-                output = _string(row, called["output"])
-                return [*asking(row), {"role": "assistant", "content": output}]
+                return asking(row).answered(_string(row, called["output"]))
             case "messages":
-                return read_messages(row, called["messages"])
+                messages = read_messages(row, called["messages"])
             case _:
-                return conversation(row, column=called["conversations"], system_column=called["system"])
+                messages = sharegpt_messages(
+                    row, column=called["conversations"], system_column=called["system"]
+                )
+        return Conversation(messages, read_tools(row, called["tools"]))
 
-    def asking(row: Row) -> list[Message]:
+    def asking(row: Row) -> Conversation:
         if name == "alpaca":
-            return [asked(*_alpaca_question(row, called))]
-        conversation = messages(row)
-        return conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
-
-    def segments(row: Row) -> tuple[Segment, ...]:
-        return chat.segments(messages(row), row.place)
+            return Conversation((*_earlier(row, called), asked(*_alpaca_question(row, called))))
+        return conversation(row).asking()
 
     def question(row: Row) -> tuple[Segment, ...]:
-        if not (conversation := asking(row)):
+        if not (open_ended := asking(row)).messages:
             raise DataError(f"{row.place}: the conversation has no message to answer")
-        return chat.question(conversation, row.place)
-
-    def said(row: Row) -> str:
-        return " ".join(message["content"] for message in messages(row))
+        return chat.question(open_ended, row.place)
 
     return RowFormat(
-        name, needed, optional, segments, needed[:1], question, chat.prompt, said, starts_plain=chat.is_named
+        name,
+        needed,
+        optional,
+        lambda row: chat.segments(conversation(row), row.place),
+        needed[:1],
+        question,
+        chat.prompt,
+        lambda row: conversation(row).said,
+        starts_plain=chat.is_named,
+        remarks=lambda row: conversation(row).remarks(),
     )
 
 

@@ -79,6 +79,8 @@ class DataReport:
     """Each training source's share of the rows of an epoch, by its path."""
     overlaps: tuple[str, ...] = ()
     """Which rows are in two of train, eval and test, where the round file allows it."""
+    remarks: tuple[str, ...] = ()
+    """What rows say that is read otherwise than written, or not at all; how many, and the first of them."""
 
     @property
     def splits(self) -> Mapping[str, SplitReport]:
@@ -86,16 +88,22 @@ class DataReport:
         return {"train": self.train, "eval": self.evaluation, "test": self.test}
 
     def left_out(self, max_length: int) -> list[str]:
-        """What is not trained or evaluated on though it was read, a sentence for each split and reason."""
+        """What is not trained or evaluated on as it was read, a sentence for each split and reason."""
         said = []
         for name, split in self.splits.items():
             if split.truncated:
                 said.append(
                     f"{split.truncated} of {split.rows_kept} {name} rows are cut at max_length {max_length}"
                 )
-            if dropped := split.cut_off + split.empty:
-                said.append(f"{dropped} {name} rows are left out: nothing in them to learn within max_length")
-        return said
+            if split.empty:
+                said.append(
+                    f"{split.empty} {name} rows are left out: no answer to learn (none, empty, or weight 0)"
+                )
+            if split.cut_off:
+                said.append(
+                    f"{split.cut_off} {name} rows are left out: nothing in them to learn within max_length"
+                )
+        return [*said, *self.remarks]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +119,26 @@ class PreparedData:
     """Hash of all tokens and target masks, in order."""
     questions: tuple[Question, ...] = ()
     """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
+
+
+def refuse_tokens_beyond(
+    data: PreparedData, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> None:
+    """Raises DataError for the first row with a token that a base with so many embeddings lacks.
+
+    `tokenizer` is called to name the token.
+    """
+    for split in (data.train, data.evaluation, data.test):
+        if (found := split.first_beyond(num_embeddings)) is None:
+            continue
+        index, token = found
+        text = tokenizer().convert_ids_to_tokens(token)
+        raise DataError(
+            f"{split.place(index)}: has the token {text!r} ({token}), and the model has embeddings for "
+            f"{num_embeddings} tokens, 0 to {num_embeddings - 1}: the tokenizer has tokens that were added "
+            "without resizing the model. Resize it (`model.resize_token_embeddings(len(tokenizer))`, then "
+            "train and save it), take the tokenizer that belongs to it, or take the token out of the rows"
+        )
 
 
 def prepare(
@@ -162,6 +190,7 @@ def prepare(
             test=_report(test, splits["test"], overlap=max(found.num_rows for found in overlaps[1:])),
             mix=_mix(used["train"]),
             overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
+            remarks=_remarks([part for parts in read.values() for part in parts]),
         ),
         fingerprint=_fingerprint(splits.values()),
         questions=questions(
@@ -209,6 +238,19 @@ def _mix(parts: Parts) -> dict[str, float]:
     return shares
 
 
+def _remarks(parts: Parts) -> tuple[str, ...]:
+    """Each once, however many files it is said of."""
+    found: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        for said, remark in part.table.remarks.items():
+            num_rows, first = found.get(said, (0, part.source.place(remark.first)))
+            found[said] = (num_rows + remark.num_rows, first)
+    return tuple(
+        f"{said} ({num_rows} row{'s' if num_rows > 1 else ''}, first {place})"
+        for said, (num_rows, place) in found.items()
+    )
+
+
 def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[str, Parts]) -> None:
     for name, parts in used.items():
         wanted = name != "test" or data.test
@@ -221,8 +263,9 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
                 "raise it, or give the evaluation rows as eval"
             )
         raise DataError(
-            f"{sources}: no {name} row is left with anything to learn: rows without completion are dropped, "
-            f"and so are rows whose prompt alone fills max_length ({data.max_length} tokens)"
+            f"{sources}: no {name} row is left with anything to learn: rows without completion, or with an "
+            f"empty one, are dropped, and so are rows whose prompt alone fills max_length "
+            f"({data.max_length} tokens)"
         )
 
 

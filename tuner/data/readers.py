@@ -50,7 +50,8 @@ def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
     """Those the format reads; all when one it needs is missing, so that the message can list them."""
     if any(column not in found for column in row_format.needed):
         return found
-    return [column for column in found if column in row_format.needed + row_format.optional]
+    wanted = row_format.needed + row_format.optional + row_format.unread
+    return [column for column in found if column in wanted]
 
 
 def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:

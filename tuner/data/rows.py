@@ -21,7 +21,7 @@ from tuner.data.tokenise import Tokeniser
 from tuner.data.windows import Windows
 from tuner.errors import DataError
 
-_TABLE_VERSION = 3
+_TABLE_VERSION = 4
 """Raise it when the same rows give another table."""
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
@@ -83,6 +83,8 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
             said = row_format.said(row) if row_format.said else " ".join(s.text for s in segments)
             digest, like = _hash(_text(segments)), _hash(likeness(said))
             writer.append(tokens, digest=digest, likeness=like, number=row.number)
+            for remark in set(row_format.remarks(row)):
+                writer.remark(remark, number=row.number)
 
 
 def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, writer: TableWriter) -> None:

@@ -26,6 +26,8 @@ class Segment:
     text: str
     is_target: bool
     """Whether a model that learns completions alone has its loss on these tokens."""
+    is_masked: bool = False
+    """Whether no loss sees these tokens, that on all tokens neither."""
 
 
 def kind_of(value: Any) -> str:

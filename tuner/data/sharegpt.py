@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from tuner.data.chat import Message, listed, text_of
+from tuner.data.messages import SPEAKERS, Message, listed, message_of, read_system, text_of
 from tuner.data.segments import Row, kind_of
 from tuner.errors import DataError
 
-_ROLES: Mapping[str, str] = {
-    typed: role
-    for role, names in {
-        "system": "system",
-        "user": "human user prompter",
-        "assistant": "gpt assistant model bot chatgpt chatbot bing bard claude",
-    }.items()
-    for typed in names.split()
-}
-"""Who speaks, in lower case."""
 
-
-def conversation(row: Row, *, column: str, system_column: str) -> list[Message]:
+def conversation(row: Row, *, column: str, system_column: str) -> tuple[Message, ...]:
     """The row's messages, the system column's text first where there is one.
 
     A conversation that opens with the model keeps that turn, as something that was said, not as something
     to learn. Raises DataError.
     """
-    turns = [_message(row, index, turn) for index, turn in enumerate(listed(row, column), start=1)]
-    system = row.values.get(system_column)
-    if system is None or system == "":
-        return turns
-    if not isinstance(system, str):
-        raise DataError(f"{row.place}: column {system_column!r} is {kind_of(system)}; it must be text")
-    if turns[0]["role"] == "system":
+    turns = tuple(_message(row, index, turn) for index, turn in enumerate(listed(row, column), start=1))
+    system = read_system(row, system_column)
+    if system and turns[0].role == "system":
         raise DataError(
             f"{row.place}: column {system_column!r} has a system message, and so has the conversation"
         )
-    return [{"role": "system", "content": system}, *turns]
+    return (*system, *turns)
 
 
 def _message(row: Row, index: int, turn: Any) -> Message:
@@ -51,10 +35,10 @@ def _message(row: Row, index: int, turn: Any) -> Message:
             "`format: messages`, and the column's name as `columns: {messages: ...}`"
         )
     speaker = text_of(row, index, turn, "from")
-    role = _ROLES.get(speaker.strip().lower())
+    role = SPEAKERS.get(speaker.strip().lower())
     if role is None:
         raise DataError(
             f"{row.place}: message {index} is from {speaker!r}, which is nobody this format knows; "
-            f"allowed are {', '.join(_ROLES)}"
+            f"allowed are {', '.join(SPEAKERS)}"
         )
-    return {"role": role, "content": text_of(row, index, turn, "value")}
+    return message_of(row, index, turn, role, text_of(row, index, turn, "value"))

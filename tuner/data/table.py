@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -35,6 +35,15 @@ _COLUMNS: Mapping[str, DTypeLike] = {
 _INDEX = "table.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something of which there is to say that it is read otherwise than written, or not at all."""
+
+    num_rows: int
+    first: int
+    """Line or row number of the first of the rows."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowTable:
     """Every row that was read from a source, those dropped included (they have no tokens)."""
@@ -50,6 +59,8 @@ class RowTable:
     """[rows, 2]: the same of what the row says, without its format and what `likeness` leaves out."""
     numbers: NDArray[np.int64]
     """Line or row number of each row in its source."""
+    remarks: Mapping[str, Remark]
+    """By what there is to say."""
 
 
 class TableWriter:
@@ -58,6 +69,7 @@ class TableWriter:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._columns: dict[str, _Column] = {}
+        self._remarks: dict[str, Remark] = {}
         self._files = ExitStack()
 
     def __enter__(self) -> TableWriter:
@@ -73,7 +85,9 @@ class TableWriter:
                     column.finish()
         if kind is None:
             hashes = {name: _file_hash(self._directory / f"{name}.npy") for name in _COLUMNS}
-            (self._directory / _INDEX).write_text(json.dumps({"sha256": hashes}), encoding="utf-8")
+            remarks = {said: asdict(remark) for said, remark in self._remarks.items()}
+            index = json.dumps({"sha256": hashes, "remarks": remarks})
+            (self._directory / _INDEX).write_text(index, encoding="utf-8")
 
     def append(self, row: TokenisedRow, *, digest: bytes, likeness: bytes, number: int) -> None:
         """Add a row; `digest` and `likeness` have 16 bytes."""
@@ -87,15 +101,22 @@ class TableWriter:
         self._columns["likenesses"].append(np.frombuffer(likeness, "<u8"))
         self._columns["numbers"].append(number)
 
+    def remark(self, said: str, *, number: int) -> None:
+        """Count a row for what there is to say of it."""
+        before = self._remarks.get(said, Remark(0, number))
+        self._remarks[said] = replace(before, num_rows=before.num_rows + 1)
+
 
 def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
     """The table in a directory, or None where there is none or it is not what was written."""
     try:
-        hashes = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["sha256"]
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        hashes = index["sha256"]
+        remarks = {said: Remark(**remark) for said, remark in index["remarks"].items()}
         if any(_file_hash(directory / f"{name}.npy") != hashes[name] for name in _COLUMNS):
             return None
         columns = {name: _load(directory / f"{name}.npy", mapped=mapped) for name in _COLUMNS}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     offsets = np.concatenate([[0], np.cumsum(columns["lengths"])]).astype(np.int64)
     return RowTable(
@@ -105,6 +126,7 @@ def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
         digests=columns["digests"].reshape(-1, 2),
         likenesses=columns["likenesses"].reshape(-1, 2),
         numbers=columns["numbers"],
+        remarks=remarks,
     )
 
 

@@ -34,7 +34,7 @@ class Fate(IntEnum):
     CUT_OFF = 2
     """Dropped: max_length left no target."""
     EMPTY = 3
-    """Dropped: nothing to learn, such as an empty output or a conversation without assistant turn."""
+    """Dropped: nothing to learn, such as empty answers or a conversation without assistant turn."""
 
     @property
     def is_kept(self) -> bool:
@@ -77,7 +77,9 @@ class Tokeniser:
         for own in (self._first, self._next):
             own.encode_special_tokens = backend.encode_special_tokens
         self._end = int(tokenizer.eos_token_id)
+        self._end_text = str(tokenizer.eos_token)
         self._beginning = self._find_beginning()
+        self._bos_text = self._text_of_bos(tokenizer.bos_token)
         plain_only = backend.encode_special_tokens
         identity = json.dumps([text, plain_only, tokenizer.chat_template, self._beginning, self._end])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -90,8 +92,9 @@ class Tokeniser:
 
     def prompt(self, text: str, *more: str, starts_plain: bool) -> list[int]:
         """Token ids of the segments that a completion follows."""
-        ids: list[int] = self._first.encode(text, add_special_tokens=False).ids
-        for piece in self._ids(self._next, list(more)):
+        texts = self._without_bos([text, *more]) if starts_plain else [text, *more]
+        ids: list[int] = self._first.encode(texts[0], add_special_tokens=False).ids
+        for piece in self._ids(self._next, texts[1:]):
             ids.extend(piece)
         return self._beginning + ids if starts_plain else ids
 
@@ -103,11 +106,17 @@ class Tokeniser:
         loss_on: Literal["completion", "all"],
         max_length: int,
     ) -> list[TokenisedRow]:
-        """Tokenise rows together. An example that is not truncated ends with exactly one EOS."""
+        """Tokenise rows together. An example that is not truncated ends with exactly one EOS.
+
+        With `starts_plain` it begins with exactly one BOS, where the tokenizer puts one before a text.
+        """
         if loss_on == "completion":
             rows = [_up_to_last_target(segments) for segments in rows]
-        firsts = iter(self._ids(self._first, [s[0].text for s in rows if s]))
-        nexts = iter(self._ids(self._next, [segment.text for s in rows for segment in s[1:]]))
+        texts = [[segment.text for segment in segments] for segments in rows]
+        if starts_plain:
+            texts = [self._without_bos(of_row) for of_row in texts]
+        firsts = iter(self._ids(self._first, [of_row[0] for of_row in texts if of_row]))
+        nexts = iter(self._ids(self._next, [text for of_row in texts for text in of_row[1:]]))
         tokenised = []
         for segments in rows:
             ids = array("i", self._beginning if starts_plain else ())
@@ -115,11 +124,11 @@ class Tokeniser:
             for index, segment in enumerate(segments):
                 piece = next(nexts if index else firsts)
                 ids.extend(piece)
-                targets += bytes([segment.is_target or loss_on == "all"]) * len(piece)
+                targets += bytes([_is_learned(segment, loss_on)]) * len(piece)
             if not ids or ids[-1] != self._end:
                 ids.append(self._end)
-                targets.append(True)
-            has_text = any(s.text.strip() for s in segments if s.is_target or loss_on == "all")
+                targets.append(not segments or not segments[-1].is_masked)
+            has_text = any(self._says(s.text) for s in segments if _is_learned(s, loss_on))
             tokenised.append(_cut(ids, bytes(targets), max_length, has_text=has_text))
         return tokenised
 
@@ -155,9 +164,10 @@ class Tokeniser:
 
     def _opening(self, text: str, as_next: Sequence[int]) -> Sequence[int]:
         """Ids of a text that begins an example, given those that it has further on."""
-        if self._next is self._first:
+        [plain] = self._without_bos([text])
+        if self._next is self._first and plain == text:
             return as_next
-        [ids] = self._ids(self._first, [text])
+        [ids] = self._ids(self._first, [plain])
         return ids
 
     def _windows(
@@ -172,6 +182,27 @@ class Tokeniser:
             tokens = [*self._beginning, *ids[begin:end]]
             targets = bytes(len(tokens) - (end - new)) + b"\1" * (end - new)
             yield _cut(tokens, targets, len(tokens), has_text=True)
+
+    def _says(self, text: str) -> bool:
+        """Whether there is more in a text than where it begins and ends."""
+        return bool(text.replace(self._end_text, "").replace(self._bos_text or self._end_text, "").strip())
+
+    def _text_of_bos(self, bos: object) -> str | None:
+        """How a text writes the BOS that the tokenizer puts before it; None where it puts none."""
+        ids = self._first.encode(str(bos), add_special_tokens=False).ids if bos is not None else []
+        return str(bos) if len(ids) == 1 and ids[0] in self._beginning else None
+
+    def _without_bos(self, texts: list[str]) -> list[str]:
+        """The texts of an example without the BOS that the first of them begins with."""
+        if self._bos_text is None:
+            return texts
+        at = next((index for index, text in enumerate(texts) if text), None)
+        if at is None or not texts[at].startswith(self._bos_text):
+            return texts
+        text = texts[at]
+        while text.startswith(self._bos_text):
+            text = text.removeprefix(self._bos_text)
+        return self._without_bos([*texts[:at], text, *texts[at + 1 :]])
 
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""
@@ -194,6 +225,10 @@ class Tokeniser:
         for text in texts:
             whole.extend(self._next.encode(text, add_special_tokens=False).ids)
         return whole
+
+
+def _is_learned(segment: Segment, loss_on: Literal["completion", "all"]) -> bool:
+    return (segment.is_target or loss_on == "all") and not segment.is_masked
 
 
 def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:

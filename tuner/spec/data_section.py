@@ -17,14 +17,16 @@ Template = Literal["alpaca", "chatml", "llama3", "tokenizer"]
 SplitOn = Literal["line", "blank", "bytes"]
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations", "system"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
 """The columns that each format reads, by the names that `columns` maps."""
 
+_YIELDING = {"alpaca": ("system", "history"), "messages": ("tools",), "sharegpt": ("tools",)}
+"""Columns that are not looked for where another one is mapped to their name."""
 _CONVERSATIONS = ("alpaca", "messages", "sharegpt")
 """Formats that a template renders."""
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
@@ -48,9 +50,9 @@ class SourceSpec(BaseModel):
     """A JSON, JSONL, CSV or Parquet file relative to the round file, a pattern such as `data/*.jsonl`, a URL,
     or a data set on the Hub. All but Parquet may be packed with gzip."""
     format: Format
-    """How a row becomes a prompt and its completion: `alpaca` has instruction, input and output; `messages`
-    has a list of role and content; `sharegpt` has conversations, a list of from and value; `completion` has
-    prompt and completion; `text` has text alone."""
+    """How a row becomes a prompt and its completion: `alpaca` has instruction, input and output, and perhaps
+    system and history; `messages` has a list of role and content, and perhaps tools; `sharegpt` has
+    conversations, a list of from and value; `completion` has prompt and completion; `text` has text alone."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How many times each of its rows comes in an epoch of training: its share of an epoch is weight x rows,
     over the sum of that of all sources. Of a fraction a fixed part of the rows comes once more."""
@@ -174,7 +176,8 @@ def _column_refusals(source: SourceSpec) -> Iterator[_Wrong]:
             hint = meant_value(name, allowed)
             message = f"format {source.format} has no such column; its columns: {', '.join(allowed)}"
             yield ("columns", name), f"{message}; {hint}" if hint else message, ("format",)
-    names = [source.columns.get(name, name) for name in allowed]
+    yielding = [name for name in _YIELDING.get(source.format, ()) if name not in source.columns]
+    names = [source.columns.get(name, name) for name in allowed if name not in yielding]
     if twice := next((name for name in names if names.count(name) > 1), None):
         yield ("columns",), f"two columns of format {source.format} would be read from {twice!r}", ("format",)
 

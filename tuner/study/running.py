@@ -254,8 +254,10 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
     if begun is not None and begun.workload != ready.workload:
         raise InputError(
             f"{plan.file.path.name}: the model or the data are not those that {plan.name} began with (the "
-            f"files behind the same paths changed, or another folder began a study {plan.spec.study} in this "
-            "database): its trials would not compare. Put them back, or begin another round or study"
+            "files behind the same paths changed, this version of tuner reads some rows differently, as its "
+            f"changelog says, or another folder began a study {plan.spec.study} in this database): its "
+            "trials would not compare. Put them back, finish the round with the version that began it, or "
+            "begin another round or study"
         )
     store.record(
         RoundBegun(

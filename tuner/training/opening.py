@@ -14,7 +14,7 @@ import torch
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
-from tuner.data import PreparedData, load_tokenizer, prepare
+from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
@@ -96,6 +96,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         _log.info("slots: %s: %s", slots, DORA_TRAINS_ALONE)
         slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     hollow = hollow_copy(base, base_path=spec.model.path)
     modules = targeted_modules(hollow, space)
     refuse_unlike_linear(base, modules)

@@ -1,0 +1,239 @@
+"""What a message of a row says: who speaks, its texts, and whether it is learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tuner.data.segments import Row, kind_of
+from tuner.errors import DataError
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Where messages keep what the model thinks before it answers."""
+
+SPEAKERS: Mapping[str, str] = {
+    typed: role
+    for role, names in {
+        "system": "system",
+        "user": "human user prompter",
+        "assistant": "gpt assistant model bot chatgpt chatbot bing bard claude ai",
+    }.items()
+    for typed in names.split()
+}
+"""Names of the three who speak, in lower case, as the tools around ShareGPT write them."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+"""Names that chat templates have a branch for."""
+_WEIGHTS = ("weight", "train", "training", "loss")
+"""Keys by which other tools say whether a turn is learned."""
+_REFUSED = ("tool_calls", "function_call")
+_READ_ELSEWHERE = (
+    *("name", "tool_call_id", "tool_responses", "refusal", "prefix", "recipient", "channel"),
+    *("image", "images", "audio", "audios", "video", "videos", "train_detail", "loss_scale"),
+)
+"""Keys of a message that other tools give a meaning, and that no rendering here has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: str
+    content: str
+    reasoning: Mapping[str, str] = field(default_factory=dict)
+    """What was thought before the content, by the key that the row has it under."""
+    is_learned: bool = True
+    """Whether the loss may see it; False where the row says so."""
+    remarks: tuple[str, ...] = ()
+    """What the row says here that is read otherwise, or not at all."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing, whatever a template writes around it."""
+        return not any(text.strip() for text in (self.content, *self.reasoning.values()))
+
+    @property
+    def rendered(self) -> dict[str, str]:
+        """As templates read it."""
+        return {"role": self.role, "content": self.content, **self.reasoning}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of a row, in order, and the tools that they may call."""
+
+    messages: tuple[Message, ...]
+    tools: Sequence[Any] | None = None
+
+    def answered(self, content: str) -> Conversation:
+        """The same with an answer of the assistant."""
+        return replace(self, messages=(*self.messages, Message("assistant", content)))
+
+    def asking(self) -> Conversation:
+        """Up to where the assistant answers last, whether it does or not."""
+        ends = self.messages[-1].role == "assistant"
+        return replace(self, messages=self.messages[:-1]) if ends else self
+
+    @property
+    def said(self) -> str:
+        """Its texts without what a template writes around them."""
+        return " ".join(" ".join((*message.reasoning.values(), message.content)) for message in self.messages)
+
+    def remarks(self) -> Iterator[str]:
+        """What is read otherwise than the row says it, or not learned."""
+        for message in self.messages:
+            yield from message.remarks
+        answers = [m for m in self.messages[1:] if m.role == "assistant" and m.is_learned]
+        if any(m.is_empty for m in answers) and not all(m.is_empty for m in answers):
+            yield "an empty assistant turn among others is not learned"
+
+
+def read_messages(row: Row, column: str) -> tuple[Message, ...]:
+    """The messages of a row of format messages. Raises DataError."""
+    turns = enumerate(listed(row, column), start=1)
+    messages = tuple(_message(row, index, turn) for index, turn in turns)
+    if messages[0].role == "assistant":
+        raise DataError(
+            f"{row.place}: the conversation begins with the assistant, so nothing asks for that turn; "
+            "begin with a user's message, or take the turn out"
+        )
+    return messages
+
+
+def read_tools(row: Row, column: str) -> Sequence[Any] | None:
+    """What a row's messages may call, a list or its JSON; None where there is nothing. Raises DataError."""
+    tools = _from_json(row, column)
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{row.place}: column {column!r} is {kind_of(tools)}; it must be a list of objects, "
+            "each a function"
+        )
+    return tools
+
+
+def read_history(row: Row, column: str) -> tuple[Message, ...]:
+    """Earlier turns as pairs of a question and its answer, a list or its JSON. Raises DataError."""
+    pairs = _from_json(row, column)
+    if pairs is None:
+        return ()
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise DataError(
+            f"{row.place}: column {column!r} is {kind_of(pairs)}; it must be a list of pairs of texts, a "
+            f"question and its answer; rename the column if it is something else"
+        )
+    roles = ("user", "assistant")
+    return tuple(Message(*turn) for pair in pairs for turn in zip(roles, pair, strict=True))
+
+
+def read_system(row: Row, column: str) -> tuple[Message, ...]:
+    """The message that a column with the system's text is; none without text. Raises DataError."""
+    system = row.values.get(column)
+    if system is None or system == "":
+        return ()
+    if not isinstance(system, str):
+        raise DataError(f"{row.place}: column {column!r} is {kind_of(system)}; it must be text")
+    return (Message("system", system),)
+
+
+def listed(row: Row, column: str) -> list[Any]:
+    """A column's list, which is not empty. Raises DataError."""
+    messages = row.values[column]
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if isinstance(messages, list) else kind_of(messages)
+        raise DataError(f"{row.place}: column {column!r} is {found}; it must be a list of messages")
+    return messages
+
+
+def message_of(
+    row: Row, index: int, turn: Mapping[str, Any], role: str, content: str, *remarks: str
+) -> Message:
+    """A message with what its other keys say. Raises DataError for what would be lost without a word."""
+    if refused := [key for key in _REFUSED if turn.get(key)]:
+        raise DataError(
+            f"{row.place}: message {index} has {refused[0]!r}, which is not rendered; write the "
+            "call into the content as the model's template has it"
+        )
+    reasoning = {key: text_of(row, index, turn, key) for key in REASONING_KEYS if turn.get(key) is not None}
+    learned = {key: _is_learned(row, index, turn, key) for key in _WEIGHTS if turn.get(key) is not None}
+    wanted = [key for key, value in learned.items() if value and role != "assistant"]
+    return Message(
+        role,
+        content,
+        reasoning,
+        is_learned=all(learned.values()),
+        remarks=(
+            *remarks,
+            *(f"{key!r} on a turn of {role} is not read: the assistant's are learned" for key in wanted),
+            *(f"{key!r} of a message is not read" for key in _READ_ELSEWHERE if turn.get(key)),
+        ),
+    )
+
+
+def text_of(row: Row, index: int, message: Mapping[str, Any], key: str) -> str:
+    """The text that a message has under a key. Raises DataError."""
+    value = message.get(key)
+    if not isinstance(value, str):
+        found = kind_of(value) if key in message else "missing"
+        raise DataError(f"{row.place}: message {index}: {key!r} is {found}; it must be text")
+    return value
+
+
+def _message(row: Row, index: int, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(
+            f"{row.place}: message {index} is {kind_of(turn)}; it must be an object with role and content"
+        )
+    if "role" not in turn and "from" in turn:
+        raise DataError(
+            f"{row.place}: message {index}: 'role' is missing, and 'from' is there, so these rows are "
+            "ShareGPT: write `format: sharegpt`, and the column's name as `columns: {conversations: ...}`"
+        )
+    written = text_of(row, index, turn, "role")
+    role = _role(row, index, written)
+    said = () if role == written else (f"the role {written!r} is read as {role}",)
+    return message_of(row, index, turn, role, text_of(row, index, turn, "content"), *said)
+
+
+def _role(row: Row, index: int, written: str) -> str:
+    name = written.strip().lower()
+    if name in _ROLES:
+        return name
+    if name in SPEAKERS:
+        return SPEAKERS[name]
+    others = ", ".join(alias for alias in SPEAKERS if alias not in _ROLES)
+    raise DataError(
+        f"{row.place}: message {index} has the role {written!r}, which is not known; roles are "
+        f"{', '.join(_ROLES)}, and {others} are read as user or assistant; rename it in the file. If "
+        "another column has the conversation, name it as `columns: {messages: ...}`; turns of from and value "
+        "are `format: sharegpt`"
+    )
+
+
+def _is_learned(row: Row, index: int, turn: Mapping[str, Any], key: str) -> bool:
+    value = turn[key]
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise DataError(
+            f"{row.place}: message {index}: {key!r} is {kind_of(value)}; it must be 0 or false (not "
+            "learned), or 1 or true (learned)"
+        )
+    return bool(value)
+
+
+def _from_json(row: Row, column: str) -> Any:
+    """A column's value, parsed where it is text; None where it is empty. Raises DataError."""
+    value = row.values.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{row.place}: column {column!r} is text that is not JSON: {error}") from error
+    is_empty = value is None or value == [] or (isinstance(value, str) and not value.strip())
+    return None if is_empty else value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
