@@ -196,6 +196,11 @@ def test_what_cannot_be_added_is_refused_and_nothing_is_written(study: Path, wro
         assert "Example: --add lora_dropout=0,0.05" in str(caught.value)
 
 
+def test_a_range_that_cannot_be_added_is_refused_in_a_sentence(study: Path) -> None:
+    with pytest.raises(InputError, match="lora_dropout: a range needs low < high"):
+        promoted(study, to="refused", add=("lora_dropout=0.1:0",))
+
+
 def test_a_name_is_added_once(study: Path) -> None:
     with pytest.raises(InputError, match="added twice"):
         promoted(study, to="refused", add=("weight_decay=0.1", "weight_decay=0.2"))
@@ -244,6 +249,37 @@ def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk
     everything = promoted(study, max_train_steps=8, top=6)
     assert comment(everything, "trials") == "all enqueued, none new; --top 6"
     assert everything.next_round.trials_total == 6, "the space has no other point"
+
+
+@pytest.mark.parametrize(
+    ("resumed", "enqueued", "said"),
+    [
+        (0, 1, "1 of its 5 trials is carried over; it starts over."),
+        (0, 3, "3 of its 5 trials are carried over; they start over."),
+        (1, 1, "1 of its 5 trials is carried over; it resumes from a checkpoint."),
+        (
+            1,
+            2,
+            "2 of its 5 trials are carried over; 1 of them resumes from a checkpoint, the other starts over.",
+        ),
+        (2, 2, "2 of its 5 trials are carried over; both resume from a checkpoint."),
+        (
+            2,
+            4,
+            "4 of its 5 trials are carried over; 2 of them resume from a checkpoint, the others start over.",
+        ),
+        (3, 3, "3 of its 5 trials are carried over; all 3 resume from a checkpoint."),
+    ],
+)
+def test_how_many_resume_is_said_as_a_person_would(
+    study: Path, resumed: int, enqueued: int, said: str
+) -> None:
+    document = {
+        **promoted(study).document,
+        "trials": {"enqueued": enqueued, "total": 5},
+        "continues": [{"trial": f"round1/{number}", "from_step": 5} for number in range(resumed)],
+    }
+    assert said in promotion_text(document)
 
 
 def test_a_lead_within_the_noise_is_said_with_the_seeds_to_try(tmp_path: Path) -> None:

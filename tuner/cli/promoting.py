@@ -90,11 +90,13 @@ def _carried_over(document: Mapping[str, Any]) -> str:
 
 
 def _resumed(number: int, enqueued: int) -> str:
+    if not number:
+        return "it starts over" if enqueued == 1 else "they start over"
     if number == enqueued:
-        return "it resumes from a checkpoint" if number == 1 else f"all {number} resume from a checkpoint"
-    return (
-        f"{number} of them {'resumes' if number == 1 else 'resume'} from a checkpoint, the others start over"
-    )
+        every = "both" if number == 2 else f"all {number}"
+        return "it resumes from a checkpoint" if number == 1 else f"{every} resume from a checkpoint"
+    others = "the other starts" if enqueued - number == 1 else "the others start"
+    return f"{number} of them {'resumes' if number == 1 else 'resume'} from a checkpoint, {others} over"
 
 
 def _brief(value: Any) -> str:

@@ -76,7 +76,8 @@ class _PlainView:
     ) -> None:
         self._console, self._board, self._searched, self._clock = console, board, searched, clock
         self._prepared_at = clock()
-        self.message(f"{title}: {format.count(board.trials_total, 'trial')} of {board.max_train_steps} steps")
+        trials = format.count(board.trials_total, "trial")
+        self.message(f"{title}: {trials} of {format.count(board.max_train_steps, 'step')}")
 
     def event(self, event: Event) -> None:
         known = isinstance(event, Evaluated) and event.evaluation.step in self._seen(event.trial)

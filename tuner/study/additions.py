@@ -55,7 +55,7 @@ def _dimension(text: str, name: str, values: str) -> Dimension:
     except YamlError as error:
         raise _refused(text, f"{values} cannot be read: {error}") from None
     except ValueError as error:
-        raise _refused(text, f"{name} {error}; each value is {row.allowed}") from None
+        raise _refused(text, f"{name}: {error}; each value is {row.allowed}") from None
 
 
 def _raw_range(values: str) -> dict[str, Any]:
