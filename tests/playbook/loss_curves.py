@@ -48,6 +48,12 @@ class Runs:
         length = (share * np.asarray(horizon) / self.unit) ** LENGTH_EXPONENT
         return stable - self.benefit * length * (1 - rate) * learned
 
+    def when_spent(self, share: float) -> float:
+        """The share of a run by which this share of its summed learning rate is spent."""
+        at = np.linspace(0.0, 1.0, 10_001)
+        spent, _ = self._rates(at, 1.0)
+        return float(at[np.searchsorted(spent, share * spent[-1])])
+
     def final(self, horizon: np.ndarray | float) -> np.ndarray:
         """Loss at the end of runs of these lengths."""
         horizons = np.asarray(horizon, dtype=np.float64)

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.playbook.test_horizon import seen
+from tuner.playbook import Diagnosis
+from tuner.playbook.curves import LateDrop
 from tuner.playbook.evidence import evidence, examples_to_settle, trials_to_settle
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import Signs, diagnose, suggest
@@ -157,7 +159,18 @@ def test_a_gain_of_unknown_noise_says_what_would_tell():
 def test_trials_that_would_settle_it_are_counted():
     signs = replace(seen((100, 100, 100, 50)), late=None)
     assert trials_to_settle(signs) == 1
-    assert "About 1 more leading trial" in said(signs)[2]
+    assert "3 of 4 leading trials were best in the last quarter; about 1 more leading trial" in said(signs)[2]
+
+
+def test_a_small_learning_rate_at_the_end_is_no_evidence_that_a_trial_was_done():
+    slowed = replace(seen((70,), gain=0.1, late=LateDrop(0.004, 0.004)), late_by_rate=LateDrop(0.06, 0.0))
+    assert diagnose(slowed) == Diagnosis.UNDETERMINED
+    assert said(slowed)[2] == (
+        "The last quarter of the steps brought 0.4%, but at a small learning rate: over the last quarter of "
+        "its summed learning rate the best trial fell by 6%. A longer run would tell whether it has stopped."
+    )
+    assert diagnose(replace(slowed, late_by_rate=LateDrop(0.03, 0.0))) == Diagnosis.RIGHT
+    assert diagnose(replace(slowed, late_by_rate=None)) != Diagnosis.RIGHT
 
 
 def test_an_edge_keeps_the_horizon_and_says_why_and_gives_up_after_two_rounds():

@@ -108,6 +108,41 @@ def test_a_comparison_run_comes_first():
     assert gain_of(round_of(trial), earlier_round(50, 2.4, half)).source == GainSource.EARLIER_ROUND
 
 
+def test_one_evaluation_that_both_runs_have_is_not_certain():
+    """The shorter run handed the best one on: what came after it tells how certain the gain of 0 is."""
+
+    def after(spread: float) -> Gain:
+        best, end = exact(20, 2.0), exact(100, 2.1, spread=spread)
+        trial = replace(at_100(schedule="cosine"), evaluations=(exact(0, 4.0), best, end))
+        return gain_of(round_of(trial, branches=(BranchResult(0, 50, (best, exact(50, 2.2))),)))
+
+    assert after(0.2).relative == after(0.0).relative == 0.0
+    assert after(0.2).standard_error == pytest.approx(0.2 / math.sqrt(3) / 2.0)
+    assert after(0.0).standard_error is None
+
+
+def test_a_round_of_the_same_horizon_hands_its_comparison_run_on():
+    """Rates were widened at the same horizon, and the best trial is still the same."""
+    trial = at_100(schedule="linear", decay_steps=40)
+    before = round_of(trial, name="round0", branches=(BranchResult(0, 50, (exact(50, 2.5),)),))
+    number_3 = replace(trial, number=3)
+    now = round_of(number_3)
+    gain = gain_of(now, before)
+    assert (gain.source, gain.trial, gain.from_steps) == (GainSource.COMPARISON, 3, 50)
+    assert gain.relative == pytest.approx((2.5 - power(100)) / 2.5)
+    leading = leading_trials(now.trials, 100)
+    assert wants_comparison(now, leading)
+    assert not wants_comparison(now, leading, [before])
+    for other in (
+        replace(before, workload="v"),
+        replace(before, max_train_steps=90),
+        replace(before, branches=()),
+    ):
+        assert wants_comparison(now, leading, [other])
+    reseeded = round_of(replace(trial, hyperparameters={**trial.hyperparameters, "training_seed": 1}))
+    assert wants_comparison(reseeded, leading_trials(reseeded.trials, 100), [before])
+
+
 def test_an_earlier_round_gives_a_comparison_run_the_gain_before():
     trial = at_100(schedule="cosine")
     now = round_of(trial, branches=(BranchResult(0, 50, (exact(50, 2.5),)),))

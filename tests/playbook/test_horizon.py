@@ -1,10 +1,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.playbook.loss_curves import Runs, learning
 from tests.playbook.rows import exact, round_of, trial_of
 from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, RoundResults
@@ -33,8 +35,8 @@ def seen(
 ) -> Signs:
     """Signs written down directly: leading trials that settle at their best step.
 
-    `late` is what the best trial fell by in the last quarter; unless it is given, 0.4 of the gain where its
-    best step is late, and nothing where it is not.
+    `late` is what the best trial fell by in the last quarter, of a constant rate; unless it is given, 0.4 of
+    the gain where its best step is late, and nothing where it is not.
     """
     leading = []
     for number, step in enumerate(best_steps):
@@ -47,7 +49,7 @@ def seen(
         is_late = bool(best_steps) and best_steps[0] >= 0.75 * horizon
         late = LateDrop(0.4 * (gain or 0.0) if is_late else 0.0, 0.0)
     return Signs(
-        horizon, every, production, tuple(leading), known, noise, rise, late=late,
+        horizon, every, production, tuple(leading), known, noise, rise, late=late, late_by_rate=late,
         num_complete=max(1, len(leading)), has_small_rates=small_rates, num_widenings=widenings,
     )  # fmt: skip
 
@@ -362,6 +364,28 @@ def test_a_gain_worth_having_is_never_kept_while_the_best_trial_still_falls(coun
         signs = seen((100,) + (others,) * (count - 1), gain=gain, late=LateDrop(0.4 * gain, error))
         if 2 * error < 0.2 * gain:
             assert diagnose(signs) == Diagnosis.TOO_SHORT
+
+
+@given(
+    schedule=st.sampled_from(["constant", "cosine", "linear"]), share=st.floats(0.05, 0.9),
+    exponent=st.floats(0.05, 1.0), horizon=st.integers(40, 400),
+)  # fmt: skip
+def test_no_schedule_makes_an_even_fall_look_done(schedule, share, exponent, horizon):
+    """A power of the summed rate goes on falling: no decay to a tiny rate may be taken for its end."""
+    decay = round(share * horizon) if schedule == "linear" else 0
+    curve = learning(3.0, 1.0, lambda x: (1 + x / 0.001) ** -exponent, float(horizon))
+    runs = Runs(curve, schedule, decay / horizon)
+    grid = tuple(range(0, horizon + 1, max(1, horizon // 20)))
+
+    def run(number: int, steps: tuple[int, ...], length: int) -> Trial:
+        losses = runs.loss(np.array(steps), length).tolist()
+        return trial_of(number, losses, steps=steps, schedule=schedule, decay_steps=decay)
+
+    trial = run(0, (*grid[:-1], horizon), horizon)
+    half = BranchResult(0, horizon // 2, run(0, (horizon // 2,), horizon // 2).evaluations)
+    found = signs(round_of(trial, max_train_steps=horizon, branches=(half,)))
+    assert found.gain is not None
+    assert diagnose(found) != Diagnosis.RIGHT
 
 
 @given(best=st.lists(st.integers(0, 10), min_size=1, max_size=5), later=st.integers(0, 5))

@@ -380,7 +380,7 @@ def test_a_horizon_needs_an_evaluation_interval(horizon):
 
 def test_a_horizon_must_hold_the_warmup():
     space = {**SPACE, "warmup_steps": Fixed(20), "decay_steps": Fixed(0)}
-    with pytest.raises(InputError, match="20 warmup steps"):
+    with pytest.raises(InputError, match="warmup_steps 20 does not fit into max_train_steps 15"):
         plan(eight(space), 15)
 
 

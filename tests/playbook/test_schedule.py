@@ -11,6 +11,7 @@ from tuner.playbook.schedule import (
     evaluation_steps,
     multiplier,
     recut_decay,
+    step_at_rate_share,
     tiny_rate_share,
     trunk_end,
     trunk_steps,
@@ -26,6 +27,18 @@ def rate(i: int, schedule: str, *, warmup: int = 4, decay: int = 8, horizon: int
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warmup_counts_the_updates_done(schedule):
     assert [rate(i, schedule) for i in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_where_a_share_of_the_summed_rate_is_spent():
+    def at(schedule: str, share: float = 0.75) -> int:
+        names = {"schedule": schedule, "warmup_steps": 0, "decay_steps": 400}
+        return step_at_rate_share(names, 1000, share)
+
+    assert at("constant") == 750
+    assert at("linear") == pytest.approx(600, abs=1)
+    assert at("cosine") == pytest.approx(438, abs=2), "t + sin(pi t) / pi = 0.75"
+    assert at("constant", 1.0) == at("linear", 1.0) == at("cosine", 1.0) == 1000
+    assert step_at_rate_share({"schedule": "constant", "warmup_steps": 1}, 1, 0.75) == 1
 
 
 def test_linear_is_constant_then_falls_to_its_last_update():

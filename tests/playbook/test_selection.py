@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.strategies import curves, losses
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.precision import paired_standard_error
+from tuner.playbook.precision import paired_standard_error, significant_among
 from tuner.playbook.selection import beats_the_base, leading_trials, ranked
 from tuner.records import Evaluation, Trial, TrialState
 
@@ -137,6 +137,25 @@ def test_a_single_lucky_evaluation_does_not_beat_the_base_model():
     )
     assert best_evaluation(evaluations).step == 106
     assert not beats_the_base(Trial("round1", 0, {}, evaluations=evaluations))
+
+
+def test_the_best_of_many_evaluations_has_to_stand_out_more():
+    """Losses of 2 with a standard error of 0.1 against the base's; the best of 20 or of one among them."""
+
+    def run(count: int, drop: float) -> Trial:
+        later = [2.0] * (count - 3) + [2.0 - drop] * 3 if count > 1 else [2.0 - drop]
+        noise = (math.sqrt(3), -math.sqrt(3), math.sqrt(3), -math.sqrt(3))
+        evaluations = [paired(0, *(20.0,) * 4)]
+        evaluations += [paired(i, *(10 * loss + n for n in noise)) for i, loss in enumerate(later, 1)]
+        error = paired_standard_error(evaluations[0], evaluations[-1])
+        assert error == pytest.approx(0.1)
+        return Trial("round1", 0, {}, evaluations=tuple(evaluations))
+
+    assert beats_the_base(run(1, 0.201))
+    assert not beats_the_base(run(20, 0.201))
+    assert not beats_the_base(run(20, 0.30))
+    assert beats_the_base(run(20, 0.31))
+    assert significant_among(1) == pytest.approx(2.0)
 
 
 def test_copies_of_a_run_lead_once():

@@ -67,7 +67,8 @@ def test_listed_values_that_are_no_numbers_keep_their_order():
 
 def test_widened_holds_what_it_did_not():
     assert widened(Fixed(8), [8, 16, 4]) == Choices((4, 8, 16))
-    assert widened(Choices((8, 32)), [16]) == Choices((8, 32, 16))
+    assert widened(Choices((8, 32)), [16]) == Choices((8, 16, 32)), "a list that rises goes on rising"
+    assert widened(Choices((32, 8)), [16]) == Choices((32, 8, 16))
     assert widened(RATES, [4.1234e-3]) == Range(1e-5, 4.2e-3, log=True)
     assert widened(Range(1e-3, 0.1, log=True), [0.0]) == Range(0.0, 0.1)
     assert widened(TimesSqrtRank(4.0), [16.0]) == TimesSqrtRank(4.0)

@@ -119,7 +119,11 @@ def case_of(*curves, rates=None, noise=0.001, schedule="constant", share=0.0, **
         (lambda t: 2 - np.minimum(t, 4) / 10 + t / 100, {}, Diagnosis.TOO_LONG),
         (lambda t: 2 - np.minimum(t, 40) / 50 + t / 200, {}, Diagnosis.OVERFITTING),
         (lambda t: 2 - t / 200, {"schedule": "cosine"}, Diagnosis.UNDETERMINED),
-        (lambda t: 2 - t / 200, {"schedule": "cosine", "has_comparison": True}, Diagnosis.RIGHT),
+        (
+            lambda t: 2 - np.minimum(t, 33) / 66,
+            {"schedule": "cosine", "has_comparison": True},
+            Diagnosis.RIGHT,
+        ),
         (lambda t: 2 - t / 200, {"schedule": "linear", "share": 0.2}, Diagnosis.TOO_SHORT),
         (lambda t: 2 - t / 200, {"schedule": "linear", "share": 0.6}, Diagnosis.UNDETERMINED),
         (lambda t: 2 - t / 2000, {"noise": 0.03}, Diagnosis.NO_LEARNING),

@@ -224,9 +224,12 @@ def _conditions(
     yield hidden, Diagnosis.UNDETERMINED
     yield negated(over(gain, max(2 * noise, WORTHWHILE), margin)), Diagnosis.SATURATED
 
-    drops = [max(0.0, drop) for drop in _last_quarter(best)]
+    drops = [max(0.0, drop) for drop in _drops_from(best, LATE)]
     even = min(margin, EVEN_FALL_MARGIN)
-    yield _agreed([negated(over(drop + 2 * noise, gain / 5, even)) for drop in drops]), Diagnosis.RIGHT
+    is_flat = _agreed([negated(over(drop + 2 * noise, gain / 5, even)) for drop in drops])
+    learned_late = _drops_from(best, best.trial.runs.when_spent(LATE))
+    is_uneven = _agreed([negated(over(max(0.0, drop), 0.4 * gain, even)) for drop in learned_late])
+    yield both(is_flat, is_uneven), Diagnosis.RIGHT
     falls = _agreed([over(drop, 2 * noise, margin) for drop in drops])
     late = [_consistently([_is_late(curve, noise, margin) for curve in curves]) for curves in leading]
     yield either(falls, _agreed(late)), Diagnosis.TOO_SHORT
@@ -273,10 +276,10 @@ def majority_probability(hits: int, count: int) -> float:
     return float(density[angle > np.pi / 4].sum() / density.sum())
 
 
-def _last_quarter(curve: _Curve) -> tuple[float, float]:
-    """Relative drop from 0.75 T to T: from the evaluation before that step, and from the one after."""
+def _drops_from(curve: _Curve, fraction: float) -> tuple[float, float]:
+    """Relative drop from a share of T to T: from the evaluation before that step, and from the one after."""
     steps, losses = curve.steps, curve.losses
-    at = LATE * steps[-1]
+    at = fraction * steps[-1]
     before, after = losses[steps <= at][-1], losses[steps >= at][0]
     return float((before - losses[-1]) / losses[-1]), float((after - losses[-1]) / losses[-1])
 

@@ -88,7 +88,7 @@ def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LateDrop:
-    """How much a smoothed loss fell over the last quarter of the horizon, relative to it."""
+    """How much a smoothed loss fell from a step to the last one, relative to it."""
 
     relative: float
     """Negative where it rose."""
@@ -105,18 +105,18 @@ class LateDrop:
         return self.relative + SIGNIFICANT * self.standard_error
 
 
-def late_drop(evaluations: Sequence[Evaluation], max_train_steps: int) -> LateDrop | None:
-    """Return the drop of the smoothed loss from three quarters of the horizon to its end.
+def late_drop(evaluations: Sequence[Evaluation], at: float) -> LateDrop | None:
+    """Return the drop of the smoothed loss from step `at` to the last one.
 
-    Between evaluations the smoothed curve is a straight line. None where there is none on both sides of three
-    quarters, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook, "Deciding
-    how long to train when training is not compute-bound": the last 25% of the steps; the test is this
-    project's decision.
+    Between evaluations the smoothed curve is a straight line. None where there is none on both sides of
+    `at`, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook, "Deciding how
+    long to train when training is not compute-bound": the last 25% of the steps; the test is this project's
+    decision.
     """
     curve = smoothed(evaluations)
     if not curve or not is_number(evaluations[-1].eval_loss):
         return None
-    at, last = 0.75 * max_train_steps, curve[-1]
+    last = curve[-1]
     before = max((e for e in curve if e.step <= at), key=lambda e: e.step, default=None)
     after = min((e for e in curve if e.step >= at), key=lambda e: e.step, default=None)
     if before is None or after is None or last.step <= at:

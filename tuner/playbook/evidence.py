@@ -165,12 +165,15 @@ def _because(seen: Signs) -> str:
 
 
 def _still_falling(seen: Signs) -> str:
-    late = f"{seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter"
-    if len(seen.leading) == 1:
-        late = "the trial was best in the last quarter"
     if seen.late is None or not seen.late.is_significant:
-        return late[0].upper() + late[1:]
+        return _late_trials(seen)
     return f"The best trial still fell by {percent(seen.late.relative)} in the last quarter"
+
+
+def _late_trials(seen: Signs) -> str:
+    if len(seen.leading) == 1:
+        return f"The trial was best {'in' if seen.num_late else 'before'} the last quarter"
+    return f"{seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter"
 
 
 def _what_would_settle(seen: Signs) -> str:
@@ -186,11 +189,17 @@ def _what_would_settle(seen: Signs) -> str:
         )
     if seen.is_hidden:
         return _what_would_uncover(seen)
+    if seen.is_done_early and seen.late is not None and seen.late_by_rate is not None:
+        return (
+            f"The last quarter of the steps brought {percent(max(0.0, seen.late.relative))}, but at a small "
+            "learning rate: over the last quarter of its summed learning rate the best trial fell by "
+            f"{percent(seen.late_by_rate.relative)}. A longer run would tell whether it has stopped."
+        )
     missing = trials_to_settle(seen)
     return (
         "The gain is worth having, but the best trial neither clearly falls at its end nor has clearly "
-        f"stopped: {seen.num_late} of {len(seen.leading)} leading trials were best in the last quarter. "
-        f"About {counted(missing, 'more leading trial')} that is best there would settle it."
+        f"stopped. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} that is best there "
+        "would settle it."
     )
 
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.playbook.precision import MAX_LOSS, difference_error, is_number
+from tuner.playbook.precision import MAX_LOSS, difference_error, is_number, measured
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_loss
@@ -128,13 +128,16 @@ def wants_comparison(
 ) -> bool:
     """Return whether only a comparison run would show well what the best trial's last doubling was worth.
 
-    So it is where its rate decays and no earlier round ran it, with the same share of decay, within a factor
-    1.25 of half the horizon. Rule: this project's decision, "gain".
+    So it is where its rate decays, no earlier round ran it, with the same share of decay, within a factor
+    1.25 of half the horizon, and none of the same horizon compared it already. Rule: this project's decision,
+    "gain".
     """
     if not leading:
         return False
     best, horizon = leading[0], results.max_train_steps
-    if trunk_end(best.trial.hyperparameters, horizon) == horizon:
+    if trunk_end(best.trial.hyperparameters, horizon) == horizon or _inherited_comparisons(
+        results, best, earlier
+    ):
         return False
     twins = _twins_at_other_horizons(results, best, earlier)
     return not any(abs(math.log(2 * twin.horizon / horizon)) <= math.log(CLOSE_TO_HALF) for twin in twins)
@@ -184,14 +187,36 @@ def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[obje
 def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]) -> Gain | None:
     """The gain of a trial from its runs to several horizons; comparison runs first for the half."""
     whole = _Point(results.max_train_steps, lead.best, GainSource.COMPARISON)
-    compared = [
-        _Point(run.max_train_steps, best, GainSource.COMPARISON)
-        for run in results.branches
-        if run.trial == lead.trial.number and (best := best_evaluation(run.evaluations)) is not None
-    ]
+    compared = _comparisons(results, lead.trial) or _inherited_comparisons(results, lead, earlier)
     twins = list(_twins_at_other_horizons(results, lead, earlier))
     points = [*compared, *twins]
     return _from_points(whole, points, lead.trial, halves=compared) or _from_points(whole, points, lead.trial)
+
+
+def _comparisons(results: RoundResults, trial: Trial) -> list[_Point]:
+    """What a trial's comparison runs in its own round ended at."""
+    return [
+        _Point(run.max_train_steps, best, GainSource.COMPARISON)
+        for run in results.branches
+        if run.trial == trial.number and (best := best_evaluation(run.evaluations)) is not None
+    ]
+
+
+def _inherited_comparisons(
+    results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]
+) -> list[_Point]:
+    """The same of earlier rounds of the workload and horizon, in which the trial ran just so.
+
+    A round whose learning rates were widened at the same horizon takes such trials over.
+    """
+    return [
+        point
+        for other in earlier
+        if other.workload == results.workload and other.max_train_steps == results.max_train_steps
+        for trial in other.complete
+        if trial.hyperparameters == lead.trial.hyperparameters
+        for point in _comparisons(other, trial)
+    ]
 
 
 def _twins_at_other_horizons(
@@ -245,7 +270,7 @@ def _from_points(
     half = _nearest([p for p in halves if p in finite] if halves is not None else finite, whole.horizon / 2)
     if half is None or not is_number(whole.loss) or min(half.loss, whole.loss) < _MIN_LOSS:
         return None
-    error = difference_error(trial.evaluations, half.evaluation, whole.evaluation)
+    error = _error(trial, half, whole)
     scale = _last_doubling_share(math.log2(whole.horizon / half.horizon))
     return Gain(
         relative=-math.expm1(-scale * math.log(half.loss / whole.loss)),
@@ -256,6 +281,18 @@ def _from_points(
         to_steps=whole.horizon,
         ratio=_ratio_of_doublings(finite, half, whole),
     )
+
+
+def _error(trial: Trial, half: _Point, whole: _Point) -> float | None:
+    """The standard error of the loss difference between two horizons.
+
+    Where both have one best evaluation, which the shorter run handed on, the later steps brought nothing
+    better. How certain that is, the difference between that evaluation and the last one tells.
+    """
+    if (half.evaluation.step, half.loss) != (whole.evaluation.step, whole.loss):
+        return difference_error(trial.evaluations, half.evaluation, whole.evaluation)
+    last = max(measured(trial.evaluations), key=lambda evaluation: evaluation.step)
+    return difference_error(trial.evaluations, last, whole.evaluation) or None
 
 
 def _nearest(points: Sequence[_Point], horizon: float, *, within: float = WITHIN) -> _Point | None:

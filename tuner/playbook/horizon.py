@@ -14,7 +14,7 @@ from tuner.playbook.edges import MAX_WIDENINGS, num_widenings, rates_may_be_too_
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.precision import majority_probability
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
+from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials
 from tuner.records import Trial
 
@@ -25,8 +25,9 @@ CONSISTENT = 0.9
 MAX_UNDETERMINED_NOISE = 0.01
 """Up to this share of the loss, twice the noise is small enough for any gain to be judged."""
 LATE_SHARE_OF_GAIN = 0.2
-"""A horizon is right where its last quarter brought at most this share of the gain; an even fall brings
-0.4."""
+"""A horizon is right where its last quarter brought at most this share of the gain."""
+EVEN_SHARE_OF_GAIN = 0.4
+"""What the last quarter of an even fall brings: -log2(0.75) of its last doubling."""
 MULTIPLES = (1.5, 2.0, 3.0)
 """What a horizon may be multiplied by. Ranks of short and long runs agree at 2x (0.95) and no longer
 at 6x (0.5; 3,819 AlgoPerf runs), so three times is the most for one round."""
@@ -65,6 +66,9 @@ class Signs:
     """`run.worthwhile_gain`: what a doubling has to bring at least."""
     late: LateDrop | None = None
     """How much the best trial fell in the last quarter; None where unknown or not finite at the end."""
+    late_by_rate: LateDrop | None = None
+    """The same in the last quarter of its summed learning rate: of a constant rate the same steps, of one
+    that falls more of them."""
     foremost: Trial | None = None
     """The best complete trial, where none beat the base model."""
     num_complete: int = 0
@@ -118,6 +122,18 @@ class Signs:
         return self.late.at_most <= LATE_SHARE_OF_GAIN * self.gain.relative
 
     @property
+    def is_slowed(self) -> bool:
+        """Whether that may be for a small learning rate alone: nothing says that the trial was done.
+
+        The last quarter of a cosine has 2.5% of the summed learning rate, and brings little whether the model
+        could learn more or not. The last quarter by summed rate then still brought as much as that of an even
+        fall.
+        """
+        if self.gain is None or self.late_by_rate is None:
+            return True
+        return self.late_by_rate.relative > EVEN_SHARE_OF_GAIN * self.gain.relative
+
+    @property
     def floor(self) -> int:
         """The shortest horizon in which warmup and an evaluation interval come before the decay.
 
@@ -150,12 +166,18 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
         rise=rise_after_best(best.evaluations) if best else None,
         max_examples=results.max_examples,
         worthwhile_gain=results.worthwhile_gain,
-        late=late_drop(best.evaluations, results.max_train_steps) if best else None,
+        late=late_drop(best.evaluations, LATE_FRACTION * results.max_train_steps) if best else None,
+        late_by_rate=_late_by_rate(best, results.max_train_steps) if best else None,
         foremost=None if leading else _foremost(results),
         num_complete=len(results.complete),
         has_small_rates=rates_may_be_too_small(results, best) if best else False,
         num_widenings=num_widenings(results, earlier),
     )
+
+
+def _late_by_rate(trial: Trial, max_train_steps: int) -> LateDrop | None:
+    at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
+    return late_drop(trial.evaluations, at)
 
 
 def _foremost(results: RoundResults) -> Trial | None:
@@ -185,7 +207,7 @@ def diagnose(seen: Signs) -> Diagnosis:
         return Diagnosis.UNDETERMINED
     if seen.gain.relative <= seen.worthwhile:
         return Diagnosis.SATURATED
-    if seen.is_done_early:
+    if seen.is_done_early and not seen.is_slowed:
         return Diagnosis.RIGHT
     if seen.still_falls or seen.is_consistently_late:
         return Diagnosis.TOO_SHORT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ MIN_RESIDUAL_EVALUATIONS = 4
 """Fewer evaluations than this say nothing about their spread around a line."""
 MIN_LATE_EVALUATIONS = 6
 """The spread is taken over at least so many of the last evaluations, where there are as many."""
+
+
+_NORMAL = statistics.NormalDist()
 
 
 def is_number(loss: float) -> bool:
@@ -79,6 +83,15 @@ def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: 
     """
     paired = paired_standard_error(one, other)
     return residual_spread(evaluations) if paired is None else paired
+
+
+def significant_among(count: int) -> float:
+    """Return the standard errors by which the best of so many evaluations must stand out; 2 for one.
+
+    Bonferroni's correction: by luck none of them exceeds it more often than a single one exceeds two. Rule:
+    this project's decision, "Leading trials".
+    """
+    return -_NORMAL.inv_cdf(_NORMAL.cdf(-SIGNIFICANT) / max(1, count))
 
 
 def majority_probability(hits: int, count: int) -> float:

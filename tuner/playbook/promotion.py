@@ -248,7 +248,10 @@ def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
 def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: int) -> None:
     warmup = longest(changes["warmup_steps"].to_dimension) if "warmup_steps" in changes else 0
     if warmup > horizon:
-        raise InputError(f"max_train_steps {horizon} cannot hold the {warmup:.0f} warmup steps carried over")
+        raise InputError(
+            f"warmup_steps {warmup:.0f} does not fit into max_train_steps {horizon}: name a longer horizon "
+            "with --max-train-steps, or a shorter warmup"
+        )
 
 
 def _enqueued(carrying: Carrying, trial: Trial, names: Mapping[str, Dimension]) -> EnqueuedTrial:

@@ -7,7 +7,10 @@ A step is counted in optimizer updates; every schedule starts with `warmup_steps
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -79,6 +82,16 @@ def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | N
 def warmup_length(hyperparameters: Hyperparameters) -> int:
     """Steps of warmup; 0 where none are named. Rule: this project's decision."""
     return _steps(hyperparameters, "warmup_steps")
+
+
+def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, share: float) -> int:
+    """Return the first step by which this share of the run's summed learning rate was spent.
+
+    Of a constant rate that is the same share of the steps, of one that falls it comes sooner: three quarters
+    of a cosine are spent after 0.44 of its steps. Rule: this project's decision, "right".
+    """
+    spent = list(itertools.accumulate(_multipliers(hyperparameters, range(max_train_steps), max_train_steps)))
+    return bisect.bisect_left(spent, share * spent[-1]) + 1
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
@@ -226,18 +239,24 @@ def tiny_rate_share(
         return 0.0
     has_trunk = trunk_end(hyperparameters, new_horizon) is not None
     decay_gains = decay_length(hyperparameters) - decay_length(old) if has_trunk else num_gained
-    tiny = sum(
-        multiplier(
-            step,
-            schedule=str(hyperparameters.get("schedule", "constant")),
-            warmup_steps=warmup_length(hyperparameters),
-            decay_steps=decay_length(hyperparameters),
-            max_train_steps=new_horizon,
+    gained = range(new_horizon - min(max(0, decay_gains), num_gained), new_horizon)
+    return sum(rate < TINY_RATE for rate in _multipliers(hyperparameters, gained, new_horizon)) / num_gained
+
+
+def _multipliers(
+    hyperparameters: Hyperparameters, updates_done: Iterable[int], max_train_steps: int
+) -> Iterator[float]:
+    """Learning rates as shares of the peak, as for `multiplier`."""
+    schedule = str(hyperparameters.get("schedule", "constant"))
+    warmup, decay = warmup_length(hyperparameters), decay_length(hyperparameters)
+    for done in updates_done:
+        yield multiplier(
+            done,
+            schedule=schedule,
+            warmup_steps=warmup,
+            decay_steps=decay,
+            max_train_steps=max_train_steps,
         )
-        < TINY_RATE
-        for step in range(new_horizon - min(max(0, decay_gains), num_gained), new_horizon)
-    )
-    return tiny / num_gained
 
 
 def _steps(hyperparameters: Hyperparameters, name: str) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tuner.playbook.precision import SIGNIFICANT, difference_error, measured
+from tuner.playbook.precision import SIGNIFICANT, difference_error, measured, significant_among
 from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation, Trial, TrialState
 
@@ -88,9 +88,10 @@ def objective_score(trial: Trial) -> float | None:
 def beats_the_base(trial: Trial) -> bool:
     """Return whether a trial became better than the base model by more than two standard errors.
 
-    At its best step, and on the smoothed curve there: the best of many evaluations is low by luck. Where
-    the base model's loss is not among the evaluations, there is nothing to beat; where no standard error is
-    known, any better step counts. Rule: this project's decision, "Leading trials".
+    So on the smoothed curve at its best step; the best evaluation itself, which is low by luck among many,
+    must exceed what the best of as many would by luck. Where the base model's loss is not among the
+    evaluations, there is nothing to beat; where no standard error is known, any better step counts. Rule:
+    this project's decision, "Leading trials".
     """
     best = best_evaluation(trial.evaluations)
     if best is None:
@@ -99,8 +100,10 @@ def beats_the_base(trial: Trial) -> bool:
     if base is None:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
-    there = next(e.eval_loss for e in smoothed(trial.evaluations) if e.step == best.step)
-    return best.step > 0 and base.eval_loss - max(best.eval_loss, there) > SIGNIFICANT * error
+    smooth = next(e.eval_loss for e in smoothed(trial.evaluations) if e.step == best.step)
+    among = significant_among(len(measured(trial.evaluations)) - 1)
+    lies_below = base.eval_loss - smooth > SIGNIFICANT * error
+    return best.step > 0 and lies_below and base.eval_loss - best.eval_loss > among * error
 
 
 def may_be_carried_over(trial: Trial) -> bool:

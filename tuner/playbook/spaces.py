@@ -100,7 +100,7 @@ def widened(dimension: Dimension, values: Iterable[Value]) -> Dimension:
         case Fixed(value=value):
             return as_listed(dimension, (value, *missing))
         case Choices(values=known):
-            return as_listed(dimension, (*known, *missing))
+            return _in_order(dimension, (*known, *missing))
         case Range():
             return _widened_range(dimension, missing)
 
