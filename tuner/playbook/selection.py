@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tuner.playbook.precision import SIGNIFICANT, difference_error, measured, significant_among
 from tuner.playbook.smoothing import smoothed
@@ -88,10 +89,11 @@ def objective_score(trial: Trial) -> float | None:
 def beats_the_base(trial: Trial) -> bool:
     """Return whether a trial became better than the base model by more than two standard errors.
 
-    So on the smoothed curve at its best step; the best evaluation itself, which is low by luck among many,
-    must exceed what the best of as many would by luck. Where the base model's loss is not among the
-    evaluations, there is nothing to beat; where no standard error is known, any better step counts. Rule:
-    this project's decision, "Leading trials".
+    At its best step, and on the smoothed curve there. The best of many evaluations is low by luck as well,
+    which it must exceed too; of that luck the changes from one evaluation to the next tell, since the luck in
+    the choice of examples is the same in all. Where the base model's loss is not among the evaluations, there
+    is nothing to beat; where no standard error is known, any better step counts. Rule: this project's
+    decision, "Leading trials".
     """
     best = best_evaluation(trial.evaluations)
     if best is None:
@@ -101,9 +103,16 @@ def beats_the_base(trial: Trial) -> bool:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
     smooth = next(e.eval_loss for e in smoothed(trial.evaluations) if e.step == best.step)
-    among = significant_among(len(measured(trial.evaluations)) - 1)
-    lies_below = base.eval_loss - smooth > SIGNIFICANT * error
-    return best.step > 0 and lies_below and base.eval_loss - best.eval_loss > among * error
+    later = [e.eval_loss for e in measured(trial.evaluations) if e.step > 0]
+    luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
+    lies_below = base.eval_loss - max(best.eval_loss, smooth) > SIGNIFICANT * error
+    return best.step > 0 and lies_below and base.eval_loss - best.eval_loss > luck
+
+
+def _mean_change(losses: Sequence[float], *, default: float) -> float:
+    """The root mean square of the change from one loss to the next, of three at least."""
+    changes = [later - sooner for sooner, later in pairwise(losses)]
+    return math.sqrt(math.fsum(c * c for c in changes) / len(changes)) if len(changes) > 1 else default
 
 
 def may_be_carried_over(trial: Trial) -> bool:
