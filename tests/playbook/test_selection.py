@@ -143,9 +143,9 @@ def test_the_best_of_many_evaluations_has_to_stand_out_more():
     """Losses around 2 with a standard error of 0.1 against the base's; the best of 20 or of one among them."""
 
     def run(count: int, drop: float, *, up_and_down: float = 0.2) -> Trial:
-        restless = [2.0 + up_and_down * (i % 2) for i in range(count - 3)]
+        restless = [2.0 + up_and_down * (i % 2) for i in range(count - 7)]
         around = 2.0 - drop + 1e-3
-        later = [*restless, around, 2.0 - drop, around] if count > 1 else [2.0 - drop]
+        later = [*restless, *[around] * 3, 2.0 - drop, *[around] * 3] if count > 1 else [2.0 - drop]
         noise = (math.sqrt(3), -math.sqrt(3), math.sqrt(3), -math.sqrt(3))
         evaluations = [paired(0, *(20.0,) * 4)]
         evaluations += [paired(i, *(10 * loss + n for n in noise)) for i, loss in enumerate(later, 1)]
