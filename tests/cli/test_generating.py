@@ -16,11 +16,11 @@ from tests.data.tiny import write_jsonl
 from tests.studies import QUICKSTART, round_file
 from tests.study.rehearsal import rehearse, trials
 from tuner.cli import run
-from tuner.cli.looking import find_trial
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import Trial, TrialState
 from tuner.study.folder import open_folder
+from tuner.study.looking import find_trial
 
 BASE = QUICKSTART / "base"
 INSTRUCTION = "Name a river."

@@ -140,7 +140,7 @@ def test_a_single_lucky_evaluation_does_not_beat_the_base_model():
 
 
 def test_the_best_of_many_evaluations_has_to_stand_out_more():
-    """Losses around 2 with a standard error of 0.1 against the base's; the best of 20 or of one among them."""
+    """Losses around 2, each with a standard error of 0.1 to the base; the best of 20 or of one among them."""
 
     def run(count: int, drop: float, *, up_and_down: float = 0.2) -> Trial:
         restless = [2.0 + up_and_down * (i % 2) for i in range(count - 7)]

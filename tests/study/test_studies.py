@@ -15,10 +15,11 @@ import pytest
 from optuna_dashboard import wsgi
 
 from tests.studies import formula, round_file, silent_view
-from tuner.cli.looking import print_status, print_trials, reports_on
+from tuner.cli.looking import print_status, print_trials
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.records import Ready
 from tuner.study.folder import open_folder
+from tuner.study.looking import reports_on
 from tuner.study.running import run_round
 from tuner.study.sampling import StudyStorage
 from tuner.workers import SimulatedWorker
@@ -56,7 +57,7 @@ def shown(directory: Path) -> list[Any]:
     for listed in status["rounds"]:
         listed["best"] = listed["best"] and {**listed["best"], "adapter": None}
     trials = printed(lambda: print_trials(folder, round_name=None, as_json=True))
-    *_, report = reports_on(directory, None)
+    *_, report = reports_on(open_folder(directory), None)
     return [
         status,
         [{**trial, "adapter": None} for trial in trials],
@@ -132,7 +133,7 @@ def test_a_study_that_has_not_begun_is_told_from_one_that_has(url: str, tmp_path
     assert open_folder(tmp_path / "one").has_begun
     assert not open_folder(tmp_path / "other").has_begun
     with pytest.raises(InputError, match="no round of other has begun"):
-        reports_on(tmp_path / "other", None)
+        reports_on(open_folder(tmp_path / "other"), None)
 
 
 def test_a_second_folder_of_the_same_files_is_the_same_study(url: str, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from tuner.cli.destination import appearing_whole, require_free
-from tuner.cli.looking import find_trial
 from tuner.cli.printing import warn_of_code
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.licences import stated_licence
@@ -24,6 +23,7 @@ from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, merging_note, model_card
 from tuner.study.folder import StudyFolder
+from tuner.study.looking import find_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tuner.cli import printing
-from tuner.cli.looking import find_trial
 from tuner.cli.printing import warn_of_code
 from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
 from tuner.data.pretrained import as_trained
@@ -24,6 +23,7 @@ from tuner.errors import InputError, Interrupted
 from tuner.records import Trial
 from tuner.report.format import count
 from tuner.study.folder import StudyFolder
+from tuner.study.looking import find_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

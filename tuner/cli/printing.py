@@ -20,8 +20,6 @@ WIDEST = 1000
 PROSE = 120
 """Characters of a line that is still read with ease."""
 
-REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
-
 acting_in: Path | None = None
 """What `-C` said: the commands that are named next are typed from where this one was."""
 
@@ -39,7 +37,7 @@ def next_command(command: str, *, directory: Path | None = None) -> str:
 
 def open_here() -> StudyFolder:
     """The study of the current folder; says on standard error when it is a rehearsal."""
-    from tuner.study.folder import open_folder
+    from tuner.study.folder import REHEARSAL_BANNER, open_folder
 
     folder = open_folder(Path())
     if folder.is_rehearsal:

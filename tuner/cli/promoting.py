@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import typer
 from tuner.playbook.schedule import DecayRule
 from tuner.report import dumps
 from tuner.report.round_report import SAID_BY_THE_EVIDENCE
-from tuner.store import hold_study
 from tuner.study.folder import StudyFolder
-from tuner.study.promotion import Overrides, promote
+from tuner.study.promotion import Overrides, promote_held
 
 
 def promote_round(
@@ -26,27 +24,12 @@ def promote_round(
     top: int | None = None,
     decay: DecayRule = "share",
     add: Sequence[str] = (),
-    reason: str = Overrides.reason,
     force: bool,
     as_json: bool,
 ) -> Path:
     """Promote, print why, and return the new file's path."""
-    if not folder.has_begun:
-        folder.latest(folder.open())
-    with hold_study(folder.directory, folder.storage, folder.name):
-        store = folder.open()
-        try:
-            done = promote(
-                folder,
-                store,
-                to=to,
-                from_round=from_round,
-                overrides=Overrides(max_train_steps, top, decay, tuple(add), reason),
-                force=force,
-                clock=time.time,
-            )
-        finally:
-            store.close()
+    overrides = Overrides(max_train_steps, top, decay, tuple(add))
+    done = promote_held(folder, to=to, from_round=from_round, overrides=overrides, force=force)
     typer.echo(dumps(done.document) if as_json else promotion_text(done.document))
     return done.path
 

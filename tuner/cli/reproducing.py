@@ -8,7 +8,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from tuner.cli.looking import find_trial
 from tuner.cli.printing import PROSE, next_command, output
 from tuner.cli.running import stop_signals
 from tuner.errors import Interrupted
@@ -18,6 +17,7 @@ from tuner.report import dumps, open_view
 from tuner.report.reproduction import reproduction_document, reproduction_page
 from tuner.spec import RoundSpec
 from tuner.study.folder import StudyFolder
+from tuner.study.looking import find_trial
 from tuner.study.reproducing import planned_rerun, reproduce
 from tuner.workers import LocalWorker, visible_devices, worker_environments
 

@@ -104,9 +104,9 @@ def run(
 
     Example: `tuner study run round1.yaml --for 2h`
     """
-    from tuner.cli.running import Where, run_file
+    from tuner.cli.running import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=Where(slots, workers, engine))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -135,10 +135,10 @@ def sweep(
     Example: `tuner study sweep round1.yaml --epochs 3 --for 2h`
     """
     from tuner.cli.printing import next_command
-    from tuner.cli.running import Where
+    from tuner.cli.running import where_typed
     from tuner.cli.sweeping import sweep_file
 
-    where = Where(slots, workers, engine)
+    where = where_typed(slots, workers, engine)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -170,9 +170,9 @@ def auto(
     from dataclasses import replace
 
     from tuner.cli.automatic import run_rounds
-    from tuner.cli.running import Where
+    from tuner.cli.running import where_typed
 
-    ended = run_rounds(round_file, duration=for_, passes=passes, where=Where(slots, workers, engine))
+    ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
     if ended.last is None:
         _next(ended.command)
         return
@@ -341,9 +341,10 @@ def _folder() -> StudyFolder:
 
 
 def _reports(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...]:
-    from tuner.cli.looking import reports_on
+    from tuner.study.folder import open_folder
+    from tuner.study.looking import reports_on
 
-    return reports_on(directory, round_path)
+    return reports_on(open_folder(directory), round_path)
 
 
 def _folder_of(round_file: Path, ran: Path) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import typer
 
-from tuner.cli.running import Where, has_begun, interruptible, run_here
+from tuner.api.running import Where, has_begun
+from tuner.cli.running import interruptible, run_shown
 from tuner.errors import InputError, TunerError
 from tuner.playbook.sweep import (
     PERFECT_ACCURACY,
@@ -89,7 +90,7 @@ def _with_epochs(file: RoundFile, epochs: float) -> RoundFile:
 
 def _run(found: RoundFile, where: Where, stopping: Callable[[], bool]) -> None:
     try:
-        run_here(found, where, stopping=stopping)
+        run_shown(found, where, stopping=stopping)
     except InputError:
         if not has_begun(found):
             found.path.unlink(missing_ok=True)

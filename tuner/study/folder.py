@@ -17,6 +17,8 @@ from tuner.study.plan import RoundPlan
 
 REHEARSAL = "rehearsal"
 """Name of the folder of a rehearsal, which is a study of its own."""
+REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
+"""What is said wherever a rehearsal is run or looked at."""
 
 
 def is_rehearsal(file: RoundFile) -> bool:

@@ -7,6 +7,7 @@ recorded, so that a promotion cut in two is finished by promoting again.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from tuner.playbook.schedule import DecayRule, can_decay_linearly
 from tuner.playbook.sweep import is_sweep
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
-from tuner.store import Store
+from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned
 from tuner.study.additions import added_dimensions
 from tuner.study.folder import StudyFolder
+from tuner.study.looking import opened
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
 
@@ -90,6 +92,26 @@ def promote(
     next_round = each_point_once(planned)
     text = round_text(file, next_round, reading, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
+
+
+def promote_held(
+    folder: StudyFolder,
+    *,
+    to: str,
+    from_round: str | None,
+    overrides: Overrides = _AS_PLANNED,
+    force: bool = False,
+) -> PromotedRound:
+    """As `promote`, while no other process runs or promotes a round of the study.
+
+    Raises StorageError where one does.
+    """
+    if not folder.has_begun:
+        folder.latest(folder.open())
+    with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
+        return promote(
+            folder, store, to=to, from_round=from_round, overrides=overrides, force=force, clock=time.time
+        )
 
 
 def go_on_in_passes(
