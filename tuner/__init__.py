@@ -1,1 +1,43 @@
 """tuner tunes LoRA fine-tuning of language models and says how long to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuner.api.advice import Advice, advise
+    from tuner.api.reporting import log
+    from tuner.api.study import Round, Study, Trial
+
+    __version__: str
+
+__all__ = ["Advice", "Round", "Study", "Trial", "__version__", "advise", "log"]
+
+_HOMES = {
+    "Advice": "tuner.api.advice",
+    "Round": "tuner.api.study",
+    "Study": "tuner.api.study",
+    "Trial": "tuner.api.study",
+    "advise": "tuner.api.advice",
+    "log": "tuner.api.reporting",
+}
+"""Where each name is defined; loaded when it is first used, so that `import tuner` costs nothing."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        found: Any = version("tuner")
+    elif name in _HOMES:
+        from importlib import import_module
+
+        found = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'tuner' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

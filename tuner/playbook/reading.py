@@ -11,7 +11,7 @@ from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_loss_still_falls, tra
 from tuner.playbook.edges import Edge, edges, number
 from tuner.playbook.evidence import evidence
 from tuner.playbook.findings import Finding, Severity
-from tuner.playbook.gain import GainSource
+from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import (
     Diagnosis,
     Signs,
@@ -71,6 +71,8 @@ class Reading:
     """Bounds of the search space at which the best trial lies."""
     widens_rates: bool = False
     """Whether higher learning rates are to be tried at the same horizon before it is judged."""
+    doubling: Gain | None = None
+    """The gain of the last doubling with where it comes from: what predicts those of longer horizons."""
 
 
 def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Reading:
@@ -98,6 +100,7 @@ def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> R
         leading=seen.leading,
         edges=edges(results, seen.leading[0].trial) if seen.leading else (),
         widens_rates=puts_the_edge_first(seen, diagnosis),
+        doubling=seen.gain,
         findings=(
             *_diagnosis_finding(seen, diagnosis, sentences),
             *_compute_bound_finding(seen, compute_bound),

@@ -1,0 +1,160 @@
+"""A study from Python: the same facts as the command line shows, and running without one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import tuner
+from tests.studies import write_round
+from tuner.cli import run
+from tuner.errors import InputError, Interrupted
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuner.Study:
+    """Two complete rounds, run and promoted from Python."""
+    directory = tmp_path_factory.mktemp("study")
+    write_round(directory, trials=2, learning_rate="[0.005, 0.008]", lora_r=2, sampler="grid")
+    found = tuner.Study(directory)
+    found.run("round1.yaml", progress=False)
+    found.promote("round2", max_train_steps=12)
+    found.run("round2.yaml", progress=False)
+    return found
+
+
+def printed(study: tuner.Study, capsys: pytest.CaptureFixture[str], *arguments: str):
+    capsys.readouterr()
+    assert run(["-C", str(study.directory), *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_status_and_trials_are_those_of_the_command_line(study, capsys, monkeypatch):
+    monkeypatch.chdir(study.directory)
+    assert study.status() == printed(study, capsys, "study", "status")
+    listed = printed(study, capsys, "trial", "list")
+    trials = [trial for each in study.rounds for trial in each.trials]
+    assert [(t.round, t.number, t.state) for t in trials] == [
+        (d["round"], d["number"], d["state"]) for d in listed
+    ]
+    for trial, document in zip(trials, listed, strict=True):
+        for name in ("best_step", "best_eval_loss", "settled_step", "executed_steps", "continues", "reason"):
+            assert getattr(trial, name) == document[name]
+        assert trial.hyperparameters == document["hyperparameters"]
+        assert str(trial.adapter) == document["adapter"]
+
+
+def test_a_round_gives_its_advice_its_best_trial_and_its_report(study, tmp_path):
+    first = study.round("round1")
+    assert (first.name, first.max_train_steps, first.state) == ("round1", 8, "complete")
+    assert first.best.best_eval_loss == min(trial.best_eval_loss for trial in first.trials)
+    advice = first.advice
+    assert advice.evidence
+    assert str(advice) == "\n".join(advice.evidence)
+    assert advice.gain(8) in (0.0, None)
+    with pytest.raises(InputError, match="give a longer horizon"):
+        advice.gain(7)
+    text = first.report(tmp_path / "page.html", markdown=tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text() == text
+    assert "<html" in (tmp_path / "page.html").read_text()
+    assert study.best.name == study.trial("best").name
+    assert study.round().name == study.rounds[-1].name == "round2"
+    assert "2 trials of 8 steps" in repr(first)
+
+
+def test_a_promotion_says_what_it_wrote(study, capsys):
+    assert study.status()["rounds"][1]["max_train_steps"] == 12
+    assert study.trial("round2/0").continues.startswith("round1/")
+    with pytest.raises(InputError, match="round2"):
+        study.promote("round2", from_round="round1", max_train_steps=16)
+    third = study.promote("round3", max_train_steps=16)
+    assert third.path == study.directory / "round3.yaml"
+    assert third.document["max_train_steps"] == {"from": 12, "to": 16}
+    third.path.unlink()
+
+
+def test_tables_have_the_documented_columns(study):
+    trials, evaluations = study.trials_dataframe(), study.evaluations_dataframe()
+    assert list(trials.columns[:5]) == ["round", "number", "state", "reason", "best_step"]
+    assert {"params_learning_rate", "params_lora_r"} <= set(trials.columns)
+    assert len(trials) == sum(len(each.trials) for each in study.rounds)
+    assert list(evaluations.columns) == [
+        "round", "number", "step", "eval_loss", "train_loss", "learning_rate", "token_accuracy",
+    ]  # fmt: skip
+    best = evaluations.groupby(["round", "number"])["eval_loss"].min().tolist()
+    assert best == pytest.approx(trials["best_eval_loss"].tolist())
+
+
+def test_the_best_adapter_is_loaded_as_peft_has_it(study):
+    model = study.best.load(device="cpu")
+    assert type(model).__module__.startswith("peft.")
+    assert model.peft_config["default"].r == study.best.hyperparameters["lora_r"]
+    assert not model.training
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
+    with pytest.raises(InputError, match="round9: no such round has begun; begun: round1, round2"):
+        study.round("round9")
+    with pytest.raises(InputError, match="expects ROUND/NUMBER"):
+        study.trial("round1/99")
+    with pytest.raises(InputError, match="no round file here"):
+        tuner.Study(tmp_path)
+    with pytest.raises(InputError, match="slots=0: expects auto or a whole number"):
+        study.run("round1.yaml", slots=0)
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        study.run("nowhere.yaml")
+
+
+def test_a_dry_run_goes_on_by_itself_and_says_why_it_ended(tmp_path, capsys):
+    write_round(tmp_path, trials=3, run="run: {production_steps: 40}")
+    last = tuner.Study(tmp_path).auto("round1.yaml", engine="simulated", progress=True)
+    assert last.ended_because.startswith(f"enough after {last.name}: ")
+    assert "trials, best loss" in capsys.readouterr().err
+
+
+def test_time_that_is_over_before_anything_began_is_said(tmp_path):
+    write_round(tmp_path, trials=3)
+    with pytest.raises(Interrupted, match="nothing was begun"):
+        tuner.Study(tmp_path).run("round1.yaml", seconds=0.0, progress=False)
+
+
+@pytest.mark.parametrize("by_time", [True, False])
+def test_what_is_stopped_half_way_is_saved_and_the_same_call_goes_on(tmp_path, by_time):
+    """Stopped by the time it returns the round; by an interrupt, such as a notebook's, it raises."""
+    write_round(tmp_path, trials=2000, steps=40)
+    study, before = tuner.Study(tmp_path), signal.getsignal(signal.SIGINT)
+    if by_time:
+        found = study.run("round1.yaml", engine="simulated", seconds=2.0, progress=False)
+    else:
+        timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(Interrupted, match="all progress is saved"):
+            study.run("round1.yaml", engine="simulated", progress=False)
+        found = tuner.Study(tmp_path / "rehearsal").round("round1")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert found.state == "open"
+    assert 0 < len(found.trials) < 2000
+
+
+def test_off_the_main_thread_no_signal_is_touched(tmp_path):
+    write_round(tmp_path, trials=2)
+    found: list[object] = []
+
+    def work() -> None:
+        found.append(tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], tuner.Round), found
+
+
+def test_importing_it_loads_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'optuna', 'sqlalchemy', 'numpy', 'pandas', 'pydantic'}"
+    code = f"import sys, tuner; found = {heavy} & set(sys.modules); print(found or 'nothing', dir(tuner))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("nothing ['Advice', 'Round', 'Study', 'Trial', '__version__'")

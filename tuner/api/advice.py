@@ -1,0 +1,177 @@
+"""How long to train, read off the loss curves of runs that tuner made or did not make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from tuner.errors import InputError
+from tuner.playbook import Diagnosis, Finding, Reading, RoundResults, read_round
+from tuner.records import Evaluation, Fixed, Trial, TrialState, Value
+
+SCHEDULES = ("constant", "linear", "cosine")
+_DISTINCT = "curve"
+"""Hyperparameter that keeps curves apart of which nothing else is known."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What finished runs say of their horizon: was it right, and how long should the next ones be?"""
+
+    reading: Reading
+    """All that was read."""
+    max_train_steps: int
+    """The horizon of the runs."""
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """One of too_long, right, too_short, saturated, overfitting, no_learning, undetermined."""
+        return self.reading.diagnosis
+
+    @property
+    def suggested_max_train_steps(self) -> int | None:
+        """The horizon to train for next; None where the runs suggest none."""
+        return self.reading.suggested_max_train_steps
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """Sentences: what was seen, what follows, what to do."""
+        return self.reading.evidence
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What else stands out, each with its rule, severity, message and numbers."""
+        return self.reading.findings
+
+    def gain(self, max_train_steps: int) -> float | None:
+        """Return the expected relative drop of the loss from this horizon to a longer one.
+
+        0.03 is a loss 3% lower. None where the runs do not show what a doubling is worth. The further ahead,
+        the less certain: no suggestion goes beyond three times the horizon. Raises InputError for a shorter
+        horizon.
+        """
+        if max_train_steps < self.max_train_steps:
+            raise InputError(
+                f"gain({max_train_steps}): the runs have {self.max_train_steps} steps; give a longer horizon"
+            )
+        doubling = self.reading.doubling
+        return None if doubling is None else doubling.to(max_train_steps / self.max_train_steps)
+
+    def __str__(self) -> str:
+        return "\n".join(self.evidence)
+
+
+def advise(
+    curves: Sequence[Sequence[tuple[int, float]]],
+    *,
+    max_train_steps: int,
+    schedule: str = "constant",
+    decay_steps: int = 0,
+    warmup_steps: int = 0,
+    hyperparameters: Sequence[Mapping[str, Value]] | None = None,
+    production_steps: int | None = None,
+    worthwhile_gain: float = 0.005,
+) -> Advice:
+    """Read finished runs as `tuner study report` reads a round, and say how long to train next.
+
+    All runs were to train for the same number of steps on the same data, and each was evaluated at several of
+    them. No tuner study is needed. Runs that diverged are better left out.
+
+    Args:
+        curves: For each run its evaluation losses, as (step, loss) in rising order of the step. With one at
+            step 0, the untouched model's, runs that never beat it do not count.
+        max_train_steps: The horizon of all runs, in optimizer updates.
+        schedule: `constant`, `linear` (constant, then a linear decay over `decay_steps`) or `cosine`.
+        decay_steps: Length of the linear decay at the end, in steps.
+        warmup_steps: Length of the warmup, in steps.
+        hyperparameters: For each run, what tells it from the others, such as `{"learning_rate": 1e-4}`.
+            Runs that agree in all of them count once.
+        production_steps: The longest run that you can pay for: no suggestion is longer.
+        worthwhile_gain: The share of the loss that doubling the steps has to bring, in [0, 1).
+
+    Raises:
+        InputError: for a curve or an argument that cannot be used.
+    """
+    _refuse_arguments(schedule, max_train_steps, decay_steps, warmup_steps, worthwhile_gain)
+    if not curves:
+        raise InputError("curves: there are none; give the (step, loss) pairs of one run at least")
+    if hyperparameters is not None and len(hyperparameters) != len(curves):
+        raise InputError(
+            f"hyperparameters: {len(hyperparameters)} for {len(curves)} curves; give one for each run"
+        )
+    common: dict[str, Value] = {
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "decay_steps": decay_steps if schedule == "linear" else 0,
+    }
+    known = hyperparameters or [{_DISTINCT: number} for number in range(len(curves))]
+    trials = tuple(
+        Trial(
+            round="runs",
+            number=number,
+            hyperparameters={**common, **own},
+            state=TrialState.COMPLETE,
+            evaluations=_evaluations(number, curve, max_train_steps),
+        )
+        for number, (curve, own) in enumerate(zip(curves, known, strict=True))
+    )
+    results = RoundResults(
+        name="runs",
+        max_train_steps=max_train_steps,
+        evaluate_every=_interval(trials, max_train_steps),
+        space={name: Fixed(value) for name, value in trials[0].hyperparameters.items()},
+        trials=trials,
+        production_steps=production_steps,
+        worthwhile_gain=worthwhile_gain,
+    )
+    return Advice(read_round(results), max_train_steps)
+
+
+def _refuse_arguments(
+    schedule: str, max_train_steps: int, decay_steps: int, warmup_steps: int, worthwhile_gain: float
+) -> None:
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule={schedule!r}: expects one of {', '.join(SCHEDULES)}")
+    if max_train_steps < 1:
+        raise InputError(f"max_train_steps={max_train_steps}: expects at least 1 step")
+    for name, steps in (("decay_steps", decay_steps), ("warmup_steps", warmup_steps)):
+        if not 0 <= steps <= max_train_steps:
+            raise InputError(f"{name}={steps}: expects 0 to {max_train_steps}, the steps of the runs")
+    if not 0 <= worthwhile_gain < 1:
+        raise InputError(f"worthwhile_gain={worthwhile_gain}: expects a share of the loss, such as 0.005")
+
+
+def _evaluations(
+    number: int, curve: Sequence[tuple[int, float]], max_train_steps: int
+) -> tuple[Evaluation, ...]:
+    try:
+        points = [(int(step), float(loss)) for step, loss in curve]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"curve {number}: expects (step, loss) pairs: {error}") from error
+    steps = [step for step, _ in points]
+    if not points:
+        raise InputError(f"curve {number}: it is empty; leave the run out, or give its (step, loss) pairs")
+    if steps != sorted(set(steps)):
+        raise InputError(f"curve {number}: its steps have to rise; got {_brief(steps)}")
+    if steps[0] < 0 or steps[-1] > max_train_steps:
+        raise InputError(
+            f"curve {number}: its steps go from {steps[0]} to {steps[-1]}, and max_train_steps is "
+            f"{max_train_steps}; give the horizon that the runs had"
+        )
+    return tuple(Evaluation(step, loss) for step, loss in points)
+
+
+def _brief(steps: Sequence[int]) -> str:
+    shown = ", ".join(str(step) for step in steps[:6])
+    return shown if len(steps) <= 6 else f"{shown}, ..."
+
+
+def _interval(trials: Sequence[Trial], max_train_steps: int) -> int:
+    """Steps from one evaluation to the next, as the most curves have it."""
+    between = [
+        later.step - sooner.step
+        for trial in trials
+        for sooner, later in zip(trial.evaluations, trial.evaluations[1:], strict=False)
+    ]
+    return max(1, round(median(between))) if between else max_train_steps
