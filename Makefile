@@ -40,6 +40,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m tuner.spec docs/reference --check
+	$(BIN)/python -m tuner.api docs/reference --check
 	$(CLI_DOCS) --output $(VENV)/cli.md > /dev/null
 	diff docs/reference/cli.md $(VENV)/cli.md || (echo 'docs/reference/cli.md is stale: make fix'; exit 1)
 
@@ -51,6 +52,7 @@ fix: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/python -m tuner.spec docs/reference
+	$(BIN)/python -m tuner.api docs/reference
 	$(CLI_DOCS) --output docs/reference/cli.md
 
 clean:

@@ -231,11 +231,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Promotion:
-    """A round file that was written for a next round."""
+    """A round file that was written for a next round.
+
+    `path` is the file, `document` what `tuner study promote --json` prints.
+    """
 
     path: Path
     document: Mapping[str, Any]
-    """As `tuner study promote --json` prints it."""
 
 
 class Round:
