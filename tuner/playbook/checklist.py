@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 from tuner.playbook.curve_checks import curve_findings
@@ -58,9 +60,11 @@ def doubling_of_trials(losses: Sequence[float]) -> float:
     num_finite = sum(is_number(loss) for loss in order)
     if num_finite < 2 or order[0] < 1 / MAX_LOSS:
         return 0.0
-    # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half).
-    chances = [math.comb(count - 1 - k, half - 1) for k in range(num_finite)]
-    expected = sum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
+    # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half),
+    # each of which follows from the one before: the numbers themselves outgrow a float.
+    steps = ((count - half - k) / (count - 1 - k) for k in range(num_finite - 1))
+    chances = list(itertools.accumulate(steps, operator.mul, initial=1.0))
+    expected = math.fsum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
     return expected / order[0] - 1.0
 
 
