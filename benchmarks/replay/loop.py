@@ -113,6 +113,9 @@ class RoundStores:
             self._trials[name] = self._rounds[name].trials(name) if name in self._rounds else ()
         return self._trials[name]
 
+    def trial(self, name: str, number: int) -> Trial:
+        return self._rounds[name].trial(name, number)
+
     def promotions(self) -> tuple[Promotion, ...]:
         return ()
 

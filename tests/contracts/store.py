@@ -216,6 +216,14 @@ class StoreContract:
         (trial,) = store.trials("round1")
         assert (trial.optuna_trial, trial.state) == (12, TrialState.RUNNING)
 
+    def test_one_trial_is_read_by_its_number(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), *(TrialAsked(replace(TRIAL, number=number)) for number in (0, 2)))
+        for trial in store.trials("round1"):
+            assert store.trial("round1", trial.number) == trial
+        for round, number in (("round1", 1), ("round9", 0)):
+            with pytest.raises(KeyError):
+                store.trial(round, number)
+
     def test_trials_come_by_number_and_of_one_round(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), RoundBegun(replace(ROUND, name="round2")))
         for number in (10, 2, 0):

@@ -79,3 +79,14 @@ def test_replays_change_nothing(
         record_with_replays(store, history, data)
         assert contents(store) == contents(once)
         store.close()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(history=histories())
+def test_a_round_taken_over_is_what_it_was(history: list[Fact]) -> None:
+    whole, taken = MemoryStore(), MemoryStore()
+    whole.record(*history)
+    for record in whole.rounds():
+        taken.take_over(record, whole.trials(record.name))
+    assert repr(taken.rounds()) == repr(whole.rounds())
+    assert repr([taken.trials(name) for name in ROUNDS]) == repr([whole.trials(name) for name in ROUNDS])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from tuner.playbook.precision import SIGNIFICANT, difference_error, measured, significant_among
-from tuner.playbook.smoothing import smoothed
+from tuner.playbook.smoothing import smoothed_loss
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
@@ -102,11 +102,11 @@ def beats_the_base(trial: Trial) -> bool:
     if base is None:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
-    smooth = next(e.eval_loss for e in smoothed(trial.evaluations) if e.step == best.step)
     later = [e.eval_loss for e in measured(trial.evaluations) if e.step > 0]
     luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
-    lies_below = base.eval_loss - max(best.eval_loss, smooth) > SIGNIFICANT * error
-    return best.step > 0 and lies_below and base.eval_loss - best.eval_loss > luck
+    if best.step == 0 or base.eval_loss - best.eval_loss <= max(SIGNIFICANT * error, luck):
+        return False
+    return base.eval_loss - smoothed_loss(trial.evaluations, best.step) > SIGNIFICANT * error
 
 
 def _mean_change(losses: Sequence[float], *, default: float) -> float:
@@ -143,8 +143,10 @@ def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Leadi
     leading ones speak is this project's decision.
     """
     complete = distinct(trial for trial, _ in ranked_by_loss(trials))
-    learned = [trial for trial in complete if beats_the_base(trial)]
-    return _first(learned, num_leading(len(complete)), max_train_steps)
+    learned = (trial for trial in complete if beats_the_base(trial))
+    # What comes after the leading ones need not be judged.
+    leading = list(islice(learned, num_leading(len(complete))))
+    return _first(leading, len(leading), max_train_steps)
 
 
 def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:

@@ -24,11 +24,24 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     them need the curve below. Rule: this project's decision.
     """
     finite = measured(evaluations)
-    steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    losses = np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
+    steps, losses = _curve(finite)
     return tuple(
         replace(evaluation, eval_loss=_local_value(steps, losses, i)) for i, evaluation in enumerate(finite)
     )
+
+
+def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
+    """The smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
+    finite = measured(evaluations)
+    steps, losses = _curve(finite)
+    at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
+    return _local_value(steps, losses, at)
+
+
+def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the steps, and losses."""
+    steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
+    return steps, np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
 
 
 def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:

@@ -31,7 +31,7 @@ class View(Protocol):
         """A worker said something."""
 
     def trials(self, trials: Sequence[Trial]) -> None:
-        """The facts of the round's trials, as recorded now."""
+        """The facts of trials as recorded now: at first of all, then of those that changed."""
 
     def message(self, text: str) -> None:
         """A sentence for the user."""

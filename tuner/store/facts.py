@@ -265,6 +265,10 @@ class Store(Protocol):
         """A round's trials by number, as they stood at one moment; none for an unknown round."""
         ...
 
+    def trial(self, round: str, number: int) -> Trial:
+        """One of them. Raises KeyError for one that was never asked."""
+        ...
+
     def promotions(self) -> tuple[Promotion, ...]:
         """The plans that count, in the order in which they were made."""
         ...

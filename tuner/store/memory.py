@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +65,24 @@ class _Known:
     scored: TrialScored | None = None
     answered: TrialAnswered | None = None
 
+    @classmethod
+    def of(cls, trial: Trial) -> _Known:
+        """What is known of a trial that stands as it is."""
+        newest = max((attempt.number for attempt in trial.attempts), default=1)
+        ended_at = max((attempt.ended_at or 0.0 for attempt in trial.attempts), default=0.0)
+        place = (trial.round, trial.number)
+        is_final = trial.state.is_final
+        return cls(
+            Trial(*place, trial.hyperparameters, continues=trial.continues, optuna_trial=trial.optuna_trial),
+            attempts={attempt.number: attempt for attempt in trial.attempts},
+            evaluations={evaluation.step: evaluation for evaluation in trial.evaluations},
+            checkpoints={(c.kind, c.step): _Saved(newest, c) for c in trial.checkpoints},
+            ended=TrialEnded(*place, trial.state, trial.reason, ended_at) if is_final else None,
+            note=None if is_final else trial.reason,
+            scored=TrialScored(*place, trial.final_score) if trial.final_score else None,
+            answered=TrialAnswered(*place, trial.answer_score) if trial.answer_score else None,
+        )
+
     def trial(self) -> Trial:
         attempts = tuple(self.attempts[number] for number in sorted(self.attempts))
         there = [saved.checkpoint for saved in self.checkpoints.values() if not saved.is_removed]
@@ -88,17 +107,25 @@ class _Facts:
     """By round and session."""
     branches: dict[tuple[str, int, int], Branch] = field(default_factory=dict)
     """By round, trial and horizon."""
-    trials: dict[tuple[str, int], _Known] = field(default_factory=dict)
+    trials: MutableMapping[tuple[str, int], _Known] = field(default_factory=dict)
     promotions: dict[str, Promotion] = field(default_factory=dict)
 
-    def copy(self) -> _Facts:
+    def on_top(self) -> _Facts:
+        """The same facts, to which others can be added without changing these."""
         return _Facts(
             dict(self.rounds),
             dict(self.throughputs),
             dict(self.branches),
-            dict(self.trials),
+            ChainMap({}, self.trials),
             dict(self.promotions),
         )
+
+    def settle(self, added: _Facts) -> None:
+        """Take over what was added on top; of trials, which may be many, those that changed."""
+        self.rounds, self.throughputs, self.branches = added.rounds, added.throughputs, added.branches
+        self.promotions = added.promotions
+        assert isinstance(added.trials, ChainMap)
+        self.trials.update(added.trials.maps[0])
 
     def add(self, fact: Fact) -> None:
         match fact:
@@ -228,11 +255,21 @@ class MemoryStore:
         self._facts = _Facts()
 
     def record(self, *facts: Fact) -> None:
-        """As `Store` says: on a copy, which then takes the place of what was known."""
-        facts_then = self._facts.copy()
+        """As `Store` says: on top of what was known, and then all of it at once."""
+        added = self._facts.on_top()
         for fact in facts:
-            facts_then.add(fact)
-        self._facts = facts_then
+            added.add(fact)
+        self._facts.settle(added)
+
+    def take_over(self, record: RoundRecord, trials: Iterable[Trial]) -> None:
+        """Hold a round as another store has assembled it."""
+        for throughput in record.throughputs:
+            self._facts.throughputs[record.name, throughput.session] = throughput
+        for branch in record.branches:
+            self._facts.branches[record.name, branch.trial, branch.max_train_steps] = branch
+        self._facts.rounds[record.name] = record
+        for trial in trials:
+            self._facts.trials[trial.round, trial.number] = _Known.of(trial)
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
@@ -252,6 +289,10 @@ class MemoryStore:
         """As `Store` says."""
         known = self._facts.trials
         return tuple(known[key].trial() for key in sorted(known) if key[0] == round)
+
+    def trial(self, round: str, number: int) -> Trial:
+        """As `Store` says."""
+        return self._facts.trials[round, number].trial()
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""

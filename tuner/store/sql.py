@@ -156,14 +156,31 @@ class SqlStore:
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
+        return self._read(round, None)
+
+    def trial(self, round: str, number: int) -> Trial:
+        """As `Store` says."""
+        found = self._read(round, number)
+        if not found:
+            raise KeyError((round, number))
+        return found[0]
+
+    def _read(self, round: str, number: int | None) -> tuple[Trial, ...]:
+        """The round's trials, or the one of a number."""
+
+        def rows(table: Table) -> Select[Any]:
+            of_round = select(table).where(table.c.study == self._study, table.c.round == round)
+            column = table.c.number if table is TRIALS else table.c.trial
+            return of_round if number is None else of_round.where(column == number)
+
         with explained(self._url), reading(self._engine) as connection:
-            asked = connection.execute(self._of_round(TRIALS, round)).all()
-            attempts = _by_trial(connection, self._of_round(ATTEMPTS, round), _attempt)
-            evaluations = _by_trial(connection, self._of_round(EVALUATIONS, round), _evaluation)
-            there = self._of_round(CHECKPOINTS, round).where(CHECKPOINTS.c.removed.is_(False))
+            asked = connection.execute(rows(TRIALS)).all()
+            attempts = _by_trial(connection, rows(ATTEMPTS), _attempt)
+            evaluations = _by_trial(connection, rows(EVALUATIONS), _evaluation)
+            there = rows(CHECKPOINTS).where(CHECKPOINTS.c.removed.is_(False))
             checkpoints = _by_trial(connection, there, _checkpoint)
-            scores = _by_trial(connection, self._of_round(FINAL_SCORES, round), _final_score)
-            answers = _by_trial(connection, self._of_round(ANSWER_SCORES, round), _answer_score)
+            scores = _by_trial(connection, rows(FINAL_SCORES), _final_score)
+            answers = _by_trial(connection, rows(ANSWER_SCORES), _answer_score)
         return tuple(
             _trial(
                 row,
@@ -185,9 +202,6 @@ class SqlStore:
     def close(self) -> None:
         """As `Store` says."""
         self._engine.dispose()
-
-    def _of_round(self, table: Table, round: str) -> Select[Any]:
-        return select(table).where(table.c.study == self._study, table.c.round == round)
 
     def _rows(self, connection: Connection, table: Table, *order: ColumnElement[Any]) -> list[dict[str, Any]]:
         """The study's rows without its name."""

@@ -90,7 +90,8 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
         trials = [at_rest(trial, is_running) for trial in store.trials(name)]
         promised = file.spec.num_trials if file else num_promised(record) if record else 0
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
-        adapters = {trial.number: folder.adapter(trial) for trial in trials}
+        place = folder.checkpoints(name)
+        adapters = {trial.number: place.adapter(trial) for trial in trials}
         found.append(
             round_status(
                 name,
@@ -99,7 +100,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 promised=promised,
                 is_running=is_running
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
-                adapters={number: path for number, path in adapters.items() if path is not None},
+                adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
                 branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
                 if record

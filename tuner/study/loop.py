@@ -55,6 +55,7 @@ from tuner.study.branches import ComparisonRuns
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.keeping import num_carried_over, outranked, promised_trials
+from tuner.study.mirror import RoundState
 from tuner.study.plan import RoundPlan
 from tuner.study.sampling import Advisor
 from tuner.workers import Worker
@@ -82,6 +83,11 @@ class RoundLoop:
     """Of `study auto`: how often longer rounds take up what this one leaves."""
 
     @cached_property
+    def state(self) -> RoundState:
+        """The round's trials, kept up by what is recorded here."""
+        return RoundState(self.store, self.plan.name)
+
+    @cached_property
     def branches(self) -> ComparisonRuns:
         """The round's comparison runs, after its last trial."""
         return ComparisonRuns(self.plan, self.store, self.folder, self.clock, self.view.message)
@@ -94,7 +100,7 @@ class RoundLoop:
         """
         self._heal()
         stillborn = 0
-        while not self._is_over(self._trials()):
+        while not self._is_over():
             if self.stopping():
                 self._close()
                 raise Interrupted("stopped; all progress is saved")
@@ -103,19 +109,18 @@ class RoundLoop:
             for event in self.worker.events(1.0):
                 self._record(event)
                 stillborn = _count_stillborn(stillborn, event)
-            self.view.trials(self._trials())
+            self.view.trials(self.state.changed())
         self._close()
 
     # --- what to run next -------------------------------------------------------------------------
 
     def _next_assignment(self) -> Assignment | None:
         """An interrupted trial, then what the search has left, at last comparison runs; None without any."""
-        trials = self._trials()
-        if self._have_ended(trials):
+        if self._have_ended():
             return self.branches.next_assignment()
-        waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
-        if waiting is None and len(_promised(trials)) < self.num_trials:
-            waiting = self._ask(trials)
+        waiting = next((trial for trial in self.state.open if trial.state == TrialState.WAITING), None)
+        if waiting is None and self.state.num_promised < self.num_trials:
+            waiting = self._ask(self.state.trials)
         return self._assign(waiting) if waiting is not None else None
 
     @property
@@ -147,7 +152,7 @@ class RoundLoop:
             optuna_trial=proposal.optuna_trial,
         )
         note = [] if why_not is None else [TrialNoted(trial.round, trial.number, why_not)]
-        self.store.record(TrialAsked(trial), *note)
+        self.state.record(TrialAsked(trial), *note)
         return trial
 
     def _assign(self, trial: Trial) -> Assignment:
@@ -156,7 +161,7 @@ class RoundLoop:
         start = self.folder.newest(trial) or self._start_of_another(trial)
         attempt = max((a.number for a in trial.attempts), default=0) + 1
         from_step = start.step if start else 0
-        self.store.record(AttemptStarted(trial.round, trial.number, attempt, from_step, self.clock()))
+        self.state.record(AttemptStarted(trial.round, trial.number, attempt, from_step, self.clock()))
         return Assignment(
             round=trial.round,
             trial=trial.number,
@@ -183,7 +188,7 @@ class RoundLoop:
                 start, why = None, attempt.message or "it failed"
         if start is None:
             note = f"started afresh instead of going on from {trial.continues}: {why}"
-            self.store.record(TrialNoted(trial.round, trial.number, note))
+            self.state.record(TrialNoted(trial.round, trial.number, note))
         return start
 
     # --- what has happened ------------------------------------------------------------------------
@@ -203,39 +208,39 @@ class RoundLoop:
                 return
             case Started(environment=environment) if environment:
                 self._warn_of_another_metric(environment)
-                self.store.record(AttemptPlaced(name, event.trial, event.attempt, environment))
+                self.state.record(AttemptPlaced(name, event.trial, event.attempt, environment))
             case Preparing() | Ready() | Started():
                 pass
             case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
-                self._trial(event.trial).state == TrialState.PRUNED
+                self.state.trial(event.trial).state == TrialState.PRUNED
             ):
                 # Said before the worker heard that it is to stop: how much, depends on who is faster.
-                self.store.record(StepsRun(name, event.trial, event.attempt, step))
+                self.state.record(StepsRun(name, event.trial, event.attempt, step))
                 return
             case Measured(throughput=throughput):
-                self.store.record(WorkMeasured(name, throughput))
+                self.state.record(WorkMeasured(name, throughput))
             case Progressed(trial=trial, attempt=attempt, step=step):
-                self.store.record(StepsRun(name, trial, attempt, step))
+                self.state.record(StepsRun(name, trial, attempt, step))
             case Evaluated(trial=trial, attempt=attempt, evaluation=evaluation):
-                self.store.record(
+                self.state.record(
                     EvaluationMade(name, trial, evaluation), StepsRun(name, trial, attempt, evaluation.step)
                 )
-                self.advisor.report(self._trial(trial), evaluation, self._planned_steps())
-                if self._prune(self._trial(trial)):
+                self.advisor.report(self.state.trial(trial), evaluation, self._planned_steps())
+                if self._prune(self.state.trial(trial)):
                     self.worker.stop(trial)
             case Saved(trial=trial, attempt=attempt, checkpoint=checkpoint):
-                before = self._trial(trial).checkpoints
-                self.store.record(CheckpointSaved(name, trial, attempt, checkpoint))
-                self._remove_superseded(self._trial(trial), before)
+                before = self.state.trial(trial).checkpoints
+                self.state.record(CheckpointSaved(name, trial, attempt, checkpoint))
+                self._remove_superseded(self.state.trial(trial), before)
             case Answered(trial=trial, score=score):
-                self.store.record(TrialAnswered(name, trial, score))
+                self.state.record(TrialAnswered(name, trial, score))
             case Ended():
                 event = self._as_decided(event)
                 self._record_end(event)
             case Died(reason=reason, trials=numbers, is_input_error=is_input_error):
-                for held in self._trials():
-                    if has_open_attempt(held) and held.number in numbers:
-                        self._end_attempt(held, "died", reason)
+                for number in sorted(number for number in numbers if number >= 0):
+                    if has_open_attempt(self.state.trial(number)):
+                        self._end_attempt(self.state.trial(number), "died", reason)
                 self.branches.died(numbers, reason)
                 if is_input_error:
                     raise RoundStopped(reason)
@@ -244,7 +249,7 @@ class RoundLoop:
     def _warn_of_another_metric(self, environment: Mapping[str, str]) -> None:
         """Say, once, that answers are scored from here on by a function that was edited meanwhile."""
         answers, now = self.plan.spec.evaluation.answers, environment.get("metric")
-        before = {a.environment.get("metric") for trial in self._trials() for a in trial.attempts} - {None}
+        before = {a.environment.get("metric") for trial in self.state.trials for a in trial.attempts} - {None}
         if answers is not None and now is not None and before and now not in before:
             self.view.message(
                 f"warning: evaluation.answers.metric: the file of {answers.metric} is not what it was when "
@@ -258,14 +263,14 @@ class RoundLoop:
         spec = self.plan.spec
         reason = reason_to_prune(
             trial,
-            self._trials(),
+            self.state.trials,
             pruner=spec.run.pruner,
             max_train_steps=spec.max_train_steps,
             evaluate_every=spec.evaluation.every_steps,
         )
         if reason is None:
             return False
-        self.store.record(
+        self.state.record(
             TrialEnded(
                 trial.round, trial.number, TrialState.PRUNED, f"{spec.run.pruner}: {reason}", self.clock()
             )
@@ -274,33 +279,33 @@ class RoundLoop:
 
     def _as_decided(self, event: Ended) -> Ended:
         """What a worker let go because the trial was pruned has ended as pruned."""
-        trial = self._trial(event.trial)
+        trial = self.state.trial(event.trial)
         if trial.state != TrialState.PRUNED:
             return event
         return replace(event, outcome="pruned", reason=trial.reason)
 
     def _record_end(self, event: Ended) -> None:
-        trial = self._trial(event.trial)
+        trial = self.state.trial(event.trial)
         if trial.state == TrialState.PRUNED:
             self._end_attempt(trial, "pruned", None, step=event.step)
             return
         match event.outcome:
             case "complete" | "infeasible" | "pruned":
                 now = self.clock()
-                self.store.record(
+                self.state.record(
                     StepsRun(trial.round, trial.number, event.attempt, event.step),
                     AttemptEnded(trial.round, trial.number, event.attempt, event.step, now, event.outcome),
                     TrialEnded(trial.round, trial.number, TrialState(event.outcome), event.reason, now),
                 )
                 self._tell(trial.number)
-                self.folder.tidy(self._trial(trial.number))
+                self.folder.tidy(self.state.trial(trial.number))
                 self._remove_outranked()
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
             case "failed":
                 # Its checkpoint cannot be used: the next attempt takes an older one, or starts anew.
                 unusable = tuple(c.path for c in self.folder.resumable(trial)[:1])
-                self.store.record(CheckpointsRemoved(trial.round, trial.number, unusable))
+                self.state.record(CheckpointsRemoved(trial.round, trial.number, unusable))
                 self._end_attempt(trial, "failed", event.reason)
 
     def _end_attempt(
@@ -312,21 +317,21 @@ class RoundLoop:
         """
         attempt = trial.attempts[-1]
         to_step = max(attempt.to_step, step or 0)
-        self.store.record(
+        self.state.record(
             AttemptEnded(trial.round, trial.number, attempt.number, to_step, self.clock(), outcome, message)
         )
-        trial = self._trial(trial.number)
+        trial = self.state.trial(trial.number)
         if trial.state == TrialState.PRUNED:
             self._tell(trial.number)
             self.folder.tidy(trial)
             return
         if not has_failed(trial):
             return
-        self.store.record(
+        self.state.record(
             TrialEnded(trial.round, trial.number, TrialState.FAILED, message or outcome, self.clock())
         )
         self._tell(trial.number)
-        same = [t for t in self._trials() if t.hyperparameters == trial.hyperparameters]
+        same = [t for t in self.state.trials if t.hyperparameters == trial.hyperparameters]
         if sum(t.state == TrialState.FAILED for t in same) > 1:
             self._close()
             raise WorkerError(
@@ -335,7 +340,7 @@ class RoundLoop:
             )
 
     def _tell(self, number: int) -> None:
-        self.advisor.tell(self._trial(number), max_train_steps=self.plan.spec.max_train_steps)
+        self.advisor.tell(self.state.trial(number), max_train_steps=self.plan.spec.max_train_steps)
 
     def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
         """Delete what a recorded successor replaces."""
@@ -343,7 +348,7 @@ class RoundLoop:
         kept = {checkpoint.path for checkpoint in trial.checkpoints}
         self.folder.delete([c.path for c in (*surplus, *before) if c in surplus or c.path not in kept])
         if surplus:
-            self.store.record(CheckpointsRemoved(trial.round, trial.number, tuple(c.path for c in surplus)))
+            self.state.record(CheckpointsRemoved(trial.round, trial.number, tuple(c.path for c in surplus)))
 
     def _remove_outranked(self) -> None:
         """Give up what `checkpoints.keep_best_trials` does not keep: fact, then file.
@@ -356,26 +361,26 @@ class RoundLoop:
             return
         promotions = self.store.promotions()
         given_up = outranked(
-            self._trials(),
+            self.state.trials,
             keep_best_trials=limit,
             carried=num_carried_over(self.num_trials, passes=self.passes, promotions=promotions),
             promised=promised_trials(promotions, name),
         )
         for unneeded in given_up:
-            self.store.record(CheckpointsRemoved(name, unneeded.trial.number, unneeded.paths))
-            self.folder.tidy(self._trial(unneeded.trial.number))
+            self.state.record(CheckpointsRemoved(name, unneeded.trial.number, unneeded.paths))
+            self.folder.tidy(self.state.trial(unneeded.trial.number))
 
     # --- beginning and ending ---------------------------------------------------------------------
 
     def _heal(self) -> None:
         """Put right what an earlier process left open, before anything is asked."""
-        for trial in self._trials():
+        for trial in self.state.trials:
             if has_open_attempt(trial):
                 self._end_attempt(trial, "interrupted", None)
             # It died between the evaluation and the decision that follows from it.
-            self._prune(self._trial(trial.number))
-        self.advisor.heal(self._trials(), max_train_steps=self.plan.spec.max_train_steps)
-        for trial in self._trials():
+            self._prune(self.state.trial(trial.number))
+        self.advisor.heal(self.state.trials, max_train_steps=self.plan.spec.max_train_steps)
+        for trial in self.state.trials:
             if trial.state.is_final:
                 self.folder.tidy(trial)
         self._remove_outranked()
@@ -386,28 +391,17 @@ class RoundLoop:
         self.worker.close()
         for event in self.worker.events(0.0):
             self._record(event)
-        self.view.trials(self._trials())
+        self.view.trials(self.state.changed())
 
-    def _is_over(self, trials: Sequence[Trial]) -> bool:
-        return self._have_ended(trials) and not self.branches.left()
+    def _is_over(self) -> bool:
+        return self._have_ended() and not self.branches.left()
 
-    def _have_ended(self, trials: Sequence[Trial]) -> bool:
-        return all(trial.state.is_final for trial in trials) and len(_promised(trials)) >= self.num_trials
-
-    def _trials(self) -> tuple[Trial, ...]:
-        return self.store.trials(self.plan.name)
-
-    def _trial(self, number: int) -> Trial:
-        return self._trials()[number]
+    def _have_ended(self) -> bool:
+        return not self.state.open and self.state.num_promised >= self.num_trials
 
     def _planned_steps(self) -> tuple[int, ...]:
         spec = self.plan.spec
         return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
-
-
-def _promised(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that count, or will, towards `search.trials`."""
-    return [trial for trial in trials if trial.state != TrialState.FAILED]
 
 
 def _count_stillborn(so_far: int, event: Event) -> int:

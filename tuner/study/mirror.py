@@ -1,8 +1,8 @@
-"""Facts kept in the database and read from memory: the loop reads them at every event."""
+"""Facts kept in the database and read from memory; and a running round, kept up fact by fact."""
 
 from __future__ import annotations
 
-from tuner.records import Promotion, RoundRecord, Trial
+from tuner.records import Promotion, RoundRecord, Trial, TrialState
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import (
     AttemptEnded,
@@ -12,6 +12,7 @@ from tuner.store.facts import (
     CheckpointSaved,
     EvaluationMade,
     Fact,
+    PromotionPlanned,
     RoundBegun,
     StepsRun,
     TrialAnswered,
@@ -33,11 +34,7 @@ class MirroredStore:
         self._inner = inner
         self._memory = MemoryStore()
         for record in inner.rounds():
-            worked = [WorkMeasured(record.name, throughput) for throughput in record.throughputs]
-            self._memory.record(RoundBegun(record), *worked)
-            for trial in inner.trials(record.name):
-                self._memory.record(*history(trial))
-            self._memory.record(*(BranchAdvanced(record.name, branch) for branch in record.branches))
+            self._memory.take_over(record, inner.trials(record.name))
 
     def record(self, *facts: Fact) -> None:
         """As `Store` says."""
@@ -52,6 +49,10 @@ class MirroredStore:
         """As `Store` says."""
         return self._memory.trials(round)
 
+    def trial(self, round: str, number: int) -> Trial:
+        """As `Store` says."""
+        return self._memory.trial(round, number)
+
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
         return self._inner.promotions()
@@ -59,6 +60,75 @@ class MirroredStore:
     def close(self) -> None:
         """As `Store` says."""
         self._inner.close()
+
+
+class RoundState:
+    """The trials of a round while it runs: what a fact costs does not grow with their number.
+
+    Right only while all facts of the round's trials are recorded here.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._trials = {trial.number: trial for trial in store.trials(name)}
+        self._all: tuple[Trial, ...] | None = None
+        self._open = {number: trial for number, trial in self._trials.items() if not trial.state.is_final}
+        self._num_failed = sum(trial.state == TrialState.FAILED for trial in self._trials.values())
+        self._changed = set(self._trials)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All of them, by number."""
+        if self._all is None:
+            self._all = tuple(self._trials.values())
+        return self._all
+
+    @property
+    def open(self) -> tuple[Trial, ...]:
+        """Those that have not ended, by number."""
+        return tuple(self._open[number] for number in sorted(self._open))
+
+    @property
+    def num_promised(self) -> int:
+        """Trials that count, or will, towards `search.trials`."""
+        return len(self._trials) - self._num_failed
+
+    def trial(self, number: int) -> Trial:
+        """The trial of a number."""
+        return self._trials[number]
+
+    def record(self, *facts: Fact) -> None:
+        """As `Store` says."""
+        self._store.record(*facts)
+        for number in {number for fact in facts if (number := _trial_of(fact)) is not None}:
+            self._replace(self._store.trial(self._name, number))
+
+    def changed(self) -> tuple[Trial, ...]:
+        """Trials of which facts were recorded since this was asked last; at first, all."""
+        changed, self._changed = sorted(self._changed), set()
+        return tuple(self._trials[number] for number in changed)
+
+    def _replace(self, trial: Trial) -> None:
+        before = self._trials.get(trial.number)
+        was_failed = before is not None and before.state == TrialState.FAILED
+        self._num_failed += (trial.state == TrialState.FAILED) - was_failed
+        self._trials[trial.number], self._all = trial, None
+        self._changed.add(trial.number)
+        if trial.state.is_final:
+            self._open.pop(trial.number, None)
+        else:
+            self._open[trial.number] = trial
+
+
+def _trial_of(fact: Fact) -> int | None:
+    """The number of the trial that a fact is about; None for what is about a round."""
+    match fact:
+        case TrialAsked(trial=trial):
+            return trial.number
+        case RoundBegun() | BranchAdvanced() | WorkMeasured() | PromotionPlanned():
+            return None
+        case _:
+            return fact.trial
 
 
 def history(trial: Trial) -> list[Fact]:

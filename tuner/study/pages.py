@@ -50,14 +50,15 @@ def _as_it_stands(folder: StudyFolder, record: RoundRecord) -> RoundRecord:
 def _report(
     folder: StudyFolder, store: Store, record: RoundRecord, results: RoundResults, reading: Reading
 ) -> RoundReport:
-    adapters = {trial.number: folder.adapter(trial) for trial in results.trials}
+    place = folder.checkpoints(record.name)
+    adapters = {trial.number: place.adapter(trial) for trial in results.trials}
     return RoundReport(
         study=folder.name,
         goal=str(record.spec.get("goal", "")),
         record=record,
         results=results,
         reading=reading,
-        adapters={number: path for number, path in adapters.items() if path is not None},
+        adapters={number: str(path) for number, path in adapters.items() if path is not None},
         next_command=next_command(folder, results, reading, store),
         environment=environment(),
         scored=scores_of(store),

@@ -61,7 +61,7 @@ class _Sender:
     def __init__(self, name: str, opener: Callable[[], Tool], warn: Callable[[str], None]) -> None:
         self._name, self._opener, self._warn = name, opener, warn
         self._news = threading.Condition()
-        self._latest: Sequence[Trial] | None = None
+        self._latest: dict[int, Trial] = {}
         self._is_closing = False
         self._had: dict[int, set[int]] = {}
         """Steps that the tool has, by trial."""
@@ -72,7 +72,7 @@ class _Sender:
     def take(self, trials: Sequence[Trial]) -> None:
         """Send these facts, soon."""
         with self._news:
-            self._latest = trials
+            self._latest |= {trial.number: trial for trial in trials}
             self._news.notify()
 
     def close(self, patience_seconds: float) -> None:
@@ -105,9 +105,9 @@ class _Sender:
     def _wait(self) -> Sequence[Trial] | None:
         """The latest facts; None when there are none any more."""
         with self._news:
-            self._news.wait_for(lambda: self._latest is not None or self._is_closing)
-            latest, self._latest = self._latest, None
-            return latest
+            self._news.wait_for(lambda: bool(self._latest) or self._is_closing)
+            latest, self._latest = self._latest, {}
+            return list(latest.values()) or None
 
     def _send(self, tool: Tool, trials: Sequence[Trial]) -> None:
         for trial in trials:
