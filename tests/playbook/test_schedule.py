@@ -30,7 +30,7 @@ def test_warmup_counts_the_updates_done(schedule):
 
 
 def test_where_a_share_of_the_summed_rate_is_spent():
-    def at(schedule: str, share: float = 0.75) -> int:
+    def at(schedule: str, share: float = 0.75) -> float:
         names = {"schedule": schedule, "warmup_steps": 0, "decay_steps": 400}
         return step_at_rate_share(names, 1000, share)
 
@@ -39,6 +39,8 @@ def test_where_a_share_of_the_summed_rate_is_spent():
     assert at("cosine") == pytest.approx(438, abs=2), "t + sin(pi t) / pi = 0.75"
     assert at("constant", 1.0) == at("linear", 1.0) == at("cosine", 1.0) == 1000
     assert step_at_rate_share({"schedule": "constant", "warmup_steps": 1}, 1, 0.75) == 1
+    short = {"schedule": "cosine", "warmup_steps": 1}
+    assert step_at_rate_share(short, 8, 0.75) == pytest.approx(4.39, abs=0.01), "not 5, where 84% are spent"
 
 
 def test_linear_is_constant_then_falls_to_its_last_update():
