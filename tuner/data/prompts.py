@@ -76,11 +76,11 @@ def _prompt(
     row: Row, segments: tuple[Segment, ...], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt:
     refuse_half_characters(row, segments)
-    texts = [segment.text for segment in segments]
-    ids = _tokeniser(tokenizer).prompt(*texts, starts_plain=chosen.starts_plain)
+    ids = _tokeniser(tokenizer).prompt(segments, chosen.opening)
     if not ids:
         raise DataError(f"{row.place}: is empty; give the model some text to go on from")
-    return Prompt(row.number, row.place, "".join(texts), tuple(ids))
+    text = "".join(segment.text for segment in segments)
+    return Prompt(row.number, row.place, text, tuple(ids))
 
 
 def _question(row: Row, chosen: RowFormat) -> tuple[Segment, ...]:
@@ -122,7 +122,7 @@ def chat_template_of(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokeniz
     names = {template_name(source) for source in sources}
     if len(names) != 1 or (name := names.pop()) not in TEMPLATES:
         return None
-    beginning = _tokeniser(tokenizer).prompt("", starts_plain=True)
+    beginning = _tokeniser(tokenizer).beginning
     return "".join(tokenizer.convert_ids_to_tokens(beginning)) + TEMPLATES[name]
 
 
