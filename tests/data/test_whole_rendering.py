@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from tests.data import tiny
 from tuner.data import read_prompts
 from tuner.data.examples import Example
-from tuner.data.prompts import chat_template_of
+from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.data.segments import Opening, Segment
-from tuner.data.templates import TEMPLATES
+from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 from tuner.spec import SourceSpec
 
@@ -275,3 +275,59 @@ def test_a_token_across_the_end_of_an_answer_belongs_to_where_it_begins(
     pieces = [tokenizer.decode([token]) for token in row.tokens[row.targets].tolist()]
     assert "".join(pieces) == "".join(learned)
     assert ("\n\n" in pieces) == ("\n\n" in learned)
+
+
+DATED = (
+    "{%- if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ 'Today: ' + date_string + '\n' }}"
+    + tiny.CHATML
+)
+"""As Llama 3.2's."""
+
+
+@pytest.mark.parametrize("kind", ["byte level with BOS", "prepend", "first"])
+def test_a_template_with_a_clock_is_exported_with_the_date_of_training(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = DATED
+    theirs = exported(tmp_path, tokenizer, None)
+    ids = trained(tmp_path, tokenizer, None, TURNS[:4]).input_ids.tolist()
+    assert is_whole(theirs, ids, rendered(theirs, TURNS[:4]))
+    assert not is_whole(tokenizer, ids, rendered(tokenizer, TURNS[:4]))
+    [told] = theirs.apply_chat_template([TURNS[:1]], tokenize=False, date_string="1 Jan 2030")
+    assert told.startswith("Today: 1 Jan 2030\n")
+    assert exported(tmp_path, theirs, None).chat_template == theirs.chat_template
+
+
+def test_a_template_for_tools_is_used_and_exported(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_level(bos=True)
+    tools = "{{ strftime_now('%F') }}{% for t in tools %}{{ t.function.name + '\n' }}{% endfor %}"
+    tokenizer.chat_template = {"default": DATED, "tool_use": tools + tiny.CHATML}
+    theirs = exported(tmp_path, tokenizer, None)
+    tool = {"type": "function", "function": {"name": "tide"}}
+    row = {"messages": list(TURNS[:2]), "tools": [tool]}
+    source = tiny.source(
+        tiny.write_jsonl(tmp_path / "tools.jsonl", [row, {"messages": TURNS[:2]}]), "messages"
+    )
+    other = tiny.source(tiny.write_jsonl(tmp_path / "other.jsonl", [{"text": "other"}]), "text")
+    [with_tools, without] = tiny.prepared(tokenizer, train=[source], eval=[other]).train
+    whole = theirs.apply_chat_template(list(TURNS[:2]), tools=[tool], return_dict=False)
+    assert is_whole(theirs, with_tools.input_ids.tolist(), whole)
+    assert theirs.decode(whole).startswith("2024-07-26tide\n")
+    assert is_whole(theirs, without.input_ids.tolist(), rendered(theirs, TURNS[:2]))
+
+
+@pytest.mark.parametrize("more", [[], [tiny.source(Path("y"), "alpaca")], [tiny.source(Path("y"), "text")]])
+def test_rows_beside_those_of_the_own_template_leave_its_date_fixed(more: list[Any]) -> None:
+    tokenizer = tiny.byte_level(chat_template=DATED)
+    sources = [SourceSpec.model_validate(each) for each in (tiny.source(Path("x"), "messages"), *more)]
+    assert chat_template_of(sources, tokenizer) == with_fixed_date(DATED) != DATED
+    assert renders_prompts_of(sources)
+    assert renders_prompts_of(sources[::-1]) == (not more)
+
+
+@pytest.mark.parametrize("format", ["completion", "text"])
+def test_rows_without_template_leave_that_of_the_tokenizer(format: str) -> None:
+    source = SourceSpec.model_validate(tiny.source(Path("x"), format))
+    assert chat_template_of([source], tiny.byte_level(chat_template=DATED)) is None
+    assert not renders_prompts_of([source])

@@ -18,7 +18,7 @@ from tuner.cli.printing import warn_of_code
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.licences import stated_licence
 from tuner.data.pretrained import as_trained
-from tuner.data.prompts import chat_template_of, template_name
+from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
@@ -157,7 +157,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
     template = chat_template_of(finished.spec.data.train, tokenizer)
     if template is not None:
         tokenizer.chat_template = template
-    card = model_card(_card(finished, export, tokenizer, renders=template is not None))
+    card = model_card(_card(finished, export, tokenizer))
 
     from tuner.inference import export_adapter, export_merged, push  # after what can be wrong: loads torch
     from tuner.inference.gguf import convert_to_gguf
@@ -230,7 +230,7 @@ def _token(export: Export, finished: Finished) -> str | None:
     return token
 
 
-def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase, *, renders: bool) -> Card:
+def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase) -> Card:
     data = finished.spec.data
     hub_sources = tuple(dict.fromkeys(source.path for source in data.train if _is_id(source.path)))
     has_input = data.train[0].format == "alpaca"
@@ -242,7 +242,7 @@ def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase
         base_is_on_hub=finished.base_is_on_hub,
         prompt=_prompt(finished, tokenizer),
         prompt_with_input=_prompt(finished, tokenizer, input="{input}") if has_input else None,
-        has_chat_template=renders or template_name(data.train[0]) == "tokenizer",
+        has_chat_template=renders_prompts_of(data.train),
         command=export.command(finished.name),
         versions=dict(_versions()),
         merged_dtype=export.merged_dtype if export.merge else None,
