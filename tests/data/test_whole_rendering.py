@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.data import tiny
-from tuner.data import read_prompts
+from tuner.data import prepare, read_prompts
 from tuner.data.examples import Example
 from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.data.segments import Opening, Segment
@@ -198,6 +198,23 @@ def test_tokens_are_those_of_the_exported_template(
     assert list(prompt.ids) == asked
 
 
+@pytest.mark.parametrize(("kind", "name"), CASES[:: len(TEMPLATES) + len(OWN) + 2])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_evaluation_answers_are_asked_for_as_the_exported_template_asks(
+    tmp_path: Path, kind: str, name: str, loss_on: str
+) -> None:
+    tokenizer, template = case(kind, name)
+    [train, held_out] = (
+        tiny.source(tiny.write_jsonl(tmp_path / f"{n}.jsonl", [{"messages": turns}]), "messages")
+        for n, turns in enumerate((TURNS[:2], TURNS[:4]))
+    )
+    data = {"train": [{**train, "template": template}], "eval": [{**held_out, "template": template}]}
+    spec = tiny.round_spec(answers={"metric": "exact_match"}, loss_on=loss_on, max_length=2000, **data)
+    [question] = prepare(spec, tokenizer, None).questions
+    theirs = exported(tmp_path, tokenizer, template)
+    assert list(question.prompt.ids) == rendered(theirs, TURNS[:3], ask=True)
+
+
 def _run(learned: Any) -> int:
     """How many tokens are learned before one that is not."""
     return next((at for at, is_target in enumerate(learned) if not is_target), len(learned))
@@ -280,8 +297,8 @@ def test_a_token_across_the_end_of_an_answer_belongs_to_where_it_begins(
 DATED = (
     "{%- if not date_string is defined %}{% if strftime_now is defined %}"
     "{% set date_string = strftime_now('%d %b %Y') %}"
-    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ 'Today: ' + date_string + '\n' }}"
-    + tiny.CHATML
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "{{ 'Today: ' + date_string + '\n' }}" + tiny.CHATML
 )
 """As Llama 3.2's."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,11 +157,15 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
     template = chat_template_of(finished.spec.data.train, tokenizer)
     if template is not None:
         tokenizer.chat_template = template
-    card = model_card(_card(finished, export, tokenizer))
+    card = _card(finished, export, tokenizer)
 
-    from tuner.inference import export_adapter, export_merged, push  # after what can be wrong: loads torch
+    # After what can be wrong: loads torch.
+    from tuner.adapters.ends import ends_unlike_its_base, warning_of_ends
+    from tuner.inference import export_adapter, export_merged, push
     from tuner.inference.gguf import convert_to_gguf
 
+    ends = ends_unlike_its_base(finished.spec.model, tokenizer)
+    text = model_card(replace(card, ends=tuple(ends)))
     model = finished.spec.model
     with appearing_whole(export.to) as directory:
         if export.merge:
@@ -170,11 +174,13 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
             )
         else:
             export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(text, encoding="utf-8")
     if export.merge:
         typer.echo(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
     else:
         typer.echo(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
+        if ends:
+            typer.echo(f"warning: {warning_of_ends(ends, tokenizer)}", err=True)
     if export.gguf is not None and converter is not None:
         convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
         typer.echo(f"{export.gguf}: the merged model, by {converter.name}")
