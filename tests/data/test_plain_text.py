@@ -13,7 +13,7 @@ from tests.data import tiny
 from tuner.data import show_rows
 from tuner.data.files import LocalFile
 from tuner.data.plain_text import plain_text_rows
-from tuner.data.segments import Row, Segment
+from tuner.data.segments import Opening, Row, Segment
 from tuner.data.tokenise import TokenisedRow, Tokeniser
 from tuner.data.windows import Windows, spans
 from tuner.errors import DataError
@@ -198,7 +198,7 @@ def test_a_long_text_is_tokenised_in_parts(monkeypatch: pytest.MonkeyPatch, toke
         monkeypatch.setattr("tuner.data.tokenise._MOST_CHARACTERS", most_characters)
         [[_, examples]] = windowed(tokeniser, [[text]], Windows(), 20)
         segments = (Segment(text, is_target=True),)
-        [row] = tokeniser.rows([segments], starts_plain=True, loss_on="all", max_length=999)
+        [row] = tokeniser.rows([segments], Opening.TEXT, loss_on="all", max_length=999)
         return [row.tokens.tolist(), *(example.tokens.tolist() for example in examples)]
 
     for whole_lines in (lines, ["instructionRed\n" * 9]):

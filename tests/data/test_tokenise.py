@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
-from tuner.data.segments import Segment
+from tuner.data.segments import Opening, Segment
 from tuner.data.tokenise import Fate, TokenisedRow, Tokeniser
 from tuner.data.windows import Windows
 
@@ -27,7 +27,7 @@ def row(
     max_length: int = 1000,
 ) -> TokenisedRow:
     pieces = tuple(Segment(text, is_target) for text, is_target in segments)
-    [only] = tokeniser.rows([pieces], starts_plain=True, loss_on=loss_on, max_length=max_length)
+    [only] = tokeniser.rows([pieces], Opening.TEXT, loss_on=loss_on, max_length=max_length)
     return only
 
 
@@ -44,7 +44,7 @@ def test_a_prompt_for_inference_is_the_beginning_of_the_example(
     prompt: str, completion: str, name: str
 ) -> None:
     made = row(TOKENISERS[name], (prompt, False), (completion, True))
-    ids = TOKENISERS[name].prompt(prompt, starts_plain=True)
+    ids = TOKENISERS[name].prompt([Segment(prompt, is_target=False)], Opening.TEXT)
     assert made.tokens[: len(ids)].tolist() == ids
     assert not made.targets[: len(ids)].any()
     assert made.targets[max(1, len(ids)) :].all()
@@ -115,9 +115,9 @@ def test_an_example_without_words_to_learn_is_empty(text: str) -> None:
 def test_rows_tokenised_together_are_those_tokenised_alone() -> None:
     rows = [(Segment(f"p{n}", False), *(Segment(f"c{i}", i % 2 == 0) for i in range(n))) for n in range(5)]
     tokeniser = TOKENISERS["llama"]
-    together = tokeniser.rows(rows, starts_plain=True, loss_on="completion", max_length=9)
+    together = tokeniser.rows(rows, Opening.TEXT, loss_on="completion", max_length=9)
     for segments, made in zip(rows, together, strict=True):
-        [alone] = tokeniser.rows([segments], starts_plain=True, loss_on="completion", max_length=9)
+        [alone] = tokeniser.rows([segments], Opening.TEXT, loss_on="completion", max_length=9)
         assert made.tokens.tolist() == alone.tokens.tolist()
         assert made.targets.tolist() == alone.targets.tolist()
 
@@ -168,7 +168,7 @@ def test_a_bos_that_is_there_is_not_added_again(
         assert twice.targets.tolist() == once.targets.tolist()
         assert twice.tokens.tolist().count(tokenizer.bos_token_id) == 1
         assert not twice.targets[0]
-    ids = TOKENISERS[name].prompt(f"{before}Red", starts_plain=True)
+    ids = TOKENISERS[name].prompt([Segment(f"{before}Red", is_target=False)], Opening.TEXT)
     assert ids == tokenizer("Red").input_ids
 
 
@@ -176,7 +176,7 @@ def test_a_bos_that_the_tokenizer_does_not_put_stays_as_written() -> None:
     """GPT-2's tokenizer puts none; a chat template writes its own."""
     assert row(TOKENISERS["plain"], ("<s>Red", True)).tokens[0] == PLAIN.bos_token_id
     pieces = (Segment("<s>Hi", is_target=False), Segment("Red", is_target=True))
-    [made] = TOKENISERS["bos"].rows([pieces], starts_plain=False, loss_on="completion", max_length=99)
+    [made] = TOKENISERS["bos"].rows([pieces], Opening.WRITTEN, loss_on="completion", max_length=99)
     assert WITH_BOS.decode(made.tokens) == "<s>HiRed</s>"
 
 
@@ -206,10 +206,10 @@ def test_windows_begin_with_one_bos(tokenizer: PreTrainedTokenizerBase, name: st
 
 def test_what_is_masked_no_loss_sees() -> None:
     pieces = (Segment("xy", is_target=False), Segment("b", is_target=False, is_masked=True))
-    [made] = TOKENISERS["plain"].rows([pieces], starts_plain=True, loss_on="all", max_length=9)
+    [made] = TOKENISERS["plain"].rows([pieces], Opening.TEXT, loss_on="all", max_length=9)
     assert PLAIN.decode(made.tokens) == "xyb</s>"
     assert made.targets.tolist() == [False, True, False, False]
     [made] = TOKENISERS["plain"].rows(
-        [(*pieces, Segment("c", is_target=True))], starts_plain=True, loss_on="all", max_length=9
+        [(*pieces, Segment("c", is_target=True))], Opening.TEXT, loss_on="all", max_length=9
     )
     assert made.targets.tolist() == [False, True, False, True, True]

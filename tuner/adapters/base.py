@@ -152,7 +152,7 @@ def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int)
                 device_map={"": device},
                 quantization_config=quantization,
                 trust_remote_code=model.trust_remote_code,
-                **_source(model),
+                **model_source(model),
             )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
@@ -169,7 +169,7 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
     require_loader(model)
     try:
         config = AutoConfig.from_pretrained(
-            model.path, trust_remote_code=model.trust_remote_code, **_source(model)
+            model.path, trust_remote_code=model.trust_remote_code, **model_source(model)
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _cannot_load(model, error) from error
@@ -177,7 +177,8 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
     return config
 
 
-def _source(model: ModelSpec) -> dict[str, Any]:
+def model_source(model: ModelSpec) -> dict[str, Any]:
+    """What `from_pretrained` is told of a model besides its path."""
     source = where_to_look(model.path)
     if model.revision:
         source["revision"] = model.revision

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuner.adapters.base import Base
 from tuner.adapters.decoding import Decoding
+from tuner.adapters.ends import end_tokens
 from tuner.data import Prompt
 from tuner.errors import TunerError
 
@@ -42,7 +43,7 @@ class TextGenerator:
         self._tokenizer = tokenizer
         self._device = base.device
         self._limited_by = limited_by
-        self._ends = _end_tokens(tokenizer, base.model.generation_config)
+        self._ends = end_tokens(tokenizer, base.model.generation_config)
         # Whatever the model's files say of sampling and penalties: an answer is what was asked for.
         base.model.generation_config = GenerationConfig()
 
@@ -157,10 +158,3 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is not type
         if len(text) > len(self._said) and text.startswith(self._said):
             self._say(text[len(self._said) :])
             self._said = text
-
-
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, configured: GenerationConfig | None) -> list[int]:
-    """The tokenizer's own EOS, with which training rows end, then others that the model was made with."""
-    others = getattr(configured, "eos_token_id", None)
-    listed = others if isinstance(others, list) else [] if others is None else [others]
-    return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, listed)]))

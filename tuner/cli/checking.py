@@ -85,7 +85,9 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         for row in show_rows(data.train, tokenizer, show):
             _print_row(row, round_plan.file.directory)
 
-    from tuner.adapters import embeddings_of, largest_adapter  # loads torch: after what is cheap to check
+    # Loads torch: after what is cheap to check.
+    from tuner.adapters import embeddings_of, largest_adapter
+    from tuner.adapters.ends import ends_unlike_its_base, warning_of_ends
 
     refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
@@ -107,6 +109,8 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     if spec.trains_alone:
         remarks.append(DORA_TRAINS_ALONE)
     remarks += _model_remarks(spec.model)
+    if ends := ends_unlike_its_base(spec.model, tokenizer):
+        remarks.append(warning_of_ends(ends, tokenizer))
     if probe:
         remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from tuner.cli.printing import warn_of_code
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.licences import stated_licence
 from tuner.data.pretrained import as_trained
-from tuner.data.prompts import chat_template_of, template_name
+from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
@@ -157,11 +157,15 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
     template = chat_template_of(finished.spec.data.train, tokenizer)
     if template is not None:
         tokenizer.chat_template = template
-    card = model_card(_card(finished, export, tokenizer, renders=template is not None))
+    card = _card(finished, export, tokenizer)
 
-    from tuner.inference import export_adapter, export_merged, push  # after what can be wrong: loads torch
+    # After what can be wrong: loads torch.
+    from tuner.adapters.ends import ends_unlike_its_base, warning_of_ends
+    from tuner.inference import export_adapter, export_merged, push
     from tuner.inference.gguf import convert_to_gguf
 
+    ends = ends_unlike_its_base(finished.spec.model, tokenizer)
+    text = model_card(replace(card, ends=tuple(ends)))
     model = finished.spec.model
     with appearing_whole(export.to) as directory:
         if export.merge:
@@ -170,11 +174,13 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
             )
         else:
             export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(text, encoding="utf-8")
     if export.merge:
         typer.echo(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
     else:
         typer.echo(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
+        if ends:
+            typer.echo(f"warning: {warning_of_ends(ends, tokenizer)}", err=True)
     if export.gguf is not None and converter is not None:
         convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
         typer.echo(f"{export.gguf}: the merged model, by {converter.name}")
@@ -230,7 +236,7 @@ def _token(export: Export, finished: Finished) -> str | None:
     return token
 
 
-def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase, *, renders: bool) -> Card:
+def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase) -> Card:
     data = finished.spec.data
     hub_sources = tuple(dict.fromkeys(source.path for source in data.train if _is_id(source.path)))
     has_input = data.train[0].format == "alpaca"
@@ -242,7 +248,7 @@ def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase
         base_is_on_hub=finished.base_is_on_hub,
         prompt=_prompt(finished, tokenizer),
         prompt_with_input=_prompt(finished, tokenizer, input="{input}") if has_input else None,
-        has_chat_template=renders or template_name(data.train[0]) == "tokenizer",
+        has_chat_template=renders_prompts_of(data.train),
         command=export.command(finished.name),
         versions=dict(_versions()),
         merged_dtype=export.merged_dtype if export.merge else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tuner.data.messages import Conversation, Message
 from tuner.data.segments import Segment
-from tuner.data.templates import TEMPLATES
+from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,17 +16,6 @@ if TYPE_CHECKING:
 
 _Spot: TypeAlias = tuple[int, str]
 """The index of a message, and the key of a text in it; -1 and `tools` for what the messages may call."""
-_TODAY = {
-    "%Y": "2024",
-    "%y": "24",
-    "%m": "07",
-    "%d": "26",
-    "%B": "July",
-    "%b": "Jul",
-    "%A": "Friday",
-    "%a": "Fri",
-}
-"""What templates that write the date are told, or a run resumed tomorrow would train on other tokens."""
 
 
 class Chat:
@@ -48,9 +37,7 @@ class Chat:
         """Whether it is not the tokenizer's own, and so has no BOS of its own."""
         self._tokenizer = tokenizer
         self._name = "the tokenizer's chat template" if template is None else f"the template {template}"
-        self.template = (
-            _with_fixed_date(tokenizer.get_chat_template()) if template is None else TEMPLATES[template]
-        )
+        self._named = None if template is None else TEMPLATES[template]
         """Jinja."""
         self._rendered_whole: set[tuple[Any, ...]] = set()
         """Kinds of conversation of which nothing is lost."""
@@ -167,7 +154,7 @@ class Chat:
             text = self._tokenizer.apply_chat_template(
                 [message.rendered for message in conversation.messages],
                 tools=conversation.tools,
-                chat_template=self.template,
+                chat_template=self._template(conversation),
                 tokenize=False,
                 add_generation_prompt=ask,
             )
@@ -175,6 +162,12 @@ class Chat:
             raise DataError(f"{place}: {self._name} cannot render this conversation: {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _template(self, conversation: Conversation) -> str:
+        """Jinja; some tokenizers have another for conversations with tools."""
+        if self._named is not None:
+            return self._named
+        return with_fixed_date(self._tokenizer.get_chat_template(tools=conversation.tools))
 
     def _inconsistent(self) -> str:
         return (
@@ -186,14 +179,6 @@ class Chat:
     def _length_of_turn(self, text: str) -> int:
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self._tokenizer.eos_token) else len(text)
-
-
-def _with_fixed_date(template: str) -> str:
-    """The template with its only clock, `strftime_now`, hidden by a macro that knows one day."""
-    if "strftime_now" not in template:
-        return template
-    filters = "".join(f"|replace('{directive}', '{text}')" for directive, text in _TODAY.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}{template}"
 
 
 def asked(instruction: str, input: str) -> Message:

@@ -17,7 +17,7 @@ from tuner.data.messages import (
     read_tools,
 )
 from tuner.data.plain_text import SEPARATORS
-from tuner.data.segments import Row, Segment, kind_of
+from tuner.data.segments import Opening, Row, Segment, kind_of
 from tuner.data.sharegpt import conversation as sharegpt_messages
 from tuner.data.templates import TEMPLATES
 from tuner.data.windows import Windows
@@ -59,8 +59,8 @@ class RowFormat:
     """(instruction, input) as the text that comes before the completion in training."""
     said: Callable[[Row], str] | None = None
     """What a row says without the text around it, in whichever format it is written; None: its segments."""
-    starts_plain: bool = True
-    """Whether the tokenizer's own beginning (BOS) is put before the text; chat templates bring theirs."""
+    opening: Opening = Opening.TEXT
+    """What stands before the text; a tokenizer's own chat template writes its own."""
     windows: Windows | None = None
     """How a text becomes several examples, or a part of one; None: a row is an example."""
     more_identity: Mapping[str, Any] = field(default_factory=dict)
@@ -204,6 +204,7 @@ def _alpaca(called: Mapping[str, str], chat: Chat) -> RowFormat:
         question,
         _alpaca_prompt,
         said,
+        opening=Opening.TEMPLATE,
         remarks=remarks,
     )
 
@@ -297,7 +298,7 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
         question,
         chat.prompt,
         lambda row: conversation(row).said,
-        starts_plain=chat.is_named,
+        opening=Opening.TEMPLATE if chat.is_named else Opening.WRITTEN,
         remarks=lambda row: conversation(row).remarks(),
     )
 

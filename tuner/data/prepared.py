@@ -196,7 +196,7 @@ def prepare(
         questions=questions(
             used["eval"],
             tokenizer,
-            beginning=recipe.tokeniser.beginning_tokens,
+            beginning=len(recipe.tokeniser.beginning),
             max_examples=answers.max_examples,
         )
         if answers is not None

@@ -13,7 +13,7 @@ from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import reader_of
 from tuner.data.rows import refuse_half_characters
 from tuner.data.segments import Row, Segment, kind_of
-from tuner.data.templates import TEMPLATES
+from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
 
@@ -76,11 +76,11 @@ def _prompt(
     row: Row, segments: tuple[Segment, ...], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt:
     refuse_half_characters(row, segments)
-    texts = [segment.text for segment in segments]
-    ids = _tokeniser(tokenizer).prompt(*texts, starts_plain=chosen.starts_plain)
+    ids = _tokeniser(tokenizer).prompt(segments, chosen.opening)
     if not ids:
         raise DataError(f"{row.place}: is empty; give the model some text to go on from")
-    return Prompt(row.number, row.place, "".join(texts), tuple(ids))
+    text = "".join(segment.text for segment in segments)
+    return Prompt(row.number, row.place, text, tuple(ids))
 
 
 def _question(row: Row, chosen: RowFormat) -> tuple[Segment, ...]:
@@ -113,17 +113,34 @@ def _tokeniser(tokenizer: PreTrainedTokenizerBase) -> Tokeniser:
     return Tokeniser(tokenizer)
 
 
-def chat_template_of(sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Jinja that renders a user's message as the rows of all these sources do; None where none does.
+def chat_template_of(
+    sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase
+) -> str | dict[str, str] | None:
+    """Jinja that renders messages as the rows of all these sources do; None where the tokenizer's own does.
 
     That is the named template around the turns, `alpaca` for that format, after what the tokenizer puts
-    before a text. None is also said where the tokenizer's own template is the one.
+    before a text; or the tokenizer's own with the date that it was trained with. None is also said where rows
+    have no template, or several.
     """
     names = {template_name(source) for source in sources}
-    if len(names) != 1 or (name := names.pop()) not in TEMPLATES:
+    if len(names) == 1 and names <= TEMPLATES.keys():
+        beginning = _tokeniser(tokenizer).beginning
+        return "".join(tokenizer.convert_ids_to_tokens(beginning)) + TEMPLATES[names.pop()]
+    own = tokenizer.chat_template
+    if "tokenizer" not in names or not own:
         return None
-    beginning = _tokeniser(tokenizer).prompt("", starts_plain=True)
-    return "".join(tokenizer.convert_ids_to_tokens(beginning)) + TEMPLATES[name]
+    fixed: str | dict[str, str] = (
+        {key: with_fixed_date(template) for key, template in own.items()}
+        if isinstance(own, dict)
+        else with_fixed_date(own)
+    )
+    return None if fixed == own else fixed
+
+
+def renders_prompts_of(sources: Sequence[SourceSpec]) -> bool:
+    """Whether the template of an export renders the prompts of the first source."""
+    names = {template_name(source) for source in sources}
+    return template_name(sources[0]) == "tokenizer" or (len(names) == 1 and names <= TEMPLATES.keys())
 
 
 def template_name(source: SourceSpec) -> str:

@@ -21,7 +21,7 @@ from tuner.data.tokenise import Tokeniser
 from tuner.data.windows import Windows
 from tuner.errors import DataError
 
-_TABLE_VERSION = 4
+_TABLE_VERSION = 5
 """Raise it when the same rows give another table."""
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
@@ -75,7 +75,7 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
     for batch in batches:
         rows = recipe.tokeniser.rows(
             [segments for _, segments in batch],
-            starts_plain=row_format.starts_plain,
+            row_format.opening,
             loss_on=recipe.loss_on,
             max_length=recipe.max_length,
         )

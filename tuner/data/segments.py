@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
+
+
+class Opening(Enum):
+    """What stands before a row's text."""
+
+    TEXT = auto()
+    """What the tokenizer itself puts before a text, such as BOS."""
+    TEMPLATE = auto()
+    """The same, written out as a chat template has it: some tokenizers then put no space before the text."""
+    WRITTEN = auto()
+    """Nothing: the text brings its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text that is tokenised by itself."""
+    """A piece of a row's text."""
 
     text: str
     is_target: bool

@@ -1,4 +1,4 @@
-"""Segments of text to token ids and target masks, with the beginning and the end that training needs."""
+"""Segments of text to token ids and target masks: those that inference sees, with beginning and end."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum, auto
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.segments import Segment
+from tuner.data.marks import Marks
+from tuner.data.segments import Opening, Segment
 from tuner.data.windows import Windows, spans
 from tuner.errors import DataError, ModelError
 
@@ -53,14 +55,31 @@ class TokenisedRow:
     fate: Fate
 
 
+class _After(Enum):
+    """What stands before a piece of text, on which it depends whether the tokenizer puts a space there."""
+
+    NOTHING = auto()
+    MARK = auto()
+    TEXT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Text that is tokenised at once."""
+
+    text: str
+    after: _After
+    parts: tuple[Segment, ...]
+    """What it is joined from."""
+
+
 class Tokeniser:
     """A fast tokenizer, used so that training and inference see the same tokens.
 
-    Each segment is tokenised by itself. So the prompt's tokens do not depend on what follows, and a
-    prompt tokenised for inference is exactly the beginning of the training example; tokenised as one
-    text, the last characters of a prompt may merge with the first of the completion into a token
-    that no prompt ends with. A segment in the middle of a text does not get the space that some
-    tokenizers put before a text.
+    A row's tokens are those of its whole text, as `apply_chat_template(tokenize=True)` has them, with one
+    exception: the text is cut where a target begins, since there a prompt ends. Tokenised as one text, the
+    last characters of a prompt may merge with the first of the completion into a token that no prompt ends
+    with. So a prompt tokenised for inference is exactly the beginning of the training example.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,6 +97,12 @@ class Tokeniser:
             own.encode_special_tokens = backend.encode_special_tokens
         self._end = int(tokenizer.eos_token_id)
         self._end_text = str(tokenizer.eos_token)
+        self._marks = Marks(self._first, document, special_are_text=backend.encode_special_tokens)
+        self._by_context = {
+            _After.NOTHING: self._first,
+            _After.MARK: self._first if self._puts_space_after_marks() else self._next,
+            _After.TEXT: self._next,
+        }
         self._beginning = self._find_beginning()
         self._bos_text = self._text_of_bos(tokenizer.bos_token)
         plain_only = backend.encode_special_tokens
@@ -86,51 +111,104 @@ class Tokeniser:
         """Hash of everything in the tokenizer that decides about tokens."""
 
     @property
-    def beginning_tokens(self) -> int:
-        """How many tokens the tokenizer itself puts before a text, such as BOS."""
-        return len(self._beginning)
+    def beginning(self) -> list[int]:
+        """What the tokenizer itself puts before a text, such as BOS."""
+        return self._beginning
 
-    def prompt(self, text: str, *more: str, starts_plain: bool) -> list[int]:
+    def prompt(self, segments: Sequence[Segment], opening: Opening) -> list[int]:
         """Token ids of the segments that a completion follows."""
-        texts = self._without_bos([text, *more]) if starts_plain else [text, *more]
-        ids: list[int] = self._first.encode(texts[0], add_special_tokens=False).ids
-        for piece in self._ids(self._next, texts[1:]):
-            ids.extend(piece)
-        return self._beginning + ids if starts_plain else ids
+        runs = self._runs(segments, opening, loss_on="completion")
+        ids = [token for of_run, _ in self._encoded(runs, loss_on="completion") for token in of_run]
+        return ids if opening is Opening.WRITTEN else self._beginning + ids
 
     def rows(
         self,
         rows: Sequence[tuple[Segment, ...]],
+        opening: Opening,
         *,
-        starts_plain: bool,
         loss_on: Literal["completion", "all"],
         max_length: int,
     ) -> list[TokenisedRow]:
         """Tokenise rows together. An example that is not truncated ends with exactly one EOS.
 
-        With `starts_plain` it begins with exactly one BOS, where the tokenizer puts one before a text.
+        Unless its opening is written, it begins with exactly one BOS, where the tokenizer puts one before a
+        text.
         """
         if loss_on == "completion":
             rows = [_up_to_last_target(segments) for segments in rows]
-        texts = [[segment.text for segment in segments] for segments in rows]
-        if starts_plain:
-            texts = [self._without_bos(of_row) for of_row in texts]
-        firsts = iter(self._ids(self._first, [of_row[0] for of_row in texts if of_row]))
-        nexts = iter(self._ids(self._next, [text for of_row in texts for text in of_row[1:]]))
+        runs = [self._runs(segments, opening, loss_on=loss_on) for segments in rows]
+        encoded = iter(self._encoded([run for of_row in runs for run in of_row], loss_on=loss_on))
         tokenised = []
-        for segments in rows:
-            ids = array("i", self._beginning if starts_plain else ())
+        for segments, of_row in zip(rows, runs, strict=True):
+            ids = array("i", () if opening is Opening.WRITTEN else self._beginning)
             targets = bytearray(len(ids))
-            for index, segment in enumerate(segments):
-                piece = next(nexts if index else firsts)
+            for _ in of_row:
+                piece, learned = next(encoded)
                 ids.extend(piece)
-                targets += bytes([_is_learned(segment, loss_on)]) * len(piece)
+                targets += learned
             if not ids or ids[-1] != self._end:
                 ids.append(self._end)
                 targets.append(not segments or not segments[-1].is_masked)
             has_text = any(self._says(s.text) for s in segments if _is_learned(s, loss_on))
             tokenised.append(_cut(ids, bytes(targets), max_length, has_text=has_text))
         return tokenised
+
+    def _runs(
+        self, segments: Sequence[Segment], opening: Opening, *, loss_on: Literal["completion", "all"]
+    ) -> list[_Run]:
+        """Segments joined to what has to be tokenised at once.
+
+        A cut is where a target begins, and wherever it changes no token: beside a mark.
+        """
+        if opening is not Opening.WRITTEN:
+            segments = self._without_bos(segments)
+        after = _After.MARK if opening is Opening.TEMPLATE and self._beginning else _After.NOTHING
+        runs: list[_Run] = []
+        for segment in segments:
+            text, last = segment.text, runs[-1] if runs else None
+            if last is not None and self._marks.end(last.text):
+                after = _After.MARK
+                if self._marks.swallow_after(last.text):
+                    text = text.lstrip()
+            elif last is not None:
+                after = _After.TEXT
+                if not segment.is_target and not self._marks.begin(text):
+                    runs[-1] = _joined(last, segment, loss_on)
+                    continue
+            if text:
+                part = segment if text == segment.text else replace(segment, text=text)
+                runs.append(_Run(text, after, (part,)))
+        return runs
+
+    def _encoded(
+        self, runs: Sequence[_Run], *, loss_on: Literal["completion", "all"]
+    ) -> Iterator[tuple[Sequence[int], bytes]]:
+        """For each run its ids, and for each of these whether it is learned."""
+        whole = iter(self._ids([(run.text, run.after) for run in runs if len(run.parts) == 1]))
+        for run in runs:
+            if len(run.parts) == 1:
+                ids = next(whole)
+                yield ids, bytes([_is_learned(run.parts[0], loss_on)]) * len(ids)
+            else:
+                yield self._encoded_by_parts(run, loss_on=loss_on)
+
+    def _encoded_by_parts(
+        self, run: _Run, *, loss_on: Literal["completion", "all"]
+    ) -> tuple[Sequence[int], bytes]:
+        """A token belongs to the part that it begins in; with text in it that no loss may see, to that."""
+        ids, begins, ends, position = array("i"), array("q"), array("q"), 0
+        for text, after in self._pieces(run.text, run.after):
+            encoding = self._by_context[after].encode(text, add_special_tokens=False)
+            ids.extend(encoding.ids)
+            begins.extend(position + begin for begin, _ in encoding.offsets)
+            ends.extend(position + end for _, end in encoding.offsets)
+            position += len(text)
+        bounds = list(accumulate(len(part.text) for part in run.parts))
+        learned = np.array([_is_learned(part, loss_on) for part in run.parts])
+        masked = np.array([part.is_masked for part in run.parts])
+        first = np.searchsorted(bounds, begins, side="right").clip(max=len(bounds) - 1)
+        last = np.searchsorted(bounds, ends, side="left").clip(max=len(bounds) - 1)
+        return ids, (learned[first] & ~masked[last]).tobytes()
 
     def windowed(
         self, rows: Iterable[Sequence[str]], windows: Windows, *, max_length: int
@@ -150,7 +228,7 @@ class Tokeniser:
         separator = windows.separator if windows.fills else ""
         first, position, ids, has_text = 0, 0, array("i"), False
         for texts in rows:
-            pieces = self._ids(self._next, [text + separator for text in texts])
+            pieces = self._ids([(text + separator, _After.TEXT) for text in texts])
             for text, piece in zip(texts, pieces, strict=True):
                 fits = windows.fills and len(ids) + len(piece) + 1 <= room
                 if first < position and not fits:
@@ -164,10 +242,10 @@ class Tokeniser:
 
     def _opening(self, text: str, as_next: Sequence[int]) -> Sequence[int]:
         """Ids of a text that begins an example, given those that it has further on."""
-        [plain] = self._without_bos([text])
-        if self._next is self._first and plain == text:
+        [plain] = self._without_bos([Segment(text, is_target=True)])
+        if self._next is self._first and plain.text == text:
             return as_next
-        [ids] = self._ids(self._first, [plain])
+        [ids] = self._ids([(plain.text, _After.NOTHING)])
         return ids
 
     def _windows(
@@ -192,17 +270,23 @@ class Tokeniser:
         ids = self._first.encode(str(bos), add_special_tokens=False).ids if bos is not None else []
         return str(bos) if len(ids) == 1 and ids[0] in self._beginning else None
 
-    def _without_bos(self, texts: list[str]) -> list[str]:
-        """The texts of an example without the BOS that the first of them begins with."""
+    def _without_bos(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """The segments of an example without the BOS that the first of them begins with."""
         if self._bos_text is None:
-            return texts
-        at = next((index for index, text in enumerate(texts) if text), None)
-        if at is None or not texts[at].startswith(self._bos_text):
-            return texts
-        text = texts[at]
+            return segments
+        at = next((index for index, segment in enumerate(segments) if segment.text), None)
+        if at is None or not segments[at].text.startswith(self._bos_text):
+            return segments
+        text = segments[at].text
         while text.startswith(self._bos_text):
             text = text.removeprefix(self._bos_text)
-        return self._without_bos([*texts[:at], text, *texts[at + 1 :]])
+        return self._without_bos([*segments[:at], replace(segments[at], text=text), *segments[at + 1 :]])
+
+    def _puts_space_after_marks(self) -> bool:
+        """Whether text after a mark gets what the tokenizer puts before a text."""
+        mark = self._end_text
+        plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
+        return bool(self._first.encode(f"{mark}a", add_special_tokens=False).ids[-len(plain) :] == plain)
 
     def _find_beginning(self) -> list[int]:
         """What the tokenizer itself puts before a whole text, such as BOS."""
@@ -213,22 +297,48 @@ class Tokeniser:
                 return whole[:at]
         raise ModelError("the tokenizer has no tokens for the letter a; is it damaged?")
 
-    def _ids(self, tokenizer: Tokenizer, texts: list[str]) -> list[Sequence[int]]:
-        cut = [_parts_of_text(text) for text in texts]
-        heads = tokenizer.encode_batch_fast([parts[0] for parts in cut], add_special_tokens=False)
-        return [self._with_more(head.ids, parts[1:]) for head, parts in zip(heads, cut, strict=True)]
+    def _ids(self, texts: Sequence[tuple[str, _After]]) -> list[Sequence[int]]:
+        """Ids of texts, each with what stands before it."""
+        if self._next is self._first and all(len(text) <= _MOST_CHARACTERS for text, _ in texts):
+            encodings = self._first.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        cut = [self._pieces(text, after) for text, after in texts]
+        encoded = {}
+        for own in {id(own): own for own in self._by_context.values()}.values():
+            of_own = [text for pieces in cut for text, after in pieces if self._by_context[after] is own]
+            encoded[id(own)] = iter(own.encode_batch_fast(of_own, add_special_tokens=False))
+        found: list[Sequence[int]] = []
+        for pieces in cut:
+            ids = [next(encoded[id(self._by_context[after])]).ids for _, after in pieces]
+            found.append(ids[0] if len(ids) == 1 else array("i", (token for of in ids for token in of)))
+        return found
 
-    def _with_more(self, ids: list[int], texts: Sequence[str]) -> Sequence[int]:
-        if not texts:
-            return ids
-        whole = array("i", ids)
-        for text in texts:
-            whole.extend(self._next.encode(text, add_special_tokens=False).ids)
-        return whole
+    def _pieces(self, text: str, after: _After) -> list[tuple[str, _After]]:
+        """A text, cut where it is too long, and where the tokenizer that puts no space has to end."""
+        texts = _parts_of_text(text)
+        pieces = [(texts[0], after), *((more, _After.TEXT) for more in texts[1:])]
+        if self._next is self._first:
+            return pieces
+        return [part for piece in pieces for part in self._cut_at_mark(*piece)]
+
+    def _cut_at_mark(self, text: str, after: _After) -> list[tuple[str, _After]]:
+        at = self._marks.first_in(text) if self._by_context[after] is self._next else len(text)
+        pieces = [(text[:at], after), (text[at:], _After.NOTHING)]
+        return [piece for piece in pieces if piece[0]] or [(text, after)]
 
 
 def _is_learned(segment: Segment, loss_on: Literal["completion", "all"]) -> bool:
     return (segment.is_target or loss_on == "all") and not segment.is_masked
+
+
+def _joined(run: _Run, segment: Segment, loss_on: Literal["completion", "all"]) -> _Run:
+    """A run that goes on with a segment; parts that no loss tells apart become one."""
+    *before, last = run.parts
+    if (_is_learned(last, loss_on), last.is_masked) == (_is_learned(segment, loss_on), segment.is_masked):
+        parts = (*before, replace(last, text=last.text + segment.text))
+    else:
+        parts = (*run.parts, segment)
+    return _Run(run.text + segment.text, run.after, parts)
 
 
 def _up_to_last_target(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -266,7 +376,8 @@ def _drop_prefix_space(document: dict[str, Any]) -> bool:
     for part in _parts(document["normalizer"], "normalizers"):
         if part["type"] == "Prepend":
             part["prepend"] = ""
-    for part in _parts(document["pre_tokenizer"], "pretokenizers"):
+    # One that follows another puts its space before each part that the other has cut.
+    for part in _parts(document["pre_tokenizer"], "pretokenizers")[:1]:
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
         if part["type"] == "ByteLevel":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from tuner.adapters import read_adapter, write_adapter
+from tuner.adapters.ends import end_tokens
 from tuner.inference.merging import MERGED_DTYPES, merged_model
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ def export_merged(
 ) -> None:
     """Write the merged model, as transformers alone loads it, and a tokenizer into an existing directory.
 
+    Its generation ends at the tokenizer's EOS, which was trained, beside those of the base.
     `dtype` is one of MERGED_DTYPES. Raises CheckpointError and ModelError.
     """
     merged = merged_model(model, read_adapter(adapter), dtype=MERGED_DTYPES[dtype])
+    if merged.generation_config is not None:
+        ends = end_tokens(tokenizer, merged.generation_config)
+        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     merged.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))

@@ -40,6 +40,8 @@ class Card:
     """Of the packages that made it, by name."""
     merged_dtype: str | None = None
     """None for an adapter."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer, where the base alone does not stop at the one that was trained."""
     licence: str | None = None
     """Of the export, as its author states it."""
     stated_licences: Mapping[str, str] = field(default_factory=dict)
@@ -144,10 +146,16 @@ def _usage(card: Card) -> str:
     said = "".join(f", {name}={_python(value)}" for name, value in options.items() if value is not None)
     quantised = _QUANTISATION[model.quantization]
     imports = ("AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else []))
+    ends = (
+        "# Answers were trained to end with the first of these, at which the base alone does not stop.\n"
+        f"base.generation_config.eos_token_id = {list(card.ends)}\n"
+        if card.ends
+        else ""
+    )
     return (
         "from peft import PeftModel\n"
         f"from transformers import {', '.join(imports)}\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({_python(_told(model.path))}{said}{quantised})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({_python(_told(model.path))}{said}{quantised})\n{ends}"
         f'model = PeftModel.from_pretrained(base, "{card.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")'
     )
