@@ -383,7 +383,7 @@ def test_tables_of_finished_rounds_are_found(tmp_path: Path) -> None:
     [source] = open_sources(spec, None, tmp_path)
     recipe = Recipe(Tokeniser(PLAIN), "completion", 512, None)
     assert ingredients(source, source_format(spec, PLAIN), recipe) == {
-        "version": 4,
+        "version": 5,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "source": f"_json_lines {hashlib.sha256(file.read_bytes()).hexdigest()}",
         "format": "alpaca",

@@ -57,7 +57,9 @@ def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Sou
         if _is_hub_id(spec.path) and not os.path.exists(spec.path):  # noqa: PTH110
             return [_dataset(spec, load_rows, None)]
     if spec.split or spec.config:
-        raise DataError(f"{spec.path}: split and config are for data sets on the Hub and folders; a file has neither")
+        raise DataError(
+            f"{spec.path}: split and config are for data sets on the Hub and folders; a file has neither"
+        )
     open_one = _table if spec.split_on is None else _plain_text
     return [open_one(file, spec) for file in located(spec.path, copies)]
 
