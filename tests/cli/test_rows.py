@@ -132,3 +132,22 @@ def test_the_row_with_a_token_that_the_embedding_lacks(tmp_path: Path) -> None:
     run = tuner("study", "run", "round1.yaml", directory=tmp_path)
     assert run.returncode == 2
     assert "rows.jsonl:3: has the token 'harbour_town'" in " ".join(run.stderr.split())
+
+
+def test_special_tokens_of_a_row_are_marked(tmp_path: Path) -> None:
+    """Those of the template are not, and the answer's end neither."""
+    texts = [("Is it?", "It is."), ("What is </s> for?", "It ends."), ("And <s>?", "</s> no.")]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    file = tmp_path / "special.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    base = base_with(tmp_path, template=TEMPLATE)
+    done = checked_file(tmp_path, file, "--show", "3", base=base)
+    assert done.returncode == 0, done.stderr
+    assert "What is {!</s>!} for?</s>" in done.stdout
+    assert "[[{!</s>!} no.</s>]]" in done.stdout
+    assert done.stdout.count("{!<") == 3
+    assert "(2 special tokens that the row says itself: {!...!})" in done.stdout
+    as_json = json.loads(checked_file(tmp_path, file, "--json", base=base).stdout)
+    [remark] = [remark for remark in as_json["remarks"] if "'</s>'" in remark]
+    assert "(2 rows, first " in remark
+    assert "special.jsonl:2)" in remark

@@ -428,6 +428,48 @@ def test_a_folder_of_anything_is_refused_with_a_pattern_to_write(
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path)], eval_fraction=0.2)
 
 
+@pytest.mark.parametrize("kind", ["plain", "numpy", "chosen rows"])
+def test_what_save_to_disk_wrote_is_read_where_it_lies(tmp_path: Path, kind: str) -> None:
+    rows = [{**row, "n": n} for n, row in enumerate(tiny.alpaca_rows(20))]
+    saved = datasets.Dataset.from_list(rows)
+    if kind == "numpy":
+        saved = saved.with_format("numpy")
+    if kind == "chosen rows":
+        saved = datasets.Dataset.from_list([*rows, *rows]).select(range(20))
+    saved.save_to_disk(str(tmp_path / "set"))
+    data = tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "set")], eval_fraction=0.3)
+    both = outputs(data.train) + outputs(data.evaluation)
+    assert sorted(both) == sorted(row["output"] for row in rows)
+    assert data.train.place(0).startswith(f"{tmp_path / 'set'}: row ")
+    for wrong, said in (({"split": "test"}, "take `split` out"), ({"config": "a"}, "take `config` out")):
+        with pytest.raises(DataError, match=said):
+            tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "set", **wrong)], eval_fraction=0.3)
+
+
+def test_of_several_splits_that_save_to_disk_wrote_one_is_named(tmp_path: Path) -> None:
+    rows = tiny.alpaca_rows(24)
+    parts = {"train": rows[:16], "valid": rows[16:20], "test": rows[20:]}
+    splits = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+    several, one = str(tmp_path / "several"), str(tmp_path / "one")
+    datasets.DatasetDict(splits).save_to_disk(several)
+    datasets.DatasetDict({"valid": splits["valid"]}).save_to_disk(one)
+    train = [tiny.source(Path(several), split="train")]
+    data = tiny.prepared(PLAIN, train=train, eval=[tiny.source(Path(one))])
+    assert outputs(data.train) == [row["output"] for row in parts["train"]]
+    assert outputs(data.evaluation) == [row["output"] for row in parts["valid"]]
+    said = "holds the splits train, valid, test, .* name one of them, as `split: train`"
+    for split in ({}, {"split": "dev"}, {"split": "train[:9]"}):
+        with pytest.raises(DataError, match=said):
+            tiny.prepared(PLAIN, train=[tiny.source(Path(several), **split)], eval_fraction=0.3)
+
+
+def test_a_saved_data_set_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(tiny.alpaca_rows(9)).save_to_disk(str(tmp_path / "set"))
+    next((tmp_path / "set").glob("*.arrow")).write_bytes(b"ARROW1")
+    with pytest.raises(DataError, match="set: was written by save_to_disk and cannot be read"):
+        tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "set")], eval_fraction=0.3)
+
+
 def test_a_configuration_of_a_data_set_is_chosen(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

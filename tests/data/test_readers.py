@@ -206,3 +206,53 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress((GOOD + b"\n") * 100_000, mtime=0))
     assert "unpacks to more than 200 times its size" in refusal(path)
+
+
+LIST = "is a JSON list; call it .json"
+OBJECT = "an object goes over several lines; write each on one line"
+LISTED = "with a list under 'data'; if these are the rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", json.dumps(ROWS), LIST),
+        ("a.jsonl", json.dumps(ROWS) + "\n\n", LIST),
+        ("a.jsonl", "\n" + json.dumps(ROWS, indent=1), LIST),
+        ("a.jsonl", "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n", LIST),
+        ("a.ndjson", "[" + ",\n".join(map(json.dumps, ROWS)) + "]", LIST),
+        ("a.jsonl", json.dumps(ROWS * 20_000, indent=1), LIST),
+        ("a.jsonl", json.dumps(ROWS, indent=1)[:-20], LIST),
+        ("a.jsonl", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS), OBJECT),
+        ("a.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS), OBJECT),
+        ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}]}, indent=2), OBJECT),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=2), LISTED),
+        ("a.jsonl", '[{"role": "user", "content": "a"}]\n', 'such as {"messages": [...]}'),
+        ("a.jsonl", (json.dumps(ROWS) + "\n") * 2, "a list; a row must be an object"),
+        ("a.jsonl", '{"output": "a",\n{"output": "b"}\n', "line: Expecting property name"),
+        ("a.jsonl", '{"output": "a\n{"output": "b"}\n{"output": "c"}\n', "Invalid control character"),
+    ],
+)
+def test_json_of_another_shape_says_what_it_is(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    message = refusal(tmp_path / name)
+    assert said in message
+    assert [hint for hint in (LIST, OBJECT, LISTED) if hint in message] == (
+        [said] if said in (LIST, OBJECT, LISTED) else []
+    )
+
+
+@given(item=st.dictionaries(st.sampled_from("abc"), VALUES, min_size=1), good=st.integers(0, 2))
+def test_a_pretty_printed_object_is_told_from_damage(
+    tmp_path_factory: pytest.TempPathFactory, item: Any, good: int
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    path.write_bytes((GOOD + b"\n") * good + json.dumps(item, indent=1).encode())
+    message = refusal(path)
+    assert f"a.jsonl:{good + 1}: not one JSON object a line: " in message
+    assert "over several lines" in message
+
+
+def test_packed_files_are_told_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode()))
+    assert LIST in refusal(tmp_path / "a.jsonl.gz")

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import PhimoeConfig
+from transformers import MixtralConfig, PhimoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from tests import tiny
 from tests.data.tiny import source, write_jsonl
 from tests.training.test_loop import small_memory, with_room_for
+from tuner.adapters.initial import largest_adapter
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
@@ -100,8 +104,50 @@ def test_layers_that_a_pack_cannot_wrap_are_refused_at_once(models: tiny.Models,
         **tiny.config("llama").to_diff_dict() | {"model_type": "phimoe", "architectures": None} | shape
     )
     spec, data = _round(models, tmp_path, model=tiny.save_model(tmp_path / "phimoe", made))
-    with pytest.raises(ModelError, match=r"target_modules: model\.layers\.0\.mlp\.router"):
+    with pytest.raises(
+        ModelError, match=r"target_modules: (.* takes )?model\.layers\.0\.mlp\.router"
+    ) as caught:
         arrange(spec, data, slots=1)
+    _takes_what_is_named(str(caught.value), spec, data)
+
+
+@pytest.mark.parametrize("kind", [Qwen3MoeConfig, MixtralConfig])
+def test_experts_are_refused_with_the_layers_to_name(
+    models: tiny.Models, tmp_path: Path, kind: Callable[..., PreTrainedConfig]
+) -> None:
+    """Stacked experts are no linear layers, and PEFT's all-linear takes them."""
+    shared = tiny.config("llama").to_diff_dict()
+    for key in ("model_type", "architectures", "head_dim"):
+        shared.pop(key, None)
+    experts = {
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    made = kind(**shared, **experts, decoder_sparse_step=1, output_router_logits=False)
+    spec, data = _round(models, tmp_path, model=tiny.save_model(tmp_path / "moe", made))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(ModelError) as caught:
+            largest_adapter(spec.model, spec.space())
+    said = str(caught.value)
+    assert re.match(
+        r"hyperparameters\.target_modules: all-linear .* takes model\.layers\.0\.mlp\.\w+, which", said
+    )
+    _takes_what_is_named(said, spec, data)
+
+
+def _takes_what_is_named(said: str, spec: RoundSpec, data: PreparedData) -> None:
+    """The remedy is one."""
+    line = said.partition("as `target_modules: [")[2].partition("]`")[0]
+    names = line.split(", ")
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {*names}
+    written = {"target_modules": names, "lora_r": [2, 4], "batch_size": [1, 2], "learning_rate": 1e-4}
+    named = RoundSpec.model_validate(spec.model_dump() | {"hyperparameters": written})
+    place = arrange(named, data, slots=2)
+    assert place.pack.slot_weights > 0
+    place.pack.close()
 
 
 def _round(

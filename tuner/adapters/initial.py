@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,15 +71,17 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
     Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
     names nothing in the model, the output head or what is no linear layer.
     """
+    takes_all = config.target_modules == "all-linear"
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         torch.manual_seed(seed)
         try:
             wrapped = get_peft_model(hollow, config)
         except ValueError as error:
             raise ModelError(f"hyperparameters.target_modules: {error}") from error
         try:
-            return Adapter(config, _weights(wrapped.base_model.model))
+            return Adapter(config, _weights(wrapped.base_model.model, takes_all=takes_all))
         finally:
             wrapped.unload()
 
@@ -94,21 +96,36 @@ def _without_dora(config: LoraConfig) -> Iterator[None]:
         config.use_dora = wanted
 
 
-def _weights(wrapped: PreTrainedModel) -> dict[str, tuple[Tensor, ...]]:
-    weights: dict[str, tuple[Tensor, ...]] = {}
-    for name, module in wrapped.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if module is wrapped.get_output_embeddings() or not isinstance(
-            module.get_base_layer(), (nn.Linear, Conv1D)
-        ):
-            raise ModelError(
-                f"hyperparameters.target_modules: {name} is the output head or no linear layer; "
-                "tuner adapts the linear layers before the head: name the target modules without it"
-            )
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        weights[name] = a.detach().float(), b.detach().float()
-    return weights
+def _weights(wrapped: PreTrainedModel, *, takes_all: bool) -> dict[str, tuple[Tensor, ...]]:
+    layers = {name: module for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
+    unfit = [
+        name
+        for name, module in layers.items()
+        if module is wrapped.get_output_embeddings()
+        or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+    ]
+    if unfit:
+        whose = "all-linear (the default) takes " if takes_all else ""
+        raise ModelError(
+            f"hyperparameters.target_modules: {whose}{unfit[0]}, which is the output head or no linear "
+            f"layer; tuner adapts the linear layers before the head: {remedy(layers, unfit)}"
+        )
+    return {
+        name: (
+            module.lora_A["default"].weight.detach().float(),
+            module.lora_B["default"].weight.detach().float(),
+        )
+        for name, module in layers.items()
+    }
+
+
+def remedy(modules: Iterable[str], unfit: Collection[str]) -> str:
+    """What to write as target modules instead of these, so that none is unfit."""
+    fit = {name.rpartition(".")[2] for name in modules if name not in unfit}
+    names = sorted(fit - {name.rpartition(".")[2] for name in unfit})
+    if not names:
+        return "name the target modules without it"
+    return f"name the target modules without it, as `target_modules: [{', '.join(names)}]`"
 
 
 def hollow_copy(base: Base, *, base_path: str) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base
+from tuner.adapters.initial import remedy
 from tuner.errors import ModelError
 
 _ROWS, _LENGTH = 2, 4
@@ -36,15 +37,21 @@ def refuse_unlike_linear(base: Base, modules: Iterable[str]) -> None:
     layers = {name: base.model.get_submodule(name) for name in sorted(modules)}
     ids = torch.arange(_ROWS * _LENGTH, device=base.device).view(_ROWS, _LENGTH) % base.vocabulary_size
     both, alone = _seen(base, layers, ids), _seen(base, layers, ids[:1])
-    for name, layer in layers.items():
-        if len(both[name]) != len(alone[name]) or not all(
+    unfit = [
+        name
+        for name, layer in layers.items()
+        if len(both[name]) != len(alone[name])
+        or not all(
             _is_row_by_row(*calls, width=widths(layer)[1])
             for calls in zip(both[name], alone[name], strict=True)
-        ):
-            raise ModelError(
-                f"hyperparameters.target_modules: {name}, a {type(layer).__name__}, is no product with every "
-                "token of every row in order, so trials would mix there; name the target modules without it"
-            )
+        )
+    ]
+    if unfit:
+        raise ModelError(
+            f"hyperparameters.target_modules: {unfit[0]}, a {type(layers[unfit[0]]).__name__}, is no product "
+            "with every token of every row in order, so trials would mix there; all-linear takes such, "
+            f"too: {remedy(layers, unfit)}"
+        )
 
 
 _Call = tuple[Tensor, object]

@@ -24,6 +24,7 @@ from tuner.data import (
 )
 from tuner.data.metrics import METRIC_KEY
 from tuner.data.pretrained import loaded_commit
+from tuner.data.preview import WRITTEN
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
@@ -180,6 +181,10 @@ def _print_row(row: ShownRow, directory: Path) -> None:
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     place = row.place.removeprefix(f"{directory}/")
     typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them learned")
+    if row.num_written:
+        typer.echo(
+            f"({count(row.num_written, 'special token')} that the row says itself: {'...'.join(WRITTEN)})"
+        )
     for piece, is_target in row.pieces:
         text = printable(piece)
         if coloured:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -34,6 +34,8 @@ class TokenTable:
     """Row r is tokens[offsets[r]:offsets[r + 1]]."""
     num_targets: NDArray[np.int64]
     """Targets of each row."""
+    written: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Ascending positions in `tokens` of special tokens that the row says, not its template."""
 
 
 class Examples(Sequence[Example]):
@@ -101,10 +103,15 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        pick, at = self._at(index)
-        table, rows = self._picks[pick]
-        start, end = table.offsets[rows[at]], table.offsets[rows[at] + 1]
+        table, start, end = self._span(index)
         return Example(table.tokens[start:end], table.targets[start:end])
+
+    def written(self, index: int) -> list[int]:
+        """Which tokens of a row are special ones that the row says itself, not its template."""
+        table, start, end = self._span(index)
+        first, last = np.searchsorted(table.written, [start, end])
+        found: list[int] = (table.written[first:last] - start).tolist()
+        return found
 
     def place(self, index: int) -> str:
         """Where a row was read; empty where nobody knows."""
@@ -120,6 +127,12 @@ class Examples(Sequence[Example]):
             for nth in range(min(count, end - start))
         ]
         return sorted(index for _, index in sorted(in_turn)[:count])
+
+    def _span(self, index: int) -> tuple[TokenTable, int, int]:
+        """A row's table, and where in it the row's tokens begin and end."""
+        pick, at = self._at(index)
+        table, rows = self._picks[pick]
+        return table, int(table.offsets[rows[at]]), int(table.offsets[rows[at] + 1])
 
     def _at(self, index: int) -> tuple[int, int]:
         """Which table, and which of the rows picked from it."""

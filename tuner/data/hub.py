@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -26,11 +26,14 @@ _KINDS = {
 }
 
 
-def load_folder(folder: str, *, config: str | None, split: str, cache: Path | None) -> Any:
+def load_folder(folder: str, *, config: str | None, split: str | None, cache: Path | None) -> Any:
     """What `load_rows` gives for a folder of files of one kind, or whose README.md says what to read.
 
-    Raises DataError, for a folder too that is anything else, such as a home folder.
+    A folder that `save_to_disk` wrote is mapped where it lies. Raises DataError, for a folder too that is
+    anything else, such as a home folder.
     """
+    if _is_saved(folder):
+        return _load_saved(folder, config=config, split=split)
     pattern = f"name the files by a pattern, as {Path(folder) / '*.jsonl'}"
     examples: dict[str, str] = {}
     try:
@@ -53,6 +56,44 @@ def load_folder(folder: str, *, config: str | None, split: str, cache: Path | No
     return load_rows(folder, config=config, split=split, cache=cache)
 
 
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote it, as one data set or as its splits."""
+    files = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
+    return any(all((Path(folder) / name).is_file() for name in names) for names in files)
+
+
+def _load_saved(folder: str, *, config: str | None, split: str | None) -> Any:
+    import datasets
+
+    if config is not None:
+        raise DataError(f"{folder}: was written by save_to_disk, which keeps no config; take `config` out")
+    try:
+        saved = datasets.load_from_disk(folder)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{folder}: was written by save_to_disk and cannot be read: {error}") from error
+    rows = _chosen(saved, split, folder) if isinstance(saved, datasets.DatasetDict) else saved
+    if rows is saved and split is not None and split != str(saved.split):
+        own = f", {saved.split}" if saved.split else ""
+        raise DataError(
+            f"{folder}: holds one split{own}, as save_to_disk wrote it, and not {split!r}; take `split` out"
+        )
+    return rows.with_format(None)  # else values may be arrays of numpy or torch
+
+
+def _chosen(splits: Mapping[str, Any], split: str | None, folder: str) -> Any:
+    """The split that is named, or the only one."""
+    names = [str(name) for name in splits]
+    if split is None and len(names) == 1:
+        return splits[names[0]]
+    if split in names:
+        return splits[split]
+    wanted = "" if split is None else f", and not {split!r}"
+    raise DataError(
+        f"{folder}: holds the splits {', '.join(names) or '(none)'}, as save_to_disk wrote them{wanted}; "
+        f"name one of them, as `split: {(names or ['train'])[0]}`"
+    )
+
+
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
     """All that can be seen in a folder: `datasets` leaves hidden names out too."""
     with os.scandir(folder) as found:
@@ -64,13 +105,14 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
                 yield from _entries(entry.path)
 
 
-def load_rows(path: str, *, config: str | None, split: str, cache: Path | None) -> Any:
+def load_rows(path: str, *, config: str | None, split: str | None, cache: Path | None) -> Any:
     """A `datasets.Dataset`, memory-mapped; in the user's own Hub cache where `cache` is None.
 
-    Raises DataError.
+    No split is `train`. Raises DataError.
     """
     import datasets
 
+    split = split or "train"
     try:
         with _the_cache_alone() if is_out_of_reach(path) else nullcontext():
             return datasets.load_dataset(path, name=config, split=split, cache_dir=cache and str(cache))

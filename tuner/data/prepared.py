@@ -17,6 +17,7 @@ from tuner.data.locations import downloads
 from tuner.data.questions import Question, questions
 from tuner.data.rows import Recipe, tokenised
 from tuner.data.sources import open_sources
+from tuner.data.special_tokens import SpecialTokens
 from tuner.data.splits import (
     Part,
     Parts,
@@ -155,7 +156,9 @@ def prepare(
     data = spec.data
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
         raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
-    recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache, say)
+    tokeniser = Tokeniser(tokenizer)
+    special = SpecialTokens(tokenizer, tokeniser)
+    recipe = Recipe(tokeniser, data.loss_on, data.max_length, cache, say, special)
     answers = spec.evaluation.answers
     held_out = "train" if data.eval_fraction is not None else "eval"
     read = {

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, most_unpacked_bytes, unpacks_too_far
 from tuner.data.formats import RowFormat
 from tuner.data.json_list import DECODER, RepeatedKey, json_objects
-from tuner.data.segments import Row, kind_of
+from tuner.data.json_shapes import not_a_row, over_lines
+from tuner.data.segments import Row
 from tuner.errors import DataError
 
 Reader: TypeAlias = Callable[[LocalFile, RowFormat], Iterator[Row]]
@@ -56,7 +57,8 @@ def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
 
 def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
     with DataFile(file) as opened:
-        for number, line in opened.lines():
+        lines = opened.lines()
+        for number, line in lines:
             if not line.strip():
                 continue
             place = f"{file.name}:{number}"
@@ -64,15 +66,14 @@ def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
                 value = DECODER.decode(line)
             except json.JSONDecodeError as error:
                 cut = "" if line.endswith("\n") else "; is the file cut off?"
-                raise DataError(
-                    f"{place}: not one JSON object a line: {error.msg} at column {error.colno}{cut}"
-                ) from error
+                wrong = f"not one JSON object a line: {error.msg} at column {error.colno}{cut}"
+                raise DataError(f"{place}: {over_lines(line, lines) or wrong}") from error
             except RepeatedKey as error:
                 raise DataError(f"{place}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON that can be read: {error}") from error
             if not isinstance(value, dict):
-                raise DataError(f"{place}: {kind_of(value)}; a row must be an object of columns and values")
+                raise DataError(f"{place}: {not_a_row(value, lines)}")
             yield Row(number, place, value)
 
 

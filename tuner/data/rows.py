@@ -12,10 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tuner.data.cache import cached_table
 from tuner.data.formats import RowFormat, require_columns
 from tuner.data.segments import Row, Segment
 from tuner.data.sources import Source
+from tuner.data.special_tokens import SpecialTokens
 from tuner.data.table import RowTable, TableWriter
 from tuner.data.tokenise import Tokeniser
 from tuner.data.windows import Windows
@@ -26,6 +30,7 @@ _TABLE_VERSION = 5
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
 _SAY_EVERY_SECONDS = 1.0
+_NONE: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class Recipe:
     cache: Path | None
     say: Callable[[str], None] = lambda _: None
     """Hears how far it is, about once a second."""
+    special: SpecialTokens | None = None
+    """Finds those that rows say; None: they are not looked for."""
 
 
 def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable:
@@ -82,19 +89,28 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
         for (row, segments), tokens in zip(batch, rows, strict=True):
             said = row_format.said(row) if row_format.said else " ".join(s.text for s in segments)
             digest, like = _hash(_text(segments)), _hash(likeness(said))
-            writer.append(tokens, digest=digest, likeness=like, number=row.number)
-            for remark in set(row_format.remarks(row)):
+            remarks, written = set(row_format.remarks(row)), _NONE
+            if recipe.special is not None and tokens.fate.is_kept:
+                found = recipe.special.written(row, row_format, segments)
+                remarks.update(recipe.special.remarks(found))
+                written = recipe.special.positions(tokens.tokens, found, starts_plain=row_format.starts_plain)
+            writer.append(tokens, digest=digest, likeness=like, number=row.number, written=written)
+            for remark in sorted(remarks):
                 writer.remark(remark, number=row.number)
 
 
 def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, writer: TableWriter) -> None:
     """Examples of one text all get the hash of the whole, so that they are held out, or not, together."""
     waiting: deque[tuple[int, str]] = deque()
+    special = recipe.special
 
     def texts() -> Iterator[list[str]]:
         for batch in batches:
             added = [(row.number, _text(segments)) for row, segments in batch]
             waiting.extend(added)
+            for number, text in added:
+                for remark in special.remarks(special.written_in_plain(text)) if special else ():
+                    writer.remark(remark, number=number)
             yield [text for _, text in added]
 
     for together, examples in recipe.tokeniser.windowed(texts(), windows, max_length=recipe.max_length):
@@ -102,7 +118,8 @@ def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, 
         text = windows.separator.join(text for _, text in rows)
         digest, like = _hash(text), _hash(likeness(text))
         for example in examples:
-            writer.append(example, digest=digest, likeness=like, number=rows[0][0])
+            written = special.positions_in_plain(example.tokens) if special is not None else _NONE
+            writer.append(example, digest=digest, likeness=like, number=rows[0][0], written=written)
 
 
 _Batch: TypeAlias = list[tuple[Row, tuple[Segment, ...]]]

@@ -57,7 +57,9 @@ def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Sou
         if _is_hub_id(spec.path) and not os.path.exists(spec.path):  # noqa: PTH110
             return [_dataset(spec, load_rows, None)]
     if spec.split or spec.config:
-        raise DataError(f"{spec.path}: split and config are for data sets on the Hub; a file has neither")
+        raise DataError(
+            f"{spec.path}: split and config are for data sets on the Hub and folders; a file has neither"
+        )
     open_one = _table if spec.split_on is None else _plain_text
     return [open_one(file, spec) for file in located(spec.path, copies)]
 
@@ -86,7 +88,7 @@ def _plain_text(file: LocalFile, spec: SourceSpec) -> Source:
 
 
 def _dataset(spec: SourceSpec, load: Callable[..., Any], cache: Path | None) -> Source:
-    rows = load(spec.path, config=spec.config, split=spec.split or "train", cache=cache)
+    rows = load(spec.path, config=spec.config, split=spec.split, cache=cache)
 
     def read(row_format: RowFormat) -> Iterator[Row]:
         columns = columns_to_read(rows.column_names, row_format)

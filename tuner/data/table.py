@@ -31,6 +31,7 @@ _COLUMNS: Mapping[str, DTypeLike] = {
     "digests": np.dtype("<u8"),
     "likenesses": np.dtype("<u8"),
     "numbers": np.dtype("<i8"),
+    "written": np.dtype("<i8"),
 }
 _INDEX = "table.json"
 
@@ -89,8 +90,11 @@ class TableWriter:
             index = json.dumps({"sha256": hashes, "remarks": remarks})
             (self._directory / _INDEX).write_text(index, encoding="utf-8")
 
-    def append(self, row: TokenisedRow, *, digest: bytes, likeness: bytes, number: int) -> None:
-        """Add a row; `digest` and `likeness` have 16 bytes."""
+    def append(
+        self, row: TokenisedRow, *, digest: bytes, likeness: bytes, number: int, written: NDArray[np.int64]
+    ) -> None:
+        """Add a row; `digest` and `likeness` have 16 bytes, `written` says which special tokens it says."""
+        self._columns["written"].append(len(self._columns["tokens"]) + written)
         self._columns["tokens"].append(row.tokens)
         self._columns["targets"].append(row.targets)
         self._columns["lengths"].append(len(row.tokens))
@@ -120,7 +124,9 @@ def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
         return None
     offsets = np.concatenate([[0], np.cumsum(columns["lengths"])]).astype(np.int64)
     return RowTable(
-        tokens=TokenTable(columns["tokens"], columns["targets"], offsets, columns["num_targets"]),
+        tokens=TokenTable(
+            columns["tokens"], columns["targets"], offsets, columns["num_targets"], columns["written"]
+        ),
         full_lengths=columns["full_lengths"],
         fates=columns["fates"],
         digests=columns["digests"].reshape(-1, 2),
@@ -141,6 +147,9 @@ class _Column:
         self._kind = kind
         self._length = 0
         self._write_header()
+
+    def __len__(self) -> int:
+        return self._length
 
     def append(self, values: Any) -> None:
         array = np.asarray(values, dtype=self._kind).reshape(-1)

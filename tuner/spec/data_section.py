@@ -57,7 +57,8 @@ class SourceSpec(BaseModel):
     """How many times each of its rows comes in an epoch of training: its share of an epoch is weight x rows,
     over the sum of that of all sources. Of a fraction a fixed part of the rows comes once more."""
     split: str | None = None
-    """Which split of a data set on the Hub; null is `train`."""
+    """Which split of a data set on the Hub, or of a folder; null is `train`, or the only split that
+    `save_to_disk` wrote."""
     config: str | None = None
     """Which configuration of a data set on the Hub."""
     columns: Annotated[dict[str, Text], WithJsonSchema(_COLUMNS_SCHEMA)] = {}
