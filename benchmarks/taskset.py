@@ -8,7 +8,7 @@ tables do: runs at a rate that does not depend on the horizon, so that a curve c
 run to that step. Proposals of every method are snapped to the nearest configuration that its replay has
 not used; seeds are paired; every step is charged, those of restarts included. A replay ends within 1% of
 the best loss of the table, or after 600 full-length runs, which then is its cost. `asha` and `bohb` need
-the extra: pip install 'tuner[bench]'.
+the extra: pip install '.[bench]' in the clone.
 
 With --raw each replay is written down as it ends, and what is written there is not run again; with
 --summarise nothing more is run.

@@ -26,9 +26,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from tuner.installation import version
 
-        found: Any = version("tuner")
+        found: Any = version()
     elif name in _HOMES:
         from importlib import import_module
 

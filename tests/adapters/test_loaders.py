@@ -7,12 +7,13 @@ import pytest
 from tests import tiny
 from tuner.adapters.loaders import refuse_without_unsloth, require_loader
 from tuner.errors import ModelError
+from tuner.installation import install_command
 
 
 @pytest.mark.parametrize(
     ("is_installed", "has_gpu", "words"),
     [
-        (False, False, "not installed; pip install 'tuner[unsloth]', or say transformers"),
+        (False, False, f"not installed; {install_command('unsloth')}, or say transformers"),
         (False, True, "not installed"),
         (True, False, "needs a CUDA GPU, and torch sees none; see tuner doctor"),
     ],

@@ -147,7 +147,7 @@ METHODS = methods()
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_finds_the_best_and_repeats_itself(directory: Path, name: str) -> None:
     if name in ("asha", "bohb"):
-        pytest.importorskip("syne_tune", reason="syne-tune is not installed: pip install 'tuner[bench]'")
+        pytest.importorskip("syne_tune", reason="syne-tune is not installed: pip install '.[bench]'")
     first = play(METHODS[name], ledger_of(directory, seed=3))
     assert first.best <= first.task.best * 1.01 or not first._free.any()
     assert 0 < first.cost(0.05) <= first.cost(0.01) <= len(first.task.values)

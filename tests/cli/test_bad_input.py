@@ -14,6 +14,7 @@ import pytest
 from tests.cli.conftest import MountTmpfs, make_read_only
 from tests.studies import tuner, write_round
 from tuner.cli import run
+from tuner.installation import install_command
 from tuner.report.elsewhere import not_installed
 from tuner.spec import load_round
 from tuner.study.plan import RoundPlan
@@ -87,7 +88,7 @@ def test_a_tool_to_report_to_that_is_not_installed(
     message = refused(tmp_path, capsys, "study", verb, str(path))
     line = len(text.splitlines()) + 1
     assert f"round1.yaml:{line}: run.report_to: {missing[0]} is not installed" in message
-    assert f"pip install 'tuner[{missing[0]}]'" in message
+    assert install_command(missing[0]) in message
     path.write_text(f"{text}run: {{engine: simulated, report_to: [{missing[0]}]}}\n")
     refuse_uninstalled(RoundPlan(load_round(path)))
 
@@ -236,7 +237,7 @@ def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, loader: unsloth")
     message = refused(tmp_path, capsys, "study", "check", str(path))
     assert "model.loader: unsloth cannot be used here: the package is not installed" in message
-    assert "pip install 'tuner[unsloth]'" in message
+    assert install_command("unsloth") in message
 
 
 def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from tests.studies import write_round
 from tuner.cli import run
 from tuner.cli.installed import check_package
 from tuner.errors import StorageError
+from tuner.installation import installation
 from tuner.report.health import Check, Health, health_table, is_healthy
 from tuner.store import open_store, revision
 from tuner.store.database import open_engine, parse_url
@@ -81,7 +82,7 @@ def test_a_database_of_a_newer_version(here: Path, capsys: pytest.CaptureFixture
     storage = doctor(capsys, code=1)["storage"]
     assert storage["status"] == "problem"
     assert "revision 9999" in storage["found"]
-    assert "pip install --upgrade tuner" in storage["advice"]
+    assert installation().upgrade in storage["advice"]
 
 
 def test_what_is_broken_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from tuner.installation import install_command
 from tuner.records import Continuation, Evaluation, Event, Ready, Trial, TrialState
 from tuner.report.elsewhere import FollowedRound, Tool, not_installed
 from tuner.report.elsewhere.sending import FollowedView
@@ -266,7 +267,7 @@ READERS = {
 @pytest.mark.parametrize("name", sorted(READERS))
 def test_a_round_that_was_interrupted_in(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process adds what is new; the third has nothing to add. On local files, without a server."""
-    pytest.importorskip(name, reason=f"{name} is not installed: pip install 'tuner[{name}]'")
+    pytest.importorskip(name, reason=f"{name} is not installed: {install_command(name)}")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is first imported
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ from sqlalchemy import create_engine, make_url, text
 from tests.contracts.store import ROUND, TRIAL
 from tests.store import processes
 from tuner.errors import StorageError
+from tuner.installation import install_command
 from tuner.store import exists, normal_url, open_store
 from tuner.store.facts import RoundBegun, TrialAsked
 
@@ -223,7 +225,7 @@ def test_a_full_disk_while_recording(tmp_path: Path) -> None:
 
 def test_a_driver_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(StorageError, match=r"pip install 'tuner\[postgres\]'") as raised:
+    with pytest.raises(StorageError, match=re.escape(install_command("postgres"))) as raised:
         open_store("postgresql://me:secret@127.0.0.1:1/db", study="study")
     assert "secret" not in str(raised.value)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from tuner.errors import ModelError
+from tuner.installation import install_command
 
 if TYPE_CHECKING:
     from tuner.spec import ModelSpec
@@ -25,7 +26,7 @@ def require_loader(model: ModelSpec) -> None:
 def refuse_without_unsloth(*, is_installed: bool, has_gpu: bool) -> None:
     """Raises ModelError for what unsloth lacks."""
     if not is_installed:
-        lacking, remedy = "the package is not installed", "pip install 'tuner[unsloth]'"
+        lacking, remedy = "the package is not installed", install_command("unsloth")
     elif not has_gpu:
         lacking, remedy = "it needs a CUDA GPU, and torch sees none", "see tuner doctor"
     else:

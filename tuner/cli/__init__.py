@@ -32,9 +32,9 @@ app.add_typer(trial_verbs.app, name="trial")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from tuner.installation import version
 
-        typer.echo(f"tuner {version('tuner')}")
+        typer.echo(f"tuner {version()}")
         raise typer.Exit
 
 

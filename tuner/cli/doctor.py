@@ -11,6 +11,7 @@ import psutil
 
 from tuner.cli.installed import check_packages
 from tuner.errors import InputError, TunerError
+from tuner.installation import installation
 from tuner.report.format import count, size
 from tuner.report.health import Check, Health
 from tuner.store import revision
@@ -145,7 +146,7 @@ def _storage(folder: StudyFolder) -> Iterator[Check]:
             "storage",
             f"{known.place}: revision {known.found}, and this version of tuner knows up to {known.newest}",
             Health.PROBLEM,
-            "it was made by a newer version: pip install --upgrade tuner",
+            f"it was made by a newer version: {installation().upgrade}",
         )
     else:
         later = "" if known.found == known.newest else f"; the next command brings it to {known.newest}"

@@ -6,7 +6,8 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from tuner.data.licences import stated_licence
 from tuner.data.pretrained import as_trained
 from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.errors import InputError
+from tuner.installation import version
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, merging_note, model_card
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 _CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
 """Names under which llama.cpp's converter is installed."""
-_PACKAGES = ("tuner", "torch", "transformers", "peft", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,9 +285,10 @@ def _stated_licences(finished: Finished, hub_sources: tuple[str, ...]) -> Iterat
 
 
 def _versions() -> Iterator[tuple[str, str]]:
+    yield "tuner", version()
     for package in _PACKAGES:
         try:
-            yield package, version(package)
+            yield package, version_of(package)
         except PackageNotFoundError:
             continue
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tuner.data.files import LocalFile
 from tuner.errors import DataError
+from tuner.installation import installation
 
 _PATTERN = re.compile(r"[*?\[]")
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "sftp": "sftp"}
@@ -69,7 +70,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             files, path = fsspec.core.url_to_fs(url)
         except ImportError as error:
             extra = _EXTRAS.get(scheme)
-            remedy = f"; install it by `pip install 'fsspec[{extra}]'`" if extra else ""
+            remedy = f"; install it by `{installation().with_packages(f'fsspec[{extra}]')}`" if extra else ""
             raise DataError(
                 f"{url}: {scheme}:// needs a package that is not installed: {error}{remedy}"
             ) from error

@@ -93,7 +93,7 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
             if recipe.special is not None and tokens.fate.is_kept:
                 found = recipe.special.written(row, row_format, segments)
                 remarks.update(recipe.special.remarks(found))
-                written = recipe.special.positions(tokens.tokens, found, starts_plain=row_format.starts_plain)
+                written = recipe.special.positions(tokens.tokens, found, row_format.opening)
             writer.append(tokens, digest=digest, likeness=like, number=row.number, written=written)
             for remark in sorted(remarks):
                 writer.remark(remark, number=row.number)

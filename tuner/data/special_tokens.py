@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.data.formats import RowFormat
-from tuner.data.segments import Row, Segment
+from tuner.data.segments import Opening, Row, Segment
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class SpecialTokens:
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._either = re.compile(f"{_STAND_IN.pattern}|{self._pattern.pattern}")
-        self._beginning = tokeniser.prompt("", starts_plain=True)
+        self._beginning = tokeniser.beginning
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def written(self, row: Row, row_format: RowFormat, segments: tuple[Segment, ...]) -> list[_Found]:
@@ -68,11 +68,11 @@ class SpecialTokens:
         text, before = (_joined(texts) for texts in (again, segments))
         if _STAND_IN.search(before) or before != _STAND_IN.sub(lambda m: self._texts[int(m[1])], text):
             return []
-        return list(self._found(text, starts_plain=row_format.starts_plain))
+        return list(self._found(text, row_format.opening))
 
     def written_in_plain(self, text: str) -> list[_Found]:
         """The same of a row that is nothing but its text."""
-        return [] if _STAND_IN.search(text) else list(self._found(self._stood_in(text), starts_plain=True))
+        return [] if _STAND_IN.search(text) else list(self._found(self._stood_in(text), Opening.TEXT))
 
     def remarks(self, found: Sequence[_Found]) -> Iterator[str]:
         """What there is to say of a row, the same words for each such row."""
@@ -83,12 +83,12 @@ class SpecialTokens:
             )
 
     def positions(
-        self, ids: NDArray[np.int32], found: Sequence[_Found], *, starts_plain: bool
+        self, ids: NDArray[np.int32], found: Sequence[_Found], opening: Opening
     ) -> NDArray[np.int64]:
         """Which of an example's tokens are those that the row says."""
         if not any(token.is_written for token in found):
             return np.zeros(0, np.int64)
-        special = self._of(ids, starts_plain=starts_plain)
+        special = self._of(ids, opening)
         pairs = list(zip_longest(special, found[: len(special)]))
         # The EOS that an example ends with is not in the text.
         if any(other is not None and ids[at] != other.id for at, other in pairs):
@@ -97,20 +97,20 @@ class SpecialTokens:
 
     def positions_in_plain(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
         """The same of a piece of texts that are nothing but their rows."""
-        special = self._of(ids, starts_plain=True)
+        special = self._of(ids, Opening.TEXT)
         if special and special[-1] == len(ids) - 1 and ids[-1] == self._eos:
             special = special[:-1]
         return np.array(special, np.int64)
 
-    def _of(self, ids: NDArray[np.int32], *, starts_plain: bool) -> list[int]:
+    def _of(self, ids: NDArray[np.int32], opening: Opening) -> list[int]:
         """Positions of special tokens after what the tokenizer puts before a text."""
-        begins = len(self._beginning) if starts_plain else 0
+        begins = 0 if opening is Opening.WRITTEN else len(self._beginning)
         found: list[int] = (np.flatnonzero(np.isin(ids[begins:], list(self._texts))) + begins).tolist()
         return found
 
-    def _found(self, text: str, *, starts_plain: bool) -> Iterator[_Found]:
+    def _found(self, text: str, opening: Opening) -> Iterator[_Found]:
         """Those of a text with stand-ins."""
-        opened = 0 if starts_plain else -1
+        opened = -1 if opening is Opening.WRITTEN else 0
         for match in self._either.finditer(text):
             id = int(match[1]) if match[1] is not None else self._ids[match[0]]
             opens = id == self._bos and match.start() == opened

@@ -49,7 +49,7 @@ def health_table(checks: Sequence[Check]) -> RenderableType:
     table.add_column(overflow="fold")
     for check in checks:
         advice = f"\n{check.advice}" if check.advice else ""
-        # As a string, `tuner[wandb]` and a folder `x[/y]` would be read as markup.
+        # As a string, an extra's `[wandb]` and a folder `x[/y]` would be read as markup.
         said = Text(check.found + advice)
         table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), said)
     counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}

@@ -282,8 +282,8 @@ class RunSpec(BaseModel):
     complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
     horizon. It changes neither schedule nor horizon. A pruned trial counts, and is never promoted."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Other tools that show each trial as a run with its curve, while it runs. Each is an extra:
-    `pip install 'tuner[tensorboard]'`."""
+    """Other tools that show each trial as a run with its curve, while it runs. Each is an extra;
+    `tuner doctor` names the command that installs it."""
 
     @field_validator("decay_branches", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, insp
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 
 from tuner.errors import StorageError
+from tuner.installation import install_command
 from tuner.store.schema import VERSION_TABLE
 
 BUSY_TIMEOUT_SECONDS = 60
@@ -99,7 +100,7 @@ def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args
     except ImportError as error:
         raise StorageError(
             f"storage: {url.render_as_string()} needs a driver that is not installed ({error}); "
-            "pip install 'tuner[postgres]'"
+            f"{install_command('postgres')}"
         ) from error
 
 

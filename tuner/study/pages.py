@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING
 
+from tuner.installation import version
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
 from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord
@@ -18,7 +19,7 @@ from tuner.study.results import as_written_now, num_branches_left, reading_of, r
 if TYPE_CHECKING:
     import optuna
 
-_PACKAGES = ("tuner", "optuna", "torch", "transformers", "peft", "bitsandbytes")
+_PACKAGES = ("optuna", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
@@ -92,8 +93,9 @@ def next_name(round_name: str) -> str:
 
 def environment() -> dict[str, str]:
     """Versions and the machine, by name."""
-    versions = {name: version(name) for name in _PACKAGES}
+    versions = {name: version_of(name) for name in _PACKAGES}
     return {
+        "tuner": version(),
         **versions,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -19,6 +19,7 @@ from tuner.errors import (
     StorageError,
     WorkerError,
 )
+from tuner.installation import install_command
 from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.elsewhere import not_installed
@@ -173,7 +174,7 @@ def refuse_uninstalled(plan: RoundPlan) -> None:
         Mistake(
             plan.file.line(key),
             key,
-            f"{name} is not installed; install it with: pip install 'tuner[{name}]', or take it out",
+            f"{name} is not installed; install it with: {install_command(name)}, or take it out",
         )
         for name in missing
     ]

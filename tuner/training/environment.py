@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 
 import torch
 
-_PACKAGES = ("tuner", "torch", "transformers", "peft", "bitsandbytes")
+from tuner.installation import version
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def environment(device: torch.device, *, slots: int, metric: str | None = None) -> dict[str, str]:
@@ -18,12 +21,12 @@ def environment(device: torch.device, *, slots: int, metric: str | None = None) 
         instructions = torch.backends.cpu.get_cpu_capability()
         computes_with = {"device": f"cpu ({instructions})", "threads": str(torch.get_num_threads())}
     scores_by = {} if metric is None else {"metric": metric}
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {"tuner": version(), **{name: _version(name) for name in _PACKAGES}}
     return {**computes_with, "slots": str(slots), **versions, **scores_by}
 
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return version_of(package)
     except PackageNotFoundError:
         return "not installed"

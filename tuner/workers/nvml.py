@@ -12,7 +12,7 @@ Nvml: TypeAlias = Any
 
 
 def open_nvml() -> Nvml | None:
-    """The driver's library; None without the package (`pip install 'tuner[nvml]'`) or without a driver."""
+    """The driver's library; None without the package (the extra `nvml`) or without a driver."""
     try:
         import pynvml
     except ImportError:

@@ -12,6 +12,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, text
 
 from tuner.errors import StorageError
+from tuner.installation import installation
 from tuner.store.database import UPGRADE_LOCKS, reading, writing
 from tuner.store.schema import VERSION_TABLE
 
@@ -70,5 +71,5 @@ def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
     except CommandError as error:
         raise StorageError(
             f"storage: the database has revision {revision}, this version of tuner knows up to "
-            f"{scripts.get_current_head()}; it was made by a newer version: pip install --upgrade tuner"
+            f"{scripts.get_current_head()}; it was made by a newer version: {installation().upgrade}"
         ) from error
