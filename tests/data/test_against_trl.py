@@ -203,13 +203,23 @@ def test_eos_comes_after_an_end_mark_that_is_not_eos(tmp_path: Path) -> None:
     assert ours == [Seen([*row.ids, tokenizer.eos_token_id], [*row.learned, True]) for row in theirs]
 
 
-@pytest.mark.parametrize("name", ["phi3", "qwen3"])
-def test_turns_that_a_template_renders_anew_are_refused(tmp_path: Path, name: str) -> None:
-    """TRL takes training templates of its own here, which for Qwen 3 say what inference does not send."""
-    from trl import chat_template_utils
+def test_turns_of_a_template_that_ends_every_conversation(tmp_path: Path) -> None:
+    """Phi 3 puts an EOS after the last message alone, so that a turn in the middle has none."""
+    from trl.chat_template_utils import phi3_chat_template
+
+    tokenizer = with_marks(tiny.byte_level(), "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+    tokenizer.chat_template = phi3_chat_template
+    ours = seen_by_tuner(tmp_path, tokenizer, CONVERSATIONS[:2], "messages")
+    theirs = seen_by_trl(tmp_path, tokenizer, CONVERSATIONS[:2], assistant_only_loss=True)
+    assert ours == theirs
+
+
+def test_turns_that_a_template_renders_anew_are_refused(tmp_path: Path) -> None:
+    """TRL takes a training template of its own here, which says what inference does not send."""
+    from trl.chat_template_utils import qwen3_chat_template
 
     tokenizer = with_marks(tiny.byte_level(), "<|im_start|>", "<|im_end|>")
-    tokenizer.chat_template = getattr(chat_template_utils, f"{name}_chat_template")
+    tokenizer.chat_template = qwen3_chat_template
     assert seen_by_trl(tmp_path, tokenizer, CONVERSATIONS[1:2], assistant_only_loss=True)
     with pytest.raises(DataError, match=r"message 3: .* renders this assistant turn differently"):
         seen_by_tuner(tmp_path, tokenizer, CONVERSATIONS[1:2], "messages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -107,6 +108,130 @@ class TestWhetherATurnIsLearned:
         assert said.count("[") == 1
         [said] = shown(tmp_path, [row], tokenizer=tokenizer, loss_on="all")
         assert "It is 5." not in "".join(piece.partition("]")[0] for piece in said.split("[")[1:])
+
+    @pytest.mark.parametrize("says", [{"weight": 0}, {"train": False}])
+    @pytest.mark.parametrize("at", range(4))
+    def test_of_anybody(self, tmp_path: Path, says: dict[str, Any], at: int) -> None:
+        """A loss on all turns sees those of the user and the system, too, unless the row says otherwise."""
+        turns = [{"role": "system", "content": "Be kind."}, USER, RIGHT, USER]
+        turns[at] = turns[at] | says
+        [said] = shown(tmp_path, [{"messages": turns}], loss_on="all")
+        whole = CHAT.apply_chat_template(turns, tokenize=False)
+        assert said.replace("[", "").replace("]", "").startswith(whole.rstrip("\n"))
+        texts = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>" for turn in turns]
+        # The first token is never learned, and a row whose end is not learned does not learn its EOS.
+        opening, end = ("", "") if at == 0 else ("<|im_start|>", "<|im_end|>" if at == 3 else "")
+        unlearned = "".join(piece.replace("\n", " ").strip() for piece in re.split(r"\[[^]]*\]", said))
+        expected = "4<|im_end|>" if at == 2 else texts[at].replace("\n", " ")
+        assert unlearned.replace(" <|im_end|>", "<|im_end|>") == opening + expected + end
+
+    def test_a_loss_on_completions_sees_what_it_saw(self, tmp_path: Path) -> None:
+        rows = [{"messages": [USER | {"weight": weight}, RIGHT]} for weight in (0, 1)]
+        first, second = prepared(tmp_path, rows).train
+        assert first.input_ids.tolist() == second.input_ids.tolist()
+        assert first.is_target.tolist() == second.is_target.tolist()
+
+    def test_a_message_that_cannot_be_told_apart_hides_those_beside_it(self, tmp_path: Path) -> None:
+        """Here the last user's message has the system's text in it, as in Mistral's templates."""
+        template = (
+            "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>"
+            "{% if loop.last or messages[loop.index].role != 'user' %}LAST {% endif %}{% endif %}"
+            "{{ m.content }}<|im_end|>{% endfor %}"
+        )
+        other = {"role": "user", "content": "Well?"}
+        row = {"messages": [USER | {"weight": 0}, other, RIGHT]}
+        [said] = shown(tmp_path, [row], tokenizer=tiny.byte_level(chat_template=template), loss_on="all")
+        assert said == "<|im_start|>Is it 4?<|im_end|><|im_start|>LAST Well?<|im_end|>[4<|im_end|>]"
+
+
+def template_of_trl(name: str, *marks: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template that TRL brings, and its marks, of which the last is EOS."""
+    trl = pytest.importorskip("trl", reason="trl is not installed, which the extra dev brings")
+    file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not file.exists():
+        pytest.skip(f"this trl has no {file.name}")
+    tokenizer = tiny.byte_level(chat_template=file.read_text(encoding="utf-8"))
+    tokenizer.add_tokens(list(marks), special_tokens=True)
+    tokenizer.eos_token = marks[-1]
+    return tokenizer
+
+
+DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<think>", "<｜end▁of▁sentence｜>")
+PHI = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+QWEN = ("<|im_start|>", "<|im_end|>")
+
+
+class TestWhatATemplateAsksWith:
+    @pytest.mark.parametrize("content", ["4", "<think>\nTwo and two.\n</think>\n\n4"])
+    @pytest.mark.parametrize("more", [{}, {"reasoning_content": "Two and two."}])
+    def test_and_does_not_render_is_named(self, tmp_path: Path, content: str, more: dict[str, str]) -> None:
+        """R1's distilled models are asked with an open thought, which no turn of theirs has."""
+        tokenizer = template_of_trl("deepseek_r1_distill", *DEEPSEEK)
+        turn = {"role": "assistant", "content": content, **more}
+        message = refusal(tmp_path, {"messages": [USER, turn]}, tokenizer=tokenizer)
+        assert (
+            "message 2: the tokenizer's chat template asks for an answer with '<｜Assistant｜><think>"
+            in message
+        )
+        assert "and renders this assistant turn as '<｜Assistant｜>" in message
+        assert "name another `template` in the source (alpaca, chatml, llama3)" in message
+        assert "one assistant turn" not in message
+        assert "reasoning" not in message
+
+    def test_is_rendered_with_a_reasoning(self, tmp_path: Path) -> None:
+        tokenizer = template_of_trl("nemotron_3_nano", *QWEN)
+        message = refusal(tmp_path, {"messages": [USER, RIGHT]}, tokenizer=tokenizer)
+        assert "; give the turn a `reasoning_content`, name another" in message
+        row = {"messages": [USER, RIGHT | {"reasoning_content": "Two."}]}
+        [said] = shown(tmp_path, [row], tokenizer=tokenizer)
+        assert said.endswith("<think>\n[Two.\n</think>\n4<|im_end|>]")
+
+    def test_is_rendered_without_a_reasoning(self, tmp_path: Path) -> None:
+        tokenizer = template_of_trl("qwen3_5_nothink", *QWEN)
+        row = {"messages": [USER, RIGHT | {"reasoning_content": "Two."}]}
+        assert "; take its reasoning out, name another" in refusal(tmp_path, row, tokenizer=tokenizer)
+        [said] = shown(tmp_path, [{"messages": [USER, RIGHT]}], tokenizer=tokenizer)
+        assert said.endswith("<think>\n\n</think>\n\n[4<|im_end|>]")
+
+    def test_other_turns_that_change_it_are_named(self, tmp_path: Path) -> None:
+        """Also where one turn is the assistant's, and somebody speaks after it."""
+        for turns in ([USER, RIGHT, USER, RIGHT], [USER, RIGHT, USER]):
+            message = refusal(tmp_path, {"messages": turns}, tokenizer=qwen3())
+            assert "let the conversation end with the turn that is learned, with `weight: 0`" in message
+        followed = {"messages": [USER, RIGHT | {"weight": 0}, USER, RIGHT]}
+        assert shown(tmp_path, [followed], tokenizer=qwen3())
+
+
+class TestAnEndOfTheWholeConversation:
+    @pytest.mark.parametrize("name", ["phi3", "phi3_5"])
+    def test_is_no_part_of_a_turn_before_it(self, tmp_path: Path, name: str) -> None:
+        tokenizer = template_of_trl(name, *PHI)
+        turns = [USER, RIGHT, USER, WRONG, USER]
+        first = "<|user|>\nIs it 4?<|end|>\n<|assistant|>\n[4<|end|>\n]"
+        second = first.replace("[4", "[It is 5.")[:-1]
+        [one, two, three] = shown(tmp_path, [{"messages": turns[:n]} for n in (2, 4, 5)], tokenizer=tokenizer)
+        assert one == first[:-1] + "<|endoftext|>]"
+        assert two == first + second + "<|endoftext|>]"
+        assert three == two, "what follows the last answer is not in an example"
+
+    @pytest.mark.parametrize("begins", ["<|endo", "<", "<|end|>", ""])
+    def test_however_the_next_message_begins(self, tmp_path: Path, begins: str) -> None:
+        """It is cut where a token begins, not within one."""
+        template = (
+            "{% for m in messages %}{{ m.content }}{{ '<|end|>' if m.role == 'assistant' else '|' }}"
+            "{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+        )
+        tokenizer = template_of_trl("phi3", *PHI)
+        tokenizer.chat_template = template
+        turns = [USER, RIGHT, USER | {"content": f"{begins}Well?"}, RIGHT]
+        [said] = shown(tmp_path, [{"messages": turns}], tokenizer=tokenizer)
+        said = said.replace("{!", "").replace("!}", "")
+        assert said == f"Is it 4?|[4<|end|>]{begins}Well?|[4<|end|><|endoftext|>]"
+
+    def test_a_turn_that_is_written_anew_is_none(self, tmp_path: Path) -> None:
+        """Qwen3's last turn has a thought that the first has not, and the same text after it."""
+        row = {"messages": [USER, RIGHT, USER, RIGHT]}
+        assert "differently" in refusal(tmp_path, row, tokenizer=qwen3())
 
 
 def qwen3() -> PreTrainedTokenizerBase:

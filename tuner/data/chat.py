@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tuner.data.messages import Conversation, Message
-from tuner.data.segments import Segment
+from tuner.data.segments import Segment, agreeing
 from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.errors import DataError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _Spot: TypeAlias = tuple[int, str]
 """The index of a message, and the key of a text in it; -1 and `tools` for what the messages may call."""
+_SHOWN_CHARACTERS = 80
 
 
 class Chat:
@@ -51,7 +52,7 @@ class Chat:
         messages = conversation.messages
         whole = self._render(conversation, place)
         segments: list[Segment] = []
-        position, hides = 0, messages[0].role == "assistant" and not messages[0].is_learned
+        first, position, hides = 0, 0, messages[0].role == "assistant" and not messages[0].is_learned
         for index, message in enumerate(messages):
             if message.role != "assistant" or index == 0:
                 continue
@@ -59,16 +60,17 @@ class Chat:
             begin, end = self._turn(conversation, index, whole, place)
             if begin < position:
                 if is_target:
-                    self._refuse_lost(conversation, place)
-                    raise DataError(f"{place}: message {index + 1}: {self._inconsistent()}")
+                    raise self._untold(conversation, index, place)
                 # What is not learned need not be told apart, but from what is.
                 hides = True
                 continue
-            segments.append(Segment(whole[position:begin], is_target=False, is_masked=hides))
+            between = range(position, begin)
+            segments += self._between(conversation, range(first, index), whole, between, hides=hides)
             segments.append(Segment(whole[begin:end], is_target=is_target, is_masked=not is_target))
-            position, hides = end, False
+            first, position, hides = index + 1, end, False
         if whole[position:].strip():
-            segments.append(Segment(whole[position:], is_target=False, is_masked=hides))
+            rest = range(position, len(whole))
+            segments += self._between(conversation, range(first, len(messages)), whole, rest, hides=hides)
         self._refuse_lost(conversation, place)
         return tuple(segments)
 
@@ -86,11 +88,50 @@ class Chat:
         """Where a turn begins and ends; (-1, -1) where the template does not only append."""
         upto = conversation.messages[: index + 1]
         before = self._render(replace(conversation, messages=upto[:-1]), place, ask=True)
-        is_last = len(upto) == len(conversation.messages)
-        after = whole if is_last else self._render(replace(conversation, messages=upto), place)
-        if not (after.startswith(before) and whole.startswith(after)):
+        end = self._end_of(conversation, index, whole)
+        if end < len(before) or not whole.startswith(before):
             return -1, -1
-        return len(before), len(before) + self._length_of_turn(after[len(before) :])
+        return len(before), len(before) + self._length_of_turn(whole[len(before) : end])
+
+    def _between(
+        self, conversation: Conversation, indices: range, whole: str, span: range, *, hides: bool
+    ) -> Iterator[Segment]:
+        """The messages between two turns; no loss sees those that the row says not to learn."""
+        masked = [index for index in indices if not conversation.messages[index].is_learned]
+        ends = {index: self._end_of(conversation, index, whole) for i in masked for index in (i - 1, i)}
+        hides = hides or any(end < span.start and index >= indices.start for index, end in ends.items())
+        position = span.start
+        for index in () if hides else masked:
+            begin, end = (min(max(ends[i], position), span.stop) for i in (index - 1, index))
+            if position < begin:
+                yield Segment(whole[position:begin], is_target=False)
+            yield Segment(whole[begin:end], is_target=False, is_masked=True)
+            position = end
+        if position < span.stop or not masked:
+            yield Segment(whole[position : span.stop], is_target=False, is_masked=hides)
+
+    def _end_of(self, conversation: Conversation, index: int, whole: str) -> int:
+        """Where a message ends; -1 where it reads otherwise when others follow."""
+        messages = conversation.messages
+        if index in (-1, len(messages) - 1):
+            return len(whole) if index >= 0 else 0
+        try:
+            text = self._render(replace(conversation, messages=messages[: index + 1]), "")
+            if whole.startswith(text):
+                return len(text)
+            # Phi 3 puts an EOS after a conversation, whatever its last message.
+            end = self._before_token(text, agreeing(text, whole))
+            without = self._render(replace(conversation, messages=messages[:index]), "")
+        except DataError:  # some templates do not render conversations that end early
+            return -1
+        return end if whole.endswith(text[end:]) and without.endswith(text[end:]) else -1
+
+    def _before_token(self, text: str, position: int) -> int:
+        """The position, or where the token begins that it is within."""
+        for token in self._tokenizer.get_added_vocab():
+            if (at := text.find(token, max(0, position - len(token) + 1))) != -1 and at < position:
+                return at
+        return position
 
     def _refuse_lost(self, conversation: Conversation, place: str) -> None:
         """Raises DataError where the template leaves out what the row says.
@@ -169,12 +210,40 @@ class Chat:
             return self._named
         return with_fixed_date(self._tokenizer.get_chat_template(tools=conversation.tools))
 
-    def _inconsistent(self) -> str:
-        return (
-            f"{self._name} renders this assistant turn differently with and without what surrounds it, so "
-            "its tokens cannot be told apart; use conversations with one assistant turn, or a model or a "
-            "`template` that only appends"
+    def _untold(self, conversation: Conversation, index: int, place: str) -> DataError:
+        """Why a turn cannot be told from what surrounds it, and what to do."""
+        upto = replace(conversation, messages=conversation.messages[: index + 1])
+        asked, asking = self._opening(upto, place)
+        if asked == asking:
+            self._refuse_lost(conversation, place)
+            return DataError(
+                f"{place}: message {index + 1}: {self._name} renders this assistant turn differently with "
+                "and without what surrounds it, so its tokens cannot be told apart; let the conversation end "
+                "with the turn that is learned, with `weight: 0` on the assistant's turns before it, or take "
+                "a model or a `template` that only appends"
+            )
+        turn = upto.messages[-1]
+        other = replace(turn, reasoning={} if turn.reasoning else {"reasoning_content": "-"})
+        remedy = "take its reasoning out" if turn.reasoning else "give the turn a `reasoning_content`"
+        try:
+            agrees = len(set(self._opening(replace(upto, messages=(*upto.messages[:-1], other)), ""))) == 1
+        except DataError:
+            agrees = False
+        return DataError(
+            f"{place}: message {index + 1}: {self._name} asks for an answer with "
+            f"{asking[:_SHOWN_CHARACTERS]!r} and renders this assistant turn as "
+            f"{asked[:_SHOWN_CHARACTERS]!r}, so the model would be asked otherwise than it was trained; "
+            f"{f'{remedy}, ' if agrees else ''}name another `template` in the source "
+            f"({', '.join(sorted(TEMPLATES))}), take a model that is asked as its turns begin, or make the "
+            "two agree in the chat template of a copy of the model"
         )
+
+    def _opening(self, upto: Conversation, place: str) -> tuple[str, str]:
+        """What the last turn begins with, and what it is asked with; equal where the turn goes on from it."""
+        before = replace(upto, messages=upto.messages[:-1])
+        asking, answered = self._render(before, place, ask=True), self._render(upto, place)
+        told = min(agreeing(self._render(before, place), text) for text in (asking, answered))
+        return answered[told : len(asking)], asking[told:]
 
     def _length_of_turn(self, text: str) -> int:
         stripped = text.rstrip()

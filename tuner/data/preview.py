@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuner.data.examples import Example, Examples
+from tuner.data.segments import agreeing
 
 WRITTEN = ("{!", "!}")
 """What is put around a special token that a row says itself."""
@@ -65,7 +66,7 @@ def _pieces(
     ends = sorted(breaks | around | {len(example.input_ids)})
     texts = [_decoded(example.input_ids[:end].tolist(), tokenizer) for end in ends]
     # Where a piece ends within a character, the character is shown with the next one.
-    cuts = [0, *(_agreeing(*pair) for pair in pairwise(texts)), len(texts[-1])]
+    cuts = [0, *(agreeing(*pair) for pair in pairwise(texts)), len(texts[-1])]
     pieces: list[tuple[str, bool]] = []
     for (start, end), last in zip(pairwise(cuts), ends, strict=True):
         text, is_target = texts[-1][start:end], bool(example.is_target[last - 1])
@@ -75,12 +76,6 @@ def _pieces(
             text = pieces.pop()[0] + text
         pieces.append((text, is_target))
     return pieces
-
-
-def _agreeing(text: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    differing = (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
-    return next(differing, min(len(text), len(other)))
 
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -59,3 +59,9 @@ def kind_of(value: Any) -> str:
         case dict():
             return "an object"
     return f"a {type(value).__name__}"
+
+
+def agreeing(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differing = (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differing, min(len(text), len(other)))
