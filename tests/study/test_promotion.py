@@ -111,7 +111,7 @@ def test_each_changed_line_says_why(study: Path) -> None:
     assert comment(done, "trials") == "3 enqueued, the rest new: fewer, longer runs"
     assert comment(done, "decay_steps") == "re-cut: the same share of the run as before, 38%"
     assert "--" not in done.path.read_text()
-    assert "3 of its 5 trials are carried over; all 3 resume from a checkpoint." in promotion_text(
+    assert "3 of round2's 5 trials are carried over; all 3 resume from a checkpoint." in promotion_text(
         done.document
     )
 
@@ -238,13 +238,13 @@ def test_what_an_option_decided_is_said_to_be_so(study: Path) -> None:
     assert comment(done, "max_train_steps") == "8 in round1: set by --max-train-steps"
     assert comment(done, "trials") == "1 enqueued, the rest new: fewer, longer runs; --top 1"
     assert comment(done, "decay_steps").endswith("25% now: set by --decay steps")
-    assert "1 of its 3 trials is carried over" in promotion_text(done.document)
+    assert "1 of round2's 3 trials is carried over" in promotion_text(done.document)
 
 
 def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk(study: Path) -> None:
     done = promoted(study, max_train_steps=8)
     assert comment(done, "trials") == "3 enqueued, the rest new"
-    assert "3 of its 5 trials are carried over, already complete." in promotion_text(done.document)
+    assert "3 of round2's 5 trials are carried over, already complete." in promotion_text(done.document)
     assert "max_train_steps: 8\n" in done.path.read_text(), "the line stays as it was"
     everything = promoted(study, max_train_steps=8, top=6)
     assert comment(everything, "trials") == "all enqueued, none new; --top 6"
@@ -254,21 +254,23 @@ def test_the_same_horizon_is_no_longer_run_and_what_is_complete_is_from_no_trunk
 @pytest.mark.parametrize(
     ("resumed", "enqueued", "said"),
     [
-        (0, 1, "1 of its 5 trials is carried over; it starts over."),
-        (0, 3, "3 of its 5 trials are carried over; they start over."),
-        (1, 1, "1 of its 5 trials is carried over; it resumes from a checkpoint."),
+        (0, 1, "1 of round2's 5 trials is carried over; it starts over."),
+        (0, 3, "3 of round2's 5 trials are carried over; they start over."),
+        (1, 1, "1 of round2's 5 trials is carried over; it resumes from a checkpoint."),
         (
             1,
             2,
-            "2 of its 5 trials are carried over; 1 of them resumes from a checkpoint, the other starts over.",
+            "2 of round2's 5 trials are carried over; "
+            "1 of them resumes from a checkpoint, the other starts over.",
         ),
-        (2, 2, "2 of its 5 trials are carried over; both resume from a checkpoint."),
+        (2, 2, "2 of round2's 5 trials are carried over; both resume from a checkpoint."),
         (
             2,
             4,
-            "4 of its 5 trials are carried over; 2 of them resume from a checkpoint, the others start over.",
+            "4 of round2's 5 trials are carried over; "
+            "2 of them resume from a checkpoint, the others start over.",
         ),
-        (3, 3, "3 of its 5 trials are carried over; all 3 resume from a checkpoint."),
+        (3, 3, "3 of round2's 5 trials are carried over; all 3 resume from a checkpoint."),
     ],
 )
 def test_how_many_resume_is_said_as_a_person_would(

@@ -64,12 +64,13 @@ def promotion_text(document: Mapping[str, Any]) -> str:
 def _carried_over(document: Mapping[str, Any]) -> str:
     enqueued, total = document["trials"]["enqueued"], document["trials"]["total"]
     if not enqueued:
-        return f"None of its {total} trials is carried over."
+        return f"None of {document['to']}'s {total} trials is carried over."
     horizon = document["max_train_steps"]["to"]
     from_steps = [entry["from_step"] for entry in document["continues"]]
     is_over = from_steps.count(horizon) == enqueued
     how = ", already complete" if is_over else f"; {_resumed(len(from_steps), enqueued)}"
-    return f"{enqueued} of its {total} trials {'is' if enqueued == 1 else 'are'} carried over{how}."
+    verb = "is" if enqueued == 1 else "are"
+    return f"{enqueued} of {document['to']}'s {total} trials {verb} carried over{how}."
 
 
 def _resumed(number: int, enqueued: int) -> str:

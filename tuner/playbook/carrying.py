@@ -54,6 +54,8 @@ class Carrying:
     """Bounds at which the best trial lies; each is widened."""
     widens_rates: bool = False
     """Whether only the learning rates are raised, and all else stays as it is."""
+    has_small_rates: bool = False
+    """Whether the best trials had the highest rates, so that no rate is lowered for a longer run."""
     reopened: Mapping[str, Dimension] = field(default_factory=dict)
     """What comes back as it was in an earlier round."""
     added: Mapping[str, Dimension] = field(default_factory=dict)
@@ -175,7 +177,8 @@ class Carrying:
         if name != _RATE or not isinstance(old, Range) or rate is None:
             return narrowed(old, values), "around the leading trials; might hold in longer runs"
         centre = moved_rate(rate, old_horizon=self.results.max_train_steps, new_horizon=self.new_horizon)
-        if (edge := self._edge(name)) is not None and edge.side == "upper":
+        edge = self._edge(name)
+        if self.has_small_rates or (edge is not None and edge.side == "upper"):
             centre = max(centre, rate)
         space = rate_range(old, centre, ceiling=self._unstable_rate())
         moved = f" moved by {centre / rate:.2f} for the new horizon" if centre != rate else ""

@@ -31,17 +31,23 @@ def checklist(
     *,
     noise: float | None,
     earlier: Sequence[RoundResults] = (),
+    wants_higher_rates: bool = False,
 ) -> tuple[Finding, ...]:
     """What the rules beside the diagnosis say of a round.
 
-    `noise` is relative to the loss; None where it is unknown. Rule: Deep Learning Tuning Playbook, "After
+    `noise` is relative to the loss; None where it is unknown. `wants_higher_rates` says that those tried may
+    all be too small. Rule: Deep Learning Tuning Playbook, "After
     each round of experiments" and its checklist; the numbers are this project's decisions.
     """
     return (
         *space_findings(results, leading[0].trial if leading else None),
         *_infeasible_share(results),
         *_too_few_trials(results, noise),
-        *curve_findings(results, foremost_trials(results.trials, results.max_train_steps)),
+        *curve_findings(
+            results,
+            foremost_trials(results.trials, results.max_train_steps),
+            wants_higher_rates=wants_higher_rates,
+        ),
         *_long_warmup(results, leading),
         *_costly_evaluation(results),
         *_workload_changed(results, earlier),

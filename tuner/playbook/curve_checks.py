@@ -17,9 +17,12 @@ MIN_RESTLESS = 3
 """Significant changes in the last quarter from which on they count as repeated."""
 
 
-def curve_findings(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
+def curve_findings(
+    results: RoundResults, leading: Sequence[LeadingTrial], *, wants_higher_rates: bool = False
+) -> Iterator[Finding]:
     """Findings on curves: overfitting, late_variance, train_loss_rising, clipped, periodic_evaluation.
 
+    `wants_higher_rates`: nothing else may be said of rates where those tried may all be too small.
     Rule: Deep Learning Tuning Playbook, "Examining the training curves" and, for clipping, "How can
     optimization failures be debugged and mitigated?"; periods are this project's decision.
     """
@@ -28,7 +31,7 @@ def curve_findings(results: RoundResults, leading: Sequence[LeadingTrial]) -> It
         best = leading[0]
         yield from _late_variance(best)
         yield from _train_loss_rising(leading)
-        yield from _clipped(best)
+        yield from _clipped(best, wants_higher_rates=wants_higher_rates)
         yield from _periodic_evaluation(results, best)
 
 
@@ -101,19 +104,26 @@ def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
         )
 
 
-def _clipped(best: LeadingTrial) -> Iterator[Finding]:
+def _clipped(best: LeadingTrial, *, wants_higher_rates: bool) -> Iterator[Finding]:
     updates = max(evaluation.step for evaluation in best.trial.evaluations)
     clipped = sum(evaluation.clipped_updates for evaluation in best.trial.evaluations)
     if clipped > CLIPPED_SHARE * updates:
         norm = number(best.trial.hyperparameters.get("max_grad_norm"))
         rate = number(best.trial.hyperparameters.get("learning_rate"))
+        remedy = (
+            f"Search rates below {f'its {rate:.2g}' if rate else 'its own'} in the next round; if they do "
+            "worse, raise max_grad_norm."
+        )
+        if wants_higher_rates:
+            remedy = (
+                "Higher rates did better nevertheless: raise max_grad_norm, and see whether they still do."
+            )
         yield Finding(
             "clipped",
             Severity.WARNING,
             f"{clipped} of the best trial's {updates} updates were clipped"
             f"{f' at max_grad_norm {norm:g}' if norm else ''}, so that clipping acts as the learning rate. "
-            f"Search rates below {f'its {rate:.2g}' if rate else 'its own'} in the next round; if they do "
-            "worse, raise max_grad_norm.",
+            f"{remedy}",
             {"clipped": float(clipped), "updates": float(updates)},
         )
 

@@ -72,6 +72,15 @@ def rates_may_be_too_small(results: RoundResults, best: Trial) -> bool:
     return at_bound or _highest_rates_are_in_order(results, rate)
 
 
+def has_few_rates(results: RoundResults) -> bool:
+    """Return whether learning rates are searched and too few were tried to be in an order.
+
+    Rule: this project's decision, "An edge comes first".
+    """
+    tried = {number(trial.hyperparameters.get(_RATE)) for trial in results.results}
+    return _RATE in searched(results.space) and len(tried) < MIN_RATES_IN_ORDER
+
+
 def num_widenings(results: RoundResults, earlier: Sequence[RoundResults]) -> int:
     """Return how often the study kept its horizon and raised its highest learning rate, up to this round.
 

@@ -147,7 +147,7 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
             if seen.gain.relative < -seen.worthwhile:
                 return "The loss rose by more than the noise: more steps do not help."
             limit = f"{percent(seen.worthwhile)}{_because(seen)}"
-            return f"That is no more than {limit}: more steps are not worth it."
+            return f"That is no more than {limit}: more steps are not worth it{_unless_rates(seen)}."
         case Diagnosis.TOO_SHORT:
             return f"{_still_falling(seen)}: more steps will help."
         case Diagnosis.RIGHT:
@@ -157,6 +157,14 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
                 f"{percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid, its end did not. "
                 f"{seen.max_train_steps} steps are about right."
             )
+
+
+def _unless_rates(seen: Signs) -> str:
+    """What else a flat curve may mean where little was learned and few learning rates were tried."""
+    first, best = seen.leading[0].trial.evaluations[0], seen.leading[0].best
+    if not seen.has_few_rates or first.step or (first.eval_loss - best.eval_loss) > 0.05 * first.eval_loss:
+        return ""
+    return ", unless the learning rates are all too small, which so few trials cannot tell: try higher ones"
 
 
 def _because(seen: Signs) -> str:

@@ -10,7 +10,7 @@ from enum import StrEnum
 import numpy as np
 
 from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
-from tuner.playbook.edges import MAX_WIDENINGS, num_widenings, rates_may_be_too_small
+from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, rates_may_be_too_small
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.precision import majority_probability
 from tuner.playbook.results import RoundResults
@@ -77,6 +77,8 @@ class Signs:
     """Whether the best learning rate is so high among those tried that all may be too small."""
     num_widenings: int = 0
     """How often the study has raised its learning rates for that already."""
+    has_few_rates: bool = False
+    """Whether rates are searched and too few were tried to say where the best ones lie."""
 
     @property
     def worthwhile(self) -> float:
@@ -126,12 +128,12 @@ class Signs:
         """Whether that may be for a small learning rate alone: nothing says that the trial was done.
 
         The last quarter of a cosine has 2.5% of the summed learning rate, and brings little whether the model
-        could learn more or not. The last quarter by summed rate then still brought as much as that of an even
-        fall.
+        could learn more or not. The last quarter by summed rate may then still have brought as much as that
+        of an even fall.
         """
         if self.gain is None or self.late_by_rate is None:
             return True
-        return self.late_by_rate.relative > EVEN_SHARE_OF_GAIN * self.gain.relative
+        return self.late_by_rate.at_most > EVEN_SHARE_OF_GAIN * self.gain.relative
 
     @property
     def floor(self) -> int:
@@ -172,6 +174,7 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
         num_complete=len(results.complete),
         has_small_rates=rates_may_be_too_small(results, best) if best else False,
         num_widenings=num_widenings(results, earlier),
+        has_few_rates=has_few_rates(results),
     )
 
 

@@ -108,6 +108,7 @@ def plan_next_round(
         decay,
         edges=_edges(results, reading),
         widens_rates=widens_rates,
+        has_small_rates=reading.has_small_rates,
         reopened=reopened,
         added=added or {},
     )

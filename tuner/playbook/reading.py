@@ -71,6 +71,8 @@ class Reading:
     """Bounds of the search space at which the best trial lies."""
     widens_rates: bool = False
     """Whether higher learning rates are to be tried at the same horizon before it is judged."""
+    has_small_rates: bool = False
+    """Whether the best learning rate is so high among those tried that all may be too small."""
     doubling: Gain | None = None
     """The gain of the last doubling with where it comes from: what predicts those of longer horizons."""
 
@@ -100,11 +102,18 @@ def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> R
         leading=seen.leading,
         edges=edges(results, seen.leading[0].trial) if seen.leading else (),
         widens_rates=puts_the_edge_first(seen, diagnosis),
+        has_small_rates=seen.has_small_rates,
         doubling=seen.gain,
         findings=(
             *_diagnosis_finding(seen, diagnosis, sentences),
             *_compute_bound_finding(seen, compute_bound),
-            *checklist(results, seen.leading, noise=seen.noise, earlier=earlier),
+            *checklist(
+                results,
+                seen.leading,
+                noise=seen.noise,
+                earlier=earlier,
+                wants_higher_rates=seen.has_small_rates,
+            ),
         ),
     )
 

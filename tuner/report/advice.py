@@ -244,6 +244,9 @@ def progress(report: RoundReport) -> str | None:
 def next_step(report: RoundReport) -> str:
     """Why the next command is the one to type."""
     if report.ended_because is not None:
+        if report.reading.diagnosis in (Diagnosis.TOO_SHORT, Diagnosis.UNDETERMINED):
+            because = report.ended_because[0].upper() + report.ended_because[1:]
+            return f"{because}. Use the best trial's adapter, or promote the round and go on by hand."
         return "The study has ended: use the best trial's adapter."
     if not report.is_finished:
         return "Finish the round first: the same command goes on where it stopped."

@@ -10,6 +10,7 @@ from tuner.playbook.findings import Finding
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import RoundResults
+from tuner.playbook.schedule import can_decay_linearly
 from tuner.playbook.selection import ranked
 from tuner.records import (
     Choices,
@@ -142,7 +143,9 @@ class RoundReport:
         return {
             name: describe(dimension)
             for name, dimension in self.results.space.items()
-            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in self.shown_names
+            if isinstance(dimension, (Fixed, TimesSqrtRank))
+            and name not in self.shown_names
+            and (name != "decay_steps" or can_decay_linearly(self.results.space))
         }
 
 

@@ -327,7 +327,7 @@ def promotion_document(
         for finding in next_round.findings
     ]
     if is_open:
-        message = f"{next_round.from_round} is not complete: its remaining trials may change this plan"
+        message = f"{next_round.from_round} is not complete: what it still has to run may change this plan"
         findings.insert(0, {"rule": "incomplete_round", "severity": "warning", "message": message})
     return {
         "study": study,

@@ -1,0 +1,54 @@
+"""The quickstart's notebook runs, and the page on the library quotes it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.studies import QUICKSTART
+
+NOTEBOOK = QUICKSTART / "quickstart.ipynb"
+PAGE = Path("docs/how-to/use-from-python.md")
+
+
+def code_cells() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_page_says_what_the_notebook_does():
+    blocks = re.findall(r"^```python\n(.*?)\n```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert block in code_cells()
+
+
+def test_the_notebook_is_committed_without_its_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_two_rounds_and_shows_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("base", "data"):
+        shutil.copytree(QUICKSTART / name, tmp_path / name)
+    shutil.copy(QUICKSTART / "round1.yaml", tmp_path)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [
+        "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    assert "Train for 135 steps next" in shown[0]
+    assert "params_learning_rate" in shown[2]
+    assert "text/html" in shown[3]
+    assert "application/vnd.plotly" in shown[4]
+    assert "runs/round2/trial-" in shown[5] or "runs/round1/trial-" in shown[5]
+    assert "trainable params" in shown[6]
+    assert "too_short" in shown[7]
