@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import typer
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tuner.cli import printing
@@ -259,7 +258,7 @@ def _output(asked: Asked, made_from: dict[int, str]) -> AnswerFile | _Printed:
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """Gives a function to call with the number of new answers: a bar, or a line now and then, on stderr."""
-    console = Console(stderr=True)
+    console = printing.error_output()
     if console.is_terminal:
         columns = (TextColumn("answered"), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,8 @@ from types import FrameType
 from typing import Literal
 
 import typer
-from rich.console import Console
 
-from tuner.cli.printing import REHEARSAL_BANNER, next_command
+from tuner.cli.printing import REHEARSAL_BANNER, error_output, next_command, say, spoken_by
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.records import Evaluation, searched, to_json
 from tuner.report import open_view
@@ -111,7 +111,7 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool], pas
     devices = () if is_simulated else visible_devices()
     used = devices if wanted_workers == "auto" else devices[:wanted_workers]
     view = open_view(
-        console=Console(stderr=True),
+        console=error_output(),
         title=f"{file.spec.study}/{file.spec.round}",
         trials_total=file.spec.num_trials,
         max_train_steps=file.spec.max_train_steps,
@@ -146,19 +146,20 @@ def run_here(file: RoundFile, where: Where, *, stopping: Callable[[], bool], pas
         simulated.append(simulated_worker(plan, slots=wanted_slots or plan.spec.run.slots))
         return simulated[-1]
 
-    try:
-        if is_simulated:
-            view.message(REHEARSAL_BANNER)
-            clock = virtual_clock(time.time(), simulated)
-            run_round(
-                file, make_worker=make_simulated, view=view, stopping=stopping, passes=passes, clock=clock
-            )
-            view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
-        else:
-            view = followed(view, file.spec.run.report_to, _followed_round(file))
-            run_round(file, make_worker=make_worker, view=view, stopping=stopping, passes=passes)
-    finally:
-        view.close()
+    with spoken_by(view.message):
+        try:
+            if is_simulated:
+                view.message(REHEARSAL_BANNER)
+                clock = virtual_clock(time.time(), simulated)
+                run_round(
+                    file, make_worker=make_simulated, view=view, stopping=stopping, passes=passes, clock=clock
+                )
+                view.message(f"{sum(worker.seconds for worker in simulated):.0f} seconds were simulated")
+            else:
+                view = followed(view, file.spec.run.report_to, _followed_round(file))
+                run_round(file, make_worker=make_worker, view=view, stopping=stopping, passes=passes)
+        finally:
+            view.close()
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:
@@ -219,7 +220,8 @@ def stop_signals(answer: str) -> Iterator[Callable[[], bool]]:
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        typer.echo(f"\n{answer}", err=True)
+        # In a thread: what was interrupted may hold the lock of the very stream that this is written to.
+        threading.Thread(target=say, args=(answer,), daemon=True).start()
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
