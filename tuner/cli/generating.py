@@ -42,6 +42,8 @@ class Asked:
 
     prompt: str | None
     context: str
+    system: str
+    """For the prompt, or for the rows that have none."""
     input: Path | None
     output: Path | None
     models: tuple[Model, ...]
@@ -140,6 +142,7 @@ def _answer_one(speaker: _Speaker, asked: Asked) -> None:
         speaker.tokenizer,
         instruction=asked.prompt or "",
         input=asked.context,
+        system=asked.system,
         template=source.template,
     )
     prompt = replace(prompt, place="--prompt")
@@ -160,7 +163,7 @@ def _say(text: str) -> None:
 
 
 def _answer_file(speaker: _Speaker, asked: Asked, path: Path) -> None:
-    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer)
+    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer, system=asked.system)
     made_from = {prompt.row: speaker.made_from(prompt, asked) for prompt in prompts}
     output = _output(asked, made_from)
     missing = [prompt for prompt in prompts if prompt.row not in output.rows]
