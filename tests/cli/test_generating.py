@@ -128,6 +128,22 @@ def generate_file(study: Path, questions: Path, *more: str) -> int:
     return run([*command, "--max-new-tokens", "10", *more])
 
 
+def test_a_system_message_and_a_file_of_messages(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of alpaca rows, whose template takes the system's text instead of its own beginning."""
+    monkeypatch.chdir(study)
+    asked = {"role": "user", "content": INSTRUCTION}
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, asked]}, {"messages": [asked]}]
+    questions = write_jsonl(tmp_path / "questions.jsonl", rows)
+    capsys.readouterr()
+    assert generate_file(study, questions, "--system", "Be long.") == 0
+    brief, long = lines_of(capsys.readouterr().out)
+    told = PROMPT.replace(PROMPT.split("\n", 1)[0], "{}")
+    assert (brief["prompt"], long["prompt"]) == (told.format("Be brief."), told.format("Be long."))
+    assert answer(capsys, study, "best", "--system", "Be long.") == long["answer"].rstrip("\n")
+
+
 def test_a_file_of_prompts(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

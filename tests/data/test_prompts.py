@@ -79,6 +79,64 @@ def test_prompts_are_the_beginnings_of_training_rows(
     assert (with_answer.row, without.place) == (1, f"{asked}:2")
 
 
+SYSTEM = "Be brief."
+WITH_SYSTEM: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "Hi.", "output": "Hello!", "system": SYSTEM},
+    "messages": {"messages": [{"role": "system", "content": SYSTEM}, USER, REPLY]},
+    "sharegpt": {"conversations": [{"from": "system", "value": SYSTEM}, HUMAN, GPT]},
+}
+
+
+@pytest.mark.parametrize("format", sorted(WITH_SYSTEM))
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
+@pytest.mark.parametrize("template", [None, "chatml", "llama3", "alpaca"])
+def test_a_system_message_is_that_of_training(
+    tmp_path: Path, format: str, tokenizer: str, template: str | None
+) -> None:
+    """However it is given: typed, as a column, as a message, before rows of another shape that have none."""
+    if not can_be_rendered(format, tokenizer, template):
+        pytest.skip("the tokenizer has no template of its own")
+    chosen = TOKENIZERS[tokenizer]
+    more = {"template": template} if template else {}
+    trained = tiny.write_jsonl(tmp_path / "train.jsonl", [WITH_SYSTEM[format]])
+    other = tiny.write_jsonl(tmp_path / "eval.jsonl", [{"text": "other"}])
+    [example] = tiny.prepared(
+        chosen, train=[tiny.source(trained, format, **more)], eval=[tiny.source(other, "text")]
+    ).train
+    expected = before_last_target(example.input_ids, example.is_target)
+    asks = source(trained, format, **more)
+    typed = render_prompt(format, chosen, instruction="Hi.", system=SYSTEM, template=template)
+    assert list(typed.ids) == expected
+    whole = tmp_path / "conversation.json"
+    whole.write_text(json.dumps(WITH_SYSTEM["messages"]["messages"][:2]))
+    rows = [WITH_SYSTEM["messages"], WITH_SYSTEM["sharegpt"], {"prompt": "Hi.", "system": SYSTEM}]
+    asked = tiny.write_jsonl(tmp_path / "asked.jsonl", rows)
+    found = read_prompts(asked, asks, chosen) + read_prompts(whole, asks, chosen)
+    bare = [{"messages": [USER]}, {"conversations": [HUMAN]}, {"prompt": "Hi."}]
+    for path in (tiny.write_jsonl(tmp_path / "bare.jsonl", bare), trained):
+        found += read_prompts(path, asks, chosen, system=SYSTEM)
+    assert len(found) >= 8
+    assert {prompt.ids for prompt in found} == {tuple(expected)}
+
+
+def test_a_row_keeps_its_own_system_message(tmp_path: Path) -> None:
+    chosen = TOKENIZERS["byte level"]
+    for format, row in WITH_SYSTEM.items():
+        path = tiny.write_jsonl(tmp_path / f"{format}.jsonl", [row])
+        own, same = (read_prompts(path, source(path, format), chosen, system=s) for s in ("", "Be long."))
+        assert own == same
+        assert SYSTEM in own[0].text
+
+
+def test_formats_without_a_system_message(tmp_path: Path) -> None:
+    for format in ("completion", "text"):
+        with pytest.raises(DataError, match=f"rows of format {format} have no system message"):
+            render_prompt(format, TOKENIZERS["byte level"], instruction="Hi.", system=SYSTEM)
+        path = tiny.write_jsonl(tmp_path / "messages.jsonl", [{"messages": [USER]}])
+        with pytest.raises(DataError, match="no column"):
+            read_prompts(path, source(path, format), TOKENIZERS["byte level"])
+
+
 def test_rows_that_say_prompt_are_as_typed(tmp_path: Path) -> None:
     chosen = TOKENIZERS["byte level"]
     rows = [{"prompt": "Add.", "context": "1 2"}, {"prompt": "Add.", "context": None}, {"prompt": "Add."}]

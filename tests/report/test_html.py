@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tuner.errors import StorageError
-from tuner.report import RoundReport, write_html
+from tuner.report import RoundReport, advice, write_html
 from tuner.report.html import html_page
 
 from . import synthetic
@@ -144,6 +145,20 @@ def test_a_study_of_two_rounds_concludes_from_the_last() -> None:
     assert study.text.count(second.next_command) == 1
     assert "ran in round2 too. The rank correlation of their losses in both is" in study.text
     assert "Throughput" not in study.text
+
+
+def test_the_conclusion_on_each_round_is_seen_without_scrolling() -> None:
+    """Cells of its table wrap; where it is narrow each has a line of its own, with its column's name."""
+    first, second = synthetic.two_rounds()
+    text = html_page(second, earlier=[first])
+    table = text.split('<div class="wide whole"><table>')[1].split("</table>")[0]
+    for report in (first, second):
+        assert f'<td class="words" data-header="conclusion">{advice.headline(report)}</td>' in table
+    rules = dict(re.findall(r"^\s*([^{}@]+) \{([^}]+)\}$", text.split("</style>")[0], re.MULTILINE))
+    assert "white-space: normal" in rules[".whole td, .whole th"]
+    assert "min-width: 0" in rules[".whole td.words"]
+    narrow = text.split("@media (max-width: 60rem) {")[1].split("@media")[0]
+    assert "display: block; width: auto" in narrow
 
 
 def test_each_round_shows_its_own_throughput() -> None:

@@ -7,7 +7,16 @@ import pytest
 from rich.console import Console, RenderableType
 
 from tuner.records import Continuation, TrialState, added_up
-from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
+from tuner.report import (
+    RoundPlan,
+    advice,
+    plan_table,
+    round_status,
+    status_table,
+    summary,
+    trial_page,
+    trials_table,
+)
 from tuner.report.fitted_table import FittedTable, column, fitting
 
 from . import synthetic
@@ -240,6 +249,17 @@ class TestSummary:
             "the same order, -1: reversed). The best in round1, trial 6, is number 2 of the 3 in round2."
             in text
         )
+
+    @pytest.mark.parametrize("width", [30, 40, 60, 80, 120, 200])
+    def test_the_conclusion_on_each_round_is_whole_at_any_width(self, width: int) -> None:
+        """Other columns go, and its words wrap."""
+        *earlier, last = reports = synthetic.two_rounds()
+        lines = shown(summary(last, earlier=earlier), width=width).splitlines()
+        start = next(i for i, line in enumerate(lines) if line.endswith("How the study went"))
+        column = lines[start + 1].index("conclusion")
+        text = " ".join(line[column:].strip() for line in lines[start + 2 : start + 12])
+        for report in reports:
+            assert advice.headline(report) in text
 
     def test_throughput_is_shown_where_there_is_one(self) -> None:
         assert "Throughput" not in shown(summary(synthetic.report()))

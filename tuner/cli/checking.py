@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from tuner.cli.preparing import prepared
 from tuner.cli.printing import PROSE, output
@@ -177,7 +176,7 @@ def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
 
 def _print_row(row: ShownRow, directory: Path) -> None:
     """A row as the model sees it: what the loss sees is green, between brackets where there is no colour."""
-    console = Console()
+    console = output()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     place = row.place.removeprefix(f"{directory}/")
     typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them learned")

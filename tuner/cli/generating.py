@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import typer
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tuner.cli import printing
@@ -43,6 +42,8 @@ class Asked:
 
     prompt: str | None
     context: str
+    system: str
+    """For the prompt, or for the rows that have none."""
     input: Path | None
     output: Path | None
     models: tuple[Model, ...]
@@ -141,6 +142,7 @@ def _answer_one(speaker: _Speaker, asked: Asked) -> None:
         speaker.tokenizer,
         instruction=asked.prompt or "",
         input=asked.context,
+        system=asked.system,
         template=source.template,
     )
     prompt = replace(prompt, place="--prompt")
@@ -161,7 +163,7 @@ def _say(text: str) -> None:
 
 
 def _answer_file(speaker: _Speaker, asked: Asked, path: Path) -> None:
-    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer)
+    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer, system=asked.system)
     made_from = {prompt.row: speaker.made_from(prompt, asked) for prompt in prompts}
     output = _output(asked, made_from)
     missing = [prompt for prompt in prompts if prompt.row not in output.rows]
@@ -259,7 +261,7 @@ def _output(asked: Asked, made_from: dict[int, str]) -> AnswerFile | _Printed:
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """Gives a function to call with the number of new answers: a bar, or a line now and then, on stderr."""
-    console = Console(stderr=True)
+    console = printing.error_output()
     if console.is_terminal:
         columns = (TextColumn("answered"), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:

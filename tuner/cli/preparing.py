@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from tuner.cli.printing import error_output
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.report.live import PREPARING_EVERY_SECONDS
 
@@ -24,7 +25,7 @@ def prepared(
     spec: RoundSpec, cache: Path | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreparedData:
     """As `prepare`, with the model's own tokenizer unless it is at hand already."""
-    with progress_shown(Console(stderr=True)) as say:
+    with progress_shown(error_output()) as say:
         return prepare(spec, tokenizer or load_tokenizer(spec.model), cache, say)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +27,9 @@ acting_in: Path | None = None
 
 typed = "tuner"
 """The command that is being run, as it can be given again."""
+
+_speakers: list[Callable[[str], None]] = []
+"""What has the terminal, the last one now."""
 
 
 def next_command(command: str, *, directory: Path | None = None) -> str:
@@ -54,4 +59,32 @@ def warn_of_code(model: ModelSpec) -> None:
 def output(*, piped_width: int = WIDEST) -> Console:
     """Standard output. `COLUMNS` sets another width, as in most programs."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if has_width else piped_width)
+    return _console(width=None if has_width else piped_width)
+
+
+def error_output() -> Console:
+    """Standard error."""
+    return _console(stderr=True)
+
+
+def _console(**options: Any) -> Console:
+    """A console that prints every text as it is: a folder may be named `x[/y]`, a file `:smile:`."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+@contextmanager
+def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
+    """Let `say` go through what draws on the terminal, which would wipe out what is printed beside it."""
+    _speakers.append(speaker)
+    try:
+        yield
+    finally:
+        _speakers.remove(speaker)
+
+
+def say(text: str) -> None:
+    """A sentence on standard error, where it is seen while a live view is drawn there too."""
+    if _speakers:
+        _speakers[-1](text)
+    else:
+        typer.echo(text, err=True)

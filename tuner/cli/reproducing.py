@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
-from tuner.cli.printing import PROSE, next_command, output
+from tuner.cli.printing import PROSE, error_output, next_command, output, spoken_by
 from tuner.cli.running import stop_signals
 from tuner.errors import Interrupted
 from tuner.playbook.reproduction import Agreement
@@ -30,7 +29,7 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
     trial, _ = find_trial(folder, name)
     rerun = planned_rerun(folder, trial, to_step=to_step)
     view = open_view(
-        console=Console(stderr=True),
+        console=error_output(),
         title=f"{folder.name}/{trial.round}, trial {trial.number} again",
         trials_total=1,
         max_train_steps=rerun.record.max_train_steps,
@@ -38,7 +37,10 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
     )
     limit = "" if to_step is None else f" --to-step {to_step}"
     try:
-        with stop_signals("stopping (once more ends at once)") as stopping:
+        with (
+            spoken_by(view.message),
+            stop_signals("stopping (once more ends at once)") as stopping,
+        ):
             found = reproduce(rerun, make_worker=_worker, view=view, stopping=stopping)
     except Interrupted as stop:
         again = next_command(f"tuner trial reproduce {name}{limit}")

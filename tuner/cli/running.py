@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import typer
-from rich.console import Console
 
 from tuner.api.running import Gpus, Where, has_begun, run_here
-from tuner.cli.printing import next_command
+from tuner.cli.printing import error_output, next_command, say, spoken_by
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.records import searched
 from tuner.report import View, open_view
@@ -70,12 +70,19 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[]
 
 def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
     """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
-    run_here(file, where, open_view=_live_view, stopping=stopping, passes=passes)
+    with ExitStack() as while_shown:
+
+        def shown(file: RoundFile, gpus: Gpus | None) -> View:
+            view = _live_view(file, gpus)
+            while_shown.enter_context(spoken_by(view.message))
+            return view
+
+        run_here(file, where, open_view=shown, stopping=stopping, passes=passes)
 
 
 def _live_view(file: RoundFile, gpus: Gpus | None) -> View:
     return open_view(
-        console=Console(stderr=True),
+        console=error_output(),
         title=f"{file.spec.study}/{file.spec.round}",
         trials_total=file.spec.num_trials,
         max_train_steps=file.spec.max_train_steps,
@@ -110,7 +117,8 @@ def stop_signals(answer: str) -> Iterator[Callable[[], bool]]:
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        typer.echo(f"\n{answer}", err=True)
+        # In a thread: what was interrupted may hold the lock of the very stream that this is written to.
+        threading.Thread(target=say, args=(answer,), daemon=True).start()
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -107,9 +107,15 @@ def generate(
         str | None, typer.Option(help="The instruction, in the words of a training row.")
     ] = None,
     context: Annotated[str, typer.Option(help="The row's input, where the format has one.")] = "",
+    system: Annotated[
+        str, typer.Option(help="The system message, of rows of --input too that have none.")
+    ] = "",
     input: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help='Answer its rows: training rows, or {"prompt": ...} each.'),
+        typer.Option(
+            metavar="FILE",
+            help='Answer its rows: training rows, {"messages": ...} or {"prompt": ...} each; or messages.',
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -147,6 +153,7 @@ def generate(
     asked = Asked(
         prompt=prompt,
         context=context,
+        system=system,
         input=input,
         output=output,
         models=("adapter", "base") if compare else ("base",) if base else ("adapter",),

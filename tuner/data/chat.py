@@ -80,10 +80,6 @@ class Chat:
         last = max(index for index, segment in enumerate(answered) if segment.is_target)
         return answered[:last]
 
-    def prompt(self, instruction: str, input: str) -> str:
-        """A conversation of one user's message, up to where the assistant begins."""
-        return self._render(Conversation((asked(instruction, input),)), "the prompt", ask=True)
-
     def _turn(self, conversation: Conversation, index: int, whole: str, place: str) -> tuple[int, int]:
         """Where a turn begins and ends; (-1, -1) where the template does not only append."""
         upto = conversation.messages[: index + 1]

@@ -55,8 +55,10 @@ class RowFormat:
     """Columns that `question` needs."""
     question: Callable[[Row], tuple[Segment, ...]]
     """What comes before a row's last completion, whether it has one or not. Raises DataError."""
-    prompt: Callable[[str, str], str]
-    """(instruction, input) as the text that comes before the completion in training."""
+    asks: Callable[[str, str], Mapping[str, Any]]
+    """The columns of a row that asks this (instruction, input), without an answer."""
+    with_system: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
+    """The columns of a row with a system's message, unless it has one; None where rows have none."""
     said: Callable[[Row], str] | None = None
     """What a row says without the text around it, in whichever format it is written; None: its segments."""
     opening: Opening = Opening.TEXT
@@ -202,11 +204,45 @@ def _alpaca(called: Mapping[str, str], chat: Chat) -> RowFormat:
         segments,
         (called["instruction"],),
         question,
-        _alpaca_prompt,
+        _alpaca_asks(called),
+        _with_system_column(called),
         said,
         opening=Opening.TEMPLATE,
         remarks=remarks,
     )
+
+
+def _alpaca_asks(called: Mapping[str, str]) -> Callable[[str, str], Mapping[str, Any]]:
+    return lambda instruction, input: {called["instruction"]: instruction, called["input"]: input}
+
+
+def _with_system_column(
+    called: Mapping[str, str], messages: str | None = None
+) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
+    """`messages` is the column of the turns, which may begin with the system's."""
+
+    def with_system(values: Mapping[str, Any], system: str) -> Mapping[str, Any]:
+        has_one = bool(values.get(called["system"])) or _begins_with_system(values.get(messages or ""))
+        return values if has_one else {**values, called["system"]: system}
+
+    return with_system
+
+
+def _with_system_message(column: str) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
+    def with_system(values: Mapping[str, Any], system: str) -> Mapping[str, Any]:
+        turns = values.get(column)
+        if not isinstance(turns, list) or _begins_with_system(turns):
+            return values
+        return {**values, column: [{"role": "system", "content": system}, *turns]}
+
+    return with_system
+
+
+def _begins_with_system(turns: Any) -> bool:
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(first, dict):
+        return False
+    return str(first.get("role", first.get("from"))).strip().lower() in ("system", "developer")
 
 
 def _alpaca_columns(called: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -243,7 +279,7 @@ def _completion(called: Mapping[str, str]) -> RowFormat:
         return (Segment(_string(row, called["prompt"]), is_target=False),)
 
     needed = (called["prompt"], called["completion"])
-    return RowFormat("completion", needed, (), segments, needed[:1], question, _joined)
+    return RowFormat("completion", needed, (), segments, needed[:1], question, _joined(called["prompt"]))
 
 
 def _text(called: Mapping[str, str]) -> RowFormat:
@@ -253,7 +289,9 @@ def _text(called: Mapping[str, str]) -> RowFormat:
     def question(row: Row) -> tuple[Segment, ...]:
         return (Segment(_string(row, called["text"]), is_target=False),)
 
-    return RowFormat("text", (called["text"],), (), segments, (called["text"],), question, _joined)
+    return RowFormat(
+        "text", (called["text"],), (), segments, (called["text"],), question, _joined(called["text"])
+    )
 
 
 def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
@@ -284,6 +322,12 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
             return Conversation((*_earlier(row, called), asked(*_alpaca_question(row, called))))
         return conversation(row).asking()
 
+    def asks(instruction: str, input: str) -> Mapping[str, Any]:
+        text = asked(instruction, input).content
+        if name == "messages":
+            return {called["messages"]: [{"role": "user", "content": text}]}
+        return {called["conversations"]: [{"from": "human", "value": text}]}
+
     def question(row: Row) -> tuple[Segment, ...]:
         if not (open_ended := asking(row)).messages:
             raise DataError(f"{row.place}: the conversation has no message to answer")
@@ -296,15 +340,18 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
         lambda row: chat.segments(conversation(row), row.place),
         needed[:1],
         question,
-        chat.prompt,
+        _alpaca_asks(called) if name == "alpaca" else asks,
+        _with_system_message(called["messages"])
+        if name == "messages"
+        else _with_system_column(called, called["conversations"] if name == "sharegpt" else None),
         lambda row: conversation(row).said,
         opening=Opening.TEMPLATE if chat.is_named else Opening.WRITTEN,
         remarks=lambda row: conversation(row).remarks(),
     )
 
 
-def _joined(instruction: str, input: str) -> str:
-    return f"{instruction}\n{input}" if input else instruction
+def _joined(column: str) -> Callable[[str, str], Mapping[str, Any]]:
+    return lambda instruction, input: {column: f"{instruction}\n{input}" if input else instruction}
 
 
 def _string(row: Row, column: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from tuner.data.files import LocalFile
 from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import reader_of
 from tuner.data.rows import refuse_half_characters
-from tuner.data.segments import Row, Segment, kind_of
+from tuner.data.segments import Row, kind_of
 from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
@@ -43,38 +43,61 @@ def render_prompt(
     *,
     instruction: str,
     input: str = "",
+    system: str = "",
     template: str | None = None,
 ) -> Prompt:
-    """The training prompt of a format, with the source's `template`.
+    """The training prompt of a format, with the source's `template`: a row's, up to its answer.
 
     `messages` and `sharegpt` are a conversation of one user's message; `completion` and `text` take the
-    instruction as it is. Where a format has no place of its own for it, the input follows the instruction.
-    Raises DataError.
+    instruction as it is, and no `system`. Where a format has no place of its own for it, the input follows
+    the instruction. Raises DataError.
     """
     chosen = row_format(format_name, tokenizer, template=template)
-    row = Row(1, "the prompt", {"prompt": instruction, "context": input})
-    return _prompt(row, _short_question(row, chosen), chosen, tokenizer)
+    row = Row(1, "the prompt", chosen.asks(instruction, input))
+    return _prompt(_with_system(row, chosen, system), chosen, tokenizer)
 
 
-def read_prompts(path: Path, source: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def read_prompts(
+    path: Path, source: SourceSpec, tokenizer: PreTrainedTokenizerBase, *, system: str = ""
+) -> list[Prompt]:
     """The prompts of a file, in its order.
 
     A row is one of the training rows of `source`, with or without its answer (of a conversation, the last
-    turn of the assistant), or has `prompt`, and perhaps `context`, as `render_prompt` takes instruction and
-    input. Raises DataError with file and line.
+    turn of the assistant), or has `prompt`, and perhaps `context` and `system`, as `render_prompt` takes
+    them. Where the training rows have turns it may also have `messages` or `conversations`; and a file
+    whose rows are messages themselves is one conversation. `system` is for the rows that have none. Raises
+    DataError with file and line.
     """
     file = LocalFile(path, str(path))
     chosen = row_format(source.format, tokenizer, columns=source.columns, template=source.template)
-    rows = reader_of(file)(file, chosen)
-    prompts = [_prompt(row, _question(row, chosen), chosen, tokenizer) for row in rows]
+    formats = [chosen, *_conversations(source, tokenizer)]
+    prompts = []
+    for row in _whole_conversation(list(reader_of(file)(file, chosen)), path, formats):
+        asking, its = _asking(row, formats)
+        prompts.append(_prompt(_with_system(asking, its, system), its, tokenizer))
     if not prompts:
         raise DataError(f"{path}: has no rows")
     return prompts
 
 
-def _prompt(
-    row: Row, segments: tuple[Segment, ...], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase
-) -> Prompt:
+def _conversations(source: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> list[RowFormat]:
+    """The formats of conversations, in the template of the training rows; none where these have no turns."""
+    if source.format in ("completion", "text"):
+        return []
+    return [row_format(name, tokenizer, template=template_name(source)) for name in ("messages", "sharegpt")]
+
+
+def _whole_conversation(rows: list[Row], path: Path, formats: Sequence[RowFormat]) -> list[Row]:
+    """The rows; one with all of them where each is a message."""
+    asking = {column for each in formats for column in each.asking}
+    are_messages = all({"role", "content"} <= row.values.keys() - asking for row in rows)
+    if not rows or not are_messages or len(formats) == 1:
+        return rows
+    return [Row(1, str(path), {"messages": [dict(row.values) for row in rows]})]
+
+
+def _prompt(row: Row, chosen: RowFormat, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    segments = chosen.question(row)
     refuse_half_characters(row, segments)
     ids = _tokeniser(tokenizer).prompt(segments, chosen.opening)
     if not ids:
@@ -83,29 +106,44 @@ def _prompt(
     return Prompt(row.number, row.place, text, tuple(ids))
 
 
-def _question(row: Row, chosen: RowFormat) -> tuple[Segment, ...]:
-    missing = [column for column in chosen.asking if column not in row.values]
-    if not missing:
-        return chosen.question(row)
+def _with_system(row: Row, chosen: RowFormat, system: str) -> Row:
+    if not system:
+        return row
+    if chosen.with_system is None:
+        raise DataError(
+            f"{row.place}: rows of format {chosen.name} have no system message; write it into the prompt, as "
+            "the training rows have it"
+        )
+    return replace(row, values=chosen.with_system(row.values, system))
+
+
+def _asking(row: Row, formats: Sequence[RowFormat]) -> tuple[Row, RowFormat]:
+    """The row as one of a format. Raises DataError where it asks nothing."""
+    for each in formats:
+        if all(column in row.values for column in each.asking):
+            return row, each
+    chosen = formats[0]
     if "prompt" in row.values:
-        return _short_question(row, chosen)
+        values = chosen.asks(_text(row, "prompt"), _text(row, "context"))
+        return _with_system(replace(row, values=values), chosen, _text(row, "system")), chosen
+    [missing, *_] = [column for column in chosen.asking if column not in row.values]
     found = ", ".join(map(repr, row.values)) or "none"
+    others = "".join(f", {column!r}" for each in formats[1:] for column in each.asking)
     raise DataError(
-        f"{row.place}: no column {missing[0]!r}; columns found: {found}; a row to answer has "
-        f"{' and '.join(map(repr, chosen.asking))}, as the training rows (format {chosen.name}), or 'prompt'"
+        f"{row.place}: no column {missing!r}; columns found: {found}; a row to answer has "
+        f"{' and '.join(map(repr, chosen.asking))}, as the training rows (format {chosen.name}){others} or "
+        "'prompt'"
     )
 
 
-def _short_question(row: Row, chosen: RowFormat) -> tuple[Segment, ...]:
-    texts = []
-    for column in ("prompt", "context"):
-        value = row.values.get(column)
-        if column == "context" and value is None:
-            value = ""
-        if not isinstance(value, str):
-            raise DataError(f"{row.place}: column {column!r} is {kind_of(value)}; it must be text")
-        texts.append(value)
-    return (Segment(chosen.prompt(*texts), is_target=False),)
+def _text(row: Row, column: str) -> str:
+    """Empty where an optional column is not there."""
+    value = row.values.get(column)
+    if column != "prompt" and value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: column {column!r} is {kind_of(value)}; it must be text")
+    return value
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -61,5 +62,5 @@ def _recognised(row: Row) -> str:
     return name
 
 
-def _nothing(instruction: str, input: str) -> str:
-    return instruction + input
+def _nothing(instruction: str, input: str) -> Mapping[str, str]:
+    return {}

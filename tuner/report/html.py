@@ -127,7 +127,7 @@ def _tiles(report: RoundReport) -> str:
 
 
 def _lineage(reports: Sequence[RoundReport]) -> str:
-    table = _table(advice.LINEAGE_HEADERS, advice.lineage_rows(reports), numbers=(1, 3, 4, 5))
+    table = _table(advice.LINEAGE_HEADERS, advice.lineage_rows(reports), numbers=(1, 3, 4, 5), is_whole=True)
     held = "".join(f"<p>{escape(sentence)}</p>" for sentence in advice.held(reports))
     return f"<section><h2>How the study went</h2>{table}{held}</section>"
 
@@ -235,17 +235,24 @@ def _table(
     *,
     numbers: Container[int],
     styles: Sequence[str] = (),
+    is_whole: bool = False,
 ) -> str:
-    """A table; `numbers` are the positions of its columns of numbers, the last column is prose."""
+    """A table; `numbers` are the positions of its columns of numbers, the last column is prose.
+
+    A whole one is seen at any width without being scrolled: where it is narrow, a cell a line.
+    """
     kinds = ["number" if position in numbers else "" for position in range(len(headers) - 1)] + ["words"]
     body = "".join(
-        f'<tr class="{style}">{_cells("td", row, kinds)}</tr>'
+        f'<tr class="{style}">{_cells("td", row, kinds, headers)}</tr>'
         for row, style in zip(rows, styles or [""] * len(rows), strict=True)
     )
     head = _cells("th", headers, kinds)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    around = "wide whole" if is_whole else "wide"
+    return f'<div class="{around}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cells(tag: str, texts: Sequence[str], kinds: Sequence[str]) -> str:
-    pairs = zip(texts, kinds, strict=True)
-    return "".join(f'<{tag} class="{kind}">{escape(text)}</{tag}>' for text, kind in pairs)
+def _cells(tag: str, texts: Sequence[str], kinds: Sequence[str], headers: Sequence[str] = ()) -> str:
+    """A row's cells; each of the body has its column's header with it, for where there is no head."""
+    named = [f' data-header="{escape(header)}"' for header in headers] or [""] * len(texts)
+    cells = zip(texts, kinds, named, strict=True)
+    return "".join(f'<{tag} class="{kind}"{name}>{escape(text)}</{tag}>' for text, kind, name in cells)

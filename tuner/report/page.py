@@ -77,7 +77,10 @@ th, td {
 }
 thead th { border-top: 0; color: var(--quiet); font-weight: 500; font-size: 0.8rem; }
 td.number, th.number { text-align: right; }
-td.words { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
+td.words { white-space: normal; min-width: min(18rem, 50vw); overflow-wrap: anywhere; }
+.whole td, .whole th { white-space: normal; overflow-wrap: anywhere; }
+.whole td.number { white-space: nowrap; }
+.whole td.words { min-width: 0; width: 45%; }
 tr.best td { font-weight: 600; background: var(--accent-soft); }
 tr.lost td { color: var(--quiet); }
 figure { margin: 0 0 1.75rem; }
@@ -90,6 +93,14 @@ figcaption { color: var(--quiet); font-size: 0.9rem; max-width: 42rem; margin-bo
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 article + article { border-top: 1px solid var(--line); margin-top: 4rem; padding-top: 1rem; }
 footer { margin-top: 4rem; color: var(--quiet); font-size: 0.85rem; }
+@media (max-width: 60rem) {
+  .whole table, .whole tbody, .whole tr, .whole td, .whole td.words { display: block; width: auto; }
+  .whole thead { display: none; }
+  .whole tr { padding: 0.5rem 0; border-top: 1px solid var(--line); }
+  .whole tr:first-child { border-top: 0; }
+  .whole td, .whole td.number { border: 0; padding: 0.1rem 0.8rem; text-align: left; white-space: normal; }
+  .whole td::before { content: attr(data-header) ": "; color: var(--quiet); }
+}
 @media (max-width: 34rem) {
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: 0.5rem; }

@@ -50,7 +50,7 @@ def _headed(heading: str, body: RenderableType) -> RenderableType:
 
 def _lineage(reports: Sequence[RoundReport]) -> RenderableType:
     rows = advice.lineage_rows(reports)
-    ranks, words = (0, 1, 7, 2, 3, 4, 6, 5), {2: 12, 6: 14, 7: 20}
+    ranks, words = (0, 2, 7, 3, 4, 5, 6, 1), {2: 12, 6: 14, 7: 20}
     table = FittedTable(
         [
             column(name, [row[i] for row in rows], rank=ranks[i], min_width=words.get(i))

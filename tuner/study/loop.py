@@ -105,6 +105,8 @@ class RoundLoop:
                 self._close()
                 raise Interrupted("stopped; all progress is saved")
             while self.worker.capacity() > 0 and (assignment := self._next_assignment()) is not None:
+                # First, so that the view knows what the trial was given when it hears that it starts.
+                self.view.trials(self.state.changed())
                 self.worker.start(assignment)
             for event in self.worker.events(1.0):
                 self._record(event)
