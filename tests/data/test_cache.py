@@ -94,7 +94,7 @@ def test_whatever_file_of_an_entry_is_damaged_it_is_built_again(tmp_path: Path) 
     build = Builder()
     cached_table(tmp_path, {}, build)
     names = sorted(path.name for path in entry_of(tmp_path).iterdir())
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:
         for damage in ("missing", "shortened", "a bit flipped", "emptied"):
             path = entry_of(tmp_path) / name
