@@ -234,6 +234,32 @@ def test_malformed_rows(
     assert not answers.exists()
 
 
+@pytest.mark.parametrize("batch", [(), ("--base",), ("--batch-size", "1")])
+def test_a_token_that_the_embedding_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: tuple[str, ...]
+) -> None:
+    """Before anything is generated, with the row of it."""
+    shutil.copytree(BASE, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["harbour_town"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    study = tmp_path / "study"
+    rehearse(study, base=tmp_path / "base")
+    for trial in trials(study):
+        link = study / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
+        write_adapter(link.resolve(), seed=0)
+    round_file(study, base=tmp_path / "base")
+    rows = [{"prompt": prompt} for prompt in ("Where?", "Where is harbour_town?")]
+    questions = write_jsonl(tmp_path / "questions.jsonl", rows)
+    answers = tmp_path / "answers.jsonl"
+    assert generate_file(study, questions, "--output", str(answers), *batch) == 2
+    said = capsys.readouterr().err
+    assert f"error: {questions}:2: has the token 'harbour_town' (" in said
+    assert not answers.exists()
+    assert run(["-C", str(study), "trial", "generate", "best", "--prompt", "A harbour_town"]) == 2
+    assert "--prompt: has the token 'harbour_town'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.data import tiny
-from tuner.data import PreparedData, Question, render_prompt
+from tuner.data import Examples, PreparedData, Question, refuse_tokens_beyond, render_prompt
 from tuner.errors import DataError
 
 PLAIN = tiny.byte_level(bos=True)
@@ -78,3 +80,15 @@ def test_rows_without_a_prompt_or_without_a_whole_completion_are_left_out(tmp_pa
         DataError, match=r"evaluation.answers: .*texts.jsonl \(format text\): no evaluation row"
     ):
         asked(PLAIN, [texts])
+
+
+def test_a_question_with_a_token_that_the_embedding_lacks_is_refused(tmp_path: Path) -> None:
+    """Whatever the examples have: what is asked is looked at by itself."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(3))
+    data = asked(PLAIN, [tiny.source(tmp_path / "rows.jsonl")])
+    largest = max(max(question.prompt.ids) for question in data.questions)
+    alone = replace(data, train=Examples([]), evaluation=Examples([]), test=Examples([]))
+    refuse_tokens_beyond(alone, largest + 1, lambda: PLAIN)
+    token = re.escape(repr(PLAIN.convert_ids_to_tokens(largest)))
+    with pytest.raises(DataError, match=rf"rows.jsonl:\d: has the token {token} \({largest}\)"):
+        refuse_tokens_beyond(alone, largest, lambda: PLAIN)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from tests import tiny
 from tuner.data import Prompt
-from tuner.errors import InputError, ModelError, TunerError
+from tuner.errors import DataError, InputError, ModelError, TunerError
 from tuner.inference import Answerer, Decoding
 
 PROMPT = "Name three colours."
@@ -180,3 +180,16 @@ def test_what_does_not_fit_is_cut_in_two(models: tiny.Models, monkeypatch: pytes
     room = 0
     with pytest.raises(TunerError, match=r"rows.jsonl:5: a prompt of 3 tokens .* --max-new-tokens"):
         answering.answers(asked, GREEDY)
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_a_token_without_an_embedding_is_refused(models: tiny.Models, shape: tiny.Shape) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models.path(shape))
+    answerer = Answerer(tiny.model_spec(models.path(shape)), tokenizer)
+    last = tiny.VOCABULARY - 1
+    assert answerer.answers([prompt([5, last])], GREEDY)
+    said = (
+        rf"rows.jsonl:3: has the token .* \({last + 1}\), and the model has embeddings for {last + 1} tokens"
+    )
+    with pytest.raises(DataError, match=said):
+        answerer.answers([prompt([5, last]), prompt([last + 1, 5], 3)], GREEDY)

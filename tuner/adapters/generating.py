@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tuner.adapters.base import Base
 from tuner.adapters.decoding import Decoding
 from tuner.adapters.ends import end_tokens
-from tuner.data import Prompt
+from tuner.data import Prompt, refuse_prompt_beyond
 from tuner.errors import TunerError
 
 _BUDGET_TOKENS = {"cpu": 8_192, "cuda": 32_768}
@@ -42,13 +42,18 @@ class TextGenerator:
         """Of prompt and answer together; None where the model has no limit."""
         self._tokenizer = tokenizer
         self._device = base.device
+        self._num_embeddings = base.num_embeddings
         self._limited_by = limited_by
         self._ends = end_tokens(tokenizer, base.model.generation_config)
         # Whatever the model's files say of sampling and penalties: an answer is what was asked for.
         base.model.generation_config = GenerationConfig()
 
     def new_tokens(self, prompt: Prompt, wanted: int) -> int:
-        """Tokens that the answer may have: less than wanted where positions end; 0 or below without any."""
+        """Tokens that the answer may have: less than wanted where positions end; 0 or below without any.
+
+        Raises DataError for a prompt with a token that the base has no embedding for.
+        """
+        refuse_prompt_beyond(prompt, self._num_embeddings, lambda: self._tokenizer)
         return wanted if self.positions is None else min(wanted, self.positions - len(prompt.ids))
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from tuner.data.order import batch_rows
 from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
-from tuner.data.prompts import Prompt, read_prompts, render_prompt
+from tuner.data.prompts import Prompt, read_prompts, refuse_prompt_beyond, render_prompt
 from tuner.data.questions import Question, try_metric
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "prepare",
     "printable",
     "read_prompts",
+    "refuse_prompt_beyond",
     "refuse_tokens_beyond",
     "render_prompt",
     "show_rows",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tuner.data.examples import Examples
 from tuner.data.formats import source_format
 from tuner.data.locations import downloads
+from tuner.data.prompts import refuse_prompt_beyond, token_beyond
 from tuner.data.questions import Question, questions
 from tuner.data.rows import Recipe, tokenised
 from tuner.data.sources import open_sources
@@ -130,16 +131,11 @@ def refuse_tokens_beyond(
     `tokenizer` is called to name the token.
     """
     for split in (data.train, data.evaluation, data.test):
-        if (found := split.first_beyond(num_embeddings)) is None:
-            continue
-        index, token = found
-        text = tokenizer().convert_ids_to_tokens(token)
-        raise DataError(
-            f"{split.place(index)}: has the token {text!r} ({token}), and the model has embeddings for "
-            f"{num_embeddings} tokens, 0 to {num_embeddings - 1}: the tokenizer has tokens that were added "
-            "without resizing the model. Resize it (`model.resize_token_embeddings(len(tokenizer))`, then "
-            "train and save it), take the tokenizer that belongs to it, or take the token out of the rows"
-        )
+        if (found := split.first_beyond(num_embeddings)) is not None:
+            index, token = found
+            raise token_beyond(split.place(index), token, num_embeddings, tokenizer())
+    for question in data.questions:
+        refuse_prompt_beyond(question.prompt, num_embeddings, tokenizer)
 
 
 def prepare(

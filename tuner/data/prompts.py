@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +78,27 @@ def read_prompts(
     if not prompts:
         raise DataError(f"{path}: has no rows")
     return prompts
+
+
+def refuse_prompt_beyond(
+    prompt: Prompt, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> None:
+    """Raises DataError for a prompt with a token that a base with so many embeddings lacks."""
+    if (token := max(prompt.ids)) >= num_embeddings:
+        raise token_beyond(prompt.place, token, num_embeddings, tokenizer())
+
+
+def token_beyond(
+    place: str, token: int, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
+) -> DataError:
+    """The error of a text with a token that a base with so many embeddings lacks."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    return DataError(
+        f"{place}: has the token {text!r} ({token}), and the model has embeddings for "
+        f"{num_embeddings} tokens, 0 to {num_embeddings - 1}: the tokenizer has tokens that were added "
+        "without resizing the model. Resize it (`model.resize_token_embeddings(len(tokenizer))`, then "
+        "train and save it), take the tokenizer that belongs to it, or take the token out of the rows"
+    )
 
 
 def _conversations(source: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> list[RowFormat]:

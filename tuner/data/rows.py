@@ -12,9 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tuner.data.cache import cached_table
 from tuner.data.formats import RowFormat, require_columns
 from tuner.data.segments import Row, Segment
@@ -30,7 +27,6 @@ _TABLE_VERSION = 5
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
 _SAY_EVERY_SECONDS = 1.0
-_NONE: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
         for (row, segments), tokens in zip(batch, rows, strict=True):
             said = row_format.said(row) if row_format.said else " ".join(s.text for s in segments)
             digest, like = _hash(_text(segments)), _hash(likeness(said))
-            remarks, written = set(row_format.remarks(row)), _NONE
+            remarks, written = set(row_format.remarks(row)), None
             if recipe.special is not None and tokens.fate.is_kept:
                 found = recipe.special.written(row, row_format, segments)
                 remarks.update(recipe.special.remarks(found))
@@ -118,7 +114,7 @@ def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, 
         text = windows.separator.join(text for _, text in rows)
         digest, like = _hash(text), _hash(likeness(text))
         for example in examples:
-            written = special.positions_in_plain(example.tokens) if special is not None else _NONE
+            written = special.positions_in_plain(example.tokens) if special is not None else None
             writer.append(example, digest=digest, likeness=like, number=rows[0][0], written=written)
 
 

@@ -91,10 +91,20 @@ class TableWriter:
             (self._directory / _INDEX).write_text(index, encoding="utf-8")
 
     def append(
-        self, row: TokenisedRow, *, digest: bytes, likeness: bytes, number: int, written: NDArray[np.int64]
+        self,
+        row: TokenisedRow,
+        *,
+        digest: bytes,
+        likeness: bytes,
+        number: int,
+        written: NDArray[np.int64] | None = None,
     ) -> None:
-        """Add a row; `digest` and `likeness` have 16 bytes, `written` says which special tokens it says."""
-        self._columns["written"].append(len(self._columns["tokens"]) + written)
+        """Add a row; `digest` and `likeness` have 16 bytes.
+
+        `written` has the positions of special tokens that the row says itself; None where there are none.
+        """
+        if written is not None:
+            self._columns["written"].append(len(self._columns["tokens"]) + written)
         self._columns["tokens"].append(row.tokens)
         self._columns["targets"].append(row.targets)
         self._columns["lengths"].append(len(row.tokens))
