@@ -96,6 +96,39 @@ def test_the_best_adapter_is_loaded_as_peft_has_it(study):
     assert not model.training
 
 
+def test_an_answer_is_what_the_command_line_prints(study, capsys):
+    prompts = ["Say hello.", "Name three rivers and two lakes."]
+    answers = study.best.generate(prompts, max_new_tokens=8)
+    capsys.readouterr()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        words = ["trial", "generate", "best", "--prompt", prompt, "--max-new-tokens", "8"]
+        assert run(["-C", str(study.directory), *words]) == 0
+        assert capsys.readouterr().out == answer + "\n"
+    assert study.best.generate(prompts[0], max_new_tokens=8) == answers[:1]
+
+
+def test_an_export_and_a_rerun_are_those_of_the_command_line(study, tmp_path):
+    written = study.best.export(tmp_path / "adapter")
+    assert (written / "adapter_config.json").exists()
+    assert (written / "README.md").exists()
+    with pytest.raises(InputError, match="is not empty"):
+        study.best.export(tmp_path / "adapter")
+    again = study.trial("round1/0").reproduce(to_step=4, progress=False)
+    assert again.agrees
+    assert again.document["trial"] == 0 or again.document.get("number") == 0
+
+
+def test_what_can_be_freed_is_counted_before_it_is_freed(study):
+    assert study.clean() >= 0
+
+
+def test_a_sweep_writes_the_first_horizon(tmp_path):
+    path = write_round(tmp_path, trials=2, run="run: {production_steps: 64}")
+    found = tuner.Study(tmp_path).sweep("round1.yaml", engine="simulated", progress=False)
+    text = (tmp_path / "rehearsal" / path.name).read_text()
+    assert f"max_train_steps: {found or 6}" in text
+
+
 def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
     with pytest.raises(InputError, match="round9: no such round has begun; begun: round1, round2"):
         study.round("round9")

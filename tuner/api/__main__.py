@@ -12,10 +12,10 @@ from typing import Any
 
 from tuner.api.advice import Advice, advise
 from tuner.api.reporting import log
-from tuner.api.study import Promotion, Round, Study, Trial
+from tuner.api.study import Promotion, Reproduction, Round, Study, Trial
 
 _FUNCTIONS = (advise, log)
-_CLASSES = (Study, Round, Trial, Advice, Promotion)
+_CLASSES = (Study, Round, Trial, Advice, Promotion, Reproduction)
 _HEAD = """\
 # From Python
 

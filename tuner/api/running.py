@@ -140,6 +140,13 @@ def worker_document(
     }
 
 
+def rerun_worker(spec: RoundSpec, *, cache: Path, place: Path) -> LocalWorker:
+    """A process of its own with one slot, in which a trial runs again."""
+    (environment,) = worker_environments(1, visible_devices(), cores=os.cpu_count() or 1)
+    document = worker_document(spec, slots=1, cache=cache, place=place)
+    return LocalWorker(lambda: document, log=place / "worker.log", environment=environment)
+
+
 def _rehearse(
     file: RoundFile, where: Where, *, view: View, stopping: Callable[[], bool], passes: int
 ) -> None:

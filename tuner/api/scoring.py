@@ -24,6 +24,13 @@ Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 Tell = Callable[[str], None]
 
 
+def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
+    """A round's rows, made ready without a word."""
+    from tuner.data import load_tokenizer, prepare
+
+    return prepare(spec, load_tokenizer(spec.model), cache, lambda _: None)
+
+
 def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
     """Return the trial with its score on `data.test`, which is measured where it has none yet.
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,19 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.api.advice import Advice
 from tuner.api.automatic import Automatic
-from tuner.api.running import Gpus, Where, has_begun, run_here
+from tuner.api.running import Gpus, Where, has_begun, rerun_worker, run_here
+from tuner.api.scoring import prepared_quietly
 from tuner.errors import InputError, Interrupted
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.enough import Enough
+from tuner.playbook.reproduction import Agreement
 from tuner.playbook.selection import ranked
+from tuner.playbook.sweep import FirstHorizon
 from tuner.records import Evaluation, Hyperparameters, TrialState
 from tuner.records import Trial as RecordedTrial
 from tuner.report import View, round_markdown, status_document, write_html
 from tuner.report.bar import ProgressBar, Silence
-from tuner.spec import RoundFile
+from tuner.report.reproduction import reproduction_document
+from tuner.spec import RoundFile, RoundSpec
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.looking import begun_round, find_trial, opened, reports_on, statuses, trials_of
 from tuner.study.promotion import Overrides, promote_held
+from tuner.study.reproducing import planned_rerun, reproduce
 from tuner.study.results import reading_of
 
 if TYPE_CHECKING:
@@ -171,6 +177,38 @@ class Study:
         reason = None if enough is None else enough.reason
         return Round(open_folder(rounds.last.directory), rounds.last.spec.round, reason)
 
+    def sweep(
+        self,
+        round_file: str | os.PathLike[str],
+        *,
+        epochs: float | None = None,
+        slots: Count | None = None,
+        workers: Count = "auto",
+        engine: str | None = None,
+        progress: bool = True,
+    ) -> int | None:
+        """Find a first `max_train_steps`, write it into the round file, and return it.
+
+        Rounds `sweep-N` try learning rates without dropout and weight decay, N doubling up to
+        `run.production_steps`. `epochs` sets that instead; the other arguments are those of `run`. None where
+        the training rows cannot be fitted within the longest run: the file then has a tenth of it. Raises
+        what `run` does, and TunerError when the sweep gives no answer.
+        """
+        from tuner.api.sweeping import refuse_epochs, sweep_round
+
+        where = Where(slots, workers, engine)
+        file = where.file(self._path(round_file))
+        refuse_epochs(epochs, is_rehearsal=where.engine_of(file) == "simulated")
+        with _interruptible(None) as stopping:
+            answer = sweep_round(
+                file,
+                epochs=epochs,
+                run=lambda found: run_here(found, where, open_view=_view(progress), stopping=stopping),
+                prepare=prepared_quietly,
+                tell=_unsaid,
+            )
+        return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
+
     def promote(
         self,
         to: str,
@@ -207,6 +245,15 @@ class Study:
         inside = self._directory / path
         return inside if inside.exists() or not path.exists() else path
 
+    def clean(self, *, delete: bool = False) -> int:
+        """Return the bytes of checkpoints that nothing goes on from any more; with `delete`, free them.
+
+        Raises StorageError while a round of the study runs.
+        """
+        from tuner.api.cleaning import clean_study
+
+        return clean_study(self._folder(), delete=delete, tell=_unsaid)
+
     # --- tables -----------------------------------------------------------------------------------
 
     def trials_dataframe(self) -> pd.DataFrame:
@@ -237,6 +284,17 @@ class Promotion:
     """
 
     path: Path
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What running a trial again came to.
+
+    `agrees` says whether the curves agree, `document` is what `tuner trial reproduce --json` prints.
+    """
+
+    agrees: bool
     document: Mapping[str, Any]
 
 
@@ -383,6 +441,90 @@ class Trial:
         link = self._study.adapter(self._recorded)
         return None if link is None else Path(link)
 
+    def export(
+        self,
+        to: str | os.PathLike[str],
+        *,
+        merge: bool = False,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write the best adapter as a PEFT directory with tokenizer and model card; return the directory.
+
+        Args:
+            to: The directory, which has to be missing or empty.
+            merge: Whether to write a whole model instead, the adapter added into the base's weights.
+            dtype: Type of merged weights; None is bfloat16.
+            force: Whether to replace an earlier export.
+
+        Raises:
+            InputError: for a trial that is not complete, or a directory that cannot be used.
+        """
+        from tuner.api.exporting import Export, export_trial, finished_trial
+
+        wanted = Export(to=Path(to), merge=merge, dtype=dtype, force=force)
+        finished = finished_trial(self._study, self.name)
+        export_trial(finished, wanted, study=self._study.directory, tell=_unsaid, warn=_warn)
+        return Path(to)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        system: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return the answers of the best adapter, in the template it was trained on.
+
+        Loads base and adapter for each call: give all prompts at once. Without a temperature the likeliest
+        token is taken. Raises InputError for a trial without an adapter or a prompt that cannot be asked.
+        """
+        from tuner.data import load_tokenizer, render_prompt
+
+        spec, adapter = self._trained()
+        source, tokenizer = spec.data.train[0], load_tokenizer(spec.model)
+        asked = [
+            render_prompt(
+                source.format, tokenizer, instruction=prompt, system=system, template=source.template
+            )
+            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
+        from tuner.inference import Answerer, Decoding, batches  # after what can be wrong: it loads torch
+
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, seed)
+        answerer = Answerer(spec.model, tokenizer, adapter=adapter)
+        together = batches(
+            [len(prompt.ids) for prompt in asked],
+            [answerer.new_tokens(prompt, max_new_tokens) for prompt in asked],
+            budget_tokens=answerer.budget_tokens,
+            most_rows=None,
+        )
+        texts: dict[int, str] = {}
+        for batch in together:
+            said = answerer.answers([asked[at] for at in batch], decoding)
+            texts |= {at: generated.text for at, generated in zip(batch, said, strict=True)}
+        return [texts[at] for at in range(len(asked))]
+
+    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
+        """Run the trial again, alone, and return whether its curve agrees; the study stays as it is.
+
+        `to_step` runs the first steps only. Raises InputError for a trial without a result, Interrupted after
+        Ctrl-C.
+        """
+        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
+        view = _shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
+        try:
+            with _interruptible(None) as stopping:
+                found = reproduce(rerun, make_worker=rerun_worker, view=view, stopping=stopping)
+        finally:
+            view.close()
+        document = reproduction_document(self._study.name, found)
+        return Reproduction(found.agreement != Agreement.DIFFERS, document)
+
     def load(self, *, device: str | None = None) -> PeftModel:
         """Return the base model with the trial's best adapter, ready to generate.
 
@@ -390,13 +532,18 @@ class Trial:
         torch's; None takes a GPU where there is one. Raises InputError for a trial without an adapter,
         ModelError for a base that cannot be loaded.
         """
-        if self.adapter is None:
-            raise InputError(f"{self.name} is {self.state} and has no adapter to load")
-        from tuner.data.pretrained import as_trained
         from tuner.inference.loading import load_adapted
 
-        spec = as_trained(self._study.plan(self.round).absolute, self.adapter)
-        return load_adapted(spec.model, self.adapter.resolve(), device=device)
+        spec, adapter = self._trained()
+        return load_adapted(spec.model, adapter, device=device)
+
+    def _trained(self) -> tuple[RoundSpec, Path]:
+        """The round file as it was trained, and the adapter. Raises InputError without one."""
+        from tuner.data.pretrained import as_trained
+
+        if self.adapter is None:
+            raise InputError(f"{self.name} is {self.state} and has no adapter; see Study.trials_dataframe()")
+        return as_trained(self._study.plan(self.round).absolute, self.adapter), self.adapter.resolve()
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -437,15 +584,24 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Data
 
 def _view(progress: bool) -> Callable[[RoundFile, Gpus | None], View]:
     def view(file: RoundFile, gpus: Gpus | None) -> View:
-        if not progress:
-            return Silence()
-        return ProgressBar(
-            title=f"{file.spec.study}/{file.spec.round}",
-            trials_total=file.spec.num_trials,
-            max_train_steps=file.spec.max_train_steps,
-        )
+        spec = file.spec
+        return _shown(progress, f"{spec.study}/{spec.round}", spec.num_trials, spec.max_train_steps)
 
     return view
+
+
+def _shown(progress: bool, title: str, trials_total: int, max_train_steps: int) -> View:
+    if not progress:
+        return Silence()
+    return ProgressBar(title=title, trials_total=trials_total, max_train_steps=max_train_steps)
+
+
+def _unsaid(text: str) -> None:
+    """What the command line prints and a caller reads off the result."""
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 @dataclass

@@ -1,12 +1,10 @@
-"""What `trial reproduce` is wired to: a worker of its own with one slot, the live view and signals."""
+"""`trial reproduce`: a trial run again, shown live, and what that comes to."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import typer
 
+from tuner.api.running import rerun_worker
 from tuner.cli.printing import PROSE, error_output, next_command, output, spoken_by
 from tuner.cli.running import stop_signals
 from tuner.errors import Interrupted
@@ -14,11 +12,9 @@ from tuner.playbook.reproduction import Agreement
 from tuner.records import searched
 from tuner.report import dumps, open_view
 from tuner.report.reproduction import reproduction_document, reproduction_page
-from tuner.spec import RoundSpec
 from tuner.study.folder import StudyFolder
 from tuner.study.looking import find_trial
 from tuner.study.reproducing import planned_rerun, reproduce
-from tuner.workers import LocalWorker, visible_devices, worker_environments
 
 
 def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
@@ -41,7 +37,7 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
             spoken_by(view.message),
             stop_signals("stopping (once more ends at once)") as stopping,
         ):
-            found = reproduce(rerun, make_worker=_worker, view=view, stopping=stopping)
+            found = reproduce(rerun, make_worker=rerun_worker, view=view, stopping=stopping)
     except Interrupted as stop:
         again = next_command(f"tuner trial reproduce {name}{limit}")
         raise Interrupted(f"{stop}; begin again with: {again}") from stop
@@ -52,15 +48,3 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
     else:
         output(piped_width=PROSE).print(reproduction_page(folder.name, found))
     return found.agreement != Agreement.DIFFERS
-
-
-def _worker(spec: RoundSpec, *, cache: Path, place: Path) -> LocalWorker:
-    (environment,) = worker_environments(1, visible_devices(), cores=os.cpu_count() or 1)
-    document = {
-        "spec": spec.model_dump(mode="json"),
-        "slots": 1,
-        "cache": str(cache),
-        "lock": str(place / "worker.lock"),
-        "base": None,
-    }
-    return LocalWorker(lambda: document, log=place / "worker.log", environment=environment)

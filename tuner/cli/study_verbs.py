@@ -324,9 +324,9 @@ def clean(
 
     Example: `tuner study clean --yes`
     """
-    from tuner.cli.cleaning import clean_study
+    from tuner.api.cleaning import clean_study
 
-    clean_study(_folder(), delete=yes)
+    clean_study(_folder(), delete=yes, tell=typer.echo)
     _next("tuner study status" if yes else "tuner study clean --yes")
 
 

@@ -212,15 +212,24 @@ def export(
 
     Example: `tuner trial export best --to my-model --merge`
     """
-    from tuner.cli.exporting import Export, export_recipe, export_trial, finished_trial
-    from tuner.cli.printing import next_command, open_here
+    from tuner.api.exporting import Export, export_recipe, export_trial, finished_trial
+    from tuner.cli.preparing import prepared
+    from tuner.cli.printing import next_command, open_here, warn_of_code
 
     folder = open_here()
     if tool is not None:
         weights = {"--merge": merge, "--dtype": dtype, "--gguf": gguf, "--gguf-converter": gguf_converter}
         _refuse_beside_as({**weights, "--push": push, "--public": public, "--license": licence})
+        finished = finished_trial(folder, trial)
+        warn_of_code(finished.spec.model)
         command = export_recipe(
-            finished_trial(folder, trial), tool.value, to=to, force=force, study=folder.directory
+            finished,
+            tool.value,
+            to=to,
+            force=force,
+            study=folder.directory,
+            prepare=prepared,
+            tell=typer.echo,
         )
         typer.echo(f"next: {command}", err=True)
         return
@@ -235,8 +244,14 @@ def export(
         push=push,
         public=public,
     )
-    export_trial(finished_trial(folder, trial), wanted, study=folder.directory)
+    finished = finished_trial(folder, trial)
+    warn_of_code(finished.spec.model)
+    export_trial(finished, wanted, study=folder.directory, tell=typer.echo, warn=_warn)
     typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 def _refuse_beside_as(options: Mapping[str, object]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
+from tuner.api.scoring import Tell
 from tuner.errors import InputError
 from tuner.report.format import size
 from tuner.store import hold_study
@@ -12,19 +11,23 @@ from tuner.study.folder import REHEARSAL, StudyFolder, open_folder
 from tuner.study.keeping import unneeded
 
 
-def clean_study(folder: StudyFolder, *, delete: bool) -> None:
-    """Print what can be freed, that of the study's rehearsal too, and free it with `delete`."""
+def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
+    """Tell what can be freed, that of the study's rehearsal too, and free it with `delete`.
+
+    Returns the bytes of all.
+    """
     rehearsal = _rehearsal(folder)
     if not folder.has_begun and rehearsal is None:
-        typer.echo("nothing to free: no round has begun")
-        return
-    freed = _clean(folder, delete=delete) if folder.has_begun else 0
+        tell("nothing to free: no round has begun")
+        return 0
+    freed = _clean(folder, delete=delete, tell=tell) if folder.has_begun else 0
     if rehearsal is not None:
-        freed += _clean(rehearsal, delete=delete, prefix=f"{REHEARSAL}/")
-    typer.echo(
+        freed += _clean(rehearsal, delete=delete, tell=tell, prefix=f"{REHEARSAL}/")
+    tell(
         "from what has ended only a round of the same horizon would go on; the best adapters and trunks stay"
     )
-    typer.echo(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+    tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+    return freed
 
 
 def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
@@ -36,7 +39,7 @@ def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
     return found if found.has_begun else None
 
 
-def _clean(folder: StudyFolder, *, delete: bool, prefix: str = "") -> int:
+def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -> int:
     """Bytes of one study that are, or would be, freed."""
     freed = 0
     with hold_study(folder.directory, folder.storage, folder.name):
@@ -56,7 +59,7 @@ def _clean(folder: StudyFolder, *, delete: bool, prefix: str = "") -> int:
                 for each in found:
                     number = each.trial.number
                     freed += each.num_bytes
-                    typer.echo(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
+                    tell(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
                     if delete:
                         store.record(CheckpointsRemoved(record.name, number, each.paths))
                 if delete:

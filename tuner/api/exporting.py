@@ -1,4 +1,4 @@
-"""What `trial export` is wired to."""
+"""A trial for others: its adapter as a PEFT directory or merged, with a card; or another tool's files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from tuner.cli.destination import appearing_whole, require_free
-from tuner.cli.printing import warn_of_code
+from tuner.api.destination import appearing_whole, require_free
+from tuner.api.scoring import Prepare, Tell
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.licences import stated_licence
 from tuner.data.pretrained import as_trained
@@ -25,7 +23,7 @@ from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, merging_note, model_card
 from tuner.study.folder import StudyFolder
-from tuner.study.looking import find_trial
+from tuner.study.looking import begun_round, find_trial, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,13 +128,9 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
             f"{name}: the adapter of {path} is gone from {folder.checkpoints(trial.round).root}; "
             "export another trial, see: tuner trial list"
         )
-    store = folder.open()
-    try:
-        record = next(record for record in store.rounds() if record.name == trial.round)
-    finally:
-        store.close()
+    with opened(folder) as store:
+        record = begun_round(store, trial.round)
     written, spec = (as_trained(each, Path(adapter)) for each in (plan.spec, plan.absolute))
-    warn_of_code(spec.model)
     return Finished(trial, record, written, spec, Path(adapter))
 
 
@@ -150,8 +144,12 @@ def _why(trial: Trial) -> str:
             return f" ({trial.reason})" if trial.reason else ""
 
 
-def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
-    """Write the directory, then the GGUF file, then push; each is done when the one before it is whole."""
+def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell, warn: Tell) -> None:
+    """Write the directory, then the GGUF file, then push; each is done when the one before it is whole.
+
+    `tell` hears what was written, `warn` what whoever uses it has to know. Raises InputError before anything
+    is written, TunerError where it cannot be.
+    """
     require_free(export.to, force=export.force, keep=study)
     converter = _converter(export)
     token = _token(export, finished)
@@ -178,16 +176,16 @@ def export_trial(finished: Finished, export: Export, *, study: Path) -> None:
             export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
         (directory / "README.md").write_text(text, encoding="utf-8")
     if export.merge:
-        typer.echo(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
+        tell(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
     else:
-        typer.echo(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
+        tell(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
         if ends:
-            typer.echo(f"warning: {warning_of_ends(ends, tokenizer)}", err=True)
+            warn(warning_of_ends(ends, tokenizer))
     if export.gguf is not None and converter is not None:
         convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
-        typer.echo(f"{export.gguf}: the merged model, by {converter.name}")
+        tell(f"{export.gguf}: the merged model, by {converter.name}")
     if export.push is not None and token is not None:
-        typer.echo(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+        tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
 
 
 def _converter(export: Export) -> Path | None:
@@ -293,9 +291,10 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def export_recipe(finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path) -> str:
+def export_recipe(
+    finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path, prepare: Prepare, tell: Tell
+) -> str:
     """Write a trial's configuration for another tool, and the rows beside it; returns the tool's command."""
-    from tuner.cli.preparing import prepared
     from tuner.data.exported import write_parquet, write_to_disk
     from tuner.report.recipes import TOOLS, Recipe, recipe_file
 
@@ -314,10 +313,10 @@ def export_recipe(finished: Finished, tool_name: str, *, to: Path, force: bool, 
         every_steps=spec.evaluation.every_steps,
         eval_batch_size=spec.evaluation.batch_size,
     )
-    rows = prepared(spec, study / ".tuner-cache")
+    rows = prepare(spec, study / ".tuner-cache")
     with appearing_whole(to) as directory:
         write = write_to_disk if tool.rows_on_disk else write_parquet
         write({"train": rows.train, tool.held_out: rows.evaluation}, directory / "rows")
         (directory / tool.file).write_text(recipe_file(tool, recipe), encoding="utf-8")
-    typer.echo(f"{to}: {tool.file} for {tool.name}, and the rows of training and evaluation")
+    tell(f"{to}: {tool.file} for {tool.name}, and the rows of training and evaluation")
     return f"cd {shlex.quote(str(to.absolute()))} && {tool.command}"
