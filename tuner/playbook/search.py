@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from tuner.playbook.findings import Finding, Severity
 from tuner.records import Space, searched
 
-Sampler: TypeAlias = Literal["quasi-random", "tpe", "gp", "random", "grid"]
+Sampler: TypeAlias = str
+"""A name as in `search.sampler`."""
+_OWN = frozenset({"quasi-random", "tpe", "gp", "random", "grid"})
 
 MAX_STARTUP_TRIALS = 10
 """Optuna's own default; more are not needed before a model is fitted."""
@@ -27,6 +29,8 @@ def default_sampler(
     more sophisticated black box optimization algorithms during the exploration phase": by default the second
     round exploits.
     """
+    if before not in _OWN:
+        return before, "as before"
     if not knows_good_trials:
         return "quasi-random", "no good trials are known yet: it covers the space evenly"
     if not is_narrowed:
@@ -34,12 +38,12 @@ def default_sampler(
     return with_a_model(before), "the space is narrowed around good trials: now a model of them chooses"
 
 
-def with_a_model(sampler: Sampler) -> Literal["tpe", "gp"]:
-    """The sampler that models what was tried: the one that the file names already, else tpe.
+def with_a_model(sampler: Sampler) -> Sampler:
+    """The sampler that models what was tried: `gp` or a user's where the file names it already, else tpe.
 
     Rule: this project's decision, "Search".
     """
-    return "gp" if sampler == "gp" else "tpe"
+    return sampler if sampler == "gp" or sampler not in _OWN else "tpe"
 
 
 def startup_trials(*, enqueued: int, total: int) -> int:

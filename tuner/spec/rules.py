@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from tuner.methods.registry import is_built_in
 from tuner.records import Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
 from tuner.spec.dimensions import describe, largest, value_to_yaml
 from tuner.spec.hyperparameters import HYPERPARAMETERS
@@ -78,6 +79,9 @@ def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[s
 
 def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
     """Enqueued points that are outside the space or repeated, and spaces the sampler cannot search."""
+    if search.sampler_arguments and is_built_in("sampler", search.sampler):
+        message = f"means something with a sampler of yours alone, not with {search.sampler}; take it out"
+        yield Refusal(("search", "sampler_arguments"), message, rests_on=("search.sampler",))
     if search.sampler == "grid":
         for name, dimension in space.items():
             if isinstance(dimension, Range):

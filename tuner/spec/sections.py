@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,11 +16,13 @@ from pydantic import (
     model_validator,
 )
 
+from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
 from tuner.spec.dimensions import read_dimension
 from tuner.spec.hyperparameters import HYPERPARAMETERS
+from tuner.spec.names import meant_value
 from tuner.spec.refusals import UNKNOWN_KEY, Refusal, mistake, refuse
 from tuner.spec.schemas import enqueue_schema, hyperparameters_schema
-from tuner.spec.wording import shown
+from tuner.spec.wording import refusal, shown
 
 STRICT = ConfigDict(
     extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -40,6 +42,23 @@ def possible_path(path: str) -> str:
     if not is_url and any(len(name.encode()) > _LONGEST_NAME_BYTES for name in path.split("/")):
         raise mistake(f"has a name longer than {_LONGEST_NAME_BYTES} bytes, which no file system keeps")
     return path
+
+
+def _known(kind: Kind) -> Callable[[str], str]:
+    """Refuses a name that leads nowhere; what it leads to is not imported."""
+
+    def check(name: str) -> str:
+        if not is_known(kind, name):
+            raise mistake(refusal(expected(kind), name, meant_value(name, names(kind))))
+        return name
+
+    return check
+
+
+def _named(kind: Kind) -> WithJsonSchema:
+    """Names that are built in, for editors to complete, and any other."""
+    others = {"type": "string", "pattern": f"^{PATH}$"}
+    return WithJsonSchema({"anyOf": [{"enum": list(BUILT_IN[kind])}, others]})
 
 
 PathText = Annotated[Text, AfterValidator(possible_path)]
@@ -128,9 +147,12 @@ class SearchSpec(BaseModel):
     trials: Count = 16
     """Trials of the round. Infeasible ones count; those that a machine failed are replaced. No point is tried
     twice, so a search space with fewer points has a trial for each."""
-    sampler: Literal["quasi-random", "tpe", "gp", "random", "grid"] = "quasi-random"
+    sampler: Annotated[str, AfterValidator(_known("sampler")), _named("sampler")] = "quasi-random"
     """Who proposes: `quasi-random` covers the space evenly; `tpe` and `gp` model the results so far; `grid`
-    goes through all combinations of lists."""
+    goes through all combinations of lists. Or a sampler of Optuna's as `package.module:Class`, such as
+    `optuna.samplers:CmaEsSampler`."""
+    sampler_arguments: dict[str, Any] = {}
+    """What the class of such a sampler is made with, besides its seed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler; training has its own, `hyperparameters.training_seed`."""
     enqueue: Annotated[list[dict[str, Any]], WithJsonSchema(enqueue_schema())] = []
@@ -281,7 +303,7 @@ class RunSpec(BaseModel):
     """Ends trials before the horizon: `median` one whose best loss is above the median of what at least five
     complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
     horizon. It changes neither schedule nor horizon. A pruned trial counts, and is never promoted."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    report_to: list[Annotated[str, AfterValidator(_known("tracker")), _named("tracker")]] = []
     """Other tools that show each trial as a run with its curve, while it runs. Each is an extra;
     `tuner doctor` names the command that installs it."""
 

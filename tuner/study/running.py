@@ -20,6 +20,7 @@ from tuner.errors import (
     WorkerError,
 )
 from tuner.installation import install_command
+from tuner.methods.registry import is_built_in
 from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.elsewhere import not_installed
@@ -36,7 +37,7 @@ from tuner.study.mirror import MirroredStore
 from tuner.study.pages import round_report, write_pages
 from tuner.study.plan import RoundPlan
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
-from tuner.study.sampling import Advisor, optuna_storage
+from tuner.study.sampling import Advisor, make_sampler, optuna_storage
 from tuner.workers import Worker
 
 
@@ -163,10 +164,12 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
-    """The tools that the round is shown in have to be there; a rehearsal is shown nowhere.
+    """A sampler of the user's and the tools that the round is shown in have to be there.
 
-    Raises RoundFileError.
+    A rehearsal is shown nowhere. Raises RoundFileError, and InputError for a sampler.
     """
+    if not is_built_in("sampler", plan.spec.search.sampler):
+        make_sampler(plan.spec.search, seed=0)
     run = plan.spec.run
     missing = not_installed(run.report_to) if run.engine != "simulated" else []
     key = "run.report_to"

@@ -6,6 +6,7 @@ that a resumed round goes on where it stopped; everything told can be told again
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -25,6 +26,8 @@ from optuna.distributions import (
 )
 from sqlalchemy import event
 
+from tuner.errors import InputError
+from tuner.methods.registry import load
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.advice import Lesson, Objective, Outcome, lessons, outcomes
 from tuner.playbook.search import startup_trials
@@ -58,6 +61,7 @@ MAX_REPORTS = 20
 _TRIES = {"quasi-random": 1000, "random": 1000, "grid": 1000, "tpe": 20, "gp": 3}
 """Proposals of a sampler that may all be points of the round already, before one is looked for without it.
 One of `gp` takes half a second or more, and a second one is mostly the same."""
+_TRIES_OF_ANOTHER = 10
 _RANDOM_TRIES = 1000
 """Random points that may, before a finite space is gone through in order."""
 
@@ -185,7 +189,7 @@ class Advisor:
         # Its own for each proposal: a resumed round repeats none.
         random = np.random.default_rng((self._search.seed, ordinal))
         sampled = self._sampled(ordinal, trials, random)
-        for point in itertools.islice(sampled, _TRIES[self._search.sampler]):
+        for point in itertools.islice(sampled, _TRIES.get(self._search.sampler, _TRIES_OF_ANOTHER)):
             yield {**point, **given}
         left_open = {name: dimension for name, dimension in self._space.items() if name not in given}
         for point in _any_point(left_open, random):
@@ -214,6 +218,9 @@ class Advisor:
                 yield from _random_points(self._space, random)
             case "tpe" | "gp" as sampler:
                 yield from self._modelled_points(sampler, trials, random)
+            case _:
+                while True:
+                    yield self._point_of_another(trials, seed=int(random.integers(2**31)))
 
     def _modelled_points(
         self, sampler: Literal["tpe", "gp"], trials: Sequence[Trial], random: np.random.Generator
@@ -265,6 +272,32 @@ class Advisor:
                 study.enqueue_trial(self._encoded(point))
                 study.ask(self._distributions)
             found = study.ask(self._distributions).params
+        return {name: self._decode(name, found[name]) for name in self._space}
+
+    def _point_of_another(self, trials: Sequence[Trial], *, seed: int) -> dict[str, Value]:
+        """What a sampler that is not tuner's proposes, in a study of its own that is told the round.
+
+        The same facts give the same proposal. An infeasible trial is told as the worst of all.
+        """
+        study = optuna.create_study(
+            direction=self.study.direction, sampler=make_sampler(self._search, seed=seed)
+        )
+        told = {t.number: self._value(t) for t in trials if t.state == TrialState.COMPLETE}
+        is_loss = self._objective == "loss"
+        worst = (max if is_loss else min)(told.values(), default=10.0 if is_loss else 0.0)
+        values = told | {t.number: worst for t in trials if t.state == TrialState.INFEASIBLE}
+        for trial in trials:
+            if not self._holds(trial.hyperparameters) or trial.state == TrialState.FAILED:
+                continue
+            params = self._encoded(trial.hyperparameters)
+            if trial.number in values:
+                value = values[trial.number]
+                known = optuna.create_trial(params=params, distributions=self._distributions, value=value)
+                study.add_trial(known)
+            elif not trial.state.is_final:
+                study.enqueue_trial(params)
+                study.ask(self._distributions)
+        found = study.ask(self._distributions).params
         return {name: self._decode(name, found[name]) for name in self._space}
 
     def _holds(self, point: Hyperparameters) -> bool:
@@ -361,6 +394,26 @@ class Advisor:
     def _penalty(self) -> float:
         losses = [t.value for t in self.study.get_trials(deepcopy=False) if t.value is not None]
         return max(losses, default=10.0)
+
+
+def make_sampler(search: SearchSpec, *, seed: int) -> optuna.samplers.BaseSampler:
+    """A sampler that is not tuner's, with the file's arguments and a seed where it takes one.
+
+    Raises InputError where it cannot be imported or made, or is no sampler of Optuna's.
+    """
+    made_by = load("sampler", search.sampler)
+    place = f"search.sampler {search.sampler}"
+    try:
+        takes_seed = "seed" in inspect.signature(made_by).parameters
+        arguments = {"seed": seed, **search.sampler_arguments} if takes_seed else search.sampler_arguments
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            made = made_by(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"{place}: cannot be made with {search.sampler_arguments}: {error}") from error
+    if not isinstance(made, optuna.samplers.BaseSampler):
+        raise InputError(f"{place}: gives a {type(made).__name__}, and not a sampler of Optuna's")
+    return made
 
 
 def shown_steps(planned: Sequence[int]) -> frozenset[int]:

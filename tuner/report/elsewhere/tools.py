@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from tuner.methods.registry import is_built_in, load
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Trial
 
@@ -59,14 +60,20 @@ class Tool(Protocol):
 
 
 def open_tool(name: str, followed: FollowedRound) -> Tool:
-    """The tool that `run.report_to` calls so. Raises whatever its library does when it is imported."""
-    tool: Tool = import_module(f"tuner.report.elsewhere.{name}_runs").open_tool(followed)
-    return tool
+    """The tool that `run.report_to` calls so. Raises whatever its library does when it is imported.
+
+    One that is not tuner's is called with the round, and gives a `Tool`.
+    """
+    if is_built_in("tracker", name):
+        tool: Tool = import_module(f"tuner.report.elsewhere.{name}_runs").open_tool(followed)
+        return tool
+    opened: Tool = load("tracker", name)(followed)
+    return opened
 
 
 def not_installed(names: Iterable[str]) -> list[str]:
     """Those of the tools whose library cannot be imported here."""
-    return [name for name in names if find_spec(name) is None]
+    return [name for name in names if is_built_in("tracker", name) and find_spec(name) is None]
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""What a round file may choose by name, and where each name leads."""

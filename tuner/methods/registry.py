@@ -1,0 +1,61 @@
+"""Names that a round file may choose: built in, `package.module:Name`, or registered by an installed package.
+
+Names are read, and nothing that they lead to is imported, until somebody uses it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeAlias
+
+from tuner.errors import InputError
+
+Kind: TypeAlias = Literal["sampler", "tracker"]
+
+BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
+    "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
+    "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
+}
+PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
+"""Pattern of `package.module:Name`."""
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Return the names that are built in and those that installed packages register.
+
+    A package registers one by an entry point of the group `tuner.samplers` or `tuner.trackers`.
+    """
+    registered = sorted(entry_points(group=f"tuner.{kind}s").names)
+    return (*BUILT_IN[kind], *(name for name in registered if name not in BUILT_IN[kind]))
+
+
+def is_built_in(kind: Kind, name: str) -> bool:
+    """Whether tuner itself has it."""
+    return name in BUILT_IN[kind]
+
+
+def is_known(kind: Kind, name: str) -> bool:
+    """Whether the name leads somewhere, as far as can be said without importing it."""
+    return re.fullmatch(PATH, name) is not None or name in names(kind)
+
+
+def expected(kind: Kind) -> str:
+    """What may stand where a name is unknown."""
+    return f"one of {', '.join(names(kind))}, or package.module:Name"
+
+
+def load(kind: Kind, name: str) -> Any:
+    """Return what a name leads to that is not built in. Raises InputError where it cannot be imported."""
+    found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
+    path = found.value if found is not None else name
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{kind} {name}: {path} cannot be imported: {error}. Install the package that has it, or put its "
+            "folder on PYTHONPATH"
+        ) from error
