@@ -298,8 +298,10 @@ def test_a_path_in_the_home_folder_is_found_and_written_so_that_it_is_found_agai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shell leaves `--data=~/rows.jsonl` as it is; a folder with a blank is quoted where it is named."""
+    from tests.studies import QUICKSTART
+
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "base").mkdir()
+    (tmp_path / "base").symlink_to(QUICKSTART / "base")
     (tmp_path / "rows.jsonl").write_text(GOOD_ROW * 3)
     (tmp_path / "held.jsonl").write_text(OTHER_ROW)
     study = tmp_path / "my study"

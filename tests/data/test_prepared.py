@@ -22,6 +22,7 @@ from tuner.data.formats import source_format
 from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
 from tuner.data.sources import open_sources
+from tuner.data.splits import share_to_hold_out
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
 from tuner.spec import SourceSpec
@@ -620,3 +621,33 @@ def test_real_alpaca_rows() -> None:
     )
     assert "### Response:\n" in show_rows(data.train, PLAIN, 1)[0].pieces[0][0]
     assert np.all(data.train.num_targets > 1)
+
+
+@given(
+    st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=1, max_size=300),
+    st.integers(1, 100),
+    st.floats(0.01, 0.3),
+)
+def test_the_share_that_holds_out_so_many_rows(found: list[float], wanted: int, least: float) -> None:
+    """At least as many as are wanted, or three tenths, where the rows can be parted so; some are left."""
+    places = np.array(found)
+    share = share_to_hold_out(places, least=least, wanted_rows=wanted)
+    if len(set(found)) == 1:
+        assert share is None
+        return
+    assert share is not None
+    held_out = int((places < share).sum())
+    assert 0 < held_out < len(found)
+    most = max(1, min(wanted, int(0.3 * len(found))))
+    nearest = np.sort(places)[most - 1]
+    if max(nearest, least) < places.max():
+        assert held_out >= most
+        assert share >= least
+
+
+def test_a_smaller_share_would_hold_out_too_few() -> None:
+    places = np.random.default_rng(0).random(200)
+    share = share_to_hold_out(places, least=0.05, wanted_rows=50)
+    assert share == round(share or 0, 2)
+    assert (places < share).sum() >= 50 > (places < share - 0.01).sum()
+    assert share_to_hold_out(np.arange(4000) / 4000, least=0.05, wanted_rows=50) == 0.05

@@ -2,7 +2,7 @@
 
 import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.base import Base, load_base
-from tuner.adapters.initial import Adapter, embeddings_of, initial_adapter, largest_adapter
+from tuner.adapters.initial import Adapter, embeddings_of, initial_adapter, largest_adapter, positions_of
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.adapters.peft_files import read_adapter, write_adapter
 
@@ -15,6 +15,7 @@ __all__ = [
     "initial_adapter",
     "largest_adapter",
     "load_base",
+    "positions_of",
     "read_adapter",
     "write_adapter",
 ]

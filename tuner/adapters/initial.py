@@ -150,6 +150,15 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
     return adapter_sizes(hollow, space)[1]
 
 
+def positions_of(model: ModelSpec) -> int | None:
+    """Tokens that a row may have, by the model's configuration; None where that says nothing.
+
+    Raises ModelError.
+    """
+    text = load_config(model, max_length=1).get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None)
+
+
 def embeddings_of(model: ModelSpec) -> int:
     """Number of token ids that a model has embeddings for, by its configuration. Raises ModelError."""
     config = load_config(model, max_length=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,16 +26,23 @@ from tuner.data.metrics import METRIC_KEY
 from tuner.data.pretrained import loaded_commit
 from tuner.data.preview import WRITTEN
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
+from tuner.playbook.precision import loss_error
+from tuner.records import Evaluation
 from tuner.report import check_document, dumps, plan_table
 from tuner.report.documents import RoundPlan
-from tuner.report.format import count, size
+from tuner.report.format import count, percent, size
 from tuner.spec import DORA_TRAINS_ALONE, ModelSpec, RoundSpec, load_round
 from tuner.study.checking import planned_hours, planned_round
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.pages import round_report
 from tuner.study.plan import RoundPlan as StudyPlan
-from tuner.study.running import refuse_changed_file, refuse_uninstalled
+from tuner.study.running import base_evaluation, refuse_changed_file, refuse_uninstalled
+
+MOST_NOISE = 0.02
+"""Standard error of the base's loss, relative to it, from which on `study check` warns."""
+FEW_EXAMPLES = 50
+"""Evaluation rows, with fewer of which it warns before that error is known."""
 
 
 def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
@@ -54,6 +62,13 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | N
     else:
         output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
+
+
+def refuse_unusable(path: Path) -> None:
+    """Raises InputError where `study check` of this file would."""
+    round_plan = StudyPlan(load_round(path))
+    _next_command(round_plan)
+    _plan(round_plan, show=0, probe=False)
 
 
 def _next_command(plan: StudyPlan) -> str:
@@ -91,11 +106,14 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
 
     refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
+    base = _recorded_base(round_plan, data)
     if probe:
-        from tuner.training.opening import arrange
+        from tuner.training.opening import arrange, measure_base
         from tuner.training.probe import predict
 
-        predicted = predict(arrange(spec, data, slots=spec.run.slots), spec)
+        place = arrange(spec, data, slots=spec.run.slots)
+        base = measure_base(place)
+        predicted = predict(place, spec)
         hours = planned_hours(
             spec,
             seconds_per_step=predicted.seconds_per_step,
@@ -103,6 +121,9 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
         )
         plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     remarks = _remarks(spec, data)
+    remarks += noise_remarks(
+        base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
+    )
     remarks += _answers(round_plan, data)
     if spec.ends_early is not None:
         remarks.append(spec.ends_early)
@@ -116,6 +137,49 @@ def _plan(round_plan: StudyPlan, *, show: int, probe: bool) -> tuple[RoundPlan, 
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
     return plan, remarks
+
+
+def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
+    """What the round's trials had before their first step, on just these evaluation rows; None before."""
+    folder = open_folder(plan.file.directory)
+    if not folder.has_begun:
+        return None
+    store = folder.open()
+    try:
+        base = base_evaluation(store.trials(plan.name))
+    finally:
+        store.close()
+    same = base is not None and base.example_tokens == tuple(data.evaluation.num_targets.tolist())
+    return base if same else None
+
+
+def noise_remarks(
+    base: Evaluation | None, *, num_examples: int, max_examples: int | None = None
+) -> Iterator[str]:
+    """Whether the evaluation rows are too few to see small gains; `base` is None where it is not measured."""
+    how = "raise evaluation.max_examples" if num_examples == max_examples else "hold out more rows"
+    so = f"every verdict of a report rests on that noise: {how}"
+    rows, most = count(num_examples, "evaluation row"), percent(MOST_NOISE)
+    error = None if base is None else loss_error(base)
+    if base is not None and error is not None and base.eval_loss > 0:
+        share = error / base.eval_loss
+        if share > MOST_NOISE:
+            wanted = two_digits_up(num_examples * (share / MOST_NOISE) ** 2)
+            yield (
+                f"the standard error of the base's loss is {percent(share)} with {rows}, and {so}; about "
+                f"{wanted:,} would make it {most}"
+            )
+    elif num_examples < FEW_EXAMPLES:
+        yield (
+            f"with {rows} the standard error of the base's loss is probably above {most} (--probe measures "
+            f"it), and {so}"
+        )
+
+
+def two_digits_up(number: float) -> int:
+    """A number of at least 1, rounded up to two significant digits."""
+    unit = int(10 ** max(0, math.floor(math.log10(number)) - 1))
+    return math.ceil(number / unit) * unit
 
 
 def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:

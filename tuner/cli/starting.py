@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
-from tuner.data.survey import survey
-from tuner.errors import InputError
-from tuner.spec import SourceSpec, new_round
+from tuner.cli.checking import refuse_unusable
+from tuner.cli.preparing import progress_shown
+from tuner.cli.printing import error_output
+from tuner.data import load_tokenizer, share_for_evaluation
+from tuner.data.survey import matching_columns, survey
+from tuner.errors import InputError, ModelError
+from tuner.report.format import count
+from tuner.spec import RoundFile, SourceSpec, load_round, new_round
+from tuner.spec.new_round import EVAL_FRACTION, MAX_LENGTH
 from tuner.spec.sections import possible_path
+from tuner.study.disk import taken_back
+from tuner.study.plan import RoundPlan
+
+_WANTED_ROWS = 50
+"""Evaluation rows, where there are so many to hold out: the noise of fewer hides what trials gain."""
 
 
 def write_first_round(
@@ -22,34 +34,110 @@ def write_first_round(
     data: str,
     eval_data: str | None,
     format: str | None,
+    columns: Sequence[str] = (),
     template: str | None = None,
 ) -> Path:
-    """Write DIR/round1.yaml; returns its path.
+    """Write DIR/round1.yaml, which `study check` accepts; returns its path.
 
-    Raises InputError when it exists or cannot be written, DataError for data that cannot be read.
+    Raises InputError when it exists or cannot be written, and what `study check` would refuse it for; then
+    nothing is left of it.
     """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit it")
-    model, data = _local("--model", model), _local("--data", data)
+    model, gguf_file = _model(_local("--model", model))
+    data = _local("--data", data)
     eval_data = None if eval_data is None else _local("--eval", eval_data)
-    source = SourceSpec(path=data, format=_known(format) if format else "alpaca")
+    named = dict(_named(option) for option in columns)
+    if named and format is None:
+        raise InputError("--columns: names a format's columns; say which one by --format")
+    source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named)
     found, train_rows = survey(source, recognised=format is None)
-    text = new_round(
-        study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
-        model=_from_folder(model, directory),
-        data=_from_folder(data, directory),
-        eval=None if eval_data is None else _from_folder(eval_data, directory),
-        format=found,
-        train_rows=train_rows,
-        recipe=template,
-    )
+    source = source.model_copy(update={"format": found})
+
+    def text(max_length: int = MAX_LENGTH, eval_fraction: float | None = None) -> str:
+        return new_round(
+            study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
+            model=_from_folder(model, directory),
+            gguf_file=gguf_file,
+            data=_from_folder(data, directory),
+            eval=None if eval_data is None else _from_folder(eval_data, directory),
+            format=found,
+            columns=matching_columns(source),
+            train_rows=train_rows,
+            max_length=max_length,
+            eval_fraction=eval_fraction,
+            recipe=template,
+        )
+
+    with taken_back(directory, directory / ".tuner-cache"):
+        try:
+            file = _written(path, text())
+            max_length = _max_length(file)
+            file = _written(path, text(max_length))
+            if eval_data is None:
+                _written(path, text(max_length, _eval_fraction(file)))
+            refuse_unusable(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _written(path: Path, text: str) -> RoundFile:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    return path
+    return load_round(path)
+
+
+def _max_length(file: RoundFile) -> int:
+    """As many tokens as the model has positions, where these are fewer."""
+    from tuner.adapters import positions_of  # loads torch
+
+    model = file.spec.absolute(file.directory).model
+    load_tokenizer(model)  # says best what is wrong with a model
+    return min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
+
+
+def _eval_fraction(file: RoundFile) -> float:
+    spec = file.spec.absolute(file.directory)
+    with progress_shown(error_output()) as say:
+        return share_for_evaluation(
+            spec,
+            load_tokenizer(spec.model),
+            RoundPlan(file).cache,
+            say,
+            least=EVAL_FRACTION,
+            wanted_rows=_WANTED_ROWS,
+        )
+
+
+def _model(path: str) -> tuple[str, str | None]:
+    """A model's path, and the name of its GGUF file where it is one. Raises ModelError."""
+    place = Path(path)
+    if place.is_file() and place.suffix.lower() == ".gguf":
+        return str(place.parent), place.name
+    if not place.is_dir() or (place / "config.json").exists():
+        return path, None
+    files = sorted(file.name for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    if not files:
+        raise ModelError(f"{path}: has no config.json and no GGUF file, so there is no model in it")
+    if len(files) > 1:
+        raise ModelError(
+            f"{path}: has {count(len(files), 'GGUF file')}: {', '.join(files)}; give one of them as --model"
+        )
+    return path, files[0]
+
+
+def _named(option: str) -> tuple[str, str]:
+    """A column of the format, and what it is called."""
+    column, equals, name = option.partition("=")
+    if not (column and equals and name):
+        raise InputError(f"--columns {option}: expects COLUMN=NAME, such as prompt=question")
+    return column, name
 
 
 def _local(option: str, path: str) -> str:

@@ -48,23 +48,37 @@ def new(
     model: Annotated[str, typer.Option(help="Directory or Hub id of the base.")],
     data: Annotated[str, typer.Option(help="File or Hub id of the training rows.")],
     eval_data: Annotated[
-        str | None, typer.Option("--eval", help="Evaluation rows; else 5% of the training rows.")
+        str | None,
+        typer.Option("--eval", help="Evaluation rows; else 5% of the training rows, 50 where they are few."),
     ] = None,
     format: Annotated[
         str | None, typer.Option(help="How a row is read, such as alpaca; else recognised by its columns.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=NAME",
+            help="What the format's columns are called, such as prompt=question. Repeatable.",
+        ),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="A known recipe to begin with: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
 ) -> None:
-    """Write a commented round1.yaml, its horizon derived from the number of rows.
+    """Write a commented round1.yaml that `study check` accepts, its horizon derived from the number of rows.
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
     from tuner.cli.starting import write_first_round
 
     path = write_first_round(
-        directory, model=model, data=data, eval_data=eval_data, format=format, template=template
+        directory,
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        format=format,
+        columns=columns or (),
+        template=template,
     )
     _say(f"wrote {path}")
     _next(f"tuner study check {shlex.quote(str(path))}")

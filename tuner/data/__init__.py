@@ -3,7 +3,14 @@
 from tuner.data.examples import Example, Examples
 from tuner.data.metrics import Metric, load_metric
 from tuner.data.order import batch_rows
-from tuner.data.prepared import DataReport, PreparedData, SplitReport, prepare, refuse_tokens_beyond
+from tuner.data.prepared import (
+    DataReport,
+    PreparedData,
+    SplitReport,
+    prepare,
+    refuse_tokens_beyond,
+    share_for_evaluation,
+)
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
 from tuner.data.prompts import Prompt, read_prompts, refuse_prompt_beyond, render_prompt
@@ -28,6 +35,7 @@ __all__ = [
     "refuse_prompt_beyond",
     "refuse_tokens_beyond",
     "render_prompt",
+    "share_for_evaluation",
     "show_rows",
     "try_metric",
 ]

@@ -27,8 +27,10 @@ from tuner.data.splits import (
     examples,
     overlap,
     pieces,
+    places,
     refuse_overlap,
     sample,
+    share_to_hold_out,
     weigh,
 )
 from tuner.data.tokenise import Fate, Tokeniser
@@ -201,6 +203,35 @@ def prepare(
         if answers is not None
         else (),
     )
+
+
+def share_for_evaluation(
+    spec: RoundSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path | None,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    least: float,
+    wanted_rows: int,
+) -> float:
+    """An `eval_fraction`, `least` or more, that holds out so many of the training rows that are kept.
+
+    Of few rows it is three tenths. Raises DataError as `prepare`, and where the rows cannot be parted.
+    """
+    data = spec.data
+    recipe = Recipe(Tokeniser(tokenizer), data.loss_on, data.max_length, cache, say)
+    parts = _parts(data.train, tokenizer, recipe, asks=False)
+    fates = np.concatenate([part.table.fates[part.rows] for part in parts])
+    kept = (fates == Fate.KEPT) | (fates == Fate.TRUNCATED)
+    _refuse_emptiness(data, {"train": [part.kept() for part in parts]}, {"train": parts})
+    share = share_to_hold_out(places(parts)[kept], least=least, wanted_rows=wanted_rows)
+    if share is None:
+        sources = ", ".join(part.source.name for part in parts)
+        raise DataError(
+            f"{sources}: of its rows none can be held out, since there is one alone, or all are alike; give "
+            "evaluation rows of their own"
+        )
+    return share
 
 
 def _parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,6 +17,8 @@ from tuner.data.tokenise import Fate
 from tuner.errors import DataError
 
 _ROWS_AT_ONCE = 65_536
+_MOST_HELD_OUT = 0.3
+"""Of few rows: the others are for training."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,19 +61,40 @@ def divide(parts: Parts, eval_fraction: float) -> tuple[list[Part], list[Part]]:
 
     Of rows that are alike but not equal, the hash of one speaks for all, so that they stay together.
     """
-    held_out = np.concatenate([_position(part.digests()[:, 0]) < eval_fraction for part in parts])
+    held_out = places(parts) < eval_fraction
+    ends = np.cumsum([len(part.rows) for part in parts])
+    out = np.split(held_out, ends[:-1])
+    train = [replace(part, rows=part.rows[~is_out]) for part, is_out in zip(parts, out, strict=True)]
+    evaluation = [replace(part, rows=part.rows[is_out]) for part, is_out in zip(parts, out, strict=True)]
+    return train, evaluation
+
+
+def places(parts: Parts) -> NDArray[np.float64]:
+    """Where each row stands between 0 and 1: a row below `eval_fraction` is held out."""
+    found = np.concatenate([_position(part.digests()[:, 0]) for part in parts])
     likenesses = _halves(parts, "likenesses", 0)
     order = np.lexsort((_halves(parts, "digests", 1), likenesses))
     opens = np.diff(likenesses[order], prepend=~likenesses[order[:1]]) != 0
     del likenesses
     speaks = np.where(opens, np.arange(len(order)), 0)
     np.maximum.accumulate(speaks, out=speaks)
-    held_out[order] = held_out[order[speaks]]
-    ends = np.cumsum([len(part.rows) for part in parts])
-    out = np.split(held_out, ends[:-1])
-    train = [replace(part, rows=part.rows[~is_out]) for part, is_out in zip(parts, out, strict=True)]
-    evaluation = [replace(part, rows=part.rows[is_out]) for part, is_out in zip(parts, out, strict=True)]
-    return train, evaluation
+    found[order] = found[order[speaks]]
+    return found
+
+
+def share_to_hold_out(places: NDArray[np.float64], *, least: float, wanted_rows: int) -> float | None:
+    """The smallest share, `least` or more, that holds out so many rows, or three tenths of fewer.
+
+    Fewer rows, or a smaller share, where else none would be left; None where all rows stand in one place.
+    """
+    ordered = np.sort(places)
+    wanted = max(1, min(wanted_rows, int(_MOST_HELD_OUT * len(ordered))))
+    for num_rows, lowest in ((wanted, least), (1, least), (1, 0.0)):
+        for digits in range(2, 17):
+            share = max(lowest, (math.floor(ordered[num_rows - 1] * 10**digits) + 1) / 10**digits)
+            if num_rows <= (ordered < share).sum() < len(ordered) and share < 1:
+                return float(share)
+    return None
 
 
 def sample(parts: Parts, max_examples: int | None) -> list[Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from tuner.playbook.precision import paired_standard_error
+from tuner.playbook.precision import loss_error
 from tuner.records import Evaluation, FinalScore, Trial
 
 
@@ -20,11 +20,10 @@ def final_score(
     tokens = tuple(example_tokens)
     loss = math.fsum(example_nll) / sum(tokens)
     made = Evaluation(step, loss, example_nll=tuple(example_nll), example_tokens=tokens)
-    nothing = Evaluation(step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
     return FinalScore(
         step=step,
         loss=loss,
-        standard_error=paired_standard_error(made, nothing),
+        standard_error=loss_error(made),
         num_examples=len(tokens),
         num_tokens=sum(tokens),
         rows=rows,

@@ -56,6 +56,17 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
     return math.sqrt(variance) if math.isfinite(variance) else None
 
 
+def loss_error(evaluation: Evaluation) -> float | None:
+    """Standard error of an evaluation's loss over its examples, in nats per token.
+
+    None unless the loss is a number, over two examples at least. Rule: this project's decision,
+    "settled_step".
+    """
+    tokens = evaluation.example_tokens
+    nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
+    return paired_standard_error(evaluation, nothing)
+
+
 def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
     """Return the standard deviation of the late losses around a line through them, in nats per token.
 

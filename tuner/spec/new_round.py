@@ -15,6 +15,10 @@ from tuner.spec.sections import RunSpec
 from tuner.spec.wording import one_of
 from tuner.spec.yaml_text import one_line
 
+EVAL_FRACTION = 0.05
+"""Share of the rows to hold out where they are many."""
+MAX_LENGTH = 512
+"""Tokens of a row, where the model has so many positions."""
 _BATCH_SIZE = 8
 _MIN_PRODUCTION_STEPS = 60
 _PRODUCTION_EPOCHS = 3
@@ -123,7 +127,9 @@ def new_round(
     goal: str | None = None,
     dtype: str = "bfloat16",
     quantization: str | None = None,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
+    gguf_file: str | None = None,
+    columns: Mapping[str, str] | None = None,
     recipe: str | None = None,
 ) -> str:
     """The commented text of a first round file, by one of `RECIPES` or as this version does it by default.
@@ -138,14 +144,15 @@ def new_round(
     if train_rows < 1:
         raise InputError(f"{data} has no rows to train on")
     if eval is None and eval_fraction is None:
-        eval_fraction = 0.05
+        eval_fraction = EVAL_FRACTION
     lengths = Lengths.of(max(1, round(train_rows * (1 - (eval_fraction or 0)))))
     if chosen.max_train_steps is not None:
         lengths = replace(lengths, max_train_steps=chosen.max_train_steps)
     every_steps = chosen.every_steps or max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT))
     held_out = []
+    named = {"columns": dict(columns)} if columns else {}
     if eval is not None:
-        source = one_line([{"path": eval, "format": format}])
+        source = one_line([{"path": eval, "format": format, **named}])
         held_out.append(f"eval: {source}  # held-out rows; their loss chooses the best step")
     if eval_fraction is not None:
         share = f"eval_fraction: {one_line(eval_fraction)}"
@@ -156,10 +163,17 @@ def new_round(
         study=one_line(study),
         round=one_line(round_name),
         goal=one_line(chosen.goal if goal is None else goal),
-        model=one_line({"path": model, "dtype": dtype, "quantization": quantization or chosen.quantization}),
+        model=one_line(
+            {
+                "path": model,
+                **({"gguf_file": gguf_file} if gguf_file else {}),
+                "dtype": dtype,
+                "quantization": quantization or chosen.quantization,
+            }
+        ),
         hyperparameters=chosen.hyperparameters,
         search=chosen.search,
-        train=one_line([{"path": data, "format": format}]),
+        train=one_line([{"path": data, "format": format, **named}]),
         held_out="\n  ".join(held_out),
         max_length=max_length,
         horizon=lengths.max_train_steps,

@@ -79,7 +79,7 @@ def run_round(
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
-            known_base = [_base_evaluation(earlier)]
+            known_base = [base_evaluation(earlier)]
             if plan.spec.ends_early is not None:
                 view.message(plan.spec.ends_early)
             if plan.spec.trains_alone:
@@ -204,7 +204,7 @@ def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
         store.close()
 
 
-def _base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
+def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
     """The untouched base's evaluation where the round has it already: it is measured once a round."""
     return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
 

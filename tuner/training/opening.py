@@ -63,7 +63,7 @@ def open_workplace(
     if base_evaluation is None:
         say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
         with needing_room(place.pack.num_slots):
-            base_evaluation = _measure_base(place)
+            base_evaluation = measure_base(place)
     place.base_evaluation = base_evaluation
     metric = place.exam.metric.code if place.exam is not None else None
     place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
@@ -175,7 +175,8 @@ def _mean_batch_size(spec: RoundSpec) -> float:
     return float(sum(sizes) / len(sizes))
 
 
-def _measure_base(place: Workplace) -> Evaluation:
+def measure_base(place: Workplace) -> Evaluation:
+    """The untouched base's evaluation; no slot has a trial."""
     (scores,) = example_scores(place, ())
     tokens = place.evaluation.num_targets.tolist()
     return Evaluation(
