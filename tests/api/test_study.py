@@ -129,6 +129,16 @@ def test_a_sweep_writes_the_first_horizon(tmp_path):
     assert f"max_train_steps: {found or 6}" in text
 
 
+def test_a_check_is_what_the_command_line_prints(study, capsys, tmp_path):
+    found = study.check("round1.yaml")
+    assert found["ok"]
+    assert found == printed(study, capsys, "study", "check", "round1.yaml")
+    (tmp_path / "wrong.yaml").write_text((study.directory / "round1.yaml").read_text() + "nonsense: 1\n")
+    wrong = study.check(tmp_path / "wrong.yaml")
+    assert (wrong["ok"], wrong["plan"]) == (False, None)
+    assert [error["key"] for error in wrong["errors"]] == ["nonsense"]
+
+
 def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
     with pytest.raises(InputError, match="round9: no such round has begun; begun: round1, round2"):
         study.round("round9")

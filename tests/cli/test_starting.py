@@ -12,7 +12,7 @@ import pytest
 from tests.data import tiny
 from tests.data.test_pretrained import write_gguf
 from tests.studies import QUICKSTART, Done, tuner
-from tuner.cli.checking import FEW_EXAMPLES, noise_remarks
+from tuner.api.checking import FEW_EXAMPLES, noise_remarks
 from tuner.records import Evaluation
 from tuner.spec import RoundSpec, load_round
 

@@ -108,6 +108,21 @@ class Study:
         with opened(folder) as store:
             return status_document(folder.name, statuses(folder, store))
 
+    def check(self, round_file: str | os.PathLike[str], *, probe: bool = False) -> dict[str, Any]:
+        """Look at a round file, its data and its model, and return what `tuner study check --json` prints.
+
+        `ok`, `errors` with line, key and message, the `plan` and `remarks`. Trains nothing, records nothing.
+        `probe` loads the base and times a few steps.
+        """
+        from tuner.api.checking import check_document_of
+        from tuner.data import prepare
+
+        return check_document_of(
+            self._path(round_file),
+            prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
+            probe=probe,
+        )
+
     # --- what changes it --------------------------------------------------------------------------
 
     def run(

@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
-from tuner.cli.checking import refuse_unusable
-from tuner.cli.preparing import progress_shown
+from tuner.api.checking import refuse_unusable
+from tuner.cli.preparing import prepared, progress_shown
 from tuner.cli.printing import error_output
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.survey import matching_columns, survey
@@ -77,7 +77,7 @@ def write_first_round(
             file = _written(path, text(max_length))
             if eval_data is None:
                 _written(path, text(max_length, _eval_fraction(file)))
-            refuse_unusable(path)
+            refuse_unusable(path, prepare=prepared)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
