@@ -158,6 +158,7 @@ def test_a_run_is_within_the_trial_and_longer_than_its_warmup(horizon, warmup, d
         assert run.from_step == 0 or run.from_step >= warmup
         assert warmup < run.max_train_steps <= horizon
         assert run.num_steps == run.max_train_steps - run.from_step > 0
+    assert bool(one) == bool(all_of_them), "none where T/2 lies within the warmup"
     if one:
         assert one[0].num_steps <= round(horizon / 2) == one[0].max_train_steps
 

@@ -363,6 +363,17 @@ def test_a_stopped_attempt_goes_on_and_a_failed_one_leaves_the_trunk_anew(place:
     assert not saved.exists()
 
 
+def test_a_trunk_that_cannot_be_read_is_done_without(place: Place) -> None:
+    """The run to T/2 starts from scratch, as where the trunk is gone."""
+    run = begun(place)
+    assert run.assignment.resume_from is not None
+    failed = run.say(Ended, 2, "failed", "its checkpoint cannot be read")
+    assert (failed.state, failed.from_step) == ("open", 0)
+    second = run.again()
+    assert (second.assignment.attempt, second.assignment.resume_from) == (2, None)
+    assert place.said[-1].endswith("to step 4 starts at step 0")
+
+
 def test_a_checkpoint_that_is_gone_is_made_good_from_the_trunk(place: Place) -> None:
     run = begun(place)
     saved = run.save(3)

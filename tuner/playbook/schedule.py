@@ -168,13 +168,12 @@ def comparison_runs(
     A decay branch where the stable phase holds its start, else to T/2 one from scratch, unless warmup takes
     all of it. Rule: this project's decision, "Comparison runs".
     """
-    if rule is False:
-        return ()
     half = half_from_scratch(hyperparameters, max_train_steps)
-    possible = (*([half] if half else []), *decay_branches(hyperparameters, max_train_steps))
-    runs = {run.max_train_steps: run for run in possible}
+    if rule is False or half is None:
+        return ()
+    runs = {run.max_train_steps: run for run in (half, *decay_branches(hyperparameters, max_train_steps))}
     if rule == "auto":
-        return (runs[half.max_train_steps],) if half else ()
+        return (runs[half.max_train_steps],)
     return tuple(runs[horizon] for horizon in sorted(runs))
 
 

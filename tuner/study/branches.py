@@ -66,7 +66,7 @@ class ComparisonRuns:
             start = self._start(branch)
             if start is not None or branch.from_step == 0:
                 return self._assign(branch, start)
-            if branch.max_train_steps == round(self.plan.spec.max_train_steps / 2):
+            if self._goes_to_half(branch):
                 return self._assign(replace(branch, from_step=0), None)
             self._advance(replace(branch, state="failed", reason="its trunk's checkpoint is gone"))
         return None
@@ -89,9 +89,9 @@ class ComparisonRuns:
                 ended = self._ended(_ran(branch, step), outcome, reason)
                 self._finish(replace(ended, state=outcome, reason=reason))
             case Ended(outcome=outcome, reason=reason, step=step):
-                # The checkpoint of an attempt that failed cannot be used: the run starts over.
-                kept = None if outcome == "failed" else branch.checkpoint
-                self._try_again(self._ended(replace(_ran(branch, step), checkpoint=kept), outcome, reason))
+                ran = _ran(branch, step)
+                left = self._without_its_start(ran) if outcome == "failed" else ran
+                self._try_again(self._ended(left, outcome, reason))
             case _:
                 pass
 
@@ -162,6 +162,16 @@ class ComparisonRuns:
             self._finish(replace(branch, state="failed", reason=reason))
         else:
             self._advance(branch)
+
+    def _without_its_start(self, branch: Branch) -> Branch:
+        """The checkpoint of an attempt that failed cannot be used: its own, or the stable one it began with."""
+        if branch.checkpoint is not None:
+            return replace(branch, checkpoint=None)
+        return replace(branch, from_step=0) if self._goes_to_half(branch) else branch
+
+    def _goes_to_half(self, branch: Branch) -> bool:
+        """Whether it is the run that may start from scratch, too."""
+        return branch.max_train_steps == round(self.plan.spec.max_train_steps / 2)
 
     def _finish(self, branch: Branch) -> None:
         """The run has ended: the fact first, then its files go."""
