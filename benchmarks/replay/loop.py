@@ -49,6 +49,7 @@ class LoopRound:
     evaluation: EvaluationSpec
     checkpoints: CheckpointsSpec
     run: RunSpec
+    is_sweep: bool = False
 
 
 WORKLOAD = "replay"

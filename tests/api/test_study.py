@@ -159,6 +159,20 @@ def test_a_dry_run_goes_on_by_itself_and_says_why_it_ended(tmp_path, capsys):
     assert "trials, best loss" in capsys.readouterr().err
 
 
+def test_a_round_is_a_sweep_by_what_it_does_and_not_by_its_name(tmp_path, capsys, monkeypatch):
+    path = write_round(tmp_path, trials=3)
+    path.write_text(path.read_text().replace("round: round1", "round: sweep-60"))
+    tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
+    study = tuner.Study(tmp_path / "rehearsal")
+    assert [(each["round"], each["state"]) for each in study.status()["rounds"]] == [("sweep-60", "complete")]
+    assert study.best.round == study.round().name == "sweep-60"
+    assert study.round("sweep-60").report().startswith("#")
+    assert study.promote("round2", max_train_steps=24).document["from"] == "sweep-60"
+    monkeypatch.chdir(tmp_path / "rehearsal")
+    assert run(["study", "status"]) == 0
+    assert "sweep-60" in capsys.readouterr().out
+
+
 def test_time_that_is_over_before_anything_began_is_said(tmp_path):
     write_round(tmp_path, trials=3)
     with pytest.raises(Interrupted, match="nothing was begun"):

@@ -93,7 +93,9 @@ def test_how_many_trials_need_room() -> None:
 
 
 def cleaned(name: str = "round1", *, later: tuple[str, ...] = (), **more: Any) -> dict[int, tuple[str, str]]:
-    record, *after = [RoundRecord(n, 8, {}, begun_at=0.0, workload="") for n in (name, *later)]
+    rows = [{"path": "train.jsonl"}]
+    swept = {"data": {"train": rows, "eval": rows, "allow_overlap": True}}
+    record, *after = [RoundRecord(n, 8, swept, begun_at=0.0, workload="") for n in (name, *later)]
     options = {"promotions": (), "keep_best_trials": None, "is_rehearsal": False} | more
     running = ended(9, 1.0, TrialState.RUNNING)
     found = unneeded(record, [*FIVE[:2], running], later=after, **options)

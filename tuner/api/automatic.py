@@ -10,7 +10,6 @@ from typing import Any
 from tuner.api.running import has_begun
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.enough import MAX_GROWTH, Enough, next_horizon
-from tuner.playbook.sweep import is_sweep
 from tuner.spec import RoundFile
 from tuner.store import hold_study
 from tuner.study.folder import open_folder
@@ -92,10 +91,10 @@ class Automatic:
 
 def refuse_sweep(file: RoundFile) -> None:
     """Raises InputError for a round that is never promoted."""
-    if is_sweep(name := file.spec.round):
+    if file.spec.is_sweep:
         raise InputError(
-            f"{file.path}: {name} is a round of a sweep, which is never promoted; give the round file that "
-            "the sweep was made from"
+            f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
+            "file that the sweep was made from"
         )
 
 

@@ -9,7 +9,6 @@ import typer
 
 from tuner.cli.printing import output
 from tuner.errors import InputError
-from tuner.playbook.sweep import is_sweep
 from tuner.records import Trial, TrialState
 from tuner.report import (
     RoundReport,
@@ -45,8 +44,9 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
 
 def _going_on(folder: StudyFolder, round_name: str) -> str:
     """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
-    swept = (file for file in folder.files if not is_sweep(file.spec.round))
-    if is_sweep(round_name) and (file := next(swept, None)) is not None:
+    swept = (file for file in folder.files if not file.spec.is_sweep)
+    of_sweep = (file := folder.file(round_name)) is not None and file.spec.is_sweep
+    if of_sweep and (file := next(swept, None)) is not None:
         return f"tuner study sweep {file.path.name}"
     return f"tuner study run {_file_name(folder, round_name)}"
 

@@ -17,7 +17,6 @@ from tuner.playbook.schedule import (
     shorter_decay,
 )
 from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
-from tuner.playbook.sweep import is_sweep
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
 _SETTLED = frozenset({Diagnosis.NO_LEARNING, Diagnosis.TOO_LONG, Diagnosis.OVERFITTING})
@@ -54,7 +53,7 @@ def owed_branches(
     continues from a later step of an earlier round) the run to T/2 starts from scratch, and one to T/sqrt(2)
     is left out. Rule: this project's decision, "Comparison runs".
     """
-    if rule is False or is_sweep(results.name):
+    if rule is False or results.is_sweep:
         return ()
     leading = leading_trials(results.trials, results.max_train_steps)
     if rule == "auto":

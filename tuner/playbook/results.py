@@ -42,6 +42,8 @@ class RoundResults:
     """Share of the round's work that evaluation takes, in [0, 1]: of the time where it was measured."""
     max_examples: int | None = None
     """`evaluation.max_examples`: the most examples that are evaluated; None where not known."""
+    is_sweep: bool = False
+    """Whether it is one of a sweep, whose trials are compared with no others."""
     workload: str = ""
     """Fingerprint of base, data, evaluation set and length; empty when not known."""
     branches: tuple[BranchResult, ...] = field(default=())

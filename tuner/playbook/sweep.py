@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -81,15 +80,6 @@ class SweepProblem:
 
 
 SweepDecision: TypeAlias = FirstHorizon | LongerSweep | WiderSweep | ComputeBound | SweepProblem
-
-
-def is_sweep(round_name: str) -> bool:
-    """Whether a round is one of a sweep, so no round to promote from or to compare with.
-
-    Rule: this project's decision, "The first horizon": each N is a round `sweep-N`, widened `sweep-Nb` and
-    `sweep-Nc`.
-    """
-    return re.fullmatch(r"sweep-\d+[bc]?", round_name) is not None
 
 
 def default_grid() -> tuple[float, ...]:

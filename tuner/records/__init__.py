@@ -32,6 +32,7 @@ from tuner.records.facts import (
     RoundRecord,
     Trial,
     TrialState,
+    is_sweep_file,
 )
 from tuner.records.json_form import (
     assignment_from_json,
@@ -102,6 +103,7 @@ __all__ = [
     "event_from_json",
     "event_to_json",
     "hyperparameters_from_json",
+    "is_sweep_file",
     "num_points",
     "searched",
     "to_json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -271,6 +272,25 @@ class RoundRecord:
     def throughput(self) -> Throughput | None:
         """Of all of them together; None where nothing was measured."""
         return added_up(self.throughputs)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is one of a sweep, so no round to promote from or to compare with."""
+        return is_sweep_file(self.name, self.spec.get("data", {}))
+
+
+_SWEPT = re.compile(r"sweep-\d+[bc]?")
+
+
+def is_sweep_file(round_name: str, data: Mapping[str, Any]) -> bool:
+    """Whether a round file is one that `study sweep` wrote.
+
+    It is called `sweep-N`, widened `sweep-Nb` or `sweep-Nc`, and evaluates its own training rows. `data` is
+    the file's section as JSON.
+    """
+    train, held_out = ([source["path"] for source in data.get(name) or ()] for name in ("train", "eval"))
+    evaluates_training_rows = bool(data.get("allow_overlap")) and set(train) == set(held_out)
+    return evaluates_training_rows and _SWEPT.fullmatch(round_name) is not None
 
 
 @dataclass(frozen=True, slots=True)

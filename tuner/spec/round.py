@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tuner.records import Space, num_points
+from tuner.records import Space, is_sweep_file, num_points
 from tuner.spec.data_section import DataSpec, SourceSpec
 from tuner.spec.dimensions import complete_space
 from tuner.spec.names import ONE_HORIZON
@@ -117,6 +117,11 @@ class RoundSpec(BaseModel):
     def space(self) -> Space:
         """Every hyperparameter: the file's in its order, then the defaults, fixed."""
         return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a round that `study sweep` wrote."""
+        return is_sweep_file(self.round, self.data.model_dump(mode="json"))
 
     @property
     def num_trials(self) -> int:

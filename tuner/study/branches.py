@@ -164,7 +164,7 @@ class ComparisonRuns:
             self._advance(branch)
 
     def _without_its_start(self, branch: Branch) -> Branch:
-        """The checkpoint of an attempt that failed cannot be used: its own, or the stable one it began with."""
+        """The checkpoint of an attempt that failed cannot be used: its own, or the stable one."""
         if branch.checkpoint is not None:
             return replace(branch, checkpoint=None)
         return replace(branch, from_step=0) if self._goes_to_half(branch) else branch

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.errors import InputError, RoundFileError
-from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundFile, load_round
 from tuner.store import MemoryStore, Store, exists, is_held, open_store
@@ -89,9 +88,9 @@ class StudyFolder:
 
     def latest(self, store: Store) -> RoundRecord:
         """The round that began last, sweeps aside. Raises InputError when none has."""
-        rounds = [record for record in store.rounds() if not is_sweep(record.name)]
+        rounds = [record for record in store.rounds() if not record.is_sweep]
         if not rounds:
-            first = next((f for f in self.files if not is_sweep(f.spec.round)), self.files[0]).path.name
+            first = next((f for f in self.files if not f.spec.is_sweep), self.files[0]).path.name
             raise InputError(f"no round of {self.name} has begun; begin with: tuner study run {first}")
         return rounds[-1]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tuner.playbook.passes import num_carried
 from tuner.playbook.promotion import TOP, incumbents
-from tuner.playbook.sweep import is_sweep
 from tuner.records import Checkpoint, CheckpointKind, Promotion, RoundRecord, Trial
 
 
@@ -97,14 +96,14 @@ def unneeded(
         "a rehearsal: nothing was trained"
         if is_rehearsal
         else "a sweep whose answer is in use"
-        if is_sweep(record.name) and any(not is_sweep(other.name) for other in later)
+        if record.is_sweep and any(not other.is_sweep for other in later)
         else None
     )
     ended = [trial for trial in trials if trial.state.is_final and trial.checkpoints]
     if whole is not None:
         yield from (Unneeded(trial, trial.checkpoints, whole) for trial in ended)
         return
-    limit = None if is_sweep(record.name) else keep_best_trials
+    limit = None if record.is_sweep else keep_best_trials
     kept = outranked(
         trials,
         keep_best_trials=limit,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tuner.errors import InputError
 from tuner.playbook.selection import ranked
-from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report import RoundReport, round_status
 from tuner.report.documents import RoundStatus
@@ -58,7 +57,7 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
 
 def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
     """The best complete trial of the latest round that has one, sweeps aside."""
-    for record in (record for record in reversed(store.rounds()) if not is_sweep(record.name)):
+    for record in (record for record in reversed(store.rounds()) if not record.is_sweep):
         order = ranked(store.trials(record.name))
         if order:
             return order[0][0], record.max_train_steps

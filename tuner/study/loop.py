@@ -13,7 +13,6 @@ from functools import cached_property
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
-from tuner.playbook.sweep import is_sweep
 from tuner.records import (
     Answered,
     Assignment,
@@ -358,7 +357,7 @@ class RoundLoop:
         Whoever finds the fact alone tidies the directory up; a file half deleted is in no fact.
         """
         name = self.plan.name
-        limit = None if is_sweep(name) else self.plan.spec.checkpoints.most_kept_trials
+        limit = None if self.plan.spec.is_sweep else self.plan.spec.checkpoints.most_kept_trials
         if limit is None:
             return
         promotions = self.store.promotions()

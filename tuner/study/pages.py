@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from tuner.installation import version
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
-from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
@@ -30,7 +29,7 @@ def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> Roun
 
 def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
     """The reports on the study's rounds up to this one, oldest first, sweeps before it aside."""
-    rounds = [other for other in store.rounds() if other.name == record.name or not is_sweep(other.name)]
+    rounds = [other for other in store.rounds() if other.name == record.name or not other.is_sweep]
     upto = [
         _as_it_stands(folder, other)
         for other in rounds[: 1 + [other.name for other in rounds].index(record.name)]

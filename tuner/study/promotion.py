@@ -19,14 +19,13 @@ from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.schedule import DecayRule, can_decay_linearly
-from tuner.playbook.sweep import is_sweep
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned
 from tuner.study.additions import added_dimensions
 from tuner.study.folder import StudyFolder
-from tuner.study.looking import opened
+from tuner.study.looking import begun_round, opened
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
 
@@ -365,15 +364,12 @@ def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) 
         raise InputError(f"{to} has begun: its file stays as it is. Promote to another name, such as {to}b")
     if from_round is None:
         return folder.latest(store)
-    if is_sweep(from_round.removesuffix(".yaml")):
+    record = begun_round(store, from_round.removesuffix(".yaml"), asked=f"--from {from_round}")
+    if record.is_sweep:
         raise InputError(
             f"--from {from_round}: a round of a sweep finds a first horizon and is never promoted; run the "
             "round file that it was made from, and promote that"
         )
-    record = next((r for r in rounds if r.name == from_round.removesuffix(".yaml")), None)
-    if record is None:
-        begun = ", ".join(r.name for r in rounds) or "none"
-        raise InputError(f"--from {from_round}: no such round has begun; begun: {begun}")
     return record
 
 

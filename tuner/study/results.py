@@ -9,7 +9,6 @@ from tuner.playbook import Reading, RoundResults, read_round
 from tuner.playbook.advice import Outcome, outcomes
 from tuner.playbook.branching import branch_results, branches_left
 from tuner.playbook.schedule import ComparisonRule
-from tuner.playbook.sweep import is_sweep
 from tuner.records import RoundRecord, Trial
 from tuner.spec import RoundFile, RoundSpec, limits
 from tuner.store import Store
@@ -30,6 +29,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         worthwhile_gain=spec.run.worthwhile_gain,
         evaluation_share=record.evaluation_share if measured is None else measured,
         max_examples=spec.evaluation.max_examples,
+        is_sweep=record.is_sweep,
         workload=record.workload,
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
@@ -83,7 +83,7 @@ def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
     for other in store.rounds():
         if other.name == record.name:
             break
-        if not is_sweep(other.name):
+        if not other.is_sweep:
             rounds.append(other)
     return [round_results(other, store.trials(other.name)) for other in rounds]
 

@@ -21,7 +21,6 @@ from tuner.playbook.sweep import (
     WiderSweep,
     decide_sweep,
     default_grid,
-    is_sweep,
 )
 from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value
 from tuner.spec import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
@@ -48,7 +47,7 @@ def next_sweep(file: RoundFile) -> RoundFile | SweepDecision:
     folder = open_folder(file.directory)
     store = folder.open()
     try:
-        names = [record.name for record in store.rounds() if is_sweep(record.name)]
+        names = [record.name for record in store.rounds() if record.is_sweep]
         if not names:
             return _written(file, first_sweep(file))
         swept = [folder.plan(name).file for name in names]
