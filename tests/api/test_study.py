@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import tuner
-from tests.studies import write_round
+from tests.studies import QUICKSTART, write_round
 from tuner.cli import run
 from tuner.errors import InputError, Interrupted
 
@@ -137,6 +137,18 @@ def test_a_check_is_what_the_command_line_prints(study, capsys, tmp_path):
     wrong = study.check(tmp_path / "wrong.yaml")
     assert (wrong["ok"], wrong["plan"]) == (False, None)
     assert [error["key"] for error in wrong["errors"]] == ["nonsense"]
+
+
+def test_a_new_study_is_one_that_its_check_accepts(tmp_path):
+    made = tuner.Study.new(
+        tmp_path / "made",
+        model=str(QUICKSTART / "base"),
+        data=str(QUICKSTART / "data" / "train.jsonl"),
+    )
+    assert made.rounds == ()
+    assert made.check("round1.yaml")["ok"]
+    with pytest.raises(InputError, match="exists"):
+        tuner.Study.new(tmp_path / "made", model=str(QUICKSTART / "base"), data="x.jsonl")
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):

@@ -45,7 +45,10 @@ def _of_class(found: type) -> Iterator[str]:
     for name, member in vars(found).items():
         if name.startswith("_") or name in described:
             continue
-        if isinstance(member, property):
+        if isinstance(member, classmethod):
+            made = getattr(found, name)
+            yield from _section(f"{found.__name__}.{name}{_signature(made)}", made, level=3)
+        elif isinstance(member, property):
             yield from _section(f"{found.__name__}.{name}", member, level=3)
         elif inspect.isfunction(member):
             yield from _section(f"{found.__name__}.{name}{_signature(member)}", member, level=3)

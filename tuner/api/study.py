@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +56,45 @@ class Study:
         """
         self._directory = Path(directory)
         self._folder()
+
+    @classmethod
+    def new(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        model: str,
+        data: str,
+        eval_data: str | None = None,
+        format: str | None = None,
+        template: str | None = None,
+    ) -> Study:
+        """Write a commented round1.yaml into a new folder, and open the study.
+
+        Args:
+            directory: The folder, which is made where it is missing.
+            model: Directory or Hub id of the base.
+            data: File or Hub id of the training rows.
+            eval_data: Evaluation rows; None holds out some of the training rows.
+            format: How a row is read; None recognises it by its columns.
+            template: A known recipe to begin with: `alpaca-qlora`.
+
+        Raises:
+            InputError: where the file exists, or `check` would refuse it.
+        """
+        from tuner.api.starting import write_first_round
+        from tuner.data import prepare
+
+        write_first_round(
+            Path(directory),
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            format=format,
+            template=template,
+            prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
+            telling=lambda: nullcontext(_unsaid),
+        )
+        return cls(directory)
 
     def _folder(self) -> StudyFolder:
         return open_folder(self._directory)

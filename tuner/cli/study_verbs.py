@@ -69,7 +69,9 @@ def new(
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
-    from tuner.cli.starting import write_first_round
+    from tuner.api.starting import write_first_round
+    from tuner.cli.preparing import prepared, progress_shown
+    from tuner.cli.printing import error_output
 
     path = write_first_round(
         directory,
@@ -79,6 +81,8 @@ def new(
         format=format,
         columns=columns or (),
         template=template,
+        prepare=prepared,
+        telling=lambda: progress_shown(error_output()),
     )
     _say(f"wrote {path}")
     _next(f"tuner study check {shlex.quote(str(path))}")

@@ -1,18 +1,17 @@
-"""What `study new` is wired to: rows counted, a commented round file written."""
+"""`study new`: rows counted, a commented round file written."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
-from tuner.api.checking import refuse_unusable
-from tuner.cli.preparing import prepared, progress_shown
-from tuner.cli.printing import error_output
+from tuner.api.checking import PrepareWith, refuse_unusable
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.survey import matching_columns, survey
 from tuner.errors import InputError, ModelError
@@ -23,6 +22,8 @@ from tuner.spec.sections import possible_path
 from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
 
+Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
+"""Opens what hears how far a long work is."""
 _WANTED_ROWS = 50
 """Evaluation rows, where there are so many to hold out: the noise of fewer hides what trials gain."""
 
@@ -36,9 +37,12 @@ def write_first_round(
     format: str | None,
     columns: Sequence[str] = (),
     template: str | None = None,
+    prepare: PrepareWith,
+    telling: Telling,
 ) -> Path:
     """Write DIR/round1.yaml, which `study check` accepts; returns its path.
 
+    `prepare` makes rows ready, `telling` hears how far counting them is.
     Raises InputError when it exists or cannot be written, and what `study check` would refuse it for; then
     nothing is left of it.
     """
@@ -70,17 +74,15 @@ def write_first_round(
             recipe=template,
         )
 
-    with taken_back(directory, directory / ".tuner-cache"):
-        try:
-            file = _written(path, text())
-            max_length = _max_length(file)
-            file = _written(path, text(max_length))
-            if eval_data is None:
-                _written(path, text(max_length, _eval_fraction(file)))
-            refuse_unusable(path, prepare=prepared)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+    with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
+        undo.callback(path.unlink, missing_ok=True)
+        file = _written(path, text())
+        max_length = _max_length(file)
+        file = _written(path, text(max_length))
+        if eval_data is None:
+            _written(path, text(max_length, _eval_fraction(file, telling)))
+        refuse_unusable(path, prepare=prepare)
+        undo.pop_all()
     return path
 
 
@@ -102,9 +104,9 @@ def _max_length(file: RoundFile) -> int:
     return min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
 
 
-def _eval_fraction(file: RoundFile) -> float:
+def _eval_fraction(file: RoundFile, telling: Telling) -> float:
     spec = file.spec.absolute(file.directory)
-    with progress_shown(error_output()) as say:
+    with telling() as say:
         return share_for_evaluation(
             spec,
             load_tokenizer(spec.model),
