@@ -163,7 +163,7 @@ def noise_remarks(
 ) -> Iterator[str]:
     """Whether the evaluation rows are too few to see small gains; `base` is None where it is not measured."""
     how = "raise evaluation.max_examples" if num_examples == max_examples else "hold out more rows"
-    so = f"every verdict of a report rests on that noise: {how}"
+    so = f"a report's verdicts rest on these rows: {how}"
     rows, most = count(num_examples, "evaluation row"), percent(MOST_NOISE)
     error = None if base is None else loss_error(base)
     if base is not None and error is not None and base.eval_loss > 0:
