@@ -88,7 +88,9 @@ def test_it_is_found_under_any_name(tmp_path: Path, name: str, is_editable: bool
     (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.7\n")
     (found / "top_level.txt").write_text("tuner\n")
     (found / "direct_url.json").write_text(json.dumps(folder(tmp_path, editable=is_editable)))
-    said = ask("install_command('wandb'), version()", tmp_path, ROOT)
+    (tmp_path / "tuner").symlink_to(ROOT / "tuner")
+    (tmp_path / "packaging").symlink_to(Path(packaging.__path__[0]))
+    said = ask("install_command('wandb'), version()", tmp_path, options=["-S"])  # without the real one
     editable = "--editable " if is_editable else ""
     assert said == f"pip install {editable}'{tmp_path}[wandb]' 0.0.7\n"
 

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from tests.studies import QUICKSTART
 
 NOTEBOOK = QUICKSTART / "quickstart.ipynb"
-PAGE = Path("docs/how-to/use-from-python.md")
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "use-from-python.md"
 
 
 def code_cells() -> list[str]:

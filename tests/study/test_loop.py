@@ -207,15 +207,20 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
 @dataclass
 class Listener:
-    """A view that keeps the facts it was told of last."""
+    """A view that keeps the last that it was told of each trial."""
 
-    told: Sequence[Trial] = ()
+    def __init__(self) -> None:
+        self._told: dict[int, Trial] = {}
+
+    @property
+    def told(self) -> tuple[Trial, ...]:
+        return tuple(self._told.values())
 
     def event(self, event: Event) -> None:
         pass
 
     def trials(self, trials: Sequence[Trial]) -> None:
-        self.told = trials
+        self._told |= {trial.number: trial for trial in trials}
 
     def message(self, text: str) -> None:
         pass
