@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def rehearse(
     plan = RoundPlan(file)
     burning = Fuse(fuse or -1)
     store = open_store(plan.absolute.storage, study=plan.spec.study)
-    try:
+    with ExitStack() as opened:
+        opened.callback(store.close)
         mirrored = DyingStore(MirroredStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
         advisor = DyingAdvisor(
@@ -97,6 +99,7 @@ def rehearse(
             max_train_steps=plan.spec.max_train_steps,
             objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
         )
+        opened.callback(advisor.close)
         advisor.fuse = burning
         RoundLoop(
             plan=plan,
@@ -109,8 +112,6 @@ def rehearse(
             clock=_seconds().__next__,
             stopping=stopping,
         ).run()
-    finally:
-        store.close()
     return burning
 
 
