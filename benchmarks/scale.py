@@ -1,0 +1,178 @@
+"""What a study of many trials costs: going on with a round, an event, and looking at it.
+
+    python benchmarks/scale.py --trials 100,1000,10000
+
+CPU seconds of one thread, after the imports, in SQLite: a round of N complete trials with 10 evaluations of
+32 examples each, written as facts. `asks` is what a process that goes on with the round does until its first
+new trial has its hyperparameters, Optuna's own storage calls apart; `event` is one evaluation of a running
+trial, from the worker's message to the view, likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+EVALUATIONS, EXAMPLES, TOKENS = 10, 32, 16
+HORIZON, EVERY = 90, 10
+EVENTS = 200
+
+
+def write_study(directory: Path, count: int) -> Path:
+    """A round of so many complete trials, and a file that promises a hundred more."""
+    from tests.studies import write_round
+    from tuner.records import Evaluation, RoundRecord, Trial, TrialState, complete_hyperparameters
+    from tuner.spec import load_round
+    from tuner.store import open_store
+    from tuner.store.facts import (
+        AttemptEnded,
+        AttemptStarted,
+        EvaluationMade,
+        RoundBegun,
+        StepsRun,
+        TrialAsked,
+        TrialEnded,
+    )  # fmt: skip
+
+    path = write_round(
+        directory, trials=count + 100, steps=HORIZON, every=EVERY, decay_steps=36, lora_r="[2, 4]"
+    )
+    file, draw = load_round(path), random.Random(0)
+    spec = file.spec
+    store = open_store(spec.absolute(file.directory).storage, study=spec.study)
+    store.record(
+        RoundBegun(RoundRecord("round1", HORIZON, spec.model_dump(mode="json"), 1.0, 100, 8, workload="w"))
+    )
+    for number in range(count):
+        rate = 10 ** draw.uniform(-4, -1)
+        values = complete_hyperparameters(
+            spec.space(), {"learning_rate": rate, "lora_r": draw.choice([2, 4])}
+        )
+        name = ("round1", number)
+        facts = [TrialAsked(Trial(*name, values)), AttemptStarted(*name, 1, 0, float(number))]
+        for step in range(0, HORIZON + 1, EVERY):
+            loss = 3.0 - (1.0 - (1.0 + step / 20) ** -0.5) * (1.0 + 0.1 * draw.random())
+            nll = tuple(loss * TOKENS + draw.gauss(0.0, 0.5) for _ in range(EXAMPLES))
+            made = Evaluation(
+                step,
+                sum(nll) / (TOKENS * EXAMPLES),
+                loss if step else None,
+                1e-3,
+                0,
+                nll,
+                (TOKENS,) * EXAMPLES,
+            )
+            facts.append(EvaluationMade(*name, made))
+        end = float(number + 1)
+        store.record(
+            *facts,
+            StepsRun(*name, 1, HORIZON),
+            AttemptEnded(*name, 1, HORIZON, end, "complete"),
+            TrialEnded(*name, TrialState.COMPLETE, None, end),
+        )
+    store.close()
+    return path
+
+
+def measure(what: str, path: Path) -> tuple[float, float]:
+    """CPU seconds and peak memory in MB of one thing, in this process."""
+    from tuner.spec import load_round
+    from tuner.store import open_store
+    from tuner.study.folder import open_folder
+
+    folder, file = open_folder(path.parent), load_round(path)
+    url = file.spec.absolute(file.directory).storage
+    match what:
+        case "asks" | "event":
+            from tuner.records import Evaluation, Trial, complete_hyperparameters
+            from tuner.report.board import Board
+            from tuner.store.facts import AttemptStarted, EvaluationMade, StepsRun, TrialAsked
+            from tuner.study.mirror import MirroredStore, RoundState
+            from tuner.study.sampling import Advisor, optuna_storage
+
+            advisor = Advisor(
+                optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", file.spec.space(),
+                file.spec.search, max_train_steps=HORIZON,
+            )  # fmt: skip
+            begun = time.process_time()
+            state = RoundState(MirroredStore(open_store(url, study=file.spec.study)), "round1")
+            number = len(state.trials)
+            chosen = advisor._point(number, state.trials)
+            if what == "asks":
+                return time.process_time() - begun, _peak()
+            values = complete_hyperparameters(file.spec.space(), chosen)
+            board = Board(trials_total=number + 100, max_train_steps=HORIZON)
+            state.record(
+                TrialAsked(Trial("round1", number, values)), AttemptStarted("round1", number, 1, 0, 1.0)
+            )
+            board.sync(state.changed())
+            nll, tokens = (48.0,) * EXAMPLES, (TOKENS,) * EXAMPLES
+            begun = time.process_time()
+            for step in range(EVENTS):
+                made = Evaluation(step, 3.0, example_nll=nll, example_tokens=tokens)
+                state.record(EvaluationMade("round1", number, made), StepsRun("round1", number, 1, step))
+                assert state.open
+                assert state.num_promised
+                board.sync(state.changed())
+            return (time.process_time() - begun) / EVENTS, _peak()
+        case "status":
+            from tuner.study.looking import opened, statuses
+
+            begun = time.process_time()
+            with opened(folder) as store:
+                statuses(folder, store)
+        case "trial list":
+            from tuner.report import trials_table
+            from tuner.study.looking import opened, trials_of
+
+            begun = time.process_time()
+            with opened(folder) as store:
+                trials_table(trials_of(folder, store, "round1"))
+        case "report":
+            from tuner.report import round_markdown
+            from tuner.study.looking import reports_on
+
+            begun = time.process_time()
+            *_, report = reports_on(folder, None)
+            round_markdown(report)
+    return time.process_time() - begun, _peak()
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", default="100,1000,10000", help="how many, separated by commas")
+    parser.add_argument("--one", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(*measure(options.one[0], Path(options.one[1])))
+        return
+    print("| trials | asks, s | event, ms | status, s | trial list, s | report, s | peak memory, MB |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for count in (int(number) for number in options.trials.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = write_study(Path(scratch), count)
+            cells, peak = [], 0.0
+            for what in ("asks", "event", "status", "trial list", "report"):
+                command = [sys.executable, __file__, "--one", what, str(path)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                seconds, memory = map(float, done.stdout.split())
+                cells.append(f"{1000 * seconds:.2f}" if what == "event" else f"{seconds:.2f}")
+                peak = max(peak, memory)
+            print(f"| {count:,} | {' | '.join(cells)} | {peak:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
