@@ -32,6 +32,7 @@ _REFUSED = ("tool_calls", "function_call")
 _READ_ELSEWHERE = (
     *("name", "tool_call_id", "tool_responses", "refusal", "prefix", "recipient", "channel"),
     *("image", "images", "audio", "audios", "video", "videos", "train_detail", "loss_scale"),
+    *("tools", "mask", "masked", "loss_mask"),
 )
 """Keys of a message that other tools give a meaning, and that no rendering here has."""
 
@@ -69,7 +70,11 @@ class Conversation:
 
     def answered(self, content: str) -> Conversation:
         """The same with an answer of the assistant."""
-        return replace(self, messages=(*self.messages, Message("assistant", content)))
+        return self.followed_by(Message("assistant", content))
+
+    def followed_by(self, message: Message) -> Conversation:
+        """The same with one message more."""
+        return replace(self, messages=(*self.messages, message))
 
     def asking(self) -> Conversation:
         """Up to where the assistant answers last, whether it does or not."""
