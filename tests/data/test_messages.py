@@ -197,6 +197,20 @@ def test_an_empty_answer_and_its_end_are_not_learned_with_the_prompt(tmp_path: P
     assert example.is_target.sum() > 5, "the prompt is learned"
 
 
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_a_system_column_without_text_is_no_message(tmp_path: Path, system: str | None) -> None:
+    row = {"instruction": "Is it 4?", "output": "4"}
+    rows = [row, row | {"system": system}]
+    plain, given = shown(tmp_path, rows, "alpaca", tokenizer=PLAIN)
+    assert given == plain
+
+
+def test_a_history_of_something_else(tmp_path: Path) -> None:
+    row = {"instruction": "Is it 4?", "output": "4", "history": [["Is it 3?", None]]}
+    message = refusal(tmp_path, row, "alpaca", tokenizer=PLAIN)
+    assert "'history' is a list of something else; it must be a list of pairs of texts" in message
+
+
 class TestWhatATemplateAsksWith:
     @pytest.mark.parametrize("content", ["4", "<think>\nTwo and two.\n</think>\n\n4"])
     @pytest.mark.parametrize("more", [{}, {"reasoning_content": "Two and two."}])

@@ -222,7 +222,10 @@ def _with_system_column(
     """`messages` is the column of the turns, which may begin with the system's."""
 
     def with_system(values: Mapping[str, Any], system: str) -> Mapping[str, Any]:
-        has_one = bool(values.get(called["system"])) or _begins_with_system(values.get(messages or ""))
+        own = values.get(called["system"])
+        has_one = bool(own.strip() if isinstance(own, str) else own) or _begins_with_system(
+            values.get(messages or "")
+        )
         return values if has_one else {**values, called["system"]: system}
 
     return with_system

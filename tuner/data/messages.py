@@ -126,9 +126,10 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
     if pairs is None:
         return ()
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        found = "a list of something else" if isinstance(pairs, list) else kind_of(pairs)
         raise DataError(
-            f"{row.place}: column {column!r} is {kind_of(pairs)}; it must be a list of pairs of texts, a "
-            f"question and its answer; rename the column if it is something else"
+            f"{row.place}: column {column!r} is {found}; it must be a list of pairs of texts, a question and "
+            "its answer; rename the column if it has another meaning"
         )
     roles = ("user", "assistant")
     return tuple(Message(*turn) for pair in pairs for turn in zip(roles, pair, strict=True))
@@ -137,10 +138,12 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
 def read_system(row: Row, column: str) -> tuple[Message, ...]:
     """The message that a column with the system's text is; none without text. Raises DataError."""
     system = row.values.get(column)
-    if system is None or system == "":
+    if system is None:
         return ()
     if not isinstance(system, str):
         raise DataError(f"{row.place}: column {column!r} is {kind_of(system)}; it must be text")
+    if not system.strip():
+        return ()
     return (Message("system", system),)
 
 
