@@ -161,6 +161,56 @@ PHI = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 QWEN = ("<|im_start|>", "<|im_end|>")
 
 
+def test_a_thought_that_the_last_turn_alone_may_have(tmp_path: Path) -> None:
+    """Qwen3 leaves it out of the turns before, in the content too, so writing it there is no way out."""
+    thinks = RIGHT | {"reasoning_content": "Two."}
+    message = refusal(tmp_path, {"messages": [USER, thinks, USER, thinks]}, tokenizer=qwen3())
+    assert "message 2 has 'reasoning_content'" in message
+    assert "renders it in the last turn alone; let a row end with this turn" in message
+    rows = [{"messages": [USER, thinks]}, {"messages": [USER, RIGHT | {"weight": 0}, USER, thinks]}]
+    assert all("[<think>\nTwo.\n</think>" in said for said in shown(tmp_path, rows, tokenizer=qwen3()))
+
+
+@pytest.mark.parametrize("key", ["tools", "mask", "masked", "loss_mask"])
+def test_keys_that_other_tools_give_a_meaning_are_named(tmp_path: Path, key: str) -> None:
+    data = prepared(tmp_path, [{"messages": [USER, RIGHT | {key: 1}]}] * 2)
+    assert f"{key!r} of a message is not read (2 rows" in " ".join(data.report.remarks)
+
+
+ROWS_WITHOUT_ANSWER = {
+    "messages": ({"messages": [USER, RIGHT | {"content": " "}]}, CHAT),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Is it 4?"}, {"from": "gpt", "value": ""}]},
+        CHAT,
+    ),
+    "alpaca": ({"instruction": "Is it 4?", "output": ""}, PLAIN),
+    "completion": ({"prompt": "Is it 4?", "completion": ""}, PLAIN),
+}
+
+
+@pytest.mark.parametrize("format", ROWS_WITHOUT_ANSWER)
+def test_an_empty_answer_and_its_end_are_not_learned_with_the_prompt(tmp_path: Path, format: str) -> None:
+    row, tokenizer = ROWS_WITHOUT_ANSWER[format]
+    [example] = prepared(tmp_path, [row], format, tokenizer, loss_on="all").train
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert not example.is_target[-1]
+    assert example.is_target.sum() > 5, "the prompt is learned"
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_a_system_column_without_text_is_no_message(tmp_path: Path, system: str | None) -> None:
+    row = {"instruction": "Is it 4?", "output": "4"}
+    rows = [row, row | {"system": system}]
+    plain, given = shown(tmp_path, rows, "alpaca", tokenizer=PLAIN)
+    assert given == plain
+
+
+def test_a_history_of_something_else(tmp_path: Path) -> None:
+    row = {"instruction": "Is it 4?", "output": "4", "history": [["Is it 3?", None]]}
+    message = refusal(tmp_path, row, "alpaca", tokenizer=PLAIN)
+    assert "'history' is a list of something else; it must be a list of pairs of texts" in message
+
+
 class TestWhatATemplateAsksWith:
     @pytest.mark.parametrize("content", ["4", "<think>\nTwo and two.\n</think>\n\n4"])
     @pytest.mark.parametrize("more", [{}, {"reasoning_content": "Two and two."}])
@@ -200,6 +250,29 @@ class TestWhatATemplateAsksWith:
             assert "let the conversation end with the turn that is learned, with `weight: 0`" in message
         followed = {"messages": [USER, RIGHT | {"weight": 0}, USER, RIGHT]}
         assert shown(tmp_path, [followed], tokenizer=qwen3())
+
+
+class TestWhatIsAsked:
+    """Inference asks what the template renders, whether or not training could tell the turns apart."""
+
+    def asked(self, folder: Path, tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> None:
+        path = tiny.write_jsonl(folder / "asked.jsonl", [{"messages": turns}])
+        source = SourceSpec.model_validate(tiny.source(path, "messages"))
+        [prompt] = read_prompts(path, source, tokenizer)
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert list(prompt.ids) == whole
+
+    @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_5_nothink"])
+    def test_after_turns_that_read_otherwise_alone(self, tmp_path: Path, name: str) -> None:
+        self.asked(tmp_path, template_of_trl(name, *QWEN), [USER, RIGHT, USER, WRONG, USER])
+
+    @pytest.mark.parametrize("turns", [[USER], [USER, RIGHT, USER]])
+    def test_of_a_model_that_thinks_first(self, tmp_path: Path, turns: list[dict[str, Any]]) -> None:
+        self.asked(tmp_path, template_of_trl("nemotron_3_nano", *QWEN), turns)
+
+    def test_of_a_template_that_asks_for_what_no_turn_has(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="asks for an answer with"):
+            self.asked(tmp_path, template_of_trl("deepseek_r1_distill", *DEEPSEEK), [USER])
 
 
 class TestAnEndOfTheWholeConversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
 from tuner.cli.promoting import promotion_text
 from tuner.errors import CheckpointError, InputError, TunerError
 from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
+from tuner.report import open_view
 from tuner.spec import RoundFile, load_round, read_round
 from tuner.study.continuation import Continuations
 from tuner.study.folder import open_folder
@@ -48,11 +51,12 @@ def run(
     file: RoundFile,
     curve: Callable[[Hyperparameters, int, int], Evaluation] = falling,
     worker: type[SimulatedWorker] = SimulatedWorker,
+    view: Any = None,
 ) -> None:
     run_round(
         file,
         make_worker=lambda plan, base: worker(curve, slots=3),
-        view=silent_view(),
+        view=view or silent_view(),
         stopping=lambda: False,
     )
 
@@ -380,7 +384,14 @@ class Damaged(SimulatedWorker):
 def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path: Path) -> None:
     run(first_round(tmp_path, trials=2))
     second = load_round(promoted(tmp_path, top=2).path)
-    run(second, worker=Damaged)
+    heard = io.StringIO()
+    view = open_view(
+        console=Console(file=heard, width=80),
+        title="test",
+        trials_total=1,
+        max_train_steps=second.spec.max_train_steps,
+    )
+    run(second, worker=Damaged, view=view)
     store = open_folder(tmp_path).open()
     trials = store.trials("round2")
     store.close()
@@ -391,6 +402,7 @@ def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path:
         assert [(a.from_step, a.outcome) for a in trial.attempts] == [(5, "failed"), (0, "complete")]
         said = f"started afresh instead of going on from {trial.continues}: its hash is another"
         assert trial.reason == said
+        assert f"trial {trial.number}  {said}\n" in heard.getvalue(), "it is said when it begins"
 
 
 def test_a_promotion_has_no_more_trials_than_points(tmp_path: Path) -> None:

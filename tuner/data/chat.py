@@ -75,10 +75,27 @@ class Chat:
         return tuple(segments)
 
     def question(self, conversation: Conversation, place: str) -> tuple[Segment, ...]:
-        """A conversation up to where the assistant answers its last message. Raises DataError."""
-        answered = self.segments(conversation.answered("-"), place)
-        last = max(index for index, segment in enumerate(answered) if segment.is_target)
-        return answered[:last]
+        """A conversation up to where the assistant answers its last message. Raises DataError.
+
+        The turns before are told apart where they can be, as in training. The answer may begin with a
+        thought, where the template asks for one.
+        """
+        said = replace(
+            conversation, messages=tuple(replace(m, is_learned=False) for m in conversation.messages)
+        )
+        thought = Message("assistant", "-", {"reasoning_content": "-"})
+        asked = (conversation.answered("-"), conversation.followed_by(thought))
+        first_error: DataError | None = None
+        for each in (*asked, said.answered("-"), said.followed_by(thought)):
+            try:
+                answered = self.segments(each, place)
+            except DataError as error:
+                first_error = first_error or error
+                continue
+            last = max(index for index, segment in enumerate(answered) if segment.is_target)
+            return answered[:last]
+        assert first_error is not None
+        raise first_error
 
     def _turn(self, conversation: Conversation, index: int, whole: str, place: str) -> tuple[int, int]:
         """Where a turn begins and ends; (-1, -1) where the template does not only append."""
@@ -174,6 +191,13 @@ class Chat:
             return (
                 f"message {index + 1}: {self._name} leaves out this message of role {message.role!r}; take "
                 "a model or a `template` that renders it, or give it a role that it renders, such as user"
+            )
+        upto = replace(conversation, messages=conversation.messages[: index + 1])
+        if index + 1 < len(conversation.messages) and not self._lost(upto, [spot]):
+            return (
+                f"message {index + 1} has {key!r}, and {self._name} renders it in the last turn alone; let "
+                "a row end with this turn, and where others follow it, take it out and give the turn "
+                "`weight: 0`"
             )
         return (
             f"message {index + 1} has {key!r}, and {self._name} leaves it out here; write it into the "

@@ -179,7 +179,7 @@ def _alpaca(called: Mapping[str, str], chat: Chat) -> RowFormat:
             return chat.segments(
                 conversation(row, earlier).answered(_string(row, called["output"])), row.place
             )
-        return *question(row), Segment(_string(row, called["output"]), is_target=True)
+        return *question(row), _answer(_string(row, called["output"]))
 
     def question(row: Row) -> tuple[Segment, ...]:
         if earlier := _earlier(row, called):
@@ -222,7 +222,10 @@ def _with_system_column(
     """`messages` is the column of the turns, which may begin with the system's."""
 
     def with_system(values: Mapping[str, Any], system: str) -> Mapping[str, Any]:
-        has_one = bool(values.get(called["system"])) or _begins_with_system(values.get(messages or ""))
+        own = values.get(called["system"])
+        has_one = bool(own.strip() if isinstance(own, str) else own) or _begins_with_system(
+            values.get(messages or "")
+        )
         return values if has_one else {**values, called["system"]: system}
 
     return with_system
@@ -273,13 +276,19 @@ def _alpaca_prompt(instruction: str, input: str) -> str:
 
 def _completion(called: Mapping[str, str]) -> RowFormat:
     def segments(row: Row) -> tuple[Segment, ...]:
-        return *question(row), Segment(_string(row, called["completion"]), is_target=True)
+        return *question(row), _answer(_string(row, called["completion"]))
 
     def question(row: Row) -> tuple[Segment, ...]:
         return (Segment(_string(row, called["prompt"]), is_target=False),)
 
     needed = (called["prompt"], called["completion"])
     return RowFormat("completion", needed, (), segments, needed[:1], question, _joined(called["prompt"]))
+
+
+def _answer(text: str) -> Segment:
+    """What a row answers; no loss sees an empty answer, nor the end after it."""
+    says = bool(text.strip())
+    return Segment(text, is_target=says, is_masked=not says)
 
 
 def _text(called: Mapping[str, str]) -> RowFormat:

@@ -32,6 +32,7 @@ _REFUSED = ("tool_calls", "function_call")
 _READ_ELSEWHERE = (
     *("name", "tool_call_id", "tool_responses", "refusal", "prefix", "recipient", "channel"),
     *("image", "images", "audio", "audios", "video", "videos", "train_detail", "loss_scale"),
+    *("tools", "mask", "masked", "loss_mask"),
 )
 """Keys of a message that other tools give a meaning, and that no rendering here has."""
 
@@ -69,7 +70,11 @@ class Conversation:
 
     def answered(self, content: str) -> Conversation:
         """The same with an answer of the assistant."""
-        return replace(self, messages=(*self.messages, Message("assistant", content)))
+        return self.followed_by(Message("assistant", content))
+
+    def followed_by(self, message: Message) -> Conversation:
+        """The same with one message more."""
+        return replace(self, messages=(*self.messages, message))
 
     def asking(self) -> Conversation:
         """Up to where the assistant answers last, whether it does or not."""
@@ -121,9 +126,10 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
     if pairs is None:
         return ()
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        found = "a list of something else" if isinstance(pairs, list) else kind_of(pairs)
         raise DataError(
-            f"{row.place}: column {column!r} is {kind_of(pairs)}; it must be a list of pairs of texts, a "
-            f"question and its answer; rename the column if it is something else"
+            f"{row.place}: column {column!r} is {found}; it must be a list of pairs of texts, a question and "
+            "its answer; rename the column if it has another meaning"
         )
     roles = ("user", "assistant")
     return tuple(Message(*turn) for pair in pairs for turn in zip(roles, pair, strict=True))
@@ -132,10 +138,12 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
 def read_system(row: Row, column: str) -> tuple[Message, ...]:
     """The message that a column with the system's text is; none without text. Raises DataError."""
     system = row.values.get(column)
-    if system is None or system == "":
+    if system is None:
         return ()
     if not isinstance(system, str):
         raise DataError(f"{row.place}: column {column!r} is {kind_of(system)}; it must be text")
+    if not system.strip():
+        return ()
     return (Message("system", system),)
 
 

@@ -293,9 +293,9 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
                 "raise it, or give the evaluation rows as eval"
             )
         raise DataError(
-            f"{sources}: no {name} row is left with anything to learn: rows without completion, or with an "
-            f"empty one, are dropped, and so are rows whose prompt alone fills max_length "
-            f"({data.max_length} tokens)"
+            f"{sources}: no {name} row is left with anything to learn: rows without an answer are dropped, "
+            "with an empty one, or with `weight: 0` on all of them, and so are rows whose prompt alone fills "
+            f"max_length ({data.max_length} tokens)"
         )
 
 

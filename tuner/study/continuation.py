@@ -58,7 +58,10 @@ class Continuations:
         if trial.state != TrialState.COMPLETE:
             return f"that trial is {trial.state}"
         if record.workload != self.workload:
-            return "model, data, evaluation set or length changed since then"
+            return (
+                "model, data, evaluation set or length changed since then, or this version of tuner reads "
+                "some rows differently, as its changelog says"
+            )
         reasons = []
         for checkpoint in self._candidates(record, trial):
             reason = self._reason_against(record, trial, checkpoint, hyperparameters)

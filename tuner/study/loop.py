@@ -154,6 +154,8 @@ class RoundLoop:
         )
         note = [] if why_not is None else [TrialNoted(trial.round, trial.number, why_not)]
         self.state.record(TrialAsked(trial), *note)
+        if why_not is not None:
+            self.view.message(f"trial {trial.number}  {why_not}")
         return trial
 
     def _assign(self, trial: Trial) -> Assignment:
@@ -190,6 +192,7 @@ class RoundLoop:
         if start is None:
             note = f"started afresh instead of going on from {trial.continues}: {why}"
             self.state.record(TrialNoted(trial.round, trial.number, note))
+            self.view.message(f"trial {trial.number}  {note}")
         return start
 
     # --- what has happened ------------------------------------------------------------------------
