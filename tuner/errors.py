@@ -57,6 +57,14 @@ class ModelError(InputError):
     """A model or tokenizer that cannot be loaded or trained."""
 
 
+class TargetModulesError(ModelError):
+    """Target modules that cannot be adapted; `fitting` are those of the model that can, as they are named."""
+
+    def __init__(self, message: str, fitting: Sequence[str]) -> None:
+        self.fitting = tuple(fitting)
+        super().__init__(message)
+
+
 class MetricError(InputError):
     """A function of `evaluation.answers.metric` that is not there, raises, or returns no finite number."""
 

@@ -75,6 +75,55 @@ def test_columns_of_other_names_are_found(tmp_path: Path, names: tuple[str, str]
     assert plan["train_rows"] + plan["eval_rows"] == 100
 
 
+def test_conversations_get_a_template_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    base = tmp_path / "plain"
+    shutil.copytree(BASE, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = base / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("chat_template", None)
+    config.write_text(json.dumps(settings))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in RIVERS[:60]
+    ]
+    spec, _ = accepted(tmp_path, new(tmp_path, rows, model=base))
+    assert spec.data.train[0].template == "chatml"
+
+
+def test_a_split_is_named_where_there_are_several(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"a": Dataset.from_list(RIVERS[:60]), "b": Dataset.from_list(RIVERS[:80])}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    words = ("study", "new", "mine", "--model", str(BASE), "--data", str(tmp_path / "saved"))
+    refused(tmp_path, tuner(*words, directory=tmp_path), "split")
+    _, plan = accepted(tmp_path, tuner(*words, "--split", "b", directory=tmp_path))
+    assert plan["train_rows"] + plan["eval_rows"] == 80
+
+
+def test_target_modules_are_written_that_can_be_adapted(tmp_path: Path) -> None:
+    """A mixture of experts has linear layers that are none of torch's."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=2,
+        num_experts_per_tok=1, max_position_embeddings=256,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    spec, _ = accepted(tmp_path, new(tmp_path, RIVERS[:60], model=tmp_path / "moe"))
+    assert set(spec.hyperparameters["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_columns_that_nothing_is_known_of(tmp_path: Path) -> None:
     rows = [{"a": row["instruction"], "b": row["output"]} for row in RIVERS[:50]]
     done = new(tmp_path, rows, "--format", "completion")

@@ -62,7 +62,11 @@ def test_names_that_change_the_value_too_say_so():
         ("evaluation: {eval_steps: 5}", "evaluation.eval_steps", "did you mean every_steps?"),
         ("evaluation: {storage: x}", "evaluation.storage", "belongs at the top level of the file"),
         ("evaluation: {lr: 5}", "evaluation.lr", "did you mean hyperparameters.learning_rate?"),
-        ("search: {zzz: 5}", "search.zzz", "unknown; allowed here: trials, sampler, seed, enqueue"),
+        (
+            "search: {zzz: 5}",
+            "search.zzz",
+            "unknown; allowed here: trials, sampler, sampler_arguments, seed, enqueue",
+        ),
         ("run: {save_steps: 5}", "run.save_steps", "not needed: tuner saves"),
         ("search: {enqueue: [{zzz: 5}]}", "search.enqueue[0].zzz", "training_seed, continues"),
         ("search: {enqueue: [{trials: 5}]}", "search.enqueue[0].trials", "belongs under search"),

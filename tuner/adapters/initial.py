@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base, load_config, num_embeddings
-from tuner.errors import ModelError
+from tuner.errors import ModelError, TargetModulesError
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def _weights(wrapped: PreTrainedModel, *, takes_all: bool) -> dict[str, tuple[Te
     ]
     if unfit:
         whose = "all-linear (the default) takes " if takes_all else ""
-        raise ModelError(
+        raise TargetModulesError(
             f"hyperparameters.target_modules: {whose}{unfit[0]}, which is the output head or no linear "
-            f"layer; tuner adapts the linear layers before the head: {remedy(layers, unfit)}"
+            f"layer; tuner adapts the linear layers before the head: {remedy(layers, unfit)}",
+            fitting(layers, unfit),
         )
     return {
         name: (
@@ -119,10 +120,15 @@ def _weights(wrapped: PreTrainedModel, *, takes_all: bool) -> dict[str, tuple[Te
     }
 
 
+def fitting(modules: Iterable[str], unfit: Collection[str]) -> list[str]:
+    """Names of target modules of which none is unfit."""
+    fit = {name.rpartition(".")[2] for name in modules if name not in unfit}
+    return sorted(fit - {name.rpartition(".")[2] for name in unfit})
+
+
 def remedy(modules: Iterable[str], unfit: Collection[str]) -> str:
     """What to write as target modules instead of these, so that none is unfit."""
-    fit = {name.rpartition(".")[2] for name in modules if name not in unfit}
-    names = sorted(fit - {name.rpartition(".")[2] for name in unfit})
+    names = fitting(modules, unfit)
     if not names:
         return "name the target modules without it"
     return f"name the target modules without it, as `target_modules: [{', '.join(names)}]`"

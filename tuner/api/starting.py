@@ -14,9 +14,9 @@ from pydantic_core import PydanticCustomError
 from tuner.api.checking import PrepareWith, refuse_unusable
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.survey import matching_columns, survey
-from tuner.errors import InputError, ModelError
+from tuner.errors import InputError, ModelError, TargetModulesError
 from tuner.report.format import count
-from tuner.spec import RoundFile, SourceSpec, load_round, new_round
+from tuner.spec import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.spec.new_round import EVAL_FRACTION, MAX_LENGTH
 from tuner.spec.sections import possible_path
 from tuner.study.disk import taken_back
@@ -24,6 +24,10 @@ from tuner.study.plan import RoundPlan
 
 Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
 """Opens what hears how far a long work is."""
+_OF_TURNS = ("messages", "sharegpt")
+"""Formats that a chat template renders."""
+_TEMPLATE_OF_TURNS = "chatml"
+"""The one that is written where the tokenizer has none."""
 _WANTED_ROWS = 50
 """Evaluation rows, where there are so many to hold out: the noise of fewer hides what trials gain."""
 
@@ -36,6 +40,7 @@ def write_first_round(
     eval_data: str | None,
     format: str | None,
     columns: Sequence[str] = (),
+    split: str | None = None,
     template: str | None = None,
     prepare: PrepareWith,
     telling: Telling,
@@ -55,11 +60,16 @@ def write_first_round(
     named = dict(_named(option) for option in columns)
     if named and format is None:
         raise InputError("--columns: names a format's columns; say which one by --format")
-    source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named)
+    source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named, split=split)
     found, train_rows = survey(source, recognised=format is None)
     source = source.model_copy(update={"format": found})
 
-    def text(max_length: int = MAX_LENGTH, eval_fraction: float | None = None) -> str:
+    def text(
+        max_length: int = MAX_LENGTH,
+        eval_fraction: float | None = None,
+        chat_template: str | None = None,
+        target_modules: Sequence[str] = (),
+    ) -> str:
         return new_round(
             study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
             model=_from_folder(model, directory),
@@ -71,6 +81,9 @@ def write_first_round(
             train_rows=train_rows,
             max_length=max_length,
             eval_fraction=eval_fraction,
+            split=split,
+            template=chat_template,
+            target_modules=target_modules,
             recipe=template,
         )
 
@@ -78,12 +91,24 @@ def write_first_round(
         undo.callback(path.unlink, missing_ok=True)
         file = _written(path, text())
         max_length = _max_length(file)
-        file = _written(path, text(max_length))
-        if eval_data is None:
-            _written(path, text(max_length, _eval_fraction(file, telling)))
-        refuse_unusable(path, prepare=prepare)
+        needs_template = found in _OF_TURNS and not load_tokenizer(_model_of(file)).chat_template
+        chat_template = _TEMPLATE_OF_TURNS if needs_template else None
+        file = _written(path, text(max_length, None, chat_template))
+        share = None if eval_data is not None else _eval_fraction(file, telling)
+        _written(path, text(max_length, share, chat_template))
+        try:
+            refuse_unusable(path, prepare=prepare)
+        except TargetModulesError as error:
+            if not error.fitting:
+                raise
+            _written(path, text(max_length, share, chat_template, error.fitting))
+            refuse_unusable(path, prepare=prepare)
         undo.pop_all()
     return path
+
+
+def _model_of(file: RoundFile) -> ModelSpec:
+    return file.spec.absolute(file.directory).model
 
 
 def _written(path: Path, text: str) -> RoundFile:
@@ -99,7 +124,7 @@ def _max_length(file: RoundFile) -> int:
     """As many tokens as the model has positions, where these are fewer."""
     from tuner.adapters import positions_of  # loads torch
 
-    model = file.spec.absolute(file.directory).model
+    model = _model_of(file)
     load_tokenizer(model)  # says best what is wrong with a model
     return min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
 

@@ -61,6 +61,9 @@ def new(
             help="What the format's columns are called, such as prompt=question. Repeatable.",
         ),
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which split of the training data, where there are several.")
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="A known recipe to begin with: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
@@ -80,6 +83,7 @@ def new(
         eval_data=eval_data,
         format=format,
         columns=columns or (),
+        split=split,
         template=template,
         prepare=prepared,
         telling=lambda: progress_shown(error_output()),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tuner.errors import InputError
 from tuner.spec.dimensions import DECAY_SHARE
@@ -130,13 +131,17 @@ def new_round(
     max_length: int = MAX_LENGTH,
     gguf_file: str | None = None,
     columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    template: str | None = None,
+    target_modules: Sequence[str] = (),
     recipe: str | None = None,
 ) -> str:
     """The commented text of a first round file, by one of `RECIPES` or as this version does it by default.
 
-    `train_rows` are the rows of `data`, those that `eval_fraction` (0.05 when there is no `eval` either) will
-    hold out included. Raises InputError for no rows or an unknown recipe, and RoundFileError for what a round
-    file cannot say.
+    `columns`, `split` and `template` are those of the sources; `target_modules` is empty for all linear
+    layers. `train_rows` are the rows of `data`, those that `eval_fraction` (0.05 when there is no `eval`
+    either) will hold out included. Raises InputError for no rows or an unknown recipe, and RoundFileError
+    for what a round file cannot say.
     """
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"there is no template {recipe}; expects {one_of(list(RECIPES))}")
@@ -150,7 +155,8 @@ def new_round(
         lengths = replace(lengths, max_train_steps=chosen.max_train_steps)
     every_steps = chosen.every_steps or max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT))
     held_out = []
-    named = {"columns": dict(columns)} if columns else {}
+    named: dict[str, Any] = {"columns": dict(columns)} if columns else {}
+    named |= {"template": template} if template else {}
     if eval is not None:
         source = one_line([{"path": eval, "format": format, **named}])
         held_out.append(f"eval: {source}  # held-out rows; their loss chooses the best step")
@@ -173,7 +179,8 @@ def new_round(
         ),
         hyperparameters=chosen.hyperparameters,
         search=chosen.search,
-        train=one_line([{"path": data, "format": format, **named}]),
+        train=one_line([{"path": data, "format": format, **({"split": split} if split else {}), **named}]),
+        target_modules=one_line(list(target_modules) or "all-linear"),
         held_out="\n  ".join(held_out),
         max_length=max_length,
         horizon=lengths.max_train_steps,
@@ -208,7 +215,7 @@ data:
   loss_on: completion  # or all, to learn the prompts too
 max_train_steps: {horizon}  # of every trial, never searched; {horizon_epochs} of {rows} rows
 hyperparameters:
-{hyperparameters}  target_modules: all-linear  # or layer names, such as [q_proj, v_proj]
+{hyperparameters}  target_modules: {target_modules}  # or layer names, such as [q_proj, v_proj]
   batch_size: {batch_size}  # sequences per optimizer step; memory decides how it is cut into micro-batches
   optimizer: adamw_8bit  # or adamw
   warmup_steps: {warmup_steps}  # from 0 to the peak
