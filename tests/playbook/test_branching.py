@@ -101,7 +101,7 @@ def _trained(evaluation):
 
 
 def test_a_sweep_makes_none():
-    assert owed_branches(round_of(BEST, is_sweep=True), rule=True) == ()
+    assert owed_branches(replace(round_of(BEST), is_sweep=True), rule=True) == ()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -294,11 +295,16 @@ def test_a_round_that_was_interrupted_in(name: str, tmp_path: Path, monkeypatch:
 
 
 def test_names_of_the_round_file_are_those_of_the_modules() -> None:
-    names = RoundSpec.model_json_schema()["$defs"]["RunSpec"]["properties"]["report_to"]["items"]["enum"]
+    items = RoundSpec.model_json_schema()["$defs"]["RunSpec"]["properties"]["report_to"]["items"]
+    names = items["anyOf"][0]["enum"]
     assert sorted(names) == sorted(READERS)
     modules = Path(open_tool.__code__.co_filename).parent.glob("*_runs.py")
     assert sorted(path.stem.removesuffix("_runs") for path in modules) == sorted(names)
 
 
-def test_what_is_not_installed_is_known_without_importing_it() -> None:
-    assert not_installed(["rich", "no_such_tool", "pytest"]) == ["no_such_tool"]
+def test_what_is_not_installed_is_known_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a user brings nothing is known until it is imported."""
+    assert not_installed(["tensorboard", "no_such_package:Tool"]) == []
+    missing = [name for name in ("mlflow", "trackio", "wandb") if name not in sys.modules]
+    monkeypatch.setattr(sys, "path", [])
+    assert not_installed(["no_such_package:Tool", *missing]) == missing
