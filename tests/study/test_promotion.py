@@ -15,10 +15,12 @@ from rich.console import Console
 from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
 from tuner.cli.promoting import promotion_text
+from tuner.data import TABLE_VERSION
 from tuner.errors import CheckpointError, InputError, TunerError
 from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
 from tuner.report import open_view
 from tuner.spec import RoundFile, load_round, read_round
+from tuner.store.facts import AttemptPlaced
 from tuner.study.continuation import Continuations
 from tuner.study.folder import open_folder
 from tuner.study.pages import lineage
@@ -419,3 +421,18 @@ def test_points_that_fewer_steps_make_one_are_enqueued_once(tmp_path: Path) -> N
     assert len(done.next_round.enqueue) == done.next_round.trials_total == 1
     spec = load_round(done.path).spec
     assert (len(spec.search.enqueue), spec.num_trials, spec.hyperparameters["decay_steps"]) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(("rows", "is_said"), [(str(TABLE_VERSION), False), ("1", True), (None, True)])
+def test_rows_that_were_read_otherwise_are_spoken_of(study: Path, rows: str | None, is_said: bool) -> None:
+    """By the version that trained the round; what a dry run makes up reads none."""
+    folder = open_folder(study)
+    store = folder.open()
+    try:
+        for trial in store.trials("round1"):
+            environment = {"tuner": "0.0.1"} if rows is None else {"rows": rows}
+            store.record(AttemptPlaced("round1", trial.number, trial.attempts[-1].number, environment))
+    finally:
+        store.close()
+    notes = promoted(study, to="other").document["notes"]
+    assert any("read some rows otherwise trained round1" in note for note in notes) is is_said

@@ -15,8 +15,10 @@ from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
 from tuner.data.prompts import Prompt, read_prompts, refuse_prompt_beyond, render_prompt
 from tuner.data.questions import Question, try_metric
+from tuner.data.rows import TABLE_VERSION
 
 __all__ = [
+    "TABLE_VERSION",
     "DataReport",
     "Example",
     "Examples",

@@ -22,7 +22,7 @@ from tuner.data.tokenise import Tokeniser
 from tuner.data.windows import Windows
 from tuner.errors import DataError
 
-_TABLE_VERSION = 5
+TABLE_VERSION = 5
 """Raise it when the same rows give another table."""
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 500_000
@@ -59,7 +59,7 @@ def ingredients(source: Source, row_format: RowFormat, recipe: Recipe) -> dict[s
     files without it where they are.
     """
     return {
-        "version": _TABLE_VERSION,
+        "version": TABLE_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers")},
         "source": source.identity,
         "format": row_format.name,

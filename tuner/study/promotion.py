@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
-from tuner.playbook import NextRound, Reading, plan_next_round
+from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
@@ -89,6 +90,7 @@ def promote(
         added=added_dimensions(overrides.add, file),
     )
     next_round = each_point_once(planned)
+    next_round = replace(next_round, notes=(*next_round.notes, *_read_otherwise(results)))
     text = round_text(file, next_round, reading, overrides)
     return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
 
@@ -110,6 +112,17 @@ def promote_held(
     with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
         return promote(
             folder, store, to=to, from_round=from_round, overrides=overrides, force=force, clock=time.time
+        )
+
+
+def _read_otherwise(results: RoundResults) -> Iterator[str]:
+    """What there is to say where a version that read some rows otherwise has trained the round."""
+    ran = [a.environment for trial in results.trials for a in trial.attempts if a.environment]
+    if any(environment.get("rows") != str(TABLE_VERSION) for environment in ran):
+        yield (
+            f"a version of tuner that read some rows otherwise trained {results.name}, as the changelog "
+            "says: where it has such rows, the trials that are to go on start over, and each says so when it "
+            "begins"
         )
 
 

@@ -7,13 +7,17 @@ from importlib.metadata import version as version_of
 
 import torch
 
+from tuner.data import TABLE_VERSION
 from tuner.installation import version
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def environment(device: torch.device, *, slots: int, metric: str | None = None) -> dict[str, str]:
-    """As `Attempt.environment` keeps it. `metric` is the hash of the file of a user's, None without any."""
+    """As `Attempt.environment` keeps it. `metric` is the hash of the file of a user's, None without any.
+
+    `rows` says how rows are read: another number stands for other tokens, or masks, of some.
+    """
     if device.type == "cuda":
         computes_with = {"device": torch.cuda.get_device_name(device)}
     else:
@@ -21,7 +25,11 @@ def environment(device: torch.device, *, slots: int, metric: str | None = None) 
         instructions = torch.backends.cpu.get_cpu_capability()
         computes_with = {"device": f"cpu ({instructions})", "threads": str(torch.get_num_threads())}
     scores_by = {} if metric is None else {"metric": metric}
-    versions = {"tuner": version(), **{name: _version(name) for name in _PACKAGES}}
+    versions = {
+        "tuner": version(),
+        "rows": str(TABLE_VERSION),
+        **{name: _version(name) for name in _PACKAGES},
+    }
     return {**computes_with, "slots": str(slots), **versions, **scores_by}
 
 
