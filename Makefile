@@ -39,19 +39,19 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m tuner.spec docs/reference --check
+	$(BIN)/python -m tuner.config docs/reference --check
 	$(BIN)/python -m tuner.api docs/reference --check
 	$(CLI_DOCS) --output $(VENV)/cli.md > /dev/null
 	diff docs/reference/cli.md $(VENV)/cli.md || (echo 'docs/reference/cli.md is stale: make fix'; exit 1)
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
-	$(BIN)/coverage report --include='tuner/playbook/*,tuner/spec/*,tuner/store/*,tuner/study/*' --fail-under=90
+	$(BIN)/coverage report --include='tuner/playbook/*,tuner/config/*,tuner/store/*,tuner/study/*' --fail-under=90
 
 fix: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/python -m tuner.spec docs/reference
+	$(BIN)/python -m tuner.config docs/reference
 	$(BIN)/python -m tuner.api docs/reference
 	$(CLI_DOCS) --output docs/reference/cli.md
 

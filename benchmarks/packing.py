@@ -46,15 +46,15 @@ from transformers import (
 )
 
 from tuner.adapters.initial import lora_config
+from tuner.config import RoundSpec
 from tuner.data import Example, batch_rows
 from tuner.playbook.schedule import warmup_length
 from tuner.records import Assignment, Ended, Evaluated, Event, Measured, Throughput, Value, to_json
-from tuner.spec import RoundSpec
-from tuner.training.allocator import keep_freed_memory
-from tuner.training.inbox import Inbox
+from tuner.training.commands import Inbox
+from tuner.training.environment import keep_freed_memory
 from tuner.training.loop import train
-from tuner.training.opening import open_workplace
-from tuner.training.workplace import Workplace
+from tuner.training.startup import open_workplace
+from tuner.training.worker_state import Workplace
 
 
 @dataclass(frozen=True)

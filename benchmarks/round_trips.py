@@ -281,7 +281,7 @@ def reload(study: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tuner.api.exporting import finished_trial
+    from tuner.api.export import finished_trial
     from tuner.data import prepare
     from tuner.study.folder import open_folder
 

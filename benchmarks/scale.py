@@ -30,8 +30,8 @@ EVENTS = 200
 def write_study(directory: Path, count: int) -> Path:
     """A round of so many complete trials, and a file that promises a hundred more."""
     from tests.studies import write_round
+    from tuner.config import load_round
     from tuner.records import Evaluation, RoundRecord, Trial, TrialState, complete_hyperparameters
-    from tuner.spec import load_round
     from tuner.store import open_store
     from tuner.store.facts import (
         AttemptEnded,
@@ -85,7 +85,7 @@ def write_study(directory: Path, count: int) -> Path:
 
 def measure(what: str, path: Path) -> tuple[float, float]:
     """CPU seconds and peak memory in MB of one thing, in this process."""
-    from tuner.spec import load_round
+    from tuner.config import load_round
     from tuner.store import open_store
     from tuner.study.folder import open_folder
 
@@ -96,7 +96,7 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             from tuner.records import Evaluation, Trial, complete_hyperparameters
             from tuner.report.board import Board
             from tuner.store.facts import AttemptStarted, EvaluationMade, StepsRun, TrialAsked
-            from tuner.study.mirror import MirroredStore, RoundState
+            from tuner.study.round_state import MirroredStore, RoundState
             from tuner.study.sampling import Advisor, optuna_storage
 
             advisor = Advisor(
@@ -125,21 +125,21 @@ def measure(what: str, path: Path) -> tuple[float, float]:
                 board.sync(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
         case "status":
-            from tuner.study.looking import opened, statuses
+            from tuner.study.lookup import opened, statuses
 
             begun = time.process_time()
             with opened(folder) as store:
                 statuses(folder, store)
         case "trial list":
             from tuner.report import trials_table
-            from tuner.study.looking import opened, trials_of
+            from tuner.study.lookup import opened, trials_of
 
             begun = time.process_time()
             with opened(folder) as store:
                 trials_table(trials_of(folder, store, "round1"))
         case "report":
             from tuner.report import round_markdown
-            from tuner.study.looking import reports_on
+            from tuner.study.lookup import reports_on
 
             begun = time.process_time()
             *_, report = reports_on(folder, None)

@@ -85,7 +85,7 @@ class LoraSurface:
     def losses(self, hyperparameters: Hyperparameters, steps: np.ndarray, horizon: int) -> np.ndarray:
         """At each of the steps of a run with a linear decay to its horizon; NaN once it has diverged.
 
-        Before the decay they do not depend on the horizon. The decay is that of `tuner/workers/formula.py`.
+        Before the decay they do not depend on the horizon. The decay is that of `tuner/engines/synthetic.py`.
         """
         rate, rank, dropout, batch, warmup, decay = (
             float(hyperparameters[name])  # type: ignore[arg-type]

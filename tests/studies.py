@@ -17,13 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 from tuner.cli import run
+from tuner.config import RoundFile, load_round
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, TrialState
 from tuner.report import open_view
-from tuner.spec import RoundFile, load_round
 from tuner.store import open_store
 from tuner.store.facts import RoundBegun
-from tuner.study.mirror import history
 from tuner.study.plan import RoundPlan
+from tuner.study.round_state import history
 
 QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -20,9 +20,9 @@ from transformers import (
 
 from tests.data.tiny import byte_level
 from tuner.adapters import Base, load_base
+from tuner.config.sections import ModelSpec
 from tuner.data import Example, Examples
 from tuner.records import Value
-from tuner.spec.sections import ModelSpec
 
 Shape: TypeAlias = Literal["llama", "qwen2", "gpt2", "gemma2"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)

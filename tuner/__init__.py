@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.api.advice import Advice, advise
-    from tuner.api.reporting import log
+    from tuner.api.log import log
     from tuner.api.study import Round, Study, Trial
 
     __version__: str
@@ -19,7 +19,7 @@ _HOMES = {
     "Study": "tuner.api.study",
     "Trial": "tuner.api.study",
     "advise": "tuner.api.advice",
-    "log": "tuner.api.reporting",
+    "log": "tuner.api.log",
 }
 """Where each name is defined; loaded when it is first used, so that `import tuner` costs nothing."""
 

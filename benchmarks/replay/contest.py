@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import optuna
 
+from tuner.engines import SimulatedWorker
+from tuner.engines.simulated import keep_trunk_names
 from tuner.playbook import RoundResults, best_evaluation, plan_next_round, read_round
-from tuner.playbook.advice import outcomes
+from tuner.playbook.observations import outcomes
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Choices,
@@ -29,8 +31,6 @@ from tuner.records import (
 )
 from tuner.study.points import quasi_random_point, random_point
 from tuner.study.sampling import Advisor
-from tuner.workers import SimulatedWorker
-from tuner.workers.simulated import keep_trunk_names
 
 from .loop import WORKLOAD, LoopPlan, RoundStores, begin_round, loop_plan, run_loop, unchecked_search
 from .task import ReplayOver

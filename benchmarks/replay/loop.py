@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.config import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
+from tuner.engines import SimulatedWorker
 from tuner.playbook.schedule import ComparisonRule, trunk_steps
 from tuner.records import Checkpoint, Hyperparameters, Promotion, RoundRecord, Space, Trial
-from tuner.spec import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
 from tuner.store import MemoryStore
 from tuner.store.facts import Fact, RoundBegun, TrialAsked
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
 from tuner.study.sampling import Advisor
-from tuner.workers import SimulatedWorker
 
 
 @dataclass(frozen=True)

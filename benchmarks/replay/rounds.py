@@ -10,14 +10,14 @@ from typing import Any
 
 import optuna
 
+from tuner.config import SearchSpec
+from tuner.engines import RecordedCurves, SimulatedWorker
+from tuner.engines.simulated import keep_trunk_names
 from tuner.playbook import NextRound, RoundResults, plan_next_round, read_round
-from tuner.playbook.advice import Outcome, outcomes
-from tuner.playbook.passes import Longer, following
+from tuner.playbook.observations import Outcome, outcomes
+from tuner.playbook.restarts import Longer, following
 from tuner.records import Evaluated, Event, Fixed, Hyperparameters, Space, Trial, Value
-from tuner.spec import SearchSpec
 from tuner.study.sampling import Advisor, Proposal
-from tuner.workers import RecordedCurves, SimulatedWorker
-from tuner.workers.simulated import keep_trunk_names
 
 from .baselines import RUNGS, rungs
 from .loop import WORKLOAD, RoundStores, begin_round, loop_plan, run_loop, unchecked_search

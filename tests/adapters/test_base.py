@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from tests import tiny
-from tuner.adapters import head_loss, load_base
+from tuner.adapters import frozen_linear, load_base
 from tuner.adapters.base import freeze, load_config
+from tuner.config import ModelSpec
 from tuner.errors import ModelError
-from tuner.spec import ModelSpec
 
 
 class TestTokenNll:
@@ -111,7 +111,7 @@ class TestTokenNll:
         tiny.save_model(tmp_path, made)
         base = load_base(tiny.model_spec(tmp_path), device="cpu", max_length=8)
         assert base.head_is_linear == is_linear
-        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 2 * tiny.VOCABULARY)
+        monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", 2 * tiny.VOCABULARY)
         ids = torch.arange(16).view(2, 8) * 3
         rows, columns = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 3, 7, 2, 6])
         expected = nn.functional.cross_entropy(
@@ -124,7 +124,7 @@ class TestTokenNll:
         self, models: tiny.Models, monkeypatch: pytest.MonkeyPatch, shape: tiny.Shape
     ) -> None:
         """With gradients and without; logits of positions that are not asked for are never made."""
-        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 3 * tiny.VOCABULARY)
+        monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", 3 * tiny.VOCABULARY)
         base = models.base(shape)
         ids = torch.arange(40).view(2, 20) * 3
         rows, columns = torch.arange(2).repeat_interleave(10), torch.arange(1, 11).repeat(2)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from tuner.adapters import head_loss
-from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
+from tuner.adapters import frozen_linear
+from tuner.adapters.frozen_linear import chunked_nll, head_nll, token_scores
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 50
 
@@ -31,7 +31,7 @@ def test_is_cross_entropy_of_the_logits(
 
     In bfloat16 both sides round probabilities to eight bits; values agree to float32.
     """
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
+    monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
     hidden, weight, offset, targets = made(dtype, bias=bias)
     weights = torch.linspace(0.1, 3, TOKENS)
     nll = head_nll(hidden, weight, offset, targets)
@@ -48,13 +48,13 @@ def test_is_cross_entropy_of_the_logits(
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, targets = made(torch.float32, bias=False)
     whole = head_nll(hidden, weight, None, targets)
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", 3 * VOCABULARY)
     assert torch.allclose(head_nll(hidden, weight, None, targets), whole, rtol=1e-6)
 
 
 def test_a_head_of_any_kind_sees_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards and backwards, with the values and gradients of all at once."""
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     hidden, weight, offset, targets = made(torch.float32, bias=True)
     seen: list[int] = []
 
@@ -102,7 +102,7 @@ def test_one_bad_row_stays_alone() -> None:
 def test_scores_are_the_same_values_and_say_which_targets_come_first(
     monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
+    monkeypatch.setattr(frozen_linear, "CHUNK_ELEMENTS", rows * VOCABULARY + 7)
     hidden, weight, offset, targets = made(torch.float32, bias=True)
     logits = linear(hidden, weight, offset).detach()
     targets[::3] = logits[::3].argmax(dim=1)

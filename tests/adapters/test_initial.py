@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import tiny
 from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
 from tuner.adapters.initial import adapter_sizes, hollow_copy, lora_config, targeted_modules
+from tuner.config import ModelSpec
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range
-from tuner.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

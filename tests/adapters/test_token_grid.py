@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.adapters.token_grid import grid, rows_by_length
+from tuner.adapters.evaluation import grid, rows_by_length
 from tuner.data import Example, Examples
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.spec.rounds import spec_of
+from tests.config.rounds import spec_of
+from tuner.config import new_round
 from tuner.playbook.continuation import can_continue
-from tuner.spec import new_round
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL = 1080

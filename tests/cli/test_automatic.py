@@ -18,7 +18,7 @@ import pytest
 
 from tests.studies import write_round
 from tuner.cli import run
-from tuner.spec import read_round
+from tuner.config import read_round
 
 AUTO = ("study", "auto", "round1.yaml", "--engine", "simulated")
 ROUND_FILES = ["round1.yaml", "round2.yaml", "round3.yaml"]

@@ -14,11 +14,11 @@ import pytest
 from tests.cli.conftest import MountTmpfs, make_read_only
 from tests.studies import tuner, write_round
 from tuner.cli import run
+from tuner.config import load_round
 from tuner.installation import install_command
-from tuner.report.elsewhere import not_installed
-from tuner.spec import load_round
+from tuner.report.trackers import not_installed
 from tuner.study.plan import RoundPlan
-from tuner.study.running import refuse_uninstalled
+from tuner.study.run import refuse_uninstalled
 
 GOOD_ROW = '{"instruction": "Name a river.", "output": "The Ebb."}\n'
 OTHER_ROW = '{"instruction": "Name a hill.", "output": "The Tor."}\n'
@@ -284,7 +284,7 @@ def test_check_accepts_a_good_round_and_records_nothing(
 
 def test_new_writes_a_round_that_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.studies import QUICKSTART
-    from tuner.spec import load_round
+    from tuner.config import load_round
 
     arguments = ["--model", str(QUICKSTART / "base"), "--data", str(QUICKSTART / "data" / "train.jsonl")]
     assert run(["study", "new", str(tmp_path / "mine"), *arguments]) == 0

@@ -9,11 +9,11 @@ import pytest
 
 from tests.studies import tuner, write_round
 from tests.training.driving import curve, run_loop
+from tuner.config import load_round
 from tuner.records import Assignment
-from tuner.spec import load_round
 from tuner.store import open_store
 from tuner.study.plan import RoundPlan
-from tuner.training.opening import open_workplace
+from tuner.training.startup import open_workplace
 
 ROUND = {"trials": 1, "learning_rate": 0.01, "lora_r": 2, "steps": 12, "evaluation": ""}
 

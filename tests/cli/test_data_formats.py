@@ -11,7 +11,7 @@ import pytest
 
 from tests.studies import QUICKSTART, write_round
 from tuner.cli import run
-from tuner.spec import load_round
+from tuner.config import load_round
 
 ASKED, ANSWER = "Name river {n}.", "River {n} is the Ebb."
 FORMATS: dict[str, tuple[dict[str, Any], str]] = {

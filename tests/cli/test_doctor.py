@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from tests.studies import write_round
 from tuner.cli import run
-from tuner.cli.installed import check_package
+from tuner.cli.doctor import check_package
 from tuner.errors import StorageError
 from tuner.installation import installation
 from tuner.report.health import Check, Health, health_table, is_healthy

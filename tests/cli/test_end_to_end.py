@@ -257,8 +257,8 @@ def plain_loss(model_path: Path, study: Path, *, adapter: Path | None = None) ->
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tuner.config import load_round
     from tuner.data import prepare
-    from tuner.spec import load_round
 
     spec = load_round(study / "round1.yaml").spec.absolute(study)
     examples = prepare(spec, AutoTokenizer.from_pretrained(QUICKSTART / "base"), None).evaluation

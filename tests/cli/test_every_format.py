@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.studies import QUICKSTART, tuner, write_round
-from tuner.api.exporting import finished_trial
+from tuner.api.export import finished_trial
 from tuner.data import prepare
 from tuner.study.folder import open_folder
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.studies import QUICKSTART, write_round
 from tests.study.rehearsal import Crash, rehearse, trials
-from tuner.api.exporting import finished_trial
+from tuner.api.export import finished_trial
 from tuner.cli import run
 from tuner.data import prepare, render_prompt
 from tuner.data.examples import Example

@@ -11,14 +11,14 @@ import pytest
 from tests.studies import QUICKSTART, write_round
 from tests.training.driving import curve, run_loop
 from tuner.cli import run
-from tuner.cli.scoring import score_at_the_end
-from tuner.playbook.branching import branch_hyperparameters
+from tuner.cli.score import score_at_the_end
+from tuner.config import load_round
+from tuner.playbook.comparison_runs import branch_hyperparameters
 from tuner.records import Assignment, RoundRecord, Trial
-from tuner.spec import load_round
 from tuner.store import open_store
 from tuner.study.folder import open_folder
 from tuner.study.plan import RoundPlan
-from tuner.training.opening import open_workplace
+from tuner.training.startup import open_workplace
 
 NUM_ROWS = 8
 

@@ -20,7 +20,7 @@ from tuner.errors import InputError
 from tuner.playbook import best_evaluation
 from tuner.records import Trial, TrialState
 from tuner.study.folder import open_folder
-from tuner.study.looking import find_trial
+from tuner.study.lookup import find_trial
 
 BASE = QUICKSTART / "base"
 INSTRUCTION = "Name a river."

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from tuner.cli.preparing import progress_shown
+from tuner.cli.printing import progress_shown
 
 
 @pytest.fixture

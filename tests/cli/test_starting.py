@@ -12,9 +12,9 @@ import pytest
 from tests.data import tiny
 from tests.data.test_pretrained import write_gguf
 from tests.studies import QUICKSTART, Done, tuner
-from tuner.api.checking import FEW_EXAMPLES, noise_remarks
+from tuner.api.check import FEW_EXAMPLES, noise_remarks
+from tuner.config import RoundSpec, load_round
 from tuner.records import Evaluation
-from tuner.spec import RoundSpec, load_round
 
 BASE = QUICKSTART / "base"
 RIVERS = [{"instruction": f"Name river {n}.", "output": f"River {n} is the Ebb."} for n in range(400)]

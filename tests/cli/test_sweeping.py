@@ -10,8 +10,8 @@ import pytest
 
 from tests.studies import record_sweep, tuner, write_round
 from tuner.cli import run
+from tuner.config import RoundFile, load_round
 from tuner.playbook.sweep import default_grid
-from tuner.spec import RoundFile, load_round
 from tuner.study.sweep import next_sweep
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tuner.engines import Worker
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Assignment,
@@ -21,7 +22,6 @@ from tuner.records import (
     Saved,
     Started,
 )
-from tuner.workers import Worker
 
 HYPERPARAMETERS = {
     "learning_rate": 1e-3,

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
+from tuner.config.data_section import COLUMNS
 from tuner.data import render_prompt, show_rows
 from tuner.data.formats import RowFormat, require_columns, row_format
 from tuner.data.segments import Row
 from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
-from tuner.spec.data_section import COLUMNS
 
 PLAIN = tiny.byte_level(bos=True)
 CHAT = tiny.byte_level(bos=True, chat_template=tiny.CHATML)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data import tiny
 from tuner.data import Examples, PreparedData
-from tuner.data.locations import downloads, located
+from tuner.data.files import downloads, located
 from tuner.errors import DataError
 
 PLAIN = tiny.byte_level()

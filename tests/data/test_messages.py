@@ -10,10 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
+from tuner.config import SourceSpec
 from tuner.data import PreparedData, read_prompts, show_rows
 from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
-from tuner.spec import SourceSpec
 
 CHAT = tiny.byte_level(chat_template=tiny.CHATML)
 PLAIN = tiny.byte_level(bos=True)

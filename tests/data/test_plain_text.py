@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
+from tuner.config import SourceSpec
 from tuner.data import show_rows
 from tuner.data.files import LocalFile
-from tuner.data.plain_text import plain_text_rows
+from tuner.data.plain_text import Windows, plain_text_rows, spans
 from tuner.data.segments import Opening, Row, Segment
 from tuner.data.tokenise import TokenisedRow, Tokeniser
-from tuner.data.windows import Windows, spans
 from tuner.errors import DataError
-from tuner.spec import SourceSpec
 
 PLAIN = tiny.byte_level()
 WITH_BOS = tiny.byte_level(bos=True)

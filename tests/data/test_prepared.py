@@ -17,15 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import tiny
+from tuner.config import SourceSpec
 from tuner.data import Examples, PreparedData, batch_rows, prepare, render_prompt, show_rows
 from tuner.data.formats import source_format
-from tuner.data.hub import load_rows
 from tuner.data.rows import Recipe, ingredients
-from tuner.data.sources import open_sources
+from tuner.data.sources import load_rows, open_sources
 from tuner.data.splits import share_to_hold_out
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
-from tuner.spec import SourceSpec
 
 PLAIN = tiny.byte_level(bos=True)
 CHAT = tiny.byte_level(chat_template=tiny.CHATML)
@@ -424,7 +423,7 @@ def test_a_folder_of_anything_is_refused_with_a_pattern_to_write(
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n---\n")
     found = tiny.prepared(PLAIN, cache=tmp_path / ".c", train=[tiny.source(tmp_path)], eval_fraction=0.2)
     assert found.report.train.rows_read + found.report.evaluation.rows_read == 9
-    monkeypatch.setattr("tuner.data.hub._MOST_ENTRIES", 3)
+    monkeypatch.setattr("tuner.data.sources._MOST_ENTRIES", 3)
     with pytest.raises(DataError, match=r"is a folder with more than 3 files; name the files by a pattern"):
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path)], eval_fraction=0.2)
 
@@ -602,7 +601,7 @@ def test_the_prompt_for_inference_begins_the_training_example(tmp_path: Path) ->
 
 
 def test_importing_the_room_is_light() -> None:
-    heavy = ["torch", "transformers", "datasets", "tokenizers", "pyarrow", "tuner.spec"]
+    heavy = ["torch", "transformers", "datasets", "tokenizers", "pyarrow", "tuner.config"]
     code = f"import sys, tuner.data; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,10 +12,10 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from tests.data import tiny
 from tests.studies import hub_cache, round_file
 from tuner.adapters.base import load_config
-from tuner.data import load_tokenizer, reachable
+from tuner.config import ModelSpec
+from tuner.data import load_tokenizer, pretrained
 from tuner.data.pretrained import as_trained, hub_advice, loaded_commit
 from tuner.errors import ModelError
-from tuner.spec import ModelSpec
 
 
 def refusal(path: Path | str, **more: Any) -> str:
@@ -74,14 +74,14 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again() -> None:
     begun = time.monotonic()
     assert "is not in the local Hub cache" in refusal("nobody/no-such-model-anywhere")
     assert time.monotonic() - begun < 20
-    assert reachable.where_to_look("nobody/no-such-model-anywhere") == {"local_files_only": True}
+    assert pretrained.where_to_look("nobody/no-such-model-anywhere") == {"local_files_only": True}
 
 
 def test_the_hub_is_asked_where_it_may_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reachable.can_be_resolved("http://localhost:9999")
-    assert reachable.where_to_look(str(tmp_path)) == {}
+    assert pretrained.can_be_resolved("http://localhost:9999")
+    assert pretrained.where_to_look(str(tmp_path)) == {}
     monkeypatch.setenv("https_proxy", "http://localhost:1")
-    assert reachable.can_be_resolved("https://behind-a-proxy.invalid")
+    assert pretrained.can_be_resolved("https://behind-a-proxy.invalid")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.data import tiny
+from tuner.config.data_section import SourceSpec
 from tuner.data import read_prompts, render_prompt
 from tuner.errors import DataError
-from tuner.spec.data_section import SourceSpec
 
 TOKENIZERS = {
     "byte level": tiny.byte_level(bos=True, chat_template=tiny.CHATML),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tests.data import tiny
-from tuner.data import files, json_list
+from tuner.data import files, json_rows
 from tuner.data.files import DataFile, LocalFile
 from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import has_lines, reader_of
@@ -108,8 +108,8 @@ def test_a_json_list_is_read_whatever_the_chunks(
     )
     expected = json.loads(path.read_text(encoding="utf-8"))
     with pytest.MonkeyPatch.context() as patch, DataFile(LocalFile(path, str(path))) as file:
-        patch.setattr(json_list, "_CHUNK_BYTES", chunk)
-        assert list(json_list.json_objects(file)) == expected
+        patch.setattr(json_rows, "_CHUNK_BYTES", chunk)
+        assert list(json_rows.json_objects(file)) == expected
 
 
 @given(length=st.integers(0, 200), chunk=st.integers(1, 20))
@@ -119,7 +119,7 @@ def test_a_json_list_that_is_cut_off_is_refused(
     path = tmp_path_factory.mktemp("list") / "a.json"
     path.write_bytes(json.dumps(ROWS).encode()[:length])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_list, "_CHUNK_BYTES", chunk)
+        patch.setattr(json_rows, "_CHUNK_BYTES", chunk)
         if 0 < length < len(json.dumps(ROWS)):
             assert str(path) in refusal(path)
         else:
@@ -192,8 +192,8 @@ def test_a_line_that_would_not_fit_in_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_list, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_list, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 100)
     row = json.dumps({"instruction": "a", "output": "b" * 2000})
     for name, text in (("a.jsonl", f"{GOOD.decode()}\n{row}\n"), ("a.json", f"[{GOOD.decode()}, {row}]")):
         (tmp_path / name).write_text(text)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.tiny import CHATML, byte_level
+from tuner.config import SourceSpec
 from tuner.data import render_prompt
-from tuner.data.licences import stated_licence
+from tuner.data.exported import stated_licence
 from tuner.data.prompts import chat_template_of
-from tuner.spec import SourceSpec
 
 
 def source(format: str, template: str | None = None) -> SourceSpec:

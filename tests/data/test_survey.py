@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from tuner.config import SourceSpec
 from tuner.data.survey import recognise, survey
 from tuner.errors import DataError
-from tuner.spec import SourceSpec
 
 ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Name a river.", "input": "", "output": "The Ebb."},

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
+from tuner.data.plain_text import Windows
 from tuner.data.segments import Opening, Segment
 from tuner.data.tokenise import Fate, TokenisedRow, Tokeniser
-from tuner.data.windows import Windows
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>\0"), max_size=40)
 FILLED = TEXTS.filter(lambda text: bool(text.strip()))

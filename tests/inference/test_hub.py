@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tuner.errors import TunerError
-from tuner.inference.hub import push
+from tuner.inference.export import push
 
 FILES = {"README.md": b"# card\n", "adapter_config.json": b"{}\n"}
 

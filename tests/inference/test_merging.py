@@ -18,10 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from tests import tiny
 from tuner.adapters import Adapter, Pack, initial_adapter, load_base, write_adapter
 from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.config import ModelSpec
 from tuner.errors import CheckpointError
-from tuner.inference.exporting import export_merged
-from tuner.inference.merging import merged_model
-from tuner.spec import ModelSpec
+from tuner.inference.export import export_merged, merged_model
 
 IDS = torch.arange(20)[None] * 3
 

@@ -9,9 +9,9 @@ import pytest
 import tuner
 from tests.studies import ENVIRONMENT, write_round
 from tuner.cli import run
+from tuner.config import load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.methods import registry
-from tuner.spec import load_round
 
 PLUG_INS = '''
 import json

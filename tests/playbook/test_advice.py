@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.playbook.advice import lessons, outcomes
+from tuner.playbook.observations import lessons, outcomes
 from tuner.records import Evaluation, Trial, TrialState
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.rows import round_of, trial_of
 from tests.playbook.strategies import heavy, rounds
-from tuner.playbook.agreement import MIN_RANKED, carried_over, rank_correlation
+from tuner.playbook.reopening import MIN_RANKED, carried_over, rank_correlation
 from tuner.playbook.results import RoundResults
 from tuner.records import Continuation, Trial, TrialState
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from tuner.playbook.advice import Outcome, lessons, outcomes
-from tuner.playbook.answer_score import answer_score
+from tuner.playbook.observations import Outcome, lessons, outcomes
 from tuner.playbook.promotion import incumbents, proposed_seeds
 from tuner.playbook.results import RoundResults
+from tuner.playbook.scores import answer_score
 from tuner.playbook.selection import leading_trials, objective_score, ranked, ranked_by_loss
 from tuner.records import AnswerScore, Evaluation, Fixed, Trial, TrialState
 

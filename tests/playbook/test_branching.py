@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import RoundResults
-from tuner.playbook.branching import (
+from tuner.playbook.comparison_runs import (
     branch_hyperparameters,
     branches_left,
     expected_runs,

@@ -13,7 +13,7 @@ from tuner.playbook import RoundResults, Severity
 from tuner.playbook.checklist import checklist, doubling_of_trials
 from tuner.playbook.curves import periodicity
 from tuner.playbook.edges import position
-from tuner.playbook.findings import Finding, percent
+from tuner.playbook.results import Finding, percent
 from tuner.playbook.selection import leading_trials
 from tuner.records import Choices, Evaluation, Fixed, Range, TimesSqrtRank, TrialState
 

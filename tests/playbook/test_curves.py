@@ -15,8 +15,7 @@ from tuner.playbook.curves import (
     train_loss_rise,
     train_loss_still_falls,
 )
-from tuner.playbook.precision import is_number
-from tuner.playbook.smoothing import smoothed
+from tuner.playbook.noise import is_number, smoothed
 from tuner.records import Evaluation
 
 GRID = tuple(range(0, 401, 10))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.playbook.divergence import divergence_limit, is_diverged
+from tuner.playbook.pruning import divergence_limit, is_diverged
 from tuner.records import Evaluation
 
 VOCABULARY = 32_000

@@ -7,7 +7,7 @@ from hypothesis import given
 from tests.playbook.rows import round_of, trial_of
 from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
-from tuner.playbook.enough import Enough, next_horizon
+from tuner.playbook.restarts import Enough, next_horizon
 
 
 def falling_round(horizon: int = 100, **fields) -> RoundResults:

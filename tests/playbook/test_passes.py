@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.playbook import RoundResults, plan_next_round, read_round
-from tuner.playbook.passes import (
+from tuner.playbook.restarts import (
     Anew,
     Longer,
     following,

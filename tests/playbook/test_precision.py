@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from tuner.playbook.precision import (
+from tuner.playbook.noise import (
     difference_error,
     majority_probability,
     paired_standard_error,

@@ -1,6 +1,6 @@
 import pytest
 
-from tuner.playbook.search import default_sampler, search_findings, startup_trials
+from tuner.playbook.observations import default_sampler, search_findings, startup_trials
 from tuner.records import Choices, Fixed, Range
 
 

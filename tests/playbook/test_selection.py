@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.strategies import curves, losses
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.precision import paired_standard_error, significant_among
+from tuner.playbook.noise import paired_standard_error, significant_among
 from tuner.playbook.selection import beats_the_base, leading_trials, ranked
 from tuner.records import Evaluation, Trial, TrialState
 

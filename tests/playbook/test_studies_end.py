@@ -9,8 +9,8 @@ import pytest
 
 from tests.playbook.rounds import SPACE, evaluation_grid, noisy_trial
 from tuner.playbook import Diagnosis, Reading, RoundResults, plan_next_round, read_round
-from tuner.playbook.enough import Enough, next_horizon
 from tuner.playbook.gain import wants_comparison
+from tuner.playbook.restarts import Enough, next_horizon
 from tuner.playbook.results import BranchResult
 from tuner.records import Fixed, Range, Space, Trial, Value
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.spec.rounds import FULL, spec_of
+from tests.config.rounds import FULL, spec_of
 from tuner.records import Evaluation, RoundRecord, Trial, TrialState
 from tuner.report.card import Card, model_card
 

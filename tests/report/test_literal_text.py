@@ -10,14 +10,13 @@ import pytest
 from rich.console import Console, RenderableType
 
 from tests.playbook.test_reproduction import LOSSES, found
-from tuner.playbook.findings import Finding
+from tuner.playbook.results import Finding
 from tuner.records import Died, Ended, Preparing, Started, TrialState
 from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
-from tuner.report.board import Board
-from tuner.report.board_table import board_table
-from tuner.report.devices import GpuReading
+from tuner.report.board import Board, board_table
 from tuner.report.live import open_view
 from tuner.report.reproduction import reproduction_page
+from tuner.report.throughput import GpuReading
 
 from . import synthetic
 

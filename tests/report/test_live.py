@@ -20,11 +20,10 @@ from tuner.records import (
     Trial,
     TrialState,
 )
-from tuner.report.board import Board
-from tuner.report.board_table import board_table
-from tuner.report.devices import GpuReading
+from tuner.report.board import Board, board_table
 from tuner.report.live import View, open_view
 from tuner.report.textplot import ASCII, UNICODE
+from tuner.report.throughput import GpuReading
 
 from . import synthetic
 

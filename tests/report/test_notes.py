@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 from tuner.report import round_markdown, round_note
-from tuner.report.markdown import prose
+from tuner.report.notes import prose
 
 from . import synthetic
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 
+from tuner.config import ModelSpec
 from tuner.playbook.schedule import multiplier
 from tuner.records import Value
-from tuner.report.recipes import TOOLS, Recipe, recipe_file
-from tuner.spec import ModelSpec
+from tuner.report.exporters import TOOLS, Recipe, recipe_file
 
 HYPERPARAMETERS: Mapping[str, Value] = {
     "learning_rate": 2e-5,

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.studies import formula, round_file, silent_view
+from tuner.config import RoundFile
+from tuner.engines import SimulatedWorker, Worker
 from tuner.records import RoundRecord, Trial
 from tuner.report import View
-from tuner.spec import RoundFile
 from tuner.store import Store, open_store
 from tuner.store.facts import Fact, RoundBegun
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
-from tuner.study.mirror import MirroredStore
 from tuner.study.plan import RoundPlan
+from tuner.study.round_state import MirroredStore
 from tuner.study.sampling import Advisor, Proposal, optuna_storage
-from tuner.workers import SimulatedWorker, Worker
 
 
 class Crash(BaseException):

@@ -13,6 +13,7 @@ import pytest
 
 from tests.studies import formula, round_file
 from tests.study.rehearsal import Crash, DyingStore, Fuse, rehearse, rounds, trials
+from tuner.engines import SimulatedWorker, Worker
 from tuner.playbook import read_round
 from tuner.playbook.gain import GainSource
 from tuner.records import (
@@ -33,15 +34,13 @@ from tuner.records import (
 )
 from tuner.store import MemoryStore, Store
 from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
-from tuner.study.attempts import MAX_ATTEMPTS
 from tuner.study.branches import ComparisonRuns
-from tuner.study.checking import planned_work
+from tuner.study.check import planned_work
 from tuner.study.checkpoints import CheckpointFolder
-from tuner.study.mirror import history
 from tuner.study.plan import RoundPlan
 from tuner.study.results import num_branches_left, round_results
+from tuner.study.round_state import MAX_ATTEMPTS, history
 from tuner.study.sampling import optuna_storage
-from tuner.workers import SimulatedWorker, Worker
 
 CHANGES = {
     "trials": 3,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.studies import round_file
-from tuner.study.checking import Work, planned_hours, planned_work
+from tuner.study.check import Work, planned_hours, planned_work
 
 BRANCHES = "run: {decay_branches: true}"
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.studies import formula, round_file, silent_view
 from tests.study.rehearsal import trials
+from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, Interrupted, RoundStopped, StorageError
 from tuner.records import Attempt, Checkpoint, CheckpointKind, Ready, Trial, TrialState
 from tuner.report.format import size
@@ -23,8 +24,7 @@ from tuner.study.disk import (
     taken_back,
 )
 from tuner.study.plan import RoundPlan
-from tuner.study.running import run_round
-from tuner.workers import SimulatedWorker
+from tuner.study.run import run_round
 
 PLENTY = 10**12
 

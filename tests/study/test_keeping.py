@@ -12,7 +12,7 @@ from tests.study.rehearsal import Crash, rehearse, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, Promotion, RoundRecord, Trial, TrialState
-from tuner.study.keeping import num_carried_over, num_kept, outranked, promised_trials, unneeded
+from tuner.study.retention import num_carried_over, num_kept, outranked, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {

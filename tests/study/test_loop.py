@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.studies import formula, silent_view
 from tests.study.rehearsal import Crash, Fuse, rehearse, rounds, trials
+from tuner.engines import SimulatedWorker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.selection import ranked
@@ -41,10 +42,8 @@ from tuner.records import (
 )
 from tuner.store import MemoryStore, open_store
 from tuner.store.facts import RoundBegun, WorkMeasured
-from tuner.study.attempts import MAX_ATTEMPTS, has_failed, unreplaced
-from tuner.study.mirror import MirroredStore
+from tuner.study.round_state import MAX_ATTEMPTS, MirroredStore, has_failed, unreplaced
 from tuner.study.sampling import optuna_storage
-from tuner.workers import SimulatedWorker
 
 
 def states(directory: Path) -> list[str]:

@@ -14,20 +14,20 @@ from rich.console import Console
 
 from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
-from tuner.cli.promoting import promotion_text
+from tuner.cli.promote import promotion_text
+from tuner.config import RoundFile, load_round, read_round
 from tuner.data import TABLE_VERSION
+from tuner.engines import SimulatedWorker
 from tuner.errors import CheckpointError, InputError, TunerError
 from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
 from tuner.report import open_view
-from tuner.spec import RoundFile, load_round, read_round
 from tuner.store.facts import AttemptPlaced
 from tuner.study.continuation import Continuations
+from tuner.study.dashboard import lineage
 from tuner.study.folder import open_folder
-from tuner.study.pages import lineage
 from tuner.study.plan import RoundPlan
 from tuner.study.promotion import Overrides, PromotedRound, promote
-from tuner.study.running import run_round
-from tuner.workers import SimulatedWorker
+from tuner.study.run import run_round
 
 RATES = "[1e-3, 2e-3, 3e-3, 5e-3, 8e-3, 1e-2]"
 

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tests.studies import formula, silent_view
 from tests.study.rehearsal import rehearse, trials
+from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.reproduction import Agreement, Reproduction
 from tuner.records import Continuation, Evaluation, Hyperparameters, Ready, TrialState
 from tuner.report.reproduction import reproduction_page
 from tuner.study.folder import open_folder
-from tuner.study.reproducing import FOLDER, Rerun, planned_rerun, reproduce
-from tuner.workers import SimulatedWorker
+from tuner.study.reproduction import FOLDER, Rerun, planned_rerun, reproduce
 
 READY = Ready(1, "simulated", workload="same")
 

@@ -9,7 +9,6 @@ from tests.studies import round_file
 from tuner.records import AnswerScore, Attempt, Evaluation, RoundRecord, Throughput, Trial, TrialState
 from tuner.store import MemoryStore
 from tuner.store.facts import RoundBegun
-from tuner.study.mirror import history
 from tuner.study.results import (
     as_written_now,
     earlier_outcomes,
@@ -19,6 +18,7 @@ from tuner.study.results import (
     round_results,
     seconds_per_step,
 )
+from tuner.study.round_state import history
 
 
 @pytest.mark.parametrize(

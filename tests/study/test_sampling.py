@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.playbook.advice import outcomes
+from tuner.config import SearchSpec
+from tuner.playbook.observations import outcomes
 from tuner.records import (
     AnswerScore,
     Choices,
@@ -27,7 +28,6 @@ from tuner.records import (
     Value,
     num_points,
 )
-from tuner.spec import SearchSpec
 from tuner.study.points import quasi_random_point
 from tuner.study.sampling import MAX_REPORTS, Advisor, StudyStorage, optuna_storage, shown_steps
 

@@ -15,14 +15,14 @@ import pytest
 from optuna_dashboard import wsgi
 
 from tests.studies import formula, round_file, silent_view
-from tuner.cli.looking import print_status, print_trials
+from tuner.cli.status import print_status, print_trials
+from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.records import Ready
 from tuner.study.folder import open_folder
-from tuner.study.looking import reports_on
-from tuner.study.running import run_round
+from tuner.study.lookup import reports_on
+from tuner.study.run import run_round
 from tuner.study.sampling import StudyStorage
-from tuner.workers import SimulatedWorker
 
 ONE: dict[str, Any] = {"study": "one", "trials": 3}
 HALF_WAY = 3

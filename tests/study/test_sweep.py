@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from tests.studies import record_sweep, silent_view, write_round
+from tuner.config import RoundFile, load_round, read_round
+from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.sweep import ComputeBound, FirstHorizon, SweepDecision, SweepProblem, default_grid
 from tuner.records import Evaluation, Hyperparameters, Trial, TrialState
-from tuner.spec import RoundFile, load_round, read_round
 from tuner.store import Store
+from tuner.study.dashboard import lineage
 from tuner.study.folder import open_folder
-from tuner.study.pages import lineage
 from tuner.study.promotion import Overrides, promote
 from tuner.study.results import earlier_results
-from tuner.study.running import run_round
+from tuner.study.run import run_round
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
-from tuner.workers import SimulatedWorker
 
 FITTED_AT_ONCE = math.log(3.0 / 0.05)
 

@@ -18,11 +18,11 @@ from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import hollow_copy, lora_config
 from tuner.data import Examples
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
-from tuner.training.inbox import Inbox
+from tuner.training.commands import Inbox
 from tuner.training.loop import train
 from tuner.training.packed_passes import tick
 from tuner.training.trial_run import TrialRun
-from tuner.training.workplace import Workplace
+from tuner.training.worker_state import Workplace
 
 Hyperparameters = Mapping[str, Value]
 Say = Callable[[Event], None]

@@ -13,13 +13,13 @@ from tests import tiny
 from tests.training.driving import assignment, curve, ended, run_loop, workplace
 from tuner.adapters import Base
 from tuner.adapters.decoding import Decoding
-from tuner.adapters.generating import TextGenerator
+from tuner.adapters.generation import TextGenerator
 from tuner.data import Metric, Prompt, Question
 from tuner.errors import MetricError
 from tuner.inference import Answerer
 from tuner.playbook import best_evaluation
 from tuner.records import Answered, AnswerScore, CheckpointKind, Event, Saved
-from tuner.training.answering import Exam
+from tuner.training.generation_eval import Exam
 
 NEW_TOKENS = 6
 QUESTIONS = tuple(

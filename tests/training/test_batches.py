@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tuner.training.batches import MicroBatch, cut
+from tuner.training.trial_run import MicroBatch, cut
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=12).map(np.array)
 

@@ -24,11 +24,11 @@ from tests.training.driving import (
     workplace,
 )
 from tests.training.test_best_adapter import nll
+from tuner.config import RoundSpec
 from tuner.data import load_tokenizer, prepare
 from tuner.playbook import best_evaluation
-from tuner.spec import RoundSpec
-from tuner.training.opening import arrange
 from tuner.training.probe import predict
+from tuner.training.startup import arrange
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])

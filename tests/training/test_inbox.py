@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.training.driving import assignment
 from tuner.records import Assignment, to_json
-from tuner.training.inbox import Inbox
+from tuner.training.commands import Inbox
 
 
 def lines(*orders: object) -> io.StringIO:

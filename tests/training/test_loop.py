@@ -36,7 +36,7 @@ from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
 from tuner.training.packed_passes import example_scores, forward_backward
 from tuner.training.trial_run import MAX_BAD_UPDATES
-from tuner.training.workplace import Workplace
+from tuner.training.worker_state import Workplace
 
 TOLERANCE = 1e-4
 

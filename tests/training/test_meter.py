@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tuner.records import Measured, Throughput, event_from_json, event_to_json
-from tuner.training.meter import Meter
+from tuner.training.worker_state import Meter
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,12 @@ from tests import tiny
 from tests.data.tiny import source, write_jsonl
 from tests.training.test_loop import small_memory, with_room_for
 from tuner.adapters.initial import largest_adapter
+from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
-from tuner.spec import RoundSpec
-from tuner.training.opening import arrange, packing_for
 from tuner.training.probe import largest_hyperparameters, predict, probe
+from tuner.training.startup import arrange, packing_for
 
 
 def test_largest_takes_the_most_memory() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.training.room import (
+from tuner.training.memory_budget import (
     BYTES_PER_SLOT_WEIGHT,
     MAX_KNEE_TOKENS,
     MAX_SLOTS,

@@ -16,15 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
-from tuner.adapters.frozen_linear import product, speed_up
-from tuner.adapters.head_loss import chunked_nll, head_nll, token_scores
+from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
 from tuner.adapters.loaders import load_by_unsloth, require_loader
-from tuner.data.pretrained import hub_advice
-from tuner.data.reachable import where_to_look
+from tuner.data.pretrained import hub_advice, where_to_look
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
-    from tuner.spec import ModelSpec
+    from tuner.config import ModelSpec
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -21,7 +21,7 @@ from tuner.errors import ModelError, TargetModulesError
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
 if TYPE_CHECKING:
-    from tuner.spec import ModelSpec
+    from tuner.config import ModelSpec
 
 
 @dataclass(frozen=True)

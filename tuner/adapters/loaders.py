@@ -12,7 +12,7 @@ from tuner.errors import ModelError
 from tuner.installation import install_command
 
 if TYPE_CHECKING:
-    from tuner.spec import ModelSpec
+    from tuner.config import ModelSpec
 
 
 def require_loader(model: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.api.advice import Advice, advise
-from tuner.api.reporting import log
+from tuner.api.log import log
 from tuner.api.study import Promotion, Reproduction, Round, Study, Trial
 
 _FUNCTIONS = (advise, log)

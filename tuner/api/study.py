@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.api.advice import Advice
-from tuner.api.automatic import Automatic
-from tuner.api.running import Gpus, Where, has_begun, rerun_worker, run_here
-from tuner.api.scoring import prepared_quietly
+from tuner.api.auto import Automatic
+from tuner.api.run import Gpus, Where, has_begun, rerun_worker, run_here
+from tuner.api.score import prepared_quietly
+from tuner.config import RoundFile, RoundSpec
 from tuner.errors import InputError, Interrupted
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.enough import Enough
 from tuner.playbook.reproduction import Agreement
+from tuner.playbook.restarts import Enough
 from tuner.playbook.selection import ranked
 from tuner.playbook.sweep import FirstHorizon
 from tuner.records import Evaluation, Hyperparameters, TrialState
@@ -28,11 +29,10 @@ from tuner.records import Trial as RecordedTrial
 from tuner.report import View, round_markdown, status_document, write_html
 from tuner.report.bar import ProgressBar, Silence
 from tuner.report.reproduction import reproduction_document
-from tuner.spec import RoundFile, RoundSpec
 from tuner.study.folder import StudyFolder, open_folder
-from tuner.study.looking import begun_round, find_trial, opened, reports_on, statuses, trials_of
+from tuner.study.lookup import begun_round, find_trial, opened, reports_on, statuses, trials_of
 from tuner.study.promotion import Overrides, promote_held
-from tuner.study.reproducing import planned_rerun, reproduce
+from tuner.study.reproduction import planned_rerun, reproduce
 from tuner.study.results import reading_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Study:
         Raises:
             InputError: where the file exists, or `check` would refuse it.
         """
-        from tuner.api.starting import write_first_round
+        from tuner.api.new import write_first_round
         from tuner.data import prepare
 
         write_first_round(
@@ -153,7 +153,7 @@ class Study:
         `ok`, `errors` with line, key and message, the `plan` and `remarks`. Trains nothing, records nothing.
         `probe` loads the base and times a few steps.
         """
-        from tuner.api.checking import check_document_of
+        from tuner.api.check import check_document_of
         from tuner.data import prepare
 
         return check_document_of(
@@ -248,7 +248,7 @@ class Study:
         the training rows cannot be fitted within the longest run: the file then has a tenth of it. Raises
         what `run` does, and TunerError when the sweep gives no answer.
         """
-        from tuner.api.sweeping import refuse_epochs, sweep_round
+        from tuner.api.sweep import refuse_epochs, sweep_round
 
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))
@@ -304,7 +304,7 @@ class Study:
 
         Raises StorageError while a round of the study runs.
         """
-        from tuner.api.cleaning import clean_study
+        from tuner.api.clean import clean_study
 
         return clean_study(self._folder(), delete=delete, tell=_unsaid)
 
@@ -514,7 +514,7 @@ class Trial:
         Raises:
             InputError: for a trial that is not complete, or a directory that cannot be used.
         """
-        from tuner.api.exporting import Export, export_trial, finished_trial
+        from tuner.api.export import Export, export_trial, finished_trial
 
         wanted = Export(to=Path(to), merge=merge, dtype=dtype, force=force)
         finished = finished_trial(self._study, self.name)
@@ -586,7 +586,7 @@ class Trial:
         torch's; None takes a GPU where there is one. Raises InputError for a trial without an adapter,
         ModelError for a base that cannot be loaded.
         """
-        from tuner.inference.loading import load_adapted
+        from tuner.inference.generation import load_adapted
 
         spec, adapter = self._trained()
         return load_adapted(spec.model, adapter, device=device)

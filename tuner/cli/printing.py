@@ -1,10 +1,11 @@
-"""Where verbs print: as wide as the terminal is, or in a file or pipe as wide as what is printed needs."""
+"""How every verb prints: the two streams, JSON documents, and a line while something is prepared."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from tuner.data import PreparedData, load_tokenizer, prepare
+from tuner.report.live import PREPARING_EVERY_SECONDS
 
 if TYPE_CHECKING:
-    from tuner.spec import ModelSpec
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.config import ModelSpec, RoundSpec
     from tuner.study.folder import StudyFolder
+
 
 WIDEST = 1000
 """Characters: more than the widest table has."""
@@ -88,3 +96,34 @@ def say(text: str) -> None:
         _speakers[-1](text)
     else:
         typer.echo(text, err=True)
+
+
+def prepared(
+    spec: RoundSpec, cache: Path | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreparedData:
+    """As `prepare`, with the model's own tokenizer unless it is at hand already."""
+    with progress_shown(error_output()) as say:
+        return prepare(spec, tokenizer or load_tokenizer(spec.model), cache, say)
+
+
+@contextmanager
+def progress_shown(
+    console: Console, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[str], None]]:
+    """Gives a function that says how far a long work is.
+
+    On a terminal in one line, which is gone at the end; elsewhere in a line every half a minute.
+    """
+    if console.is_interactive:
+        with console.status("") as status:
+            yield lambda doing: status.update(Text(doing))
+        return
+    said_at = clock()
+
+    def say(doing: str) -> None:
+        nonlocal said_at
+        if (now := clock()) - said_at >= PREPARING_EVERY_SECONDS:
+            said_at = now
+            console.print(doing, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    yield say

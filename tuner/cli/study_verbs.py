@@ -72,9 +72,8 @@ def new(
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
-    from tuner.api.starting import write_first_round
-    from tuner.cli.preparing import prepared, progress_shown
-    from tuner.cli.printing import error_output
+    from tuner.api.new import write_first_round
+    from tuner.cli.printing import error_output, prepared, progress_shown
 
     path = write_first_round(
         directory,
@@ -105,7 +104,7 @@ def check(
 
     Example: `tuner study check round1.yaml --show 2`
     """
-    from tuner.cli.checking import check_round
+    from tuner.cli.check import check_round
 
     command = check_round(round_file, show=show, probe=probe, as_json=json)
     if command is None:
@@ -126,7 +125,7 @@ def run(
 
     Example: `tuner study run round1.yaml --for 2h`
     """
-    from tuner.cli.running import run_file, where_typed
+    from tuner.cli.run import run_file, where_typed
 
     ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
     if ran is None:
@@ -157,8 +156,7 @@ def sweep(
     Example: `tuner study sweep round1.yaml --epochs 3 --for 2h`
     """
     from tuner.cli.printing import next_command
-    from tuner.cli.running import where_typed
-    from tuner.cli.sweeping import sweep_file
+    from tuner.cli.run import sweep_file, where_typed
 
     where = where_typed(slots, workers, engine)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
@@ -191,8 +189,7 @@ def auto(
     """
     from dataclasses import replace
 
-    from tuner.cli.automatic import run_rounds
-    from tuner.cli.running import where_typed
+    from tuner.cli.run import run_rounds, where_typed
 
     ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
     if ended.last is None:
@@ -219,7 +216,7 @@ def status(json: Json = False) -> None:
 
     Example: `tuner study status`
     """
-    from tuner.cli.looking import print_status
+    from tuner.cli.status import print_status
 
     command = print_status(_folder(), as_json=json)
     if not json:
@@ -265,7 +262,7 @@ def promote(
 
     Example: `tuner study promote --to round2`
     """
-    from tuner.cli.promoting import promote_round
+    from tuner.cli.promote import promote_round
 
     if decay not in ("steps", "share"):
         raise typer.BadParameter(
@@ -300,7 +297,7 @@ def report(
 
     Example: `tuner study report round1`
     """
-    from tuner.cli.looking import write_reports
+    from tuner.cli.status import write_reports
 
     _folder()
     found = _reports(Path(), Path(round_name) if round_name else None)
@@ -346,7 +343,7 @@ def clean(
 
     Example: `tuner study clean --yes`
     """
-    from tuner.api.cleaning import clean_study
+    from tuner.api.clean import clean_study
 
     clean_study(_folder(), delete=yes, tell=typer.echo)
     _next("tuner study status" if yes else "tuner study clean --yes")
@@ -364,7 +361,7 @@ def _folder() -> StudyFolder:
 
 def _reports(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...]:
     from tuner.study.folder import open_folder
-    from tuner.study.looking import reports_on
+    from tuner.study.lookup import reports_on
 
     return reports_on(open_folder(directory), round_path)
 

@@ -46,8 +46,8 @@ def list_trials(
 
     Example: `tuner trial list --round round1`
     """
-    from tuner.cli.looking import print_trials
     from tuner.cli.printing import next_command, open_here
+    from tuner.cli.status import print_trials
 
     command = print_trials(open_here(), round_name=round_name, as_json=json)
     if not json:
@@ -67,8 +67,8 @@ def show(
 
     Example: `tuner trial show round1/7`
     """
-    from tuner.cli.looking import print_trial
     from tuner.cli.printing import next_command, open_here
+    from tuner.cli.status import print_trial
 
     command = print_trial(open_here(), trial, test=test, as_json=json)
     if not json:
@@ -91,7 +91,7 @@ def reproduce(
     Example: `tuner trial reproduce best --to-step 20`
     """
     from tuner.cli.printing import next_command, open_here
-    from tuner.cli.reproducing import reproduce_trial
+    from tuner.cli.reproduce import reproduce_trial
 
     agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
     if not json:
@@ -144,7 +144,7 @@ def generate(
 
     Example: `tuner trial generate best --prompt "Name three rivers." --compare`
     """
-    from tuner.cli.generating import Asked, generate_answers
+    from tuner.cli.generate import Asked, generate_answers
     from tuner.cli.printing import next_command, open_here
     from tuner.errors import InputError
 
@@ -212,9 +212,8 @@ def export(
 
     Example: `tuner trial export best --to my-model --merge`
     """
-    from tuner.api.exporting import Export, export_recipe, export_trial, finished_trial
-    from tuner.cli.preparing import prepared
-    from tuner.cli.printing import next_command, open_here, warn_of_code
+    from tuner.api.export import Export, export_recipe, export_trial, finished_trial
+    from tuner.cli.printing import next_command, open_here, prepared, warn_of_code
 
     folder = open_here()
     if tool is not None:

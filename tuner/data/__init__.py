@@ -1,7 +1,7 @@
 """Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
 
+from tuner.data.answer_metrics import Metric, Question, load_metric, try_metric
 from tuner.data.examples import Example, Examples
-from tuner.data.metrics import Metric, load_metric
 from tuner.data.order import batch_rows
 from tuner.data.prepared import (
     DataReport,
@@ -14,7 +14,6 @@ from tuner.data.prepared import (
 from tuner.data.pretrained import load_tokenizer
 from tuner.data.preview import ShownRow, printable, show_rows
 from tuner.data.prompts import Prompt, read_prompts, refuse_prompt_beyond, render_prompt
-from tuner.data.questions import Question, try_metric
 from tuner.data.rows import TABLE_VERSION
 
 __all__ = [

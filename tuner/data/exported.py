@@ -1,11 +1,11 @@
-"""Tokenised rows as files that other tools train on as they are, with no template of their own."""
+"""What an export says of its data: tokenised rows as files for other tools, and licences that cards state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,3 +53,21 @@ def _columns(rows: Sequence[Example]) -> Mapping[str, list[Any]]:
         "attention_mask": [np.ones(len(row.input_ids), np.int8) for row in rows],
         "labels": [np.where(row.is_target, row.input_ids, _NO_TARGET).astype(np.int32) for row in rows],
     }
+
+
+def stated_licence(path: str, *, kind: Literal["model", "dataset"]) -> str | None:
+    """The `license` in a directory's README.md, or in that of a Hub id in the local cache; else None."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from yaml import YAMLError
+
+    found: object = Path(path) / "README.md"
+    try:
+        if not Path(path).is_absolute():
+            found = try_to_load_from_cache(path, "README.md", repo_type=kind)
+        if not isinstance(found, (str, Path)) or not Path(found).is_file():
+            return None
+        stated = ModelCard.load(found, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (HFValidationError, OSError, ValueError, YAMLError):
+        return None
+    return str(stated) if stated else None

@@ -16,17 +16,16 @@ from tuner.data.messages import (
     read_system,
     read_tools,
 )
-from tuner.data.plain_text import SEPARATORS
+from tuner.data.messages import conversation as sharegpt_messages
+from tuner.data.plain_text import SEPARATORS, Windows
 from tuner.data.segments import Opening, Row, Segment, kind_of
-from tuner.data.sharegpt import conversation as sharegpt_messages
 from tuner.data.templates import TEMPLATES
-from tuner.data.windows import Windows
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tuner.spec import SourceSpec
+    from tuner.config import SourceSpec
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.data.answer_metrics import Question, questions
 from tuner.data.examples import Examples
+from tuner.data.files import downloads
 from tuner.data.formats import source_format
-from tuner.data.locations import downloads
 from tuner.data.prompts import refuse_prompt_beyond, token_beyond
-from tuner.data.questions import Question, questions
 from tuner.data.rows import Recipe, tokenised
 from tuner.data.sources import open_sources
 from tuner.data.special_tokens import SpecialTokens
@@ -39,7 +39,7 @@ from tuner.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tuner.spec import DataSpec, RoundSpec, SourceSpec
+    from tuner.config import DataSpec, RoundSpec, SourceSpec
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 

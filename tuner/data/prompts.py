@@ -20,7 +20,7 @@ from tuner.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tuner.spec import SourceSpec
+    from tuner.config import SourceSpec
 
 
 @dataclass(frozen=True, slots=True)

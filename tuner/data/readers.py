@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 
 from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, most_unpacked_bytes, unpacks_too_far
 from tuner.data.formats import RowFormat
-from tuner.data.json_list import DECODER, RepeatedKey, json_objects
-from tuner.data.json_shapes import not_a_row, over_lines
+from tuner.data.json_rows import DECODER, RepeatedKey, json_objects, not_a_row, over_lines
 from tuner.data.segments import Row
 from tuner.errors import DataError
 

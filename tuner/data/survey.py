@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from tuner.data.files import downloads
 from tuner.data.formats import RowFormat
-from tuner.data.locations import downloads
 from tuner.data.segments import Row
 from tuner.data.sources import open_sources
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
-    from tuner.spec import SourceSpec
+    from tuner.config import SourceSpec
 
 _COLUMNS = {
     "messages": ("messages",),

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.data.marks import Marks
+from tuner.data.plain_text import Windows, spans
 from tuner.data.segments import Opening, Segment
-from tuner.data.windows import Windows, spans
 from tuner.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tuner.playbook.edges import Edge, number
-from tuner.playbook.findings import percent
-from tuner.playbook.results import RoundResults
+from tuner.playbook.results import RoundResults, percent
 from tuner.playbook.schedule import DecayRule, can_decay_linearly, recut_decay
 from tuner.playbook.spaces import (
     as_listed,

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
 from tuner.playbook.edges import number
-from tuner.playbook.findings import Finding, Severity, counted
-from tuner.playbook.results import RoundResults
+from tuner.playbook.results import Finding, RoundResults, Severity, counted
 from tuner.playbook.selection import LeadingTrial, beats_the_base
 
 CLIPPED_SHARE = 0.5

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.playbook.precision import (
+from tuner.playbook.noise import (
     SIGNIFICANT,
     difference_error,
     is_number,
     measured,
     paired_standard_error,
     residual_spread,
+    smoothed,
 )
 from tuner.playbook.selection import best_evaluation
-from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation
 
 FITTED_TRAIN_LOSS = 0.05

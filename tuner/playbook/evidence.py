@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from tuner.playbook.edges import MAX_WIDENINGS
-from tuner.playbook.findings import counted, percent
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import (
     LATE_SHARE_OF_GAIN,
@@ -18,7 +17,8 @@ from tuner.playbook.horizon import (
     Suggestion,
     puts_the_edge_first,
 )
-from tuner.playbook.precision import difference_error, majority_probability, measured
+from tuner.playbook.noise import difference_error, majority_probability, measured
+from tuner.playbook.results import counted, percent
 from tuner.playbook.selection import LeadingTrial, best_evaluation
 from tuner.records import Trial
 

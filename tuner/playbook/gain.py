@@ -9,11 +9,10 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.playbook.precision import MAX_LOSS, difference_error, is_number, measured
+from tuner.playbook.noise import MAX_LOSS, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
 from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_loss
-from tuner.playbook.smoothing import smoothed
 from tuner.records import Evaluation, Trial
 
 DEFAULT_RATIO = 0.7

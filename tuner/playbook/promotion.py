@@ -11,15 +11,13 @@ from tuner.errors import InputError, TunerError
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.continuation import continuation_step
 from tuner.playbook.edges import Edge, number
-from tuner.playbook.findings import Finding, Severity, counted, percent
 from tuner.playbook.horizon import Diagnosis
-from tuner.playbook.precision import paired_standard_error
+from tuner.playbook.noise import paired_standard_error
+from tuner.playbook.observations import default_sampler, search_findings
 from tuner.playbook.reading import Reading
-from tuner.playbook.remarks import remarks
-from tuner.playbook.reopening import overturned_order, reopened_space, reopening_findings
-from tuner.playbook.results import RoundResults
+from tuner.playbook.reopening import overturned_order, remarks, reopened_space, reopening_findings
+from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
 from tuner.playbook.schedule import DecayRule, can_decay_linearly, tiny_rate_share
-from tuner.playbook.search import Sampler, default_sampler, search_findings
 from tuner.playbook.selection import distinct, may_be_carried_over, objective_score, ranked
 from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 

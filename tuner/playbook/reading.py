@@ -10,7 +10,6 @@ from tuner.playbook.checklist import checklist
 from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_loss_still_falls, train_losses
 from tuner.playbook.edges import Edge, edges, number
 from tuner.playbook.evidence import evidence
-from tuner.playbook.findings import Finding, Severity
 from tuner.playbook.gain import Gain, GainSource
 from tuner.playbook.horizon import (
     Diagnosis,
@@ -21,7 +20,7 @@ from tuner.playbook.horizon import (
     signs,
     suggest,
 )
-from tuner.playbook.results import RoundResults
+from tuner.playbook.results import Finding, RoundResults, Severity
 from tuner.playbook.selection import LeadingTrial
 
 _SEVERITIES = {

@@ -1,4 +1,4 @@
-"""When a longer round overturns the order of an earlier one, and what then comes back into the search."""
+"""What a longer round searches again: hyperparameters on which rounds disagree or that steps change."""
 
 from __future__ import annotations
 
@@ -6,13 +6,171 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tuner.playbook.agreement import carried_over
-from tuner.playbook.findings import Finding, Severity
-from tuner.playbook.precision import SIGNIFICANT, paired_standard_error
-from tuner.playbook.results import RoundResults
+import numpy as np
+
+from tuner.playbook.carrying import longest
+from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_losses
+from tuner.playbook.edges import number
+from tuner.playbook.gain import same_configuration
+from tuner.playbook.horizon import Diagnosis
+from tuner.playbook.noise import SIGNIFICANT, paired_standard_error
+from tuner.playbook.reading import Reading
+from tuner.playbook.results import Finding, RoundResults, Severity
 from tuner.playbook.selection import best_evaluation
 from tuner.playbook.tiers import Tier, tier_of
-from tuner.records import Choices, Dimension, Range, Trial
+from tuner.records import Choices, Dimension, Fixed, Range, Space, Trial, TrialState, searched
+
+MIN_RANKED = 3
+"""Of two trials any order agrees with one of the two that there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedOver:
+    """Trials of a round that are configurations of an earlier one, whether they went on or began afresh."""
+
+    from_round: str
+    trials: tuple[tuple[int, int], ...]
+    """Number in the earlier round and number in the later one, by the latter."""
+    compared: tuple[tuple[int, int], ...]
+    """Those complete in both rounds, the earlier round's best first.
+
+    None where horizon and workload are the same: the later loss is then the earlier one.
+    """
+    rank_correlation: float | None
+    """Spearman's, of the best losses of `compared`; None for fewer than `MIN_RANKED`, or where all tie."""
+    place_of_the_best: int | None
+    """Where the earlier round's best of `compared` stands among them in the later one, from 1."""
+
+
+def carried_over(results: RoundResults, earlier: Sequence[RoundResults]) -> CarriedOver | None:
+    """What a round took over from the latest of the earlier rounds that it took anything from.
+
+    `earlier` are oldest first. Losses of different horizons are not compared, only their order is: a
+    short round's conclusions hold as far as it does. Rule: Deep Learning Tuning Playbook, "Deciding
+    how long to train when training is compute-bound" (what transfers to longer runs).
+    """
+    for other in reversed(earlier):
+        pairs = [(twin, trial) for trial in results.trials if (twin := _twin(trial, other)) is not None]
+        if pairs:
+            return _compared(results, other, sorted(pairs, key=lambda pair: pair[1].number))
+    return None
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, in [-1, 1]; equal values share the mean of their ranks.
+
+    None for fewer than `MIN_RANKED` values, or where all of one side are equal. Rule: this project's
+    decision.
+    """
+    if len(one) < MIN_RANKED or len(set(one)) == 1 or len(set(other)) == 1:
+        return None
+    return float(np.clip(np.corrcoef(_ranks(one), _ranks(other))[0, 1], -1.0, 1.0))
+
+
+def _compared(
+    results: RoundResults, other: RoundResults, pairs: Sequence[tuple[Trial, Trial]]
+) -> CarriedOver:
+    is_new = (results.max_train_steps, results.workload) != (other.max_train_steps, other.workload)
+    losses = {
+        (twin.number, trial.number): (before, after)
+        for twin, trial in pairs
+        if is_new and (before := _loss(twin)) is not None and (after := _loss(trial)) is not None
+    }
+    order = tuple(sorted(losses, key=lambda pair: (losses[pair][0], pair)))
+    now = [losses[pair][1] for pair in order]
+    return CarriedOver(
+        from_round=other.name,
+        trials=tuple((twin.number, trial.number) for twin, trial in pairs),
+        compared=order,
+        rank_correlation=rank_correlation([losses[pair][0] for pair in order], now),
+        place_of_the_best=1 + sum(loss < now[0] for loss in now) if now else None,
+    )
+
+
+def _twin(trial: Trial, other: RoundResults) -> Trial | None:
+    """The trial of another round that this one is: the one it went on from, or one that is the same."""
+    if trial.state == TrialState.FAILED:
+        return None
+    if trial.continues is not None and trial.continues.round == other.name:
+        return other.trial(trial.continues.trial)
+    same = [t for t in other.trials if t.state != TrialState.FAILED and same_configuration(t, trial)]
+    return min(same, key=lambda t: (_loss(t) is None, t.number), default=None)
+
+
+def _loss(trial: Trial) -> float | None:
+    best = best_evaluation(trial.evaluations) if trial.state == TrialState.COMPLETE else None
+    return None if best is None else best.eval_loss
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    numbers = np.array(values)
+    below = (numbers[:, None] > numbers[None, :]).sum(axis=1)
+    equal = (numbers[:, None] == numbers[None, :]).sum(axis=1)
+    return np.asarray(below + (equal + 1) / 2)
+
+
+FAR_FROM_FITTED = 4 * FITTED_TRAIN_LOSS
+"""Nats per token above which the training set counts as not fitted yet."""
+
+
+def remarks(
+    results: RoundResults,
+    reading: Reading,
+    space: Space,
+    incumbents: Sequence[Trial],
+    earlier: Sequence[RoundResults],
+) -> Iterator[str]:
+    """What the next round's space says of its number of steps.
+
+    Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not compute-bound" and
+    "Deciding how long to train when training is compute-bound": more gradient noise wants more steps, a
+    better tuned optimizer fewer, and regularisation helps where the training set can be fitted.
+    """
+    if incumbents:
+        yield from _noisier_gradients(results, space, incumbents, earlier)
+        yield from _other_optimizer(results, space)
+        yield from _early_regularisation(reading, space, incumbents[0])
+
+
+def _noisier_gradients(
+    results: RoundResults, space: Space, incumbents: Sequence[Trial], earlier: Sequence[RoundResults]
+) -> Iterator[str]:
+    dropouts = [number(trial.hyperparameters.get("lora_dropout")) or 0.0 for trial in incumbents]
+    known = max(*dropouts, _largest(results.space, "lora_dropout"))
+    if (dropout := _largest(space, "lora_dropout")) > known:
+        yield (
+            f"lora_dropout goes up to {dropout:g}, above the {known:g} so far: gradients are noisier, so "
+            "more steps may be needed."
+        )
+    before = _largest(earlier[-1].space, "batch_size") if earlier else 0.0
+    now = _largest(space, "batch_size")
+    if now < before:
+        yield (
+            f"The batch size went down from {before:g} to {now:g}: gradients are noisier, so more steps may "
+            "be needed."
+        )
+
+
+def _other_optimizer(results: RoundResults, space: Space) -> Iterator[str]:
+    before = results.space.get("optimizer")
+    if "optimizer" in searched(space) and isinstance(before, Fixed):
+        yield f"Another optimizer than {before.value} is tried: with a better one, fewer steps may do."
+
+
+def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterator[str]:
+    names = [name for name in ("lora_dropout", "weight_decay") if name in searched(space)]
+    lowest = min(train_losses(best.evaluations), default=0.0)
+    if names and lowest > FAR_FROM_FITTED and reading.diagnosis != Diagnosis.OVERFITTING:
+        yield (
+            f"{' and '.join(names)} will probably not help yet: the training set is not fitted (train loss "
+            f"{lowest:.2g}) and nothing overfits."
+        )
+
+
+def _largest(space: Space, name: str) -> float:
+    dimension = space.get(name)
+    return 0.0 if dimension is None else longest(dimension)
+
 
 MIN_RANK_CORRELATION = 0.5
 """Below it the order of an earlier round has not held. Ranks of short and long runs agree so little at six

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from tuner.playbook.precision import SIGNIFICANT, difference_error, measured, significant_among
-from tuner.playbook.smoothing import smoothed_loss
+from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, significant_among, smoothed_loss
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5

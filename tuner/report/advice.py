@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuner.playbook.agreement import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
+from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.selection import objective_score
 from tuner.report import answered, format
 from tuner.report.round_report import RoundReport

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from tuner.config import ModelSpec, RoundSpec, SourceSpec
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
 from tuner.report import answered, format
-from tuner.report.markdown import code, escaped, table
-from tuner.spec import ModelSpec, RoundSpec, SourceSpec
+from tuner.report.notes import code, escaped, table
 
 _ROWS_OF_THE_CURVE = 12
 

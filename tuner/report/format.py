@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tuner.playbook import findings
+from tuner.playbook import results
 from tuner.records import Hyperparameters, Trial, Value
 
 NOTHING = "-"
@@ -45,7 +45,7 @@ def number(quantity: float, digits: int = 3) -> str:
 
 def percent(share: float) -> str:
     """A share as the findings write it: 12%, 0.34%."""
-    return findings.percent(share) if math.isfinite(share) else NOTHING
+    return results.percent(share) if math.isfinite(share) else NOTHING
 
 
 def duration(seconds: float) -> str:
@@ -69,7 +69,7 @@ def size(num_bytes: float) -> str:
 
 def count(quantity: int, noun: str) -> str:
     """A number with its noun: 1 trial, 1,200 trials."""
-    return findings.counted(quantity, noun)
+    return results.counted(quantity, noun)
 
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:

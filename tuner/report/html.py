@@ -10,12 +10,18 @@ from html import escape
 from pathlib import Path
 
 from tuner.errors import StorageError
-from tuner.playbook.findings import Finding
+from tuner.playbook.results import Finding
 from tuner.records import Trial, TrialState
 from tuner.report import advice, plots, throughput
 from tuner.report.page import SCRIPT, STYLE
-from tuner.report.round_report import RoundReport, describe
-from tuner.report.rows import NUM_WORDS, have_answered, trial_cells, trial_headers
+from tuner.report.round_report import (
+    NUM_WORDS,
+    RoundReport,
+    describe,
+    have_answered,
+    trial_cells,
+    trial_headers,
+)
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 

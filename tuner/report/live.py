@@ -12,10 +12,9 @@ from rich.live import Live
 
 from tuner.records import Answered, Died, Ended, Evaluated, Event, Preparing, Ready, Started, Trial
 from tuner.report import answered, format
-from tuner.report.board import Board, Row
-from tuner.report.board_table import board_table
-from tuner.report.devices import GpuReading
+from tuner.report.board import Board, Row, board_table
 from tuner.report.textplot import marks_for
+from tuner.report.throughput import GpuReading
 
 PREPARING_EVERY_SECONDS = 30
 """Between lines of plain output that say how far preparing is."""

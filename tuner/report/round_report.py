@@ -1,17 +1,16 @@
-"""All that a report on one round is made from, gathered once for terminal, page and notes."""
+"""What every kind of report says of a round: its reading, the tables' rows, what to do next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tuner.playbook.findings import Finding
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
-from tuner.playbook.results import RoundResults
+from tuner.playbook.results import Finding, RoundResults
 from tuner.playbook.schedule import can_decay_linearly
-from tuner.playbook.selection import ranked
+from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import (
     Choices,
     Dimension,
@@ -25,8 +24,46 @@ from tuner.records import (
     num_points,
     searched,
 )
-from tuner.report import format
-from tuner.report.rows import best_first
+from tuner.report import answered, format
+
+NUM_WORDS = 2
+"""The last columns of a row are words, those between them and the first are numbers."""
+
+
+def best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Complete trials by the objective, then the others by number; `trials` are those of one round."""
+    order = [trial for trial, _ in ranked(trials)]
+    placed = {trial.number for trial in order}
+    rest = (trial for trial in trials if trial.number not in placed)
+    return (*order, *sorted(rest, key=lambda trial: trial.number))
+
+
+def have_answered(trials: Iterable[Trial]) -> bool:
+    """Whether a table of these trials needs a column for their answers."""
+    return any(trial.answer_score is not None for trial in trials)
+
+
+def trial_headers(names: Sequence[str], *, answers: bool) -> tuple[str, ...]:
+    """The heads of the columns of `trial_cells`."""
+    more = (answered.HEADER,) if answers else ()
+    return ("trial", *names, *more, "best loss", "best step", "settled", "state", "remarks")
+
+
+def trial_cells(trial: Trial, names: Sequence[str], *, answers: bool) -> tuple[str, ...]:
+    """A trial's number, some hyperparameters, what came of it and why; `answers` adds their score."""
+    best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
+    continues = f"continues {trial.continues}" if trial.continues else None
+    return (
+        str(trial.number),
+        *(format.value(trial.hyperparameters.get(name)) for name in names),
+        *((answered.number(trial.answer_score),) if answers else ()),
+        format.loss(best.eval_loss if best else None),
+        str(best.step) if best else format.NOTHING,
+        format.NOTHING if settled is None else str(settled),
+        trial.state.value,
+        "; ".join(remark for remark in (continues, trial.reason) if remark),
+    )
+
 
 SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
 """Findings that repeat the evidence; overfitting has advice of its own."""

@@ -12,10 +12,10 @@ from rich.text import Text
 from tuner.playbook.selection import best_evaluation, settled_step
 from tuner.records import Trial, TrialState
 from tuner.report import answered, format, textplot, throughput
-from tuner.report.board_table import STATE_STYLES
+from tuner.report.board import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
 from tuner.report.fitted_table import Column, FittedTable, column
-from tuner.report.rows import best_first, have_answered, trial_cells, trial_headers
+from tuner.report.round_report import best_first, have_answered, trial_cells, trial_headers
 from tuner.report.tested import in_words, number
 
 _PLOT_HEIGHT = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuner.playbook.final_score import scored_before
+from tuner.playbook.scores import scored_before
 from tuner.records import FinalScore, Trial
 from tuner.report import format
 

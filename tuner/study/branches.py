@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tuner.playbook import RoundResults
-from tuner.playbook.branching import branch_hyperparameters, branches_left
+from tuner.playbook.comparison_runs import branch_hyperparameters, branches_left
 from tuner.records import (
     Assignment,
     Attempt,
@@ -28,10 +28,10 @@ from tuner.records import (
 )
 from tuner.report.format import loss
 from tuner.store.facts import BranchAdvanced, Store
-from tuner.study.attempts import have_failed
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
 from tuner.study.results import earlier_results, round_results
+from tuner.study.round_state import have_failed
 
 
 @dataclass(frozen=True)

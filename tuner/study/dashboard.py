@@ -1,15 +1,30 @@
-"""`study dashboard`: optuna-dashboard on this study's rounds, served by this process to this machine."""
+"""The pages of rounds in optuna-dashboard, and starting it."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from importlib.metadata import version as version_of
 from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna_dashboard import wsgi
 
 from tuner.errors import InputError
+from tuner.installation import version
+from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
+from tuner.records import RoundRecord
+from tuner.report import RoundReport, best_steps_figure, round_note
+from tuner.store import Store
+from tuner.study.final_score import scores_of
+from tuner.study.folder import StudyFolder
+from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results
 from tuner.study.sampling import StudyStorage
+
+if TYPE_CHECKING:
+    import optuna
+
 
 HOST = "127.0.0.1"
 """Unless told otherwise the dashboard is for this machine alone: it asks for no password, and can delete."""
@@ -39,3 +54,96 @@ def serve_dashboard(
     with server:
         announce(f"http://{host}:{server.server_port}/dashboard")
         server.serve_forever()
+
+
+_PACKAGES = ("optuna", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
+    """All that a report on a round says."""
+    record = _as_it_stands(folder, record)
+    return _report(folder, store, record, *reading_of(store, record))
+
+
+def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
+    """The reports on the study's rounds up to this one, oldest first, sweeps before it aside."""
+    rounds = [other for other in store.rounds() if other.name == record.name or not other.is_sweep]
+    upto = [
+        _as_it_stands(folder, other)
+        for other in rounds[: 1 + [other.name for other in rounds].index(record.name)]
+    ]
+    read = [round_results(other, store.trials(other.name)) for other in upto]
+    return tuple(
+        _report(folder, store, other, results, read_round(results, read[:position]))
+        for position, (other, results) in enumerate(zip(upto, read, strict=True))
+    )
+
+
+def _as_it_stands(folder: StudyFolder, record: RoundRecord) -> RoundRecord:
+    """The round with what its file may still change, such as `run.production_steps`, as it now says it."""
+    file = folder.file(record.name)
+    return record if file is None else as_written_now(record, file)
+
+
+def _report(
+    folder: StudyFolder, store: Store, record: RoundRecord, results: RoundResults, reading: Reading
+) -> RoundReport:
+    place = folder.checkpoints(record.name)
+    adapters = {trial.number: place.adapter(trial) for trial in results.trials}
+    return RoundReport(
+        study=folder.name,
+        goal=str(record.spec.get("goal", "")),
+        record=record,
+        results=results,
+        reading=reading,
+        adapters={number: str(path) for number, path in adapters.items() if path is not None},
+        next_command=next_command(folder, results, reading, store),
+        environment=environment(),
+        scored=scores_of(store),
+        branches_left=num_branches_left(store, record),
+    )
+
+
+def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, store: Store) -> str:
+    """What to type after a round: go on with it, promote it, or use its best adapter."""
+    file = folder.file(results.name)
+    run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
+    record = next(record for record in store.rounds() if record.name == results.name)
+    missing = file is not None and len(results.results) < file.spec.num_trials
+    if missing or num_branches_left(store, _as_it_stands(folder, record)):
+        return run
+    following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
+    if following is not None and folder.file(following) is not None:
+        has_begun = any(record.name == following for record in store.rounds())
+        return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
+    if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
+        return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"
+    return f"tuner study promote --to {next_name(results.name)}"
+
+
+def next_name(round_name: str) -> str:
+    """`round2` after `round1`; `NAME-2` after a name without a number."""
+    stem = round_name.rstrip("0123456789")
+    number = round_name[len(stem) :]
+    return f"{stem}{int(number) + 1}" if number else f"{round_name}-2"
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine, by name."""
+    versions = {name: version_of(name) for name in _PACKAGES}
+    return {
+        "tuner": version(),
+        **versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def write_pages(study: optuna.Study, report: RoundReport) -> None:
+    """Put the reading of a round and its plot of best steps on its page in optuna-dashboard."""
+    # It loads scikit-learn, which would be most of the time of `trial list`.
+    from optuna_dashboard import save_note, save_plotly_graph_object
+
+    save_note(study, round_note(report))
+    figure = best_steps_figure(report.results.trials, max_train_steps=report.max_train_steps)
+    save_plotly_graph_object(study, figure, graph_object_id="tuner-best-steps")

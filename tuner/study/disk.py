@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuner.config import RoundSpec
 from tuner.errors import InputError, StorageError
 from tuner.playbook.schedule import ComparisonRule
 from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
-from tuner.spec import RoundSpec
 from tuner.store.database import database_file, is_sqlite, parse_url
-from tuner.study.keeping import num_kept
 from tuner.study.plan import RoundPlan
+from tuner.study.retention import num_kept
 
 _WEIGHT_BYTES = 4
 """Of an adapter's weight on disk: float32."""

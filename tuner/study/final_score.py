@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuner.config import RoundSpec
 from tuner.errors import InputError
-from tuner.playbook.final_score import final_score, scored_trials
+from tuner.playbook.scores import final_score, scored_trials
 from tuner.records import CheckpointKind, FinalScore, Trial, TrialState
-from tuner.spec import RoundSpec
 from tuner.store import Store, hold_study
 from tuner.store.facts import TrialScored
 from tuner.study.folder import StudyFolder

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.records import RoundRecord, Trial
-from tuner.spec import RoundFile, load_round
 from tuner.store import MemoryStore, Store, exists, is_held, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from tuner.engines import Worker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
@@ -49,15 +50,13 @@ from tuner.store.facts import (
     TrialNoted,
     WorkMeasured,
 )
-from tuner.study.attempts import MAX_ATTEMPTS, has_failed, has_open_attempt, unreplaced
 from tuner.study.branches import ComparisonRuns
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
-from tuner.study.keeping import num_carried_over, outranked, promised_trials
-from tuner.study.mirror import RoundState
 from tuner.study.plan import RoundPlan
+from tuner.study.retention import num_carried_over, outranked, promised_trials
+from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
 from tuner.study.sampling import Advisor
-from tuner.workers import Worker
 
 MAX_STILLBORN = 3
 """Workers in a row that may die before they are ready."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuner.config import RoundFile, RoundSpec
 from tuner.playbook.schedule import ComparisonRule, trunk_steps
 from tuner.records import Hyperparameters, Space
-from tuner.spec import RoundFile, RoundSpec
 
 
 @dataclass(frozen=True)

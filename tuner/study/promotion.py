@@ -13,20 +13,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tuner.config import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
-from tuner.playbook.enough import Enough, next_horizon
-from tuner.playbook.passes import Anew, Longer, following, plan_round_anew, points_left
 from tuner.playbook.promotion import EnqueuedTrial
+from tuner.playbook.restarts import (
+    Anew,
+    Enough,
+    Longer,
+    following,
+    next_horizon,
+    plan_round_anew,
+    points_left,
+)
 from tuner.playbook.schedule import DecayRule, can_decay_linearly
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
-from tuner.spec import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned
-from tuner.study.additions import added_dimensions
+from tuner.study.file_edits import added_dimensions
 from tuner.study.folder import StudyFolder
-from tuner.study.looking import begun_round, opened
+from tuner.study.lookup import begun_round, opened
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
 
 

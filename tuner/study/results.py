@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tuner.config import RoundFile, RoundSpec, limits
 from tuner.playbook import Reading, RoundResults, read_round
-from tuner.playbook.advice import Outcome, outcomes
-from tuner.playbook.branching import branch_results, branches_left
+from tuner.playbook.comparison_runs import branch_results, branches_left
+from tuner.playbook.observations import Outcome, outcomes
 from tuner.playbook.schedule import ComparisonRule
 from tuner.records import RoundRecord, Trial
-from tuner.spec import RoundFile, RoundSpec, limits
 from tuner.store import Store
 
 

@@ -26,11 +26,11 @@ from optuna.distributions import (
 )
 from sqlalchemy import event
 
+from tuner.config import SearchSpec
 from tuner.errors import InputError
 from tuner.methods.registry import load
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.advice import Lesson, Objective, Outcome, lessons, outcomes
-from tuner.playbook.search import startup_trials
+from tuner.playbook.observations import Lesson, Objective, Outcome, lessons, outcomes, startup_trials
 from tuner.playbook.selection import objective_score
 from tuner.records import (
     Choices,
@@ -45,7 +45,6 @@ from tuner.records import (
     num_points,
     searched,
 )
-from tuner.spec import SearchSpec
 from tuner.store import normal_url
 from tuner.study.points import (
     PointValues,

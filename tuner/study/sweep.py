@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuner.config import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
 from tuner.errors import InputError, RoundFileError
 from tuner.playbook.sweep import (
     SAMPLE_SIZE,
@@ -23,7 +24,6 @@ from tuner.playbook.sweep import (
     default_grid,
 )
 from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value
-from tuner.spec import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
 from tuner.store import Store
 from tuner.study.folder import open_folder
 from tuner.study.promotion import write_round_file

@@ -13,13 +13,13 @@ import os
 import sys
 from pathlib import Path
 
+from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
-from tuner.spec import RoundSpec
-from tuner.training.allocator import keep_freed_memory
-from tuner.training.inbox import Inbox
+from tuner.training.commands import Inbox
+from tuner.training.environment import keep_freed_memory
 from tuner.training.loop import train
-from tuner.training.opening import open_workplace
+from tuner.training.startup import open_workplace
 
 
 def main() -> int:

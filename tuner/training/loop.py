@@ -29,10 +29,10 @@ from tuner.records import (
     Started,
 )
 from tuner.training.checkpoints import read_snapshot
-from tuner.training.inbox import Inbox
+from tuner.training.commands import Inbox
 from tuner.training.packed_passes import evaluate, tick
 from tuner.training.trial_run import TrialRun
-from tuner.training.workplace import Workplace
+from tuner.training.worker_state import Workplace
 
 _log = logging.getLogger(__name__)
 

@@ -10,12 +10,10 @@ import torch
 
 from tuner.adapters import PackedRows
 from tuner.adapters.dropout import row_keys
-from tuner.adapters.evaluating import Scores, scores_of
-from tuner.adapters.token_grid import TokenGrid, grid
+from tuner.adapters.evaluation import Scores, TokenGrid, grid, scores_of
 from tuner.records import Evaluation
-from tuner.training.batches import MicroBatch
-from tuner.training.trial_run import TrialRun
-from tuner.training.workplace import Workplace
+from tuner.training.trial_run import MicroBatch, TrialRun
+from tuner.training.worker_state import Workplace
 
 _log = logging.getLogger(__name__)
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tuner.config import RoundSpec
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
-from tuner.spec import RoundSpec
-from tuner.training.batches import MicroBatch
-from tuner.training.meter import peak_memory_bytes
+from tuner.training.memory_budget import Probed, needing_room, no_room
 from tuner.training.packed_passes import example_scores, forward_backward, tick
-from tuner.training.room import Probed, needing_room, no_room
-from tuner.training.trial_run import TrialRun
-from tuner.training.workplace import Workplace
+from tuner.training.trial_run import MicroBatch, TrialRun
+from tuner.training.worker_state import Workplace, peak_memory_bytes
 
 _STEPS = 3
 _PROBED_TOKENS = (512, 2048, 8192)

@@ -1,10 +1,11 @@
-"""One trial in a slot: its weights, its place in the data, its curve, and what it needs to go on."""
+"""One trial in a worker: its rows in micro-batches, its updates, its evaluations, its end."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,42 @@ from tuner.playbook import best_evaluation
 from tuner.playbook.continuation import inherited_evaluations
 from tuner.playbook.schedule import decay_length, evaluation_steps, multiplier, warmup_length
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
-from tuner.training.batches import MicroBatch, cut
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
 from tuner.training.optimizer import TrialOptimizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows of one trial's update, with what each is in the whole batch."""
+
+    rows: tuple[int, ...]
+    """Numbers of the training examples."""
+    places: tuple[int, ...]
+    """Place of each row in the update's batch: the counter of its dropout."""
+
+    def halves(self) -> tuple[MicroBatch, MicroBatch]:
+        """The same rows in two micro-batches."""
+        middle = (len(self.rows) + 1) // 2
+        return (
+            MicroBatch(self.rows[:middle], self.places[:middle]),
+            MicroBatch(self.rows[middle:], self.places[middle:]),
+        )
+
+
+def cut(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of rows of similar length, longest first.
+
+    A micro-batch has at most `micro_tokens` tokens, padding included, but always at least one row.
+    """
+    order = sorted(range(len(rows)), key=lambda place: (-int(lengths[rows[place]]), place))
+    parts: list[MicroBatch] = []
+    while order:
+        longest = max(1, int(lengths[rows[order[0]]]))
+        part = order[: max(1, micro_tokens // longest)]
+        order = order[len(part) :]
+        parts.append(MicroBatch(tuple(rows[place] for place in part), tuple(part)))
+    return parts
+
 
 MAX_BAD_UPDATES = 3
 """Updates in a row without a usable gradient before a trial is infeasible."""

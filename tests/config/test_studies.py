@@ -1,0 +1,38 @@
+"""The round files of the studies that no other test runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuner.config import load_round, new_round, read_round
+
+LLAMA_2 = Path(__file__).parents[2] / "studies" / "alpaca-llama2"
+
+
+def test_alpaca_llama2_is_the_recipe() -> None:
+    written = load_round(LLAMA_2 / "round1.yaml").spec
+    text = new_round(
+        study="alpaca-llama2",
+        model="meta-llama/Llama-2-7b-hf",
+        data="tatsu-lab/alpaca",
+        train_rows=52_002,
+        eval_fraction=0.02,
+        recipe="alpaca-qlora",
+    )
+    recipe = read_round(text, Path("round1.yaml")).spec
+    assert written == recipe.model_copy(update={"run": written.run})
+    assert recipe.run.production_steps == 19_000
+    assert written.run.production_steps == 2_000
+
+
+def test_its_second_round_goes_on_from_the_first() -> None:
+    first, second = (load_round(LLAMA_2 / f"round{number}.yaml").spec for number in (1, 2))
+    assert (second.study, second.round, second.model, second.data) == (
+        first.study,
+        "round2",
+        first.model,
+        first.data,
+    )
+    assert second.run == first.run
+    assert second.max_train_steps == 180
+    assert [entry["continues"].split("/")[0] for entry in second.search.enqueue] == ["round1"] * 3

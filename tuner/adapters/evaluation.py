@@ -1,0 +1,115 @@
+"""Losses of adapters on evaluation rows, which lie on a grid of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuner.adapters.pack import Pack, PackedRows
+from tuner.data import Example, Examples
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Rows of many trials as tensors: an equal number of rows for each, padded on the right."""
+
+    input_ids: Tensor
+    """[rows, length]"""
+    rows: Tensor
+    """[targets] row of each target token."""
+    columns: Tensor
+    """[targets] column of each target token."""
+
+    def sum_by_row(self, nll: Tensor) -> Tensor:
+        """Add up per-token values [targets] row by row, in float64: [rows]."""
+        total = torch.zeros(self.input_ids.shape[0], dtype=torch.float64, device=nll.device)
+        return total.index_add_(0, self.rows, nll.detach().double())
+
+
+def grid(examples: Sequence[Sequence[Example]], *, device: torch.device, pad: int = 0) -> TokenGrid:
+    """Lay the examples of each slot side by side.
+
+    Slots with fewer rows than the largest are filled with rows of one token and no target, so that
+    the number of rows is the same for each.
+    """
+    height = max(len(part) for part in examples)
+    length = max(len(example.input_ids) for part in examples for example in part)
+    ids = np.full((len(examples) * height, length), pad, dtype=np.int64)
+    target = np.zeros((len(examples) * height, length), dtype=bool)
+    for slot, part in enumerate(examples):
+        for place, example in enumerate(part):
+            row = slot * height + place
+            ids[row, : len(example.input_ids)] = example.input_ids
+            target[row, : len(example.input_ids)] = example.is_target
+    rows, columns = np.nonzero(target)
+    return TokenGrid(
+        input_ids=torch.from_numpy(ids).to(device),
+        rows=torch.from_numpy(rows).to(device),
+        columns=torch.from_numpy(columns).to(device),
+    )
+
+
+def rows_by_length(examples: Examples, *, rows: int) -> list[list[int]]:
+    """All examples, longest first, in groups of at most `rows`: the batches of an evaluation."""
+    order = np.argsort(-np.asarray(examples.num_tokens), kind="stable").tolist()
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an adapter makes of examples."""
+
+    nll: tuple[float, ...]
+    """Sum of negative log-likelihoods of each example's target tokens."""
+    correct_tokens: int
+    """Target tokens, of all examples, than which no other is likelier."""
+
+
+@torch.no_grad()
+def scores_of(
+    pack: Pack, examples: Examples, slots: Sequence[int], *, rows: int, pass_tokens: int
+) -> tuple[list[Scores], int]:
+    """The scores of each slot's adapter on all examples, and the tokens of a pass.
+
+    Without slots, those of the untouched base. At most `rows` examples
+    of a slot and `pass_tokens` tokens, padding included, go into a pass; out of memory halves the tokens,
+    and what was left of them is returned.
+    """
+    width = max(1, len(slots))
+    sums, correct = (torch.zeros(width, len(examples), dtype=torch.float64) for _ in range(2))
+    waiting = [(range(width), part) for part in rows_by_length(examples, rows=rows)]
+    while waiting:
+        numbers, part = waiting.pop(0)
+        tokens_in_pass = len(numbers) * len(part) * int(examples.num_tokens[part].max())
+        if tokens_in_pass > pass_tokens and len(numbers) * len(part) > 1:
+            waiting[:0] = _halves(numbers, part)
+            continue
+        packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
+        try:
+            tokens = grid([[examples[row] for row in part]] * len(numbers), device=pack.base.device)
+            nll, is_first = pack.token_scores(tokens.input_ids, tokens.rows, tokens.columns, packed)
+        except torch.OutOfMemoryError:
+            if len(part) == len(numbers) == 1:
+                raise
+            torch.cuda.empty_cache()
+            pass_tokens = tokens_in_pass // 2
+            waiting.insert(0, (numbers, part))
+            continue
+        for total, values in ((sums, nll), (correct, is_first)):
+            by_row = tokens.sum_by_row(values).view(len(numbers), -1).cpu()
+            total[numbers.start : numbers.stop, part] = by_row
+    counts = correct.sum(dim=1).tolist()
+    return [Scores(tuple(s), int(c)) for s, c in zip(sums.tolist(), counts, strict=True)], pass_tokens
+
+
+def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:
+    """A pass as two: of half the rows, or of half the slots where there is one row."""
+    if len(rows) > 1:
+        middle = len(rows) // 2
+        return [(numbers, rows[:middle]), (numbers, rows[middle:])]
+    middle = len(numbers) // 2
+    return [(numbers[:middle], rows), (numbers[middle:], rows)]

@@ -1,0 +1,115 @@
+"""`study auto`: rounds and promotions as by hand, until the playbook has had enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.api.run import has_begun
+from tuner.config import RoundFile
+from tuner.errors import InputError, Interrupted
+from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
+from tuner.store import hold_study
+from tuner.study.dashboard import next_name
+from tuner.study.folder import open_folder
+from tuner.study.lookup import begun_round, opened
+from tuner.study.promotion import Overrides, PromotedRound, go_on_in_passes, promote_held, promoted_from
+from tuner.study.results import earlier_results, reading_of
+
+
+@dataclass
+class Automatic:
+    """The latest round that came of a file is run, promoted and followed by the next, until it is enough.
+
+    Facts and files hold all that this knows, so that the same call goes on.
+    """
+
+    first: RoundFile
+    run: Callable[[RoundFile], None]
+    """Runs a round or goes on with it."""
+    promoted: Callable[[Mapping[str, Any]], None]
+    """Hears of each promotion, by its JSON document."""
+    stopping: Callable[[], bool]
+    passes: int = 1
+    """Times that the first horizon is begun with."""
+    has_deadline: bool = False
+    """Whether something else bounds the time."""
+    last: RoundFile | None = None
+    """The latest round that has begun."""
+
+    def run_until_enough(self) -> Enough:
+        """Return why there is no further round.
+
+        Raises InputError for a round of a sweep, Interrupted when asked to stop, and what running raises.
+        """
+        refuse_sweep(self.first)
+        while True:
+            file = _latest(self.first)
+            try:
+                self.run(file)
+            finally:
+                if has_begun(file):
+                    self.last = file
+            follows = _next_horizon(file, has_deadline=self.has_deadline)
+            written: PromotedRound | str | None = None
+            if self.passes > 1:
+                written = self._next_in_passes(file)
+            elif not isinstance(follows, Enough):
+                written = self._promote(file, follows)
+            if not isinstance(written, PromotedRound):
+                reason = written or (follows.reason if isinstance(follows, Enough) else "")
+                taught_nothing = isinstance(follows, Enough) and follows.taught_nothing
+                return Enough(f"enough after {file.spec.round}: {reason}", taught_nothing)
+            self.promoted(written.document)
+            if self.stopping():
+                raise Interrupted(f"{file.spec.round} is complete and {written.path.name} is written")
+
+    def _promote(self, file: RoundFile, max_train_steps: int) -> PromotedRound:
+        return promote_held(
+            open_folder(file.directory),
+            to=next_name(file.spec.round),
+            from_round=file.spec.round,
+            overrides=Overrides(max_train_steps, reason=f"at most {MAX_GROWTH} times the first horizon"),
+        )
+
+    def _next_in_passes(self, file: RoundFile) -> PromotedRound | str:
+        """What comes next, written, or why nothing does."""
+        name, folder = file.spec.round, open_folder(file.directory)
+        with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
+            return go_on_in_passes(
+                folder,
+                store,
+                first=self.first.spec.round,
+                last=name,
+                to=next_name(name),
+                passes=self.passes,
+                clock=time.time,
+            )
+
+
+def refuse_sweep(file: RoundFile) -> None:
+    """Raises InputError for a round that is never promoted."""
+    if file.spec.is_sweep:
+        raise InputError(
+            f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
+            "file that the sweep was made from"
+        )
+
+
+def _latest(file: RoundFile) -> RoundFile:
+    """The end of the line of promotions that begins with a round."""
+    folder = open_folder(file.directory)
+    with opened(folder) as store:
+        while (name := promoted_from(folder, store, file.spec.round)) is not None:
+            file = folder.plan(name).file
+        return file
+
+
+def _next_horizon(file: RoundFile, *, has_deadline: bool) -> int | Enough:
+    """The horizon of the round after a finished one, or why that is the last."""
+    with opened(open_folder(file.directory)) as store:
+        record = begun_round(store, file.spec.round)
+        results, reading = reading_of(store, record)
+        return next_horizon(results, reading, earlier_results(store, record), has_deadline=has_deadline)

@@ -1,0 +1,250 @@
+"""`study check`: file, tokenizer, data and model are looked at, nothing is recorded."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.config import DORA_TRAINS_ALONE, ModelSpec, RoundSpec, load_round
+from tuner.data import (
+    PreparedData,
+    load_metric,
+    load_tokenizer,
+    refuse_tokens_beyond,
+    try_metric,
+)
+from tuner.data.answer_metrics import METRIC_KEY
+from tuner.data.pretrained import loaded_commit
+from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
+from tuner.playbook.noise import loss_error
+from tuner.records import Evaluation
+from tuner.report import check_document
+from tuner.report.documents import RoundPlan
+from tuner.report.format import count, percent, size
+from tuner.study.check import planned_hours, planned_round
+from tuner.study.dashboard import round_report
+from tuner.study.disk import RoundDisk, free_bytes, taken_back
+from tuner.study.folder import open_folder
+from tuner.study.lookup import opened
+from tuner.study.plan import RoundPlan as StudyPlan
+from tuner.study.run import base_evaluation, refuse_changed_file, refuse_uninstalled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PrepareWith = Callable[[RoundSpec, Path, "PreTrainedTokenizerBase"], PreparedData]
+"""Makes a round's rows ready with a tokenizer, and may show how far it is."""
+MOST_NOISE = 0.02
+"""Standard error of the base's loss, relative to it, from which on `study check` warns."""
+FEW_EXAMPLES = 50
+"""Evaluation rows, with fewer of which it warns before that error is known."""
+
+
+Look = Callable[[PreparedData, "PreTrainedTokenizerBase"], None]
+"""Looks at the rows before the model is looked at: to show some."""
+
+
+def checked(
+    path: Path, *, prepare: PrepareWith, probe: bool = False, look: Look = lambda data, tokenizer: None
+) -> tuple[RoundPlan, list[str], str]:
+    """Look at a round file, its data and its model; record nothing.
+
+    Returns the plan, what else there is to say, and the command that comes next. `probe` loads the base and
+    times a few steps. Raises InputError, RoundFileError with all mistakes of the file.
+    """
+    round_plan = StudyPlan(load_round(path))
+    command = _next_command(round_plan)
+    with taken_back(round_plan.cache):
+        plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    return plan, remarks, command
+
+
+def check_document_of(path: Path, *, prepare: PrepareWith, probe: bool = False) -> dict[str, Any]:
+    """Return what `study check --json` prints, mistakes too."""
+    try:
+        plan, remarks, _ = checked(path, prepare=prepare, probe=probe)
+    except InputError as error:
+        return check_document(_mistakes(error), None)
+    return check_document([], plan, remarks)
+
+
+def refuse_unusable(path: Path, *, prepare: PrepareWith) -> None:
+    """Raises InputError where `study check` of this file would."""
+    round_plan = StudyPlan(load_round(path))
+    _next_command(round_plan)
+    _plan(round_plan, prepare=prepare, probe=False, look=lambda data, tokenizer: None)
+
+
+def _next_command(plan: StudyPlan) -> str:
+    """To run the round, or what its report says once it is complete.
+
+    Raises InputError where a run would before it looks at model and data.
+    """
+    folder = open_folder(plan.file.directory)
+    RoundDisk(plan).refuse_unwritable()
+    refuse_changed_file(plan)
+    refuse_uninstalled(plan)
+    with opened(folder) as store:
+        record = next((record for record in store.rounds() if record.name == plan.name), None)
+        ended = sum(trial.state.is_result for trial in store.trials(plan.name))
+        if record is None or ended < plan.spec.num_trials:
+            return f"tuner study run {shlex.quote(str(plan.file.path))}"
+        return round_report(folder, store, record).next_command
+
+
+def _plan(
+    round_plan: StudyPlan, *, prepare: PrepareWith, probe: bool, look: Look
+) -> tuple[RoundPlan, list[str]]:
+    spec = round_plan.absolute
+    tokenizer = load_tokenizer(spec.model)
+    data = prepare(spec, round_plan.cache, tokenizer)
+    _refuse_metric(round_plan, data)
+    look(data, tokenizer)
+
+    # Loads torch: after what is cheap to check.
+    from tuner.adapters import embeddings_of, largest_adapter
+    from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
+
+    refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
+    plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
+    base = _recorded_base(round_plan, data)
+    if probe:
+        from tuner.training.probe import predict
+        from tuner.training.startup import arrange, measure_base
+
+        place = arrange(spec, data, slots=spec.run.slots)
+        base = measure_base(place)
+        predicted = predict(place, spec)
+        hours = planned_hours(
+            spec,
+            seconds_per_step=predicted.seconds_per_step,
+            seconds_per_evaluation=predicted.seconds_per_evaluation,
+        )
+        plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
+    remarks = _remarks(spec, data)
+    remarks += noise_remarks(
+        base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
+    )
+    remarks += _answers(round_plan, data)
+    if spec.ends_early is not None:
+        remarks.append(spec.ends_early)
+    if spec.trains_alone:
+        remarks.append(DORA_TRAINS_ALONE)
+    remarks += _model_remarks(spec.model)
+    if ends := ends_unlike_its_base(spec.model, tokenizer):
+        remarks.append(warning_of_ends(ends, tokenizer))
+    if probe:
+        remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
+    if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
+        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
+    return plan, remarks
+
+
+def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
+    """What the round's trials had before their first step, on just these evaluation rows; None before."""
+    folder = open_folder(plan.file.directory)
+    if not folder.has_begun:
+        return None
+    store = folder.open()
+    try:
+        base = base_evaluation(store.trials(plan.name))
+    finally:
+        store.close()
+    same = base is not None and base.example_tokens == tuple(data.evaluation.num_targets.tolist())
+    return base if same else None
+
+
+def noise_remarks(
+    base: Evaluation | None, *, num_examples: int, max_examples: int | None = None
+) -> Iterator[str]:
+    """Whether the evaluation rows are too few to see small gains; `base` is None where it is not measured."""
+    how = "raise evaluation.max_examples" if num_examples == max_examples else "hold out more rows"
+    so = f"a report's verdicts rest on these rows: {how}"
+    rows, most = count(num_examples, "evaluation row"), percent(MOST_NOISE)
+    error = None if base is None else loss_error(base)
+    if base is not None and error is not None and base.eval_loss > 0:
+        share = error / base.eval_loss
+        if share > MOST_NOISE:
+            wanted = two_digits_up(num_examples * (share / MOST_NOISE) ** 2)
+            yield (
+                f"the standard error of the base's loss is {percent(share)} with {rows}, and {so}; about "
+                f"{wanted:,} would make it {most}"
+            )
+    elif num_examples < FEW_EXAMPLES:
+        yield (
+            f"with {rows} the standard error of the base's loss is probably above {most} (--probe measures "
+            f"it), and {so}"
+        )
+
+
+def two_digits_up(number: float) -> int:
+    """A number of at least 1, rounded up to two significant digits."""
+    unit = int(10 ** max(0, math.floor(math.log10(number)) - 1))
+    return math.ceil(number / unit) * unit
+
+
+def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
+    """Raises RoundFileError where answers cannot be compared as the file says: better now than at night."""
+    if plan.absolute.evaluation.answers is None:
+        return
+    try:
+        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.questions[0])
+    except MetricError as error:
+        said = str(error).removeprefix(f"{METRIC_KEY}: ")
+        raise RoundFileError(
+            plan.file.path, [Mistake(plan.file.line(METRIC_KEY), METRIC_KEY, said)]
+        ) from error
+
+
+def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
+    """What answering means for each trial, and which answers can never be long enough."""
+    answers = plan.spec.evaluation.answers
+    if answers is None:
+        return []
+    purpose = "ranks the trials" if answers.objective else "is shown beside the loss"
+    remarks = [
+        f"each complete trial answers {count(len(data.questions), 'evaluation row')} with up to "
+        f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"
+    ]
+    too_long = sum(question.reference_tokens > answers.max_new_tokens for question in data.questions)
+    if too_long:
+        remarks.append(
+            f"{too_long} of their completions have more than evaluation.answers.max_new_tokens "
+            f"({answers.max_new_tokens}), so no answer can equal them"
+        )
+    return remarks
+
+
+def _model_remarks(model: ModelSpec) -> Iterator[str]:
+    """What may make the base another one, or do more than compute."""
+    if model.trust_remote_code:
+        yield model.warning_of_code
+    commit = loaded_commit(model)
+    if commit is not None and model.revision != commit:
+        yield f"the base is {model.path} at commit {commit}; `revision: {commit}` under model keeps it so"
+
+
+def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
+    """What became of rows that are not trained on as they are."""
+    remarks = data.report.left_out(spec.data.max_length)
+    for name, split in data.report.splits.items():
+        if split.pieces:
+            remarks.append(f"{split.pieces} {name} rows go on with a text longer than max_length")
+        if split.duplicates:
+            remarks.append(f"{split.duplicates} {name} rows repeat one before them")
+    remarks += data.report.overlaps
+    if len(data.report.mix) > 1:
+        shares = ", ".join(f"{share:.1%} from {Path(path).name}" for path, share in data.report.mix.items())
+        remarks.append(f"of the rows of an epoch: {shares}")
+    return remarks
+
+
+def _mistakes(error: InputError) -> tuple[Mistake, ...]:
+    if isinstance(error, RoundFileError):
+        return error.mistakes
+    key = "data" if isinstance(error, DataError) else "model" if isinstance(error, ModelError) else ""
+    return (Mistake(None, key, str(error)),)

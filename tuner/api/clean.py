@@ -1,0 +1,71 @@
+"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.keeping`."""
+
+from __future__ import annotations
+
+from tuner.api.score import Tell
+from tuner.errors import InputError
+from tuner.report.format import size
+from tuner.store import hold_study
+from tuner.store.facts import CheckpointsRemoved
+from tuner.study.folder import REHEARSAL, StudyFolder, open_folder
+from tuner.study.retention import unneeded
+
+
+def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
+    """Tell what can be freed, that of the study's rehearsal too, and free it with `delete`.
+
+    Returns the bytes of all.
+    """
+    rehearsal = _rehearsal(folder)
+    if not folder.has_begun and rehearsal is None:
+        tell("nothing to free: no round has begun")
+        return 0
+    freed = _clean(folder, delete=delete, tell=tell) if folder.has_begun else 0
+    if rehearsal is not None:
+        freed += _clean(rehearsal, delete=delete, tell=tell, prefix=f"{REHEARSAL}/")
+    tell(
+        "from what has ended only a round of the same horizon would go on; the best adapters and trunks stay"
+    )
+    tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
+    return freed
+
+
+def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
+    """The study's rehearsal where there is one with a round that has begun."""
+    try:
+        found = open_folder(folder.directory / REHEARSAL)
+    except InputError:
+        return None
+    return found if found.has_begun else None
+
+
+def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -> int:
+    """Bytes of one study that are, or would be, freed."""
+    freed = 0
+    with hold_study(folder.directory, folder.storage, folder.name):
+        store = folder.open()
+        try:
+            rounds = store.rounds()
+            for at, record in enumerate(rounds):
+                place, file = folder.checkpoints(record.name), folder.file(record.name)
+                found = unneeded(
+                    record,
+                    store.trials(record.name),
+                    later=rounds[at + 1 :],
+                    promotions=store.promotions(),
+                    keep_best_trials=file.spec.checkpoints.most_kept_trials if file else None,
+                    is_rehearsal=folder.is_rehearsal,
+                )
+                for each in found:
+                    number = each.trial.number
+                    freed += each.num_bytes
+                    tell(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
+                    if delete:
+                        store.record(CheckpointsRemoved(record.name, number, each.paths))
+                if delete:
+                    for trial in store.trials(record.name):
+                        if trial.state.is_final:
+                            place.tidy(trial)
+        finally:
+            store.close()
+    return freed

@@ -1,0 +1,377 @@
+"""Export a trial: where to, and what is written: adapter, merged model, rows and configurations."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.api.score import Prepare, Tell
+from tuner.data import load_tokenizer, render_prompt
+from tuner.data.exported import stated_licence
+from tuner.data.pretrained import as_trained
+from tuner.data.prompts import chat_template_of, renders_prompts_of
+from tuner.errors import InputError, TunerError
+from tuner.installation import version
+from tuner.playbook import best_evaluation
+from tuner.records import RoundRecord, Trial, TrialState
+from tuner.report.card import Card, merging_note, model_card
+from tuner.study.folder import StudyFolder
+from tuner.study.lookup import begun_round, find_trial, opened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.config import RoundSpec
+
+
+_MARKS = ("adapter_config.json", "config.json", "axolotl.yaml", "llamafactory.yaml", "trl.yaml")
+"""One of these is in every directory that an export wrote."""
+
+
+def require_free(directory: Path, *, force: bool, keep: Path) -> None:
+    """Raises InputError unless an export may become this directory.
+
+    It has to be missing or empty, or with `force` an earlier export. `keep` is the study's folder, which is
+    never replaced, and neither is what it lies in.
+    """
+    if keep.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"--to {directory}: the study is in it; give a directory of its own")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--to {directory}: is a file; give a directory")
+    if directory.is_symlink():
+        raise InputError(f"--to {directory}: is a link; give the directory that it leads to")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not force:
+        raise InputError(
+            f"--to {directory}: is not empty; give another directory, or replace an earlier export by --force"
+        )
+    if not any((directory / mark).is_file() for mark in _MARKS):
+        raise InputError(
+            f"--to {directory}: holds no export (no {' or '.join(_MARKS[:2])}), and --force replaces nothing "
+            "else; give another directory"
+        )
+
+
+@contextmanager
+def appearing_whole(directory: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes the place of `directory` at the end, or is gone on an error.
+
+    Raises TunerError where it cannot be written.
+    """
+    absolute = Path(os.path.normpath(directory.absolute()))
+    temporary, old = (absolute.with_name(f".{absolute.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if absolute.exists():
+            absolute.rename(old)
+        temporary.rename(absolute)
+    except OSError as error:
+        raise TunerError(f"--to {directory}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not absolute.exists():
+            old.rename(absolute)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+_CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
+"""Names under which llama.cpp's converter is installed."""
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What is exported, and where to."""
+
+    to: Path
+    force: bool = False
+    """Replace an earlier export."""
+    merge: bool = False
+    dtype: str | None = None
+    """Of merged weights; None is bfloat16."""
+    licence: str | None = None
+    """Of the export, for its card."""
+    gguf: Path | None = None
+    gguf_converter: Path | None = None
+    """None looks for one on the PATH."""
+    push: str | None = None
+    """A repository on the Hub."""
+    public: bool = False
+    """Whether a repository that is made may be read by everyone."""
+
+    def __post_init__(self) -> None:
+        for option, value, needed in (
+            ("--dtype", self.dtype, "--merge" if not self.merge else None),
+            ("--gguf-converter", self.gguf_converter, "--gguf" if self.gguf is None else None),
+            ("--public", self.public, "--push" if self.push is None else None),
+        ):
+            if value and needed:
+                raise InputError(f"{option}: means something with {needed} only; add that")
+
+    @property
+    def merged_dtype(self) -> str:
+        """What merged weights are rounded to."""
+        return self.dtype or "bfloat16"
+
+    def command(self, trial: str) -> str:
+        """As it is typed, but for what it would tell of this machine: the converter and absolute paths."""
+        options: dict[str, object] = {
+            "--to": _told(self.to),
+            "--merge": self.merge,
+            "--dtype": self.dtype,
+            "--license": self.licence,
+            "--gguf": _told(self.gguf) if self.gguf else None,
+            "--push": self.push,
+            "--public": self.public,
+        }
+        words = ["tuner", "trial", "export", trial]
+        for option, value in options.items():
+            words += [option] if value is True else [option, str(value)] if value else []
+        return shlex.join(words)
+
+
+def _told(path: Path) -> str:
+    return path.name if path.is_absolute() else str(path)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that ran to its horizon, and what there is to share of it."""
+
+    trial: Trial
+    record: RoundRecord
+    written: RoundSpec
+    """The round file as it is written, but for the base's revision: the commit that was trained on."""
+    spec: RoundSpec
+    """The same with absolute paths."""
+    adapter: Path
+
+    @property
+    def name(self) -> str:
+        """Such as `round1/7`."""
+        return f"{self.trial.round}/{self.trial.number}"
+
+    @property
+    def base_is_on_hub(self) -> bool:
+        """Whether others can load the base by its name."""
+        return not Path(self.spec.model.path).is_absolute()
+
+
+def finished_trial(folder: StudyFolder, name: str) -> Finished:
+    """The complete trial that a name means. Raises InputError for any other, saying what it lacks."""
+    if folder.is_rehearsal:
+        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
+    trial, _ = find_trial(folder, name)
+    path = f"{trial.round}/{trial.number}"
+    if trial.state != TrialState.COMPLETE:
+        raise InputError(f"{name}: {path} is {trial.state}{_why(trial)}; see: tuner trial list")
+    plan = folder.plan(trial.round)
+    adapter = folder.adapter(trial)
+    if adapter is None:
+        raise InputError(
+            f"{name}: the adapter of {path} is gone from {folder.checkpoints(trial.round).root}; "
+            "export another trial, see: tuner trial list"
+        )
+    with opened(folder) as store:
+        record = begun_round(store, trial.round)
+    written, spec = (as_trained(each, Path(adapter)) for each in (plan.spec, plan.absolute))
+    return Finished(trial, record, written, spec, Path(adapter))
+
+
+def _why(trial: Trial) -> str:
+    match trial.state:
+        case TrialState.WAITING | TrialState.RUNNING:
+            return " and has not been trained to the end: its best step is not known yet"
+        case TrialState.INFEASIBLE:
+            return f" ({trial.reason}): it has no result to share"
+        case _:
+            return f" ({trial.reason})" if trial.reason else ""
+
+
+def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell, warn: Tell) -> None:
+    """Write the directory, then the GGUF file, then push; each is done when the one before it is whole.
+
+    `tell` hears what was written, `warn` what whoever uses it has to know. Raises InputError before anything
+    is written, TunerError where it cannot be.
+    """
+    require_free(export.to, force=export.force, keep=study)
+    converter = _converter(export)
+    token = _token(export, finished)
+    tokenizer = load_tokenizer(finished.spec.model)
+    template = chat_template_of(finished.spec.data.train, tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    card = _card(finished, export, tokenizer)
+
+    # After what can be wrong: loads torch.
+    from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
+    from tuner.inference import export_adapter, export_merged, push
+    from tuner.inference.export import convert_to_gguf
+
+    ends = ends_unlike_its_base(finished.spec.model, tokenizer)
+    text = model_card(replace(card, ends=tuple(ends)))
+    model = finished.spec.model
+    with appearing_whole(export.to) as directory:
+        if export.merge:
+            export_merged(
+                finished.adapter, directory, model=model, tokenizer=tokenizer, dtype=export.merged_dtype
+            )
+        else:
+            export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
+        (directory / "README.md").write_text(text, encoding="utf-8")
+    if export.merge:
+        tell(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
+    else:
+        tell(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
+        if ends:
+            warn(warning_of_ends(ends, tokenizer))
+    if export.gguf is not None and converter is not None:
+        convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
+        tell(f"{export.gguf}: the merged model, by {converter.name}")
+    if export.push is not None and token is not None:
+        tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+
+
+def _converter(export: Export) -> Path | None:
+    """Raises InputError where a GGUF file is wanted and nothing is there to make it."""
+    if export.gguf is None:
+        return None
+    if export.gguf.is_dir():
+        raise InputError(f"--gguf {export.gguf}: is a directory; give the name of a file")
+    if export.gguf.exists() and not export.force:
+        raise InputError(f"--gguf {export.gguf}: exists; give another name, or replace it by --force")
+    if export.gguf_converter is not None:
+        if not export.gguf_converter.is_file():
+            raise InputError(f"--gguf-converter {export.gguf_converter}: there is no such file")
+        return export.gguf_converter.absolute()
+    found = next((path for name in _CONVERTERS if (path := shutil.which(name))), None)
+    if found is None:
+        raise InputError(
+            "--gguf: llama.cpp's converter is not installed: no "
+            f"{' or '.join(_CONVERTERS)} on the PATH. Get it with: git clone --depth 1 "
+            "https://github.com/ggml-org/llama.cpp; and add --gguf-converter llama.cpp/convert_hf_to_gguf.py"
+        )
+    return Path(found)
+
+
+def _token(export: Export, finished: Finished) -> str | None:
+    """Raises InputError where a push is wanted and could not end well."""
+    if export.push is None:
+        return None
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(export.push)
+    except HFValidationError as error:
+        raise InputError(f"--push {export.push}: expects OWNER/NAME: {error}") from None
+    if not export.merge and not finished.base_is_on_hub:
+        raise InputError(
+            f"--push {export.push}: the base is a directory here ({finished.written.model.path}), so nobody "
+            "else could load the adapter; push the merged model by --merge"
+        )
+    token = get_token()
+    if token is None:
+        raise InputError(
+            f"--push {export.push}: no token; set HF_TOKEN to one that may write "
+            "(https://huggingface.co/settings/tokens), or log in with: hf auth login"
+        )
+    return token
+
+
+def _card(finished: Finished, export: Export, tokenizer: PreTrainedTokenizerBase) -> Card:
+    data = finished.spec.data
+    hub_sources = tuple(dict.fromkeys(source.path for source in data.train if _is_id(source.path)))
+    has_input = data.train[0].format == "alpaca"
+    return Card(
+        name=export.push or export.to.name,
+        spec=finished.written,
+        record=finished.record,
+        trial=finished.trial,
+        base_is_on_hub=finished.base_is_on_hub,
+        prompt=_prompt(finished, tokenizer),
+        prompt_with_input=_prompt(finished, tokenizer, input="{input}") if has_input else None,
+        has_chat_template=renders_prompts_of(data.train),
+        command=export.command(finished.name),
+        versions=dict(_versions()),
+        merged_dtype=export.merged_dtype if export.merge else None,
+        licence=export.licence,
+        stated_licences=dict(_stated_licences(finished, hub_sources)),
+        hub_sources=hub_sources,
+        test_loss=finished.trial.final_score.loss if finished.trial.final_score else None,
+    )
+
+
+def _is_id(path: str) -> bool:
+    return not Path(path).is_absolute() and "://" not in path
+
+
+def _prompt(finished: Finished, tokenizer: PreTrainedTokenizerBase, *, input: str = "") -> str | None:
+    """With the first source's template; None for text, which nothing is said before."""
+    source = finished.spec.data.train[0]
+    if source.format == "text":
+        return None
+    prompt = render_prompt(
+        source.format, tokenizer, instruction="{instruction}", input=input, template=source.template
+    )
+    return str(tokenizer.decode(prompt.ids))
+
+
+def _stated_licences(finished: Finished, hub_sources: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if licence := stated_licence(finished.spec.model.path, kind="model"):
+        yield finished.written.model.path, licence
+    for path in hub_sources:
+        if licence := stated_licence(path, kind="dataset"):
+            yield path, licence
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "tuner", version()
+    for package in _PACKAGES:
+        try:
+            yield package, version_of(package)
+        except PackageNotFoundError:
+            continue
+
+
+def export_recipe(
+    finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path, prepare: Prepare, tell: Tell
+) -> str:
+    """Write a trial's configuration for another tool, and the rows beside it; returns the tool's command."""
+    from tuner.data.exported import write_parquet, write_to_disk
+    from tuner.report.exporters import TOOLS, Recipe, recipe_file
+
+    require_free(to, force=force, keep=study)
+    tool, spec, trial = TOOLS[tool_name], finished.spec, finished.trial
+    best = best_evaluation(trial.evaluations)
+    if best is None or best.step == 0:
+        raise InputError(f"{finished.name}: its best step is 0, the untouched base: no training to repeat")
+    recipe = Recipe(
+        trial=finished.name,
+        model=spec.model,
+        hyperparameters=trial.hyperparameters,
+        max_train_steps=finished.record.max_train_steps,
+        best_step=best.step,
+        max_length=spec.data.max_length,
+        every_steps=spec.evaluation.every_steps,
+        eval_batch_size=spec.evaluation.batch_size,
+    )
+    rows = prepare(spec, study / ".tuner-cache")
+    with appearing_whole(to) as directory:
+        write = write_to_disk if tool.rows_on_disk else write_parquet
+        write({"train": rows.train, tool.held_out: rows.evaluation}, directory / "rows")
+        (directory / tool.file).write_text(recipe_file(tool, recipe), encoding="utf-8")
+    tell(f"{to}: {tool.file} for {tool.name}, and the rows of training and evaluation")
+    return f"cd {shlex.quote(str(to.absolute()))} && {tool.command}"

@@ -1,0 +1,191 @@
+"""`study new`: rows counted, a commented round file written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic_core import PydanticCustomError
+
+from tuner.api.check import PrepareWith, refuse_unusable
+from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
+from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH
+from tuner.config.sections import possible_path
+from tuner.data import load_tokenizer, share_for_evaluation
+from tuner.data.survey import matching_columns, survey
+from tuner.errors import InputError, ModelError, TargetModulesError
+from tuner.report.format import count
+from tuner.study.disk import taken_back
+from tuner.study.plan import RoundPlan
+
+Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
+"""Opens what hears how far a long work is."""
+_OF_TURNS = ("messages", "sharegpt")
+"""Formats that a chat template renders."""
+_TEMPLATE_OF_TURNS = "chatml"
+"""The one that is written where the tokenizer has none."""
+_WANTED_ROWS = 50
+"""Evaluation rows, where there are so many to hold out: the noise of fewer hides what trials gain."""
+
+
+def write_first_round(
+    directory: Path,
+    *,
+    model: str,
+    data: str,
+    eval_data: str | None,
+    format: str | None,
+    columns: Sequence[str] = (),
+    split: str | None = None,
+    template: str | None = None,
+    prepare: PrepareWith,
+    telling: Telling,
+) -> Path:
+    """Write DIR/round1.yaml, which `study check` accepts; returns its path.
+
+    `prepare` makes rows ready, `telling` hears how far counting them is.
+    Raises InputError when it exists or cannot be written, and what `study check` would refuse it for; then
+    nothing is left of it.
+    """
+    path = directory / "round1.yaml"
+    if path.exists():
+        raise InputError(f"{path}: exists; choose another folder, or edit it")
+    model, gguf_file = _model(_local("--model", model))
+    data = _local("--data", data)
+    eval_data = None if eval_data is None else _local("--eval", eval_data)
+    named = dict(_named(option) for option in columns)
+    if named and format is None:
+        raise InputError("--columns: names a format's columns; say which one by --format")
+    source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named, split=split)
+    found, train_rows = survey(source, recognised=format is None)
+    source = source.model_copy(update={"format": found})
+
+    def text(
+        max_length: int = MAX_LENGTH,
+        eval_fraction: float | None = None,
+        chat_template: str | None = None,
+        target_modules: Sequence[str] = (),
+    ) -> str:
+        return new_round(
+            study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
+            model=_from_folder(model, directory),
+            gguf_file=gguf_file,
+            data=_from_folder(data, directory),
+            eval=None if eval_data is None else _from_folder(eval_data, directory),
+            format=found,
+            columns=matching_columns(source),
+            train_rows=train_rows,
+            max_length=max_length,
+            eval_fraction=eval_fraction,
+            split=split,
+            template=chat_template,
+            target_modules=target_modules,
+            recipe=template,
+        )
+
+    with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
+        undo.callback(path.unlink, missing_ok=True)
+        file = _written(path, text())
+        max_length = _max_length(file)
+        needs_template = found in _OF_TURNS and not load_tokenizer(_model_of(file)).chat_template
+        chat_template = _TEMPLATE_OF_TURNS if needs_template else None
+        file = _written(path, text(max_length, None, chat_template))
+        share = None if eval_data is not None else _eval_fraction(file, telling)
+        _written(path, text(max_length, share, chat_template))
+        try:
+            refuse_unusable(path, prepare=prepare)
+        except TargetModulesError as error:
+            if not error.fitting:
+                raise
+            _written(path, text(max_length, share, chat_template, error.fitting))
+            refuse_unusable(path, prepare=prepare)
+        undo.pop_all()
+    return path
+
+
+def _model_of(file: RoundFile) -> ModelSpec:
+    return file.spec.absolute(file.directory).model
+
+
+def _written(path: Path, text: str) -> RoundFile:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return load_round(path)
+
+
+def _max_length(file: RoundFile) -> int:
+    """As many tokens as the model has positions, where these are fewer."""
+    from tuner.adapters import positions_of  # loads torch
+
+    model = _model_of(file)
+    load_tokenizer(model)  # says best what is wrong with a model
+    return min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
+
+
+def _eval_fraction(file: RoundFile, telling: Telling) -> float:
+    spec = file.spec.absolute(file.directory)
+    with telling() as say:
+        return share_for_evaluation(
+            spec,
+            load_tokenizer(spec.model),
+            RoundPlan(file).cache,
+            say,
+            least=EVAL_FRACTION,
+            wanted_rows=_WANTED_ROWS,
+        )
+
+
+def _model(path: str) -> tuple[str, str | None]:
+    """A model's path, and the name of its GGUF file where it is one. Raises ModelError."""
+    place = Path(path)
+    if place.is_file() and place.suffix.lower() == ".gguf":
+        return str(place.parent), place.name
+    if not place.is_dir() or (place / "config.json").exists():
+        return path, None
+    files = sorted(file.name for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    if not files:
+        raise ModelError(f"{path}: has no config.json and no GGUF file, so there is no model in it")
+    if len(files) > 1:
+        raise ModelError(
+            f"{path}: has {count(len(files), 'GGUF file')}: {', '.join(files)}; give one of them as --model"
+        )
+    return path, files[0]
+
+
+def _named(option: str) -> tuple[str, str]:
+    """A column of the format, and what it is called."""
+    column, equals, name = option.partition("=")
+    if not (column and equals and name):
+        raise InputError(f"--columns {option}: expects COLUMN=NAME, such as prompt=question")
+    return column, name
+
+
+def _local(option: str, path: str) -> str:
+    """A path with its `~` expanded; an id or a URL as it is. Raises InputError for what can be none."""
+    if not path:
+        raise InputError(f"{option}: has no value; give a file, a directory or an id on the Hub")
+    try:
+        possible_path(path)
+    except PydanticCustomError as error:
+        raise InputError(f"{option}: {error.message()}") from None
+    return os.path.expanduser(path)  # noqa: PTH111  a Path would make one slash of the two in a URL
+
+
+def _known(format: str) -> Any:
+    allowed = get_args(SourceSpec.model_fields["format"].annotation)
+    if format not in allowed:
+        raise InputError(f"--format {format}: expects one of {', '.join(allowed)}")
+    return format
+
+
+def _from_folder(path: str, directory: Path) -> str:
+    """A local path or pattern as seen from the study's folder; a Hub id or a URL as it is."""
+    is_path = "://" not in path and (Path(path).exists() or set("*?[") & set(path))
+    return os.path.relpath(path, directory) if is_path else path

@@ -1,0 +1,76 @@
+"""Scoring a trial on `data.test`: for `trial show --test`, and at the end of `study auto`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.config import RoundSpec
+from tuner.data.pretrained import as_trained
+from tuner.errors import TunerError
+from tuner.records import Trial, TrialState
+from tuner.study.final_score import Sums, score_trial, scores_of
+from tuner.study.folder import StudyFolder
+from tuner.study.lookup import opened
+
+if TYPE_CHECKING:
+    from tuner.data import PreparedData
+
+Prepare = Callable[[RoundSpec, Path], "PreparedData"]
+"""Makes a round's rows ready, in the folder of tokenised rows, and may show how far it is."""
+Tell = Callable[[str], None]
+
+
+def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
+    """A round's rows, made ready without a word."""
+    from tuner.data import load_tokenizer, prepare
+
+    return prepare(spec, load_tokenizer(spec.model), cache, lambda _: None)
+
+
+def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
+    """Return the trial with its score on `data.test`, which is measured where it has none yet.
+
+    Raises what `score_trial` does.
+    """
+
+    def measure(spec: RoundSpec, cache: Path, adapter: Path) -> Sums:
+        tell("scoring the best adapter on data.test")
+        spec = as_trained(spec, adapter)
+        if spec.model.trust_remote_code:
+            tell(f"warning: {spec.model.warning_of_code}")
+        rows = prepare(spec, cache).test
+
+        from tuner.inference import score  # after what can be wrong: it loads torch
+
+        return Sums(score(spec, rows, adapter).nll, tuple(rows.num_targets.tolist()), rows.content_hash())
+
+    return replace(trial, final_score=score_trial(folder, trial, measure=measure, clock=time.time))
+
+
+def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> str | None:
+    """Score the trial a study has come to, unless its test rows were looked at before; what to say of it.
+
+    None where there is nothing to say: no test rows, nothing trained, or scored without a hitch. A failure
+    is said, not raised: the study is complete without the score.
+    """
+    if folder.is_rehearsal or not folder.plan(trial.round).spec.data.test:
+        return None
+    if trial.final_score is not None or trial.state != TrialState.COMPLETE:
+        return None
+    with opened(folder) as store:
+        before = scores_of(store)
+    name = f"{trial.round}/{trial.number}"
+    if before:
+        return (
+            f"data.test was scored for {before[0].round}/{before[0].number} before, so {name} is not scored "
+            f"by itself; `tuner trial show {name} --test` does it, for a number that is no longer unbiased"
+        )
+    try:
+        scored(folder, trial, prepare=prepare, tell=tell)
+    except TunerError as error:
+        return f"data.test is not scored: {error}"
+    return None

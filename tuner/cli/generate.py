@@ -1,0 +1,280 @@
+"""What `trial generate` is wired to: a prompt or a file of them, answered by a trial, its base, or both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import typer
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tuner.cli import printing
+from tuner.cli.printing import warn_of_code
+from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
+from tuner.data.pretrained import as_trained
+from tuner.errors import InputError, Interrupted
+from tuner.records import Trial
+from tuner.report.format import count
+from tuner.study.folder import StudyFolder
+from tuner.study.lookup import find_trial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.config import RoundSpec
+    from tuner.inference import Answer, Answerer, AnswerFile, Decoding
+
+Model: TypeAlias = Literal["adapter", "base"]
+
+_SECONDS_BETWEEN_LINES = 5.0
+"""Of progress that goes into a file or a pipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was typed: one prompt or a file of them, and what is to be done with the answers."""
+
+    prompt: str | None
+    context: str
+    system: str
+    """For the prompt, or for the rows that have none."""
+    input: Path | None
+    output: Path | None
+    models: tuple[Model, ...]
+    """Whose answers are wanted."""
+    stream: bool
+    batch_size: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.input is None):
+            raise InputError('give --prompt "..." or --input FILE.jsonl, one of the two')
+        for_one = {"--context": bool(self.context), "--stream": self.stream}
+        for_many = {"--output": self.output is not None, "--batch-size": self.batch_size is not None}
+        for option, given in (for_one if self.prompt is None else for_many).items():
+            if given:
+                goes_with = "--prompt" if self.prompt is None else "--input"
+                raise InputError(f"{option} goes with {goes_with}, which is not there")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise InputError(
+                "--top-k and --top-p say among which tokens to draw, and without --temperature none is; "
+                "give a --temperature above 0, such as 0.7"
+            )
+        if self.output is not None and self.output.resolve() == (self.input or Path()).resolve():
+            raise InputError(f"--output {self.output}: that is the file of the prompts; give another")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: expects a probability above 0, at most 1")
+
+    @property
+    def decoding(self) -> Decoding:
+        """The same for the model."""
+        from tuner.inference import Decoding
+
+        top_k, top_p = self.top_k or 0, 1.0 if self.top_p is None else self.top_p
+        return Decoding(self.max_new_tokens, self.temperature, top_k, top_p, self.seed)
+
+
+def generate_answers(folder: StudyFolder, name: str, asked: Asked) -> None:
+    """Answer as asked. Raises InputError before anything is generated, Interrupted after Ctrl-C."""
+    if folder.is_rehearsal:
+        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
+    trial, _ = find_trial(folder, name)
+    adapter = folder.adapter(trial)
+    if "adapter" in asked.models and adapter is None:
+        raise InputError(
+            f"{name}: {trial.round}/{trial.number} is {trial.state} and has no adapter; see: tuner trial list"
+        )
+    spec = folder.plan(trial.round).absolute
+    if adapter is not None:
+        spec = as_trained(spec, Path(adapter))
+    warn_of_code(spec.model)
+    speaker = _Speaker(spec, load_tokenizer(spec.model), trial, Path(adapter).resolve() if adapter else None)
+    if asked.input is None:
+        _answer_one(speaker, asked)
+    else:
+        _answer_file(speaker, asked, asked.input)
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """A trial, as far as it answers."""
+
+    spec: RoundSpec
+    tokenizer: PreTrainedTokenizerBase
+    trial: Trial
+    adapter: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial.round}/{self.trial.number}"
+
+    def load(self, models: Sequence[Model]) -> Answerer:
+        from tuner.inference import Answerer  # after what can be wrong: it loads torch
+
+        return Answerer(
+            self.spec.model, self.tokenizer, adapter=self.adapter if "adapter" in models else None
+        )
+
+    def made_from(self, prompt: Prompt, asked: Asked) -> str:
+        """Hash of all that decides about an answer; of the adapter, that it is the one of this step."""
+        adapter = self.adapter.name if self.adapter and "adapter" in asked.models else None
+        ingredients = [self.name, adapter, asked.models, prompt.ids, asdict(asked.decoding)]
+        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+
+
+# --- one prompt -----------------------------------------------------------------------------------
+
+
+def _answer_one(speaker: _Speaker, asked: Asked) -> None:
+    source = speaker.spec.data.train[0]
+    prompt = render_prompt(
+        source.format,
+        speaker.tokenizer,
+        instruction=asked.prompt or "",
+        input=asked.context,
+        system=asked.system,
+        template=source.template,
+    )
+    prompt = replace(prompt, place="--prompt")
+    answerer = speaker.load(asked.models)
+    for model in asked.models:
+        if len(asked.models) > 1:
+            typer.echo(f"--- {speaker.name if model == 'adapter' else 'base'}")
+        say = _say if asked.stream else None
+        [generated] = answerer.answers([prompt], asked.decoding, of_base=model == "base", say=say)
+        typer.echo("" if asked.stream else generated.text)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+# --- a file of prompts ----------------------------------------------------------------------------
+
+
+def _answer_file(speaker: _Speaker, asked: Asked, path: Path) -> None:
+    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer, system=asked.system)
+    made_from = {prompt.row: speaker.made_from(prompt, asked) for prompt in prompts}
+    output = _output(asked, made_from)
+    missing = [prompt for prompt in prompts if prompt.row not in output.rows]
+    if len(missing) < len(prompts):
+        typer.echo(f"{asked.output} has {len(prompts) - len(missing)} of {len(prompts)} answers", err=True)
+    if not missing:
+        return
+    answerer = speaker.load(asked.models)
+    batches = _batches(answerer, missing, asked)
+    begun, tokens = time.monotonic(), 0
+    try:
+        with output, _progress(len(prompts), len(prompts) - len(missing)) as advance:
+            for batch in batches:
+                answers, num_tokens = _answered(answerer, batch, asked, made_from)
+                output.append(answers)
+                advance(len(batch))
+                tokens += num_tokens
+    except KeyboardInterrupt:
+        if asked.output is None:
+            raise
+        done = f"{len(output.rows)} of {len(prompts)} answers are in {asked.output}"
+        raise Interrupted(f"stopped; {done}; go on with: {printing.typed}") from None
+    seconds = max(1e-9, time.monotonic() - begun)
+    typer.echo(
+        f"{count(len(missing), 'answer')} in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; "
+        f"{len(batches[0])} rows at once where prompts are longest",
+        err=True,
+    )
+
+
+def _batches(answerer: Answerer, prompts: Sequence[Prompt], asked: Asked) -> list[list[Prompt]]:
+    from tuner.inference import batches
+
+    found = batches(
+        [len(prompt.ids) for prompt in prompts],
+        [answerer.new_tokens(prompt, asked.max_new_tokens) for prompt in prompts],
+        budget_tokens=answerer.budget_tokens,
+        most_rows=asked.batch_size,
+    )
+    return [[prompts[at] for at in batch] for batch in found]
+
+
+def _answered(
+    answerer: Answerer, batch: Sequence[Prompt], asked: Asked, made_from: dict[int, str]
+) -> tuple[list[Answer], int]:
+    """A batch's answers, and how many tokens they have."""
+    from tuner.inference import Answer
+
+    answers = [Answer(prompt.row, prompt.text, made_from=made_from[prompt.row]) for prompt in batch]
+    num_tokens = 0
+    for model in asked.models:
+        said = answerer.answers(batch, asked.decoding, of_base=model == "base")
+        num_tokens += sum(generated.num_tokens for generated in said)
+        answers = [_with(answer, model, each.text) for answer, each in zip(answers, said, strict=True)]
+    return answers, num_tokens
+
+
+def _with(answer: Answer, model: Model, text: str) -> Answer:
+    return replace(answer, answer=text) if model == "adapter" else replace(answer, base=text)
+
+
+class _Printed:
+    """Standard output, which gets the answers in the order of the rows."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        self.rows: frozenset[int] = frozenset()
+        """Rows that have an answer already."""
+        self._waiting: dict[int, Answer] = {}
+        self._order = iter(rows)
+        self._next = next(self._order, None)
+
+    def __enter__(self) -> _Printed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        """Print those that nothing is missing before."""
+        self._waiting |= {answer.row: answer for answer in answers}
+        while self._next in self._waiting:
+            typer.echo(self._waiting.pop(self._next).line(), nl=False)
+            self._next = next(self._order, None)
+
+
+def _output(asked: Asked, made_from: dict[int, str]) -> AnswerFile | _Printed:
+    """Where answers go. Raises InputError for a file that holds something else."""
+    if asked.output is None:
+        return _Printed(made_from)
+    from tuner.inference import AnswerFile
+
+    return AnswerFile(asked.output, made_from)
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of new answers: a bar, or a line now and then, on stderr."""
+    console = printing.error_output()
+    if console.is_terminal:
+        columns = (TextColumn("answered"), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=total, completed=done)
+            yield lambda number: progress.advance(task, number)
+        return
+    said_at = time.monotonic()
+
+    def advance(number: int) -> None:
+        nonlocal done, said_at
+        done += number
+        if time.monotonic() - said_at >= _SECONDS_BETWEEN_LINES:
+            said_at = time.monotonic()
+            typer.echo(f"answered {done} of {total}", err=True)
+
+    yield advance

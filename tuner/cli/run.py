@@ -1,0 +1,218 @@
+"""`study run`, `study auto` and `study sweep`: their options, the view while they run and what they print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import typer
+
+from tuner.api.auto import Automatic, refuse_sweep
+from tuner.api.run import Gpus, Where, has_begun, run_here
+from tuner.api.sweep import refuse_epochs, sweep_round
+from tuner.cli.printing import error_output, next_command, prepared, say, spoken_by
+from tuner.cli.promote import promotion_text
+from tuner.cli.score import score_at_the_end
+from tuner.config import RoundFile, load_round
+from tuner.errors import InputError, Interrupted, RoundStopped
+from tuner.records import searched
+from tuner.report import View, open_view
+from tuner.study.folder import open_folder
+from tuner.study.lookup import find_trial
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def where_typed(slots: str | None, workers: str | None, engine: str | None) -> Where:
+    """Where rounds are run, as typed. Raises InputError."""
+    return Where(
+        None if slots is None else parse_count("--slots", slots),
+        parse_count("--workers", workers or "auto"),
+        engine,
+    )
+
+
+def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
+    """Run or go on with a round, showing it live on standard error; returns the file there is to report on.
+
+    With the engine `simulated` that is the rehearsal's copy. It is None when the time was over before base
+    and data were loaded for the first time. Raises Interrupted, naming the command that goes on, when a
+    signal asked to stop.
+    """
+    command = f"tuner study run {shlex.quote(str(path))}{where.options}"
+    with interruptible(command, duration=duration) as stopping:
+        file = where.file(path)
+        run_shown(file, where, stopping=stopping)
+    return file.path if has_begun(file) else None
+
+
+@contextmanager
+def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether to stop: a signal came, or the time is over.
+
+    What stops on the way names the command that goes on, as it has to be typed here. The end of the time is
+    no failure: it is said, and the block is left.
+    """
+    again = next_command(command)
+    deadline = None if duration is None else time.monotonic() + parse_duration(duration)
+    with stop_signals("stopping: saving every trial (once more ends at once)") as was_signalled:
+        try:
+            yield lambda: was_signalled() or (deadline is not None and time.monotonic() > deadline)
+        except Interrupted as stop:
+            if was_signalled():
+                raise Interrupted(f"{stop}; go on with: {again}") from stop
+            typer.echo(f"{duration} are over: {stop}; go on with: {again}", err=True)
+        except RoundStopped as stop:
+            raise RoundStopped(f"{stop}; then go on with: {again}") from stop
+
+
+def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
+    """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
+    with ExitStack() as while_shown:
+
+        def shown(file: RoundFile, gpus: Gpus | None) -> View:
+            view = _live_view(file, gpus)
+            while_shown.enter_context(spoken_by(view.message))
+            return view
+
+        run_here(file, where, open_view=shown, stopping=stopping, passes=passes)
+
+
+def _live_view(file: RoundFile, gpus: Gpus | None) -> View:
+    return open_view(
+        console=error_output(),
+        title=f"{file.spec.study}/{file.spec.round}",
+        trials_total=file.spec.num_trials,
+        max_train_steps=file.spec.max_train_steps,
+        searched=tuple(searched(file.spec.space())),
+        gpus=gpus,
+    )
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises InputError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not seconds or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise InputError(f"--for {text!r}: expects a time such as 90s, 30m, 2h or 1h30m")
+    return seconds
+
+
+def parse_count(option: str, text: str) -> int | Literal["auto"]:
+    """A whole number of at least 1, or auto. Raises InputError."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option} {text!r}: expects auto or a whole number of at least 1")
+    return int(text)
+
+
+@contextmanager
+def stop_signals(answer: str) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask to stop, and are answered; a second one ends the process at once."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        # In a thread: what was interrupted may hold the lock of the very stream that this is written to.
+        threading.Thread(target=say, args=(answer,), daemon=True).start()
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How far the rounds came."""
+
+    command: str
+    """The one that goes on."""
+    last: Path | None = None
+    """File of the latest round that has begun; None when none has."""
+    reason: str | None = None
+    """Why there is no further round; None when the time was over first."""
+    taught_nothing: bool = False
+    """Whether the last round suggests no horizon at all."""
+    remark: str | None = None
+    """What there is to say of `data.test`, beside its score."""
+
+
+def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Where) -> Ended:
+    """Run the latest round that came of a file, promote it and run the next one, until it is enough.
+
+    With more passes than one, the first horizon is then come back to, and so on. Raises Interrupted, naming
+    the command that goes on, when a signal asked to stop, and InputError for a round of a sweep.
+    """
+    refuse_sweep(load_round(path))
+    limit = "" if duration is None else f" --for {shlex.quote(duration)}"
+    again = "" if passes == 1 else f" --passes {passes}"
+    ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
+    rounds: Automatic | None = None
+    with interruptible(ended.command, duration=duration) as stopping:
+        rounds = Automatic(
+            first=where.file(path),
+            run=lambda file: run_shown(file, where, stopping=stopping, passes=passes),
+            promoted=_say,
+            stopping=stopping,
+            passes=passes,
+            has_deadline=duration is not None,
+        )
+        enough = rounds.run_until_enough()
+        ended = replace(ended, reason=enough.reason, taught_nothing=enough.taught_nothing)
+    if rounds is not None and rounds.last is not None:
+        ended = replace(ended, last=rounds.last.path)
+    if ended.reason is not None and ended.last is not None and not ended.taught_nothing:
+        ended = replace(ended, remark=_score_the_best(ended.last.parent))
+    return ended
+
+
+def _say(document: Mapping[str, Any]) -> None:
+    typer.echo(promotion_text(document))
+
+
+def _score_the_best(directory: Path) -> str | None:
+    """The study has come to its end: its best trial is scored on `data.test`; what to say beside that."""
+    folder = open_folder(directory)
+    trial, _ = find_trial(folder, "best")
+    return score_at_the_end(folder, trial)
+
+
+def sweep_file(
+    path: Path, *, duration: str | None, where: Where, epochs: float | None = None
+) -> tuple[str, Path | None]:
+    """Sweep, or go on with it, and write what was found into the round file.
+
+    Returns the command that comes next and the round file that it is to run, in whose folder it is to be
+    typed; None when the time was over first. Raises Interrupted, naming the command that goes on, when a
+    signal asked to stop, and what `sweep_round` does.
+    """
+    length = "" if epochs is None else f" --epochs {epochs:g}"
+    limit = "" if duration is None else f" --for {shlex.quote(duration)}"
+    command = f"tuner study sweep {shlex.quote(str(path))}{length}{limit}{where.options}"
+    refuse_epochs(epochs, is_rehearsal=(where.engine or load_round(path).spec.run.engine) == "simulated")
+    answered: Path | None = None
+    with interruptible(command, duration=duration) as stopping:
+        file = where.file(path)
+        sweep_round(
+            file,
+            epochs=epochs,
+            run=lambda found: run_shown(found, where, stopping=stopping),
+            prepare=prepared,
+            tell=typer.echo,
+        )
+        answered = file.path
+    return (f"tuner study run {shlex.quote(path.name)}" if answered else command), answered

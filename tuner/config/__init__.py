@@ -1,0 +1,41 @@
+"""What a round file says: reading it, or naming the line that is wrong; writing one with comments."""
+
+from tuner.config.data_section import DataSpec, SourceSpec
+from tuner.config.dimensions import dimension_to_yaml
+from tuner.config.editing import DELETE, edit_round, refused_changes
+from tuner.config.hyperparameters import HYPERPARAMETERS, limits
+from tuner.config.new_round import RECIPES, new_round
+from tuner.config.parsing import RoundFile, load_round, read_round
+from tuner.config.round import DORA_TRAINS_ALONE, RoundSpec
+from tuner.config.sections import (
+    AnswersSpec,
+    CheckpointsSpec,
+    EvaluationSpec,
+    ModelSpec,
+    RunSpec,
+    SearchSpec,
+)
+
+__all__ = [
+    "DELETE",
+    "DORA_TRAINS_ALONE",
+    "HYPERPARAMETERS",
+    "RECIPES",
+    "AnswersSpec",
+    "CheckpointsSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "ModelSpec",
+    "RoundFile",
+    "RoundSpec",
+    "RunSpec",
+    "SearchSpec",
+    "SourceSpec",
+    "dimension_to_yaml",
+    "edit_round",
+    "limits",
+    "load_round",
+    "new_round",
+    "read_round",
+    "refused_changes",
+]

@@ -1,0 +1,168 @@
+"""The kinds of values a hyperparameter may have: what each accepts, how it says no, and its JSON Schema."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tuner.config.names import meant_value
+from tuner.config.wording import one_of, refusal, shown
+from tuner.records import Value
+
+
+class Kind(Protocol):
+    """What the values of one hyperparameter have in common."""
+
+    @property
+    def allowed(self) -> str:
+        """The values it accepts, in words that follow `expects`."""
+
+    def parse(self, raw: Any) -> Value:
+        """The value as every room sees it. Raises ValueError saying what was read and what is allowed."""
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema of one value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A finite number, seen as a float."""
+
+    above: float | None = None
+    """Exclusive lower bound."""
+    at_least: float | None = None
+    below: float | None = None
+    """Exclusive upper bound."""
+
+    @property
+    def allowed(self) -> str:
+        """Such as `a number of at least 0 and below 1`."""
+        bounds = {"above": self.above, "of at least": self.at_least, "below": self.below}
+        said = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
+        return f"a number {' and '.join(said)}"
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """Its bounds."""
+        return self.above if self.at_least is None else self.at_least, self.below
+
+    def parse(self, raw: Any) -> float:
+        """A float; whole numbers become floats, text that looks like a number does not."""
+        if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw):
+            raise ValueError(refusal(self.allowed, raw))
+        if self.above is not None and raw <= self.above:
+            raise ValueError(refusal(self.allowed, raw))
+        if self.at_least is not None and raw < self.at_least:
+            raise ValueError(refusal(self.allowed, raw))
+        if self.below is not None and raw >= self.below:
+            raise ValueError(refusal(self.allowed, raw))
+        return float(raw)
+
+    def schema(self) -> dict[str, Any]:
+        """`type: number` with its bounds."""
+        bounds = {"exclusiveMinimum": self.above, "minimum": self.at_least, "exclusiveMaximum": self.below}
+        return {"type": "number", **{key: bound for key, bound in bounds.items() if bound is not None}}
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """A whole number."""
+
+    at_least: int
+
+    @property
+    def allowed(self) -> str:
+        """Such as `a whole number of at least 1`."""
+        return f"a whole number of at least {self.at_least}"
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """Its lower bound."""
+        return self.at_least, None
+
+    def parse(self, raw: Any) -> int:
+        """An int; 8.0 is refused, since whoever types it may mean something that is not whole."""
+        if isinstance(raw, bool) or not isinstance(raw, int) or raw < self.at_least:
+            raise ValueError(refusal(self.allowed, raw))
+        return raw
+
+    def schema(self) -> dict[str, Any]:
+        """`type: integer` with its bound."""
+        return {"type": "integer", "minimum": self.at_least}
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """True or false."""
+
+    @property
+    def allowed(self) -> str:
+        """The two words YAML 1.2 knows; `yes` and `on` are text to it."""
+        return "true or false"
+
+    def parse(self, raw: Any) -> bool:
+        """The bool as it is."""
+        if isinstance(raw, bool):
+            return raw
+        raise ValueError(refusal(self.allowed, raw))
+
+    def schema(self) -> dict[str, Any]:
+        """`type: boolean`."""
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """A name out of a few."""
+
+    names: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """The names, with `or` before the last."""
+        return one_of(self.names)
+
+    def parse(self, raw: Any) -> str:
+        """One of the names, as it is."""
+        if not isinstance(raw, str) or raw not in self.names:
+            raise ValueError(refusal(self.allowed, raw, meant_value(raw, self.names)))
+        return raw
+
+    def schema(self) -> dict[str, Any]:
+        """An `enum`."""
+        return {"enum": list(self.names)}
+
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """The linear layers that get an adapter: all of them, or a list of names."""
+
+    @property
+    def allowed(self) -> str:
+        """The two forms, with an example."""
+        return f"{ALL_LINEAR} or a list of layer names such as [q_proj, v_proj]"
+
+    def parse(self, raw: Any) -> str | tuple[str, ...]:
+        """`all-linear`, or the names as a tuple in the file's order."""
+        if raw == ALL_LINEAR:
+            return ALL_LINEAR
+        if not isinstance(raw, (list, tuple)) or not raw:
+            hint = f"a single layer is written [{raw}]" if isinstance(raw, str) else ""
+            raise ValueError(refusal(self.allowed, raw, hint))
+        for name in raw:
+            if not isinstance(name, str) or not name or name == ALL_LINEAR:
+                raise ValueError(f"expects layer names in a list, got {shown(name)} in {shown(raw)}")
+        if len(set(raw)) < len(raw):
+            raise ValueError(f"names a layer twice: {shown(raw)}")
+        return tuple(raw)
+
+    def schema(self) -> dict[str, Any]:
+        """`all-linear` or an array of names."""
+        name = {"type": "string", "minLength": 1, "not": {"const": ALL_LINEAR}}
+        names = {"type": "array", "items": name, "minItems": 1, "uniqueItems": True}
+        return {"anyOf": [{"const": ALL_LINEAR}, names]}

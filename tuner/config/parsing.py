@@ -1,0 +1,222 @@
+"""From a round file to its spec, or to every mistake in it with line and key."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tuner.config.hyperparameters import HYPERPARAMETERS
+from tuner.config.names import meant_value, unknown_key
+from tuner.config.round import RoundSpec
+from tuner.config.wording import Location, one_of, refusal, shown
+from tuner.config.yaml_text import YamlError, parse
+from tuner.errors import InputError, Mistake, RoundFileError
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFile:
+    """A round file that has no mistakes."""
+
+    path: Path
+    text: str
+    spec: RoundSpec
+
+    @property
+    def directory(self) -> Path:
+        """Where its relative paths begin, absolute."""
+        return self.path.parent.absolute()
+
+    def line(self, key: str) -> int | None:
+        """The 1-based line of a dotted key, or of the nearest above it that is written."""
+        return parse(self.text).line(tuple(key.split(".")))
+
+
+def load_round(path: Path) -> RoundFile:
+    """Read and check a round file.
+
+    Raises InputError when there is none, and RoundFileError with all of its mistakes, in the file's order.
+    """
+    return read_round(_read_text(path), path)
+
+
+def read_round(text: str, path: Path) -> RoundFile:
+    """Check the text of a round file that is, or will be, at `path`. Raises RoundFileError."""
+    try:
+        parsed = parse(text)
+    except YamlError as mistake:
+        raise RoundFileError(path, [Mistake(mistake.line, "", mistake.message)]) from None
+    if not isinstance(parsed.document, dict):
+        raise RoundFileError(path, [_not_a_round(parsed.document)])
+    found = _validate(parsed.document)
+    if isinstance(found, RoundSpec):
+        return RoundFile(path, text, found)
+    mistakes = [Mistake(parsed.line(at), dotted(at), message) for at, message in found.items()]
+    raise RoundFileError(path, sorted(mistakes, key=lambda mistake: mistake.line or 0))
+
+
+def dotted(location: Location) -> str:
+    """`data.train[0].format` for the place ("data", "train", 0, "format")."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        message = f"is not UTF-8 text: byte {error.object[error.start]:#04x}; save the file as UTF-8"
+        raise RoundFileError(path, [Mistake(line, "", message)]) from None
+    except IsADirectoryError:
+        raise InputError(
+            f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
+        ) from None
+    except FileNotFoundError:
+        raise InputError(f"there is no round file {path}; `tuner study new` writes one") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _not_a_round(document: Any) -> Mistake:
+    if document is None:
+        return Mistake(None, "", "is empty; `tuner study new` writes a round file to begin with")
+    read = "a list" if isinstance(document, list) else shown(document)
+    return Mistake(1, "", f"expects `key: value` lines such as `study: NAME`, got {read}")
+
+
+_SOURCE = {"path": "x", "format": "text"}
+_STAND_INS: dict[Location, Any] = {
+    ("study",): "x",
+    ("round",): "x",
+    ("model",): {"path": "x"},
+    ("model", "path"): "x",
+    ("data",): {"train": [_SOURCE], "eval": [_SOURCE]},
+    ("data", "train"): [_SOURCE],
+    ("data", "eval"): [_SOURCE],
+    **{("data", part, 0): _SOURCE for part in ("train", "eval", "test")},
+    **{("data", part, 0, key): _SOURCE[key] for part in ("train", "eval", "test") for key in _SOURCE},
+    ("search", "enqueue", 0): {},
+    ("run", "report_to", 0): "tensorboard",
+    ("max_train_steps",): 1,
+}
+"""Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
+
+
+def _validate(document: dict[str, Any]) -> RoundSpec | dict[Location, str]:
+    """The spec, or all mistakes.
+
+    Rules between keys run only on keys that are each right, so what is wrong is taken out, or replaced where
+    it has no default, and the rest is validated again until nothing new turns up.
+    """
+    found: dict[Location, str] = {}
+    seen: set[Location] = set()
+    mended = copy.deepcopy(document)
+    while True:
+        try:
+            spec = RoundSpec.model_validate(mended)
+        except ValidationError as error:
+            fresh = [each for each in error.errors(include_url=False) if each["loc"] not in seen]
+        else:
+            return found or spec
+        if not fresh:
+            return found
+        wrong = {dotted(at) for at in seen}
+        for each in fresh:
+            seen.add(each["loc"])
+            if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())):
+                found[each["loc"]] = _message(each)
+            _mend(mended, each["loc"])
+
+
+def _mend(document: dict[str, Any], location: Location) -> None:
+    """Take a wrong value out, so that its default stands in; or put in one that is right.
+
+    What went with something around it is left alone.
+    """
+    parent: Any = document
+    for part in location[:-1]:
+        is_there = part in parent if isinstance(parent, dict) else isinstance(parent, list)
+        if not is_there:
+            return
+        parent = parent[part]
+    stand_in = _STAND_INS.get(tuple(0 if isinstance(part, int) else part for part in location))
+    if stand_in is not None:
+        parent[location[-1]] = copy.deepcopy(stand_in)
+    else:
+        parent.pop(location[-1], None)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes where it looks like a number)",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "at most 100 characters",
+    "string_pattern_mismatch": "letters, digits, `_`, `.` and `-` (no `.` or `-` first: it names a folder)",
+    "list_type": "a list such as [{{...}}]",
+    "dict_type": "`key: value` lines or {{key: value}}",
+    "model_type": "`key: value` lines or {{key: value}}",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "a number above {gt:g}",
+    "less_than": "a number below {lt:g}",
+    "too_short": "at least {min_length} entry",
+}
+"""What pydantic's types of error expect, in the words of the round file."""
+
+
+def _message(error: ErrorDetails) -> str:
+    context, location, raw = error.get("ctx", {}), error["loc"], error["input"]
+    match error["type"]:
+        case "mistake":
+            return str(context["message"])
+        case "unknown_key" | "extra_forbidden":
+            return unknown_key(location, _KNOWN_KEYS)
+        case "missing":
+            return f"missing: {_meaning(location)}"
+        case "literal_error":
+            allowed = re.findall(r"'([^']*)'", context["expected"])
+            return refusal(one_of(allowed), raw, meant_value(raw, allowed))
+        case kind if kind in _EXPECTED:
+            return refusal(_EXPECTED[kind].format(**context), raw)
+        case _:
+            return f"{error['msg']}, got {shown(raw)}"
+
+
+def _meaning(location: Location) -> str:
+    """The first sentence that the reference has on a key."""
+    model: type[BaseModel] = RoundSpec
+    description = ""
+    for part in location:
+        if isinstance(part, str):
+            field = model.model_fields[part]
+            description, model = field.description or "", _model_in(field.annotation) or model
+    return re.split(r"(?<=\w)[.;] ", description)[0].removesuffix(".")
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if name == "hyperparameters":
+            yield from (f"{prefix}{name}.{each}" for each in HYPERPARAMETERS)
+        elif section := _model_in(field.annotation):
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, be it one or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for each in get_args(annotation) if (model := _model_in(each))), None)
+
+
+_KNOWN_KEYS = tuple(_keys(RoundSpec))

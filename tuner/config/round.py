@@ -1,0 +1,236 @@
+"""One round file as a value: the top level, and paths that are relative to the file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tuner.config.data_section import DataSpec, SourceSpec
+from tuner.config.dimensions import complete_space
+from tuner.config.names import ONE_HORIZON
+from tuner.config.rules import horizon_refusals, objective_refusals, search_refusals
+from tuner.config.sections import (
+    STRICT,
+    CheckpointsSpec,
+    Count,
+    EvaluationSpec,
+    ModelSpec,
+    Name,
+    PathText,
+    RunSpec,
+    SearchSpec,
+    WrittenHyperparameters,
+)
+from tuner.config.wording import mistake, refuse, shown
+from tuner.records import Space, is_sweep_file, num_points
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+_PATTERN = re.compile(r"[*?\[]")
+_SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
+
+
+def absolute_model(path: str, directory: Path) -> str:
+    """The model's directory, or the id on the Hub untouched: a name is a path when it exists or begins so."""
+    is_path = _begins_like_a_path(path) or _exists(directory / path)
+    return absolute_path(path, directory) if is_path else path
+
+
+def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) -> str:
+    """The data file or pattern of files, or the Hub's id or the URL untouched.
+
+    A name that ends like a data file, has a character of patterns, or is of plain text, is a path.
+    """
+    if "://" in path:
+        return path
+    is_path = (
+        is_plain_text
+        or _begins_like_a_path(path)
+        or path.lower().endswith(_DATA_SUFFIXES)
+        or _PATTERN.search(path) is not None
+        or _exists(directory / path)
+    )
+    return absolute_path(path, directory) if is_path else path
+
+
+def absolute_metric(metric: str, directory: Path) -> str:
+    """`file.py:function` with the file made absolute; a module of a file that is there is that file."""
+    place, colon, function = metric.rpartition(":")
+    if not colon:
+        return metric
+    if not place.endswith(".py"):
+        file = f"{place.replace('.', '/')}.py"
+        if not _exists(directory / file):
+            return metric
+        place = file
+    return f"{absolute_path(place, directory)}:{function}"
+
+
+def absolute_storage(url: str, directory: Path) -> str:
+    """The URL with SQLite's file made absolute; any other URL untouched."""
+    found = _SQLITE_FILE.fullmatch(url)
+    if found is None or found[2].startswith("file:"):
+        return url
+    scheme, path, query = found.groups()
+    return f"{scheme}{absolute_path(path, directory)}{query}"
+
+
+def absolute_path(path: str, directory: Path) -> str:
+    """`~` expanded, `..` resolved by name, links left alone."""
+    return os.path.normpath(directory.absolute() / Path(path).expanduser())
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises for a name that is too long
+
+
+def _begins_like_a_path(path: str) -> bool:
+    return path.startswith(("/", "~", "./", "../")) or path in (".", "..")
+
+
+_STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
+DORA_TRAINS_ALONE = "DoRA trains one trial at a time: a worker has one slot"
+"""What a round says of itself when `RoundSpec.trains_alone`."""
+EVALUATIONS_BY_DEFAULT = 12
+"""Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
+
+
+class RoundSpec(BaseModel):
+    """One round: an Optuna study in which every trial trains for the same number of steps."""
+
+    model_config = STRICT | ConfigDict(
+        json_schema_extra=lambda schema: schema["required"].remove("evaluation")
+    )
+
+    study: Name
+    """Name of the question that all rounds of this folder answer."""
+    round: Name
+    """Name of this round; also its folder under `checkpoints.directory`."""
+    goal: str = ""
+    """What the round is to find out, for reports."""
+    model: ModelSpec
+    """The frozen base."""
+    data: DataSpec
+    """Training, evaluation and test rows."""
+    max_train_steps: Count
+    """Optimizer steps of every trial. One number: it is never searched."""
+    hyperparameters: WrittenHyperparameters = {}
+    """One line each: a scalar fixes it, a list or `{low, high, log}` searches it; the rest have defaults."""
+    search: SearchSpec = SearchSpec()
+    """How many trials, and who proposes them."""
+    evaluation: EvaluationSpec
+    """When the loss is measured."""
+    checkpoints: CheckpointsSpec = CheckpointsSpec()
+    """What is kept on disk."""
+    run: RunSpec = RunSpec()
+    """Where and how it runs."""
+    storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
+    """The database: `sqlite:///FILE` relative to the round file, or `postgresql+psycopg://USER@HOST/DATABASE`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_by_default(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        evaluation, horizon = document.get("evaluation", {}), document.get("max_train_steps")
+        if not isinstance(evaluation, dict) or "every_steps" in evaluation:
+            return document
+        every = max(1, round(horizon / EVALUATIONS_BY_DEFAULT)) if isinstance(horizon, int) else 1
+        return {**document, "evaluation": {"every_steps": every, **evaluation}}
+
+    @field_validator("max_train_steps", mode="before")
+    @classmethod
+    def _one_horizon(cls, horizon: Any) -> Any:
+        if isinstance(horizon, (list, dict)):
+            raise mistake(f"expects one whole number, got {shown(horizon)}. {ONE_HORIZON}")
+        return horizon
+
+    @field_validator("storage")
+    @classmethod
+    def _database_on_disk_or_server(cls, url: str) -> str:
+        if not re.fullmatch(_STORAGE, url):
+            scheme = url.partition("://")[0]
+            raise mistake(
+                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE; "
+                f"this begins with {scheme!r}" + (" and names no file" if scheme.startswith("sqlite") else "")
+            )
+        return url
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        space = self.space()
+        refusals = [
+            *horizon_refusals(
+                self.max_train_steps,
+                evaluation=self.evaluation,
+                run=self.run,
+                space=space,
+                written=self.hyperparameters,
+            ),
+            *search_refusals(self.round, search=self.search, space=space),
+            *objective_refusals(evaluation=self.evaluation, run=self.run),
+        ]
+        refuse("round", refusals)
+        return self
+
+    def space(self) -> Space:
+        """Every hyperparameter: the file's in its order, then the defaults, fixed."""
+        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a round that `study sweep` wrote."""
+        return is_sweep_file(self.round, self.data.model_dump(mode="json"))
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the round runs: `search.trials`, or fewer where the search space has fewer points."""
+        return int(min(self.search.trials, num_points(self.space())))
+
+    @property
+    def ends_early(self) -> str | None:
+        """What a round says of itself when it has fewer points than `search.trials`; else None."""
+        if self.num_trials == self.search.trials:
+            return None
+        points = "1 point" if self.num_trials == 1 else f"{self.num_trials} points"
+        return (
+            f"The search space has {points}, so the round ends after {self.num_trials} of "
+            f"{self.search.trials} trials."
+        )
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether a worker has one slot whatever `run.slots` says: a trial may have `use_dora: true`."""
+        return self.space()["use_dora"].contains(True)
+
+    def absolute(self, directory: Path) -> RoundSpec:
+        """The same round with every path made absolute from the round file's directory.
+
+        Ids on the Hub and URLs of servers stay as they are. Doing it twice changes nothing.
+        """
+
+        def sources(of: list[SourceSpec]) -> list[SourceSpec]:
+            return [each.model_copy(update={"path": path_of(each)}) for each in of]
+
+        def path_of(source: SourceSpec) -> str:
+            return absolute_source(source.path, directory, is_plain_text=source.split_on is not None)
+
+        data, checkpoints, answers = self.data, self.checkpoints, self.evaluation.answers
+        if answers is not None:
+            answers = answers.model_copy(update={"metric": absolute_metric(answers.metric, directory)})
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"path": absolute_model(self.model.path, directory)}),
+                "data": data.model_copy(
+                    update={name: sources(getattr(data, name)) for name in ("train", "eval", "test")}
+                ),
+                "evaluation": self.evaluation.model_copy(update={"answers": answers}),
+                "checkpoints": checkpoints.model_copy(
+                    update={"directory": absolute_path(checkpoints.directory, directory)}
+                ),
+                "storage": absolute_storage(self.storage, directory),
+            }
+        )

@@ -1,0 +1,152 @@
+"""What sections of a round file that are each right can get wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from tuner.config.dimensions import describe, largest, value_to_yaml
+from tuner.config.hyperparameters import HYPERPARAMETERS
+from tuner.config.sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
+from tuner.config.wording import Refusal, shown
+from tuner.methods.registry import is_built_in
+from tuner.records import Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
+
+_HORIZON = "max_train_steps"
+
+
+def horizon_refusals(
+    max_train_steps: int, *, evaluation: EvaluationSpec, run: RunSpec, space: Space, written: Collection[str]
+) -> Iterator[Refusal]:
+    """Whatever does not fit into the horizon. `written` are the hyperparameters the file names itself."""
+    if evaluation.every_steps > max_train_steps:
+        yield Refusal(
+            ("evaluation", "every_steps"),
+            f"{evaluation.every_steps} is above max_train_steps ({max_train_steps}): the best step would be "
+            "chosen from the first and the last alone",
+            rests_on=(_HORIZON,),
+        )
+    if run.production_steps is not None and run.production_steps < max_train_steps:
+        yield Refusal(
+            ("run", "production_steps"),
+            f"{run.production_steps} is below max_train_steps ({max_train_steps}), but it is the longest run "
+            "you can pay for; raise it, or train for less",
+            rests_on=(_HORIZON,),
+        )
+    yield from _schedule_refusals(max_train_steps, space, written)
+
+
+def objective_refusals(*, evaluation: EvaluationSpec, run: RunSpec) -> Iterator[Refusal]:
+    """What needs losses as the objective."""
+    if not evaluation.has_answers_as_objective:
+        return
+    objective = "evaluation.answers.objective"
+    if run.pruner != "none":
+        message = (
+            f"{run.pruner} compares losses on the way, and answers are scored at the end alone, by which "
+            f"{objective} ranks the trials; take none"
+        )
+        yield Refusal(("run", "pruner"), message, rests_on=(objective,))
+    if run.engine == "simulated":
+        message = (
+            "nothing is trained in a rehearsal, so nothing answers; rehearse the round with "
+            "`objective: false`, which ranks by the made-up losses"
+        )
+        yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
+
+
+def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
+    """Warmup and decay have to fit for the largest values a trial may draw."""
+    warmup, decay = largest(space["warmup_steps"]), largest(space["decay_steps"])
+    parts = [name for name in ("decay_steps", "warmup_steps") if name in written]
+    rests_on = (
+        _HORIZON,
+        *(f"hyperparameters.{name}" for name in ("decay_steps", "warmup_steps", "schedule")),
+    )
+    if warmup > max_train_steps:
+        message = (
+            f"{warmup} is above max_train_steps ({max_train_steps}): the rate would never reach its peak"
+        )
+        yield Refusal(("hyperparameters", "warmup_steps"), message, rests_on=(_HORIZON,))
+    elif space["schedule"].contains("linear") and warmup + decay > max_train_steps:
+        message = (
+            f"warmup_steps ({warmup}) + decay_steps ({decay}) = {warmup + decay} is above max_train_steps "
+            f"({max_train_steps}); shorten one of them, or use the schedule constant or cosine"
+        )
+        yield Refusal(("hyperparameters", parts[0]), message, rests_on=rests_on)
+
+
+def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
+    """Enqueued points that are outside the space or repeated, and spaces the sampler cannot search."""
+    if search.sampler_arguments and is_built_in("sampler", search.sampler):
+        message = f"means something with a sampler of yours alone, not with {search.sampler}; take it out"
+        yield Refusal(("search", "sampler_arguments"), message, rests_on=("search.sampler",))
+    if search.sampler == "grid":
+        for name, dimension in space.items():
+            if isinstance(dimension, Range):
+                message = "is a range, and the grid sampler needs values; write a list, or use quasi-random"
+                yield Refusal(("hyperparameters", name), message, rests_on=("search.sampler",))
+    if len(search.enqueue) > search.trials:
+        message = f"has {len(search.enqueue)} entries, but search.trials is {search.trials}"
+        yield Refusal(("search", "enqueue"), message, rests_on=("search.trials",))
+    outside = [
+        Refusal(("search", "enqueue", position, name), wrong, rests_on=(f"hyperparameters.{name}",))
+        for position, entry in enumerate(search.enqueue)
+        for name, value in entry.items()
+        if (wrong := _enqueue_mistake(name, value, round_name, space))
+    ]
+    yield from outside or _repeats(search, space)
+
+
+def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str | None:
+    if name == "continues":
+        found = TRIAL_PATH.fullmatch(raw)
+        own = found is not None and found[1] == round_name
+        return f"{raw} is a trial of this round; only an earlier round can be continued" if own else None
+    dimension, value = space[name], HYPERPARAMETERS[name].kind.parse(raw)
+    read = shown(value_to_yaml(value))
+    if dimension.contains(value):
+        return None
+    if isinstance(dimension, TimesSqrtRank):
+        return f"follows the rank ({describe(dimension)}), so it cannot be chosen; leave it out"
+    if isinstance(dimension, Fixed):
+        both = f"hyperparameters.{name}: [{describe(dimension)}, {read}]"
+        return f"{read} is not in the search space, fixed at {describe(dimension)}; for both write {both}"
+    return f"{read} is not in the search space; allowed: {describe(dimension)}"
+
+
+def _repeats(search: SearchSpec, space: Space) -> Iterator[Refusal]:
+    """Entries that are the same point; entries that name so little that there are too few points for them."""
+    dimensions = searched(space)
+    entries = [
+        {name: HYPERPARAMETERS[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
+        for entry in search.enqueue
+    ]
+    refused: set[int] = set()
+    for entry in [*entries, {}]:
+        within = [position for position, other in enumerate(entries) if entry.items() <= other.items()]
+        room = num_points({name: d for name, d in dimensions.items() if name not in entry})
+        for position in within[int(min(room, len(within))) :]:
+            if position in refused:
+                continue
+            refused.add(position)
+            yield Refusal(
+                ("search", "enqueue", position),
+                _repeat(entry, within[0], num_points=int(room), num_entries=len(within)),
+                rests_on=tuple(f"hyperparameters.{name}" for name in dimensions),
+            )
+
+
+def _repeat(entry: Mapping[str, Value], first: int, *, num_points: int, num_entries: int) -> str:
+    point = ", ".join(f"{name}: {shown(value_to_yaml(value))}" for name, value in entry.items())
+    if num_points == 1:
+        said = f" ({point})" if point else ""
+        return (
+            f"is the same point as search.enqueue[{first}]{said}, and a point is tried once; remove one of "
+            "them, or list two seeds as hyperparameters.training_seed and give each entry one"
+        )
+    where = f" with {point}" if point else ""
+    return (
+        f"is one of {num_entries} entries{where}, and the search space has only {num_points} points{where}; "
+        f"remove {num_entries - num_points} of them, or search more values"
+    )

@@ -1,0 +1,199 @@
+"""Metrics of generated answers, and the evaluation rows that are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+import numpy as np
+
+from tuner.data.prompts import Prompt
+from tuner.data.splits import Part
+from tuner.data.tokenise import Fate
+from tuner.errors import DataError, MetricError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+EXACT_MATCH = "exact_match"
+METRIC_KEY = "evaluation.answers.metric"
+_LARGEST = 1e100
+"""Of a score: a mean of such numbers, and its standard error, are finite."""
+_NOT_THE_USERS = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
+"""Files whose lines in a traceback say nothing of a metric."""
+
+
+class Metric:
+    """A comparison by the name that a round file gives it; higher is better."""
+
+    def __init__(self, name: str, compare: Callable[[str, str], Any], *, code: str | None = None) -> None:
+        self.name = name
+        self.code = code
+        """Hash of the file that the function is in; None where there is none of the user's."""
+        self._compare = compare
+
+    def __call__(self, answer: str, reference: str, *, place: str) -> float:
+        """The score of one answer. `place` is the row's, for messages.
+
+        Raises MetricError when the user's function raises, or returns no finite number: it is the function's
+        fault, not the answer's, since any text may come as an answer.
+        """
+        try:
+            with redirect_stdout(sys.stderr):
+                found = self._compare(answer, reference)
+            number = float(found) if isinstance(found, SupportsFloat) else None
+        except (Exception, SystemExit) as error:
+            raise self._at_fault(place, f"it raised {_last_words(error)}", answer, reference) from error
+        if number is None:
+            said = f"it returned {_short(found)}, not a number"
+            raise self._at_fault(place, said, answer, reference)
+        if not abs(number) <= _LARGEST:
+            limit = "not a finite number" if not math.isfinite(number) else f"which is beyond {_LARGEST:.0e}"
+            raise self._at_fault(place, f"it returned {number}, {limit}", answer, reference)
+        return number
+
+    def _at_fault(self, place: str, what: str, answer: str, reference: str) -> MetricError:
+        return MetricError(
+            f"{METRIC_KEY}: {self.name}, called with answer {_short(answer)} and reference "
+            f"{_short(reference)} ({place}): {what}; it takes any two texts and returns a finite number, "
+            "the higher the better"
+        )
+
+
+def load_metric(name: str) -> Metric:
+    """The metric that a round file with absolute paths names; it is shown without the file's folder.
+
+    A file's neighbours can be imported by it. Raises MetricError when there is no such function.
+    """
+    if name == EXACT_MATCH:
+        return Metric(name, exact_match)
+    place, _, attribute = name.rpartition(":")
+    shown = f"{Path(place).name}:{attribute}"
+    advice = "give exact_match, file.py:function of a file beside the round file, or module:function"
+    if place.endswith(".py") and not Path(place).is_file():
+        raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {advice}")
+    try:
+        with redirect_stdout(sys.stderr):
+            module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        said = f"{place} cannot be imported: {_last_words(error)}"
+        raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {advice}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        there = f"; it has {', '.join(known[:8])}" if known else ""
+        raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
+    return Metric(shown, found, code=_file_hash(module))
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where the texts are equal but for white space around them and its kind and length inside; else 0."""
+    return float(answer.split() == reference.split())
+
+
+def _file(path: Path) -> ModuleType:
+    """A module from a file. Its folder is looked in last, so that it hides nothing installed."""
+    if (folder := str(path.parent)) not in sys.path:
+        sys.path.append(folder)
+    name = f"tuner_metric_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _file_hash(module: ModuleType) -> str | None:
+    try:
+        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()[:16]
+    except (AttributeError, OSError):
+        return None
+
+
+def _last_words(error: BaseException) -> str:
+    """What an exception says, and the line of the user's that it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _NOT_THE_USERS]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row up to its last completion, and that completion."""
+
+    prompt: Prompt
+    """Token for token what training rows complete."""
+    reference: str
+    """The completion as the tokenizer decodes it, without special tokens and white space around it."""
+    reference_tokens: int
+    """Its tokens, without the end of text."""
+
+
+def questions(
+    parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, beginning: int, max_examples: int
+) -> tuple[Question, ...]:
+    """The first evaluation rows that have a prompt and a whole completion.
+
+    Left out are rows of format `text` and rows that `max_length` cuts, since the end of their completion is
+    not known. `beginning` is the number of tokens that the tokenizer puts before a text. Raises DataError
+    where no row is left.
+    """
+    found = tuple(islice((q for part in parts for q in _of_part(part, tokenizer, beginning)), max_examples))
+    if not found:
+        sources = ", ".join(dict.fromkeys(f"{part.path} (format {part.format})" for part in parts))
+        raise DataError(
+            f"evaluation.answers: {sources}: no evaluation row has a prompt and a completion that max_length "
+            "leaves whole, so there is nothing to answer; give eval rows in alpaca, messages, sharegpt or "
+            "completion, or take evaluation.answers out"
+        )
+    return found
+
+
+def try_metric(metric: Metric, question: Question) -> None:
+    """Compare a row's completion, and an empty answer, with the row. Raises MetricError."""
+    for answer in (question.reference, ""):
+        metric(answer, question.reference, place=question.prompt.place)
+
+
+def _of_part(part: Part, tokenizer: PreTrainedTokenizerBase, beginning: int) -> Iterator[Question]:
+    if part.format == "text":
+        return
+    table = part.turns or part.table
+    for index, row in enumerate(part.rows.tolist()):
+        if table.fates[row] != Fate.KEPT:
+            continue
+        start, end = table.tokens.offsets[row], table.tokens.offsets[row + 1]
+        ids, is_target = table.tokens.tokens[start:end], table.tokens.targets[start:end]
+        split = int(np.flatnonzero(~is_target)[-1]) + 1
+        # The first token is never a target: alone it is no prompt.
+        if split <= max(1, beginning):
+            continue
+        said = [token for token in ids[split:].tolist() if token != tokenizer.eos_token_id]
+        prompt = tuple(ids[:split].tolist())
+        yield Question(
+            Prompt(int(table.numbers[row]), part.place(index), str(tokenizer.decode(prompt)), prompt),
+            str(tokenizer.decode(said, skip_special_tokens=True)).strip(),
+            len(said),
+        )

@@ -1,0 +1,110 @@
+"""Which devices this machine has, and how busy they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from tuner.errors import InputError
+from tuner.report.throughput import GpuReading
+
+
+def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them: those it lists, else all that the driver knows."""
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return tuple(name.strip() for name in listed.split(",") if name.strip() not in ("", "-1"))
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()  # no driver, so no GPU that torch could use
+    return tuple(asked.stdout.split())
+
+
+def worker_environments(
+    wanted: int | Literal["auto"],
+    devices: Sequence[str],
+    *,
+    cores: int,
+    environment: Mapping[str, str] = os.environ,
+) -> list[dict[str, str]]:
+    """What each worker's environment has besides the parent's: its GPU, or its share of the cores.
+
+    `auto` is one worker for each GPU, or one. Raises InputError when there are fewer GPUs than workers.
+    """
+    count = max(1, len(devices)) if wanted == "auto" else wanted
+    if devices and count > len(devices):
+        raise InputError(
+            f"--workers {count}: this machine shows {len(devices)} GPU(s), and a worker takes one; "
+            f"more trials on a GPU are slots: --slots"
+        )
+    if devices:
+        return [{"CUDA_VISIBLE_DEVICES": device} for device in devices[:count]]
+    if count == 1 or "OMP_NUM_THREADS" in environment:
+        return [{} for _ in range(count)]
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
+
+
+Nvml: TypeAlias = Any
+"""The module `pynvml`, after nvmlInit."""
+
+
+def open_nvml() -> Nvml | None:
+    """The driver's library; None without the package (the extra `nvml`) or without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def gpu_meter(nvml: Nvml | None, devices: Sequence[str]) -> Callable[[], tuple[GpuReading, ...]] | None:
+    """What reads the devices, named as in CUDA_VISIBLE_DEVICES; None where there is nothing to read.
+
+    A number counts as the driver does, by PCI slots, as CUDA does with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    if nvml is None or not devices:
+        return None
+    return lambda: tuple(_readings(nvml, devices))
+
+
+def driver_version(nvml: Nvml) -> str:
+    """Such as 570.124.06."""
+    return str(nvml.nvmlSystemGetDriverVersion())
+
+
+def _readings(nvml: Nvml, devices: Sequence[str]) -> Iterator[GpuReading]:
+    """One a device; a device that the driver cannot be asked about is left out."""
+    for index, device in enumerate(devices):
+        try:
+            handle = _handle(nvml, device)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            name = str(nvml.nvmlDeviceGetName(handle))
+        except nvml.NVMLError:
+            continue
+        yield GpuReading(index, name, int(memory.used), int(memory.total), _utilisation(nvml, handle))
+
+
+def _handle(nvml: Nvml, device: str) -> Any:
+    if device.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(device))
+    return nvml.nvmlDeviceGetHandleByUUID(device)
+
+
+def _utilisation(nvml: Nvml, handle: Any) -> float | None:
+    try:
+        return float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except nvml.NVMLError:  # parts of a GPU (MIG) have no utilisation
+        return None

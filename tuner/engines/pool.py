@@ -1,0 +1,73 @@
+"""Several workers as one: one for each device, each with its own slots, all heard by the same parent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from tuner.engines.protocol import Worker
+from tuner.records import Assignment, Died, Event, Ready
+
+MAX_DEATHS = 2
+"""Deaths in a row without having been ready, after which a device is taken to be broken."""
+_POLL_SECONDS = 0.02
+
+
+class WorkerPool:
+    """The first worker starts at once, the others with the first trial.
+
+    By then the first one has prepared the data and measured the base: the others find both.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Worker]]) -> None:
+        self._waiting = list(makers[1:])
+        self._workers = [makers[0]()]
+        self._holder: dict[int, Worker] = {}
+        """Trial -> the worker that it was given to."""
+        self._deaths: dict[Worker, int] = {}
+        """Times in a row that a worker died without having been ready."""
+
+    def capacity(self) -> int:
+        """Slots that are free now, in workers that are ready."""
+        return sum(worker.capacity() for worker in self._workers)
+
+    def start(self, assignment: Assignment) -> None:
+        """Begin a trial where the most slots are free."""
+        while self._waiting:
+            self._workers.append(self._waiting.pop(0)())
+        worker = max(self._workers, key=lambda worker: worker.capacity())
+        self._holder[assignment.trial] = worker
+        worker.start(assignment)
+
+    def stop(self, trial: int) -> None:
+        """Ask a trial to save itself and leave."""
+        if trial in self._holder:
+            self._holder[trial].stop(trial)
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """What any of them said since the last call; waits for the first at most so long."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            said = [event for worker in list(self._workers) for event in self._heard(worker)]
+            left = deadline - time.monotonic()
+            if said or left <= 0:
+                return said
+            time.sleep(min(_POLL_SECONDS, left))
+
+    def _heard(self, worker: Worker) -> list[Event]:
+        """A worker's events; one that dies again before it is ready is left out, if there is another."""
+        said = worker.events(0.0)
+        for event in said:
+            if isinstance(event, Ready):
+                self._deaths.pop(worker, None)
+            elif isinstance(event, Died):
+                self._deaths[worker] = self._deaths.get(worker, 0) + 1
+                if self._deaths[worker] == MAX_DEATHS and len(self._workers) > 1:
+                    self._workers.remove(worker)
+        return said
+
+    def close(self) -> None:
+        """Let every trial save, then end the workers, one after another."""
+        self._waiting.clear()
+        for worker in self._workers:
+            worker.close()

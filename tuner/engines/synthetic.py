@@ -1,0 +1,182 @@
+"""Losses of trials that nobody trains: by a formula, or as they were recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.playbook.schedule import decay_length, multiplier, trunk_end, warmup_length
+from tuner.records import Evaluation, Hyperparameters, Value
+
+NUM_EXAMPLES = 32
+"""Evaluation examples that are made up, so that paired standard errors can be rehearsed too."""
+EXAMPLE_TOKENS = 64
+UNTOUCHED_LOSS = 2.2
+NOISE = 0.13
+"""Loss that a constant rate leaves on top, at the best rate of a run about as long as the pace."""
+ANNEALED = 0.025
+"""Mean fall of the rate below its peak, over the run so far, that halves this noise."""
+DECAYED_WORTH = 0.1
+"""A decaying step teaches as a step at the peak does, times the rate's share of the peak to this power.
+
+Fitted, with `NOISE` and `ANNEALED`, to the published final losses at 8 and 16 paces. Were it worth the share
+itself, cosine to zero would be 2% worse than a decay of 40%.
+"""
+
+_CENTRES: Mapping[str, tuple[float, float]] = {
+    "lora_alpha": (32.0, 0.010),
+    "batch_size": (16.0, 0.012),
+    "weight_decay": (0.01, 0.002),
+    "lora_dropout": (0.05, 0.010),
+    "loraplus_ratio": (4.0, 0.006),
+    "max_grad_norm": (1.0, 0.003),
+}
+"""Where each is best before the study's name moves it, and what a factor of ten away from there costs."""
+
+
+@dataclass(frozen=True)
+class LoraFormula:
+    """A `Curve` for a simulated worker: the loss of a made-up fine-tuning run."""
+
+    name: str
+    """What the surface is made of; the same name is the same surface."""
+    pace_steps: int = 60
+    """Steps that a run at the best rate takes to half of what it gains."""
+
+    def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        """The evaluation at a step of a run to a horizon; before the decay it knows no horizon."""
+        rate = _number(hyperparameters, "learning_rate", 2e-4)
+        if step > 0 and rate > 40 * self._best_rate:
+            return Evaluation(step, math.nan, train_loss=math.nan, learning_rate=rate)
+        loss, train_loss = self._losses(hyperparameters, rate / self._best_rate, step, horizon)
+        nll = self._examples(hyperparameters, step, loss)
+        tokens = NUM_EXAMPLES * EXAMPLE_TOKENS
+        return Evaluation(
+            step,
+            math.fsum(nll) / tokens,
+            train_loss=train_loss if step else None,
+            learning_rate=rate * _multiplier(hyperparameters, step - 1, horizon) if step else None,
+            example_nll=nll,
+            example_tokens=(EXAMPLE_TOKENS,) * NUM_EXAMPLES,
+        )
+
+    @property
+    def _best_rate(self) -> float:
+        """Of a run about as long as the pace."""
+        return 4e-4 * 10 ** (self._unit("learning_rate") - 0.5)
+
+    def _losses(
+        self, hyperparameters: Hyperparameters, rate: float, step: int, horizon: int
+    ) -> tuple[float, float]:
+        """Evaluation and train loss; `rate` is in units of the best one."""
+        floor = UNTOUCHED_LOSS * (0.68 + self._penalty(hyperparameters))
+        speed = 3.0 * rate / (1.0 + 2.0 * rate**1.3)
+        worth, annealed = _decayed(hyperparameters, step, horizon)
+        progress = worth * speed / self.pace_steps
+        learned = (UNTOUCHED_LOSS - floor) * (1.0 - (1.0 + progress) ** -0.8)
+        noise = NOISE * rate / (1.0 + 0.1 * rate) * min(1.0, progress) / (1.0 + annealed / ANNEALED)
+        harm = 0.003 * rate * math.log1p(progress)
+        overfitted = 2e-4 * max(0.0, progress - 20.0)
+        loss = UNTOUCHED_LOSS - learned + noise + harm
+        return loss + overfitted, loss - 0.01 * progress**0.5
+
+    def _penalty(self, hyperparameters: Hyperparameters) -> float:
+        """What everything but the rate costs at the end, as a share of the untouched loss."""
+        rank = _number(hyperparameters, "lora_r", 16.0)
+        total = 0.04 / rank
+        for name, (centre, cost) in _CENTRES.items():
+            best = centre * 10 ** (self._unit(name) - 0.5)
+            value = _number(hyperparameters, name, centre)
+            total += cost * min(4.0, math.log10(max(value, centre / 100) / best) ** 2)
+        for name in ("target_modules", "optimizer", "lora_init", "use_rslora"):
+            total += 0.004 * self._unit(f"{name}={hyperparameters.get(name)}")
+        return total
+
+    def _examples(self, hyperparameters: Hyperparameters, step: int, loss: float) -> tuple[float, ...]:
+        """Per-example sums around a loss: some examples are hard in every run, and each run has its luck."""
+        hard = 1.0 + 0.3 * np.random.default_rng(_seed(self.name, "examples")).standard_normal(NUM_EXAMPLES)
+        # The decay is no part of a trunk's luck: a run that goes on to another horizon must not notice.
+        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name != "decay_steps")
+        luck = np.random.default_rng(_seed(self.name, repr(run), str(step))).standard_normal(NUM_EXAMPLES)
+        share = np.maximum(hard, 0.1) / float(np.maximum(hard, 0.1).mean())
+        amount = 0.004 if step else 0.0
+        return tuple((EXAMPLE_TOKENS * loss * share * (1.0 + amount * luck)).tolist())
+
+    def _unit(self, what: str) -> float:
+        return _seed(self.name, what) / 2**64
+
+
+def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple[float, float]:
+    """What the steps done are worth, in steps at the peak, and how far their mean rate is below the peak.
+
+    The warmup counts for the first by its shares of the peak, and not for the second.
+    """
+    warmup = min(step, warmup_length(hyperparameters))
+    end = trunk_end(hyperparameters, horizon)
+    trunk = min(step, max(warmup, end or 0))
+    warming = [_multiplier(hyperparameters, s, horizon) for s in range(warmup)]
+    decaying = [_multiplier(hyperparameters, s, horizon) for s in range(trunk, step)]
+    worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)
+    annealed = math.fsum(1.0 - m for m in decaying)
+    return worth, annealed / max(1, step - warmup)
+
+
+def _multiplier(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
+    return multiplier(
+        step,
+        schedule=str(hyperparameters.get("schedule", "constant")),
+        warmup_steps=warmup_length(hyperparameters),
+        decay_steps=decay_length(hyperparameters),
+        max_train_steps=horizon,
+    )
+
+
+def _number(hyperparameters: Hyperparameters, name: str, default: float) -> float:
+    value = hyperparameters.get(name, default)
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def _seed(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class RecordedCurves:
+    """A table: a configuration's values, and its losses at the recorded steps; a `Curve`.
+
+    The recorded runs must not depend on a horizon: what was recorded up to a step is the whole run
+    to that horizon, and the trunk of a longer one.
+    """
+
+    names: tuple[str, ...]
+    """Hyperparameters that tell one configuration from another; a trial may have more."""
+    steps: tuple[int, ...]
+    """Where losses were recorded, rising."""
+    eval_losses: Mapping[tuple[Value, ...], Sequence[float]]
+    """By configuration, in the order of `names`: one loss a step; not finite where it diverged."""
+    train_losses: Mapping[tuple[Value, ...], Sequence[float]]
+    """The same of the training batches; may be empty."""
+
+    def __post_init__(self) -> None:
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"recorded steps must rise; got {self.steps}")
+        for losses in (self.eval_losses, self.train_losses):
+            short = next((key for key, curve in losses.items() if len(curve) != len(self.steps)), None)
+            if short is not None:
+                raise ValueError(f"{short}: {len(losses[short])} losses for {len(self.steps)} steps")
+
+    def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        """The recorded evaluation. Raises KeyError for what was not recorded: no curve is made up."""
+        key = tuple(hyperparameters[name] for name in self.names)
+        if key not in self.eval_losses:
+            raise KeyError(f"no curve was recorded for {dict(zip(self.names, key, strict=True))}")
+        if step not in self.steps:
+            raise KeyError(f"nothing was recorded at step {step}; recorded are {self.steps}")
+        at = self.steps.index(step)
+        trained = self.train_losses.get(key)
+        train_loss = float(trained[at]) if trained is not None and step > 0 else None
+        return Evaluation(step, float(self.eval_losses[key][at]), train_loss=train_loss)

@@ -1,0 +1,197 @@
+"""Adapters for other tools: copied, merged into the base model, as GGUF, on the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tuner.adapters import Adapter, read_adapter, write_adapter
+from tuner.adapters.base import load_model
+from tuner.adapters.decoding import end_tokens
+from tuner.errors import CheckpointError, TunerError
+
+if TYPE_CHECKING:
+    from tuner.config import ModelSpec
+
+
+MERGED_DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def merged_model(model: ModelSpec, adapter: Adapter, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter in its weights, as transformers would load it unquantised, on the CPU.
+
+    The base is read as it was in training, since the adapter corrects exactly that one: one in 4 or 8 bits is
+    quantised and de-quantised again. Sums are taken in float32, one layer at a time, and rounded once; PEFT's
+    own merge rounds in the base's dtype, and quantises the sum again where the base is quantised.
+    Raises ModelError, and CheckpointError when the adapter is not one of this base.
+    """
+    merged = load_model(model, device="cpu", max_length=1)
+    layers = dict(merged.named_modules())
+    if missing := sorted(adapter.weights.keys() - layers.keys()):
+        raise CheckpointError(f"the adapter has weights for {missing[0]}, and {model.path} has no such layer")
+    for name, layer in layers.items():
+        if name in adapter.weights or _is_quantised(layer):
+            weight = _weight(layer)
+            if name in adapter.weights:
+                weight = adapted_weight(weight, adapter.weights[name], scale=adapter.scale)
+            merged.set_submodule(name, _plain_layer(layer, weight.to(dtype)))
+    _forget_quantisation(merged)
+    for tensor in (*merged.parameters(), *merged.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def adapted_weight(weight: Tensor, parts: tuple[Tensor, ...], *, scale: float) -> Tensor:
+    """W + scale B A in float32, [out, in]; with DoRA's magnitude m, m times its rows at length 1.
+
+    `parts` are those of `Adapter.weights`.
+    """
+    a, b, *magnitude = parts
+    adapted = torch.addmm(weight, b.float(), a.float(), alpha=scale)
+    if magnitude:
+        lengths = torch.linalg.vector_norm(adapted, dim=1)
+        adapted *= (magnitude[0].float() / lengths)[:, None]
+    return adapted
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+@torch.no_grad()
+def _weight(layer: nn.Module) -> Tensor:
+    """[out, in] in float32, de-quantised. Call it once: PEFT spoils 8-bit layers on a CPU."""
+    weight: Tensor = dequantize_module_weight(layer).detach()
+    return (weight.t() if isinstance(layer, Conv1D) else weight).float()
+
+
+def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """What the unquantised model has in this place, with another weight [out, in]."""
+    outputs, inputs = weight.shape
+    bias = getattr(layer, "bias", None)
+    plain: nn.Module
+    with torch.device("meta"):
+        if issubclass(getattr(layer, "source_cls", type(layer)), Conv1D):
+            plain, weight = Conv1D(outputs, inputs), weight.t()
+        else:
+            plain = nn.Linear(inputs, outputs, bias=bias is not None)
+    plain.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """Of bitsandbytes or a GGUF file: with it, the model is not saved, or loaded as what it no longer is."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+_OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_LINES_SHOWN = 15
+"""The end of what a converter printed, where its error is."""
+
+
+def convert_to_gguf(model: Path, file: Path, *, converter: Path, dtype: str) -> None:
+    """Convert a directory of a merged model; the file appears whole or not at all.
+
+    `dtype` is one of MERGED_DTYPES. Raises TunerError with what the converter printed.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    command = [*_runs(converter), str(model), "--outfile", str(temporary), "--outtype", _OUTTYPES[dtype]]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not temporary.is_file():
+            printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:])
+            raise TunerError(
+                f"{converter} ended with {done.returncode} and wrote no {file.name}; the merged model is in "
+                f"{model}. It printed:\n{printed}"
+            )
+        temporary.replace(file)
+    except OSError as error:
+        raise TunerError(f"{file}: cannot be written by {converter}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _runs(converter: Path) -> Sequence[str]:
+    """A Python file runs in this Python, which has the torch and transformers that it needs."""
+    if converter.suffix == ".py":
+        return [sys.executable, str(converter)]
+    return [shutil.which(str(converter)) or str(converter)]
+
+
+_HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
+"""What the Hub's library raises when nobody answers: of httpx, or of the one it has in its place."""
+
+
+def push(directory: Path, repo: str, *, token: str, public: bool, endpoint: str | None = None) -> str:
+    """Upload a complete directory as one commit; returns the repository's address.
+
+    A repository that does not exist yet is made, private unless `public`. `endpoint` is another Hub.
+    Raises TunerError, which says how to go on without exporting again.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        made = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=directory, commit_message=f"Upload {directory.name}"
+        )
+    except (_HttpError, OSError) as error:
+        raise TunerError(
+            f"--push {repo}: the Hub did not take it: {error}\n"
+            f"{directory} is complete; push it again with: hf upload {repo} {directory} ."
+        ) from error
+    return str(made)
+
+
+def export_adapter(
+    adapter: Path, directory: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write a PEFT adapter and a tokenizer into an existing directory; `model` says what the base is called.
+
+    Raises CheckpointError.
+    """
+    read = read_adapter(adapter)
+    read.config.base_model_name_or_path = model.path
+    read.config.revision = model.revision
+    write_adapter(directory, read)
+    tokenizer.save_pretrained(str(directory))
+
+
+def export_merged(
+    adapter: Path, directory: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> None:
+    """Write the merged model, as transformers alone loads it, and a tokenizer into an existing directory.
+
+    Its generation ends at the tokenizer's EOS, which was trained, beside those of the base.
+    `dtype` is one of MERGED_DTYPES. Raises CheckpointError and ModelError.
+    """
+    merged = merged_model(model, read_adapter(adapter), dtype=MERGED_DTYPES[dtype])
+    if merged.generation_config is not None:
+        ends = end_tokens(tokenizer, merged.generation_config)
+        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    merged.save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))

@@ -1,0 +1,177 @@
+"""How far an evaluation can be trusted: smoothed curves, standard errors and what is within the noise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tuner.records import Evaluation
+
+WINDOW = 1.25
+"""An evaluation is averaged with those whose step is at most this factor away."""
+
+
+def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """The finite evaluations with losses from a local line through each one's neighbours, by step.
+
+    Neighbours are within a factor 1.25 of the step, so that the steep beginning stays as it is and
+    sparse evaluations are not touched; the line is in the logarithm of the step. The best of many
+    evaluations and the last one are lucky or not by a standard error or so, and rules that compare
+    them need the curve below. Rule: this project's decision.
+    """
+    finite = measured(evaluations)
+    steps, losses = _curve(finite)
+    return tuple(
+        replace(evaluation, eval_loss=_local_value(steps, losses, i)) for i, evaluation in enumerate(finite)
+    )
+
+
+def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
+    """The smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
+    finite = measured(evaluations)
+    steps, losses = _curve(finite)
+    at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
+    return _local_value(steps, losses, at)
+
+
+def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the steps, and losses."""
+    steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
+    return steps, np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
+
+
+def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
+    near = np.abs(steps - steps[i]) <= math.log(WINDOW) + 1e-12
+    x, y = steps[near] - steps[i], losses[near]
+    if len(x) < 3:
+        return float(losses[i])
+    centred = x - x.mean()
+    slope = float(centred @ y) / float(centred @ centred)
+    return float(y.mean() - slope * x.mean())
+
+
+MAX_LOSS = 1e100
+"""Nats per token from which on a loss is no number to calculate with: its square is still finite."""
+SIGNIFICANT = 2.0
+"""Standard errors from which on a difference counts as one."""
+MIN_RESIDUAL_EVALUATIONS = 4
+"""Fewer evaluations than this say nothing about their spread around a line."""
+MIN_LATE_EVALUATIONS = 6
+"""The spread is taken over at least so many of the last evaluations, where there are as many."""
+
+
+_NORMAL = statistics.NormalDist()
+
+
+def is_number(loss: float) -> bool:
+    """Whether a loss can be compared: finite, and not so large that its square is not.
+
+    Rule: this project's decision, "The best step of a trial": other evaluations never win.
+    """
+    return abs(loss) <= MAX_LOSS
+
+
+def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """The evaluations whose loss is a number. Rule: this project's decision, "The best step of a trial"."""
+    return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
+
+
+def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
+    """Standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per token.
+
+    The loss is a ratio of sums, so by the delta method: the spread of each example's difference
+    around what its tokens predict. None unless both losses are numbers, over the same examples, two at
+    least. Rule: this project's decision, "settled_step".
+    """
+    if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
+        return None
+    if len(measured((one, other))) < 2:
+        return None
+    tokens = np.asarray(one.example_tokens, dtype=np.float64)
+    if (total := float(tokens.sum())) <= 0:
+        return None
+    differences = np.asarray(one.example_nll) - np.asarray(other.example_nll)
+    residuals = differences - tokens * (float(differences.sum()) / total)
+    variance = float(residuals @ residuals) * len(tokens) / (len(tokens) - 1) / total**2
+    return math.sqrt(variance) if math.isfinite(variance) else None
+
+
+def loss_error(evaluation: Evaluation) -> float | None:
+    """Standard error of an evaluation's loss over its examples, in nats per token.
+
+    None unless the loss is a number, over two examples at least. Rule: this project's decision,
+    "settled_step".
+    """
+    tokens = evaluation.example_tokens
+    nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
+    return paired_standard_error(evaluation, nothing)
+
+
+def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
+    """Return the standard deviation of the late losses around a line through them, in nats per token.
+
+    The last quarter of the finite evaluations is taken, but at least the last six; all of them where there
+    are four or five; None where there are fewer. It stands in for the paired standard error where per-example
+    losses are not known. Rule: this project's decision, "settled_step".
+    """
+    finite = measured(evaluations)
+    last = finite[-max(MIN_LATE_EVALUATIONS, math.ceil(len(finite) / 4)) :]
+    if len(last) < MIN_RESIDUAL_EVALUATIONS:
+        return None
+    steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
+    losses = np.array([evaluation.eval_loss for evaluation in last], dtype=np.float64)
+    steps -= steps.mean()
+    losses -= losses.mean()
+    residuals = losses - steps * float(steps @ losses) / float(steps @ steps)
+    return math.sqrt(float(residuals @ residuals) / (len(last) - 2))
+
+
+def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float | None:
+    """Return the standard error of the difference of two evaluations of a trial, in nats per token.
+
+    Paired where both know their examples, the residual spread of the trial's curve otherwise; None where
+    neither can be had. Rule: this project's decision, "settled_step".
+    """
+    paired = paired_standard_error(one, other)
+    return residual_spread(evaluations) if paired is None else paired
+
+
+def significant_among(count: int) -> float:
+    """Return the standard errors by which the best of so many evaluations must stand out; 2 for one.
+
+    Bonferroni's correction: by luck none of them exceeds it more often than a single one exceeds two. Rule:
+    this project's decision, "Leading trials".
+    """
+    return -_NORMAL.inv_cdf(_NORMAL.cdf(-SIGNIFICANT) / max(1, count))
+
+
+def majority_probability(hits: int, count: int) -> float:
+    """Posterior probability that a share is above one half, after `hits` of `count`.
+
+    Under Jeffreys' prior: 1 - I(1/2; hits + 1/2, count - hits + 1/2). Rule: this project's decision on
+    what "consistently" means in the Deep Learning Tuning Playbook's sentence on best steps.
+    """
+    return 1.0 - regularised_incomplete_beta(0.5, hits + 0.5, count - hits + 0.5)
+
+
+def regularised_incomplete_beta(x: float, a: float, b: float) -> float:
+    """I(x; a, b), the distribution function of Beta(a, b), by its continued fraction.
+
+    Source: NIST Digital Library of Mathematical Functions, 8.17.22, valid on the side of x below
+    (a + 1) / (a + b + 2); the other side follows by symmetry.
+    """
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - regularised_incomplete_beta(1.0 - x, b, a)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    fraction = 1.0
+    for m in range(100 + int(math.sqrt(a + b)), 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        fraction = 1.0 + odd / (1.0 + even / fraction)
+    return math.exp(log_front) / a / fraction

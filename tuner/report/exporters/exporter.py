@@ -1,0 +1,132 @@
+"""What all tools around transformers' Trainer call by the same names: batches, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.config import ModelSpec
+from tuner.playbook.schedule import decay_length, warmup_length
+from tuner.records import Hyperparameters
+
+MICRO_BATCH = 2
+"""Rows of a pass where the batch size allows it; the cut changes no result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A trial to be trained again, up to its best step."""
+
+    trial: str
+    """Such as `round1/7`."""
+    model: ModelSpec
+    """With its path absolute, or an id on the Hub."""
+    hyperparameters: Hyperparameters
+    max_train_steps: int
+    """The horizon that the schedule is cut for."""
+    best_step: int
+    """Where training ends, at least 1."""
+    max_length: int
+    """Tokens of a row."""
+    every_steps: int
+    """Steps between evaluations."""
+    eval_batch_size: int
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a pass on one GPU."""
+        return MICRO_BATCH if self.number("batch_size") % MICRO_BATCH == 0 else 1
+
+    @property
+    def accumulation(self) -> int:
+        """Passes of an update."""
+        return int(self.number("batch_size")) // self.micro_batch
+
+    @property
+    def scheduler(self) -> tuple[str, dict[str, Any]]:
+        """transformers' name of the schedule and its arguments; the rate is the same at every step.
+
+        The schedule is that of the whole run also where training ends before it.
+        """
+        values, horizon, warmup = (
+            self.hyperparameters,
+            self.max_train_steps,
+            warmup_length(self.hyperparameters),
+        )
+        decay = decay_length(values)
+        if self.best_step <= warmup:
+            return "constant_with_warmup", {}
+        match values.get("schedule", "constant"):
+            case "cosine":
+                waves = 0.5 * (self.best_step - warmup) / (horizon - warmup)
+                return "cosine", {} if waves == 0.5 else {"num_cycles": waves}
+            case "linear" if decay:
+                return "warmup_stable_decay", {
+                    "num_stable_steps": horizon - warmup - decay,
+                    "num_decay_steps": decay,
+                    "decay_type": "linear",
+                }
+            case _:
+                return "constant_with_warmup", {}
+
+    @property
+    def alpha(self) -> int:
+        """`lora_alpha` as a whole number, which is all that these tools take."""
+        return round(self.number("lora_alpha"))
+
+    def number(self, name: str) -> float:
+        """A hyperparameter that is a number."""
+        value = self.hyperparameters[name]
+        assert isinstance(value, (int, float))
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A hyperparameter that is true or false."""
+        return bool(self.hyperparameters.get(name, False))
+
+    @property
+    def targets(self) -> tuple[str, ...] | None:
+        """The layers that get an adapter by their names; None for all that are linear."""
+        targets = self.hyperparameters["target_modules"]
+        return targets if isinstance(targets, tuple) else None
+
+
+def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The part that has the names of `transformers.TrainingArguments`."""
+    scheduler, arguments = recipe.scheduler
+    return {
+        "learning_rate": recipe.number("learning_rate"),
+        "lr_scheduler_type": scheduler,
+        "lr_scheduler_kwargs": arguments,
+        "warmup_steps": warmup_length(recipe.hyperparameters),
+        "max_steps": recipe.best_step,
+        "per_device_train_batch_size": recipe.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "optim": optimizer(recipe),
+        **adam(recipe),
+        "seed": int(recipe.number("training_seed")),
+        "bf16": recipe.model.dtype == "bfloat16",
+        "eval_strategy": "steps",
+        "eval_steps": recipe.every_steps,
+        "per_device_eval_batch_size": recipe.eval_batch_size,
+        "logging_steps": recipe.every_steps,
+        "report_to": "none",
+        "output_dir": "output",
+    }
+
+
+def optimizer(recipe: Recipe) -> str:
+    """transformers' name of the optimizer."""
+    return "adamw_torch" if recipe.hyperparameters["optimizer"] == "adamw" else "adamw_8bit"
+
+
+def adam(recipe: Recipe) -> dict[str, float]:
+    """What AdamW and clipping are told; the names are those of tuner."""
+    names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    return {name: recipe.number(name) for name in names}
+
+
+def without(values: Mapping[str, Any], *nothing: Any) -> dict[str, Any]:
+    """The keys that say something."""
+    return {key: value for key, value in values.items() if value not in (None, {}, *nothing)}

@@ -1,0 +1,253 @@
+"""The words of TRL, Axolotl and LLaMA-Factory for a recipe, and what they have no word for."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from tuner.playbook.schedule import warmup_length
+from tuner.report.exporters.exporter import Recipe, adam, optimizer, trainer_arguments, without
+
+ROWS = "rows"
+"""The folder of tokenised rows beside the file: `input_ids`, `attention_mask` and `labels`."""
+_WIDTH = 110
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool that trains from a file."""
+
+    name: str
+    file: str
+    command: str
+    """Typed in the folder of the file."""
+    rows_on_disk: bool
+    """Whether it wants the rows as `datasets` saves them, not as Parquet files."""
+    held_out: str
+    """The name by which it finds the evaluation rows beside `train`."""
+    settings: Callable[[Recipe], dict[str, Any]]
+    cannot: Callable[[Recipe], Iterator[str]]
+    """What of a recipe the file does not say, each in a sentence."""
+
+
+def recipe_file(tool: Tool, recipe: Recipe) -> str:
+    """The text of the file that the tool runs, in YAML that also YAML 1.1 reads so."""
+    header = [
+        f"The configuration of {recipe.trial} for {tool.name}, up to its best step "
+        f"({recipe.best_step} of {recipe.max_train_steps}).",
+        f"In this folder: {tool.command}",
+        f"The rows are tokenised as in the trial ({ROWS}/): the same template, cut and loss mask.",
+        "",
+        "What it does not say:",
+        *(f"- {sentence}" for sentence in (*_always(recipe), *tool.cannot(recipe))),
+    ]
+    lines = [line for text in header for line in _wrapped(text)]
+    settings: str = yaml.safe_dump(tool.settings(recipe), sort_keys=False, allow_unicode=True, width=_WIDTH)
+    return "\n".join(f"# {line}".rstrip() for line in lines) + f"\n\n{settings}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH - 2, subsequent_indent="  " if text.startswith("- ") else "") or [""]
+
+
+def _always(recipe: Recipe) -> Iterator[str]:
+    yield "Rows come in another order and dropout has other masks, so losses agree about, not to the digit."
+    yield (
+        f"The batch of {recipe.micro_batch * recipe.accumulation} is {recipe.micro_batch} x "
+        f"{recipe.accumulation} on one GPU; with more, divide gradient_accumulation_steps by their number."
+    )
+    if recipe.scheduler[0] == "warmup_stable_decay":
+        yield (
+            "The schedule `linear` (constant, then linear to 0 over decay_steps) is transformers' "
+            "warmup_stable_decay with a linear decay."
+        )
+    if recipe.alpha != recipe.number("lora_alpha"):
+        yield f"lora_alpha is {recipe.number('lora_alpha')!r}, and only whole numbers go: {recipe.alpha}."
+    if recipe.model.quantization == "int8":
+        yield "The trial had no outlier threshold in 8-bit layers (llm_int8_threshold 0); the tool has 6."
+
+
+def _trl(recipe: Recipe) -> dict[str, Any]:
+    model = recipe.model
+    return without(
+        {
+            "model_name_or_path": model.path,
+            "model_revision": model.revision,
+            "model_init_kwargs": {"gguf_file": model.gguf_file} if model.gguf_file else None,
+            "trust_remote_code": model.trust_remote_code or None,
+            "dtype": model.dtype,
+            **_bitsandbytes(recipe),
+            "use_peft": True,
+            "lora_r": int(recipe.number("lora_r")),
+            "lora_alpha": recipe.alpha,
+            "lora_dropout": recipe.number("lora_dropout"),
+            "lora_target_modules": list(recipe.targets or ("all-linear",)),
+            "use_rslora": recipe.flag("use_rslora"),
+            "use_dora": recipe.flag("use_dora"),
+            "dataset_name": ROWS,
+            "dataset_train_split": "train",
+            "dataset_test_split": "test",
+            "max_length": recipe.max_length,
+            "packing": False,
+            **trainer_arguments(recipe),
+        }
+    )
+
+
+def _bitsandbytes(recipe: Recipe) -> dict[str, Any]:
+    match recipe.model.quantization:
+        case "nf4":
+            return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+        case "int8":
+            return {"load_in_8bit": True}
+        case _:
+            return {}
+
+
+def _trl_cannot(recipe: Recipe) -> Iterator[str]:
+    yield from _no_initialisation(recipe)
+    if recipe.number("loraplus_ratio") != 1:
+        yield (
+            f"loraplus_ratio {recipe.number('loraplus_ratio'):g}: this command has no LoRA+; in Python, give "
+            "the trainer peft.optimizers.create_loraplus_optimizer's."
+        )
+
+
+def _no_initialisation(recipe: Recipe) -> Iterator[str]:
+    if recipe.hyperparameters["lora_init"] != "default":
+        yield f"lora_init {recipe.hyperparameters['lora_init']}: the tool starts as PEFT does by default."
+
+
+def _llamafactory(recipe: Recipe) -> dict[str, Any]:
+    model, ratio = recipe.model, recipe.number("loraplus_ratio")
+    bits = {"nf4": 4, "int8": 8, "none": None}[model.quantization]
+    quantised = {"quantization_bit": bits, "quantization_method": "bnb"} if bits else {}
+    nf4 = {"quantization_type": "nf4", "double_quantization": True} if bits == 4 else {}
+    return without(
+        {
+            "model_name_or_path": model.path,
+            "model_revision": model.revision,
+            "trust_remote_code": model.trust_remote_code or None,
+            **quantised,
+            **nf4,
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_rank": int(recipe.number("lora_r")),
+            "lora_alpha": recipe.alpha,
+            "lora_dropout": recipe.number("lora_dropout"),
+            "lora_target": ",".join(recipe.targets or ("all",)),
+            "use_rslora": recipe.flag("use_rslora"),
+            "use_dora": recipe.flag("use_dora"),
+            "loraplus_lr_ratio": ratio if ratio != 1 else None,
+            # The tool asks for names and a template, and uses none of them: the rows are tokenised.
+            "dataset": "tuner",
+            "eval_dataset": "tuner",
+            "template": "empty",
+            "tokenized_path": ROWS,
+            "cutoff_len": recipe.max_length,
+            **trainer_arguments(recipe),
+        }
+    )
+
+
+def _llamafactory_cannot(recipe: Recipe) -> Iterator[str]:
+    yield from _no_initialisation(recipe)
+    yield from _no_gguf(recipe)
+
+
+def _no_gguf(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.gguf_file:
+        yield (
+            f"gguf_file {recipe.model.gguf_file}: the tool reads no GGUF base; load it in transformers, save "
+            "it with save_pretrained, and put that directory in its place."
+        )
+
+
+def _axolotl(recipe: Recipe) -> dict[str, Any]:
+    model, ratio = recipe.model, recipe.number("loraplus_ratio")
+    scheduler, arguments = recipe.scheduler
+    initialisation = recipe.hyperparameters["lora_init"]
+    is_bfloat16 = model.dtype == "bfloat16"
+    return without(
+        {
+            "base_model": model.path,
+            "revision_of_model": model.revision,
+            "trust_remote_code": model.trust_remote_code or None,
+            "load_in_4bit": model.quantization == "nf4",
+            "load_in_8bit": model.quantization == "int8",
+            "bf16": is_bfloat16,
+            "fp16": False,
+            "tf32": False,
+            "adapter": "qlora" if model.quantization == "nf4" else "lora",
+            "lora_r": int(recipe.number("lora_r")),
+            "lora_alpha": recipe.alpha,
+            "lora_dropout": recipe.number("lora_dropout"),
+            "lora_target_linear": True if recipe.targets is None else None,
+            "lora_target_modules": list(recipe.targets) if recipe.targets else None,
+            "peft_use_rslora": recipe.flag("use_rslora") or None,
+            "peft_use_dora": recipe.flag("use_dora") or None,
+            "peft_init_lora_weights": initialisation if initialisation != "default" else None,
+            "loraplus_lr_ratio": ratio if ratio != 1 else None,
+            "datasets": [_parquet("train")],
+            "test_datasets": [_parquet("test")],
+            "sequence_len": recipe.max_length,
+            "sample_packing": False,
+            "eval_sample_packing": False,
+            "micro_batch_size": recipe.micro_batch,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "max_steps": recipe.best_step,
+            "learning_rate": recipe.number("learning_rate"),
+            "lr_scheduler": scheduler,
+            "lr_scheduler_kwargs": arguments,
+            "warmup_steps": warmup_length(recipe.hyperparameters),
+            "optimizer": optimizer(recipe),
+            **adam(recipe),
+            "seed": int(recipe.number("training_seed")),
+            "eval_steps": recipe.every_steps,
+            "eval_batch_size": recipe.eval_batch_size,
+            "logging_steps": recipe.every_steps,
+            "output_dir": "output",
+        }
+    )
+
+
+def _parquet(split: str) -> Mapping[str, Any]:
+    """A split of tokenised rows: a type would tokenise them."""
+    return {"path": f"{ROWS}/{split}.parquet", "ds_type": "parquet", "split": "train", "type": None}
+
+
+TOOLS: Mapping[str, Tool] = {
+    "axolotl": Tool(
+        name="Axolotl",
+        file="axolotl.yaml",
+        command="axolotl train axolotl.yaml",
+        rows_on_disk=False,
+        held_out="test",
+        settings=_axolotl,
+        cannot=_no_gguf,
+    ),
+    "llamafactory": Tool(
+        name="LLaMA-Factory",
+        file="llamafactory.yaml",
+        command="llamafactory-cli train llamafactory.yaml",
+        rows_on_disk=True,
+        held_out="validation",
+        settings=_llamafactory,
+        cannot=_llamafactory_cannot,
+    ),
+    "trl": Tool(
+        name="TRL",
+        file="trl.yaml",
+        command="trl sft --config trl.yaml",
+        rows_on_disk=False,
+        held_out="test",
+        settings=_trl,
+        cannot=_trl_cannot,
+    ),
+}
+"""By the names of `--as`."""

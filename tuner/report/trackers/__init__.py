@@ -1,0 +1,6 @@
+"""A round shown in other tools: TensorBoard, Weights & Biases, MLflow, Trackio."""
+
+from tuner.report.trackers.sender import followed
+from tuner.report.trackers.tracker import FollowedRound, Tool, not_installed
+
+__all__ = ["FollowedRound", "Tool", "followed", "not_installed"]

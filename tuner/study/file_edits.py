@@ -1,0 +1,80 @@
+"""`study promote --add`: a hyperparameter and the values that the next round tries beside the incumbents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuner.config import HYPERPARAMETERS, RoundFile
+from tuner.config.dimensions import read_dimension
+from tuner.config.yaml_text import YamlError, parse
+from tuner.errors import InputError
+from tuner.records import Choices, Dimension, Fixed, TimesSqrtRank
+
+EXAMPLE = "--add lora_dropout=0,0.05 or --add weight_decay=1e-4:1e-1:log"
+NEVER_ADDED = frozenset({"batch_size"})
+"""Changing it would start the tuning over."""
+
+
+def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimension]:
+    """Return the dimension of each `NAME=VALUES` or `NAME=LOW:HIGH[:log]`, by name.
+
+    `file` is the round that is promoted. Raises InputError, with an example, for what cannot be read, is
+    unknown or not allowed, and for a name that the round searches already.
+    """
+    space = file.spec.space()
+    added: dict[str, Dimension] = {}
+    for text in given:
+        name, has_values, values = (part.strip() for part in text.partition("="))
+        if not has_values or not name or not values:
+            raise _refused(text, "expects NAME=VALUE,VALUE or NAME=LOW:HIGH[:log]")
+        if name not in HYPERPARAMETERS:
+            raise _refused(text, f"{name} is unknown; allowed: {', '.join(sorted(_allowed()))}")
+        if name in NEVER_ADDED:
+            raise _refused(text, f"{name} is not searched between rounds: changing it starts the tuning over")
+        if name in added:
+            raise _refused(text, f"{name} is added twice; write all of its values in one --add")
+        if not isinstance(space[name], (Fixed, TimesSqrtRank)):
+            raise _refused(
+                text,
+                f"{name} is searched in {file.spec.round} already; edit its line in the new file instead",
+            )
+        added[name] = _dimension(text, name, values)
+        _refuse_nothing_new(text, name, added[name], space[name])
+    return added
+
+
+def _allowed() -> set[str]:
+    return set(HYPERPARAMETERS) - NEVER_ADDED
+
+
+def _dimension(text: str, name: str, values: str) -> Dimension:
+    row = HYPERPARAMETERS[name]
+    try:
+        return read_dimension(row, _raw_range(values) if ":" in values else _yaml(f"[{values}]"))
+    except YamlError as error:
+        raise _refused(text, f"{values} cannot be read: {error}") from None
+    except ValueError as error:
+        raise _refused(text, f"{name}: {error}; each value is {row.allowed}") from None
+
+
+def _raw_range(values: str) -> dict[str, Any]:
+    low, high, *scale = (part.strip() for part in values.split(":"))
+    if scale not in ([], ["log"]):
+        raise ValueError(f"expects LOW:HIGH or LOW:HIGH:log, got {values}")
+    return {"low": _yaml(low), "high": _yaml(high), "log": bool(scale)}
+
+
+def _yaml(text: str) -> Any:
+    return parse(f"value: {text}").document["value"]
+
+
+def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimension) -> None:
+    if isinstance(added, (Fixed, Choices)) and isinstance(before, Fixed):
+        values = added.values if isinstance(added, Choices) else (added.value,)
+        if set(values) == {before.value}:
+            raise _refused(text, f"{name} is {before.value} already; name another value")
+
+
+def _refused(text: str, why: str) -> InputError:
+    return InputError(f"--add {text}: {why}. Example: {EXAMPLE}")

@@ -1,0 +1,123 @@
+"""What stands in a study, for whoever looks at it: trials by name, where each round stands, its reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from tuner.errors import InputError
+from tuner.playbook.selection import ranked
+from tuner.records import RoundRecord, Trial, TrialState
+from tuner.report import RoundReport, round_status
+from tuner.report.documents import RoundStatus
+from tuner.store import Store
+from tuner.study.dashboard import lineage
+from tuner.study.folder import StudyFolder
+from tuner.study.results import as_written_now, num_branches_left, num_promised
+
+
+@contextmanager
+def opened(folder: StudyFolder) -> Iterator[Store]:
+    """The study's facts, closed at the end."""
+    store = folder.open()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
+    """Return the record of a round. Raises InputError, which begins with `asked`, when it has not begun."""
+    rounds = store.rounds()
+    found = next((record for record in rounds if record.name == name), None)
+    if found is None:
+        begun = ", ".join(record.name for record in rounds) or "none"
+        raise InputError(f"{asked or name}: no such round has begun; begun: {begun}")
+    return found
+
+
+def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
+    """The trial that `round1/7`, `7` or `best` means, and its round's horizon. Raises InputError."""
+    with opened(folder) as store:
+        record = folder.latest(store)
+        if name == "best":
+            return _best_trial(folder, store)
+        round_name, _, number = name.rpartition("/")
+        if round_name:
+            record = begun_round(store, round_name, asked=name)
+        trials = store.trials(record.name)
+        if not number.isdecimal() or int(number) >= len(trials):
+            known = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
+            raise InputError(f"{name}: expects ROUND/NUMBER, NUMBER or best; {record.name} has {known}")
+        return at_rest(trials[int(number)], folder.is_running()), record.max_train_steps
+
+
+def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
+    """The best complete trial of the latest round that has one, sweeps aside."""
+    for record in (record for record in reversed(store.rounds()) if not record.is_sweep):
+        order = ranked(store.trials(record.name))
+        if order:
+            return order[0][0], record.max_train_steps
+    raise InputError(f"best: no trial of {folder.name} is complete yet; see: tuner study status")
+
+
+def trials_of(folder: StudyFolder, store: Store, round_name: str) -> tuple[Trial, ...]:
+    """The trials of a round as they stand now; none for one that has not begun."""
+    is_running = folder.is_running()
+    return tuple(at_rest(trial, is_running) for trial in store.trials(round_name))
+
+
+def at_rest(trial: Trial, is_running: bool) -> Trial:
+    """A trial recorded as running waits when no process runs the study: the last one was killed."""
+    if trial.state == TrialState.RUNNING and not is_running:
+        return replace(trial, state=TrialState.WAITING)
+    return trial
+
+
+def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
+    """Where each round stands: those that have begun in their order, then the files of others."""
+    records = {record.name: record for record in store.rounds()}
+    order = [*records, *(f.spec.round for f in folder.files if f.spec.round not in records)]
+    is_running = folder.is_running()
+    newest = next(reversed(records), None)
+    found = []
+    for name in order:
+        file, record = folder.file(name), records.get(name)
+        trials = [at_rest(trial, is_running) for trial in store.trials(name)]
+        promised = file.spec.num_trials if file else num_promised(record) if record else 0
+        horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
+        place = folder.checkpoints(name)
+        adapters = {trial.number: place.adapter(trial) for trial in trials}
+        found.append(
+            round_status(
+                name,
+                max_train_steps=horizon,
+                trials=trials,
+                promised=promised,
+                is_running=is_running
+                and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
+                adapters={number: str(path) for number, path in adapters.items() if path is not None},
+                throughput=record.throughput if record else None,
+                branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
+                if record
+                else 0,
+                now=time.time(),
+            )
+        )
+    return found
+
+
+def reports_on(folder: StudyFolder, round_path: Path | None) -> tuple[RoundReport, ...]:
+    """The report on a round by name or file, else on the latest, after those on the rounds before it.
+
+    Raises InputError when it has not begun.
+    """
+    with opened(folder) as store:
+        if round_path is None:
+            return lineage(folder, store, folder.latest(store))
+        name = round_path.name.removesuffix(".yaml").removesuffix(".yml")
+        by_file = next((f.spec.round for f in folder.files if f.path.name == round_path.name), name)
+        return lineage(folder, store, begun_round(store, by_file, asked=str(round_path)))

@@ -1,0 +1,293 @@
+"""`trial reproduce`: a trial run again from its hyperparameters and seed, beside the study and not in it.
+
+No fact is recorded and no checkpoint of the study is touched: the run has a folder of its own, which goes at
+its end, and Optuna never hears of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from tuner.config import RoundSpec
+from tuner.data.pretrained import as_trained
+from tuner.engines import Worker, wait_for_former_workers
+from tuner.errors import InputError, Interrupted, TunerError, WorkerError
+from tuner.playbook import reproduction
+from tuner.playbook.reproduction import Reproduction
+from tuner.playbook.schedule import evaluation_steps
+from tuner.records import (
+    Assignment,
+    Continuation,
+    Died,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Ready,
+    RoundRecord,
+    Started,
+    Trial,
+    TrialState,
+)
+from tuner.report import View
+from tuner.report.format import count
+from tuner.store import Store
+from tuner.study.checkpoints import CheckpointFolder, StartingPoint
+from tuner.study.continuation import continued_checkpoint
+from tuner.study.folder import StudyFolder
+from tuner.study.run import first_worker
+
+FOLDER = "reproduced"
+"""Beside the round's checkpoint directory: runs again lie there while they last."""
+
+
+class SoloMaker(Protocol):
+    """How the caller wants the trial to run."""
+
+    def __call__(self, spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
+        """A worker with one slot for a round file with absolute paths; its lock and log go into `place`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A trial that is to be run again, and from where to where."""
+
+    trial: Trial
+    record: RoundRecord
+    spec: RoundSpec
+    """The round's file as recorded, with absolute paths."""
+    cache: Path
+    start: StartingPoint | None
+    """Of a trial that continues another; None at step 0."""
+    to_step: int
+    environments: tuple[dict[str, str], ...]
+    """Of the recorded attempts that made the evaluations which are compared."""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def from_step(self) -> int:
+        """The step it begins at."""
+        return self.start.step if self.start else 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it goes on to the end of the trial, so that the ends can be compared."""
+        return self.trial.state != TrialState.PRUNED and self.to_step == self.record.max_train_steps
+
+
+def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
+    """What running a trial again means. Raises InputError for one that left nothing to compare with."""
+    name = f"{trial.round}/{trial.number}"
+    if folder.is_rehearsal:
+        raise InputError(
+            f"{folder.directory}: nothing is trained in a rehearsal, so there is nothing to reproduce"
+        )
+    if not trial.state.is_result or not trial.evaluations:
+        why = f" ({trial.reason})" if trial.reason else ""
+        raise InputError(
+            f"{name} is {trial.state}{why}: it has no result to reproduce; see: tuner trial list"
+        )
+    store = folder.open()
+    try:
+        record = next(record for record in store.rounds() if record.name == trial.round)
+        spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
+        # The curve is compared: what its best adapter answers follows from it.
+        evaluation = spec.evaluation.model_copy(update={"answers": None})
+        spec = spec.model_copy(update={"evaluation": evaluation})
+        if (adapter := folder.adapter(trial)) is not None:
+            spec = as_trained(spec, Path(adapter))
+        wanted = _last_step(name, trial, record, spec, to_step)
+        start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
+        ran = _ran_by(trial, store, from_step=start.step if start else 0)
+    finally:
+        store.close()
+    return Rerun(
+        trial,
+        record,
+        spec,
+        cache=folder.directory / ".tuner-cache",
+        start=start,
+        to_step=wanted,
+        environments=tuple(dict(a.environment) for t in ran for a in t.attempts if a.environment),
+        remarks=remarks,
+    )
+
+
+def _last_step(name: str, trial: Trial, record: RoundRecord, spec: RoundSpec, wanted: int | None) -> int:
+    """The step to run up to: the horizon, the last evaluation of a pruned trial, or that before `wanted`.
+
+    Of an infeasible trial the end itself is reproduced, which may come after its last evaluation.
+    """
+    recorded = trial.evaluations[-1].step
+    horizon = recorded if trial.state == TrialState.PRUNED else record.max_train_steps
+    if wanted is None:
+        return horizon
+    planned = evaluation_steps(record.max_train_steps, spec.evaluation.every_steps)
+    if not planned[1] <= wanted <= horizon:
+        raise InputError(
+            f"--to-step {wanted}: {name} can be compared from step {planned[1]}, its first evaluation, "
+            f"to step {horizon}"
+        )
+    return max(step for step in planned if step <= wanted)
+
+
+def _start(
+    trial: Trial, store: Store, directory: Path, *, to_step: int
+) -> tuple[StartingPoint | None, tuple[str, ...]]:
+    """The trunk's checkpoint that a trial continues, or step 0 and why that is the same run."""
+    if trial.continues is None:
+        return None, ()
+    folder = CheckpointFolder(directory / trial.continues.round)
+    there = continued_checkpoint(store, folder, trial.continues)
+    if there is not None and there.step < to_step:
+        return there, (f"It goes on from {trial.continues}, as recorded: earlier steps are not run again.",)
+    why = "its checkpoint is gone" if there is None else "nothing would be left to run"
+    return None, (
+        f"It is run from step 0, not from {trial.continues}: {why}. A trial goes on from the part of a run "
+        "that does not depend on the horizon, so this is the same run.",
+    )
+
+
+def _ran_by(trial: Trial, store: Store, *, from_step: int) -> list[Trial]:
+    """The trial, and those that it continues as far as their steps are run again."""
+    found, wish = [trial], trial.continues
+    while wish is not None and from_step == 0:
+        earlier = _source(store, wish)
+        found += [earlier] if earlier else []
+        wish = earlier.continues if earlier else None
+    return found
+
+
+def _source(store: Store, wish: Continuation) -> Trial | None:
+    return next((t for t in store.trials(wish.round) if t.number == wish.trial), None)
+
+
+def reproduce(
+    rerun: Rerun, *, make_worker: SoloMaker, view: View, stopping: Callable[[], bool]
+) -> Reproduction:
+    """Run a trial again and compare.
+
+    Raises Interrupted when `stopping` says so, InputError when model or data cannot be used any more, and
+    WorkerError when the worker dies. In each case nothing of the run is left.
+    """
+    for remark in rerun.remarks:
+        view.message(remark)
+    with _place(rerun) as place, ExitStack() as in_use:
+        worker, ready = first_worker(
+            lambda: make_worker(rerun.spec, cache=rerun.cache, place=place), view, stopping, begun=0
+        )
+        in_use.callback(worker.close)
+        remarks = (*rerun.remarks, *_other_workload(rerun.record, ready))
+        for remark in remarks[len(rerun.remarks) :]:
+            view.message(remark)
+        shown = replace(rerun.trial, state=TrialState.RUNNING, evaluations=(), reason=None)
+        view.trials([shown])
+        worker.start(_assignment(rerun, place))
+        ran = _listen(rerun, worker, view, stopping)
+    spec = rerun.spec
+    return Reproduction(
+        trial=rerun.trial,
+        from_step=rerun.from_step,
+        to_step=rerun.to_step,
+        pairs=reproduction.pairs(
+            rerun.trial.evaluations, ran.evaluations, from_step=rerun.from_step, to_step=rerun.to_step
+        ),
+        tolerance=reproduction.tolerance(
+            dtype=spec.model.dtype,
+            quantization=spec.model.quantization,
+            optimizer=str(rerun.trial.hyperparameters.get("optimizer")),
+        ),
+        ended_as=ran.ended_as,
+        reason=ran.reason,
+        changed=reproduction.changed(rerun.environments, ran.environment),
+        remarks=remarks,
+    )
+
+
+@contextmanager
+def _place(rerun: Rerun) -> Iterator[Path]:
+    """A folder for the run, empty at its beginning and gone at its end."""
+    parent = Path(rerun.spec.checkpoints.directory).parent / FOLDER
+    place = parent / f"{rerun.trial.round}-{rerun.trial.number:04d}"
+    try:
+        wait_for_former_workers(place / "worker.lock")
+        shutil.rmtree(place)
+        place.mkdir()
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written: {error.strerror}") from error
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def _assignment(rerun: Rerun, place: Path) -> Assignment:
+    trial = rerun.trial
+    return Assignment(
+        round=trial.round,
+        trial=trial.number,
+        attempt=1,
+        hyperparameters=trial.hyperparameters,
+        max_train_steps=rerun.record.max_train_steps,
+        evaluate_every=rerun.spec.evaluation.every_steps,
+        directory=str(CheckpointFolder(place).trial_directory(trial.number)),
+        resume_from=str(rerun.start.path) if rerun.start else None,
+        resume_sha256=rerun.start.sha256 if rerun.start else None,
+    )
+
+
+def _other_workload(record: RoundRecord, ready: Ready) -> tuple[str, ...]:
+    if record.workload == ready.workload:
+        return ()
+    then, now = ((rows.train_rows, rows.eval_rows) for rows in (record, ready))
+    counts = "as many rows as then" if then == now else f"{_rows(*then)} then, {_rows(*now)} now"
+    return (
+        f"The model or the data are not those that {record.name} began with: the files behind the same paths "
+        f"changed, or a library reads them otherwise ({counts}).",
+    )
+
+
+def _rows(train: int, evaluation: int) -> str:
+    return f"{count(train, 'train row')} and {count(evaluation, 'eval row')}"
+
+
+@dataclass(frozen=True)
+class _Ran:
+    evaluations: tuple[Evaluation, ...]
+    environment: dict[str, str]
+    ended_as: TrialState | None = None
+    reason: str | None = None
+
+
+def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], bool]) -> _Ran:
+    """What the worker says, up to the last evaluation that is wanted or to the run's end."""
+    evaluations: dict[int, Evaluation] = {}
+    environment: dict[str, str] = {}
+    is_infeasible = rerun.trial.state == TrialState.INFEASIBLE
+    while not stopping():
+        for event in worker.events(1.0):
+            view.event(event)
+            match event:
+                case Started():
+                    environment = dict(event.environment)
+                case Evaluated(evaluation=evaluation):
+                    evaluations[evaluation.step] = evaluation
+                    made = tuple(evaluations.values())
+                    if is_infeasible and evaluation.step > rerun.trial.evaluations[-1].step:
+                        return _Ran(made, environment, TrialState.RUNNING)
+                    if evaluation.step == rerun.to_step and not rerun.is_whole:
+                        return _Ran(made, environment)
+                case Ended(outcome="complete" | "infeasible" as outcome, reason=reason):
+                    return _Ran(tuple(evaluations.values()), environment, TrialState(outcome), reason)
+                case Ended(reason=reason):
+                    raise TunerError(f"the trial could not be run again: {reason}")
+                case Died(reason=reason, is_input_error=is_input_error):
+                    raise (InputError if is_input_error else WorkerError)(reason)
+    raise Interrupted("stopped; nothing of the run is kept")

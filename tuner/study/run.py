@@ -1,0 +1,279 @@
+"""`study run`: from a checked round file to a round that is complete, or saved half-way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from optuna.exceptions import StorageInternalError
+
+from tuner.config import DORA_TRAINS_ALONE, RoundFile, refused_changes
+from tuner.engines import Worker
+from tuner.errors import (
+    InputError,
+    Interrupted,
+    Mistake,
+    RoundFileError,
+    RoundStopped,
+    StorageError,
+    WorkerError,
+)
+from tuner.installation import install_command
+from tuner.methods.registry import is_built_in
+from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
+from tuner.report import View
+from tuner.report.format import count
+from tuner.report.trackers import not_installed
+from tuner.store import Store, exists, hold_study, open_store
+from tuner.store.facts import RoundBegun
+from tuner.study.checkpoints import CheckpointFolder
+from tuner.study.continuation import Continuations
+from tuner.study.dashboard import round_report, write_pages
+from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
+from tuner.study.folder import open_folder
+from tuner.study.loop import MAX_STILLBORN, RoundLoop
+from tuner.study.plan import RoundPlan
+from tuner.study.results import earlier_outcomes, keep_unwritten_rule
+from tuner.study.round_state import MirroredStore
+from tuner.study.sampling import Advisor, make_sampler, optuna_storage
+
+
+class WorkerMaker(Protocol):
+    """How the caller wants trials to run."""
+
+    def __call__(self, plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
+        """A worker for a round; `base` gives the untouched base's evaluation once it is known."""
+        ...
+
+
+def run_round(
+    file: RoundFile,
+    *,
+    make_worker: WorkerMaker,
+    view: View,
+    stopping: Callable[[], bool],
+    passes: int = 1,
+    clock: Callable[[], float] = time.time,
+    free: Callable[[Path], int] = free_bytes,
+) -> None:
+    """Run a round, or go on with it, until every promised trial has ended.
+
+    Raises InputError before anything is recorded when file, model, data, database or directory
+    cannot be used, or the disk is too small; Interrupted when `stopping` says so, with all progress
+    saved; RoundStopped when disk, database or what a worker needs fail on the way; WorkerError when the
+    round cannot be completed. `passes` is that of `study auto`, where it runs the round: trials that a
+    later pass may go on with keep their checkpoints. `free` gives the free bytes where a path is, or will be.
+    """
+    plan = RoundPlan(file)
+    storage = plan.absolute.storage
+    folder = open_folder(file.directory)
+    disk = RoundDisk(plan, free)
+    disk.refuse_unwritable()
+    disk.refuse_full()
+    refuse_changed_file(plan)
+    plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
+    refuse_uninstalled(plan)
+    with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
+        with taken_back(plan.checkpoints, plan.cache):
+            earlier = _trials_so_far(plan, storage)
+            known_base = [base_evaluation(earlier)]
+            if plan.spec.ends_early is not None:
+                view.message(plan.spec.ends_early)
+            if plan.spec.trains_alone:
+                view.message(DORA_TRAINS_ALONE)
+            if plan.spec.model.trust_remote_code:
+                view.message(f"warning: {plan.spec.model.warning_of_code}")
+            worker, ready = first_worker(
+                lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
+            )
+            in_use.callback(worker.close)
+            known_base[0] = ready.base
+            disk.refuse_too_small(ready, earlier)
+            store = MirroredStore(open_store(storage, study=plan.spec.study))
+            in_use.callback(store.close)
+            _begin(plan, store, ready, clock)
+        watch = DiskWatch(disk, ready)
+        with _outside_failures(watch):
+            record = next(record for record in store.rounds() if record.name == plan.name)
+            advisor = Advisor(
+                optuna_storage(storage),
+                f"{plan.spec.study}/{plan.name}",
+                plan.space,
+                plan.spec.search,
+                max_train_steps=plan.spec.max_train_steps,
+                earlier=earlier_outcomes(store, record),
+                objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
+            )
+            in_use.callback(advisor.close)
+            RoundLoop(
+                plan=plan,
+                store=store,
+                advisor=advisor,
+                worker=worker,
+                folder=CheckpointFolder(plan.checkpoints),
+                continuations=Continuations(plan, store, ready.workload),
+                view=view,
+                clock=clock,
+                stopping=lambda: stopping() or watch.is_short(),
+                passes=passes,
+            ).run()
+            # The record of before knows none of the comparison runs.
+            ended = next(r for r in store.rounds() if r.name == record.name)
+            write_pages(advisor.study, round_report(folder, store, ended))
+
+
+@contextmanager
+def _outside_failures(watch: DiskWatch) -> Iterator[None]:
+    """Turns what is not the round's fault, a full disk or a lost database, into RoundStopped."""
+    try:
+        yield
+    except Interrupted as stop:
+        if watch.shortage is None:
+            raise
+        raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
+    except (StorageError, StorageInternalError, OSError) as error:
+        said = " ".join(str(error).split())
+        if watch.is_short():
+            raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
+        raise RoundStopped(f"{said}. What was recorded before is kept; put that right") from error
+
+
+def refuse_changed_file(plan: RoundPlan) -> None:
+    """A round that has begun keeps what its results depend on. Raises RoundFileError."""
+    begun = _begun(plan)
+    mistakes = refused_changes(begun.spec, plan.file) if begun else []
+    if mistakes and not plan.checkpoints.exists():
+        mistakes.insert(0, Mistake(None, "study", _begun_elsewhere(plan)))
+    if mistakes:
+        raise RoundFileError(plan.file.path, mistakes)
+
+
+def _begun(plan: RoundPlan) -> RoundRecord | None:
+    """The round as it is recorded; None before it has begun. Creates nothing."""
+    storage = plan.absolute.storage
+    if not exists(storage):
+        return None
+    store = open_store(storage, study=plan.spec.study)
+    try:
+        return next((record for record in store.rounds() if record.name == plan.name), None)
+    finally:
+        store.close()
+
+
+def refuse_uninstalled(plan: RoundPlan) -> None:
+    """A sampler of the user's and the tools that the round is shown in have to be there.
+
+    A rehearsal is shown nowhere. Raises RoundFileError, and InputError for a sampler.
+    """
+    if not is_built_in("sampler", plan.spec.search.sampler):
+        make_sampler(plan.spec.search, seed=0)
+    run = plan.spec.run
+    missing = not_installed(run.report_to) if run.engine != "simulated" else []
+    key = "run.report_to"
+    mistakes = [
+        Mistake(
+            plan.file.line(key),
+            key,
+            f"{name} is not installed; install it with: {install_command(name)}, or take it out",
+        )
+        for name in missing
+    ]
+    if mistakes:
+        raise RoundFileError(plan.file.path, mistakes)
+
+
+def _begun_elsewhere(plan: RoundPlan) -> str:
+    return (
+        f"{plan.name} of a study {plan.spec.study} has begun in this database with another file, and not "
+        f"from this folder: there is no {plan.checkpoints}. If this is another study, give it a name of its "
+        "own after `study:`; if it is the same, use the file that the round began with"
+    )
+
+
+def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
+    """What earlier runs of the round recorded. Creates nothing."""
+    if not exists(storage):
+        return ()
+    store = open_store(storage, study=plan.spec.study)
+    try:
+        return store.trials(plan.name)
+    finally:
+        store.close()
+
+
+def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
+    """The untouched base's evaluation where the round has it already: it is measured once a round."""
+    return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
+
+
+def first_worker(
+    make: Callable[[], Worker], view: View, stopping: Callable[[], bool], *, begun: int
+) -> tuple[Worker, Ready]:
+    """A worker that has loaded base and data; one that dies on the way is replaced, a few times."""
+    view.message("loading base and data")
+    for remaining in reversed(range(MAX_STILLBORN)):
+        worker = make()
+        with ExitStack() as undo:
+            undo.callback(worker.close)
+            try:
+                ready = _wait_until_ready(worker, view, stopping, begun=begun)
+            except WorkerError as error:
+                if not remaining:
+                    raise
+                view.message(f"{error}\nstarting another worker")
+                continue
+            undo.pop_all()
+            return worker, ready
+    raise AssertionError("the last worker either was ready or raised")
+
+
+def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], *, begun: int) -> Ready:
+    """Wait for one worker; `begun` trials are there to go on with. Raises InputError, WorkerError or
+    Interrupted."""
+    while True:
+        for event in worker.events(0.5):
+            match event:
+                case Preparing():
+                    view.event(event)
+                case Ready():
+                    view.event(event)
+                    for remark in event.remarks:
+                        view.message(remark)
+                    return event
+                case Died(reason=reason, is_input_error=True):
+                    raise InputError(reason)
+                case Died(reason=reason):
+                    raise WorkerError(reason)
+        if stopping():
+            kept = f"the {count(begun, 'trial')} begun are as they were" if begun else "nothing was begun"
+            raise Interrupted(f"stopped while loading; {kept}")
+
+
+def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
+    """Record that the round has begun, or the file's allowed changes."""
+    begun = next((record for record in store.rounds() if record.name == plan.name), None)
+    if begun is not None and begun.workload != ready.workload:
+        raise InputError(
+            f"{plan.file.path.name}: the model or the data are not those that {plan.name} began with (the "
+            "files behind the same paths changed, this version of tuner reads some rows differently, as its "
+            f"changelog says, or another folder began a study {plan.spec.study} in this database): its "
+            "trials would not compare. Put them back, finish the round with the version that began it, or "
+            "begin another round or study"
+        )
+    store.record(
+        RoundBegun(
+            RoundRecord(
+                name=plan.name,
+                max_train_steps=plan.spec.max_train_steps,
+                spec=plan.spec.model_dump(mode="json"),
+                begun_at=begun.begun_at if begun else clock(),
+                train_rows=ready.train_rows,
+                eval_rows=ready.eval_rows,
+                workload=ready.workload,
+                evaluation_share=ready.evaluation_share,
+            )
+        )
+    )

@@ -1,0 +1,91 @@
+"""How well a trial's best adapter answers: asked once, when the trial has come to its horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuner.adapters import Pack, PackedRows
+from tuner.adapters.decoding import Decoding, batches
+from tuner.adapters.generation import TextGenerator
+from tuner.adapters.pack import ExactTensors
+from tuner.data import Metric, Question, load_metric, try_metric
+from tuner.playbook.scores import answer_score
+from tuner.records import AnswerScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.adapters import Base
+    from tuner.config import AnswersSpec
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every trial of the round is asked."""
+
+    questions: Sequence[Question]
+    generator: TextGenerator
+    metric: Metric
+    max_new_tokens: int
+    is_objective: bool
+
+    @torch.no_grad()
+    def score(
+        self,
+        pack: Pack,
+        slot: int,
+        best: ExactTensors,
+        *,
+        step: int,
+        stopping: Callable[[], bool],
+    ) -> AnswerScore | None:
+        """The score of the weights `best`, those of `step`, which take the place of the slot's own.
+
+        None when `stopping` says so on the way. What is batched with what follows from the prompts alone, so
+        that the slot, its neighbours and a worker's death change nothing. Raises MetricError for a metric
+        at fault, TunerError where one answer alone does not fit into memory.
+        """
+        device = pack.base.device  # those of a checkpoint are still where they were read
+        pack.load({slot: {name: tuple(part.to(device) for part in parts) for name, parts in best.items()}})
+        scores = [0.0] * len(self.questions)
+        for batch in self._batches():
+            if stopping():
+                return None
+            with pack.holding(PackedRows((slot,))):
+                said = self.generator.answers(
+                    pack.base.model,
+                    [self.questions[at].prompt for at in batch],
+                    Decoding(self.max_new_tokens),
+                )
+            for at, generated in zip(batch, said, strict=True):
+                question = self.questions[at]
+                scores[at] = self.metric(generated.text, question.reference, place=question.prompt.place)
+        return answer_score(scores, step=step, metric=self.metric.name, is_objective=self.is_objective)
+
+    def _batches(self) -> list[list[int]]:
+        prompts = [question.prompt for question in self.questions]
+        return batches(
+            [len(prompt.ids) for prompt in prompts],
+            [self.generator.new_tokens(prompt, self.max_new_tokens) for prompt in prompts],
+            budget_tokens=self.generator.budget_tokens,
+            most_rows=None,
+        )
+
+
+def exam(
+    spec: AnswersSpec, questions: Sequence[Question], base: Base, tokenizer: PreTrainedTokenizerBase
+) -> Exam:
+    """The round's exam: at least one question. Raises MetricError for a metric that cannot be used."""
+    metric = load_metric(spec.metric)
+    try_metric(metric, questions[0])
+    return Exam(
+        questions=tuple(questions),
+        generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
+        metric=metric,
+        max_new_tokens=spec.max_new_tokens,
+        is_objective=spec.objective,
+    )

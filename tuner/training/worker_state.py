@@ -1,0 +1,104 @@
+"""What all trials of a round share in one worker, and what its work is measured by."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from tuner.adapters import Adapter, Base, Pack, initial_adapter
+from tuner.adapters.initial import lora_config
+from tuner.data import Examples
+from tuner.records import Evaluation, Hyperparameters, Throughput
+from tuner.training.generation_eval import Exam
+
+Kind = Literal["training", "evaluating", "saving"]
+
+
+class Meter:
+    """Sums over everything a worker has done since it was made. The parts of the time do not overlap."""
+
+    def __init__(self) -> None:
+        self.session = f"{time.time_ns()}-{os.getpid()}"
+        self.seconds: dict[Kind, float] = {"training": 0.0, "evaluating": 0.0, "saving": 0.0}
+        self.passes = self.micro_steps = self.trial_steps = self.tokens = self.padded_tokens = 0
+
+    @contextmanager
+    def timing(self, kind: Kind) -> Iterator[None]:
+        """Count the time of a block. On a GPU the block must end with a result that was waited for."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - begun
+
+    def count_pass(self, *, micro_steps: int, tokens: int, padded_tokens: int) -> None:
+        """A training pass that held so many trials' micro-batches."""
+        self.passes += 1
+        self.micro_steps += micro_steps
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+
+    def read(self, device: torch.device) -> Throughput:
+        """The sums so far."""
+        return Throughput(
+            session=self.session,
+            training_seconds=self.seconds["training"],
+            evaluating_seconds=self.seconds["evaluating"],
+            saving_seconds=self.seconds["saving"],
+            passes=self.passes,
+            micro_steps=self.micro_steps,
+            trial_steps=self.trial_steps,
+            tokens=self.tokens,
+            padded_tokens=self.padded_tokens,
+            peak_memory_bytes=peak_memory_bytes(device),
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held at once: of the GPU's memory by torch, or of the machine's by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass
+class Workplace:
+    """Base, pack and data of a round, loaded once."""
+
+    base: Base
+    hollow: PreTrainedModel
+    """For PEFT's initialisation."""
+    pack: Pack
+    train: Examples
+    evaluation: Examples
+    base_path: str
+    revision: str | None
+    """The Hub's commit that the base was loaded from, kept in each adapter; None for a directory."""
+    evaluation_rows: int
+    """Evaluation examples of one trial in one pass."""
+    micro_tokens: int
+    """Tokens of one trial in one training pass, padding included."""
+    base_evaluation: Evaluation | None = None
+    """The untouched base at step 0, once measured."""
+    exam: Exam | None = None
+    """What complete trials are asked; None unless the round file has `evaluation.answers`."""
+    pass_tokens: int = 1 << 40
+    """Tokens of all trials in one training pass, padding included; halved after each out-of-memory."""
+    evaluation_tokens: int = 1 << 40
+    """The same of an evaluation's pass."""
+    meter: Meter = field(default_factory=Meter)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """As in `Attempt.environment`."""
+
+    def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
+        """What a trial starts from: PEFT's initialisation. Raises ModelError where there is none."""
+        config = lora_config(hyperparameters, base_path=self.base_path, revision=self.revision)
+        return self.pack.with_magnitudes(initial_adapter(self.hollow, config, seed=seed))
