@@ -35,8 +35,9 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        metavar="local|simulated",
-        help="Where; overrides run.engine. simulated rehearses with made-up losses, in rehearsal/.",
+        metavar="NAME",
+        help="Where workers run: local, simulated (a rehearsal with made-up losses, in rehearsal/), or an "
+        "engine of yours as package.module:Class. Overrides run.engine.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
