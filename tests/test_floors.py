@@ -114,7 +114,8 @@ def modules(room: str) -> list[str]:
 def said() -> dict[str, dict[str, object]]:
     """What one process, and its forks, found: `room`, `modules` and `broken`, each by name."""
     rooms = {room: modules(room) for room in MAY_LOAD}
-    script = f"HEAVY = {HEAVY!r}\nMAY_LOAD = {MAY_LOAD!r}\nWITH_TORCH = {WITH_TORCH!r}\nROOMS = {rooms!r}\n{IMPORT_ALL}"
+    known = {"HEAVY": HEAVY, "MAY_LOAD": MAY_LOAD, "WITH_TORCH": WITH_TORCH, "ROOMS": rooms}
+    script = "".join(f"{name} = {value!r}\n" for name, value in known.items()) + IMPORT_ALL
     done = subprocess.run(
         [sys.executable, "-c", script],
         text=True, capture_output=True, check=False, timeout=240,
