@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuner.api.score import Tell
+from tuner.api.run import Tell
 from tuner.errors import InputError
 from tuner.report.format import size
 from tuner.store import hold_study

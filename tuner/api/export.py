@@ -13,7 +13,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.api.score import Prepare, Tell
+from tuner.api.run import Prepare, Tell
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.exported import stated_licence
 from tuner.data.pretrained import as_trained

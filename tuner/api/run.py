@@ -5,25 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round
 from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError
 from tuner.methods.registry import expected, is_known
+from tuner.playbook.reproduction import Reproduction
 from tuner.records import Evaluation, to_json
 from tuner.report import View
+from tuner.report.bar import ProgressBar, Silence
 from tuner.report.throughput import GpuReading
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import rehearsed_file
 from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder
 from tuner.study.lookup import opened
 from tuner.study.plan import RoundPlan
+from tuner.study.reproduction import Rerun, reproduce
 from tuner.study.run import run_round
+
+if TYPE_CHECKING:
+    from tuner.data import PreparedData
 
 TRAINING = ("-m", "tuner.training")
 """The worker program that trains packed LoRA trials, as a Python interpreter is told."""
 
+Prepare = Callable[[RoundSpec, Path], "PreparedData"]
+"""Makes a round's rows ready, in the folder of tokenised rows, and may show how far it is."""
+Tell = Callable[[str], None]
+"""Hears what the command line prints."""
 Gpus = Callable[[], Sequence[GpuReading]]
 OpenView = Callable[[RoundFile, Gpus], View]
 """Opens what shows a round while it runs; the second argument reads the GPUs in use."""
@@ -141,10 +151,47 @@ def _job(
     return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
 
 
-def rerun_worker(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
-    """One worker with one slot on the round's engine, in which a trial runs again."""
-    alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-    return make_engine(spec.run.engine).start(_job(alone, directory=place, cache=cache))
+def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
+    """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
+    engine = make_engine(rerun.spec.run.engine)
+
+    def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
+        alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
+        return engine.start(_job(alone, directory=place, cache=cache))
+
+    try:
+        return reproduce(rerun, make_worker=start, view=view, stopping=stopping)
+    finally:
+        engine.close()
+        view.close()
+
+
+def view_of(progress: bool) -> OpenView:
+    """Return what opens a bar for each round, or shows nothing."""
+
+    def view(file: RoundFile, gpus: Gpus) -> View:
+        spec = file.spec
+        return shown(progress, f"{spec.study}/{spec.round}", spec.num_trials, spec.max_train_steps)
+
+    return view
+
+
+def shown(progress: bool, title: str, trials_total: int, max_train_steps: int) -> View:
+    """Open a bar, in a terminal or in a notebook's cell, or show nothing."""
+    if not progress:
+        return Silence()
+    return ProgressBar(title=title, trials_total=trials_total, max_train_steps=max_train_steps)
+
+
+def unsaid(text: str) -> None:
+    """Hear what the command line prints; a caller of the library reads it off the result."""
+
+
+def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
+    """Make a round's rows ready without a word."""
+    from tuner.data import load_tokenizer, prepare
+
+    return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:
