@@ -165,6 +165,14 @@ def test_an_engine_of_an_installed_package_runs_a_whole_round(package: Path, tmp
         assert trial.evaluations[-1].eval_loss == expected.eval_loss
 
 
+def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) -> None:
+    write_round(tmp_path / "study", run='run: {engine: "engine_plug_ins:NotAnEngine"}')
+    found = tuner.Study(tmp_path / "study").check("round1.yaml")
+    assert found["ok"]
+    assert any("engine_plug_ins:NotAnEngine is not checked here" in said for said in found["remarks"])
+    assert "engine_plug_ins" not in sys.modules
+
+
 @pytest.mark.slow
 def test_an_engine_that_wraps_the_local_one_is_chosen_by_the_file(package: Path, tmp_path: Path) -> None:
     """In a study of its own and in one with `local`: the same losses."""
