@@ -16,10 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from tests.data import tiny
 from tuner.config import SourceSpec
 from tuner.data import prepare, read_prompts
-from tuner.data.examples import Example
+from tuner.data.chat import TEMPLATES, with_fixed_date
+from tuner.data.examples import Example, Opening, Segment
 from tuner.data.prompts import chat_template_of, renders_prompts_of
-from tuner.data.segments import Opening, Segment
-from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 
 Message = dict[str, Any]

@@ -1,8 +1,7 @@
 """Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
 
 from tuner.data.answer_metrics import Metric, Question, load_metric, try_metric
-from tuner.data.examples import Example, Examples
-from tuner.data.order import batch_rows
+from tuner.data.examples import Example, Examples, batch_rows
 from tuner.data.prepared import (
     DataReport,
     PreparedData,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuner.data.chat import Chat, asked
+from tuner.data.chat import TEMPLATES, Chat, asked
+from tuner.data.examples import Opening, Row, Segment, kind_of
 from tuner.data.messages import (
     REASONING_KEYS,
     Conversation,
@@ -18,8 +19,6 @@ from tuner.data.messages import (
 )
 from tuner.data.messages import conversation as sharegpt_messages
 from tuner.data.plain_text import SEPARATORS, Windows
-from tuner.data.segments import Opening, Row, Segment, kind_of
-from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
