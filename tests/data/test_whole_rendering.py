@@ -209,9 +209,9 @@ def test_evaluation_answers_are_asked_for_as_the_exported_template_asks(
     )
     data = {"train": [{**train, "template": template}], "eval": [{**held_out, "template": template}]}
     spec = tiny.round_spec(answers={"metric": "exact_match"}, loss_on=loss_on, max_length=2000, **data)
-    [question] = prepare(spec, tokenizer, None).questions
+    [eval_prompt] = prepare(spec, tokenizer, None).eval_prompts
     theirs = exported(tmp_path, tokenizer, template)
-    assert list(question.prompt.ids) == rendered(theirs, TURNS[:3], ask=True)
+    assert list(eval_prompt.prompt.ids) == rendered(theirs, TURNS[:3], ask=True)
 
 
 def _run(learned: Any) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.answer_metrics import Question, questions
+from tuner.data.answer_metrics import EvalPrompt, eval_prompts
 from tuner.data.examples import Examples
 from tuner.data.files import downloads
 from tuner.data.formats import source_format
@@ -122,7 +122,7 @@ class PreparedData:
     report: DataReport
     fingerprint: str
     """Hash of all tokens and target masks, in order."""
-    questions: tuple[Question, ...] = ()
+    eval_prompts: tuple[EvalPrompt, ...] = ()
     """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
 
 
@@ -137,8 +137,8 @@ def refuse_tokens_beyond(
         if (found := split.first_beyond(num_embeddings)) is not None:
             index, token = found
             raise token_beyond(split.place(index), token, num_embeddings, tokenizer())
-    for question in data.questions:
-        refuse_prompt_beyond(question.prompt, num_embeddings, tokenizer)
+    for eval_prompt in data.eval_prompts:
+        refuse_prompt_beyond(eval_prompt.prompt, num_embeddings, tokenizer)
 
 
 def prepare(
@@ -175,28 +175,32 @@ def prepare(
     }
     _refuse_emptiness(data, used, read)
     splits = {name: examples(used_parts) for name, used_parts in used.items()}
-    num_overlapping = {"eval": overlaps[0].num_rows, "test": max(o.num_rows for o in overlaps[1:])}
-    reports = {
-        name: _report(parts[name], split, overlap=num_overlapping.get(name, 0))
-        for name, split in splits.items()
-    }
     beginning = len(tokeniser.beginning)
     return PreparedData(
         splits["train"],
         splits["eval"],
         splits["test"],
-        DataReport(
-            train=reports["train"],
-            evaluation=reports["eval"],
-            test=reports["test"],
+        replace(
+            _reported(parts, splits, overlaps),
             mix=_mix(used["train"]),
-            overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
             remarks=_remarks([part for each in read.values() for part in each]),
         ),
         _fingerprint(splits.values()),
-        questions(used["eval"], tokenizer, beginning=beginning, max_examples=answers.max_examples)
+        eval_prompts(used["eval"], tokenizer, beginning=beginning, max_examples=answers.max_examples)
         if answers is not None
         else (),
+    )
+
+
+def _reported(
+    parts: Mapping[str, Parts], splits: Mapping[str, Examples], overlaps: Sequence[Overlap]
+) -> DataReport:
+    of_eval, *of_test = overlaps
+    return DataReport(
+        train=_report(parts["train"], splits["train"]),
+        evaluation=_report(parts["eval"], splits["eval"], overlap=of_eval.num_rows),
+        test=_report(parts["test"], splits["test"], overlap=max(found.num_rows for found in of_test)),
+        overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
     )
 
 
