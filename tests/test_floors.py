@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,16 +145,6 @@ def test_a_room_loads_no_library_of_another(said, room: str) -> None:
     assert set(said["room"][room]) <= MAY_LOAD[room], f"tuner.{room}, alone in a new interpreter"
     below = set().union(*list(MAY_LOAD.values())[: list(MAY_LOAD).index(room) + 1])
     assert set(said["modules"][room]) <= below, f"a module of tuner.{room}"
-
-
-def test_of_scipy_the_playbook_has_special_alone() -> None:
-    found = [
-        line.strip()
-        for path in (PACKAGE / "playbook").rglob("*.py")
-        for line in path.read_text().splitlines()
-        if re.match(r"\s*(import|from) scipy\b", line)
-    ]
-    assert [line for line in found if not line.startswith("from scipy.special import")] == []
 
 
 def test_importing_the_package_costs_nothing() -> None:

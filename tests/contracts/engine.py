@@ -9,7 +9,7 @@ from tests.contracts.worker import assignment, collect, ended, losses
 from tuner.engines import Engine, Job, Worker
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Ended, Preparing, Ready
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 
 
 class EngineContract:

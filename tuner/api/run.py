@@ -14,8 +14,8 @@ from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
 from tuner.records import Evaluation, to_json
 from tuner.report import View
-from tuner.report.bar import ProgressBar, Silence
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
+from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import rehearsed_file
 from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder

@@ -12,8 +12,8 @@ from tuner.errors import Interrupted
 from tuner.playbook.reproduction import Agreement
 from tuner.records import Trial, TrialState, searched
 from tuner.report import dumps, open_view, trial_document, trial_page, trials_table
-from tuner.report.fitted_table import FittedTable
 from tuner.report.reproduction import reproduction_document, reproduction_page
+from tuner.report.terminal import FittedTable
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder
 from tuner.study.lookup import begun_round, find_trial, opened, trials_of

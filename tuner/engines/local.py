@@ -16,7 +16,7 @@ from tuner.engines.pool import WorkerPool
 from tuner.engines.program import ProgramWorker
 from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 
 _LOG_TAIL_LINES = 15
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from tuner.config import RoundSpec
 from tuner.records import Assignment, Event
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 
 
 @dataclass(frozen=True)

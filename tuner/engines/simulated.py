@@ -30,7 +30,7 @@ from tuner.records import (
     Saved,
     Started,
 )
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 
 SLOTS = 4
 """Trials side by side where neither file nor command line says how many."""
