@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import meta_copy, lora_config
 from tuner.data import Examples
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
 from tuner.training.commands import Inbox
@@ -42,8 +42,8 @@ def workplace(
 ) -> Iterator[Workplace]:
     """A pack with room for these trials on a base, which gets its own layers back at the end."""
     path = str(base.model.name_or_path)
-    hollow = hollow_copy(base, base_path=path)
-    adapters = [_start(hollow, path, trial) for trial in trials]
+    meta_model = meta_copy(base, base_path=path)
+    adapters = [_start(meta_model, path, trial) for trial in trials]
     pack = Pack(
         base,
         num_slots=slots,
@@ -53,7 +53,7 @@ def workplace(
     try:
         yield Workplace(
             base=base,
-            hollow=hollow,
+            meta_model=meta_model,
             pack=pack,
             train=rows,
             evaluation=EVALUATION,
@@ -276,9 +276,9 @@ def _typical_update_difference(some: Sequence[Trained], others: Sequence[Trained
     return sum(found) / len(found)
 
 
-def _start(hollow: PreTrainedModel, base_path: str, trial: Hyperparameters) -> Adapter:
+def _start(meta_model: PreTrainedModel, base_path: str, trial: Hyperparameters) -> Adapter:
     config = lora_config(trial, base_path=base_path)
-    return initial_adapter(hollow, config, seed=int(trial["training_seed"]))
+    return initial_adapter(meta_model, config, seed=int(trial["training_seed"]))
 
 
 def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Mapping[int, Trained]) -> None:

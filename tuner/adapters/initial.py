@@ -1,4 +1,4 @@
-"""An adapter at its start, made by PEFT itself on a hollow copy of the base."""
+"""An adapter at its start, made by PEFT itself on a meta copy of the base."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def lora_config(
     )
 
 
-def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
+def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """The A and B that PEFT would start from after `torch.manual_seed(seed)`.
 
-    DoRA's magnitudes are not in a hollow copy: `Pack.with_magnitudes` adds them.
-    Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
+    DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them.
+    Leaves `meta_model` and the global random state as they were. Raises ModelError when `target_modules`
     names nothing in the model, the output head or what is no linear layer.
     """
     takes_all = config.target_modules == "all-linear"
@@ -77,7 +77,7 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         torch.manual_seed(seed)
         try:
-            wrapped = get_peft_model(hollow, config)
+            wrapped = get_peft_model(meta_model, config)
         except ValueError as error:
             raise ModelError(f"hyperparameters.target_modules: {error}") from error
         try:
@@ -134,14 +134,14 @@ def remedy(modules: Iterable[str], unfit: Collection[str]) -> str:
     return f"name the target modules without it, as `target_modules: [{', '.join(names)}]`"
 
 
-def hollow_copy(base: Base, *, base_path: str) -> PreTrainedModel:
+def meta_copy(base: Base, *, base_path: str) -> PreTrainedModel:
     """A model of the base's shape on the CPU whose weights take no memory.
 
     PEFT rounds a new adapter to the base's dtype, so linear layers keep it; a quantised base has
     none that PEFT would round to.
     """
     quantised = getattr(base.model, "is_quantized", False)
-    return _hollow(base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path)
+    return _meta_copy(base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path)
 
 
 def largest_adapter(model: ModelSpec, space: Space) -> int:
@@ -150,10 +150,10 @@ def largest_adapter(model: ModelSpec, space: Space) -> int:
     Raises ModelError when there is none, or when `target_modules` names nothing in the model.
     """
     config = load_config(model, max_length=1)
-    hollow = _hollow(
+    meta_model = _meta_copy(
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
     )
-    return adapter_sizes(hollow, space)[1]
+    return adapter_sizes(meta_model, space)[1]
 
 
 def positions_of(model: ModelSpec) -> int | None:
@@ -168,18 +168,18 @@ def positions_of(model: ModelSpec) -> int | None:
 def embeddings_of(model: ModelSpec) -> int:
     """Number of token ids that a model has embeddings for, by its configuration. Raises ModelError."""
     config = load_config(model, max_length=1)
-    hollow = _hollow(
+    meta_model = _meta_copy(
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
     )
-    return num_embeddings(hollow)
+    return num_embeddings(meta_model)
 
 
-def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
+def adapter_sizes(meta_model: PreTrainedModel, space: Space) -> tuple[int, int]:
     """Weights of the smallest and of the largest adapter of a space."""
     ranks = space["lora_r"]
     lowest = ranks.low if isinstance(ranks, Range) else min(values_of(ranks))
     adapters = [
-        _one_rank(hollow, wanted, hollow.name_or_path) for wanted in values_of(space["target_modules"])
+        _one_rank(meta_model, wanted, meta_model.name_or_path) for wanted in values_of(space["target_modules"])
     ]
     per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
     magnitudes = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
@@ -188,10 +188,10 @@ def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
     return smallest, int(max(values_of(ranks))) * max(per_rank) + any(dora) * max(magnitudes)
 
 
-def targeted_modules(hollow: PreTrainedModel, space: Space) -> set[str]:
+def targeted_modules(meta_model: PreTrainedModel, space: Space) -> set[str]:
     """Paths of all modules that any trial of a space may adapt."""
     targets = values_of(space["target_modules"])
-    return {name for wanted in targets for name in _one_rank(hollow, wanted, hollow.name_or_path).weights}
+    return {name for wanted in targets for name in _one_rank(meta_model, wanted, meta_model.name_or_path).weights}
 
 
 def values_of(dimension: Dimension) -> list[Any]:
@@ -207,12 +207,12 @@ def values_of(dimension: Dimension) -> list[Any]:
             raise TypeError("lora_alpha follows the rank")
 
 
-def _one_rank(hollow: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
+def _one_rank(meta_model: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
     shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": targets}
-    return initial_adapter(hollow, lora_config(shape, base_path=base_path), seed=0)
+    return initial_adapter(meta_model, lora_config(shape, base_path=base_path), seed=0)
 
 
-def _hollow(
+def _meta_copy(
     config: Any, *, dtype: torch.dtype, base_path: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """`trust_remote_code` is needed for a class that no model of this process has been loaded by."""
@@ -220,10 +220,10 @@ def _hollow(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    for module in hollow.modules():
+        meta_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for module in meta_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             zero = torch.zeros((), dtype=dtype).expand(module.weight.shape)
             module.weight = nn.Parameter(zero, requires_grad=False)
-    hollow.name_or_path = base_path  # what PEFT writes into an adapter's configuration
-    return hollow
+    meta_model.name_or_path = base_path  # what PEFT writes into an adapter's configuration
+    return meta_model

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from tuner.adapters import Base, Pack, load_base
-from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
+from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import DORA_TRAINS_ALONE, RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
@@ -67,7 +67,7 @@ def open_workplace(
     place.base_evaluation = base_evaluation
     metric = place.exam.metric.code if place.exam is not None else None
     place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
-    smallest, largest = adapter_sizes(place.hollow, spec.space())
+    smallest, largest = adapter_sizes(place.meta_model, spec.space())
     ready = Ready(
         slots=place.pack.num_slots,
         device=str(place.base.device),
@@ -97,15 +97,15 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
-    hollow = hollow_copy(base, base_path=spec.model.path)
-    modules = targeted_modules(hollow, space)
+    meta_model = meta_copy(base, base_path=spec.model.path)
+    modules = targeted_modules(meta_model, space)
     refuse_unlike_linear(base, modules)
     max_rank = int(max(values_of(space["lora_r"])))
 
     def place_with(num_slots: int, pass_tokens: int) -> Workplace:
         return Workplace(
             base=base,
-            hollow=hollow,
+            meta_model=meta_model,
             pack=Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules),
             train=data.train,
             evaluation=data.evaluation,
@@ -141,7 +141,7 @@ def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packi
     packing = choose_packing(
         fit_room(probed),
         limit_bytes=limit_bytes,
-        slot_weights=max(place.pack.slot_weights, adapter_sizes(place.hollow, spec.space())[1]),
+        slot_weights=max(place.pack.slot_weights, adapter_sizes(place.meta_model, spec.space())[1]),
         update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
         longest_row=int(place.train.num_tokens.max()),
         trials=spec.num_trials,

@@ -74,7 +74,7 @@ class Workplace:
     """Base, pack and data of a round, loaded once."""
 
     base: Base
-    hollow: PreTrainedModel
+    meta_model: PreTrainedModel
     """For PEFT's initialisation."""
     pack: Pack
     train: Examples
@@ -101,4 +101,4 @@ class Workplace:
     def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
         """What a trial starts from: PEFT's initialisation. Raises ModelError where there is none."""
         config = lora_config(hyperparameters, base_path=self.base_path, revision=self.revision)
-        return self.pack.with_magnitudes(initial_adapter(self.hollow, config, seed=seed))
+        return self.pack.with_magnitudes(initial_adapter(self.meta_model, config, seed=seed))
