@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
 from tuner.adapters.base import freeze
-from tuner.adapters.initial import meta_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.errors import TunerError
 

@@ -18,7 +18,7 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter, read_adapter, write_adapter
 from tuner.adapters.dora import weight_norm
 from tuner.adapters.dropout import dropout_mask, row_keys
-from tuner.adapters.initial import meta_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import ModelError
 
 SHAPES: tuple[tiny.Shape, ...] = ("llama", "gpt2")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
-from tuner.adapters.initial import adapter_sizes, meta_copy, lora_config, targeted_modules
+from tuner.adapters.initial import adapter_sizes, lora_config, meta_copy, targeted_modules
 from tuner.config import ModelSpec
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range
@@ -89,7 +89,9 @@ def test_same_from_the_same_meta_copy(models: tiny.Models) -> None:
     expected = torch.rand(3)
     torch.manual_seed(5)
     made = [
-        initial_adapter(meta_model, lora_config(tiny.hyperparameters(lora_r=r), base_path="somewhere"), seed=seed)
+        initial_adapter(
+            meta_model, lora_config(tiny.hyperparameters(lora_r=r), base_path="somewhere"), seed=seed
+        )
         for r, seed in ((4, 0), (8, 1), (4, 0))
     ]
     assert torch.equal(torch.rand(3), expected)

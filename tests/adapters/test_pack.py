@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
 from tuner.adapters.dropout import dropout_mask, row_keys
-from tuner.adapters.initial import meta_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
 
 STEP = 5
@@ -221,7 +221,7 @@ def test_masks_do_not_depend_on_which_modules_neighbours_adapt(models: tiny.Mode
 
 
 def test_stacked_weights_have_the_dtype_of_the_base(models: tiny.Models) -> None:
-    """Exact weights stay float32 with the trial; what they add is within bfloat16's rounding."""
+    """Master weights stay float32 with the trial; what they add is within bfloat16's rounding."""
     one = adapter(models.base("llama"), seed=0)
     batch, found = Batch.of(tiny.examples(2)[:]), []
     for dtype in ("float32", "bfloat16"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tuner.adapters import Adapter, initial_adapter, read_adapter, write_adapter
-from tuner.adapters.initial import meta_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import CheckpointError
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tuner.adapters import Adapter, Pack, initial_adapter, load_base, write_adapter
-from tuner.adapters.initial import meta_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.config import ModelSpec
 from tuner.errors import CheckpointError
 from tuner.inference.export import export_merged, merged_model

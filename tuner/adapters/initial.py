@@ -141,7 +141,9 @@ def meta_copy(base: Base, *, base_path: str) -> PreTrainedModel:
     none that PEFT would round to.
     """
     quantised = getattr(base.model, "is_quantized", False)
-    return _meta_copy(base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path)
+    return _meta_copy(
+        base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path
+    )
 
 
 def largest_adapter(model: ModelSpec, space: Space) -> int:
@@ -179,7 +181,8 @@ def adapter_sizes(meta_model: PreTrainedModel, space: Space) -> tuple[int, int]:
     ranks = space["lora_r"]
     lowest = ranks.low if isinstance(ranks, Range) else min(values_of(ranks))
     adapters = [
-        _one_rank(meta_model, wanted, meta_model.name_or_path) for wanted in values_of(space["target_modules"])
+        _one_rank(meta_model, wanted, meta_model.name_or_path)
+        for wanted in values_of(space["target_modules"])
     ]
     per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
     magnitudes = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
@@ -191,7 +194,9 @@ def adapter_sizes(meta_model: PreTrainedModel, space: Space) -> tuple[int, int]:
 def targeted_modules(meta_model: PreTrainedModel, space: Space) -> set[str]:
     """Paths of all modules that any trial of a space may adapt."""
     targets = values_of(space["target_modules"])
-    return {name for wanted in targets for name in _one_rank(meta_model, wanted, meta_model.name_or_path).weights}
+    return {
+        name for wanted in targets for name in _one_rank(meta_model, wanted, meta_model.name_or_path).weights
+    }
 
 
 def values_of(dimension: Dimension) -> list[Any]:

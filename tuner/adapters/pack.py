@@ -23,7 +23,7 @@ from tuner.adapters.frozen_linear import FrozenLinear, product
 from tuner.adapters.initial import Adapter
 from tuner.adapters.linear_layers import widths
 
-ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
+MasterTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
 """A trial's weights, or their gradients, by module and in PEFT's shapes."""
 
 
@@ -40,7 +40,7 @@ class PackedRows:
 class Pack:
     """K slots of LoRA weights over a base.
 
-    The stacked weights are what a forward pass computes with, in the base's dtype; the exact ones
+    The stacked weights are what a forward pass computes with, in the base's dtype; the master ones
     are the trials' own. `load` and `collect` carry between the two. Weights of all layers lie in one
     tensor, gradients in another: both are zeroed and converted at once.
     """
@@ -55,14 +55,14 @@ class Pack:
         sizes = [math.prod(shape) for shape in shapes]
         weights = torch.zeros(sum(sizes), device=base.device, dtype=base.dtype)
         self._gradients = torch.zeros_like(weights)
-        self._exact_gradients = self._gradients.float()  # itself where the base is float32
+        self._master_gradients = self._gradients.float()  # itself where the base is float32
         stacked = _views(weights, shapes, sizes)
         gradients = _views(self._gradients, shapes, sizes)
-        exact = _views(self._exact_gradients, shapes, sizes)
+        master = _views(self._master_gradients, shapes, sizes)
         self.anchor = torch.zeros((), device=base.device, requires_grad=True)
         """What makes autograd go back through layers whose inputs need no gradient."""
         self._layers: dict[str, PackedLinear] = {}
-        self._exact: dict[str, tuple[Tensor, Tensor]] = {}
+        self._master: dict[str, tuple[Tensor, Tensor]] = {}
         for number, (name, module) in enumerate(inner.items()):
             a, b = 2 * number, 2 * number + 1
             self._layers[name] = PackedLinear(
@@ -72,7 +72,7 @@ class Pack:
                 weights=(stacked[a], stacked[b]),
                 gradients=(gradients[a], gradients[b]),
             )
-            self._exact[name] = exact[a], exact[b]
+            self._master[name] = master[a], master[b]
             _replace(base, name, self._layers[name])
         self._ranks = [1] * num_slots
         self._names: list[tuple[str, ...]] = [()] * num_slots
@@ -115,7 +115,7 @@ class Pack:
             layer = self._layers[name]
             layer.take(slot, scale=adapter.scale, dropout_rate=adapter.config.lora_dropout)
             self._weights_of[slot] += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
-            a, b = self._exact[name]
+            a, b = self._master[name]
             self._gradients_of[slot] += [a[slot, :rank], b[slot, :rank].t()]
             if adapter.config.use_dora:
                 dora = layer.take_dora(rank)
@@ -125,10 +125,10 @@ class Pack:
         self.load({slot: adapter.weights})
 
     @torch.no_grad()
-    def load(self, weights: Mapping[int, ExactTensors]) -> None:
-        """Copy trials' exact weights into their slots, rounding to the compute dtype."""
+    def load(self, weights: Mapping[int, MasterTensors]) -> None:
+        """Copy trials' master weights into their slots, rounding to the compute dtype."""
         stacked = [view for slot in weights for view in self._weights_of[slot]]
-        torch._foreach_copy_(stacked, self._exact_tensors(weights))
+        torch._foreach_copy_(stacked, self._master_tensors(weights))
         for dora in self._dora:
             dora.measure()
 
@@ -139,14 +139,14 @@ class Pack:
             dora.magnitude_gradient.zero_()
 
     @torch.no_grad()
-    def collect(self, gradients: Mapping[int, ExactTensors]) -> None:
+    def collect(self, gradients: Mapping[int, MasterTensors]) -> None:
         """Add the gradients of the pass to those of the trials in these slots, in PEFT's shapes."""
-        if self._exact_gradients is not self._gradients:
-            self._exact_gradients.copy_(self._gradients)
+        if self._master_gradients is not self._gradients:
+            self._master_gradients.copy_(self._gradients)
         mine = [view for slot in gradients for view in self._gradients_of[slot]]
-        torch._foreach_add_(self._exact_tensors(gradients), mine)
+        torch._foreach_add_(self._master_tensors(gradients), mine)
 
-    def _exact_tensors(self, of: Mapping[int, ExactTensors]) -> list[Tensor]:
+    def _master_tensors(self, of: Mapping[int, MasterTensors]) -> list[Tensor]:
         return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from tuner.records import Assignment, assignment_from_json
 
 
-class Inbox:
+class CommandReader:
     """Assignments to begin, trials to stop, and whether to close."""
 
     def __init__(self, lines: TextIO, *, on_parent_gone: Callable[[], None] = lambda: os._exit(1)) -> None:
@@ -36,11 +36,11 @@ class Inbox:
         return document
 
     def listen(self) -> None:
-        """Start reading orders in the background."""
-        threading.Thread(target=self._read, daemon=True, name="inbox").start()
+        """Start reading commands in the background."""
+        threading.Thread(target=self._read, daemon=True, name="commands").start()
 
     def assignments(self, *, wait: bool) -> Iterator[Assignment]:
-        """What has come to begin; with `wait`, blocks until something has or the inbox closes."""
+        """What has come to begin; with `wait`, blocks until something has or the commands closes."""
         while True:
             try:
                 assignment = self._assignments.get(block=wait)
@@ -53,14 +53,14 @@ class Inbox:
 
     def _read(self) -> None:
         for line in self._lines:
-            order = json.loads(line)
-            match order["order"]:
+            command = json.loads(line)
+            match command["command"]:
                 case "start":
-                    assignment = assignment_from_json(order["assignment"])
+                    assignment = assignment_from_json(command["assignment"])
                     self.unwanted.discard(assignment.trial)
                     self._assignments.put(assignment)
                 case "stop":
-                    self.unwanted.add(order["trial"])
+                    self.unwanted.add(command["trial"])
                 case "close":
                     self.closed = True
                     self._assignments.put(None)

@@ -11,7 +11,7 @@ import torch
 from tuner.adapters import Pack, PackedRows
 from tuner.adapters.decoding import Decoding, batches
 from tuner.adapters.generation import TextGenerator
-from tuner.adapters.pack import ExactTensors
+from tuner.adapters.pack import MasterTensors
 from tuner.data import Metric, Question, load_metric, try_metric
 from tuner.playbook.scores import answer_score
 from tuner.records import AnswerScore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Exam:
+class GenerationEval:
     """What every trial of the round is asked."""
 
     questions: Sequence[Question]
@@ -38,7 +38,7 @@ class Exam:
         self,
         pack: Pack,
         slot: int,
-        best: ExactTensors,
+        best: MasterTensors,
         *,
         step: int,
         stopping: Callable[[], bool],
@@ -76,13 +76,13 @@ class Exam:
         )
 
 
-def exam(
+def load_generation_eval(
     spec: AnswersSpec, questions: Sequence[Question], base: Base, tokenizer: PreTrainedTokenizerBase
-) -> Exam:
-    """The round's exam: at least one question. Raises MetricError for a metric that cannot be used."""
+) -> GenerationEval:
+    """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
     try_metric(metric, questions[0])
-    return Exam(
+    return GenerationEval(
         questions=tuple(questions),
         generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
         metric=metric,

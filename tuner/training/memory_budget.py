@@ -37,7 +37,7 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class Room:
+class PassCost:
     """Straight lines through what was probed: cost = fixed + per_token * tokens of a pass."""
 
     fixed_seconds: float
@@ -68,15 +68,15 @@ class Packing:
     """Of all trials in one pass."""
 
 
-def fit_room(probed: Probed) -> Room:
+def fit_pass_cost(probed: Probed) -> PassCost:
     """Least squares; costs that fall with the tokens, which is noise, count as constant."""
     fixed_seconds, seconds = _line(probed.tokens, probed.seconds)
     fixed_bytes, per_token = _line(probed.tokens, probed.peak_bytes)
-    return Room(fixed_seconds, seconds, fixed_bytes, per_token)
+    return PassCost(fixed_seconds, seconds, fixed_bytes, per_token)
 
 
 def choose_packing(
-    room: Room, *, limit_bytes: int, slot_weights: int, update_tokens: int, longest_row: int, trials: int
+    cost: PassCost, *, limit_bytes: int, slot_weights: int, update_tokens: int, longest_row: int, trials: int
 ) -> Packing:
     """As many trials as fill a pass, as far as they fit into memory; at least one.
 
@@ -84,17 +84,17 @@ def choose_packing(
     Memory goes to the slots first, since tokens of a pass can be cut and slots cannot; but a pass keeps room
     for one row of each.
     """
-    wanted = min(trials, MAX_SLOTS, math.ceil(room.knee_tokens / max(1, update_tokens)))
+    wanted = min(trials, MAX_SLOTS, math.ceil(cost.knee_tokens / max(1, update_tokens)))
     for slots in range(max(1, wanted), 0, -1):
-        left = limit_bytes - room.peak_bytes(slots=slots, slot_weights=slot_weights, pass_tokens=0)
-        fitting = left / room.bytes_per_token if room.bytes_per_token > 0 else math.copysign(math.inf, left)
+        left = limit_bytes - cost.peak_bytes(slots=slots, slot_weights=slot_weights, pass_tokens=0)
+        fitting = left / cost.bytes_per_token if cost.bytes_per_token > 0 else math.copysign(math.inf, left)
         if fitting >= slots * longest_row or slots == 1:
-            full = max(room.knee_tokens, slots * longest_row)
+            full = max(cost.knee_tokens, slots * longest_row)
             return Packing(slots, int(max(longest_row, min(fitting, full))))
     raise AssertionError("one slot is always chosen")
 
 
-def no_room(slots: int | Literal["auto"]) -> ModelError:
+def out_of_memory(slots: int | Literal["auto"]) -> ModelError:
     """The error of a round of which nothing fits into memory."""
     return ModelError(
         f"run.slots: with {slots} slot(s), memory has no room for a pass of even one row; lower run.slots, "
@@ -103,12 +103,12 @@ def no_room(slots: int | Literal["auto"]) -> ModelError:
 
 
 @contextmanager
-def needing_room(slots: int | Literal["auto"]) -> Iterator[None]:
-    """Raises `no_room` where memory ends within the block."""
+def explain_out_of_memory(slots: int | Literal["auto"]) -> Iterator[None]:
+    """Raises `out_of_memory` where memory ends within the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise no_room(slots) from error
+        raise out_of_memory(slots) from error
 
 
 def free_device_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""From a round file to a workplace: base and data are loaded, the pack is made, the base is measured."""
+"""Load the base model and the data of a round file, make the pack and evaluate the base model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tuner.data.pretrained import loaded_commit
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.training.environment import environment
-from tuner.training.generation_eval import exam
+from tuner.training.generation_eval import load_generation_eval
 from tuner.training.memory_budget import (
     MARGIN,
     Packing,
     choose_packing,
-    fit_room,
+    explain_out_of_memory,
+    fit_pass_cost,
     free_device_bytes,
-    needing_room,
 )
 from tuner.training.packed_passes import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ _CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash",
 """Keys of a model's configuration that say where it lies, not what it is."""
 
 
-def open_workplace(
+def load_worker_state(
     spec: RoundSpec,
     *,
     cache: Path,
     slots: int | Literal["auto"],
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[Workplace, Ready]:
+) -> tuple[WorkerState, Ready]:
     """Load base and data; measure the untouched base unless its evaluation is given.
 
     `say` hears what is being done. Raises InputError when model, data or metric cannot be used.
@@ -57,33 +57,35 @@ def open_workplace(
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
-    place = arrange(spec, data, slots=slots)
+    state = arrange(spec, data, slots=slots)
     if spec.evaluation.answers is not None:
-        place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
+        state.generation_eval = load_generation_eval(
+            spec.evaluation.answers, data.questions, state.base, tokenizer
+        )
     if base_evaluation is None:
         say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
-        with needing_room(place.pack.num_slots):
-            base_evaluation = measure_base(place)
-    place.base_evaluation = base_evaluation
-    metric = place.exam.metric.code if place.exam is not None else None
-    place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
-    smallest, largest = adapter_sizes(place.meta_model, spec.space())
+        with explain_out_of_memory(state.pack.num_slots):
+            base_evaluation = measure_base(state)
+    state.base_evaluation = base_evaluation
+    metric = state.generation_eval.metric.code if state.generation_eval is not None else None
+    state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=metric)
+    smallest, largest = adapter_sizes(state.meta_model, spec.space())
     ready = Ready(
-        slots=place.pack.num_slots,
-        device=str(place.base.device),
-        base=place.base_evaluation,
+        slots=state.pack.num_slots,
+        device=str(state.base.device),
+        base=state.base_evaluation,
         train_rows=len(data.train),
         eval_rows=len(data.evaluation),
-        workload=_workload(place.base, data, spec),
+        workload=_workload(state.base, data, spec),
         evaluation_share=_evaluation_share(data, spec),
         smallest_adapter=smallest,
         largest_adapter=largest,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
-    return place, ready
+    return state, ready
 
 
-def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> Workplace:
+def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> WorkerState:
     """Load the base and put a pack on it.
 
     `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
@@ -102,8 +104,8 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     refuse_unlike_linear(base, modules)
     max_rank = int(max(values_of(space["lora_r"])))
 
-    def place_with(num_slots: int, pass_tokens: int) -> Workplace:
-        return Workplace(
+    def state_with(num_slots: int, pass_tokens: int) -> WorkerState:
+        return WorkerState(
             base=base,
             meta_model=meta_model,
             pack=Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules),
@@ -118,32 +120,32 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         )
 
     pass_tokens = PASS_TOKENS[device.type]
-    with needing_room(slots):
+    with explain_out_of_memory(slots):
         if slots != "auto":
-            place = place_with(slots, pass_tokens)
+            state = state_with(slots, pass_tokens)
             if spec.trains_alone:
                 # Refuses a base that DoRA cannot read.
-                place.new_adapter(largest_hyperparameters(space), seed=0)
-            return place
+                state.new_adapter(largest_hyperparameters(space), seed=0)
+            return state
         if device.type == "cpu":
-            return place_with(1, pass_tokens)
-        alone = place_with(1, pass_tokens)
+            return state_with(1, pass_tokens)
+        alone = state_with(1, pass_tokens)
         packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
         alone.pack.close()
-        return place_with(packing.slots, packing.pass_tokens)
+        return state_with(packing.slots, packing.pass_tokens)
 
 
-def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """What `auto` settles on: a few passes of one trial in `place`, and what they took, in so much memory."""
-    probed = probe(place, largest_hyperparameters(spec.space()))
+def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
+    """What `auto` settles on: a few passes of one trial in `state`, and what they took, in so much memory."""
+    probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
-        return Packing(1, place.pass_tokens)
+        return Packing(1, state.pass_tokens)
     packing = choose_packing(
-        fit_room(probed),
+        fit_pass_cost(probed),
         limit_bytes=limit_bytes,
-        slot_weights=max(place.pack.slot_weights, adapter_sizes(place.meta_model, spec.space())[1]),
-        update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
-        longest_row=int(place.train.num_tokens.max()),
+        slot_weights=max(state.pack.slot_weights, adapter_sizes(state.meta_model, spec.space())[1]),
+        update_tokens=int(_mean_batch_size(spec) * float(state.train.num_tokens.mean())),
+        longest_row=int(state.train.num_tokens.max()),
         trials=spec.num_trials,
     )
     _log.info("slots: auto: %s, from passes of %s tokens", packing, probed)
@@ -175,10 +177,10 @@ def _mean_batch_size(spec: RoundSpec) -> float:
     return float(sum(sizes) / len(sizes))
 
 
-def measure_base(place: Workplace) -> Evaluation:
+def measure_base(state: WorkerState) -> Evaluation:
     """The untouched base's evaluation; no slot has a trial."""
-    (scores,) = example_scores(place, ())
-    tokens = place.evaluation.num_targets.tolist()
+    (scores,) = example_scores(state, ())
+    tokens = state.evaluation.num_targets.tolist()
     return Evaluation(
         0,
         sum(scores.nll) / sum(tokens),
