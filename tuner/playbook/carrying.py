@@ -1,4 +1,4 @@
-"""What each hyperparameter's dimension becomes in the next round, and why."""
+"""Choose each hyperparameter's dimension in the next round, and give the reason."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ _RATE = "learning_rate"
 
 @dataclass(frozen=True, slots=True)
 class HyperparameterChange:
-    """One hyperparameter from a round to the next; often it stays as it is."""
+    """How one hyperparameter changes from a round to the next, if at all."""
 
     from_dimension: Dimension
     to_dimension: Dimension
     tier: Tier
     reason: str
-    """In words, for the comment beside it in the next round's file."""
+    """Written as the comment beside it in the next round's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Carrying:
-    """The passage of a search space from one horizon to another."""
+    """The search space of one horizon, to be carried over to another."""
 
     results: RoundResults
     incumbents: Sequence[Trial]
-    """Trials that will be enqueued, best first: every space must hold them."""
+    """Trials that will be enqueued, best first; every dimension must contain their values."""
     leading: Sequence[Trial]
-    """Trials around whose values spaces are narrowed, the incumbents among them, best first."""
+    """Trials around whose values dimensions are narrowed, incumbents included, best first."""
     new_horizon: int
     decay: DecayRule
     edges: Sequence[Edge] = ()
     """Bounds at which the best trial lies; each is widened."""
     widens_rates: bool = False
-    """Whether only the learning rates are raised, and all else stays as it is."""
+    """Whether only the learning rates are raised and everything else stays the same."""
     has_small_rates: bool = False
-    """Whether the best trials had the highest rates, so that no rate is lowered for a longer run."""
+    """Whether the best trials had the highest learning rates, so that no rate is lowered for a longer run."""
     reopened: Mapping[str, Dimension] = field(default_factory=dict)
-    """What comes back as it was in an earlier round."""
+    """Dimensions restored from an earlier round."""
     added: Mapping[str, Dimension] = field(default_factory=dict)
-    """What the user adds to the search."""
+    """Dimensions that the user adds to the search."""
 
     def changes(self) -> dict[str, HyperparameterChange]:
-        """What every hyperparameter becomes, in the old space's order.
+        """Return the change of every hyperparameter, in the order of the old space.
 
-        Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (what is likely to
-        transfer); what is done with each tier is this project's decision.
+        Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (what is likely to transfer);
+        what is done with each tier is this project's decision.
         """
         return {name: self._change(name, dimension) for name, dimension in self.results.space.items()}
 
     def point(self, incumbent: Trial) -> dict[str, Value]:
-        """All hyperparameters of an incumbent in the next round: its own, the decay re-cut."""
+        """Return all hyperparameters of an incumbent in the next round, with its decay rescaled."""
         values = dict(incumbent.hyperparameters)
         for name in self.added:
             old = self.results.space.get(name)
@@ -126,7 +126,7 @@ class Carrying:
                 return self._might(name, old, values)
 
     def _values(self, name: str) -> list[Value]:
-        """The leading trials' values, the best trial's first."""
+        """Return the leading trials' values, the best trial's first."""
         return [t.hyperparameters[name] for t in self.leading if name in t.hyperparameters]
 
     def _with_higher_rates(self, name: str, old: Dimension) -> tuple[Dimension, str]:
@@ -143,7 +143,7 @@ class Carrying:
         return next((edge for edge in self.edges if edge.name == name), None)
 
     def _beyond(self, name: str, old: Dimension, new: Dimension, edge: Edge) -> Dimension:
-        """The next dimension, made to reach beyond the bound of the old one at which the best trial lies."""
+        """Extend the new dimension beyond the bound of the old one at which the best trial lies."""
         is_decay = name == "decay_steps"
         before = new if is_decay else old
         # Where the tier would fix it, it stays searched, around the leading trials.
@@ -157,7 +157,7 @@ class Carrying:
         return new if wide == before else reaching(base, wide, edge.side)
 
     def _room(self, name: str) -> float:
-        """The longest warmup or decay that the other one leaves room for."""
+        """Return the longest warmup or decay that fits beside the other."""
         space = self.results.space
         if not self._can_be_linear() or not {"warmup_steps", "decay_steps"} <= space.keys():
             return self.new_horizon
@@ -184,7 +184,7 @@ class Carrying:
         return space, f"a third to three times the best trial's {rate:.2g}{moved}"
 
     def _unstable_rate(self) -> float:
-        """The lowest rate above every one that trained, at which a trial was infeasible."""
+        """Return the lowest infeasible learning rate above all rates that trained."""
         rates = [
             (rate, trial.state == TrialState.INFEASIBLE)
             for trial in self.results.results
@@ -214,7 +214,7 @@ class Carrying:
         return can_decay_linearly(self.results.space)
 
     def _recut(self, decay_steps: Value, incumbent: Trial | None = None) -> int:
-        """The decay in the next round, of one trial or of any."""
+        """Return the decay in the next round, for one trial or for any."""
         known = int(number(decay_steps) or 0)
         if self.results.max_train_steps == self.new_horizon:
             own = number(incumbent.hyperparameters.get("warmup_steps")) if incumbent else None
@@ -233,7 +233,7 @@ class Carrying:
         )
 
     def _longest_warmup(self) -> int:
-        """The longest of what is carried over; of what may be drawn where nothing is."""
+        """Return the longest warmup of the incumbents, or of the space if there are none."""
         warmups = [number(trial.hyperparameters.get("warmup_steps")) for trial in self.incumbents]
         return int(max((w or 0 for w in warmups), default=self._longest_old_warmup()))
 
@@ -243,7 +243,7 @@ class Carrying:
 
 
 def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
-    """What the user adds, made to hold the incumbents' values."""
+    """Return the dimension that the user adds, widened to the incumbents' values."""
     numbers = [n for value in held if (n := number(value)) is not None]
     if isinstance(wanted, Range) and wanted.log and min(numbers, default=1.0) <= 0:
         listed = as_listed(wanted, (*dict.fromkeys(held), *log_spaced(wanted)))
@@ -256,7 +256,7 @@ def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
 
 
 def longest(dimension: Dimension) -> float:
-    """The largest number that a dimension holds; 0 where it holds none.
+    """Return the largest number in a dimension; 0 if it has none.
 
     Rule: this project's decision: the longest warmup must fit into the horizon.
     """

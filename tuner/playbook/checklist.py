@@ -1,4 +1,4 @@
-"""The questions that the playbook asks of a round before its best trial is believed."""
+"""The playbook's checks of a round, to be made before its best trial is trusted."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _alpha_follows_rank(results: RoundResults) -> Iterator[Finding]:
 INFEASIBLE_SHARE = 0.25
 EVALUATION_SHARE = 0.3
 MIN_EVALUATIONS = 4
-"""With fewer in a run there is hardly a best step to choose."""
+"""With fewer evaluations in a run there is hardly a best step to choose."""
 LONG_WARMUP_SHARE = 0.05
 VERY_LONG_WARMUP_SHARE = 0.1
 
@@ -98,11 +98,11 @@ def checklist(
     earlier: Sequence[RoundResults] = (),
     wants_higher_rates: bool = False,
 ) -> tuple[Finding, ...]:
-    """What the rules beside the diagnosis say of a round.
+    """Yield the findings of the rules other than the diagnosis.
 
-    `noise` is relative to the loss; None where it is unknown. `wants_higher_rates` says that those tried may
-    all be too small. Rule: Deep Learning Tuning Playbook, "After
-    each round of experiments" and its checklist; the numbers are this project's decisions.
+    `noise` is relative to the loss; None if unknown. `wants_higher_rates` means that all rates tried may be
+    too small. Rule: Deep Learning Tuning Playbook, "After each round of experiments" and its checklist; the
+    numbers are this project's decisions.
     """
     return (
         *space_findings(results, leading[0].trial if leading else None),
@@ -120,11 +120,11 @@ def checklist(
 
 
 def doubling_of_trials(losses: Sequence[float]) -> float:
-    """Return what the last doubling of the trials is expected to have gained, relative to the loss.
+    """Return the expected gain of the last doubling of the trials, relative to the loss.
 
-    The expected best of half the trials, drawn without replacement, against the best of all; half is rounded
-    down. Infinite losses stand for trials without an objective: draws of such trials alone are left out. 0
-    for fewer than two trials that reached something. Rule: this project's decision, "too_few_trials".
+    This compares the expected best of half the trials, drawn without replacement, with the best of all; half
+    is rounded down. Infinite losses stand for trials without an objective; draws of only such trials are left
+    out. 0 if fewer than two trials have an objective. Rule: this project's decision, "too_few_trials".
     """
     order = sorted(losses)
     count, half = len(order), len(order) // 2
@@ -153,7 +153,7 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
 
 
 def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
-    """More trials are worth having while the last doubling of their number brought a worthwhile gain."""
+    """Yield a finding if the last doubling of the number of trials brought a worthwhile gain."""
     losses = [best.eval_loss for _, best in ranked_by_loss(distinct(results.complete))]
     losses += [math.inf] * (len(distinct(results.results)) - len(losses))
     gain, threshold = doubling_of_trials(losses), max(noise or 0.0, results.worthwhile_gain)
@@ -198,7 +198,7 @@ def _costly_evaluation(results: RoundResults) -> Iterator[Finding]:
 
 
 def _cheaper(results: RoundResults) -> str:
-    """How seldom, or how few examples, would bring evaluation down to the share that is allowed."""
+    """Say how few evaluations, or examples, would reduce evaluation to the allowed share."""
     share = min(results.evaluation_share, 0.999)
     less = (1 / share - 1) / (1 / EVALUATION_SHARE - 1)
     every = math.ceil(results.evaluate_every / less)

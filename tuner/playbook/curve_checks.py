@@ -1,4 +1,4 @@
-"""What the learning curves of a round's trials say that their best losses do not."""
+"""Findings on the learning curves of a round's trials."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from tuner.playbook.selection import LeadingTrial, beats_the_base
 
 CLIPPED_SHARE = 0.5
 PERIODIC_SHARE = 0.6
-"""Share of the detrended variance from which on an evaluation loss counts as periodic."""
+"""Share of the detrended variance above which an evaluation loss counts as periodic."""
 MIN_RESTLESS = 3
-"""Significant changes in the last quarter from which on they count as repeated."""
+"""Number of significant changes in the last quarter that count as repeated."""
 
 
 def curve_findings(
     results: RoundResults, leading: Sequence[LeadingTrial], *, wants_higher_rates: bool = False
 ) -> Iterator[Finding]:
-    """Findings on curves: overfitting, late_variance, train_loss_rising, clipped, periodic_evaluation.
+    """Yield the findings on curves: overfitting, late_variance, train_loss_rising, clipped,
+    periodic_evaluation.
 
-    `wants_higher_rates`: nothing else may be said of rates where those tried may all be too small.
-    Rule: Deep Learning Tuning Playbook, "Examining the training curves" and, for clipping, "How can
-    optimization failures be debugged and mitigated?"; periods are this project's decision.
+    With `wants_higher_rates`, no other advice on learning rates is given. Rule: Deep Learning Tuning
+    Playbook, "Examining the training curves" and, for clipping, "How can optimization failures be debugged
+    and mitigated?"; periods are this project's decision.
     """
     yield from _overfitting(results, leading)
     if leading:
@@ -80,7 +81,7 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
 
 
 def _calming(best: LeadingTrial) -> str:
-    """What calms the end of a run, by its schedule."""
+    """Say how to stabilise the end of a run with this trial's schedule."""
     match best.trial.hyperparameters.get("schedule", "constant"):
         case "constant":
             return "`schedule: linear`, with decay_steps of about 40% of the run, calms it."

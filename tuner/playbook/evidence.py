@@ -1,4 +1,4 @@
-"""What a round's signs mean, in sentences that a practitioner can check."""
+"""A round's signs explained in sentences that a practitioner can check."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _SOURCES = {
 
 
 def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> Iterator[str]:
-    """Yield what was seen, what follows from it and what to do, a sentence or two each.
+    """Yield what was measured, what follows from it and what to do, a sentence or two each.
 
-    Rule: this project's decision: every number that a conclusion rests on is said beside it.
+    Rule: this project's decision: every number behind a conclusion is stated with it.
     """
     if not seen.leading:
         yield _nothing_leads(seen)
@@ -72,7 +72,7 @@ def _nothing_leads(seen: Signs) -> str:
 
 
 def _hidden_drop(trial: Trial | None) -> str | None:
-    """What the best trial gained within the noise, and what would show it; None where it gained nothing."""
+    """Describe a gain of the best trial within the noise, and how to measure it; None if there is no gain."""
     finite = measured(trial.evaluations) if trial else []
     best, base = best_evaluation(finite), next((e for e in finite if e.step == 0), None)
     if trial is None or best is None or base is None or best.eval_loss >= base.eval_loss:
@@ -160,7 +160,7 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
 
 
 def _unless_rates(seen: Signs) -> str:
-    """What else a flat curve may mean where little was learned and few learning rates were tried."""
+    """Describe the other reading of a flat curve when few learning rates were tried."""
     first, best = seen.leading[0].trial.evaluations[0], seen.leading[0].best
     if not seen.has_few_rates or first.step or (first.eval_loss - best.eval_loss) > 0.05 * first.eval_loss:
         return ""
@@ -168,7 +168,7 @@ def _unless_rates(seen: Signs) -> str:
 
 
 def _because(seen: Signs) -> str:
-    """What the threshold is, where the noise does not set it."""
+    """Name the threshold unless the noise sets it."""
     return " (run.worthwhile_gain)" if seen.worthwhile == seen.worthwhile_gain else " (twice the noise)"
 
 
@@ -236,7 +236,7 @@ def _what_would_uncover(seen: Signs) -> str:
 
 
 def _how_to_have(needed: int, now: int, max_examples: int | None) -> str:
-    """Which key keeps the evaluation set small, and what it has to be."""
+    """Say which key limits the evaluation set, and the value it needs."""
     if max_examples is not None and now >= max_examples:
         return f"set evaluation.max_examples to {needed} in the next file, with as many rows in data.eval"
     more_rows = f"add rows to data.eval, which has {now}"
@@ -246,10 +246,10 @@ def _how_to_have(needed: int, now: int, max_examples: int | None) -> str:
 
 
 def examples_to_settle(seen: Signs) -> int | None:
-    """Evaluation examples with which a gain of this size would not be hidden; None if none would do.
+    """Return how many evaluation examples would reveal a gain of this size; None if no number would.
 
-    Rounded up to two digits. The standard error falls with the root of their number, the spread between
-    seeds does not. Rule: this project's decision, "undetermined".
+    Rounded up to two digits. The standard error falls with the square root of their number; the spread
+    between seeds does not. Rule: this project's decision, "undetermined".
     """
     now = len(seen.leading[0].best.example_nll) if seen.leading else 0
     if seen.gain is None or seen.noise is None or now == 0:

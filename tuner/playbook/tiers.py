@@ -6,14 +6,14 @@ from enum import StrEnum
 
 
 class Tier(StrEnum):
-    """The chance that what was best in short runs is best in long ones."""
+    """The chance that the best value in short runs is the best in long ones."""
 
     VERY_LIKELY = "very_likely"
     LIKELY = "likely"
     MIGHT = "might"
     UNLIKELY = "unlikely"
     KEPT = "kept"
-    """No question of transfer: it stays as it is, since changing it starts the tuning anew."""
+    """Not transferred: it stays unchanged, since changing it means tuning everything again."""
 
 
 _TIERS = {
@@ -31,10 +31,10 @@ _TIERS = {
 
 
 def tier_of(name: str) -> Tier:
-    """The tier of a hyperparameter; a name that is not known here `might` transfer.
+    """Return the tier of a hyperparameter; unlisted names `might` transfer.
 
-    So might the learning rate, weight decay, betas, dropout, lora_alpha and the optimizer itself.
-    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs"; which of LoRA's names is
-    architecture, and that batch size and seed are kept, are this project's decisions.
+    These include the learning rate, weight decay, betas, dropout, lora_alpha and the optimizer itself. Rule:
+    Deep Learning Tuning Playbook, "Round 1: Many short training runs"; which of LoRA's names is architecture,
+    and that batch size and seed are kept, are this project's decisions.
     """
     return _TIERS.get(name, Tier.MIGHT)
