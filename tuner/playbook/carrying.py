@@ -90,11 +90,11 @@ class Carrying:
         if (edge := self._edge(name)) is not None:
             further = self._beyond(name, old, new, edge)
             if further != new:
-                reason += f"; widened, since the best trial is at the {edge.side} bound, {edge.bound:g}"
+                reason += f"; widened because the best trial is at the {edge.side} bound, {edge.bound:g}"
             new = further
         wide = widened(new, held)
         if wide != new:
-            reason += "; widened to hold the enqueued trials"
+            reason += "; widened to include the enqueued trials"
         return HyperparameterChange(old, wide, tier, reason)
 
     def _dimension(self, name: str, old: Dimension, tier: Tier) -> tuple[Dimension, str]:
@@ -103,7 +103,7 @@ class Carrying:
         if self.widens_rates:
             return self._with_higher_rates(name, old)
         if name in self.reopened:
-            return self.reopened[name], "re-opened: the earlier order of trials did not hold"
+            return self.reopened[name], "searched again: the earlier ranking of trials did not hold"
         if isinstance(old, TimesSqrtRank):
             return old, "follows lora_r"
         if isinstance(old, Fixed):
@@ -115,13 +115,15 @@ class Carrying:
             case Tier.VERY_LIKELY:
                 return Fixed(values[0]), "the best trial's value, very likely to hold in longer runs"
             case Tier.KEPT:
-                return Fixed(values[0]), "the best trial's value; changing it would start the tuning over"
+                return Fixed(
+                    values[0]
+                ), "the best trial's value; changing it would mean tuning everything again"
             case Tier.LIKELY:
                 new = as_listed(old, values)
                 agree = "agree on it" if isinstance(new, Fixed) else "used these"
                 return new, f"the leading trials {agree}; likely to hold in longer runs"
             case Tier.UNLIKELY:
-                return old, "searched as before: what was best is unlikely to hold in longer runs"
+                return old, "searched as before: the best value is unlikely to hold in longer runs"
             case Tier.MIGHT:
                 return self._might(name, old, values)
 
@@ -131,7 +133,7 @@ class Carrying:
 
     def _with_higher_rates(self, name: str, old: Dimension) -> tuple[Dimension, str]:
         if name != _RATE:
-            return old, "as before: higher learning rates come first"
+            return old, "as before: higher learning rates are tried first"
         limits = self.results.limits.get(name, (None, None))
         return higher_rates(old, limits), (
             "up to 10 times higher: the best trials had the highest rates, so all of them may be too small"
@@ -146,7 +148,7 @@ class Carrying:
         """Extend the new dimension beyond the bound of the old one at which the best trial lies."""
         is_decay = name == "decay_steps"
         before = new if is_decay else old
-        # Where the tier would fix it, it stays searched, around the leading trials.
+        # A dimension that the tier would fix stays searched, around the leading trials.
         base = new if is_decay or isinstance(new, type(old)) else narrowed(old, self._values(name))
         wide = beyond_edge(before, edge, self.results.limits.get(name, (None, None)))
         if name in ("warmup_steps", "decay_steps"):
@@ -168,7 +170,10 @@ class Carrying:
     def _reason_to_stay(self, name: str) -> str:
         if name == _RATE and self.new_horizon != self.results.max_train_steps:
             factor = moved_rate(1.0, old_horizon=self.results.max_train_steps, new_horizon=self.new_horizon)
-            return f"fixed, as before; other horizons often want another rate, here about {factor:.2f} times"
+            return (
+                f"fixed, as before; the best rate often changes with the horizon, here about {factor:.2f} "
+                "times"
+            )
         return "fixed, as before"
 
     def _might(self, name: str, old: Choices | Range, values: Sequence[Value]) -> tuple[Dimension, str]:
@@ -195,7 +200,7 @@ class Carrying:
 
     def _decay(self, old: Dimension) -> tuple[Dimension, str]:
         if self.results.max_train_steps == self.new_horizon:
-            return old, "as before, and so is the horizon"
+            return old, "as before, at the same horizon"
         new = _mapped(old, self._recut)
         if not self._can_be_linear():
             return new, "as before" if new == old else "shortened to fit into the run"
@@ -203,12 +208,12 @@ class Carrying:
             before, after = (int(number(d.value) or 0) for d in (old, new))
             now = f", {percent(after / self.new_horizon)}"
             if after < self._wanted_decay(before):
-                return new, f"re-cut: all that the warmup leaves of {self.new_horizon} steps"
+                return new, f"rescaled: all steps that the warmup leaves of {self.new_horizon}"
         else:
             now = ""
         if self.decay == "share":
-            return new, f"re-cut: the same share of the run as before{now}"
-        return new, f"re-cut: as long as before, and at least 20% of the run{now and now + ' now'}"
+            return new, f"rescaled: the same share of the run as before{now}"
+        return new, f"rescaled: as long as before, and at least 20% of the run{now and now + ' now'}"
 
     def _can_be_linear(self) -> bool:
         return can_decay_linearly(self.results.space)
@@ -249,10 +254,10 @@ def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
         listed = as_listed(wanted, (*dict.fromkeys(held), *log_spaced(wanted)))
         return (
             listed,
-            "added by --add, as a list: a logarithmic range cannot hold the 0 of the enqueued trials",
+            "added by --add, as a list: a logarithmic range cannot include the 0 of the enqueued trials",
         )
     new = widened(wanted, held)
-    return new, "added by --add" + ("; widened to hold the enqueued trials" if new != wanted else "")
+    return new, "added by --add" + ("; widened to include the enqueued trials" if new != wanted else "")
 
 
 def longest(dimension: Dimension) -> float:

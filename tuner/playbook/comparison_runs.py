@@ -68,7 +68,7 @@ def _needs_comparison(
 ) -> bool:
     if not wants_comparison(results, leading, earlier):
         return False
-    # What has run already must not decide whether it is owed.
+    # Runs that have ended must not change which runs are needed.
     return diagnose(signs(replace(results, branches=()), earlier)) not in _SETTLED
 
 

@@ -93,7 +93,7 @@ def num_widenings(results: RoundResults, earlier: Sequence[RoundResults]) -> int
         before[0] == after[0]
         and before[1] is not None
         and after[1] is not None
-        # What is written has two digits.
+        # Written bounds have two digits.
         and after[1] >= 0.9 * WIDENING * before[1]
         for before, after in pairwise(highest)
     )
@@ -110,7 +110,7 @@ def diverged_above(results: RoundResults, rate: float) -> int:
 
 
 def position(dimension: Range, value: float) -> float:
-    """Return where a value lies in a range, from 0 at the low bound to 1 at the high one.
+    """Return where a value lies in a range, from 0 at the low bound to 1 at the high one, on its own scale.
 
     Rule: Deep Learning Tuning Playbook, "Identifying bad search space boundaries".
     """

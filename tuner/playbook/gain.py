@@ -151,7 +151,7 @@ def seed_spread(trials: Sequence[Trial]) -> float | None:
     """
     groups: dict[tuple[object, ...], dict[object, float]] = {}
     for trial, best in ranked_by_loss(trials):
-        # Copies of one seed measure nothing.
+        # Repeats of one seed say nothing about the spread.
         seeds = groups.setdefault(_identity(trial, without={"training_seed"}), {})
         seeds.setdefault(trial.hyperparameters.get("training_seed"), best.eval_loss)
     repeated = [

@@ -76,7 +76,9 @@ def is_number(loss: float) -> bool:
 
 
 def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations whose loss is usable. Rule: this project's decision, "The best step of a trial".
+    """Return the evaluations with a usable loss.
+
+    Rule: this project's decision, "The best step of a trial".
     """
     return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
 

@@ -37,10 +37,10 @@ def default_sampler(
     if before not in _OWN:
         return before, "as before"
     if not knows_good_trials:
-        return "quasi-random", "no good trials are known yet: it covers the space evenly"
+        return "quasi-random", "no good trials are known yet, so the points cover the space evenly"
     if not is_narrowed:
         return with_a_model(before), "learns from the trials of all rounds"
-    return with_a_model(before), "the space is narrowed around good trials: now a model of them chooses"
+    return with_a_model(before), "the space is narrowed around good trials, so a model of them chooses"
 
 
 def with_a_model(sampler: Sampler) -> Sampler:
@@ -72,7 +72,7 @@ def search_findings(space: Space, trials: int) -> Iterator[Finding]:
         yield Finding(
             "too_many_names",
             Severity.WARNING,
-            f"{trials} trials are few for all that is searched: fix {names}.",
+            f"{trials} trials are few for this search space: fix {names}.",
             {"trials": float(trials), "needed": float(max(needed for _, needed in early))},
         )
 

@@ -235,7 +235,7 @@ def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
     if horizon is None:
         raise TunerError(
             f"{results.name} suggests no horizon for the next round: {' '.join(reading.evidence)} "
-            "Pass --max-train-steps to promote nevertheless."
+            "Pass --max-train-steps to promote it anyway."
         )
     if horizon < results.evaluate_every:
         raise InputError(
@@ -249,8 +249,8 @@ def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: in
     warmup = longest(changes["warmup_steps"].to_dimension) if "warmup_steps" in changes else 0
     if warmup > horizon:
         raise InputError(
-            f"warmup_steps {warmup:.0f} does not fit into max_train_steps {horizon}: name a longer horizon "
-            "with --max-train-steps, or a shorter warmup"
+            f"warmup_steps {warmup:.0f} does not fit into max_train_steps {horizon}: pass a longer "
+            "--max-train-steps, or shorten the warmup"
         )
 
 
@@ -273,9 +273,9 @@ def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
         yield Finding(
             "tiny_rate",
             Severity.WARNING,
-            f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} that the horizon gains would "
-            "run below a tenth of the peak rate, where they teach little. A longer horizon, or a constant "
-            "rate until a short decay, spends more steps at the peak.",
+            f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} added by the longer horizon "
+            "would run below a tenth of the peak rate, where little is learned. An even longer horizon, or a "
+            "constant rate with a short decay, spends more steps at the peak.",
             {"share": share, "steps": float(horizon - old_horizon)},
         )
 
@@ -293,7 +293,7 @@ def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
 
 def _nothing_to_run(enqueue: Sequence[EnqueuedTrial], total: int, horizon: int) -> Iterator[str]:
     if len(enqueue) == total and all(entry.from_step == horizon for entry in enqueue):
-        yield "All of its trials are complete already: raise search.trials to run new ones."
+        yield "All of its trials are complete already. Raise search.trials to run new ones."
 
 
 def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) -> Iterator[str]:
@@ -303,7 +303,7 @@ def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) 
     if cap is not None and horizon > cap:
         yield f"{horizon} steps are more than run.production_steps, {cap}."
     if horizon > 3 * results.max_train_steps:
-        yield "More than three times the last horizon: what was best there may not be best here."
+        yield "More than three times the last horizon: its best trials may not be the best here."
     has_decay = can_decay_linearly(space) and longest(space.get("decay_steps", Fixed(0))) > 0
     if reading.diagnosis == Diagnosis.TOO_SHORT and horizon > results.max_train_steps and has_decay:
         yield "The best steps are late: also retune decay_steps."

@@ -46,7 +46,7 @@ def is_diverged(evaluations: Sequence[Evaluation], vocabulary_size: int) -> str 
         if in_a_row == PATIENCE:
             return (
                 f"diverged: evaluation loss {evaluation.eval_loss:.3f} at step {evaluation.step}, above "
-                f"{limit:.3f} for {PATIENCE} evaluations in a row (the untouched model has {base_loss:.3f})"
+                f"{limit:.3f} for {PATIENCE} evaluations in a row (the base model has {base_loss:.3f})"
             )
     return None
 
@@ -110,7 +110,10 @@ def _behind_the_median(own: float, peers: Sequence[Trial], step: int) -> str | N
     complete = [_best_until(peer, step) for peer in peers if peer.state == TrialState.COMPLETE]
     if len(complete) < MIN_COMPLETE or not own > (middle := median(complete)):
         return None
-    return f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)}, {middle:.4f}"
+    return (
+        f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)} trials, "
+        f"{middle:.4f}"
+    )
 
 
 def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | None:
@@ -118,7 +121,10 @@ def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | 
     places = max(1, (len(there) + 1) // REDUCTION)
     if sum(loss < own for loss in there) < places:
         return None
-    return f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1}"
+    return (
+        f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1} "
+        "trials"
+    )
 
 
 def _best_until(trial: Trial, step: int) -> float:

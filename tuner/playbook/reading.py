@@ -161,8 +161,8 @@ def _compute_bound_finding(seen: Signs, compute_bound: bool | None) -> Iterator[
             "compute_bound",
             Severity.INFO,
             f"Training is compute-bound: the train loss still falls at step {seen.max_train_steps}, and "
-            f"run.production_steps ends runs at {seen.production_steps}. About 10% of that length answers "
-            "most questions, but what holds there may fail at 20% or at 100%: keep the last round for "
-            "the few best, at full length.",
+            f"run.production_steps limits runs to {seen.production_steps}. Runs of about 10% of that length "
+            "answer most questions, but their conclusions may fail at 20% or at 100%: use the last round to "
+            "run the few best trials at full length.",
             {"share_of_production": share},
         )

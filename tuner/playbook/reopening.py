@@ -152,7 +152,7 @@ def _noisier_gradients(
 def _other_optimizer(results: RoundResults, space: Space) -> Iterator[str]:
     before = results.space.get("optimizer")
     if "optimizer" in searched(space) and isinstance(before, Fixed):
-        yield f"Another optimizer than {before.value} is tried: with a better one, fewer steps may do."
+        yield f"An optimizer other than {before.value} is tried: a better one may need fewer steps."
 
 
 def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterat
     if names and lowest > FAR_FROM_FITTED and reading.diagnosis != Diagnosis.OVERFITTING:
         yield (
             f"{' and '.join(names)} will probably not help yet: the training set is not fitted (train loss "
-            f"{lowest:.2g}) and nothing overfits."
+            f"{lowest:.2g}) and no trial overfits."
         )
 
 
@@ -232,15 +232,15 @@ def reopening_findings(
         return
     name, correlation = overturned.earlier.name, overturned.rank_correlation
     if widens_rates:
-        done = "Higher learning rates come first, so nothing is re-opened yet."
+        done = "Higher learning rates are tried first, so nothing else is searched again yet."
     elif reopened:
         done = f"Searched again as in {name}: {', '.join(reopened)}. What {name} held fixed stays fixed."
     else:
-        done = f"Nothing is re-opened: what is fixed now was fixed in {name} as well."
+        done = f"Nothing is searched again: whatever is fixed now was also fixed in {name}."
     yield Finding(
         "agreement",
         Severity.WARNING,
-        f"The order of the {overturned.num_trials} trials carried over from {name} did not hold in "
+        f"The ranking of the {overturned.num_trials} trials carried over from {name} did not hold in "
         f"{overturned.later} (rank correlation {correlation:.2f}). {done}",
         {"rank_correlation": correlation, "trials": float(overturned.num_trials)},
     )

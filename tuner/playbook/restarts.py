@@ -63,10 +63,10 @@ def next_horizon(
     if reading.diagnosis == Diagnosis.UNDETERMINED and _was_undetermined(same):
         return Enough(
             "for the second time in a row the round cannot tell whether more steps would help; its report "
-            f"says what would. The next horizon to try is {suggested} steps"
+            f"says what would settle it. The next horizon to try is {suggested} steps"
         )
     if suggested <= steps and results.production_steps is None:
-        return Enough(f"a horizon of {steps} leaves no step to add: set a longer max_train_steps")
+        return Enough(f"a horizon of {steps} is too short to be extended: set a longer max_train_steps")
     if suggested <= steps:
         return Enough(f"run.production_steps, {results.production_steps}, does not allow longer runs")
     return _bounded(suggested, results, same, has_deadline=has_deadline)
@@ -97,8 +97,8 @@ def _was_undetermined(earlier: Sequence[RoundResults]) -> bool:
 
 def _nothing_taught(reading: Reading) -> str:
     if reading.diagnosis == Diagnosis.NO_LEARNING:
-        return "no trial beat the base model: look at data, loss masks and learning rates first"
-    return "no trial is complete, so nothing says how long to train"
+        return "no trial beat the base model: check the data, the loss masks and the learning rates first"
+    return "no trial is complete, so the round does not show how long to train"
 
 
 CARRIED_SHARE = 1 / 3
@@ -223,5 +223,5 @@ def plan_round_anew(
         sampler_reason="learns from the trials of all rounds",
         proposed_seeds=(),
         findings=reading.findings,
-        notes=(f"Pass {number} begins, with the horizon and the space of {first.name}.",),
+        notes=(f"This round starts pass {number}, with the horizon and the search space of {first.name}.",),
     )

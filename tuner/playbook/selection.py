@@ -143,7 +143,7 @@ def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Leadi
     """
     complete = distinct(trial for trial, _ in ranked_by_loss(trials))
     learned = (trial for trial in complete if beats_the_base(trial))
-    # What comes after the leading ones need not be judged.
+    # Trials ranked after the leading ones need not be judged.
     leading = list(islice(learned, num_leading(len(complete))))
     return _first(leading, len(leading), max_train_steps)
 

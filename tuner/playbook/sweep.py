@@ -118,7 +118,7 @@ def answer_without_a_sweep(
     """
     if production_steps is None or production_steps * batch_size >= 2 * train_rows:
         return None
-    return _compute_bound(production_steps, f"{production_steps} steps do not even see its rows twice")
+    return _compute_bound(production_steps, f"{production_steps} steps are fewer than two epochs")
 
 
 def decide_sweep(
@@ -149,7 +149,7 @@ def decide_sweep(
         edge = rates[-1] if at_top else rates[0]
         return SweepProblem(
             f"the best learning rate is still at the edge of the grid, {edge:.3g}, after {widenings} "
-            "widenings: look at data, loss masks and warmup"
+            "widenings: check the data, the loss masks and the warmup"
         )
     assert best is not None
     if (fastest := fits[best]) is not None:
@@ -195,6 +195,6 @@ def _compute_bound(production_steps: int, why: str) -> ComputeBound:
     start = max(1, round(PRODUCTION_SHARE * production_steps))
     return ComputeBound(
         start,
-        f"Training is compute-bound: the training set cannot be fitted, since {why}. "
+        f"Training is compute-bound: the training set cannot be fitted because {why}. "
         f"Start at about 10% of the production length, {start} steps.",
     )
