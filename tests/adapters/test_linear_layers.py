@@ -59,7 +59,7 @@ def with_layer(models: tiny.Models, kind: str) -> Base:
 @pytest.mark.parametrize("kind", ["tuple", "sent to", "one by one", "transposed"])
 def test_what_would_mix_trials_is_refused(models: tiny.Models, kind: str) -> None:
     with pytest.raises(
-        ModelError, match=r"target_modules: model\.layers\.1\.mlp\.inner, a \w+, is no product"
+        ModelError, match=r"target_modules: model\.layers\.1\.mlp\.inner, a \w+, does not process every token"
     ):
         refuse_unlike_linear(
             with_layer(models, kind), ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.inner"]

@@ -241,5 +241,5 @@ class TestFaultyCheckpoints:
         end = ended(run(models.base("llama"), assigned))
         assert (end.outcome, end.reason) == (
             "failed",
-            f"{tmp_path / 'gone'}: the recorded checkpoint is gone",
+            f"{tmp_path / 'gone'}: the recorded checkpoint is missing",
         )

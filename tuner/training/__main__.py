@@ -1,7 +1,7 @@
-"""`python -m tuner.training`: one worker process, told by its parent on standard input what to do.
+"""`python -m tuner.training`: one worker process, which reads its parent's commands on standard input.
 
-Standard output carries events alone, one JSON document a line; whatever libraries print goes to
-standard error, which the parent keeps as the worker's log.
+Standard output carries only events, one JSON document a line; whatever libraries print goes to standard
+error, which the parent keeps as the worker's log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuner.training.startup import load_worker_state
 
 
 def main() -> int:
-    """Set up, say `Ready`, train until told to close."""
+    """Set up, send `Ready`, and train until told to close."""
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
@@ -61,8 +61,13 @@ def main() -> int:
         try:
             train(state, commands, say)
         except TunerError as error:
-            # Another worker would come to the same answers, and to the same end.
-            say(Died(f"{error}. Every trial is saved; put that right", is_input_error=True))
+            # Another worker would generate the same answers and fail alike.
+            say(
+                Died(
+                    f"{error}. Every trial is saved. Fix the metric",
+                    is_input_error=True,
+                )
+            )
             return 1
     return 0
 

@@ -1,6 +1,6 @@
 """The training loop: trials in slots, one packed micro-step after another.
 
-A micro-step gives every trial in a slot one micro-batch. A trial whose update is whole steps its own
+A micro-step gives every trial in a slot one micro-batch. A trial whose update is complete steps its own
 optimizer; one at an evaluation step is evaluated; one at its end leaves its slot to the next.
 """
 
@@ -37,22 +37,22 @@ from tuner.training.worker_state import WorkerState
 _log = logging.getLogger(__name__)
 
 LAST_EVERY_SHARE = 0.05
-"""Of the time, at most this much goes into `last` checkpoints, once one takes more than a second."""
+"""Share of the time that `last` checkpoints may take, once one takes more than a second."""
 
 
 def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], None]) -> None:
-    """Run assignments from `commands` until it closes; a close saves every trial first.
+    """Run assignments from `commands` until it closes, then save every trial.
 
-    Raises TunerError, every trial saved, where the round's answers cannot be scored.
+    Raises TunerError, after saving every trial, if the round's answers cannot be scored.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
-    max_runs = state.pack.num_slots  # less once memory did not have it: then one begins when another has left
+    max_runs = state.pack.num_slots  # lowered when one more runs out of memory: it then waits for a free slot
     last_saved: dict[int, tuple[float, float]] = {}
     last_said = 0.0
 
     while not commands.closed:
-        # --- new trials take free slots, unwanted ones leave
+        # --- start new trials in free slots, remove unwanted ones
         waiting += commands.assignments(wait=not runs and not waiting)
         max_runs = _fill_slots(state, runs, waiting, max_runs, say)
         for assignment in [each for each in waiting if each.trial in commands.unwanted]:
@@ -63,7 +63,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 _leave(run, "stopped", None, say, save=True)
                 del runs[slot]
 
-        # --- evaluations that are due: at step 0, every so many steps, and at the horizon
+        # --- evaluate what is due: at step 0, every `evaluate_every` steps, and at the horizon
         due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
         with state.meter.timing("evaluating"):
             evaluations = evaluate(state, due)
@@ -80,7 +80,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
         _end_what_is_over(state, runs, commands, say)
 
-        # --- one micro-step for every trial, and the updates that are whole
+        # --- one micro-step for every trial, and the updates that it completes
         with state.meter.timing("training"):
             micro_step(state, runs)
         if (now := time.monotonic()) - last_said > 1.0:
@@ -100,7 +100,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
 
 
 class _OutOfMemoryBesideOthers(Exception):
-    """Memory has no room for a trial while others are in the slots."""
+    """A trial does not fit into memory while others are in the slots."""
 
 
 def _fill_slots(
@@ -110,7 +110,7 @@ def _fill_slots(
     max_runs: int,
     say: Callable[[Event], None],
 ) -> int:
-    """Let trials that wait begin in free slots; for how many trials memory has room, as far as is known."""
+    """Start waiting trials in free slots; return how many trials fit into memory, as far as known."""
     while waiting and len(runs) < max_runs:
         free = next(slot for slot in range(state.pack.num_slots) if slot not in runs)
         try:
@@ -128,7 +128,7 @@ def _begin(
 ) -> TrialRun | None:
     """Put a trial into a slot, from its checkpoint or from PEFT's initialisation.
 
-    None where it has ended at once. Raises _OutOfMemoryBesideOthers where it might fit alone.
+    None if it has ended at once. Raises _OutOfMemoryBesideOthers if it may fit alone.
     """
     try:
         run = _placed(state, assignment, slot)
@@ -155,7 +155,7 @@ def _begin(
 
 
 def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun | None:
-    """The trial in its slot; None when out of memory, of which nothing is then held here any more."""
+    """Load the trial into its slot; None if out of memory, with nothing left allocated."""
     try:
         if assignment.resume_from is not None:
             snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
@@ -175,14 +175,14 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
 def _decline(
     assignment: Assignment, outcome: Outcome, reason: str | None, say: Callable[[Event], None]
 ) -> None:
-    """End an attempt that never began."""
+    """End an attempt that never started."""
     say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, outcome, reason))
 
 
 def _end_what_is_over(
     state: WorkerState, runs: dict[int, TrialRun], commands: CommandReader, say: Callable[[Event], None]
 ) -> None:
-    """Trials that are infeasible or at their horizon leave; raises TunerError as `train` does."""
+    """End trials that are infeasible or at their horizon. Raises TunerError as `train` does."""
     for slot, run in list(runs.items()):
         if run.reason_infeasible is not None:
             _leave(run, "infeasible", run.reason_infeasible, say)
@@ -201,9 +201,9 @@ def _end_what_is_over(
 def _answer(
     state: WorkerState, run: TrialRun, slot: int, commands: CommandReader, say: Callable[[Event], None]
 ) -> bool:
-    """Let the best adapter of a trial at its horizon answer, where the round asks; a branch is no trial.
+    """Score the answers of a trial at its horizon, if the round scores them; branches are not scored.
 
-    False when the trial or the worker is to stop before the last answer. The other slots wait.
+    False if the trial or the worker is to stop before the last answer. The other slots wait.
     """
     if state.generation_eval is None or run.assignment.trial < 0:
         return True
@@ -234,7 +234,7 @@ def _leave(
 def _save(
     run: TrialRun, last_saved: dict[int, tuple[float, float]], slot: int, say: Callable[[Event], None]
 ) -> None:
-    """After an evaluation: the best adapter if it is this one, and where to go on from."""
+    """After an evaluation, save the best adapter if it is this one, and the last checkpoint."""
     if run.best_step == run.step and (best := run.save_best()) is not None:
         say(Saved(*_name(run), best))
     if run.is_at_trunk:

@@ -1,4 +1,4 @@
-"""Passes over the frozen base: updates and evaluations of many trials, in as few passes as memory allows."""
+"""Passes over the frozen base model: updates and evaluations of many trials, in as few as memory allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
-    """One micro-step of every trial; those whose update is whole then step."""
+    """Run one micro-step of every trial; those whose update is complete then step."""
     for run in runs.values():
         if not run.micro_batches:
             run.begin_update(state.train.num_tokens, state.train.num_targets, micro_tokens=state.micro_tokens)
@@ -40,12 +40,12 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
 def forward_backward(
     state: WorkerState, runs: Mapping[int, TrialRun], micro_batches: Mapping[int, MicroBatch]
 ) -> None:
-    """One micro-batch of each trial, in as few passes as memory allows.
+    """Run one micro-batch of each trial, in as few passes as memory allows.
 
-    Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates
-    the sum over trials. Out of memory halves the tokens of a pass and tries the same rows again:
-    gradients are collected only after a pass has succeeded. A row that does not fit alone is tried once
-    more with fewer activations kept, before its trial is infeasible.
+    Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates the sum
+    over trials. Running out of memory halves the tokens of a pass and tries the same rows again: gradients
+    are collected only after a pass has succeeded. A row that does not fit alone is tried once more with fewer
+    activations kept, before its trial is infeasible.
     """
     lengths = state.train.num_tokens
     waiting = _groups(micro_batches, lengths, state.pass_tokens)
@@ -61,12 +61,12 @@ def forward_backward(
         torch.cuda.empty_cache()
         if sum(len(micro_batch.rows) for micro_batch in group.values()) > 1:
             state.pass_tokens = max(1, _grid_tokens(group.values(), lengths) // 2)
-            _log.warning("out of memory: going on with %d tokens in a pass", state.pass_tokens)
+            _log.warning("out of memory: continuing with %d tokens in a pass", state.pass_tokens)
             waiting = [
                 part for whole in (group, *waiting) for part in _groups(whole, lengths, state.pass_tokens)
             ]
         elif state.base.keep_fewer_activations():
-            _log.warning("out of memory with one row: layers run again in the backward pass from here on")
+            _log.warning("out of memory with one row: from now on layers are recomputed in the backward pass")
             waiting.insert(0, group)
         else:
             runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
@@ -75,9 +75,9 @@ def forward_backward(
 def _pass(
     state: WorkerState, runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...]
 ) -> list[float] | None:
-    """Forward and backward; each slot's sum of negative log-likelihoods, or None when out of memory.
+    """Run forward and backward; return each slot's summed negative log-likelihood, None if out of memory.
 
-    On its own, so that nothing of a pass that failed is still held when its rows are tried again.
+    A separate function, so that a failed pass holds no memory when its rows are tried again.
     """
     state.pack.zero_gradients()
     try:
@@ -102,7 +102,7 @@ def _pass(
 
 
 def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
-    """Evaluate the trials that are due, all in the same passes; one without memory for that is infeasible."""
+    """Evaluate the trials that are due in shared passes; one that does not fit into memory is infeasible."""
     base, tokens = state.base_evaluation, state.evaluation.num_targets.tolist()
     known = {slot for slot, run in due.items() if run.step == 0 and base is not None}
     measured = _scores_within_memory(state, tuple(sorted(due.keys() - known)))
@@ -121,7 +121,9 @@ def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evalu
 
 
 def _scores_within_memory(state: WorkerState, slots: tuple[int, ...]) -> dict[int, Scores | None]:
-    """`example_scores` by slot: together, or alone where that takes too much; None where it still does."""
+    """Return `example_scores` by slot: together, or alone if that needs too much memory; None if it still
+    does.
+    """
     if not slots:
         return {}
     try:
@@ -129,12 +131,12 @@ def _scores_within_memory(state: WorkerState, slots: tuple[int, ...]) -> dict[in
     except torch.OutOfMemoryError:
         if len(slots) == 1:
             return {slots[0]: None}
-    # Here the failed pass and its tensors are gone, which they are not while the error is handled.
+    # The failed pass and its tensors are freed here, but not while the error is being handled.
     return {slot: found for each in slots for slot, found in _scores_within_memory(state, (each,)).items()}
 
 
 def example_scores(state: WorkerState, slots: Sequence[int]) -> list[Scores]:
-    """What each slot's adapter makes of the evaluation examples; without slots, what the base does."""
+    """Score each slot's adapter on the evaluation examples; without slots, the base model."""
     scores, state.evaluation_tokens = scores_of(
         state.pack,
         state.evaluation,
@@ -148,7 +150,7 @@ def example_scores(state: WorkerState, slots: Sequence[int]) -> list[Scores]:
 def _groups(
     micro_batches: Mapping[int, MicroBatch], lengths: np.ndarray, pass_tokens: int
 ) -> list[dict[int, MicroBatch]]:
-    """The micro-batches in passes of at most `pass_tokens` tokens; one too large alone is halved."""
+    """Group micro-batches into passes of at most `pass_tokens` tokens; halve one that is too large alone."""
     pending = list(micro_batches.items())
     groups: list[dict[int, MicroBatch]] = []
     while pending:
@@ -167,7 +169,7 @@ def _groups(
 
 
 def _grid_tokens(micro_batches: Iterable[MicroBatch], lengths: np.ndarray) -> int:
-    """Tokens of a pass over these micro-batches, padding included: each becomes as large as the largest."""
+    """Return the tokens of a pass over these micro-batches, each padded to the largest."""
     parts = list(micro_batches)
     tallest = max(len(part.rows) for part in parts)
     longest = max(int(lengths[list(part.rows)].max()) for part in parts)

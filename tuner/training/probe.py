@@ -1,4 +1,4 @@
-"""A few passes and steps, timed, with what they take in memory; nothing of them is kept."""
+"""Time a few passes and steps and measure their memory; nothing is kept."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _PROBED_TOKENS = (512, 2048, 8192)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a round will take, from a few steps of all its slots."""
+    """The predicted cost of a round, from a few steps of all its slots."""
 
     slots: int
     seconds_per_step: float
-    """Of a trial's share: slots that train together divide the time of a pass."""
+    """Per trial: slots that train together divide the time of a pass."""
     seconds_per_evaluation: float
-    """The same of an evaluation."""
+    """The same for an evaluation."""
     peak_memory_bytes: int
 
 
 def predict(state: WorkerState, spec: RoundSpec) -> Prediction:
     """Fill every slot with a trial of the largest adapter, train a few steps and evaluate once.
 
-    Raises ModelError where memory has no room for one row of a trial.
+    Raises ModelError if one row of a trial does not fit into memory.
     """
     device = state.base.device
     hyperparameters = largest_hyperparameters(spec.space())
@@ -50,7 +50,7 @@ def predict(state: WorkerState, spec: RoundSpec) -> Prediction:
 
 
 def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
-    """Passes of one trial over its longest rows, up to the first that does not fit."""
+    """Run passes of one trial over its longest rows, up to the first that does not fit."""
     device = state.base.device
     run = _trial(state, 0, hyperparameters, horizon=1)
     longest = state.train.num_tokens.argsort()[::-1].tolist()
@@ -68,7 +68,7 @@ def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
-    """The hyperparameters that take the most memory: the largest rank and batch, DoRA, else the first."""
+    """Return the hyperparameters that need the most memory: largest rank and batch, DoRA, else the first."""
     values: dict[str, Value] = {}
     for name, dimension in space.items():
         match dimension:
@@ -86,7 +86,7 @@ def largest_hyperparameters(space: Space) -> dict[str, Value]:
 
 
 def _trial(state: WorkerState, slot: int, hyperparameters: Hyperparameters, horizon: int) -> TrialRun:
-    """A trial at step 0 in a slot."""
+    """Create a trial at step 0 in a slot."""
     start = state.new_adapter(hyperparameters, seed=0)
     assignment = Assignment("probe", slot, 1, hyperparameters, horizon, horizon, directory="")
     run = TrialRun(assignment, start, device=state.base.device)
@@ -95,7 +95,7 @@ def _trial(state: WorkerState, slot: int, hyperparameters: Hyperparameters, hori
 
 
 def _update(state: WorkerState, runs: dict[int, TrialRun]) -> None:
-    """One update of every trial."""
+    """Run one update of every trial."""
     steps = {slot: run.step for slot, run in runs.items()}
     while any(run.step == steps[slot] and run.reason_infeasible is None for slot, run in runs.items()):
         micro_step(state, {slot: run for slot, run in runs.items() if run.step == steps[slot]})

@@ -36,10 +36,10 @@ from tuner.training.worker_state import WorkerState
 _log = logging.getLogger(__name__)
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""Tokens of all trials in one pass, padding included, where memory is not the limit. On a CPU larger tensors
-leave the caches (docs/log.md)."""
+"""Tokens of all trials in one pass, including padding, if memory is not the limit. On a CPU larger tensors
+exceed the caches (docs/log.md)."""
 _CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
-"""Keys of a model's configuration that say where it lies, not what it is."""
+"""Keys of a model's configuration that say where it is stored, not what it is."""
 
 
 def load_worker_state(
@@ -50,9 +50,9 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[WorkerState, Ready]:
-    """Load base and data; measure the untouched base unless its evaluation is given.
+    """Load base model and data; evaluate the base model unless its evaluation is given.
 
-    `say` hears what is being done. Raises InputError when model, data or metric cannot be used.
+    `say` receives progress messages. Raises InputError if model, data or metric cannot be used.
     """
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
@@ -63,7 +63,7 @@ def load_worker_state(
             spec.evaluation.answers, data.questions, state.base, tokenizer
         )
     if base_evaluation is None:
-        say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
+        say(f"evaluating the base model on {len(data.evaluation):,} rows")
         with explain_out_of_memory(state.pack.num_slots):
             base_evaluation = measure_base(state)
     state.base_evaluation = base_evaluation
@@ -86,11 +86,11 @@ def load_worker_state(
 
 
 def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> WorkerState:
-    """Load the base and put a pack on it.
+    """Load the base model and put a pack on it.
 
-    `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
-    as many as fill a pass and fit into memory on a GPU; DoRA has one. Raises ModelError when the model cannot
-    be used, or memory has no room for it and the slots.
+    With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
+    on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
+    be used, or does not fit into memory with the slots.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     space = spec.space()
@@ -124,7 +124,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         if slots != "auto":
             state = state_with(slots, pass_tokens)
             if spec.trains_alone:
-                # Refuses a base that DoRA cannot read.
+                # Refuses a base model that DoRA cannot read.
                 state.new_adapter(largest_hyperparameters(space), seed=0)
             return state
         if device.type == "cpu":
@@ -136,7 +136,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
 
 
 def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """What `auto` settles on: a few passes of one trial in `state`, and what they took, in so much memory."""
+    """Choose the slots for `auto`, from a few probe passes of one trial in `state`."""
     probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
         return Packing(1, state.pass_tokens)
@@ -153,7 +153,7 @@ def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Pac
 
 
 def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
-    """Fingerprint of what is held fixed: the base's configuration and a sample of its weights; the data."""
+    """Return the fingerprint of what is held fixed: the base model's config and sampled weights; the data."""
     total = hashlib.sha256(data.fingerprint.encode())
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in _CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -165,7 +165,7 @@ def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
 
 
 def _evaluation_share(data: PreparedData, spec: RoundSpec) -> float:
-    """Share of a trial's work that its evaluations take: a token costs half of one that is trained on."""
+    """Return the share of a trial's compute spent on evaluation: its tokens cost half of training tokens."""
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
     evaluated = evaluations * float(data.evaluation.num_tokens.sum())
     trained = 2.0 * spec.max_train_steps * _mean_batch_size(spec) * float(data.train.num_tokens.mean())
@@ -178,7 +178,7 @@ def _mean_batch_size(spec: RoundSpec) -> float:
 
 
 def measure_base(state: WorkerState) -> Evaluation:
-    """The untouched base's evaluation; no slot has a trial."""
+    """Return the base model's evaluation; no slot has a trial."""
     (scores,) = example_scores(state, ())
     tokens = state.evaluation.num_targets.tolist()
     return Evaluation(
