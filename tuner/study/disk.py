@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, StorageError
+from tuner.methods.optimizers import optimizer
 from tuner.playbook.schedule import ComparisonRule
 from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
@@ -21,8 +22,6 @@ from tuner.study.retention import num_kept
 
 _WEIGHT_BYTES = 4
 """Bytes of an adapter's weight on disk, in float32."""
-_OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
-"""Bytes of a weight's two moments."""
 
 _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 """The most stable checkpoints that a trial keeps for comparison runs."""
@@ -49,13 +48,13 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the most bytes of one resumable checkpoint: weights, moments, and the best adapter so far."""
-    moments = max(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    moments = max(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
 def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the least bytes of a trial's checkpoints: one best adapter and a `last` that equals it."""
-    moments = min(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    moments = min(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
