@@ -20,12 +20,12 @@ from tuner.methods.schedules import DecayRule
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.restarts import (
-    Anew,
     Enough,
-    Longer,
+    LongerRound,
+    Restart,
     following,
     next_horizon,
-    plan_round_anew,
+    plan_restart,
     points_left,
 )
 from tuner.playbook.schedule import can_decay_linearly
@@ -133,7 +133,7 @@ def _read_otherwise(results: RoundResults) -> Iterator[str]:
         )
 
 
-def go_on_in_passes(
+def continue_passes(
     folder: StudyFolder,
     store: Store,
     *,
@@ -162,7 +162,7 @@ def go_on_in_passes(
                 if isinstance(follows, Enough)
                 else "no trial is left that a longer round could continue"
             )
-        case Longer() as step:
+        case LongerRound() as step:
             planned = plan_next_round(
                 results,
                 reading,
@@ -174,11 +174,11 @@ def go_on_in_passes(
             )
             planned = each_point_once(planned)
             text = _longer_text(_file(folder, last, to), planned)
-        case Anew(number=number):
+        case Restart(number=number):
             file = _file(folder, rounds[0].name, to)
             trials = int(min(file.spec.search.trials, points_left(rounds)))
-            planned = plan_round_anew(rounds[0], results, reading, to=to, trials=trials, number=number)
-            text = _text_anew(file, planned, number)
+            planned = plan_restart(rounds[0], results, reading, to=to, trials=trials, number=number)
+            text = _restart_text(file, planned, number)
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
 
 
@@ -278,7 +278,7 @@ def _longer_text(file: RoundFile, next_round: NextRound) -> str:
     return _edited(file, next_round, comments)
 
 
-def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
+def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     search = file.spec.search
     changes = {
         "round": next_round.to_round,
