@@ -224,7 +224,7 @@ def run_loop(
 
         def start(assigned: Assignment) -> None:
             open_ends.add(assigned.trial)
-            written.write(json.dumps({"command": "start", "assignment": to_json(assigned)}) + "\n")
+            written.write(json.dumps({"order": "start", "assignment": to_json(assigned)}) + "\n")
 
         def say(event: Event) -> None:
             events.append(event)
@@ -233,7 +233,7 @@ def run_loop(
                 if waiting:
                     start(waiting.pop(0))
                 elif not open_ends:
-                    written.write('{"command": "close"}\n')
+                    written.write('{"order": "close"}\n')
 
         for assigned in waiting[: state.pack.num_slots]:
             start(assigned)

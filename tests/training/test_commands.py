@@ -28,10 +28,10 @@ def test_orders(tmp_path: Path) -> None:
     commands = CommandReader(
         lines(
             {"slots": 2},
-            {"command": "start", "assignment": to_json(first)},
-            {"command": "stop", "trial": 7},
-            {"command": "start", "assignment": to_json(second)},
-            {"command": "close"},
+            {"order": "start", "assignment": to_json(first)},
+            {"order": "stop", "trial": 7},
+            {"order": "start", "assignment": to_json(second)},
+            {"order": "close"},
         )
     )
     assert commands.read_document() == {"slots": 2}
@@ -45,15 +45,15 @@ def test_does_not_wait_when_trials_run() -> None:
         commands = CommandReader(written, on_parent_gone=lambda: None)
         commands.listen()
         assert list(commands.assignments(wait=False)) == []
-        parent.write('{"command": "close"}\n')
+        parent.write('{"order": "close"}\n')
 
 
 def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
     commands = CommandReader(
         lines(
-            {"command": "stop", "trial": 0},
-            {"command": "start", "assignment": to_json(assignment(tmp_path, 0))},
-            {"command": "close"},
+            {"order": "stop", "trial": 0},
+            {"order": "start", "assignment": to_json(assignment(tmp_path, 0))},
+            {"order": "close"},
         )
     )
     until_closed(commands)
@@ -62,13 +62,13 @@ def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
 
 def test_parent_gone() -> None:
     gone = threading.Event()
-    CommandReader(lines({"command": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
+    CommandReader(lines({"order": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
     assert gone.wait(10)
 
 
 def test_close_is_not_the_parent_gone() -> None:
     gone = threading.Event()
-    commands = CommandReader(lines({"command": "close"}), on_parent_gone=gone.set)
+    commands = CommandReader(lines({"order": "close"}), on_parent_gone=gone.set)
     commands.listen()
     assert list(commands.assignments(wait=True)) == []
     assert commands.closed

@@ -54,7 +54,7 @@ class CommandReader:
     def _read(self) -> None:
         for line in self._lines:
             command = json.loads(line)
-            match command["command"]:
+            match command["order"]:
                 case "start":
                     assignment = assignment_from_json(command["assignment"])
                     self.unwanted.discard(assignment.trial)
