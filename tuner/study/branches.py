@@ -101,7 +101,7 @@ class ComparisonRuns:
             if self._number(branch) in numbers and _is_running(branch):
                 self._try_again(self._ended(branch, "died", reason))
 
-    def heal(self) -> None:
+    def recover(self) -> None:
         """Recover from what an earlier process left open."""
         for branch in self._record.branches:
             if _is_running(branch):

@@ -63,7 +63,7 @@ class CheckpointFolder:
         for path in paths:
             shutil.rmtree(self.root / path, ignore_errors=True)
 
-    def tidy(self, trial: Trial) -> None:
+    def clean_up(self, trial: Trial) -> None:
         """Delete checkpoints without a fact, and let the link `best` point where the facts say.
 
         A crash leaves such checkpoints, and so does a trial that was pruned. Only while no worker runs it.
