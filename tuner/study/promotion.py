@@ -310,7 +310,7 @@ def _edited(
     said = {key: text for key, text in comments.items() if key in changes}
     said["search.sampler"] = next_round.sampler_reason
     reasons = {name: change.reason for name, change in next_round.changes.items()}
-    if by_option and reasons.get("decay_steps", "").startswith("re-cut"):
+    if by_option and reasons.get("decay_steps", "").startswith("rescaled"):
         reasons["decay_steps"] += f": {by_option}"
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
