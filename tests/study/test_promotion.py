@@ -435,4 +435,4 @@ def test_rows_that_were_read_otherwise_are_spoken_of(study: Path, rows: str | No
     finally:
         store.close()
     notes = promoted(study, to="other").document["notes"]
-    assert any("read some rows otherwise trained round1" in note for note in notes) is is_said
+    assert any("read some rows differently trained round1" in note for note in notes) is is_said
