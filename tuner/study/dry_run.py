@@ -1,7 +1,7 @@
-"""Rehearsals: a round's copy in a folder of its own, so that no real round is ever touched.
+"""Rehearsals: a dry run of a round in a folder of its own, so that no real round is touched.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its files, its database
-and its checkpoints; its files say `run.engine: simulated`, and every verb works in it.
+The folder `rehearsal/` beside the round file is a study like any other, with its files, its database and its
+checkpoints; its files say `run.engine: simulated`, and every command works in it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tuner.study.run import refuse_changed_file
 
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
-    """The round's copy under `rehearsal/`, written when it differs; of a rehearsal's own file, itself.
+    """Return the round's copy under `rehearsal/`, written if it differs; a rehearsal's own file itself.
 
-    Raises InputError when the copy cannot be written, or when the rehearsed round began with another file.
+    Raises InputError if the copy cannot be written, or if the rehearsed round started with another file.
     """
     if is_rehearsal(file):
         return file
@@ -41,7 +41,7 @@ def rehearsed_file(file: RoundFile) -> RoundFile:
 
 
 def _changes(file: RoundFile) -> dict[str, Any]:
-    """What a copy says otherwise: its own database and checkpoints, the same model and data."""
+    """Return the copy's changes: its own database and checkpoints, the same model and data."""
     written, absolute = file.spec, file.spec.absolute(file.directory)
     changes: dict[str, Any] = {
         "run.engine": "simulated",
