@@ -33,15 +33,6 @@ def write_study(directory: Path, count: int) -> Path:
     from tuner.config import load_round
     from tuner.records import Evaluation, RoundRecord, Trial, TrialState, complete_hyperparameters
     from tuner.store import open_store
-    from tuner.store.facts import (
-        AttemptEnded,
-        AttemptStarted,
-        EvaluationMade,
-        RoundBegun,
-        StepsRun,
-        TrialAsked,
-        TrialEnded,
-    )  # fmt: skip
 
     path = write_round(
         directory, trials=count + 100, steps=HORIZON, every=EVERY, decay_steps=36, lora_r="[2, 4]"
@@ -71,11 +62,11 @@ def write_study(directory: Path, count: int) -> Path:
                 nll,
                 (TOKENS,) * EXAMPLES,
             )
-            facts.append(EvaluationMade(*name, made))
+            facts.append(Evaluated(*name, 1, made))
         end = float(number + 1)
         store.record(
             *facts,
-            StepsRun(*name, 1, HORIZON),
+            Progressed(*name, 1, HORIZON),
             AttemptEnded(*name, 1, HORIZON, end, "complete"),
             TrialEnded(*name, TrialState.COMPLETE, None, end),
         )
@@ -95,16 +86,13 @@ def measure(what: str, path: Path) -> tuple[float, float]:
         case "asks" | "event":
             from tuner.records import Evaluation, Trial, complete_hyperparameters
             from tuner.report.board import Board
-            from tuner.store.facts import AttemptStarted, EvaluationMade, StepsRun, TrialAsked
-            from tuner.study.round_state import MirroredStore, RoundState
-            from tuner.study.sampling import Advisor, optuna_storage
 
             advisor = Advisor(
                 optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", file.spec.space(),
                 file.spec.search, max_train_steps=HORIZON,
             )  # fmt: skip
             begun = time.process_time()
-            state = RoundState(MirroredStore(open_store(url, study=file.spec.study)), "round1")
+            state = RoundState(CachedStore(open_store(url, study=file.spec.study)), "round1")
             number = len(state.trials)
             chosen = advisor._point(number, state.trials)
             if what == "asks":
@@ -119,7 +107,7 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             begun = time.process_time()
             for step in range(EVENTS):
                 made = Evaluation(step, 3.0, example_nll=nll, example_tokens=tokens)
-                state.record(EvaluationMade("round1", number, made), StepsRun("round1", number, 1, step))
+                state.record(Evaluated("round1", number, 1, made), Progressed("round1", number, 1, step))
                 assert state.open
                 assert state.num_promised
                 board.sync(state.changed())

@@ -17,7 +17,17 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import hollow_copy, lora_config
 from tuner.data import Examples
-from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
+from tuner.records import (
+    Assignment,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    RunId,
+    Started,
+    Value,
+    to_json,
+)
 from tuner.training.commands import Inbox
 from tuner.training.loop import train
 from tuner.training.packed_passes import tick
@@ -200,7 +210,7 @@ class StopsAtTick(Inbox):
             if self.tick == 0 and self.trial is None:
                 self.closed = True
             elif self.tick == 0 and self.trial is not None:
-                self.unwanted.add(self.trial)
+                self.unwanted.add(RunId("round1", self.trial))
             self.tick -= 1
 
 

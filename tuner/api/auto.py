@@ -91,7 +91,10 @@ class Automatic:
 
 def refuse_sweep(file: RoundFile) -> None:
     """Raises InputError for a round that is never promoted."""
-    if file.spec.is_sweep:
+    folder = open_folder(file.directory)
+    with opened(folder) as store:
+        is_sweep = folder.is_sweep(file.spec.round, store)
+    if is_sweep:
         raise InputError(
             f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
             "file that the sweep was made from"

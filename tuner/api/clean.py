@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tuner.api.score import Tell
 from tuner.errors import InputError
+from tuner.records import CheckpointsRemoved
 from tuner.report.format import size
 from tuner.store import hold_study
-from tuner.store.facts import CheckpointsRemoved
 from tuner.study.folder import REHEARSAL, StudyFolder, open_folder
 from tuner.study.retention import unneeded
 

@@ -22,6 +22,7 @@ from tuner.report import (
     write_html,
 )
 from tuner.report.fitted_table import FittedTable
+from tuner.store import Store
 from tuner.study.dashboard import round_report
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder
@@ -38,15 +39,14 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
             output().print(status_table(folder.name, found))
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
-            return _going_on(folder, unfinished.round)
+            return _going_on(folder, store, unfinished.round)
         return round_report(folder, store, folder.latest(store)).next_command
 
 
-def _going_on(folder: StudyFolder, round_name: str) -> str:
+def _going_on(folder: StudyFolder, store: Store, round_name: str) -> str:
     """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
-    swept = (file for file in folder.files if not file.spec.is_sweep)
-    of_sweep = (file := folder.file(round_name)) is not None and file.spec.is_sweep
-    if of_sweep and (file := next(swept, None)) is not None:
+    file = next(folder.searches(store), None)
+    if file is not None and folder.is_sweep(round_name, store):
         return f"tuner study sweep {file.path.name}"
     return f"tuner study run {_file_name(folder, round_name)}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tuner.records import Assignment, Event
+from tuner.records import Assignment, Event, RunId
 
 
 class Worker(Protocol):
@@ -18,8 +18,8 @@ class Worker(Protocol):
         """Begin a trial's attempt in a free slot. Its `Started` or `Ended` follows among the events."""
         ...
 
-    def stop(self, trial: int) -> None:
-        """Ask a trial to save itself and leave; its `Ended` with outcome `stopped` follows."""
+    def stop(self, run: RunId) -> None:
+        """Ask a run to save itself and leave; its `Ended` with outcome `stopped` follows."""
         ...
 
     def events(self, timeout_seconds: float) -> list[Event]:

@@ -18,7 +18,7 @@ from tuner.records import (
     Trial,
     TrialState,
 )
-from tuner.store.facts import Store
+from tuner.store import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError
 from tuner.playbook.scores import final_score, scored_trials
-from tuner.records import CheckpointKind, FinalScore, Trial, TrialState
+from tuner.records import CheckpointKind, FinalScore, Trial, TrialScored, TrialState
 from tuner.store import Store, hold_study
-from tuner.store.facts import TrialScored
 from tuner.study.folder import StudyFolder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,9 +90,18 @@ class StudyFolder:
         """The round that began last, sweeps aside. Raises InputError when none has."""
         rounds = [record for record in store.rounds() if not record.is_sweep]
         if not rounds:
-            first = next((f for f in self.files if not f.spec.is_sweep), self.files[0]).path.name
+            first = next(self.searches(store), self.files[0]).path.name
             raise InputError(f"no round of {self.name} has begun; begin with: tuner study run {first}")
         return rounds[-1]
+
+    def is_sweep(self, round_name: str, store: Store) -> bool:
+        """Whether a round is one of a sweep: as it began, or as its file says."""
+        record, file = store.round(round_name), self.file(round_name)
+        return record.is_sweep if record is not None else file is not None and file.spec.is_sweep
+
+    def searches(self, store: Store) -> Iterator[RoundFile]:
+        """The files of rounds that are none of a sweep."""
+        return (file for file in self.files if not self.is_sweep(file.spec.round, store))
 
     def adapter(self, trial: Trial) -> str | None:
         """Where the trial's adapter is: an absolute path."""

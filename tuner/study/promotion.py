@@ -28,9 +28,8 @@ from tuner.playbook.restarts import (
     points_left,
 )
 from tuner.playbook.schedule import DecayRule, can_decay_linearly
-from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
+from tuner.records import Promotion, PromotionPlanned, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
-from tuner.store.facts import PromotionPlanned
 from tuner.study.file_edits import added_dimensions
 from tuner.study.folder import StudyFolder
 from tuner.study.lookup import begun_round, opened

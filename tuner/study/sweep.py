@@ -1,6 +1,6 @@
 """`study sweep`: which constant-rate round is run next to find a first horizon, or what the sweep answers.
 
-All of it follows from the files and facts of the rounds `sweep-N`, so that a sweep is gone on with by
+All of it follows from the files and facts of the study's sweep rounds, so that a sweep is gone on with by
 looking again.
 """
 
@@ -197,6 +197,7 @@ def _staged(text: str, name: str, horizon: int, entries: Sequence[Mapping[str, A
     rates = [entry["learning_rate"] for entry in entries]
     changes = {
         "round": name,
+        "kind": "sweep",
         "max_train_steps": horizon,
         "hyperparameters.learning_rate": rates[0] if len(rates) == 1 else rates,
         "search.trials": len(entries),

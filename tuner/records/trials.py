@@ -1,9 +1,8 @@
-"""What rounds, trials and branches leave: assembled from what the store holds, never changed."""
+"""What rounds, trials and comparison runs leave: assembled from facts, never changed."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -50,7 +49,7 @@ class Evaluation:
     clipped_updates: int = 0
     """Updates since the evaluation before whose gradient norm was clipped."""
     example_nll: tuple[float, ...] = ()
-    """Sum of negative log-likelihoods of each evaluation example; empty when not known."""
+    """Sum of negative log-likelihoods of each evaluation example; empty when not known, or not read."""
     example_tokens: tuple[int, ...] = ()
     """Target tokens of each evaluation example, in the same order."""
     correct_tokens: int | None = None
@@ -66,8 +65,22 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"an evaluation's step is at least 0; got {self.step}")
-        if len(self.example_nll) != len(self.example_tokens):
+        if self.example_nll and len(self.example_nll) != len(self.example_tokens):
             raise ValueError("an evaluation needs one token count for each example")
+
+
+@dataclass(frozen=True, slots=True)
+class RunId:
+    """What a worker runs: a trial to its round's horizon, or a comparison run whose parent is the trial."""
+
+    round: str
+    trial: int
+    horizon: int | None = None
+    """Where a comparison run ends; None for the trial itself."""
+
+    def __str__(self) -> str:
+        name = f"{self.round}/{self.trial}"
+        return name if self.horizon is None else f"{name} to step {self.horizon}"
 
 
 class CheckpointKind(StrEnum):
@@ -201,6 +214,11 @@ class Trial:
     """Of the best step; None unless the trial is complete and its round has `evaluation.answers`."""
 
     @property
+    def name(self) -> str:
+        """Such as `round1/7`."""
+        return f"{self.round}/{self.number}"
+
+    @property
     def seed(self) -> int:
         """The seed of initialisation, data order and dropout."""
         seed = self.hyperparameters.get("training_seed", 0)
@@ -247,6 +265,16 @@ class Branch:
         return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
 
 
+class RoundKind(StrEnum):
+    """What a round is for."""
+
+    SEARCH = "search"
+    SWEEP = "sweep"
+    """A round of `study sweep`, so none to promote from or to compare with."""
+    DRY_RUN = "dry run"
+    """A search in which nothing is trained."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
     """A round that has begun."""
@@ -263,6 +291,7 @@ class RoundRecord:
     """Fingerprint of base, data, evaluation set and length."""
     evaluation_share: float = 0.0
     """Share of a trial's work that its evaluations take, in [0, 1]."""
+    kind: RoundKind = RoundKind.SEARCH
     throughputs: tuple[Throughput, ...] = ()
     """Of every worker process that measured its work for the round, by session."""
     branches: tuple[Branch, ...] = ()
@@ -275,22 +304,8 @@ class RoundRecord:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is one of a sweep, so no round to promote from or to compare with."""
-        return is_sweep_file(self.name, self.spec.get("data", {}))
-
-
-_SWEPT = re.compile(r"sweep-\d+[bc]?")
-
-
-def is_sweep_file(round_name: str, data: Mapping[str, Any]) -> bool:
-    """Whether a round file is one that `study sweep` wrote.
-
-    It is called `sweep-N`, widened `sweep-Nb` or `sweep-Nc`, and evaluates its own training rows. `data` is
-    the file's section as JSON.
-    """
-    train, held_out = ([source["path"] for source in data.get(name) or ()] for name in ("train", "eval"))
-    evaluates_training_rows = bool(data.get("allow_overlap")) and set(train) == set(held_out)
-    return evaluates_training_rows and _SWEPT.fullmatch(round_name) is not None
+        """Whether `study sweep` began it."""
+        return self.kind == RoundKind.SWEEP
 
 
 @dataclass(frozen=True, slots=True)
