@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +32,10 @@ def write_study(directory: Path, count: int) -> Path:
     """A round of so many complete trials, and a file that promises a hundred more."""
     from tests.studies import write_round
     from tuner.config import load_round
-    from tuner.records import Evaluation, RoundRecord, Trial, TrialState, complete_hyperparameters
+    from tuner.records import (
+        AttemptStarted, Ended, Evaluated, Evaluation, RoundBegun, RoundRecord, Trial, TrialAsked, TrialEnded,
+        TrialState, complete_hyperparameters,
+    )  # fmt: skip
     from tuner.store import open_store
 
     path = write_round(
@@ -66,8 +70,7 @@ def write_study(directory: Path, count: int) -> Path:
         end = float(number + 1)
         store.record(
             *facts,
-            Progressed(*name, 1, HORIZON),
-            AttemptEnded(*name, 1, HORIZON, end, "complete"),
+            Ended(*name, 1, HORIZON, "complete", at=end),
             TrialEnded(*name, TrialState.COMPLETE, None, end),
         )
     store.close()
@@ -83,35 +86,31 @@ def measure(what: str, path: Path) -> tuple[float, float]:
     folder, file = open_folder(path.parent), load_round(path)
     url = file.spec.absolute(file.directory).storage
     match what:
-        case "asks" | "event":
-            from tuner.records import Evaluation, Trial, complete_hyperparameters
-            from tuner.report.board import Board
-
-            advisor = Advisor(
-                optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", file.spec.space(),
-                file.spec.search, max_train_steps=HORIZON,
-            )  # fmt: skip
+        case "asks":
             begun = time.process_time()
-            state = RoundState(CachedStore(open_store(url, study=file.spec.study)), "round1")
-            number = len(state.trials)
-            chosen = advisor._point(number, state.trials)
-            if what == "asks":
-                return time.process_time() - begun, _peak()
-            values = complete_hyperparameters(file.spec.space(), chosen)
-            board = Board(trials_total=number + 100, max_train_steps=HORIZON)
-            state.record(
-                TrialAsked(Trial("round1", number, values)), AttemptStarted("round1", number, 1, 0, 1.0)
-            )
-            board.sync(state.changed())
+            _, state, advisor = _resumed(path)
+            advisor._point(len(state.trials), state.trials)
+        case "event":
+            from tuner.records import AttemptStarted, Evaluated, Evaluation, Trial, TrialAsked
+
+            loop, state, advisor = _resumed(path)
+            first, values = len(state.trials), state.trials[-1].hyperparameters
+            running = range(first, first + EVENTS // EVALUATIONS)
+            for number in running:
+                trial = Trial("round1", number, values)
+                state.record(TrialAsked(trial), AttemptStarted("round1", number, 1, 0, 1.0))
+            loop.view.trials(state.changed())
             nll, tokens = (48.0,) * EXAMPLES, (TOKENS,) * EXAMPLES
             begun = time.process_time()
-            for step in range(EVENTS):
+            for step in range(0, EVERY * EVALUATIONS, EVERY):
                 made = Evaluation(step, 3.0, example_nll=nll, example_tokens=tokens)
-                state.record(Evaluated("round1", number, 1, made), Progressed("round1", number, 1, step))
-                assert state.open
-                assert state.num_promised
-                board.sync(state.changed())
+                for number in running:  # as in `RoundLoop.run`
+                    assert not loop._is_over()
+                    loop._record(Evaluated("round1", number, 1, made))
+                    loop.view.trials(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
+        case "told":
+            return _told(path), _peak()
         case "status":
             from tuner.study.lookup import opened, statuses
 
@@ -133,6 +132,66 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             *_, report = reports_on(folder, None)
             round_markdown(report)
     return time.process_time() - begun, _peak()
+
+
+def _resumed(path: Path) -> tuple[Any, Any, Any]:
+    """What a process that goes on with the round has: its loop, its state, and an advisor told nothing."""
+    from tuner.config import load_round
+    from tuner.engines import SimulatedWorker
+    from tuner.report.board import Board
+    from tuner.store import CachedStore, open_store
+    from tuner.study.checkpoints import CheckpointFolder
+    from tuner.study.continuation import Continuations
+    from tuner.study.loop import RoundLoop
+    from tuner.study.plan import RoundPlan
+    from tuner.study.sampling import Advisor, optuna_storage
+
+    class Shown:
+        """The live view's board, which nobody prints."""
+
+        def __init__(self, total: int) -> None:
+            self.board = Board(trials_total=total, max_train_steps=HORIZON)
+
+        def trials(self, trials: Any) -> None:
+            self.board.sync(trials)
+
+        def event(self, event: Any) -> None:
+            self.board.take(event, now=1.0)
+
+    class Silent(Advisor):
+        """Optuna's own calls apart."""
+
+        def report(self, *arguments: Any) -> None:
+            pass
+
+    file = load_round(path)
+    plan = RoundPlan(file)
+    store = CachedStore(open_store(plan.absolute.storage, study=file.spec.study))
+    advisor = Silent(
+        optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", plan.space, file.spec.search,
+        max_train_steps=HORIZON,
+    )  # fmt: skip
+    loop = RoundLoop(
+        plan=plan,
+        store=store,
+        advisor=advisor,
+        worker=SimulatedWorker(lambda *_: None, slots=1),  # type: ignore[arg-type,return-value]
+        folder=CheckpointFolder(plan.checkpoints),
+        continuations=Continuations(plan, store, "w"),
+        view=Shown(file.spec.search.trials),  # type: ignore[arg-type]
+        clock=time.time,
+    )
+    return loop, loop.state, advisor
+
+
+def _told(path: Path) -> float:
+    """CPU seconds in which `Advisor.heal` looks whether Optuna has been told of every trial."""
+    from tuner.study.sampling import Advisor
+
+    _, state, advisor = _resumed(path)
+    begun = time.process_time()
+    Advisor.heal(advisor, state.trials, max_train_steps=HORIZON)
+    return time.process_time() - begun
 
 
 def _peak() -> float:

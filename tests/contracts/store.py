@@ -493,13 +493,6 @@ class StoreContract:
         store.record(RoundBegun(replace(ROUND, kind=RoundKind.DRY_RUN)), RoundBegun(ROUND))
         assert store.rounds()[0].kind is RoundKind.DRY_RUN
 
-    def test_trials_are_read_without_their_examples_losses(self, store: Store) -> None:
-        store.record(*HISTORY)
-        (whole,), (short,) = store.trials("round1"), store.trials("round1", with_examples=False)
-        bare = tuple(replace(made, example_nll=()) for made in whole.evaluations)
-        assert replace(short, evaluations=bare) == replace(whole, evaluations=bare)
-        assert [made.eval_loss for made in short.evaluations] == [made.eval_loss for made in bare]
-
     def test_saying_everything_again_changes_nothing(self, store: Store) -> None:
         store.record(*HISTORY)
         before = contents(store)

@@ -390,9 +390,9 @@ def test_deaths_are_counted_from_the_last_progress_and_only_of_what_the_worker_h
     run = begun(place)
     run.save(3)
     for _ in range(MAX_ATTEMPTS):
-        run.branches.died([run.assignment.trial - 1], "another worker")
+        run.branches.died([replace(run.assignment.run, horizon=None)], "another worker")
         assert place.branches[0].attempts[-1].ended_at is None
-        run.branches.died([run.assignment.trial], "lost")
+        run.branches.died([run.assignment.run], "lost")
         last = place.branches[0].attempts[-1]
         assert (place.branches[0].state, last.outcome, last.message) == ("open", "died", "lost")
         run = run.again()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from operator import attrgetter
 
 from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, significant_among, smoothed_loss
 from tuner.records import Evaluation, Trial, TrialState
@@ -35,10 +36,12 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     best = best_evaluation(evaluations)
     if best is None:
         return None
-    return min(
+    by_step = sorted(measured(evaluations), key=attrgetter("step"))
+    return next(
         evaluation.step
-        for evaluation in measured(evaluations)
-        if evaluation.eval_loss - best.eval_loss <= (difference_error(evaluations, evaluation, best) or 0.0)
+        for evaluation in by_step
+        if evaluation is best
+        or evaluation.eval_loss - best.eval_loss <= (difference_error(evaluations, evaluation, best) or 0.0)
     )
 
 

@@ -109,7 +109,7 @@ class Started(AttemptFact):
 
     def change(self, trial: TrialFacts) -> None:
         """As `TrialFact` says."""
-        attempt = self.of(trial)
+        attempt = self.reach(trial, self.step)
         if self.environment:
             trial.attempts[self.attempt] = replace(attempt, environment=dict(self.environment))
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tuner.records.events import Assignment, Event
 from tuner.records.state import Said
-from tuner.records.trials import Branch, Checkpoint, Evaluation
+from tuner.records.trials import Branch, Checkpoint, Evaluation, Packed
 
 R = TypeVar("R")
 
@@ -21,7 +21,7 @@ def to_json(record: Any) -> Any:
         return {each.name: to_json(getattr(record, each.name)) for each in fields(record)}
     if isinstance(record, Mapping):
         return {key: to_json(item) for key, item in record.items()}
-    if isinstance(record, (list, tuple)):
+    if isinstance(record, (list, tuple, Packed)):
         return [to_json(item) for item in record]
     return str(record) if isinstance(record, StrEnum) else record
 
@@ -54,6 +54,7 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
         if item is _as_it_is:
             return _as_it_is
         return lambda values: {key: item(value) for key, value in values.items()}
+    of = tuple(each for each in of if each is not Packed)
     known = [reader for each in of if (reader := _reader(each)) is not _as_it_is] if _is_union(hint) else []
     if not known:
         return _as_it_is

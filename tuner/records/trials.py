@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from tuner.records.space import Hyperparameters
 from tuner.records.throughput import Throughput, added_up
@@ -35,6 +36,49 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.INFEASIBLE)
 
 
+class Packed(Sequence[float]):
+    """Numbers that are kept as bytes, little-endian float64, and equal the tuple of them.
+
+    Ten thousand trials' losses of single examples are read in a fraction of the time, and numpy takes them as
+    they are.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def numbers(self) -> tuple[float, ...]:
+        """As a tuple."""
+        return struct.unpack(f"<{len(self)}d", self.content)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "shape": (len(self),), "typestr": "<f8", "data": self.content}
+
+    def __len__(self) -> int:
+        return len(self.content) // 8
+
+    @overload
+    def __getitem__(self, place: int) -> float: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[float, ...]: ...
+    def __getitem__(self, place: int | slice) -> float | tuple[float, ...]:
+        return self.numbers()[place]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.numbers())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Packed, tuple)) and self.numbers() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self.numbers())
+
+    def __repr__(self) -> str:
+        return repr(self.numbers())
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The loss on the held-out examples at a step, and how training went since the one before."""
@@ -48,8 +92,8 @@ class Evaluation:
     """Rate of the last update before this evaluation; None at step 0."""
     clipped_updates: int = 0
     """Updates since the evaluation before whose gradient norm was clipped."""
-    example_nll: tuple[float, ...] = ()
-    """Sum of negative log-likelihoods of each evaluation example; empty when not known, or not read."""
+    example_nll: tuple[float, ...] | Packed = ()
+    """Sum of negative log-likelihoods of each evaluation example; empty when not known."""
     example_tokens: tuple[int, ...] = ()
     """Target tokens of each evaluation example, in the same order."""
     correct_tokens: int | None = None
@@ -65,7 +109,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"an evaluation's step is at least 0; got {self.step}")
-        if self.example_nll and len(self.example_nll) != len(self.example_tokens):
+        if len(self.example_nll) != len(self.example_tokens):
             raise ValueError("an evaluation needs one token count for each example")
 
 

@@ -147,8 +147,12 @@ def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
     What has not beaten the base model has learned nothing to overfit.
     """
     sound = [t for t in trials if t.state not in (TrialState.INFEASIBLE, TrialState.FAILED)]
-    rises = ((t.number, rise_after_best(t.evaluations)) for t in sound if beats_the_base(t))
-    return {number: rise.best_step for number, rise in rises if rise is not None and rise.is_overfitting}
+    rises = ((trial, rise_after_best(trial.evaluations)) for trial in sound)
+    return {
+        trial.number: rise.best_step
+        for trial, rise in rises
+        if rise is not None and rise.is_overfitting and beats_the_base(trial)
+    }
 
 
 def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:

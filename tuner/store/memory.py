@@ -32,11 +32,8 @@ class Store(Protocol):
         """One of them; None where it has not begun."""
         ...
 
-    def trials(self, round: str, *, with_examples: bool = True) -> tuple[Trial, ...]:
-        """A round's trials by number, as they stood at one moment; none for an unknown round.
-
-        Without examples the losses of single examples may be left out of the evaluations.
-        """
+    def trials(self, round: str) -> tuple[Trial, ...]:
+        """A round's trials by number, as they stood at one moment; none for an unknown round."""
         ...
 
     def trial(self, round: str, number: int) -> Trial:
@@ -81,7 +78,7 @@ class MemoryStore:
         known = self._state.rounds.get(name)
         return None if known is None else known.record()
 
-    def trials(self, round: str, *, with_examples: bool = True) -> tuple[Trial, ...]:
+    def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
         known = self._state.rounds.get(round)
         return () if known is None else tuple(known.trials[number].trial() for number in sorted(known.trials))

@@ -9,10 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar, get_type_hints
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, case, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    case,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tuner.records import (
@@ -51,6 +64,7 @@ from tuner.records import (
 )
 from tuner.records.state import RoundFacts, SavedCheckpoint, TrialFacts
 from tuner.records.throughput import Throughput
+from tuner.records.trials import Packed
 from tuner.store.schema import (
     ANSWER_SCORES,
     ATTEMPTS,
@@ -123,7 +137,7 @@ def _flat(fact: Fact, table: Table) -> dict[str, Any]:
         record = is_dataclass(value)
         values |= {f.name: getattr(value, f.name) for f in fields(value)} if record else {each.name: value}
     return {
-        name: value if isinstance(value, tuple) and name != "attempts" else to_json(value)
+        name: value if isinstance(value, (tuple, Packed)) and name != "attempts" else to_json(value)
         for name, value in values.items()
         if name in table.columns
     }
@@ -156,16 +170,34 @@ class Recorder:
             fact.refuse_comparison()
         WRITES[type(fact)](self, fact)
 
-    # --- the only statements, each kept to the study ------------------------------------------------
+    # --- the only statements, each kept to the study and built once ---------------------------------
 
-    def first(self, table: Table, where: ColumnElement[bool]) -> Row[Any] | None:
-        """The first of the rows."""
-        return self.connection.execute(select(table).where(table.c.study == self.study, where)).first()
+    def has_trial(self, fact: TrialFact) -> bool:
+        """Whether the trial is recorded."""
+        return self.first(TRIALS, round=fact.round, number=fact.trial) is not None
 
-    def change(self, table: Table, where: ColumnElement[bool], **values: Any) -> int:
-        """Update rows; how many there were."""
-        statement = update(table).where(table.c.study == self.study, where).values(**values)
-        return self.connection.execute(statement).rowcount
+    def first(self, table: Table, **key: Any) -> Row[Any] | None:
+        """The row of a key."""
+        statement = _selected(table, tuple(key))
+        return self.connection.execute(statement, _keyed(self.study, key)).first()
+
+    def change(
+        self,
+        table: Table,
+        key: Mapping[str, Any],
+        *,
+        raised: Mapping[str, Any] | None = None,
+        if_null: str | None = None,
+        **values: Any,
+    ) -> int:
+        """Update the rows of a key; how many there were.
+
+        `raised` values replace lower ones alone; with `if_null` that column must have no value yet.
+        """
+        raised = raised or {}
+        statement = _updated(table, tuple(key), tuple(values), tuple(raised), if_null)
+        new = {f"new_{name}": value for name, value in {**values, **raised}.items()}
+        return self.connection.execute(statement, {**_keyed(self.study, key), **new}).rowcount
 
     def insert(
         self,
@@ -173,22 +205,70 @@ class Recorder:
         values: Mapping[str, Any],
         *,
         replacing: Collection[str] | None = None,
-        where: ColumnElement[bool] | None = None,
+        where: Condition | None = None,
     ) -> bool:
         """Insert a row; where its key is taken, replace these columns (default: all) if `where` holds.
 
-        Whether anything was written.
+        Whether anything was written, where there is a condition.
         """
-        dialect = postgresql if self.connection.dialect.name == "postgresql" else sqlite
-        statement = dialect.insert(table).values(study=self.study, **values)
-        key = [column.name for column in table.primary_key]
-        names = values.keys() - set(key) if replacing is None else replacing
-        if names:
-            replaced = {name: statement.excluded[name] for name in names}
-            statement = statement.on_conflict_do_update(index_elements=key, set_=replaced, where=where)
-        else:
-            statement = statement.on_conflict_do_nothing(index_elements=key)
-        return self.connection.execute(statement.returning(*table.primary_key)).first() is not None
+        dialect = self.connection.dialect.name
+        columns = None if replacing is None else tuple(replacing)
+        statement = _inserted(dialect, table, tuple(values), columns, where)
+        done = self.connection.execute(statement, {"study": self.study, **values})
+        return where is None or done.first() is not None
+
+
+Condition = Callable[[Any], ColumnElement[bool]]
+"""Of the columns of the row that is to be inserted."""
+
+
+def _keyed(study: str, key: Mapping[str, Any]) -> dict[str, Any]:
+    return {"key_study": study, **{f"key_{name}": value for name, value in key.items()}}
+
+
+def _has_key(table: Table, key: tuple[str, ...]) -> ColumnElement[bool]:
+    return and_(*(table.c[name] == bindparam(f"key_{name}") for name in ("study", *key)))
+
+
+@cache
+def _selected(table: Table, key: tuple[str, ...]) -> Select[Any]:
+    return select(table).where(_has_key(table, key))
+
+
+@cache
+def _updated(
+    table: Table, key: tuple[str, ...], names: tuple[str, ...], raised: tuple[str, ...], if_null: str | None
+) -> Update:
+    new = {name: bindparam(f"new_{name}", type_=table.c[name].type) for name in (*names, *raised)}
+    values: dict[str, Any] = {name: new[name] for name in names}
+    for name in raised:
+        values[name] = case((table.c[name] < new[name], new[name]), else_=table.c[name])
+    statement = update(table).where(_has_key(table, key)).values(values)
+    return statement if if_null is None else statement.where(table.c[if_null].is_(None))
+
+
+@cache
+def _inserted(
+    dialect: str,
+    table: Table,
+    names: tuple[str, ...],
+    replacing: tuple[str, ...] | None,
+    where: Condition | None,
+) -> Any:
+    statement: Any = (postgresql if dialect == "postgresql" else sqlite).insert(table)
+    statement = statement.values(
+        {name: bindparam(name, type_=table.c[name].type) for name in ("study", *names)}
+    )
+    key = [column.name for column in table.primary_key]
+    replaced = [name for name in names if name not in key] if replacing is None else replacing
+    if not replaced:
+        return statement.on_conflict_do_nothing(index_elements=key)
+    statement = statement.on_conflict_do_update(
+        index_elements=key,
+        set_={name: statement.excluded[name] for name in replaced},
+        where=None if where is None else where(statement.excluded),
+    )
+    return statement if where is None else statement.returning(*table.primary_key)
 
 
 # --- rounds and trials --------------------------------------------------------------------------------
@@ -196,9 +276,12 @@ class Recorder:
 
 @_writes(RoundBegun)
 def _begin_round(to: Recorder, fact: RoundBegun) -> None:
-    same_horizon = ROUNDS.c.max_train_steps == fact.round.max_train_steps
-    if not to.insert(ROUNDS, _flat(fact, ROUNDS), replacing=["spec"], where=same_horizon):
+    if not to.insert(ROUNDS, _flat(fact, ROUNDS), replacing=["spec"], where=_has_same_horizon):
         fact.refuse_other_horizon(None)
+
+
+def _has_same_horizon(said: Any) -> ColumnElement[bool]:
+    return and_(ROUNDS.c.max_train_steps == said.max_train_steps)
 
 
 @_writes(TrialAsked)
@@ -212,22 +295,21 @@ def _ask_trial(to: Recorder, fact: TrialAsked) -> None:
         "optuna_trial": trial.optuna_trial,
     }
     to.insert(TRIALS, values, replacing=["optuna_trial"])
-    known = to.first(TRIALS, and_(TRIALS.c.round == trial.round, TRIALS.c.number == trial.number))
+    known = to.first(TRIALS, round=trial.round, number=trial.number)
     assert known is not None
     fact.refuse_other(asked_trial(known).asked)
 
 
 @_writes(TrialNoted)
 def _note(to: Recorder, fact: TrialNoted) -> None:
-    if not to.change(TRIALS, _is_trial(fact), note=fact.reason):
+    if not to.change(TRIALS, _trial(fact), note=fact.reason):
         raise fact.not_recorded()
 
 
 @_writes(TrialEnded)
 def _end_trial(to: Recorder, fact: TrialEnded) -> None:
-    is_open = and_(_is_trial(fact), TRIALS.c.state.is_(None))
-    ended = to.change(TRIALS, is_open, state=str(fact.state), reason=fact.reason, ended_at=fact.at)
-    if not ended and to.first(TRIALS, _is_trial(fact)) is None:
+    end: dict[str, Any] = {"state": str(fact.state), "reason": fact.reason, "ended_at": fact.at}
+    if not to.change(TRIALS, _trial(fact), if_null="state", **end) and not to.has_trial(fact):
         raise fact.not_recorded()
 
 
@@ -265,8 +347,8 @@ def _start_attempt(to: Recorder, fact: AttemptStarted) -> None:
 
 @_writes(Started)
 def _place_attempt(to: Recorder, fact: Started) -> None:
-    environment = dict(fact.environment) or ATTEMPTS.c.environment
-    if not to.change(ATTEMPTS, _is_attempt(fact), environment=environment):
+    placed: dict[str, Any] = {"environment": dict(fact.environment)} if fact.environment else {}
+    if not to.change(ATTEMPTS, _of_attempt(fact), raised={"to_step": fact.step}, **placed):
         raise fact.not_recorded()
 
 
@@ -279,8 +361,8 @@ def _run_steps(to: Recorder, fact: Progressed) -> None:
 def _end_attempt(to: Recorder, fact: Ended) -> None:
     assert fact.at is not None
     _reach(to, fact, fact.step)
-    is_open = and_(_is_attempt(fact), ATTEMPTS.c.ended_at.is_(None))
-    to.change(ATTEMPTS, is_open, ended_at=fact.at, outcome=fact.outcome, message=fact.reason)
+    end: dict[str, Any] = {"ended_at": fact.at, "outcome": fact.outcome, "message": fact.reason}
+    to.change(ATTEMPTS, _of_attempt(fact), if_null="ended_at", **end)
 
 
 @_reads(ATTEMPTS)
@@ -305,12 +387,8 @@ def _environment(text: str) -> dict[str, str]:
 
 
 def _reach(to: Recorder, fact: AttemptFact, step: int) -> None:
-    if not to.change(ATTEMPTS, _is_attempt(fact), to_step=_highest(step)):
+    if not to.change(ATTEMPTS, _of_attempt(fact), raised={"to_step": step}):
         raise fact.not_recorded()
-
-
-def _highest(step: int) -> Any:
-    return case((ATTEMPTS.c.to_step < step, step), else_=ATTEMPTS.c.to_step)
 
 
 # --- evaluations and checkpoints ----------------------------------------------------------------------
@@ -319,12 +397,12 @@ def _highest(step: int) -> Any:
 @_writes(Evaluated)
 def _evaluate(to: Recorder, fact: Evaluated) -> None:
     to.insert(EVALUATIONS, _flat(fact, EVALUATIONS))
-    to.change(ATTEMPTS, _is_attempt(fact), to_step=_highest(fact.evaluation.step))
+    to.change(ATTEMPTS, _of_attempt(fact), raised={"to_step": fact.evaluation.step})
 
 
 @_reads(EVALUATIONS)
 def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
-    _, _, _, step, loss, train_loss, rate, clipped, *nll, tokens, correct = tuple(row)
+    _, _, _, step, loss, train_loss, rate, clipped, nll, tokens, correct = tuple(row)
     known.evaluations[step] = Evaluation(
         step,
         # SQLite has text where the number is NaN.
@@ -332,7 +410,7 @@ def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
         train_loss if train_loss is None or train_loss.__class__ is float else float(train_loss),
         rate if rate is None or rate.__class__ is float else float(rate),
         clipped,
-        numbers(nll[0], "d") if nll else (),
+        Packed(nll),
         _tokens(tokens),
         correct,
     )
@@ -346,20 +424,20 @@ def _tokens(content: bytes) -> tuple[int, ...]:
 
 @_writes(Saved)
 def _save_checkpoint(to: Recorder, fact: Saved) -> None:
-    there_already = CHECKPOINTS.c.attempt == fact.attempt
-    newer = or_(CHECKPOINTS.c.attempt < fact.attempt, and_(there_already, ~CHECKPOINTS.c.removed))
-    to.insert(CHECKPOINTS, {**_flat(fact, CHECKPOINTS), "removed": False}, where=newer)
+    to.insert(CHECKPOINTS, {**_flat(fact, CHECKPOINTS), "removed": False}, where=_is_newer)
+
+
+def _is_newer(said: Any) -> ColumnElement[bool]:
+    there_already = CHECKPOINTS.c.attempt == said.attempt
+    return or_(CHECKPOINTS.c.attempt < said.attempt, and_(there_already, ~CHECKPOINTS.c.removed))
 
 
 @_writes(CheckpointsRemoved)
 def _remove_checkpoints(to: Recorder, fact: CheckpointsRemoved) -> None:
-    is_gone = and_(
-        CHECKPOINTS.c.round == fact.round,
-        CHECKPOINTS.c.trial == fact.trial,
-        CHECKPOINTS.c.path.in_(fact.paths),
-    )
-    if not to.change(CHECKPOINTS, is_gone, removed=True) and to.first(TRIALS, _is_trial(fact)) is None:
+    if not to.has_trial(fact):
         raise fact.not_recorded()
+    for path in fact.paths:
+        to.change(CHECKPOINTS, {"round": fact.round, "trial": fact.trial, "path": path}, removed=True)
 
 
 @_reads(CHECKPOINTS)
@@ -404,11 +482,9 @@ def _plan_promotion(to: Recorder, fact: PromotionPlanned) -> None:
     to.insert(PROMOTIONS, _flat(fact, PROMOTIONS))
 
 
-def _is_trial(fact: TrialFact) -> ColumnElement[bool]:
-    return and_(TRIALS.c.round == fact.round, TRIALS.c.number == fact.trial)
+def _trial(fact: TrialFact) -> dict[str, Any]:
+    return {"round": fact.round, "number": fact.trial}
 
 
-def _is_attempt(fact: AttemptFact) -> ColumnElement[bool]:
-    return and_(
-        ATTEMPTS.c.round == fact.round, ATTEMPTS.c.trial == fact.trial, ATTEMPTS.c.number == fact.attempt
-    )
+def _of_attempt(fact: AttemptFact) -> dict[str, Any]:
+    return {"round": fact.round, "trial": fact.trial, "number": fact.attempt}

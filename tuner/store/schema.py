@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 
 from tuner.records.state import storable_text
+from tuner.records.trials import Packed
 
 VERSION_TABLE = "tuner_alembic_version"
 """Where Alembic keeps our revision; `alembic_version` in the same database is Optuna's."""
@@ -61,8 +62,10 @@ class Numbers(TypeDecorator[tuple[Any, ...]]):
         super().__init__()
         self.code = code
 
-    def process_bind_param(self, value: tuple[Any, ...] | None, dialect: Dialect) -> bytes | None:
+    def process_bind_param(self, value: tuple[Any, ...] | Packed | None, dialect: Dialect) -> bytes | None:
         """The numbers as bytes."""
+        if isinstance(value, Packed):
+            return value.content
         return None if value is None else struct.pack(f"<{len(value)}{self.code}", *value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> tuple[Any, ...] | None:

@@ -143,18 +143,18 @@ class SqlStore:
                     read(known[found.round], found)
         return tuple(facts.record() for facts in known.values())
 
-    def trials(self, round: str, *, with_examples: bool = True) -> tuple[Trial, ...]:
+    def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
-        return self._read(round, with_examples=with_examples)
+        return self._read(round)
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
-        found = self._read(round, number, with_examples=True)
+        found = self._read(round, number)
         if not found:
             raise KeyError((round, number))
         return found[0]
 
-    def _read(self, round: str, number: int | None = None, *, with_examples: bool) -> tuple[Trial, ...]:
+    def _read(self, round: str, number: int | None = None) -> tuple[Trial, ...]:
         """The round's trials, or the one of a number."""
         asked: dict[str, Any] = {} if number is None else {"number": number}
         of: dict[str, Any] = {} if number is None else {"trial": number}
@@ -162,8 +162,7 @@ class SqlStore:
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
             known = {row.number: asked_trial(row) for row in rows}
             for table, read in TRIAL_ROWS.items():
-                omitted = () if with_examples else ("example_nll",)
-                for row in connection.execute(self._select(table, omitted=omitted, round=round, **of)):
+                for row in connection.execute(self._select(table, round=round, **of)):
                     read(known[row.trial], row)
         return tuple(facts.trial() for facts in known.values())
 

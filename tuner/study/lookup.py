@@ -31,10 +31,9 @@ def opened(folder: StudyFolder) -> Iterator[Store]:
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
     """Return the record of a round. Raises InputError, which begins with `asked`, when it has not begun."""
-    rounds = store.rounds()
-    found = next((record for record in rounds if record.name == name), None)
+    found = store.round(name)
     if found is None:
-        begun = ", ".join(record.name for record in rounds) or "none"
+        begun = ", ".join(record.name for record in store.rounds()) or "none"
         raise InputError(f"{asked or name}: no such round has begun; begun: {begun}")
     return found
 
@@ -101,8 +100,9 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
+                # What a round owes is known once its trials have ended.
                 branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
-                if record
+                if record and sum(trial.state.is_result for trial in trials) >= promised
                 else 0,
                 now=time.time(),
             )
