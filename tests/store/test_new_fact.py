@@ -1,4 +1,4 @@
-"""A new kind of fact is one class, one description of its table and one migration: nothing else is touched."""
+"""A new kind of fact is one class, one description of its table and one migration; nothing else."""
 
 from __future__ import annotations
 
