@@ -13,8 +13,8 @@ from tuner.errors import InputError, Interrupted
 from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
 from tuner.store import hold_study
 from tuner.study.dashboard import next_name
-from tuner.study.folder import open_folder
-from tuner.study.lookup import begun_round, opened
+from tuner.study.folder import open_folder, opened
+from tuner.study.lookup import begun_round
 from tuner.study.promotion import Overrides, PromotedRound, go_on_in_passes, promote_held, promoted_from
 from tuner.study.results import earlier_results, reading_of
 

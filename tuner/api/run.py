@@ -28,7 +28,7 @@ from tuner.report import View
 from tuner.report.throughput import GpuReading
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import rehearsed_file, simulated_worker, virtual_clock
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder
+from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
 from tuner.study.plan import RoundPlan
 from tuner.study.run import run_round
 
@@ -176,8 +176,5 @@ def _followed_round(file: RoundFile) -> FollowedRound:
 
 def has_begun(file: RoundFile) -> bool:
     """Whether the round is in the study's facts."""
-    store = open_folder(file.directory).open()
-    try:
-        return any(record.name == file.spec.round for record in store.rounds())
-    finally:
-        store.close()
+    with opened(open_folder(file.directory)) as store:
+        return store.round(file.spec.round) is not None

@@ -29,8 +29,8 @@ from tuner.records import Trial as RecordedTrial
 from tuner.report import View, round_markdown, status_document, write_html
 from tuner.report.bar import ProgressBar, Silence
 from tuner.report.reproduction import reproduction_document
-from tuner.study.folder import StudyFolder, open_folder
-from tuner.study.lookup import begun_round, find_trial, opened, reports_on, statuses, trials_of
+from tuner.study.folder import StudyFolder, open_folder, opened
+from tuner.study.lookup import begun_round, find_trial, reports_on, statuses, trials_of
 from tuner.study.promotion import Overrides, promote_held
 from tuner.study.reproduction import planned_rerun, reproduce
 from tuner.study.results import reading_of

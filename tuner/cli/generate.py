@@ -91,9 +91,7 @@ def generate_answers(folder: StudyFolder, name: str, asked: Asked) -> None:
     trial, _ = find_trial(folder, name)
     adapter = folder.adapter(trial)
     if "adapter" in asked.models and adapter is None:
-        raise InputError(
-            f"{name}: {trial.round}/{trial.number} is {trial.state} and has no adapter; see: tuner trial list"
-        )
+        raise InputError(f"{name}: {trial.name} is {trial.state} and has no adapter; see: tuner trial list")
     spec = folder.plan(trial.round).absolute
     if adapter is not None:
         spec = as_trained(spec, Path(adapter))
@@ -116,7 +114,7 @@ class _Speaker:
 
     @property
     def name(self) -> str:
-        return f"{self.trial.round}/{self.trial.number}"
+        return self.trial.name
 
     def load(self, models: Sequence[Model]) -> Answerer:
         from tuner.inference import Answerer  # after what can be wrong: it loads torch

@@ -25,8 +25,8 @@ from tuner.report.fitted_table import FittedTable
 from tuner.store import Store
 from tuner.study.dashboard import round_report
 from tuner.study.final_score import scores_of
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, find_trial, opened, statuses, trials_of
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, find_trial, statuses, trials_of
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
@@ -104,7 +104,7 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
     if adapter is None:
         return "tuner trial list"
-    return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
+    return f'tuner trial generate {trial.name} --prompt "..."'
 
 
 def _scored(folder: StudyFolder) -> tuple[Trial, ...]:

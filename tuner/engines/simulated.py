@@ -28,6 +28,7 @@ from tuner.records import (
     Saved,
     Started,
 )
+from tuner.whole import lead
 
 Curve: TypeAlias = Callable[[Hyperparameters, int, int], Evaluation]
 """(hyperparameters, step, horizon) -> the evaluation there; on the trunk the same for every horizon.
@@ -64,10 +65,7 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
     content = json.dumps({"simulated": True, "step": step})
     (directory / "simulated.json").write_text(content)
     if kind == CheckpointKind.BEST:
-        link = trial / ".best.simulated.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(directory.relative_to(trial))
-        link.replace(trial / "best")
+        lead(trial / "best", directory)
     return Checkpoint(kind, step, place, len(content), hashlib.sha256(content.encode()).hexdigest())
 
 

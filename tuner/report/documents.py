@@ -211,7 +211,7 @@ def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
         "step": score.step,
         "examples": score.num_examples,
         "tokens": score.num_tokens,
-        "scored_before": [f"{other.round}/{other.number}" for other in scored_before(trial, scored)],
+        "scored_before": [other.name for other in scored_before(trial, scored)],
     }
 
 

@@ -15,7 +15,7 @@ from tuner.config import RoundFile, edit_round, read_round
 from tuner.engines import LoraFormula, SimulatedWorker
 from tuner.errors import InputError, RoundFileError
 from tuner.records import Ready
-from tuner.study.folder import REHEARSAL, is_rehearsal, open_folder
+from tuner.study.folder import REHEARSAL, is_rehearsal, open_folder, opened
 from tuner.study.plan import RoundPlan
 from tuner.study.run import refuse_changed_file
 
@@ -88,11 +88,8 @@ def _changes(file: RoundFile) -> dict[str, Any]:
 
 def _pace_steps(plan: RoundPlan) -> int:
     """How fast the made-up runs learn: at the pace of the study's first round, in all its rounds."""
-    store = open_folder(plan.file.directory).open()
-    try:
+    with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), plan.spec.max_train_steps)
-    finally:
-        store.close()
     return max(1, first)
 
 

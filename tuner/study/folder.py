@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +54,8 @@ class StudyFolder:
     @property
     def has_begun(self) -> bool:
         """Whether a round of this study has begun."""
-        store = self.open()
-        try:
+        with opened(self) as store:
             return bool(store.rounds())
-        finally:
-            store.close()
 
     def open(self) -> Store:
         """The study's facts; an empty store where there is no database, so that looking changes nothing."""
@@ -107,6 +105,11 @@ class StudyFolder:
         """Where the trial's adapter is: an absolute path."""
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
+
+
+def opened(folder: StudyFolder) -> closing[Store]:
+    """The study's facts, closed at the end of a `with` block."""
+    return closing(folder.open())
 
 
 def open_folder(directory: Path) -> StudyFolder:

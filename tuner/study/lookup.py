@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +13,8 @@ from tuner.report import RoundReport, round_status
 from tuner.report.documents import RoundStatus
 from tuner.store import Store
 from tuner.study.dashboard import lineage
-from tuner.study.folder import StudyFolder
+from tuner.study.folder import StudyFolder, opened
 from tuner.study.results import as_written_now, num_branches_left, num_promised
-
-
-@contextmanager
-def opened(folder: StudyFolder) -> Iterator[Store]:
-    """The study's facts, closed at the end."""
-    store = folder.open()
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -156,11 +156,8 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
     storage = plan.absolute.storage
     if not exists(storage):
         return None
-    store = open_store(storage, study=plan.spec.study)
-    try:
-        return next((record for record in store.rounds() if record.name == plan.name), None)
-    finally:
-        store.close()
+    with closing(open_store(storage, study=plan.spec.study)) as store:
+        return store.round(plan.name)
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
@@ -197,11 +194,8 @@ def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
     """What earlier runs of the round recorded. Creates nothing."""
     if not exists(storage):
         return ()
-    store = open_store(storage, study=plan.spec.study)
-    try:
+    with closing(open_store(storage, study=plan.spec.study)) as store:
         return store.trials(plan.name)
-    finally:
-        store.close()
 
 
 def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
