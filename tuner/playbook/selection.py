@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import attrgetter
 
-from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, significant_among, smoothed_loss
+from tuner.playbook.noise import (
+    SIGNIFICANT,
+    difference_error,
+    largest_differences,
+    measured,
+    significant_among,
+    smoothed_loss,
+)
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
@@ -37,11 +44,15 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     if best is None:
         return None
     by_step = sorted(measured(evaluations), key=attrgetter("step"))
+    bounds = largest_differences(by_step, best)
     return next(
         evaluation.step
-        for evaluation in by_step
+        for evaluation, bound in zip(by_step, bounds, strict=True)
         if evaluation is best
-        or evaluation.eval_loss - best.eval_loss <= (difference_error(evaluations, evaluation, best) or 0.0)
+        or (
+            (worse := evaluation.eval_loss - best.eval_loss) <= bound
+            and worse <= (difference_error(evaluations, evaluation, best) or 0.0)
+        )
     )
 
 

@@ -96,21 +96,39 @@ class MemoryStore:
 
 
 class CachedStore(MemoryStore):
-    """A Store whose facts are recorded in `inner` first, and read from memory.
+    """A Store whose facts are recorded in `inner` first; each round is read from it once.
 
-    Right only while this process is the one that writes, which the study's lock ensures.
+    Right while this process is the one that writes, which the study's lock ensures; else as of its reading.
     """
 
     def __init__(self, inner: Store) -> None:
         super().__init__()
         self._inner = inner
         for record in inner.rounds():
-            self.take_over(record, inner.trials(record.name))
+            self.take_over(record, ())
+        self._unread = set(self._state.rounds)
 
     def record(self, *facts: Fact) -> None:
         """As `Store` says."""
+        for name in tuple(self._unread):
+            self._read(name)
         self._inner.record(*facts)
         super().record(*facts)
+
+    def trials(self, round: str) -> tuple[Trial, ...]:
+        """As `Store` says."""
+        self._read(round)
+        return super().trials(round)
+
+    def trial(self, round: str, number: int) -> Trial:
+        """As `Store` says."""
+        self._read(round)
+        return super().trial(round, number)
+
+    def _read(self, name: str) -> None:
+        if name in self._unread:
+            self.take_over(self._state.rounds[name].record(), self._inner.trials(name))
+            self._unread.discard(name)
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says: another process may plan one."""

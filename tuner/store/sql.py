@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,13 +159,13 @@ class SqlStore:
         """The round's trials, or the one of a number."""
         asked: dict[str, Any] = {} if number is None else {"number": number}
         of: dict[str, Any] = {} if number is None else {"trial": number}
-        with explained(self._url), reading(self._engine) as connection:
+        with explained(self._url), reading(self._engine) as connection, _uncollected():
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
             known = {row.number: asked_trial(row) for row in rows}
             for table, read in TRIAL_ROWS.items():
                 for row in connection.execute(self._select(table, round=round, **of)):
                     read(known[row.trial], row)
-        return tuple(facts.trial() for facts in known.values())
+            return tuple(facts.trial() for facts in known.values())
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
@@ -198,6 +199,18 @@ class SqlStore:
             *(table.c[name] == value for name, value in equal.items()),
         ]
         return select(*columns).where(*conditions).order_by(*order)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which looks again and again at all that a long read has made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_foreign_key(error: IntegrityError) -> bool:

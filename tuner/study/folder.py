@@ -11,7 +11,7 @@ from pathlib import Path
 from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.records import RoundRecord, Trial
-from tuner.store import MemoryStore, Store, exists, is_held, open_store
+from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan
 
@@ -108,8 +108,8 @@ class StudyFolder:
 
 
 def opened(folder: StudyFolder) -> closing[Store]:
-    """The study's facts, closed at the end of a `with` block."""
-    return closing(folder.open())
+    """The study's facts, each round read at most once, closed at the end of a `with` block."""
+    return closing(CachedStore(folder.open()))
 
 
 def open_folder(directory: Path) -> StudyFolder:
