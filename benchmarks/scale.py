@@ -5,12 +5,14 @@
 CPU seconds of one thread, after the imports, in SQLite: a round of N complete trials with 10 evaluations of
 32 examples each, written as facts. `asks` is what a process that goes on with the round does until its first
 new trial has its hyperparameters, Optuna's own storage calls apart; `event` is one evaluation of a running
-trial, from the worker's message to the view, likewise.
+trial in `RoundLoop`, from the worker's message to the view's board, likewise. The others are what the commands
+do before they print.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import resource
 import subprocess
@@ -33,8 +35,17 @@ def write_study(directory: Path, count: int) -> Path:
     from tests.studies import write_round
     from tuner.config import load_round
     from tuner.records import (
-        AttemptStarted, Ended, Evaluated, Evaluation, RoundBegun, RoundRecord, Trial, TrialAsked, TrialEnded,
-        TrialState, complete_hyperparameters,
+        AttemptStarted,
+        Ended,
+        Evaluated,
+        Evaluation,
+        RoundBegun,
+        RoundRecord,
+        Trial,
+        TrialAsked,
+        TrialEnded,
+        TrialState,
+        complete_hyperparameters,
     )  # fmt: skip
     from tuner.store import open_store
 
@@ -79,12 +90,11 @@ def write_study(directory: Path, count: int) -> Path:
 
 def measure(what: str, path: Path) -> tuple[float, float]:
     """CPU seconds and peak memory in MB of one thing, in this process."""
-    from tuner.config import load_round
-    from tuner.store import open_store
+    from tuner.cli import COLLECT_AFTER
     from tuner.study.folder import open_folder
 
-    folder, file = open_folder(path.parent), load_round(path)
-    url = file.spec.absolute(file.directory).storage
+    folder = open_folder(path.parent)
+    gc.set_threshold(COLLECT_AFTER)  # as `tuner.cli.run` does
     match what:
         case "asks":
             begun = time.process_time()
@@ -109,8 +119,6 @@ def measure(what: str, path: Path) -> tuple[float, float]:
                     loop._record(Evaluated("round1", number, 1, made))
                     loop.view.trials(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
-        case "told":
-            return _told(path), _peak()
         case "status":
             from tuner.study.lookup import opened, statuses
 
@@ -182,16 +190,6 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
         clock=time.time,
     )
     return loop, loop.state, advisor
-
-
-def _told(path: Path) -> float:
-    """CPU seconds in which `Advisor.heal` looks whether Optuna has been told of every trial."""
-    from tuner.study.sampling import Advisor
-
-    _, state, advisor = _resumed(path)
-    begun = time.process_time()
-    Advisor.heal(advisor, state.trials, max_train_steps=HORIZON)
-    return time.process_time() - begun
 
 
 def _peak() -> float:
