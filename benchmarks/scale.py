@@ -5,7 +5,7 @@
 CPU seconds of one thread, after the imports, in SQLite: a round of N complete trials with 10 evaluations of
 32 examples each, written as facts. `asks` is what a process that goes on with the round does until its first
 new trial has its hyperparameters, Optuna's own storage calls apart; `event` is one evaluation of a running
-trial in `RoundLoop`, from the worker's message to the view's board, likewise. The others are what the commands
+trial in `RoundLoop`, from the worker's message to the view's board, likewise. The others are what commands
 do before they print.
 """
 
