@@ -22,9 +22,8 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
 def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyError), written_whole(path) as draft:
-        draft.write_text("half")
-        raise KeyError
+    with pytest.raises(UnicodeEncodeError), written_whole(path) as draft, draft.open("w") as file:
+        file.write("half" * 10_000 + "\udcff")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

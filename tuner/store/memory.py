@@ -104,31 +104,33 @@ class CachedStore(MemoryStore):
     def __init__(self, inner: Store) -> None:
         super().__init__()
         self._inner = inner
+        self._as_read: dict[str, tuple[Trial, ...]] = {}
+        """Trials of rounds before the first fact is recorded; afterwards all are in the state."""
+        self._has_recorded = False
         for record in inner.rounds():
             self.take_over(record, ())
-        self._unread = set(self._state.rounds)
 
     def record(self, *facts: Fact) -> None:
         """As `Store` says."""
-        for name in tuple(self._unread):
-            self._read(name)
+        if not self._has_recorded:
+            for record in self.rounds():
+                self.take_over(record, self.trials(record.name))
+            self._has_recorded = True
+            self._as_read.clear()
         self._inner.record(*facts)
         super().record(*facts)
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
-        self._read(round)
-        return super().trials(round)
+        if self._has_recorded:
+            return super().trials(round)
+        if round not in self._as_read:
+            self._as_read[round] = self._inner.trials(round)
+        return self._as_read[round]
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
-        self._read(round)
-        return super().trial(round, number)
-
-    def _read(self, name: str) -> None:
-        if name in self._unread:
-            self.take_over(self._state.rounds[name].record(), self._inner.trials(name))
-            self._unread.discard(name)
+        return super().trial(round, number) if self._has_recorded else self._inner.trial(round, number)
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says: another process may plan one."""
