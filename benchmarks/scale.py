@@ -97,16 +97,16 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             from tuner.report.board import Board
             from tuner.store.facts import AttemptStarted, EvaluationMade, StepsRun, TrialAsked
             from tuner.study.round_state import MirroredStore, RoundState
-            from tuner.study.sampling import Advisor, optuna_storage
+            from tuner.study.sampling import RoundStudy, optuna_storage
 
-            advisor = Advisor(
+            round_study = RoundStudy(
                 optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", file.spec.space(),
                 file.spec.search, max_train_steps=HORIZON,
             )  # fmt: skip
             begun = time.process_time()
             state = RoundState(MirroredStore(open_store(url, study=file.spec.study)), "round1")
             number = len(state.trials)
-            chosen = advisor._point(number, state.trials)
+            chosen = round_study.sampler.point(number, state.trials)
             if what == "asks":
                 return time.process_time() - begun, _peak()
             values = complete_hyperparameters(file.spec.space(), chosen)

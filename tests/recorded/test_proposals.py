@@ -27,7 +27,7 @@ from tuner.records import (
     complete_hyperparameters,
     num_points,
 )
-from tuner.study.sampling import Advisor
+from tuner.study.sampling import RoundStudy
 
 RECORDED = Path(__file__).parent / "proposals.json"
 HORIZON = 30
@@ -60,11 +60,15 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "mixed": [
         {"learning_rate": 2e-4, "lora_r": 16, "continues": "round0/1"},
         {"target_modules": ["q_proj", "v_proj"], "warmup_steps": 3},
-        {"learning_rate": 1e-3, "lora_r": 8, "warmup_steps": 0, "lora_dropout": 0.1, "target_modules": "all-linear"},
+        {"learning_rate": 1e-3, "lora_r": 8, "warmup_steps": 0, "lora_dropout": 0.1,
+         "target_modules": "all-linear"},
     ],
     "one rate": [{"learning_rate": 3e-4}, {}],
     "ranks by their logarithm": [{"lora_r": 8}, {"use_dora": True}],
-    "finite": [{"lora_r": 4}, {"lora_r": 4, "training_seed": 0, "target_modules": "all-linear"}, {"training_seed": 1}],
+    "finite": [
+        {"lora_r": 4}, {"lora_r": 4, "training_seed": 0, "target_modules": "all-linear"},
+        {"training_seed": 1},
+    ],
     "nothing searched": [],
 }  # fmt: skip
 
@@ -113,7 +117,7 @@ def earlier_trials(space: Space) -> list[Trial]:
     """Of a round of another seed; some lie outside of the space."""
     names = [name for name in space if name != "weight_decay"]
     wider = {name: replace(d, high=2 * d.high) if isinstance(d, Range) else d for name, d in space.items()}
-    before = Advisor(
+    before = RoundStudy(
         optuna.storages.InMemoryStorage(),
         "before",
         wider,
@@ -135,7 +139,7 @@ def proposals(
     space = SPACES[name]
     total = int(min(num_points(space), 8 if sampler == "gp" else 16))
     before = earlier_trials(space)
-    advisor = Advisor(
+    round_study = RoundStudy(
         optuna.storages.InMemoryStorage(),
         "study/round1",
         space,
@@ -147,13 +151,13 @@ def proposals(
     trials: list[Trial] = []
     found = []
     for ordinal in range(total):
-        proposal = advisor.propose(ordinal, trials)
+        proposal = round_study.propose(ordinal, trials)
         found.append(dict(proposal.chosen))
         values = complete_hyperparameters(space, proposal.chosen)
         state = TrialState[STATES[ordinal % len(STATES)]]
         trials.append(ended("round1", len(trials), values, state=state))
         if state == TrialState.FAILED:
-            again = advisor.propose(ordinal + 1, trials, again=values)
+            again = round_study.propose(ordinal + 1, trials, again=values)
             assert again.chosen == proposal.chosen
             trials.append(ended("round1", len(trials), values, state=TrialState.COMPLETE))
     return found

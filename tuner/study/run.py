@@ -36,9 +36,10 @@ from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.plan import RoundPlan
+from tuner.study.proposals import make_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
 from tuner.study.round_state import MirroredStore
-from tuner.study.sampling import Advisor, make_sampler, optuna_storage
+from tuner.study.sampling import RoundStudy, optuna_storage
 
 
 class WorkerMaker(Protocol):
@@ -98,7 +99,7 @@ def run_round(
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
             record = next(record for record in store.rounds() if record.name == plan.name)
-            advisor = Advisor(
+            round_study = RoundStudy(
                 optuna_storage(storage),
                 f"{plan.spec.study}/{plan.name}",
                 plan.space,
@@ -107,11 +108,11 @@ def run_round(
                 earlier=earlier_outcomes(store, record),
                 objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
             )
-            in_use.callback(advisor.close)
+            in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
                 store=store,
-                advisor=advisor,
+                round_study=round_study,
                 worker=worker,
                 folder=CheckpointFolder(plan.checkpoints),
                 continuations=Continuations(plan, store, ready.workload),
@@ -122,7 +123,7 @@ def run_round(
             ).run()
             # The record of before knows none of the comparison runs.
             ended = next(r for r in store.rounds() if r.name == record.name)
-            write_pages(advisor.study, round_report(folder, store, ended))
+            write_pages(round_study.study, round_report(folder, store, ended))
 
 
 @contextmanager
