@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from sqlalchemy import event
 
 from tuner.config import SearchSpec
+from tuner.methods.registry import is_built_in
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.observations import Objective, Outcome
 from tuner.playbook.selection import objective_score
@@ -71,6 +72,9 @@ class RoundStudy:
             load_if_exists=True,
             sampler=self.sampler,
         )
+        if is_built_in("sampler", search.sampler):
+            # Optuna's cache reads all trials before the first answer, and these samplers look at none.
+            self.study._storage = storage
         if objective == "answers":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

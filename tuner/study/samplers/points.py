@@ -116,7 +116,7 @@ def value_at(distribution: BaseDistribution, unit: float) -> Any:
 
 
 def unit_of(distribution: BaseDistribution, value: Any) -> float:
-    """Return the place of a value that the dimension holds: the inverse of `value_at`; a choice is mid-way."""
+    """Return the place of a value in its dimension: the inverse of `value_at`; a choice is mid-way."""
     if isinstance(distribution, CategoricalDistribution):
         return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))

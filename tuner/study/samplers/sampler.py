@@ -133,7 +133,9 @@ class GridSampler(PointSampler):
 
     def points(self, space: Dimensions, request: Request) -> Iterator[Point]:
         """Yield the grid from the request's place to its end. Raises ValueError where a range has no step."""
-        yield from itertools.islice(every_point(space), request.place % int(num_points(space)), None)
+        total = num_points(space)
+        first = request.place % int(total) if math.isfinite(total) else 0
+        yield from itertools.islice(every_point(space), first, None)
 
 
 class _ModelSampler(PointSampler):
