@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.event import listen
 
 from tuner.config import SearchSpec
 from tuner.playbook.observations import outcomes
@@ -28,7 +29,7 @@ from tuner.records import (
     Value,
     num_points,
 )
-from tuner.study.proposals import distributions
+from tuner.study.proposals import RoundSampler, distributions
 from tuner.study.samplers.points import quasi_random_point
 from tuner.study.sampling import MAX_REPORTS, RoundStudy, StudyStorage, optuna_storage, shown_steps
 
@@ -633,3 +634,179 @@ def test_optuna_takes_the_database_that_the_facts_are_in(tmp_path: Path) -> None
     for storage in (optuna_storage(url), StudyStorage(url, "tiny")):
         assert storage.url == f"sqlite:///{tmp_path}/tuner.db"
         storage.engine.dispose()
+
+
+# --- a sampler that is not tuner's ----------------------------------------------------------------
+
+
+class Listener(optuna.samplers.RandomSampler):
+    """Writes down what it is made with and told."""
+
+    heard: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, seed: int, name: str = "") -> None:
+        super().__init__(seed=seed)
+        self.heard.append({"seed": seed, "name": name})
+
+    def sample_independent(self, study: Any, trial: Any, *args: Any) -> Any:
+        known = study.get_trials()[: trial.number]
+        self.heard[-1]["told"] = [(t.params, t.value, t.constraints) for t in known if t.state.is_finished()]
+        self.heard[-1]["running"] = [t.params for t in known if not t.state.is_finished()]
+        self.heard[-1]["direction"] = study.direction.name
+        return super().sample_independent(study, trial, *args)
+
+
+LISTENER = f"{Listener.__module__}:Listener"
+RATE: Space = {"learning_rate": Range(0.0, 1.0)}
+
+
+def test_another_sampler_is_told_earlier_rounds_penalties_and_what_runs() -> None:
+    """A value of a shorter round is carried to this one's length by what both know: here 0.5 lower."""
+    Listener.heard.clear()
+    earlier = earlier_trials([(0.1, 2.0), (0.2, 2.5), (0.3, math.inf), (7.0, 1.0)])
+    asked = study_after(RATE, earlier, sampler=LISTENER, sampler_arguments={"name": "x"}, seed=4)
+    states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAILED, TrialState.INFEASIBLE)
+    known = [
+        trial(n, n, state, {"learning_rate": rate}, 1.5)
+        for n, (state, rate) in enumerate(zip(states, (0.1, 0.5, 0.6, 0.7), strict=True))
+    ]
+    proposal = asked.propose(4, known)
+    (heard,) = Listener.heard
+    feasible, violated = {"feasible": 0.0}, {"feasible": 1.0}
+    assert heard["told"] == [
+        ({"learning_rate": 0.1}, 1.5, feasible),
+        ({"learning_rate": 0.2}, 2.0, feasible),
+        ({"learning_rate": 0.3}, 2.0, violated),
+        ({"learning_rate": 0.7}, 2.0, violated),
+    ]
+    assert heard["running"] == [{"learning_rate": 0.5}]
+    assert (heard["name"], heard["direction"]) == ("x", "MINIMIZE")
+    again = study_after(RATE, earlier, sampler=LISTENER, sampler_arguments={"name": "x"}, seed=4)
+    assert again.propose(4, known).chosen == proposal.chosen, "the same facts give the same proposal"
+    seeds = [
+        study_after(RATE, (), sampler=LISTENER, seed=s).propose(n).chosen for s, n in ((4, 4), (5, 4), (4, 5))
+    ]
+    assert len({each["learning_rate"] for each in seeds}) == 3
+    assert len({each["seed"] for each in Listener.heard}) == 3
+
+
+def test_another_sampler_maximises_answers_and_is_told_no_constraint_without_infeasible_trials() -> None:
+    Listener.heard.clear()
+    score = AnswerScore(5, "exact_match", 0.75, 0.01, 50, is_objective=True)
+    known = [replace(trial(0, 0, TrialState.COMPLETE, {"learning_rate": 0.1}), answer_score=score)]
+    search = SearchSpec(trials=8, sampler=LISTENER)
+    storage = optuna.storages.InMemoryStorage()
+    RoundStudy(storage, "study", RATE, search, max_train_steps=5, objective="answers").propose(1, known)
+    assert Listener.heard[-1]["told"] == [({"learning_rate": 0.1}, 0.75, {})]
+    assert Listener.heard[-1]["direction"] == "MAXIMIZE"
+
+
+@pytest.mark.parametrize("sampler", [LISTENER, "optuna.samplers:TPESampler", "optuna.samplers:NSGAIISampler"])
+def test_another_sampler_fills_what_an_entry_leaves_open_and_repeats_no_point(sampler: str) -> None:
+    enqueue = [{"lora_r": 16, "warmup_steps": 3}]
+    asked = new_study(optuna.storages.InMemoryStorage(), sampler=sampler, enqueue=enqueue)
+    first, *others = proposed_points(asked, 4)
+    assert (first["lora_r"], first["warmup_steps"]) == (16, 3)
+    assert set(first) == set(SPACE) - {"optimizer"}
+    assert all(SPACE[name].contains(value) for point in (first, *others) for name, value in point.items())
+    finite = new_study(optuna.storages.InMemoryStorage(), FINITE["seeds"], sampler=sampler)
+    points = proposed_points(finite, 6)
+    assert len({tuple(point.items()) for point in points}) == 6
+
+
+def test_what_another_sampler_notes_on_its_trials_comes_back_to_it(tmp_path: Path) -> None:
+    """A genetic sampler breeds only from trials of which it has noted their generation, in every process."""
+    url = f"sqlite:///{tmp_path / 'tuner.db'}"
+    arguments = {"population_size": 4}
+    known: list[Trial] = []
+    for ordinal in range(12):
+        asked = new_study(
+            optuna_storage(url), RATE, sampler="optuna.samplers:NSGAIISampler", sampler_arguments=arguments,
+            trials=12,
+        )  # fmt: skip
+        proposal = asked.propose(ordinal, known)
+        loss = 1 + abs(float(proposal.chosen["learning_rate"]) - 0.3)  # type: ignore[arg-type]
+        done = trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, loss)
+        known.append(done)
+        asked.tell(done, max_train_steps=10)
+    attributes = [frozen.system_attrs for frozen in asked.study.get_trials()]
+    generations = [
+        max((v for k, v in each.items() if "generation" in k), default=None) for each in attributes
+    ]
+    assert generations == [0] * 4 + [1] * 4 + [2] * 4
+
+
+# --- Optuna asks, and the round's sampler answers -------------------------------------------------
+
+
+def test_a_trial_that_somebody_enqueued_takes_no_proposals_place(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    """In the dashboard, or a process that died: Optuna hands those out first."""
+    undisturbed = new_study(optuna.storages.InMemoryStorage())
+    round_study = new_study(storage)
+    round_study.study.enqueue_trial({"lora_r": 32})
+    for ordinal in range(2):
+        assert round_study.propose(ordinal).chosen == undisturbed.propose(ordinal).chosen
+    assert [t.state.name for t in round_study.study.trials] == ["FAIL", "RUNNING", "RUNNING"]
+
+
+def test_a_value_that_no_longer_lies_in_its_range_is_repeated_as_it_is() -> None:
+    narrow: Space = {"learning_rate": Range(0.0, 0.1), "lora_r": Choices((8, 16))}
+    again = {"learning_rate": 0.3, "lora_r": 8}
+    proposal = new_study(optuna.storages.InMemoryStorage(), narrow).propose(1, again=again)
+    assert proposal.chosen == again
+
+
+class OnlyInEightBits(RoundSampler):
+    """The round's sampler with a dimension that one optimizer alone has."""
+
+    def active(self, point: Hyperparameters) -> dict[str, Choices | Range]:
+        has_it = point.get("optimizer") == "adamw_8bit"
+        return {name: d for name, d in self._space.items() if name != "adam_beta2" or has_it}
+
+
+CONDITIONAL: Space = {
+    "adam_beta2": Choices((0.9, 0.95, 0.99)),
+    "optimizer": Choices(("adamw", "adamw_8bit")),
+    "lora_r": Choices((8, 16)),
+}
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, LISTENER])
+def test_a_dimension_that_a_value_activates_is_asked_in_a_second_step(sampler: str) -> None:
+    """Where it is not active it is neither proposed, nor stored, nor compared: 2 points, and 2 times 3."""
+    enqueue = [{"adam_beta2": 0.95, "optimizer": "adamw"}, {"optimizer": "adamw_8bit", "lora_r": 8}]
+    search = SearchSpec(trials=8, sampler=sampler, enqueue=enqueue)
+    asked = RoundStudy(optuna.storages.InMemoryStorage(), "study", CONDITIONAL, search, max_train_steps=10)
+    asked.sampler = asked.study.sampler = OnlyInEightBits(CONDITIONAL, search, max_train_steps=10)
+    points = proposed_points(asked, 8)
+    assert len({tuple(sorted(point.items())) for point in points}) == 8
+    for point, frozen in zip(points, asked.study.trials, strict=True):
+        assert ("adam_beta2" in point) == (point["optimizer"] == "adamw_8bit")
+        assert frozen.params == point
+    assert points[0]["optimizer"] == "adamw"
+    assert (points[1]["optimizer"], points[1]["lora_r"]) == ("adamw_8bit", 8)
+
+
+def test_recovering_reads_only_the_trials_that_optuna_has_as_open(tmp_path: Path) -> None:
+    """However many have ended: each of those would be a few statements, in each start of the round."""
+    url = f"sqlite:///{tmp_path / 'tuner.db'}"
+    first = new_study(optuna_storage(url), trials=40)
+    known: list[Trial] = []
+    counts = []
+    for ordinal in range(30):
+        proposal = first.propose(ordinal, known)
+        done = trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1.0)
+        known.append(done)
+        if ordinal < 29:
+            first.tell(done, max_train_steps=10)
+        if ordinal in (2, 28):
+            resumed = new_study(optuna_storage(url), trials=40)
+            statements: list[str] = []
+            listen(resumed._storage.engine, "before_cursor_execute", lambda *said: statements.append(said[2]))  # type: ignore[attr-defined] # noqa: B023
+            resumed.recover(known, max_train_steps=10)
+            counts.append(len(statements))
+    assert counts[0] == counts[1] <= 8
+    new_study(optuna_storage(url)).recover(known, max_train_steps=10)
+    assert {t.state.name for t in first.study.get_trials()} == {"COMPLETE"}

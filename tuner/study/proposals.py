@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -232,10 +232,8 @@ class RoundSampler(optuna.samplers.BaseSampler):
         sampled = source.points(self._distributions_of(first), self._restricted(request, first))
         for params in itertools.islice(sampled, _TRIES.get(self._search.sampler, _TRIES_OF_ANOTHER)):
             yield self._completed({**self.decoded(params), **given}, source, request)
-        for fixed in (given, {}):
-            left_open = {name: d for name, d in first.items() if name not in fixed}
-            for params in self._any_point(left_open, request.random):
-                yield self._completed({**self.decoded(params), **fixed}, source, request)
+        yield from self._any_point(given, request.random)
+        yield from self._any_point({}, request.random)
 
     def _completed(
         self, point: Mapping[str, Value], source: PointSampler, request: Request
@@ -246,17 +244,28 @@ class RoundSampler(optuna.samplers.BaseSampler):
             point = {**point, **self.decoded(params)}
         return {name: point[name] for name in self.active(point)}
 
-    def _distributions_of(self, names: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    def _distributions_of(self, names: Iterable[str]) -> dict[str, BaseDistribution]:
         return {name: self.distributions[name] for name in names}
 
     def _any_point(
-        self, space: Mapping[str, Choices | Range], random: np.random.Generator
-    ) -> Iterator[Point]:
-        """Yield random points; of a finite space some, and then every one in its order."""
-        dimensions = self._distributions_of(space)
-        is_finite = math.isfinite(num_points(space))
-        yield from itertools.islice(random_points(dimensions, random), _RANDOM_TRIES if is_finite else None)
-        yield from every_point(dimensions)
+        self, given: Mapping[str, Value], random: np.random.Generator
+    ) -> Iterator[dict[str, Value]]:
+        """Yield random points with what is given; of a finite space some, and then every one in its order."""
+        left_open = {name: d for name, d in self._space.items() if name not in given}
+        limit = _RANDOM_TRIES if math.isfinite(num_points(left_open)) else None
+        dimensions = self._distributions_of(name for name in self.active({}) if name not in given)
+        source, request = RandomSampler(), Request(0, random)
+        for params in itertools.islice(random_points(dimensions, random), limit):
+            yield self._completed({**self.decoded(params), **given}, source, request)
+        yield from self._every_point(given)
+
+    def _every_point(self, point: Mapping[str, Value]) -> Iterator[dict[str, Value]]:
+        left = [name for name in self.active(point) if name not in point]
+        if not left:
+            yield {name: point[name] for name in self.active(point)}
+            return
+        for params in every_point(self._distributions_of(left)):
+            yield from self._every_point({**point, **self.decoded(params)})
 
     # --- whom it asks, and with what --------------------------------------------------------------
 

@@ -151,6 +151,14 @@ class _ModelSampler(PointSampler):
         super().__init__(search_space, seed=seed)
         self._n_startup_trials = n_startup_trials
 
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return the names that all trials so far have: only these can be modelled together."""
+        space = super().infer_relative_search_space(study, trial)
+        common = self._common_space.calculate(study) or space
+        return {name: distribution for name, distribution in space.items() if name in common}
+
     def points(self, space: Dimensions, request: Request) -> Iterator[Point]:
         """Yield what the model proposes; random points while it knows too little."""
         if len(request.observed) < self._n_startup_trials:
