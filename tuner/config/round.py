@@ -25,7 +25,8 @@ from tuner.config.sections import (
     SearchSpec,
     WrittenHyperparameters,
 )
-from tuner.config.wording import mistake, refuse, shown
+from tuner.config.wording import mistake, refuse
+from tuner.errors import shown
 from tuner.records import Space, is_sweep_file, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")

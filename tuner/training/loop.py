@@ -203,11 +203,11 @@ def _answer(place: Workplace, run: TrialRun, slot: int, inbox: Inbox, say: Calla
 
     False when the trial or the worker is to stop before the last answer. The other slots wait.
     """
-    if place.exam is None or run.assignment.trial < 0:
+    if place.generation_eval is None or run.assignment.trial < 0:
         return True
     assert run.best_step is not None
     assert run.best_weights is not None
-    score = place.exam.score(
+    score = place.generation_eval.score(
         place.pack,
         slot,
         run.best_weights,

@@ -20,7 +20,7 @@ from tuner.data.pretrained import loaded_commit
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.training.environment import environment
-from tuner.training.generation_eval import exam
+from tuner.training.generation_eval import load_generation_eval
 from tuner.training.memory_budget import (
     MARGIN,
     Packing,
@@ -59,13 +59,15 @@ def open_workplace(
     say(f"loading {spec.model.path}")
     place = arrange(spec, data, slots=slots)
     if spec.evaluation.answers is not None:
-        place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
+        place.generation_eval = load_generation_eval(
+            spec.evaluation.answers, data.eval_prompts, place.base, tokenizer
+        )
     if base_evaluation is None:
         say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
         with needing_room(place.pack.num_slots):
             base_evaluation = measure_base(place)
     place.base_evaluation = base_evaluation
-    metric = place.exam.metric.code if place.exam is not None else None
+    metric = place.generation_eval.metric.code if place.generation_eval is not None else None
     place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
     smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(

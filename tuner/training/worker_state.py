@@ -17,7 +17,7 @@ from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config
 from tuner.data import Examples
 from tuner.records import Evaluation, Hyperparameters, Throughput
-from tuner.training.generation_eval import Exam
+from tuner.training.generation_eval import GenerationEval
 
 Kind = Literal["training", "evaluating", "saving"]
 
@@ -88,7 +88,7 @@ class Workplace:
     """Tokens of one trial in one training pass, padding included."""
     base_evaluation: Evaluation | None = None
     """The untouched base at step 0, once measured."""
-    exam: Exam | None = None
+    generation_eval: GenerationEval | None = None
     """What complete trials are asked; None unless the round file has `evaluation.answers`."""
     pass_tokens: int = 1 << 40
     """Tokens of all trials in one training pass, padding included; halved after each out-of-memory."""
