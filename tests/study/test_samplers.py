@@ -240,3 +240,12 @@ assert not [name for name in sys.modules if name == "tuner" or name.startswith("
         cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_code_of_the_page_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "your-own-sampler.md"
+    (block,) = (b for b in page.read_text().split("```python\n")[1:] if "create_study" in b)
+    found: dict[str, Any] = {}
+    exec(block.split("```")[0], found)
+    assert len(found["study"].trials) == 32
+    assert found["study"].best_value < 0.03
