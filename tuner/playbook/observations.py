@@ -99,15 +99,15 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Observation:
     """What all rounds so far say of one configuration."""
 
     hyperparameters: Hyperparameters
-    merit: float
+    objective: float
     """What is to be expected at the longest horizon, lower is better: the loss, or the answer score with its
     sign changed; infinite where it is infeasible."""
     loss: float
-    """The loss to be expected there, which parts equal merits."""
+    """The loss to be expected there, which parts equal objectives."""
 
 
 def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome, ...]:
@@ -137,8 +137,8 @@ def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome,
     return tuple(found)
 
 
-def lessons(found: Sequence[Outcome], *, objective: Objective = "loss") -> tuple[Lesson, ...]:
-    """One lesson for each configuration, in the order in which they were first tried.
+def observations(found: Sequence[Outcome], *, objective: Objective = "loss") -> tuple[Observation, ...]:
+    """One observation for each configuration, in the order in which they were first tried.
 
     `found` are the outcomes of one workload's rounds, oldest first. A configuration speaks by its longest
     run. Values of different horizons are not compared as they are: each is lowered by what the
@@ -155,7 +155,7 @@ def lessons(found: Sequence[Outcome], *, objective: Objective = "loss") -> tuple
     value = _loss if objective == "loss" else _answers_to_minimise
     gains, gains_of_loss = _gains_to_the_longest(found, value), _gains_to_the_longest(found, _loss)
     return tuple(
-        Lesson(o.hyperparameters, value(o) - gains[o.horizon], o.loss - gains_of_loss[o.horizon])
+        Observation(o.hyperparameters, value(o) - gains[o.horizon], o.loss - gains_of_loss[o.horizon])
         for o in speaking.values()
     )
 

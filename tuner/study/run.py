@@ -35,8 +35,9 @@ from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.plan import RoundPlan
+from tuner.study.proposals import make_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
-from tuner.study.sampling import Advisor, make_sampler, optuna_storage
+from tuner.study.sampling import RoundStudy, optuna_storage
 
 
 class WorkerMaker(Protocol):
@@ -97,7 +98,7 @@ def run_round(
         with _outside_failures(watch):
             record = store.round(plan.name)
             assert record is not None
-            advisor = Advisor(
+            round_study = RoundStudy(
                 optuna_storage(storage),
                 f"{plan.spec.study}/{plan.name}",
                 plan.space,
@@ -106,11 +107,11 @@ def run_round(
                 earlier=earlier_outcomes(store, record),
                 objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
             )
-            in_use.callback(advisor.close)
+            in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
                 store=store,
-                advisor=advisor,
+                round_study=round_study,
                 worker=worker,
                 folder=CheckpointFolder(plan.checkpoints),
                 continuations=Continuations(plan, store, ready.workload),
@@ -122,7 +123,7 @@ def run_round(
             # The record read before does not include the comparison runs.
             ended = store.round(plan.name)
             assert ended is not None
-            write_pages(advisor.study, round_report(folder, store, ended))
+            write_pages(round_study.study, round_report(folder, store, ended))
 
 
 @contextmanager
