@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tuner.records import Evaluation
+from tuner.records import Evaluation, Packed
 
 WINDOW = 1.25
 """An evaluation is averaged with those whose step is within this factor."""
@@ -113,7 +113,12 @@ def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) ->
     alike = [e.example_tokens == other.example_tokens for e in evaluations]
     if len(tokens) < 2 or not all(alike) or (total := float(tokens.sum())) <= 0:
         return [math.inf] * len(evaluations)
-    losses = np.array([np.asarray(e.example_nll) for e in evaluations])
+    packed = [e.example_nll.content for e in evaluations if isinstance(e.example_nll, Packed)]
+    losses = (
+        np.frombuffer(b"".join(packed), dtype="<f8").reshape(len(evaluations), -1)
+        if len(packed) == len(evaluations)
+        else np.array([np.asarray(e.example_nll) for e in evaluations])
+    )
     differences = losses - np.asarray(other.example_nll)
     residuals = differences - np.outer(differences.sum(axis=1) / total, tokens)
     variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)

@@ -40,10 +40,10 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     returned. Rule: this project's decision, "settled_step": when the trial was done, judging by the
     evaluation.
     """
-    best = best_evaluation(evaluations)
+    by_step = sorted(measured(evaluations), key=attrgetter("step"))
+    best = min(by_step, key=attrgetter("eval_loss"), default=None)  # the earlier of equals
     if best is None:
         return None
-    by_step = sorted(measured(evaluations), key=attrgetter("step"))
     bounds = largest_differences(by_step, best)
     return next(
         evaluation.step

@@ -78,7 +78,11 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     answers = have_answered(rows)
     cells = [trial_cells(trial, shown, answers=answers) for trial in rows]
     headers = trial_headers(shown, answers=answers)
-    columns = [column(name, [row[i] for row in cells], rank=0) for i, name in enumerate(headers)]
+    # Of the trial's name and its state, which have cells of their own, only the head is taken.
+    columns = [
+        column(name, [] if name in ("trial", "state") else [row[i] for row in cells], rank=0)
+        for i, name in enumerate(headers)
+    ]
     first, *chosen, loss, step, settled, _, remarks = columns
     scored = [replace(chosen.pop(), rank=1)] if answers else []
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
