@@ -6,14 +6,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from tuner.errors import CheckpointError
+from tuner.methods.metrics import ExampleScores, metric, values
 from tuner.playbook import best_evaluation, is_diverged
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
+    LOSS,
     Assignment,
     Checkpoint,
     CheckpointKind,
@@ -36,6 +40,26 @@ A loss that is not finite, or too high for long, makes the trial infeasible, as 
 
 Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
 """Keeps a checkpoint of a step, or None. Its path's name is as a real one's: `step-000036`, or with `.a1`."""
+
+
+def measured_by(curve: Curve, name: str) -> Curve:
+    """The curve with values of a metric: of a target token `exp(-loss)` is the chance to be predicted first.
+
+    The curve itself where the loss chooses the best step.
+    """
+    chosen = metric(name)
+    objective = chosen.objective(name)
+    if objective == LOSS or objective.per == "trial":
+        return curve
+
+    def evaluation(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        made = curve(hyperparameters, step, horizon)
+        nll = np.asarray(made.example_nll or (made.eval_loss,))
+        tokens = np.asarray(made.example_tokens or (1,))
+        examples = ExampleScores(nll, tokens, tokens * np.exp(-nll / tokens))
+        return replace(made, metrics=values(name, chosen, examples), objective=objective)
+
+    return evaluation
 
 
 @dataclass

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeAlias
 
 from tuner.errors import InputError
 
-Kind: TypeAlias = Literal["sampler", "tracker"]
+Kind: TypeAlias = Literal["sampler", "tracker", "metric"]
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
+    "metric": ("eval_loss", "token_accuracy", "answers"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""
@@ -26,7 +27,8 @@ PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 def names(kind: Kind) -> tuple[str, ...]:
     """Return the names that are built in and those that installed packages register.
 
-    A package registers one by an entry point of the group `tuner.samplers` or `tuner.trackers`.
+    A package registers one by an entry point of the group `tuner.samplers`, `tuner.trackers` or
+    `tuner.metrics`.
     """
     registered = sorted(entry_points(group=f"tuner.{kind}s").names)
     return (*BUILT_IN[kind], *(name for name in registered if name not in BUILT_IN[kind]))

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from tuner.playbook.curve_checks import curve_findings
 from tuner.playbook.edges import diverged_above, edges, number
 from tuner.playbook.horizon import MULTIPLES
-from tuner.playbook.noise import MAX_LOSS, is_number
+from tuner.playbook.noise import BY_VALUE, Scale, is_number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted, percent
 from tuner.playbook.schedule import warmup_length
-from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_loss
+from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_curve, scale_of
 from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
@@ -119,8 +119,10 @@ def checklist(
     )
 
 
-def doubling_of_trials(losses: Sequence[float]) -> float:
+def doubling_of_trials(losses: Sequence[float], scale: Scale | None = None) -> float:
     """Return what the last doubling of the trials is expected to have gained, relative to the loss.
+
+    `losses` are values of the objective, lower is better, and `scale` what they are relative to.
 
     The expected best of half the trials, drawn without replacement, against the best of all; half is rounded
     down. Infinite losses stand for trials without an objective: draws of such trials alone are left out. 0
@@ -129,14 +131,15 @@ def doubling_of_trials(losses: Sequence[float]) -> float:
     order = sorted(losses)
     count, half = len(order), len(order) // 2
     num_finite = sum(is_number(loss) for loss in order)
-    if num_finite < 2 or order[0] < 1 / MAX_LOSS:
+    scale = scale or BY_VALUE
+    if num_finite < 2 or not scale.can_compare(order[0]):
         return 0.0
     # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half),
     # each of which follows from the one before: the numbers themselves outgrow a float.
     steps = ((count - half - k) / (count - 1 - k) for k in range(num_finite - 1))
     chances = list(itertools.accumulate(steps, operator.mul, initial=1.0))
     expected = math.fsum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
-    return expected / order[0] - 1.0
+    return expected / order[0] - 1.0 if scale.gained is None else (expected - order[0]) / scale.gained
 
 
 def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
@@ -154,9 +157,11 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
 
 def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
     """More trials are worth having while the last doubling of their number brought a worthwhile gain."""
-    losses = [best.eval_loss for _, best in ranked_by_loss(distinct(results.complete))]
+    if (scale := scale_of(results.trials)) is None:
+        return
+    losses = [best.cost for _, best in ranked_by_curve(distinct(results.complete))]
     losses += [math.inf] * (len(distinct(results.results)) - len(losses))
-    gain, threshold = doubling_of_trials(losses), max(noise or 0.0, results.worthwhile_gain)
+    gain, threshold = doubling_of_trials(losses, scale), max(noise or 0.0, results.worthwhile_gain)
     if gain <= threshold:
         return
     half = len(losses) // 2

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from tuner.playbook.results import RoundResults
-from tuner.playbook.selection import distinct, ranked_by_loss
+from tuner.playbook.selection import distinct, ranked_by_curve
 from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
 
@@ -164,9 +164,9 @@ def _is_limit(results: RoundResults, edge: Edge) -> bool:
 def _highest_rates_are_in_order(results: RoundResults, best_rate: float) -> bool:
     """Whether the highest rates tried are, from the highest down, the best ones in order."""
     lowest_loss: dict[float, float] = {}
-    for trial, best in ranked_by_loss(distinct(results.complete)):
+    for trial, best in ranked_by_curve(distinct(results.complete)):
         if (rate := number(trial.hyperparameters.get(_RATE))) is not None:
-            lowest_loss.setdefault(rate, best.eval_loss)
+            lowest_loss.setdefault(rate, best.cost)
     rates = sorted(lowest_loss, reverse=True)[:MIN_RATES_IN_ORDER]
     if len(rates) < MIN_RATES_IN_ORDER or rates[0] != best_rate:
         return False

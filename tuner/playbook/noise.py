@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ WINDOW = 1.25
 
 
 def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """The finite evaluations with losses from a local line through each one's neighbours, by step.
+    """The finite evaluations with the objective from a local line through each one's neighbours, by step.
 
     Neighbours are within a factor 1.25 of the step, so that the steep beginning stays as it is and
     sparse evaluations are not touched; the line is in the logarithm of the step. The best of many
@@ -24,14 +24,12 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     them need the curve below. Rule: this project's decision.
     """
     finite = measured(evaluations)
-    steps, losses = _curve(finite)
-    return tuple(
-        replace(evaluation, eval_loss=_local_value(steps, losses, i)) for i, evaluation in enumerate(finite)
-    )
+    steps, costs = _curve(finite)
+    return tuple(evaluation.with_cost(_local_value(steps, costs, i)) for i, evaluation in enumerate(finite))
 
 
-def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
-    """The smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
+def smoothed_cost(evaluations: Sequence[Evaluation], step: int) -> float:
+    """The smoothed objective, lower is better, at the step of an evaluation. Rule: as for `smoothed`."""
     finite = measured(evaluations)
     steps, losses = _curve(finite)
     at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
@@ -39,9 +37,9 @@ def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
 
 
 def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of the steps, and losses."""
+    """Logarithms of the steps, and the objective, lower is better."""
     steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    return steps, np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
+    return steps, np.array([evaluation.cost for evaluation in finite], dtype=np.float64)
 
 
 def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
@@ -56,6 +54,8 @@ def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
 
 MAX_LOSS = 1e100
 """Nats per token from which on a loss is no number to calculate with: its square is still finite."""
+MIN_COST = 1 / MAX_LOSS
+"""Below it nothing is relative to a value."""
 SIGNIFICANT = 2.0
 """Standard errors from which on a difference counts as one."""
 MIN_RESIDUAL_EVALUATIONS = 4
@@ -76,17 +76,23 @@ def is_number(loss: float) -> bool:
 
 
 def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """The evaluations whose loss is a number. Rule: this project's decision, "The best step of a trial"."""
-    return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
+    """The evaluations whose objective is a number.
+
+    Rule: this project's decision, "The best step of a trial".
+    """
+    return [evaluation for evaluation in evaluations if is_number(evaluation.cost)]
 
 
 def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
-    """Standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per token.
+    """Standard error of `one.cost - other.cost` over the same examples, in nats per token.
 
     The loss is a ratio of sums, so by the delta method: the spread of each example's difference
     around what its tokens predict. None unless both losses are numbers, over the same examples, two at
-    least. Rule: this project's decision, "settled_step".
+    least; and where the objective is another metric, of which single examples have no share. Rule: this
+    project's decision, "settled_step".
     """
+    if one.objective is not None or other.objective is not None:
+        return None
     if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
         return None
     if len(measured((one, other))) < 2:
@@ -108,11 +114,11 @@ def loss_error(evaluation: Evaluation) -> float | None:
     """
     tokens = evaluation.example_tokens
     nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
-    return paired_standard_error(evaluation, nothing)
+    return paired_standard_error(replace(evaluation, objective=None), nothing)
 
 
 def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
-    """Return the standard deviation of the late losses around a line through them, in nats per token.
+    """Return the standard deviation of the late evaluations' objective around a line through them.
 
     The last quarter of the finite evaluations is taken, but at least the last six; all of them where there
     are four or five; None where there are fewer. It stands in for the paired standard error where per-example
@@ -123,7 +129,7 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
     if len(last) < MIN_RESIDUAL_EVALUATIONS:
         return None
     steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
-    losses = np.array([evaluation.eval_loss for evaluation in last], dtype=np.float64)
+    losses = np.array([evaluation.cost for evaluation in last], dtype=np.float64)
     steps -= steps.mean()
     losses -= losses.mean()
     residuals = losses - steps * float(steps @ losses) / float(steps @ steps)
@@ -138,6 +144,37 @@ def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: 
     """
     paired = paired_standard_error(one, other)
     return residual_spread(evaluations) if paired is None else paired
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What differences of the objective are relative to; costs are lower where better."""
+
+    gained: float | None = None
+    """What the best trial gained over the base model, positive; None: the value itself."""
+
+    def can_compare(self, *costs: float) -> bool:
+        """Whether relative differences of these make sense: a value has to be above 0 to be relative to."""
+        return self.gained is not None or min(costs) >= MIN_COST
+
+    def share(self, difference: float, *, of: float) -> float:
+        """Return a difference relative to the cost `of`, or to what was gained."""
+        return difference / (of if self.gained is None else self.gained)
+
+    def amount(self, share: float, *, of: float) -> float:
+        """The inverse of `share`."""
+        return share * (of if self.gained is None else self.gained)
+
+    def drop(self, before: float, after: float) -> float:
+        """Return the fall from one cost to another on the scale on which doublings are a series.
+
+        That of the logarithm where differences are relative to the value, else of what was gained.
+        """
+        return math.log(before / after) if self.gained is None else (before - after) / self.gained
+
+
+BY_VALUE = Scale()
+"""Of the loss, and of any other metric that is minimised and has no upper bound."""
 
 
 def significant_among(count: int) -> float:

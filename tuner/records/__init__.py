@@ -42,8 +42,10 @@ from tuner.records.json_form import (
     event_from_json,
     event_to_json,
     hyperparameters_from_json,
+    objective_from_json,
     to_json,
 )
+from tuner.records.objective import LOSS, Direction, Objective
 from tuner.records.space import (
     Choices,
     Dimension,
@@ -60,6 +62,7 @@ from tuner.records.space import (
 from tuner.records.throughput import Throughput, added_up
 
 __all__ = [
+    "LOSS",
     "AnswerScore",
     "Answered",
     "Assignment",
@@ -71,6 +74,7 @@ __all__ = [
     "Continuation",
     "Died",
     "Dimension",
+    "Direction",
     "Ended",
     "Evaluated",
     "Evaluation",
@@ -79,6 +83,7 @@ __all__ = [
     "Fixed",
     "Hyperparameters",
     "Measured",
+    "Objective",
     "Outcome",
     "Preparing",
     "Progressed",
@@ -105,6 +110,7 @@ __all__ = [
     "hyperparameters_from_json",
     "is_sweep_file",
     "num_points",
+    "objective_from_json",
     "searched",
     "to_json",
 ]

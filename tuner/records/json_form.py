@@ -22,6 +22,7 @@ from tuner.records.events import (
     Started,
 )
 from tuner.records.facts import AnswerScore, Attempt, Branch, Checkpoint, CheckpointKind, Evaluation
+from tuner.records.objective import Direction, Objective
 from tuner.records.space import Value
 from tuner.records.throughput import Throughput
 
@@ -54,8 +55,16 @@ def evaluation_from_json(document: Mapping[str, Any]) -> Evaluation:
             **document,
             "example_nll": tuple(document.get("example_nll", ())),
             "example_tokens": tuple(document.get("example_tokens", ())),
+            "objective": objective_from_json(document.get("objective")),
         }
     )
+
+
+def objective_from_json(document: Mapping[str, Any] | None) -> Objective | None:
+    """The inverse of `to_json` for an Objective, or for None."""
+    if document is None:
+        return None
+    return Objective(**{**document, "direction": Direction(document["direction"])})
 
 
 def checkpoint_from_json(document: Mapping[str, Any]) -> Checkpoint:

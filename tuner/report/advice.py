@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
-from tuner.playbook.selection import objective_score
+from tuner.playbook.selection import trial_score
 from tuner.report import answered, format
 from tuner.report.round_report import RoundReport
 from tuner.report.tested import in_words
@@ -78,7 +78,7 @@ def found(report: RoundReport) -> tuple[str, ...]:
         sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
     if others:
         runner_up, second = others[0]
-        if objective_score(trial) is not None:
+        if trial_score(trial) is not None:
             score, loss = answered.number(runner_up.answer_score), format.loss(second.eval_loss)
             sentences.append(
                 f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
@@ -126,7 +126,7 @@ def _ranked_by(report: RoundReport) -> tuple[str, int] | None:
 def _merit(report: RoundReport) -> tuple[float, float]:
     """Lower is better: first by answers, where they are the objective, then by loss."""
     trial, best = report.ranked[0]
-    return -(objective_score(trial) or 0.0), best.eval_loss
+    return -(trial_score(trial) or 0.0), best.eval_loss
 
 
 def tested(report: RoundReport) -> tuple[str, ...]:
@@ -204,7 +204,7 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         if trial.answer_score is not None:
             by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"
             numbers.append(("answer score", answered.number(trial.answer_score), by))
-        is_lowest = objective_score(trial) is None
+        is_lowest = trial_score(trial) is None
         name = "best evaluation loss" if is_lowest else "its evaluation loss"
         numbers.append((name, format.loss(best.eval_loss), against))
         numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))

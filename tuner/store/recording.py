@@ -153,6 +153,8 @@ class Recorder:
             "example_nll": made.example_nll,
             "example_tokens": made.example_tokens,
             "correct_tokens": made.correct_tokens,
+            "metrics": dict(made.metrics),
+            "objective": to_json(made.objective) if made.objective else None,
         }
         self._upsert(EVALUATIONS, values)
 

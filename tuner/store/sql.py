@@ -29,6 +29,7 @@ from tuner.records import (
     TrialState,
     branch_from_json,
     hyperparameters_from_json,
+    objective_from_json,
 )
 from tuner.store.database import (
     database_file,
@@ -269,6 +270,8 @@ def _evaluation(row: Row[Any]) -> Evaluation:
         example_nll=row.example_nll,
         example_tokens=row.example_tokens,
         correct_tokens=row.correct_tokens,
+        metrics=row.metrics or {},
+        objective=objective_from_json(row.objective),
     )
 
 

@@ -21,6 +21,10 @@ from tuner.records import (
 from tuner.store.facts import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
+from tuner.study.results import objective_of
+
+_BY_THE_LOSS = {"eval_loss", "answers"}
+"""Metrics in whose rounds the loss chooses the best step."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Continuations:
                 "model, data, evaluation set or length changed since then, or this version of tuner reads "
                 "some rows differently, as its changelog says"
             )
+        own = self.plan.spec.objective.metric
+        if (its := objective_of(record, [trial]).metric) != own and not {its, own} <= _BY_THE_LOSS:
+            return f"its best adapter was chosen by {its}, and this round chooses by {own}"
         reasons = []
         for checkpoint in self._candidates(record, trial):
             reason = self._reason_against(record, trial, checkpoint, hyperparameters)

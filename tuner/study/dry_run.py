@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner.config import RoundFile, edit_round, read_round
 from tuner.engines import LoraFormula, SimulatedWorker
+from tuner.engines.simulated import measured_by
 from tuner.errors import InputError, RoundFileError
 from tuner.records import Ready
 from tuner.study.folder import REHEARSAL, is_rehearsal, open_folder
@@ -52,9 +53,9 @@ def simulated_worker(plan: RoundPlan, *, slots: int | str) -> SimulatedWorker:
     """A worker on the study's own made-up loss surface."""
     num_slots = 1 if plan.spec.trains_alone else slots if isinstance(slots, int) else SLOTS
     ready = Ready(num_slots, "simulated", workload=_workload(plan))
-    return SimulatedWorker(
-        LoraFormula(plan.spec.study, pace_steps=_pace_steps(plan)), slots=num_slots, ready=ready
-    )
+    formula = LoraFormula(plan.spec.study, pace_steps=_pace_steps(plan))
+    curve = measured_by(formula, plan.spec.objective.metric)
+    return SimulatedWorker(curve, slots=num_slots, ready=ready)
 
 
 def virtual_clock(begun_at: float, workers: list[SimulatedWorker]) -> Callable[[], float]:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
-from tuner.config import DORA_TRAINS_ALONE, RoundFile, refused_changes
+from tuner.config import DORA_TRAINS_ALONE, RoundFile, RoundSpec, refused_changes
 from tuner.engines import Worker
 from tuner.errors import (
     InputError,
@@ -22,8 +22,9 @@ from tuner.errors import (
     WorkerError,
 )
 from tuner.installation import install_command
+from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
-from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
+from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
 from tuner.report.trackers import not_installed
@@ -76,6 +77,7 @@ def run_round(
     refuse_changed_file(plan)
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
+    objective = loaded_objective(plan)
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
@@ -94,7 +96,7 @@ def run_round(
             disk.refuse_too_small(ready, earlier)
             store = MirroredStore(open_store(storage, study=plan.spec.study))
             in_use.callback(store.close)
-            _begin(plan, store, ready, clock)
+            _begin(plan, store, ready, clock, objective)
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
             record = next(record for record in store.rounds() if record.name == plan.name)
@@ -105,7 +107,7 @@ def run_round(
                 plan.spec.search,
                 max_train_steps=plan.spec.max_train_steps,
                 earlier=earlier_outcomes(store, record),
-                objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
+                objective=objective,
             )
             in_use.callback(advisor.close)
             RoundLoop(
@@ -252,7 +254,23 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
             raise Interrupted(f"stopped while loading; {kept}")
 
 
-def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
+def loaded_objective(plan: RoundPlan) -> Objective:
+    """The round's objective, a metric of the user's loaded.
+
+    Raises InputError where it leads nowhere, RoundFileError where the file says another direction.
+    """
+    written = plan.spec.objective
+    found = metric(written.metric).objective(written.metric)
+    if written.direction not in (None, found.direction):
+        key = "objective.direction"
+        message = f"is {written.direction}, but {written.metric} says {found.direction}; leave this out"
+        raise RoundFileError(plan.file.path, [Mistake(plan.file.line(key), key, message)])
+    return found
+
+
+def _begin(
+    plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float], objective: Objective
+) -> None:
     """Record that the round has begun, or the file's allowed changes."""
     begun = next((record for record in store.rounds() if record.name == plan.name), None)
     if begun is not None and begun.workload != ready.workload:
@@ -268,7 +286,7 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
             RoundRecord(
                 name=plan.name,
                 max_train_steps=plan.spec.max_train_steps,
-                spec=plan.spec.model_dump(mode="json"),
+                spec=_recorded_spec(plan.spec, objective),
                 begun_at=begun.begun_at if begun else clock(),
                 train_rows=ready.train_rows,
                 eval_rows=ready.eval_rows,
@@ -277,3 +295,9 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
             )
         )
     )
+
+
+def _recorded_spec(spec: RoundSpec, objective: Objective) -> dict[str, Any]:
+    """The file as JSON, with the metric's own direction where it leaves that out."""
+    document = spec.model_dump(mode="json")
+    return {**document, "objective": {**document["objective"], "direction": objective.direction.value}}

@@ -30,12 +30,15 @@ from tuner.config import SearchSpec
 from tuner.errors import InputError
 from tuner.methods.registry import load
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.observations import Lesson, Objective, Outcome, lessons, outcomes, startup_trials
-from tuner.playbook.selection import objective_score
+from tuner.playbook.observations import Lesson, Outcome, lessons, outcomes, startup_trials
+from tuner.playbook.selection import objective_value
 from tuner.records import (
+    LOSS,
     Choices,
+    Direction,
     Evaluation,
     Hyperparameters,
+    Objective,
     Range,
     Space,
     Trial,
@@ -89,10 +92,10 @@ class Advisor:
         *,
         max_train_steps: int,
         earlier: Sequence[Outcome] = (),
-        objective: Objective = "loss",
+        objective: Objective = LOSS,
     ) -> None:
         """`earlier` are the outcomes of the workload's rounds before, oldest first: they advise `tpe` and
-        `gp`, and never become trials of this round's study. The loss is minimised, answers are maximised."""
+        `gp`, and never become trials of this round's study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = searched(space)
         self._search = search
@@ -100,20 +103,21 @@ class Advisor:
         self._earlier = tuple(earlier)
         self._enqueued = [self._given(entry) for entry in search.enqueue]
         self._run_before = self._finished_alike(space)
-        self._objective: Objective = objective
+        self._objective = objective
         self._distributions = {key: _distribution(d) for key, d in self._space.items()}
         self._storage = storage
         self.study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction="minimize" if objective == "loss" else "maximize",
+            direction=objective.direction.value,
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),
         )
-        if objective == "answers":
+        if objective != LOSS:
+            name = "answer score" if objective.per == "trial" else objective.metric
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.study.set_metric_names(["answer score"])  # what the dashboard calls a trial's value
+                self.study.set_metric_names([name])  # what the dashboard calls a trial's value
 
     def close(self) -> None:
         """Let go of the database."""
@@ -282,8 +286,8 @@ class Advisor:
             direction=self.study.direction, sampler=make_sampler(self._search, seed=seed)
         )
         told = {t.number: self._value(t) for t in trials if t.state == TrialState.COMPLETE}
-        is_loss = self._objective == "loss"
-        worst = (max if is_loss else min)(told.values(), default=10.0 if is_loss else 0.0)
+        is_lower = self._objective.direction == Direction.MINIMIZE
+        worst = (max if is_lower else min)(told.values(), default=10.0 if is_lower else 0.0)
         values = told | {t.number: worst for t in trials if t.state == TrialState.INFEASIBLE}
         for trial in trials:
             if not self._holds(trial.hyperparameters) or trial.state == TrialState.FAILED:
@@ -316,16 +320,16 @@ class Advisor:
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
 
-        Nothing where answers are the objective: Optuna takes the last value that was shown of a pruned trial,
-        which is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
+        Nothing of a per-trial objective: Optuna takes the last value that was shown of a pruned trial, which
+        is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
         """
         assert trial.optuna_trial is not None
-        if self._objective == "answers":
+        if self._objective.per == "trial":
             return
-        if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.eval_loss):
+        if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.value):
             return
         if evaluation.step not in self._frozen(trial).intermediate_values:
-            self._handle(trial).report(evaluation.eval_loss, evaluation.step)
+            self._handle(trial).report(evaluation.value, evaluation.step)
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
         """Tell Optuna how a trial ended. Telling it again changes nothing."""
@@ -341,7 +345,7 @@ class Advisor:
         match trial.state:
             case TrialState.COMPLETE:
                 self.study.tell(trial.optuna_trial, self._value(trial))
-            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == "loss":
+            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == LOSS:
                 # GPSampler ignores pruned trials: a penalty and the constraint are what it learns from.
                 self.study.tell(trial.optuna_trial, self._penalty())
             case TrialState.INFEASIBLE | TrialState.PRUNED:
@@ -353,13 +357,9 @@ class Advisor:
 
     def _value(self, trial: Trial) -> float:
         """What a complete trial came to, by the round's objective."""
-        if self._objective == "answers":
-            score = objective_score(trial)
-            assert score is not None  # recorded before the trial's end
-            return score
-        best = best_evaluation(trial.evaluations)
-        assert best is not None
-        return best.eval_loss
+        value = objective_value(trial, self._objective)
+        assert value is not None  # recorded before the trial's end
+        return value
 
     def heal(self, trials: Sequence[Trial], *, max_train_steps: int) -> None:
         """After a crash: end what Optuna has and the facts do not, and tell what was not told."""
@@ -471,6 +471,8 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
         attributes["best_step_fraction"] = round(best.step / max_train_steps, 4)
         attributes["settled_step"] = settled_step(trial.evaluations)
         attributes["best_eval_loss"] = best.eval_loss
+        if best.objective is not None:
+            attributes[f"best_{best.objective.metric}"] = best.value
     if trial.answer_score is not None:
         attributes["answer_score"] = trial.answer_score.mean
         attributes["answer_score_standard_error"] = trial.answer_score.standard_error

@@ -43,7 +43,7 @@ LAST_EVERY_SHARE = 0.05
 def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
     """Run assignments from `inbox` until it closes; a close saves every trial first.
 
-    Raises TunerError, every trial saved, where the round's answers cannot be scored.
+    Raises TunerError, every trial saved, where the round's metric cannot be computed or its answers scored.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
@@ -65,8 +65,13 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
 
         # --- evaluations that are due: at step 0, every so many steps, and at the horizon
         due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
-        with place.meter.timing("evaluating"):
-            evaluations = evaluate(place, due)
+        try:
+            with place.meter.timing("evaluating"):
+                evaluations = evaluate(place, due)
+        except TunerError:
+            for run in runs.values():
+                _leave(run, "stopped", None, say, save=True)
+            raise
         for slot, evaluation in evaluations.items():
             run = runs[slot]
             run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)

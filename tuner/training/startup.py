@@ -17,6 +17,7 @@ from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import DORA_TRAINS_ALONE, RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
+from tuner.methods.metrics import metric
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.training.environment import environment
@@ -29,7 +30,7 @@ from tuner.training.memory_budget import (
     free_device_bytes,
     needing_room,
 )
-from tuner.training.packed_passes import example_scores
+from tuner.training.packed_passes import example_scores, measured_evaluation
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.worker_state import Workplace
 
@@ -54,10 +55,12 @@ def open_workplace(
 
     `say` hears what is being done. Raises InputError when model, data or metric cannot be used.
     """
+    chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
     place = arrange(spec, data, slots=slots)
+    place.metric, place.objective = chosen, chosen.objective(spec.objective.metric)
     if spec.evaluation.answers is not None:
         place.exam = exam(spec.evaluation.answers, data.questions, place.base, tokenizer)
     if base_evaluation is None:
@@ -65,8 +68,8 @@ def open_workplace(
         with needing_room(place.pack.num_slots):
             base_evaluation = measure_base(place)
     place.base_evaluation = base_evaluation
-    metric = place.exam.metric.code if place.exam is not None else None
-    place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
+    code = place.exam.metric.code if place.exam is not None else None
+    place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=code)
     smallest, largest = adapter_sizes(place.hollow, spec.space())
     ready = Ready(
         slots=place.pack.num_slots,
@@ -178,11 +181,4 @@ def _mean_batch_size(spec: RoundSpec) -> float:
 def measure_base(place: Workplace) -> Evaluation:
     """The untouched base's evaluation; no slot has a trial."""
     (scores,) = example_scores(place, ())
-    tokens = place.evaluation.num_targets.tolist()
-    return Evaluation(
-        0,
-        sum(scores.nll) / sum(tokens),
-        example_nll=scores.nll,
-        example_tokens=tuple(tokens),
-        correct_tokens=scores.correct_tokens,
-    )
+    return measured_evaluation(place, scores)
