@@ -20,6 +20,7 @@ from tuner.data import (
 from tuner.data.answer_metrics import METRIC_KEY
 from tuner.data.pretrained import loaded_commit
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
+from tuner.methods.registry import is_built_in
 from tuner.playbook.noise import loss_error
 from tuner.records import Evaluation
 from tuner.report import check_document
@@ -31,7 +32,7 @@ from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.lookup import opened
 from tuner.study.plan import RoundPlan as StudyPlan
-from tuner.study.run import base_evaluation, refuse_changed_file, refuse_uninstalled
+from tuner.study.run import base_evaluation, loaded_objective, refuse_changed_file, refuse_uninstalled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ def _plan(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
+    remarks += _objective_remarks(round_plan, probe=probe)
     if spec.ends_early is not None:
         remarks.append(spec.ends_early)
     if spec.trains_alone:
@@ -200,12 +202,22 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
         ) from error
 
 
+def _objective_remarks(plan: StudyPlan, *, probe: bool) -> list[str]:
+    """Hints on how the objective is written, and what could not be checked of a metric of the user's."""
+    name = plan.spec.objective.metric
+    if probe:
+        loaded_objective(plan)
+    elif not is_built_in("metric", name):
+        return [*plan.file.hints, f"objective.metric {name} is not loaded here; --probe and a run load it"]
+    return list(plan.file.hints)
+
+
 def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     """What answering means for each trial, and which answers can never be long enough."""
     answers = plan.spec.evaluation.answers
     if answers is None:
         return []
-    purpose = "ranks the trials" if answers.objective else "is shown beside the loss"
+    purpose = "ranks the trials" if plan.spec.objective.metric == "answers" else "is shown beside the loss"
     remarks = [
         f"each complete trial answers {count(len(data.questions), 'evaluation row')} with up to "
         f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"

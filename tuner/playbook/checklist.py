@@ -116,6 +116,7 @@ def checklist(
         *_long_warmup(results, leading),
         *_costly_evaluation(results),
         *_workload_changed(results, earlier),
+        *_objective_changed(results, earlier),
     )
 
 
@@ -236,4 +237,18 @@ def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) ->
             Severity.INFO,
             f"{said[0].upper()}{said[1:]}: the right horizon may have moved. A smaller batch or more dropout "
             "wants more steps.",
+        )
+
+
+def _objective_changed(results: RoundResults, earlier: Sequence[RoundResults]) -> Iterator[Finding]:
+    others = [other for other in earlier if other.objective.metric != results.objective.metric]
+    if others:
+        ranked_by = ", ".join(f"{other.name} by {other.objective.metric}" for other in others)
+        own = results.objective.metric
+        yield Finding(
+            "objective_changed",
+            Severity.INFO,
+            f"{results.name} ranks its trials by {own}, {ranked_by}. Their best trials do not compare; where "
+            f"an earlier round measured {own} too, its trials are read by that.",
+            {"rounds": float(len(others))},
         )

@@ -93,10 +93,12 @@ def trial_score(trial: Trial) -> float | None:
 
 
 def objective_value(trial: Trial, objective: Objective) -> float | None:
-    """Return what a complete trial came to by the objective, as Optuna is told; None where it has none.
+    """Return what a trial came to by the objective, as Optuna is told; None unless it is complete.
 
     Rule: this project's decision, "The best step of a trial".
     """
+    if trial.state != TrialState.COMPLETE:
+        return None
     if objective.per == "trial":
         return trial_score(trial)
     best = best_evaluation(trial.evaluations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tuner.records import Died, Ended, Event, Preparing, Trial
+from tuner.records import LOSS, Died, Ended, Event, Preparing, Trial
 from tuner.report import format
 from tuner.report.board import Board
 
@@ -50,8 +50,10 @@ class ProgressBar:
     def _draw(self) -> None:
         board = self._board
         done = f"{board.num_results} of {board.trials_total} trials"
-        best = "" if board.best is None or board.best.best is None else format.loss(board.best.best.eval_loss)
-        self._bar.set_postfix_str(f"{done}, best loss {best}" if best else done, refresh=False)
+        best = board.best.best if board.best else None
+        noun = (best.objective or LOSS).noun if best else ""
+        said = f"{done}, best {noun} {format.loss(best.value)}" if best else done
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update(max(0, self._bar.total - board.remaining_steps - self._bar.n))
 
 

@@ -10,7 +10,18 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tuner.records import Answered, Died, Ended, Evaluated, Event, Preparing, Ready, Started, Trial
+from tuner.records import (
+    Answered,
+    Died,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    Preparing,
+    Ready,
+    Started,
+    Trial,
+)
 from tuner.report import answered, format
 from tuner.report.board import Board, Row, board_table
 from tuner.report.textplot import marks_for
@@ -129,7 +140,7 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
             step = f"step {evaluation.step}/{board.max_train_steps}"
             return (
                 f"trial {event.trial}  {step}  eval {format.loss(evaluation.eval_loss)}"
-                f"  best {_best(board.rows[event.trial])}"
+                f"{_objective(evaluation)}  best {_best(board.rows[event.trial])}"
             )
         case Answered(score=score):
             return f"trial {event.trial}  answers {answered.in_words(score)}"
@@ -142,8 +153,14 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
             return None
 
 
+def _objective(evaluation: Evaluation) -> str:
+    """The objective's value, where it is not the loss."""
+    chosen = evaluation.objective
+    return "" if chosen is None else f"  {chosen.metric} {format.loss(evaluation.value)}"
+
+
 def _best(row: Row) -> str:
-    return f"{format.loss(row.best.eval_loss)}@{row.best.step}" if row.best else "-"
+    return f"{format.loss(row.best.value)}@{row.best.step}" if row.best else "-"
 
 
 # --- on a terminal --------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         branches=branch_results(trials, record.branches),
         sampler=spec.search.sampler,
         limits=limits(),
+        objective=objective_of(record, trials),
     )
 
 

@@ -82,6 +82,8 @@ def run_round(
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [base_evaluation(earlier)]
+            for hint in plan.file.hints:
+                view.message(hint)
             if plan.spec.ends_early is not None:
                 view.message(plan.spec.ends_early)
             if plan.spec.trains_alone:
