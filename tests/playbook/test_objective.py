@@ -205,8 +205,8 @@ def test_a_metric_of_which_nothing_was_gained_teaches_no_horizon() -> None:
 
 
 def test_the_value_told_is_that_of_a_complete_trial() -> None:
-    assert objective_value(trial(0, 0.4, 0.6, 0.5), UP) == 0.6
-    assert objective_value(replace(trial(0, 0.4, 0.6), state=TrialState.INFEASIBLE), UP) is None
+    assert objective_value(trial(0, 0.4, 0.6, 0.5)) == 0.6
+    assert objective_value(replace(trial(0, 0.4, 0.6), state=TrialState.INFEASIBLE)) is None
 
 
 def test_a_trial_is_pruned_by_its_best_value_and_told_so() -> None:

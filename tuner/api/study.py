@@ -22,7 +22,7 @@ from tuner.errors import InputError, Interrupted
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
 from tuner.playbook.restarts import Enough
-from tuner.playbook.selection import ranked
+from tuner.playbook.selection import objective_value, ranked
 from tuner.playbook.sweep import FirstHorizon
 from tuner.records import Evaluation, Hyperparameters, TrialState
 from tuner.records import Trial as RecordedTrial
@@ -314,14 +314,15 @@ class Study:
         """Return a row for each trial of all rounds.
 
         Columns: round, number, state, reason, best_step, best_eval_loss, settled_step, executed_steps,
-        continues, adapter, and `params_NAME` for each hyperparameter.
+        continues, adapter, best_value, and `params_NAME` for each hyperparameter.
         """
         return _table([_trial_row(trial) for trial in self._trials()], _TRIAL_COLUMNS)
 
     def evaluations_dataframe(self) -> pd.DataFrame:
         """Return a row for each evaluation of all trials of all rounds.
 
-        Columns: round, number, step, eval_loss, train_loss, learning_rate, token_accuracy.
+        Columns: round, number, step, eval_loss, train_loss, learning_rate, token_accuracy, and one for each
+        further metric that was measured.
         """
         rows = [row for trial in self._trials() for row in _evaluation_rows(trial)]
         return _table(rows, _EVALUATION_COLUMNS)
@@ -464,7 +465,7 @@ class Trial:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the lowest evaluation loss; None before there is a finite one."""
+        """Step of the best evaluation by what chooses it, the loss by default; None before there is one."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.step
 
@@ -473,6 +474,11 @@ class Trial:
         """The evaluation loss there."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.eval_loss
+
+    @property
+    def best_value(self) -> float | None:
+        """What a complete trial came to by the round's objective, as Optuna is told."""
+        return objective_value(self._recorded)
 
     @property
     def settled_step(self) -> int | None:
@@ -604,7 +610,7 @@ class Trial:
 
 _TRIAL_COLUMNS = (
     "round", "number", "state", "reason", "best_step", "best_eval_loss", "settled_step", "executed_steps",
-    "continues", "adapter",
+    "continues", "adapter", "best_value",
 )  # fmt: skip
 _EVALUATION_COLUMNS = (
     "round", "number", "step", "eval_loss", "train_loss", "learning_rate", "token_accuracy",
@@ -623,7 +629,7 @@ def _trial_row(trial: Trial) -> dict[str, Any]:
 def _evaluation_rows(trial: Trial) -> Iterator[dict[str, Any]]:
     for made in trial.evaluations:
         values = {name: getattr(made, name) for name in _EVALUATION_COLUMNS[2:]}
-        yield {"round": trial.round, "number": trial.number, **values}
+        yield {"round": trial.round, "number": trial.number, **values, **made.metrics}
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from tuner.playbook.noise import (
     significant_among,
     smoothed_cost,
 )
-from tuner.records import Evaluation, Objective, Trial, TrialState
+from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
 """Leading trials are at least this many, where there are."""
@@ -92,17 +92,15 @@ def trial_score(trial: Trial) -> float | None:
     return score.mean if score is not None and score.is_objective else None
 
 
-def objective_value(trial: Trial, objective: Objective) -> float | None:
-    """Return what a trial came to by the objective, as Optuna is told; None unless it is complete.
+def objective_value(trial: Trial) -> float | None:
+    """Return what a trial came to by its round's objective, as Optuna is told; None unless it is complete.
 
     Rule: this project's decision, "The best step of a trial".
     """
     if trial.state != TrialState.COMPLETE:
         return None
-    if objective.per == "trial":
-        return trial_score(trial)
-    best = best_evaluation(trial.evaluations)
-    return None if best is None else best.value
+    score, best = trial_score(trial), best_evaluation(trial.evaluations)
+    return best.value if score is None and best is not None else score
 
 
 def scale_of(trials: Iterable[Trial]) -> Scale | None:

@@ -118,7 +118,7 @@ def round_status(
         max_train_steps=max_train_steps,
         state="running" if is_running else "open" if unfinished else "complete",
         counts={state: by_state[TrialState(state)] for state in _SHOWN_STATES},
-        best=_best(trials, adapters, objective),
+        best=_best(trials, adapters),
         throughput=throughput,
         branches_left=branches_left,
         overfitting=_overfitting(trials),
@@ -162,10 +162,10 @@ def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
     return {number: rise.best_step for number, rise in rises if rise is not None and rise.is_overfitting}
 
 
-def _best(trials: Sequence[Trial], adapters: Mapping[int, str], objective: Objective) -> BestTrial | None:
+def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
     for trial, best in ranked(trials):
         answers = trial.answer_score.mean if trial.answer_score is not None else None
-        adapter, value = adapters.get(trial.number), objective_value(trial, objective)
+        adapter, value = adapters.get(trial.number), objective_value(trial)
         return BestTrial(trial.number, best.eval_loss, best.step, adapter, answers, value)
     return None
 
@@ -193,7 +193,7 @@ def trial_document(
             "settled_step": settled_step(trial.evaluations),
             "metric": objective.metric,
             "direction": objective.direction.value,
-            "best_value": objective_value(trial, objective),
+            "best_value": objective_value(trial),
             "adapter": adapter,
             "answers": _answers(trial),
             "test": _test(trial, scored),

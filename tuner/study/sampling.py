@@ -357,7 +357,7 @@ class Advisor:
 
     def _value(self, trial: Trial) -> float:
         """What a complete trial came to, by the round's objective."""
-        value = objective_value(trial, self._objective)
+        value = objective_value(trial)
         assert value is not None  # recorded before the trial's end
         return value
 
