@@ -1,8 +1,8 @@
-# make quickstart   install, then a whole study: two rounds and a promotion
-# make check test   what has to be green before a change lands
-# make smollm2 ROWS=alpaca.json   model and rows of studies/alpaca-smollm2; without ROWS from the Hub
+# make quickstart   install, then run a whole study: two rounds and a promotion
+# make check test   must pass before a change lands
+# make smollm2 ROWS=alpaca.json   create model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
-# make fix          format and repair what can be repaired
+# make fix          format, apply lint fixes, and regenerate docs/reference
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

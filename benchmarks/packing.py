@@ -48,7 +48,7 @@ from transformers import (
 from tuner.adapters.initial import lora_config
 from tuner.config import RoundSpec
 from tuner.data import Example, batch_rows
-from tuner.playbook.schedule import warmup_length
+from tuner.methods.schedules import warmup_length
 from tuner.records import Assignment, Ended, Evaluated, Event, Measured, Throughput, Value, to_json
 from tuner.training.commands import Inbox
 from tuner.training.environment import keep_freed_memory

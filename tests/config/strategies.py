@@ -4,8 +4,8 @@ import math
 
 from hypothesis import strategies as st
 
-from tuner.config.hyperparameters import HYPERPARAMETERS
-from tuner.config.kinds import ALL_LINEAR, Flag, Integer, Kind, Modules, Number, OneOf
+from tuner.methods.kinds import ALL_LINEAR, Flag, Integer, Kind, Modules, Number, OneOf
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
 LAYER_NAMES = st.text("abcdefgh_.0123456789", min_size=1, max_size=8)

@@ -2,13 +2,14 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.recorded.test_unchanged import check_quickstart, copy_quickstart
 from tests.studies import QUICKSTART
 
 NOTEBOOK = QUICKSTART / "quickstart.ipynb"
@@ -32,14 +33,26 @@ def test_the_notebook_is_committed_without_its_outputs():
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_two_rounds_and_shows_them(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("base", "data"):
-        shutil.copytree(QUICKSTART / name, tmp_path / name)
-    shutil.copy(QUICKSTART / "round1.yaml", tmp_path)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the notebook runs in."""
+    return tmp_path_factory.mktemp("quickstart")
+
+
+@pytest.fixture(scope="module")
+def notebook(directory: Path) -> Any:
+    """The notebook with its outputs, run on the CPU."""
+    copy_quickstart(directory)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(directory)}}).execute()
+    return notebook
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_two_rounds_and_shows_them(notebook):
     shown = [
         "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in cell.outputs)
         for cell in notebook.cells
@@ -52,3 +65,9 @@ def test_the_notebook_runs_two_rounds_and_shows_them(tmp_path, monkeypatch):
     assert "runs/round2/trial-" in shown[5] or "runs/round1/trial-" in shown[5]
     assert "trainable params" in shown[6]
     assert "too_short" in shown[7]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("notebook")
+def test_its_rounds_are_what_they_were(directory):
+    check_quickstart(directory)

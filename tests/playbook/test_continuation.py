@@ -82,9 +82,7 @@ def test_where_a_run_may_go_on_all_earlier_rates_are_equal(horizon, other, step,
     )
     if can_continue(old, horizon, new, other, step) is None:
         for i in range(step):
-            assert multiplier(i, **old, max_train_steps=horizon) == multiplier(
-                i, **new, max_train_steps=other
-            )
+            assert multiplier(i, old, horizon) == multiplier(i, new, other)
 
 
 def checkpoint(step: int, kind: CheckpointKind = CheckpointKind.TRUNK) -> Checkpoint:

@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.errors import InputError
+from tuner.methods.schedules import recut_decay
 from tuner.playbook.schedule import (
     ComparisonRun,
     decay_branches,
     evaluation_steps,
     multiplier,
-    recut_decay,
     step_at_rate_share,
     tiny_rate_share,
     trunk_end,
@@ -21,7 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def rate(i: int, schedule: str, *, warmup: int = 4, decay: int = 8, horizon: int = 20) -> float:
-    return multiplier(i, schedule=schedule, warmup_steps=warmup, decay_steps=decay, max_train_steps=horizon)
+    return multiplier(i, {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}, horizon)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -59,7 +60,7 @@ def test_cosine_halves_in_the_middle_of_what_the_warmup_leaves():
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="constant, linear or cosine"):
+    with pytest.raises(InputError, match="schedule sqrt: expects one of constant, linear, cosine, or"):
         rate(10, "sqrt")
 
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.methods.hyperparameters import Tier
+from tuner.methods.table import tier_of
 from tuner.playbook.spaces import as_listed, moved_rate, narrowed, rate_range, rounded, widened
-from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 
 RATES = Range(1e-5, 3e-3, log=True)

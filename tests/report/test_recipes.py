@@ -76,9 +76,7 @@ def test_the_rate_is_the_same_at_every_step(data: st.DataObject) -> None:
     ).scheduler
     rate = _theirs(name, warmup=warmup, steps=best, arguments=arguments)
     for done in range(best):
-        ours = multiplier(
-            done, schedule=schedule, warmup_steps=warmup, decay_steps=decay, max_train_steps=horizon
-        )
+        ours = multiplier(done, {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}, horizon)
         assert rate(done) == pytest.approx(ours, abs=1e-12)
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base, load_config, num_embeddings
 from tuner.errors import ModelError, TargetModulesError
+from tuner.methods.variants import variant, variant_of
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
 if TYPE_CHECKING:
@@ -46,21 +47,10 @@ def lora_config(
     hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
 ) -> LoraConfig:
     """PEFT's configuration of a trial's adapter."""
-    targets = hyperparameters["target_modules"]
-    alpha = hyperparameters["lora_alpha"]
-    initialisation = hyperparameters.get("lora_init", "default")
-    assert isinstance(alpha, (int, float))
+    plain, chosen = variant("lora"), variant_of(hyperparameters)
+    arguments = {**plain.config(hyperparameters), **chosen.config(hyperparameters)}
     return LoraConfig(
-        r=int(hyperparameters["lora_r"]),  # type: ignore[arg-type]
-        lora_alpha=alpha,
-        lora_dropout=float(hyperparameters.get("lora_dropout", 0.0)),  # type: ignore[arg-type]
-        use_rslora=bool(hyperparameters.get("use_rslora", False)),
-        use_dora=bool(hyperparameters.get("use_dora", False)),
-        target_modules=targets if isinstance(targets, str) else list(targets),  # type: ignore[arg-type]
-        init_lora_weights=True if initialisation == "default" else initialisation,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_path,
-        revision=revision,
+        **arguments, task_type="CAUSAL_LM", base_model_name_or_path=base_path, revision=revision
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from tuner.playbook.schedule import DecayRule
+from tuner.methods.schedules import DecayRule
 from tuner.report import dumps
 from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.study.folder import StudyFolder

@@ -3,7 +3,6 @@
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.editing import DELETE, edit_round, refused_changes
-from tuner.config.hyperparameters import HYPERPARAMETERS, limits
 from tuner.config.new_round import RECIPES, new_round
 from tuner.config.parsing import RoundFile, load_round, read_round
 from tuner.config.round import DORA_TRAINS_ALONE, RoundSpec
@@ -16,6 +15,7 @@ from tuner.config.sections import (
     RunSpec,
     SearchSpec,
 )
+from tuner.methods.table import HYPERPARAMETERS, limits
 
 __all__ = [
     "DELETE",

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from tuner.config.dimensions import value_to_yaml
-from tuner.config.hyperparameters import HYPERPARAMETERS, Hyperparameter
-from tuner.config.kinds import Flag, Integer, Kind, Modules, Number
 from tuner.config.round import RoundSpec
 from tuner.config.yaml_text import one_line
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Flag, Integer, Kind, Modules, Number
+from tuner.methods.table import HYPERPARAMETERS
 
 COMMAND = "python -m tuner.config docs/reference"
 """What writes the pages."""

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from tuner.config.names import meant_value
 from tuner.config.sections import STRICT, PathText, Text
-from tuner.config.wording import Refusal, mistake, one_of, refuse, shown
+from tuner.config.wording import Refusal, mistake, refuse
+from tuner.errors import one_of, shown
 
 Format = Literal["alpaca", "messages", "sharegpt", "completion", "text"]
 Template = Literal["alpaca", "chatml", "llama3", "tokenizer"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.config.hyperparameters import HYPERPARAMETERS, Hyperparameter
-from tuner.config.kinds import ALL_LINEAR, Flag, Integer, Modules, Number
-from tuner.config.wording import one_of, shown
+from tuner.config.names import meant_value
+from tuner.errors import one_of, refusal, shown
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import ALL_LINEAR, Flag, Integer, Kind, Modules, Number, UnknownName
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value
 
 DECAY_SHARE = 0.4
@@ -27,7 +29,15 @@ def read_dimension(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
         raise ValueError(f"has no range; write one value ({hyperparameter.allowed}), or a list to search")
     if _lists_choices(hyperparameter, raw):
         return _read_choices(hyperparameter, raw)
-    return Fixed(hyperparameter.kind.parse(raw))
+    return Fixed(parse_value(hyperparameter.kind, raw))
+
+
+def parse_value(kind: Kind, raw: Any) -> Value:
+    """The value of one hyperparameter. Raises ValueError saying what is allowed, or may have been meant."""
+    try:
+        return kind.parse(raw)
+    except UnknownName as error:
+        raise ValueError(refusal(one_of(error.names), raw, meant_value(raw, error.names))) from None
 
 
 def dimension_to_yaml(dimension: Dimension) -> Any:
@@ -105,7 +115,7 @@ def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:
 def _read_choices(hyperparameter: Hyperparameter, raw: list[Any]) -> Choices:
     if not raw:
         raise ValueError("an empty list has nothing to search; write one value, or the values to search")
-    values = tuple(hyperparameter.kind.parse(item) for item in raw)
+    values = tuple(parse_value(hyperparameter.kind, item) for item in raw)
     for position, value in enumerate(values):
         if value in values[:position]:
             raise ValueError(f"lists {shown(value_to_yaml(value))} twice")

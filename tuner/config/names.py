@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from tuner.config.wording import one_of
+from tuner.errors import one_of
+from tuner.methods.optimizers import optimizer
+from tuner.methods.registry import BUILT_IN
+from tuner.methods.schedules import schedule
 
 
 class Alias(NamedTuple):
@@ -126,11 +129,8 @@ NOT_KEYS = (
 """Settings of other programs that have no counterpart; `meant` is the reason."""
 
 VALUES = (
-    Alias("adamw", "adam adamw_torch adamw_hf adamw_torch_fused"),
-    Alias("adamw_8bit", "adamw_bnb_8bit paged_adamw_8bit adam_8bit adam8bit adamw8bit"),
-    Alias("constant", "constant_with_warmup flat"),
-    Alias("linear", "wsd warmup_stable_decay linear_decay trapezoidal"),
-    Alias("cosine", "cosine_annealing cosine_with_restarts cosine_with_min_lr"),
+    *(Alias(name, " ".join(optimizer(name).aliases)) for name in BUILT_IN["optimizer"]),
+    *(Alias(name, " ".join(schedule(name).aliases)) for name in BUILT_IN["schedule"]),
     Alias("default", "kaiming kaiming_uniform"),
     Alias("quasi-random", "qmc sobol halton quasi_random quasirandom"),
     Alias("gp", "bayesian gaussian_process bo"),

@@ -12,9 +12,8 @@ from tuner.config.dimensions import DECAY_SHARE
 from tuner.config.parsing import read_round
 from tuner.config.round import EVALUATIONS_BY_DEFAULT
 from tuner.config.sections import RunSpec
-from tuner.config.wording import one_of
 from tuner.config.yaml_text import one_line
-from tuner.errors import InputError
+from tuner.errors import InputError, one_of
 
 EVAL_FRACTION = 0.05
 """Share of the rows to hold out where they are many."""

@@ -12,12 +12,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tuner.config.hyperparameters import HYPERPARAMETERS
 from tuner.config.names import meant_value, unknown_key
 from tuner.config.round import RoundSpec
-from tuner.config.wording import Location, one_of, refusal, shown
+from tuner.config.wording import Location
 from tuner.config.yaml_text import YamlError, parse
-from tuner.errors import InputError, Mistake, RoundFileError
+from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
+from tuner.methods.table import HYPERPARAMETERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from tuner.config.sections import (
     SearchSpec,
     WrittenHyperparameters,
 )
-from tuner.config.wording import mistake, refuse, shown
+from tuner.config.wording import mistake, refuse
+from tuner.errors import shown
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.records import Direction, Objective, Space, is_sweep_file, num_points

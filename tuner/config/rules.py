@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tuner.config.dimensions import describe, largest, value_to_yaml
-from tuner.config.hyperparameters import HYPERPARAMETERS
 from tuner.config.sections import TRIAL_PATH, EvaluationSpec, ObjectiveSpec, RunSpec, SearchSpec
-from tuner.config.wording import Refusal, shown
+from tuner.config.wording import Refusal
+from tuner.errors import shown
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Direction, Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
 
 _HORIZON = "max_train_steps"

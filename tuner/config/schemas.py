@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.config.hyperparameters import HYPERPARAMETERS, Hyperparameter
-from tuner.config.kinds import Integer, Number
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Integer, Number
+from tuner.methods.table import HYPERPARAMETERS
 
 _CONTINUES = {
     "type": "string",

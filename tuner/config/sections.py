@@ -16,12 +16,13 @@ from pydantic import (
     model_validator,
 )
 
-from tuner.config.dimensions import read_dimension
-from tuner.config.hyperparameters import HYPERPARAMETERS
+from tuner.config.dimensions import parse_value, read_dimension
 from tuner.config.names import meant_value
 from tuner.config.schemas import enqueue_schema, hyperparameters_schema
-from tuner.config.wording import UNKNOWN_KEY, Refusal, mistake, refusal, refuse, shown
+from tuner.config.wording import UNKNOWN_KEY, Refusal, mistake, refuse
+from tuner.errors import refusal, shown
 from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
+from tuner.methods.table import HYPERPARAMETERS
 
 STRICT = ConfigDict(
     extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -185,7 +186,7 @@ def _entry_refusals(position: int, entry: dict[str, Any]) -> Iterator[Refusal]:
 def _enqueued(name: str, raw: Any) -> Any:
     if name == "continues":
         return raw
-    value = HYPERPARAMETERS[name].kind.parse(raw)
+    value = parse_value(HYPERPARAMETERS[name].kind, raw)
     return list(value) if isinstance(value, tuple) else value
 
 

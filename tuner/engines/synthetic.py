@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.playbook.schedule import decay_length, multiplier, trunk_end, warmup_length
+from tuner.methods.schedules import warmup_length
+from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import Evaluation, Hyperparameters, Value
 
 NUM_EXAMPLES = 32
@@ -59,7 +60,7 @@ class LoraFormula:
             step,
             math.fsum(nll) / tokens,
             train_loss=train_loss if step else None,
-            learning_rate=rate * _multiplier(hyperparameters, step - 1, horizon) if step else None,
+            learning_rate=rate * multiplier(step - 1, hyperparameters, horizon) if step else None,
             example_nll=nll,
             example_tokens=(EXAMPLE_TOKENS,) * NUM_EXAMPLES,
         )
@@ -118,21 +119,11 @@ def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple
     warmup = min(step, warmup_length(hyperparameters))
     end = trunk_end(hyperparameters, horizon)
     trunk = min(step, max(warmup, end or 0))
-    warming = [_multiplier(hyperparameters, s, horizon) for s in range(warmup)]
-    decaying = [_multiplier(hyperparameters, s, horizon) for s in range(trunk, step)]
+    warming = [multiplier(s, hyperparameters, horizon) for s in range(warmup)]
+    decaying = [multiplier(s, hyperparameters, horizon) for s in range(trunk, step)]
     worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)
     annealed = math.fsum(1.0 - m for m in decaying)
     return worth, annealed / max(1, step - warmup)
-
-
-def _multiplier(hyperparameters: Hyperparameters, step: int, horizon: int) -> float:
-    return multiplier(
-        step,
-        schedule=str(hyperparameters.get("schedule", "constant")),
-        warmup_steps=warmup_length(hyperparameters),
-        decay_steps=decay_length(hyperparameters),
-        max_train_steps=horizon,
-    )
 
 
 def _number(hyperparameters: Hyperparameters, name: str, default: float) -> float:

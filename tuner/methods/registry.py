@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from tuner.errors import InputError
 
-Kind: TypeAlias = Literal["sampler", "tracker", "metric"]
+Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker"]
+Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
-    "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
-    "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "schedule": ("constant", "linear", "cosine"),
+    "variant": ("lora", "dora"),
     "metric": ("eval_loss", "token_accuracy", "answers"),
+    "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
+    "engine": ("local", "simulated"),
+    "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""
@@ -27,8 +33,7 @@ PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 def names(kind: Kind) -> tuple[str, ...]:
     """Return the names that are built in and those that installed packages register.
 
-    A package registers one by an entry point of the group `tuner.samplers`, `tuner.trackers` or
-    `tuner.metrics`.
+    A package registers one by an entry point of the group `tuner.KINDs`, such as `tuner.samplers`.
     """
     registered = sorted(entry_points(group=f"tuner.{kind}s").names)
     return (*BUILT_IN[kind], *(name for name in registered if name not in BUILT_IN[kind]))
@@ -52,6 +57,8 @@ def expected(kind: Kind) -> str:
 def load(kind: Kind, name: str) -> Any:
     """Return what a name leads to that is not built in. Raises InputError where it cannot be imported."""
     found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
+    if found is None and not re.fullmatch(PATH, name):
+        raise InputError(f"{kind} {name}: expects {expected(kind)}")
     path = found.value if found is not None else name
     module, _, attribute = path.partition(":")
     try:
@@ -61,3 +68,24 @@ def load(kind: Kind, name: str) -> Any:
             f"{kind} {name}: {path} cannot be imported: {error}. Install the package that has it, or put its "
             "folder on PYTHONPATH"
         ) from error
+
+
+def described(kind: Kind, name: str, of: type[Described]) -> Described:
+    """Return the description that a name leads to, built in or not.
+
+    The built-in optimizer `x` is `X` in `tuner.methods.optimizers.x`; schedules and variants likewise.
+    Raises InputError where the name leads nowhere, or to something else than a description.
+    """
+    found = _found(kind, name)
+    if not isinstance(found, of):
+        raise InputError(
+            f"{kind} {name}: expects a tuner.methods.{kind}s.{of.__name__}, got a {type(found).__name__}"
+        )
+    return found
+
+
+@cache
+def _found(kind: Kind, name: str) -> Any:
+    if is_built_in(kind, name):
+        return getattr(import_module(f"tuner.methods.{kind}s.{name}"), name.upper())
+    return load(kind, name)

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tuner.methods.hyperparameters import Tier
+from tuner.methods.schedules import DecayRule, recut_decay
+from tuner.methods.table import tier_of
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.results import RoundResults, percent
-from tuner.playbook.schedule import DecayRule, can_decay_linearly, recut_decay
+from tuner.playbook.schedule import can_decay_linearly
 from tuner.playbook.spaces import (
     as_listed,
     beyond_edge,
@@ -21,7 +24,6 @@ from tuner.playbook.spaces import (
     reaching,
     widened,
 )
-from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Trial, TrialState, Value
 
 _RATE = "learning_rate"

@@ -7,12 +7,12 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 
+from tuner.methods.schedules import warmup_length
 from tuner.playbook.curve_checks import curve_findings
 from tuner.playbook.edges import diverged_above, edges, number
 from tuner.playbook.horizon import MULTIPLES
 from tuner.playbook.noise import BY_VALUE, Scale, is_number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted, percent
-from tuner.playbook.schedule import warmup_length
 from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_curve, scale_of
 from tuner.records import Choices, Range, Trial, TrialState, searched
 

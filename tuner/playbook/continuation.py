@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from tuner.playbook.schedule import trunk_end, warmup_length
+from tuner.methods.schedules import warmup_length
+from tuner.playbook.schedule import trunk_end
 from tuner.records import CheckpointKind, Evaluation, Hyperparameters, Trial
 
 

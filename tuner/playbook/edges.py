@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from tuner.methods.hyperparameters import Tier
+from tuner.methods.table import tier_of
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import distinct, ranked_by_curve
-from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
 
 BOUNDARY_SHARE = 0.05

@@ -9,9 +9,10 @@ from enum import StrEnum
 
 import numpy as np
 
+from tuner.methods.schedules import warmup_length
 from tuner.playbook.noise import Scale, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, trunk_end, warmup_length
+from tuner.playbook.schedule import decay_length, trunk_end
 from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_curve, scale_of
 from tuner.records import Evaluation, Trial
 

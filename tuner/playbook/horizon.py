@@ -9,12 +9,13 @@ from enum import StrEnum
 
 import numpy as np
 
+from tuner.methods.schedules import warmup_length
 from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
 from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, rates_may_be_too_small
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.noise import BY_VALUE, Scale, majority_probability
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end, warmup_length
+from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end
 from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials, scale_of
 from tuner.records import LOSS, Objective, Trial
 

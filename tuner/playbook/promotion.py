@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner.errors import InputError, TunerError
+from tuner.methods.schedules import DecayRule
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.continuation import continuation_step
 from tuner.playbook.edges import Edge, number
@@ -17,7 +18,7 @@ from tuner.playbook.observations import default_sampler, search_findings
 from tuner.playbook.reading import Reading
 from tuner.playbook.reopening import overturned_order, remarks, reopened_space, reopening_findings
 from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
-from tuner.playbook.schedule import DecayRule, can_decay_linearly, tiny_rate_share
+from tuner.playbook.schedule import can_decay_linearly, tiny_rate_share
 from tuner.playbook.selection import distinct, may_be_carried_over, ranked, scale_of, trial_score
 from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal, TypeAlias
 
-from tuner.playbook.schedule import evaluation_steps, warmup_length
+from tuner.methods.schedules import warmup_length
+from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.selection import best_evaluation
 from tuner.records import LOSS, Direction, Evaluation, Objective, Trial, TrialState
 

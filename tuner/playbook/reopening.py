@@ -8,6 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
+from tuner.methods.hyperparameters import Tier
+from tuner.methods.table import tier_of
 from tuner.playbook.carrying import longest
 from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_losses
 from tuner.playbook.edges import number
@@ -17,7 +19,6 @@ from tuner.playbook.noise import BY_VALUE, SIGNIFICANT, Scale, paired_standard_e
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults, Severity
 from tuner.playbook.selection import best_evaluation, scale_of
-from tuner.playbook.tiers import Tier, tier_of
 from tuner.records import Choices, Dimension, Fixed, Range, Space, Trial, TrialState, searched
 
 MIN_RANKED = 3

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from tuner.methods.table import tier_of
 from tuner.playbook.carrying import HyperparameterChange
 from tuner.playbook.gain import configuration
 from tuner.playbook.horizon import Diagnosis
@@ -14,7 +15,6 @@ from tuner.playbook.promotion import NextRound
 from tuner.playbook.reading import Reading, read_round
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import may_be_carried_over, ranked
-from tuner.playbook.tiers import tier_of
 from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
 
 MAX_GROWTH = 9

@@ -1,8 +1,7 @@
 """What the learning rate does over a run, and where a longer or shorter run leaves it.
 
-A step is counted in optimizer updates; every schedule starts with `warmup_steps` of linear warmup.
-`constant` stays at the peak, `linear` stays there and decays to zero over its last `decay_steps`,
-`cosine` decays to zero over all that follows the warmup.
+A step is counted in optimizer updates; every schedule starts with `warmup_steps` of linear warmup. What
+follows, the descriptions in `tuner.methods.schedules` say.
 """
 
 from __future__ import annotations
@@ -14,45 +13,33 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tuner.records import Choices, Fixed, Hyperparameters, Space
-
-DecayRule: TypeAlias = Literal["steps", "share"]
-"""What of a linear decay is kept when the horizon changes: its length in steps, or its share of the run."""
+from tuner.methods.schedules import DECAY_STEPS, Schedule, schedule, warmup_length
+from tuner.records import Choices, Fixed, Hyperparameters, Space, Value
 
 ComparisonRule: TypeAlias = Literal["auto"] | bool
 """`run.decay_branches`: one comparison run where a round needs it, those of all leading trials, or none."""
-
-MIN_DECAY_DIVISOR = 5
-"""No promoted decay is shorter than a fifth of the horizon. Final losses of Llama-124M after 50,000
-steps: 3.108 without decay, 2.968 with a decay of 20%, 2.955 with 40%."""
 
 TINY_RATE = 0.1
 """Below this share of the peak rate a step counts as spent at a tiny rate."""
 
 
-def multiplier(
-    updates_done: int, *, schedule: str, warmup_steps: int, decay_steps: int, max_train_steps: int
-) -> float:
+def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_steps: int) -> float:
     """Learning rate of the next update as a share of the peak, in [0, 1].
 
     `updates_done` is what `torch.optim.lr_scheduler.LambdaLR` passes: 0 for the first update, which
-    therefore has rate 0 when there is a warmup. `decay_steps` counts for `linear` alone. Rule: Deep
-    Learning Tuning Playbook, "Which learning rate decay schedule is the best to use as a default?"
-    (linear or cosine); constant-then-linear is this project's decision, so that runs can go on.
+    therefore has rate 0 when there is a warmup. Rule: Deep Learning Tuning Playbook, "Which learning rate
+    decay schedule is the best to use as a default?" (linear or cosine); constant-then-linear is this
+    project's decision, so that runs can go on.
     """
-    if updates_done < warmup_steps:
-        return updates_done / warmup_steps
-    match schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            left = max_train_steps - updates_done
-            return max(0.0, min(1.0, left / decay_steps)) if decay_steps else 1.0
-        case "cosine":
-            progress = (updates_done - warmup_steps) / max(1, max_train_steps - warmup_steps)
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        case _:
-            raise ValueError(f"a schedule is constant, linear or cosine; got {schedule!r}")
+    warmup = warmup_length(hyperparameters)
+    if updates_done < warmup:
+        return updates_done / warmup
+    return schedule_of(hyperparameters).multiplier(updates_done, hyperparameters, max_train_steps)
+
+
+def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
+    """Return the schedule of a trial, `constant` where none is named. Rule: this project's decision."""
+    return schedule(str(hyperparameters.get("schedule", "constant")))
 
 
 def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
@@ -70,18 +57,8 @@ def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | N
     T - D for `linear`, T for `constant` (and where no schedule is named), None for `cosine`. Rule:
     this project's decision, "Trunk".
     """
-    match hyperparameters.get("schedule", "constant"):
-        case "constant":
-            return max_train_steps
-        case "linear":
-            return max_train_steps - decay_length(hyperparameters)
-        case _:
-            return None
-
-
-def warmup_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of warmup; 0 where none are named. Rule: this project's decision."""
-    return _steps(hyperparameters, "warmup_steps")
+    decay = schedule_of(hyperparameters).decay_length(hyperparameters)
+    return None if decay is None else max_train_steps - decay
 
 
 def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, share: float) -> float:
@@ -100,12 +77,11 @@ def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, s
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of linear decay; 0 for schedules to which `decay_steps` means nothing.
+    """Steps of decay after a stable phase; 0 where there is none of either.
 
     Rule: this project's decision: the schedules of `multiplier`.
     """
-    is_linear = hyperparameters.get("schedule", "constant") == "linear"
-    return _steps(hyperparameters, "decay_steps") if is_linear else 0
+    return schedule_of(hyperparameters).decay_length(hyperparameters) or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,33 +175,15 @@ def can_decay_linearly(space: Space) -> bool:
     """
     match space.get("schedule"):
         case Fixed(value=value):
-            return value == "linear"
+            return _has_decay(value)
         case Choices(values=values):
-            return "linear" in values
+            return any(_has_decay(value) for value in values)
         case _:
             return False
 
 
-def recut_decay(
-    decay_steps: int, *, old_horizon: int, new_horizon: int, warmup_steps: int, keep: DecayRule
-) -> int:
-    """Length of the linear decay in a run of another horizon; 0 stays 0.
-
-    `share` keeps the share of the run. `steps` keeps the length, so that new steps are spent at the peak
-    rate, but decays over at least 20% of the new horizon. The same horizon keeps both. Never longer than what
-    the warmup leaves. Rule: this project's decision: of 9 comparable pairs of Llama-124M runs, those with the
-    same share were better in 7, by 0.12 to 0.79% of the loss. The Deep Learning Tuning Playbook, "Round 2:
-    Fewer runs, but of longer duration", keeps the length; the 20% are this project's.
-    """
-    if decay_steps <= 0:
-        return 0
-    if new_horizon == old_horizon:
-        wanted = decay_steps
-    elif keep == "share":
-        wanted = round(new_horizon * decay_steps / old_horizon)
-    else:
-        wanted = max(decay_steps, math.ceil(new_horizon / MIN_DECAY_DIVISOR))
-    return max(0, min(wanted, new_horizon - warmup_steps))
+def _has_decay(name: Value) -> bool:
+    return DECAY_STEPS in schedule(str(name)).hyperparameters
 
 
 def tiny_rate_share(
@@ -251,19 +209,4 @@ def _multipliers(
     hyperparameters: Hyperparameters, updates_done: Iterable[int], max_train_steps: int
 ) -> Iterator[float]:
     """Learning rates as shares of the peak, as for `multiplier`."""
-    schedule = str(hyperparameters.get("schedule", "constant"))
-    warmup, decay = warmup_length(hyperparameters), decay_length(hyperparameters)
-    for done in updates_done:
-        yield multiplier(
-            done,
-            schedule=schedule,
-            warmup_steps=warmup,
-            decay_steps=decay,
-            max_train_steps=max_train_steps,
-        )
-
-
-def _steps(hyperparameters: Hyperparameters, name: str) -> int:
-    value = hyperparameters.get(name, 0)
-    assert isinstance(value, (int, float))
-    return int(value)
+    return (multiplier(done, hyperparameters, max_train_steps) for done in updates_done)

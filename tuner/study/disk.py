@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, StorageError
+from tuner.methods.optimizers import optimizer
 from tuner.playbook.schedule import ComparisonRule
 from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
@@ -21,8 +22,6 @@ from tuner.study.retention import num_kept
 
 _WEIGHT_BYTES = 4
 """Of an adapter's weight on disk: float32."""
-_OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}
-"""Of a weight's two moments."""
 
 _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 """Stable checkpoints that a trial keeps for comparison runs."""
@@ -48,13 +47,13 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """What one resumable checkpoint takes at most: weights, moments, and the best adapter so far."""
-    moments = max(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    moments = max(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
 def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """What the checkpoints of one trial take at the least: one best adapter and a `last` that equals it."""
-    moments = min(_OPTIMIZER_BYTES[name] for name in _choices(spec.space()["optimizer"]))
+    moments = min(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 

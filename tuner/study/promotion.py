@@ -16,6 +16,7 @@ from typing import Any
 from tuner.config import RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
+from tuner.methods.schedules import DecayRule
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.restarts import (
@@ -27,7 +28,7 @@ from tuner.playbook.restarts import (
     plan_round_anew,
     points_left,
 )
-from tuner.playbook.schedule import DecayRule, can_decay_linearly
+from tuner.playbook.schedule import can_decay_linearly
 from tuner.records import LOSS, Objective, Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned

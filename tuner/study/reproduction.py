@@ -17,6 +17,7 @@ from tuner.config import RoundSpec
 from tuner.data.pretrained import as_trained
 from tuner.engines import Worker, wait_for_former_workers
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
+from tuner.methods.optimizers import optimizer
 from tuner.playbook import reproduction
 from tuner.playbook.reproduction import Reproduction
 from tuner.playbook.schedule import evaluation_steps
@@ -200,7 +201,9 @@ def reproduce(
         tolerance=reproduction.tolerance(
             dtype=spec.model.dtype,
             quantization=spec.model.quantization,
-            optimizer=str(rerun.trial.hyperparameters.get("optimizer")),
+            has_rounded_state=optimizer(
+                str(rerun.trial.hyperparameters.get("optimizer", "adamw"))
+            ).has_rounded_state,
         ),
         ended_as=ran.ended_as,
         reason=ran.reason,

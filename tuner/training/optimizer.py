@@ -1,4 +1,4 @@
-"""A trial's own optimizer: torch's AdamW or bitsandbytes' 8-bit one, over weights in PEFT's shapes.
+"""A trial's own optimizer over weights in PEFT's shapes, built by its description in `tuner.methods`.
 
 Trials in a pack never share an optimizer, so that each one's moments, rate, decay, clip and step
 counter are what they would be alone, to the digit, wherever its slot is.
@@ -7,22 +7,23 @@ counter are what they would be alone, to the digit, wherever its slot is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tuner.methods.optimizers import optimizer
 from tuner.records import Hyperparameters
 
-_B = 1
-"""Place of B in a module's tuple."""
+_PARTS = ("A", "B", "magnitude")
+"""What a module's tuple holds; the last with DoRA only."""
 
 
 class TrialOptimizer:
     """Exact float32 weights of one adapter, their gradients, and the update.
 
     `weights` and `gradients` map module paths to (A, B) in PEFT's shapes, with DoRA (A, B, magnitude). All
-    A's, all B's and all magnitudes are views of a flat vector each, so that AdamW is as many fused kernels.
+    A's, all B's and all magnitudes are views of a flat vector each, so that an elementwise optimizer is as
+    many fused kernels.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class TrialOptimizer:
         device: torch.device,
     ) -> None:
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
-        is_8bit = hyperparameters.get("optimizer", "adamw") == "adamw_8bit"
+        method = optimizer(str(hyperparameters.get("optimizer", "adamw")))
         # B lies as the pack has it, transposed, so that copies between the two are one kernel. Which elements
         # bitsandbytes quantises together depends on how they lie: there B lies as PEFT has it.
         flats, views, self._flat_gradients, gradients = [], [], [], []
-        for number, part in enumerate(zip(*(start[name] for name in names), strict=True)):
-            transposed = number == _B and not is_8bit
+        for part_name, part in zip(_PARTS, zip(*(start[name] for name in names), strict=True), strict=False):
+            transposed = part_name == "B" and method.is_elementwise
             flat, part_views = _flatten(part, device, transposed=transposed)
             flat_gradient, part_gradients = _flatten(
                 [torch.zeros_like(view) for view in part_views], device, transposed=transposed
@@ -51,25 +52,18 @@ class TrialOptimizer:
         self.gradients = dict(zip(names, zip(*gradients, strict=True), strict=True))
         self._base_rate = _number(hyperparameters, "learning_rate")
         self._max_norm = _number(hyperparameters, "max_grad_norm", 1.0)
-        self._ratios = [1.0] * len(flats)
-        self._ratios[_B] = _number(hyperparameters, "loraplus_ratio", 1.0)
-        settings: dict[str, Any] = {
-            "lr": self._base_rate,
-            "betas": (
-                _number(hyperparameters, "adam_beta1", 0.9),
-                _number(hyperparameters, "adam_beta2", 0.999),
-            ),
-            "eps": _number(hyperparameters, "adam_epsilon", 1e-8),
-            "weight_decay": _number(hyperparameters, "weight_decay", 0.0),
-        }
-        if is_8bit:
-            self._optimizer = _adamw_8bit(views, gradients, settings)
-        else:
-            groups = [
-                {"params": [_parameter(flat, gradient)]}
-                for flat, gradient in zip(flats, self._flat_gradients, strict=True)
-            ]
-            self._optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        self._ratios = {"B": _number(hyperparameters, "loraplus_ratio", 1.0)}
+        if method.is_elementwise:
+            views, gradients = [[flat] for flat in flats], [[flat] for flat in self._flat_gradients]
+        groups = [
+            {
+                "params": [_parameter(view, gradient) for view, gradient in zip(*tensors, strict=True)],
+                "lr": self._base_rate * self._ratios.get(part_name, 1.0),
+                "part": part_name,
+            }
+            for part_name, *tensors in zip(_PARTS, views, gradients, strict=False)
+        ]
+        self._optimizer = method.build(groups, hyperparameters)
 
     def zero_gradients(self) -> None:
         """Begin an update."""
@@ -96,8 +90,8 @@ class TrialOptimizer:
             coefficient = self._max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
             for flat in self._flat_gradients:
                 flat.mul_(coefficient)
-        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
-            group["lr"] = rate * ratio
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * self._ratios.get(group["part"], 1.0)
         self._optimizer.step()
         return rate, clipped
 
@@ -145,21 +139,6 @@ def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(values, requires_grad=True)
     parameter.grad = gradient
     return parameter
-
-
-def _adamw_8bit(
-    views: Sequence[list[Tensor]],
-    gradients: Sequence[list[Tensor]],
-    settings: dict[str, Any],
-) -> torch.optim.Optimizer:
-    """Tensor by tensor: bitsandbytes quantises blocks of 256 within one and leaves small ones in 32 bits."""
-    from bitsandbytes.optim import AdamW8bit
-
-    groups = [
-        {"params": [_parameter(view, gradient) for view, gradient in zip(part, grads, strict=True)]}
-        for part, grads in zip(views, gradients, strict=True)
-    ]
-    return AdamW8bit(groups, **settings)  # type: ignore[no-any-return]
 
 
 def _number(hyperparameters: Hyperparameters, name: str, default: float | None = None) -> float:

@@ -16,7 +16,7 @@ from tuner.adapters import Adapter
 from tuner.data import batch_rows
 from tuner.playbook import best_evaluation
 from tuner.playbook.continuation import inherited_evaluations
-from tuner.playbook.schedule import decay_length, evaluation_steps, multiplier, warmup_length
+from tuner.playbook.schedule import evaluation_steps, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
 from tuner.training.optimizer import TrialOptimizer
@@ -154,14 +154,7 @@ class TrialRun:
 
         `norm` is the gradient's, from `TrialOptimizer.gradient_norm`.
         """
-        hyperparameters = self.assignment.hyperparameters
-        factor = multiplier(
-            self.step,
-            schedule=str(hyperparameters["schedule"]),
-            warmup_steps=warmup_length(hyperparameters),
-            decay_steps=decay_length(hyperparameters),
-            max_train_steps=self.assignment.max_train_steps,
-        )
+        factor = multiplier(self.step, self.assignment.hyperparameters, self.assignment.max_train_steps)
         rate, clipped = self.optimizer.step(factor, norm=norm)
         self.step += 1
         counters = self._counters

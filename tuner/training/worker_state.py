@@ -17,7 +17,7 @@ from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config
 from tuner.data import Examples
 from tuner.methods.metrics import Metric
-from tuner.methods.metrics.eval_loss import METRIC as EVAL_LOSS
+from tuner.methods.metrics.eval_loss import EVAL_LOSS
 from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Throughput
 from tuner.training.generation_eval import Exam
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Literal, SupportsFloat
 
 from tuner.errors import InputError, MetricError
-from tuner.methods.registry import is_built_in, load
+from tuner.methods.registry import described
 from tuner.records import Direction, Objective
 
 if TYPE_CHECKING:
@@ -72,15 +71,7 @@ def metric(name: str) -> Metric:
 
     Raises InputError where it leads nowhere or to something else.
     """
-    if is_built_in("metric", name):
-        found: Any = import_module(f"tuner.methods.metrics.{name}").METRIC
-    else:
-        found = load("metric", name)
-    if not isinstance(found, Metric):
-        raise InputError(
-            f"{_KEY}: {name} is {type(found).__name__}, not a tuner.methods.metrics.Metric; give "
-            "package.module:NAME of a Metric"
-        )
+    found = described("metric", name, Metric)
     if found.per == "trial" and name != "answers":
         raise InputError(
             f"{_KEY}: {name} has one value for each trial, which only answers can have: put a function that "

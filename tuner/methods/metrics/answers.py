@@ -3,7 +3,7 @@
 from tuner.methods.metrics import Metric
 from tuner.records import Direction
 
-METRIC = Metric(
+ANSWERS = Metric(
     Direction.MAXIMIZE,
     "Mean score of generated answers, by `evaluation.answers`. Each complete trial has one, with the adapter "
     "of its best step; steps and horizons go by the loss.",

@@ -8,7 +8,7 @@ def _loss(examples: ExampleScores) -> float:
     return float(examples.nll.sum() / examples.tokens.sum())
 
 
-METRIC = Metric(
+EVAL_LOSS = Metric(
     Direction.MINIMIZE,
     "Negative log-likelihood of a target token, in nats: the sum over all evaluation examples by the number "
     "of their target tokens.",

@@ -8,7 +8,7 @@ def _accuracy(examples: ExampleScores) -> float:
     return float(examples.correct.sum() / examples.tokens.sum())
 
 
-METRIC = Metric(
+TOKEN_ACCURACY = Metric(
     Direction.MAXIMIZE,
     "Share of the evaluation examples' target tokens than which the model finds no other likelier.",
     compute=_accuracy,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.config import ModelSpec
-from tuner.playbook.schedule import decay_length, warmup_length
+from tuner.methods.optimizers import optimizer
+from tuner.methods.schedules import warmup_length
+from tuner.playbook.schedule import schedule_of
 from tuner.records import Hyperparameters
 
 MICRO_BATCH = 2
@@ -49,26 +51,13 @@ class Recipe:
 
         The schedule is that of the whole run also where training ends before it.
         """
-        values, horizon, warmup = (
-            self.hyperparameters,
-            self.max_train_steps,
-            warmup_length(self.hyperparameters),
-        )
-        decay = decay_length(values)
-        if self.best_step <= warmup:
+        values = self.hyperparameters
+        if self.best_step <= warmup_length(values):
             return "constant_with_warmup", {}
-        match values.get("schedule", "constant"):
-            case "cosine":
-                waves = 0.5 * (self.best_step - warmup) / (horizon - warmup)
-                return "cosine", {} if waves == 0.5 else {"num_cycles": waves}
-            case "linear" if decay:
-                return "warmup_stable_decay", {
-                    "num_stable_steps": horizon - warmup - decay,
-                    "num_decay_steps": decay,
-                    "decay_type": "linear",
-                }
-            case _:
-                return "constant_with_warmup", {}
+        named = schedule_of(values).trainer_scheduler
+        assert named is not None, "every built-in schedule has a name there"
+        scheduler, arguments = named(values, self.best_step, self.max_train_steps)
+        return scheduler, dict(arguments)
 
     @property
     def alpha(self) -> int:
@@ -103,8 +92,7 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
         "max_steps": recipe.best_step,
         "per_device_train_batch_size": recipe.micro_batch,
         "gradient_accumulation_steps": recipe.accumulation,
-        "optim": optimizer(recipe),
-        **adam(recipe),
+        **optimization(recipe),
         "seed": int(recipe.number("training_seed")),
         "bf16": recipe.model.dtype == "bfloat16",
         "eval_strategy": "steps",
@@ -116,15 +104,11 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def optimizer(recipe: Recipe) -> str:
-    """transformers' name of the optimizer."""
-    return "adamw_torch" if recipe.hyperparameters["optimizer"] == "adamw" else "adamw_8bit"
-
-
-def adam(recipe: Recipe) -> dict[str, float]:
-    """What AdamW and clipping are told; the names are those of tuner."""
-    names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-    return {name: recipe.number(name) for name in names}
+def optimization(recipe: Recipe) -> dict[str, Any]:
+    """transformers' name of the optimizer (`optim`), its arguments, and clipping."""
+    named = optimizer(str(recipe.hyperparameters["optimizer"])).trainer_arguments
+    assert named is not None, "every built-in optimizer has a name there"
+    return {**named(recipe.hyperparameters), "max_grad_norm": recipe.number("max_grad_norm")}
 
 
 def without(values: Mapping[str, Any], *nothing: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from tuner.playbook.schedule import warmup_length
-from tuner.report.exporters.exporter import Recipe, adam, optimizer, trainer_arguments, without
+from tuner.methods.schedules import warmup_length
+from tuner.report.exporters.exporter import Recipe, optimization, trainer_arguments, without
 
 ROWS = "rows"
 """The folder of tokenised rows beside the file: `input_ids`, `attention_mask` and `labels`."""
@@ -171,6 +171,7 @@ def _no_gguf(recipe: Recipe) -> Iterator[str]:
 def _axolotl(recipe: Recipe) -> dict[str, Any]:
     model, ratio = recipe.model, recipe.number("loraplus_ratio")
     scheduler, arguments = recipe.scheduler
+    optimizer = optimization(recipe)
     initialisation = recipe.hyperparameters["lora_init"]
     is_bfloat16 = model.dtype == "bfloat16"
     return without(
@@ -205,8 +206,8 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
             "lr_scheduler": scheduler,
             "lr_scheduler_kwargs": arguments,
             "warmup_steps": warmup_length(recipe.hyperparameters),
-            "optimizer": optimizer(recipe),
-            **adam(recipe),
+            "optimizer": optimizer.pop("optim"),
+            **optimizer,
             "seed": int(recipe.number("training_seed")),
             "eval_steps": recipe.every_steps,
             "eval_batch_size": recipe.eval_batch_size,

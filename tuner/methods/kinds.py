@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tuner.config.names import meant_value
-from tuner.config.wording import one_of, refusal, shown
+from tuner.errors import one_of, refusal, shown
 from tuner.records import Value
 
 
@@ -23,6 +22,14 @@ class Kind(Protocol):
 
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of one value."""
+
+
+class UnknownName(ValueError):
+    """A value that is none of the names which a hyperparameter takes."""
+
+    def __init__(self, names: tuple[str, ...], raw: Any) -> None:
+        self.names, self.raw = names, raw
+        super().__init__(refusal(one_of(names), raw))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,7 @@ class OneOf:
     def parse(self, raw: Any) -> str:
         """One of the names, as it is."""
         if not isinstance(raw, str) or raw not in self.names:
-            raise ValueError(refusal(self.allowed, raw, meant_value(raw, self.names)))
+            raise UnknownName(self.names, raw)
         return raw
 
     def schema(self) -> dict[str, Any]:

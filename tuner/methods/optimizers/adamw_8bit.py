@@ -1,0 +1,38 @@
+"""AdamW with 8-bit moments: bitsandbytes'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tuner.methods.optimizers import (
+    ADAM_BETA1,
+    ADAM_BETA2,
+    ADAM_EPSILON,
+    WEIGHT_DECAY,
+    Optimizer,
+    adam_arguments,
+    trainer_adam,
+)
+from tuner.records import Hyperparameters
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
+    """Tensor by tensor: bitsandbytes quantises blocks of 256 within one and leaves small ones in 32 bits."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **adam_arguments(values))  # type: ignore[no-any-return]
+
+
+ADAMW_8BIT = Optimizer(
+    name="adamw_8bit",
+    hyperparameters=(WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON),
+    state_bytes=2,
+    build=_build,
+    has_rounded_state=True,
+    trainer_arguments=trainer_adam("adamw_8bit"),
+    aliases=("adamw_bnb_8bit", "paged_adamw_8bit", "adam_8bit", "adam8bit", "adamw8bit"),
+)

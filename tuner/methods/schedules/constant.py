@@ -1,0 +1,13 @@
+"""The peak rate to the end."""
+
+from __future__ import annotations
+
+from tuner.methods.schedules import Schedule
+
+CONSTANT = Schedule(
+    name="constant",
+    multiplier=lambda updates_done, values, max_train_steps: 1.0,
+    decay_length=lambda values: 0,
+    trainer_scheduler=lambda values, steps, horizon: ("constant_with_warmup", {}),
+    aliases=("constant_with_warmup", "flat"),
+)

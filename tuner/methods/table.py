@@ -1,0 +1,98 @@
+"""Every hyperparameter a round file may name: those of every trial, and those that built-in methods bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from tuner.methods.hyperparameters import Hyperparameter, Tier
+from tuner.methods.kinds import Integer, Number, OneOf
+from tuner.methods.optimizers import Optimizer, optimizer
+from tuner.methods.registry import BUILT_IN
+from tuner.methods.schedules import WARMUP_STEPS, Schedule, schedule
+from tuner.methods.variants import variant
+
+_LEARNING_RATE = Hyperparameter(
+    "learning_rate",
+    3e-4,
+    Number(above=0),
+    "Peak learning rate: what the schedule multiplies.",
+)
+_BATCH_SIZE = Hyperparameter(
+    "batch_size",
+    8,
+    Integer(at_least=1),
+    "Sequences per optimizer step. How it is cut into micro-batches is the machine's business and "
+    "changes no result.",
+    tier=Tier.KEPT,
+)
+_OPTIMIZER = Hyperparameter(
+    "optimizer",
+    "adamw_8bit",
+    OneOf(BUILT_IN["optimizer"]),
+    "AdamW with 32-bit moments, or with bitsandbytes' 8-bit moments.",
+)
+_SCHEDULE = Hyperparameter(
+    "schedule",
+    "linear",
+    OneOf(BUILT_IN["schedule"]),
+    "The rate after warmup: constant; constant and then linearly to 0 over the last decay_steps; "
+    "or half a cosine to 0.",
+    tier=Tier.UNLIKELY,
+)
+_MAX_GRAD_NORM = Hyperparameter(
+    "max_grad_norm",
+    1.0,
+    Number(above=0),
+    "The gradient of a step is scaled down to this norm when it is longer.",
+)
+_TRAINING_SEED = Hyperparameter(
+    "training_seed",
+    0,
+    Integer(at_least=0),
+    "Seed of the adapter's initialisation, the order of the data and dropout.",
+    tier=Tier.KEPT,
+)
+
+
+def _rows() -> Iterator[Hyperparameter]:
+    optimizers = [optimizer(name) for name in BUILT_IN["optimizer"]]
+    schedules = [schedule(name) for name in BUILT_IN["schedule"]]
+    yield from (_LEARNING_RATE, _BATCH_SIZE)
+    yield _OPTIMIZER
+    yield from conditional(_OPTIMIZER.name, optimizers)
+    yield WARMUP_STEPS
+    yield _SCHEDULE
+    yield from conditional(_SCHEDULE.name, schedules)
+    for name in BUILT_IN["variant"]:
+        yield from variant(name).hyperparameters
+    yield from (_MAX_GRAD_NORM, _TRAINING_SEED)
+
+
+def conditional(chosen_by: str, methods: Sequence[Optimizer | Schedule]) -> Iterator[Hyperparameter]:
+    """Yield what the methods declare, each once, with the condition that one of those methods is chosen."""
+    rows = {row.name: row for method in methods for row in method.hyperparameters}
+    for row in rows.values():
+        declaring = tuple(method.name for method in methods if row in method.hyperparameters)
+        yield replace(row, only_with=(chosen_by, declaring))
+
+
+def limits() -> dict[str, tuple[float | None, float | None]]:
+    """Return the lowest and the highest value that each number may have by name, None where there is none."""
+    rows = HYPERPARAMETERS.values()
+    return {row.name: row.kind.limits for row in rows if isinstance(row.kind, (Integer, Number))}
+
+
+def tier_of(name: str) -> Tier:
+    """Return the tier of a hyperparameter; a name that is not in the table `might` transfer.
+
+    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs"; which of LoRA's names is
+    architecture, and that batch size and seed are kept, are this project's decisions.
+    """
+    row = HYPERPARAMETERS.get(name)
+    return Tier.MIGHT if row is None else row.tier
+
+
+HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _rows()})
+"""The table by name, in the order of the reference page."""

@@ -1,0 +1,24 @@
+"""DoRA: magnitude and direction of the weights are learnt apart."""
+
+from __future__ import annotations
+
+from tuner.methods.hyperparameters import Hyperparameter, Tier
+from tuner.methods.kinds import Flag
+from tuner.methods.variants import Variant
+
+USE_DORA = Hyperparameter(
+    "use_dora",
+    False,
+    Flag(),
+    "Learn magnitude and direction of the weights apart (DoRA, arXiv:2402.09353). "
+    "Where a trial may, all of the round train one at a time.",
+    tier=Tier.LIKELY,
+)
+
+DORA = Variant(
+    name="dora",
+    hyperparameters=(USE_DORA,),
+    config=lambda values: {"use_dora": True},
+    switch=USE_DORA.name,
+    packs=False,
+)

@@ -1,0 +1,85 @@
+"""LoRA, with rank-stabilised scale (rsLoRA) and a rate of its own for B (LoRA+)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuner.methods.hyperparameters import Hyperparameter, Tier
+from tuner.methods.kinds import ALL_LINEAR, Flag, Integer, Modules, Number, OneOf
+from tuner.methods.variants import Variant
+from tuner.records import Hyperparameters
+
+LORA_R = Hyperparameter(
+    "lora_r", 16, Integer(at_least=1), "Rank of the adapter's matrices.", tier=Tier.LIKELY
+)
+LORA_ALPHA = Hyperparameter(
+    "lora_alpha",
+    16.0,
+    Number(above=0),
+    "The adapter's output is scaled by lora_alpha / lora_r, or / sqrt(lora_r) with use_rslora. "
+    "{times_sqrt_r: 4} makes it 4 sqrt(lora_r) in each trial.",
+    may_follow_rank=True,
+)
+TARGET_MODULES = Hyperparameter(
+    "target_modules",
+    ALL_LINEAR,
+    Modules(),
+    "Linear layers that get an adapter: all of them but the output head, or those whose name ends so. "
+    "Searched by a list of such values: [all-linear, [q_proj, v_proj]].",
+    tier=Tier.LIKELY,
+)
+LORA_DROPOUT = Hyperparameter(
+    "lora_dropout",
+    0.0,
+    Number(at_least=0, below=1),
+    "Probability of dropping an input of the adapter while training.",
+)
+USE_RSLORA = Hyperparameter(
+    "use_rslora",
+    False,
+    Flag(),
+    "Scale by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA, arXiv:2312.03732).",
+    tier=Tier.LIKELY,
+)
+LORAPLUS_RATIO = Hyperparameter(
+    "loraplus_ratio",
+    1.0,
+    Number(above=0),
+    "Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354).",
+)
+LORA_INIT = Hyperparameter(
+    "lora_init",
+    "default",
+    OneOf(("default", "gaussian")),
+    "How the A matrices start: PEFT's default (Kaiming uniform), or normally distributed. B starts at 0.",
+    tier=Tier.VERY_LIKELY,
+)
+
+
+def _config(values: Hyperparameters) -> Mapping[str, Any]:
+    targets = values["target_modules"]
+    initialisation = values.get(LORA_INIT.name, LORA_INIT.default)
+    return {
+        "r": int(LORA_R.number(values)),
+        "lora_alpha": values["lora_alpha"],
+        "lora_dropout": LORA_DROPOUT.number(values),
+        "use_rslora": bool(values.get(USE_RSLORA.name, USE_RSLORA.default)),
+        "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+        "init_lora_weights": True if initialisation == "default" else initialisation,
+    }
+
+
+LORA = Variant(
+    name="lora",
+    hyperparameters=(
+        LORA_R,
+        LORA_ALPHA,
+        TARGET_MODULES,
+        LORA_DROPOUT,
+        USE_RSLORA,
+        LORAPLUS_RATIO,
+        LORA_INIT,
+    ),
+    config=_config,
+)
