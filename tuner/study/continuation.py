@@ -9,11 +9,13 @@ from pathlib import Path
 from tuner.playbook import best_evaluation, can_continue
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
+    LOSS,
     Checkpoint,
     CheckpointKind,
     Continuation,
     Evaluation,
     Hyperparameters,
+    Objective,
     RoundRecord,
     Trial,
     TrialState,
@@ -21,10 +23,6 @@ from tuner.records import (
 from tuner.store.facts import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
-from tuner.study.results import objective_of
-
-_BY_THE_LOSS = {"eval_loss", "answers"}
-"""Metrics in whose rounds the loss chooses the best step."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Continuations:
     store: Store
     workload: str
     """Fingerprint of this round's base, data, evaluation set and length."""
+    objective: Objective = LOSS
+    """What this round ranks by."""
 
     def find(self, ordinal: int, hyperparameters: Hyperparameters) -> tuple[Continuation | None, str | None]:
         """What proposal number `ordinal` goes on from, or why it starts afresh although it was to go on."""
@@ -66,9 +66,10 @@ class Continuations:
                 "model, data, evaluation set or length changed since then, or this version of tuner reads "
                 "some rows differently, as its changelog says"
             )
-        own = self.plan.spec.objective.metric
-        if (its := objective_of(record, [trial]).metric) != own and not {its, own} <= _BY_THE_LOSS:
-            return f"its best adapter was chosen by {its}, and this round chooses by {own}"
+        own = LOSS if self.objective.per == "trial" else self.objective
+        its = next((made.objective for made in trial.evaluations), None) or LOSS
+        if its != own:
+            return f"its best adapter was chosen by {its.metric}, and this round chooses by {own.metric}"
         reasons = []
         for checkpoint in self._candidates(record, trial):
             reason = self._reason_against(record, trial, checkpoint, hyperparameters)

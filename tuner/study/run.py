@@ -118,7 +118,7 @@ def run_round(
                 advisor=advisor,
                 worker=worker,
                 folder=CheckpointFolder(plan.checkpoints),
-                continuations=Continuations(plan, store, ready.workload),
+                continuations=Continuations(plan, store, ready.workload, objective),
                 view=view,
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
