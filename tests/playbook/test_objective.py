@@ -213,7 +213,7 @@ def test_a_trial_is_pruned_by_its_best_value_and_told_so() -> None:
     peers = [trial(n, 0.4, 0.6, 0.7) for n in range(1, 6)]
     poor = replace(trial(0, 0.4, 0.5), state=TrialState.RUNNING)
     said = reason_to_prune(poor, peers, pruner="median", max_train_steps=T, evaluate_every=EVERY)
-    assert said == "its best m up to step 4, 0.5000, is below the median of 5, 0.6000"
+    assert said == "its best m up to step 4, 0.5000, is below the median of 5 trials, 0.6000"
     good = replace(trial(0, 0.4, 0.65), state=TrialState.RUNNING)
     assert reason_to_prune(good, peers, pruner="median", max_train_steps=T, evaluate_every=EVERY) is None
 

@@ -113,37 +113,51 @@ def _plan(
     refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
     base = _recorded_base(round_plan, data)
+    probed: list[str] = []
     if probe:
-        from tuner.training.probe import predict
-        from tuner.training.startup import arrange, measure_base
-
-        place = arrange(spec, data, slots=spec.run.slots)
-        base = measure_base(place)
-        predicted = predict(place, spec)
-        hours = planned_hours(
-            spec,
-            seconds_per_step=predicted.seconds_per_step,
-            seconds_per_evaluation=predicted.seconds_per_evaluation,
-        )
-        plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
+        plan, base, slots = _probed(plan, spec, data)
+        probed = [f"time and memory are those of {count(slots, 'slot')} in one worker"]
     remarks = _remarks(spec, data)
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
     remarks += _objective_remarks(round_plan, probe=probe)
-    if spec.ends_early is not None:
-        remarks.append(spec.ends_early)
-    if spec.trains_alone:
-        remarks.append(DORA_TRAINS_ALONE)
+    remarks += _run_remarks(spec)
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
-    if probe:
-        remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
+    remarks += probed
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
     return plan, remarks
+
+
+def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[RoundPlan, Evaluation, int]:
+    """The plan with hours and memory as a few steps of this machine show them; the base; and the slots."""
+    from tuner.training.probe import predict
+    from tuner.training.startup import arrange, measure_base
+
+    place = arrange(spec, data, slots=spec.run.slots)
+    base = measure_base(place)
+    predicted = predict(place, spec)
+    hours = planned_hours(
+        spec,
+        seconds_per_step=predicted.seconds_per_step,
+        seconds_per_evaluation=predicted.seconds_per_evaluation,
+    )
+    plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
+    return plan, base, predicted.slots
+
+
+def _run_remarks(spec: RoundSpec) -> Iterator[str]:
+    """What the sections `search` and `run` mean, and what of them is not looked at."""
+    if spec.ends_early is not None:
+        yield spec.ends_early
+    if spec.trains_alone:
+        yield DORA_TRAINS_ALONE
+    if not is_built_in("engine", spec.run.engine):
+        yield f"run.engine: {spec.run.engine} is not checked here; `tuner study run` imports it"
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
@@ -194,7 +208,7 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
     if plan.absolute.evaluation.answers is None:
         return
     try:
-        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.questions[0])
+        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.eval_prompts[0])
     except MetricError as error:
         said = str(error).removeprefix(f"{METRIC_KEY}: ")
         raise RoundFileError(
@@ -219,10 +233,10 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
         return []
     purpose = "ranks the trials" if plan.spec.objective.metric == "answers" else "is shown beside the loss"
     remarks = [
-        f"each complete trial answers {count(len(data.questions), 'evaluation row')} with up to "
+        f"each complete trial answers {count(len(data.eval_prompts), 'evaluation row')} with up to "
         f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"
     ]
-    too_long = sum(question.reference_tokens > answers.max_new_tokens for question in data.questions)
+    too_long = sum(eval_prompt.reference_tokens > answers.max_new_tokens for eval_prompt in data.eval_prompts)
     if too_long:
         remarks.append(
             f"{too_long} of their completions have more than evaluation.answers.max_new_tokens "

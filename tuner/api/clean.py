@@ -1,8 +1,8 @@
-"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.keeping`."""
+"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.retention`."""
 
 from __future__ import annotations
 
-from tuner.api.score import Tell
+from tuner.api.run import Tell
 from tuner.errors import InputError
 from tuner.report.format import size
 from tuner.store import hold_study
@@ -65,7 +65,7 @@ def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -
                 if delete:
                     for trial in store.trials(record.name):
                         if trial.state.is_final:
-                            place.tidy(trial)
+                            place.clean_up(trial)
         finally:
             store.close()
     return freed

@@ -1,17 +1,20 @@
-"""A worker that replays curves on a virtual clock: rehearsals, benchmarks and tests without a model."""
+"""The engine `simulated`: curves replayed on a virtual clock, for rehearsals, benchmarks and tests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from tuner.engines.protocol import Job, Worker
+from tuner.engines.synthetic import LoraFormula
 from tuner.errors import CheckpointError
 from tuner.methods.metrics import ExampleScores, metric, values
 from tuner.playbook import best_evaluation, is_diverged
@@ -31,6 +34,10 @@ from tuner.records import (
     Saved,
     Started,
 )
+from tuner.report.format import GpuReading
+
+SLOTS = 4
+"""Trials side by side where neither file nor command line says how many."""
 
 Curve: TypeAlias = Callable[[Hyperparameters, int, int], Evaluation]
 """(hyperparameters, step, horizon) -> the evaluation there; on the trunk the same for every horizon.
@@ -109,6 +116,42 @@ def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> s
     return f"{trial}/{folder[kind]}/step-{step:06d}{attempt}"
 
 
+class SimulatedEngine:
+    """Synthetic losses of the study's own surface, and a clock that counts the steps nobody waits for."""
+
+    def __init__(self) -> None:
+        self._begun_at = time.time()
+        self._workers: list[SimulatedWorker] = []
+
+    def start(self, job: Job) -> Worker:
+        """Return a worker in this process; the job's program is not started."""
+        wanted = job.spec.run.slots
+        slots = 1 if job.spec.trains_alone else wanted if isinstance(wanted, int) else SLOTS
+        ready = Ready(slots, "simulated", workload=_workload(job))
+        formula = LoraFormula(job.spec.study, pace_steps=max(1, job.first_horizon))
+        curve = measured_by(formula, job.spec.objective.metric)
+        self._workers.append(SimulatedWorker(curve, slots=slots, ready=ready))
+        return self._workers[-1]
+
+    def gpu_readings(self) -> Sequence[GpuReading]:
+        """Return none: no device is used."""
+        return ()
+
+    def now(self) -> float:
+        """Return the time as it would be had the steps taken their time."""
+        return self._begun_at + sum(worker.seconds for worker in self._workers)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _workload(job: Job) -> str:
+    """A fingerprint of what the file says of model and data, of which nothing is opened."""
+    said = job.spec.model_dump(mode="json", include={"model", "data"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return f"rehearsal-{digest[:16]}"
+
+
 class SimulatedWorker:
     """Trials whose evaluations come from a curve; each call of `events` takes each to its next event.
 
@@ -180,7 +223,7 @@ class SimulatedWorker:
             return 0
         place = Path(assignment.resume_from)
         if self._keep is keep_on_disk and not place.is_dir():
-            raise CheckpointError(f"{place}: the recorded checkpoint is gone")
+            raise CheckpointError(f"{place}: the recorded checkpoint is missing")
         return int(place.name.removeprefix("step-").partition(".")[0])
 
     def _inherit(self, run: _Run) -> None:
