@@ -14,8 +14,8 @@ from tuner.errors import InputError, Interrupted
 from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
 from tuner.store import hold_study
 from tuner.study.dashboard import next_name
-from tuner.study.folder import open_folder
-from tuner.study.lookup import begun_round, find_trial, opened
+from tuner.study.folder import open_folder, opened
+from tuner.study.lookup import begun_round, find_trial
 from tuner.study.promotion import Overrides, PromotedRound, continue_passes, promote_held, promoted_from
 from tuner.study.results import earlier_results, reading_of
 
@@ -103,7 +103,10 @@ class Automatic:
 
 def refuse_sweep(file: RoundFile) -> None:
     """Raises InputError for a round that is never promoted."""
-    if file.spec.is_sweep:
+    folder = open_folder(file.directory)
+    with opened(folder) as store:
+        is_sweep = folder.is_sweep(file.spec.round, store)
+    if is_sweep:
         raise InputError(
             f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
             "file that the sweep was made from"

@@ -29,8 +29,7 @@ from tuner.report.format import count, percent, size
 from tuner.study.check import planned_hours, planned_round
 from tuner.study.dashboard import round_report
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
-from tuner.study.folder import open_folder
-from tuner.study.lookup import opened
+from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import base_evaluation, loaded_objective, refuse_changed_file, refuse_uninstalled
 
@@ -90,7 +89,7 @@ def _next_command(plan: StudyPlan) -> str:
     refuse_changed_file(plan)
     refuse_uninstalled(plan)
     with opened(folder) as store:
-        record = next((record for record in store.rounds() if record.name == plan.name), None)
+        record = store.round(plan.name)
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}"
@@ -165,11 +164,8 @@ def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
     folder = open_folder(plan.file.directory)
     if not folder.has_begun:
         return None
-    store = folder.open()
-    try:
+    with opened(folder) as store:
         base = base_evaluation(store.trials(plan.name))
-    finally:
-        store.close()
     same = base is not None and base.example_tokens == tuple(data.evaluation.num_targets.tolist())
     return base if same else None
 

@@ -23,8 +23,8 @@ from tuner.installation import version
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, merging_note, model_card
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, find_trial, opened
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, find_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +160,7 @@ class Finished:
     @property
     def name(self) -> str:
         """Such as `round1/7`."""
-        return f"{self.trial.round}/{self.trial.number}"
+        return self.trial.name
 
     @property
     def base_is_on_hub(self) -> bool:
@@ -173,7 +173,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     if folder.is_rehearsal:
         raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
-    path = f"{trial.round}/{trial.number}"
+    path = trial.name
     if trial.state != TrialState.COMPLETE:
         raise InputError(f"{name}: {path} is {trial.state}{_why(trial)}; see: tuner trial list")
     plan = folder.plan(trial.round)

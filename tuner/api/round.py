@@ -11,8 +11,8 @@ from tuner.api.trial import Trial
 from tuner.errors import InputError
 from tuner.playbook.selection import ranked
 from tuner.report import RoundReport, round_markdown, write_html
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, opened, reports_on, statuses, trials_of
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, reports_on, statuses, trials_of
 from tuner.study.results import reading_of
 
 

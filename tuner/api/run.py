@@ -18,8 +18,7 @@ from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import rehearsed_file
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder
-from tuner.study.lookup import opened
+from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
 from tuner.study.plan import RoundPlan
 from tuner.study.reproduction import Rerun, reproduce
 from tuner.study.run import run_round
@@ -208,4 +207,4 @@ def _followed_round(file: RoundFile) -> FollowedRound:
 def has_begun(file: RoundFile) -> bool:
     """Whether the round is in the study's facts."""
     with opened(open_folder(file.directory)) as store:
-        return any(record.name == file.spec.round for record in store.rounds())
+        return store.round(file.spec.round) is not None

@@ -12,8 +12,7 @@ from tuner.data.pretrained import as_trained
 from tuner.errors import TunerError
 from tuner.records import Trial, TrialState
 from tuner.study.final_score import Sums, score_trial, scores_of
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import opened
+from tuner.study.folder import StudyFolder, opened
 
 
 def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
@@ -48,7 +47,7 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
         return None
     with opened(folder) as store:
         before = scores_of(store)
-    name = f"{trial.round}/{trial.number}"
+    name = trial.name
     if before:
         return (
             f"data.test was scored for {before[0].round}/{before[0].number} before, so {name} is not scored "

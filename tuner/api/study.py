@@ -20,9 +20,10 @@ from tuner.playbook.restarts import Enough
 from tuner.playbook.sweep import FirstHorizon
 from tuner.report import status_document
 from tuner.report.documents import RoundStatus
+from tuner.store import Store
 from tuner.study.dashboard import round_report
-from tuner.study.folder import StudyFolder, open_folder
-from tuner.study.lookup import begun_round, find_trial, opened, statuses
+from tuner.study.folder import StudyFolder, open_folder, opened
+from tuner.study.lookup import begun_round, find_trial, statuses
 from tuner.study.promotion import Overrides, promote_held
 
 if TYPE_CHECKING:
@@ -338,15 +339,14 @@ def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
         found = statuses(folder, store)
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
-            return found, _going_on(folder, unfinished.round)
+            return found, _going_on(folder, store, unfinished.round)
         return found, round_report(folder, store, folder.latest(store)).next_command
 
 
-def _going_on(folder: StudyFolder, round_name: str) -> str:
+def _going_on(folder: StudyFolder, store: Store, round_name: str) -> str:
     """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
-    swept = (file for file in folder.files if not file.spec.is_sweep)
-    of_sweep = (file := folder.file(round_name)) is not None and file.spec.is_sweep
-    if of_sweep and (file := next(swept, None)) is not None:
+    file = next(folder.searches(store), None)
+    if file is not None and folder.is_sweep(round_name, store):
         return f"tuner study sweep {file.path.name}"
     return f"tuner study run {_file_name(folder, round_name)}"
 

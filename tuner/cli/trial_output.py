@@ -15,8 +15,8 @@ from tuner.report import dumps, open_view, trial_document, trial_page, trials_ta
 from tuner.report.reproduction import reproduction_document, reproduction_page
 from tuner.report.terminal import FittedTable
 from tuner.study.final_score import scores_of
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, find_trial, objectives_of, opened, trials_of
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, find_trial, objectives_of, trials_of
 from tuner.study.reproduction import planned_rerun
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tuner.engines.protocol import Program
-from tuner.records import Assignment, Died, Ended, Event, Ready, event_from_json, to_json
+from tuner.records import Assignment, Died, Ended, Event, Ready, RunId, event_from_json, to_json
 
 
 class Process(Protocol):
@@ -52,7 +52,7 @@ class ProgramWorker:
         self._slots = 0
         self._reader: threading.Thread | None = None
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._held: set[int] = set()
+        self._held: set[RunId] = set()
         self.process: Process | None = None
         """The one that runs now."""
         self._begin()
@@ -67,12 +67,12 @@ class ProgramWorker:
         """Begin a trial's attempt, in a new process if there is none."""
         if self.process is None:
             self._begin()
-        self._held.add(assignment.trial)
+        self._held.add(assignment.run)
         self._order({"order": "start", "assignment": to_json(assignment)})
 
-    def stop(self, trial: int) -> None:
-        """Ask a trial to save itself and leave."""
-        self._order({"order": "stop", "trial": trial})
+    def stop(self, run: RunId) -> None:
+        """Ask a run to save itself and leave."""
+        self._order({"order": "stop", "run": to_json(run)})
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What was said since the last call; waits for the first at most so long."""
@@ -101,12 +101,12 @@ class ProgramWorker:
     def _noted(self, event: Event) -> Event:
         """What an event says of the slots; of a death, which trials it took along."""
         match event:
-            case Ended(trial=trial):
-                self._held.discard(trial)
+            case Ended(run=run):
+                self._held.discard(run)
             case Ready(slots=slots):
                 self._slots = slots
             case Died():
-                event = replace(event, trials=tuple(sorted(self._held)))
+                event = replace(event, runs=tuple(sorted(self._held, key=str)))
                 self._held.clear()
                 self._forget()
         return event

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tuner.config import RoundSpec
-from tuner.records import Assignment, Event
+from tuner.records import Assignment, Event, RunId
 from tuner.report.format import GpuReading
 
 
@@ -55,8 +55,8 @@ class Worker(Protocol):
         """Begin a trial's attempt in a free slot. Its `Started` or `Ended` follows among the events."""
         ...
 
-    def stop(self, trial: int) -> None:
-        """Ask a trial to save itself and leave; its `Ended` with outcome `stopped` follows."""
+    def stop(self, run: RunId) -> None:
+        """Ask a run to save itself and leave; its `Ended` with outcome `stopped` follows."""
         ...
 
     def events(self, timeout_seconds: float) -> list[Event]:

@@ -4,6 +4,17 @@ Nothing here decides or does anything. A *step* is one optimizer update, the onl
 nats per target token; sizes are bytes.
 """
 
+from tuner.records.decisions import (
+    AttemptStarted,
+    BranchAdvanced,
+    CheckpointsRemoved,
+    PromotionPlanned,
+    RoundBegun,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
+    TrialScored,
+)
 from tuner.records.events import (
     Answered,
     Assignment,
@@ -19,21 +30,6 @@ from tuner.records.events import (
     Saved,
     Started,
 )
-from tuner.records.facts import (
-    AnswerScore,
-    Attempt,
-    Branch,
-    Checkpoint,
-    CheckpointKind,
-    Continuation,
-    Evaluation,
-    FinalScore,
-    Promotion,
-    RoundRecord,
-    Trial,
-    TrialState,
-    is_sweep_file,
-)
 from tuner.records.json_form import (
     assignment_from_json,
     branch_from_json,
@@ -41,8 +37,7 @@ from tuner.records.json_form import (
     evaluation_from_json,
     event_from_json,
     event_to_json,
-    hyperparameters_from_json,
-    objective_from_json,
+    from_json,
     to_json,
 )
 from tuner.records.objective import LOSS, Direction, Objective
@@ -56,10 +51,28 @@ from tuner.records.space import (
     TimesSqrtRank,
     Value,
     complete_hyperparameters,
+    hyperparameters_from_json,
     num_points,
     searched,
 )
+from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
 from tuner.records.throughput import Throughput, added_up
+from tuner.records.trials import (
+    AnswerScore,
+    Attempt,
+    Branch,
+    Checkpoint,
+    CheckpointKind,
+    Continuation,
+    Evaluation,
+    FinalScore,
+    Promotion,
+    RoundKind,
+    RoundRecord,
+    RunId,
+    Trial,
+    TrialState,
+)
 
 __all__ = [
     "LOSS",
@@ -67,9 +80,13 @@ __all__ = [
     "Answered",
     "Assignment",
     "Attempt",
+    "AttemptFact",
+    "AttemptStarted",
     "Branch",
+    "BranchAdvanced",
     "Checkpoint",
     "CheckpointKind",
+    "CheckpointsRemoved",
     "Choices",
     "Continuation",
     "Died",
@@ -79,6 +96,8 @@ __all__ = [
     "Evaluated",
     "Evaluation",
     "Event",
+    "Fact",
+    "FactError",
     "FinalScore",
     "Fixed",
     "Hyperparameters",
@@ -88,15 +107,26 @@ __all__ = [
     "Preparing",
     "Progressed",
     "Promotion",
+    "PromotionPlanned",
     "Range",
     "Ready",
+    "RoundBegun",
+    "RoundFact",
+    "RoundKind",
     "RoundRecord",
+    "RunId",
     "Saved",
     "Space",
     "Started",
+    "StudyState",
     "Throughput",
     "TimesSqrtRank",
     "Trial",
+    "TrialAsked",
+    "TrialEnded",
+    "TrialFact",
+    "TrialNoted",
+    "TrialScored",
     "TrialState",
     "Value",
     "added_up",
@@ -107,10 +137,9 @@ __all__ = [
     "evaluation_from_json",
     "event_from_json",
     "event_to_json",
+    "from_json",
     "hyperparameters_from_json",
-    "is_sweep_file",
     "num_points",
-    "objective_from_json",
     "searched",
     "to_json",
 ]

@@ -119,7 +119,7 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
         return ()
     trial, best = champion.ranked[0]
     score = f"answers that score {format.answer_score(trial.answer_score)}, loss " if by is not None else ""
-    name, value = f"{trial.round}/{trial.number}", format.loss(best.value)
+    name, value = trial.name, format.loss(best.value)
     metric = "" if best.objective is None else f"{best.objective.metric} "
     return (f"An earlier trial, {name}, is still better: {score}{metric}{value} at step {best.step}.",)
 
@@ -146,9 +146,7 @@ def _merit(report: RoundReport) -> tuple[float, float]:
 def tested(report: RoundReport) -> tuple[str, ...]:
     """What `data.test` said of the trials that somebody settled on; or how to ask it, once, at the end."""
     if report.scored:
-        return tuple(
-            f"{t.round}/{t.number}: {format.final_in_words(t, report.scored)}" for t in report.scored
-        )
+        return tuple(f"{t.name}: {format.final_in_words(t, report.scored)}" for t in report.scored)
     if not report.has_test or not report.ranked:
         return ()
     return (

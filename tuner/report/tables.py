@@ -96,7 +96,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     num_values = int(answers) + (metric is not None)
     scored = [replace(chosen.pop(), rank=1) for _ in range(num_values)][::-1]
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
-    names_of_trials = tuple(Text(f"{trial.round}/{trial.number}") for trial in rows)
+    names_of_trials = tuple(Text(trial.name) for trial in rows)
     return FittedTable(
         [
             replace(first, cells=names_of_trials, is_number=False),
@@ -119,9 +119,7 @@ def trial_page(
 
     `scored` are the study's trials that were scored on `data.test`, in their order.
     """
-    head = Text.assemble(
-        (f"{trial.round}/{trial.number}", "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state])
-    )
+    head = Text.assemble((trial.name, "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state]))
     return Group(
         head,
         *([Text(trial.reason)] if trial.reason else []),
