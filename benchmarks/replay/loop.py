@@ -118,6 +118,9 @@ class RoundStores:
     def rounds(self) -> tuple[RoundRecord, ...]:
         return tuple(record for store in self._rounds.values() for record in store.rounds())
 
+    def round(self, name: str) -> RoundRecord | None:
+        return next((record for record in self.rounds() if record.name == name), None)
+
     def trials(self, name: str) -> tuple[Trial, ...]:
         if name not in self._trials:
             self._trials[name] = self._rounds[name].trials(name) if name in self._rounds else ()
