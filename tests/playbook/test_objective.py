@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.playbook import best_evaluation, read_round, settled_step
+from tuner.playbook.curves import late_drop
 from tuner.playbook.gain import Gain, GainSource
+from tuner.playbook.noise import loss_error, paired_standard_error
 from tuner.playbook.observations import lessons, outcomes
 from tuner.playbook.promotion import plan_next_round
 from tuner.playbook.pruning import reason_to_prune
@@ -189,6 +191,24 @@ def test_the_gain_of_a_maximised_metric_is_relative_to_what_the_best_trial_gaine
     assert reading.gain_source == GainSource.COMPARISON
     assert "raised m by 23% of what the best trial gained over the base model" in " ".join(reading.evidence)
     assert "reached m 0.6600" in reading.evidence[0]
+
+
+def test_the_last_quarter_of_such_a_metric_is_relative_to_the_gained_too() -> None:
+    """From 0.6 to 0.7 in the last quarter, where the base has 0.4 and the best 0.7."""
+    steep = curve(0.4, 0.5, 0.6, 0.7)
+    quarter = late_drop(steep, 2 * EVERY, scale_of([trial(0, 0.4, 0.5, 0.6, 0.7)]))
+    assert quarter is not None
+    assert quarter.relative == pytest.approx(0.1 / 0.3)
+
+
+def test_losses_of_single_examples_say_nothing_of_how_certain_another_metric_is() -> None:
+    """The losses agree to the digit, so that paired errors of them would be 0."""
+    values = (0.4, 0.60, 0.62, 0.61, 0.63, 0.62, 0.631)
+    known = [replace(e, example_nll=(2.0, 2.0), example_tokens=(1, 1)) for e in curve(*values)]
+    assert settled_step(known) == settled_step(curve(*values)) == 4 * EVERY
+    assert paired_standard_error(known[1], known[2]) is None
+    error = loss_error(known[1])
+    assert error == 0.0, "that of the loss is known all the same"
 
 
 def test_doublings_of_such_a_metric_are_a_series_of_differences() -> None:
