@@ -100,7 +100,7 @@ def rehearse(
             plan.space,
             plan.spec.search,
             max_train_steps=plan.spec.max_train_steps,
-            objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
+            objective=plan.spec.recorded_objective,
         )
         opened.callback(round_study.close)
         round_study.fuse = burning

@@ -19,9 +19,11 @@ from tuner.playbook.observations import outcomes
 from tuner.records import (
     AnswerScore,
     Choices,
+    Direction,
     Evaluation,
     Fixed,
     Hyperparameters,
+    Objective,
     Range,
     Space,
     Trial,
@@ -33,6 +35,7 @@ from tuner.study.proposals import RoundSampler, distributions
 from tuner.study.samplers.points import quasi_random_point
 from tuner.study.sampling import MAX_REPORTS, RoundStudy, StudyStorage, optuna_storage, shown_steps
 
+ANSWERS = Objective("answers", Direction.MAXIMIZE, "trial", is_relative_to_gained=True)
 SPACE: Space = {
     "learning_rate": Range(1e-5, 1e-2, log=True),
     "lora_r": Choices((8, 16, 32)),
@@ -590,7 +593,7 @@ def test_answers_as_the_objective_are_maximised_and_shown_as_they_are(sampler: s
         SearchSpec(trials=8, sampler=sampler),
         max_train_steps=15,
         earlier=outcomes(earlier, max_train_steps=5),
-        objective="answers",
+        objective=ANSWERS,
     )
     proposals = [round_study.propose(ordinal) for ordinal in range(3)]
     rates = [float(p.chosen["learning_rate"]) for p in proposals]  # type: ignore[arg-type]
@@ -622,7 +625,7 @@ def test_equal_answers_are_parted_by_their_losses() -> None:
         SearchSpec(trials=8, sampler="tpe"),
         max_train_steps=5,
         earlier=equal,
-        objective="answers",
+        objective=ANSWERS,
     )
     rates = [float(round_study.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
     assert all(abs(rate - 0.7) < 0.2 for rate in rates)

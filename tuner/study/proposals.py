@@ -29,7 +29,6 @@ from tuner.config import SearchSpec
 from tuner.errors import InputError
 from tuner.methods.registry import load
 from tuner.playbook.observations import (
-    Objective,
     Observation,
     Outcome,
     observations,
@@ -37,8 +36,11 @@ from tuner.playbook.observations import (
     startup_trials,
 )
 from tuner.records import (
+    LOSS,
     Choices,
+    Direction,
     Hyperparameters,
+    Objective,
     Range,
     Space,
     Trial,
@@ -83,14 +85,14 @@ class RoundSampler(optuna.samplers.BaseSampler):
         *,
         max_train_steps: int,
         earlier: Sequence[Outcome] = (),
-        objective: Objective = "loss",
+        objective: Objective = LOSS,
     ) -> None:
         self._all = space
         self._space = searched(space)
         self._search = search
         self._max_train_steps = max_train_steps
         self._earlier = tuple(earlier)
-        self._objective: Objective = objective
+        self._objective = objective
         self._enqueued = [self._given(entry) for entry in search.enqueue]
         self._run_before = self._finished_alike()
         self._ordinal = 0
@@ -291,7 +293,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
             case _:
                 return ImportedSampler(
                     self._search,
-                    is_maximised=self._objective == "answers",
+                    is_maximised=self._objective.direction == Direction.MAXIMIZE,
                     observed=[self._observed(found) for found in self._observations(trials)],
                     notes=self._notes(trials, study) if study is not None else (),
                 )

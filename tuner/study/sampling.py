@@ -19,9 +19,9 @@ from sqlalchemy import event
 from tuner.config import SearchSpec
 from tuner.methods.registry import is_built_in
 from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.observations import Objective, Outcome
-from tuner.playbook.selection import objective_score
-from tuner.records import Evaluation, Hyperparameters, Space, Trial, TrialState, Value
+from tuner.playbook.observations import Outcome
+from tuner.playbook.selection import objective_value
+from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Space, Trial, TrialState, Value
 from tuner.store import normal_url
 from tuner.study.proposals import RoundSampler
 
@@ -53,14 +53,13 @@ class RoundStudy:
         *,
         max_train_steps: int,
         earlier: Sequence[Outcome] = (),
-        objective: Objective = "loss",
+        objective: Objective = LOSS,
     ) -> None:
         """`earlier` are the outcomes of the workload's rounds before, oldest first: samplers that model learn
-        from them, and they never become trials of this round's study. The loss is minimised, answers are
-        maximised."""
+        from them, and they never become trials of this round's study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._search = search
-        self._objective: Objective = objective
+        self._objective = objective
         self._storage = storage
         self.sampler = RoundSampler(
             space, search, max_train_steps=max_train_steps, earlier=earlier, objective=objective
@@ -68,17 +67,18 @@ class RoundStudy:
         self.study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction="minimize" if objective == "loss" else "maximize",
+            direction=objective.direction.value,
             load_if_exists=True,
             sampler=self.sampler,
         )
         if is_built_in("sampler", search.sampler):
             # Optuna's cache reads all trials before the first answer, and these samplers look at none.
             self.study._storage = storage
-        if objective == "answers":
+        if objective != LOSS:
+            name = "answer score" if objective.per == "trial" else objective.metric
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.study.set_metric_names(["answer score"])  # what the dashboard calls a trial's value
+                self.study.set_metric_names([name])  # what the dashboard calls a trial's value
 
     def close(self) -> None:
         """Let go of the database."""
@@ -122,16 +122,16 @@ class RoundStudy:
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
 
-        Nothing where answers are the objective: Optuna takes the last value that was shown of a pruned trial,
-        which is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
+        Nothing of a per-trial objective: Optuna takes the last value that was shown of a pruned trial, which
+        is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
         """
         assert trial.optuna_trial is not None
-        if self._objective == "answers":
+        if self._objective.per == "trial":
             return
-        if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.eval_loss):
+        if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.value):
             return
         if evaluation.step not in self._frozen(trial).intermediate_values:
-            self._handle(trial).report(evaluation.eval_loss, evaluation.step)
+            self._handle(trial).report(evaluation.value, evaluation.step)
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
         """Tell Optuna how a trial ended. Telling it again changes nothing."""
@@ -148,7 +148,7 @@ class RoundStudy:
         match trial.state:
             case TrialState.COMPLETE:
                 self.study.tell(handle, self._value(trial))
-            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == "loss":
+            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == LOSS:
                 # As `gp` itself is told: a penalty and a violated constraint.
                 self.study.tell(handle, self._penalty())
             case TrialState.INFEASIBLE | TrialState.PRUNED:
@@ -160,13 +160,9 @@ class RoundStudy:
 
     def _value(self, trial: Trial) -> float:
         """What a complete trial came to, by the round's objective."""
-        if self._objective == "answers":
-            score = objective_score(trial)
-            assert score is not None  # recorded before the trial's end
-            return score
-        best = best_evaluation(trial.evaluations)
-        assert best is not None
-        return best.eval_loss
+        value = objective_value(trial)
+        assert value is not None  # recorded before the trial's end
+        return value
 
     def recover(self, trials: Sequence[Trial], *, max_train_steps: int) -> None:
         """After a crash: end what Optuna has and the facts do not, and tell what was not told.
@@ -234,6 +230,8 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
         attributes["best_step_fraction"] = round(best.step / max_train_steps, 4)
         attributes["settled_step"] = settled_step(trial.evaluations)
         attributes["best_eval_loss"] = best.eval_loss
+        if best.objective is not None:
+            attributes[f"best_{best.objective.metric}"] = best.value
     if trial.answer_score is not None:
         attributes["answer_score"] = trial.answer_score.mean
         attributes["answer_score_standard_error"] = trial.answer_score.standard_error
