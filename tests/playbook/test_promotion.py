@@ -261,10 +261,10 @@ def test_the_same_horizon_leaves_nothing_to_run_for_the_enqueued():
 def test_a_shorter_horizon_keeps_of_the_decay_what_the_warmup_leaves():
     change = plan(eight(), 25).changes["decay_steps"]
     assert change.to_dimension == Fixed(10)
-    assert change.reason == "re-cut: the same share of the run as before, 40%"
+    assert change.reason == "rescaled: the same share of the run as before, 40%"
     change = plan(eight(), 25, decay="steps").changes["decay_steps"]
     assert change.to_dimension == Fixed(20)
-    assert change.reason == "re-cut: all that the warmup leaves of 25 steps"
+    assert change.reason == "rescaled: all steps that the warmup leaves of 25"
 
 
 def test_a_few_more_steps_at_the_peak_are_none_at_a_tiny_rate():

@@ -115,7 +115,7 @@ def test_each_changed_line_says_why(study: Path) -> None:
     assert load_round(done.path).spec.max_train_steps == 24
     assert comment(done, "max_train_steps") == "8 in round1"
     assert comment(done, "trials") == "3 enqueued, the rest new: fewer, longer runs"
-    assert comment(done, "decay_steps") == "re-cut: the same share of the run as before, 38%"
+    assert comment(done, "decay_steps") == "rescaled: the same share of the run as before, 38%"
     assert "--" not in done.path.read_text()
     assert "3 of round2's 5 trials are carried over; all 3 resume from a checkpoint." in promotion_text(
         done.document

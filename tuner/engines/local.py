@@ -85,11 +85,11 @@ class LocalWorker:
         if self._process is None:
             self._spawn()
         self._held.add(assignment.trial)
-        self._order({"order": "start", "assignment": to_json(assignment)})
+        self._send({"command": "start", "assignment": to_json(assignment)})
 
     def stop(self, trial: int) -> None:
         """Ask a trial to save itself and leave."""
-        self._order({"order": "stop", "trial": trial})
+        self._send({"command": "stop", "trial": trial})
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What was said since the last call; waits for the first at most so long."""
@@ -121,7 +121,7 @@ class LocalWorker:
         """Let every trial save, then end the process; kill it when that takes too long."""
         if self._process is None:
             return
-        self._order({"order": "close"})
+        self._send({"command": "close"})
         try:
             self._process.wait(self._close_seconds)
         except subprocess.TimeoutExpired:
@@ -152,9 +152,9 @@ class LocalWorker:
             )
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
-        self._order(dict(self._document()))
+        self._send(dict(self._document()))
 
-    def _order(self, document: Mapping[str, Any]) -> None:
+    def _send(self, document: Mapping[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         if self._process.stdin.closed:
@@ -198,7 +198,7 @@ class LocalWorker:
                     try:
                         pipe.close()
                     except BrokenPipeError:
-                        continue  # an order that nobody was left to read
+                        continue  # nobody was left to read the command
 
     def _tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()

@@ -138,7 +138,7 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
         said = " ".join(str(error).split())
         if watch.is_short():
             raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
-        raise RoundStopped(f"{said}. What was recorded before is kept; put that right") from error
+        raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
 
 
 def refuse_changed_file(plan: RoundPlan) -> None:
