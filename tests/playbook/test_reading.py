@@ -115,7 +115,7 @@ def test_a_round_without_a_complete_trial_suggests_nothing():
     assert reading.suggested_max_train_steps is None
     assert reading.cost is None
     assert reading.leading == ()
-    assert "No trial is complete" in reading.evidence[0]
+    assert "No trial completed" in reading.evidence[0]
     assert {"undetermined", "infeasible_share"} <= set(rules(reading))
 
 
@@ -159,7 +159,7 @@ def test_nothing_measured_is_undetermined():
     reading = read_round(round_of(trial_of(0, [3.0, 2.0], steps=[0, 100]), evaluate_every=100))
     assert reading.diagnosis == Diagnosis.UNDETERMINED
     assert reading.gain is None
-    assert "a smaller evaluation.every_steps where the rate is constant" in reading.evidence[1]
+    assert "or, at a constant rate, a smaller evaluation.every_steps" in reading.evidence[1]
     assert reading.evidence[2].startswith("Train for 150 steps next, 1.5 times as many: when in doubt")
 
 

@@ -222,7 +222,7 @@ def test_a_branch_without_its_trunk_is_given_up_and_says_why(study: Path, facts:
     aside.rename(lost)
     given_up = [b for b in place.branches if b.state != "complete"]
     assert [(b.trial, b.max_train_steps, b.state, b.reason) for b in given_up] == [
-        (0, 6, "failed", "its trunk's checkpoint is gone")
+        (0, 6, "failed", "its stable checkpoint is missing")
     ]
     place = Place(study, [*facts, CheckpointsRemoved("round1", 0, (trunk.path,))])
     place.run(SimulatedWorker(formula, slots=1))

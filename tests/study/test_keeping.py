@@ -107,7 +107,7 @@ def test_clean_frees_by_what_came_after() -> None:
     assert cleaned(keep_best_trials=1) == {0: ("bl", "not among the best 1"), 1: ("l", "ended")}
     assert cleaned("sweep-8", later=("sweep-16",)) == cleaned()
     answered = cleaned("sweep-8", later=("sweep-16", "round1"))
-    assert answered == dict.fromkeys((0, 1), ("blt", "a sweep whose answer is in use"))
+    assert answered == dict.fromkeys((0, 1), ("blt", "a sweep whose result is in use"))
     assert {kinds for kinds, _ in cleaned(is_rehearsal=True).values()} == {"blt"}
 
 

@@ -99,7 +99,7 @@ class TestSnapshot:
             read_snapshot(tmp_path / kept.path, sha256=None)
 
     def test_missing_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="gone"):
+        with pytest.raises(CheckpointError, match="missing"):
             read_snapshot(tmp_path / "nowhere", sha256=None)
 
 

@@ -11,8 +11,7 @@ _MASK = 0xFFFFFFFF
 
 
 def row_keys(seed: int, step: int, rows: Tensor) -> Tensor:
-    """Return a 32-bit key per row [rows], from the trial's seed, the step and the row's place in the "
-    "batch."""
+    """Return a 32-bit key per row [rows], from the trial's seed, the step and the row's batch position."""
     key = _hash(torch.tensor(seed & _MASK, dtype=torch.int64, device=rows.device))
     key = _hash(key ^ (step & _MASK))
     return _hash(key ^ rows.to(torch.int64))

@@ -139,8 +139,7 @@ def chunked_nll(
 def token_scores(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the same values, and whether no token is likelier than the target; each [tokens]. No "
-    "gradient."""
+    """Return the same without gradients, and whether no token is likelier than the target; each [tokens]."""
     rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
     nll, is_first = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
     for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):

@@ -178,8 +178,7 @@ class Pack:
     def token_scores(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
     ) -> tuple[Tensor, Tensor]:
-        """Return `Base.token_scores` with each row under its slot's adapter; without slots, the base "
-        "model's."""
+        """Return `Base.token_scores` with each row under its slot's adapter; the base model's if None."""
         with self.holding(packed):
             return self.base.token_scores(input_ids, rows, columns)
 

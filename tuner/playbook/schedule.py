@@ -1,7 +1,7 @@
 """The learning rate over a run, and how it changes with the length of the run.
 
-A step is counted in optimizer updates; every schedule starts with `warmup_steps` of linear warmup. What
-follows, the descriptions in `tuner.methods.schedules` say.
+A step is one optimizer update; every schedule starts with `warmup_steps` of linear warmup. What follows is
+described in `tuner.methods.schedules`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_st
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
-    """Return the schedule of a trial, `constant` where none is named. Rule: this project's decision."""
+    """Return the schedule of a trial, by default `constant`. Rule: this project's decision."""
     return schedule(str(hyperparameters.get("schedule", "constant")))
 
 
@@ -77,7 +77,7 @@ def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, s
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of decay after a stable phase; 0 where there is none of either.
+    """Return the steps of decay after a stable phase; 0 if there is no decay or no stable phase.
 
     Rule: this project's decision: the schedules of `multiplier`.
     """

@@ -184,12 +184,12 @@ class RoundLoop:
         """
         if trial.continues is None:
             return None
-        start, why = self.continuations.checkpoint(trial), "its checkpoint is gone"
+        start, why = self.continuations.checkpoint(trial), "its checkpoint is missing"
         for attempt in trial.attempts:
             if attempt.outcome == "failed" and attempt.from_step == trial.continues.step:
                 start, why = None, attempt.message or "it failed"
         if start is None:
-            note = f"started afresh instead of going on from {trial.continues}: {why}"
+            note = f"started over instead of continuing {trial.continues}: {why}"
             self.state.record(TrialNoted(trial.round, trial.number, note))
             self.view.message(f"trial {trial.number}  {note}")
         return start
@@ -255,8 +255,9 @@ class RoundLoop:
         before = {a.environment.get("metric") for trial in self.state.trials for a in trial.attempts} - {None}
         if answers is not None and now is not None and before and now not in before:
             self.view.message(
-                f"warning: evaluation.answers.metric: the file of {answers.metric} is not what it was when "
-                f"trials of {self.plan.name} were scored before: scores from then and now need not compare"
+                f"warning: evaluation.answers.metric: the file of {answers.metric} has changed since "
+                f"trials of {self.plan.name} were scored: scores before and after the change may not be "
+                "comparable"
             )
 
     def _prune(self, trial: Trial) -> bool:
@@ -412,5 +413,5 @@ def _count_stillborn(so_far: int, event: Event) -> int:
     if not isinstance(event, Died):
         return 0
     if so_far + 1 >= MAX_STILLBORN:
-        raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could begin. {event.reason}")
+        raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could start. {event.reason}")
     return so_far + 1

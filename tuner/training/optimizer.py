@@ -15,15 +15,15 @@ from tuner.methods.optimizers import optimizer
 from tuner.records import Hyperparameters
 
 _PARTS = ("A", "B", "magnitude")
-"""What a module's tuple holds; the last with DoRA only."""
+"""The entries of a module's tuple; the last with DoRA only."""
 
 
 class TrialOptimizer:
     """Float32 master weights of one adapter, their gradients, and the update.
 
     `weights` and `gradients` map module paths to (A, B) in PEFT's shapes, with DoRA (A, B, magnitude). All
-    A's, all B's and all magnitudes are views of a flat vector each, so that an elementwise optimizer is as
-    many fused kernels.
+    A's, all B's and all magnitudes are views of one flat vector each, so an elementwise optimizer runs one
+    fused kernel for each.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class TrialOptimizer:
     ) -> None:
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
         method = optimizer(str(hyperparameters.get("optimizer", "adamw")))
-        # B lies as the pack has it, transposed, so that copies between the two are one kernel. Which elements
-        # bitsandbytes quantises together depends on how they lie: there B lies as PEFT has it.
+        # B is stored transposed, as in the pack, so that copies between them are one kernel. Which elements
+        # bitsandbytes quantises together depends on the layout: there B has PEFT's layout.
         flats, views, self._flat_gradients, gradients = [], [], [], []
         for part_name, part in zip(_PARTS, zip(*(start[name] for name in names), strict=True), strict=False):
             transposed = part_name == "B" and method.is_elementwise
