@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.rows import exact, trial_of
 from tuner.playbook import can_continue
-from tuner.playbook.continuation import continuation_step, inherited_evaluations
-from tuner.playbook.schedule import evaluation_steps, multiplier
+from tuner.playbook.schedule import continuation_step, evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Checkpoint, CheckpointKind
 
 LINEAR = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.methods.schedules import warmup_length
+from tuner.methods.schedules import decay_names, warmup_length
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import Evaluation, Hyperparameters, Value
 
@@ -101,7 +101,8 @@ class LoraFormula:
         """Per-example sums around a loss: some examples are hard in every run, and each run has its luck."""
         hard = 1.0 + 0.3 * np.random.default_rng(_seed(self.name, "examples")).standard_normal(NUM_EXAMPLES)
         # The decay is no part of a trunk's luck: a run that goes on to another horizon must not notice.
-        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name != "decay_steps")
+        decay = decay_names(hyperparameters)
+        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name not in decay)
         luck = np.random.default_rng(_seed(self.name, repr(run), str(step))).standard_normal(NUM_EXAMPLES)
         share = np.maximum(hard, 0.1) / float(np.maximum(hard, 0.1).mean())
         amount = 0.004 if step else 0.0
@@ -119,6 +120,8 @@ def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple
     warmup = min(step, warmup_length(hyperparameters))
     end = trunk_end(hyperparameters, horizon)
     trunk = min(step, max(warmup, end or 0))
+    if trunk > warmup and multiplier(trunk - 1, hyperparameters, horizon) < 1.0:
+        trunk = warmup  # a stable phase need not be at the peak
     warming = [multiplier(s, hyperparameters, horizon) for s in range(warmup)]
     decaying = [multiplier(s, hyperparameters, horizon) for s in range(trunk, step)]
     worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)

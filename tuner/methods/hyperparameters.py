@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from tuner.methods.kinds import Kind
 from tuner.records import Hyperparameters, Value
@@ -39,6 +40,9 @@ class Hyperparameter:
 
     Of a row that optimizers or schedules declare, the table fills this in: the methods that declare it.
     """
+    in_decay: Literal["length", "shape"] | None = None
+    """How it changes only the decay at the end of a run: as its length in steps, which is rescaled with the
+    horizon, or as its shape. None if the steps before the decay depend on it too."""
 
     @property
     def allowed(self) -> str:

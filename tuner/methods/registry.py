@@ -19,13 +19,14 @@ Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "optimizer": ("adamw", "adamw_8bit"),
-    "schedule": ("constant", "linear", "cosine"),
+    "schedule": ("constant", "linear", "cosine", "inverse_sqrt"),
     "variant": ("lora", "dora"),
     "metric": ("eval_loss",),
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
     "engine": ("local", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
 }
+_loaded: set[tuple[Kind, str]] = set()
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""
 
@@ -47,6 +48,11 @@ def is_built_in(kind: Kind, name: str) -> bool:
 def is_known(kind: Kind, name: str) -> bool:
     """Whether the name leads somewhere, as far as can be said without importing it."""
     return re.fullmatch(PATH, name) is not None or name in names(kind)
+
+
+def is_loaded(kind: Kind, name: str) -> bool:
+    """Return whether its description can be had without importing a plug-in."""
+    return is_built_in(kind, name) or (kind, name) in _loaded
 
 
 def expected(kind: Kind) -> str:
@@ -88,4 +94,6 @@ def described(kind: Kind, name: str, of: type[Described]) -> Described:
 def _found(kind: Kind, name: str) -> Any:
     if is_built_in(kind, name):
         return getattr(import_module(f"tuner.methods.{kind}s.{name}"), name.upper())
-    return load(kind, name)
+    found = load(kind, name)
+    _loaded.add((kind, name))
+    return found

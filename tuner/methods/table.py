@@ -37,8 +37,8 @@ _SCHEDULE = Hyperparameter(
     "schedule",
     "linear",
     OneOf(BUILT_IN["schedule"]),
-    "The rate after warmup: constant; constant and then linearly to 0 over the last decay_steps; "
-    "or half a cosine to 0.",
+    "The rate after warmup: constant; constant and then to 0 over the last decay_steps (linear); half a "
+    "cosine to 0; or the inverse square root of the step.",
     tier=Tier.UNLIKELY,
 )
 _MAX_GRAD_NORM = Hyperparameter(

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.methods.schedules import warmup_length
+from tuner.methods.schedules import rescaled_names, warmup_length
 from tuner.playbook.noise import MAX_LOSS, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end
@@ -33,8 +33,6 @@ _ALMOST_ALL = 1 - 1e-9
 """Keeps the logarithm finite if a loss falls to nothing."""
 _MIN_LOSS = 1 / MAX_LOSS
 """Nats per token below which a relative loss is meaningless."""
-_SCHEDULED = frozenset({"decay_steps"})
-"""Hyperparameters that change with the horizon and do not make two trials different configurations."""
 
 
 class GainSource(StrEnum):
@@ -168,7 +166,7 @@ def seed_spread(trials: Sequence[Trial]) -> float | None:
 def same_configuration(one: Trial, other: Trial) -> bool:
     """Return whether two trials of different rounds are the same configuration and seed, decay aside.
 
-    Rule: this project's decision: `decay_steps` follows the horizon and does not count.
+    Rule: this project's decision: the length of a decay follows the horizon and does not count.
     """
     return configuration(one) == configuration(other)
 
@@ -178,7 +176,7 @@ def configuration(trial: Trial) -> tuple[object, ...]:
 
     Rule: this project's decision, as for `same_configuration`.
     """
-    return _identity(trial, without=_SCHEDULED)
+    return _identity(trial, without=frozenset(rescaled_names(trial.hyperparameters)))
 
 
 def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults
-from tuner.playbook.schedule import can_decay_linearly
+from tuner.playbook.schedule import counts_in
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import (
     Choices,
@@ -182,7 +182,7 @@ class RoundReport:
             for name, dimension in self.results.space.items()
             if isinstance(dimension, (Fixed, TimesSqrtRank))
             and name not in self.shown_names
-            and (name != "decay_steps" or can_decay_linearly(self.results.space))
+            and counts_in(name, self.results.space)
         }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError, StorageError
 from tuner.methods.optimizers import optimizer
-from tuner.playbook.schedule import ComparisonRule
+from tuner.playbook.comparison_runs import ComparisonRule
 from tuner.records import Choices, Dimension, Ready, Trial
 from tuner.report.format import count, size
 from tuner.store.database import database_file, is_sqlite, parse_url

@@ -28,7 +28,7 @@ from tuner.playbook.restarts import (
     plan_round_anew,
     points_left,
 )
-from tuner.playbook.schedule import can_decay_linearly
+from tuner.playbook.schedule import counts_in
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned
@@ -310,8 +310,9 @@ def _edited(
     said = {key: text for key, text in comments.items() if key in changes}
     said["search.sampler"] = next_round.sampler_reason
     reasons = {name: change.reason for name, change in next_round.changes.items()}
-    if by_option and reasons.get("decay_steps", "").startswith("re-cut"):
-        reasons["decay_steps"] += f": {by_option}"
+    if by_option:
+        rescaled = {name for name, reason in reasons.items() if reason.startswith("rescaled")}
+        reasons.update({name: f"{reasons[name]}: {by_option}" for name in rescaled})
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
@@ -323,7 +324,7 @@ def _edited(
     moved = {
         f"hyperparameters.{n}": dimension_to_yaml(d)
         for n, d in next_round.space.items()
-        if space[n] != d and (n != "decay_steps" or can_decay_linearly(next_round.space))
+        if space[n] != d and counts_in(n, next_round.space)
     }
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from tuner.config import RoundFile, RoundSpec, limits
 from tuner.playbook import Reading, RoundResults, read_round
-from tuner.playbook.comparison_runs import branch_results, branches_left
+from tuner.playbook.comparison_runs import ComparisonRule, branch_results, branches_left
 from tuner.playbook.observations import Outcome, outcomes
-from tuner.playbook.schedule import ComparisonRule
 from tuner.records import RoundRecord, Trial
 from tuner.store import Store
 

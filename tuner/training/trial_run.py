@@ -15,8 +15,7 @@ from torch import Tensor
 from tuner.adapters import Adapter
 from tuner.data import batch_rows
 from tuner.playbook import best_evaluation
-from tuner.playbook.continuation import inherited_evaluations
-from tuner.playbook.schedule import evaluation_steps, multiplier
+from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
 from tuner.training.optimizer import TrialOptimizer
