@@ -11,6 +11,7 @@ from typing import Any
 
 from tuner.config import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
 from tuner.errors import InputError, RoundFileError
+from tuner.playbook.schedule import schedules_of
 from tuner.playbook.sweep import (
     SAMPLE_SIZE,
     ComputeBound,
@@ -94,6 +95,8 @@ def first_sweep(file: RoundFile) -> str:
         value = _NEUTRAL.get(name, _fixed(name, dimension))
         if value is not None:
             changes[f"hyperparameters.{name}"] = value
+    rows = (row for each in schedules_of(spec.space()) for row in each.hyperparameters)
+    changes.update({f"hyperparameters.{row.name}": DELETE for row in rows if row.name not in _NEUTRAL})
     comments = {
         "data.eval": "a sample of the training rows: how well are they fitted?",
         "data.allow_overlap": "on purpose: see eval",

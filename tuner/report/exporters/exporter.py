@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.config import ModelSpec
+from tuner.errors import InputError
 from tuner.methods.optimizers import optimizer
 from tuner.methods.schedules import warmup_length
 from tuner.playbook.schedule import schedule_of
@@ -55,7 +56,11 @@ class Recipe:
         if self.best_step <= warmup_length(values):
             return "constant_with_warmup", {}
         named = schedule_of(values).trainer_scheduler
-        assert named is not None, "every built-in schedule has a name there"
+        if named is None:
+            raise InputError(
+                f"schedule {values['schedule']}: its description has no trainer_scheduler, so no tool can be "
+                "told to use it"
+            )
         scheduler, arguments = named(values, self.best_step, self.max_train_steps)
         return scheduler, dict(arguments)
 
