@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from tuner.methods.schedules import warmup_length
+from tuner.methods.table import counting
 from tuner.playbook.schedule import trunk_end
 from tuner.records import CheckpointKind, Evaluation, Hyperparameters, Trial
 
@@ -29,7 +30,8 @@ def can_continue(
         return "model, data or evaluation set are not the same"
     if not 0 <= step <= old_horizon:
         return f"step {step} is not one of the {old_horizon} steps of the earlier run"
-    if old_horizon == new_horizon and dict(old) == dict(new):
+    old, new = counting(old), counting(new)
+    if old_horizon == new_horizon and old == new:
         return None
     differing = sorted(n for n in {*old, *new} - {"decay_steps"} if old.get(n) != new.get(n))
     if differing:
@@ -60,7 +62,7 @@ def continuation_step(
     need one of their trunk checkpoints. Rule: this project's decision, "Trunk".
     """
     kept = [c.step for c in trial.checkpoints if c.kind == CheckpointKind.TRUNK]
-    if old_horizon == new_horizon and dict(trial.hyperparameters) == dict(new):
+    if old_horizon == new_horizon and counting(trial.hyperparameters) == counting(new):
         kept.append(old_horizon)
     reason: str | None = "no trunk checkpoint was kept"
     for step in sorted(kept, reverse=True):

@@ -81,8 +81,8 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
 
 def _calming(best: LeadingTrial) -> str:
     """What calms the end of a run, by its schedule."""
-    match best.trial.hyperparameters.get("schedule", "constant"):
-        case "constant":
+    match best.trial.hyperparameters.get("schedule"):
+        case "constant" | None:
             return "`schedule: linear`, with decay_steps of about 40% of the run, calms it."
         case "linear":
             return "Longer decay_steps calm it, and so does a lower learning_rate."

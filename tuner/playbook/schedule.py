@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from tuner.methods.schedules import DECAY_STEPS, Schedule, schedule, warmup_length
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Fixed, Hyperparameters, Space, Value
 
 ComparisonRule: TypeAlias = Literal["auto"] | bool
@@ -38,8 +39,8 @@ def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_st
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
-    """Return the schedule of a trial, `constant` where none is named. Rule: this project's decision."""
-    return schedule(str(hyperparameters.get("schedule", "constant")))
+    """Return the schedule of a trial. Rule: this project's decision: which ones there are."""
+    return schedule(str(HYPERPARAMETERS["schedule"].value(hyperparameters)))
 
 
 def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
 def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | None:
     """The last step of the part that does not depend on the horizon; None where there is none.
 
-    T - D for `linear`, T for `constant` (and where no schedule is named), None for `cosine`. Rule:
+    T - D for `linear`, T for `constant`, None for `cosine`. Rule:
     this project's decision, "Trunk".
     """
     decay = schedule_of(hyperparameters).decay_length(hyperparameters)

@@ -45,7 +45,7 @@ def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
     continue_others = any("continues" in entry for entry in spec.search.enqueue)
     kept = 0 if continue_others else num_kept(trials, spec.checkpoints.most_kept_trials)
     for schedule, warmup, decay in itertools.product(
-        _values(space["schedule"]), _ends(space["warmup_steps"]), _ends(space["decay_steps"])
+        _values(space["schedule"]), _ends(space["warmup_steps"]), _ends(space.get("decay_steps", Fixed(0)))
     ):
         yield expected_runs(
             trials,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import RoundFile, dimension_to_yaml, edit_round, read_round
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -317,6 +317,9 @@ def _edited(
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
             said[f"hyperparameters.{name}"] = reasons[name]
+    for name in file.spec.hyperparameters:
+        if name not in next_round.space and name in file.spec.space():
+            changes[f"hyperparameters.{name}"] = DELETE
     text = edit_round(file.text, changes, said)
     # Defaults that follow the horizon would move with it: what is to stay is written out.
     written = read_round(text, file.path).spec
