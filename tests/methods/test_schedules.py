@@ -12,13 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
+import tuner
 from tests.contracts.methods import ScheduleContract
+from tests.studies import ENVIRONMENT, write_round
 from tuner.methods.kinds import OneOf
 from tuner.methods.schedules import Schedule, decay_names, known_schedule, remember, schedule
 from tuner.methods.schedules.linear import DECAY_SHAPE
 from tuner.playbook import can_continue
-from tuner.playbook.schedule import decay_length, multiplier, tiny_rate_share, trunk_end
-from tuner.records import Value
+from tuner.playbook.schedule import (
+    decay_length,
+    multiplier,
+    step_at_rate_share,
+    step_at_recorded_share,
+    tiny_rate_share,
+    trunk_end,
+)
+from tuner.records import Evaluation, Value
 
 SHAPES = ("linear", "sqrt", "cosine")
 STEPPED = '''
@@ -173,3 +182,63 @@ print("stepped" in sys.modules)
 def test_a_schedule_that_is_loaded_is_preferred_to_its_record(stepped: str) -> None:
     remember(stepped, has_stable_phase=False, hyperparameters=())
     assert schedule(stepped) is known_schedule(stepped)
+
+
+def plain_round(directory: Path, *, steps: int, low_steps: int) -> tuner.Study:
+    """A study with one trial on the user's schedule, which fixes everything."""
+    path = write_round(
+        directory, steps=steps, trials=1, schedule="stepped:STEPPED", learning_rate=1e-2, lora_r=4
+    )
+    path.write_text(path.read_text().replace("decay_steps: 3", f"low_steps: {low_steps}"))
+    return tuner.Study(directory)
+
+
+def test_a_round_on_the_users_schedule_is_promoted_and_resumes_exactly(stepped: str, tmp_path: Path) -> None:
+    study = plain_round(tmp_path / "study", steps=8, low_steps=3)
+    study.run("round1.yaml", slots=1, progress=False)
+    (first,) = study.round("round1").trials
+    peak = [made.learning_rate for made in first.evaluations if made.step == 4]
+    assert peak == [1e-2]
+    assert first.evaluations[-1].learning_rate == pytest.approx(5e-3)
+    promoted = study.promote("round2", max_train_steps=16)
+    assert "low_steps: 6" in Path(promoted.path).read_text()
+    study.run("round2.yaml", slots=1, progress=False)
+    (longer,) = study.round("round2").trials
+    assert longer.executed_steps == 16 - 5, "from the end of the stable phase"
+    fresh = plain_round(tmp_path / "fresh", steps=16, low_steps=6)
+    fresh.run("round1.yaml", slots=1, progress=False)
+    (expected,) = fresh.round("round1").trials
+    assert [(e.step, e.eval_loss, e.learning_rate) for e in longer.evaluations] == [
+        (e.step, e.eval_loss, e.learning_rate) for e in expected.evaluations
+    ]
+    # Reading it elsewhere, without the file, says the same.
+    program = (
+        "import tuner; study = tuner.Study('.')\n"
+        "print([(str(study.round(name).advice.diagnosis), study.round(name).advice.suggested_max_train_steps)"
+        " for name in ('round1', 'round2')])"
+    )
+    elsewhere = {**ENVIRONMENT, "PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=study.path,
+        env=elsewhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    readings = [study.round(name).advice for name in ("round1", "round2")]
+    here = [(str(advice.diagnosis), advice.suggested_max_train_steps) for advice in readings]
+    assert done.stdout.strip() == str(here)
+
+
+def test_the_step_at_a_share_of_the_recorded_rates_is_that_of_the_multiplier() -> None:
+    values = {"schedule": "linear", "warmup_steps": 0, "decay_steps": 400}
+    evaluations = [
+        Evaluation(step, 1.0, learning_rate=multiplier(step - 1, values, 1000) if step else None)
+        for step in range(0, 1001, 20)
+    ]
+    assert step_at_recorded_share(evaluations, 0.75) == pytest.approx(
+        step_at_rate_share(values, 1000, 0.75), abs=10
+    )
+    assert step_at_recorded_share((), 0.75) == 0.0

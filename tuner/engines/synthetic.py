@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tuner.methods.schedules import decay_names, warmup_length
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import Evaluation, Hyperparameters, Value
 
@@ -50,7 +51,7 @@ class LoraFormula:
 
     def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
         """The evaluation at a step of a run to a horizon; before the decay it knows no horizon."""
-        rate = _number(hyperparameters, "learning_rate", 2e-4)
+        rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
         if step > 0 and rate > 40 * self._best_rate:
             return Evaluation(step, math.nan, train_loss=math.nan, learning_rate=rate)
         loss, train_loss = self._losses(hyperparameters, rate / self._best_rate, step, horizon)
@@ -87,11 +88,11 @@ class LoraFormula:
 
     def _penalty(self, hyperparameters: Hyperparameters) -> float:
         """What everything but the rate costs at the end, as a share of the untouched loss."""
-        rank = _number(hyperparameters, "lora_r", 16.0)
+        rank = HYPERPARAMETERS["lora_r"].number(hyperparameters)
         total = 0.04 / rank
         for name, (centre, cost) in _CENTRES.items():
             best = centre * 10 ** (self._unit(name) - 0.5)
-            value = _number(hyperparameters, name, centre)
+            value = HYPERPARAMETERS[name].number(hyperparameters)
             total += cost * min(4.0, math.log10(max(value, centre / 100) / best) ** 2)
         for name in ("target_modules", "optimizer", "lora_init", "use_rslora"):
             total += 0.004 * self._unit(f"{name}={hyperparameters.get(name)}")
@@ -127,11 +128,6 @@ def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple
     worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)
     annealed = math.fsum(1.0 - m for m in decaying)
     return worth, annealed / max(1, step - warmup)
-
-
-def _number(hyperparameters: Hyperparameters, name: str, default: float) -> float:
-    value = hyperparameters.get(name, default)
-    return float(value) if isinstance(value, (int, float)) else default
 
 
 def _seed(*parts: str) -> int:

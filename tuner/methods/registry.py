@@ -18,7 +18,7 @@ Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler
 Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
-    "optimizer": ("adamw", "adamw_8bit"),
+    "optimizer": ("adamw", "adamw_8bit", "lion", "lion_8bit", "muon"),
     "schedule": ("constant", "linear", "cosine", "inverse_sqrt"),
     "variant": ("lora", "dora"),
     "metric": ("eval_loss",),

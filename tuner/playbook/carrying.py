@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tuner.methods.hyperparameters import Tier
 from tuner.methods.schedules import WARMUP_STEPS, DecayRule, warmup_length
-from tuner.methods.table import tier_of
+from tuner.methods.table import counting
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.results import RoundResults, percent
 from tuner.playbook.schedule import decay_lengths, schedules_of
@@ -83,7 +83,7 @@ class Carrying:
 
     def point(self, incumbent: Trial) -> dict[str, Value]:
         """Return all hyperparameters of an incumbent in the next round, with its decay rescaled."""
-        values = dict(incumbent.hyperparameters)
+        values = counting(incumbent.hyperparameters)
         for name in self.added:
             old = self.results.space.get(name)
             if name not in values and isinstance(old, Fixed):
@@ -94,12 +94,12 @@ class Carrying:
         return values
 
     def _change(self, name: str, old: Dimension) -> HyperparameterChange:
-        tier = tier_of(name)
+        tier = self.results.tier_of(name)
         points = [self.point(trial) for trial in self.incumbents]
         held = [point[name] for point in points if name in point]
         if name in self.added:
             new, reason = _added(self.added[name], held)
-            return HyperparameterChange(old, new, tier, reason)
+            return HyperparameterChange(old, replace(new, only_with=old.only_with), tier, reason)
         new, reason = self._dimension(name, old, tier)
         if (edge := self._edge(name)) is not None:
             further = self._beyond(name, old, new, edge)
@@ -109,7 +109,7 @@ class Carrying:
         wide = widened(new, held)
         if wide != new:
             reason += "; widened to include the enqueued trials"
-        return HyperparameterChange(old, wide, tier, reason)
+        return HyperparameterChange(old, replace(wide, only_with=old.only_with), tier, reason)
 
     def _dimension(self, name: str, old: Dimension, tier: Tier) -> tuple[Dimension, str]:
         if name in self._lengths:
@@ -124,7 +124,12 @@ class Carrying:
             return old, self._reason_to_stay(name)
         values = self._values(name)
         if not values:
-            return old, "searched as before: no complete trial beat the base model"
+            lacks = (
+                "none of the leading trials has it"
+                if self.leading
+                else "no complete trial beat the base model"
+            )
+            return old, f"searched as before: {lacks}"
         match tier:
             case Tier.VERY_LIKELY:
                 return Fixed(values[0]), "the best trial's value, very likely to hold in longer runs"

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from tuner.methods.schedules import WARMUP_STEPS, known_schedule, warmup_length
+from tuner.methods.schedules import WARMUP_STEPS, warmup_length
 from tuner.playbook.gain import wants_comparison
 from tuner.playbook.horizon import Diagnosis, diagnose, signs
 from tuner.playbook.results import BranchResult, RoundResults
-from tuner.playbook.schedule import decay_length, trunk_end
+from tuner.playbook.schedule import decay_length, known_schedule_of, trunk_end
 from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
@@ -189,7 +189,7 @@ def branch_hyperparameters(
 
 def _rescaled(hyperparameters: Hyperparameters, old_horizon: int, new_horizon: int) -> Hyperparameters:
     """Return the hyperparameters with the decay's share kept, even where the warmup leaves less room."""
-    own = known_schedule(str(hyperparameters.get("schedule", "constant")))
+    own = known_schedule_of(hyperparameters)
     unhindered = {**hyperparameters, WARMUP_STEPS.name: 0}
     return {**hyperparameters, **own.rescale(unhindered, old_horizon, new_horizon, "share")}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tuner.methods.schedules import known_schedule
 from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
 from tuner.playbook.edges import number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted
+from tuner.playbook.schedule import known_schedule_of
 from tuner.playbook.selection import LeadingTrial, beats_the_base
 
 CLIPPED_SHARE = 0.5
@@ -83,8 +83,7 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
 
 def _calming(best: LeadingTrial) -> str:
     """Say how to stabilise the end of a run with this trial's schedule."""
-    values = best.trial.hyperparameters
-    own = known_schedule(str(values.get("schedule", "constant")))
+    own = known_schedule_of(best.trial.hyperparameters)
     if own.decay_lengths:
         lengths = ", ".join(row.name for row in own.decay_lengths)
         return f"Use longer {lengths} or a lower learning_rate for a smoother end."

@@ -10,6 +10,7 @@ from enum import StrEnum
 import numpy as np
 
 from tuner.methods.schedules import rescaled_names, warmup_length
+from tuner.methods.table import counting
 from tuner.playbook.noise import MAX_LOSS, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end
@@ -180,7 +181,7 @@ def configuration(trial: Trial) -> tuple[object, ...]:
 
 
 def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[object, ...]:
-    return tuple(sorted((k, v) for k, v in trial.hyperparameters.items() if k not in without))
+    return tuple(sorted((k, v) for k, v in counting(trial.hyperparameters).items() if k not in without))
 
 
 def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]) -> Gain | None:

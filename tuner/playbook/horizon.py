@@ -9,13 +9,20 @@ from enum import StrEnum
 
 import numpy as np
 
+from tuner.methods.registry import BUILT_IN
 from tuner.methods.schedules import warmup_length
 from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
 from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, rates_may_be_too_small
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.noise import majority_probability
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end
+from tuner.playbook.schedule import (
+    decay_length,
+    known_schedule_of,
+    step_at_rate_share,
+    step_at_recorded_share,
+    trunk_end,
+)
 from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials
 from tuner.records import Trial
 
@@ -181,7 +188,10 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
 
 
 def _late_by_rate(trial: Trial, max_train_steps: int) -> LateDrop | None:
-    at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
+    if known_schedule_of(trial.hyperparameters).name in BUILT_IN["schedule"]:
+        at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
+    else:
+        at = step_at_recorded_share(trial.evaluations, LATE_FRACTION)
     return late_drop(trial.evaluations, at)
 
 

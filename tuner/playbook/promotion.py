@@ -25,7 +25,7 @@ from tuner.playbook.reopening import (
 from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
 from tuner.playbook.schedule import continuation_step, decay_lengths, tiny_rate_share
 from tuner.playbook.selection import distinct, may_be_carried_over, objective_score, ranked
-from tuner.records import Dimension, Hyperparameters, Space, Trial, searched
+from tuner.records import Dimension, Hyperparameters, Space, Trial, active, possible, searched
 
 TOP = 3
 """The most trials that are carried over unchanged."""
@@ -104,7 +104,8 @@ def plan_next_round(
     carrying = _carrying(results, reading, best, horizon, decay, overturned=overturned, added=added or {})
     changes = carrying.changes()
     _refuse_long_warmup(changes, horizon)
-    space = {name: change.to_dimension for name, change in changes.items()}
+    space = possible({name: change.to_dimension for name, change in changes.items()})
+    changes = {name: change for name, change in changes.items() if name in space}
     enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in best)
     total = num_trials(
         len(results.results) or len(results.trials),
@@ -283,7 +284,7 @@ def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: in
 def _enqueued(carrying: Carrying, trial: Trial, names: Mapping[str, Dimension]) -> EnqueuedTrial:
     point = carrying.point(trial)
     step, reason = continuation_step(trial, carrying.results.max_train_steps, point, carrying.new_horizon)
-    chosen = {name: point[name] for name in names if name in point}
+    chosen = {name: point[name] for name in active(names, point) if name in point}
     return EnqueuedTrial(chosen, trial.round, trial.number, step, reason)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tuner.methods.schedules import Schedule, decay_names, known_schedule, schedule, warmup_length
-from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.table import HYPERPARAMETERS, counting
 from tuner.records import (
     CheckpointKind,
     Choices,
@@ -41,8 +41,20 @@ def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_st
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
-    """Return the schedule of a trial, by default `constant`. Rule: this project's decision."""
-    return schedule(str(hyperparameters.get("schedule", "constant")))
+    """Return the schedule of a trial, imported if it is a plug-in's. Rule: this project's decision."""
+    return schedule(_name(hyperparameters))
+
+
+def known_schedule_of(hyperparameters: Hyperparameters) -> Schedule:
+    """Return what is known of a trial's schedule without importing a plug-in that its round recorded.
+
+    Rule: this project's decision: a report imports nothing.
+    """
+    return known_schedule(_name(hyperparameters))
+
+
+def _name(hyperparameters: Hyperparameters) -> str:
+    return str(HYPERPARAMETERS["schedule"].value(hyperparameters))
 
 
 def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
@@ -60,7 +72,7 @@ def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | N
     T - D with a decay of D steps, T without one (also where no schedule is named), None for `cosine`. Rule:
     this project's decision, "Trunk".
     """
-    decay = _known(hyperparameters).decay_length(hyperparameters)
+    decay = known_schedule_of(hyperparameters).decay_length(hyperparameters)
     return None if decay is None else max_train_steps - decay
 
 
@@ -71,12 +83,34 @@ def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, s
     constant rate it is the same share of the steps, at a falling one it comes sooner: three quarters of a
     cosine are spent after 0.44 of its steps. Rule: this project's decision, "right".
     """
-    spent = list(itertools.accumulate(_multipliers(hyperparameters, range(max_train_steps), max_train_steps)))
-    wanted = share * spent[-1]
-    step = bisect.bisect_left(spent, wanted)
-    before = spent[step - 1] if step else 0.0
-    in_step = spent[step] - before
-    return step + (wanted - before) / in_step if in_step > 0 else step + 1.0
+    rates = _multipliers(hyperparameters, range(max_train_steps), max_train_steps)
+    return _where_spent(list(enumerate(itertools.accumulate(rates), start=1)), share)
+
+
+def step_at_recorded_share(evaluations: Sequence[Evaluation], share: float) -> float:
+    """Return the same step by the learning rates that were recorded at the evaluations.
+
+    Between two evaluations the rate is taken for their mean. It needs no multiplier, so that a report imports
+    no plug-in, and agrees with promotion. Rule: this project's decision, "right".
+    """
+    rates = {0: 0.0} | {e.step: e.learning_rate for e in evaluations if e.learning_rate is not None}
+    pairs = itertools.pairwise(sorted(rates.items()))
+    spent = [((after - before) * (rate + later) / 2, after) for (before, rate), (after, later) in pairs]
+    summed = itertools.accumulate(amount for amount, _ in spent)
+    return _where_spent([(step, total) for (_, step), total in zip(spent, summed, strict=True)], share)
+
+
+def _where_spent(spent: Sequence[tuple[int, float]], share: float) -> float:
+    """Return the step at this share of the last of the sums, each given with its step."""
+    if not spent:
+        return 0.0
+    wanted = share * spent[-1][1]
+    at = bisect.bisect_left([total for _, total in spent], wanted)
+    (before, spent_before), (step, total) = spent[at - 1] if at else (0, 0.0), spent[at]
+    in_interval = total - spent_before
+    return (
+        before + (step - before) * (wanted - spent_before) / in_interval if in_interval > 0 else float(step)
+    )
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
@@ -84,12 +118,7 @@ def decay_length(hyperparameters: Hyperparameters) -> int:
 
     Rule: this project's decision: the schedules of `multiplier`.
     """
-    return _known(hyperparameters).decay_length(hyperparameters) or 0
-
-
-def _known(hyperparameters: Hyperparameters) -> Schedule:
-    """Return what is known of a trial's schedule without importing a plug-in."""
-    return known_schedule(str(hyperparameters.get("schedule", "constant")))
+    return known_schedule_of(hyperparameters).decay_length(hyperparameters) or 0
 
 
 def schedules_of(space: Space) -> tuple[Schedule, ...]:
@@ -113,17 +142,6 @@ def decay_lengths(space: Space) -> tuple[str, ...]:
     """
     rows = (row for each in schedules_of(space) for row in each.decay_lengths)
     return tuple(dict.fromkeys(row.name for row in rows if row.name in space))
-
-
-def counts_in(name: str, space: Space) -> bool:
-    """Return whether a hyperparameter counts for a schedule of the space; true of what no schedule declares.
-
-    Rule: this project's decision: what belongs to another schedule is neither reported nor written.
-    """
-    row = HYPERPARAMETERS.get(name)
-    if row is None or row.only_with is None or row.only_with[0] != "schedule":
-        return True
-    return any(name in {row.name for row in each.hyperparameters} for each in schedules_of(space))
 
 
 def tiny_rate_share(
@@ -175,7 +193,8 @@ def can_continue(
         return "model, data or evaluation set are not the same"
     if not 0 <= step <= old_horizon:
         return f"step {step} is not one of the {old_horizon} steps of the earlier run"
-    if old_horizon == new_horizon and dict(old) == dict(new):
+    old, new = counting(old), counting(new)
+    if old_horizon == new_horizon and old == new:
         return None
     of_decay = {*decay_names(old), *decay_names(new)}
     differing = sorted(n for n in {*old, *new} - of_decay if old.get(n) != new.get(n))
@@ -207,7 +226,7 @@ def continuation_step(
     one of their stable checkpoints. Rule: this project's decision, "Trunk".
     """
     kept = [c.step for c in trial.checkpoints if c.kind == CheckpointKind.TRUNK]
-    if old_horizon == new_horizon and dict(trial.hyperparameters) == dict(new):
+    if old_horizon == new_horizon and counting(trial.hyperparameters) == counting(new):
         kept.append(old_horizon)
     reason: str | None = "no trunk checkpoint was kept"
     for step in sorted(kept, reverse=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
+from tuner.methods.table import counting
 from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, significant_among, smoothed_loss
 from tuner.records import Evaluation, Trial, TrialState
 
@@ -130,7 +131,7 @@ def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     """
     found: dict[tuple[object, ...], Trial] = {}
     for trial in trials:
-        found.setdefault(tuple(sorted(trial.hyperparameters.items())), trial)
+        found.setdefault(tuple(sorted(counting(trial.hyperparameters).items())), trial)
     return tuple(found.values())
 
 

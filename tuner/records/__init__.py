@@ -46,6 +46,7 @@ from tuner.records.json_form import (
 )
 from tuner.records.space import (
     Choices,
+    Condition,
     Dimension,
     Fixed,
     Hyperparameters,
@@ -53,8 +54,10 @@ from tuner.records.space import (
     Space,
     TimesSqrtRank,
     Value,
+    active,
     complete_hyperparameters,
     num_points,
+    possible,
     searched,
 )
 from tuner.records.throughput import Throughput, added_up
@@ -68,6 +71,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointKind",
     "Choices",
+    "Condition",
     "Continuation",
     "Died",
     "Dimension",
@@ -94,6 +98,7 @@ __all__ = [
     "Trial",
     "TrialState",
     "Value",
+    "active",
     "added_up",
     "assignment_from_json",
     "branch_from_json",
@@ -105,6 +110,7 @@ __all__ = [
     "hyperparameters_from_json",
     "is_sweep_file",
     "num_points",
+    "possible",
     "searched",
     "to_json",
 ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults
-from tuner.playbook.schedule import counts_in
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import (
     Choices,
@@ -182,7 +181,6 @@ class RoundReport:
             for name, dimension in self.results.space.items()
             if isinstance(dimension, (Fixed, TimesSqrtRank))
             and name not in self.shown_names
-            and counts_in(name, self.results.space)
         }
 
 

@@ -32,9 +32,14 @@ def parzen_point(
     *,
     random: np.random.Generator,
 ) -> dict[str, Value]:
-    """The next point of a space, from others that lie in it, best first."""
+    """The next point of a space, from others that lie in it, best first.
+
+    Points may lack what does not count in them; the one returned has a value for every name.
+    """
     num_good = min(math.ceil(GOOD_SHARE * len(ranked)), MAX_GOOD)
-    units = np.array([[unit_of(d, point[name]) for name, d in space.items()] for point in ranked])
+    units = np.array(
+        [[unit_of(d, p[name]) if name in p else math.nan for name, d in space.items()] for p in ranked]
+    )
     units = units.reshape(len(ranked), len(space))
     choices = np.array([len(d.values) if isinstance(d, Choices) else 0 for d in space.values()])
     good, others = _Density(units[:num_good], choices), _Density(units[num_good:], choices)
@@ -48,7 +53,8 @@ class _Density:
     """A kernel for each point and a flat one, which keeps every place possible, in the unit cube."""
 
     points: np.ndarray
-    """[points, dimensions]; a choice lies in the middle of its share of the dimension."""
+    """[points, dimensions]; a choice lies in the middle of its share of the dimension; NaN where a point has
+    no value, and its kernel is flat there."""
     choices: np.ndarray
     """By dimension how many choices it has; 0 for a range."""
 
@@ -62,7 +68,8 @@ class _Density:
         around = centres + self._width * ndtri(low + drawn[near] * (high - low))
         stays = random.random(centres.shape) < self._same
         of_choice = np.where(stays, centres, drawn[near])
-        drawn[near] = np.clip(np.where(self.choices > 0, of_choice, around), 0.0, 1.0)
+        at = np.clip(np.where(self.choices > 0, of_choice, around), 0.0, 1.0)
+        drawn[near] = np.where(np.isnan(centres), drawn[near], at)
         return drawn
 
     def log_at(self, places: np.ndarray) -> np.ndarray:
@@ -73,7 +80,8 @@ class _Density:
         cells = np.maximum(self.choices, 1)
         is_same = np.floor(places * cells)[:, None, :] == np.floor(self.points * cells)[None]
         of_choice = np.log(np.where(is_same, self._same * cells, 0.0) + (1.0 - self._same))
-        kernels = np.where(self.choices > 0, of_choice, around).sum(axis=2)
+        by_dimension = np.where(self.choices > 0, of_choice, around)
+        kernels = np.where(np.isnan(self.points)[None], 0.0, by_dimension).sum(axis=2)
         flat = np.zeros((len(places), 1))
         return np.asarray(np.logaddexp.reduce(np.hstack([kernels, flat]), axis=1)) - math.log(
             len(self.points) + 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import RoundFile, dimension_to_yaml, edit_round, read_round
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -28,7 +28,6 @@ from tuner.playbook.restarts import (
     plan_round_anew,
     points_left,
 )
-from tuner.playbook.schedule import counts_in
 from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
 from tuner.store.facts import PromotionPlanned
@@ -317,6 +316,9 @@ def _edited(
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
             said[f"hyperparameters.{name}"] = reasons[name]
+    for name in file.spec.hyperparameters:
+        if name not in next_round.space and name in file.spec.space():
+            changes[f"hyperparameters.{name}"] = DELETE
     text = edit_round(file.text, changes, said)
     # Defaults that depend on the horizon would change with it, so they are written out.
     written = read_round(text, file.path).spec
@@ -324,7 +326,7 @@ def _edited(
     moved = {
         f"hyperparameters.{n}": dimension_to_yaml(d)
         for n, d in next_round.space.items()
-        if space[n] != d and counts_in(n, next_round.space)
+        if space[n] != d
     }
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tuner.config import RoundFile, RoundSpec, limits
+from tuner.config import HYPERPARAMETERS, RoundFile, RoundSpec, limits
 from tuner.playbook import Reading, RoundResults, read_round
 from tuner.playbook.comparison_runs import ComparisonRule, branch_results, branches_left
 from tuner.playbook.observations import Outcome, outcomes
@@ -33,7 +33,8 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
         sampler=spec.search.sampler,
-        limits=limits(),
+        limits=limits(spec.table),
+        tiers={name: row.tier for name, row in spec.table.items() if name not in HYPERPARAMETERS},
     )
 
 

@@ -41,6 +41,7 @@ from tuner.records import (
     Trial,
     TrialState,
     Value,
+    active,
     complete_hyperparameters,
     num_points,
     searched,
@@ -137,28 +138,29 @@ class Advisor:
         hyperparameters of a failed trial instead. Makes a running trial in Optuna's study.
         """
         if again is not None:
-            chosen: Mapping[str, Value] = {name: again[name] for name in self._space}
+            chosen: Mapping[str, Value] = {name: again[name] for name in self._space if name in again}
         else:
             chosen = self._point(ordinal, trials)
         self.study.enqueue_trial(self._encoded(chosen))
-        return Proposal(dict(chosen), self.study.ask(self._distributions).number)
+        return Proposal(dict(chosen), self.study.ask(self._asked(chosen)).number)
 
     def _point(self, ordinal: int, trials: Sequence[Trial]) -> dict[str, Value]:
         """A value for each searched name: what is enqueued, the rest by the sampler; no point twice."""
         given = self._enqueued[ordinal] if ordinal < len(self._enqueued) else {}
-        if len(given) == len(self._space):
+        if self._is_whole(given):
             return dict(given)
         taken = self._taken(trials)
         for avoided in (taken | self._run_before, taken):
             for point in self._candidates(ordinal, trials, given):
-                if values_of(self._space, point) not in avoided:
-                    return point
+                counting = self._counting(point)
+                if values_of(self._space, counting) not in avoided:
+                    return counting
         raise AssertionError(f"all {self.num_points} points of the search space are taken")
 
     def _taken(self, trials: Sequence[Trial]) -> set[PointValues]:
         """Points that have their trial in this round, whatever came of it, or are going to by the file."""
         tried = (values_of(self._space, trial.hyperparameters) for trial in trials)
-        whole = (entry for entry in self._enqueued if len(entry) == len(self._space))
+        whole = (entry for entry in self._enqueued if self._is_whole(entry))
         return {*tried, *(values_of(self._space, entry) for entry in whole)}
 
     def _finished_alike(self, space: Space) -> set[PointValues]:
@@ -176,7 +178,14 @@ class Advisor:
         }
 
     def _given(self, entry: Mapping[str, Any]) -> dict[str, Value]:
-        return {name: _tupled(value) for name, value in entry.items() if name in self._space}
+        return self._counting({name: _tupled(value) for name, value in entry.items() if name in self._space})
+
+    def _counting(self, point: Mapping[str, Value]) -> dict[str, Value]:
+        """A point without what does not count beside the rest of it."""
+        return {name: point[name] for name in active(self._space, point) if name in point}
+
+    def _is_whole(self, point: Mapping[str, Value]) -> bool:
+        return point.keys() >= active(self._space, point).keys()
 
     def _candidates(
         self, ordinal: int, trials: Sequence[Trial], given: Mapping[str, Value]
@@ -262,7 +271,7 @@ class Advisor:
             for lesson, score in zip(ranked, scores, strict=True):
                 told = optuna.create_trial(
                     params=self._encoded(lesson.hyperparameters),
-                    distributions=self._distributions,
+                    distributions=self._asked(lesson.hyperparameters),
                     value=score,
                     constraints={"feasible": 0.0 if math.isfinite(lesson.merit) else 1.0},
                 )
@@ -291,7 +300,8 @@ class Advisor:
             params = self._encoded(trial.hyperparameters)
             if trial.number in values:
                 value = values[trial.number]
-                known = optuna.create_trial(params=params, distributions=self._distributions, value=value)
+                asked = self._asked(trial.hyperparameters)
+                known = optuna.create_trial(params=params, distributions=asked, value=value)
                 study.add_trial(known)
             elif not trial.state.is_final:
                 study.enqueue_trial(params)
@@ -300,10 +310,14 @@ class Advisor:
         return {name: self._decode(name, found[name]) for name in self._space}
 
     def _holds(self, point: Hyperparameters) -> bool:
-        return all(name in point and d.contains(point[name]) for name, d in self._space.items())
+        counting = active(self._space, point)
+        return all(name in point and d.contains(point[name]) for name, d in counting.items())
 
     def _encoded(self, point: Hyperparameters) -> dict[str, Any]:
-        return {name: _encode(point[name]) for name in self._space}
+        return {name: _encode(point[name]) for name in self._space if name in point}
+
+    def _asked(self, point: Hyperparameters) -> dict[str, BaseDistribution]:
+        return {name: d for name, d in self._distributions.items() if name in point}
 
     def _decode(self, name: str, value: Any) -> Value:
         dimension = self._space[name]

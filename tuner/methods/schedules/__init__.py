@@ -95,7 +95,15 @@ def schedule(name: str) -> Schedule:
 
 def remember(name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]) -> None:
     """Keep what a round recorded of a plug-in's schedule, so that `known_schedule` need not import it."""
-    _recorded[name] = Schedule(
+    _recorded[name] = _without_import(
+        name, has_stable_phase=has_stable_phase, hyperparameters=hyperparameters
+    )
+
+
+def _without_import(
+    name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]
+) -> Schedule:
+    return Schedule(
         name=name,
         multiplier=lambda done, values, horizon: schedule(name).multiplier(done, values, horizon),
         has_stable_phase=has_stable_phase,
@@ -106,9 +114,12 @@ def remember(name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperp
 def known_schedule(name: str) -> Schedule:
     """Return the schedule of this name, or what a round recorded of it where it is not loaded.
 
-    A recorded one is imported only when its multiplier is called. Raises InputError if there is none.
+    One of which nothing is recorded counts as having no stable phase. A plug-in is imported, which may raise
+    InputError, only when the multiplier is called.
     """
-    return schedule(name) if is_loaded("schedule", name) or name not in _recorded else _recorded[name]
+    if is_loaded("schedule", name):
+        return schedule(name)
+    return _recorded.get(name) or _without_import(name, has_stable_phase=False, hyperparameters=())
 
 
 def decay_names(values: Hyperparameters) -> tuple[str, ...]:
