@@ -102,44 +102,58 @@ def plan_next_round(
     best = incumbents(results.trials if candidates is None else candidates, num_kept)
     overturned = overturned_order(results, earlier, noise=reading.noise)
     carrying = _carrying(results, reading, best, horizon, decay, overturned=overturned, added=added or {})
+    return _next_round(carrying, reading, overturned, to=to, earlier=earlier, adds_trials=adds_trials)
+
+
+def _next_round(
+    carrying: Carrying,
+    reading: Reading,
+    overturned: OverturnedOrder | None,
+    *,
+    to: str,
+    earlier: Sequence[RoundResults],
+    adds_trials: bool,
+) -> NextRound:
+    results, best, horizon = carrying.results, carrying.incumbents, carrying.new_horizon
     changes = carrying.changes()
     _refuse_long_warmup(changes, horizon)
     space = possible({name: change.to_dimension for name, change in changes.items()})
-    changes = {name: change for name, change in changes.items() if name in space}
     enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in best)
-    total = num_trials(
-        len(results.results) or len(results.trials),
-        enqueued=len(enqueue),
-        old_horizon=results.max_train_steps,
-        new_horizon=horizon,
-        is_searched=adds_trials and bool(searched(space)),
-    )
+    total = _trials_total(carrying, len(enqueue), is_searched=adds_trials and bool(searched(space)))
     sampler, sampler_reason = default_sampler(
         knows_good_trials=bool(best),
         before=results.sampler,
         is_narrowed=not carrying.widens_rates and not carrying.reopened,
     )
     seeds = proposed_seeds(results, noise=reading.noise)
+    notes = _notes(results, reading, horizon, space), remarks(results, reading, space, best, earlier)
     return NextRound(
         from_round=results.name,
         to_round=to,
         old_max_train_steps=results.max_train_steps,
         max_train_steps=horizon,
         evaluate_every=results.evaluate_every,
-        decay=decay,
+        decay=carrying.decay,
         space=space,
-        changes=changes,
+        changes={name: change for name, change in changes.items() if name in space},
         enqueue=enqueue,
         trials_total=total,
         sampler=sampler,
         sampler_reason=sampler_reason,
         proposed_seeds=seeds,
         findings=tuple(_findings(carrying, reading, overturned, space, total, seeds)),
-        notes=(
-            *_notes(results, reading, horizon, space),
-            *remarks(results, reading, space, best, earlier),
-            *_nothing_to_run(enqueue, total, horizon),
-        ),
+        notes=(*itertools.chain(*notes), *_nothing_to_run(enqueue, total, horizon)),
+    )
+
+
+def _trials_total(carrying: Carrying, enqueued: int, *, is_searched: bool) -> int:
+    results = carrying.results
+    return num_trials(
+        len(results.results) or len(results.trials),
+        enqueued=enqueued,
+        old_horizon=results.max_train_steps,
+        new_horizon=carrying.new_horizon,
+        is_searched=is_searched,
     )
 
 
