@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from tuner.config.round import RoundSpec
 from tuner.config.wording import Location
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
-from tuner.methods.plug_ins import PlugIn, loaded
+from tuner.methods.plug_ins import PlugIn, loaded, sampled
 from tuner.methods.table import HYPERPARAMETERS
 
 
@@ -33,6 +33,10 @@ class RoundFile:
     def directory(self) -> Path:
         """Where its relative paths begin, absolute."""
         return self.path.parent.absolute()
+
+    def edited(self, text: str) -> RoundFile:
+        """The file with another text, which knows as much of its plug-ins. Raises RoundFileError."""
+        return read_round(text, self.path, plug_ins=[PlugIn.from_json(each) for each in self.spec.plug_ins])
 
     def line(self, key: str) -> int | None:
         """The 1-based line of a dotted key, or of the nearest above it that is written."""
@@ -53,7 +57,12 @@ def with_plug_ins(file: RoundFile) -> RoundFile:
     Raises InputError where one cannot be, and RoundFileError where hyperparameters are not as they say.
     """
     plug_ins = loaded(file.spec.hyperparameters)
-    return read_round(file.text, file.path, plug_ins=plug_ins) if plug_ins else file
+    if not plug_ins:
+        return file
+    spec = read_round(file.text, file.path, plug_ins=plug_ins).spec
+    space, horizon = spec.space(), spec.max_train_steps
+    known = [sampled(each, space, horizon) if each.kind == "schedule" else each for each in plug_ins]
+    return replace(file, spec=spec.model_copy(update={"plug_ins": [each.to_json() for each in known]}))
 
 
 def read_round(text: str, path: Path, *, plug_ins: Sequence[PlugIn] = ()) -> RoundFile:
