@@ -16,7 +16,8 @@ import tuner
 from tests.contracts.methods import ScheduleContract
 from tests.studies import ENVIRONMENT, write_round
 from tuner.methods.kinds import OneOf
-from tuner.methods.schedules import Schedule, decay_names, known_schedule, remember, schedule
+from tuner.methods.plug_ins import PlugIn
+from tuner.methods.schedules import Schedule, decay_names, known_schedule, schedule
 from tuner.methods.schedules.linear import DECAY_SHAPE
 from tuner.playbook import can_continue
 from tuner.playbook.schedule import (
@@ -166,11 +167,11 @@ def test_what_was_recorded_of_a_schedule_is_read_without_importing_it(stepped: s
 import sys
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Integer
-from tuner.methods.schedules import remember
+from tuner.methods.plug_ins import PlugIn
 from tuner.playbook import can_continue
 from tuner.playbook.schedule import trunk_end
 rows = (Hyperparameter("low_steps", 10, Integer(at_least=0), "", in_decay="length"),)
-remember({stepped!r}, has_stable_phase=True, hyperparameters=rows)
+PlugIn('schedule', {stepped!r}, rows, has_stable_phase=True).stand_in()
 values = {{"schedule": {stepped!r}, "low_steps": 20}}
 print(trunk_end(values, 60), can_continue(values, 60, {{**values, "low_steps": 60}}, 180, 40))
 print("stepped" in sys.modules)
@@ -180,8 +181,9 @@ print("stepped" in sys.modules)
 
 
 def test_a_schedule_that_is_loaded_is_preferred_to_its_record(stepped: str) -> None:
-    remember(stepped, has_stable_phase=False, hyperparameters=())
-    assert schedule(stepped) is known_schedule(stepped)
+    loaded = schedule(stepped)
+    PlugIn("schedule", stepped, ()).stand_in()
+    assert known_schedule(stepped) is loaded
 
 
 def plain_round(directory: Path, *, steps: int, low_steps: int) -> tuner.Study:

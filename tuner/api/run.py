@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
 from tuner.engines import (
     LocalWorker,
     SimulatedWorker,
@@ -88,6 +88,7 @@ def run_here(
     passes: int = 1,
 ) -> None:
     """Run or go on with a round on this machine, shown as it runs. Raises what `run_round` does."""
+    file = with_plug_ins(file)
     is_simulated = where.engine_of(file) == "simulated"
     devices = () if is_simulated else visible_devices()
     used = devices if where.workers == "auto" else devices[: where.workers]

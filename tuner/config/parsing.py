@@ -34,6 +34,10 @@ class RoundFile:
         """Where its relative paths begin, absolute."""
         return self.path.parent.absolute()
 
+    def edited(self, text: str) -> RoundFile:
+        """The file with another text, which knows as much of its plug-ins. Raises RoundFileError."""
+        return read_round(text, self.path, plug_ins=[PlugIn.from_json(each) for each in self.spec.plug_ins])
+
     def line(self, key: str) -> int | None:
         """The 1-based line of a dotted key, or of the nearest above it that is written."""
         return parse(self.text).line(tuple(key.split(".")))

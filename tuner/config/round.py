@@ -37,10 +37,7 @@ from tuner.config.sections import (
 )
 from tuner.config.wording import mistake, refuse
 from tuner.errors import shown
-from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.kinds import Anything
-from tuner.methods.plug_ins import Chooser, PlugIn, named, table_with, unloaded
-from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
 from tuner.records import Space, is_sweep_file, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
@@ -117,17 +114,6 @@ def _nothing(plug_ins: object) -> bool:
     return not plug_ins
 
 
-def _table(written: Any, plug_ins: Any) -> Table:
-    if not isinstance(written, dict) or not named(written):
-        return HYPERPARAMETERS
-    missing = unloaded(written, plug_ins)
-    table = dict(table_with([PlugIn.from_json(document) for document in plug_ins], missing))
-    for name in written if missing else ():
-        if isinstance(name, str) and name.isidentifier():
-            table.setdefault(name, Hyperparameter(name, None, Anything(), ""))
-    return table
-
-
 class RoundSpec(BaseModel):
     """One round: an Optuna study in which every trial trains for the same number of steps."""
 
@@ -168,7 +154,11 @@ class RoundSpec(BaseModel):
         """Check hyperparameters against the table with those of the plug-ins, as far as known."""
         if not isinstance(document, dict):
             return handler(document)
-        with using(_table(document.get("hyperparameters"), document.get("plug_ins", ()))):
+        recorded = document.get("plug_ins", ())
+        for plug_in in recorded:
+            PlugIn.from_json(plug_in).stand_in()
+        written = document.get("hyperparameters")
+        with using(table_for(written if isinstance(written, dict) else {}, recorded)):
             return handler(document)
 
     @model_validator(mode="before")
@@ -224,7 +214,7 @@ class RoundSpec(BaseModel):
     @property
     def table(self) -> Table:
         """Every hyperparameter that the file may name: tuner's, and what its plug-ins bring."""
-        return _table(self.hyperparameters, self.plug_ins)
+        return table_for(self.hyperparameters, self.plug_ins)
 
     @property
     def unloaded(self) -> tuple[tuple[Chooser, str], ...]:

@@ -15,8 +15,8 @@ from tuner.errors import InputError
 from tuner.methods import kinds
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.optimizers import Optimizer, optimizer
-from tuner.methods.registry import is_built_in, is_known
-from tuner.methods.schedules import Schedule, remember, schedule
+from tuner.methods.registry import imported, is_built_in, is_known, stand_in
+from tuner.methods.schedules import Schedule, not_imported
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Condition
 
@@ -53,10 +53,18 @@ class PlugIn:
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in document.items() if key in known}
         rows = tuple(_row_from_json(row) for row in document["hyperparameters"])
-        plug_in = cls(**{**values, "hyperparameters": rows})
-        if plug_in.kind == "schedule":  # so that reports know the stable phase without importing it
-            remember(plug_in.name, has_stable_phase=plug_in.has_stable_phase, hyperparameters=rows)
-        return plug_in
+        return cls(**{**values, "hyperparameters": rows})
+
+    def stand_in(self) -> None:
+        """Let what is recorded of a schedule stand in for it, so that a report imports nothing."""
+        if self.kind == "schedule":
+            stand_in(
+                self.kind,
+                self.name,
+                not_imported(
+                    self.name, has_stable_phase=self.has_stable_phase, hyperparameters=self.hyperparameters
+                ),
+            )
 
 
 def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
@@ -90,7 +98,9 @@ def loaded(written: Mapping[str, Any]) -> tuple[PlugIn, ...]:
 
 
 def _load(kind: Chooser, name: str) -> PlugIn:
-    method: Optimizer | Schedule = optimizer(name) if kind == "optimizer" else schedule(name)
+    method: Optimizer | Schedule = (
+        imported(kind, name, Optimizer) if kind == "optimizer" else imported(kind, name, Schedule)
+    )
     for row in method.hyperparameters:
         if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
             raise InputError(
@@ -111,10 +121,8 @@ def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> i
     return _UNKNOWN_STATE_BYTES if plug_in is None else plug_in.state_bytes
 
 
-def table_with(
-    plug_ins: Sequence[PlugIn], unloaded: Iterable[tuple[Chooser, str]] = ()
-) -> Mapping[str, Hyperparameter]:
-    """Return the table with the rows of these, and whichever of tuner's the unloaded ones may know.
+def table_with(plug_ins: Sequence[PlugIn]) -> Mapping[str, Hyperparameter]:
+    """Return the table with the rows of these.
 
     Raises InputError where one brings a name that tuner has with another meaning.
     """
@@ -122,10 +130,23 @@ def table_with(
     for plug_in in plug_ins:
         for row in plug_in.hyperparameters:
             rows[row.name] = _merged(rows.get(row.name), row, plug_in)
-    for kind, name in unloaded:
-        for row in list(rows.values()):
-            if row.only_with is not None and row.only_with.chosen_by == kind:
-                rows[row.name] = _counting_with(row, kind, name)
+    return MappingProxyType(rows)
+
+
+def table_for(
+    written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Hyperparameter]:
+    """Return the table for a file. What only a method may know that is not loaded is let pass."""
+    if not named(written):
+        return HYPERPARAMETERS
+    rows = dict(table_with([PlugIn.from_json(document) for document in recorded]))
+    for kind, name in unloaded(written, recorded):
+        for key in written:
+            row = rows.get(
+                key, Hyperparameter(key, None, kinds.Anything(), "", only_with=Condition(kind, ()))
+            )
+            if row.only_with is not None and row.only_with.chosen_by == kind and str(key).isidentifier():
+                rows[key] = _counting_with(row, kind, name)
     return MappingProxyType(rows)
 
 

@@ -9,7 +9,6 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.methods.registry import BUILT_IN
 from tuner.methods.schedules import warmup_length
 from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
 from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, rates_may_be_too_small
@@ -18,7 +17,7 @@ from tuner.playbook.noise import majority_probability
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import (
     decay_length,
-    known_schedule_of,
+    has_built_in_schedule,
     step_at_rate_share,
     step_at_recorded_share,
     trunk_end,
@@ -188,7 +187,7 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
 
 
 def _late_by_rate(trial: Trial, max_train_steps: int) -> LateDrop | None:
-    if known_schedule_of(trial.hyperparameters).name in BUILT_IN["schedule"]:
+    if has_built_in_schedule(trial.hyperparameters):
         at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
     else:
         at = step_at_recorded_share(trial.evaluations, LATE_FRACTION)

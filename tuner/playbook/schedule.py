@@ -10,6 +10,7 @@ import bisect
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from tuner.methods.registry import is_built_in
 from tuner.methods.schedules import Schedule, decay_names, known_schedule, schedule, warmup_length
 from tuner.methods.table import HYPERPARAMETERS, counting
 from tuner.records import (
@@ -51,6 +52,11 @@ def known_schedule_of(hyperparameters: Hyperparameters) -> Schedule:
     Rule: this project's decision: a report imports nothing.
     """
     return known_schedule(_name(hyperparameters))
+
+
+def has_built_in_schedule(hyperparameters: Hyperparameters) -> bool:
+    """Return whether the schedule is tuner's own, not a plug-in's. Rule: as for `known_schedule_of`."""
+    return is_built_in("schedule", _name(hyperparameters))
 
 
 def _name(hyperparameters: Hyperparameters) -> str:

@@ -78,6 +78,8 @@ class RoundPlan:
     """What they run, all together."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)
     """Tokens of the training rows before truncation: p50, p90, p99 and max; none where it was not counted."""
+    unchecked: Sequence[str] = ()
+    """Methods that are not tuner's, and hyperparameters that only they may know: not looked at."""
 
 
 def round_status(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, read_round
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -204,7 +204,7 @@ def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
         raise InputError(f"{folder.directory}: the file of {name} is missing, from which {to} is written")
-    return file
+    return with_plug_ins(file)
 
 
 def _write(
@@ -321,7 +321,7 @@ def _edited(
             changes[f"hyperparameters.{name}"] = DELETE
     text = edit_round(file.text, changes, said)
     # Defaults that depend on the horizon would change with it, so they are written out.
-    written = read_round(text, file.path).spec
+    written = file.edited(text).spec
     space = written.space()
     moved = {
         f"hyperparameters.{n}": dimension_to_yaml(d)

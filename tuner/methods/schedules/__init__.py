@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.kinds import Integer
-from tuner.methods.registry import BUILT_IN, described, is_loaded
+from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
 from tuner.records import Hyperparameters, Value
 
 DecayRule: TypeAlias = Literal["steps", "share"]
@@ -85,41 +85,33 @@ class Schedule:
         return rescaled
 
 
-_recorded: dict[str, Schedule] = {}
-
-
 def schedule(name: str) -> Schedule:
     """Return the schedule of this name. Raises InputError if there is none."""
     return described("schedule", name, Schedule)
 
 
-def remember(name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]) -> None:
-    """Keep what a round recorded of a plug-in's schedule, so that `known_schedule` need not import it."""
-    _recorded[name] = _without_import(
-        name, has_stable_phase=has_stable_phase, hyperparameters=hyperparameters
-    )
+def known_schedule(name: str) -> Schedule:
+    """Return what is known of a schedule without importing a plug-in: imported already, or recorded.
+
+    If neither, it counts as having no stable phase.
+    """
+    if is_at_hand("schedule", name):
+        return schedule(name)
+    return not_imported(name, has_stable_phase=False, hyperparameters=())
 
 
-def _without_import(
+def not_imported(
     name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]
 ) -> Schedule:
+    """Return a description of a plug-in's schedule by its data, which imports it to ask for a rate."""
     return Schedule(
         name=name,
-        multiplier=lambda done, values, horizon: schedule(name).multiplier(done, values, horizon),
+        multiplier=lambda done, values, horizon: imported("schedule", name, Schedule).multiplier(
+            done, values, horizon
+        ),
         has_stable_phase=has_stable_phase,
         hyperparameters=hyperparameters,
     )
-
-
-def known_schedule(name: str) -> Schedule:
-    """Return the schedule of this name, or what a round recorded of it where it is not loaded.
-
-    One of which nothing is recorded counts as having no stable phase. A plug-in is imported, which may raise
-    InputError, only when the multiplier is called.
-    """
-    if is_loaded("schedule", name):
-        return schedule(name)
-    return _recorded.get(name) or _without_import(name, has_stable_phase=False, hyperparameters=())
 
 
 def decay_names(values: Hyperparameters) -> tuple[str, ...]:
