@@ -141,7 +141,7 @@ def test_a_file_is_read_without_importing_what_it_names(site: Path, study: Path)
 
 
 def test_a_name_that_leads_nowhere_is_refused_with_what_is_allowed(study: Path) -> None:
-    with pytest.raises(RoundFileError, match="optimizer: expects adamw, .*muon or .*, got 'sgd'"):
+    with pytest.raises(RoundFileError, match=r"optimizer: expects adamw, .*muon or .*, got 'sgd'"):
         load_round(study / "round1.yaml")
 
 

@@ -70,6 +70,9 @@ def spaces(draw: st.DrawFn, max_train_steps: int) -> Space:
     decay = [Fixed(0), Fixed(third), Choices((1, third, third + 1)), Range(0, third, integer=True)]
     rate = [Fixed(1e-4), Choices((1e-4, 3e-4, 1e-3)), Range(1e-5, 3e-3, log=True), Range(1e-5, 3e-3)]
     alpha = [Fixed(16), TimesSqrtRank(4.0), Choices((16, 32, 64))]
+    schedule = draw(st.sampled_from(["linear", "constant", "cosine", "inverse_sqrt"]))
+    shape = [Fixed("linear"), Choices(("linear", "sqrt"))]
+    own = {"decay_steps": draw(st.sampled_from(decay)), "decay_shape": draw(st.sampled_from(shape))}
     return {
         "learning_rate": draw(st.sampled_from(rate)),
         "lora_r": draw(
@@ -79,8 +82,8 @@ def spaces(draw: st.DrawFn, max_train_steps: int) -> Space:
         "target_modules": draw(st.sampled_from([Fixed("all-linear"), Choices((("q",), ("q", "v")))])),
         "batch_size": draw(st.sampled_from([Fixed(8), Choices((4, 8))])),
         "warmup_steps": draw(st.sampled_from(warmup)),
-        "schedule": draw(st.sampled_from([Fixed("linear"), Fixed("constant"), Fixed("cosine")])),
-        "decay_steps": draw(st.sampled_from(decay)),
+        "schedule": Fixed(schedule),
+        **(own if schedule == "linear" else {}),
         "weight_decay": draw(st.sampled_from([Fixed(0.0), Range(0.0, 0.1)])),
         "training_seed": draw(st.sampled_from([Fixed(0), Choices((0, 1, 2))])),
     }

@@ -66,11 +66,12 @@ def objective_refusals(*, evaluation: EvaluationSpec, run: RunSpec) -> Iterator[
 
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
     """Warmup and decay have to fit for the largest values a trial may draw."""
-    warmup, decay = largest(space["warmup_steps"]), largest(space.get("decay_steps", Fixed(0)))
-    parts = [name for name in ("decay_steps", "warmup_steps") if name in written]
+    lengths = [name for name, row in table_in_use().items() if row.in_decay == "length" and name in space]
+    warmup, decay = largest(space["warmup_steps"]), sum(largest(space[name]) for name in lengths)
+    parts = [name for name in (*lengths, "warmup_steps") if name in written]
     rests_on = (
         _HORIZON,
-        *(f"hyperparameters.{name}" for name in ("decay_steps", "warmup_steps", "schedule")),
+        *(f"hyperparameters.{name}" for name in (*lengths, "warmup_steps", "schedule")),
     )
     if warmup > max_train_steps:
         message = (
@@ -79,10 +80,10 @@ def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[s
         yield Refusal(("hyperparameters", "warmup_steps"), message, rests_on=(_HORIZON,))
     elif decay and warmup + decay > max_train_steps:
         message = (
-            f"warmup_steps ({warmup}) + decay_steps ({decay}) = {warmup + decay} is above max_train_steps "
+            f"warmup_steps ({warmup}) + {' + '.join(lengths)} ({decay}) = {warmup + decay} is above max_train_steps "
             f"({max_train_steps}); shorten one of them, or use the schedule constant or cosine"
         )
-        yield Refusal(("hyperparameters", parts[0]), message, rests_on=rests_on)
+        yield Refusal(("hyperparameters", (*parts, "schedule")[0]), message, rests_on=rests_on)
 
 
 def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:

@@ -24,7 +24,7 @@ from tuner.records import Trial
 
 _SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run on the same schedule",
-    GainSource.STABLE_PHASE: "from its own evaluations, at a constant rate",
+    GainSource.STABLE_PHASE: "from its own evaluations, without a decay",
     GainSource.EARLIER_ROUND: "from an earlier round with the same hyperparameters",
     GainSource.BEFORE_DECAY: "from its evaluations before the decay",
 }

@@ -42,7 +42,7 @@ class GainSource(StrEnum):
     COMPARISON = "comparison_run"
     """A run to a shorter horizon on the same schedule."""
     STABLE_PHASE = "stable_phase"
-    """The trial's own evaluations, at a rate that is constant to the end."""
+    """The trial's own evaluations, at a rate that never depends on the horizon."""
     EARLIER_ROUND = "earlier_round"
     """The same hyperparameters in a round with another horizon and the same share of decay."""
     BEFORE_DECAY = "before_decay"
@@ -106,7 +106,7 @@ def measured_gain(
 ) -> Gain | None:
     """Return the gain of the last doubling from the best available source; None if there is none.
 
-    The sources, in order: a comparison run; the stable phase of a rate that is constant to the end; an
+    The sources, in order: a comparison run; the stable phase of a rate that never depends on the horizon; an
     earlier round at another horizon with the same share of decay; the stable phase before a decay of at most
     40%. The best leading trial that has the source is used. Evaluations within a decay are not a source,
     because the falling rate lowers the later loss as well. Rule: this project's decision, "gain"; measured on
