@@ -80,8 +80,9 @@ def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[s
         yield Refusal(("hyperparameters", "warmup_steps"), message, rests_on=(_HORIZON,))
     elif decay and warmup + decay > max_train_steps:
         message = (
-            f"warmup_steps ({warmup}) + {' + '.join(lengths)} ({decay}) = {warmup + decay} is above max_train_steps "
-            f"({max_train_steps}); shorten one of them, or use the schedule constant or cosine"
+            f"warmup_steps ({warmup}) + {' + '.join(lengths)} ({decay}) = {warmup + decay} is above "
+            f"max_train_steps ({max_train_steps}); shorten one of them, or use the schedule constant or "
+            "cosine"
         )
         yield Refusal(("hyperparameters", (*parts, "schedule")[0]), message, rests_on=rests_on)
 
