@@ -40,6 +40,7 @@ def test_defaults():
         "warmup_steps": 5,
         "schedule": "linear",
         "decay_steps": 24,
+        "decay_shape": "linear",
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,

@@ -222,7 +222,7 @@ def test_a_round_on_the_users_schedule_is_promoted_and_resumes_exactly(stepped: 
     elsewhere = {**ENVIRONMENT, "PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=study.path,
+        cwd=tmp_path / "study",
         env=elsewhere,
         capture_output=True,
         text=True,
