@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
+from tuner.adapters import pack as pack_module
 from tuner.adapters.dropout import dropout_mask, row_keys
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
 
 STEP = 5
@@ -22,9 +23,9 @@ STEP = 5
 
 def adapter(base: Base, *, seed: int, **changes: object) -> Adapter:
     """As after some training: B is not zero."""
-    hollow = hollow_copy(base, base_path=base.model.name_or_path)
+    meta_model = meta_copy(base, base_path=base.model.name_or_path)
     trial = tiny.hyperparameters(training_seed=seed, **changes)  # type: ignore[arg-type]
-    start = initial_adapter(hollow, lora_config(trial, base_path=base.model.name_or_path), seed=seed)
+    start = initial_adapter(meta_model, lora_config(trial, base_path=base.model.name_or_path), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: (a, torch.randn(b.shape, generator=generator) * 0.1) for name, (a, b) in start.weights.items()
@@ -130,6 +131,22 @@ def test_gradients_are_autograds_with_the_same_masks(
                     assert float((gradient - wanted).norm()) < 1e-4 * float(wanted.norm())
 
 
+def test_a_torch_without_operators_on_lists_computes_the_same(
+    models: tiny.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name, operation in (("_copy_each", Tensor.copy_), ("_add_each", Tensor.add_)):
+        public = pack_module._one_by_one(operation)
+
+        def counted(*lists: Sequence[Tensor], name: str = name, public: object = public) -> None:
+            calls.append(name)
+            public(*lists)  # type: ignore[operator]
+
+        monkeypatch.setattr(pack_module, name, counted)
+    test_gradients_are_autograds_with_the_same_masks(models, tiny.SHAPES[0], (0, 1, 2))
+    assert set(calls) == {"_copy_each", "_add_each"}
+
+
 def test_a_model_finds_the_weight_and_bias_of_its_layer(models: tiny.Models) -> None:
     """Jamba takes the bias away again, and adds it elsewhere."""
     base = models.base("qwen2")
@@ -221,7 +238,7 @@ def test_masks_do_not_depend_on_which_modules_neighbours_adapt(models: tiny.Mode
 
 
 def test_stacked_weights_have_the_dtype_of_the_base(models: tiny.Models) -> None:
-    """Exact weights stay float32 with the trial; what they add is within bfloat16's rounding."""
+    """Master weights stay float32 with the trial; what they add is within bfloat16's rounding."""
     one = adapter(models.base("llama"), seed=0)
     batch, found = Batch.of(tiny.examples(2)[:]), []
     for dtype in ("float32", "bfloat16"):

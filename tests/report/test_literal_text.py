@@ -14,9 +14,9 @@ from tuner.playbook.results import Finding
 from tuner.records import Died, Ended, Preparing, Started, TrialState
 from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
 from tuner.report.board import Board, board_table
+from tuner.report.format import GpuReading
 from tuner.report.live import open_view
 from tuner.report.reproduction import reproduction_page
-from tuner.report.throughput import GpuReading
 
 from . import synthetic
 

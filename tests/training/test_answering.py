@@ -10,20 +10,20 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests import tiny
-from tests.training.driving import assignment, curve, ended, run_loop, workplace
+from tests.training.driving import assignment, curve, ended, run_loop, worker_state
 from tuner.adapters import Base
 from tuner.adapters.decoding import Decoding
 from tuner.adapters.generation import TextGenerator
-from tuner.data import Metric, Prompt, Question
+from tuner.data import EvalPrompt, Metric, Prompt
 from tuner.errors import MetricError
 from tuner.inference import Answerer
 from tuner.playbook import best_evaluation
 from tuner.records import Answered, AnswerScore, CheckpointKind, Event, Saved
-from tuner.training.generation_eval import Exam
+from tuner.training.generation_eval import GenerationEval
 
 NEW_TOKENS = 6
-QUESTIONS = tuple(
-    Question(
+EVAL_PROMPTS = tuple(
+    EvalPrompt(
         Prompt(row, f"eval.jsonl:{row}", "", tuple(range(row, row + 3 + row % 4))), f"reference {row}", 2
     )
     for row in range(5, 11)
@@ -39,10 +39,10 @@ def length(answer: str, _: str) -> float:
     return len(answer) + sum(map(ord, answer)) / 1e6
 
 
-def exam(base: Base, compare: Callable[[str, str], float] = length) -> Exam:
+def generation_eval(base: Base, compare: Callable[[str, str], float] = length) -> GenerationEval:
     tokenizer = AutoTokenizer.from_pretrained(base.model.name_or_path)
     generator = TextGenerator(base, tokenizer, limited_by="max_new_tokens")
-    return Exam(QUESTIONS, generator, Metric("length", compare), NEW_TOKENS, is_objective=True)
+    return GenerationEval(EVAL_PROMPTS, generator, Metric("length", compare), NEW_TOKENS, is_objective=True)
 
 
 def scores(events: Iterable[Event]) -> dict[int, AnswerScore]:
@@ -60,9 +60,9 @@ def test_the_best_adapters_answers_whatever_the_slot(models: tiny.Models, tmp_pa
     for slots in (1, 2):
         folder = tmp_path / str(slots)
         assigned = [assignment(folder, n, hyperparameters=trial) for n, trial in enumerate(TRIALS)]
-        with workplace(base, TRIALS, slots=slots) as place:
-            place.exam = exam(base)
-            events = run_loop(place, assigned)
+        with worker_state(base, TRIALS, slots=slots) as state:
+            state.generation_eval = generation_eval(base)
+            events = run_loop(state, assigned)
         found.append(scores(events))
         for trial in range(2):
             mine = [event for event in events if getattr(event, "trial", None) == trial]
@@ -78,7 +78,7 @@ def test_the_best_adapters_answers_whatever_the_slot(models: tiny.Models, tmp_pa
         answerer = Answerer(
             tiny.model_spec(models.path("llama")), tokenizer, adapter=Path(one.directory) / "best"
         )
-        said = [answerer.answers([q.prompt], Decoding(NEW_TOKENS))[0].text for q in QUESTIONS]
+        said = [answerer.answers([q.prompt], Decoding(NEW_TOKENS))[0].text for q in EVAL_PROMPTS]
         expected = sum(length(text, "") for text in said) / len(said)
         assert alone[one.trial].mean == pytest.approx(expected)
     assert alone[0] != replace(alone[1], step=alone[0].step)
@@ -88,8 +88,8 @@ def test_a_trial_that_died_while_it_answered_answers_again_and_a_branch_never_do
     models: tiny.Models, tmp_path: Path
 ) -> None:
     base = models.base("llama")
-    with workplace(base, TRIALS[:1]) as place:
-        first = run_loop(place, [assignment(tmp_path, hyperparameters=TRIALS[0])])
+    with worker_state(base, TRIALS[:1]) as state:
+        first = run_loop(state, [assignment(tmp_path, hyperparameters=TRIALS[0])])
         saved = last_saved(first, 0).checkpoint
         again = assignment(
             tmp_path,
@@ -98,10 +98,10 @@ def test_a_trial_that_died_while_it_answered_answers_again_and_a_branch_never_do
             resume_from=str(tmp_path / saved.path),
             resume_sha256=saved.sha256,
         )
-        place.exam = exam(base)
-        [(_, score)] = scores(run_loop(place, [again])).items()
-        whole = run_loop(place, [assignment(tmp_path / "whole", hyperparameters=TRIALS[0])])
-        branch = run_loop(place, [assignment(tmp_path, -1, hyperparameters=TRIALS[0])])
+        state.generation_eval = generation_eval(base)
+        [(_, score)] = scores(run_loop(state, [again])).items()
+        whole = run_loop(state, [assignment(tmp_path / "whole", hyperparameters=TRIALS[0])])
+        branch = run_loop(state, [assignment(tmp_path, -1, hyperparameters=TRIALS[0])])
     assert saved.step == 10
     assert score == scores(whole)[0]
     assert (ended(branch, -1).outcome, scores(branch)) == ("complete", {})
@@ -116,16 +116,18 @@ def test_whoever_is_to_stop_while_a_trial_answers_saves_it(models: tiny.Models, 
         asked.append(reference)
         return 0.0
 
-    class Stopping(Exam):
+    class Stopping(GenerationEval):
         def score(self, *args: object, **more: object) -> AnswerScore | None:
             more["stopping"] = lambda: len(asked) >= 2
             return super().score(*args, **more)  # type: ignore[arg-type]
 
-    with workplace(base, TRIALS[:1]) as place:
-        whole = exam(base, compare)
-        place.exam = Stopping(QUESTIONS, whole.generator, whole.metric, NEW_TOKENS, is_objective=False)
-        place.exam.generator.budget_tokens = 1
-        events = run_loop(place, [assignment(tmp_path, hyperparameters=TRIALS[0])])
+    with worker_state(base, TRIALS[:1]) as state:
+        whole = generation_eval(base, compare)
+        state.generation_eval = Stopping(
+            EVAL_PROMPTS, whole.generator, whole.metric, NEW_TOKENS, is_objective=False
+        )
+        state.generation_eval.generator.budget_tokens = 1
+        events = run_loop(state, [assignment(tmp_path, hyperparameters=TRIALS[0])])
     assert len(asked) == 2
     assert (ended(events).outcome, ended(events).step, scores(events)) == ("stopped", 10, {})
     assert last_saved(events, 0).checkpoint.step == 10
@@ -138,12 +140,12 @@ def test_a_metric_at_fault_ends_the_work_with_every_trial_saved(models: tiny.Mod
         assignment(tmp_path, 0, hyperparameters=TRIALS[0], max_train_steps=3),
         assignment(tmp_path, 1, hyperparameters=TRIALS[1]),
     ]
-    with workplace(base, TRIALS, slots=2) as place:
-        place.exam = exam(base, lambda answer, reference: float("nan"))
+    with worker_state(base, TRIALS, slots=2) as state:
+        state.generation_eval = generation_eval(base, lambda answer, reference: float("nan"))
         with pytest.raises(
             MetricError, match=r"reference 'reference \d+' \(eval.jsonl:\d+\): it returned nan"
         ):
-            run_loop(place, assigned, heard=events)
+            run_loop(state, assigned, heard=events)
     assert [(ended(events, trial).outcome, ended(events, trial).step) for trial in (0, 1)] == [
         ("stopped", 3),
         ("stopped", 3),

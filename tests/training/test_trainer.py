@@ -35,7 +35,7 @@ LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-4, 1e-3
 """Relative, and by norm. Measured: 4e-6 and 7e-6."""
 
 OTHERS_LOSS_TOLERANCE, OTHERS_UPDATE_TOLERANCE = 1e-3, 3e-2
-"""Of Muon, which computes in bfloat16, measured: 3e-5 and 4e-3; of Lion, whose update is a sign: 1e-7 and 0."""
+"""Of Muon, which computes in bfloat16; measured: 3e-5 and 4e-3. Of Lion: 1e-7 and 0."""
 
 SCHEDULES: dict[str, tuple[dict[str, Value], dict[str, Any]]] = {
     "constant": (

@@ -199,7 +199,7 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
     if plan.absolute.evaluation.answers is None:
         return
     try:
-        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.questions[0])
+        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.eval_prompts[0])
     except MetricError as error:
         said = str(error).removeprefix(f"{METRIC_KEY}: ")
         raise RoundFileError(
@@ -214,10 +214,10 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
         return []
     purpose = "ranks the trials" if answers.objective else "is shown beside the loss"
     remarks = [
-        f"each complete trial answers {count(len(data.questions), 'evaluation row')} with up to "
+        f"each complete trial answers {count(len(data.eval_prompts), 'evaluation row')} with up to "
         f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"
     ]
-    too_long = sum(question.reference_tokens > answers.max_new_tokens for question in data.questions)
+    too_long = sum(eval_prompt.reference_tokens > answers.max_new_tokens for eval_prompt in data.eval_prompts)
     if too_long:
         remarks.append(
             f"{too_long} of their completions have more than evaluation.answers.max_new_tokens "

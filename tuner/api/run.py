@@ -25,7 +25,7 @@ from tuner.engines import (
 from tuner.errors import InputError
 from tuner.records import Evaluation, to_json
 from tuner.report import View
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import rehearsed_file, simulated_worker, virtual_clock
 from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder

@@ -27,7 +27,7 @@ from tuner.playbook.sweep import FirstHorizon
 from tuner.records import Evaluation, Hyperparameters, TrialState
 from tuner.records import Trial as RecordedTrial
 from tuner.report import View, round_markdown, status_document, write_html
-from tuner.report.bar import ProgressBar, Silence
+from tuner.report.live import ProgressBar, Silence
 from tuner.report.reproduction import reproduction_document
 from tuner.study.folder import StudyFolder, open_folder
 from tuner.study.lookup import begun_round, find_trial, opened, reports_on, statuses, trials_of

@@ -63,9 +63,8 @@ def doctor(
 
     Example: `tuner doctor`
     """
-    from tuner.cli.doctor import examine
+    from tuner.cli.doctor import examine, health_document, health_table, is_healthy
     from tuner.report import dumps
-    from tuner.report.health import health_document, health_table, is_healthy
 
     checks = list(examine(Path()))
     if json:

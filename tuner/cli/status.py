@@ -21,7 +21,7 @@ from tuner.report import (
     trials_table,
     write_html,
 )
-from tuner.report.fitted_table import FittedTable
+from tuner.report.terminal import FittedTable
 from tuner.study.dashboard import round_report
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder

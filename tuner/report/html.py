@@ -12,7 +12,7 @@ from pathlib import Path
 from tuner.errors import StorageError
 from tuner.playbook.results import Finding
 from tuner.records import Trial, TrialState
-from tuner.report import advice, plots, throughput
+from tuner.report import advice, format, plots
 from tuner.report.page import SCRIPT, STYLE
 from tuner.report.round_report import (
     NUM_WORDS,
@@ -199,10 +199,10 @@ def _style(trial: Trial) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    rows = throughput.rows(report.record.throughput)
+    rows = format.throughput_rows(report.record.throughput)
     if not rows:
         return ""
-    return f"<section><h2>Throughput</h2>{_table(throughput.HEADERS, rows, numbers=(1,))}</section>"
+    return f"<section><h2>Throughput</h2>{_table(format.THROUGHPUT_HEADERS, rows, numbers=(1,))}</section>"
 
 
 def _holds_for(report: RoundReport) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from tuner.playbook.reproduction import Agreement, Pair, Reproduction
 from tuner.report import format
-from tuner.report.fitted_table import FittedTable, column
+from tuner.report.terminal import FittedTable, column
 
 _DIGITS = 9
 """Of a loss: as many as float32 has."""

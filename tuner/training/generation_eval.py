@@ -1,4 +1,4 @@
-"""How well a trial's best adapter answers: asked once, when the trial has come to its horizon."""
+"""Score the answers of a trial's best adapter, once, when the trial has reached its horizon."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from tuner.adapters import Pack, PackedRows
 from tuner.adapters.decoding import Decoding, batches
 from tuner.adapters.generation import TextGenerator
-from tuner.adapters.pack import ExactTensors
-from tuner.data import Metric, Question, load_metric, try_metric
+from tuner.adapters.pack import MasterTensors
+from tuner.data import EvalPrompt, Metric, load_metric, try_metric
 from tuner.playbook.scores import answer_score
 from tuner.records import AnswerScore
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What every trial of the round is asked."""
+class GenerationEval:
+    """The prompts and the metric by which every trial of the round is scored."""
 
-    questions: Sequence[Question]
+    eval_prompts: Sequence[EvalPrompt]
     generator: TextGenerator
     metric: Metric
     max_new_tokens: int
@@ -38,36 +38,36 @@ class Exam:
         self,
         pack: Pack,
         slot: int,
-        best: ExactTensors,
+        best: MasterTensors,
         *,
         step: int,
         stopping: Callable[[], bool],
     ) -> AnswerScore | None:
-        """The score of the weights `best`, those of `step`, which take the place of the slot's own.
+        """Return the score of the weights `best`, those of `step`, loaded in place of the slot's own.
 
-        None when `stopping` says so on the way. What is batched with what follows from the prompts alone, so
-        that the slot, its neighbours and a worker's death change nothing. Raises MetricError for a metric
-        at fault, TunerError where one answer alone does not fit into memory.
+        None if `stopping` returns True on the way. The batches follow from the prompts alone, so the slot,
+        its neighbours and a restart of the worker do not change the score. Raises MetricError for a faulty
+        metric, TunerError if one answer alone does not fit into memory.
         """
-        device = pack.base.device  # those of a checkpoint are still where they were read
+        device = pack.base.device  # weights from a checkpoint are still on the CPU
         pack.load({slot: {name: tuple(part.to(device) for part in parts) for name, parts in best.items()}})
-        scores = [0.0] * len(self.questions)
+        scores = [0.0] * len(self.eval_prompts)
         for batch in self._batches():
             if stopping():
                 return None
             with pack.holding(PackedRows((slot,))):
                 said = self.generator.answers(
                     pack.base.model,
-                    [self.questions[at].prompt for at in batch],
+                    [self.eval_prompts[at].prompt for at in batch],
                     Decoding(self.max_new_tokens),
                 )
             for at, generated in zip(batch, said, strict=True):
-                question = self.questions[at]
-                scores[at] = self.metric(generated.text, question.reference, place=question.prompt.place)
+                asked = self.eval_prompts[at]
+                scores[at] = self.metric(generated.text, asked.reference, place=asked.prompt.place)
         return answer_score(scores, step=step, metric=self.metric.name, is_objective=self.is_objective)
 
     def _batches(self) -> list[list[int]]:
-        prompts = [question.prompt for question in self.questions]
+        prompts = [eval_prompt.prompt for eval_prompt in self.eval_prompts]
         return batches(
             [len(prompt.ids) for prompt in prompts],
             [self.generator.new_tokens(prompt, self.max_new_tokens) for prompt in prompts],
@@ -76,14 +76,14 @@ class Exam:
         )
 
 
-def exam(
-    spec: AnswersSpec, questions: Sequence[Question], base: Base, tokenizer: PreTrainedTokenizerBase
-) -> Exam:
-    """The round's exam: at least one question. Raises MetricError for a metric that cannot be used."""
+def load_generation_eval(
+    spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt], base: Base, tokenizer: PreTrainedTokenizerBase
+) -> GenerationEval:
+    """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
-    try_metric(metric, questions[0])
-    return Exam(
-        questions=tuple(questions),
+    try_metric(metric, eval_prompts[0])
+    return GenerationEval(
+        eval_prompts=tuple(eval_prompts),
         generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
         metric=metric,
         max_new_tokens=spec.max_new_tokens,
