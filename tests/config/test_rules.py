@@ -245,7 +245,7 @@ def test_entries_of_a_range_may_be_as_many_as_there_are_trials():
         (
             "adamw",
             "lion_beta1",
-            "counts only with the optimizer lion or lion_8bit; optimizer is 'adamw' here",
+            "counts only with the optimizer lion or lion_8bit; optimizer is 'adamw'",
         ),
     ],
 )

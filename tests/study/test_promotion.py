@@ -19,7 +19,7 @@ from tuner.config import RoundFile, load_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.engines import SimulatedWorker
 from tuner.errors import CheckpointError, InputError, TunerError
-from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
+from tuner.records import Assignment, Evaluation, Fixed, Hyperparameters, complete_hyperparameters
 from tuner.report import open_view
 from tuner.store.facts import AttemptPlaced
 from tuner.study.continuation import Continuations
@@ -161,7 +161,7 @@ def adamw_is_better(hyperparameters: Hyperparameters, step: int, horizon: int) -
 
 def test_what_only_a_dropped_optimizer_knows_leaves_the_file(tmp_path: Path) -> None:
     file = first_round(
-        tmp_path, optimizer="[adamw, lion]", learning_rate="1e-3", lora_r="[2, 4, 8]", trials=9
+        tmp_path, optimizer="[adamw, lion]", learning_rate="1e-3", lora_r="[2, 4, 8, 16, 32]", trials=15
     )
     text = file.text.replace("search:\n", "  adam_beta1: 0.8\n  lion_beta1: [0.9, 0.95]\nsearch:\n")
     file.path.write_text(text)

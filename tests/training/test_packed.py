@@ -229,7 +229,9 @@ def test_other_optimizers(models: tiny.Models, name: str) -> None:
     ]
     base = models.base("llama")
     with worker_state(base, trials, slots=3, micro_tokens=MICRO_TOKENS) as state:
-        packed = drive(state, trials, [Entry(n, 2 - n, tick=2 * n) for n in range(3)], max_train_steps=steps)
+        packed = drive(
+            state, trials, [Entry(n, 2 - n, micro_step=2 * n) for n in range(3)], max_train_steps=steps
+        )
     for number, trial in enumerate(trials):
         alone = solo(base, trial, max_train_steps=steps, micro_tokens=MICRO_TOKENS)
         assert sum(alone.losses[-5:]) < sum(alone.losses[:5])

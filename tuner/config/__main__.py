@@ -75,7 +75,8 @@ one does not have it. [Methods of your own](../how-to/your-own-method.md) bring 
 def _table_row(row: Hyperparameter) -> str:
     default = "" if row.default is None else f"`{one_line(value_to_yaml(row.default))}`"
     note = f"{default} ({row.default_note})" if default and row.default_note else default or row.default_note
-    return f"| `{row.name}` | {note} | {_searched_by(row.kind)} | {row.allowed} | {_counts_with(row)} | {row.meaning} |"
+    cells = (f"`{row.name}`", note, _searched_by(row.kind), row.allowed, _counts_with(row), row.meaning)
+    return f"| {' | '.join(cells)} |"
 
 
 def _counts_with(row: Hyperparameter) -> str:
