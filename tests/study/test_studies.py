@@ -159,7 +159,7 @@ def test_a_round_begun_in_another_folder_with_other_data_is_refused(url: str, tm
     run(tmp_path / "one", storage=url, **ONE)
     with pytest.raises(
         InputError,
-        match=r"reads some rows differently, .* folder started a study one in this database.* finish the round",
+        match=r"reads some rows differently, .* started a study one in this database.* finish the round",
     ):
         run(tmp_path / "copy", storage=url, ready=Ready(1, "simulated", workload="other data"), **ONE)
     assert not (tmp_path / "copy" / "runs").exists()

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...]
 """A hyperparameter's value. `target_modules` is the one whose value may be a tuple of names."""
@@ -183,3 +183,8 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
             assert isinstance(rank, (int, float))
             values[name] = dimension.factor * math.sqrt(rank)
     return values
+
+
+def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
+    """Hyperparameters whose lists became tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
