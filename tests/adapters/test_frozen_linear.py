@@ -10,7 +10,7 @@ from torch import nn
 
 from tests import tiny
 from tuner.adapters import frozen_linear, load_base
-from tuner.adapters.frozen_linear import FrozenLinear, product
+from tuner.adapters.frozen_linear import FrozenLinear, onednn_is_faster, product
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
@@ -32,6 +32,20 @@ def test_product_is_torchs(shape: tuple[int, ...], bias: bool, transposed: bool)
         weight = weight.t().contiguous().t()
     added = torch.randn(9) if bias else None
     assert torch.allclose(product(x, weight, added), nn.functional.linear(x, weight, added), atol=1e-5)
+
+
+def test_a_torch_without_the_private_product_multiplies_by_the_public_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frozen_linear, "_onednn_linear", None)
+    monkeypatch.setattr(frozen_linear, "MIN_OPERATIONS", 0)
+    onednn_is_faster.cache_clear()
+    try:
+        x, weight = torch.randn(3, 12), torch.randn(9, 12)
+        assert not onednn_is_faster()
+        assert torch.equal(product(x, weight), nn.functional.linear(x, weight))
+    finally:
+        onednn_is_faster.cache_clear()
 
 
 @pytest.mark.usefixtures("always")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
+from tuner.adapters import pack as pack_module
 from tuner.adapters.dropout import dropout_mask, row_keys
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
@@ -128,6 +129,22 @@ def test_gradients_are_autograds_with_the_same_masks(
                 for i, gradient in enumerate(pair):
                     wanted = expected_gradients[f"{name}.{i}"]
                     assert float((gradient - wanted).norm()) < 1e-4 * float(wanted.norm())
+
+
+def test_a_torch_without_operators_on_lists_computes_the_same(
+    models: tiny.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for name, operation in (("_copy_each", Tensor.copy_), ("_add_each", Tensor.add_)):
+        public = pack_module._one_by_one(operation)
+
+        def counted(*lists: Sequence[Tensor], name: str = name, public: object = public) -> None:
+            calls.append(name)
+            public(*lists)  # type: ignore[operator]
+
+        monkeypatch.setattr(pack_module, name, counted)
+    test_gradients_are_autograds_with_the_same_masks(models, tiny.SHAPES[0], (0, 1, 2))
+    assert set(calls) == {"_copy_each", "_add_each"}
 
 
 def test_a_model_finds_the_weight_and_bias_of_its_layer(models: tiny.Models) -> None:

@@ -14,10 +14,9 @@ from sqlalchemy import text
 
 from tests.studies import write_round
 from tuner.cli import run
-from tuner.cli.doctor import check_package
+from tuner.cli.doctor import Check, Health, check_package, health_table, is_healthy
 from tuner.errors import StorageError
 from tuner.installation import installation
-from tuner.report.health import Check, Health, health_table, is_healthy
 from tuner.store import open_store, revision
 from tuner.store.database import open_engine, parse_url
 from tuner.store.schema import VERSION_TABLE

@@ -14,8 +14,8 @@ from tests import tiny as tiny_models
 from tests.data import tiny
 from tuner.config.data_section import SourceSpec
 from tuner.data import render_prompt
+from tuner.data.chat import TEMPLATES
 from tuner.data.prompts import chat_template_of
-from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
 
 trl = pytest.importorskip("trl", reason="trl is not installed, which the extra dev brings")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.data import tiny
 from tuner.config.data_section import COLUMNS
 from tuner.data import render_prompt, show_rows
+from tuner.data.chat import TEMPLATES
+from tuner.data.examples import Row
 from tuner.data.formats import RowFormat, require_columns, row_format
-from tuner.data.segments import Row
-from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
 
 PLAIN = tiny.byte_level(bos=True)

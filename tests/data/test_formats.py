@@ -6,8 +6,8 @@ import pytest
 
 from tests.data import tiny
 from tuner.data import render_prompt
+from tuner.data.examples import Row
 from tuner.data.formats import require_columns, row_format
-from tuner.data.segments import Row
 from tuner.errors import DataError
 
 PLAIN = tiny.byte_level(bos=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.data import tiny
 from tuner.config import SourceSpec
 from tuner.data import PreparedData, read_prompts, show_rows
-from tuner.data.templates import TEMPLATES
+from tuner.data.chat import TEMPLATES
 from tuner.errors import DataError
 
 CHAT = tiny.byte_level(chat_template=tiny.CHATML)

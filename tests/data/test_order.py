@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.data import batch_rows, order
+from tuner.data import batch_rows, examples
 
 NUM_ROWS = st.integers(1, 60)
 BATCH_SIZES = st.integers(1, 70)
@@ -47,7 +47,7 @@ def test_what_was_asked_before_changes_nothing(rows: int, size: int, seed: int, 
     expected = batch_rows(rows, batch_size=size, seed=seed, step=step)
     np.random.seed(step)
     batch_rows(rows + 1, batch_size=size, seed=seed + 1, step=step)
-    order._permutation.cache_clear()
+    examples._permutation.cache_clear()
     assert batch_rows(rows, batch_size=size, seed=seed, step=step) == expected
 
 

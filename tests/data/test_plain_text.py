@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tests.data import tiny
 from tuner.config import SourceSpec
 from tuner.data import show_rows
+from tuner.data.examples import Opening, Row, Segment
 from tuner.data.files import LocalFile
 from tuner.data.plain_text import Windows, plain_text_rows, spans
-from tuner.data.segments import Opening, Row, Segment
 from tuner.data.tokenise import TokenisedRow, Tokeniser
 from tuner.errors import DataError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.data import tiny
-from tuner.data import Examples, PreparedData, Question, refuse_tokens_beyond, render_prompt
+from tuner.data import EvalPrompt, Examples, PreparedData, refuse_tokens_beyond, render_prompt
 from tuner.errors import DataError
 
 PLAIN = tiny.byte_level(bos=True)
@@ -24,8 +24,8 @@ def asked(
     return tiny.prepared(tokenizer, answers={"max_examples": max_examples}, **given | data)
 
 
-def pairs(questions: tuple[Question, ...]) -> list[tuple[str, str]]:
-    return [(q.prompt.text, q.reference) for q in questions]
+def pairs(eval_prompts: tuple[EvalPrompt, ...]) -> list[tuple[str, str]]:
+    return [(q.prompt.text, q.reference) for q in eval_prompts]
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
@@ -33,12 +33,15 @@ def test_a_row_is_asked_as_it_is_trained_whatever_the_loss_is_on(tmp_path: Path,
     rows = tiny.alpaca_rows(12)
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     data = asked(PLAIN, [tiny.source(tmp_path / "rows.jsonl")], max_examples=5, loss_on=loss_on)
-    assert [q.reference for q in data.questions] == [row["output"].strip() for row in rows[:5]]
-    for number, (question, row) in enumerate(zip(data.questions, rows, strict=False), start=1):
+    assert [q.reference for q in data.eval_prompts] == [row["output"].strip() for row in rows[:5]]
+    for number, (eval_prompt, row) in enumerate(zip(data.eval_prompts, rows, strict=False), start=1):
         sent = render_prompt("alpaca", PLAIN, instruction=row["instruction"], input=row.get("input", ""))
-        assert question.prompt.ids == sent.ids
-        assert (question.prompt.row, question.prompt.place) == (number, f"{tmp_path}/rows.jsonl:{number}")
-        assert question.reference_tokens == len(PLAIN.encode(row["output"], add_special_tokens=False))
+        assert eval_prompt.prompt.ids == sent.ids
+        assert (eval_prompt.prompt.row, eval_prompt.prompt.place) == (
+            number,
+            f"{tmp_path}/rows.jsonl:{number}",
+        )
+        assert eval_prompt.reference_tokens == len(PLAIN.encode(row["output"], add_special_tokens=False))
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
@@ -48,8 +51,10 @@ def test_held_out_rows_alone_are_asked(tmp_path: Path, loss_on: str) -> None:
     sources = [tiny.source(tmp_path / "rows.jsonl")]
     data = asked(PLAIN, sources, eval_fraction=0.3, allow_overlap=False, loss_on=loss_on)
     held_out = [str(PLAIN.decode(e.input_ids)) for e in data.evaluation]
-    assert len(data.questions) == len(held_out) > 3
-    assert all(question.reference in text for question, text in zip(data.questions, held_out, strict=True))
+    assert len(data.eval_prompts) == len(held_out) > 3
+    assert all(
+        eval_prompt.reference in text for eval_prompt, text in zip(data.eval_prompts, held_out, strict=True)
+    )
 
 
 def test_of_a_conversation_the_last_turn_is_asked(tmp_path: Path) -> None:
@@ -58,7 +63,7 @@ def test_of_a_conversation_the_last_turn_is_asked(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     for loss_on in ("completion", "all"):
         source = {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}
-        [(prompt, reference)] = pairs(asked(CHAT, [source], loss_on=loss_on).questions)
+        [(prompt, reference)] = pairs(asked(CHAT, [source], loss_on=loss_on).eval_prompts)
         assert reference == "Dos."
         assert prompt.endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
         assert "Uno." in prompt
@@ -75,7 +80,7 @@ def test_rows_without_a_prompt_or_without_a_whole_completion_are_left_out(tmp_pa
     texts = {"path": str(tmp_path / "texts.jsonl"), "format": "text"}
     completions = {"path": str(tmp_path / "rows.jsonl"), "format": "completion"}
     data = asked(PLAIN, [texts, completions], max_length=48)
-    assert [(q.prompt.row, q.reference) for q in data.questions] == [(3, "Yes.")]
+    assert [(q.prompt.row, q.reference) for q in data.eval_prompts] == [(3, "Yes.")]
     with pytest.raises(
         DataError, match=r"evaluation.answers: .*texts.jsonl \(format text\): no evaluation row"
     ):
@@ -86,7 +91,7 @@ def test_a_question_with_a_token_that_the_embedding_lacks_is_refused(tmp_path: P
     """Whatever the examples have: what is asked is looked at by itself."""
     tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(3))
     data = asked(PLAIN, [tiny.source(tmp_path / "rows.jsonl")])
-    largest = max(max(question.prompt.ids) for question in data.questions)
+    largest = max(max(eval_prompt.prompt.ids) for eval_prompt in data.eval_prompts)
     alone = replace(data, train=Examples([]), evaluation=Examples([]), test=Examples([]))
     refuse_tokens_beyond(alone, largest + 1, lambda: PLAIN)
     token = re.escape(repr(PLAIN.convert_ids_to_tokens(largest)))

@@ -15,10 +15,10 @@ from pyarrow import parquet
 
 from tests.data import tiny
 from tuner.data import files, json_rows
+from tuner.data.examples import Row
 from tuner.data.files import DataFile, LocalFile
 from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import has_lines, reader_of
-from tuner.data.segments import Row
 from tuner.errors import DataError
 
 ALPACA = row_format("alpaca", tiny.byte_level())

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from tuner.config import SourceSpec
-from tuner.data.survey import recognise, survey
+from tuner.data.preview import recognise, survey
 from tuner.errors import DataError
 
 ROWS: dict[str, dict[str, Any]] = {

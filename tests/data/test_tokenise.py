@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from tests.data import tiny
+from tuner.data.examples import Opening, Segment
 from tuner.data.plain_text import Windows
-from tuner.data.segments import Opening, Segment
 from tuner.data.tokenise import Fate, TokenisedRow, Tokeniser
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>\0"), max_size=40)

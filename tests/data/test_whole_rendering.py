@@ -16,10 +16,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from tests.data import tiny
 from tuner.config import SourceSpec
 from tuner.data import prepare, read_prompts
-from tuner.data.examples import Example
+from tuner.data.chat import TEMPLATES, with_fixed_date
+from tuner.data.examples import Example, Opening, Segment
 from tuner.data.prompts import chat_template_of, renders_prompts_of
-from tuner.data.segments import Opening, Segment
-from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 
 Message = dict[str, Any]
@@ -210,9 +209,9 @@ def test_evaluation_answers_are_asked_for_as_the_exported_template_asks(
     )
     data = {"train": [{**train, "template": template}], "eval": [{**held_out, "template": template}]}
     spec = tiny.round_spec(answers={"metric": "exact_match"}, loss_on=loss_on, max_length=2000, **data)
-    [question] = prepare(spec, tokenizer, None).questions
+    [eval_prompt] = prepare(spec, tokenizer, None).eval_prompts
     theirs = exported(tmp_path, tokenizer, template)
-    assert list(question.prompt.ids) == rendered(theirs, TURNS[:3], ask=True)
+    assert list(eval_prompt.prompt.ids) == rendered(theirs, TURNS[:3], ask=True)
 
 
 def _run(learned: Any) -> int:

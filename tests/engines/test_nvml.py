@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tuner.engines.devices import gpu_meter, open_nvml
-from tuner.report.throughput import GpuReading, gpu_line
+from tuner.report.format import GpuReading, gpu_line
 
 GB = 10**9
 

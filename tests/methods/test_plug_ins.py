@@ -47,7 +47,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def study(tmp_path: Path) -> Path:
     """A folder with a round that searches the optimizer and what only one of them knows."""
     folder = tmp_path / "study"
-    path = write_round(folder, optimizer="[sgd, adamw]", schedule="power", trials=5, steps=12)
+    path = write_round(folder, optimizer="[sgd, adamw]", schedule="power", trials=4, steps=12, every=6)
     path.write_text(path.read_text().replace("search:\n", f"{OWN}search:\n"))
     return folder
 
@@ -82,7 +82,7 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     broken = site.with_name("broken")
     shutil.copytree(site, broken)
     (broken / "my_methods.py").write_text("raise ImportError('nobody needs it')")
-    for command in (["study", "status", "--json"], ["study", "report"], ["trial", "list"]):
+    for command in (["study", "status", "--json"], ["study", "report"]):
         known, alone = (tuner_in(study, *command, path=path) for path in (site, broken))
         assert (alone.returncode, alone.stdout) == (0, known.stdout), alone.stderr
     assert "sgd_momentum" in alone.stdout
@@ -95,8 +95,6 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     promoted = load_round(study / "round2.yaml").spec
     with_plug_ins(load_round(study / "round2.yaml"))
     assert promoted.hyperparameters["schedule"] == "power"
-    again = tuner_in(study, "study", "run", "round2.yaml", path=site)
-    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_a_file_is_read_without_importing_what_it_names(site: Path, study: Path)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=study, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "5 False\n"
+    assert done.stdout == "4 False\n"
 
 
 def test_a_name_that_leads_nowhere_is_refused_with_what_is_allowed(study: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_cosine_promotion_leaves_decay_steps_alone(horizon):
     change = promoted.changes["decay_steps"]
     assert change.to_dimension == change.from_dimension
     said = (*promoted.notes, *(f.message for f in promoted.findings), change.reason)
-    assert not any("decay_steps" in text or "re-cut" in text for text in said)
+    assert not any("decay_steps" in text or "rescaled" in text for text in said)
 
 
 def test_a_cosine_starts_over_and_too_many_steps_at_a_tiny_rate_are_warned_of():

@@ -12,10 +12,10 @@ from tests.report.test_live import open_on
 from tests.report.test_tables import shown
 from tuner.records import Answered, AnswerScore
 from tuner.report import advice, round_markdown, summary, trials_table
-from tuner.report.answered import in_words, number
 from tuner.report.board import Board
 from tuner.report.card import model_card
 from tuner.report.documents import trial_document
+from tuner.report.format import answer_score, answers_in_words
 from tuner.report.html import html_page
 from tuner.report.round_report import RoundReport
 from tuner.report.tables import trial_page
@@ -45,10 +45,10 @@ MEANS = {number: 0.1 * number for number in range(6)} | {6: 0.05}
 
 
 def test_a_score_in_words() -> None:
-    assert in_words(SCORE) == "0.422 ± 0.0712, the mean of 50 answers by metrics.py:overlap"
+    assert answers_in_words(SCORE) == "0.422 ± 0.0712, the mean of 50 answers by metrics.py:overlap"
     alone = dataclasses.replace(SCORE, standard_error=None, num_examples=1)
-    assert in_words(alone) == "0.422, the mean of 1 answer by metrics.py:overlap"
-    assert number(None) == "-"
+    assert answers_in_words(alone) == "0.422, the mean of 1 answer by metrics.py:overlap"
+    assert answer_score(None) == "-"
 
 
 def test_the_best_is_the_best_of_the_objective() -> None:

@@ -21,9 +21,9 @@ from tuner.records import (
     TrialState,
 )
 from tuner.report.board import Board, board_table
+from tuner.report.format import GpuReading
 from tuner.report.live import View, open_view
-from tuner.report.textplot import ASCII, UNICODE
-from tuner.report.throughput import GpuReading
+from tuner.report.terminal import ASCII, UNICODE
 
 from . import synthetic
 

@@ -17,7 +17,7 @@ from tuner.report import (
     trial_page,
     trials_table,
 )
-from tuner.report.fitted_table import FittedTable, column, fitting
+from tuner.report.terminal import FittedTable, column, fitting
 
 from . import synthetic
 

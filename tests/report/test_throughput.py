@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.records import Throughput, added_up
-from tuner.report import throughput
+from tuner.report import format
 
 from . import synthetic
 
@@ -13,7 +13,7 @@ from . import synthetic
 def test_workers_are_added_up_before_anything_is_divided() -> None:
     whole = added_up(synthetic.WORK)
     assert whole is not None
-    assert throughput.rows(whole) == [
+    assert format.throughput_rows(whole) == [
         ("tokens/s", "3,000", "trained on, in a second of a worker's training"),
         ("trial-steps/s", "2", "updates of all trials, in the same second"),
         ("packing factor", "3.5", "trials that share a training pass, on average"),
@@ -21,24 +21,24 @@ def test_workers_are_added_up_before_anything_is_divided() -> None:
         ("evaluation", "30%", "of the time of training, evaluation and saving"),
         ("peak memory", "3.0 GB", "of the worker that used most"),
     ]
-    assert throughput.line(whole) == (
+    assert format.throughput_line(whole) == (
         "3,000 tokens/s, 2 trial-steps/s, packing factor 3.5, padding 20%, evaluation 30%, peak memory 3.0 GB"
     )
 
 
 def test_of_nothing_there_is_nothing_to_say() -> None:
     assert added_up(()) is None
-    assert throughput.rows(None) == []
+    assert format.throughput_rows(None) == []
 
 
 def test_a_worker_that_only_evaluated_has_no_rates() -> None:
     only = Throughput("1-1", evaluating_seconds=2.0, peak_memory_bytes=5_000_000)
-    assert throughput.line(only) == "evaluation 100%, peak memory 5.0 MB"
+    assert format.throughput_line(only) == "evaluation 100%, peak memory 5.0 MB"
 
 
 @pytest.mark.parametrize(("tokens", "text"), [(12, "1.2"), (4_567, "457"), (45_670, "4,567"), (0, "0")])
 def test_rates_have_the_digits_that_count(tokens: int, text: str) -> None:
-    assert throughput.rows(Throughput("a", 10.0, tokens=tokens))[0][1] == text
+    assert format.throughput_rows(Throughput("a", 10.0, tokens=tokens))[0][1] == text
 
 
 seconds = st.floats(0, 1e6)

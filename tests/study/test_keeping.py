@@ -11,8 +11,17 @@ from tests.studies import write_round
 from tests.study.rehearsal import Crash, rehearse, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
-from tuner.records import Checkpoint, CheckpointKind, Evaluation, Promotion, RoundRecord, Trial, TrialState
-from tuner.study.retention import num_carried_over, num_kept, outranked, promised_trials, unneeded
+from tuner.records import (
+    Checkpoint,
+    CheckpointKind,
+    Evaluation,
+    Promotion,
+    RoundKind,
+    RoundRecord,
+    Trial,
+    TrialState,
+)
+from tuner.study.retention import not_retained, num_carried_over, num_kept, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {
@@ -38,7 +47,7 @@ def ended(number: int, loss: float, state: TrialState = TrialState.COMPLETE) -> 
 
 def given_up(found: list[Trial], limit: int | None, *promised: int) -> dict[int, str]:
     """The first letters of what each trial loses."""
-    every = outranked(found, keep_best_trials=limit, promised=promised)
+    every = not_retained(found, keep_best_trials=limit, promised=promised)
     return {u.trial.number: "".join(c.kind[0] for c in u.checkpoints) for u in every}
 
 
@@ -84,7 +93,7 @@ def test_what_any_pass_may_take_up_is_kept() -> None:
 
     assert [carried(1), carried(2), carried(3)] == [3, 8, 12]
     assert carried(1, 2) == carried(2, 1) == 8
-    every = outranked(FIVE, keep_best_trials=1, carried=4)
+    every = not_retained(FIVE, keep_best_trials=1, carried=4)
     assert [u.trial.number for u in every if len(u.checkpoints) == len(KINDS)] == [2]
 
 
@@ -93,9 +102,8 @@ def test_how_many_trials_need_room() -> None:
 
 
 def cleaned(name: str = "round1", *, later: tuple[str, ...] = (), **more: Any) -> dict[int, tuple[str, str]]:
-    rows = [{"path": "train.jsonl"}]
-    swept = {"data": {"train": rows, "eval": rows, "allow_overlap": True}}
-    record, *after = [RoundRecord(n, 8, swept, begun_at=0.0, workload="") for n in (name, *later)]
+    kinds = {n: RoundKind.SWEEP if n.startswith("sweep") else RoundKind.SEARCH for n in (name, *later)}
+    record, *after = [RoundRecord(n, 8, {}, begun_at=0.0, kind=kind) for n, kind in kinds.items()]
     options = {"promotions": (), "keep_best_trials": None, "is_rehearsal": False} | more
     running = ended(9, 1.0, TrialState.RUNNING)
     found = unneeded(record, [*FIVE[:2], running], later=after, **options)

@@ -18,6 +18,7 @@ from tuner.playbook.observations import outcomes
 from tuner.records import (
     AnswerScore,
     Choices,
+    Condition,
     Evaluation,
     Fixed,
     Hyperparameters,
@@ -614,3 +615,25 @@ def test_optuna_takes_the_database_that_the_facts_are_in(tmp_path: Path) -> None
     for storage in (optuna_storage(url), StudyStorage(url, "tiny")):
         assert storage.url == f"sqlite:///{tmp_path}/tuner.db"
         storage.engine.dispose()
+
+
+CONDITIONAL: Space = {
+    "optimizer": Choices(("adamw", "lion")),
+    "adam_beta1": Choices((0.8, 0.9), only_with=Condition("optimizer", ("adamw",))),
+    "lion_beta1": Choices((0.9, 0.95, 0.99), only_with=Condition("optimizer", ("lion",))),
+    "lora_r": Choices((8, 16)),
+}
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "random", "grid", "tpe", "gp"])
+def test_a_point_has_what_counts_with_its_choices_and_all_are_tried_once(
+    storage: optuna.storages.BaseStorage, sampler: str
+) -> None:
+    adviser = advisor(storage, CONDITIONAL, sampler=sampler, trials=10)
+    points = proposed_points(adviser, int(adviser.num_points))
+    assert len({tuple(sorted(point.items())) for point in points}) == len(points) == (2 + 3) * 2
+    for point in points:
+        own = "adam_beta1" if point["optimizer"] == "adamw" else "lion_beta1"
+        assert set(point) == {"optimizer", "lora_r", own}
+    told = adviser.study.get_trials()
+    assert all(set(trial.params) == set(point) for trial, point in zip(told, points, strict=True))

@@ -14,7 +14,7 @@ from tests.training.driving import assignment, curve, ended, run_loop, worker_st
 from tuner.adapters import Base
 from tuner.adapters.decoding import Decoding
 from tuner.adapters.generation import TextGenerator
-from tuner.data import Metric, Prompt, Question
+from tuner.data import EvalPrompt, Metric, Prompt
 from tuner.errors import MetricError
 from tuner.inference import Answerer
 from tuner.playbook import best_evaluation
@@ -22,8 +22,8 @@ from tuner.records import Answered, AnswerScore, CheckpointKind, Event, Saved
 from tuner.training.generation_eval import GenerationEval
 
 NEW_TOKENS = 6
-QUESTIONS = tuple(
-    Question(
+EVAL_PROMPTS = tuple(
+    EvalPrompt(
         Prompt(row, f"eval.jsonl:{row}", "", tuple(range(row, row + 3 + row % 4))), f"reference {row}", 2
     )
     for row in range(5, 11)
@@ -42,7 +42,7 @@ def length(answer: str, _: str) -> float:
 def generation_eval(base: Base, compare: Callable[[str, str], float] = length) -> GenerationEval:
     tokenizer = AutoTokenizer.from_pretrained(base.model.name_or_path)
     generator = TextGenerator(base, tokenizer, limited_by="max_new_tokens")
-    return GenerationEval(QUESTIONS, generator, Metric("length", compare), NEW_TOKENS, is_objective=True)
+    return GenerationEval(EVAL_PROMPTS, generator, Metric("length", compare), NEW_TOKENS, is_objective=True)
 
 
 def scores(events: Iterable[Event]) -> dict[int, AnswerScore]:
@@ -78,7 +78,7 @@ def test_the_best_adapters_answers_whatever_the_slot(models: tiny.Models, tmp_pa
         answerer = Answerer(
             tiny.model_spec(models.path("llama")), tokenizer, adapter=Path(one.directory) / "best"
         )
-        said = [answerer.answers([q.prompt], Decoding(NEW_TOKENS))[0].text for q in QUESTIONS]
+        said = [answerer.answers([q.prompt], Decoding(NEW_TOKENS))[0].text for q in EVAL_PROMPTS]
         expected = sum(length(text, "") for text in said) / len(said)
         assert alone[one.trial].mean == pytest.approx(expected)
     assert alone[0] != replace(alone[1], step=alone[0].step)
@@ -124,7 +124,7 @@ def test_whoever_is_to_stop_while_a_trial_answers_saves_it(models: tiny.Models, 
     with worker_state(base, TRIALS[:1]) as state:
         whole = generation_eval(base, compare)
         state.generation_eval = Stopping(
-            QUESTIONS, whole.generator, whole.metric, NEW_TOKENS, is_objective=False
+            EVAL_PROMPTS, whole.generator, whole.metric, NEW_TOKENS, is_objective=False
         )
         state.generation_eval.generator.budget_tokens = 1
         events = run_loop(state, [assignment(tmp_path, hyperparameters=TRIALS[0])])

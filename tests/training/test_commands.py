@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from tests.training.driving import assignment
-from tuner.records import Assignment, to_json
+from tuner.records import Assignment, RunId, to_json
 from tuner.training.commands import CommandReader
 
 
@@ -28,15 +28,15 @@ def test_orders(tmp_path: Path) -> None:
     commands = CommandReader(
         lines(
             {"slots": 2},
-            {"command": "start", "assignment": to_json(first)},
-            {"command": "stop", "trial": 7},
-            {"command": "start", "assignment": to_json(second)},
-            {"command": "close"},
+            {"order": "start", "assignment": to_json(first)},
+            {"order": "stop", "run": to_json(RunId("round1", 7))},
+            {"order": "start", "assignment": to_json(second)},
+            {"order": "close"},
         )
     )
     assert commands.read_document() == {"slots": 2}
     assert until_closed(commands) == [first, second]
-    assert commands.unwanted == {7}
+    assert commands.unwanted == {RunId("round1", 7)}
 
 
 def test_does_not_wait_when_trials_run() -> None:
@@ -45,15 +45,15 @@ def test_does_not_wait_when_trials_run() -> None:
         commands = CommandReader(written, on_parent_gone=lambda: None)
         commands.listen()
         assert list(commands.assignments(wait=False)) == []
-        parent.write('{"command": "close"}\n')
+        parent.write('{"order": "close"}\n')
 
 
 def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
     commands = CommandReader(
         lines(
-            {"command": "stop", "trial": 0},
-            {"command": "start", "assignment": to_json(assignment(tmp_path, 0))},
-            {"command": "close"},
+            {"order": "stop", "run": to_json(RunId("round1", 0))},
+            {"order": "start", "assignment": to_json(assignment(tmp_path, 0))},
+            {"order": "close"},
         )
     )
     until_closed(commands)
@@ -62,13 +62,15 @@ def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
 
 def test_parent_gone() -> None:
     gone = threading.Event()
-    CommandReader(lines({"command": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
+    CommandReader(
+        lines({"order": "stop", "run": to_json(RunId("round1", 1))}), on_parent_gone=gone.set
+    ).listen()
     assert gone.wait(10)
 
 
 def test_close_is_not_the_parent_gone() -> None:
     gone = threading.Event()
-    commands = CommandReader(lines({"command": "close"}), on_parent_gone=gone.set)
+    commands = CommandReader(lines({"order": "close"}), on_parent_gone=gone.set)
     commands.listen()
     assert list(commands.assignments(wait=True)) == []
     assert commands.closed

@@ -16,6 +16,10 @@ MIN_OPERATIONS = 1 << 26
 of this size gains them back when the shape comes again (docs/log.md)."""
 
 
+_onednn_linear: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""Private to torch; None in a torch without it, which then multiplies as it does elsewhere."""
+
+
 class FrozenLinear(nn.Linear):
     """An `nn.Linear` whose weights get no gradient."""
 
@@ -39,7 +43,8 @@ class _Product(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + bias without a gradient of W: [..., in], [out, in], [out] -> [..., out]."""
     if _is_exact(x) and _is_exact(weight) and onednn_is_faster() and _operations(x, weight) >= MIN_OPERATIONS:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        assert _onednn_linear is not None
+        return _onednn_linear(x, weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
 
 
@@ -58,7 +63,7 @@ def onednn_is_faster() -> bool:
     timing: the library decides the last digits, and a resumed trial must reproduce them.
     """
     return (
-        hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        _onednn_linear is not None
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "GenuineIntel" not in _vendor()
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,6 +25,8 @@ from tuner.adapters.linear_layers import widths
 
 MasterTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
 """A trial's weights, or their gradients, by module and in PEFT's shapes."""
+_ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+"""Changes each tensor of the first list by the one of the second."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Pack:
     def load(self, weights: Mapping[int, MasterTensors]) -> None:
         """Copy trials' master weights into their slots, rounding to the compute dtype."""
         stacked = [view for slot in weights for view in self._weights_of[slot]]
-        torch._foreach_copy_(stacked, self._master_tensors(weights))
+        _copy_each(stacked, self._master_tensors(weights))
         for dora in self._dora:
             dora.measure()
 
@@ -144,7 +146,7 @@ class Pack:
         if self._master_gradients is not self._gradients:
             self._master_gradients.copy_(self._gradients)
         mine = [view for slot in gradients for view in self._gradients_of[slot]]
-        torch._foreach_add_(self._master_tensors(gradients), mine)
+        _add_each(self._master_tensors(gradients), mine)
 
     def _master_tensors(self, of: Mapping[int, MasterTensors]) -> list[Tensor]:
         return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
@@ -332,6 +334,21 @@ class _Update(torch.autograd.Function):
         return of_x, of_dropped, None if ctx.is_plain else gradient, None, None, None, None
 
 
+def _one_by_one(operation: Callable[[Tensor, Tensor], Tensor]) -> _ForEach:
+    """What torch's operators on lists do, by public ones: a call for each tensor."""
+
+    def operate(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        for one, other in zip(into, tensors, strict=True):
+            operation(one, other)
+
+    return operate
+
+
+# Private to torch, whose own optimizers are made of them; a torch without them is slower and as right.
+_copy_each: _ForEach = getattr(torch, "_foreach_copy_", _one_by_one(Tensor.copy_))
+_add_each: _ForEach = getattr(torch, "_foreach_add_", _one_by_one(Tensor.add_))
+
+
 def _by_slot(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
     """[rows, length, width] -> [slots, tokens, width]"""
     return rows.reshape(len(slots), -1, rows.shape[-1])
@@ -339,7 +356,7 @@ def _by_slot(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
 
 def _own(made: Tensor, shape: torch.Size) -> Tensor:
     """Return the same memory in a shape, not as an autograd view: some models add to outputs in place."""
-    return torch.ops.aten._unsafe_view(made, shape)  # type: ignore[no-any-return]
+    return made.view(shape).data
 
 
 def _of_slots(stacked: Sequence[Tensor], slots: tuple[int, ...]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH
 from tuner.config.sections import possible_path
 from tuner.data import load_tokenizer, share_for_evaluation
-from tuner.data.survey import matching_columns, survey
+from tuner.data.preview import matching_columns, survey
 from tuner.errors import InputError, ModelError, TargetModulesError
 from tuner.report.format import count
 from tuner.study.disk import taken_back

@@ -5,6 +5,7 @@ Nothing heavy is imported until a verb runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -63,9 +64,8 @@ def doctor(
 
     Example: `tuner doctor`
     """
-    from tuner.cli.doctor import examine
+    from tuner.cli.doctor import examine, health_document, health_table, is_healthy
     from tuner.report import dumps
-    from tuner.report.health import health_document, health_table, is_healthy
 
     checks = list(examine(Path()))
     if json:
@@ -84,8 +84,13 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+COLLECT_AFTER = 100_000
+"""Objects made between garbage collections: each looks again at all that a large study has made."""
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    gc.set_threshold(COLLECT_AFTER)
     printing.typed = shlex.join(["tuner", *arguments])
     try:
         code = app(arguments, prog_name="tuner", standalone_mode=False)

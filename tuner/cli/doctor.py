@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -13,16 +15,70 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from tuner.engines import driver_version, gpu_meter, open_nvml, visible_devices
 from tuner.errors import InputError, TunerError
 from tuner.installation import install_command, installation, own_distribution, version
 from tuner.report.format import count, size
-from tuner.report.health import Check, Health
 from tuner.store import revision
 from tuner.study.disk import WORKING_BYTES, RoundDisk, free_bytes
 from tuner.study.folder import StudyFolder, looks_like_round, open_folder
 from tuner.study.plan import RoundPlan
+
+
+class Health(StrEnum):
+    """What a check means for a run."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """A run is slower, or less is possible."""
+    PROBLEM = "problem"
+    """A run would stop."""
+
+
+_STYLES = {Health.OK: "green", Health.WARNING: "yellow", Health.PROBLEM: "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    found: str
+    status: Health = Health.OK
+    advice: str = ""
+    """What to do; empty where there is nothing to do."""
+
+
+def is_healthy(checks: Sequence[Check]) -> bool:
+    """Whether nothing found would stop a run."""
+    return all(check.status is not Health.PROBLEM for check in checks)
+
+
+def health_table(checks: Sequence[Check]) -> RenderableType:
+    """One row a check, and the sum of them."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        advice = f"\n{check.advice}" if check.advice else ""
+        # As a string, an extra's `[wandb]` and a folder `x[/y]` would be read as markup.
+        said = Text(check.found + advice)
+        table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), said)
+    counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}
+    found = [f"{number} {health}" + "s" * (number != 1) for health, number in counts.items() if number]
+    found = [text.replace("oks", "ok") for text in found]
+    return Group(table, Text(", ".join(found)))
+
+
+def health_document(checks: Sequence[Check]) -> dict[str, Any]:
+    """The JSON document of `tuner doctor --json`."""
+    return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks]}
+
 
 _FOR_DEVELOPERS = ("dev", "bench")
 

@@ -87,8 +87,9 @@ def complete_space(
     defaults["decay_steps"] = Fixed(max(0, min(round(DECAY_SHARE * max_train_steps), room_to_decay)))
     room_to_warm_up = max_train_steps - 1 - largest(space.get("decay_steps", defaults["decay_steps"]))
     defaults["warmup_steps"] = Fixed(max(0, min(largest(defaults["warmup_steps"]), room_to_warm_up)))
-    for name, default in defaults.items():
-        space.setdefault(name, replace(default, only_with=table[name].only_with))
+    for name, row in table.items():
+        if name in defaults and name not in space:
+            space[name] = replace(defaults[name], only_with=row.only_with)
     return possible(space)
 
 

@@ -1,8 +1,7 @@
 """Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
 
-from tuner.data.answer_metrics import Metric, Question, load_metric, try_metric
-from tuner.data.examples import Example, Examples
-from tuner.data.order import batch_rows
+from tuner.data.answer_metrics import EvalPrompt, Metric, load_metric, try_metric
+from tuner.data.examples import Example, Examples, batch_rows
 from tuner.data.prepared import (
     DataReport,
     PreparedData,
@@ -19,12 +18,12 @@ from tuner.data.rows import TABLE_VERSION
 __all__ = [
     "TABLE_VERSION",
     "DataReport",
+    "EvalPrompt",
     "Example",
     "Examples",
     "Metric",
     "PreparedData",
     "Prompt",
-    "Question",
     "ShownRow",
     "SplitReport",
     "batch_rows",

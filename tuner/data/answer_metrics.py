@@ -140,7 +140,7 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EvalPrompt:
     """A row up to its last completion, and that completion."""
 
     prompt: Prompt
@@ -151,9 +151,9 @@ class Question:
     """Its tokens, without the end of text."""
 
 
-def questions(
+def eval_prompts(
     parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, beginning: int, max_examples: int
-) -> tuple[Question, ...]:
+) -> tuple[EvalPrompt, ...]:
     """The first evaluation rows that have a prompt and a whole completion.
 
     Left out are rows of format `text` and rows that `max_length` cuts, since the end of their completion is
@@ -171,13 +171,13 @@ def questions(
     return found
 
 
-def try_metric(metric: Metric, question: Question) -> None:
+def try_metric(metric: Metric, eval_prompt: EvalPrompt) -> None:
     """Compare a row's completion, and an empty answer, with the row. Raises MetricError."""
-    for answer in (question.reference, ""):
-        metric(answer, question.reference, place=question.prompt.place)
+    for answer in (eval_prompt.reference, ""):
+        metric(answer, eval_prompt.reference, place=eval_prompt.prompt.place)
 
 
-def _of_part(part: Part, tokenizer: PreTrainedTokenizerBase, beginning: int) -> Iterator[Question]:
+def _of_part(part: Part, tokenizer: PreTrainedTokenizerBase, beginning: int) -> Iterator[EvalPrompt]:
     if part.format == "text":
         return
     table = part.turns or part.table
@@ -192,7 +192,7 @@ def _of_part(part: Part, tokenizer: PreTrainedTokenizerBase, beginning: int) -> 
             continue
         said = [token for token in ids[split:].tolist() if token != tokenizer.eos_token_id]
         prompt = tuple(ids[:split].tolist())
-        yield Question(
+        yield EvalPrompt(
             Prompt(int(table.numbers[row]), part.place(index), str(tokenizer.decode(prompt)), prompt),
             str(tokenizer.decode(said, skip_special_tokens=True)).strip(),
             len(said),

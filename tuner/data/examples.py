@@ -1,14 +1,76 @@
-"""Tokenised examples: which tokens there are and which of them the loss sees."""
+"""What data is between a file and a batch: rows, segments of text, examples, and the order of training."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from enum import Enum, auto
+from functools import lru_cache
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Opening(Enum):
+    """What stands before a row's text."""
+
+    TEXT = auto()
+    """What the tokenizer itself puts before a text, such as BOS."""
+    TEMPLATE = auto()
+    """The same, written out as a chat template has it: some tokenizers then put no space before the text."""
+    WRITTEN = auto()
+    """Nothing: the text brings its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was read."""
+
+    number: int
+    """1-based line of the file where it begins, or 1-based row where the file has no lines of its own."""
+    place: str
+    """File and number as messages show them: `train.jsonl:12` or `train.json: row 12`."""
+    values: Mapping[str, Any]
+    """By column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a row's text."""
+
+    text: str
+    is_target: bool
+    """Whether a model that learns completions alone has its loss on these tokens."""
+    is_masked: bool = False
+    """Whether no loss sees these tokens, that on all tokens neither."""
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type as a person would call it, for messages."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            digits = repr(value)
+            return f"the number {digits if len(digits) <= 20 else digits[:20] + '...'}"
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"a {type(value).__name__}"
+
+
+def agreeing(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    differing = (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differing, min(len(text), len(other)))
+
 
 _ROWS_AT_ONCE = 65_536
 
@@ -153,3 +215,36 @@ def _per_row(
             found[at : at + len(some)] = measure(table, some)
             at += len(some)
     return found
+
+
+def batch_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> tuple[int, ...]:
+    """The rows of update `step` (1-based), in order.
+
+    They are positions (step - 1) * batch_size to step * batch_size of an endless stream: every
+    epoch is a permutation of all rows drawn from (seed, epoch), one epoch follows the other without
+    a gap. So batches are always full, straddle epochs, and a longer horizon repeats a shorter one.
+    Raises ValueError for a number of rows, batch size or step below 1, or a negative seed.
+    """
+    if num_rows < 1 or batch_size < 1 or step < 1:
+        raise ValueError(f"rows, batch size and step are at least 1: {num_rows}, {batch_size}, {step}")
+    position, end = (step - 1) * batch_size, step * batch_size
+    rows: list[int] = []
+    while position < end:
+        epoch, first = divmod(position, num_rows)
+        last = min(num_rows, first + end - position)
+        rows.extend(_permutation(num_rows, seed, epoch)[first:last].tolist())
+        position += last - first
+    return tuple(rows)
+
+
+@lru_cache(maxsize=16)
+def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of the rows.
+
+    Sorting raw output of the bit generator, and not `Generator.permutation`: numpy promises the
+    same stream for ever only for bit generators (NEP 19), and a resumed trial may meet a newer numpy.
+    """
+    keys = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(num_rows)
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuner.data.chat import Chat, asked
+from tuner.data.chat import TEMPLATES, Chat, asked
+from tuner.data.examples import Opening, Row, Segment, kind_of
 from tuner.data.messages import (
     REASONING_KEYS,
     Conversation,
@@ -18,8 +19,6 @@ from tuner.data.messages import (
 )
 from tuner.data.messages import conversation as sharegpt_messages
 from tuner.data.plain_text import SEPARATORS, Windows
-from tuner.data.segments import Opening, Row, Segment, kind_of
-from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -303,38 +302,66 @@ def _text(called: Mapping[str, str]) -> RowFormat:
 
 
 def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
-    match name:
-        case "alpaca":
-            needed, optional = _alpaca_columns(called)
-        case "messages":
-            needed, optional = (called["messages"],), _named(called, "tools")
-        case _:
-            needed, optional = (called["conversations"],), _named(called, "system", "tools")
+    """Rows as a chat template writes them, whichever format they are in."""
+    return _alpaca_turns(called, chat) if name == "alpaca" else _turns(name, called, chat)
+
+
+def _alpaca_turns(called: Mapping[str, str], chat: Chat) -> RowFormat:
+    def asking(row: Row) -> Conversation:
+        return Conversation((*_earlier(row, called), asked(*_alpaca_question(row, called))))
+
+    return _templated(
+        "alpaca",
+        _alpaca_columns(called),
+        chat,
+        conversation=lambda row: asking(row).answered(_string(row, called["output"])),
+        asking=asking,
+        asks=_alpaca_asks(called),
+        with_system=_with_system_column(called),
+    )
+
+
+def _turns(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
+    """Rows with a column of messages, or of ShareGPT's turns."""
+    has_messages = name == "messages"
+    column = called["messages" if has_messages else "conversations"]
+    optional = _named(called, "tools") if has_messages else _named(called, "system", "tools")
 
     def conversation(row: Row) -> Conversation:
-        match name:
-            case "alpaca":
-                return asking(row).answered(_string(row, called["output"]))
-            case "messages":
-                messages = read_messages(row, called["messages"])
-            case _:
-                messages = sharegpt_messages(
-                    row, column=called["conversations"], system_column=called["system"]
-                )
+        if has_messages:
+            messages = read_messages(row, column)
+        else:
+            messages = sharegpt_messages(row, column=column, system_column=called["system"])
         return Conversation(messages, read_tools(row, called["tools"]))
-
-    def asking(row: Row) -> Conversation:
-        if name == "alpaca":
-            return Conversation((*_earlier(row, called), asked(*_alpaca_question(row, called))))
-        return conversation(row).asking()
 
     def asks(instruction: str, input: str) -> Mapping[str, Any]:
         text = asked(instruction, input).content
-        if name == "messages":
-            return {called["messages"]: [{"role": "user", "content": text}]}
-        return {called["conversations"]: [{"from": "human", "value": text}]}
+        turn = {"role": "user", "content": text} if has_messages else {"from": "human", "value": text}
+        return {column: [turn]}
+
+    return _templated(
+        name,
+        ((column,), optional),
+        chat,
+        conversation=conversation,
+        asking=lambda row: conversation(row).asking(),
+        asks=asks,
+        with_system=_with_system_message(column) if has_messages else _with_system_column(called, column),
+    )
+
+
+def _templated(
+    name: str,
+    columns: tuple[tuple[str, ...], tuple[str, ...]],
+    chat: Chat,
+    *,
+    conversation: Callable[[Row], Conversation],
+    asking: Callable[[Row], Conversation],
+    asks: Callable[[str, str], Mapping[str, Any]],
+    with_system: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
+) -> RowFormat:
+    """`asking` is what of a row's conversation comes before its last answer."""
+    needed, optional = columns
 
     def question(row: Row) -> tuple[Segment, ...]:
         if not (open_ended := asking(row)).messages:
@@ -348,10 +375,8 @@ def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat
         lambda row: chat.segments(conversation(row), row.place),
         needed[:1],
         question,
-        _alpaca_asks(called) if name == "alpaca" else asks,
-        _with_system_message(called["messages"])
-        if name == "messages"
-        else _with_system_column(called, called["conversations"] if name == "sharegpt" else None),
+        asks,
+        with_system,
         lambda row: conversation(row).said,
         opening=Opening.TEMPLATE if chat.is_named else Opening.WRITTEN,
         remarks=lambda row: conversation(row).remarks(),

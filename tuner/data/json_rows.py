@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tuner.data.examples import kind_of
 from tuner.data.files import MAX_ROW_BYTES, DataFile, not_utf8
-from tuner.data.segments import kind_of
 from tuner.errors import DataError
 
 _READ_CHARACTERS = 1024 * 1024

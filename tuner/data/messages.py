@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tuner.data.segments import Row, kind_of
+from tuner.data.examples import Row, kind_of
 from tuner.errors import DataError
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")

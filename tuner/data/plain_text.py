@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from tuner.data.examples import Row
 from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, not_utf8
-from tuner.data.segments import Row
 from tuner.errors import DataError
 
 if TYPE_CHECKING:

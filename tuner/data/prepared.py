@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.answer_metrics import Question, questions
+from tuner.data.answer_metrics import EvalPrompt, eval_prompts
 from tuner.data.examples import Examples
 from tuner.data.files import downloads
 from tuner.data.formats import source_format
@@ -20,6 +20,7 @@ from tuner.data.rows import Recipe, tokenised
 from tuner.data.sources import open_sources
 from tuner.data.special_tokens import SpecialTokens
 from tuner.data.splits import (
+    Overlap,
     Part,
     Parts,
     divide,
@@ -121,7 +122,7 @@ class PreparedData:
     report: DataReport
     fingerprint: str
     """Hash of all tokens and target masks, in order."""
-    questions: tuple[Question, ...] = ()
+    eval_prompts: tuple[EvalPrompt, ...] = ()
     """Evaluation rows to be answered; empty unless the round file has `evaluation.answers`."""
 
 
@@ -136,8 +137,8 @@ def refuse_tokens_beyond(
         if (found := split.first_beyond(num_embeddings)) is not None:
             index, token = found
             raise token_beyond(split.place(index), token, num_embeddings, tokenizer())
-    for question in data.questions:
-        refuse_prompt_beyond(question.prompt, num_embeddings, tokenizer)
+    for eval_prompt in data.eval_prompts:
+        refuse_prompt_beyond(eval_prompt.prompt, num_embeddings, tokenizer)
 
 
 def prepare(
@@ -163,46 +164,54 @@ def prepare(
         name: _parts(sources, tokenizer, recipe, asks=answers is not None and name == held_out)
         for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
     }
-    train, evaluation, test = read["train"], read["eval"], read["test"]
+    parts = dict(read)
     if data.eval_fraction is not None:
-        train, evaluation = divide(train, data.eval_fraction)
-    overlaps = (
-        overlap("eval", evaluation, "train", train),
-        overlap("test", test, "train", train),
-        overlap("test", test, "eval", evaluation),
-    )
-    if not data.allow_overlap:
-        for found, has_test in zip(overlaps, (False, True, True), strict=True):
-            refuse_overlap(found, has_test=has_test)
+        parts["train"], parts["eval"] = divide(read["train"], data.eval_fraction)
+    overlaps = _overlaps(parts, allowed=data.allow_overlap)
     used = {
-        "train": [weigh(part.kept(), part.weight) for part in train],
-        "eval": sample([part.kept() for part in evaluation], spec.evaluation.max_examples),
-        "test": [part.kept() for part in test],
+        "train": [weigh(part.kept(), part.weight) for part in parts["train"]],
+        "eval": sample([part.kept() for part in parts["eval"]], spec.evaluation.max_examples),
+        "test": [part.kept() for part in parts["test"]],
     }
     _refuse_emptiness(data, used, read)
-    splits = {name: examples(parts) for name, parts in used.items()}
+    splits = {name: examples(used_parts) for name, used_parts in used.items()}
+    beginning = len(tokeniser.beginning)
     return PreparedData(
-        train=splits["train"],
-        evaluation=splits["eval"],
-        test=splits["test"],
-        report=DataReport(
-            train=_report(train, splits["train"]),
-            evaluation=_report(evaluation, splits["eval"], overlap=overlaps[0].num_rows),
-            test=_report(test, splits["test"], overlap=max(found.num_rows for found in overlaps[1:])),
+        splits["train"],
+        splits["eval"],
+        splits["test"],
+        replace(
+            _reported(parts, splits, overlaps),
             mix=_mix(used["train"]),
-            overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
-            remarks=_remarks([part for parts in read.values() for part in parts]),
+            remarks=_remarks([part for each in read.values() for part in each]),
         ),
-        fingerprint=_fingerprint(splits.values()),
-        questions=questions(
-            used["eval"],
-            tokenizer,
-            beginning=len(recipe.tokeniser.beginning),
-            max_examples=answers.max_examples,
-        )
+        _fingerprint(splits.values()),
+        eval_prompts(used["eval"], tokenizer, beginning=beginning, max_examples=answers.max_examples)
         if answers is not None
         else (),
     )
+
+
+def _reported(
+    parts: Mapping[str, Parts], splits: Mapping[str, Examples], overlaps: Sequence[Overlap]
+) -> DataReport:
+    of_eval, *of_test = overlaps
+    return DataReport(
+        train=_report(parts["train"], splits["train"]),
+        evaluation=_report(parts["eval"], splits["eval"], overlap=of_eval.num_rows),
+        test=_report(parts["test"], splits["test"], overlap=max(found.num_rows for found in of_test)),
+        overlaps=tuple(found.explanation for found in overlaps if found.num_rows),
+    )
+
+
+def _overlaps(parts: Mapping[str, Parts], *, allowed: bool) -> tuple[Overlap, ...]:
+    """Of eval with train, test with train, and test with eval. Raises DataError unless allowed."""
+    pairs = (("eval", "train"), ("test", "train"), ("test", "eval"))
+    found = tuple(overlap(name, parts[name], other, parts[other]) for name, other in pairs)
+    if not allowed:
+        for (name, _), each in zip(pairs, found, strict=True):
+            refuse_overlap(each, has_test=name == "test")
+    return found
 
 
 def share_for_evaluation(

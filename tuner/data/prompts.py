@@ -8,12 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.data.chat import TEMPLATES, with_fixed_date
+from tuner.data.examples import Row, kind_of
 from tuner.data.files import LocalFile
 from tuner.data.formats import RowFormat, row_format
 from tuner.data.readers import reader_of
 from tuner.data.rows import refuse_half_characters
-from tuner.data.segments import Row, kind_of
-from tuner.data.templates import TEMPLATES, with_fixed_date
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
 

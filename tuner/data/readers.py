@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+from tuner.data.examples import Row
 from tuner.data.files import MAX_ROW_BYTES, DataFile, LocalFile, most_unpacked_bytes, unpacks_too_far
 from tuner.data.formats import RowFormat
 from tuner.data.json_rows import DECODER, RepeatedKey, json_objects, not_a_row, over_lines
-from tuner.data.segments import Row
 from tuner.errors import DataError
 
 Reader: TypeAlias = Callable[[LocalFile, RowFormat], Iterator[Row]]

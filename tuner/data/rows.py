@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from tuner.data.examples import Row, Segment
 from tuner.data.formats import RowFormat, require_columns
 from tuner.data.plain_text import Windows
-from tuner.data.segments import Row, Segment
+from tuner.data.row_table import RowTable, TableWriter, cached_table
 from tuner.data.sources import Source
 from tuner.data.special_tokens import SpecialTokens
-from tuner.data.table import RowTable, TableWriter, cached_table
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
 

@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.data.examples import Row
 from tuner.data.files import LocalFile, content_hash, located
 from tuner.data.formats import RowFormat
 from tuner.data.plain_text import has_lines as has_line_records
 from tuner.data.plain_text import plain_text_rows
 from tuner.data.pretrained import is_out_of_reach
 from tuner.data.readers import columns_to_read, has_lines, reader_of
-from tuner.data.segments import Row
 from tuner.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Special tokens that a row says itself: the tokenizer reads them as real ones, as it does the template's."""
+"""Special tokens: where they cut a text, and those that a row says itself, which are read as real ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,64 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.data.examples import Opening, Row, Segment
 from tuner.data.formats import RowFormat
-from tuner.data.segments import Opening, Row, Segment
 from tuner.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from tuner.data.tokenise import Tokeniser
+
+
+class Marks:
+    """The added tokens of a tokenizer, such as EOS and those of a chat template.
+
+    What stands before a mark and what stands after it are tokenised apart. So a text that is cut there has
+    the tokens of the whole, but for the space that some tokenizers put before a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, document: Mapping[str, Any], *, special_are_text: bool) -> None:
+        """`document` is the tokenizer, serialised; `special_are_text`, whether it reads those as text."""
+        added = [
+            token
+            for token in document["added_tokens"]
+            if not (token["special"] and special_are_text) and _is_cut_out(tokenizer, token)
+        ]
+        self._contents = tuple(token["content"] for token in added)
+        self._initials = {content[0] for content in self._contents}
+        self._swallowing = tuple(token["content"] for token in added if token["rstrip"])
+        longest_first = sorted(added, key=lambda token: -len(token["content"]))
+        patterns = [(r"\s*" if t["lstrip"] else "") + re.escape(t["content"]) for t in longest_first]
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def begin(self, text: str) -> bool:
+        """Whether the text begins with one."""
+        return self._pattern is not None and self._pattern.match(text) is not None
+
+    def end(self, text: str) -> bool:
+        """Whether the text ends with one, or with the white space that belongs to it."""
+        return text.endswith(self._contents) or self.swallow_after(text)
+
+    def swallow_after(self, text: str) -> bool:
+        """Whether the text ends with one that white space belongs to: what follows loses its first."""
+        return bool(self._swallowing) and text.rstrip().endswith(self._swallowing)
+
+    def first_in(self, text: str) -> int:
+        """Where the first begins, with the white space that belongs to it; the text's length without any."""
+        may_have_one = any(initial in text for initial in self._initials)
+        found = self._pattern.search(text) if self._pattern and may_have_one else None
+        return found.start() if found else len(text)
+
+
+def _is_cut_out(tokenizer: Tokenizer, token: Mapping[str, Any]) -> bool:
+    """Within a word, too; one that is looked for after normalisation may be spelled there."""
+    if token["single_word"] or not token["content"]:
+        return False
+    content: str = token["content"]
+    return not token["normalized"] or token["id"] in tokenizer.encode(f"a{content}a").ids
+
 
 _STAND_IN = re.compile("\ue0d0([0-9]+)\ue0d1")
 """What is put in the place of a token that a row says: characters that no text has."""

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.data.examples import Examples
+from tuner.data.row_table import RowTable
 from tuner.data.sources import Source
-from tuner.data.table import RowTable
 from tuner.data.tokenise import Fate
 from tuner.errors import DataError
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.marks import Marks
+from tuner.data.examples import Opening, Segment
 from tuner.data.plain_text import Windows, spans
-from tuner.data.segments import Opening, Segment
+from tuner.data.special_tokens import Marks
 from tuner.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from tuner.errors import InputError
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:

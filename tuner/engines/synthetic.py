@@ -92,7 +92,8 @@ class LoraFormula:
         total = 0.04 / rank
         for name, (centre, cost) in _CENTRES.items():
             best = centre * 10 ** (self._unit(name) - 0.5)
-            value = HYPERPARAMETERS[name].number(hyperparameters)
+            known = name in hyperparameters
+            value = HYPERPARAMETERS[name].number(hyperparameters) if known else centre
             total += cost * min(4.0, math.log10(max(value, centre / 100) / best) ** 2)
         for name in ("target_modules", "optimizer", "lora_init", "use_rslora"):
             total += 0.004 * self._unit(f"{name}={hyperparameters.get(name)}")

@@ -18,7 +18,7 @@ from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
 def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Finding]:
-    """Findings on the search space: boundary, unstable_edge, alpha_follows_rank, batch_size_searched.
+    """Yield findings on the search space: boundary, unstable_edge, alpha_follows_rank, batch_size_searched.
 
     Rule: Deep Learning Tuning Playbook, "Identifying bad search space boundaries", "Choosing the
     batch size"; the last two are this project's decisions.

@@ -105,7 +105,7 @@ CARRIED_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
-class Longer:
+class LongerRound:
     """A longer round that continues trials of shorter ones and adds none."""
 
     max_train_steps: int
@@ -116,14 +116,14 @@ class Longer:
 
 
 @dataclass(frozen=True, slots=True)
-class Anew:
+class Restart:
     """A round at the first horizon, sampled with the results of all earlier rounds."""
 
     number: int
     """Number of the pass that it starts: 2, 3, ..."""
 
 
-Following: TypeAlias = Longer | Anew | None
+Following: TypeAlias = LongerRound | Restart | None
 
 
 def following(rounds: Sequence[RoundResults], *, longer: int | None, passes: int) -> Following:
@@ -138,9 +138,9 @@ def following(rounds: Sequence[RoundResults], *, longer: int | None, passes: int
     horizon = min(known, default=longer)
     candidates = left_behind(rounds, max_train_steps=last.max_train_steps)
     if horizon is not None and candidates:
-        return Longer(horizon, candidates, num_carried(len(last.results)))
+        return LongerRound(horizon, candidates, num_carried(len(last.results)))
     begun = sum(r.max_train_steps == rounds[0].max_train_steps for r in rounds)
-    return Anew(begun + 1) if begun < passes and points_left(rounds) > 0 else None
+    return Restart(begun + 1) if begun < passes and points_left(rounds) > 0 else None
 
 
 def points_left(rounds: Sequence[RoundResults]) -> float:
@@ -196,7 +196,7 @@ def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tupl
     return tuple(trial for trial in left if may_be_carried_over(trial))
 
 
-def plan_round_anew(
+def plan_restart(
     first: RoundResults, last: RoundResults, reading: Reading, *, to: str, trials: int, number: int
 ) -> NextRound:
     """Return the round that starts pass `number`: horizon, space and number of trials of the first one.

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...]
 """A hyperparameter's value. `target_modules` is the one whose value may be a tuple of names."""
@@ -93,6 +93,7 @@ class TimesSqrtRank(Conditional):
 
 
 Dimension: TypeAlias = Fixed | Choices | Range | TimesSqrtRank
+AnyDimension = TypeVar("AnyDimension", bound=Dimension)
 Space: TypeAlias = Mapping[str, Dimension]
 """Every hyperparameter of a round by name, the fixed ones and the defaults included."""
 
@@ -102,7 +103,7 @@ def searched(space: Space) -> dict[str, Choices | Range]:
     return {name: d for name, d in space.items() if isinstance(d, (Choices, Range))}
 
 
-def active(space: Space, chosen: Hyperparameters) -> dict[str, Dimension]:
+def active(space: Mapping[str, AnyDimension], chosen: Hyperparameters) -> dict[str, AnyDimension]:
     """Return the dimensions that count beside these values, in the space's order.
 
     One whose condition rests on a hyperparameter that is not in the space counts.
@@ -110,7 +111,7 @@ def active(space: Space, chosen: Hyperparameters) -> dict[str, Dimension]:
     return {name: dimension for name, dimension in space.items() if _counts(name, space, chosen)}
 
 
-def _counts(name: str, space: Space, chosen: Hyperparameters) -> bool:
+def _counts(name: str, space: Mapping[str, AnyDimension], chosen: Hyperparameters) -> bool:
     condition = space[name].only_with
     if condition is None or condition.chosen_by not in space:
         return True
@@ -182,3 +183,8 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
             assert isinstance(rank, (int, float))
             values[name] = dimension.factor * math.sqrt(rank)
     return values
+
+
+def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
+    """Hyperparameters whose lists became tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

@@ -8,9 +8,8 @@ from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.selection import objective_score
-from tuner.report import answered, format
+from tuner.report import format
 from tuner.report.round_report import RoundReport
-from tuner.report.tested import in_words
 
 GAIN_SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run",
@@ -67,7 +66,8 @@ def found(report: RoundReport) -> tuple[str, ...]:
         loss = format.loss(best.eval_loss)
         return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {loss}.",)
     share = format.percent(best.step / report.max_train_steps)
-    answers = f"answers that score {answered.in_words(trial.answer_score)}, " if trial.answer_score else ""
+    scored = trial.answer_score
+    answers = f"answers that score {format.answers_in_words(scored)}, " if scored else ""
     sentences = [
         f"The best of {trials} ({format.counts(report.counts)}) is "
         f"trial {trial.number}: {answers}"
@@ -79,7 +79,7 @@ def found(report: RoundReport) -> tuple[str, ...]:
     if others:
         runner_up, second = others[0]
         if objective_score(trial) is not None:
-            score, loss = answered.number(runner_up.answer_score), format.loss(second.eval_loss)
+            score, loss = format.answer_score(runner_up.answer_score), format.loss(second.eval_loss)
             sentences.append(
                 f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
                 "their answers; what is said of the horizon goes by losses."
@@ -112,8 +112,8 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
     if champion is None or (report.ranked and _merit(champion) >= _merit(report)):
         return ()
     trial, best = champion.ranked[0]
-    score = f"answers that score {answered.number(trial.answer_score)}, loss " if by is not None else ""
-    name, loss = f"{trial.round}/{trial.number}", format.loss(best.eval_loss)
+    score = f"answers that score {format.answer_score(trial.answer_score)}, loss " if by is not None else ""
+    name, loss = trial.name, format.loss(best.eval_loss)
     return (f"An earlier trial, {name}, is still better: {score}{loss} at step {best.step}.",)
 
 
@@ -132,7 +132,7 @@ def _merit(report: RoundReport) -> tuple[float, float]:
 def tested(report: RoundReport) -> tuple[str, ...]:
     """What `data.test` said of the trials that somebody settled on; or how to ask it, once, at the end."""
     if report.scored:
-        return tuple(f"{t.round}/{t.number}: {in_words(t, report.scored)}" for t in report.scored)
+        return tuple(f"{t.name}: {format.final_in_words(t, report.scored)}" for t in report.scored)
     if not report.has_test or not report.ranked:
         return ()
     return (
@@ -203,7 +203,7 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         against = f"trial {trial.number}" + (f", untouched {format.loss(base)}" if base is not None else "")
         if trial.answer_score is not None:
             by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"
-            numbers.append(("answer score", answered.number(trial.answer_score), by))
+            numbers.append(("answer score", format.answer_score(trial.answer_score), by))
         is_lowest = objective_score(trial) is None
         name = "best evaluation loss" if is_lowest else "its evaluation loss"
         numbers.append((name, format.loss(best.eval_loss), against))

@@ -27,9 +27,8 @@ from tuner.records import (
     TrialState,
 )
 from tuner.report import format
-from tuner.report.fitted_table import Column, FittedTable, column
-from tuner.report.textplot import UNICODE, Marks, sparkline
-from tuner.report.throughput import GpuReading, gpu_line
+from tuner.report.format import GpuReading, gpu_line
+from tuner.report.terminal import UNICODE, Column, FittedTable, Marks, column, sparkline
 
 
 @dataclass

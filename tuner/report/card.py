@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from tuner.config import ModelSpec, RoundSpec, SourceSpec
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
-from tuner.report import answered, format
+from tuner.report import format
 from tuner.report.notes import code, escaped, table
 
 _ROWS_OF_THE_CURVE = 12
@@ -198,7 +198,7 @@ def _result(card: Card) -> str:
         else ""
     )
     answers = card.trial.answer_score
-    said = f" Answer score: {escaped(answered.in_words(answers))}; higher is better." if answers else ""
+    said = f" Answer score: {escaped(format.answers_in_words(answers))}; higher is better." if answers else ""
     return (
         f"Evaluation loss {format.loss(best.eval_loss)} at step {best.step} of {card.record.max_train_steps} "
         f"in nats per target token, on {format.count(card.record.eval_rows, 'held-out row')}."

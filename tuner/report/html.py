@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from tuner.errors import StorageError
 from tuner.playbook.results import Finding
 from tuner.records import Trial, TrialState
-from tuner.report import advice, plots, throughput
+from tuner.report import advice, format, plots
 from tuner.report.page import SCRIPT, STYLE
 from tuner.report.round_report import (
     NUM_WORDS,
@@ -22,6 +20,7 @@ from tuner.report.round_report import (
     trial_cells,
     trial_headers,
 )
+from tuner.whole import written_whole
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
@@ -31,13 +30,10 @@ def write_html(path: Path, report: RoundReport, *, earlier: Sequence[RoundReport
 
     Raises StorageError where the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(html_page(report, earlier=earlier), encoding="utf-8")
-        draft.replace(path)
+        with written_whole(path) as draft:
+            draft.write_text(html_page(report, earlier=earlier), encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from error
 
 
@@ -199,10 +195,10 @@ def _style(trial: Trial) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    rows = throughput.rows(report.record.throughput)
+    rows = format.throughput_rows(report.record.throughput)
     if not rows:
         return ""
-    return f"<section><h2>Throughput</h2>{_table(throughput.HEADERS, rows, numbers=(1,))}</section>"
+    return f"<section><h2>Throughput</h2>{_table(format.THROUGHPUT_HEADERS, rows, numbers=(1,))}</section>"
 
 
 def _holds_for(report: RoundReport) -> str:

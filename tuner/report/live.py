@@ -1,4 +1,4 @@
-"""A round as it runs: a table that redraws itself on a terminal, one line an event elsewhere."""
+"""Views of a running round: a live table on a terminal, one line an event elsewhere, or one progress bar."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from tuner.records import Answered, Died, Ended, Evaluated, Event, Preparing, Ready, Started, Trial
-from tuner.report import answered, format
+from tuner.report import format
 from tuner.report.board import Board, Row, board_table
-from tuner.report.textplot import marks_for
-from tuner.report.throughput import GpuReading
+from tuner.report.format import GpuReading
+from tuner.report.terminal import marks_for
 
 PREPARING_EVERY_SECONDS = 30
 """Between lines of plain output that say how far preparing is."""
@@ -132,7 +132,7 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
                 f"  best {_best(board.rows[event.trial])}"
             )
         case Answered(score=score):
-            return f"trial {event.trial}  answers {answered.in_words(score)}"
+            return f"trial {event.trial}  answers {format.answers_in_words(score)}"
         case Ended():
             reason = f": {event.reason}" if event.reason else ""
             return f"trial {event.trial}  {event.outcome}{reason}  best {_best(board.rows[event.trial])}"
@@ -211,3 +211,64 @@ class _LiveView:
                 gpus=readings,
                 marks=marks_for(self._console.options.ascii_only),
             )
+
+
+class ProgressBar:
+    """A View: one bar over the steps of all trials, in a terminal or in a notebook's cell."""
+
+    def __init__(self, *, title: str, trials_total: int, max_train_steps: int) -> None:
+        # It looks for a notebook, which takes a moment.
+        from tqdm.auto import tqdm
+
+        self._board = Board(trials_total=trials_total, max_train_steps=max_train_steps)
+        self._bar = tqdm(total=trials_total * max_train_steps, desc=title, unit="step", dynamic_ncols=True)
+
+    def event(self, event: Event) -> None:
+        """As `View` says."""
+        self._board.take(event, now=time.monotonic())
+        match event:
+            case Preparing(doing=doing):
+                self._bar.set_postfix_str(doing)
+            case Ended(outcome="infeasible" | "failed" as outcome, reason=reason):
+                self.message(f"trial {event.trial}: {outcome}: {reason}")
+            case Died(reason=reason):
+                self.message(f"the worker died: {reason}")
+            case _:
+                self._draw()
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        """As `View` says."""
+        self._board.sync(trials)
+        self._draw()
+
+    def message(self, text: str) -> None:
+        """As `View` says."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        """As `View` says."""
+        self._draw()
+        self._bar.close()
+
+    def _draw(self) -> None:
+        board = self._board
+        done = f"{board.num_results} of {board.trials_total} trials"
+        best = "" if board.best is None or board.best.best is None else format.loss(board.best.best.eval_loss)
+        self._bar.set_postfix_str(f"{done}, best loss {best}" if best else done, refresh=False)
+        self._bar.update(max(0, self._bar.total - board.remaining_steps - self._bar.n))
+
+
+class Silence:
+    """A View that shows nothing."""
+
+    def event(self, event: Event) -> None:
+        """As `View` says."""
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        """As `View` says."""
+
+    def message(self, text: str) -> None:
+        """As `View` says."""
+
+    def close(self) -> None:
+        """As `View` says."""

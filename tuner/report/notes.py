@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tuner.playbook.results import Finding
-from tuner.report import advice, throughput
+from tuner.report import advice, format
 from tuner.report.round_report import (
     NUM_WORDS,
     RoundReport,
@@ -108,7 +108,7 @@ def _trials(report: RoundReport) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    measured = throughput.rows(report.record.throughput)
+    measured = format.throughput_rows(report.record.throughput)
     return "\n".join(f"- {name}: {value} ({escaped(meaning)})" for name, value, meaning in measured)
 
 

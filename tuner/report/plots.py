@@ -32,6 +32,18 @@ def best_steps_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Fi
     figure = _figure("step", "", height=140 + 26 * max(4, len(order)))
     if not order:
         return _say_empty(figure, "No trial is complete yet.")
+    _draw_best_steps(figure, order, max_train_steps=max_train_steps)
+    _mark_zones(figure, max_train_steps)
+    figure.update_layout(margin_t=30)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(range=[-0.02 * max_train_steps, 1.02 * max_train_steps])
+    return figure
+
+
+def _draw_best_steps(
+    figure: go.Figure, order: Sequence[tuple[Trial, Evaluation]], *, max_train_steps: int
+) -> None:
+    """A line a trial, from where it had settled to its best step."""
     names = [f"trial {trial.number}  {format.loss(best.eval_loss)}" for trial, best in order]
     settled = [_settled(trial, best) for trial, best in order]
     for name, (_, best), done in zip(names, order, settled, strict=True):
@@ -62,11 +74,6 @@ def best_steps_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Fi
         customdata=[format.percent(best.step / max_train_steps) for _, best in order],
         hovertemplate="%{y}<br>best at step %{x} (%{customdata} of the run)<extra></extra>",
     )
-    _mark_zones(figure, max_train_steps)
-    figure.update_layout(margin_t=30)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(range=[-0.02 * max_train_steps, 1.02 * max_train_steps])
-    return figure
 
 
 def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:

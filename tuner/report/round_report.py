@@ -23,7 +23,7 @@ from tuner.records import (
     num_points,
     searched,
 )
-from tuner.report import answered, format
+from tuner.report import format
 
 NUM_WORDS = 2
 """The last columns of a row are words, those between them and the first are numbers."""
@@ -44,7 +44,7 @@ def have_answered(trials: Iterable[Trial]) -> bool:
 
 def trial_headers(names: Sequence[str], *, answers: bool) -> tuple[str, ...]:
     """The heads of the columns of `trial_cells`."""
-    more = (answered.HEADER,) if answers else ()
+    more = (format.ANSWERS_HEADER,) if answers else ()
     return ("trial", *names, *more, "best loss", "best step", "settled", "state", "remarks")
 
 
@@ -55,7 +55,7 @@ def trial_cells(trial: Trial, names: Sequence[str], *, answers: bool) -> tuple[s
     return (
         str(trial.number),
         *(format.value(trial.hyperparameters.get(name)) for name in names),
-        *((answered.number(trial.answer_score),) if answers else ()),
+        *((format.answer_score(trial.answer_score),) if answers else ()),
         format.loss(best.eval_loss if best else None),
         str(best.step) if best else format.NOTHING,
         format.NOTHING if settled is None else str(settled),
@@ -179,8 +179,7 @@ class RoundReport:
         return {
             name: describe(dimension)
             for name, dimension in self.results.space.items()
-            if isinstance(dimension, (Fixed, TimesSqrtRank))
-            and name not in self.shown_names
+            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in self.shown_names
         }
 
 

@@ -9,10 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tuner.report import advice, format, throughput
-from tuner.report.fitted_table import FittedTable, column
+from tuner.report import advice, format
 from tuner.report.round_report import RoundReport
 from tuner.report.tables import trials_table
+from tuner.report.terminal import FittedTable, column
 
 _LEADING_SHOWN = 5
 _SEVERITY_STYLES = {"problem": "bold red", "warning": "yellow", "info": "dim"}
@@ -64,7 +64,7 @@ def _throughput(report: RoundReport) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    for name, value, meaning in throughput.rows(report.record.throughput):
+    for name, value, meaning in format.throughput_rows(report.record.throughput):
         table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
     return table
 

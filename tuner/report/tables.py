@@ -11,12 +11,11 @@ from rich.text import Text
 
 from tuner.playbook.selection import best_evaluation, settled_step
 from tuner.records import Trial, TrialState
-from tuner.report import answered, format, textplot, throughput
+from tuner.report import format, terminal
 from tuner.report.board import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
-from tuner.report.fitted_table import Column, FittedTable, column
 from tuner.report.round_report import best_first, have_answered, trial_cells, trial_headers
-from tuner.report.tested import in_words, number
+from tuner.report.terminal import Column, FittedTable, column
 
 _PLOT_HEIGHT = 12
 _WIDEST_PLOT = 80
@@ -53,13 +52,15 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
         for s in rounds
         if s.seconds_left is not None
     ]
-    lines += [Text(f"{s.round}: {throughput.line(s.throughput)}") for s in rounds if s.throughput is not None]
+    speeds = [(s.round, s.throughput) for s in rounds if s.throughput is not None]
+    lines += [Text(f"{name}: {format.throughput_line(speed)}") for name, speed in speeds]
     return Group(*lines)
 
 
 def _answers_of(scores: Sequence[float | None]) -> list[Column]:
     shown = [format.NOTHING if score is None else format.number(score) for score in scores]
-    return [column(answered.HEADER, shown, rank=1)] if any(score is not None for score in scores) else []
+    has_some = any(score is not None for score in scores)
+    return [column(format.ANSWERS_HEADER, shown, rank=1)] if has_some else []
 
 
 def _overfits(trials: Mapping[int, int]) -> str:
@@ -81,7 +82,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     first, *chosen, loss, step, settled, _, remarks = columns
     scored = [replace(chosen.pop(), rank=1)] if answers else []
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
-    names_of_trials = tuple(Text(f"{trial.round}/{trial.number}") for trial in rows)
+    names_of_trials = tuple(Text(trial.name) for trial in rows)
     return FittedTable(
         [
             replace(first, cells=names_of_trials, is_number=False),
@@ -104,14 +105,12 @@ def trial_page(
 
     `scored` are the study's trials that were scored on `data.test`, in their order.
     """
-    head = Text.assemble(
-        (f"{trial.round}/{trial.number}", "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state])
-    )
+    head = Text.assemble((trial.name, "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state]))
     return Group(
         head,
         *([Text(trial.reason)] if trial.reason else []),
         _pairs(_trial_facts(trial, max_train_steps=max_train_steps, adapter=adapter)),
-        *([Text(in_words(trial, scored))] if trial.final_score is not None else []),
+        *([Text(format.final_in_words(trial, scored))] if trial.final_score is not None else []),
         Text("\nhyperparameters", style="bold"),
         _pairs({name: format.value(value) for name, value in trial.hyperparameters.items()}),
         Text("\ncurve", style="bold"),
@@ -132,10 +131,10 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
         if best.token_accuracy is not None:
             facts["token accuracy"] = f"{format.percent(best.token_accuracy)} at that step"
         facts["settled"] = f"at step {settled}"
-    if trial.answer_score is not None:
-        facts[answered.HEADER] = f"{answered.in_words(trial.answer_score)}, at step {trial.answer_score.step}"
+    if (score := trial.answer_score) is not None:
+        facts[format.ANSWERS_HEADER] = f"{format.answers_in_words(score)}, at step {score.step}"
     if trial.final_score is not None:
-        facts["test loss"] = number(trial.final_score)
+        facts["test loss"] = format.final_score(trial.final_score)
     facts["adapter"] = adapter or format.NOTHING
     if trial.continues is not None:
         facts["continues"] = str(trial.continues)
@@ -167,8 +166,8 @@ class _Curve:
         self._trial, self._max_train_steps = trial, max_train_steps
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        marks = textplot.marks_for(options.ascii_only)
-        lines = textplot.curve(
+        marks = terminal.marks_for(options.ascii_only)
+        lines = terminal.curve(
             self._trial.evaluations,
             max_train_steps=self._max_train_steps,
             width=max(10, min(_WIDEST_PLOT, options.max_width - _PLOT_MARGIN)),

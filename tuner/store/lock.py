@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, NullPool, text
 
 from tuner.errors import StorageError
@@ -20,9 +21,6 @@ _PATIENCE_SECONDS = 0.5
 """How long a taken lock is asked for: `is_held` may hold it for an instant."""
 
 _RETRY_SECONDS = 0.05
-
-_descriptors: set[int] = set()
-"""Files and sockets that carry a lock of this process."""
 
 
 @contextmanager
@@ -70,42 +68,31 @@ def _lock_file(url: URL) -> Path:
 
 def _hold_file(url: URL, study: str, subject: str) -> Callable[[], None]:
     path = _lock_file(url)
-    descriptor = _patiently(lambda: _try_file(path))
-    if descriptor is None:
+    path.parent.stat()  # filelock would make the directory
+    lock = FileLock(
+        path, _PATIENCE_SECONDS, poll_interval=_RETRY_SECONDS, thread_local=False, fallback_to_soft=False
+    )
+    try:
+        lock.acquire()
+    except Timeout:
         holder, other = _said_in(path)
         if other in ("", study):
-            raise _held_by(holder, subject)
+            raise _held_by(holder, subject) from None
         raise StorageError(
             f"{subject} cannot be written now: {holder} is writing the study {other} in the same file, "
             f"{database_file(url)}, and an SQLite file has one writing process; wait until that has ended, "
             "or give each study its own `storage`, or one PostgreSQL database to both"
-        )
-    _descriptors.add(descriptor)
+        ) from None
 
     def release() -> None:
         path.unlink(missing_ok=True)
-        _descriptors.discard(descriptor)
-        os.close(descriptor)
+        lock.release()
 
     with ExitStack() as undo:
         undo.callback(release)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{_this_process()}\n{study}".encode())
+        path.write_text(f"{_this_process()}\n{study}")
         undo.pop_all()
     return release
-
-
-def _try_file(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever let go removed the file: a lock on a removed file excludes nobody.
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    return None
 
 
 def _said_in(path: Path) -> tuple[str, str]:
@@ -142,6 +129,10 @@ _HOLDER = text(
 )
 
 
+_sockets: set[int] = set()
+"""Descriptors of connections that carry a lock of this process."""
+
+
 def _hold_server(url: URL, study: str, subject: str) -> Callable[[], None]:
     connection = _lock_engine(url).connect()
     with ExitStack() as undo:
@@ -150,10 +141,10 @@ def _hold_server(url: URL, study: str, subject: str) -> Callable[[], None]:
             raise _held_by(_server_holder(connection, study) or "", subject)
         undo.pop_all()
     descriptor: int = connection.connection.driver_connection.fileno()  # type: ignore[union-attr]
-    _descriptors.add(descriptor)
+    _sockets.add(descriptor)
 
     def release() -> None:
-        _descriptors.discard(descriptor)
+        _sockets.discard(descriptor)
         connection.close()
 
     return release
@@ -174,14 +165,30 @@ def _numbers(study: str) -> dict[str, int]:
     return {"space": RUN_LOCKS, "key": zlib.crc32(study.encode()) & 0x7FFFFFFF}
 
 
-# --- both ------------------------------------------------------------------------------------------
-
-
 def _patiently(attempt: Callable[[], int | None]) -> int | None:
     until = time.monotonic() + _PATIENCE_SECONDS
     while (got := attempt()) is None and time.monotonic() < until:
         time.sleep(_RETRY_SECONDS)
     return got
+
+
+def _let_go_in_child() -> None:
+    """Close sockets that a fork copied: an open copy would keep the lock when its holder dies.
+
+    filelock does so with files. The numbers stay taken, by /dev/null, so that whatever still closes or
+    writes to them hits nothing.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in _sockets:
+        os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+    _sockets.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+# --- both ------------------------------------------------------------------------------------------
 
 
 def _this_process() -> str:
@@ -192,18 +199,3 @@ def _held_by(holder: str, subject: str) -> StorageError:
     return StorageError(
         f"{subject} is being run by {holder or 'another process'}; wait until that has ended, or stop it"
     )
-
-
-def _let_go_in_child() -> None:
-    """Close what a fork copied: an open copy would keep the lock when its holder dies.
-
-    The numbers stay taken, by /dev/null, so that whatever still closes or writes to them hits nothing.
-    """
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in _descriptors:
-        os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
-    _descriptors.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,32 +1,24 @@
-"""Rehearsals: a round's copy in a folder of its own, so that no real round is ever touched.
+"""Rehearsals: a dry run of a round in a folder of its own, so that no real round is touched.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its files, its database
-and its checkpoints; its files say `run.engine: simulated`, and every verb works in it.
+The folder `rehearsal/` beside the round file is a study like any other, with its files, its database and its
+checkpoints; its files say `run.engine: simulated`, and every command works in it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from typing import Any
 
 from tuner.config import RoundFile, edit_round, read_round
-from tuner.engines import LoraFormula, SimulatedWorker
 from tuner.errors import InputError, RoundFileError
-from tuner.records import Ready
-from tuner.study.folder import REHEARSAL, is_rehearsal, open_folder
+from tuner.study.folder import REHEARSAL, is_rehearsal
 from tuner.study.plan import RoundPlan
 from tuner.study.run import refuse_changed_file
 
-SLOTS = 4
-"""Trials side by side where neither file nor command line says how many."""
-
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
-    """The round's copy under `rehearsal/`, written when it differs; of a rehearsal's own file, itself.
+    """Return the round's copy under `rehearsal/`, written if it differs; a rehearsal's own file itself.
 
-    Raises InputError when the copy cannot be written, or when the rehearsed round began with another file.
+    Raises InputError if the copy cannot be written, or if the rehearsed round started with another file.
     """
     if is_rehearsal(file):
         return file
@@ -48,22 +40,8 @@ def rehearsed_file(file: RoundFile) -> RoundFile:
     return copy
 
 
-def simulated_worker(plan: RoundPlan, *, slots: int | str) -> SimulatedWorker:
-    """A worker on the study's own made-up loss surface."""
-    num_slots = 1 if plan.spec.trains_alone else slots if isinstance(slots, int) else SLOTS
-    ready = Ready(num_slots, "simulated", workload=_workload(plan))
-    return SimulatedWorker(
-        LoraFormula(plan.spec.study, pace_steps=_pace_steps(plan)), slots=num_slots, ready=ready
-    )
-
-
-def virtual_clock(begun_at: float, workers: list[SimulatedWorker]) -> Callable[[], float]:
-    """Seconds since the epoch as they would be had the workers' steps taken their time."""
-    return lambda: begun_at + sum(worker.seconds for worker in workers)
-
-
 def _changes(file: RoundFile) -> dict[str, Any]:
-    """What a copy says otherwise: its own database and checkpoints, the same model and data."""
+    """Return the copy's changes: its own database and checkpoints, the same model and data."""
     written, absolute = file.spec, file.spec.absolute(file.directory)
     changes: dict[str, Any] = {
         "run.engine": "simulated",
@@ -84,20 +62,3 @@ def _changes(file: RoundFile) -> dict[str, Any]:
                 for source, there in zip(sources, moved, strict=True)
             ]
     return changes
-
-
-def _pace_steps(plan: RoundPlan) -> int:
-    """How fast the made-up runs learn: at the pace of the study's first round, in all its rounds."""
-    store = open_folder(plan.file.directory).open()
-    try:
-        first = next((record.max_train_steps for record in store.rounds()), plan.spec.max_train_steps)
-    finally:
-        store.close()
-    return max(1, first)
-
-
-def _workload(plan: RoundPlan) -> str:
-    """A fingerprint of what the file says of model and data, of which nothing is opened."""
-    said = plan.absolute.model_dump(mode="json", include={"model", "data"})
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return f"rehearsal-{digest[:16]}"

@@ -6,7 +6,6 @@ gets its plan recorded, so that an interrupted promotion is completed by promoti
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,21 +19,21 @@ from tuner.methods.schedules import DecayRule
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.restarts import (
-    Anew,
     Enough,
-    Longer,
+    LongerRound,
+    Restart,
     following,
     next_horizon,
-    plan_round_anew,
+    plan_restart,
     points_left,
 )
-from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
+from tuner.records import Promotion, PromotionPlanned, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
-from tuner.store.facts import PromotionPlanned
 from tuner.study.file_edits import added_dimensions
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, opened
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
+from tuner.whole import written_whole
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def promote_held(
     Raises StorageError if one does.
     """
     if not folder.has_begun:
-        folder.latest(folder.open())
+        with opened(folder) as store:
+            folder.latest(store)
     with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
         return promote(
             folder, store, to=to, from_round=from_round, overrides=overrides, force=force, clock=time.time
@@ -132,7 +132,7 @@ def _read_otherwise(results: RoundResults) -> Iterator[str]:
         )
 
 
-def go_on_in_passes(
+def continue_passes(
     folder: StudyFolder,
     store: Store,
     *,
@@ -161,7 +161,7 @@ def go_on_in_passes(
                 if isinstance(follows, Enough)
                 else "no trial is left that a longer round could continue"
             )
-        case Longer() as step:
+        case LongerRound() as step:
             planned = plan_next_round(
                 results,
                 reading,
@@ -173,11 +173,11 @@ def go_on_in_passes(
             )
             planned = each_point_once(planned)
             text = _longer_text(_file(folder, last, to), planned)
-        case Anew(number=number):
+        case Restart(number=number):
             file = _file(folder, rounds[0].name, to)
             trials = int(min(file.spec.search.trials, points_left(rounds)))
-            planned = plan_round_anew(rounds[0], results, reading, to=to, trials=trials, number=number)
-            text = _text_anew(file, planned, number)
+            planned = plan_restart(rounds[0], results, reading, to=to, trials=trials, number=number)
+            text = _restart_text(file, planned, number)
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
 
 
@@ -277,7 +277,7 @@ def _longer_text(file: RoundFile, next_round: NextRound) -> str:
     return _edited(file, next_round, comments)
 
 
-def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
+def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     search = file.spec.search
     changes = {
         "round": next_round.to_round,
@@ -324,9 +324,7 @@ def _edited(
     written = file.edited(text).spec
     space = written.space()
     moved = {
-        f"hyperparameters.{n}": dimension_to_yaml(d)
-        for n, d in next_round.space.items()
-        if space[n] != d
+        f"hyperparameters.{n}": dimension_to_yaml(d) for n, d in next_round.space.items() if space[n] != d
     }
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:
@@ -384,8 +382,7 @@ def promotion_document(
 
 def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) -> RoundRecord:
     """Return the round to promote from: the named one, else the latest."""
-    rounds = store.rounds()
-    if any(record.name == to for record in rounds):
+    if store.round(to) is not None:
         raise InputError(
             f"{to} has started, so its file cannot change. Promote to another name, such as {to}b"
         )
@@ -425,14 +422,8 @@ def write_round_file(path: Path, text: str, *, advice: str, force: bool = False)
             return
         if not force:
             raise InputError(f"{path}: exists with other content; {advice}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ class Unneeded:
         return sum(checkpoint.size_bytes for checkpoint in self.checkpoints)
 
 
-def outranked(
+def not_retained(
     trials: Sequence[Trial],
     *,
     keep_best_trials: int | None,
@@ -104,7 +104,7 @@ def unneeded(
         yield from (Unneeded(trial, trial.checkpoints, whole) for trial in ended)
         return
     limit = None if record.is_sweep else keep_best_trials
-    kept = outranked(
+    kept = not_retained(
         trials,
         keep_best_trials=limit,
         carried=num_carried_over(len(trials), passes=1, promotions=promotions),

@@ -12,7 +12,7 @@ from tuner.adapters import Pack, PackedRows
 from tuner.adapters.decoding import Decoding, batches
 from tuner.adapters.generation import TextGenerator
 from tuner.adapters.pack import MasterTensors
-from tuner.data import Metric, Question, load_metric, try_metric
+from tuner.data import EvalPrompt, Metric, load_metric, try_metric
 from tuner.playbook.scores import answer_score
 from tuner.records import AnswerScore
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class GenerationEval:
     """The prompts and the metric by which every trial of the round is scored."""
 
-    questions: Sequence[Question]
+    eval_prompts: Sequence[EvalPrompt]
     generator: TextGenerator
     metric: Metric
     max_new_tokens: int
@@ -51,23 +51,23 @@ class GenerationEval:
         """
         device = pack.base.device  # weights from a checkpoint are still on the CPU
         pack.load({slot: {name: tuple(part.to(device) for part in parts) for name, parts in best.items()}})
-        scores = [0.0] * len(self.questions)
+        scores = [0.0] * len(self.eval_prompts)
         for batch in self._batches():
             if stopping():
                 return None
             with pack.holding(PackedRows((slot,))):
                 said = self.generator.answers(
                     pack.base.model,
-                    [self.questions[at].prompt for at in batch],
+                    [self.eval_prompts[at].prompt for at in batch],
                     Decoding(self.max_new_tokens),
                 )
             for at, generated in zip(batch, said, strict=True):
-                question = self.questions[at]
-                scores[at] = self.metric(generated.text, question.reference, place=question.prompt.place)
+                asked = self.eval_prompts[at]
+                scores[at] = self.metric(generated.text, asked.reference, place=asked.prompt.place)
         return answer_score(scores, step=step, metric=self.metric.name, is_objective=self.is_objective)
 
     def _batches(self) -> list[list[int]]:
-        prompts = [question.prompt for question in self.questions]
+        prompts = [eval_prompt.prompt for eval_prompt in self.eval_prompts]
         return batches(
             [len(prompt.ids) for prompt in prompts],
             [self.generator.new_tokens(prompt, self.max_new_tokens) for prompt in prompts],
@@ -77,13 +77,13 @@ class GenerationEval:
 
 
 def load_generation_eval(
-    spec: AnswersSpec, questions: Sequence[Question], base: Base, tokenizer: PreTrainedTokenizerBase
+    spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt], base: Base, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationEval:
     """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
-    try_metric(metric, questions[0])
+    try_metric(metric, eval_prompts[0])
     return GenerationEval(
-        questions=tuple(questions),
+        eval_prompts=tuple(eval_prompts),
         generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
         metric=metric,
         max_new_tokens=spec.max_new_tokens,

@@ -60,7 +60,7 @@ def load_worker_state(
     state = arrange(spec, data, slots=slots)
     if spec.evaluation.answers is not None:
         state.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.questions, state.base, tokenizer
+            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
         )
     if base_evaluation is None:
         say(f"evaluating the base model on {len(data.evaluation):,} rows")

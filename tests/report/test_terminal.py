@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.report.textplot import ASCII, UNICODE, Marks, curve, sparkline
+from tuner.report.terminal import ASCII, UNICODE, Marks, curve, sparkline
 
 from . import synthetic
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tuner.data.table import RowTable, TableWriter, cached_table
+from tuner.data.row_table import RowTable, TableWriter, cached_table
 from tuner.data.tokenise import Fate, TokenisedRow
 from tuner.errors import StorageError
 
