@@ -16,10 +16,13 @@ import pytest
 from tuner.config import SearchSpec
 from tuner.playbook.observations import outcomes
 from tuner.records import (
+    LOSS,
     AnswerScore,
     Choices,
+    Direction,
     Evaluation,
     Fixed,
+    Objective,
     Range,
     Space,
     Trial,
@@ -31,6 +34,7 @@ from tuner.study.sampling import RoundStudy
 
 RECORDED = Path(__file__).parent / "proposals.json"
 HORIZON = 30
+ANSWERS = Objective("answers", Direction.MAXIMIZE, "trial", is_relative_to_gained=True)
 SAMPLERS = ("quasi-random", "random", "grid", "tpe", "gp")
 
 MIXED: Space = {
@@ -133,7 +137,7 @@ def earlier_trials(space: Space) -> list[Trial]:
 
 
 def proposals(
-    sampler: str, name: str, *, enqueues: bool, earlier: Sequence[int], objective: Any = "loss"
+    sampler: str, name: str, *, enqueues: bool, earlier: Sequence[int], objective: Objective = LOSS
 ) -> list[dict[str, Any]]:
     """All that a round is proposed: trials end as they do, two run side by side, failed ones are repeated."""
     space = SPACES[name]
@@ -176,7 +180,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{sampler}, {name}, enqueues {enqueues}, after {earlier}",
                         {"sampler": sampler, **asked},
                     )
-    asked = {"name": "mixed", "enqueues": False, "earlier": (10,), "objective": "answers"}
+    asked = {"name": "mixed", "enqueues": False, "earlier": (10,), "objective": ANSWERS}
     yield "tpe, by answers", {"sampler": "tpe", **asked}
 
 

@@ -700,7 +700,7 @@ def test_another_sampler_maximises_answers_and_is_told_no_constraint_without_inf
     known = [replace(trial(0, 0, TrialState.COMPLETE, {"learning_rate": 0.1}), answer_score=score)]
     search = SearchSpec(trials=8, sampler=LISTENER)
     storage = optuna.storages.InMemoryStorage()
-    RoundStudy(storage, "study", RATE, search, max_train_steps=5, objective="answers").propose(1, known)
+    RoundStudy(storage, "study", RATE, search, max_train_steps=5, objective=ANSWERS).propose(1, known)
     assert Listener.heard[-1]["told"] == [({"learning_rate": 0.1}, 0.75, {})]
     assert Listener.heard[-1]["direction"] == "MAXIMIZE"
 

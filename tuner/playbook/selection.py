@@ -42,7 +42,7 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     evaluation.
     """
     by_step = sorted(measured(evaluations), key=attrgetter("step"))
-    best = min(by_step, key=attrgetter("eval_loss"), default=None)  # the earlier of equals
+    best = min(by_step, key=attrgetter("cost"), default=None)  # the earlier of equals
     if best is None:
         return None
     bounds = largest_differences(by_step, best)
