@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
 from tuner.adapters.base import freeze
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.errors import TunerError
 
@@ -116,12 +116,12 @@ def small_config(kind: str, more: Mapping[str, Any]) -> Any:
 
 def adapters(base: Base, targets: str | Sequence[str]) -> list[Adapter]:
     """Two of different ranks, as after some training: B is not zero."""
-    hollow = hollow_copy(base, base_path="x")
+    meta_model = meta_copy(base, base_path="x")
     generator = torch.Generator().manual_seed(1)
     found = []
     for number in range(2):
         trial = {"target_modules": targets, "lora_alpha": 8, "lora_r": 3 + number}
-        start = initial_adapter(hollow, lora_config(trial, base_path="x"), seed=number)  # type: ignore[arg-type]
+        start = initial_adapter(meta_model, lora_config(trial, base_path="x"), seed=number)  # type: ignore[arg-type]
         weights = {
             name: (a, torch.randn(b.shape, generator=generator) * 0.2)
             for name, (a, b) in start.weights.items()

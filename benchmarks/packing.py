@@ -50,11 +50,11 @@ from tuner.config import RoundSpec
 from tuner.data import Example, batch_rows
 from tuner.methods.schedules import warmup_length
 from tuner.records import Assignment, Ended, Evaluated, Event, Measured, Throughput, Value, to_json
-from tuner.training.commands import Inbox
+from tuner.training.commands import CommandReader
 from tuner.training.environment import keep_freed_memory
 from tuner.training.loop import train
-from tuner.training.startup import open_workplace
-from tuner.training.worker_state import Workplace
+from tuner.training.startup import load_worker_state
+from tuner.training.worker_state import WorkerState
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ def by_tuner(cell: Cell, directory: Path, *, trials: int, slots: int, micro_toke
     begin_memory()
     runs = directory / "runs"
     begun = time.perf_counter()
-    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=slots)
-    place.micro_tokens = micro_tokens
-    events = drive(place, [_assignment(number, cell, runs) for number in range(trials)])
+    state, _ = load_worker_state(round_spec(cell, directory), cache=directory / "cache", slots=slots)
+    state.micro_tokens = micro_tokens
+    events = drive(state, [_assignment(number, cell, runs) for number in range(trials)])
     seconds = time.perf_counter() - begun
     done = [event for event in events if isinstance(event, Ended)]
     if [event.outcome for event in done] != ["complete"] * trials:
@@ -230,12 +230,12 @@ def by_tuner(cell: Cell, directory: Path, *, trials: int, slots: int, micro_toke
     work = [event.throughput for event in events if isinstance(event, Measured)][-1]
     measured = Measurement(seconds, work.training_seconds, peak_bytes(work), _final_losses(events, trials))
     shutil.rmtree(runs)
-    del place
+    del state
     free_memory()
     return measured
 
 
-def drive(place: Workplace, assignments: Sequence[Assignment]) -> list[Event]:
+def drive(state: WorkerState, assignments: Sequence[Assignment]) -> list[Event]:
     """Run assignments through the training loop; the next one starts as soon as a slot is free."""
     waiting, events = list(assignments), []
     open_ends = len(waiting)
@@ -255,11 +255,11 @@ def drive(place: Workplace, assignments: Sequence[Assignment]) -> list[Event]:
                 elif not open_ends:
                     orders.write('{"order": "close"}\n')
 
-        for _ in range(min(place.pack.num_slots, len(waiting))):
+        for _ in range(min(state.pack.num_slots, len(waiting))):
             start()
-        inbox = Inbox(lines, on_parent_gone=lambda: None)
-        inbox.listen()
-        train(place, inbox, say)
+        commands = CommandReader(lines, on_parent_gone=lambda: None)
+        commands.listen()
+        train(state, commands, say)
     return events
 
 
@@ -423,23 +423,23 @@ class Limit:
 
 def measure_limit(cell: Cell, directory: Path, *, repetitions: int) -> Limit:
     """Fit a straight line through the times of one trial's passes of 1 to 16 micro-batches of rows."""
-    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=1)
+    state, _ = load_worker_state(round_spec(cell, directory), cache=directory / "cache", slots=1)
     sizes = [rows for rows in (1, 2, 4, 8, 16, 32) if rows * cell.tokens <= 32768]
     tokens, seconds = [], []
     for rows in sizes * repetitions:
         sized = replace(cell, micro_rows=rows, accumulation=1, steps=6, evaluate_every=6)
-        place.micro_tokens = sized.micro_tokens
-        before = place.meter.seconds["training"]
-        drive(place, [_assignment(0, sized, directory / "limit")])
+        state.micro_tokens = sized.micro_tokens
+        before = state.meter.seconds["training"]
+        drive(state, [_assignment(0, sized, directory / "limit")])
         tokens.append(sized.micro_tokens)
-        seconds.append((place.meter.seconds["training"] - before) / sized.steps)
+        seconds.append((state.meter.seconds["training"] - before) / sized.steps)
     shutil.rmtree(directory / "limit")
     middle = [
         statistics.median(s for t, s in zip(tokens, seconds, strict=True) if t == r * cell.tokens)
         for r in sizes
     ]
     slope, fixed = np.polyfit([rows * cell.tokens for rows in sizes], middle, 1, w=1 / np.asarray(middle))
-    del place
+    del state
     free_memory()
     return Limit(max(0.0, float(fixed)), float(slope))
 
@@ -509,10 +509,10 @@ def rows_of(cell: Cell, arguments: argparse.Namespace) -> Iterator[str]:
 
 def prepared_rows(cell: Cell, directory: Path) -> Rows:
     """Tokenise once, into the cache that every later round finds."""
-    place, _ = open_workplace(round_spec(cell, directory), cache=directory / "cache", slots=1)
+    state, _ = load_worker_state(round_spec(cell, directory), cache=directory / "cache", slots=1)
     return Rows(
-        [place.train[row] for row in range(len(place.train))],
-        [place.evaluation[row] for row in range(len(place.evaluation))],
+        [state.train[row] for row in range(len(state.train))],
+        [state.evaluation[row] for row in range(len(state.evaluation))],
     )
 
 

@@ -15,7 +15,7 @@ from tuner.engines import RecordedCurves, SimulatedWorker
 from tuner.engines.simulated import keep_trunk_names
 from tuner.playbook import NextRound, RoundResults, plan_next_round, read_round
 from tuner.playbook.observations import Outcome, outcomes
-from tuner.playbook.restarts import Longer, following
+from tuner.playbook.restarts import LongerRound, following
 from tuner.records import Evaluated, Event, Fixed, Hyperparameters, Space, Trial, Value
 from tuner.study.sampling import Advisor, Proposal
 
@@ -85,7 +85,7 @@ class _Study:
         full = self._task.steps[-1]
         longer = min(MULTIPLE * last.max_train_steps, full) if last.max_train_steps < full else None
         step = following(self._rounds, longer=longer, passes=1_000_000)
-        if not isinstance(step, Longer):
+        if not isinstance(step, LongerRound):
             return None
         reading = read_round(last, self._rounds[-len(RUNGS) : -1])
         plan = partial(plan_next_round, last, reading, to="next", max_train_steps=step.max_train_steps)

@@ -280,7 +280,7 @@ class TestRefused:
             | {"model_type": "bert", "architectures": None, "is_decoder": False}
         )
         tiny.save_model(tmp_path, made)
-        assert "a token sees those that follow it" in self.refusal(tmp_path)
+        assert "tokens attend to later tokens" in self.refusal(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         assert "cannot load" in self.refusal(tmp_path / "nowhere")

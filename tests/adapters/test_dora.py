@@ -18,7 +18,7 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter, read_adapter, write_adapter
 from tuner.adapters.dora import weight_norm
 from tuner.adapters.dropout import dropout_mask, row_keys
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import ModelError
 
 SHAPES: tuple[tiny.Shape, ...] = ("llama", "gpt2")
@@ -30,7 +30,7 @@ def packed(base: Base, **changes: object) -> Iterator[tuple[Pack, Adapter]]:
     """A pack of one slot, and the adapter that a trial would start from."""
     path = str(base.model.name_or_path)
     trial = tiny.hyperparameters(use_dora=True, **changes)  # type: ignore[arg-type]
-    lora = initial_adapter(hollow_copy(base, base_path=path), lora_config(trial, base_path=path), seed=1)
+    lora = initial_adapter(meta_copy(base, base_path=path), lora_config(trial, base_path=path), seed=1)
     pack = Pack(base, num_slots=1, max_rank=6, modules=lora.weights)
     try:
         yield pack, pack.with_magnitudes(lora)

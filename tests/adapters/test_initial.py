@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, initial_adapter, largest_adapter
-from tuner.adapters.initial import adapter_sizes, hollow_copy, lora_config, targeted_modules
+from tuner.adapters.initial import adapter_sizes, lora_config, meta_copy, targeted_modules
 from tuner.config import ModelSpec
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range
@@ -26,9 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def started(base: Base, *, seed: int = 0, **changes: Any) -> Adapter:
-    hollow = hollow_copy(base, base_path=base.model.name_or_path)
+    meta_model = meta_copy(base, base_path=base.model.name_or_path)
     config = lora_config(tiny.hyperparameters(**changes), base_path=base.model.name_or_path)
-    return initial_adapter(hollow, config, seed=seed)
+    return initial_adapter(meta_model, config, seed=seed)
 
 
 def by_peft(model: Any, *, seed: int, **changes: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -81,30 +81,32 @@ def test_some_modules(models: tiny.Models) -> None:
     }
 
 
-def test_same_from_the_same_hollow_copy(models: tiny.Models) -> None:
+def test_same_from_the_same_meta_copy(models: tiny.Models) -> None:
     """Making one leaves nothing behind for the next, and nothing in the random state."""
-    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
-    modules = [type(module) for module in hollow.modules()]
+    meta_model = meta_copy(models.base("llama"), base_path="somewhere")
+    modules = [type(module) for module in meta_model.modules()]
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     made = [
-        initial_adapter(hollow, lora_config(tiny.hyperparameters(lora_r=r), base_path="somewhere"), seed=seed)
+        initial_adapter(
+            meta_model, lora_config(tiny.hyperparameters(lora_r=r), base_path="somewhere"), seed=seed
+        )
         for r, seed in ((4, 0), (8, 1), (4, 0))
     ]
     assert torch.equal(torch.rand(3), expected)
-    assert [type(module) for module in hollow.modules()] == modules
+    assert [type(module) for module in meta_model.modules()] == modules
     assert_equal(made[2].weights, dict(made[0].weights))
     assert not torch.equal(
         made[0].weights["model.layers.0.mlp.up_proj"][0], made[1].weights["model.layers.0.mlp.up_proj"][0][:4]
     )
 
 
-def test_hollow_copy_takes_no_memory(models: tiny.Models) -> None:
-    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
+def test_meta_copy_takes_no_memory(models: tiny.Models) -> None:
+    meta_model = meta_copy(models.base("llama"), base_path="somewhere")
     held = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-        for p in hollow.parameters()
+        for p in meta_model.parameters()
         if not p.is_meta
     }
     assert sum(held.values()) < 1000
@@ -117,10 +119,10 @@ def test_hollow_copy_takes_no_memory(models: tiny.Models) -> None:
 def test_what_cannot_be_adapted_is_refused(models: tiny.Models, targets: tuple[str, ...]) -> None:
     """The head, too: its output is not computed for all tokens, so an adapter there would never learn."""
     base = models.base("llama")
-    hollow = hollow_copy(base, base_path="somewhere")
+    meta_model = meta_copy(base, base_path="somewhere")
     config = lora_config(tiny.hyperparameters(target_modules=targets), base_path="somewhere")
     with pytest.raises(ModelError, match=r"^hyperparameters\.target_modules: "):
-        initial_adapter(hollow, config, seed=0)
+        initial_adapter(meta_model, config, seed=0)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 16), (True, 8 / 4)])
@@ -141,15 +143,15 @@ def test_largest_adapter(models: tiny.Models) -> None:
     magnitudes = sum(len(b) for _, b in adapter.weights.values())
     with_dora = space | {"use_dora": Choices((False, True))}
     assert largest_adapter(tiny.model_spec(models.path("llama")), with_dora) == size + magnitudes
-    hollow = hollow_copy(models.base("llama"), base_path="somewhere")
-    always = adapter_sizes(hollow, space | {"use_dora": Fixed(True)})[0]
-    assert always > adapter_sizes(hollow, with_dora)[0] == adapter_sizes(hollow, space)[0]
+    meta_model = meta_copy(models.base("llama"), base_path="somewhere")
+    always = adapter_sizes(meta_model, space | {"use_dora": Fixed(True)})[0]
+    assert always > adapter_sizes(meta_model, with_dora)[0] == adapter_sizes(meta_model, space)[0]
 
 
 def test_targeted_modules_are_those_of_any_trial(models: tiny.Models) -> None:
-    hollow = hollow_copy(models.base("gpt2"), base_path="somewhere")
+    meta_model = meta_copy(models.base("gpt2"), base_path="somewhere")
     space = {"target_modules": Choices((("c_attn",), ("h.0.mlp.c_fc",)))}
-    assert targeted_modules(hollow, space) == {
+    assert targeted_modules(meta_model, space) == {
         "transformer.h.0.attn.c_attn",
         "transformer.h.1.attn.c_attn",
         "transformer.h.0.mlp.c_fc",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tuner.adapters import Base
 from tuner.adapters.base import freeze
-from tuner.adapters.initial import hollow_copy, targeted_modules
+from tuner.adapters.initial import meta_copy, targeted_modules
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.errors import ModelError
 from tuner.records import Fixed
@@ -59,7 +59,7 @@ def with_layer(models: tiny.Models, kind: str) -> Base:
 @pytest.mark.parametrize("kind", ["tuple", "sent to", "one by one", "transposed"])
 def test_what_would_mix_trials_is_refused(models: tiny.Models, kind: str) -> None:
     with pytest.raises(
-        ModelError, match=r"target_modules: model\.layers\.1\.mlp\.inner, a \w+, is no product"
+        ModelError, match=r"target_modules: model\.layers\.1\.mlp\.inner, a \w+, does not process every token"
     ):
         refuse_unlike_linear(
             with_layer(models, kind), ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.inner"]
@@ -77,7 +77,7 @@ def test_rows_one_after_another_are_what_a_pack_takes(models: tiny.Models, kind:
 def test_layers_of_real_models(models: tiny.Models, shape: tiny.Shape) -> None:
     base = models.base(shape, dtype="bfloat16")
     modules = targeted_modules(
-        hollow_copy(base, base_path="x"), {"target_modules": Fixed("all-linear"), "lora_r": Fixed(1)}
+        meta_copy(base, base_path="x"), {"target_modules": Fixed("all-linear"), "lora_r": Fixed(1)}
     )
     assert len(modules) >= 8
     refuse_unlike_linear(base, modules)

@@ -13,9 +13,9 @@ from tuner.installation import install_command
 @pytest.mark.parametrize(
     ("is_installed", "has_gpu", "words"),
     [
-        (False, False, f"not installed; {install_command('unsloth')}, or say transformers"),
+        (False, False, f"not installed; {install_command('unsloth')}, or set model.loader: transformers"),
         (False, True, "not installed"),
-        (True, False, "needs a CUDA GPU, and torch sees none; see tuner doctor"),
+        (True, False, "needs a CUDA GPU, and torch finds none; see tuner doctor"),
     ],
 )
 def test_what_unsloth_lacks(is_installed: bool, has_gpu: bool, words: str) -> None:

@@ -15,7 +15,7 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
 from tuner.adapters import pack as pack_module
 from tuner.adapters.dropout import dropout_mask, row_keys
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
 
 STEP = 5
@@ -23,9 +23,9 @@ STEP = 5
 
 def adapter(base: Base, *, seed: int, **changes: object) -> Adapter:
     """As after some training: B is not zero."""
-    hollow = hollow_copy(base, base_path=base.model.name_or_path)
+    meta_model = meta_copy(base, base_path=base.model.name_or_path)
     trial = tiny.hyperparameters(training_seed=seed, **changes)  # type: ignore[arg-type]
-    start = initial_adapter(hollow, lora_config(trial, base_path=base.model.name_or_path), seed=seed)
+    start = initial_adapter(meta_model, lora_config(trial, base_path=base.model.name_or_path), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: (a, torch.randn(b.shape, generator=generator) * 0.1) for name, (a, b) in start.weights.items()
@@ -238,7 +238,7 @@ def test_masks_do_not_depend_on_which_modules_neighbours_adapt(models: tiny.Mode
 
 
 def test_stacked_weights_have_the_dtype_of_the_base(models: tiny.Models) -> None:
-    """Exact weights stay float32 with the trial; what they add is within bfloat16's rounding."""
+    """Master weights stay float32 with the trial; what they add is within bfloat16's rounding."""
     one = adapter(models.base("llama"), seed=0)
     batch, found = Batch.of(tiny.examples(2)[:]), []
     for dtype in ("float32", "bfloat16"):

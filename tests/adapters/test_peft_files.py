@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tuner.adapters import Adapter, initial_adapter, read_adapter, write_adapter
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import CheckpointError
 
 
@@ -23,9 +23,9 @@ def shape(request: pytest.FixtureRequest) -> tiny.Shape:
 def trained(models: tiny.Models, shape: tiny.Shape) -> Adapter:
     """An adapter as after training: B is not zero; what is written are slices of something larger."""
     base = models.base(shape)
-    hollow = hollow_copy(base, base_path=base.model.name_or_path)
+    meta_model = meta_copy(base, base_path=base.model.name_or_path)
     trial = tiny.hyperparameters(lora_r=3, lora_alpha=6.0, use_rslora=True, lora_dropout=0.25)
-    start = initial_adapter(hollow, lora_config(trial, base_path=base.model.name_or_path), seed=0)
+    start = initial_adapter(meta_model, lora_config(trial, base_path=base.model.name_or_path), seed=0)
     weights = {
         name: (torch.randn(5, a.shape[1])[:3], torch.randn(5, b.shape[0])[:3].t())
         for name, (a, b) in start.weights.items()

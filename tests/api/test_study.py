@@ -154,7 +154,7 @@ def test_a_new_study_is_one_that_its_check_accepts(tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
-    with pytest.raises(InputError, match="round9: no such round has begun; begun: round1, round2"):
+    with pytest.raises(InputError, match="round9: no such round has started; started: round1, round2"):
         study.round("round9")
     with pytest.raises(InputError, match="expects ROUND/NUMBER"):
         study.trial("round1/99")
@@ -189,7 +189,7 @@ def test_a_round_is_a_sweep_by_what_it_does_and_not_by_its_name(tmp_path, capsys
 
 def test_time_that_is_over_before_anything_began_is_said(tmp_path):
     write_round(tmp_path, trials=3)
-    with pytest.raises(Interrupted, match="nothing was begun"):
+    with pytest.raises(Interrupted, match="nothing was started"):
         tuner.Study(tmp_path).run("round1.yaml", seconds=0.0, progress=False)
 
 

@@ -129,7 +129,7 @@ def test_a_file_in_the_way_is_refused_and_kept(study: Path, capsys: pytest.Captu
     mine = (study / "rehearsal" / "round1.yaml").read_text().replace("round: round1", "round: round2")
     (study / "rehearsal" / "round2.yaml").write_text(mine)
     assert run(list(AUTO)) == 2
-    assert "exists and says something else" in capsys.readouterr().err
+    assert "exists with other content" in capsys.readouterr().err
     assert (study / "rehearsal" / "round2.yaml").read_text() == mine
 
 

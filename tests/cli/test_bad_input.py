@@ -157,7 +157,7 @@ def test_a_directory_that_cannot_be_made(
     path.write_text(path.read_text() + f"checkpoints: {{directory: {directory}}}\n")
     (tmp_path / "taken").write_text("a file where a folder should be")
     message = refused(tmp_path, capsys, "study", "run", str(path))
-    assert "checkpoints.directory: cannot write in" in message
+    assert "checkpoints.directory: cannot write to" in message
     assert f"{tmp_path / 'taken'} is a file" in message
 
 
@@ -169,7 +169,7 @@ def test_a_directory_that_only_reads(
     path = write_round(tmp_path)
     path.write_text(path.read_text() + f"checkpoints: {{directory: {disk}/runs}}\n")
     message = refused(tmp_path, capsys, "study", "run", str(path))
-    assert f"checkpoints.directory: cannot write in {disk}/runs/round1: Read-only file system" in message
+    assert f"checkpoints.directory: cannot write to {disk}/runs/round1: Read-only file system" in message
 
 
 def test_a_study_on_a_disk_that_only_reads(

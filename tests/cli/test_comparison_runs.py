@@ -13,7 +13,7 @@ from tuner.config import load_round
 from tuner.records import Assignment
 from tuner.store import open_store
 from tuner.study.plan import RoundPlan
-from tuner.training.startup import open_workplace
+from tuner.training.startup import load_worker_state
 
 ROUND = {"trials": 1, "learning_rate": 0.01, "lora_r": 2, "steps": 12, "evaluation": ""}
 
@@ -41,7 +41,7 @@ def test_one_from_scratch_equals_a_trial_of_its_length(
     assert (branch.state, branch.from_step, branch.executed_steps) == ("complete", 0, 6)
 
     plan = RoundPlan(load_round(path))
-    place, _ = open_workplace(plan.absolute, cache=plan.cache, slots=1)
+    state, _ = load_worker_state(plan.absolute, cache=plan.cache, slots=1)
     fresh = Assignment(
         round="fresh",
         trial=0,
@@ -51,7 +51,7 @@ def test_one_from_scratch_equals_a_trial_of_its_length(
         evaluate_every=2,
         directory=str(tmp_path / "fresh"),
     )
-    assert curve(run_loop(place, [fresh]))[-1] == branch.evaluation
+    assert curve(run_loop(state, [fresh]))[-1] == branch.evaluation
 
     shown = tuner("study", "report", "--markdown", "report.md", directory=study).stdout
     assert "measured by a comparison run" in " ".join(shown.split())

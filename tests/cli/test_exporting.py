@@ -241,7 +241,7 @@ def test_trials_without_a_result(
     link = tmp_path / "runs" / "round1" / f"trial-{done:04d}" / "best"
     link.unlink(missing_ok=True)
     assert f"the adapter of round1/{done} is gone from" in refusal(capsys, str(done), "--to", "out")
-    assert "round9/0: no such round has begun; begun: round1" in refusal(
+    assert "round9/0: no such round has started; started: round1" in refusal(
         capsys, "round9/0", "--to", "out", "--as", "trl"
     )
 

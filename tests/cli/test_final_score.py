@@ -18,7 +18,7 @@ from tuner.records import Assignment, RoundRecord, Trial
 from tuner.store import open_store
 from tuner.study.folder import open_folder
 from tuner.study.plan import RoundPlan
-from tuner.training.startup import open_workplace
+from tuner.training.startup import load_worker_state
 
 NUM_ROWS = 8
 
@@ -63,7 +63,7 @@ def test_branches_equal_fresh_runs_of_their_horizon(study: Path, tmp_path: Path)
         (0, horizon, "complete") for horizon in (4, 6)
     ], "of the one trial that beat the base model by more than its noise"
     plan = RoundPlan(load_round(study / "round1.yaml"))
-    place, _ = open_workplace(plan.absolute, cache=plan.cache, slots=1)
+    state, _ = load_worker_state(plan.absolute, cache=plan.cache, slots=1)
     for branch in record.branches:
         fresh = Assignment(
             round="fresh",
@@ -74,7 +74,7 @@ def test_branches_equal_fresh_runs_of_their_horizon(study: Path, tmp_path: Path)
             evaluate_every=2,
             directory=str(tmp_path / f"{branch.max_train_steps}"),
         )
-        assert curve(run_loop(place, [fresh]))[-1] == branch.evaluation
+        assert curve(run_loop(state, [fresh]))[-1] == branch.evaluation
         assert branch.executed_steps == branch.max_train_steps - branch.from_step < branch.max_train_steps
 
 

@@ -59,7 +59,7 @@ def test_a_time_that_is_over_before_the_round_has_begun(tmp_path: Path) -> None:
     done = tuner("study", "run", "round1.yaml", "--for", "0.1s", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     *_, message, following = done.stderr.splitlines()
-    assert message.startswith("0.1s are over: stopped while loading; nothing was begun; ")
+    assert message.startswith("0.1s are over: stopped while loading; nothing was started; ")
     assert following == "next: tuner study run round1.yaml"
     assert not (tmp_path / "tuner.db").exists()
 
@@ -81,7 +81,7 @@ def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
     again = tuner("study", "run", "round1.yaml", "--for", "0.1s", directory=tmp_path)
     assert (
         again.returncode,
-        "stopped while loading; the 2 trials begun are as they were" in again.stderr,
+        "stopped while loading; the 2 started trials did not change" in again.stderr,
     ) == (0, True)
     assert trials_of(tmp_path) == trials
 

@@ -71,7 +71,7 @@ def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(
     monkeypatch.chdir(tmp_path)
     assert run(["study", "sweep", "round1.yaml"]) == 0
     said = capsys.readouterr()
-    assert "60 steps do not even see its rows twice" in said.out
+    assert "60 steps are fewer than two epochs" in said.out
     assert said.err.splitlines()[-1] == "next: tuner study run round1.yaml"
     assert load_round(path).spec.max_train_steps == 6
     assert not (tmp_path / "tuner.db").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.training.driving import assert_lost_in_rounding, assignment, curve, ended, run_loop, workplace
+from tests.training.driving import assert_lost_in_rounding, assignment, curve, ended, run_loop, worker_state
 from tuner.adapters import Base, load_base
 
 pytestmark = [
@@ -42,12 +42,12 @@ def test_loop(path: Path, tmp_path: Path, optimizer: str) -> None:
     trial = tiny.hyperparameters(optimizer=optimizer, lora_r=32, learning_rate=1e-3, lora_dropout=0.1)
     base = on_gpu(path, "bfloat16")
     first = assignment(tmp_path, hyperparameters=trial)
-    with workplace(base, [trial]) as place:
-        stopped = run_loop(place, [first], stop_at_tick=5)
+    with worker_state(base, [trial]) as state:
+        stopped = run_loop(state, [first], stop_at_micro_step=5)
         assert ended(stopped).outcome == "stopped"
         last = tmp_path / "trial-0000" / "last" / f"step-{ended(stopped).step:06d}.a1"
         again = run_loop(
-            place, [assignment(tmp_path, hyperparameters=trial, attempt=2, resume_from=str(last))]
+            state, [assignment(tmp_path, hyperparameters=trial, attempt=2, resume_from=str(last))]
         )
     assert ended(again).outcome == "complete"
     assert [evaluation.step for evaluation in curve(again)] == [0, 3, 6, 9, 10]

@@ -60,12 +60,18 @@ def test_what_is_not_asked_for_is_not_said() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("instruction,output\na,b\n", ":1: it is no answer"),
-        ("my only copy", ":1: it is no answer"),
-        (ANSWERS[0].line() + "notes", ":2: it is no answer"),
-        (ANSWERS[0].line() + '{"row": 1}\n', ":2: it is no answer"),
-        (Answer(1, "p", made_from="other").line(), ":1: it was made from another prompt, trial or options"),
-        (Answer(9, "p", made_from="h1").line(), ":1: it was made from another prompt, trial or options"),
+        ("instruction,output\na,b\n", ":1: this line is not an answer"),
+        ("my only copy", ":1: this line is not an answer"),
+        (ANSWERS[0].line() + "notes", ":2: this line is not an answer"),
+        (ANSWERS[0].line() + '{"row": 1}\n', ":2: this line is not an answer"),
+        (
+            Answer(1, "p", made_from="other").line(),
+            ":1: this line was made from another prompt, trial or options",
+        ),
+        (
+            Answer(9, "p", made_from="h1").line(),
+            ":1: this line was made from another prompt, trial or options",
+        ),
     ],
 )
 def test_a_file_with_something_else_is_left_alone(tmp_path: Path, text: str, words: str) -> None:
@@ -77,7 +83,7 @@ def test_a_file_with_something_else_is_left_alone(tmp_path: Path, text: str, wor
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no directory"):
+    with pytest.raises(InputError, match="does not exist"):
         AnswerFile(tmp_path / "no" / "answers.jsonl", EXPECTED)
     with pytest.raises(InputError, match="cannot be read"):
         AnswerFile(tmp_path, EXPECTED)
@@ -85,7 +91,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    with AnswerFile(path, EXPECTED), pytest.raises(StorageError, match="another process is writing it"):
+    with AnswerFile(path, EXPECTED), pytest.raises(StorageError, match="another process is writing to it"):
         AnswerFile(path, EXPECTED).open()
 
 
@@ -95,7 +101,7 @@ def test_what_another_run_wrote_since_the_file_was_read_is_kept(tmp_path: Path) 
         late = AnswerFile(path, EXPECTED)
         with AnswerFile(path, EXPECTED) as file:
             file.append(answers)
-        with pytest.raises(StorageError, match="has written it meanwhile"):
+        with pytest.raises(StorageError, match="has written to it in the meantime"):
             late.open()
     assert rows_in(path) == [1, 2, 3]
     with AnswerFile(path, EXPECTED) as file:

@@ -91,7 +91,7 @@ def test_all_files_in_one_commit(hub: Hub, directory: Path, public: bool) -> Non
 
 def test_a_refusal_says_how_to_go_on(hub: Hub, directory: Path) -> None:
     hub.refuses = True
-    with pytest.raises(TunerError, match="did not take it") as refused:
+    with pytest.raises(TunerError, match="refused the upload") as refused:
         push(directory, "someone/model", token="hf_secret", public=False, endpoint=hub.url)
     assert f"hf upload someone/model {directory} ." in str(refused.value)
     assert "hf_secret" not in str(refused.value)
@@ -100,5 +100,5 @@ def test_a_refusal_says_how_to_go_on(hub: Hub, directory: Path) -> None:
 
 
 def test_nobody_there(directory: Path) -> None:
-    with pytest.raises(TunerError, match="did not take it"):
+    with pytest.raises(TunerError, match="refused the upload"):
         push(directory, "someone/model", token="t", public=False, endpoint="http://127.0.0.1:9")

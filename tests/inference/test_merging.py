@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tuner.adapters import Adapter, Pack, initial_adapter, load_base, write_adapter
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.config import ModelSpec
 from tuner.errors import CheckpointError
 from tuner.inference.export import export_merged, merged_model
@@ -61,7 +61,7 @@ def trained(spec: ModelSpec, **flags: bool) -> Adapter:
     base = load_base(spec, device="cpu", max_length=8)
     trial = tiny.hyperparameters(lora_r=3, lora_alpha=6.0, **flags)  # type: ignore[arg-type]
     start = initial_adapter(
-        hollow_copy(base, base_path=spec.path), lora_config(trial, base_path=spec.path), seed=0
+        meta_copy(base, base_path=spec.path), lora_config(trial, base_path=spec.path), seed=0
     )
     if start.config.use_dora:
         pack = Pack(base, num_slots=1, max_rank=3, modules=start.weights)

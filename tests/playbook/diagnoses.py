@@ -1,4 +1,4 @@
-"""How often the playbook reads synthetic rounds as it should, by class; and the page that says so.
+"""How often the playbook reads synthetic rounds correctly, by class, and the page that reports it.
 
 `python -m tests.playbook.diagnoses docs/reference/diagnoses.md` measures again and writes the page.
 """
@@ -27,12 +27,12 @@ FACTOR = 1.5
 """A suggestion within this factor of the true horizon is good."""
 
 PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED = 100, 250, 2
-"""What the page is made of: rounds of each hard class, easy rounds, and where their draws begin."""
+"""Inputs of the page: rounds of each hard class, easy rounds, and the seed."""
 
 
 @dataclass
 class Measured:
-    """What became of synthetic rounds that the playbook read."""
+    """Counts of synthetic rounds that the playbook read."""
 
     count: int = 0
     confusion: Counter[tuple[Diagnosis, Diagnosis]] = field(default_factory=Counter)
@@ -48,7 +48,7 @@ class Measured:
 
     @property
     def right(self) -> int:
-        """Clear rounds that were read as they should be."""
+        """Clear rounds that were read correctly."""
         return sum(n for (truth, reading), n in self.confusion.items() if truth == reading)
 
     @property
@@ -76,7 +76,7 @@ class Measured:
 
 
 def measured_class(kind: str, count: int, seed: int) -> Measured:
-    """Read so many synthetic rounds of a class, easy or hard."""
+    """Read `count` synthetic rounds of a class, easy or hard."""
     found, which = Measured(), list(CLASSES).index(kind) + 1 if kind != EASY else 0
     for i in range(count):
         rng = np.random.default_rng([seed, which, i])
@@ -85,7 +85,7 @@ def measured_class(kind: str, count: int, seed: int) -> Measured:
 
 
 def measured(count: int, easy_count: int, seed: int) -> dict[str, Measured]:
-    """Read so many rounds of every hard class, and easy ones, by class."""
+    """Read `count` rounds of every hard class, and `easy_count` easy ones, by class."""
     found = {kind: measured_class(kind, count, seed) for kind in CLASSES}
     return {**found, EASY: measured_class(EASY, easy_count, seed)}
 
@@ -109,7 +109,7 @@ def hard(found: Mapping[str, Measured]) -> Measured:
 
 _WHAT = {
     "small": "1 to 3 trials",
-    "mixed": "one trial learns, the others never or slowly",
+    "mixed": "one trial learns, the others slowly or not at all",
     "clusters": "two kinds of trials, best early or late",
     "constant": "a constant rate",
     "linear": "a linear decay of 10 to 90% of the run",
@@ -125,7 +125,7 @@ _WHAT = {
 
 
 def page(found: Mapping[str, Measured]) -> str:
-    """The measurement as a reference page."""
+    """Return the measurement as a reference page."""
     all_hard = hard(found)
     rows = [
         [
@@ -145,38 +145,37 @@ def page(found: Mapping[str, Measured]) -> str:
     right = _share(all_hard.right, all_hard.clear)
     good = _share(all_hard.good_horizons, all_hard.horizons.total())
     return f"""\
-# How often a round is read rightly
+# How often the diagnosis is right
 
-`tests/playbook/hard_rounds.py` makes up rounds whose answer is known, by class. Unless its class says
-otherwise a round has 1 to 20 complete trials, and some that diverged; 10 to 50 evaluations; a constant
+`tests/playbook/hard_rounds.py` generates rounds with a known answer, in classes. Unless its class says
+otherwise, a round has 1 to 20 complete trials and some that diverged; 10 to 50 evaluations; a constant
 rate, a linear decay of 10 to 90% of the run, or a cosine; noise of 0.1 to 1% on the difference of two
 evaluations; in 85% of the rounds, losses of each of {NUM_EXAMPLES} examples; and in 85% of those with a
 decay, their comparison run.
 
-What a decay adds follows published curves (`tests/playbook/loss_curves.py`), so that a run
-to half the steps with the same share of decay has a loss of its own. Trials learn by a power of the step, by
-a fall that ends early or late, overfit early or late, learn slowly or not at all.
+The effect of a decay follows published curves (`tests/playbook/loss_curves.py`), so a run to half the steps
+with the same share of decay has a different loss. The loss of a trial falls as a power of the step, stops
+falling early or late, rises again early or late (overfitting), or falls slowly or not at all.
 
-`tests/playbook/truth.py` reads diagnosis and horizon off the curves without noise. Its definitions are
-written down apart from the product's code. A round is set aside where a condition on the way is within a
-factor of {MARGIN:g} of its threshold ({EVEN_FALL_MARGIN:g} for the last quarter's part of the gain, of
-which an even fall has twice the threshold), where trials that noise can exchange have different answers, or
-where the evaluations cannot tell.
+`tests/playbook/truth.py` derives diagnosis and horizon from the noiseless curves. Its definitions do
+not share code with the product. A round is set aside if one of the conditions is within a factor
+of {MARGIN:g} of its threshold ({EVEN_FALL_MARGIN:g} for the last quarter's share of the gain, which for
+an even fall is twice the threshold), if trials whose ranking depends on noise have different answers, or if
+the evaluations do not show the answer.
 
 ## By class
 {classes}
 
 Of the {all_hard.count:,} hard rounds {aside} are set aside; {possible} of these are read as one of the
-diagnoses that may hold. Of the other {all_hard.clear}, {right} are read as what they are. Where a right
+possible diagnoses. Of the other {all_hard.clear}, {right} are read correctly. If a right
 horizon exists, {good} of the suggestions are within a factor of {FACTOR} of it: for `too_short` the shortest
-run whose last doubling brings no more than is worthwhile, at most three times the round or
-`production_steps`; for
+run whose last doubling is no longer worthwhile, at most three times the round or `production_steps`; for
 `saturated` and `overfitting` a quarter more than the shortest run that is as good, for a cosine half the
-steps or all; at an edge of the learning rate the round's own.
+steps or all; at a bound of the learning rate the round's own horizon.
 
-A test asks for at least {RIGHT_DIAGNOSES:.0%} of the diagnoses of all hard rounds together and of the easy
-ones, {RIGHT_IN_EACH_CLASS:.0%} in each class, {RIGHT_HORIZONS:.0%} of the horizons, and that this page is
-what it measured.
+A test requires at least {RIGHT_DIAGNOSES:.0%} of the diagnoses of all hard rounds together and of the easy
+ones, {RIGHT_IN_EACH_CLASS:.0%} in each class, {RIGHT_HORIZONS:.0%} of the horizons, and compares this
+page with what it measures.
 
 ## All hard classes together
 {_confusion(all_hard)}
@@ -184,13 +183,13 @@ what it measured.
 ## The easy rounds
 {_confusion(found[EASY])}
 
-Until this page had hard rounds it rested on 1,000 easy ones, with a threshold of 0.1% and another definition
-of `right`: 185 were set aside, 96.4% of the others were read rightly, and 93.2% of the horizons were good.
-The easy curves learn as much in a step of the decay as in any other, which real runs do not: a horizon from
-the stable phase of a saturated one, lengthened by the decay's share, comes out too long.
+Before the hard rounds, this page was based on 1,000 easy ones, with a threshold of 0.1% and another
+definition of `right`: 185 were set aside, 96.4% of the others were read correctly, and 93.2% of the horizons
+were good. In the easy curves a step of the decay learns as much as any other, unlike in real runs: a horizon
+from the stable phase of a saturated one, extended by the decay's share, is too long.
 
-The rounds are made up: they show that the rules do what they say, not that real curves look like these.
-[The log](../log.md) has what was measured on recorded learning curves.
+The rounds are synthetic: they show that the rules work as described, not that real curves look like these.
+[The log](../log.md) has the measurements on recorded learning curves.
 
 Written by `python -m tests.playbook.diagnoses docs/reference/diagnoses.md`.
 """
@@ -211,7 +210,7 @@ def _confusion(found: Measured) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]], *, numbers: int) -> str:
-    """A table whose columns after the first are numbers, so many of them."""
+    """Return a table of which `numbers` columns after the first are numbers."""
     rule = ["---", *["---:"] * numbers, *["---"] * (len(header) - 1 - numbers)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 

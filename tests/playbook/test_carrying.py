@@ -248,7 +248,7 @@ def test_a_logarithmic_range_beside_zero_becomes_a_list():
 def test_another_optimizer_may_need_fewer_steps():
     space = {**SPACE, "optimizer": Fixed("adamw")}
     notes = plan(eight(space), added={"optimizer": Choices(("adamw", "adamw_8bit"))}).notes
-    assert any("fewer steps may do" in note for note in notes)
+    assert any("may need fewer steps" in note for note in notes)
     assert not any("fewer steps" in note for note in plan(eight(space)).notes)
 
 
@@ -274,7 +274,7 @@ def test_a_smaller_batch_than_before_may_need_more_steps():
     assert not any("batch size" in note for note in plan(eight(), earlier=[eight()]).notes)
 
 
-# --- what is re-opened ------------------------------------------------------------------------------
+# --- what is searched again -------------------------------------------------------------------------
 
 
 def overturned(*, factors: tuple = (1.0, 0.9, 0.8, 0.7)) -> tuple[RoundResults, RoundResults]:
@@ -318,7 +318,7 @@ def test_where_all_was_fixed_before_as_well_the_finding_says_why_nothing_comes_b
         for f in plan(second, earlier=[replace(first, space=second.space)]).findings
         if f.rule == "agreement"
     ]
-    assert "Nothing is re-opened" in finding.message
+    assert "Nothing is searched again" in finding.message
 
 
 def test_an_order_that_held_or_changed_within_the_noise_re_opens_nothing():

@@ -165,12 +165,12 @@ def falling_then_rising(t):
     return 2.0 + np.exp(-t / 30) + 0.1 * np.maximum(0, t - 200) / 200
 
 
-def test_overfitting_of_others_favours_what_is_hobbled():
+def test_overfitting_of_others_favours_slow_training():
     good = [trial_of(i, falling, steps=GRID) for i in range(5)]
     bad = [trial_of(5 + i, lambda s: 2.5 + float(falling_then_rising(s)), steps=GRID) for i in range(2)]
     found = findings(round_of(*good, *bad, max_train_steps=400))["overfitting"]
     assert found.severity == Severity.INFO
-    assert "hobbles" in found.message
+    assert "favours slow training" in found.message
     assert found.numbers == {"leading": 0, "trials": 2}
 
 
@@ -196,16 +196,16 @@ def test_late_variance_turns_twice_at_least(tail, changes):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "calms"),
+    ("schedule", "remedy"),
     [
         ("constant", "`schedule: linear`"),
-        ("linear", "Longer decay_steps"),
-        ("cosine", "A lower learning_rate"),
+        ("linear", "longer decay_steps"),
+        ("cosine", "Use a lower learning_rate"),
     ],
 )
-def test_late_variance_says_what_calms_this_schedule(schedule, calms):
+def test_late_variance_says_what_smooths_this_schedule(schedule, remedy):
     trial = trial_of(0, lambda s: 2 + 0.02 * (s / 10 % 2) + (s == 0), steps=GRID, schedule=schedule)
-    assert calms in findings(round_of(trial, max_train_steps=400))["late_variance"].message
+    assert remedy in findings(round_of(trial, max_train_steps=400))["late_variance"].message
 
 
 def test_train_loss_rising_is_a_problem_of_the_best_or_of_most():
@@ -310,10 +310,10 @@ def test_alpha_that_follows_the_rank():
     space = {"lora_r": Choices((8, 16)), "lora_alpha": Choices((16, 32))}
     doubled = [trial_of(i, falling, lora_r=r, lora_alpha=2 * r, steps=GRID) for i, r in enumerate((8, 16))]
     found = findings(round_of(*doubled, max_train_steps=400, space=space))
-    assert "always 2 times the rank" in found["alpha_follows_rank"].message
+    assert "at 2 times the rank" in found["alpha_follows_rank"].message
     crossed = [replace(doubled[0], hyperparameters={"lora_r": 8, "lora_alpha": 32}), doubled[1]]
     found = findings(round_of(*crossed, max_train_steps=400, space=space))
-    assert "apart from the rank" in found["alpha_follows_rank"].message
+    assert "independently of the rank" in found["alpha_follows_rank"].message
     for alpha in (Fixed(16), TimesSqrtRank(4.0)):
         results = round_of(*doubled, max_train_steps=400, space={**space, "lora_alpha": alpha})
         assert "alpha_follows_rank" not in findings(results)

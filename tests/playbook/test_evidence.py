@@ -43,7 +43,9 @@ def test_the_examples_that_settle_a_gain_of_this_size():
 def test_where_max_examples_limits_it_is_to_be_raised():
     message = undetermined(48, 48)
     assert "About 200 evaluation examples instead of 48 would settle a gain of this size" in message
-    assert "set evaluation.max_examples to 200 in the next file, with as many rows in data.eval" in message
+    assert (
+        "set evaluation.max_examples to 200 in the next round file, with as many rows in data.eval" in message
+    )
 
 
 def test_where_rows_are_few_they_are_to_be_added():
@@ -54,13 +56,10 @@ def test_where_rows_are_few_they_are_to_be_added():
 
 
 def test_no_number_of_examples_settles_what_they_do_not_show():
-    assert (
-        "the losses of single examples are not known"
-        in said(with_examples(seen(gain=0.03, noise=0.03), 0))[2]
-    )
+    assert "per-example losses are unknown" in said(with_examples(seen(gain=0.03, noise=0.03), 0))[2]
     by_seeds = replace(with_examples(seen(gain=0.03, noise=0.005), 48), noise=0.03)
     assert examples_to_settle(by_seeds) is None
-    assert "the seeds differ by as much" in said(by_seeds)[2]
+    assert "seeds differ by as much" in said(by_seeds)[2]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_with_so_many_examples_the_same_gain_is_no_longer_undetermined(gain, by_
 def test_one_trial_is_not_spoken_of_as_many():
     (first, _, conclusion, _) = said(seen((100,)))
     assert first == "Trial 0 reached 1.0000 at step 100 of 100."
-    assert conclusion == "The best trial still fell by 0.8% in the last quarter: more steps will help."
+    assert conclusion == "The best trial's loss still fell by 0.8% in the last quarter: more steps will help."
     (_, _, conclusion, _) = said(replace(seen((100,) * 2), late=None))
     assert conclusion == "2 of 2 leading trials were best in the last quarter: more steps will help."
 
@@ -166,8 +165,9 @@ def test_a_small_learning_rate_at_the_end_is_no_evidence_that_a_trial_was_done()
     slowed = replace(seen((70,), gain=0.1, late=LateDrop(0.004, 0.004)), late_by_rate=LateDrop(0.06, 0.0))
     assert diagnose(slowed) == Diagnosis.UNDETERMINED
     assert said(slowed)[2] == (
-        "The last quarter of the steps brought 0.4%, but at a small learning rate: over the last quarter of "
-        "its summed learning rate the best trial fell by 6%. A longer run would tell whether it has stopped."
+        "The last quarter of the steps cut the loss by 0.4%, but at a small learning rate: over the last "
+        "quarter of its summed learning rate, the best trial's loss fell by 6%. A longer run would show "
+        "whether it has converged."
     )
     assert diagnose(replace(slowed, late_by_rate=LateDrop(0.03, 0.0))) == Diagnosis.RIGHT
     assert diagnose(replace(slowed, late_by_rate=None)) != Diagnosis.RIGHT

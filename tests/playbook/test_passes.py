@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from tuner.playbook import RoundResults, plan_next_round, read_round
 from tuner.playbook.restarts import (
-    Anew,
-    Longer,
+    LongerRound,
+    Restart,
     following,
     left_behind,
     num_carried,
-    plan_round_anew,
+    plan_restart,
     points_left,
 )
 from tuner.records import Choices, Evaluation, Fixed, Range, Trial, TrialState
@@ -50,16 +50,16 @@ def rates(trials):
 
 def test_a_round_is_climbed_from_while_it_asks_for_more():
     step = following([FIRST], longer=60, passes=2)
-    assert isinstance(step, Longer)
+    assert isinstance(step, LongerRound)
     assert (step.max_train_steps, step.top, rates(step.candidates)[:2]) == (60, 2, [0.1, 0.2])
     assert following([FIRST], longer=None, passes=1) is None
-    assert following([FIRST], longer=None, passes=2) == Anew(2)
+    assert following([FIRST], longer=None, passes=2) == Restart(2)
 
 
 def test_a_later_pass_climbs_over_the_same_horizons_with_what_all_passes_left():
-    assert following([FIRST, SECOND, THIRD], longer=None, passes=2) == Anew(2)
+    assert following([FIRST, SECOND, THIRD], longer=None, passes=2) == Restart(2)
     step = following([FIRST, SECOND, THIRD, AGAIN], longer=None, passes=2)
-    assert isinstance(step, Longer)
+    assert isinstance(step, LongerRound)
     assert (step.max_train_steps, step.top) == (60, 1)
     # 0.1 and 0.2 went on in the first pass; 0.3 was just behind then.
     assert [(t.round, r) for t, r in zip(step.candidates, rates(step.candidates), strict=True)][:2] == [
@@ -68,7 +68,7 @@ def test_a_later_pass_climbs_over_the_same_horizons_with_what_all_passes_left():
     ]
     fifth = results("round5", 60, {0.25: 0.9})
     step = following([FIRST, SECOND, THIRD, AGAIN, fifth], longer=None, passes=2)
-    assert isinstance(step, Longer)
+    assert isinstance(step, LongerRound)
     assert (step.max_train_steps, rates(step.candidates)) == (90, [0.1, 0.25])
     sixth = results("round6", 90, {0.1: 0.6})
     assert following([FIRST, SECOND, THIRD, AGAIN, fifth, sixth], longer=None, passes=2) is None
@@ -81,13 +81,13 @@ def test_no_pass_begins_at_points_that_have_all_run():
     for rates, left in (((0.1, 0.2), 1), ((0.1, 0.2, 0.7), 1), ((0.1, 0.2, 0.3), 0)):
         first = replace(results("round1", 20, {rate: losses.get(rate, 2.0) for rate in rates}), space=listed)
         assert points_left([first, replace(SECOND, space=listed), first]) == left
-        assert following([first], longer=None, passes=2) == (Anew(2) if left else None)
+        assert following([first], longer=None, passes=2) == (Restart(2) if left else None)
     assert points_left([FIRST]) == math.inf
 
 
 def test_where_nothing_is_left_to_go_on_with_the_pass_is_over():
     infeasible = results("round1", 20, {0.1: 1.0}, state=TrialState.INFEASIBLE)
-    assert following([infeasible], longer=60, passes=2) == Anew(2)
+    assert following([infeasible], longer=60, passes=2) == Restart(2)
     assert following([infeasible], longer=60, passes=1) is None
     assert left_behind([infeasible], max_train_steps=20) == ()
 
@@ -95,7 +95,7 @@ def test_where_nothing_is_left_to_go_on_with_the_pass_is_over():
 def test_what_is_planned_holds_all_that_is_carried_and_names_where_it_ran():
     rounds = [FIRST, SECOND, THIRD, AGAIN]
     step = following(rounds, longer=None, passes=2)
-    assert isinstance(step, Longer)
+    assert isinstance(step, LongerRound)
     planned = plan_next_round(
         AGAIN,
         read_round(AGAIN),
@@ -113,10 +113,10 @@ def test_what_is_planned_holds_all_that_is_carried_and_names_where_it_ran():
 
 
 def test_a_round_begun_anew_is_the_first_one_sampled_from_what_was_learned():
-    planned = plan_round_anew(FIRST, THIRD, read_round(THIRD), to="round4", trials=6, number=2)
+    planned = plan_restart(FIRST, THIRD, read_round(THIRD), to="round4", trials=6, number=2)
     assert (planned.max_train_steps, planned.trials_total, planned.sampler) == (20, 6, "tpe")
     assert (planned.from_round, planned.enqueue, planned.space) == ("round3", (), SPACE)
-    by_gp = plan_round_anew(
+    by_gp = plan_restart(
         replace(FIRST, sampler="gp"), THIRD, read_round(THIRD), to="round4", trials=6, number=2
     )
     assert by_gp.sampler == "gp"
@@ -136,10 +136,10 @@ def test_there_are_as_many_rounds_of_the_first_horizon_as_passes(passes):
         step := following(rounds, longer=60 if rounds[-1].max_train_steps == 20 else None, passes=passes)
     ) is not None:
         number += 1
-        horizon = step.max_train_steps if isinstance(step, Longer) else 20
+        horizon = step.max_train_steps if isinstance(step, LongerRound) else 20
         carried = (
             dict.fromkeys(rates(step.candidates[: step.top]), 0.5)
-            if isinstance(step, Longer)
+            if isinstance(step, LongerRound)
             else {number / 100: 1.0}
         )
         rounds.append(results(f"round{number}", horizon, carried))

@@ -185,7 +185,7 @@ def test_a_cosine_promotion_leaves_decay_steps_alone(horizon):
     change = promoted.changes["decay_steps"]
     assert change.to_dimension == change.from_dimension
     said = (*promoted.notes, *(f.message for f in promoted.findings), change.reason)
-    assert not any("decay_steps" in text or "re-cut" in text for text in said)
+    assert not any("decay_steps" in text or "rescaled" in text for text in said)
 
 
 def test_a_cosine_starts_over_and_too_many_steps_at_a_tiny_rate_are_warned_of():
@@ -261,10 +261,10 @@ def test_the_same_horizon_leaves_nothing_to_run_for_the_enqueued():
 def test_a_shorter_horizon_keeps_of_the_decay_what_the_warmup_leaves():
     change = plan(eight(), 25).changes["decay_steps"]
     assert change.to_dimension == Fixed(10)
-    assert change.reason == "re-cut: the same share of the run as before, 40%"
+    assert change.reason == "rescaled: the same share of the run as before, 40%"
     change = plan(eight(), 25, decay="steps").changes["decay_steps"]
     assert change.to_dimension == Fixed(20)
-    assert change.reason == "re-cut: all that the warmup leaves of 25 steps"
+    assert change.reason == "rescaled: all steps that the warmup leaves of 25"
 
 
 def test_a_few_more_steps_at_the_peak_are_none_at_a_tiny_rate():

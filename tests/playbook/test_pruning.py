@@ -32,7 +32,7 @@ MEDIAN_OF_ONE_TO_FIVE = [complete(number, 1.0 + number / 10) for number in range
 def test_the_median_is_of_complete_trials_at_the_same_step():
     assert decide(trial(9, [3.0, 1.2]), MEDIAN_OF_ONE_TO_FIVE, "median") is None
     reason = decide(trial(9, [3.0, 1.21]), MEDIAN_OF_ONE_TO_FIVE, "median")
-    assert reason == "its best loss up to step 4, 1.2100, is above the median of 5, 1.2000"
+    assert reason == "its best loss up to step 4, 1.2100, is above the median of 5 trials, 1.2000"
     assert decide(trial(9, [3.0, 1.0, 1.5]), MEDIAN_OF_ONE_TO_FIVE, "median") is None
     assert decide(trial(9, [3.0, 2.0]), MEDIAN_OF_ONE_TO_FIVE[1:], "median") is None
     late = [
@@ -47,7 +47,7 @@ def test_a_third_of_those_on_a_rung_go_on():
     others = [trial(number, [3.0, 1.0 + number / 10]) for number in range(5)]
     assert decide(trial(9, [3.0, 1.05]), others, "halving") is None
     reason = decide(trial(9, [3.0, 1.15]), others, "halving")
-    assert reason == "its best loss up to step 4, 1.1500, is not among the best 2 of 6"
+    assert reason == "its best loss up to step 4, 1.1500, is not among the best 2 of 6 trials"
     assert decide(trial(9, [3.0, 1.1]), others, "halving") is None  # ties go on
     assert decide(trial(9, [3.0, 2.0, 2.0]), others, "halving") is None  # step 8 is no rung
     assert decide(trial(9, [3.0, 2.0]), [], "halving") is None  # whoever comes first goes on

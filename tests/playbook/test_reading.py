@@ -48,7 +48,7 @@ def test_the_evidence_says_the_numbers():
     assert evidence[0].startswith("All 5 leading trials were best at the last step (100). The best, trial 0,")
     assert evidence[1].startswith("Doubling the steps (50 to 100) cut the loss by 1.8%")
     assert evidence[1].endswith(" +- 0% (trial 0, from its own evaluations, at a constant rate).")
-    assert evidence[2].startswith("The best trial still fell by ")
+    assert evidence[2].startswith("The best trial's loss still fell by ")
     assert evidence[2].endswith("in the last quarter: more steps will help.")
     assert evidence[3].startswith("Train for 300 steps next, 3 times as many, the most for one round. That")
     assert evidence[3].endswith("should cut the loss by about 2.1%.")
@@ -64,7 +64,7 @@ def test_compute_bound_needs_a_falling_train_loss_and_a_cap_that_binds():
     reading = read_round(too_short_round(production_steps=200))
     assert reading.compute_bound is True
     (said,) = [f.message for f in reading.findings if f.rule == "compute_bound"]
-    assert "still falls at step 100, and run.production_steps ends runs at 200." in said
+    assert "still falls at step 100, and run.production_steps limits runs to 200." in said
     assert reading.suggested_max_train_steps == 200
     assert reading.evidence[-1] == "Train for 200 steps next, the most that run.production_steps allows."
     at_the_cap = read_round(too_short_round(production_steps=100)).evidence[-1]
@@ -115,7 +115,7 @@ def test_a_round_without_a_complete_trial_suggests_nothing():
     assert reading.suggested_max_train_steps is None
     assert reading.cost is None
     assert reading.leading == ()
-    assert "No trial is complete" in reading.evidence[0]
+    assert "No trial completed" in reading.evidence[0]
     assert {"undetermined", "infeasible_share"} <= set(rules(reading))
 
 
@@ -123,7 +123,7 @@ def test_no_learning_says_where_to_look():
     reading = read_round(round_of(trial_of(0, lambda s: 2 + s / 100, steps=GRID), evaluate_every=5))
     assert reading.diagnosis == Diagnosis.NO_LEARNING
     assert reading.suggested_max_train_steps is None
-    assert "look at the data, the loss masks and the learning rates" in " ".join(reading.evidence)
+    assert "check the data, the loss masks and the learning rates" in " ".join(reading.evidence)
     assert reading.findings[0].severity == Severity.PROBLEM
 
 
@@ -152,14 +152,14 @@ def test_undetermined_by_the_spread_between_seeds_cannot_be_settled_by_examples(
     reading = read_round(round_of(*seeds, evaluate_every=5))
     assert reading.diagnosis == Diagnosis.UNDETERMINED
     assert reading.noise == pytest.approx(0.02, rel=0.05)
-    assert "examples will not help: the seeds differ by as much" in reading.evidence[2]
+    assert "examples will not help: seeds differ by as much" in reading.evidence[2]
 
 
 def test_nothing_measured_is_undetermined():
     reading = read_round(round_of(trial_of(0, [3.0, 2.0], steps=[0, 100]), evaluate_every=100))
     assert reading.diagnosis == Diagnosis.UNDETERMINED
     assert reading.gain is None
-    assert "a smaller evaluation.every_steps where the rate is constant" in reading.evidence[1]
+    assert "or, at a constant rate, a smaller evaluation.every_steps" in reading.evidence[1]
     assert reading.evidence[2].startswith("Train for 150 steps next, 1.5 times as many: when in doubt")
 
 

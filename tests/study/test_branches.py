@@ -134,7 +134,7 @@ class Place:
     def run(self, worker: Worker, *, fuse: Fuse | None = None) -> None:
         """One process: what an earlier one left is healed, then branches run to the end."""
         branches = self.opened(fuse=fuse)
-        branches.heal()
+        branches.recover()
         while branches.left():
             while worker.capacity() > 0 and (assignment := branches.next_assignment()) is not None:
                 worker.start(assignment)
@@ -222,7 +222,7 @@ def test_a_branch_without_its_trunk_is_given_up_and_says_why(study: Path, facts:
     aside.rename(lost)
     given_up = [b for b in place.branches if b.state != "complete"]
     assert [(b.trial, b.max_train_steps, b.state, b.reason) for b in given_up] == [
-        (0, 6, "failed", "its trunk's checkpoint is gone")
+        (0, 6, "failed", "its stable checkpoint is missing")
     ]
     place = Place(study, [*facts, CheckpointsRemoved("round1", 0, (trunk.path,))])
     place.run(SimulatedWorker(formula, slots=1))
@@ -399,7 +399,7 @@ def test_a_process_that_goes_on_keeps_what_a_branch_can_go_on_from(place: Place)
     run = begun(place)
     saved = run.save(3)
     later = place.opened()
-    later.heal()
+    later.recover()
     assert place.branches[0].attempts[0].outcome == "interrupted"
     goes_on = later.next_assignment()
     assert goes_on is not None

@@ -12,7 +12,7 @@ from tests.study.rehearsal import Crash, rehearse, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, Promotion, RoundRecord, Trial, TrialState
-from tuner.study.retention import num_carried_over, num_kept, outranked, promised_trials, unneeded
+from tuner.study.retention import not_retained, num_carried_over, num_kept, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {
@@ -38,7 +38,7 @@ def ended(number: int, loss: float, state: TrialState = TrialState.COMPLETE) -> 
 
 def given_up(found: list[Trial], limit: int | None, *promised: int) -> dict[int, str]:
     """The first letters of what each trial loses."""
-    every = outranked(found, keep_best_trials=limit, promised=promised)
+    every = not_retained(found, keep_best_trials=limit, promised=promised)
     return {u.trial.number: "".join(c.kind[0] for c in u.checkpoints) for u in every}
 
 
@@ -84,7 +84,7 @@ def test_what_any_pass_may_take_up_is_kept() -> None:
 
     assert [carried(1), carried(2), carried(3)] == [3, 8, 12]
     assert carried(1, 2) == carried(2, 1) == 8
-    every = outranked(FIVE, keep_best_trials=1, carried=4)
+    every = not_retained(FIVE, keep_best_trials=1, carried=4)
     assert [u.trial.number for u in every if len(u.checkpoints) == len(KINDS)] == [2]
 
 
@@ -107,7 +107,7 @@ def test_clean_frees_by_what_came_after() -> None:
     assert cleaned(keep_best_trials=1) == {0: ("bl", "not among the best 1"), 1: ("l", "ended")}
     assert cleaned("sweep-8", later=("sweep-16",)) == cleaned()
     answered = cleaned("sweep-8", later=("sweep-16", "round1"))
-    assert answered == dict.fromkeys((0, 1), ("blt", "a sweep whose answer is in use"))
+    assert answered == dict.fromkeys((0, 1), ("blt", "a sweep whose result is in use"))
     assert {kinds for kinds, _ in cleaned(is_rehearsal=True).values()} == {"blt"}
 
 

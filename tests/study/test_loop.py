@@ -292,7 +292,7 @@ def test_a_repetition_that_fails_too_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_workers_that_are_never_ready_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match="before they could begin"):
+    with pytest.raises(WorkerError, match="before they could start"):
         rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99}, is_ready=False))
 
 
@@ -358,7 +358,7 @@ def test_a_metric_that_was_edited_between_two_trials_is_said_once(tmp_path: Path
             make_worker=partial(worker, formula, slots=1),
         )
     [warning] = [text for text in said if text.startswith("warning")]
-    assert "the file of own.py:score is not what it was" in warning
+    assert "the file of own.py:score has changed" in warning
 
 
 def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) -> None:

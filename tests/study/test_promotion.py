@@ -115,7 +115,7 @@ def test_each_changed_line_says_why(study: Path) -> None:
     assert load_round(done.path).spec.max_train_steps == 24
     assert comment(done, "max_train_steps") == "8 in round1"
     assert comment(done, "trials") == "3 enqueued, the rest new: fewer, longer runs"
-    assert comment(done, "decay_steps") == "re-cut: the same share of the run as before, 38%"
+    assert comment(done, "decay_steps") == "rescaled: the same share of the run as before, 38%"
     assert "--" not in done.path.read_text()
     assert "3 of round2's 5 trials are carried over; all 3 resume from a checkpoint." in promotion_text(
         done.document
@@ -227,7 +227,7 @@ def test_defaults_that_follow_the_horizon_stay_where_they_were(tmp_path: Path) -
     done = promoted(tmp_path, max_train_steps=480)
     spec = load_round(done.path).spec
     assert spec.evaluation.every_steps == before.evaluation.every_steps
-    assert "as in round1: trials go on where both evaluate" in done.path.read_text()
+    assert "as in round1: trials continue from steps that both evaluate" in done.path.read_text()
     assert spec.space()["warmup_steps"] == before.space()["warmup_steps"]
     assert spec.space()["decay_steps"] == done.next_round.space["decay_steps"]
     longer = load_round(promoted(tmp_path, max_train_steps=60, decay="steps").path).spec.space()
@@ -235,7 +235,7 @@ def test_defaults_that_follow_the_horizon_stay_where_they_were(tmp_path: Path) -
 
 
 def test_a_round_that_has_begun_keeps_its_file(study: Path) -> None:
-    with pytest.raises(InputError, match="round1 has begun: its file stays as it is"):
+    with pytest.raises(InputError, match="round1 has started, so its file cannot change"):
         promoted(study, to="round1")
 
 
@@ -371,7 +371,7 @@ def test_what_is_enqueued_goes_on_only_from_the_same_work_on_the_same_grid(study
     assert begun(8) == ("round1/3@8", 8)
     assert "model, data, evaluation set or length changed since then" in begun(16, workload="other")
     assert begun(16, lora_alpha=99).endswith("lora_alpha differs")
-    assert "its best adapter up to step 5 is of step 4" in begun(16, every=3)
+    assert "its best adapter up to step 5 is from step 4" in begun(16, every=3)
 
 
 class Damaged(SimulatedWorker):
@@ -402,7 +402,7 @@ def test_a_trunk_that_cannot_be_read_costs_its_steps_and_not_the_round(tmp_path:
     assert len(carried) == 2
     for trial in carried:
         assert [(a.from_step, a.outcome) for a in trial.attempts] == [(5, "failed"), (0, "complete")]
-        said = f"started afresh instead of going on from {trial.continues}: its hash is another"
+        said = f"started over instead of continuing {trial.continues}: its hash is another"
         assert trial.reason == said
         assert f"trial {trial.number}  {said}\n" in heard.getvalue(), "it is said when it begins"
 

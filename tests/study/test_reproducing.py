@@ -128,7 +128,7 @@ class TestContinued:
         ("changes", "why"),
         [
             ({"to_step": 4}, "nothing would be left to run"),
-            ({"continues": Continuation("round1", 0, 3)}, "its checkpoint is gone"),
+            ({"continues": Continuation("round1", 0, 3)}, "its checkpoint is missing"),
         ],
     )
     def test_or_from_the_beginning(

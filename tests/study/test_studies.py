@@ -132,7 +132,7 @@ def test_a_study_that_has_not_begun_is_told_from_one_that_has(url: str, tmp_path
     round_file(tmp_path / "other", storage=url, **OTHER)
     assert open_folder(tmp_path / "one").has_begun
     assert not open_folder(tmp_path / "other").has_begun
-    with pytest.raises(InputError, match="no round of other has begun"):
+    with pytest.raises(InputError, match="no round of other has started"):
         reports_on(open_folder(tmp_path / "other"), None)
 
 
@@ -145,7 +145,7 @@ def test_a_second_folder_of_the_same_files_is_the_same_study(url: str, tmp_path:
 def test_a_round_begun_in_another_folder_with_another_file_is_refused(url: str, tmp_path: Path) -> None:
     run(tmp_path / "one", storage=url, **ONE)
     with pytest.raises(
-        RoundFileError, match=r"study one has begun in this database .* not from this folder"
+        RoundFileError, match=r"study one has started in this database .* not from this folder"
     ) as there:
         run(tmp_path / "copy", storage=url, **ONE | {"steps": 12})
     assert "max_train_steps: the round began with 8 and the file now says 12" in str(there.value)

@@ -305,7 +305,7 @@ def test_a_sweep_is_never_promoted_nor_compared_with(tmp_path: Path) -> None:
     folder, store = open_folder(tmp_path), facts(file)
     try:
         for from_round in ("sweep-20", None):
-            with pytest.raises(InputError, match=r"never promoted|tuner study run round1.yaml"):
+            with pytest.raises(InputError, match=r"cannot be promoted|tuner study run round1.yaml"):
                 promote(
                     folder,
                     store,
@@ -352,5 +352,5 @@ def test_what_cannot_be_swept_is_refused(tmp_path: Path) -> None:
             next_sweep(load_round(path))
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "sweep-20.yaml").write_text(first_sweep(file) + "# mine\n")
-    with pytest.raises(InputError, match="exists and says something else; move it away"):
+    with pytest.raises(InputError, match="exists with other content; move or delete it"):
         next_sweep(swept_file(tmp_path / "x"))

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
-from tuner.adapters.initial import hollow_copy, lora_config
+from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Examples
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
-from tuner.training.commands import Inbox
+from tuner.training.commands import CommandReader
 from tuner.training.loop import train
-from tuner.training.packed_passes import tick
+from tuner.training.packed_passes import micro_step
 from tuner.training.trial_run import TrialRun
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 Hyperparameters = Mapping[str, Value]
 Say = Callable[[Event], None]
@@ -32,18 +32,18 @@ EVALUATION = tiny.examples(12, seed=2)
 
 
 @contextmanager
-def workplace(
+def worker_state(
     base: Base,
     trials: Iterable[Hyperparameters],
     *,
     slots: int = 1,
     micro_tokens: int = 1 << 20,
     rows: Examples = TRAIN,
-) -> Iterator[Workplace]:
+) -> Iterator[WorkerState]:
     """A pack with room for these trials on a base, which gets its own layers back at the end."""
     path = str(base.model.name_or_path)
-    hollow = hollow_copy(base, base_path=path)
-    adapters = [_start(hollow, path, trial) for trial in trials]
+    meta_model = meta_copy(base, base_path=path)
+    adapters = [_start(meta_model, path, trial) for trial in trials]
     pack = Pack(
         base,
         num_slots=slots,
@@ -51,9 +51,9 @@ def workplace(
         modules={name for adapter in adapters for name in adapter.weights},
     )
     try:
-        yield Workplace(
+        yield WorkerState(
             base=base,
-            hollow=hollow,
+            meta_model=meta_model,
             pack=pack,
             train=rows,
             evaluation=EVALUATION,
@@ -66,12 +66,12 @@ def workplace(
         pack.close()
 
 
-def begin(place: Workplace, slot: int, trial: Hyperparameters, *, max_train_steps: int) -> TrialRun:
-    """A trial at step 0 in a slot."""
+def begin(state: WorkerState, slot: int, trial: Hyperparameters, *, max_train_steps: int) -> TrialRun:
+    """Create a trial at step 0 in a slot."""
     assignment = Assignment("round1", slot, 1, trial, max_train_steps, max_train_steps, directory="")
-    start = place.new_adapter(trial, seed=int(trial["training_seed"]))
-    run = TrialRun(assignment, start, device=place.base.device)
-    place.pack.occupy(slot, run.adapter)
+    start = state.new_adapter(trial, seed=int(trial["training_seed"]))
+    run = TrialRun(assignment, start, device=state.base.device)
+    state.pack.occupy(slot, run.adapter)
     return run
 
 
@@ -81,7 +81,7 @@ class Entry:
 
     trial: int
     slot: int
-    tick: int = 0
+    micro_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,31 +95,31 @@ class Trained:
 
 
 def drive(
-    place: Workplace,
+    state: WorkerState,
     trials: Sequence[Hyperparameters],
     entries: Iterable[Entry],
     *,
     max_train_steps: int,
 ) -> dict[int, Trained]:
     """Train side by side: each trial joins as its entry says, as soon as its slot is free."""
-    waiting = sorted(entries, key=lambda entry: entry.tick)
+    waiting = sorted(entries, key=lambda entry: entry.micro_step)
     inside: dict[int, tuple[int, TrialRun]] = {}
     left: dict[int, Trained] = {}
-    tick = 0
+    num_micro_steps = 0
     while waiting or inside:
-        for entry in [e for e in waiting if e.tick <= tick and e.slot not in inside]:
+        for entry in [e for e in waiting if e.micro_step <= num_micro_steps and e.slot not in inside]:
             if entry.slot in inside:
                 continue
             waiting.remove(entry)
-            run = begin(place, entry.slot, trials[entry.trial], max_train_steps=max_train_steps)
+            run = begin(state, entry.slot, trials[entry.trial], max_train_steps=max_train_steps)
             inside[entry.slot] = entry.trial, run
             left[entry.trial] = Trained(start=copied(run.optimizer.weights))
-        _tick(place, inside, left)
+        _micro_step(state, inside, left)
         for slot, (trial, run) in list(inside.items()):
             if run.step == max_train_steps or run.reason_infeasible is not None:
                 left[trial].weights.update(copied(run.optimizer.weights))
                 del inside[slot]
-        tick += 1
+        num_micro_steps += 1
     return left
 
 
@@ -132,8 +132,8 @@ def solo(
     rows: Examples = TRAIN,
 ) -> Trained:
     """The trial alone in a pack made for it."""
-    with workplace(base, [trial], micro_tokens=micro_tokens, rows=rows) as place:
-        return drive(place, [trial], [Entry(0, 0)], max_train_steps=max_train_steps)[0]
+    with worker_state(base, [trial], micro_tokens=micro_tokens, rows=rows) as state:
+        return drive(state, [trial], [Entry(0, 0)], max_train_steps=max_train_steps)[0]
 
 
 def loss_difference(one: Trained, other: Trained) -> float:
@@ -161,9 +161,9 @@ def assert_lost_in_rounding(rounded: Base, exact: Base) -> None:
         tiny.hyperparameters(training_seed=n, lora_r=4 + n, lora_dropout=0.1 * n, learning_rate=3e-3)
         for n in range(4)
     ]
-    with workplace(rounded, trials, slots=4) as place:
-        entries = [Entry(n, 3 - n, tick=2 * n) for n in range(4)]
-        packed = drive(place, trials, entries, max_train_steps=steps)
+    with worker_state(rounded, trials, slots=4) as state:
+        entries = [Entry(n, 3 - n, micro_step=2 * n) for n in range(4)]
+        packed = drive(state, trials, entries, max_train_steps=steps)
     alone = [solo(rounded, trial, max_train_steps=steps) for trial in trials]
     in_float32 = [solo(exact, trial, max_train_steps=steps) for trial in trials]
     assert alone[0].losses[-1] < alone[0].losses[0]
@@ -188,43 +188,43 @@ def assignment(directory: Path, trial: int = 0, **more: object) -> Assignment:
     return Assignment(**fields | more)  # type: ignore[arg-type]
 
 
-class StopsAtTick(Inbox):
+class StopsAtMicroStep(CommandReader):
     """Asks a trial to leave, or the worker to close, when the loop has come round so many times."""
 
-    tick: int | None = None
+    micro_step: int | None = None
     trial: int | None = 0
 
     def assignments(self, *, wait: bool) -> Iterator[Assignment]:
         yield from super().assignments(wait=wait)
-        if self.tick is not None:
-            if self.tick == 0 and self.trial is None:
+        if self.micro_step is not None:
+            if self.micro_step == 0 and self.trial is None:
                 self.closed = True
-            elif self.tick == 0 and self.trial is not None:
+            elif self.micro_step == 0 and self.trial is not None:
                 self.unwanted.add(self.trial)
-            self.tick -= 1
+            self.micro_step -= 1
 
 
 def run_loop(
-    place: Workplace,
+    state: WorkerState,
     assignments: Iterable[Assignment],
     *,
-    stop_at_tick: int | None = None,
+    stop_at_micro_step: int | None = None,
     stop: int | None = 0,
     heard: list[Event] | None = None,
 ) -> list[Event]:
     """Run assignments through the training loop, one after the other as slots get free; what it said.
 
-    Trial `stop` is to leave at `stop_at_tick`; None is the whole worker. `heard` has what was
+    Trial `stop` is to leave at `stop_at_micro_step`; None is the whole worker. `heard` has what was
     said, too, where the loop raises.
     """
     waiting, open_ends = list(assignments), set()
     events = [] if heard is None else heard
     reading, writing = os.pipe()
-    with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as orders:
+    with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as written:
 
         def start(assigned: Assignment) -> None:
             open_ends.add(assigned.trial)
-            orders.write(json.dumps({"order": "start", "assignment": to_json(assigned)}) + "\n")
+            written.write(json.dumps({"order": "start", "assignment": to_json(assigned)}) + "\n")
 
         def say(event: Event) -> None:
             events.append(event)
@@ -233,20 +233,20 @@ def run_loop(
                 if waiting:
                     start(waiting.pop(0))
                 elif not open_ends:
-                    orders.write('{"order": "close"}\n')
+                    written.write('{"order": "close"}\n')
 
-        for assigned in waiting[: place.pack.num_slots]:
+        for assigned in waiting[: state.pack.num_slots]:
             start(assigned)
-        del waiting[: place.pack.num_slots]
-        inbox = StopsAtTick(lines, on_parent_gone=lambda: None)
-        inbox.tick, inbox.trial = stop_at_tick, stop
-        inbox.listen()
-        train(place, inbox, say)
+        del waiting[: state.pack.num_slots]
+        commands = StopsAtMicroStep(lines, on_parent_gone=lambda: None)
+        commands.micro_step, commands.trial = stop_at_micro_step, stop
+        commands.listen()
+        train(state, commands, say)
     return events
 
 
 def curve(events: Iterable[Event], trial: int = 0) -> list[Evaluation]:
-    """A trial's evaluations in the order they were said."""
+    """A trial's evaluations in the order of the events."""
     return [event.evaluation for event in events if isinstance(event, Evaluated) and event.trial == trial]
 
 
@@ -276,14 +276,16 @@ def _typical_update_difference(some: Sequence[Trained], others: Sequence[Trained
     return sum(found) / len(found)
 
 
-def _start(hollow: PreTrainedModel, base_path: str, trial: Hyperparameters) -> Adapter:
+def _start(meta_model: PreTrainedModel, base_path: str, trial: Hyperparameters) -> Adapter:
     config = lora_config(trial, base_path=base_path)
-    return initial_adapter(hollow, config, seed=int(trial["training_seed"]))
+    return initial_adapter(meta_model, config, seed=int(trial["training_seed"]))
 
 
-def _tick(place: Workplace, inside: Mapping[int, tuple[int, TrialRun]], left: Mapping[int, Trained]) -> None:
+def _micro_step(
+    state: WorkerState, inside: Mapping[int, tuple[int, TrialRun]], left: Mapping[int, Trained]
+) -> None:
     before = {slot: run.step for slot, (_, run) in inside.items()}
-    tick(place, {slot: run for slot, (_, run) in inside.items()})
+    micro_step(state, {slot: run for slot, (_, run) in inside.items()})
     for slot, (trial, run) in inside.items():
         if run.step > before[slot]:
             assert run.train_loss is not None

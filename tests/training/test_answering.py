@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests import tiny
-from tests.training.driving import assignment, curve, ended, run_loop, workplace
+from tests.training.driving import assignment, curve, ended, run_loop, worker_state
 from tuner.adapters import Base
 from tuner.adapters.decoding import Decoding
 from tuner.adapters.generation import TextGenerator
@@ -60,9 +60,9 @@ def test_the_best_adapters_answers_whatever_the_slot(models: tiny.Models, tmp_pa
     for slots in (1, 2):
         folder = tmp_path / str(slots)
         assigned = [assignment(folder, n, hyperparameters=trial) for n, trial in enumerate(TRIALS)]
-        with workplace(base, TRIALS, slots=slots) as place:
-            place.generation_eval = generation_eval(base)
-            events = run_loop(place, assigned)
+        with worker_state(base, TRIALS, slots=slots) as state:
+            state.generation_eval = generation_eval(base)
+            events = run_loop(state, assigned)
         found.append(scores(events))
         for trial in range(2):
             mine = [event for event in events if getattr(event, "trial", None) == trial]
@@ -88,8 +88,8 @@ def test_a_trial_that_died_while_it_answered_answers_again_and_a_branch_never_do
     models: tiny.Models, tmp_path: Path
 ) -> None:
     base = models.base("llama")
-    with workplace(base, TRIALS[:1]) as place:
-        first = run_loop(place, [assignment(tmp_path, hyperparameters=TRIALS[0])])
+    with worker_state(base, TRIALS[:1]) as state:
+        first = run_loop(state, [assignment(tmp_path, hyperparameters=TRIALS[0])])
         saved = last_saved(first, 0).checkpoint
         again = assignment(
             tmp_path,
@@ -98,10 +98,10 @@ def test_a_trial_that_died_while_it_answered_answers_again_and_a_branch_never_do
             resume_from=str(tmp_path / saved.path),
             resume_sha256=saved.sha256,
         )
-        place.generation_eval = generation_eval(base)
-        [(_, score)] = scores(run_loop(place, [again])).items()
-        whole = run_loop(place, [assignment(tmp_path / "whole", hyperparameters=TRIALS[0])])
-        branch = run_loop(place, [assignment(tmp_path, -1, hyperparameters=TRIALS[0])])
+        state.generation_eval = generation_eval(base)
+        [(_, score)] = scores(run_loop(state, [again])).items()
+        whole = run_loop(state, [assignment(tmp_path / "whole", hyperparameters=TRIALS[0])])
+        branch = run_loop(state, [assignment(tmp_path, -1, hyperparameters=TRIALS[0])])
     assert saved.step == 10
     assert score == scores(whole)[0]
     assert (ended(branch, -1).outcome, scores(branch)) == ("complete", {})
@@ -121,13 +121,13 @@ def test_whoever_is_to_stop_while_a_trial_answers_saves_it(models: tiny.Models, 
             more["stopping"] = lambda: len(asked) >= 2
             return super().score(*args, **more)  # type: ignore[arg-type]
 
-    with workplace(base, TRIALS[:1]) as place:
+    with worker_state(base, TRIALS[:1]) as state:
         whole = generation_eval(base, compare)
-        place.generation_eval = Stopping(
+        state.generation_eval = Stopping(
             EVAL_PROMPTS, whole.generator, whole.metric, NEW_TOKENS, is_objective=False
         )
-        place.generation_eval.generator.budget_tokens = 1
-        events = run_loop(place, [assignment(tmp_path, hyperparameters=TRIALS[0])])
+        state.generation_eval.generator.budget_tokens = 1
+        events = run_loop(state, [assignment(tmp_path, hyperparameters=TRIALS[0])])
     assert len(asked) == 2
     assert (ended(events).outcome, ended(events).step, scores(events)) == ("stopped", 10, {})
     assert last_saved(events, 0).checkpoint.step == 10
@@ -140,12 +140,12 @@ def test_a_metric_at_fault_ends_the_work_with_every_trial_saved(models: tiny.Mod
         assignment(tmp_path, 0, hyperparameters=TRIALS[0], max_train_steps=3),
         assignment(tmp_path, 1, hyperparameters=TRIALS[1]),
     ]
-    with workplace(base, TRIALS, slots=2) as place:
-        place.generation_eval = generation_eval(base, lambda answer, reference: float("nan"))
+    with worker_state(base, TRIALS, slots=2) as state:
+        state.generation_eval = generation_eval(base, lambda answer, reference: float("nan"))
         with pytest.raises(
             MetricError, match=r"reference 'reference \d+' \(eval.jsonl:\d+\): it returned nan"
         ):
-            run_loop(place, assigned, heard=events)
+            run_loop(state, assigned, heard=events)
     assert [(ended(events, trial).outcome, ended(events, trial).step) for trial in (0, 1)] == [
         ("stopped", 3),
         ("stopped", 3),

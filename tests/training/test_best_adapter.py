@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from tests import tiny
-from tests.training.driving import EVALUATION, assignment, curve, run_loop, workplace
+from tests.training.driving import EVALUATION, assignment, curve, run_loop, worker_state
 from tuner.playbook import best_evaluation
 
 
@@ -24,8 +24,8 @@ def test_peft_has_the_loss_that_was_recorded(models: tiny.Models, tmp_path: Path
         for seed, rank in enumerate((4, 2, 7))
     ]
     assigned = [assignment(tmp_path, n, hyperparameters=trial) for n, trial in enumerate(trials)]
-    with workplace(models.base(shape), trials, slots=3) as place:
-        events = run_loop(place, assigned)
+    with worker_state(models.base(shape), trials, slots=3) as state:
+        events = run_loop(state, assigned)
     bests = [best_evaluation(curve(events, number)) for number in range(3)]
     assert any(best is not None and best.step > 0 for best in bests)
     for one, best in zip(assigned, bests, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tests.training.driving import begin, workplace
+from tests.training.driving import begin, worker_state
 from tuner.adapters import Adapter
 from tuner.errors import CheckpointError
 from tuner.records import CheckpointKind, Evaluation
@@ -21,8 +21,8 @@ from tuner.training.checkpoints import Snapshot, digest, publish_best, publish_s
 @pytest.fixture(scope="module")
 def adapter(models: tiny.Models) -> Adapter:
     trial = tiny.hyperparameters()
-    with workplace(models.base("llama"), [trial]) as place:
-        return begin(place, 0, trial, max_train_steps=1).adapter
+    with worker_state(models.base("llama"), [trial]) as state:
+        return begin(state, 0, trial, max_train_steps=1).adapter
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ class TestSnapshot:
             read_snapshot(tmp_path / kept.path, sha256=None)
 
     def test_missing_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="gone"):
+        with pytest.raises(CheckpointError, match="missing"):
             read_snapshot(tmp_path / "nowhere", sha256=None)
 
 

@@ -21,7 +21,7 @@ from tests.training.driving import (
     run_loop,
     solo,
     update_difference,
-    workplace,
+    worker_state,
 )
 from tests.training.test_best_adapter import nll
 from tuner.config import RoundSpec
@@ -38,8 +38,8 @@ def test_peft_has_the_loss_that_was_recorded(
 ) -> None:
     trial = tiny.hyperparameters(use_dora=True, optimizer=optimizer, learning_rate=3e-3, lora_dropout=0.1)
     assigned = assignment(tmp_path, hyperparameters=trial)
-    with workplace(models.base(shape), [trial]) as place:
-        events = run_loop(place, [assigned])
+    with worker_state(models.base(shape), [trial]) as state:
+        events = run_loop(state, [assigned])
     assert ended(events).outcome == "complete"
     best = best_evaluation(curve(events))
     assert best is not None
@@ -53,9 +53,9 @@ def test_plain_trials_in_the_same_slot(models: tiny.Models) -> None:
     plain = tiny.hyperparameters(lora_dropout=0.2)
     dora = tiny.hyperparameters(use_dora=True, lora_r=8)
     base = models.base("llama")
-    with workplace(base, [plain, dora]) as place:
+    with worker_state(base, [plain, dora]) as state:
         trained = drive(
-            place, [dora, plain, dora], [Entry(0, 0), Entry(1, 0, 1), Entry(2, 0, 2)], max_train_steps=5
+            state, [dora, plain, dora], [Entry(0, 0), Entry(1, 0, 1), Entry(2, 0, 2)], max_train_steps=5
         )
     alone = solo(base, plain, max_train_steps=5)
     assert trained[1].losses == pytest.approx(alone.losses, rel=1e-6)
@@ -79,7 +79,7 @@ def test_a_worker_has_one_slot(
     }
     spec = RoundSpec.model_validate(document)
     with caplog.at_level(logging.INFO):
-        place = arrange(spec, prepare(spec, load_tokenizer(spec.model), None), slots=3)
-    assert place.pack.num_slots == 1
+        state = arrange(spec, prepare(spec, load_tokenizer(spec.model), None), slots=3)
+    assert state.pack.num_slots == 1
     assert "slots: 3: DoRA trains one trial at a time" in caplog.text
-    assert predict(place, spec).slots == 1
+    assert predict(state, spec).slots == 1

@@ -28,7 +28,7 @@ from tests.training.driving import (
     solo,
     started,
     update_difference,
-    workplace,
+    worker_state,
 )
 from tuner.adapters import Adapter, Base, Pack
 from tuner.adapters.dropout import row_keys
@@ -36,7 +36,7 @@ from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
 from tuner.training.packed_passes import example_scores, forward_backward
 from tuner.training.trial_run import MAX_BAD_UPDATES
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 TOLERANCE = 1e-4
 
@@ -44,8 +44,8 @@ TOLERANCE = 1e-4
 class TestEvents:
     def test_of_one_trial(self, models: tiny.Models, tmp_path: Path) -> None:
         assigned = assignment(tmp_path)
-        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [assigned.hyperparameters]) as state:
+            events = run_loop(state, [assigned])
         assert isinstance(events[0], Started)
         assert events[-2] == Ended("round1", 0, 1, 10, "complete")
         assert [evaluation.step for evaluation in curve(events)] == [0, 3, 6, 9, 10]
@@ -57,8 +57,8 @@ class TestEvents:
     def test_measures_what_was_run(self, models: tiny.Models, tmp_path: Path) -> None:
         """Ten updates of two trials side by side, of four rows each."""
         assigned = [assignment(tmp_path, trial) for trial in range(2)]
-        with workplace(models.base("llama"), [assigned[0].hyperparameters], slots=2) as place:
-            events = run_loop(place, assigned)
+        with worker_state(models.base("llama"), [assigned[0].hyperparameters], slots=2) as state:
+            events = run_loop(state, assigned)
         assert isinstance(events[-1], Measured)
         work = events[-1].throughput
         rows = [batch_rows(len(TRAIN), batch_size=4, seed=0, step=step) for step in range(1, 11)]
@@ -73,8 +73,8 @@ class TestEvents:
 
     def test_evaluation_is_sums_over_targets(self, models: tiny.Models, tmp_path: Path) -> None:
         assigned = assignment(tmp_path, max_train_steps=4)
-        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [assigned.hyperparameters]) as state:
+            events = run_loop(state, [assigned])
         for evaluation in curve(events):
             assert evaluation.example_tokens == tuple(EVALUATION.num_targets)
             loss = sum(evaluation.example_nll) / sum(evaluation.example_tokens)
@@ -85,8 +85,8 @@ class TestEvents:
     ) -> None:
         trial = tiny.hyperparameters(warmup_steps=4, max_grad_norm=1e-3, batch_size=3)
         assigned = assignment(tmp_path, hyperparameters=trial)
-        with workplace(models.base("llama"), [trial]) as place:
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [trial]) as state:
+            events = run_loop(state, [assigned])
         trained = solo(models.base("llama"), trial, max_train_steps=10)
         targets = [
             sum(TRAIN.num_targets[list(batch_rows(len(TRAIN), batch_size=3, seed=0, step=step))])
@@ -106,8 +106,8 @@ class TestEvents:
     def test_signs_of_life_are_each_trials_own(self, models: tiny.Models, tmp_path: Path) -> None:
         trials = [tiny.hyperparameters(training_seed=seed) for seed in range(2)]
         assigned = [assignment(tmp_path, n, hyperparameters=trial) for n, trial in enumerate(trials)]
-        with workplace(models.base("llama"), trials, slots=2) as place:
-            events = run_loop(place, assigned)
+        with worker_state(models.base("llama"), trials, slots=2) as state:
+            events = run_loop(state, assigned)
         for number, trial in enumerate(trials):
             said = [event for event in events if isinstance(event, Progressed) and event.trial == number]
             losses = solo(models.base("llama"), trial, max_train_steps=10).losses
@@ -117,9 +117,9 @@ class TestEvents:
     def test_known_base_is_not_measured_again(self, models: tiny.Models, tmp_path: Path) -> None:
         assigned = assignment(tmp_path, max_train_steps=1)
         told = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
-        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
-            place.base_evaluation = told
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [assigned.hyperparameters]) as state:
+            state.base_evaluation = told
+            events = run_loop(state, [assigned])
         assert curve(events)[0] == told
 
     def test_slots_are_refilled(self, models: tiny.Models, tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ class TestEvents:
             assignment(tmp_path, n, hyperparameters=trial, max_train_steps=3 + n % 4)
             for n, trial in enumerate(trials)
         ]
-        with workplace(models.base("llama"), trials, slots=3) as place:
-            events = run_loop(place, assigned)
+        with worker_state(models.base("llama"), trials, slots=3) as state:
+            events = run_loop(state, assigned)
         for number, one in enumerate(assigned):
-            with workplace(models.base("llama"), [one.hyperparameters]) as place:
-                alone = run_loop(place, [replace(one, directory=one.directory + "-alone")])
+            with worker_state(models.base("llama"), [one.hyperparameters]) as state:
+                alone = run_loop(state, [replace(one, directory=one.directory + "-alone")])
             assert ended(events, number).outcome == "complete"
             assert [e.step for e in curve(events, number)] == [e.step for e in curve(alone, number)]
             for together, solitary in zip(curve(events, number), curve(alone, number), strict=True):
@@ -152,13 +152,13 @@ class TestWildTrials:
         assigned = [
             assignment(tmp_path, n, hyperparameters=trial, evaluate_every=5) for n, trial in enumerate(trials)
         ]
-        with workplace(models.base("llama"), trials, slots=3) as place:
-            events = run_loop(place, assigned)
+        with worker_state(models.base("llama"), trials, slots=3) as state:
+            events = run_loop(state, assigned)
         assert [ended(events, n).outcome for n in range(3)] == ["complete", "infeasible", "complete"]
         assert ended(events, 1).step <= 1 + MAX_BAD_UPDATES
         assert "gradient" in str(ended(events, 1).reason)
-        with workplace(models.base("llama"), [wild]) as place:
-            solitary = run_loop(place, [replace(assigned[1], directory=assigned[1].directory + "-alone")])
+        with worker_state(models.base("llama"), [wild]) as state:
+            solitary = run_loop(state, [replace(assigned[1], directory=assigned[1].directory + "-alone")])
         assert ended(solitary, 1) == ended(events, 1)
         for number in (0, 2):
             alone = solo(models.base("llama"), trials[number], max_train_steps=10)
@@ -168,8 +168,8 @@ class TestWildTrials:
     def test_evaluation_that_is_not_finite(self, models: tiny.Models, tmp_path: Path) -> None:
         wild = tiny.hyperparameters(learning_rate=1e30)
         assigned = assignment(tmp_path, hyperparameters=wild, evaluate_every=2)
-        with workplace(models.base("llama"), [wild]) as place:
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [wild]) as state:
+            events = run_loop(state, [assigned])
         assert ended(events).outcome == "infeasible"
         assert "evaluation loss is nan at step 2" in str(ended(events).reason)
         assert curve(events)[-1].step == 2
@@ -178,10 +178,10 @@ class TestWildTrials:
     def test_three_bad_updates_in_a_row_and_not_fewer(self, models: tiny.Models, bad: float) -> None:
         """A good one between them begins the count anew."""
         trial = tiny.hyperparameters()
-        with workplace(models.base("llama"), [trial]) as place:
-            run = begin(place, 0, trial, max_train_steps=20)
+        with worker_state(models.base("llama"), [trial]) as state:
+            run = begin(state, 0, trial, max_train_steps=20)
             for norm in (bad, bad, 1.0, bad, bad):
-                run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=1 << 20)
+                run.begin_update(state.train.num_tokens, state.train.num_targets, micro_tokens=1 << 20)
                 run.add_loss(5.0)
                 run.finish_update(norm)
                 assert run.reason_infeasible is None
@@ -201,14 +201,16 @@ class TestDropout:
         keys: list[int] = []
 
         def look(_: Tensor) -> bool:
-            packed = place.pack.rows
+            packed = state.pack.rows
             assert packed is not None
             assert packed.dropout_keys is not None
             keys.extend(packed.dropout_keys.tolist())
             return True
 
-        with workplace(with_room_for(models.base("llama"), look), trials, slots=2, micro_tokens=1) as place:
-            drive(place, trials, [Entry(0, 1), Entry(1, 0)], max_train_steps=3)
+        with worker_state(
+            with_room_for(models.base("llama"), look), trials, slots=2, micro_tokens=1
+        ) as state:
+            drive(state, trials, [Entry(0, 1), Entry(1, 0)], max_train_steps=3)
         expected = [
             row_keys(seed, step, torch.arange(size)).tolist()
             for size, seed in ((2, 7), (3, 4))
@@ -234,10 +236,10 @@ class TestAccumulation:
             for n, rate in enumerate(data.draw(st.lists(st.sampled_from([0.0, 0.4]), min_size=1, max_size=3)))
         ]
         micro_tokens, pass_tokens = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 200))
-        with workplace(models.base("llama"), trials, slots=len(trials)) as place:
-            whole = one_update(place, trials)
-            place.micro_tokens, place.pass_tokens = micro_tokens, pass_tokens
-            cut = one_update(place, trials)
+        with worker_state(models.base("llama"), trials, slots=len(trials)) as state:
+            whole = one_update(state, trials)
+            state.micro_tokens, state.pass_tokens = micro_tokens, pass_tokens
+            cut = one_update(state, trials)
         for (loss, gradient), (expected_loss, expected) in zip(cut, whole, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-6)
             assert float((gradient - expected).norm()) < 1e-5 * float(expected.norm())
@@ -297,9 +299,9 @@ class TestOutOfMemory:
         base = models.base("llama")
         small = with_room_for(base, lambda ids: ids.numel() <= tokens)
         entries = [Entry(n, n) for n in range(3)]
-        with workplace(small, self.TRIALS, slots=3) as place:
-            tight = drive(place, self.TRIALS, entries, max_train_steps=8)
-            assert place.pass_tokens <= tokens
+        with worker_state(small, self.TRIALS, slots=3) as state:
+            tight = drive(state, self.TRIALS, entries, max_train_steps=8)
+            assert state.pass_tokens <= tokens
         assert 0 < small.refused <= 6  # the limit is found once, not at every step
         for number, trial in enumerate(self.TRIALS):
             alone = solo(base, trial, max_train_steps=8)
@@ -321,8 +323,8 @@ class TestOutOfMemory:
                 output.register_hook(end)
 
         hook = base.model.get_submodule("model.layers.0").register_forward_hook(watch)
-        with workplace(base, self.TRIALS, slots=3) as place:
-            tight = drive(place, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=4)
+        with worker_state(base, self.TRIALS, slots=3) as state:
+            tight = drive(state, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=4)
         hook.remove()
         assert 0 < len(refused) < len(begun)
         for number, trial in enumerate(self.TRIALS):
@@ -344,9 +346,9 @@ class TestOutOfMemory:
                 passes.append(len(ids))
             return True
 
-        with workplace(with_room_for(models.base("llama"), look), trials, slots=3) as place:
-            place.base_evaluation = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
-            run_loop(place, assigned)
+        with worker_state(with_room_for(models.base("llama"), look), trials, slots=3) as state:
+            state.base_evaluation = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
+            run_loop(state, assigned)
         assert passes == [15, 15, 6] or sorted(passes) == [2, 4, 5, 5, 10, 10]  # one may come a pass later
 
     @pytest.mark.parametrize("rows", [1, 3])
@@ -356,9 +358,9 @@ class TestOutOfMemory:
         small = with_room_for(base, lambda ids: ids.shape[0] <= rows)
         found = []
         for one in (base, small):
-            with workplace(one, self.TRIALS, slots=3) as place:
-                drive(place, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=3)
-                found.append(example_scores(place, (0, 2, 1)))
+            with worker_state(one, self.TRIALS, slots=3) as state:
+                drive(state, self.TRIALS, [Entry(n, n) for n in range(3)], max_train_steps=3)
+                found.append(example_scores(state, (0, 2, 1)))
         assert small.largest_pass == rows
         with_room, without = ([scores.nll for scores in one] for one in found)
         assert torch.tensor(without) == pytest.approx(torch.tensor(with_room), rel=TOLERANCE)
@@ -370,13 +372,13 @@ class TestOutOfMemory:
     ) -> None:
         """Of 12 rows five at a time, whatever the batch size of training, and where there is room for all."""
         roomy = with_room_for(models.base("llama"), lambda _: True)
-        with workplace(roomy, self.TRIALS, slots=3) as place:
-            assert place.evaluation_rows == 5
-            example_scores(place, ())
+        with worker_state(roomy, self.TRIALS, slots=3) as state:
+            assert state.evaluation_rows == 5
+            example_scores(state, ())
             assert roomy.largest_pass == 5
             for slot in (0, 1):
-                begin(place, slot, self.TRIALS[slot], max_train_steps=3)
-            example_scores(place, (0, 1))
+                begin(state, slot, self.TRIALS[slot], max_train_steps=3)
+            example_scores(state, (0, 1))
             assert roomy.largest_pass == 10
 
     @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -389,8 +391,8 @@ class TestOutOfMemory:
         alone = [solo(base, trial, max_train_steps=4) for trial in trials]
         model = base.model
         small = with_room_for(base, lambda ids: model.is_gradient_checkpointing or ids.shape[0] > 1e9)
-        with workplace(small, trials, slots=3) as place:
-            tight = drive(place, trials, [Entry(n, n) for n in range(3)], max_train_steps=4)
+        with worker_state(small, trials, slots=3) as state:
+            tight = drive(state, trials, [Entry(n, n) for n in range(3)], max_train_steps=4)
         assert model.is_gradient_checkpointing
         for number, expected in enumerate(alone):
             assert len(tight[number].losses) == 4
@@ -410,8 +412,8 @@ class TestOutOfMemory:
             assignment(tmp_path, n, hyperparameters=trial, max_train_steps=2)
             for n, trial in enumerate(trials)
         ]
-        with workplace(small, trials, slots=2) as place:
-            events = run_loop(place, assigned)
+        with worker_state(small, trials, slots=2) as state:
+            events = run_loop(state, assigned)
         assert ended(events, 0) == Ended(
             "round1", 0, 1, 1, "infeasible", "out of memory alone at micro-batch 1"
         )
@@ -424,9 +426,9 @@ class TestOutOfMemory:
         told = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
         small = with_room_for(models.base("llama"), lambda ids: torch.is_grad_enabled() or len(ids) > 10)
         assigned = [assignment(tmp_path, n, max_train_steps=2, evaluate_every=2) for n in range(3)]
-        with workplace(small, [trial], slots=2) as place:
-            place.base_evaluation = told
-            events = run_loop(place, assigned)
+        with worker_state(small, [trial], slots=2) as state:
+            state.base_evaluation = told
+            events = run_loop(state, assigned)
         for number in range(3):
             assert ended(events, number) == Ended(
                 "round1", number, 1, 2, "infeasible", "out of memory evaluating one example alone"
@@ -442,22 +444,22 @@ class TestOutOfMemory:
             assignment(tmp_path, n, hyperparameters=trial, max_train_steps=3 + n)
             for n, trial in enumerate(trials)
         ]
-        with workplace(models.base("llama"), trials, slots=3) as place:
-            small_memory(place, most=2)
-            events = run_loop(place, assigned)
+        with worker_state(models.base("llama"), trials, slots=3) as state:
+            small_memory(state, most=2)
+            events = run_loop(state, assigned)
         begun, left = ([e.trial for e in events if isinstance(e, kind)] for kind in (Started, Ended))
         assert (begun, left[0]) == ([0, 1, 2], 0)
         assert events.index(started(events, 2)) > events.index(ended(events, 0))
         assert {ended(events, n).outcome for n in range(3)} == {"complete"}
-        with workplace(models.base("llama"), [trials[2]]) as place:
-            alone = run_loop(place, [replace(assigned[2], directory=assigned[2].directory + "-alone")])
+        with worker_state(models.base("llama"), [trials[2]]) as state:
+            alone = run_loop(state, [replace(assigned[2], directory=assigned[2].directory + "-alone")])
         assert curve(events, 2)[-1].eval_loss == pytest.approx(curve(alone, 2)[-1].eval_loss, rel=TOLERANCE)
 
     def test_a_trial_without_room_alone_is_infeasible(self, models: tiny.Models, tmp_path: Path) -> None:
         assigned = assignment(tmp_path)
-        with workplace(models.base("llama"), [assigned.hyperparameters]) as place:
-            small_memory(place, most=0)
-            events = run_loop(place, [assigned])
+        with worker_state(models.base("llama"), [assigned.hyperparameters]) as state:
+            small_memory(state, most=0)
+            events = run_loop(state, [assigned])
         reason = "out of memory alone: no room for its adapter beside the base"
         assert ended(events) == Ended("round1", 0, 1, 0, "infeasible", reason)
         assert not any(isinstance(event, Started) for event in events)
@@ -467,25 +469,25 @@ class TestOutOfMemory:
         self, models: tiny.Models, tmp_path: Path, stop: int | None
     ) -> None:
         assigned = [assignment(tmp_path, n, max_train_steps=8) for n in range(2)]
-        with workplace(models.base("llama"), [tiny.hyperparameters()], slots=2) as place:
-            small_memory(place, most=1)
-            events = run_loop(place, assigned, stop_at_tick=3, stop=stop)
+        with worker_state(models.base("llama"), [tiny.hyperparameters()], slots=2) as state:
+            small_memory(state, most=1)
+            events = run_loop(state, assigned, stop_at_micro_step=3, stop=stop)
         assert ended(events, 1) == Ended("round1", 1, 1, 0, "stopped")
         assert ended(events, 0).outcome == ("complete" if stop else "stopped")
 
 
-def one_update(place: Workplace, trials: Sequence[dict[str, object]]) -> list[tuple[float, Tensor]]:
+def one_update(state: WorkerState, trials: Sequence[dict[str, object]]) -> list[tuple[float, Tensor]]:
     """Train loss and gradients of every trial's first update, before its optimizer steps."""
-    runs = {slot: begin(place, slot, trial, max_train_steps=9) for slot, trial in enumerate(trials)}
+    runs = {slot: begin(state, slot, trial, max_train_steps=9) for slot, trial in enumerate(trials)}
     generator = torch.Generator().manual_seed(0)
     for slot, run in runs.items():
         for _, b in run.optimizer.weights.values():
             b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
-        place.pack.load({slot: run.optimizer.weights})
-        run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
+        state.pack.load({slot: run.optimizer.weights})
+        run.begin_update(state.train.num_tokens, state.train.num_targets, micro_tokens=state.micro_tokens)
     while any(run.micro_batches for run in runs.values()):
-        tick = {slot: run.micro_batches.popleft() for slot, run in runs.items() if run.micro_batches}
-        forward_backward(place, runs, tick)
+        micro_batches = {slot: run.micro_batches.popleft() for slot, run in runs.items() if run.micro_batches}
+        forward_backward(state, runs, micro_batches)
     gradients = [
         torch.cat([g.clone().reshape(-1) for pair in run.optimizer.gradients.values() for g in pair])
         for run in runs.values()
@@ -509,8 +511,8 @@ def _last_five(losses: Sequence[float], trial: dict[str, object]) -> float:
     return sum(loss * n for loss, n in zip(losses[5:], targets, strict=True)) / sum(targets)
 
 
-def small_memory(place: Workplace, *, most: int) -> None:
-    """Let the pack of a workplace have room for so many trials, as a small GPU has."""
+def small_memory(state: WorkerState, *, most: int) -> None:
+    """Let the pack of a worker have room for so many trials, as a small GPU has."""
     taken: set[int] = set()
 
     class Small(Pack):
@@ -520,4 +522,4 @@ def small_memory(place: Workplace, *, most: int) -> None:
             taken.add(slot)
             super().occupy(slot, adapter)
 
-    place.pack.__class__ = Small
+    state.pack.__class__ = Small

@@ -18,7 +18,7 @@ def test_an_adapter_keeps_the_commit_of_its_base(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     hub_cache(tmp_path / "hub", commit=COMMIT)
     spec = round_file(tmp_path, base="quickstart/base").spec.absolute(tmp_path)
-    place = arrange(spec, prepare(spec, load_tokenizer(spec.model), None), slots=1)
-    adapter = place.new_adapter(largest_hyperparameters(spec.space()), seed=0)
+    state = arrange(spec, prepare(spec, load_tokenizer(spec.model), None), slots=1)
+    adapter = state.new_adapter(largest_hyperparameters(spec.space()), seed=0)
     assert adapter.config.revision == COMMIT
     assert adapter.config.base_model_name_or_path == "quickstart/base"

@@ -21,7 +21,7 @@ from tests.training.driving import (
     loss_difference,
     solo,
     update_difference,
-    workplace,
+    worker_state,
 )
 from tuner.records import Value
 from tuner.training.optimizer import TrialOptimizer
@@ -95,23 +95,25 @@ class TestAnyMixInAnySlot:
         "entries",
         [
             pytest.param([Entry(trial, 0) for trial in range(8)], id="1 slot"),
-            pytest.param([Entry(trial, trial % 2, tick=3 * trial) for trial in range(8)], id="2 slots"),
-            pytest.param([Entry(trial, 3 - trial % 4, tick=trial) for trial in range(8)], id="4 slots"),
+            pytest.param([Entry(trial, trial % 2, micro_step=3 * trial) for trial in range(8)], id="2 slots"),
+            pytest.param([Entry(trial, 3 - trial % 4, micro_step=trial) for trial in range(8)], id="4 slots"),
             pytest.param([Entry(trial, trial) for trial in range(8)], id="8 slots"),
-            pytest.param([Entry(trial, 7 - trial, tick=5 * trial) for trial in range(8)], id="8, one by one"),
+            pytest.param(
+                [Entry(trial, 7 - trial, micro_step=5 * trial) for trial in range(8)], id="8, one by one"
+            ),
         ],
     )
     def test_slots(self, models: tiny.Models, alone: dict[int, Trained], entries: list[Entry]) -> None:
         slots = 1 + max(entry.slot for entry in entries)
-        with workplace(models.base("llama"), MIX, slots=slots, micro_tokens=MICRO_TOKENS) as place:
-            packed = drive(place, MIX, entries, max_train_steps=STEPS)
+        with worker_state(models.base("llama"), MIX, slots=slots, micro_tokens=MICRO_TOKENS) as state:
+            packed = drive(state, MIX, entries, max_train_steps=STEPS)
         assert_same(packed, alone)
 
     def test_cut_into_single_rows(self, models: tiny.Models, alone: dict[int, Trained]) -> None:
         chosen = (1, 3, 7)
-        with workplace(models.base("llama"), MIX, slots=3, micro_tokens=1) as place:
+        with worker_state(models.base("llama"), MIX, slots=3, micro_tokens=1) as state:
             entries = [Entry(trial, slot) for slot, trial in enumerate(chosen)]
-            packed = drive(place, MIX, entries, max_train_steps=STEPS)
+            packed = drive(state, MIX, entries, max_train_steps=STEPS)
         assert_same(packed, {trial: alone[trial] for trial in chosen})
 
 
@@ -129,12 +131,12 @@ class TestDrawnMixes:
         trials = data.draw(st.lists(mixed(shape), min_size=2, max_size=4))
         slots = data.draw(st.integers(1, len(trials)))
         entries = [
-            Entry(number, data.draw(st.integers(0, slots - 1)), tick=data.draw(st.integers(0, 9)))
+            Entry(number, data.draw(st.integers(0, slots - 1)), micro_step=data.draw(st.integers(0, 9)))
             for number in range(len(trials))
         ]
         base, steps = models.base(shape), 8
-        with workplace(base, trials, slots=slots, micro_tokens=data.draw(st.integers(1, 200))) as place:
-            packed = drive(place, trials, entries, max_train_steps=steps)
+        with worker_state(base, trials, slots=slots, micro_tokens=data.draw(st.integers(1, 200))) as state:
+            packed = drive(state, trials, entries, max_train_steps=steps)
         assert_same(packed, {n: solo(base, trial, max_train_steps=steps) for n, trial in enumerate(trials)})
 
 
@@ -176,9 +178,9 @@ class TestEightBitAdamW:
 
     def test_packed_is_the_trial_alone(self, models: tiny.Models) -> None:
         base, steps = models.base("llama", **tiny.WIDE), 50
-        with workplace(base, self.TRIALS, slots=3) as place:
-            entries = [Entry(number, 2 - number, tick=number) for number in range(2)]
-            packed = drive(place, self.TRIALS, entries, max_train_steps=steps)
+        with worker_state(base, self.TRIALS, slots=3) as state:
+            entries = [Entry(number, 2 - number, micro_step=number) for number in range(2)]
+            packed = drive(state, self.TRIALS, entries, max_train_steps=steps)
         for number, trial in enumerate(self.TRIALS):
             difference = update_difference(packed[number], solo(base, trial, max_train_steps=steps))
             assert difference < TOLERANCE_8BIT
@@ -187,8 +189,8 @@ class TestEightBitAdamW:
         """What bitsandbytes does to each tensor on its own is what it does in a trial."""
         changes = {"learning_rate": 1e-2, "weight_decay": 0.1, "loraplus_ratio": 2.0, "max_grad_norm": 0.0}
         trial = self.TRIALS[0] | changes
-        with workplace(models.base("llama", **tiny.WIDE), [trial]) as place:
-            weights = begin(place, 0, trial, max_train_steps=9).adapter.weights
+        with worker_state(models.base("llama", **tiny.WIDE), [trial]) as state:
+            weights = begin(state, 0, trial, max_train_steps=9).adapter.weights
         ours = TrialOptimizer(weights, trial, device=torch.device("cpu"))
         theirs = [torch.nn.Parameter(ours.weights[m][i].clone()) for i in (0, 1) for m in ours.weights]
         half = len(theirs) // 2
@@ -216,8 +218,10 @@ class TestEightBitAdamW:
 
 def test_4_bit_base(models: tiny.Models) -> None:
     base, trials, steps = models.base("llama", quantization="nf4", **tiny.WIDE), MIX[:3], 12
-    with workplace(base, trials, slots=4, micro_tokens=MICRO_TOKENS) as place:
-        packed = drive(place, trials, [Entry(n, 3 - n, tick=n) for n in range(3)], max_train_steps=steps)
+    with worker_state(base, trials, slots=4, micro_tokens=MICRO_TOKENS) as state:
+        packed = drive(
+            state, trials, [Entry(n, 3 - n, micro_step=n) for n in range(3)], max_train_steps=steps
+        )
     assert packed[0].losses[-1] < packed[0].losses[0]
     assert_same(packed, {n: solo(base, trial, max_train_steps=steps) for n, trial in enumerate(trials)})
 
@@ -245,8 +249,8 @@ class TestIsolation:
     def test_neighbours_of_a_wild_trial(self, models: tiny.Models, wild: dict[str, Value]) -> None:
         base, steps = models.base("llama"), 12
         trials = [self.SANE[0], tiny.hyperparameters(wild), self.SANE[1]]
-        with workplace(base, trials, slots=3) as place:
-            packed = drive(place, trials, [Entry(n, n) for n in range(3)], max_train_steps=steps)
+        with worker_state(base, trials, slots=3) as state:
+            packed = drive(state, trials, [Entry(n, n) for n in range(3)], max_train_steps=steps)
         assert not math.isfinite(packed[1].losses[-1])
         assert_same(
             {0: packed[0], 2: packed[2]},
@@ -257,10 +261,10 @@ class TestIsolation:
         """Digit for digit: the same pack once with, once without a predecessor whose weights are NaN."""
         trial = tiny.hyperparameters(lora_r=2, target_modules=("q_proj",), lora_dropout=0.2)
         wild = tiny.hyperparameters(learning_rate=1e30, lora_r=8, lora_dropout=0.5)
-        with workplace(models.base("llama"), [trial, wild], slots=2) as place:
-            fresh = drive(place, [trial], [Entry(0, 1)], max_train_steps=6)[0]
-        with workplace(models.base("llama"), [trial, wild], slots=2) as place:
-            drive(place, [wild], [Entry(0, 1)], max_train_steps=6)
-            after = drive(place, [trial], [Entry(0, 1)], max_train_steps=6)[0]
+        with worker_state(models.base("llama"), [trial, wild], slots=2) as state:
+            fresh = drive(state, [trial], [Entry(0, 1)], max_train_steps=6)[0]
+        with worker_state(models.base("llama"), [trial, wild], slots=2) as state:
+            drive(state, [wild], [Entry(0, 1)], max_train_steps=6)
+            after = drive(state, [trial], [Entry(0, 1)], max_train_steps=6)[0]
         assert after.losses == fresh.losses
         assert update_difference(after, fresh) == 0.0

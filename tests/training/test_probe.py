@@ -42,13 +42,13 @@ def test_largest_takes_the_most_memory() -> None:
 def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: Path) -> None:
     spec, data = _round(models, tmp_path)
     before = set(tmp_path.iterdir())
-    place = arrange(spec, data, slots=3)
-    predicted = predict(place, spec)
+    state = arrange(spec, data, slots=3)
+    predicted = predict(state, spec)
     assert predicted.slots == 3
     # No update of two layers takes a tenth of a millisecond, and no evaluation of a few rows.
     assert min(predicted.seconds_per_step, predicted.seconds_per_evaluation) > 1e-4
     assert predicted.peak_memory_bytes > 10 * 2**20
-    probed = probe(place, largest_hyperparameters(spec.space()))
+    probed = probe(state, largest_hyperparameters(spec.space()))
     longest = int(data.train.num_tokens.max())
     assert list(probed.tokens) == sorted(set(probed.tokens))
     assert all(tokens % longest == 0 for tokens in probed.tokens)
@@ -63,26 +63,26 @@ def test_auto_is_one_slot_on_a_cpu(models: tiny.Models, tmp_path: Path) -> None:
 def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path) -> None:
     """As on a GPU: these rows are so short that a pass has room for every trial, if memory has."""
     spec, data = _round(models, tmp_path)
-    place = arrange(spec, data, slots=1)
-    assert packing_for(place, spec, limit_bytes=1 << 50).slots == spec.num_trials == 4
-    assert packing_for(place, spec, limit_bytes=1 << 20).slots == 1
+    state = arrange(spec, data, slots=1)
+    assert packing_for(state, spec, limit_bytes=1 << 50).slots == spec.num_trials == 4
+    assert packing_for(state, spec, limit_bytes=1 << 20).slots == 1
 
 
 def test_a_row_that_does_not_fit_is_no_prediction(models: tiny.Models, tmp_path: Path) -> None:
     spec, data = _round(models, tmp_path)
-    place = arrange(spec, data, slots=2)
-    place.base = with_room_for(place.base, lambda ids: not torch.is_grad_enabled())
+    state = arrange(spec, data, slots=2)
+    state.base = with_room_for(state.base, lambda ids: not torch.is_grad_enabled())
     with pytest.raises(ModelError, match="no room for a pass of even one row"):
-        predict(place, spec)
+        predict(state, spec)
 
 
 def test_memory_without_room_for_the_slots_is_said(models: tiny.Models, tmp_path: Path) -> None:
     """When the pack is made, and when a probe fills its slots."""
     spec, data = _round(models, tmp_path)
-    place = arrange(spec, data, slots=2)
-    small_memory(place, most=1)
+    state = arrange(spec, data, slots=2)
+    small_memory(state, most=1)
     with pytest.raises(ModelError, match=r"run\.slots: with 2 slot\(s\), memory has no room"):
-        predict(place, spec)
+        predict(state, spec)
     with SmallMemory(), pytest.raises(ModelError, match=r"run\.slots: with 7 slot\(s\), memory has no room"):
         arrange(spec, data, slots=7)
 
@@ -145,9 +145,9 @@ def _takes_what_is_named(said: str, spec: RoundSpec, data: PreparedData) -> None
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {*names}
     written = {"target_modules": names, "lora_r": [2, 4], "batch_size": [1, 2], "learning_rate": 1e-4}
     named = RoundSpec.model_validate(spec.model_dump() | {"hyperparameters": written})
-    place = arrange(named, data, slots=2)
-    assert place.pack.slot_weights > 0
-    place.pack.close()
+    state = arrange(named, data, slots=2)
+    assert state.pack.slot_weights > 0
+    state.pack.close()
 
 
 def _round(

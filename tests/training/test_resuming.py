@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.training.driving import assignment, curve, ended, run_loop, started, workplace
+from tests.training.driving import assignment, curve, ended, run_loop, started, worker_state
 from tuner.adapters import Base
 from tuner.records import Assignment, CheckpointKind, Event, Saved
 from tuner.training.checkpoints import read_snapshot
@@ -44,10 +44,10 @@ def base_for(models: tiny.Models, optimizer: str) -> Base:
     return models.base("llama", **tiny.WIDE) if optimizer == "adamw_8bit" else models.base("llama")
 
 
-def run(base: Base, assigned: Assignment, *, stop_at_tick: int | None = None) -> list[Event]:
+def run(base: Base, assigned: Assignment, *, stop_at_micro_step: int | None = None) -> list[Event]:
     """One attempt in a worker of its own."""
-    with workplace(base, [assigned.hyperparameters], micro_tokens=MICRO_TOKENS) as place:
-        return run_loop(place, [assigned], stop_at_tick=stop_at_tick)
+    with worker_state(base, [assigned.hyperparameters], micro_tokens=MICRO_TOKENS) as state:
+        return run_loop(state, [assigned], stop_at_micro_step=stop_at_micro_step)
 
 
 def resumed_from(
@@ -90,8 +90,8 @@ class TestAnyStop:
         def stopped_again_and_again(ticks: list[int]) -> None:
             assigned = replace(undisturbed, directory=str(tmp_path_factory.mktemp("stopped") / "trial-0000"))
             executed = 0
-            for tick in [*ticks, None]:
-                events = run(base, assigned, stop_at_tick=tick)
+            for micro_step in [*ticks, None]:
+                events = run(base, assigned, stop_at_micro_step=micro_step)
                 executed += ended(events).step - started(events).step
                 if ended(events).outcome == "complete":
                     break
@@ -109,7 +109,7 @@ class TestAnyStop:
         undisturbed = assignment(tmp_path / "a", hyperparameters=trial)
         events = run(models.base("llama"), undisturbed)
         assigned = assignment(tmp_path / "b", hyperparameters=trial)
-        stopped = run(models.base("llama"), assigned, stop_at_tick=9)
+        stopped = run(models.base("llama"), assigned, stop_at_micro_step=9)
         assert 0 < ended(stopped).step < 10
         going_on = resumed_from(stopped, assigned, CheckpointKind.LAST)
         after = run(models.base("llama"), going_on)
@@ -130,9 +130,9 @@ def test_best_adapter_before_the_stop_is_kept(models: tiny.Models, tmp_path: Pat
     expected = run(models.base("llama"), undisturbed)
     best = min(curve(expected), key=lambda evaluation: evaluation.eval_loss)
     assigned = replace(undisturbed, directory=str(tmp_path / "b" / "trial-0000"))
-    for tick in range(12, 30):
+    for micro_step in range(12, 30):
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        stopped = run(models.base("llama"), assigned, stop_at_tick=tick)
+        stopped = run(models.base("llama"), assigned, stop_at_micro_step=micro_step)
         if ended(stopped).step > best.step:
             break
     going_on = resumed_from(stopped, assigned, CheckpointKind.LAST)
@@ -145,14 +145,14 @@ def test_best_adapter_before_the_stop_is_kept(models: tiny.Models, tmp_path: Pat
 def test_bad_updates_count_across_a_stop(models: tiny.Models, tmp_path: Path) -> None:
     wild = tiny.hyperparameters(learning_rate=1e30)
     ends = []
-    with workplace(models.base("llama"), [wild]) as place:
-        for name, tick in (("a", None), ("b", 3)):
+    with worker_state(models.base("llama"), [wild]) as state:
+        for name, micro_step in (("a", None), ("b", 3)):
             assigned = assignment(tmp_path / name, hyperparameters=wild, evaluate_every=5)
-            events = run_loop(place, [assigned], stop_at_tick=tick)
+            events = run_loop(state, [assigned], stop_at_micro_step=micro_step)
             if ended(events).outcome == "stopped":
                 assert ended(events).step == 3
                 going_on = resumed_from(events, assigned, CheckpointKind.LAST)
-                events = run_loop(place, [replace(going_on, attempt=1)])
+                events = run_loop(state, [replace(going_on, attempt=1)])
             ends.append(ended(events))
     assert ends[0] == ends[1]
     assert (ends[0].outcome, ends[0].step) == ("infeasible", 4)
@@ -222,7 +222,7 @@ class TestFaultyCheckpoints:
     @pytest.mark.parametrize("change", ["append", "remove", "rename"])
     def test_attempt_fails_and_says_why(self, models: tiny.Models, tmp_path: Path, change: str) -> None:
         first = assignment(tmp_path)
-        events = run(models.base("llama"), first, stop_at_tick=5)
+        events = run(models.base("llama"), first, stop_at_micro_step=5)
         again = resumed_from(events, first, CheckpointKind.LAST)
         file = Path(again.resume_from or "") / "optimizer.safetensors"
         match change:
@@ -241,5 +241,5 @@ class TestFaultyCheckpoints:
         end = ended(run(models.base("llama"), assigned))
         assert (end.outcome, end.reason) == (
             "failed",
-            f"{tmp_path / 'gone'}: the recorded checkpoint is gone",
+            f"{tmp_path / 'gone'}: the recorded checkpoint is missing",
         )

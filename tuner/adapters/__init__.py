@@ -1,4 +1,4 @@
-"""LoRA over a frozen base: loading the base, many adapters in one forward pass, PEFT's files."""
+"""LoRA over a frozen base model: loading it, many adapters in one forward pass, PEFT's files."""
 
 import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.base import Base, load_base

@@ -1,4 +1,4 @@
-"""The frozen base: how it is loaded, which models cannot be shared, and its loss at chosen positions."""
+"""The frozen base model: loading it, refusing models that mix rows, and its loss at chosen positions."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What a round file may say under `model.dtype`."""
+"""The allowed values of `model.dtype`."""
 
 
 @dataclass
 class Base:
-    """A causal language model without gradients, its own dropout off, shared by all trials."""
+    """A causal language model without gradients or dropout of its own, shared by all trials."""
 
     model: PreTrainedModel
     dtype: torch.dtype
-    """What activations are computed in."""
+    """The dtype of activations."""
     head_is_linear: bool
-    """Whether the logits are the output embedding of the last hidden state and nothing more."""
+    """Whether the logits are just the output embedding of the last hidden state."""
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Return the device of the inputs."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of logits."""
+        """Return the number of logits."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def num_embeddings(self) -> int:
-        """Number of token ids that it can read and predict."""
+        """Return the number of token ids that it can read and predict."""
         return num_embeddings(self.model)
 
     def keep_fewer_activations(self) -> bool:
-        """Let every layer run again in the backward pass instead of keeping what it computed.
+        """Recompute every layer in the backward pass instead of keeping its activations.
 
-        Less memory, a third more time, the same numbers. False when the model cannot, or does so already.
+        Less memory, a third more time, the same numbers. False if the model cannot, or does so already.
         """
         if not self.model.supports_gradient_checkpointing or self.model.is_gradient_checkpointing:
             return False
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                # transformers looks at the layer's own flag alone; what is inside stays without dropout.
+                # transformers checks only the layer's own flag; its submodules stay without dropout.
                 module.training = True
         return True
 
     def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Negative log-likelihood, in float32 and nats, of the tokens at (rows[i], columns[i]).
+        """Return the negative log-likelihood, in float32 and nats, of the tokens at (rows[i], columns[i]).
 
-        `input_ids` is [rows, length], padded on the right: with causal attention no real token sees
-        the padding, so no mask is needed. `columns` are at least 1. Only the positions asked for
-        reach the output embedding.
+        `input_ids` is [rows, length], padded on the right: with causal attention no real token sees the
+        padding, so no mask is needed. `columns` are at least 1. Only these positions reach the output
+        embedding.
         """
         hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
         if not self.head_is_linear:
@@ -83,14 +83,14 @@ class Base:
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """`token_nll` without gradients, and for each of the tokens whether no other is likelier there."""
+        """Return `token_nll` without gradients, and for each token whether no other is likelier there."""
         hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
         head = self.model.get_output_embeddings()
         logits = partial(product, weight=head.weight, bias=head.bias) if self.head_is_linear else self._logits
         return token_scores(logits, hidden, targets, vocabulary_size=self.vocabulary_size)
 
     def _before(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Last hidden states [tokens, width] at the positions before these, which predict them."""
+        """Return the last hidden states [tokens, width] at the preceding positions, which predict these."""
         if not self.head_is_linear:
             return self._last_hidden(input_ids)[rows, columns - 1]
         picked: list[Tensor] = []
@@ -108,12 +108,12 @@ class Base:
         return picked[0]
 
     def _last_hidden(self, input_ids: Tensor) -> Tensor:
-        """What the layers make of `input_ids`: [rows, length, width]."""
+        """Return the output of the layers for `input_ids`: [rows, length, width]."""
         hidden: Tensor = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """What the model itself makes of last hidden states [tokens, width], its layers left out."""
+        """Return the model's logits for last hidden states [tokens, width], without running its layers."""
         known = MoeModelOutputWithPast(last_hidden_state=hidden[None])
         with _answering(self.model.get_decoder(), known):
             logits: Tensor = self.model(input_ids=hidden.new_zeros((1, 1), dtype=torch.long)).logits[0]
@@ -136,15 +136,15 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
 def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) -> Base:
     """Load a causal language model for training adapters on it.
 
-    Raises ModelError when it cannot be found, or when its rows would influence one another, so that
-    a trial's result would depend on its neighbours.
+    Raises ModelError if it cannot be found, or if its rows influence one another, so that a trial's result
+    would depend on its neighbours.
     """
     loaded = load_model(model, device=device, max_length=max_length)
     return freeze(loaded, dtype=DTYPES[model.dtype])
 
 
 def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
-    """The base as transformers has it, quantised where the round file says so. Raises as `load_base` does."""
+    """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does."""
     disable_progress_bar()
     device = torch.device(device)
     config = load_config(model, max_length=max_length)
@@ -170,13 +170,13 @@ def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"model.path: {model.path!r} does not fit into the memory of {device}: {error}\n"
-            "Set model.quantization: nf4, take a smaller model, or end what else uses that memory."
+            "Set model.quantization: nf4, choose a smaller model, or free memory used by other processes."
         ) from error
     return loaded
 
 
 def load_config(model: ModelSpec, *, max_length: int) -> Any:
-    """A model's configuration. Raises ModelError as `load_base` does."""
+    """Load a model's configuration. Raises ModelError as `load_base` does."""
     require_loader(model)
     try:
         config = AutoConfig.from_pretrained(
@@ -189,7 +189,7 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
 
 
 def model_source(model: ModelSpec) -> dict[str, Any]:
-    """What `from_pretrained` is told of a model besides its path."""
+    """Return the arguments of `from_pretrained` other than the path."""
     source = where_to_look(model.path)
     if model.revision:
         source["revision"] = model.revision
@@ -203,18 +203,19 @@ def _cannot_load(model: ModelSpec, error: Exception) -> ModelError:
         return ModelError(f"model.path: cannot load {model.path!r}: {advice}")
     return ModelError(
         f"model.path: cannot load {model.path!r}: {error}\n"
-        "Give a directory with config.json and safetensors, a Hub id, or a directory and gguf_file."
+        "Set model.path to a directory with config.json and safetensors, a Hub id, or a directory with "
+        "gguf_file."
     )
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
-    """Number of token ids that a causal model can read and predict."""
+    """Return the number of token ids that a causal model can read and predict."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(int(end.weight.shape[0]) for end in ends if end is not None)
 
 
 def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
-    """A Base from a loaded model. Raises ModelError for layers that mix rows."""
+    """Make a Base from a loaded model. Raises ModelError for layers that mix rows."""
     model.eval()
     model.requires_grad_(False)
     for name, module in model.named_modules():
@@ -228,8 +229,8 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
     base = Base(model, dtype, head_is_linear=False)
     if _sees_what_follows(base):
         raise ModelError(
-            f"model: in {type(model).__name__} a token sees those that follow it: an answer's loss would be "
-            "read off the answer, and padding would count; tuner trains causal models"
+            f"model: in {type(model).__name__} tokens attend to later tokens, so the model could read the "
+            "answer it is trained to predict; tuner trains causal models"
         )
     base.head_is_linear = _head_is_linear(base)
     if not base.head_is_linear and not _head_stands_alone(base):
@@ -260,7 +261,7 @@ def _refuse_shared_rows(config: Any, path: str, max_length: int) -> None:
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
-    """The model's, or those of each kind of its layers."""
+    """Return the model's RoPE parameters, or those of each kind of layer."""
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [part for part in rope.values() if isinstance(part, Mapping)]
     return kinds or [rope]
@@ -276,7 +277,7 @@ def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
                 bnb_4bit_compute_dtype=DTYPES[model.dtype],
             )
         case "int8":
-            # LLM.int8's outlier threshold looks at all rows together, so that neighbours would matter.
+            # LLM.int8's outlier threshold depends on all rows together, so neighbours would matter.
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         case _:
             return None
@@ -285,8 +286,8 @@ def _quantization(model: ModelSpec) -> BitsAndBytesConfig | None:
 def keep_differentiable(model: PreTrainedModel) -> None:
     """Let gradients pass through 4-bit layers on a CPU.
 
-    In evaluation mode bitsandbytes repacks their weights for inference at the first pass without
-    gradients, on processors with AVX512-BF16; no gradient passes through a repacked layer.
+    In evaluation mode bitsandbytes repacks their weights for inference at the first pass without gradients,
+    on processors with AVX512-BF16; no gradient passes through a repacked layer.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -305,7 +306,9 @@ def _sees_what_follows(base: Base) -> bool:
 
 
 def _head_is_linear(base: Base) -> bool:
-    """Compare the model's own logits with a plain product on a few tokens: no list of names to trust."""
+    """Compare the model's own logits with a plain product on a few tokens, instead of trusting a list of
+    names.
+    """
     head = base.model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
         return False

@@ -1,4 +1,4 @@
-"""How answers are decoded: sampling, where an answer ends, and which prompts go into one batch."""
+"""Decoding of answers: sampling, end tokens, and batching of prompts."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """What may be asked of an answer."""
+    """The decoding options of an answer."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws by the model's own probabilities."""
+    """0 takes the likeliest token; 1 samples with the model's own probabilities."""
     top_k: int = 0
-    """Draw among so many of the likeliest tokens; 0 is all."""
+    """Sample among this many of the likeliest tokens; 0 is all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Sample among the likeliest tokens that together have this probability."""
     seed: int = 0
 
     def processors(self, rows: Sequence[int]) -> LogitsProcessorList:
-        """What is done to the logits of these rows before the largest is taken."""
+        """Return the processors of these rows' logits, applied before the largest is taken."""
         if self.temperature == 0:
             return LogitsProcessorList()
         chosen: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
@@ -51,9 +51,9 @@ class Decoding:
 
 
 class _Chance(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Adds Gumbel noise: the largest sum is a draw from the softmax of the logits (Gumbel 1954).
+    """Adds Gumbel noise, which makes the largest sum a sample from the softmax of the logits (Gumbel 1954).
 
-    Each row draws from a generator of its own, so that what is beside it in the batch changes nothing.
+    Each row samples from a generator of its own, so its neighbours in the batch change nothing.
     """
 
     def __init__(self, seed: int, rows: Sequence[int]) -> None:
@@ -71,11 +71,11 @@ def _mixed(seed: int, row: int) -> int:
 def batches(
     prompt_tokens: Sequence[int], new_tokens: Sequence[int], *, budget_tokens: int, most_rows: int | None
 ) -> list[list[int]]:
-    """Positions of prompts in batches, the longest first, so that what does not fit is known at once.
+    """Group prompts into batches of positions, the longest first, so that one that does not fit fails early.
 
-    Prompts of like length go together, since the shorter ones are padded, and only those that may have the
-    same number of new tokens. A batch takes at most `budget_tokens`, padding and answers included, but one
-    prompt always; `most_rows`, where given, counts instead.
+    Prompts of similar length go together, since the shorter ones are padded, and only those with the same
+    number of new tokens. A batch has at most `budget_tokens`, including padding and answers, but always at
+    least one prompt; `most_rows`, if given, limits the rows instead.
     """
     order = sorted(range(len(prompt_tokens)), key=lambda at: (-prompt_tokens[at], at))
     found: list[list[int]] = []
@@ -92,14 +92,15 @@ def batches(
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, configured: GenerationConfig | None) -> list[int]:
-    """The tokenizer's own EOS, with which training rows end, then others that the model was made with."""
+    """Return the tokenizer's own EOS, with which training rows end, then the model's other end tokens."""
     return list(dict.fromkeys([int(tokenizer.eos_token_id), *_listed(configured)]))
 
 
 def ends_unlike_its_base(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All end tokens, where `generate` of transformers would not stop the base at the trained EOS; else none.
+    """Return all end tokens if transformers' `generate` would not stop the base model at the trained EOS;
+    else none.
 
-    Raises ModelError when the model has no configuration.
+    Raises ModelError if the model has no configuration.
     """
     configured = _generation_config(model)
     if int(tokenizer.eos_token_id) in _listed(configured):
@@ -108,7 +109,7 @@ def ends_unlike_its_base(model: ModelSpec, tokenizer: PreTrainedTokenizerBase) -
 
 
 def warning_of_ends(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `ends_unlike_its_base` means for those who generate without tuner."""
+    """Return a warning about `ends_unlike_its_base` for users who generate without tuner."""
     trained, *others = (f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
     stops = f"stops at {' and '.join(others)}" if others else "does not stop"
     return (
@@ -120,7 +121,7 @@ def warning_of_ends(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _generation_config(model: ModelSpec) -> GenerationConfig:
-    """The one that transformers gives the loaded model: its file, else what its configuration says."""
+    """Return the model's generation config: its file, or else one made from its configuration."""
     try:
         return GenerationConfig.from_pretrained(model.path, **model_source(model))
     except (OSError, ValueError):

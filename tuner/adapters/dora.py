@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class DoraUpdate:
-    """Makes magnitude / norm(W + scale B A) * (W x + scale B A x) + bias of what a layer computes.
+    """Turns a layer's output into magnitude / norm(W + scale B A) * (W x + scale B A x) + bias.
 
     The norm counts as a constant, as in section 4.3 of the paper. Ordinary autograd goes through it: such a
     trial has the pass to itself.
@@ -29,14 +29,14 @@ class DoraUpdate:
     ) -> None:
         """`weights` are A [rank, in] and B [out, rank]; `gradients`, in the same shapes, are added to.
 
-        The magnitude is whatever is copied into it before `measure`.
+        The magnitude is the value copied into it before `measure`.
         """
         self._inner = inner
         self._a, self._b = (_leaf(weight, grad) for weight, grad in zip(weights, gradients, strict=True))
         self._scale = scale
         self.norm = torch.ones(self._b.shape[0], device=self._b.device)
         """Of each output's weights, float32."""
-        # In float32 on any base: it moves by less than bfloat16 can tell.
+        # In float32 for any dtype: its updates are too small for bfloat16.
         self.magnitude = _leaf(torch.ones_like(self.norm), torch.zeros_like(self.norm))
         """[out]"""
 
@@ -47,12 +47,12 @@ class DoraUpdate:
         return self.magnitude.grad
 
     def measure(self) -> None:
-        """Take the norm anew: A or B have changed."""
+        """Compute the norm again after A or B have changed."""
         self.norm = weight_norm(self._inner, self._a, self._b, scale=self._scale)
 
     def apply(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        """[..., in] -> [..., out]. With dropout, the magnitude scales what the base makes of the dropped
-        inputs, and the base's own output stays as it is: PEFT's DoRA does the same.
+        """[..., in] -> [..., out]. As in PEFT's DoRA, with dropout the magnitude scales the base layer's
+        output for the dropped inputs, and its output for the full inputs stays unchanged.
         """
         y: Tensor = self._inner(x)
         kept, product = (x, y) if dropped is None else (dropped, self._inner(dropped))
@@ -65,17 +65,17 @@ class DoraUpdate:
 
 @torch.no_grad()
 def weight_norm(linear: nn.Module, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
-    """The norm of each output's weights in W + scale B A: [out], float32.
+    """Return the norm of each output's weights in W + scale B A: [out], float32.
 
     Raises ModelError for a layer whose weight cannot be read.
     """
     held = linear.weight
     weight = dequantize_module_weight(linear)
-    linear.weight = held  # on a CPU, PEFT puts a copy in place of 8-bit weights that has lost their scales
+    linear.weight = held  # on a CPU, PEFT replaces 8-bit weights by a copy without their scales
     weight = weight.t() if isinstance(linear, Conv1D) else weight
     if weight.dtype not in _DTYPES or weight.shape != (b.shape[0], a.shape[1]):
         raise ModelError(
-            f"hyperparameters.use_dora: DoRA has to read the base's weights, and PEFT cannot give those of a "
+            f"hyperparameters.use_dora: DoRA reads the base model's weights, which PEFT cannot provide for a "
             f"{type(linear).__name__} of {weight.dtype}; set use_dora: false, or model.quantization: none"
         )
     adapted = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
@@ -84,7 +84,7 @@ def weight_norm(linear: nn.Module, a: Tensor, b: Tensor, *, scale: float) -> Ten
 
 
 def _leaf(values: Tensor, gradient: Tensor) -> Tensor:
-    """What autograd adds gradients of to the tensor given; both share their memory with it."""
+    """Return a leaf whose gradients autograd adds to the given tensor; both share memory with it."""
     leaf = values.detach().requires_grad_()
     leaf.grad = gradient
     return leaf

@@ -1,4 +1,4 @@
-"""LoRA dropout from a counter, so that a mask depends on the trial and the token and on nothing else."""
+"""LoRA dropout from a counter, so that a mask depends only on the trial and the token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _MASK = 0xFFFFFFFF
 
 
 def row_keys(seed: int, step: int, rows: Tensor) -> Tensor:
-    """One 32-bit key a row [rows], from the trial's seed, the step and the row's place in the batch."""
+    """Return a 32-bit key per row [rows], from the trial's seed, the step and the row's batch position."""
     key = _hash(torch.tensor(seed & _MASK, dtype=torch.int64, device=rows.device))
     key = _hash(key ^ (step & _MASK))
     return _hash(key ^ rows.to(torch.int64))
 
 
 def dropout_mask(keys: Tensor, *, module: int, length: int, width: int, rate: float) -> Tensor:
-    """Which inputs of a module are kept: bool [rows, length, width], True with probability 1 - rate.
+    """Return which inputs of a module are kept: bool [rows, length, width], True with probability 1 - rate.
 
     `keys` are from `row_keys`; `module` is a 32-bit key of the module's path.
     """
@@ -31,7 +31,7 @@ def dropout_mask(keys: Tensor, *, module: int, length: int, width: int, rate: fl
 
 
 def _hash(value: Tensor) -> Tensor:
-    """A 32-bit mix in int64 arithmetic: products wrap, and the low 32 bits stay right."""
+    """Mix 32 bits in int64 arithmetic: products wrap, and the low 32 bits stay right."""
     value = value & _MASK
     value = ((value ^ (value >> 16)) * _MIX_1) & _MASK
     value = ((value ^ (value >> 15)) * _MIX_2) & _MASK

@@ -1,4 +1,4 @@
-"""Losses of adapters on evaluation rows, which lie on a grid of tokens."""
+"""Losses of adapters on evaluation rows, arranged in a grid of tokens."""
 
 from __future__ import annotations
 
@@ -54,30 +54,29 @@ def grid(examples: Sequence[Sequence[Example]], *, device: torch.device, pad: in
 
 
 def rows_by_length(examples: Examples, *, rows: int) -> list[list[int]]:
-    """All examples, longest first, in groups of at most `rows`: the batches of an evaluation."""
+    """Group all examples, longest first, into batches of at most `rows`."""
     order = np.argsort(-np.asarray(examples.num_tokens), kind="stable").tolist()
     return [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What an adapter makes of examples."""
+    """The scores of an adapter on examples."""
 
     nll: tuple[float, ...]
     """Sum of negative log-likelihoods of each example's target tokens."""
     correct_tokens: int
-    """Target tokens, of all examples, than which no other is likelier."""
+    """Number of target tokens, over all examples, that are the likeliest."""
 
 
 @torch.no_grad()
 def scores_of(
     pack: Pack, examples: Examples, slots: Sequence[int], *, rows: int, pass_tokens: int
 ) -> tuple[list[Scores], int]:
-    """The scores of each slot's adapter on all examples, and the tokens of a pass.
+    """Return the scores of each slot's adapter on all examples, and the tokens of a pass.
 
-    Without slots, those of the untouched base. At most `rows` examples
-    of a slot and `pass_tokens` tokens, padding included, go into a pass; out of memory halves the tokens,
-    and what was left of them is returned.
+    Without slots, those of the base model. A pass has at most `rows` examples of a slot and `pass_tokens`
+    tokens, including padding; running out of memory halves the tokens, and the reduced number is returned.
     """
     width = max(1, len(slots))
     sums, correct = (torch.zeros(width, len(examples), dtype=torch.float64) for _ in range(2))
@@ -107,7 +106,7 @@ def scores_of(
 
 
 def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:
-    """A pass as two: of half the rows, or of half the slots where there is one row."""
+    """Split a pass in two: half the rows each, or half the slots if there is one row."""
     if len(rows) > 1:
         middle = len(rows) // 2
         return [(numbers, rows[:middle]), (numbers, rows[middle:])]

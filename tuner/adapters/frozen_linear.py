@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MIN_OPERATIONS = 1 << 26
-"""Of a product, from which oneDNN is asked. For each new shape it first writes a program, which takes 0.5 to
-0.8 ms: a product of this size gains them back when the shape comes again (docs/log.md)."""
+"""Smallest product for oneDNN. It compiles a kernel for each new shape, which takes 0.5 to 0.8 ms: a product
+of this size gains them back when the shape comes again (docs/log.md)."""
 
 
 _onednn_linear: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias, without a gradient of its own: [..., in], [out, in], [out] -> [..., out]."""
+    """Compute x W^T + bias without a gradient of W: [..., in], [out, in], [out] -> [..., out]."""
     if _is_exact(x) and _is_exact(weight) and onednn_is_faster() and _operations(x, weight) >= MIN_OPERATIONS:
         assert _onednn_linear is not None
         return _onednn_linear(x, weight, bias, "none", [], "")
@@ -49,7 +49,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def speed_up(model: nn.Module) -> None:
-    """Make `FrozenLinear` of the model's linear layers, where that is faster."""
+    """Turn the model's linear layers into `FrozenLinear` where that is faster."""
     if not onednn_is_faster():
         return
     for module in model.modules():
@@ -59,8 +59,8 @@ def speed_up(model: nn.Module) -> None:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether MKL would leave half of this processor idle. Decided by what it is, not by the clock:
-    which library multiplies decides the last digits, and a trial that goes on has to find the same.
+    """Return whether MKL would leave half of this processor idle. Decided by the processor's type, not by
+    timing: the library decides the last digits, and a resumed trial must reproduce them.
     """
     return (
         _onednn_linear is not None
@@ -70,7 +70,7 @@ def onednn_is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """What Linux says of the first core; empty elsewhere."""
+    """Return the vendor of the first core as Linux reports it; empty elsewhere."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     return next((line for line in lines if line.startswith("vendor_id")), "")
@@ -89,7 +89,7 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 class _HeadNll(torch.autograd.Function):
-    """The head is frozen, so the only gradient is that of the hidden states: the forward pass makes it."""
+    """The head is frozen, so the only gradient is that of the hidden states, computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -114,7 +114,8 @@ class _HeadNll(torch.autograd.Function):
 
 
 def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Negative log-likelihood [tokens] in float32 of `targets` [tokens] given `hidden` [tokens, width].
+    """Return the negative log-likelihood [tokens] in float32 of `targets` [tokens] given `hidden` [tokens,
+    width].
 
     `weight` is [vocabulary, width] and gets no gradient.
     """
@@ -124,7 +125,7 @@ def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 def chunked_nll(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
 ) -> Tensor:
-    """The same behind a head of any kind: `logits` makes [tokens, vocabulary] of [tokens, width].
+    """Return the same for a head of any kind: `logits` maps [tokens, width] to [tokens, vocabulary].
 
     It runs again in the backward pass, chunk by chunk.
     """
@@ -143,7 +144,7 @@ def chunked_nll(
 def token_scores(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
 ) -> tuple[Tensor, Tensor]:
-    """For evaluations: the same values, and for each target whether no token is likelier; each [tokens]."""
+    """Return the same without gradients, and whether no token is likelier than the target; each [tokens]."""
     rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
     nll, is_first = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
     for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):

@@ -1,4 +1,4 @@
-"""From prompts to answers: padding, the end of an answer, and what is done when memory runs out."""
+"""Generate answers to prompts: padding, the end of an answer, and recovery from running out of memory."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from tuner.data import Prompt, refuse_prompt_beyond
 from tuner.errors import TunerError
 
 _BUDGET_TOKENS = {"cpu": 8_192, "cuda": 32_768}
-"""Of a batch: what keys and values of a 7B model in 16 bits need 4 and 16 GB for."""
+"""Tokens of a batch: keys and values of a 7B model in 16 bits need 4 and 16 GB for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a model said to a prompt."""
+    """A model's answer to a prompt."""
 
     text: str
     num_tokens: int
 
 
 class TextGenerator:
-    """What a base's answers have in common, whichever adapter is on it."""
+    """Generates answers with a base model and whichever adapter is on it."""
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase, *, limited_by: str) -> None:
-        """`limited_by` is what a user says how long answers may be with, for messages."""
+        """`limited_by` names the user's option for the length of answers, for messages."""
         self.budget_tokens = _BUDGET_TOKENS[base.device.type]
-        """Tokens of a batch, its answers included."""
+        """Tokens of a batch, including its answers."""
         self.positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
-        """Of prompt and answer together; None where the model has no limit."""
+        """Of prompt and answer together; None if the model has no limit."""
         self._tokenizer = tokenizer
         self._device = base.device
         self._num_embeddings = base.num_embeddings
         self._limited_by = limited_by
         self._ends = end_tokens(tokenizer, base.model.generation_config)
-        # Whatever the model's files say of sampling and penalties: an answer is what was asked for.
+        # Only the given options count, not the sampling and penalties in the model's files.
         base.model.generation_config = GenerationConfig()
 
     def new_tokens(self, prompt: Prompt, wanted: int) -> int:
-        """Tokens that the answer may have: less than wanted where positions end; 0 or below without any.
+        """Return the tokens that the answer may have: fewer than wanted near the last position; 0 or below
+        for none.
 
-        Raises DataError for a prompt with a token that the base has no embedding for.
+        Raises DataError for a prompt with a token that the base model has no embedding for.
         """
         refuse_prompt_beyond(prompt, self._num_embeddings, lambda: self._tokenizer)
         return wanted if self.positions is None else min(wanted, self.positions - len(prompt.ids))
@@ -64,11 +65,12 @@ class TextGenerator:
         *,
         say: Callable[[str], None] | None = None,
     ) -> list[Generated]:
-        """What `model`, the base as it is wrapped now, answers up to the end of text or `new_tokens`.
+        """Return the answers of `model`, the base model as it is wrapped now, up to the end of text or
+        `new_tokens`.
 
-        The least of these prompts' `new_tokens` holds for all. `say` hears the answer to a single prompt as
-        it grows. What does not fit into the GPU's memory is cut in two; raises TunerError when a prompt does
-        not fit alone.
+        The smallest `new_tokens` of these prompts holds for all. `say` receives the answer to a single prompt
+        as it grows. A batch that does not fit into the GPU's memory is halved; raises TunerError if a prompt
+        does not fit alone.
         """
         try:
             with _keeping_a_cache(model):
@@ -77,9 +79,9 @@ class TextGenerator:
             if len(prompts) == 1:
                 raise TunerError(
                     f"{prompts[0].place}: a prompt of {len(prompts[0].ids)} tokens and its answer do not fit "
-                    f"into the GPU's memory; ask for fewer new tokens with {self._limited_by}"
+                    f"into the GPU's memory; lower {self._limited_by}"
                 ) from error
-        # Here the failed pass and its tensors are gone, which they are not while the error is handled.
+        # The failed pass and its tensors are freed here, but not while the error is being handled.
         torch.cuda.empty_cache()
         half = (len(prompts) + 1) // 2
         first = self.answers(model, prompts[:half], decoding, say=say)
@@ -95,7 +97,7 @@ class TextGenerator:
             attention_mask=mask,
             generation_config=GenerationConfig(
                 max_new_tokens=min(self.new_tokens(prompt, decoding.max_new_tokens) for prompt in prompts),
-                do_sample=False,  # what is left to chance is in the logits
+                do_sample=False,  # the logits processor adds the randomness
                 eos_token_id=self._ends,
                 pad_token_id=self._ends[0] if pad is None else pad,
             ),
@@ -105,7 +107,7 @@ class TextGenerator:
         return [self._read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, [rows, longest], padded on the left: the answers begin side by side."""
+        """Return ids and mask, [rows, longest], padded on the left so that the answers start together."""
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._ends[0])
         mask = torch.zeros_like(ids)
@@ -122,7 +124,7 @@ class TextGenerator:
 
 @contextmanager
 def _keeping_a_cache(model: Any) -> Iterator[None]:
-    """Layers that are to run again in the backward pass would drop the keys and values of a prompt."""
+    """Turn off gradient checkpointing, which would drop the keys and values of a prompt."""
     checkpointed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
     for layer in checkpointed:
         layer.training = False
@@ -134,7 +136,7 @@ def _keeping_a_cache(model: Any) -> Iterator[None]:
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is not typed
-    """Says each token's text as soon as it is whole characters; that of transformers waits for a space."""
+    """Passes on each token's text once it is whole characters; transformers' streamer waits for a space."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
         self._tokenizer, self._say = tokenizer, say
@@ -143,7 +145,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is not type
         self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """What transformers calls with the prompt, then with each token."""
+        """Called by transformers with the prompt, then with each token."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -152,7 +154,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is not type
             self._add(text)
 
     def end(self) -> None:
-        """What transformers calls at the end."""
+        """Called by transformers at the end."""
         self._add(self._text())
 
     def _text(self) -> str:

@@ -1,4 +1,4 @@
-"""An adapter at its start, made by PEFT itself on a hollow copy of the base."""
+"""A new adapter, initialised by PEFT itself on a meta copy of the base model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA weights by module, in PEFT's shapes, and what PEFT needs to know of them."""
+    """LoRA weights by module, in PEFT's shapes, and their PEFT configuration."""
 
     config: LoraConfig
     weights: Mapping[str, tuple[Tensor, ...]]
     """Module path -> (A [rank, in], B [out, rank]), float32 on the CPU unless said otherwise.
 
-    With DoRA (A, B, magnitude [out]), once a pack has measured the base's weights.
-    """
+    With DoRA (A, B, magnitude [out]), once a pack has measured the base model's weights."""
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """Return the factor of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank: int = self.config.r
         return float(self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank))
 
@@ -46,7 +45,7 @@ class Adapter:
 def lora_config(
     hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
 ) -> LoraConfig:
-    """PEFT's configuration of a trial's adapter."""
+    """Return PEFT's configuration of a trial's adapter."""
     plain, chosen = variant("lora"), variant_of(hyperparameters)
     arguments = {**plain.config(hyperparameters), **chosen.config(hyperparameters)}
     return LoraConfig(
@@ -54,12 +53,12 @@ def lora_config(
     )
 
 
-def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
-    """The A and B that PEFT would start from after `torch.manual_seed(seed)`.
+def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
+    """Return the A and B that PEFT would start from after `torch.manual_seed(seed)`.
 
-    DoRA's magnitudes are not in a hollow copy: `Pack.with_magnitudes` adds them.
-    Leaves `hollow` and the global random state as they were. Raises ModelError when `target_modules`
-    names nothing in the model, the output head or what is no linear layer.
+    DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them. Leaves `meta_model` and the
+    global random state unchanged. Raises ModelError if `target_modules` matches nothing in the model, the
+    output head or a layer that is not linear.
     """
     takes_all = config.target_modules == "all-linear"
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
@@ -67,7 +66,7 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         torch.manual_seed(seed)
         try:
-            wrapped = get_peft_model(hollow, config)
+            wrapped = get_peft_model(meta_model, config)
         except ValueError as error:
             raise ModelError(f"hyperparameters.target_modules: {error}") from error
         try:
@@ -78,7 +77,7 @@ def initial_adapter(hollow: PreTrainedModel, config: LoraConfig, *, seed: int) -
 
 @contextmanager
 def _without_dora(config: LoraConfig) -> Iterator[None]:
-    """PEFT would take the norms of weights that are not there, at the cost of real ones."""
+    """Keep PEFT from computing norms of a meta copy's weights, which do not exist."""
     wanted, config.use_dora = config.use_dora, False
     try:
         yield
@@ -97,7 +96,7 @@ def _weights(wrapped: PreTrainedModel, *, takes_all: bool) -> dict[str, tuple[Te
     if unfit:
         whose = "all-linear (the default) takes " if takes_all else ""
         raise TargetModulesError(
-            f"hyperparameters.target_modules: {whose}{unfit[0]}, which is the output head or no linear "
+            f"hyperparameters.target_modules: {whose}{unfit[0]}, which is the output head or not a linear "
             f"layer; tuner adapts the linear layers before the head: {remedy(layers, unfit)}",
             fitting(layers, unfit),
         )
@@ -111,43 +110,45 @@ def _weights(wrapped: PreTrainedModel, *, takes_all: bool) -> dict[str, tuple[Te
 
 
 def fitting(modules: Iterable[str], unfit: Collection[str]) -> list[str]:
-    """Names of target modules of which none is unfit."""
+    """Return names of target modules that match only fitting modules."""
     fit = {name.rpartition(".")[2] for name in modules if name not in unfit}
     return sorted(fit - {name.rpartition(".")[2] for name in unfit})
 
 
 def remedy(modules: Iterable[str], unfit: Collection[str]) -> str:
-    """What to write as target modules instead of these, so that none is unfit."""
+    """Say which target modules to write instead, so that all of them fit."""
     names = fitting(modules, unfit)
     if not names:
         return "name the target modules without it"
     return f"name the target modules without it, as `target_modules: [{', '.join(names)}]`"
 
 
-def hollow_copy(base: Base, *, base_path: str) -> PreTrainedModel:
-    """A model of the base's shape on the CPU whose weights take no memory.
+def meta_copy(base: Base, *, base_path: str) -> PreTrainedModel:
+    """Copy the base model's shapes to the CPU, with weights that take no memory.
 
-    PEFT rounds a new adapter to the base's dtype, so linear layers keep it; a quantised base has
-    none that PEFT would round to.
+    PEFT rounds a new adapter to the base model's dtype, so linear layers keep it; a quantised model has none
+    that PEFT would round to.
     """
     quantised = getattr(base.model, "is_quantized", False)
-    return _hollow(base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path)
+    return _meta_copy(
+        base.model.config, dtype=torch.float32 if quantised else base.dtype, base_path=base_path
+    )
 
 
 def largest_adapter(model: ModelSpec, space: Space) -> int:
-    """Weights of the largest adapter of a space, from the model's configuration alone.
+    """Return the number of weights of the largest adapter of a space, from the model's configuration alone.
 
-    Raises ModelError when there is none, or when `target_modules` names nothing in the model.
+    Raises ModelError if there is none, or if `target_modules` matches nothing in the model.
     """
     config = load_config(model, max_length=1)
-    hollow = _hollow(
+    meta_model = _meta_copy(
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
     )
-    return adapter_sizes(hollow, space)[1]
+    return adapter_sizes(meta_model, space)[1]
 
 
 def positions_of(model: ModelSpec) -> int | None:
-    """Tokens that a row may have, by the model's configuration; None where that says nothing.
+    """Return the tokens that a row may have, by the model's configuration; None if it sets no limit.
 
     Raises ModelError.
     """
@@ -156,20 +157,21 @@ def positions_of(model: ModelSpec) -> int | None:
 
 
 def embeddings_of(model: ModelSpec) -> int:
-    """Number of token ids that a model has embeddings for, by its configuration. Raises ModelError."""
+    """Return the number of token ids with embeddings, by the model's configuration. Raises ModelError."""
     config = load_config(model, max_length=1)
-    hollow = _hollow(
+    meta_model = _meta_copy(
         config, dtype=torch.float32, base_path=model.path, trust_remote_code=model.trust_remote_code
     )
-    return num_embeddings(hollow)
+    return num_embeddings(meta_model)
 
 
-def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
-    """Weights of the smallest and of the largest adapter of a space."""
+def adapter_sizes(meta_model: PreTrainedModel, space: Space) -> tuple[int, int]:
+    """Return the number of weights of the smallest and of the largest adapter of a space."""
     ranks = space["lora_r"]
     lowest = ranks.low if isinstance(ranks, Range) else min(values_of(ranks))
     adapters = [
-        _one_rank(hollow, wanted, hollow.name_or_path) for wanted in values_of(space["target_modules"])
+        _one_rank(meta_model, wanted, meta_model.name_or_path)
+        for wanted in values_of(space["target_modules"])
     ]
     per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
     magnitudes = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
@@ -178,14 +180,16 @@ def adapter_sizes(hollow: PreTrainedModel, space: Space) -> tuple[int, int]:
     return smallest, int(max(values_of(ranks))) * max(per_rank) + any(dora) * max(magnitudes)
 
 
-def targeted_modules(hollow: PreTrainedModel, space: Space) -> set[str]:
-    """Paths of all modules that any trial of a space may adapt."""
+def targeted_modules(meta_model: PreTrainedModel, space: Space) -> set[str]:
+    """Return the paths of all modules that any trial of a space may adapt."""
     targets = values_of(space["target_modules"])
-    return {name for wanted in targets for name in _one_rank(hollow, wanted, hollow.name_or_path).weights}
+    return {
+        name for wanted in targets for name in _one_rank(meta_model, wanted, meta_model.name_or_path).weights
+    }
 
 
 def values_of(dimension: Dimension) -> list[Any]:
-    """What a hyperparameter may be: all choices, or the largest value of a range."""
+    """Return the values that a hyperparameter may have: all choices, or the largest of a range."""
     match dimension:
         case Fixed(value=value):
             return [value]
@@ -197,12 +201,12 @@ def values_of(dimension: Dimension) -> list[Any]:
             raise TypeError("lora_alpha follows the rank")
 
 
-def _one_rank(hollow: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
+def _one_rank(meta_model: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
     shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": targets}
-    return initial_adapter(hollow, lora_config(shape, base_path=base_path), seed=0)
+    return initial_adapter(meta_model, lora_config(shape, base_path=base_path), seed=0)
 
 
-def _hollow(
+def _meta_copy(
     config: Any, *, dtype: torch.dtype, base_path: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """`trust_remote_code` is needed for a class that no model of this process has been loaded by."""
@@ -210,10 +214,10 @@ def _hollow(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    for module in hollow.modules():
+        meta_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for module in meta_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             zero = torch.zeros((), dtype=dtype).expand(module.weight.shape)
             module.weight = nn.Parameter(zero, requires_grad=False)
-    hollow.name_or_path = base_path  # what PEFT writes into an adapter's configuration
-    return hollow
+    meta_model.name_or_path = base_path  # PEFT writes it into an adapter's configuration
+    return meta_model

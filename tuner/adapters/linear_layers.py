@@ -1,4 +1,4 @@
-"""Which layers a pack can wrap: linear ones that see every token of every row, row after row."""
+"""Which layers a pack can wrap: linear ones that see every token of every row, row by row."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tuner.errors import ModelError
 
 _ROWS, _LENGTH = 2, 4
 _ROUNDING = 0.2
-"""By norm. Kernels change with the shape; a layer that sees other rows differs by about 1."""
+"""Relative, by norm. Kernels change with the shape; a layer that sees other rows differs by about 1."""
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
-    """Of the inputs and of the outputs."""
+    """Return the widths of the inputs and of the outputs."""
     if isinstance(linear, Conv1D):
         return int(linear.weight.shape[0]), int(linear.nf)
     assert isinstance(linear, nn.Linear)
@@ -28,11 +28,11 @@ def widths(linear: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def refuse_unlike_linear(base: Base, modules: Iterable[str]) -> None:
-    """Look at what layers see of two rows, and of the first alone: no list of names to trust.
+    """Refuse layers that mix rows, by comparing their inputs for two rows with those for the first alone.
 
     A pack tells trials apart by the order of their rows. A router that returns more than a product, an expert
-    that sees the tokens that were sent to it, and layers over another order of rows or tokens break that.
-    Raises ModelError for the first such layer.
+    that sees only the tokens routed to it, and layers over another order of rows or tokens break that. Raises
+    ModelError for the first such layer.
     """
     layers = {name: base.model.get_submodule(name) for name in sorted(modules)}
     ids = torch.arange(_ROWS * _LENGTH, device=base.device).view(_ROWS, _LENGTH) % base.vocabulary_size
@@ -48,14 +48,14 @@ def refuse_unlike_linear(base: Base, modules: Iterable[str]) -> None:
     ]
     if unfit:
         raise ModelError(
-            f"hyperparameters.target_modules: {unfit[0]}, a {type(layers[unfit[0]]).__name__}, is no product "
-            "with every token of every row in order, so trials would mix there; all-linear takes such, "
-            f"too: {remedy(layers, unfit)}"
+            f"hyperparameters.target_modules: {unfit[0]}, a {type(layers[unfit[0]]).__name__}, does not "
+            "process every token of every row in order, so trials would mix there; all-linear includes "
+            f"it, too: {remedy(layers, unfit)}"
         )
 
 
 _Call = tuple[Tensor, object]
-"""What went into a layer, and what came out."""
+"""The inputs and the output of a layer."""
 
 
 def _seen(base: Base, layers: dict[str, nn.Module], ids: Tensor) -> dict[str, list[_Call]]:
@@ -81,11 +81,11 @@ def _watching(layers: dict[str, nn.Module], seen: dict[str, list[_Call]]) -> Ite
 
 
 def _is_row_by_row(both: _Call, alone: _Call, *, width: int) -> bool:
-    """Whether the first half of what a layer sees of two rows is what it sees of the first."""
+    """Return whether the first half of a layer's inputs for two rows equals those for the first alone."""
     (x, y), (x_alone, _) = both, alone
     if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], width):
         return False
     if x.numel() != _ROWS * x_alone.numel() or x.shape[0] % _ROWS:
         return False
     first, expected = x.reshape(_ROWS, -1)[0].float(), x_alone.reshape(-1).float()
-    return not bool((first - expected).norm() > _ROUNDING * expected.norm())  # NaN is the base's own
+    return not bool((first - expected).norm() > _ROUNDING * expected.norm())  # NaN is the base model's own

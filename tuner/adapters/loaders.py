@@ -1,4 +1,4 @@
-"""Who reads a base's weights besides transformers: unsloth, an optional package that needs a GPU."""
+"""Loaders of base models other than transformers: unsloth, an optional package that needs a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def require_loader(model: ModelSpec) -> None:
-    """Raises ModelError when `model.loader` cannot be used here. Cheap: loads nothing."""
+    """Raise ModelError if `model.loader` cannot be used here. Cheap: loads nothing."""
     if model.loader == "unsloth":
         refuse_without_unsloth(
             is_installed=find_spec("unsloth") is not None, has_gpu=torch.cuda.is_available()
@@ -24,14 +24,16 @@ def require_loader(model: ModelSpec) -> None:
 
 
 def refuse_without_unsloth(*, is_installed: bool, has_gpu: bool) -> None:
-    """Raises ModelError for what unsloth lacks."""
+    """Raise ModelError for models that unsloth does not support."""
     if not is_installed:
         lacking, remedy = "the package is not installed", install_command("unsloth")
     elif not has_gpu:
-        lacking, remedy = "it needs a CUDA GPU, and torch sees none", "see tuner doctor"
+        lacking, remedy = "it needs a CUDA GPU, and torch finds none", "see tuner doctor"
     else:
         return
-    raise ModelError(f"model.loader: unsloth cannot be used here: {lacking}; {remedy}, or say transformers")
+    raise ModelError(
+        f"model.loader: unsloth cannot be used here: {lacking}; {remedy}, or set model.loader: transformers"
+    )
 
 
 def load_by_unsloth(
@@ -42,7 +44,7 @@ def load_by_unsloth(
     max_length: int,
     quantization: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
-    """The model with unsloth's attention and MLP kernels, from exactly the weights that were named."""
+    """Load the model with unsloth's attention and MLP kernels, from exactly the named weights."""
     from unsloth import FastLanguageModel
 
     loaded, _ = FastLanguageModel.from_pretrained(
@@ -54,9 +56,9 @@ def load_by_unsloth(
         device_map={"": device},
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        # Its own repositories of weights quantised before would be another base.
+        # Its own repositories of pre-quantised weights would be a different base model.
         use_exact_model_name=True,
-        # Base.keep_fewer_activations decides about that, for layers of any model.
+        # Base.keep_fewer_activations decides this, for any model.
         use_gradient_checkpointing=False,
     )
     assert isinstance(loaded, PreTrainedModel)

@@ -1,7 +1,7 @@
-"""Many adapters over one frozen base in one forward pass: which rows are whose, and the stacked weights.
+"""Many adapters over one frozen base model in one forward pass: stacked weights, and the rows of each slot.
 
-A linear layer's update for K trials is one batched product over [K, tokens, width]. Products over a
-batch dimension keep trials apart: one trial's NaN never reaches another.
+A linear layer's update for K trials is one batched product over [K, tokens, width]. Products over a batch
+dimension keep trials apart: one trial's NaN never reaches another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuner.adapters.frozen_linear import FrozenLinear, product
 from tuner.adapters.initial import Adapter
 from tuner.adapters.linear_layers import widths
 
-ExactTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
+MasterTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
 """A trial's weights, or their gradients, by module and in PEFT's shapes."""
 _ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 """Changes each tensor of the first list by the one of the second."""
@@ -31,7 +31,7 @@ _ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Whose rows a forward pass holds: an equal number for each slot, slot after slot."""
+    """The slots of a forward pass: an equal number of rows for each, slot after slot."""
 
     slots: tuple[int, ...]
     """Slots taking part, each once."""
@@ -40,10 +40,10 @@ class PackedRows:
 
 
 class Pack:
-    """K slots of LoRA weights over a base.
+    """K slots of LoRA weights over a base model.
 
-    The stacked weights are what a forward pass computes with, in the base's dtype; the exact ones
-    are the trials' own. `load` and `collect` carry between the two. Weights of all layers lie in one
+    The stacked weights, in the base model's dtype, are used by a forward pass; the master weights, in
+    float32, belong to the trials. `load` and `collect` copy between the two. Weights of all layers lie in one
     tensor, gradients in another: both are zeroed and converted at once.
     """
 
@@ -57,14 +57,14 @@ class Pack:
         sizes = [math.prod(shape) for shape in shapes]
         weights = torch.zeros(sum(sizes), device=base.device, dtype=base.dtype)
         self._gradients = torch.zeros_like(weights)
-        self._exact_gradients = self._gradients.float()  # itself where the base is float32
+        self._master_gradients = self._gradients.float()  # itself where the base is float32
         stacked = _views(weights, shapes, sizes)
         gradients = _views(self._gradients, shapes, sizes)
-        exact = _views(self._exact_gradients, shapes, sizes)
+        master = _views(self._master_gradients, shapes, sizes)
         self.anchor = torch.zeros((), device=base.device, requires_grad=True)
-        """What makes autograd go back through layers whose inputs need no gradient."""
+        """Makes autograd go back through layers whose inputs need no gradient."""
         self._layers: dict[str, PackedLinear] = {}
-        self._exact: dict[str, tuple[Tensor, Tensor]] = {}
+        self._master: dict[str, tuple[Tensor, Tensor]] = {}
         for number, (name, module) in enumerate(inner.items()):
             a, b = 2 * number, 2 * number + 1
             self._layers[name] = PackedLinear(
@@ -74,26 +74,26 @@ class Pack:
                 weights=(stacked[a], stacked[b]),
                 gradients=(gradients[a], gradients[b]),
             )
-            self._exact[name] = exact[a], exact[b]
+            self._master[name] = master[a], master[b]
             _replace(base, name, self._layers[name])
         self._ranks = [1] * num_slots
         self._names: list[tuple[str, ...]] = [()] * num_slots
         self._weights_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
         self._gradients_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
-        """Of a slot, the trial's part of the stacked tensors in PEFT's shapes: A, B, A, B, ... With DoRA the
+        """Per slot, the trial's views of the stacked tensors in PEFT's shapes: A, B, A, B, ... With DoRA the
         magnitude, which is not stacked, follows each B."""
         self._dora: list[DoraUpdate] = []
 
     def close(self) -> None:
-        """Give the base its own layers back."""
+        """Restore the base model's own layers."""
         for name, layer in self._layers.items():
             _replace(self.base, name, layer.inner)
 
     def with_magnitudes(self, adapter: Adapter) -> Adapter:
-        """A new adapter with the magnitudes that DoRA starts from; without DoRA, itself.
+        """Return a new adapter with DoRA's initial magnitudes; without DoRA, the adapter itself.
 
-        They are the base's norms in float32, so that the adapter changes nothing yet; PEFT rounds them to the
-        base's dtype. Raises ModelError for a base whose weights cannot be read.
+        They are the base model's norms in float32, so that the adapter changes nothing yet; PEFT rounds them
+        to the base model's dtype. Raises ModelError if the base model's weights cannot be read.
         """
         if not adapter.config.use_dora:
             return adapter
@@ -104,7 +104,7 @@ class Pack:
         return Adapter(adapter.config, weights)
 
     def occupy(self, slot: int, adapter: Adapter) -> None:
-        """Give a slot to a trial: everything of its predecessor is zeroed. DoRA needs a pack of one slot."""
+        """Give a slot to a trial and zero everything of its predecessor. DoRA needs a pack of one slot."""
         assert self.num_slots == 1 or not adapter.config.use_dora
         self._dora = []
         for layer in self._layers.values():
@@ -117,7 +117,7 @@ class Pack:
             layer = self._layers[name]
             layer.take(slot, scale=adapter.scale, dropout_rate=adapter.config.lora_dropout)
             self._weights_of[slot] += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
-            a, b = self._exact[name]
+            a, b = self._master[name]
             self._gradients_of[slot] += [a[slot, :rank], b[slot, :rank].t()]
             if adapter.config.use_dora:
                 dora = layer.take_dora(rank)
@@ -127,40 +127,42 @@ class Pack:
         self.load({slot: adapter.weights})
 
     @torch.no_grad()
-    def load(self, weights: Mapping[int, ExactTensors]) -> None:
-        """Copy trials' exact weights into their slots, rounding to the compute dtype."""
+    def load(self, weights: Mapping[int, MasterTensors]) -> None:
+        """Copy trials' master weights into their slots, rounding to the compute dtype."""
         stacked = [view for slot in weights for view in self._weights_of[slot]]
-        _copy_each(stacked, self._exact_tensors(weights))
+        _copy_each(stacked, self._master_tensors(weights))
         for dora in self._dora:
             dora.measure()
 
     def zero_gradients(self) -> None:
-        """Begin a pass."""
+        """Zero the gradients before a pass."""
         self._gradients.zero_()
         for dora in self._dora:
             dora.magnitude_gradient.zero_()
 
     @torch.no_grad()
-    def collect(self, gradients: Mapping[int, ExactTensors]) -> None:
+    def collect(self, gradients: Mapping[int, MasterTensors]) -> None:
         """Add the gradients of the pass to those of the trials in these slots, in PEFT's shapes."""
-        if self._exact_gradients is not self._gradients:
-            self._exact_gradients.copy_(self._gradients)
+        if self._master_gradients is not self._gradients:
+            self._master_gradients.copy_(self._gradients)
         mine = [view for slot in gradients for view in self._gradients_of[slot]]
-        _add_each(self._exact_tensors(gradients), mine)
+        _add_each(self._master_tensors(gradients), mine)
 
-    def _exact_tensors(self, of: Mapping[int, ExactTensors]) -> list[Tensor]:
+    def _master_tensors(self, of: Mapping[int, MasterTensors]) -> list[Tensor]:
         return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
 
     @property
     def slot_weights(self) -> int:
-        """Weights that a slot has room for: of every module that some trial adapts, at the largest rank."""
+        """Return the number of weights in a slot: of every module that some trial adapts, at the largest
+        rank.
+        """
         return self._gradients.numel() // self.num_slots
 
     @contextmanager
     def holding(self, packed: PackedRows | None) -> Iterator[None]:
-        """Whose rows pass through the base within the block; None: the untouched base's.
+        """Set whose rows pass through the base model within the block; None for the base model alone.
 
-        A backward pass belongs into it, too: layers whose activations were not kept run again.
+        Run the backward pass inside the block too: layers whose activations were not kept run again.
         """
         self.rows = packed
         try:
@@ -171,19 +173,19 @@ class Pack:
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
     ) -> Tensor:
-        """`Base.token_nll` with each row under its slot's adapter; with None, the untouched base."""
+        """Return `Base.token_nll` with each row under its slot's adapter; the base model's without slots."""
         with self.holding(packed):
             return self.base.token_nll(input_ids, rows, columns)
 
     def token_scores(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
     ) -> tuple[Tensor, Tensor]:
-        """`Base.token_scores` with each row under its slot's adapter; with None, the untouched base."""
+        """Return `Base.token_scores` with each row under its slot's adapter; the base model's if None."""
         with self.holding(packed):
             return self.base.token_scores(input_ids, rows, columns)
 
     def rank_of(self, slots: Sequence[int]) -> int:
-        """The largest rank among the slots: padding beyond it is skipped."""
+        """Return the largest rank among the slots: padding beyond it is skipped."""
         return max(self._ranks[slot] for slot in slots)
 
 
@@ -203,7 +205,7 @@ class PackedLinear(nn.Module):
         self.inner = inner
         self._is_plain = type(inner) in (nn.Linear, FrozenLinear)
         self.key = key
-        """What tells its dropout from other modules': of its path, whichever modules the pack wraps."""
+        """Distinguishes its dropout from other modules': from its path, whichever modules the pack wraps."""
         self._pack = (pack,)  # in a tuple: a module must not own the pack that owns it
         self.a, self.b = weights
         """[slots, rank, in] and [slots, rank, out]: B transposed, so that a trial's ranks lead in both."""
@@ -216,13 +218,13 @@ class PackedLinear(nn.Module):
         self._dora: DoraUpdate | None = None
 
     def take(self, slot: int, *, scale: float, dropout_rate: float) -> None:
-        """Let a trial adapt this layer."""
+        """Adapt this layer with a trial's weights."""
         self.scales[slot] = scale
         self.scale[slot] = scale
         self.dropout_rates[slot] = dropout_rate
 
     def take_dora(self, rank: int) -> DoraUpdate:
-        """Let the trial that took the only slot adapt this layer by DoRA."""
+        """Adapt this layer by DoRA with the weights of the trial in the only slot."""
         self._dora = DoraUpdate(
             self.inner,
             weights=(self.a[0, :rank], self.b[0, :rank].t()),
@@ -232,7 +234,7 @@ class PackedLinear(nn.Module):
         return self._dora
 
     def clear(self, slot: int) -> None:
-        """Zero the slot, so that nothing of its last trial is left."""
+        """Zero the slot, so that nothing of its last trial remains."""
         self.a[slot].zero_()
         self.b[slot].zero_()
         self.take(slot, scale=0.0, dropout_rate=0.0)
@@ -240,16 +242,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight: some models look at its dtype."""
+        """Return the base layer's weight: some models check its dtype."""
         return self.inner.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias: some models take it out and put it back."""
+        """Return the base layer's bias: some models take it out and put it back."""
         return self.inner.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], rows grouped by slot as the pack's `rows` says."""
+        """[..., in] -> [..., out], rows grouped by slot according to the pack's `rows`."""
         pack = self._pack[0]
         rows = pack.rows
         if rows is None or not any(self.scales[slot] for slot in rows.slots):
@@ -262,7 +264,7 @@ class PackedLinear(nn.Module):
         return _Update.apply(x, dropped, y, pack.anchor, *place)  # type: ignore[no-any-return, no-untyped-call]
 
     def _drop(self, x: Tensor, rows: PackedRows) -> Tensor | None:
-        """What is left of the inputs; None where all of it is."""
+        """Return which inputs dropout keeps; None if it keeps all."""
         rates = [self.dropout_rates[slot] for slot in rows.slots]
         if not any(rates):
             return None
@@ -282,9 +284,9 @@ class PackedLinear(nn.Module):
 class _Update(torch.autograd.Function):
     """W x + scale * B A dropped(x) for every slot at once.
 
-    `y` is W x, or None where the layer's weight is a plain one: then that product is made here, and the
-    sums are made in place. The adapters' weights are no leaves of autograd: their gradients are added to
-    the layer's own tensors, so that a pass of any number of trials leaves them in one place.
+    `y` is W x, or None for a plain layer weight: then that product is computed here, and the sums are done in
+    place. The adapters' weights are no leaves of autograd: their gradients are added to the layer's own
+    tensors, so a pass of any number of trials leaves them in one place.
     """
 
     @staticmethod
@@ -353,12 +355,12 @@ def _by_slot(rows: Tensor, slots: tuple[int, ...]) -> Tensor:
 
 
 def _own(made: Tensor, shape: torch.Size) -> Tensor:
-    """The same memory in a shape, as no view to autograd: some models add to a layer's output in place."""
+    """Return the same memory in a shape, not as an autograd view: some models add to outputs in place."""
     return made.view(shape).data
 
 
 def _of_slots(stacked: Sequence[Tensor], slots: tuple[int, ...]) -> list[Tensor]:
-    """The slots' parts of stacked tensors: views where the slots are neighbours."""
+    """Return the slots' slices of stacked tensors: views if the slots are adjacent."""
     if _are_neighbours(slots):
         return [tensor[slots[0] : slots[-1] + 1] for tensor in stacked]
     return [tensor[list(slots)] for tensor in stacked]

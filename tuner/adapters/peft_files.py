@@ -16,11 +16,11 @@ from tuner.errors import CheckpointError
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-"""PEFT's names of what a module's tuple holds; the last with DoRA only."""
+"""PEFT's names for the entries of a module's tuple; the last with DoRA only."""
 
 
 def named_tensors(weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Weights under PEFT's key names, contiguous and on the CPU."""
+    """Return weights under PEFT's key names, contiguous and on the CPU."""
     return {
         f"{_PREFIX}{module}.{part}": tensor.detach().cpu().contiguous()
         for module, tensors in weights.items()
@@ -29,7 +29,7 @@ def named_tensors(weights: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor
 
 
 def weights_from(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """The inverse of `named_tensors`."""
+    """Invert `named_tensors`."""
     parts = _PARTS if any(key.endswith(_MAGNITUDE) for key in named) else _PARTS[:2]
     modules = [key.removeprefix(_PREFIX).removesuffix(f".{_A}") for key in named if key.endswith(f".{_A}")]
     return {module: tuple(named[f"{_PREFIX}{module}.{part}"] for part in parts) for module in modules}
@@ -38,7 +38,7 @@ def weights_from(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
 def write_adapter(
     directory: Path, adapter: Adapter, weights: Mapping[str, tuple[Tensor, ...]] | None = None
 ) -> None:
-    """Write what `PeftModel.from_pretrained(base, directory)` loads, into an existing directory."""
+    """Write an adapter for `PeftModel.from_pretrained(base, directory)` into an existing directory."""
     config = adapter.config
     was_inference = config.inference_mode
     config.inference_mode = True
@@ -51,7 +51,7 @@ def write_adapter(
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read an adapter directory. Raises CheckpointError when a file is missing or unreadable."""
+    """Read an adapter directory. Raises CheckpointError if a file is missing or unreadable."""
     try:
         config = PeftConfig.from_pretrained(str(directory))
         named = load_file(directory / WEIGHTS_FILE)

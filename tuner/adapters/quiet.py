@@ -1,4 +1,4 @@
-"""Which notices of the libraries ask nothing of the user; imported before any of them is."""
+"""Silence library notices that need no action; import this before the libraries."""
 
 import logging
 import warnings

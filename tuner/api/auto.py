@@ -15,7 +15,7 @@ from tuner.store import hold_study
 from tuner.study.dashboard import next_name
 from tuner.study.folder import open_folder
 from tuner.study.lookup import begun_round, opened
-from tuner.study.promotion import Overrides, PromotedRound, go_on_in_passes, promote_held, promoted_from
+from tuner.study.promotion import Overrides, PromotedRound, continue_passes, promote_held, promoted_from
 from tuner.study.results import earlier_results, reading_of
 
 
@@ -78,7 +78,7 @@ class Automatic:
         """What comes next, written, or why nothing does."""
         name, folder = file.spec.round, open_folder(file.directory)
         with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
-            return go_on_in_passes(
+            return continue_passes(
                 folder,
                 store,
                 first=self.first.spec.round,

@@ -1,4 +1,4 @@
-"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.keeping`."""
+"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.retention`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -
                 if delete:
                     for trial in store.trials(record.name):
                         if trial.state.is_final:
-                            place.tidy(trial)
+                            place.clean_up(trial)
         finally:
             store.close()
     return freed

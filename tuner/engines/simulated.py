@@ -156,7 +156,7 @@ class SimulatedWorker:
             return 0
         place = Path(assignment.resume_from)
         if self._keep is keep_on_disk and not place.is_dir():
-            raise CheckpointError(f"{place}: the recorded checkpoint is gone")
+            raise CheckpointError(f"{place}: the recorded checkpoint is missing")
         return int(place.name.removeprefix("step-").partition(".")[0])
 
     def _inherit(self, run: _Run) -> None:

@@ -1,4 +1,4 @@
-"""A trial's adapter in use: answering prompts in its template, merging, export, a last score."""
+"""Use a trial's adapter: answer prompts in its template, merge, export, compute a final score."""
 
 import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.decoding import Decoding, batches

@@ -35,12 +35,12 @@ MERGED_DTYPES: Mapping[str, torch.dtype] = {
 
 
 def merged_model(model: ModelSpec, adapter: Adapter, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The base with the adapter in its weights, as transformers would load it unquantised, on the CPU.
+    """Return the base model with the adapter merged, as transformers would load it unquantised, on the CPU.
 
-    The base is read as it was in training, since the adapter corrects exactly that one: one in 4 or 8 bits is
+    The base model is read as in training, since the adapter corrects exactly that one: one in 4 or 8 bits is
     quantised and de-quantised again. Sums are taken in float32, one layer at a time, and rounded once; PEFT's
-    own merge rounds in the base's dtype, and quantises the sum again where the base is quantised.
-    Raises ModelError, and CheckpointError when the adapter is not one of this base.
+    own merge rounds in the base model's dtype, and quantises the sum again if the base model is quantised.
+    Raises ModelError, and CheckpointError if the adapter is not one of this base model.
     """
     merged = load_model(model, device="cpu", max_length=1)
     layers = dict(merged.named_modules())
@@ -61,7 +61,7 @@ def merged_model(model: ModelSpec, adapter: Adapter, *, dtype: torch.dtype) -> P
 
 
 def adapted_weight(weight: Tensor, parts: tuple[Tensor, ...], *, scale: float) -> Tensor:
-    """W + scale B A in float32, [out, in]; with DoRA's magnitude m, m times its rows at length 1.
+    """Return W + scale B A in float32, [out, in]; with DoRA's magnitude m, m times its rows at length 1.
 
     `parts` are those of `Adapter.weights`.
     """
@@ -79,13 +79,13 @@ def _is_quantised(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _weight(layer: nn.Module) -> Tensor:
-    """[out, in] in float32, de-quantised. Call it once: PEFT spoils 8-bit layers on a CPU."""
+    """Return [out, in] in float32, de-quantised. Call it once: PEFT corrupts 8-bit layers on a CPU."""
     weight: Tensor = dequantize_module_weight(layer).detach()
     return (weight.t() if isinstance(layer, Conv1D) else weight).float()
 
 
 def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """What the unquantised model has in this place, with another weight [out, in]."""
+    """Return the unquantised model's layer of this kind, with another weight [out, in]."""
     outputs, inputs = weight.shape
     bias = getattr(layer, "bias", None)
     plain: nn.Module
@@ -101,7 +101,7 @@ def _plain_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
-    """Of bitsandbytes or a GGUF file: with it, the model is not saved, or loaded as what it no longer is."""
+    """Remove traces of bitsandbytes or GGUF, which would break saving or loading the model unquantised."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -110,13 +110,13 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 _OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _LINES_SHOWN = 15
-"""The end of what a converter printed, where its error is."""
+"""Last lines of a converter's output, which contain its error."""
 
 
 def convert_to_gguf(model: Path, file: Path, *, converter: Path, dtype: str) -> None:
-    """Convert a directory of a merged model; the file appears whole or not at all.
+    """Convert a directory of a merged model; the file is written atomically.
 
-    `dtype` is one of MERGED_DTYPES. Raises TunerError with what the converter printed.
+    `dtype` is one of MERGED_DTYPES. Raises TunerError with the converter's output.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     command = [*_runs(converter), str(model), "--outfile", str(temporary), "--outtype", _OUTTYPES[dtype]]
@@ -137,21 +137,21 @@ def convert_to_gguf(model: Path, file: Path, *, converter: Path, dtype: str) -> 
 
 
 def _runs(converter: Path) -> Sequence[str]:
-    """A Python file runs in this Python, which has the torch and transformers that it needs."""
+    """Run a Python file with this Python, which has the torch and transformers that it needs."""
     if converter.suffix == ".py":
         return [sys.executable, str(converter)]
     return [shutil.which(str(converter)) or str(converter)]
 
 
 _HttpError: type[Exception] = HfHubHTTPError.__mro__[1]
-"""What the Hub's library raises when nobody answers: of httpx, or of the one it has in its place."""
+"""Raised by the Hub's library if the server does not answer: from httpx, or from its replacement."""
 
 
 def push(directory: Path, repo: str, *, token: str, public: bool, endpoint: str | None = None) -> str:
-    """Upload a complete directory as one commit; returns the repository's address.
+    """Upload a complete directory as one commit; return the repository's address.
 
-    A repository that does not exist yet is made, private unless `public`. `endpoint` is another Hub.
-    Raises TunerError, which says how to go on without exporting again.
+    A missing repository is created, private unless `public`. `endpoint` is another Hub. Raises TunerError,
+    which says how to upload without exporting again.
     """
     api = HfApi(endpoint=endpoint, token=token)
     try:
@@ -161,8 +161,8 @@ def push(directory: Path, repo: str, *, token: str, public: bool, endpoint: str 
         )
     except (_HttpError, OSError) as error:
         raise TunerError(
-            f"--push {repo}: the Hub did not take it: {error}\n"
-            f"{directory} is complete; push it again with: hf upload {repo} {directory} ."
+            f"--push {repo}: the Hub refused the upload: {error}\n"
+            f"{directory} is complete. Upload it again with: hf upload {repo} {directory} ."
         ) from error
     return str(made)
 
@@ -170,7 +170,7 @@ def push(directory: Path, repo: str, *, token: str, public: bool, endpoint: str 
 def export_adapter(
     adapter: Path, directory: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write a PEFT adapter and a tokenizer into an existing directory; `model` says what the base is called.
+    """Write a PEFT adapter and a tokenizer into an existing directory; `model` is the base model's name.
 
     Raises CheckpointError.
     """
@@ -184,10 +184,10 @@ def export_adapter(
 def export_merged(
     adapter: Path, directory: Path, *, model: ModelSpec, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
-    """Write the merged model, as transformers alone loads it, and a tokenizer into an existing directory.
+    """Write the merged model for transformers, and a tokenizer, into an existing directory.
 
-    Its generation ends at the tokenizer's EOS, which was trained, beside those of the base.
-    `dtype` is one of MERGED_DTYPES. Raises CheckpointError and ModelError.
+    Its generation ends at the tokenizer's EOS, which was trained, and at those of the base model. `dtype` is
+    one of MERGED_DTYPES. Raises CheckpointError and ModelError.
     """
     merged = merged_model(model, read_adapter(adapter), dtype=MERGED_DTYPES[dtype])
     if merged.generation_config is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Answerer:
-    """A base, and perhaps an adapter on it, loaded once."""
+    """A base model, optionally with an adapter, loaded once."""
 
     def __init__(
         self, model: ModelSpec, tokenizer: PreTrainedTokenizerBase, *, adapter: Path | None = None
@@ -34,15 +34,17 @@ class Answerer:
         self._name = model.path
         self._generator = TextGenerator(base, tokenizer, limited_by="--max-new-tokens")
         self.budget_tokens = self._generator.budget_tokens
-        """Tokens of a batch, its answers included."""
+        """Tokens of a batch, including its answers."""
         self._model: Any = base.model
         if adapter is not None:
             self._model = PeftModel.from_pretrained(base.model, str(adapter)).eval()
-            # In evaluation mode bitsandbytes repacks 4-bit weights; PEFT's DoRA reads wrong norms from them.
+            # In evaluation mode bitsandbytes repacks 4-bit weights, from which PEFT's DoRA reads wrong norms.
             keep_differentiable(base.model)
 
     def new_tokens(self, prompt: Prompt, wanted: int) -> int:
-        """Tokens that the answer may have. Raises InputError when the prompt leaves no position for one."""
+        """Return the tokens that the answer may have. Raises InputError if the prompt leaves no position for
+        one.
+        """
         possible = self._generator.new_tokens(prompt, wanted)
         if possible < 1:
             raise InputError(
@@ -59,10 +61,10 @@ class Answerer:
         of_base: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> list[Generated]:
-        """Answers up to the end of text or `new_tokens`, which is the same for all of these prompts.
+        """Return answers up to the end of text or `new_tokens`, which is the same for all of these prompts.
 
-        `of_base` leaves out the adapter. `say` hears the answer to a single prompt as it grows. What does not
-        fit into the GPU's memory is cut in two. Raises InputError and TunerError.
+        `of_base` leaves out the adapter. `say` receives the answer to a single prompt as it grows. A batch
+        that does not fit into the GPU's memory is halved. Raises InputError and TunerError.
         """
         for prompt in prompts:
             self.new_tokens(prompt, decoding.max_new_tokens)
@@ -76,13 +78,13 @@ class Answerer:
 
 
 def load_adapted(model: ModelSpec, adapter: Path, *, device: str | None = None) -> PeftModel:
-    """Load a base and a PEFT directory on it, in evaluation mode.
+    """Load a base model with a PEFT directory, in evaluation mode.
 
-    `device` is a GPU where there is one, unless it is given. Raises ModelError.
+    `device` is a GPU by default, if there is one. Raises ModelError.
     """
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     base = load_model(model, device=device, max_length=1)
     adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    # In evaluation mode bitsandbytes repacks 4-bit weights; PEFT's DoRA reads wrong norms from them.
+    # In evaluation mode bitsandbytes repacks 4-bit weights, from which PEFT's DoRA reads wrong norms.
     keep_differentiable(base)
     return adapted

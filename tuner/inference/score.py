@@ -1,4 +1,4 @@
-"""The loss of one adapter on rows that nothing was chosen by."""
+"""The loss of one adapter on rows that no choice was based on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from tuner.config import RoundSpec
 
 PASS_TOKENS = 4096
-"""Tokens of a pass, padding included."""
+"""Tokens of a pass, including padding."""
 
 
 def score(spec: RoundSpec, examples: Examples, adapter: Path) -> Scores:
-    """What the adapter of a PEFT directory makes of examples.
+    """Return the scores of a PEFT directory's adapter on examples.
 
-    It is computed as evaluations of a trial alone in its worker are: on a CPU in float32 they are the
-    same digit for digit. Raises ModelError, and CheckpointError where there is no such adapter.
+    Computed like the evaluations of a trial alone in its worker: on a CPU in float32 they are equal digit for
+    digit. Raises ModelError, and CheckpointError if there is no such adapter.
     """
     saved = read_adapter(adapter)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What each hyperparameter's dimension becomes in the next round, and why."""
+"""Choose each hyperparameter's dimension in the next round, and give the reason."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ _RATE = "learning_rate"
 
 @dataclass(frozen=True, slots=True)
 class HyperparameterChange:
-    """One hyperparameter from a round to the next; often it stays as it is."""
+    """How one hyperparameter changes from a round to the next, if at all."""
 
     from_dimension: Dimension
     to_dimension: Dimension
     tier: Tier
     reason: str
-    """In words, for the comment beside it in the next round's file."""
+    """Written as the comment beside it in the next round's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Carrying:
-    """The passage of a search space from one horizon to another."""
+    """The search space of one horizon, to be carried over to another."""
 
     results: RoundResults
     incumbents: Sequence[Trial]
-    """Trials that will be enqueued, best first: every space must hold them."""
+    """Trials that will be enqueued, best first; every dimension must contain their values."""
     leading: Sequence[Trial]
-    """Trials around whose values spaces are narrowed, the incumbents among them, best first."""
+    """Trials around whose values dimensions are narrowed, incumbents included, best first."""
     new_horizon: int
     decay: DecayRule
     edges: Sequence[Edge] = ()
     """Bounds at which the best trial lies; each is widened."""
     widens_rates: bool = False
-    """Whether only the learning rates are raised, and all else stays as it is."""
+    """Whether only the learning rates are raised and everything else stays the same."""
     has_small_rates: bool = False
-    """Whether the best trials had the highest rates, so that no rate is lowered for a longer run."""
+    """Whether the best trials had the highest learning rates, so that no rate is lowered for a longer run."""
     reopened: Mapping[str, Dimension] = field(default_factory=dict)
-    """What comes back as it was in an earlier round."""
+    """Dimensions restored from an earlier round."""
     added: Mapping[str, Dimension] = field(default_factory=dict)
-    """What the user adds to the search."""
+    """Dimensions that the user adds to the search."""
 
     def changes(self) -> dict[str, HyperparameterChange]:
-        """What every hyperparameter becomes, in the old space's order.
+        """Return the change of every hyperparameter, in the order of the old space.
 
-        Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (what is likely to
-        transfer); what is done with each tier is this project's decision.
+        Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (what is likely to transfer);
+        what is done with each tier is this project's decision.
         """
         return {name: self._change(name, dimension) for name, dimension in self.results.space.items()}
 
     def point(self, incumbent: Trial) -> dict[str, Value]:
-        """All hyperparameters of an incumbent in the next round: its own, the decay re-cut."""
+        """Return all hyperparameters of an incumbent in the next round, with its decay rescaled."""
         values = dict(incumbent.hyperparameters)
         for name in self.added:
             old = self.results.space.get(name)
@@ -92,11 +92,11 @@ class Carrying:
         if (edge := self._edge(name)) is not None:
             further = self._beyond(name, old, new, edge)
             if further != new:
-                reason += f"; widened, since the best trial is at the {edge.side} bound, {edge.bound:g}"
+                reason += f"; widened because the best trial is at the {edge.side} bound, {edge.bound:g}"
             new = further
         wide = widened(new, held)
         if wide != new:
-            reason += "; widened to hold the enqueued trials"
+            reason += "; widened to include the enqueued trials"
         return HyperparameterChange(old, wide, tier, reason)
 
     def _dimension(self, name: str, old: Dimension, tier: Tier) -> tuple[Dimension, str]:
@@ -105,7 +105,7 @@ class Carrying:
         if self.widens_rates:
             return self._with_higher_rates(name, old)
         if name in self.reopened:
-            return self.reopened[name], "re-opened: the earlier order of trials did not hold"
+            return self.reopened[name], "searched again: the earlier ranking of trials did not hold"
         if isinstance(old, TimesSqrtRank):
             return old, "follows lora_r"
         if isinstance(old, Fixed):
@@ -117,23 +117,25 @@ class Carrying:
             case Tier.VERY_LIKELY:
                 return Fixed(values[0]), "the best trial's value, very likely to hold in longer runs"
             case Tier.KEPT:
-                return Fixed(values[0]), "the best trial's value; changing it would start the tuning over"
+                return Fixed(
+                    values[0]
+                ), "the best trial's value; changing it would mean tuning everything again"
             case Tier.LIKELY:
                 new = as_listed(old, values)
                 agree = "agree on it" if isinstance(new, Fixed) else "used these"
                 return new, f"the leading trials {agree}; likely to hold in longer runs"
             case Tier.UNLIKELY:
-                return old, "searched as before: what was best is unlikely to hold in longer runs"
+                return old, "searched as before: the best value is unlikely to hold in longer runs"
             case Tier.MIGHT:
                 return self._might(name, old, values)
 
     def _values(self, name: str) -> list[Value]:
-        """The leading trials' values, the best trial's first."""
+        """Return the leading trials' values, the best trial's first."""
         return [t.hyperparameters[name] for t in self.leading if name in t.hyperparameters]
 
     def _with_higher_rates(self, name: str, old: Dimension) -> tuple[Dimension, str]:
         if name != _RATE:
-            return old, "as before: higher learning rates come first"
+            return old, "as before: higher learning rates are tried first"
         limits = self.results.limits.get(name, (None, None))
         return higher_rates(old, limits), (
             "up to 10 times higher: the best trials had the highest rates, so all of them may be too small"
@@ -145,10 +147,10 @@ class Carrying:
         return next((edge for edge in self.edges if edge.name == name), None)
 
     def _beyond(self, name: str, old: Dimension, new: Dimension, edge: Edge) -> Dimension:
-        """The next dimension, made to reach beyond the bound of the old one at which the best trial lies."""
+        """Extend the new dimension beyond the bound of the old one at which the best trial lies."""
         is_decay = name == "decay_steps"
         before = new if is_decay else old
-        # Where the tier would fix it, it stays searched, around the leading trials.
+        # A dimension that the tier would fix stays searched, around the leading trials.
         base = new if is_decay or isinstance(new, type(old)) else narrowed(old, self._values(name))
         wide = beyond_edge(before, edge, self.results.limits.get(name, (None, None)))
         if name in ("warmup_steps", "decay_steps"):
@@ -159,7 +161,7 @@ class Carrying:
         return new if wide == before else reaching(base, wide, edge.side)
 
     def _room(self, name: str) -> float:
-        """The longest warmup or decay that the other one leaves room for."""
+        """Return the longest warmup or decay that fits beside the other."""
         space = self.results.space
         if not self._can_be_linear() or not {"warmup_steps", "decay_steps"} <= space.keys():
             return self.new_horizon
@@ -170,7 +172,10 @@ class Carrying:
     def _reason_to_stay(self, name: str) -> str:
         if name == _RATE and self.new_horizon != self.results.max_train_steps:
             factor = moved_rate(1.0, old_horizon=self.results.max_train_steps, new_horizon=self.new_horizon)
-            return f"fixed, as before; other horizons often want another rate, here about {factor:.2f} times"
+            return (
+                f"fixed, as before; the best rate often changes with the horizon, here about {factor:.2f} "
+                "times"
+            )
         return "fixed, as before"
 
     def _might(self, name: str, old: Choices | Range, values: Sequence[Value]) -> tuple[Dimension, str]:
@@ -186,7 +191,7 @@ class Carrying:
         return space, f"a third to three times the best trial's {rate:.2g}{moved}"
 
     def _unstable_rate(self) -> float:
-        """The lowest rate above every one that trained, at which a trial was infeasible."""
+        """Return the lowest infeasible learning rate above all rates that trained."""
         rates = [
             (rate, trial.state == TrialState.INFEASIBLE)
             for trial in self.results.results
@@ -197,7 +202,7 @@ class Carrying:
 
     def _decay(self, old: Dimension) -> tuple[Dimension, str]:
         if self.results.max_train_steps == self.new_horizon:
-            return old, "as before, and so is the horizon"
+            return old, "as before, at the same horizon"
         new = _mapped(old, self._recut)
         if not self._can_be_linear():
             return new, "as before" if new == old else "shortened to fit into the run"
@@ -205,18 +210,18 @@ class Carrying:
             before, after = (int(number(d.value) or 0) for d in (old, new))
             now = f", {percent(after / self.new_horizon)}"
             if after < self._wanted_decay(before):
-                return new, f"re-cut: all that the warmup leaves of {self.new_horizon} steps"
+                return new, f"rescaled: all steps that the warmup leaves of {self.new_horizon}"
         else:
             now = ""
         if self.decay == "share":
-            return new, f"re-cut: the same share of the run as before{now}"
-        return new, f"re-cut: as long as before, and at least 20% of the run{now and now + ' now'}"
+            return new, f"rescaled: the same share of the run as before{now}"
+        return new, f"rescaled: as long as before, and at least 20% of the run{now and now + ' now'}"
 
     def _can_be_linear(self) -> bool:
         return can_decay_linearly(self.results.space)
 
     def _recut(self, decay_steps: Value, incumbent: Trial | None = None) -> int:
-        """The decay in the next round, of one trial or of any."""
+        """Return the decay in the next round, for one trial or for any."""
         known = int(number(decay_steps) or 0)
         if self.results.max_train_steps == self.new_horizon:
             own = number(incumbent.hyperparameters.get("warmup_steps")) if incumbent else None
@@ -235,7 +240,7 @@ class Carrying:
         )
 
     def _longest_warmup(self) -> int:
-        """The longest of what is carried over; of what may be drawn where nothing is."""
+        """Return the longest warmup of the incumbents, or of the space if there are none."""
         warmups = [number(trial.hyperparameters.get("warmup_steps")) for trial in self.incumbents]
         return int(max((w or 0 for w in warmups), default=self._longest_old_warmup()))
 
@@ -245,20 +250,20 @@ class Carrying:
 
 
 def _added(wanted: Dimension, held: Sequence[Value]) -> tuple[Dimension, str]:
-    """What the user adds, made to hold the incumbents' values."""
+    """Return the dimension that the user adds, widened to the incumbents' values."""
     numbers = [n for value in held if (n := number(value)) is not None]
     if isinstance(wanted, Range) and wanted.log and min(numbers, default=1.0) <= 0:
         listed = as_listed(wanted, (*dict.fromkeys(held), *log_spaced(wanted)))
         return (
             listed,
-            "added by --add, as a list: a logarithmic range cannot hold the 0 of the enqueued trials",
+            "added by --add, as a list: a logarithmic range cannot include the 0 of the enqueued trials",
         )
     new = widened(wanted, held)
-    return new, "added by --add" + ("; widened to hold the enqueued trials" if new != wanted else "")
+    return new, "added by --add" + ("; widened to include the enqueued trials" if new != wanted else "")
 
 
 def longest(dimension: Dimension) -> float:
-    """The largest number that a dimension holds; 0 where it holds none.
+    """Return the largest number in a dimension; 0 if it has none.
 
     Rule: this project's decision: the longest warmup must fit into the horizon.
     """

@@ -1,4 +1,4 @@
-"""The questions that the playbook asks of a round before its best trial is believed."""
+"""The playbook's checks of a round, to be made before its best trial is trusted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
 def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Finding]:
-    """Findings on the search space: boundary, unstable_edge, alpha_follows_rank, batch_size_searched.
+    """Yield findings on the search space: boundary, unstable_edge, alpha_follows_rank, batch_size_searched.
 
     Rule: Deep Learning Tuning Playbook, "Identifying bad search space boundaries", "Choosing the
     batch size"; the last two are this project's decisions.
@@ -31,8 +31,8 @@ def space_findings(results: RoundResults, best: Trial | None) -> Iterator[Findin
         yield Finding(
             "batch_size_searched",
             Severity.WARNING,
-            "batch_size is searched. It decides about speed, not about the loss that can be reached, and "
-            "every other good value moves with it: fix it at the largest size that runs well.",
+            "batch_size is searched. It affects the speed, not the loss that can be reached, and the best "
+            "values of the others change with it: fix it at the largest size that runs well.",
         )
 
 
@@ -42,7 +42,7 @@ def _boundaries(results: RoundResults, best: Trial) -> Iterator[Finding]:
             "boundary",
             Severity.WARNING,
             f"The best {edge.name}, {edge.value:.3g}, lies at the {edge.side} bound of the search space, "
-            f"{edge.bound:.3g}. A better value may lie beyond it: `tuner study promote` widens it there.",
+            f"{edge.bound:.3g}. A better value may lie beyond it; `tuner study promote` widens it there.",
             {"value": edge.value, "bound": edge.bound},
         )
 
@@ -73,19 +73,19 @@ def _alpha_follows_rank(results: RoundResults) -> Iterator[Finding]:
     pairs = {(r, a) for r, a in ((number(r), number(a)) for r, a in values) if r and a}
     ratios = {round(a / r, 6) for r, a in pairs}
     is_multiple = len(pairs) > 1 and len(ratios) == 1
-    how = f"always {ratios.pop():g} times the rank" if is_multiple else "apart from the rank"
+    how = f"at {ratios.pop():g} times the rank" if is_multiple else "independently of the rank"
     yield Finding(
         "alpha_follows_rank",
         Severity.WARNING,
-        f"lora_r is searched, and lora_alpha as well, {how}: the scale of the update then changes with the "
-        "rank and hides what the rank does. Fix lora_alpha, or write {times_sqrt_r: FACTOR}.",
+        f"lora_r is searched, and so is lora_alpha, {how}: the scale of the update then changes with the "
+        "rank and hides the effect of the rank. Fix lora_alpha, or write {times_sqrt_r: FACTOR}.",
     )
 
 
 INFEASIBLE_SHARE = 0.25
 EVALUATION_SHARE = 0.3
 MIN_EVALUATIONS = 4
-"""With fewer in a run there is hardly a best step to choose."""
+"""With fewer evaluations in a run there is hardly a best step to choose."""
 LONG_WARMUP_SHARE = 0.05
 VERY_LONG_WARMUP_SHARE = 0.1
 
@@ -98,11 +98,11 @@ def checklist(
     earlier: Sequence[RoundResults] = (),
     wants_higher_rates: bool = False,
 ) -> tuple[Finding, ...]:
-    """What the rules beside the diagnosis say of a round.
+    """Yield the findings of the rules other than the diagnosis.
 
-    `noise` is relative to the loss; None where it is unknown. `wants_higher_rates` says that those tried may
-    all be too small. Rule: Deep Learning Tuning Playbook, "After
-    each round of experiments" and its checklist; the numbers are this project's decisions.
+    `noise` is relative to the loss; None if unknown. `wants_higher_rates` means that all rates tried may be
+    too small. Rule: Deep Learning Tuning Playbook, "After each round of experiments" and its checklist; the
+    numbers are this project's decisions.
     """
     return (
         *space_findings(results, leading[0].trial if leading else None),
@@ -120,19 +120,19 @@ def checklist(
 
 
 def doubling_of_trials(losses: Sequence[float]) -> float:
-    """Return what the last doubling of the trials is expected to have gained, relative to the loss.
+    """Return the expected gain of the last doubling of the trials, relative to the loss.
 
-    The expected best of half the trials, drawn without replacement, against the best of all; half is rounded
-    down. Infinite losses stand for trials without an objective: draws of such trials alone are left out. 0
-    for fewer than two trials that reached something. Rule: this project's decision, "too_few_trials".
+    This compares the expected best of half the trials, drawn without replacement, with the best of all; half
+    is rounded down. Infinite losses stand for trials without an objective; draws of only such trials are left
+    out. 0 if fewer than two trials have an objective. Rule: this project's decision, "too_few_trials".
     """
     order = sorted(losses)
     count, half = len(order), len(order) // 2
     num_finite = sum(is_number(loss) for loss in order)
     if num_finite < 2 or order[0] < 1 / MAX_LOSS:
         return 0.0
-    # The best of the half is the one of rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half),
-    # each of which follows from the one before: the numbers themselves outgrow a float.
+    # The best of the half has rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half),
+    # computed from the one before, since binomials overflow a float.
     steps = ((count - half - k) / (count - 1 - k) for k in range(num_finite - 1))
     chances = list(itertools.accumulate(steps, operator.mul, initial=1.0))
     expected = math.fsum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
@@ -146,14 +146,14 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
         yield Finding(
             "infeasible_share",
             Severity.PROBLEM if infeasible == counted else Severity.WARNING,
-            f"{infeasible} of {counted} trials diverged or did not fit into memory. Take what they share out "
-            "of the space, the highest learning rates first, so that no more trials are spent there.",
+            f"{infeasible} of {counted} trials diverged or did not fit into memory. Remove what they have in "
+            "common from the search space, the highest learning rates first, to waste no more trials on it.",
             {"infeasible": float(infeasible), "trials": float(counted)},
         )
 
 
 def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
-    """More trials are worth having while the last doubling of their number brought a worthwhile gain."""
+    """Yield a finding if the last doubling of the number of trials brought a worthwhile gain."""
     losses = [best.eval_loss for _, best in ranked_by_loss(distinct(results.complete))]
     losses += [math.inf] * (len(distinct(results.results)) - len(losses))
     gain, threshold = doubling_of_trials(losses), max(noise or 0.0, results.worthwhile_gain)
@@ -174,14 +174,14 @@ def _long_warmup(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
     warmup = warmup_length(leading[0].trial.hyperparameters) if leading else 0
     share = warmup / results.max_train_steps
     if share > LONG_WARMUP_SHARE:
-        # No round is more than three times as long as the one before.
+        # A round is at most three times as long as the one before.
         at_once = math.ceil(warmup / LONG_WARMUP_SHARE) <= MULTIPLES[-1] * results.max_train_steps
         longer = "a longer horizon" if at_once else "longer horizons over the next rounds"
         yield Finding(
             "long_warmup",
             Severity.PROBLEM if share > VERY_LONG_WARMUP_SHARE else Severity.WARNING,
             f"The best trial warms up for {warmup} of {results.max_train_steps} steps ({percent(share)}, "
-            f"more than {percent(LONG_WARMUP_SHARE)}). Try a shorter warmup_steps, or, if it needs so many, "
+            f"more than {percent(LONG_WARMUP_SHARE)}). Try fewer warmup_steps, or, if the trial needs them, "
             f"{longer}.",
             {"warmup_steps": float(warmup), "share": share},
         )
@@ -192,13 +192,13 @@ def _costly_evaluation(results: RoundResults) -> Iterator[Finding]:
         yield Finding(
             "costly_evaluation",
             Severity.WARNING,
-            f"Evaluation takes {percent(results.evaluation_share)} of the work. {_cheaper(results)}",
+            f"Evaluation takes {percent(results.evaluation_share)} of the compute. {_cheaper(results)}",
             {"share": results.evaluation_share},
         )
 
 
 def _cheaper(results: RoundResults) -> str:
-    """How seldom, or how few examples, would bring evaluation down to the share that is allowed."""
+    """Say how few evaluations, or examples, would reduce evaluation to the allowed share."""
     share = min(results.evaluation_share, 0.999)
     less = (1 / share - 1) / (1 / EVALUATION_SHARE - 1)
     every = math.ceil(results.evaluate_every / less)
@@ -207,7 +207,7 @@ def _cheaper(results: RoundResults) -> str:
         f"Evaluating every {every} steps instead of {results.evaluate_every} (evaluation.every_steps) would "
         f"lower it to {percent(EVALUATION_SHARE)}{', in a longer run' if is_sparse else ''}. So would "
         f"{percent(less)} of the examples (evaluation.max_examples), but gains are then less certain, and no "
-        "trial goes on from this round."
+        "trial of this round can be continued."
     )
 
 
@@ -230,5 +230,5 @@ def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) ->
             "workload_changed",
             Severity.INFO,
             f"{said[0].upper()}{said[1:]}: the right horizon may have moved. A smaller batch or more dropout "
-            "wants more steps.",
+            "needs more steps.",
         )

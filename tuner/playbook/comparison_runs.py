@@ -1,4 +1,4 @@
-"""Which comparison runs a round owes, and what those that have run say of shorter horizons."""
+"""The comparison runs that a round needs, and the losses that finished ones measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
 _SETTLED = frozenset({Diagnosis.NO_LEARNING, Diagnosis.TOO_LONG, Diagnosis.OVERFITTING})
-"""Diagnoses that hold whatever the last doubling was worth."""
+"""Diagnoses that hold whatever the gain of the last doubling."""
 
 
 def expected_runs(
@@ -31,9 +31,9 @@ def expected_runs(
     rule: ComparisonRule,
     num_kept: int | None = None,
 ) -> tuple[ComparisonRun, ...]:
-    """Return the most comparison runs that a round of so many such trials makes.
+    """Return the largest number of comparison runs that a round of `num_trials` trials makes.
 
-    `num_kept` trials still have their stable checkpoints at the end of the round; None is all. Rule: this
+    `num_kept` trials still have their stable checkpoints at the end of the round; None means all. Rule: this
     project's decision, "Comparison runs".
     """
     runs = comparison_runs(hyperparameters, max_train_steps, rule=rule)
@@ -48,10 +48,10 @@ def owed_branches(
 ) -> tuple[Branch, ...]:
     """Return the comparison runs that a round makes after its last trial, best trial first.
 
-    By `auto` that of the best trial, where what the last doubling was worth decides and nothing else shows it
-    well; by `True` those of all leading trials. Without its stable checkpoint (it was given up, or the trial
-    continues from a later step of an earlier round) the run to T/2 starts from scratch, and one to T/sqrt(2)
-    is left out. Rule: this project's decision, "Comparison runs".
+    With `auto`, those of the best trial, if the gain of the last doubling decides and nothing else measures
+    it well; with `True`, those of all leading trials. If the stable checkpoint is missing (it was deleted, or
+    the trial continues from a later step of an earlier round), the run to T/2 starts from scratch and the one
+    to T/sqrt(2) is left out. Rule: this project's decision, "Comparison runs".
     """
     if rule is False or results.is_sweep:
         return ()
@@ -68,7 +68,7 @@ def _needs_comparison(
 ) -> bool:
     if not wants_comparison(results, leading, earlier):
         return False
-    # What has run already must not decide whether it is owed.
+    # Runs that have ended must not change which runs are needed.
     return diagnose(signs(replace(results, branches=()), earlier)) not in _SETTLED
 
 
@@ -91,7 +91,7 @@ def branches_left(
     rule: ComparisonRule,
     begun: Iterable[Branch],
 ) -> tuple[Branch, ...]:
-    """Return the comparison runs owed that have not ended, each as it stands.
+    """Return the comparison runs that have not ended, each in its current state.
 
     Rule: this project's decision, "Comparison runs": a round is complete after them.
     """
@@ -116,7 +116,7 @@ def branch_hyperparameters(
 
 
 def branch_results(trials: Iterable[Trial], begun: Iterable[Branch]) -> tuple[BranchResult, ...]:
-    """What the complete comparison runs measured: the evaluations up to where each starts, and its end.
+    """Return the results of the complete comparison runs, with the evaluations before each one's start.
 
     Rule: this project's decision, "gain": each horizon with its own decay of the same share.
     """

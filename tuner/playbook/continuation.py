@@ -1,4 +1,4 @@
-"""When a run of one horizon is the beginning of a run of another."""
+"""When a run to one horizon can continue from a run to another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def can_continue(
     *,
     same_workload: bool = True,
 ) -> str | None:
-    """Why a run cannot go on from another's checkpoint at a step; None if it can.
+    """Return why a run cannot continue from another's checkpoint at a step; None if it can.
 
-    It can where both are still on their trunks and nothing but horizon and decay differs: warmup <=
-    step <= T1 - D1 and step <= T2 - D2. A run that is the same to the end can go on from anywhere.
-    `same_workload` says that model, data and evaluation set are equal. Rule: this project's decision,
-    "Trunk".
+    It can if both are still in the stable phase and only horizon and decay differ: warmup <= step <= T1 - D1
+    and step <= T2 - D2. A run that is the same to the end can continue from any step. `same_workload` means
+    that model, data and evaluation set are equal. Rule: this project's decision, "Trunk".
     """
     if not same_workload:
         return "model, data or evaluation set are not the same"
@@ -54,10 +53,10 @@ def continuation_step(
     *,
     same_workload: bool = True,
 ) -> tuple[int | None, str | None]:
-    """The latest step that a new run can go on from, or None and the reason.
+    """Return the latest step that a new run can continue from, or None and the reason.
 
-    A complete trial that stays the same goes on from its end, which leaves nothing to run; all others
-    need one of their trunk checkpoints. Rule: this project's decision, "Trunk".
+    A complete trial that does not change continues from its end, so nothing is left to run; all others need
+    one of their stable checkpoints. Rule: this project's decision, "Trunk".
     """
     kept = [c.step for c in trial.checkpoints if c.kind == CheckpointKind.TRUNK]
     if old_horizon == new_horizon and dict(trial.hyperparameters) == dict(new):
@@ -75,7 +74,7 @@ def continuation_step(
 def inherited_evaluations(
     evaluations: Iterable[Evaluation], step: int, evaluation_steps: Collection[int]
 ) -> tuple[Evaluation, ...]:
-    """Evaluations that a run going on from a step has as its own: up to that step, on the new grid.
+    """Return the evaluations that a continuing run inherits: up to that step, on the new grid.
 
     Rule: this project's decision, "Trunk".
     """

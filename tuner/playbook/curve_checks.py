@@ -1,4 +1,4 @@
-"""What the learning curves of a round's trials say that their best losses do not."""
+"""Findings on the learning curves of a round's trials."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from tuner.playbook.selection import LeadingTrial, beats_the_base
 
 CLIPPED_SHARE = 0.5
 PERIODIC_SHARE = 0.6
-"""Share of the detrended variance from which on an evaluation loss counts as periodic."""
+"""Share of the detrended variance above which an evaluation loss counts as periodic."""
 MIN_RESTLESS = 3
-"""Significant changes in the last quarter from which on they count as repeated."""
+"""Number of significant changes in the last quarter that count as repeated."""
 
 
 def curve_findings(
     results: RoundResults, leading: Sequence[LeadingTrial], *, wants_higher_rates: bool = False
 ) -> Iterator[Finding]:
-    """Findings on curves: overfitting, late_variance, train_loss_rising, clipped, periodic_evaluation.
+    """Yield the findings on curves: overfitting, late_variance, train_loss_rising, clipped,
+    periodic_evaluation.
 
-    `wants_higher_rates`: nothing else may be said of rates where those tried may all be too small.
-    Rule: Deep Learning Tuning Playbook, "Examining the training curves" and, for clipping, "How can
-    optimization failures be debugged and mitigated?"; periods are this project's decision.
+    With `wants_higher_rates`, no other advice on learning rates is given. Rule: Deep Learning Tuning
+    Playbook, "Examining the training curves" and, for clipping, "How can optimization failures be debugged
+    and mitigated?"; periods are this project's decision.
     """
     yield from _overfitting(results, leading)
     if leading:
@@ -35,7 +36,7 @@ def curve_findings(
 
 
 def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
-    # What never beat the base model has nothing to overfit.
+    # A trial that never beat the base model cannot overfit.
     learned = (trial for trial in results.complete if beats_the_base(trial))
     rises = ((trial.number, rise_after_best(trial.evaluations)) for trial in learned)
     rising = {n: rise for n, rise in rises if rise is not None and rise.is_overfitting}
@@ -48,7 +49,7 @@ def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
             f"Overfitting in {len(in_front)} of {counted(len(leading), 'leading trial')}: the evaluation "
             f"loss of trial {in_front[0]} rises by {rise.amount:.4f} from step {rise.best_step} to step "
             f"{rise.last_step}{' while its train loss falls' if rise.train_loss_falls else ''}. More data or "
-            "more regularisation (lora_dropout, weight_decay, a lower lora_r) will help, more steps not.",
+            "more regularisation (lora_dropout, weight_decay, a lower lora_r) help; more steps do not.",
             {
                 "leading": float(len(in_front)),
                 "trials": float(len(rising)),
@@ -61,8 +62,8 @@ def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
             "overfitting",
             Severity.INFO,
             f"Overfitting in {counted(len(rising), 'trial')}, none of the leading ones. Choosing the best "
-            "trial then favours what hobbles training, such as a small learning rate: search lora_dropout or "
-            "weight_decay in the next round, and compare again.",
+            "trial then favours slow training, such as a small learning rate: search lora_dropout or "
+            "weight_decay in the next round and compare again.",
             {"leading": 0.0, "trials": float(len(rising))},
         )
 
@@ -74,20 +75,20 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
             "late_variance",
             Severity.WARNING,
             f"{restless} of the best trial's last {changes} changes from evaluation to evaluation exceed two "
-            f"standard errors, up and down, so that its best step is partly luck. {_calming(best)}",
+            f"standard errors, up and down, so its best step is partly luck. {_calming(best)}",
             {"restless": float(restless), "changes": float(changes)},
         )
 
 
 def _calming(best: LeadingTrial) -> str:
-    """What calms the end of a run, by its schedule."""
+    """Say how to stabilise the end of a run with this trial's schedule."""
     match best.trial.hyperparameters.get("schedule", "constant"):
         case "constant":
-            return "`schedule: linear`, with decay_steps of about 40% of the run, calms it."
+            return "Use `schedule: linear`, with decay_steps of about 40% of the run, for a smoother end."
         case "linear":
-            return "Longer decay_steps calm it, and so does a lower learning_rate."
+            return "Use longer decay_steps or a lower learning_rate for a smoother end."
         case _:
-            return "A lower learning_rate calms it."
+            return "Use a lower learning_rate for a smoother end."
 
 
 def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
@@ -97,8 +98,8 @@ def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:
             "train_loss_rising",
             Severity.PROBLEM,
             f"The train loss ends above its start in {len(rising)} of "
-            f"{counted(len(leading), 'leading trial')}, by more than its scatter explains. That is usually a "
-            "bug: look at what the loss sees with `tuner study check ROUND.yaml --show 5`.",
+            f"{counted(len(leading), 'leading trial')}, by more than its noise explains. This is usually a "
+            "bug: check which tokens the loss covers with `tuner study check ROUND.yaml --show 5`.",
             {"rising": float(len(rising)), "leading": float(len(leading))},
         )
 
@@ -111,18 +112,18 @@ def _clipped(best: LeadingTrial, *, wants_higher_rates: bool) -> Iterator[Findin
         rate = number(best.trial.hyperparameters.get("learning_rate"))
         remedy = (
             f"Search rates below {f'its {rate:.2g}' if rate else 'its own'} in the next round; if they do "
-            "worse, raise max_grad_norm."
+            "worse, raise max_grad_norm instead."
         )
         if wants_higher_rates:
             remedy = (
-                "Higher rates did better nevertheless: raise max_grad_norm, and see whether they still do."
+                "Higher rates did better all the same: raise max_grad_norm and check whether they still do."
             )
         yield Finding(
             "clipped",
             Severity.WARNING,
             f"{clipped} of the best trial's {updates} updates were clipped"
-            f"{f' at max_grad_norm {norm:g}' if norm else ''}, so that clipping acts as the learning rate. "
-            f"{remedy}",
+            f"{f' at max_grad_norm {norm:g}' if norm else ''}, so clipping, not the learning rate, sets the "
+            f"step size. {remedy}",
             {"clipped": float(clipped), "updates": float(updates)},
         )
 
@@ -137,7 +138,7 @@ def _periodic_evaluation(results: RoundResults, best: LeadingTrial) -> Iterator[
         yield Finding(
             "periodic_evaluation",
             Severity.WARNING,
-            f"The best trial's evaluation loss repeats with the epoch of {epoch:.0f} steps: look at the "
-            "shuffling, and for rows that are in training and in evaluation.",
+            f"The best trial's evaluation loss repeats with the epoch of {epoch:.0f} steps: check the "
+            "shuffling, and whether rows are in both the training and the evaluation data.",
             {"epoch_steps": epoch, "share": share},
         )

@@ -1,4 +1,4 @@
-"""What the shape of one trial's curves says: turned up, still falling, restless, periodic."""
+"""The shape of one trial's curves: turned up, still falling, restless, periodic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation
 
 FITTED_TRAIN_LOSS = 0.05
-"""Nats per token at which the training set counts as fitted."""
+"""Nats per token below which the training set counts as fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,21 @@ class Rise:
     """Last loss minus best loss, in nats per token."""
     standard_error: float
     train_loss_falls: bool | None
-    """Whether the train loss went on falling; None when it is not known."""
+    """Whether the train loss kept falling; None if unknown."""
 
     @property
     def is_overfitting(self) -> bool:
-        """A rise while the train loss falls, or while nothing says that it does not."""
+        """Return whether the train loss falls, or does not contradict overfitting."""
         return self.train_loss_falls is not False
 
 
 def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
-    """The rise of the evaluation loss after its best step; None unless it is significant at the end.
+    """Return the rise of the evaluation loss after its best step; None unless it is significant at the end.
 
-    More than two standard errors, judged at the last evaluation. The best of many evaluations is low
-    by luck as well, and the last one may be high by luck: so the means of up to three evaluations
-    around the best and at the end must differ significantly too. Rule: Deep Learning Tuning
-    Playbook, "Examining the training curves" (problematic overfitting); the test is this project's.
+    The rise must exceed two standard errors at the last evaluation. Since the best of many evaluations is low
+    partly by luck, and the last one may be high by luck, the means of up to three evaluations around the best
+    and at the end must differ significantly too. Rule: Deep Learning Tuning Playbook, "Examining the training
+    curves" (problematic overfitting); the test is this project's.
     """
     finite = measured(evaluations)
     best = best_evaluation(finite)
@@ -68,11 +68,11 @@ def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
 
 
 def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
-    """The earliest step that is not significantly worse than the best, both on the smoothed curve; or None.
+    """Return the earliest step not significantly worse than the best, both on the smoothed curve; or None.
 
-    `settled_step` asks the same of single evaluations, of which the best is lucky, so that it comes
-    late: on 93 synthetic saturated rounds 1.25 times its 90th percentile was within a factor 1.5 of
-    the truth in 4%, with this one in 97%. Rule: this project's decision, "saturated".
+    `settled_step` uses single evaluations, of which the best is lucky, so it comes late: on 93 synthetic
+    saturated rounds 1.25 times its 90th percentile was within a factor 1.5 of the truth in 4%, with this
+    function in 97%. Rule: this project's decision, "saturated".
     """
     curve = smoothed(evaluations)
     best = best_evaluation(curve)
@@ -88,30 +88,30 @@ def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LateDrop:
-    """How much a smoothed loss fell from a step to the last one, relative to it."""
+    """Relative drop of a smoothed loss from a step to the last one."""
 
     relative: float
-    """Negative where it rose."""
+    """Negative if the loss rose."""
     standard_error: float
 
     @property
     def is_significant(self) -> bool:
-        """Whether the loss was still falling."""
+        """Return whether the loss was still falling."""
         return self.relative > SIGNIFICANT * self.standard_error
 
     @property
     def at_most(self) -> float:
-        """The largest drop that the evaluations allow for."""
+        """Return the largest drop compatible with the evaluations."""
         return self.relative + SIGNIFICANT * self.standard_error
 
 
 def late_drop(evaluations: Sequence[Evaluation], at: float) -> LateDrop | None:
     """Return the drop of the smoothed loss from step `at` to the last one.
 
-    Between evaluations the smoothed curve is a straight line. None where there is none on both sides of
-    `at`, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook, "Deciding how
-    long to train when training is not compute-bound": the last 25% of the steps; the test is this project's
-    decision.
+    The smoothed curve is interpolated linearly between evaluations. None if there are no evaluations on both
+    sides of `at`, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook,
+    "Deciding how long to train when training is not compute-bound": the last 25% of the steps; the test is
+    this project's decision.
     """
     curve = smoothed(evaluations)
     if not curve or not is_number(evaluations[-1].eval_loss):
@@ -143,16 +143,16 @@ def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool 
 
 
 def train_losses(evaluations: Sequence[Evaluation]) -> tuple[float, ...]:
-    """The finite train losses, by step. Rule: this project's decision: others are not read."""
+    """Return the finite train losses, by step. Rule: this project's decision: others are ignored."""
     losses = (evaluation.train_loss for evaluation in evaluations)
     return tuple(loss for loss in losses if loss is not None and is_number(loss))
 
 
 def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
-    """Whether a line through the second half of the train losses falls significantly; None if unknown.
+    """Return whether a line through the second half of the train losses falls significantly; None if unknown.
 
-    Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run": training
-    is compute-bound while more of it still lowers the train loss.
+    Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run": training is
+    compute-bound while more steps still lower the train loss.
     """
     losses = np.array(train_losses(evaluations), dtype=np.float64)
     losses = losses[len(losses) // 2 :]
@@ -168,12 +168,12 @@ def train_loss_still_falls(evaluations: Sequence[Evaluation]) -> bool | None:
 
 
 def train_loss_rise(evaluations: Sequence[Evaluation]) -> float:
-    """Mean train loss of the last quarter minus that of the first, in nats per token; 0 if not significant.
+    """Return the mean train loss of the last quarter minus that of the first; 0 if not significant.
 
-    Each train loss is that of a few batches, so it must exceed two standard errors of that difference.
-    The scatter is taken from one train loss to the next, where neither a fall nor a rise hides it. Rule:
-    Deep Learning Tuning Playbook, "Examining the training curves": a train loss that goes up is usually a
-    bug; the test is this project's.
+    In nats per token. Each train loss is that of a few batches, so the difference must exceed two of its
+    standard errors. They are estimated from the changes of one train loss to the next, which neither a fall
+    nor a rise hides. Rule: Deep Learning Tuning Playbook, "Examining the training curves": a train loss that
+    goes up is usually a bug; the test is this project's.
     """
     losses = np.array(train_losses(evaluations), dtype=np.float64)
     if len(losses) < 2:
@@ -187,10 +187,10 @@ def train_loss_rise(evaluations: Sequence[Evaluation]) -> float:
 def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
     """Return how many changes of the last quarter are significant, and how many there are.
 
-    From evaluation to evaluation, at least the last four changes, each against the standard error of the
-    pair, with their mean and without it: neither a trend nor a bend is restlessness. (0, changes) unless they
-    turn at least twice: a loss that falls and then rises turns once, and that is overfitting.
-    Rule: Deep Learning Tuning Playbook, "Examining the training curves" (variance late in training).
+    Changes from evaluation to evaluation, at least the last four, each against the standard error of the
+    pair, with and without their mean: neither a trend nor a bend counts. (0, changes) unless they turn at
+    least twice: a loss that falls and then rises turns once, and that is overfitting. Rule: Deep Learning
+    Tuning Playbook, "Examining the training curves" (variance late in training).
     """
     finite = measured(evaluations)
     last = finite[-max(5, math.ceil(len(finite) / 4) + 1) :]
@@ -209,19 +209,19 @@ def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
 
 
 def _direction(change: float, trend: float, limit: float) -> int:
-    """1 for a significant rise, -1 for a fall, with the trend and without it; 0 for neither."""
+    """Return 1 for a significant rise, -1 for a fall, with and without the trend; 0 for neither."""
     if min(change, change - trend) > limit:
         return 1
     return -1 if max(change, change - trend) < -limit else 0
 
 
 def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float | None:
-    """Share of the detrended evaluation losses' variance that repeats with a period, in [0, 1].
+    """Return the share of the detrended evaluation losses' variance that repeats with a period, in [0, 1].
 
-    After the first quarter, which falls too steeply to tell; detrended by a cubic in log step; the
-    periodic part is the first harmonic. None where the evaluations cannot say: fewer than twelve of
-    them, fewer than three in a period, or fewer than three periods. Rule: this project's decision,
-    "periodic_evaluation", after the Deep Learning Tuning Playbook's "Examining the training curves".
+    The first quarter is left out because it falls too steeply; the rest is detrended by a cubic in log step,
+    and the periodic component is the first harmonic. None if there are fewer than twelve evaluations, fewer
+    than three in a period, or fewer than three periods. Rule: this project's decision, "periodic_evaluation",
+    after the Deep Learning Tuning Playbook's "Examining the training curves".
     """
     finite = measured(evaluations)
     points = [(e.step, e.eval_loss) for e in finite if e.step > 0 and e.step >= finite[-1].step / 4]

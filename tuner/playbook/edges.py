@@ -1,4 +1,4 @@
-"""At which bounds of the search space the best values lie, and when a bound makes the horizon unreadable."""
+"""Which bounds of the search space the best values lie at, and when a bound hides the right horizon."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tuner.playbook.selection import distinct, ranked_by_loss
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
 
 BOUNDARY_SHARE = 0.05
-"""Share of a range that counts as its bound."""
+"""Share of a range, at each end, that counts as its bound."""
 MIN_LISTED = 3
-"""A list of fewer values has no inside that could have been better."""
+"""A list of fewer values has no inner value that could have been better."""
 MIN_RATES_IN_ORDER = 3
-"""Learning rates in order, the highest the best, from which on a higher one may be better still."""
+"""Number of highest learning rates, ordered from best to worst, after which a higher one may be better."""
 MAX_WIDENINGS = 2
-"""How often a study keeps its horizon for higher learning rates."""
+"""How often a study keeps its horizon to try higher learning rates."""
 WIDENING = 10.0
-"""Factor by which a logarithmic range is widened at an edge."""
+"""Factor by which a logarithmic range is widened at a bound."""
 _RATE = "learning_rate"
 
 
@@ -34,17 +34,17 @@ class Edge:
     name: str
     side: Literal["lower", "upper"]
     value: float
-    """The best trial's."""
+    """The best trial's value."""
     bound: float
 
 
 def edges(results: RoundResults, best: Trial) -> tuple[Edge, ...]:
     """Return the bounds at which the best trial lies, in the order of the search space.
 
-    Of a range its outer 5%, of a list of three numbers or more its first or last. Not at 0, nor at a limit of
-    the hyperparameter; not the upper bound of a learning rate above which trials diverged; not of what
-    promotion keeps (batch size, seed). Rule: Deep Learning Tuning Playbook, "Identifying bad search space
-    boundaries".
+    The bound of a range is its outer 5%, that of a list of three numbers or more its first or last value.
+    Excluded are 0, a limit of the hyperparameter, the upper bound of a learning rate above which trials
+    diverged, and what promotion keeps (batch size, seed). Rule: Deep Learning Tuning Playbook, "Identifying
+    bad search space boundaries".
     """
     found = (_edge(name, d, best.hyperparameters.get(name)) for name, d in searched(results.space).items())
     return tuple(
@@ -61,8 +61,8 @@ def edges(results: RoundResults, best: Trial) -> tuple[Edge, ...]:
 def rates_may_be_too_small(results: RoundResults, best: Trial) -> bool:
     """Return whether a learning rate above all that were tried may be better.
 
-    So it may where the best lies at the upper bound, or is the highest of at least three tried, the next two
-    in order behind it, unless a trial with a higher rate diverged. Every run then looks too short or flat.
+    This is so if the best one lies at the upper bound, or is the highest of at least three with the next two
+    following in order, unless a trial with a higher rate diverged. Every run then looks too short or flat.
     Rule: Deep Learning Tuning Playbook, "Algorithm for picking an initial candidate for max_train_steps":
     misleading search spaces may cause an incorrect conclusion; the test is this project's decision.
     """
@@ -74,7 +74,7 @@ def rates_may_be_too_small(results: RoundResults, best: Trial) -> bool:
 
 
 def has_few_rates(results: RoundResults) -> bool:
-    """Return whether learning rates are searched and too few were tried to be in an order.
+    """Return whether learning rates are searched, but too few were tried to show a trend.
 
     Rule: this project's decision, "An edge comes first".
     """
@@ -85,7 +85,7 @@ def has_few_rates(results: RoundResults) -> bool:
 def num_widenings(results: RoundResults, earlier: Sequence[RoundResults]) -> int:
     """Return how often the study kept its horizon and raised its highest learning rate, up to this round.
 
-    `earlier` are oldest first; those of another workload do not count. Rule: this project's decision, "An
+    `earlier` is oldest first; rounds of another workload do not count. Rule: this project's decision, "An
     edge comes first".
     """
     rounds = [*(other for other in earlier if other.workload == results.workload), results]
@@ -94,7 +94,7 @@ def num_widenings(results: RoundResults, earlier: Sequence[RoundResults]) -> int
         before[0] == after[0]
         and before[1] is not None
         and after[1] is not None
-        # What is written has two digits.
+        # Written bounds have two digits.
         and after[1] >= 0.9 * WIDENING * before[1]
         for before, after in pairwise(highest)
     )
@@ -111,7 +111,7 @@ def diverged_above(results: RoundResults, rate: float) -> int:
 
 
 def position(dimension: Range, value: float) -> float:
-    """Where a value lies in a range: 0 at the low bound, 1 at the high one, in logarithms where log.
+    """Return where a value lies in a range, from 0 at the low bound to 1 at the high one, on its own scale.
 
     Rule: Deep Learning Tuning Playbook, "Identifying bad search space boundaries".
     """
@@ -123,12 +123,14 @@ def position(dimension: Range, value: float) -> float:
 
 
 def number(value: Value | None) -> float | None:
-    """The value as a number, None for what is not one. Rule: this project's decision: true is none."""
+    """Return the value as a number; None if it is not one. Rule: this project's decision: true is not a
+    number.
+    """
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def listed_numbers(dimension: Dimension) -> list[float]:
-    """Return the values of a list of numbers in rising order; nothing for other dimensions.
+    """Return the values of a list of numbers in rising order; empty for other dimensions.
 
     Rule: this project's decision: the order of the file has no meaning.
     """
@@ -163,7 +165,7 @@ def _is_limit(results: RoundResults, edge: Edge) -> bool:
 
 
 def _highest_rates_are_in_order(results: RoundResults, best_rate: float) -> bool:
-    """Whether the highest rates tried are, from the highest down, the best ones in order."""
+    """Return whether the highest rates tried are the best ones, in order from the highest down."""
     lowest_loss: dict[float, float] = {}
     for trial, best in ranked_by_loss(distinct(results.complete)):
         if (rate := number(trial.hyperparameters.get(_RATE))) is not None:

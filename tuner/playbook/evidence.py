@@ -1,4 +1,4 @@
-"""What a round's signs mean, in sentences that a practitioner can check."""
+"""A round's signs explained in sentences that a practitioner can check."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _SOURCES = {
 
 
 def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> Iterator[str]:
-    """Yield what was seen, what follows from it and what to do, a sentence or two each.
+    """Yield what was measured, what follows from it and what to do, a sentence or two each.
 
-    Rule: this project's decision: every number that a conclusion rests on is said beside it.
+    Rule: this project's decision: every number behind a conclusion is stated with it.
     """
     if not seen.leading:
         yield _nothing_leads(seen)
@@ -44,7 +44,7 @@ def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -
     yield _conclusion(seen, diagnosis)
     if puts_the_edge_first(seen, diagnosis):
         yield (
-            "The best learning rate is at the upper end of those tried, so all of them may be too small, and "
+            "The best learning rate is at the upper end of those tried, so all of them may be too small and "
             f"runs then look too short or flat. Try higher rates at {seen.max_train_steps} steps first."
         )
     elif suggestion is not None:
@@ -52,7 +52,7 @@ def evidence(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -
     if _has_given_up_on_rates(seen, diagnosis):
         yield (
             f"The best learning rate is still at the upper end, after {MAX_WIDENINGS} rounds of higher ones: "
-            "look at warmup and the scale of the adapter (lora_alpha)."
+            "check the warmup and the scale of the adapter (lora_alpha)."
         )
 
 
@@ -63,16 +63,18 @@ def _has_given_up_on_rates(seen: Signs, diagnosis: Diagnosis) -> bool:
 
 def _nothing_leads(seen: Signs) -> str:
     if not seen.num_complete:
-        return "No trial is complete with a finite evaluation loss, so nothing says how long to train."
+        return (
+            "No trial completed with a finite evaluation loss, so the round does not show how long to train."
+        )
     none = "The complete trial did not beat" if seen.num_complete == 1 else "No complete trial beat"
-    look = "look at the data, the loss masks and the learning rates"
+    look = "check the data, the loss masks and the learning rates"
     if (hidden := _hidden_drop(seen.foremost)) is None:
         return f"{none} the base model: {look}."
     return f"{none} the base model by more than two standard errors. {hidden}, or {look}."
 
 
 def _hidden_drop(trial: Trial | None) -> str | None:
-    """What the best trial gained within the noise, and what would show it; None where it gained nothing."""
+    """Describe a gain of the best trial within the noise, and how to measure it; None if there is no gain."""
     finite = measured(trial.evaluations) if trial else []
     best, base = best_evaluation(finite), next((e for e in finite if e.step == 0), None)
     if trial is None or best is None or base is None or best.eval_loss >= base.eval_loss:
@@ -134,7 +136,7 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
             return "All were best within the first 10% of their steps: the horizon is far too long."
         case Diagnosis.OVERFITTING:
             assert seen.rise is not None
-            train = "its train loss fell" if seen.rise.train_loss_falls else "no train loss says otherwise"
+            train = "its train loss fell" if seen.rise.train_loss_falls else "its train loss is unknown"
             return (
                 f"After step {seen.rise.best_step} the best trial's evaluation loss rose by "
                 f"{seen.rise.amount:.4f} (standard error {seen.rise.standard_error:.4f}) while {train}: it "
@@ -153,29 +155,31 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
         case Diagnosis.RIGHT:
             assert seen.late is not None
             return (
-                f"The last quarter of the steps brought {percent(max(0.0, seen.late.relative))}, at most "
-                f"{percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid, its end did not. "
+                f"The last quarter of the steps cut the loss by {percent(max(0.0, seen.late.relative))}, at "
+                f"most {percent(LATE_SHARE_OF_GAIN)} of that gain: the doubling paid off, its end did not. "
                 f"{seen.max_train_steps} steps are about right."
             )
 
 
 def _unless_rates(seen: Signs) -> str:
-    """What else a flat curve may mean where little was learned and few learning rates were tried."""
+    """Describe the other reading of a flat curve when few learning rates were tried."""
     first, best = seen.leading[0].trial.evaluations[0], seen.leading[0].best
     if not seen.has_few_rates or first.step or (first.eval_loss - best.eval_loss) > 0.05 * first.eval_loss:
         return ""
-    return ", unless the learning rates are all too small, which so few trials cannot tell: try higher ones"
+    return (
+        ", unless all learning rates are too small, which these few trials cannot rule out: try higher ones"
+    )
 
 
 def _because(seen: Signs) -> str:
-    """What the threshold is, where the noise does not set it."""
+    """Name the threshold unless the noise sets it."""
     return " (run.worthwhile_gain)" if seen.worthwhile == seen.worthwhile_gain else " (twice the noise)"
 
 
 def _still_falling(seen: Signs) -> str:
     if seen.late is None or not seen.late.is_significant:
         return _late_trials(seen)
-    return f"The best trial still fell by {percent(seen.late.relative)} in the last quarter"
+    return f"The best trial's loss still fell by {percent(seen.late.relative)} in the last quarter"
 
 
 def _late_trials(seen: Signs) -> str:
@@ -187,27 +191,28 @@ def _late_trials(seen: Signs) -> str:
 def _what_would_settle(seen: Signs) -> str:
     if seen.gain is None:
         return (
-            "Nothing shows what a doubling is worth. A comparison run (run.decay_branches: auto) measures "
-            "it, or a smaller evaluation.every_steps where the rate is constant."
+            "The gain from doubling the steps is unknown. A comparison run (run.decay_branches: auto) "
+            "measures it, or, at a constant rate, a smaller evaluation.every_steps."
         )
     if seen.noise is None:
         return (
-            "How certain that is cannot be told from so few evaluations: set a smaller "
-            "evaluation.every_steps, or repeat the best trial with other seeds."
+            "There are too few evaluations to estimate the noise: set a smaller evaluation.every_steps, or "
+            "repeat the best trial with other seeds."
         )
     if seen.is_hidden:
         return _what_would_uncover(seen)
     if seen.is_done_early and seen.late is not None and seen.late_by_rate is not None:
         return (
-            f"The last quarter of the steps brought {percent(max(0.0, seen.late.relative))}, but at a small "
-            "learning rate: over the last quarter of its summed learning rate the best trial fell by "
-            f"{percent(seen.late_by_rate.relative)}. A longer run would tell whether it has stopped."
+            f"The last quarter of the steps cut the loss by {percent(max(0.0, seen.late.relative))}, but at "
+            "a small learning rate: over the last quarter of its summed learning rate, the best trial's loss "
+            f"fell by {percent(seen.late_by_rate.relative)}. A longer run would show whether it has "
+            "converged."
         )
     missing = trials_to_settle(seen)
     return (
-        "The gain is worth having, but the best trial neither clearly falls at its end nor has clearly "
-        f"stopped. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} that is best there "
-        "would settle it."
+        "The gain is worthwhile, but the best trial's loss neither clearly falls at the end nor has clearly "
+        f"stopped falling. {_late_trials(seen)}; about {counted(missing, 'more leading trial')} with a best "
+        "step there would settle it."
     )
 
 
@@ -221,11 +226,11 @@ def trials_to_settle(seen: Signs) -> int:
 
 
 def _what_would_uncover(seen: Signs) -> str:
-    hidden = f"The noise is above {percent(MAX_UNDETERMINED_NOISE)} and hides it."
+    hidden = f"The noise is above {percent(MAX_UNDETERMINED_NOISE)} and hides the gain."
     now = len(seen.leading[0].best.example_nll)
     needed = examples_to_settle(seen)
     if needed is None:
-        why = "the seeds differ by as much" if now else "the losses of single examples are not known"
+        why = "seeds differ by as much" if now else "per-example losses are unknown"
         return (
             f"{hidden} More evaluation examples will not help: {why}. Repeat the best trial with other seeds."
         )
@@ -236,20 +241,22 @@ def _what_would_uncover(seen: Signs) -> str:
 
 
 def _how_to_have(needed: int, now: int, max_examples: int | None) -> str:
-    """Which key keeps the evaluation set small, and what it has to be."""
+    """Say which key limits the evaluation set, and the value it needs."""
     if max_examples is not None and now >= max_examples:
-        return f"set evaluation.max_examples to {needed} in the next file, with as many rows in data.eval"
+        return (
+            f"set evaluation.max_examples to {needed} in the next round file, with as many rows in data.eval"
+        )
     more_rows = f"add rows to data.eval, which has {now}"
     if max_examples is None or needed <= max_examples:
         return more_rows
-    return f"{more_rows}, and set evaluation.max_examples to {needed} in the next file"
+    return f"{more_rows}, and set evaluation.max_examples to {needed} in the next round file"
 
 
 def examples_to_settle(seen: Signs) -> int | None:
-    """Evaluation examples with which a gain of this size would not be hidden; None if none would do.
+    """Return how many evaluation examples would reveal a gain of this size; None if no number would.
 
-    Rounded up to two digits. The standard error falls with the root of their number, the spread between
-    seeds does not. Rule: this project's decision, "undetermined".
+    Rounded up to two digits. The standard error falls with the square root of their number; the spread
+    between seeds does not. Rule: this project's decision, "undetermined".
     """
     now = len(seen.leading[0].best.example_nll) if seen.leading else 0
     if seen.gain is None or seen.noise is None or now == 0:

@@ -1,4 +1,4 @@
-"""What the last doubling of the horizon was worth, and how each way of knowing it compares."""
+"""How much the last doubling of the horizon reduced the loss, from the most reliable source."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_lo
 from tuner.records import Evaluation, Trial
 
 DEFAULT_RATIO = 0.7
-"""Gain of a doubling over that of the one before, where a single gain is known."""
+"""Gain of a doubling divided by the gain of the one before, used if only one gain is known."""
 MAX_RATIO = 0.9
-"""No series of gains is taken to fall more slowly than this."""
+"""Upper limit of that ratio: no series of gains is assumed to fall more slowly."""
 
 WITHIN = 1.7
-"""A horizon this factor away from half of another still stands for the half."""
+"""A horizon within this factor of half of another still counts as the half."""
 MAX_TELLING_DECAY_SHARE = 0.4
-"""Of 42 Llama runs with decays up to this share the stable phase predicted the gain within a factor 1.5 in
-35, of 12 runs with decays of 60 to 90% in 8."""
+"""On 42 Llama runs with decays up to this share, the stable phase predicted the gain within a factor 1.5 in
+35; on 12 runs with decays of 60 to 90%, in 8."""
 CLOSE_TO_HALF = 1.25
-"""An earlier round this factor away from half the horizon makes a comparison run unnecessary."""
+"""An earlier round within this factor of half the horizon makes a comparison run unnecessary."""
 
 _ALMOST_ALL = 1 - 1e-9
-"""A loss that fell to nothing has a logarithm all the same."""
+"""Keeps the logarithm finite if a loss falls to nothing."""
 _MIN_LOSS = 1 / MAX_LOSS
-"""Nats per token below which nothing is relative to a loss."""
+"""Nats per token below which a relative loss is meaningless."""
 _SCHEDULED = frozenset({"decay_steps"})
-"""Hyperparameters that change with the horizon and do not make two trials different ones."""
+"""Hyperparameters that change with the horizon and do not make two trials different configurations."""
 
 
 class GainSource(StrEnum):
@@ -47,28 +47,28 @@ class GainSource(StrEnum):
     EARLIER_ROUND = "earlier_round"
     """The same hyperparameters in a round with another horizon and the same share of decay."""
     BEFORE_DECAY = "before_decay"
-    """The evaluations before the decay begins, from half of these steps to all of them."""
+    """The evaluations before the decay begins, from half of its first step on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Relative loss reduction of a trial from half its horizon to the whole, each decayed alike."""
+    """Relative loss reduction of a trial from half its horizon to the whole, with the same share of decay."""
 
     relative: float
-    """(loss at half - loss at the whole) / loss at half; negative where longer was worse."""
+    """(loss at half - loss at the whole) / loss at half; negative if the longer run was worse."""
     standard_error: float | None
-    """Of `relative`, over the evaluation examples; None where it cannot be had."""
+    """Of `relative`, over the evaluation examples; None if unknown."""
     source: GainSource
     trial: int
     from_steps: int
-    """The shorter horizon it was measured at; not always exactly the half."""
+    """The shorter horizon it was measured at; not always exactly half."""
     to_steps: int
     ratio: float = DEFAULT_RATIO
-    """Drop of log loss over the next doubling, relative to that over this one; in [0, 0.9]."""
+    """Drop of log loss over the next doubling, divided by the drop over this one; in [0, 0.9]."""
 
     @property
     def is_of_a_doubling(self) -> bool:
-        """Whether it was measured over about one doubling, and not rescaled from another factor."""
+        """Return whether it was measured over about one doubling, and not rescaled from another factor."""
         return abs(self.to_steps / self.from_steps - 2.0) <= 0.1
 
     def at(self, multiple: float) -> float:
@@ -87,7 +87,7 @@ class Gain:
 
     @property
     def _log_drop(self) -> float:
-        """Drop of log loss over the last doubling."""
+        """Return the drop of log loss over the last doubling."""
         return -math.log1p(-min(self.relative, _ALMOST_ALL))
 
 
@@ -105,13 +105,14 @@ class _Point:
 def measured_gain(
     results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults] = ()
 ) -> Gain | None:
-    """Return the gain of the last doubling from the best source that there is; None where nothing shows it.
+    """Return the gain of the last doubling from the best available source; None if there is none.
 
-    In this order: a comparison run; the stable phase of a rate that is constant to the end; an earlier round
-    at another horizon with the same share of decay; the stable phase before a decay of at most 40%. The best
-    of the leading trials that has the source speaks. Evaluations within a decay are no source: the falling
-    rate lowers the later loss as well. Rule: this project's decision, "gain"; measured on 131 Llama-124M
-    runs, it predicts what a doubling brings (AUC 0.90) where the share of late best steps does not (0.67).
+    The sources, in order: a comparison run; the stable phase of a rate that is constant to the end; an
+    earlier round at another horizon with the same share of decay; the stable phase before a decay of at most
+    40%. The best leading trial that has the source is used. Evaluations within a decay are not a source,
+    because the falling rate lowers the later loss as well. Rule: this project's decision, "gain"; measured on
+    131 Llama-124M runs, it predicts what a doubling brings (AUC 0.90) where the share of late best steps does
+    not (0.67).
     """
     if not leading:
         return None
@@ -126,10 +127,10 @@ def measured_gain(
 def wants_comparison(
     results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults] = ()
 ) -> bool:
-    """Return whether only a comparison run would show well what the best trial's last doubling was worth.
+    """Return whether only a comparison run would measure the best trial's last doubling well.
 
-    So it is where its rate decays, no earlier round ran it, with the same share of decay, within a factor
-    1.25 of half the horizon, and none of the same horizon compared it already. Rule: this project's decision,
+    This is so if its rate decays, no earlier round with the same share of decay ran it within a factor 1.25
+    of half the horizon, and none of the same horizon has compared it already. Rule: this project's decision,
     "gain".
     """
     if not leading:
@@ -146,12 +147,12 @@ def wants_comparison(
 def seed_spread(trials: Sequence[Trial]) -> float | None:
     """Return the standard deviation of the best loss between seeds, relative to it; None without repeats.
 
-    Pooled over the groups of complete trials that differ in `training_seed` alone. Rule: Deep Learning
-    Tuning Playbook, "Understanding noise between runs" (trial variance).
+    Pooled over the groups of complete trials that differ only in `training_seed`. Rule: Deep Learning Tuning
+    Playbook, "Understanding noise between runs" (trial variance).
     """
     groups: dict[tuple[object, ...], dict[object, float]] = {}
     for trial, best in ranked_by_loss(trials):
-        # Copies of one seed measure nothing.
+        # Repeats of one seed say nothing about the spread.
         seeds = groups.setdefault(_identity(trial, without={"training_seed"}), {})
         seeds.setdefault(trial.hyperparameters.get("training_seed"), best.eval_loss)
     repeated = [
@@ -165,7 +166,7 @@ def seed_spread(trials: Sequence[Trial]) -> float | None:
 
 
 def same_configuration(one: Trial, other: Trial) -> bool:
-    """Whether two trials of different rounds are one configuration, seed included, re-cut at most.
+    """Return whether two trials of different rounds are the same configuration and seed, decay aside.
 
     Rule: this project's decision: `decay_steps` follows the horizon and does not count.
     """
@@ -173,7 +174,7 @@ def same_configuration(one: Trial, other: Trial) -> bool:
 
 
 def configuration(trial: Trial) -> tuple[object, ...]:
-    """What two trials of different rounds have in common when they are one configuration; hashable.
+    """Return a hashable key that trials of one configuration share across rounds.
 
     Rule: this project's decision, as for `same_configuration`.
     """
@@ -185,7 +186,7 @@ def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[obje
 
 
 def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]) -> Gain | None:
-    """The gain of a trial from its runs to several horizons; comparison runs first for the half."""
+    """Return the gain of a trial from its runs to several horizons, preferring comparison runs."""
     whole = _Point(results.max_train_steps, lead.best, GainSource.COMPARISON)
     compared = _comparisons(results, lead.trial) or _inherited_comparisons(results, lead, earlier)
     twins = list(_twins_at_other_horizons(results, lead, earlier))
@@ -194,7 +195,7 @@ def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[
 
 
 def _comparisons(results: RoundResults, trial: Trial) -> list[_Point]:
-    """What a trial's comparison runs in its own round ended at."""
+    """Return the best evaluations of a trial's comparison runs in its own round."""
     return [
         _Point(run.max_train_steps, best, GainSource.COMPARISON)
         for run in results.branches
@@ -205,9 +206,9 @@ def _comparisons(results: RoundResults, trial: Trial) -> list[_Point]:
 def _inherited_comparisons(
     results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]
 ) -> list[_Point]:
-    """The same of earlier rounds of the workload and horizon, in which the trial ran just so.
+    """Return those of earlier rounds of the same workload and horizon in which the trial ran unchanged.
 
-    A round whose learning rates were widened at the same horizon takes such trials over.
+    A round that raised its learning rates at the same horizon takes such trials over.
     """
     return [
         point
@@ -222,7 +223,7 @@ def _inherited_comparisons(
 def _twins_at_other_horizons(
     results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]
 ) -> Iterator[_Point]:
-    """The trial's runs in earlier rounds of the workload, to other horizons with the same share of decay."""
+    """Yield the trial's runs in earlier rounds to other horizons with the same share of decay."""
     for other in earlier:
         if other.workload != results.workload or other.max_train_steps == results.max_train_steps:
             continue
@@ -237,17 +238,17 @@ def _twins_at_other_horizons(
 
 
 def _have_equal_shares(one: Trial, one_horizon: int, other: Trial, other_horizon: int) -> bool:
-    """Whether two runs decay over the same share of their steps, to the rounding of whole steps."""
+    """Return whether two runs decay over the same share of their steps, up to rounding."""
     decay, other_decay = decay_length(one.hyperparameters), decay_length(other.hyperparameters)
     rescaled = decay * other_horizon / one_horizon
     return abs(rescaled - other_decay) <= max(1.0, other_horizon / one_horizon)
 
 
 def _from_stable_phase(trial: Trial, max_train_steps: int) -> Gain | None:
-    """The gain from half the stable phase to its end, taken for that of the whole run.
+    """Return the gain from half the stable phase to its end, as the gain of the whole run.
 
-    It is not carried on to the horizon: on 42 Llama runs the gain of the stable phase was too small as it
-    is (median predicted over real 0.77).
+    It is not extrapolated to the horizon: on 42 Llama runs the gain of the stable phase was already too small
+    (median predicted over real 0.77).
     """
     end = trunk_end(trial.hyperparameters, max_train_steps)
     longest_decay = MAX_TELLING_DECAY_SHARE * max_train_steps + 0.5
@@ -265,7 +266,7 @@ def _from_stable_phase(trial: Trial, max_train_steps: int) -> Gain | None:
 def _from_points(
     whole: _Point, points: Sequence[_Point], trial: Trial, *, halves: Sequence[_Point] | None = None
 ) -> Gain | None:
-    """The gain up to `whole` from the losses at other horizons; `halves` may stand for half of it."""
+    """Return the gain up to `whole` from losses at other horizons; `halves` are preferred as its half."""
     finite = [p for p in points if is_number(p.loss) and p.horizon < whole.horizon]
     half = _nearest([p for p in halves if p in finite] if halves is not None else finite, whole.horizon / 2)
     if half is None or not is_number(whole.loss) or min(half.loss, whole.loss) < _MIN_LOSS:
@@ -284,10 +285,10 @@ def _from_points(
 
 
 def _error(trial: Trial, half: _Point, whole: _Point) -> float | None:
-    """The standard error of the loss difference between two horizons.
+    """Return the standard error of the loss difference between two horizons.
 
-    Where both have one best evaluation, which the shorter run handed on, the later steps brought nothing
-    better. How certain that is, the difference between that evaluation and the last one tells.
+    If both share one best evaluation, which the shorter run passed on, the later steps did not improve it.
+    The uncertainty is then that of the difference between it and the last evaluation.
     """
     if (half.evaluation.step, half.loss) != (whole.evaluation.step, whole.loss):
         return difference_error(trial.evaluations, half.evaluation, whole.evaluation)
@@ -296,7 +297,7 @@ def _error(trial: Trial, half: _Point, whole: _Point) -> float | None:
 
 
 def _nearest(points: Sequence[_Point], horizon: float, *, within: float = WITHIN) -> _Point | None:
-    """The point closest to a horizon by factor, unless that factor is larger than `within`."""
+    """Return the point closest to a horizon by factor; None if that factor exceeds `within`."""
 
     def distance(point: _Point) -> float:
         return abs(math.log(point.horizon / horizon))
@@ -306,16 +307,16 @@ def _nearest(points: Sequence[_Point], horizon: float, *, within: float = WITHIN
 
 
 def _last_doubling_share(doublings: float) -> float:
-    """The drop of the last doubling relative to that of the last `doublings`.
+    """Return the drop of the last doubling relative to that of the last `doublings`.
 
-    By a series of the usual ratio: between 0.5 and 0.9 it hardly matters, and a measured one is noisy.
+    By a series with the default ratio: between 0.5 and 0.9 it hardly matters, and a measured one is noisy.
     """
     lost = 1 - math.pow(DEFAULT_RATIO, doublings)
     return math.pow(DEFAULT_RATIO, doublings - 1) * (1 - DEFAULT_RATIO) / lost
 
 
 def _ratio_of_doublings(points: Sequence[_Point], half: _Point, whole: _Point) -> float:
-    """The ratio of a doubling's drop to the one before, from a point before the half or between."""
+    """Return the ratio of a doubling's drop to the one before, from a point before the half or after it."""
     quarter = _nearest([p for p in points if p.horizon < half.horizon], half.horizon / 2)
     if quarter is not None:
         return _solved_ratio(quarter, half, whole)
@@ -325,10 +326,10 @@ def _ratio_of_doublings(points: Sequence[_Point], half: _Point, whole: _Point) -
 
 
 def _solved_ratio(first: _Point, second: _Point, third: _Point) -> float:
-    """The ratio of a geometric series of drops of log loss through three horizons, in [0, 0.9].
+    """Return the ratio of a geometric series of drops of log loss through three horizons, in [0, 0.9].
 
     With drops d1 and d2 over a and b doublings it solves d2 / d1 = r^a (1 - r^b) / (1 - r^a), whose right
-    side rises with r; the usual ratio where the first drop is none.
+    side rises with r; the default ratio if the first drop is not positive.
     """
     if min(first.loss, second.loss, third.loss) < _MIN_LOSS or first.loss <= second.loss:
         return DEFAULT_RATIO

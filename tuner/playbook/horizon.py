@@ -22,21 +22,21 @@ from tuner.records import Trial
 TOO_LONG_FRACTION = 0.10
 LATE_FRACTION = 0.75
 CONSISTENT = 0.9
-"""Posterior probability from which on more than half of the trials are taken to be late."""
+"""Posterior probability at which more than half of the trials count as late."""
 MAX_UNDETERMINED_NOISE = 0.01
-"""Up to this share of the loss, twice the noise is small enough for any gain to be judged."""
+"""If twice the noise is at most this share of the loss, any gain can be judged."""
 LATE_SHARE_OF_GAIN = 0.2
-"""A horizon is right where its last quarter brought at most this share of the gain."""
+"""A horizon is right if its last quarter brought at most this share of the gain."""
 EVEN_SHARE_OF_GAIN = 0.4
-"""What the last quarter of an even fall brings: -log2(0.75) of its last doubling."""
+"""Share of the gain that the last quarter of an even fall brings: -log2(0.75) of its last doubling."""
 MULTIPLES = (1.5, 2.0, 3.0)
-"""What a horizon may be multiplied by. Ranks of short and long runs agree at 2x (0.95) and no longer
-at 6x (0.5; 3,819 AlgoPerf runs), so three times is the most for one round."""
+"""Allowed multiples of the horizon. Rankings of short and long runs agree at 2x (0.95) and no longer at 6x
+(0.5; 3,819 AlgoPerf runs), so three is the most for one round."""
 SETTLED_MARGIN = 1.25
 
 
 class Diagnosis(StrEnum):
-    """What a round says of its horizon; the first that holds, in this order."""
+    """What a round says about its horizon; the first that holds, in this order."""
 
     NO_LEARNING = "no_learning"
     TOO_LONG = "too_long"
@@ -49,7 +49,7 @@ class Diagnosis(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """All that a diagnosis and a suggestion rest on."""
+    """All inputs of a diagnosis and a suggestion."""
 
     max_train_steps: int
     evaluate_every: int
@@ -57,46 +57,46 @@ class Signs:
     leading: tuple[LeadingTrial, ...]
     gain: Gain | None
     noise: float | None
-    """Relative to the loss: the gain's standard error and the spread between seeds, in quadrature, as far as
-    they are known; None where neither is."""
+    """Relative to the loss: the gain's standard error and the spread between seeds, in quadrature, whichever
+    are known; None if neither is."""
     rise: Rise | None
-    """The best trial's, where its evaluation loss turned up."""
+    """The best trial's, if its evaluation loss turned up."""
     max_examples: int | None = None
-    """`evaluation.max_examples`, the most that the evaluation set may hold; None where nothing limits it."""
+    """`evaluation.max_examples`, the upper limit of the evaluation set; None if there is no limit."""
     worthwhile_gain: float = 0.005
-    """`run.worthwhile_gain`: what a doubling has to bring at least."""
+    """`run.worthwhile_gain`: the smallest gain that a doubling has to bring."""
     late: LateDrop | None = None
-    """How much the best trial fell in the last quarter; None where unknown or not finite at the end."""
+    """How much the best trial's loss fell in the last quarter; None if unknown or not finite at the end."""
     late_by_rate: LateDrop | None = None
-    """The same in the last quarter of its summed learning rate: of a constant rate the same steps, of one
-    that falls more of them."""
+    """The same for the last quarter of its summed learning rate: the same steps at a constant rate, more of
+    them at a falling one."""
     foremost: Trial | None = None
-    """The best complete trial, where none beat the base model."""
+    """The best complete trial, if none beat the base model."""
     num_complete: int = 0
-    """Complete trials, also those that never beat the base model."""
+    """Complete trials, including those that did not beat the base model."""
     has_small_rates: bool = False
     """Whether the best learning rate is so high among those tried that all may be too small."""
     num_widenings: int = 0
-    """How often the study has raised its learning rates for that already."""
+    """How often the study has already raised its learning rates for that reason."""
     has_few_rates: bool = False
-    """Whether rates are searched and too few were tried to say where the best ones lie."""
+    """Whether rates are searched, but too few were tried to show where the best ones lie."""
 
     @property
     def worthwhile(self) -> float:
-        """The gain that a doubling has to exceed. Rule: this project's, "worthwhile"."""
+        """Return the gain that a doubling has to exceed. Rule: this project's, "worthwhile"."""
         return max(2 * (self.noise or 0.0), self.worthwhile_gain)
 
     @property
     def is_unknown(self) -> bool:
-        """Whether nothing says what a doubling is worth, or how certain that is."""
+        """Return whether the gain of a doubling or its noise is unknown."""
         return self.gain is None or self.noise is None
 
     @property
     def is_hidden(self) -> bool:
-        """Whether the noise is too large for a verdict, and the gain does not stand out of it.
+        """Return whether the noise is too large for a verdict and hides the gain.
 
-        A gain beyond twice its noise, up or down, says the direction however large the noise is. Rule:
-        this project's decision, "undetermined".
+        A gain beyond twice its noise, up or down, shows the direction however large the noise is. Rule: this
+        project's decision, "undetermined".
         """
         if self.gain is None or self.noise is None:
             return False
@@ -104,33 +104,33 @@ class Signs:
 
     @property
     def num_late(self) -> int:
-        """Leading trials whose best step is in the last quarter. Rule: the playbook's last 25%."""
+        """Return how many leading trials are best in the last quarter. Rule: the playbook's last 25%."""
         return sum(lead.fraction >= LATE_FRACTION for lead in self.leading)
 
     @property
     def is_consistently_late(self) -> bool:
-        """Whether most leading trials are late, beyond doubt. Rule: the playbook's "consistently"."""
+        """Return whether most leading trials are late, beyond doubt. Rule: the playbook's "consistently"."""
         return majority_probability(self.num_late, len(self.leading)) >= CONSISTENT
 
     @property
     def still_falls(self) -> bool:
-        """Whether the best trial's smoothed loss fell significantly in the last quarter."""
+        """Return whether the best trial's smoothed loss fell significantly in the last quarter."""
         return self.late is not None and self.late.is_significant
 
     @property
     def is_done_early(self) -> bool:
-        """Whether the best trial's last quarter brought next to nothing of what the last doubling did."""
+        """Return whether the best trial's last quarter brought almost nothing of the last doubling's gain."""
         if self.gain is None or self.late is None:
             return False
         return self.late.at_most <= LATE_SHARE_OF_GAIN * self.gain.relative
 
     @property
     def is_slowed(self) -> bool:
-        """Whether that may be for a small learning rate alone: nothing says that the trial was done.
+        """Return whether a small learning rate alone may explain that, so that the trial need not be done.
 
-        The last quarter of a cosine has 2.5% of the summed learning rate, and brings little whether the model
-        could learn more or not. The last quarter by summed rate may then still have brought as much as that
-        of an even fall.
+        The last quarter of a cosine has 2.5% of the summed learning rate, so it brings little whether the
+        model could learn more or not. In that case the last quarter by summed rate may still have brought as
+        much as that of an even fall.
         """
         if self.gain is None or self.late_by_rate is None:
             return True
@@ -138,9 +138,10 @@ class Signs:
 
     @property
     def floor(self) -> int:
-        """The shortest horizon in which warmup and an evaluation interval come before the decay.
+        """Return the shortest horizon with the warmup and one evaluation interval before the decay.
 
-        The longest of the leading trials', never above the horizon. Rule: this project's decision, "Floor".
+        It is the longest among the leading trials, and never above the current horizon. Rule: this project's
+        decision, "Floor".
         """
         needed = (self._floor_of(lead.trial) for lead in self.leading)
         return min(max(needed, default=0), self.max_train_steps)
@@ -152,7 +153,7 @@ class Signs:
 
 
 def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
-    """Return the signs of a round, with the gain from the best source that there is.
+    """Return the signs of a round, with the gain from the best available source.
 
     Rule: this project's decision, "Reading a round".
     """
@@ -197,9 +198,10 @@ def _noise(gain: Gain | None, results: RoundResults) -> float | None:
 def diagnose(seen: Signs) -> Diagnosis:
     """Return the first diagnosis that holds.
 
-    What a doubling was worth decides; the share of late best steps is evidence beside it, never a veto. Rule:
+    The gain of a doubling decides; the share of late best steps is additional evidence, never a veto. Rule:
     Deep Learning Tuning Playbook, "Deciding how long to train when training is not compute-bound" (best steps
-    in the first 10%, in the last 25%); the others and what "consistently" means are this project's decisions.
+    in the first 10%, in the last 25%); the others and the meaning of "consistently" are this project's
+    decisions.
     """
     if not seen.leading:
         return Diagnosis.NO_LEARNING if seen.num_complete else Diagnosis.UNDETERMINED
@@ -219,7 +221,7 @@ def diagnose(seen: Signs) -> Diagnosis:
 
 
 def puts_the_edge_first(seen: Signs, diagnosis: Diagnosis) -> bool:
-    """Return whether higher learning rates are to be tried at the same horizon before it is judged.
+    """Return whether to try higher learning rates at the same horizon before judging it.
 
     At most twice in a study. Rule: this project's decision, "An edge comes first", after the Deep Learning
     Tuning Playbook's "misleading search spaces may cause an incorrect conclusion".
@@ -235,7 +237,7 @@ class Suggestion:
     steps: int
     low: int
     high: int
-    """Horizons that the same evidence would support as well: low <= steps <= high."""
+    """Horizons that the same evidence supports as well: low <= steps <= high."""
     is_capped: bool
     """Whether `production_steps` keeps it from being longer."""
 
@@ -245,11 +247,12 @@ _MOST = {Diagnosis.TOO_SHORT: MULTIPLES[-1], Diagnosis.UNDETERMINED: MULTIPLES[0
 
 
 def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
-    """Return the next horizon; None where nothing was learned or nothing is complete.
+    """Return the next horizon; None if nothing was learned or no trial is complete.
 
-    Rounded up to an evaluation, but not beyond three times the horizon (1.5 times where `undetermined`), and
-    never above `production_steps`; not below the floor unless that cap is. Rule: Deep Learning Tuning
-    Playbook, "Deciding the number of steps for each training run"; the amounts are this project's decisions.
+    It is rounded up to an evaluation, but not beyond three times the horizon (1.5 times if `undetermined`),
+    and never above `production_steps`; it is not below the floor unless that cap is. Rule: Deep Learning
+    Tuning Playbook, "Deciding the number of steps for each training run"; the amounts are this project's
+    decisions.
     """
     if not seen.leading:
         return None
@@ -265,13 +268,13 @@ def suggest(seen: Signs, diagnosis: Diagnosis) -> Suggestion | None:
 
 
 def _on_grid(seen: Signs, steps: float, most: float) -> int:
-    """The first evaluation not below these steps or the floor, but at most so many horizons."""
+    """Return the first evaluation not below these steps or the floor, capped at `most` horizons."""
     up = math.ceil(max(steps, seen.floor) / seen.evaluate_every - 1e-9) * seen.evaluate_every
     return min(up, math.floor(most * seen.max_train_steps))
 
 
 def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
-    """Low end, suggestion and high end, before any bound."""
+    """Return low end, suggestion and high end, before any bound."""
     horizon = float(seen.max_train_steps)
     match diagnosis:
         case Diagnosis.TOO_LONG:
@@ -295,10 +298,10 @@ def _wanted(seen: Signs, diagnosis: Diagnosis) -> tuple[float, float, float]:
 
 
 def _settled_horizon(seen: Signs, trial: Trial) -> float:
-    """A horizon at which a trial would have been as good, as far as its curve can tell.
+    """Return a horizon at which a trial would have been as good, judging by its curve.
 
-    A quarter more than its settled step; where the rate decays that of the stable phase, lengthened by the
-    decay's share; without a stable phase half the steps, where a comparison run was as good.
+    With a stable phase, 1.25 times its settled step, extended by the decay's share; without one, half the
+    steps if a comparison run was as good.
     """
     horizon = seen.max_train_steps
     end = trunk_end(trial.hyperparameters, horizon)
@@ -313,5 +316,5 @@ def _settled_horizon(seen: Signs, trial: Trial) -> float:
 
 
 def _multiple(gain: Gain, threshold: float) -> float:
-    """The smallest multiple of the horizon whose own last doubling is worth no more than the threshold."""
+    """Return the smallest multiple of the horizon whose own last doubling gains at most the threshold."""
     return next((m for m in MULTIPLES if gain.at(m) <= threshold), MULTIPLES[-1])

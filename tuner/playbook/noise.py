@@ -1,4 +1,4 @@
-"""How far an evaluation can be trusted: smoothed curves, standard errors and what is within the noise."""
+"""How reliable an evaluation is: smoothed curves, standard errors and significance."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from tuner.records import Evaluation
 
 WINDOW = 1.25
-"""An evaluation is averaged with those whose step is at most this factor away."""
+"""An evaluation is averaged with those whose step is within this factor."""
 
 
 def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """The finite evaluations with losses from a local line through each one's neighbours, by step.
+    """Return the finite evaluations with losses from a local line through each one's neighbours, by step.
 
-    Neighbours are within a factor 1.25 of the step, so that the steep beginning stays as it is and
-    sparse evaluations are not touched; the line is in the logarithm of the step. The best of many
-    evaluations and the last one are lucky or not by a standard error or so, and rules that compare
-    them need the curve below. Rule: this project's decision.
+    Neighbours are within a factor 1.25 of the step, so the steep beginning and sparse evaluations stay as
+    they are; the line is in the logarithm of the step. The best of many evaluations and the last one are
+    lucky or unlucky by about a standard error; rules that compare them need the underlying curve. Rule: this
+    project's decision.
     """
     finite = measured(evaluations)
     steps, losses = _curve(finite)
@@ -31,7 +31,7 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
 
 
 def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
-    """The smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
+    """Return the smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
     finite = measured(evaluations)
     steps, losses = _curve(finite)
     at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
@@ -39,7 +39,7 @@ def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
 
 
 def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of the steps, and losses."""
+    """Return the logarithms of the steps, and the losses."""
     steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
     return steps, np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
 
@@ -55,20 +55,20 @@ def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
 
 
 MAX_LOSS = 1e100
-"""Nats per token from which on a loss is no number to calculate with: its square is still finite."""
+"""Nats per token above which a loss is not used in calculations; its square is still finite."""
 SIGNIFICANT = 2.0
-"""Standard errors from which on a difference counts as one."""
+"""Standard errors above which a difference is significant."""
 MIN_RESIDUAL_EVALUATIONS = 4
-"""Fewer evaluations than this say nothing about their spread around a line."""
+"""Fewer evaluations than this do not show their spread around a line."""
 MIN_LATE_EVALUATIONS = 6
-"""The spread is taken over at least so many of the last evaluations, where there are as many."""
+"""The spread is taken over at least this many of the last evaluations, if there are as many."""
 
 
 _NORMAL = statistics.NormalDist()
 
 
 def is_number(loss: float) -> bool:
-    """Whether a loss can be compared: finite, and not so large that its square is not.
+    """Return whether a loss can be compared: finite, and small enough that its square is finite.
 
     Rule: this project's decision, "The best step of a trial": other evaluations never win.
     """
@@ -76,16 +76,20 @@ def is_number(loss: float) -> bool:
 
 
 def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """The evaluations whose loss is a number. Rule: this project's decision, "The best step of a trial"."""
+    """Return the evaluations with a usable loss.
+
+    Rule: this project's decision, "The best step of a trial".
+    """
     return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
 
 
 def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
-    """Standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per token.
+    """Return the standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per
+    token.
 
-    The loss is a ratio of sums, so by the delta method: the spread of each example's difference
-    around what its tokens predict. None unless both losses are numbers, over the same examples, two at
-    least. Rule: this project's decision, "settled_step".
+    By the delta method, since the loss is a ratio of sums: the spread of each example's difference around the
+    value its tokens predict. None unless both losses are usable and over the same examples, at least two.
+    Rule: this project's decision, "settled_step".
     """
     if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
         return None
@@ -101,9 +105,9 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
 
 
 def loss_error(evaluation: Evaluation) -> float | None:
-    """Standard error of an evaluation's loss over its examples, in nats per token.
+    """Return the standard error of an evaluation's loss over its examples, in nats per token.
 
-    None unless the loss is a number, over two examples at least. Rule: this project's decision,
+    None unless the loss is usable and over at least two examples. Rule: this project's decision,
     "settled_step".
     """
     tokens = evaluation.example_tokens
@@ -114,9 +118,9 @@ def loss_error(evaluation: Evaluation) -> float | None:
 def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
     """Return the standard deviation of the late losses around a line through them, in nats per token.
 
-    The last quarter of the finite evaluations is taken, but at least the last six; all of them where there
-    are four or five; None where there are fewer. It stands in for the paired standard error where per-example
-    losses are not known. Rule: this project's decision, "settled_step".
+    It uses the last quarter of the finite evaluations, but at least the last six; all of them if there are
+    four or five; None if there are fewer. It replaces the paired standard error when per-example losses are
+    unknown. Rule: this project's decision, "settled_step".
     """
     finite = measured(evaluations)
     last = finite[-max(MIN_LATE_EVALUATIONS, math.ceil(len(finite) / 4)) :]
@@ -133,27 +137,27 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
 def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float | None:
     """Return the standard error of the difference of two evaluations of a trial, in nats per token.
 
-    Paired where both know their examples, the residual spread of the trial's curve otherwise; None where
-    neither can be had. Rule: this project's decision, "settled_step".
+    Paired if both have per-example losses, otherwise the residual spread of the trial's curve; None if
+    neither is available. Rule: this project's decision, "settled_step".
     """
     paired = paired_standard_error(one, other)
     return residual_spread(evaluations) if paired is None else paired
 
 
 def significant_among(count: int) -> float:
-    """Return the standard errors by which the best of so many evaluations must stand out; 2 for one.
+    """Return by how many standard errors the best of `count` evaluations must differ; 2 for one.
 
-    Bonferroni's correction: by luck none of them exceeds it more often than a single one exceeds two. Rule:
-    this project's decision, "Leading trials".
+    Bonferroni's correction: by chance, none of them exceeds it more often than a single one exceeds two.
+    Rule: this project's decision, "Leading trials".
     """
     return -_NORMAL.inv_cdf(_NORMAL.cdf(-SIGNIFICANT) / max(1, count))
 
 
 def majority_probability(hits: int, count: int) -> float:
-    """Posterior probability that a share is above one half, after `hits` of `count`.
+    """Return the posterior probability that a share is above one half, after `hits` of `count`.
 
-    Under Jeffreys' prior: 1 - I(1/2; hits + 1/2, count - hits + 1/2). Rule: this project's decision on
-    what "consistently" means in the Deep Learning Tuning Playbook's sentence on best steps.
+    Under Jeffreys' prior: 1 - I(1/2; hits + 1/2, count - hits + 1/2). Rule: this project's decision on what
+    "consistently" means in the Deep Learning Tuning Playbook's sentence on best steps.
     """
     from scipy.special import betaincc  # a sixth of a second of loading, and most verbs ask for none of it
 

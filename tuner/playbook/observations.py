@@ -1,4 +1,4 @@
-"""What a sampler learns from: outcomes of this round and of earlier ones, by their order."""
+"""What a sampler learns from: results of this round and of earlier ones, by their ranking."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from tuner.records import Evaluation, Hyperparameters, Space, Trial, TrialState,
 _OWN = frozenset({"quasi-random", "tpe", "gp", "random", "grid"})
 
 MAX_STARTUP_TRIALS = 10
-"""Optuna's own default; more are not needed before a model is fitted."""
+"""Optuna's default; a model needs no more before it is fitted."""
 
 _TRIALS_NEEDED = (("adam_beta1", 10), ("adam_epsilon", 25), ("adam_beta2", 100))
-"""Trials from which on a name of Adam's is worth searching; far more than 25 is taken as 100."""
+"""Trials from which on one of Adam's hyperparameters is worth searching; "far more than 25" is taken as 100.
+"""
 
 
 def default_sampler(
     *, knows_good_trials: bool, before: Sampler = "quasi-random", is_narrowed: bool = True
 ) -> tuple[Sampler, str]:
-    """Return the sampler of a round and the reason for it; `before` is that of the round which it follows.
+    """Return the sampler of a round and the reason for it; `before` is that of the preceding round.
 
-    A first round knows no good trials, nor does one that follows a round without a complete trial. Rule:
-    Deep Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search instead of
-    more sophisticated black box optimization algorithms during the exploration phase": by default the second
-    round exploits.
+    A first round knows no good trials, nor does one that follows a round without a complete trial. Rule: Deep
+    Learning Tuning Playbook, "Exploration vs exploitation" and "Why use quasi-random search instead of more
+    sophisticated black box optimization algorithms during the exploration phase": by default the second round
+    exploits.
     """
     if before not in _OWN:
         return before, "as before"
     if not knows_good_trials:
-        return "quasi-random", "no good trials are known yet: it covers the space evenly"
+        return "quasi-random", "no good trials are known yet, so the points cover the space evenly"
     if not is_narrowed:
         return with_a_model(before), "learns from the trials of all rounds"
-    return with_a_model(before), "the space is narrowed around good trials: now a model of them chooses"
+    return with_a_model(before), "the space is narrowed around good trials, so a model of them chooses"
 
 
 def with_a_model(sampler: Sampler) -> Sampler:
-    """The sampler that models what was tried: `gp` or a user's where the file names it already, else tpe.
+    """Return a model-based sampler: `gp` or the user's own if the file names one already, else tpe.
 
     Rule: this project's decision, "Search".
     """
@@ -51,19 +52,19 @@ def with_a_model(sampler: Sampler) -> Sampler:
 
 
 def startup_trials(*, enqueued: int, total: int) -> int:
-    """Trials before a model-based sampler begins to model; those enqueued count among them.
+    """Return the number of trials before a model-based sampler starts to model, enqueued ones included.
 
-    At most half of the round, so that a small one is modelled at all, and no fewer than are enqueued
-    anyway, up to Optuna's ten. Rule: this project's decision, "Search".
+    At most half of the round, so that a small one is modelled at all, and at least as many as are enqueued,
+    up to Optuna's ten. Rule: this project's decision, "Search".
     """
     return max(1, min(MAX_STARTUP_TRIALS, max(enqueued, total // 2)))
 
 
 def search_findings(space: Space, trials: int) -> Iterator[Finding]:
-    """Which of Adam's hyperparameters are searched with too few trials.
+    """Yield a finding if too few trials search some of Adam's hyperparameters.
 
-    Rule: Deep Learning Tuning Playbook, "How should Adam's hyperparameters be tuned?": under 10 trials
-    the learning rate alone; 10 to 25, and beta1; more, and epsilon; far more, beta2.
+    Rule: Deep Learning Tuning Playbook, "How should Adam's hyperparameters be tuned?": under 10 trials the
+    learning rate alone; 10 to 25, and beta1; more, and epsilon; far more, beta2.
     """
     early = [(name, needed) for name, needed in _TRIALS_NEEDED if name in searched(space) and trials < needed]
     if early:
@@ -71,30 +72,30 @@ def search_findings(space: Space, trials: int) -> Iterator[Finding]:
         yield Finding(
             "too_many_names",
             Severity.WARNING,
-            f"{trials} trials are few for all that is searched: fix {names}.",
+            f"{trials} trials are few for this search space: fix {names}.",
             {"trials": float(trials), "needed": float(max(needed for _, needed in early))},
         )
 
 
 Objective: TypeAlias = Literal["loss", "answers"]
-"""What a round's trials are ranked by: the best evaluation loss, or the answers of that step."""
+"""How a round ranks its trials: by the best evaluation loss, or by the answers at that step."""
 
 _Values: TypeAlias = Mapping[tuple[object, ...], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trial of some horizon came out."""
+    """The result of a trial at some horizon."""
 
     hyperparameters: Hyperparameters
     configuration: tuple[object, ...]
     horizon: int
     loss: float
-    """Expected at the horizon where the trial was pruned; infinite where it is infeasible."""
+    """Expected at the horizon if the trial was pruned; infinite if it is infeasible."""
     is_measured: bool
     """Whether the loss was measured at the horizon."""
     answers: float | None = None
-    """The mean score of the best step's answers; None where none were scored."""
+    """The mean score of the best step's answers; None if none were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +111,10 @@ class Lesson:
 
 
 def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome, ...]:
-    """The results of a round. Waiting, running and failed trials have none.
+    """Return the results of a round; waiting, running and failed trials have none.
 
-    A pruned trial is expected to gain what the round's complete trials gained after the step where it
-    ended, in the median. Rule: this project's decision, "Search".
+    A pruned trial is expected to gain as much as the round's complete trials gained, in the median, after the
+    step where it ended. Rule: this project's decision, "Search".
     """
     complete = [trial.evaluations for trial in trials if trial.state == TrialState.COMPLETE]
     found = []
@@ -190,7 +191,7 @@ def _gains_to_the_longest(found: Sequence[Outcome], value: Callable[[Outcome], f
 
 
 def _gain_between(shorter: _Values, longer: _Values) -> float:
-    """The median of what is known at both horizons; without any, from the one's best to the other's."""
+    """Return the median gain of configurations known at both horizons, or else that of the best ones."""
     both = [shorter[name] - longer[name] for name in shorter if name in longer]
     if both:
         return median(both)

@@ -1,4 +1,4 @@
-"""The next round: its horizon, its search space, and what goes on from the last one."""
+"""The next round: its horizon, its search space, and the trials that continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tuner.playbook.selection import distinct, may_be_carried_over, objective_sc
 from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 
 TOP = 3
-"""Most trials that are carried over as they are."""
+"""The most trials that are carried over unchanged."""
 TINY_RATE_SHARE = 0.5
 
 
@@ -32,18 +32,18 @@ class EnqueuedTrial:
     """A trial of the last round that the next one runs first."""
 
     hyperparameters: Hyperparameters
-    """Of the next round's searched names alone; what is fixed there is not repeated."""
+    """Only the hyperparameters that the next round searches; fixed ones are not repeated."""
     round: str
     trial: int
     from_step: int | None
-    """The step it goes on from; None if it starts afresh; the horizon itself if nothing is left to run."""
+    """The step it continues from; None if it starts over; the horizon itself if nothing is left to run."""
     reason: str | None
-    """Why it starts afresh; None if it goes on."""
+    """Why it starts over; None if it continues."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextRound:
-    """All that the next round's file says and why."""
+    """The content of the next round's file, with reasons."""
 
     from_round: str
     to_round: str
@@ -51,23 +51,23 @@ class NextRound:
     max_train_steps: int
     evaluate_every: int
     decay: DecayRule
-    """What was kept of a linear decay."""
+    """What is kept of a linear decay."""
     space: Space
     """Every hyperparameter of the next round, in the last one's order."""
     changes: Mapping[str, HyperparameterChange]
-    """One for each name of the space, the unchanged ones included."""
+    """One for each name in the space, including unchanged ones."""
     enqueue: tuple[EnqueuedTrial, ...]
     """Best first."""
     trials_total: int
-    """The enqueued ones included."""
+    """Including the enqueued ones."""
     sampler: Sampler
     sampler_reason: str
     proposed_seeds: tuple[int, ...]
-    """Other seeds for the best two, where they differ by less than the noise; else empty."""
+    """Other seeds for the best two trials if they differ by less than the noise; else empty."""
     findings: tuple[Finding, ...]
-    """The reading's, and those of the promotion itself."""
+    """Findings of the reading and of the promotion itself."""
     notes: tuple[str, ...]
-    """What to know before running it."""
+    """Remarks to read before running it."""
 
 
 def plan_next_round(
@@ -83,14 +83,14 @@ def plan_next_round(
     candidates: Sequence[Trial] | None = None,
     adds_trials: bool = True,
 ) -> NextRound:
-    """Return what carries over from a round to the next, at the suggested horizon or the given one.
+    """Return the plan of the next round, at the suggested horizon or the given one.
 
-    `earlier` are the study's rounds before, oldest first. The top, three or half of the round's trials where
-    that is fewer, are chosen among `candidates`, trials of this horizon; of the round where none are given.
-    `added` are dimensions that the user adds to the search.
-    Raises TunerError when no horizon is given and the reading suggests none, InputError for a horizon
-    that cannot hold one evaluation interval or the warmup. Rule: Deep Learning Tuning Playbook, "Round
-    2: Fewer runs, but of longer duration"; counts are this project's decisions.
+    `earlier` holds the study's earlier rounds, oldest first. The incumbents, three or half of the round's
+    trials if that is fewer, are chosen among `candidates`, trials of this horizon, by default those of the
+    round. `added` holds dimensions that the user adds to the search. Raises TunerError if no horizon is given
+    and the reading suggests none, InputError for a horizon that is too short for one evaluation interval or
+    the warmup. Rule: Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer duration"; counts are
+    this project's decisions.
     """
     horizon = _horizon(results, reading, max_train_steps)
     num_kept = num_carried_over(len(results.results)) if top is None else top
@@ -158,7 +158,7 @@ def plan_next_round(
 
 
 def num_carried_over(num_trials: int) -> int:
-    """Return how many of a round's trials the next one runs first: three, or half where that is fewer.
+    """Return how many of a round's trials the next one runs first: three, or half if that is fewer.
 
     At least one. Rule: Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer duration"; the
     numbers are this project's decision.
@@ -167,7 +167,7 @@ def num_carried_over(num_trials: int) -> int:
 
 
 def _edges(results: RoundResults, reading: Reading) -> tuple[Edge, ...]:
-    """The bounds to widen; the learning rate's, too, where only higher rates are said to come first."""
+    """Return the bounds to widen, including the learning rate's if only higher rates are tried first."""
     name = "learning_rate"
     if not reading.widens_rates or any(edge.name == name for edge in reading.edges):
         return reading.edges
@@ -178,11 +178,12 @@ def _edges(results: RoundResults, reading: Reading) -> tuple[Edge, ...]:
 def num_trials(
     old_total: int, *, enqueued: int, old_horizon: int, new_horizon: int, is_searched: bool = True
 ) -> int:
-    """Return the trials of the next round: trials x T1/T2, at least two new ones, at most as many as before.
+    """Return the number of trials of the next round: trials x T1/T2, at least two new ones, at most as
+    before.
 
-    In any case one new one, so that something new is tried; only the enqueued ones where nothing is to be
-    searched. Rule: Deep Learning Tuning Playbook, "Round
-    2: Fewer runs, but of longer duration"; the numbers are this project's decision.
+    There is always at least one new trial, unless nothing is searched: then only the enqueued ones run. Rule:
+    Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer duration"; the numbers are this
+    project's decision.
     """
     if not is_searched:
         return max(1, enqueued)
@@ -191,12 +192,12 @@ def num_trials(
 
 
 def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, ...]:
-    """Return two other seeds for the best two trials when they differ by less than the noise; else none.
+    """Return two other seeds for the best two trials if they differ by less than the noise; else none.
 
-    The noise is that of their own paired difference or `noise` (relative to the loss), whichever is
-    larger; where answers are the objective, that of the two scores' difference. Rule: Deep Learning Tuning
-    Playbook, "Determining whether to adopt a training pipeline change or hyperparameter configuration": run
-    the winner again before adopting it.
+    The noise is that of their own paired difference or `noise` (relative to the loss), whichever is larger;
+    if answers are the objective, that of the two scores' difference. Rule: Deep Learning Tuning Playbook,
+    "Determining whether to adopt a training pipeline change or hyperparameter configuration": run the winner
+    again before adopting it.
     """
     best_evaluations = {trial.number: best for trial, best in ranked(results.trials)}
     order = incumbents(results.trials, 2)
@@ -217,15 +218,15 @@ def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, 
 
 
 def _answers_error(*trials: Trial) -> float:
-    """Standard error of the difference between answer scores, as if they were of other questions."""
+    """Return the standard error of the difference between answer scores, as if on independent rows."""
     scores = [trial.answer_score for trial in trials if trial.answer_score is not None]
     return math.sqrt(sum((score.standard_error or 0.0) ** 2 for score in scores))
 
 
 def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
-    """Return the best trials that beat the base model, of copies only the first.
+    """Return the best trials that beat the base model, without duplicates.
 
-    Rule: this project's decision, "The next round": what is carried over as it is.
+    Rule: this project's decision, "The next round": what is carried over unchanged.
     """
     return list(distinct(trial for trial, _ in ranked(trials) if may_be_carried_over(trial))[:top])
 
@@ -235,7 +236,7 @@ def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:
     if horizon is None:
         raise TunerError(
             f"{results.name} suggests no horizon for the next round: {' '.join(reading.evidence)} "
-            "Pass --max-train-steps to promote nevertheless."
+            "Pass --max-train-steps to promote it anyway."
         )
     if horizon < results.evaluate_every:
         raise InputError(
@@ -249,8 +250,8 @@ def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: in
     warmup = longest(changes["warmup_steps"].to_dimension) if "warmup_steps" in changes else 0
     if warmup > horizon:
         raise InputError(
-            f"warmup_steps {warmup:.0f} does not fit into max_train_steps {horizon}: name a longer horizon "
-            "with --max-train-steps, or a shorter warmup"
+            f"warmup_steps {warmup:.0f} does not fit into max_train_steps {horizon}: pass a longer "
+            "--max-train-steps, or shorten the warmup"
         )
 
 
@@ -273,9 +274,9 @@ def _tiny_rate(carrying: Carrying) -> Iterator[Finding]:
         yield Finding(
             "tiny_rate",
             Severity.WARNING,
-            f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} that the horizon gains would "
-            "run below a tenth of the peak rate, where they teach little. A longer horizon, or a constant "
-            "rate until a short decay, spends more steps at the peak.",
+            f"{percent(share)} of the {counted(horizon - old_horizon, 'step')} added by the longer horizon "
+            "would run below a tenth of the peak rate, where little is learned. An even longer horizon, or a "
+            "constant rate with a short decay, spends more steps at the peak.",
             {"share": share, "steps": float(horizon - old_horizon)},
         )
 
@@ -293,7 +294,7 @@ def _lead_within_noise(seeds: Sequence[int]) -> Iterator[Finding]:
 
 def _nothing_to_run(enqueue: Sequence[EnqueuedTrial], total: int, horizon: int) -> Iterator[str]:
     if len(enqueue) == total and all(entry.from_step == horizon for entry in enqueue):
-        yield "All of its trials are complete already: raise search.trials to run new ones."
+        yield "All of its trials are complete already. Raise search.trials to run new ones."
 
 
 def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) -> Iterator[str]:
@@ -303,7 +304,7 @@ def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) 
     if cap is not None and horizon > cap:
         yield f"{horizon} steps are more than run.production_steps, {cap}."
     if horizon > 3 * results.max_train_steps:
-        yield "More than three times the last horizon: what was best there may not be best here."
+        yield "More than three times the last horizon: its best trials may not be the best here."
     has_decay = can_decay_linearly(space) and longest(space.get("decay_steps", Fixed(0))) > 0
     if reading.diagnosis == Diagnosis.TOO_SHORT and horizon > results.max_train_steps and has_decay:
         yield "The best steps are late: also retune decay_steps."

@@ -1,4 +1,4 @@
-"""Which trials end before their horizon: those that diverge, and those that a pruner gives up."""
+"""Which trials end before their horizon: those that diverge and those that a pruner stops."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Trial, TrialState
 
 PATIENCE = 3
-"""Evaluations in a row above the limit that make a trial infeasible."""
+"""Consecutive evaluations above the limit that make a trial infeasible."""
 
 
 def divergence_limit(base_loss: float, vocabulary_size: int) -> float:
-    """The loss above which a trial is worse than it can have a reason to be, in nats per token.
+    """Return the loss above which a trial has diverged, in nats per token.
 
-    min(2 L0, max((L0 + ln V) / 2, 1.1 L0)) with L0 the untouched model's loss and ln V that of a
-    guess among V tokens: half-way from the one to the other, where that is between 1.1 and 2 times
-    L0. Rule: this project's decision, "Infeasible".
+    min(2 L0, max((L0 + ln V) / 2, 1.1 L0)), with L0 the base model's loss and ln V that of a uniform guess
+    among V tokens: half-way between the two, limited to 1.1 to 2 times L0. Rule: this project's decision,
+    "Infeasible".
     """
     half_way = (base_loss + math.log(vocabulary_size)) / 2
     return min(2 * base_loss, max(half_way, 1.1 * base_loss))
 
 
 def is_diverged(evaluations: Sequence[Evaluation], vocabulary_size: int) -> str | None:
-    """Why a trial with these evaluations is infeasible; None while it is not.
+    """Return why a trial with these evaluations is infeasible; None if it is not.
 
-    `evaluations` are by step, the first one at step 0. Infeasible is an evaluation loss that is not
-    finite, or three in a row above `divergence_limit`; that a trial has once been so is enough,
-    whatever comes later. Rule: this project's decision, "Infeasible".
+    `evaluations` are by step, the first one at step 0. A trial is infeasible if an evaluation loss is not
+    finite, or three in a row are above `divergence_limit`, whatever comes later. Rule: this project's
+    decision, "Infeasible".
     """
     for evaluation in evaluations:
         if not math.isfinite(evaluation.eval_loss):
@@ -47,7 +47,7 @@ def is_diverged(evaluations: Sequence[Evaluation], vocabulary_size: int) -> str 
         if in_a_row == PATIENCE:
             return (
                 f"diverged: evaluation loss {evaluation.eval_loss:.3f} at step {evaluation.step}, above "
-                f"{limit:.3f} for {PATIENCE} evaluations in a row (the untouched model has {base_loss:.3f})"
+                f"{limit:.3f} for {PATIENCE} evaluations in a row (the base model has {base_loss:.3f})"
             )
     return None
 
@@ -55,11 +55,11 @@ def is_diverged(evaluations: Sequence[Evaluation], vocabulary_size: int) -> str 
 Pruner: TypeAlias = Literal["none", "median", "halving"]
 
 REDUCTION = 3
-"""Of the trials that have come to a rung, one in so many goes on; each rung is so many times the last."""
+"""One in this many of the trials that reached a rung continues; each rung is this many times the last."""
 NUM_RUNGS = 2
-"""Rungs before the horizon: at a ninth and at a third of it."""
+"""Number of rungs before the horizon: at a ninth and at a third of it."""
 MIN_COMPLETE = 5
-"""Complete trials before there is a median to fall behind."""
+"""Complete trials needed before there is a median to compare with."""
 
 
 def reason_to_prune(
@@ -70,15 +70,14 @@ def reason_to_prune(
     max_train_steps: int,
     evaluate_every: int,
 ) -> str | None:
-    """Why a trial is to end at its latest evaluation, in words; None where it is to go on.
+    """Return why a trial is to end at its latest evaluation; None if it continues.
 
-    A function of facts, so that it is decided alike when asked again. Schedule and horizon stay as they
-    are. Nothing is decided before the warmup has ended, at the horizon, of steps that were inherited, or
-    where a loss that is not finite says that the trial is infeasible.
-    `median`: the best loss so far is above the median of what the complete trials had up to that step
-    (Golovin et al., "Google Vizier", 2017). `halving`: it is not among the best third of the trials that
-    have come to the rung (Li et al., "A System for Massively Parallel Hyperparameter Tuning", 2020). Rule:
-    this project's decision, "run.pruner".
+    A function of facts, so the decision is the same when asked again. Schedule and horizon stay unchanged.
+    Nothing is decided before the warmup has ended, at the horizon, at inherited steps, or if a loss that is
+    not finite makes the trial infeasible. `median`: the best loss so far is above the median of what the
+    complete trials had up to that step (Golovin et al., "Google Vizier", 2017). `halving`: it is not among
+    the best third of the trials that reached the rung (Li et al., "A System for Massively Parallel
+    Hyperparameter Tuning", 2020). Rule: this project's decision, "run.pruner".
     """
     if pruner == "none" or not trial.evaluations or not math.isfinite(trial.evaluations[-1].eval_loss):
         return None
@@ -98,7 +97,7 @@ def reason_to_prune(
 
 
 def rungs(max_train_steps: int, *, evaluate_every: int) -> tuple[int, ...]:
-    """The evaluation steps at which `halving` compares: the first ones at or after T/9 and T/3.
+    """Return the evaluation steps at which `halving` compares: the first ones at or after T/9 and T/3.
 
     Rule: this project's decision, "run.pruner": successive halving by rungs within the fixed horizon.
     """
@@ -112,7 +111,10 @@ def _behind_the_median(own: float, peers: Sequence[Trial], step: int) -> str | N
     complete = [_best_until(peer, step) for peer in peers if peer.state == TrialState.COMPLETE]
     if len(complete) < MIN_COMPLETE or not own > (middle := median(complete)):
         return None
-    return f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)}, {middle:.4f}"
+    return (
+        f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)} trials, "
+        f"{middle:.4f}"
+    )
 
 
 def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | None:
@@ -120,7 +122,10 @@ def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | 
     places = max(1, (len(there) + 1) // REDUCTION)
     if sum(loss < own for loss in there) < places:
         return None
-    return f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1}"
+    return (
+        f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1} "
+        "trials"
+    )
 
 
 def _best_until(trial: Trial, step: int) -> float:

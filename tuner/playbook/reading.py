@@ -1,4 +1,4 @@
-"""A round read as a colleague would: the diagnosis, what it rests on, and what to do next."""
+"""The reading of a round: the diagnosis, its evidence, and what to do next."""
 
 from __future__ import annotations
 
@@ -30,58 +30,58 @@ _SEVERITIES = {
     Diagnosis.SATURATED: Severity.INFO,
     Diagnosis.TOO_SHORT: Severity.WARNING,
 }
-"""Diagnoses that are findings too; overfitting is one of the checklist's, right is none."""
+"""Diagnoses that are findings too; overfitting is the checklist's, and right needs none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one trial of the suggested horizon costs."""
+    """The cost of one trial at the suggested horizon."""
 
     steps: int
     epochs: float | None
-    """None when the rows or the batch size are not known."""
+    """None if the rows or the batch size are unknown."""
     hours: float | None
-    """None when no step was timed."""
+    """None if no step was timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a round teaches about the horizon."""
+    """What a round shows about its horizon."""
 
     diagnosis: Diagnosis
     evidence: tuple[str, ...]
-    """Sentences: what was seen, what follows, what to do."""
+    """Sentences: what was measured, what follows, what to do."""
     suggested_max_train_steps: int | None
-    """None where no trial beat the base model or none is complete."""
+    """None if no trial beat the base model or none is complete."""
     suggestion_interval: tuple[int, int] | None
-    """Horizons that the same evidence would support as well."""
+    """Horizons that the same evidence supports as well."""
     cost: Cost | None
     gain: float | None
     """Relative loss reduction over the last doubling of the horizon."""
     gain_source: GainSource | None
     noise: float | None
-    """Of the gain, relative to the loss; None where it is unknown."""
+    """Of the gain, relative to the loss; None if unknown."""
     compute_bound: bool | None
-    """None where the round cannot tell."""
+    """None if the round does not show it."""
     leading: tuple[LeadingTrial, ...]
     """Best first."""
     findings: tuple[Finding, ...]
     edges: tuple[Edge, ...] = ()
     """Bounds of the search space at which the best trial lies."""
     widens_rates: bool = False
-    """Whether higher learning rates are to be tried at the same horizon before it is judged."""
+    """Whether to try higher learning rates at the same horizon before judging it."""
     has_small_rates: bool = False
     """Whether the best learning rate is so high among those tried that all may be too small."""
     doubling: Gain | None = None
-    """The gain of the last doubling with where it comes from: what predicts those of longer horizons."""
+    """The gain of the last doubling with its source; it predicts those of longer horizons."""
 
 
 def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Reading:
-    """The diagnosis of a round's horizon, the suggestion for the next one, and all findings.
+    """Return the diagnosis of a round's horizon, the suggestion for the next one, and all findings.
 
-    `earlier` are the study's rounds before this one; those of the same workload show what a longer
-    horizon was worth. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each
-    training run"; where it leaves a number open, this project's decision.
+    `earlier` holds the study's rounds before this one; those of the same workload show the gain of a longer
+    horizon. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training run"; where
+    it leaves a number open, this project's decision.
     """
     seen = signs(results, earlier)
     diagnosis = diagnose(seen)
@@ -118,11 +118,11 @@ def read_round(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> R
 
 
 def is_compute_bound(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion | None) -> bool | None:
-    """Whether money alone ends the training; None where the round cannot tell.
+    """Return whether only the compute budget ends the training; None if the round does not show it.
 
-    Yes when the train loss still falls and `production_steps` keeps the horizon from growing; no when
-    the evaluation loss saturates or turns up, or the training set is fitted. Rule: Deep Learning
-    Tuning Playbook, "Deciding the number of steps for each training run".
+    True if the train loss still falls and `production_steps` keeps the horizon from growing; False if the
+    evaluation loss saturates or turns up, or the training set is fitted. Rule: Deep Learning Tuning Playbook,
+    "Deciding the number of steps for each training run".
     """
     if suggestion is None:
         return None
@@ -161,8 +161,8 @@ def _compute_bound_finding(seen: Signs, compute_bound: bool | None) -> Iterator[
             "compute_bound",
             Severity.INFO,
             f"Training is compute-bound: the train loss still falls at step {seen.max_train_steps}, and "
-            f"run.production_steps ends runs at {seen.production_steps}. About 10% of that length answers "
-            "most questions, but what holds there may fail at 20% or at 100%: keep the last round for "
-            "the few best, at full length.",
+            f"run.production_steps limits runs to {seen.production_steps}. Runs of about 10% of that length "
+            "answer most questions, but their conclusions may fail at 20% or at 100%: use the last round to "
+            "run the few best trials at full length.",
             {"share_of_production": share},
         )

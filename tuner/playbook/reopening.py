@@ -1,4 +1,4 @@
-"""What a longer round searches again: hyperparameters on which rounds disagree or that steps change."""
+"""What a longer round searches again: hyperparameters on which rounds disagree or that steps affect."""
 
 from __future__ import annotations
 
@@ -22,33 +22,32 @@ from tuner.playbook.selection import best_evaluation
 from tuner.records import Choices, Dimension, Fixed, Range, Space, Trial, TrialState, searched
 
 MIN_RANKED = 3
-"""Of two trials any order agrees with one of the two that there are."""
+"""Two trials are in the same order or the reverse, so their correlation means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class CarriedOver:
-    """Trials of a round that are configurations of an earlier one, whether they went on or began afresh."""
+    """Trials of a round that are configurations of an earlier one, continued or started over."""
 
     from_round: str
     trials: tuple[tuple[int, int], ...]
-    """Number in the earlier round and number in the later one, by the latter."""
+    """Pairs of the number in the earlier round and the number in the later one, by the latter."""
     compared: tuple[tuple[int, int], ...]
-    """Those complete in both rounds, the earlier round's best first.
+    """Trials complete in both rounds, the earlier round's best first.
 
-    None where horizon and workload are the same: the later loss is then the earlier one.
-    """
+    Empty if horizon and workload are the same: the later loss is then the earlier one."""
     rank_correlation: float | None
-    """Spearman's, of the best losses of `compared`; None for fewer than `MIN_RANKED`, or where all tie."""
+    """Spearman's, of the best losses of `compared`; None for fewer than `MIN_RANKED` or if all are equal."""
     place_of_the_best: int | None
-    """Where the earlier round's best of `compared` stands among them in the later one, from 1."""
+    """Rank in the later round of the earlier round's best of `compared`, from 1."""
 
 
 def carried_over(results: RoundResults, earlier: Sequence[RoundResults]) -> CarriedOver | None:
-    """What a round took over from the latest of the earlier rounds that it took anything from.
+    """Return the trials that a round took over from the latest earlier round that it took any from.
 
-    `earlier` are oldest first. Losses of different horizons are not compared, only their order is: a
-    short round's conclusions hold as far as it does. Rule: Deep Learning Tuning Playbook, "Deciding
-    how long to train when training is compute-bound" (what transfers to longer runs).
+    `earlier` is oldest first. Only rankings are compared across horizons, not losses: a short round's
+    conclusions hold as far as its ranking does. Rule: Deep Learning Tuning Playbook, "Deciding how long to
+    train when training is compute-bound" (what transfers to longer runs).
     """
     for other in reversed(earlier):
         pairs = [(twin, trial) for trial in results.trials if (twin := _twin(trial, other)) is not None]
@@ -58,10 +57,9 @@ def carried_over(results: RoundResults, earlier: Sequence[RoundResults]) -> Carr
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, in [-1, 1]; equal values share the mean of their ranks.
+    """Return Spearman's rank correlation, in [-1, 1]; equal values share the mean of their ranks.
 
-    None for fewer than `MIN_RANKED` values, or where all of one side are equal. Rule: this project's
-    decision.
+    None for fewer than `MIN_RANKED` values, or if all of one side are equal. Rule: this project's decision.
     """
     if len(one) < MIN_RANKED or len(set(one)) == 1 or len(set(other)) == 1:
         return None
@@ -89,7 +87,7 @@ def _compared(
 
 
 def _twin(trial: Trial, other: RoundResults) -> Trial | None:
-    """The trial of another round that this one is: the one it went on from, or one that is the same."""
+    """Return the trial of another round that this one continues or repeats."""
     if trial.state == TrialState.FAILED:
         return None
     if trial.continues is not None and trial.continues.round == other.name:
@@ -121,11 +119,11 @@ def remarks(
     incumbents: Sequence[Trial],
     earlier: Sequence[RoundResults],
 ) -> Iterator[str]:
-    """What the next round's space says of its number of steps.
+    """Yield remarks on how the next round's space affects its number of steps.
 
     Rule: Deep Learning Tuning Playbook, "Deciding how long to train when training is not compute-bound" and
-    "Deciding how long to train when training is compute-bound": more gradient noise wants more steps, a
-    better tuned optimizer fewer, and regularisation helps where the training set can be fitted.
+    "Deciding how long to train when training is compute-bound": more gradient noise needs more steps, a
+    better tuned optimizer fewer, and regularisation helps if the training set can be fitted.
     """
     if incumbents:
         yield from _noisier_gradients(results, space, incumbents, earlier)
@@ -155,7 +153,7 @@ def _noisier_gradients(
 def _other_optimizer(results: RoundResults, space: Space) -> Iterator[str]:
     before = results.space.get("optimizer")
     if "optimizer" in searched(space) and isinstance(before, Fixed):
-        yield f"Another optimizer than {before.value} is tried: with a better one, fewer steps may do."
+        yield f"An optimizer other than {before.value} is tried: a better one may need fewer steps."
 
 
 def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterator[str]:
@@ -164,7 +162,7 @@ def _early_regularisation(reading: Reading, space: Space, best: Trial) -> Iterat
     if names and lowest > FAR_FROM_FITTED and reading.diagnosis != Diagnosis.OVERFITTING:
         yield (
             f"{' and '.join(names)} will probably not help yet: the training set is not fitted (train loss "
-            f"{lowest:.2g}) and nothing overfits."
+            f"{lowest:.2g}) and no trial overfits."
         )
 
 
@@ -174,13 +172,13 @@ def _largest(space: Space, name: str) -> float:
 
 
 MIN_RANK_CORRELATION = 0.5
-"""Below it the order of an earlier round has not held. Ranks of short and long runs agree so little at six
-times the length (3,819 AlgoPerf runs), twice what a round may be lengthened."""
+"""Below it the ranking of an earlier round has not held. Rankings of short and long runs agree this little at
+six times the length (3,819 AlgoPerf runs), twice the largest factor between rounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class OverturnedOrder:
-    """An earlier round whose order of trials did not hold in a later one."""
+    """An earlier round whose ranking of trials did not hold in a later one."""
 
     earlier: RoundResults
     later: str
@@ -191,10 +189,10 @@ class OverturnedOrder:
 def overturned_order(
     results: RoundResults, earlier: Sequence[RoundResults], *, noise: float | None = None
 ) -> OverturnedOrder | None:
-    """Return the earlier round whose order of trials did not hold; None where it held or nothing shows it.
+    """Return the earlier round whose ranking of trials did not hold; None if it held or is unknown.
 
     At least three trials are complete in both, their rank correlation is below 0.5, and one of them is now
-    significantly worse than one that was behind it; `noise` is relative to the loss. Rule: Deep Learning
+    significantly worse than one that ranked below it; `noise` is relative to the loss. Rule: Deep Learning
     Tuning Playbook, "Deciding how long to train when training is compute-bound" (what transfers to longer
     runs); the numbers are this project's decision.
     """
@@ -209,10 +207,10 @@ def overturned_order(
 
 
 def reopened_space(results: RoundResults, overturned: OverturnedOrder) -> dict[str, Dimension]:
-    """Return what the earlier round searched, and promotion then narrowed or fixed, as it was there.
+    """Return the dimensions that the earlier round searched and promotion then narrowed or fixed.
 
-    Of what might transfer or is likely to; warmup and initialisation stay. Rule: this project's decision,
-    "agreement".
+    Only of tiers that might transfer or are likely to; warmup and initialisation stay. Rule: this project's
+    decision, "agreement".
     """
     before = overturned.earlier.space
     return {
@@ -227,7 +225,7 @@ def reopened_space(results: RoundResults, overturned: OverturnedOrder) -> dict[s
 def reopening_findings(
     overturned: OverturnedOrder | None, reopened: Mapping[str, Dimension], *, widens_rates: bool
 ) -> Iterator[Finding]:
-    """What was re-opened since an earlier order did not hold, or why nothing was.
+    """Yield what is searched again because an earlier ranking did not hold, or why nothing is.
 
     Rule: this project's decision, "agreement".
     """
@@ -235,22 +233,22 @@ def reopening_findings(
         return
     name, correlation = overturned.earlier.name, overturned.rank_correlation
     if widens_rates:
-        done = "Higher learning rates come first, so nothing is re-opened yet."
+        done = "Higher learning rates are tried first, so nothing else is searched again yet."
     elif reopened:
         done = f"Searched again as in {name}: {', '.join(reopened)}. What {name} held fixed stays fixed."
     else:
-        done = f"Nothing is re-opened: what is fixed now was fixed in {name} as well."
+        done = f"Nothing is searched again: whatever is fixed now was also fixed in {name}."
     yield Finding(
         "agreement",
         Severity.WARNING,
-        f"The order of the {overturned.num_trials} trials carried over from {name} did not hold in "
+        f"The ranking of the {overturned.num_trials} trials carried over from {name} did not hold in "
         f"{overturned.later} (rank correlation {correlation:.2f}). {done}",
         {"rank_correlation": correlation, "trials": float(overturned.num_trials)},
     )
 
 
 def _is_worse(one: Trial, other: Trial, noise: float) -> bool:
-    """Whether a trial is worse than another by more than two standard errors."""
+    """Return whether a trial is worse than another by more than two standard errors."""
     first, second = best_evaluation(one.evaluations), best_evaluation(other.evaluations)
     if first is None or second is None:
         return False

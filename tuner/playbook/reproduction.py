@@ -1,4 +1,4 @@
-"""Whether a run repeats another: evaluation by evaluation, as far as rounding lets it."""
+"""Whether a run reproduces another, evaluation by evaluation, up to rounding."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from enum import StrEnum
 from tuner.records import Evaluation, Trial, TrialState
 
 TOLERANCE = 1e-4
-"""Relative, of losses in float32 with `adamw`, where kernels change with the shape of a pass."""
+"""Relative, for losses in float32 with `adamw`, where kernels change with the shape of a pass."""
 TOLERANCE_8BIT_OPTIMIZER = 1e-3
 """The same with `adamw_8bit`, which amplifies rounding."""
 TOLERANCE_ROUNDED = {"none": 2e-3, "nf4": 1e-2, "int8": 1e-2}
-"""By quantization, of a base in less than float32 or of one whose activations are rounded. Measured on a tiny
-model: 1e-3 in bfloat16, up to 1e-2 in bfloat16 over NF4; int8 is taken to be as wide."""
+"""By quantization, for a base model in less than float32 or one with rounded activations. Measured on a tiny
+model: 1e-3 in bfloat16, up to 1e-2 in bfloat16 over NF4; int8 is assumed to be as wide."""
 
 
 class Agreement(StrEnum):
-    """What comparing two runs comes to."""
+    """The result of comparing two runs."""
 
     EQUAL = "equal"
     """Digit for digit."""
@@ -30,7 +30,7 @@ class Agreement(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The evaluation losses of both runs at a step; None where a run was not evaluated there."""
+    """The evaluation losses of both runs at a step; None if a run was not evaluated there."""
 
     step: int
     recorded: float | None
@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Relative; infinite where only one of them is a number."""
+        """Relative; infinite if only one of them is a number."""
         one, other = self.recorded, self.again
         if one is None or other is None:
             return math.inf
@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """One thing of the environment that is not what it was; None where it was not recorded."""
+    """One property of the environment that changed; None if it was not recorded."""
 
     name: str
     recorded: str | None
@@ -60,33 +60,34 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """A recorded trial and the same run again."""
+    """A recorded trial and its second run."""
 
     trial: Trial
     from_step: int
-    """Up to it nothing was run again: the checkpoint of another trial, which this one continues."""
+    """Nothing was run again up to this step: it is a checkpoint of another trial, which this one continues.
+    """
     to_step: int
     """The last step that was to be run."""
     pairs: tuple[Pair, ...]
-    """By step, those after `from_step`; from step 0 that of the untouched base, too."""
+    """By step, those after `from_step`; from step 0, the base model's too."""
     tolerance: float
-    """Relative, up to which losses count as the same."""
+    """Relative difference up to which losses count as the same."""
     ended_as: TrialState | None
-    """How the run ended; running where it outlived a recorded end; None where it was not to come to one."""
+    """How the run ended; running if it outlived a recorded end; None if it was not run to its end."""
     reason: str | None
     changed: tuple[Changed, ...]
     remarks: tuple[str, ...] = ()
 
     @property
     def agreement(self) -> Agreement:
-        """What it comes to: by the losses, and by how the run ended."""
+        """Return the agreement of the losses and of how the run ended."""
         if not self.ends_alike or self.first_beyond is not None:
             return Agreement.DIFFERS
         return Agreement.EQUAL if self.largest is None else Agreement.WITHIN_TOLERANCE
 
     @property
     def ends_alike(self) -> bool:
-        """Whether the run ended as recorded; a run that was stopped before must not have been infeasible."""
+        """Return whether the run ended as recorded; one stopped early must not have been infeasible."""
         if self.ended_as is None:
             return True
         if self.trial.state != TrialState.INFEASIBLE or self.ended_as != TrialState.INFEASIBLE:
@@ -95,12 +96,12 @@ class Reproduction:
 
     @property
     def first_beyond(self) -> Pair | None:
-        """The first evaluation that differs by more than the tolerance."""
+        """Return the first evaluation that differs by more than the tolerance."""
         return next((pair for pair in self.pairs if pair.difference > self.tolerance), None)
 
     @property
     def largest(self) -> Pair | None:
-        """The evaluation that differs most, the first of several; None where none differs."""
+        """Return the evaluation that differs most, the first of several; None if none differs."""
         differing = [pair for pair in self.pairs if pair.difference > 0]
         return max(differing, key=lambda pair: pair.difference, default=None)
 
@@ -108,9 +109,9 @@ class Reproduction:
 def pairs(
     recorded: Iterable[Evaluation], again: Iterable[Evaluation], *, from_step: int, to_step: int
 ) -> tuple[Pair, ...]:
-    """Both runs' losses by step: after `from_step`, or from 0 if that is 0, up to `to_step`.
+    """Return both runs' losses by step: after `from_step`, or from 0 if that is 0, up to `to_step`.
 
-    Rule: this project's decision: of inherited evaluations nothing is learnt.
+    Rule: this project's decision: inherited evaluations prove nothing.
     """
     one, other = ({e.step: e.eval_loss for e in evaluations} for evaluations in (recorded, again))
     steps = (s for s in sorted({*one, *other}) if s <= to_step and (s > from_step or from_step == 0))
@@ -118,7 +119,7 @@ def pairs(
 
 
 def tolerance(*, dtype: str, quantization: str, has_rounded_state: bool) -> float:
-    """The relative difference of losses that rounding explains, where not all digits are the same.
+    """Return the relative difference of losses that rounding explains if not all digits are equal.
 
     Rule: this project's decision; packed or on another device than before, kernels sum in another order.
     """
@@ -128,9 +129,9 @@ def tolerance(*, dtype: str, quantization: str, has_rounded_state: bool) -> floa
 
 
 def changed(recorded: Sequence[Mapping[str, str]], again: Mapping[str, str]) -> tuple[Changed, ...]:
-    """What differs between the environments of a trial's attempts and that of the run again.
+    """Return what differs between the environments of a trial's attempts and that of the second run.
 
-    Rule: this project's decision: what was another in any attempt is named.
+    Rule: this project's decision: a difference in any attempt is reported.
     """
     if not recorded:
         return tuple(Changed(name, None, value) for name, value in again.items())
@@ -143,5 +144,5 @@ def changed(recorded: Sequence[Mapping[str, str]], again: Mapping[str, str]) -> 
 
 
 def _without_decimals(reason: str | None) -> str:
-    """A reason without the decimal numbers in it, which are rounded as losses are; its steps stay."""
+    """Remove the decimal numbers from a reason, since they are rounded as losses are; its steps stay."""
     return re.sub(r"\d+\.\d+", "#", reason or "")

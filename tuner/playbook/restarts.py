@@ -1,4 +1,4 @@
-"""When a study has enough rounds, and when it starts again from the shortest horizon."""
+"""When a study has enough rounds, and when it restarts from the shortest horizon."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuner.playbook.selection import may_be_carried_over, ranked
 from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
 
 MAX_GROWTH = 9
-"""Times the first horizon up to which rounds follow each other where nothing else bounds them."""
+"""Rounds follow each other up to this multiple of the first horizon if nothing else limits them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Enough:
 
     reason: str
     taught_nothing: bool = False
-    """Whether the round failed to say how long to train: nothing complete, or nothing learned."""
+    """Whether the round failed to show how long to train: nothing complete, or nothing learned."""
 
 
 def next_horizon(
@@ -37,13 +37,13 @@ def next_horizon(
     *,
     has_deadline: bool = False,
 ) -> int | Enough:
-    """Return the horizon of the round that follows by itself, or why none does.
+    """Return the horizon of the round that follows automatically, or why none does.
 
-    `too_short` and `undetermined` ask for a longer one, and so does an edge of the learning rates for another
-    at the same horizon. The second `undetermined` in a row ends a study, and so do `run.production_steps`
-    and, where neither that nor a deadline is set, nine times the first horizon. `earlier` are the study's
-    rounds before, oldest first. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each
-    training run" (one to three rounds); the bounds are this project's decision.
+    `too_short` and `undetermined` lead to a longer one, and a learning rate at its bound to another at the
+    same horizon. The second `undetermined` in a row ends a study, and so do `run.production_steps` and, if
+    neither that nor a deadline is set, nine times the first horizon. `earlier` holds the study's earlier
+    rounds, oldest first. Rule: Deep Learning Tuning Playbook, "Deciding the number of steps for each training
+    run" (one to three rounds); the bounds are this project's decision.
     """
     steps, suggested = results.max_train_steps, reading.suggested_max_train_steps
     if suggested is None:
@@ -63,10 +63,10 @@ def next_horizon(
     if reading.diagnosis == Diagnosis.UNDETERMINED and _was_undetermined(same):
         return Enough(
             "for the second time in a row the round cannot tell whether more steps would help; its report "
-            f"says what would. The next horizon to try is {suggested} steps"
+            f"says what would settle it. The next horizon to try is {suggested} steps"
         )
     if suggested <= steps and results.production_steps is None:
-        return Enough(f"a horizon of {steps} leaves no step to add: set a longer max_train_steps")
+        return Enough(f"a horizon of {steps} is too short to be extended: set a longer max_train_steps")
     if suggested <= steps:
         return Enough(f"run.production_steps, {results.production_steps}, does not allow longer runs")
     return _bounded(suggested, results, same, has_deadline=has_deadline)
@@ -75,7 +75,7 @@ def next_horizon(
 def _bounded(
     suggested: int, results: RoundResults, earlier: Sequence[RoundResults], *, has_deadline: bool
 ) -> int | Enough:
-    """The suggestion, within nine times the first horizon where nothing else bounds it."""
+    """Return the suggestion, limited to nine times the first horizon if nothing else limits it."""
     if has_deadline or results.production_steps is not None:
         return suggested
     most = MAX_GROWTH * min(r.max_train_steps for r in (*earlier, results))
@@ -97,55 +97,55 @@ def _was_undetermined(earlier: Sequence[RoundResults]) -> bool:
 
 def _nothing_taught(reading: Reading) -> str:
     if reading.diagnosis == Diagnosis.NO_LEARNING:
-        return "no trial beat the base model: look at data, loss masks and learning rates first"
-    return "no trial is complete, so nothing says how long to train"
+        return "no trial beat the base model: check the data, the loss masks and the learning rates first"
+    return "no trial is complete, so the round does not show how long to train"
 
 
 CARRIED_SHARE = 1 / 3
-"""Of a round's trials, how many a longer round carries over."""
+"""Divisor: a longer round carries over one in this many of a round's trials."""
 
 
 @dataclass(frozen=True, slots=True)
-class Longer:
-    """A longer round that goes on with trials of shorter ones, and adds none."""
+class LongerRound:
+    """A longer round that continues trials of shorter ones and adds none."""
 
     max_train_steps: int
     candidates: tuple[Trial, ...]
-    """Trials of the last round's horizon, from all passes, that no longer round has taken up."""
+    """Trials of the last round's horizon, from all restarts, that no longer round has run."""
     top: int
     """How many of them it carries over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Anew:
-    """A round at the first horizon, sampled by what all rounds before have taught."""
+class Restart:
+    """A round at the first horizon, sampled with the results of all earlier rounds."""
 
     number: int
-    """Of the pass that it begins: 2, 3, ..."""
+    """Number of the pass that it starts: 2, 3, ..."""
 
 
-Following: TypeAlias = Longer | Anew | None
+Following: TypeAlias = LongerRound | Restart | None
 
 
 def following(rounds: Sequence[RoundResults], *, longer: int | None, passes: int) -> Following:
-    """What comes after the last of these rounds, oldest first; None where it was the last one.
+    """Return what comes after the last of these rounds, oldest first; None if nothing does.
 
-    `longer` is the horizon that the last round asks for beyond all that were run, if it does. A pass
-    climbs from the first horizon over all that the study knows. Rule: this project's decision, "How good
-    is it?": rounds that go on from trunks, and a sampler that uses the earlier rounds.
+    `longer` is a horizon beyond all that were run, if the last round asks for one. A pass climbs from the
+    first horizon, using all trials of the study. Rule: this project's decision, "How good is it?": rounds
+    that continue from stable checkpoints, and a sampler that uses the earlier rounds.
     """
     last = rounds[-1]
     known = (r.max_train_steps for r in rounds if r.max_train_steps > last.max_train_steps)
     horizon = min(known, default=longer)
     candidates = left_behind(rounds, max_train_steps=last.max_train_steps)
     if horizon is not None and candidates:
-        return Longer(horizon, candidates, num_carried(len(last.results)))
+        return LongerRound(horizon, candidates, num_carried(len(last.results)))
     begun = sum(r.max_train_steps == rounds[0].max_train_steps for r in rounds)
-    return Anew(begun + 1) if begun < passes and points_left(rounds) > 0 else None
+    return Restart(begun + 1) if begun < passes and points_left(rounds) > 0 else None
 
 
 def points_left(rounds: Sequence[RoundResults]) -> float:
-    """Points of the first round's space that no round of its horizon has tried; mostly infinite.
+    """Return how many points of the first round's space are untried at its horizon; mostly infinite.
 
     Rule: this project's decision, "Search": no point is run twice for as many steps.
     """
@@ -162,7 +162,7 @@ def points_left(rounds: Sequence[RoundResults]) -> float:
 
 
 def _within(space: Space, trial: Trial) -> tuple[Value, ...] | None:
-    """The trial's values of what is searched; None for a point that the space does not hold."""
+    """Return the trial's values of the searched hyperparameters; None if the space excludes the point."""
     known = trial.hyperparameters
     is_within = all(
         isinstance(dimension, TimesSqrtRank) or (name in known and dimension.contains(known[name]))
@@ -172,7 +172,7 @@ def _within(space: Space, trial: Trial) -> tuple[Value, ...] | None:
 
 
 def num_carried(num_trials: int) -> int:
-    """A third of a round's trials, and at least one.
+    """Return a third of a round's trials, and at least one.
 
     Rule: this project's decision: as in successive halving, where each round is three times as long.
     """
@@ -180,7 +180,7 @@ def num_carried(num_trials: int) -> int:
 
 
 def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tuple[Trial, ...]:
-    """Return the trials of a horizon that beat the base model and that no longer round has run, best first.
+    """Return the trials of a horizon that beat the base model and were not run longer, best first.
 
     Rule: this project's decision: a trial that was just behind in its own pass may lead in the next.
     """
@@ -196,13 +196,13 @@ def left_behind(rounds: Sequence[RoundResults], *, max_train_steps: int) -> tupl
     return tuple(trial for trial in left if may_be_carried_over(trial))
 
 
-def plan_round_anew(
+def plan_restart(
     first: RoundResults, last: RoundResults, reading: Reading, *, to: str, trials: int, number: int
 ) -> NextRound:
-    """The round that begins pass `number`: horizon, space and number of trials of the first one.
+    """Return the round that starts pass `number`: horizon, space and number of trials of the first one.
 
-    `reading` is that of the last round, whose findings it keeps. Rule: this project's decision, "How good
-    is it?".
+    `reading` is that of the last round; its findings are kept. Rule: this project's decision, "How good is
+    it?".
     """
     changes = {
         name: HyperparameterChange(dimension, dimension, tier_of(name), f"as in {first.name}")
@@ -223,5 +223,5 @@ def plan_round_anew(
         sampler_reason="learns from the trials of all rounds",
         proposed_seeds=(),
         findings=reading.findings,
-        notes=(f"Pass {number} begins, with the horizon and the space of {first.name}.",),
+        notes=(f"This round starts pass {number}, with the horizon and the search space of {first.name}.",),
     )

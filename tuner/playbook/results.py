@@ -1,4 +1,4 @@
-"""What a round left, as the rules read it, and a finding, as they say it."""
+"""The input of every rule, a round's results, and the output, a finding."""
 
 from __future__ import annotations
 
@@ -23,73 +23,73 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a rule of the playbook says of a round."""
+    """What a rule of the playbook reports about a round."""
 
     rule: str
     """The rule's name, the same in reports and documentation."""
     severity: Severity
     message: str
-    """What was seen and what to do, in a sentence or two."""
+    """What was measured and what to do, in a sentence or two."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """What the finding rests on; all finite."""
+    """The numbers behind the finding; all finite."""
 
 
 def counted(quantity: int, noun: str) -> str:
-    """A number with its noun: 1 trial, 1,200 trials. Rule: this project's decision."""
+    """Format a number with its noun: 1 trial, 1,200 trials. Rule: this project's decision."""
     return f"{quantity:,} {noun}" if quantity == 1 else f"{quantity:,} {noun}s"
 
 
 def percent(share: float) -> str:
-    """A share as people read it: 12%, 0.34%. Rule: this project's decision: two digits that count."""
+    """Format a share for reading: 12%, 0.34%. Rule: this project's decision: two significant digits."""
     number = 100 * share
     return f"{number:.0f}%" if abs(number) >= 9.95 else f"{number:.2g}%"
 
 
 @dataclass(frozen=True, slots=True)
 class BranchResult:
-    """A comparison run that has ended: the loss of a trial at a shorter horizon on the same schedule."""
+    """A comparison run that has ended, with a trial's loss at a shorter horizon on the same schedule."""
 
     trial: int
     """Number of the trial that it is compared with."""
     max_train_steps: int
     """Its own horizon."""
     evaluations: tuple[Evaluation, ...]
-    """By step, those before its start included or not; the last one is at `max_train_steps`."""
+    """By step, with or without those before its start; the last one is at `max_train_steps`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundResults:
-    """A round: the input of every rule that reads one. The order of `trials` has no meaning."""
+    """A round, the input of every rule. The order of `trials` has no meaning."""
 
     name: str
     max_train_steps: int
     evaluate_every: int
     """Steps between evaluations."""
     space: Space
-    """Every hyperparameter, the fixed ones and the defaults included."""
+    """Every hyperparameter, including fixed ones and defaults."""
     trials: tuple[Trial, ...]
     train_rows: int = 0
-    """Rows of the training set; 0 when not known."""
+    """Rows of the training set; 0 if unknown."""
     production_steps: int | None = None
-    """The longest run that the user can pay for."""
+    """The longest run that the user can afford."""
     worthwhile_gain: float = 0.005
-    """`run.worthwhile_gain`: the share of the loss that doubling the steps has to bring, in [0, 1)."""
+    """`run.worthwhile_gain`: the share of the loss by which doubling the steps must lower it, in [0, 1)."""
     evaluation_share: float = 0.0
-    """Share of the round's work that evaluation takes, in [0, 1]: of the time where it was measured."""
+    """Share of the round's compute that evaluation takes, in [0, 1]: of the time if it was measured."""
     max_examples: int | None = None
-    """`evaluation.max_examples`: the most examples that are evaluated; None where not known."""
+    """`evaluation.max_examples`: the most examples that are evaluated; None if unknown."""
     is_sweep: bool = False
-    """Whether it is one of a sweep, whose trials are compared with no others."""
+    """Whether the round belongs to a sweep, whose trials are compared with no others."""
     workload: str = ""
-    """Fingerprint of base, data, evaluation set and length; empty when not known."""
+    """Fingerprint of base model, data, evaluation set and length; empty if unknown."""
     branches: tuple[BranchResult, ...] = field(default=())
     """Comparison runs of the round's trials, decay branches among them."""
     seconds_per_step: float | None = None
-    """Measured cost of one trial's step, its share of evaluations included."""
+    """Measured cost of one step of a trial, including its share of evaluations."""
     sampler: Sampler = "quasi-random"
     """`search.sampler`."""
     limits: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    """Lowest and highest value that a hyperparameter may have at all, by name; None where there is none."""
+    """Lowest and highest value that a hyperparameter may have, by name; None if there is none."""
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.evaluate_every < 1:
@@ -97,15 +97,15 @@ class RoundResults:
 
     @property
     def complete(self) -> tuple[Trial, ...]:
-        """Trials that ran to the horizon, by number."""
+        """Return the trials that ran to the horizon, by number."""
         done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         return tuple(sorted(done, key=lambda trial: trial.number))
 
     @property
     def results(self) -> tuple[Trial, ...]:
-        """Trials that count towards `search.trials`, by number."""
+        """Return the trials that count towards `search.trials`, by number."""
         return tuple(sorted((t for t in self.trials if t.state.is_result), key=lambda t: t.number))
 
     def trial(self, number: int) -> Trial | None:
-        """The trial of that number."""
+        """Return the trial with that number."""
         return next((trial for trial in self.trials if trial.number == number), None)

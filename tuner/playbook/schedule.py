@@ -1,7 +1,7 @@
-"""What the learning rate does over a run, and where a longer or shorter run leaves it.
+"""The learning rate over a run, and how it changes with the length of the run.
 
-A step is counted in optimizer updates; every schedule starts with `warmup_steps` of linear warmup. What
-follows, the descriptions in `tuner.methods.schedules` say.
+A step is one optimizer update; every schedule starts with `warmup_steps` of linear warmup. What follows is
+described in `tuner.methods.schedules`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tuner.methods.schedules import DECAY_STEPS, Schedule, schedule, warmup_leng
 from tuner.records import Choices, Fixed, Hyperparameters, Space, Value
 
 ComparisonRule: TypeAlias = Literal["auto"] | bool
-"""`run.decay_branches`: one comparison run where a round needs it, those of all leading trials, or none."""
+"""`run.decay_branches`: one comparison run if a round needs it, those of all leading trials, or none."""
 
 TINY_RATE = 0.1
 """Below this share of the peak rate a step counts as spent at a tiny rate."""
 
 
 def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_steps: int) -> float:
-    """Learning rate of the next update as a share of the peak, in [0, 1].
+    """Return the learning rate of the next update as a share of the peak, in [0, 1].
 
-    `updates_done` is what `torch.optim.lr_scheduler.LambdaLR` passes: 0 for the first update, which
-    therefore has rate 0 when there is a warmup. Rule: Deep Learning Tuning Playbook, "Which learning rate
+    `updates_done` is the argument that `torch.optim.lr_scheduler.LambdaLR` passes: 0 for the first update,
+    which therefore has rate 0 if there is a warmup. Rule: Deep Learning Tuning Playbook, "Which learning rate
     decay schedule is the best to use as a default?" (linear or cosine); constant-then-linear is this
-    project's decision, so that runs can go on.
+    project's decision, so that runs can be continued.
     """
     warmup = warmup_length(hyperparameters)
     if updates_done < warmup:
@@ -38,35 +38,35 @@ def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_st
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
-    """Return the schedule of a trial, `constant` where none is named. Rule: this project's decision."""
+    """Return the schedule of a trial, by default `constant`. Rule: this project's decision."""
     return schedule(str(hyperparameters.get("schedule", "constant")))
 
 
 def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
-    """Steps at which a trial is evaluated: 0, every so many, and always the last one.
+    """Return the steps at which a trial is evaluated: 0, every `every` steps, and always the last one.
 
-    Rule: Deep Learning Tuning Playbook, "Setting up periodic evaluations": at regular step intervals.
-    That step 0 and the horizon are always among them is this project's decision.
+    Rule: Deep Learning Tuning Playbook, "Setting up periodic evaluations": at regular step intervals. That
+    step 0 and the horizon are always among them is this project's decision.
     """
     return (*range(0, max_train_steps, every_steps), max_train_steps)
 
 
 def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | None:
-    """The last step of the part that does not depend on the horizon; None where there is none.
+    """Return the last step of the stable phase, which does not depend on the horizon; None if there is none.
 
-    T - D for `linear`, T for `constant` (and where no schedule is named), None for `cosine`. Rule:
-    this project's decision, "Trunk".
+    T - D for `linear`, T for `constant` (and where no schedule is named), None for `cosine`. Rule: this
+    project's decision, "Trunk".
     """
     decay = schedule_of(hyperparameters).decay_length(hyperparameters)
     return None if decay is None else max_train_steps - decay
 
 
 def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, share: float) -> float:
-    """Return where in the run this share, in (0, 1], of its summed learning rate was spent, in steps.
+    """Return the step by which this share, in (0, 1], of the run's summed learning rate was spent.
 
-    Within a step it is spent evenly: rounded up, the rest of a short cosine would be 16% where a quarter is
-    asked for. Of a constant rate that is the same share of the steps, of one that falls it comes sooner:
-    three quarters of a cosine are spent after 0.44 of its steps. Rule: this project's decision, "right".
+    Fractional, since rounding up would leave 16% of a short cosine where a quarter is asked for. At a
+    constant rate it is the same share of the steps, at a falling one it comes sooner: three quarters of a
+    cosine are spent after 0.44 of its steps. Rule: this project's decision, "right".
     """
     spent = list(itertools.accumulate(_multipliers(hyperparameters, range(max_train_steps), max_train_steps)))
     wanted = share * spent[-1]
@@ -77,7 +77,7 @@ def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, s
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
-    """Steps of decay after a stable phase; 0 where there is none of either.
+    """Return the steps of decay after a stable phase; 0 if there is no decay or no stable phase.
 
     Rule: this project's decision: the schedules of `multiplier`.
     """
@@ -86,21 +86,21 @@ def decay_length(hyperparameters: Hyperparameters) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRun:
-    """A run to a shorter horizon on the same schedule: the loss that this horizon would have had."""
+    """A run to a shorter horizon on the same schedule, which measures the loss at that horizon."""
 
     from_step: int
-    """The stable checkpoint it starts from, as a decay branch; 0 from scratch."""
+    """The stable checkpoint from which a decay branch starts; 0 from scratch."""
     max_train_steps: int
     """Its own horizon."""
 
     @property
     def num_steps(self) -> int:
-        """Steps that it runs."""
+        """Return the number of steps that it runs."""
         return self.max_train_steps - self.from_step
 
 
 def shorter_decay(hyperparameters: Hyperparameters, old_horizon: int, new_horizon: int) -> int:
-    """Return the length of the decay that takes the same share of a shorter run, in whole steps.
+    """Return the length of a decay with the same share of a shorter run, in whole steps.
 
     At least one step where there is a decay. Rule: this project's decision, "Comparison runs".
     """
@@ -111,9 +111,9 @@ def shorter_decay(hyperparameters: Hyperparameters, old_horizon: int, new_horizo
 def decay_branches(hyperparameters: Hyperparameters, max_train_steps: int) -> tuple[ComparisonRun, ...]:
     """Return the comparison runs that can start from a stable checkpoint, by horizon.
 
-    They end at T/2 and T/sqrt(2) and keep the decay's share of the run; one that would start before
-    the warmup ends is left out, and so are all where there is no linear decay. Rule: this project's
-    decision, "Comparison runs".
+    They end at T/2 and T/sqrt(2) and keep the decay's share of the run. Runs that would start before the
+    warmup ends are left out; without a linear decay there are none. Rule: this project's decision,
+    "Comparison runs".
     """
     if not 0 < decay_length(hyperparameters) <= max_train_steps:
         return ()
@@ -128,8 +128,8 @@ def decay_branches(hyperparameters: Hyperparameters, max_train_steps: int) -> tu
 def half_from_scratch(hyperparameters: Hyperparameters, max_train_steps: int) -> ComparisonRun | None:
     """Return the comparison run to T/2 that starts at step 0.
 
-    None where warmup takes all of it, and where the rate is constant to the end: there the trial's own
-    evaluations show what such a run would. Rule: this project's decision, "Comparison runs".
+    None if warmup takes all of it, or if the rate is constant to the end, where the trial's own evaluations
+    show the same. Rule: this project's decision, "Comparison runs".
     """
     half = round(max_train_steps / 2)
     is_constant = trunk_end(hyperparameters, max_train_steps) == max_train_steps
@@ -141,8 +141,8 @@ def comparison_runs(
 ) -> tuple[ComparisonRun, ...]:
     """Return the comparison runs of one trial by `run.decay_branches`, by horizon.
 
-    A decay branch where the stable phase holds its start, else to T/2 one from scratch, unless warmup takes
-    all of it. Rule: this project's decision, "Comparison runs".
+    Decay branches if the stable phase contains their start, otherwise a run to T/2 from scratch, unless
+    warmup takes all of it. Rule: this project's decision, "Comparison runs".
     """
     half = half_from_scratch(hyperparameters, max_train_steps)
     if rule is False or half is None:
@@ -156,10 +156,11 @@ def comparison_runs(
 def trunk_steps(
     hyperparameters: Hyperparameters, max_train_steps: int, *, branches: ComparisonRule
 ) -> tuple[int, ...]:
-    """Steps at which a resumable trunk checkpoint is kept: the trunk's end and the branch points.
+    """Return the steps at which a stable checkpoint is kept: the end of the stable phase and the branch
+    points.
 
-    Empty when the schedule has no trunk, or when the warmup outlasts it. Rule: this project's
-    decision, "Trunk".
+    Empty if the schedule has no stable phase, or if the warmup outlasts it. Rule: this project's decision,
+    "Trunk".
     """
     end = trunk_end(hyperparameters, max_train_steps)
     if end is None or end < max(1, warmup_length(hyperparameters)):
@@ -169,7 +170,7 @@ def trunk_steps(
 
 
 def can_decay_linearly(space: Space) -> bool:
-    """Return whether a trial of the space may have a linear decay, so that `decay_steps` counts.
+    """Return whether a trial of the space may have a linear decay, which uses `decay_steps`.
 
     Rule: this project's decision: the schedules of `multiplier`.
     """
@@ -189,12 +190,12 @@ def _has_decay(name: Value) -> bool:
 def tiny_rate_share(
     hyperparameters: Hyperparameters, *, old: Hyperparameters, old_horizon: int, new_horizon: int
 ) -> float:
-    """Share of the steps that a longer horizon gains that run below 10% of the peak rate; 0 if it gains none.
+    """Return the share of the steps added by a longer horizon that run below 10% of the peak rate.
 
-    What a trunk gains is spent at the peak, so that with one only what the decay gains counts, at the end of
-    the run; without one, as for cosine, it is the steps beyond the old horizon. `old` are the
-    hyperparameters at the old horizon. Rule: Deep Learning Tuning Playbook, "Round 1: Many short training
-    runs": a common mistake is to spend all the extra steps at too small a rate.
+    0 if none are added. Steps added to a stable phase run at the peak, so with one only steps added to the
+    decay count, at the end of the run; without one, as for cosine, it is the steps beyond the old horizon.
+    `old` holds the hyperparameters at the old horizon. Rule: Deep Learning Tuning Playbook, "Round 1: Many
+    short training runs": a common mistake is to spend all the extra steps at too small a rate.
     """
     num_gained = new_horizon - old_horizon
     if num_gained <= 0:
@@ -208,5 +209,5 @@ def tiny_rate_share(
 def _multipliers(
     hyperparameters: Hyperparameters, updates_done: Iterable[int], max_train_steps: int
 ) -> Iterator[float]:
-    """Learning rates as shares of the peak, as for `multiplier`."""
+    """Return the learning rates as shares of the peak, as for `multiplier`."""
     return (multiplier(done, hyperparameters, max_train_steps) for done in updates_done)

@@ -1,4 +1,4 @@
-"""Scores that choose no step: of generated answers, and of the final trial on `data.test`."""
+"""Scores that never choose a step: of generated answers, and of the final trial on `data.test`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuner.records import AnswerScore, Evaluation, FinalScore, Trial
 
 
 def answer_score(scores: Sequence[float], *, step: int, metric: str, is_objective: bool) -> AnswerScore:
-    """The mean of answers' scores, of which there is at least one, and its standard error.
+    """Return the mean of at least one answer's score, and its standard error.
 
     `step` is that of the adapter that answered. Rule: this project's decision, "The best step of a trial":
     the step is chosen by the loss, its answers are scored once.
@@ -30,7 +30,7 @@ def answer_score(scores: Sequence[float], *, step: int, metric: str, is_objectiv
 def final_score(
     example_nll: Sequence[float], example_tokens: Sequence[int], *, step: int, rows: str, scored_at: float
 ) -> FinalScore:
-    """The score that per-example sums and target tokens add up to.
+    """Return the score that per-example sums and target tokens add up to.
 
     `rows` is the examples' fingerprint, `step` the adapter's. Rule: this project's decision, "The best step
     of a trial": the minimum over many evaluations is optimistic, this number is not.
@@ -50,7 +50,7 @@ def final_score(
 
 
 def scored_trials(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Those that have a score, in the order in which they got it.
+    """Return the trials that have a score, in the order in which they were scored.
 
     Rule: this project's decision, "The best step of a trial".
     """
@@ -61,10 +61,10 @@ def scored_trials(trials: Iterable[Trial]) -> tuple[Trial, ...]:
 
 
 def scored_before(trial: Trial, scored: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Trials that were scored on the same rows before this one: with any, its score is a choice's.
+    """Return the trials that were scored on the same rows before this one; after any, its score is selected.
 
-    `scored` is as `scored_trials` orders it. Rule: this project's decision, "The best step of a trial":
-    whoever looks twice may keep the better number.
+    `scored` is as `scored_trials` orders it. Rule: this project's decision, "The best step of a trial": a
+    repeated look may keep the better number.
     """
     score = trial.final_score
     if score is None:

@@ -11,11 +11,11 @@ from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, signif
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
-"""Leading trials are at least this many, where there are."""
+"""The smallest number of leading trials, if there are as many."""
 
 
 def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The evaluation with the lowest loss; the earlier of equals; None if none is finite.
+    """Return the evaluation with the lowest loss; the earlier of equals; None if none is finite.
 
     Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
     checkpoint": run to the fixed horizon, then choose among all.
@@ -26,11 +26,11 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
 
 
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
-    """The earliest step that is not worse than the best by more than one standard error; or None.
+    """Return the earliest step within one standard error of the best; None without a finite loss.
 
-    The standard error is that of the paired difference to the best; where it is unknown, the best itself is
-    the answer. Rule: this project's decision, "settled_step": when the trial was done, as far as the
-    evaluation can tell.
+    The standard error is that of the paired difference to the best; if it is unknown, the best step itself is
+    returned. Rule: this project's decision, "settled_step": when the trial was done, judging by the
+    evaluation.
     """
     best = best_evaluation(evaluations)
     if best is None:
@@ -44,7 +44,7 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LeadingTrial:
-    """A trial that speaks for the round, and where its best step lies."""
+    """A leading trial and the position of its best step."""
 
     trial: Trial
     best: Evaluation
@@ -54,17 +54,17 @@ class LeadingTrial:
 
 
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
-    """Complete trials with a finite evaluation and their best one, by the round's objective, best first.
+    """Return the complete trials with a finite best evaluation, by the round's objective, best first.
 
-    That is the answers of the best step where the round file says so, ties by the loss; else the loss; ties
-    by number. Infeasible, pruned and failed trials are never among them, whatever they reached before. Rule:
-    this project's decision, "Infeasible".
+    The objective is the answer score of the best step if the round file says so, ties by the loss; otherwise
+    the loss; ties by number. Infeasible, pruned and failed trials are never among them, whatever they reached
+    before. Rule: this project's decision, "Infeasible".
     """
     return tuple(sorted(ranked_by_loss(trials), key=lambda pair: -(objective_score(pair[0]) or 0.0)))
 
 
 def ranked_by_loss(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
-    """The same by the loss, whatever the objective: what is read about horizons rests on losses.
+    """Rank by the loss, whatever the objective: readings of the horizon rest on losses.
 
     Rule: this project's decision, "The best step of a trial".
     """
@@ -77,7 +77,7 @@ def ranked_by_loss(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], .
 
 
 def objective_score(trial: Trial) -> float | None:
-    """The answer score that its round ranks the trial by, higher is better; None where losses decide.
+    """Return the answer score that ranks the trial, higher is better; None if the loss ranks it.
 
     Rule: this project's decision, "The best step of a trial".
     """
@@ -88,11 +88,11 @@ def objective_score(trial: Trial) -> float | None:
 def beats_the_base(trial: Trial) -> bool:
     """Return whether a trial became better than the base model by more than two standard errors.
 
-    At its best step, and on the smoothed curve there. The best of many evaluations is low by luck as well,
-    which it must exceed too; of that luck the changes from one evaluation to the next tell, since the luck in
-    the choice of examples is the same in all. Where the base model's loss is not among the evaluations, there
-    is nothing to beat; where no standard error is known, any better step counts. Rule: this project's
-    decision, "Leading trials".
+    It must do so at its best step, and on the smoothed curve there. The best of many evaluations is low
+    partly by luck, which it must exceed too; the changes from one evaluation to the next estimate that luck,
+    since the choice of examples is the same for all. True if the base model's loss is not among the
+    evaluations; if no standard error is known, any better step counts. Rule: this project's decision,
+    "Leading trials".
     """
     best = best_evaluation(trial.evaluations)
     if best is None:
@@ -109,22 +109,22 @@ def beats_the_base(trial: Trial) -> bool:
 
 
 def _mean_change(losses: Sequence[float], *, default: float) -> float:
-    """The root mean square of the change from one loss to the next, of three at least."""
+    """Return the root mean square of the changes from one loss to the next, of at least three."""
     changes = [later - sooner for sooner, later in pairwise(losses)]
     return math.sqrt(math.fsum(c * c for c in changes) / len(changes)) if len(changes) > 1 else default
 
 
 def may_be_carried_over(trial: Trial) -> bool:
-    """Return whether a complete trial is worth continuing: it beat the base model.
+    """Return whether a complete trial is worth continuing because it beat the base model.
 
-    Where answers are the objective they decide alone, since the base model was not asked. Rule: this
+    If answers are the objective, only they decide, since the base model's answers are not scored. Rule: this
     project's decision, "The next round".
     """
     return objective_score(trial) is not None or beats_the_base(trial)
 
 
 def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Return the first of each configuration and seed: copies of a run are no further evidence.
+    """Return the first trial of each configuration and seed: copies are no further evidence.
 
     Rule: this project's decision, "Leading trials".
     """
@@ -135,23 +135,23 @@ def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
 
 
 def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
-    """Return the best five, or a quarter where that is more, of the trials that beat the base, best first.
+    """Return the best five, or a quarter if that is more, of the trials that beat the base model, best first.
 
-    By their losses, of copies only the first. Rule: Deep Learning Tuning Playbook, "Deciding how long to
-    train when training is not compute-bound", reads the best steps of a round's trials; that only the
-    leading ones speak is this project's decision.
+    By their losses, without duplicates. Rule: Deep Learning Tuning Playbook, "Deciding how long to train when
+    training is not compute-bound", reads the best steps of a round's trials; reading only the leading ones is
+    this project's decision.
     """
     complete = distinct(trial for trial, _ in ranked_by_loss(trials))
     learned = (trial for trial in complete if beats_the_base(trial))
-    # What comes after the leading ones need not be judged.
+    # Trials ranked after the leading ones need not be judged.
     leading = list(islice(learned, num_leading(len(complete))))
     return _first(leading, len(leading), max_train_steps)
 
 
 def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
-    """Return the leading trials, or as many of the best where none beat the base model.
+    """Return the leading trials, or as many of the best if none beat the base model.
 
-    What curves say of a bug is read there too. Rule: this project's decision, "Leading trials".
+    Curves of such trials can still reveal a bug. Rule: this project's decision, "Leading trials".
     """
     complete = distinct(trial for trial, _ in ranked_by_loss(trials))
     leading = leading_trials(complete, max_train_steps)
@@ -166,7 +166,7 @@ def _first(trials: Iterable[Trial], count: int, max_train_steps: int) -> tuple[L
 
 
 def num_leading(num_complete: int) -> int:
-    """How many of so many complete trials are leading.
+    """Return how many of `num_complete` trials are leading.
 
     Rule: this project's decision, "Leading trials": max(5, a quarter).
     """

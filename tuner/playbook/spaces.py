@@ -1,4 +1,4 @@
-"""How the dimensions of a search space are narrowed, moved and widened."""
+"""Narrow, move and widen the dimensions of a search space."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tuner.playbook.edges import WIDENING, Edge, listed_numbers, number
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
 Limits: TypeAlias = tuple[float | None, float | None]
-"""Lowest and highest value that a hyperparameter may have at all; None where there is none."""
+"""Lowest and highest allowed value of a hyperparameter; None if there is none."""
 
 RATE_EXPONENT = -0.25
-"""The best learning rate goes with this power of the horizon; published exponents are 0 to -0.32."""
+"""The best learning rate scales with this power of the horizon; published exponents are 0 to -0.32."""
 RATE_FACTOR = 3.0
 MARGIN = 0.25
-"""Share of the leading trials' spread that a narrowed range leaves on both sides of them."""
+"""Margin of a narrowed range on both sides, as a share of the leading trials' spread."""
 MIN_MARGIN = 0.05
-"""Share of the old range that it leaves at least."""
+"""The smallest such margin, as a share of the old range."""
 MAX_NEW_VALUES = 5
-"""Values by which a list of learning rates is widened at once."""
+"""The most values added to a list of learning rates at once."""
 MAX_LISTED = 8
-"""Steps in which a logarithmic range becomes a list."""
+"""The most steps into which a logarithmic range is divided as a list."""
 DIGITS = 2
-"""Significant digits of the bounds that are written."""
+"""Significant digits of written bounds."""
 
 
 def rounded(number: float, rounding: str = ROUND_HALF_EVEN) -> float:
-    """The number with two significant digits: the nearest, or none above (ROUND_FLOOR) or below it.
+    """Return the number with two significant digits, rounded to nearest, down or up.
 
     Rule: this project's decision: a written round file is there to be read.
     """
@@ -41,7 +41,7 @@ def rounded(number: float, rounding: str = ROUND_HALF_EVEN) -> float:
 
 
 def moved_rate(rate: float, *, old_horizon: int, new_horizon: int) -> float:
-    """A learning rate for another horizon: times (T2/T1)^-0.25.
+    """Return the learning rate for another horizon: times (T2/T1)^-0.25.
 
     Rule: this project's decision, a proposal: the literature disagrees on the exponent (0 to -0.32).
     """
@@ -49,7 +49,7 @@ def moved_rate(rate: float, *, old_horizon: int, new_horizon: int) -> float:
 
 
 def rate_range(old: Range, centre: float, *, ceiling: float = math.inf) -> Range:
-    """A third to three times the centre, but not up to a rate at which everything diverged.
+    """Return a third to three times the centre, but below a rate at which everything diverged.
 
     Rule: this project's decision, tier `might`.
     """
@@ -58,10 +58,10 @@ def rate_range(old: Range, centre: float, *, ceiling: float = math.inf) -> Range
 
 
 def narrowed(old: Dimension, values: Sequence[Value]) -> Dimension:
-    """A dimension around the values of the leading trials: a part of a range, or the choices they used.
+    """Narrow a dimension to the leading trials: a subrange, or the choices they used.
 
-    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (possibly transfers); the
-    margins are this project's decision.
+    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (possibly transfers); the margins
+    are this project's decision.
     """
     match old:
         case Choices():
@@ -74,7 +74,7 @@ def narrowed(old: Dimension, values: Sequence[Value]) -> Dimension:
 
 
 def as_listed(old: Dimension, values: Iterable[Value]) -> Fixed | Choices:
-    """The distinct values as one fixed value or as choices, in the order of the old ones, else sorted.
+    """Return the distinct values as one fixed value or as choices, in the old order or else sorted.
 
     Rule: this project's decision: a hyperparameter to be fixed on which trials disagree is a list.
     """
@@ -89,9 +89,9 @@ def as_listed(old: Dimension, values: Iterable[Value]) -> Fixed | Choices:
 
 
 def widened(dimension: Dimension, values: Iterable[Value]) -> Dimension:
-    """The dimension, made to hold all the values; a fixed one on which they disagree becomes a list.
+    """Widen a dimension to contain all the values; a fixed one on which they disagree becomes a list.
 
-    Rule: this project's decision: every space holds all that is enqueued.
+    Rule: this project's decision: every space contains all that is enqueued.
     """
     missing = [value for value in dict.fromkeys(values) if not dimension.contains(value)]
     if not missing or isinstance(dimension, TimesSqrtRank):
@@ -106,11 +106,11 @@ def widened(dimension: Dimension, values: Iterable[Value]) -> Dimension:
 
 
 def beyond_edge(old: Dimension, edge: Edge, limits: Limits) -> Dimension:
-    """Return the dimension, widened on the side where the best trial lies at its bound.
+    """Widen a dimension at the bound where the best trial lies.
 
-    A logarithmic range by a factor of ten, another by its own width, a list of numbers by its next value;
-    never beyond a limit of the hyperparameter. Rule: Deep Learning Tuning Playbook, "Identifying bad search
-    space boundaries"; the amounts are this project's decision.
+    A logarithmic range grows by a factor of ten, another range by its own width, a list of numbers by its
+    next value; never beyond a limit of the hyperparameter. Rule: Deep Learning Tuning Playbook, "Identifying
+    bad search space boundaries"; the amounts are this project's decision.
     """
     match old:
         case Range():
@@ -126,9 +126,9 @@ def beyond_edge(old: Dimension, edge: Edge, limits: Limits) -> Dimension:
 
 
 def reaching(narrow: Dimension, wide: Dimension, side: Literal["lower", "upper"]) -> Dimension:
-    """Return a narrowed dimension that reaches as far as a wider one on one side.
+    """Extend a narrowed dimension as far as a wider one on one side.
 
-    Rule: this project's decision, "An edge comes first": what is narrowed stays so on the other side.
+    Rule: this project's decision, "An edge comes first": the other side stays narrow.
     """
     match narrow, wide:
         case Range(), Range():
@@ -144,7 +144,7 @@ def reaching(narrow: Dimension, wide: Dimension, side: Literal["lower", "upper"]
 
 
 def capped(dimension: Dimension, highest: float) -> Dimension:
-    """Return the dimension without what is above a number; unchanged where nothing else would be left.
+    """Remove the values above a number; return the dimension unchanged if nothing else would be left.
 
     Rule: this project's decision: warmup and decay fit into the horizon.
     """
@@ -161,8 +161,8 @@ def capped(dimension: Dimension, highest: float) -> Dimension:
 def higher_rates(old: Dimension, limits: Limits) -> Dimension:
     """Return the learning rates with ten times the upper bound and the same lower one.
 
-    A list goes on by the factor of its last two values, to ten times the last. Rule: this project's decision,
-    "An edge comes first".
+    A list continues by the factor of its last two values, up to ten times the last. Rule: this project's
+    decision, "An edge comes first".
     """
     _, limit = limits
     match old:
@@ -180,7 +180,7 @@ def higher_rates(old: Dimension, limits: Limits) -> Dimension:
 
 
 def log_spaced(old: Range) -> tuple[Value, ...]:
-    """Return values of a logarithmic range about a factor of three apart, both bounds among them.
+    """Return values of a logarithmic range about a factor of three apart, including both bounds.
 
     Rule: this project's decision: a range with 0 in it is searched as a list.
     """
@@ -191,7 +191,7 @@ def log_spaced(old: Range) -> tuple[Value, ...]:
 
 
 def _in_order(old: Choices, values: Sequence[Value]) -> Choices:
-    """The values, rising where the old ones rose."""
+    """Return the values in rising order if the old ones were."""
     rose = list(old.values) == listed_numbers(old)
     return Choices(tuple(sorted(values, key=lambda value: number(value) or 0.0) if rose else values))
 
@@ -214,7 +214,7 @@ def _range_beyond(
 
 
 def _next_value(values: Sequence[float]) -> float:
-    """The value that would come next in a list, by the factor of the last two where both are above 0."""
+    """Return the next value of a list, by the factor of the last two if both are above 0."""
     before, last = values[-2:]
     return last * last / before if min(before, last) > 0 else last + (last - before)
 
@@ -225,7 +225,7 @@ def _within(value: float, limits: Limits) -> bool:
 
 
 def _like(value: Value, following: float) -> Value:
-    """The number as an int where the list holds ints, else with two digits."""
+    """Return the number as an int if the list has ints, else with two digits."""
     return round(following) if isinstance(value, int) else rounded(following)
 
 

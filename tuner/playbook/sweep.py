@@ -14,7 +14,7 @@ PERFECT_LOSS = 0.05
 PERFECT_ACCURACY = 0.99
 """Share of target tokens that are predicted first."""
 SAMPLE_SIZE = 256
-"""Training examples on which the fit is measured, at most."""
+"""The most training examples on which the fit is measured."""
 WIDENING = 10.0
 MAX_WIDENINGS = 2
 PRODUCTION_SHARE = 0.1
@@ -28,7 +28,7 @@ class FitPoint:
     loss: float
     """Nats per target token; may be NaN or infinite."""
     accuracy: float | None = None
-    """Share of target tokens predicted first; None where it was not counted."""
+    """Share of target tokens predicted first; None if it was not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class SweepTrial:
 
 @dataclass(frozen=True, slots=True)
 class FirstHorizon:
-    """The answer: the fastest trial fitted the training set in so many steps."""
+    """A result: the fastest trial fitted the training set in this many steps."""
 
     max_train_steps: int
     learning_rate: float
@@ -51,21 +51,21 @@ class FirstHorizon:
 
 @dataclass(frozen=True, slots=True)
 class LongerSweep:
-    """No rate fits yet: let all trials go on to this horizon."""
+    """No rate fits yet: continue all trials to this horizon."""
 
     max_train_steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class WiderSweep:
-    """The best rate is at the edge of the grid: try these as well, at the same horizon."""
+    """The best rate is at a bound of the grid: try these as well, at the same horizon."""
 
     learning_rates: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeBound:
-    """The training set cannot be fitted within what the user can pay for."""
+    """The training set cannot be fitted within the steps that the user can afford."""
 
     max_train_steps: int
     """Where to start instead: a tenth of the production length."""
@@ -74,7 +74,7 @@ class ComputeBound:
 
 @dataclass(frozen=True, slots=True)
 class SweepProblem:
-    """No result, and more of the same would not give one."""
+    """No result, and more steps or rates would not give one."""
 
     message: str
 
@@ -83,16 +83,16 @@ SweepDecision: TypeAlias = FirstHorizon | LongerSweep | WiderSweep | ComputeBoun
 
 
 def default_grid() -> tuple[float, ...]:
-    """The learning rates of a sweep: 8, log-spaced from 1e-5 to 3e-3.
+    """Return the learning rates of a sweep: 8, log-spaced from 1e-5 to 3e-3.
 
-    Rule: Deep Learning Tuning Playbook, "Algorithm for picking an initial candidate for
-    max_train_steps using a learning rate sweep"; the bounds are this project's decision.
+    Rule: Deep Learning Tuning Playbook, "Algorithm for picking an initial candidate for max_train_steps using
+    a learning rate sweep"; the bounds are this project's decision.
     """
     return log_spaced(GRID_LOW, GRID_HIGH, GRID_SIZE)
 
 
 def log_spaced(low: float, high: float, count: int) -> tuple[float, ...]:
-    """Rates at equal factors, both ends included, with three digits. Rule: this project's decision."""
+    """Return log-spaced rates, both ends included, with three digits. Rule: this project's decision."""
     ratio = math.log(high / low) / max(1, count - 1)
     return tuple(float(f"{low * math.exp(i * ratio):.3g}") for i in range(count))
 
@@ -100,10 +100,10 @@ def log_spaced(low: float, high: float, count: int) -> tuple[float, ...]:
 def perfect_fit_step(
     points: Sequence[FitPoint], *, loss: float = PERFECT_LOSS, accuracy: float = PERFECT_ACCURACY
 ) -> int | None:
-    """The first step at which the sample is fitted by either measure; None if at none.
+    """Return the first step at which the sample is fitted by either measure; None if it never is.
 
-    Rule: Deep Learning Tuning Playbook, "Algorithm for picking an initial candidate": the fastest
-    trial that perfectly fits; what counts as perfect is this project's decision.
+    Rule: Deep Learning Tuning Playbook, "Algorithm for picking an initial candidate": the fastest trial that
+    perfectly fits; what counts as perfect is this project's decision.
     """
     fitted = (p.step for p in points if p.loss <= loss or (p.accuracy is not None and p.accuracy >= accuracy))
     return min(fitted, default=None)
@@ -112,13 +112,13 @@ def perfect_fit_step(
 def answer_without_a_sweep(
     *, production_steps: int | None, batch_size: int, train_rows: int
 ) -> ComputeBound | None:
-    """The answer that needs no sweep: a set that cannot be seen twice will not be fitted.
+    """Return the result that needs no sweep: a set not seen twice will not be fitted.
 
     Rule: this project's decision, "The first horizon".
     """
     if production_steps is None or production_steps * batch_size >= 2 * train_rows:
         return None
-    return _compute_bound(production_steps, f"{production_steps} steps do not even see its rows twice")
+    return _compute_bound(production_steps, f"{production_steps} steps are fewer than two epochs")
 
 
 def decide_sweep(
@@ -130,12 +130,12 @@ def decide_sweep(
     loss: float = PERFECT_LOSS,
     accuracy: float = PERFECT_ACCURACY,
 ) -> SweepDecision:
-    """What follows from a finished sweep of `max_train_steps`.
+    """Return what follows from a finished sweep of `max_train_steps`.
 
-    An edge is looked at first, since rates that are all too small make the horizon seem long. Then:
-    the fastest fit; or twice the steps, up to the production length; or the answer that training is
-    compute-bound. `widenings` counts those already made. Rule: Deep Learning Tuning Playbook,
-    "Algorithm for picking an initial candidate for max_train_steps using a learning rate sweep".
+    A bound is checked first, since rates that are all too small make the horizon seem long. Then comes the
+    fastest fit; or twice the steps, up to the production length; or the result that training is
+    compute-bound. `widenings` counts those already made. Rule: Deep Learning Tuning Playbook, "Algorithm for
+    picking an initial candidate for max_train_steps using a learning rate sweep".
     """
     if not trials:
         return SweepProblem("the sweep has no trials")
@@ -149,7 +149,7 @@ def decide_sweep(
         edge = rates[-1] if at_top else rates[0]
         return SweepProblem(
             f"the best learning rate is still at the edge of the grid, {edge:.3g}, after {widenings} "
-            "widenings: look at data, loss masks and warmup"
+            "widenings: check the data, the loss masks and the warmup"
         )
     assert best is not None
     if (fastest := fits[best]) is not None:
@@ -160,10 +160,10 @@ def decide_sweep(
 
 
 def widened_grid(rates: Sequence[float], *, at_top: bool) -> tuple[float, ...]:
-    """New rates beyond one end of a sorted grid, up to ten times as far, about as dense as the grid.
+    """Return new rates beyond one end of a sorted grid, up to ten times as far and about as dense.
 
-    Rule: Deep Learning Tuning Playbook, the note on invalid search spaces under "Algorithm for picking
-    an initial candidate"; the factor is this project's decision.
+    Rule: Deep Learning Tuning Playbook, the note on invalid search spaces under "Algorithm for picking an
+    initial candidate"; the factor is this project's decision.
     """
     factors = [later / sooner for sooner, later in itertools.pairwise(rates)]
     spacing = math.exp(math.log(rates[-1] / rates[0]) / len(factors)) if factors else WIDENING
@@ -178,7 +178,7 @@ def _sound(trials: Sequence[SweepTrial]) -> list[SweepTrial]:
 
 
 def _best_rate(trials: Sequence[SweepTrial], fits: dict[float, int | None]) -> float | None:
-    """The fastest fit's rate; where none fits, the one with the lowest loss; the lower of equals."""
+    """Return the rate of the fastest fit; if none fits, of the lowest loss; the lower of equals."""
 
     def lowest(trial: SweepTrial) -> float:
         return min(point.loss for point in trial.points if math.isfinite(point.loss))
@@ -195,6 +195,6 @@ def _compute_bound(production_steps: int, why: str) -> ComputeBound:
     start = max(1, round(PRODUCTION_SHARE * production_steps))
     return ComputeBound(
         start,
-        f"Training is compute-bound: the training set cannot be fitted, since {why}. "
+        f"Training is compute-bound: the training set cannot be fitted because {why}. "
         f"Start at about 10% of the production length, {start} steps.",
     )

@@ -1,1 +1,1 @@
-"""The loop of a round: ask, assign, record, tell; promotion of one to the next; all that is Optuna's."""
+"""The loop of a round: ask, assign, record, tell; promotion of one to the next; everything about Optuna."""

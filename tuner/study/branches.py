@@ -1,7 +1,7 @@
-"""A round's comparison runs: which run next, from where, and what becomes of what their worker says.
+"""A round's comparison runs: which runs next, from where, and how its worker's events are recorded.
 
-To a worker each is one more run, named by a negative number. Its files lie in a folder of their own
-under the round's and are deleted when it has ended: it leaves a loss, not an adapter.
+To a worker each is one more run, with a negative number. Its files are in a folder of their own under the
+round's and are deleted when it has ended: it leaves a loss, not an adapter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tuner.study.round_state import have_failed
 
 @dataclass(frozen=True)
 class ComparisonRuns:
-    """The comparison runs of a round being run; everything they do is in the facts."""
+    """The comparison runs of a round being run; all of their state is in the facts."""
 
     plan: RoundPlan
     store: Store
@@ -44,10 +44,10 @@ class ComparisonRuns:
     clock: Callable[[], float]
     """Seconds since the epoch."""
     say: Callable[[str], None]
-    """Takes a sentence for the user."""
+    """Receives a sentence for the user."""
 
     def left(self) -> tuple[Branch, ...]:
-        """Those that the round owes and that have not ended; right once every trial has."""
+        """Return the comparison runs that have not ended; correct once every trial has."""
         rule = self.plan.comparison_rule
         if rule is False:
             return ()
@@ -56,9 +56,9 @@ class ComparisonRuns:
         return branches_left(results, self._earlier, rule=rule, begun=record.branches)
 
     def next_assignment(self) -> Assignment | None:
-        """The next attempt of a run that no worker holds: from its own checkpoint, else from its start.
+        """Return the next attempt of a run that no worker has: from its own checkpoint, else from its start.
 
-        Where the stable checkpoint is gone, the run to T/2 starts from scratch.
+        If the stable checkpoint is missing, the run to T/2 starts from scratch.
         """
         for branch in self.left():
             if _is_running(branch):
@@ -68,11 +68,11 @@ class ComparisonRuns:
                 return self._assign(branch, start)
             if self._goes_to_half(branch):
                 return self._assign(replace(branch, from_step=0), None)
-            self._advance(replace(branch, state="failed", reason="its trunk's checkpoint is gone"))
+            self._advance(replace(branch, state="failed", reason="its stable checkpoint is missing"))
         return None
 
     def record(self, event: Started | Progressed | Evaluated | Saved | Ended) -> None:
-        """Turn what a worker says of a comparison run into facts, then act on them."""
+        """Turn a worker's event about a comparison run into facts, then act on them."""
         branch = self._named(event.trial)
         match event:
             case Progressed(step=step):
@@ -96,20 +96,20 @@ class ComparisonRuns:
                 pass
 
     def died(self, numbers: Collection[int], reason: str) -> None:
-        """A worker is gone, with the runs it held."""
+        """Record that a worker died, with the runs it had."""
         for branch in self._record.branches:
             if self._number(branch) in numbers and _is_running(branch):
                 self._try_again(self._ended(branch, "died", reason))
 
-    def heal(self) -> None:
-        """Put right what an earlier process left open."""
+    def recover(self) -> None:
+        """Recover from what an earlier process left open."""
         for branch in self._record.branches:
             if _is_running(branch):
                 self._advance(self._ended(branch, "interrupted", None))
             if branch.state != "open":
                 shutil.rmtree(self._directory(branch), ignore_errors=True)
 
-    # --- an attempt begins ------------------------------------------------------------------------
+    # --- an attempt starts ------------------------------------------------------------------------
 
     def _start(self, branch: Branch) -> StartingPoint | None:
         if branch.checkpoint is not None and (own := self.folder.point(branch.checkpoint)) is not None:
@@ -122,7 +122,7 @@ class ComparisonRuns:
         trial = self.store.trials(self.plan.name)[branch.trial]
         step = start.step if start else 0
         attempt = Attempt(len(branch.attempts) + 1, step, step, self.clock())
-        self._tidy(branch)
+        self._clean_up(branch)
         self._advance(replace(branch, attempts=(*branch.attempts, attempt)))
         begins = "resumes" if step > branch.from_step else "starts"
         self.say(f"{_name(branch)} {begins} at step {step}")
@@ -140,8 +140,8 @@ class ComparisonRuns:
             resume_sha256=start.sha256 if start else None,
         )
 
-    def _tidy(self, branch: Branch) -> None:
-        """Delete what a crash left: checkpoints without a fact."""
+    def _clean_up(self, branch: Branch) -> None:
+        """Delete checkpoints without a fact, left by a crash."""
         kept = None if branch.checkpoint is None else self.folder.root / branch.checkpoint.path
         for leftover in self._directory(branch).glob("*/*"):
             if leftover != kept:
@@ -155,7 +155,7 @@ class ComparisonRuns:
         return replace(branch, attempts=(*before, last))
 
     def _try_again(self, branch: Branch) -> None:
-        """The run waits for its next attempt, unless too many in a row came to nothing."""
+        """Let the run wait for its next attempt, unless too many in a row made no progress."""
         newest = branch.from_step if branch.checkpoint is None else branch.checkpoint.step
         if have_failed(branch.attempts, newest_step=newest):
             reason = branch.attempts[-1].message or branch.attempts[-1].outcome
@@ -164,17 +164,17 @@ class ComparisonRuns:
             self._advance(branch)
 
     def _without_its_start(self, branch: Branch) -> Branch:
-        """The checkpoint of an attempt that failed cannot be used: its own, or the stable one."""
+        """Handle a failed attempt whose checkpoint, its own or the stable one, cannot be used."""
         if branch.checkpoint is not None:
             return replace(branch, checkpoint=None)
         return replace(branch, from_step=0) if self._goes_to_half(branch) else branch
 
     def _goes_to_half(self, branch: Branch) -> bool:
-        """Whether it is the run that may start from scratch, too."""
+        """Return whether the run may also start from scratch."""
         return branch.max_train_steps == round(self.plan.spec.max_train_steps / 2)
 
     def _finish(self, branch: Branch) -> None:
-        """The run has ended: the fact first, then its files go."""
+        """Record the end of the run, then delete its files."""
         self._advance(branch)
         shutil.rmtree(self._directory(branch), ignore_errors=True)
         end = branch.evaluation
@@ -185,7 +185,7 @@ class ComparisonRuns:
 
     @cached_property
     def _earlier(self) -> list[RoundResults]:
-        """The rounds before this one; they do not change while it runs."""
+        """Return the rounds before this one; they do not change while it runs."""
         return earlier_results(self.store, self._record)
 
     @property
@@ -196,7 +196,7 @@ class ComparisonRuns:
         self.store.record(BranchAdvanced(self.plan.name, branch))
 
     def _number(self, branch: Branch) -> int:
-        """What a worker calls it: below 0, and of one run alone."""
+        """Return the run's number for a worker: unique and below 0."""
         return -(branch.trial * (self.plan.spec.max_train_steps + 1) + branch.max_train_steps)
 
     def _named(self, number: int) -> Branch:
@@ -215,6 +215,6 @@ def _is_running(branch: Branch) -> bool:
 
 
 def _ran(branch: Branch, to_step: int) -> Branch:
-    """The run when its open attempt has come to a step; the highest one counts."""
+    """Return the run after its open attempt reached a step; the highest one counts."""
     *before, last = branch.attempts
     return replace(branch, attempts=(*before, replace(last, to_step=max(last.to_step, to_step))))

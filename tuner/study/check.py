@@ -1,4 +1,4 @@
-"""What running a round file would mean: steps, epochs, tokens, evaluation's share, checkpoint disk, hours."""
+"""The cost of running a round file: steps, epochs, tokens, evaluation's share, checkpoint disk, hours."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tuner.study.retention import num_kept
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a round's trials and comparison runs do at most, all together."""
+    """The most work that a round's trials and comparison runs do together."""
 
     steps: int
-    """Updates, those of the comparison runs included."""
+    """Updates, including those of the comparison runs."""
     evaluations: int
-    """Without those of the untouched base."""
+    """Without those of the base model."""
     branches: int = 0
     branch_steps: int = 0
 
 
 def planned_work(spec: RoundSpec) -> Work:
-    """The work of a round whose trials begin at step 0 and end complete, with the most comparison runs."""
+    """Return the work of a round if all trials run from step 0 to the end, with the most comparison runs."""
     horizon, every, trials = spec.max_train_steps, spec.evaluation.every_steps, spec.num_trials
     steps, evaluations = trials * horizon, trials * (len(evaluation_steps(horizon, every)) - 1)
     runs = max(_expected_runs(spec), key=lambda runs: sum(run.num_steps for run in runs))
@@ -39,9 +39,9 @@ def planned_work(spec: RoundSpec) -> Work:
 
 
 def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
-    """The comparison runs for each schedule and the ends of its lengths, if all trials have those."""
+    """Return the comparison runs for each schedule and its extreme lengths, as if all trials used it."""
     space, trials = spec.space(), spec.num_trials
-    # A trial that continues another's may have no checkpoint where its comparison run would start.
+    # A trial that continues another may have no checkpoint at the start of its comparison run.
     continue_others = any("continues" in entry for entry in spec.search.enqueue)
     kept = 0 if continue_others else num_kept(trials, spec.checkpoints.most_kept_trials)
     for schedule, warmup, decay in itertools.product(
@@ -57,7 +57,7 @@ def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
 
 
 def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) -> PlannedRound:
-    """The plan of a round. `adapter_weights` is the number of weights of its largest adapter."""
+    """Return the plan of a round. `adapter_weights` is the number of weights of its largest adapter."""
     work, batch_size = planned_work(spec), mean(spec.space()["batch_size"])
     trained_tokens = work.steps * batch_size * float(data.train.num_tokens.mean())
     evaluated_tokens = work.evaluations * float(data.evaluation.num_tokens.sum())
@@ -78,13 +78,13 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
 
 
 def planned_hours(spec: RoundSpec, *, seconds_per_step: float, seconds_per_evaluation: float) -> float:
-    """Hours of a round, from what a trial's step and evaluation take as its share of a worker's time."""
+    """Return the hours of a round, from the worker time of one step and one evaluation of a trial."""
     work = planned_work(spec)
     return (work.steps * seconds_per_step + work.evaluations * seconds_per_evaluation) / 3600
 
 
 def mean(dimension: Dimension) -> float:
-    """The middle of what a number may be."""
+    """Return the middle of a dimension's numbers."""
     match dimension:
         case Fixed(value=value):
             return float(value)  # type: ignore[arg-type]
@@ -93,11 +93,11 @@ def mean(dimension: Dimension) -> float:
         case Range(low=low, high=high):
             return (low + high) / 2
         case other:
-            raise TypeError(f"{other} is no number")
+            raise TypeError(f"{other} is not a number")
 
 
 def _ends(dimension: Dimension) -> tuple[int, ...]:
-    """The least and the most that a length may be, and what is listed between."""
+    """Return the smallest and the largest length, and all listed ones between them."""
     match dimension:
         case Choices(values=values):
             return tuple(int(value) for value in values)  # type: ignore[arg-type]

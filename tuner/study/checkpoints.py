@@ -1,4 +1,4 @@
-"""Where a round's checkpoints lie, which one to go on from, and which ones nobody needs any more."""
+"""A round's checkpoints: where they are stored, which one to resume from, and which are no longer needed."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ class CheckpointFolder:
     root: Path
 
     def trial_directory(self, number: int) -> Path:
-        """A trial's directory, such as `runs/round1/trial-0007`."""
+        """Return a trial's directory, such as `runs/round1/trial-0007`."""
         return self.root / f"trial-{number:04d}"
 
     def adapter(self, trial: Trial) -> Path | None:
-        """The link to the best step's adapter; None while there is none."""
+        """Return the link to the best step's adapter; None if there is none."""
         link = self.trial_directory(trial.number) / "best"
         return link if trial.checkpoint(CheckpointKind.BEST) and link.exists() else None
 
     def resumable(self, trial: Trial) -> list[Checkpoint]:
-        """Checkpoints a trial can go on from, the newest first."""
+        """Return the checkpoints that a trial can resume from, the newest first."""
         found = [c for c in trial.checkpoints if c.kind != CheckpointKind.BEST]
         return sorted(found, key=lambda c: (c.step, c.kind == CheckpointKind.LAST), reverse=True)
 
     def newest(self, trial: Trial) -> StartingPoint | None:
-        """The newest checkpoint of the trial that is still there."""
+        """Return the newest checkpoint of the trial that still exists."""
         return next((point for c in self.resumable(trial) if (point := self.point(c)) is not None), None)
 
     def point(self, checkpoint: Checkpoint) -> StartingPoint | None:
-        """A checkpoint as a starting point; None when its directory is gone."""
+        """Return a checkpoint as a starting point; None if its directory is missing."""
         path = self.root / checkpoint.path
         return StartingPoint(path, checkpoint.sha256, checkpoint.step) if path.is_dir() else None
 
     def surplus(self, trial: Trial, *, keep_best: int) -> list[Checkpoint]:
-        """Recorded checkpoints that a recorded successor replaces."""
+        """Return recorded checkpoints that a recorded successor replaces."""
         by_age = sorted(trial.checkpoints, key=lambda c: c.step, reverse=True)
         best = [c for c in by_age if c.kind == CheckpointKind.BEST]
         last = [c for c in by_age if c.kind == CheckpointKind.LAST]
         return [*best[keep_best:], *last[1:]]
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete checkpoint directories; those already gone are no error."""
+        """Delete checkpoint directories; ignore missing ones."""
         for path in paths:
             shutil.rmtree(self.root / path, ignore_errors=True)
 
-    def tidy(self, trial: Trial) -> None:
-        """Delete what has no fact, and let `best` lead where the facts say.
+    def clean_up(self, trial: Trial) -> None:
+        """Delete checkpoints without a fact, and let the link `best` point where the facts say.
 
-        What has none a crash left, or the trial did after it was pruned. Only while no worker holds it.
+        A crash leaves such checkpoints, and so does a trial that was pruned. Only while no worker runs it.
         """
         for leftover in self.leftovers(trial):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -80,17 +80,17 @@ class CheckpointFolder:
             link.unlink(missing_ok=True)
 
     def leftovers(self, trial: Trial) -> list[Path]:
-        """Directories of checkpoints without a fact."""
+        """Return directories of checkpoints without a fact."""
         recorded = {self.root / checkpoint.path for checkpoint in trial.checkpoints}
         return _unrecorded(self.trial_directory(trial.number), recorded)
 
     def size_bytes(self, trials: Sequence[Trial]) -> int:
-        """What the recorded checkpoints of trials take on disk."""
+        """Return the disk space of trials' recorded checkpoints."""
         return sum(checkpoint.size_bytes for trial in trials for checkpoint in trial.checkpoints)
 
 
 def _lead(link: Path, target: Path) -> None:
-    """Make a link lead to its target; it may lead to what was deleted."""
+    """Make a link point to its target, replacing one that may point to a deleted target."""
     if link.resolve() == target.resolve():
         return
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")

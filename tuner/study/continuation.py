@@ -1,4 +1,4 @@
-"""Which checkpoint of an earlier round a trial goes on from, and why it does not when it does not."""
+"""Which checkpoint of an earlier round a trial continues from, or why it starts over."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tuner.study.plan import RoundPlan
 
 @dataclass(frozen=True)
 class Continuations:
-    """`continues:` entries of a round's file, looked up in the facts of earlier rounds."""
+    """The `continues:` entries of a round's file, looked up in the facts of earlier rounds."""
 
     plan: RoundPlan
     store: Store
     workload: str
-    """Fingerprint of this round's base, data, evaluation set and length."""
+    """Fingerprint of this round's base model, data, evaluation set and length."""
 
     def find(self, ordinal: int, hyperparameters: Hyperparameters) -> tuple[Continuation | None, str | None]:
-        """What proposal number `ordinal` goes on from, or why it starts afresh although it was to go on."""
+        """Return the checkpoint that proposal `ordinal` continues from, or why it starts over instead."""
         enqueue = self.plan.spec.search.enqueue
         wish = enqueue[ordinal].get("continues") if ordinal < len(enqueue) else None
         if wish is None:
@@ -42,10 +42,10 @@ class Continuations:
         found = self._find(round_name, int(number), hyperparameters)
         if isinstance(found, Continuation):
             return found, None
-        return None, f"started afresh instead of going on from {wish}: {found}"
+        return None, f"started over instead of continuing {wish}: {found}"
 
     def checkpoint(self, trial: Trial) -> StartingPoint | None:
-        """The checkpoint that a trial's `continues` names; None when it has none or it is gone."""
+        """Return the checkpoint that a trial's `continues` names; None if it has none or it is missing."""
         if trial.continues is None:
             return None
         return continued_checkpoint(self.store, self._folder(trial.continues.round), trial.continues)
@@ -60,7 +60,7 @@ class Continuations:
         if record.workload != self.workload:
             return (
                 "model, data, evaluation set or length changed since then, or this version of tuner reads "
-                "some rows differently, as its changelog says"
+                "some rows differently (see the changelog)"
             )
         reasons = []
         for checkpoint in self._candidates(record, trial):
@@ -68,10 +68,10 @@ class Continuations:
             if reason is None:
                 return Continuation(round_name, number, checkpoint.step)
             reasons.append(reason)
-        return reasons[0] if reasons else "none of its resumable checkpoints is left"
+        return reasons[0] if reasons else "it has no resumable checkpoint any more"
 
     def _candidates(self, record: RoundRecord, trial: Trial) -> list[Checkpoint]:
-        """The trunk's checkpoints, and the end of the run where this round ends there, too."""
+        """Return the stable checkpoints, and the end of the run if this round ends there, too."""
         same_horizon = record.max_train_steps == self.plan.spec.max_train_steps
         folder = self._folder(record.name)
         return [
@@ -109,20 +109,20 @@ class Continuations:
 
 
 def continued_checkpoint(store: Store, folder: CheckpointFolder, wish: Continuation) -> StartingPoint | None:
-    """The checkpoint to go on from, in the folder of the round it names; None when it is gone."""
+    """Return the checkpoint to continue from, in the folder of its round; None if it is missing."""
     earlier = next((t for t in store.trials(wish.round) if t.number == wish.trial), None)
     points = [c for c in folder.resumable(earlier) if c.step == wish.step] if earlier else []
     return next((point for c in points if (point := folder.point(c)) is not None), None)
 
 
 def lost_best(evaluations: Sequence[Evaluation], planned: Sequence[int], step: int) -> str | None:
-    """Why the best adapter inside a checkpoint would not be the best of what is inherited from it.
+    """Return why the best adapter in a checkpoint would not be the best of the inherited evaluations.
 
-    The checkpoint holds the adapter of one evaluation; a round that evaluates at other steps drops
-    evaluations, perhaps that one.
+    The checkpoint has the adapter of one evaluation; a round that evaluates at other steps drops evaluations,
+    perhaps that one.
     """
     before = [evaluation for evaluation in evaluations if evaluation.step <= step]
     best = best_evaluation(before)
     if best is None or best.step in planned:
         return None
-    return f"its best adapter up to step {step} is of step {best.step}, at which this round does not evaluate"
+    return f"its best adapter up to step {step} is from step {best.step}, which this round does not evaluate"

@@ -1,4 +1,4 @@
-"""The pages of rounds in optuna-dashboard, and starting it."""
+"""Serve optuna-dashboard, and write the pages of rounds in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 HOST = "127.0.0.1"
-"""Unless told otherwise the dashboard is for this machine alone: it asks for no password, and can delete."""
+"""By default the dashboard is only for this machine: it needs no password and can delete studies."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -36,7 +36,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not worth a line each."""
+        """Do not log requests."""
 
 
 def serve_dashboard(
@@ -44,7 +44,7 @@ def serve_dashboard(
 ) -> None:
     """Serve the rounds of one study until interrupted; `announce` gets the address once it answers.
 
-    Raises InputError when the port is taken, or the host is none of this machine's.
+    Raises InputError if the port is taken, or the host is not this machine's.
     """
     application = wsgi(StudyStorage(storage, study))
     try:
@@ -60,13 +60,13 @@ _PACKAGES = ("optuna", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def round_report(folder: StudyFolder, store: Store, record: RoundRecord) -> RoundReport:
-    """All that a report on a round says."""
+    """Return the data of a report on a round."""
     record = _as_it_stands(folder, record)
     return _report(folder, store, record, *reading_of(store, record))
 
 
 def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[RoundReport, ...]:
-    """The reports on the study's rounds up to this one, oldest first, sweeps before it aside."""
+    """Return the reports on the study's rounds up to this one, oldest first, without sweeps."""
     rounds = [other for other in store.rounds() if other.name == record.name or not other.is_sweep]
     upto = [
         _as_it_stands(folder, other)
@@ -80,7 +80,7 @@ def lineage(folder: StudyFolder, store: Store, record: RoundRecord) -> tuple[Rou
 
 
 def _as_it_stands(folder: StudyFolder, record: RoundRecord) -> RoundRecord:
-    """The round with what its file may still change, such as `run.production_steps`, as it now says it."""
+    """Update the round by what its file may still change, such as `run.production_steps`."""
     file = folder.file(record.name)
     return record if file is None else as_written_now(record, file)
 
@@ -105,7 +105,7 @@ def _report(
 
 
 def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, store: Store) -> str:
-    """What to type after a round: go on with it, promote it, or use its best adapter."""
+    """Return the command to run after a round: resume it, promote it, or use its best adapter."""
     file = folder.file(results.name)
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
     record = next(record for record in store.rounds() if record.name == results.name)
@@ -122,14 +122,14 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
 
 
 def next_name(round_name: str) -> str:
-    """`round2` after `round1`; `NAME-2` after a name without a number."""
+    """Return `round2` after `round1`; `NAME-2` after a name without a number."""
     stem = round_name.rstrip("0123456789")
     number = round_name[len(stem) :]
     return f"{stem}{int(number) + 1}" if number else f"{round_name}-2"
 
 
 def environment() -> dict[str, str]:
-    """Versions and the machine, by name."""
+    """Return the versions and the machine, by name."""
     versions = {name: version_of(name) for name in _PACKAGES}
     return {
         "tuner": version(),
@@ -140,8 +140,8 @@ def environment() -> dict[str, str]:
 
 
 def write_pages(study: optuna.Study, report: RoundReport) -> None:
-    """Put the reading of a round and its plot of best steps on its page in optuna-dashboard."""
-    # It loads scikit-learn, which would be most of the time of `trial list`.
+    """Write the reading of a round and its plot of best steps to its page in optuna-dashboard."""
+    # It loads scikit-learn, which would dominate the time of `trial list`.
     from optuna_dashboard import save_note, save_plotly_graph_object
 
     save_note(study, round_note(report))

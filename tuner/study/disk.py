@@ -1,4 +1,4 @@
-"""The disk a round writes to: whether it can be written, whether there is room, what bad input takes back."""
+"""The disk that a round writes to: permission, free space, and cleanup after bad input."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ from tuner.study.plan import RoundPlan
 from tuner.study.retention import num_kept
 
 _WEIGHT_BYTES = 4
-"""Of an adapter's weight on disk: float32."""
+"""Bytes of an adapter's weight on disk, in float32."""
 
 _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
-"""Stable checkpoints that a trial keeps for comparison runs."""
+"""The most stable checkpoints that a trial keeps for comparison runs."""
 
 WORKING_BYTES = 16 * 2**20
-"""Room for the database and its journal, the logs and the tokenised rows of a small data set: with less,
-nothing is begun or gone on with."""
+"""Space for the database and its journal, the logs and the tokenised rows of a small data set: with less, no
+round starts or resumes."""
 SAVING_BYTES = WORKING_BYTES // 2
-"""With less, a running round stops. Half, so that what is gone on with does not stop again at once."""
+"""With less, a running round stops. Half of the above, so that a resumed round does not stop again at once.
+"""
 
 
 def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """What the checkpoints of a whole round take at most: best adapters, a `last`, trunks.
+    """Return the most bytes that the checkpoints of a round take: best adapters, a `last`, stable ones.
 
-    With `keep_best_trials`, once all trials have ended: those in the slots come on top before.
+    With `keep_best_trials`, after all trials have ended; before that, those in the slots come on top.
     """
     best = spec.checkpoints.keep_best * _WEIGHT_BYTES * adapter_weights
     kept = num_kept(spec.num_trials, spec.checkpoints.most_kept_trials)
-    # A `last`, the end of the stable phase, and where comparison runs start.
+    # A `last`, the end of the stable phase, and the starts of comparison runs.
     resumable = 2 + _MOST_STARTS[spec.run.decay_branches]
     return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """What one resumable checkpoint takes at most: weights, moments, and the best adapter so far."""
+    """Return the most bytes of one resumable checkpoint: weights, moments, and the best adapter so far."""
     moments = max(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
 def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
-    """What the checkpoints of one trial take at the least: one best adapter and a `last` that equals it."""
+    """Return the least bytes of a trial's checkpoints: one best adapter and a `last` that equals it."""
     moments = min(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
@@ -63,19 +64,19 @@ def _choices(dimension: Dimension) -> tuple[str, ...]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be."""
+    """Return the bytes that this user may still write at `path`, which may not exist yet."""
     return shutil.disk_usage(nearest_existing(path)).free
 
 
 @dataclass(frozen=True)
 class RoundDisk:
-    """The places where a round writes, and what it needs there."""
+    """The paths that a round writes to, and the space it needs there."""
 
     plan: RoundPlan
     free: Callable[[Path], int] = free_bytes
 
     def refuse_unwritable(self) -> None:
-        """Raises StorageError where checkpoints cannot be written; leaves nothing there."""
+        """Raise StorageError if checkpoints cannot be written; leave nothing behind."""
         directory = self.plan.checkpoints
         try:
             place = nearest_existing(directory)
@@ -86,16 +87,16 @@ class RoundDisk:
             probe.unlink()
         except OSError as error:
             raise StorageError(
-                f"checkpoints.directory: cannot write in {directory}: {error.strerror}; "
-                "name a directory that can be written"
+                f"checkpoints.directory: cannot write to {directory}: {error.strerror}; "
+                "set a writable directory"
             ) from error
 
     def refuse_full(self) -> None:
-        """Raises StorageError when there is not even room to work in. Before anything is loaded."""
-        self._refuse(dict.fromkeys(self._places(), WORKING_BYTES), "room to work in")
+        """Raise StorageError if there is not enough working space. Called before anything is loaded."""
+        self._refuse(dict.fromkeys(self._places(), WORKING_BYTES), "working space")
 
     def refuse_too_small(self, ready: Ready, trials: Sequence[Trial]) -> None:
-        """Raises StorageError when the trials that the round has left need more than is free."""
+        """Raise StorageError if the remaining trials of the round need more than is free."""
         spec = self.plan.spec
         left = spec.num_trials - sum(trial.state.is_result for trial in trials)
         left = min(left, num_kept(left, spec.checkpoints.most_kept_trials))
@@ -106,16 +107,16 @@ class RoundDisk:
         needed = max(0, left * a_trial - there) + self._in_flight_bytes(ready) + WORKING_BYTES
         needs = dict.fromkeys(self._places(), WORKING_BYTES) | {self.plan.checkpoints: needed}
         why = f"{count(left, 'trial')} of at least {size(a_trial)} each"
-        self._refuse(needs, f"{why}, and room to work in")
+        self._refuse(needs, f"{why}, and working space")
 
     def shortage(self, ready: Ready) -> str | None:
-        """Why a running round has to stop and save while it still can; None while there is room."""
+        """Return why a running round must stop and save while it still can; None if there is enough space."""
         needs = dict.fromkeys(self._places(), SAVING_BYTES)
         needs[self.plan.checkpoints] += self._in_flight_bytes(ready)
-        return self._shortage(needs, "so that every running trial can be saved")
+        return self._shortage(needs, "enough to save every running trial")
 
     def _in_flight_bytes(self, ready: Ready) -> int:
-        """What the trials in the slots write beside what they then delete."""
+        """Return the bytes that trials in the slots write before they delete older checkpoints."""
         weights = ready.largest_adapter
         return ready.slots * (resumable_bytes(self.plan.spec, weights) + _WEIGHT_BYTES * weights)
 
@@ -128,12 +129,12 @@ class RoundDisk:
         shortage = self._shortage(needs, what_for)
         if shortage is not None:
             raise StorageError(
-                f"no disk: {shortage}. Free some space (tuner study clean shows checkpoints that can go), "
-                "lower search.trials, or name a directory on another disk"
+                f"no disk: {shortage}. Free some space (tuner study clean lists checkpoints that are no "
+                "longer needed), lower search.trials, or set checkpoints.directory to another disk"
             )
 
     def _shortage(self, needs: Mapping[Path, int], what_for: str) -> str | None:
-        """The first disk that has less than all that is needed on it."""
+        """Return the first disk with less space than needed."""
         for path in needs:
             needed = max(n for other, n in needs.items() if _device(other) == _device(path))
             if (free := self.free(path)) < needed:
@@ -146,21 +147,21 @@ class RoundDisk:
 
 @dataclass
 class DiskWatch:
-    """Remembers the first shortage of a running round: when it has stopped, less may be in use again."""
+    """Remembers the first shortage of a running round, since stopping may free space again."""
 
     disk: RoundDisk
     ready: Ready
     shortage: str | None = None
 
     def is_short(self) -> bool:
-        """Whether the round has to stop."""
+        """Return whether the round has to stop."""
         self.shortage = self.shortage or self.disk.shortage(self.ready)
         return self.shortage is not None
 
 
 @contextmanager
 def taken_back(*directories: Path) -> Iterator[None]:
-    """Deletes those directories that the block made, new parents included, when it raises InputError."""
+    """Delete the directories that the block made, including new parents, if it raises InputError."""
     missing = {directory: _missing_parents(directory) for directory in directories if not directory.exists()}
     try:
         yield
@@ -174,7 +175,7 @@ def taken_back(*directories: Path) -> Iterator[None]:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest of its parents that exists."""
+    """Return the path itself, or its nearest existing parent."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 

@@ -1,7 +1,7 @@
-"""Rehearsals: a round's copy in a folder of its own, so that no real round is ever touched.
+"""Rehearsals: a dry run of a round in a folder of its own, so that no real round is touched.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its files, its database
-and its checkpoints; its files say `run.engine: simulated`, and every verb works in it.
+The folder `rehearsal/` beside the round file is a study like any other, with its files, its database and its
+checkpoints; its files say `run.engine: simulated`, and every command works in it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SLOTS = 4
 
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
-    """The round's copy under `rehearsal/`, written when it differs; of a rehearsal's own file, itself.
+    """Return the round's copy under `rehearsal/`, written if it differs; a rehearsal's own file itself.
 
-    Raises InputError when the copy cannot be written, or when the rehearsed round began with another file.
+    Raises InputError if the copy cannot be written, or if the rehearsed round started with another file.
     """
     if is_rehearsal(file):
         return file
@@ -63,7 +63,7 @@ def virtual_clock(begun_at: float, workers: list[SimulatedWorker]) -> Callable[[
 
 
 def _changes(file: RoundFile) -> dict[str, Any]:
-    """What a copy says otherwise: its own database and checkpoints, the same model and data."""
+    """Return the copy's changes: its own database and checkpoints, the same model and data."""
     written, absolute = file.spec, file.spec.absolute(file.directory)
     changes: dict[str, Any] = {
         "run.engine": "simulated",
@@ -87,7 +87,7 @@ def _changes(file: RoundFile) -> dict[str, Any]:
 
 
 def _pace_steps(plan: RoundPlan) -> int:
-    """How fast the made-up runs learn: at the pace of the study's first round, in all its rounds."""
+    """Return how fast the synthetic runs learn: all rounds at the pace of the study's first."""
     store = open_folder(plan.file.directory).open()
     try:
         first = next((record.max_train_steps for record in store.rounds()), plan.spec.max_train_steps)
@@ -97,7 +97,7 @@ def _pace_steps(plan: RoundPlan) -> int:
 
 
 def _workload(plan: RoundPlan) -> str:
-    """A fingerprint of what the file says of model and data, of which nothing is opened."""
+    """Return a fingerprint of the model and data that the file names, without opening them."""
     said = plan.absolute.model_dump(mode="json", include={"model", "data"})
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return f"rehearsal-{digest[:16]}"

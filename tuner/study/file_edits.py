@@ -1,4 +1,4 @@
-"""`study promote --add`: a hyperparameter and the values that the next round tries beside the incumbents."""
+"""`study promote --add`: a hyperparameter and values that the next round tries besides the incumbents'."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tuner.records import Choices, Dimension, Fixed, TimesSqrtRank
 
 EXAMPLE = "--add lora_dropout=0,0.05 or --add weight_decay=1e-4:1e-1:log"
 NEVER_ADDED = frozenset({"batch_size"})
-"""Changing it would start the tuning over."""
+"""Changing one of these means tuning everything again."""
 
 
 def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimension]:
     """Return the dimension of each `NAME=VALUES` or `NAME=LOW:HIGH[:log]`, by name.
 
-    `file` is the round that is promoted. Raises InputError, with an example, for what cannot be read, is
-    unknown or not allowed, and for a name that the round searches already.
+    `file` is the round that is promoted. Raises InputError, with an example, for values that cannot be read,
+    unknown or forbidden names, and names that the round already searches.
     """
     space = file.spec.space()
     added: dict[str, Dimension] = {}
@@ -31,13 +31,13 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
         if name not in HYPERPARAMETERS:
             raise _refused(text, f"{name} is unknown; allowed: {', '.join(sorted(_allowed()))}")
         if name in NEVER_ADDED:
-            raise _refused(text, f"{name} is not searched between rounds: changing it starts the tuning over")
+            raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
             raise _refused(text, f"{name} is added twice; write all of its values in one --add")
         if not isinstance(space[name], (Fixed, TimesSqrtRank)):
             raise _refused(
                 text,
-                f"{name} is searched in {file.spec.round} already; edit its line in the new file instead",
+                f"{name} is already searched in {file.spec.round}; edit its line in the new file instead",
             )
         added[name] = _dimension(text, name, values)
         _refuse_nothing_new(text, name, added[name], space[name])
@@ -73,7 +73,7 @@ def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimensio
     if isinstance(added, (Fixed, Choices)) and isinstance(before, Fixed):
         values = added.values if isinstance(added, Choices) else (added.value,)
         if set(values) == {before.value}:
-            raise _refused(text, f"{name} is {before.value} already; name another value")
+            raise _refused(text, f"{name} is already {before.value}; pass another value")
 
 
 def _refused(text: str, why: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Scoring a trial on `data.test`: what may be scored, and the score as a fact."""
+"""Scoring a trial on `data.test`: which trials may be scored, and the score as a fact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tuner.study.folder import StudyFolder
 
 @dataclass(frozen=True)
 class Sums:
-    """What an adapter makes of the test rows, example by example."""
+    """An adapter's sums on the test rows, example by example."""
 
     nll: Sequence[float]
     """Sum of negative log-likelihoods of each example."""
@@ -34,7 +34,7 @@ def score_trial(
     measure: Callable[[RoundSpec, Path, Path], Sums],
     clock: Callable[[], float],
 ) -> FinalScore:
-    """Score a trial's best adapter on its round's `data.test` and record that; a second time, tell it again.
+    """Score a trial's best adapter on its round's `data.test` and record it; later calls return the record.
 
     `measure` gets the round file with absolute paths, the folder of tokenised rows and the adapter. Raises
     InputError for a trial that cannot be scored, StorageError while a round of the study runs.
@@ -46,7 +46,7 @@ def score_trial(
     if not plan.spec.data.test:
         raise InputError(
             f"{plan.file.path.name}: data.test: missing, so there is nothing to score {_name(trial)} on; "
-            "give rows that are in neither train nor eval, as `test: [{path: ..., format: ...}]`"
+            "add rows that are in neither train nor eval, as `test: [{path: ..., format: ...}]`"
         )
     assert best is not None
     with hold_study(folder.directory, folder.storage, folder.name):
@@ -61,7 +61,7 @@ def score_trial(
 
 
 def scores_of(store: Store) -> tuple[Trial, ...]:
-    """The study's trials that were scored on `data.test`, in the order in which they were."""
+    """Return the study's trials that were scored on `data.test`, in the order in which they were scored."""
     return scored_trials(trial for record in store.rounds() for trial in store.trials(record.name))
 
 

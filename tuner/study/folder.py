@@ -1,4 +1,4 @@
-"""A study is a folder with its round files: which rounds it has, and the one database they share."""
+"""A study's folder: its round files and the one database they share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan
 
 REHEARSAL = "rehearsal"
-"""Name of the folder of a rehearsal, which is a study of its own."""
+"""Name of a rehearsal's folder, which is a study of its own."""
 REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
-"""What is said wherever a rehearsal is run or looked at."""
+"""Shown wherever a rehearsal is run or inspected."""
 
 
 def is_rehearsal(file: RoundFile) -> bool:
-    """Whether the file is one of a rehearsal's folder."""
+    """Return whether the file is in a rehearsal's folder."""
     return file.spec.run.engine == "simulated" and file.directory.name == REHEARSAL
 
 
@@ -31,28 +31,28 @@ class StudyFolder:
 
     directory: Path
     files: tuple[RoundFile, ...]
-    """By the rounds' names, numbers in their order."""
+    """By name, with numbers in numeric order."""
     broken: tuple[RoundFileError, ...] = field(default=())
-    """Files that look like rounds and have mistakes."""
+    """Round files with mistakes."""
 
     @property
     def name(self) -> str:
-        """The study's name."""
+        """Return the study's name."""
         return self.files[0].spec.study
 
     @property
     def is_rehearsal(self) -> bool:
-        """Whether nothing here was trained."""
+        """Return whether nothing in this study was trained."""
         return is_rehearsal(self.files[0])
 
     @property
     def storage(self) -> str:
-        """The database's URL."""
+        """Return the database's URL."""
         return self.files[0].spec.absolute(self.directory).storage
 
     @property
     def has_begun(self) -> bool:
-        """Whether a round of this study has begun."""
+        """Return whether a round of this study has started."""
         store = self.open()
         try:
             return bool(store.rounds())
@@ -60,42 +60,42 @@ class StudyFolder:
             store.close()
 
     def open(self) -> Store:
-        """The study's facts; an empty store where there is no database, so that looking changes nothing."""
+        """Open the study's facts; an empty store if there is no database, so that reading creates nothing."""
         return open_store(self.storage, study=self.name) if exists(self.storage) else MemoryStore()
 
     def is_running(self) -> bool:
-        """Whether a process runs a round of this study now."""
+        """Return whether a process is running a round of this study."""
         return exists(self.storage) and is_held(self.directory, self.storage, self.name)
 
     def file(self, round_name: str) -> RoundFile | None:
-        """A round's file."""
+        """Return a round's file."""
         return next((file for file in self.files if file.spec.round == round_name), None)
 
     def plan(self, round_name: str) -> RoundPlan:
-        """A round as its file plans it. Raises InputError when there is no such file."""
+        """Return the plan of a round by its file. Raises InputError if there is no such file."""
         file = self.file(round_name)
         if file is None:
             known = ", ".join(f.spec.round for f in self.files)
             raise InputError(
-                f"{round_name}: no file of this folder has `round: {round_name}`; there are {known}"
+                f"{round_name}: no file in this folder has `round: {round_name}`; rounds: {known}"
             )
         return RoundPlan(file)
 
     def checkpoints(self, round_name: str) -> CheckpointFolder:
-        """Where a round's checkpoints lie."""
+        """Return the folder of a round's checkpoints."""
         file = self.file(round_name) or self.files[0]
         return CheckpointFolder(Path(file.spec.absolute(self.directory).checkpoints.directory) / round_name)
 
     def latest(self, store: Store) -> RoundRecord:
-        """The round that began last, sweeps aside. Raises InputError when none has."""
+        """Return the round that started last, without sweeps. Raises InputError if none has."""
         rounds = [record for record in store.rounds() if not record.is_sweep]
         if not rounds:
             first = next((f for f in self.files if not f.spec.is_sweep), self.files[0]).path.name
-            raise InputError(f"no round of {self.name} has begun; begin with: tuner study run {first}")
+            raise InputError(f"no round of {self.name} has started; start with: tuner study run {first}")
         return rounds[-1]
 
     def adapter(self, trial: Trial) -> str | None:
-        """Where the trial's adapter is: an absolute path."""
+        """Return the absolute path of the trial's adapter."""
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
 
@@ -103,11 +103,11 @@ class StudyFolder:
 def open_folder(directory: Path) -> StudyFolder:
     """Find the rounds of a folder.
 
-    Raises InputError when there is none, or when its files name different studies or databases.
+    Raises InputError if there are none, or if its files name different studies or databases.
     """
     directory = directory.resolve()
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; -C takes the folder of a study")
+        raise InputError(f"{directory}: no such directory; -C expects the folder of a study")
     files: list[RoundFile] = []
     broken: list[RoundFileError] = []
     for path in sorted(directory.glob("*.y*ml"), key=_natural):
@@ -122,14 +122,14 @@ def open_folder(directory: Path) -> StudyFolder:
             raise broken[0]
         raise InputError(
             f"{directory}: no round file here (a .yaml with `study:` and `round:`); "
-            "make one with: tuner study new DIR --model M --data D"
+            "create one with: tuner study new DIR --model M --data D"
         )
     _refuse_mixed(directory, files)
     return StudyFolder(directory, tuple(files), tuple(broken))
 
 
 def looks_like_round(path: Path) -> bool:
-    """Whether a YAML file has the top-level keys of a round."""
+    """Return whether a YAML file has the top-level keys of a round."""
     text = path.read_text(errors="replace") if path.is_file() else ""
     return bool(re.search(r"^round\s*:", text, re.MULTILINE) and re.search(r"^study\s*:", text, re.MULTILINE))
 
@@ -152,7 +152,7 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """`round10` comes after `round9`."""
+    """Return a sort key by which `round10` comes after `round9`."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part
     ]

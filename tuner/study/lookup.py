@@ -1,4 +1,4 @@
-"""What stands in a study, for whoever looks at it: trials by name, where each round stands, its reports."""
+"""Look things up in a study: trials by name, the status of each round, its reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuner.study.results import as_written_now, num_branches_left, num_promised
 
 @contextmanager
 def opened(folder: StudyFolder) -> Iterator[Store]:
-    """The study's facts, closed at the end."""
+    """Open the study's facts, and close them at the end."""
     store = folder.open()
     try:
         yield store
@@ -30,17 +30,17 @@ def opened(folder: StudyFolder) -> Iterator[Store]:
 
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
-    """Return the record of a round. Raises InputError, which begins with `asked`, when it has not begun."""
+    """Return the record of a round. Raises InputError, which begins with `asked`, if it has not started."""
     rounds = store.rounds()
     found = next((record for record in rounds if record.name == name), None)
     if found is None:
         begun = ", ".join(record.name for record in rounds) or "none"
-        raise InputError(f"{asked or name}: no such round has begun; begun: {begun}")
+        raise InputError(f"{asked or name}: no such round has started; started: {begun}")
     return found
 
 
 def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
-    """The trial that `round1/7`, `7` or `best` means, and its round's horizon. Raises InputError."""
+    """Return the trial named `round1/7`, `7` or `best`, and its round's horizon. Raises InputError."""
     with opened(folder) as store:
         record = folder.latest(store)
         if name == "best":
@@ -56,7 +56,7 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
 
 
 def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
-    """The best complete trial of the latest round that has one, sweeps aside."""
+    """Return the best complete trial of the latest round that has one, without sweeps."""
     for record in (record for record in reversed(store.rounds()) if not record.is_sweep):
         order = ranked(store.trials(record.name))
         if order:
@@ -65,20 +65,20 @@ def _best_trial(folder: StudyFolder, store: Store) -> tuple[Trial, int]:
 
 
 def trials_of(folder: StudyFolder, store: Store, round_name: str) -> tuple[Trial, ...]:
-    """The trials of a round as they stand now; none for one that has not begun."""
+    """Return the trials of a round in their current state; none for one that has not started."""
     is_running = folder.is_running()
     return tuple(at_rest(trial, is_running) for trial in store.trials(round_name))
 
 
 def at_rest(trial: Trial, is_running: bool) -> Trial:
-    """A trial recorded as running waits when no process runs the study: the last one was killed."""
+    """Treat a trial recorded as running as waiting if no process runs the study: the last one was killed."""
     if trial.state == TrialState.RUNNING and not is_running:
         return replace(trial, state=TrialState.WAITING)
     return trial
 
 
 def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
-    """Where each round stands: those that have begun in their order, then the files of others."""
+    """Return the status of each round: started ones in their order, then the other files."""
     records = {record.name: record for record in store.rounds()}
     order = [*records, *(f.spec.round for f in folder.files if f.spec.round not in records)]
     is_running = folder.is_running()
@@ -111,9 +111,9 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
 
 
 def reports_on(folder: StudyFolder, round_path: Path | None) -> tuple[RoundReport, ...]:
-    """The report on a round by name or file, else on the latest, after those on the rounds before it.
+    """Return the report on a round by name or file, else on the latest, after those on earlier rounds.
 
-    Raises InputError when it has not begun.
+    Raises InputError if it has not started.
     """
     with opened(folder) as store:
         if round_path is None:

@@ -54,7 +54,7 @@ from tuner.study.branches import ComparisonRuns
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.plan import RoundPlan
-from tuner.study.retention import num_carried_over, outranked, promised_trials
+from tuner.study.retention import not_retained, num_carried_over, promised_trials
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
 from tuner.study.sampling import Advisor
 
@@ -96,7 +96,7 @@ class RoundLoop:
         Raises Interrupted when asked to stop, RoundStopped when model, data or metric cannot be used any
         more, WorkerError when the round cannot be completed.
         """
-        self._heal()
+        self._recover()
         stillborn = 0
         while not self._is_over():
             if self.stopping():
@@ -159,7 +159,7 @@ class RoundLoop:
 
     def _assign(self, trial: Trial) -> Assignment:
         """The trial's next attempt, from its newest checkpoint that is whole."""
-        self.folder.tidy(trial)
+        self.folder.clean_up(trial)
         start = self.folder.newest(trial) or self._start_of_another(trial)
         attempt = max((a.number for a in trial.attempts), default=0) + 1
         from_step = start.step if start else 0
@@ -184,12 +184,12 @@ class RoundLoop:
         """
         if trial.continues is None:
             return None
-        start, why = self.continuations.checkpoint(trial), "its checkpoint is gone"
+        start, why = self.continuations.checkpoint(trial), "its checkpoint is missing"
         for attempt in trial.attempts:
             if attempt.outcome == "failed" and attempt.from_step == trial.continues.step:
                 start, why = None, attempt.message or "it failed"
         if start is None:
-            note = f"started afresh instead of going on from {trial.continues}: {why}"
+            note = f"started over instead of continuing {trial.continues}: {why}"
             self.state.record(TrialNoted(trial.round, trial.number, note))
             self.view.message(f"trial {trial.number}  {note}")
         return start
@@ -255,8 +255,9 @@ class RoundLoop:
         before = {a.environment.get("metric") for trial in self.state.trials for a in trial.attempts} - {None}
         if answers is not None and now is not None and before and now not in before:
             self.view.message(
-                f"warning: evaluation.answers.metric: the file of {answers.metric} is not what it was when "
-                f"trials of {self.plan.name} were scored before: scores from then and now need not compare"
+                f"warning: evaluation.answers.metric: the file of {answers.metric} has changed since "
+                f"trials of {self.plan.name} were scored: scores before and after the change may not be "
+                "comparable"
             )
 
     def _prune(self, trial: Trial) -> bool:
@@ -301,8 +302,8 @@ class RoundLoop:
                     TrialEnded(trial.round, trial.number, TrialState(event.outcome), event.reason, now),
                 )
                 self._tell(trial.number)
-                self.folder.tidy(self.state.trial(trial.number))
-                self._remove_outranked()
+                self.folder.clean_up(self.state.trial(trial.number))
+                self._remove_not_retained()
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
             case "failed":
@@ -326,7 +327,7 @@ class RoundLoop:
         trial = self.state.trial(trial.number)
         if trial.state == TrialState.PRUNED:
             self._tell(trial.number)
-            self.folder.tidy(trial)
+            self.folder.clean_up(trial)
             return
         if not has_failed(trial):
             return
@@ -353,7 +354,7 @@ class RoundLoop:
         if surplus:
             self.state.record(CheckpointsRemoved(trial.round, trial.number, tuple(c.path for c in surplus)))
 
-    def _remove_outranked(self) -> None:
+    def _remove_not_retained(self) -> None:
         """Give up what `checkpoints.keep_best_trials` does not keep: fact, then file.
 
         Whoever finds the fact alone tidies the directory up; a file half deleted is in no fact.
@@ -363,7 +364,7 @@ class RoundLoop:
         if limit is None:
             return
         promotions = self.store.promotions()
-        given_up = outranked(
+        given_up = not_retained(
             self.state.trials,
             keep_best_trials=limit,
             carried=num_carried_over(self.num_trials, passes=self.passes, promotions=promotions),
@@ -371,11 +372,11 @@ class RoundLoop:
         )
         for unneeded in given_up:
             self.state.record(CheckpointsRemoved(name, unneeded.trial.number, unneeded.paths))
-            self.folder.tidy(self.state.trial(unneeded.trial.number))
+            self.folder.clean_up(self.state.trial(unneeded.trial.number))
 
     # --- beginning and ending ---------------------------------------------------------------------
 
-    def _heal(self) -> None:
+    def _recover(self) -> None:
         """Put right what an earlier process left open, before anything is asked."""
         for trial in self.state.trials:
             if has_open_attempt(trial):
@@ -385,9 +386,9 @@ class RoundLoop:
         self.advisor.heal(self.state.trials, max_train_steps=self.plan.spec.max_train_steps)
         for trial in self.state.trials:
             if trial.state.is_final:
-                self.folder.tidy(trial)
-        self._remove_outranked()
-        self.branches.heal()
+                self.folder.clean_up(trial)
+        self._remove_not_retained()
+        self.branches.recover()
 
     def _close(self) -> None:
         """Let the worker save its trials, and record what it says meanwhile."""
@@ -412,5 +413,5 @@ def _count_stillborn(so_far: int, event: Event) -> int:
     if not isinstance(event, Died):
         return 0
     if so_far + 1 >= MAX_STILLBORN:
-        raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could begin. {event.reason}")
+        raise WorkerError(f"{MAX_STILLBORN} workers in a row ended before they could start. {event.reason}")
     return so_far + 1

@@ -1,4 +1,4 @@
-"""What a round is going to do, as the loop needs it: the file, its space and its trunk."""
+"""What a round is going to do: its file, its space and its stable checkpoints."""
 
 from __future__ import annotations
 
@@ -18,39 +18,41 @@ class RoundPlan:
 
     @property
     def spec(self) -> RoundSpec:
-        """The file's content."""
+        """Return the file's content."""
         return self.file.spec
 
     @property
     def name(self) -> str:
-        """The round's name."""
+        """Return the round's name."""
         return self.spec.round
 
     @property
     def space(self) -> Space:
-        """All hyperparameters of the round."""
+        """Return all hyperparameters of the round."""
         return self.spec.space()
 
     @property
     def absolute(self) -> RoundSpec:
-        """The file with its paths absolute, for processes with another working directory."""
+        """Return the file with absolute paths, for processes with another working directory."""
         return self.spec.absolute(self.file.directory)
 
     @property
     def checkpoints(self) -> Path:
-        """The directory `runs/ROUND`."""
+        """Return the directory `runs/ROUND`."""
         return Path(self.absolute.checkpoints.directory) / self.name
 
     @property
     def cache(self) -> Path:
-        """Where tokenised rows are kept between runs: beside the file."""
+        """Return the directory beside the file where tokenised rows are kept between runs."""
         return self.file.directory / ".tuner-cache"
 
     @property
     def comparison_rule(self) -> ComparisonRule:
-        """Which comparison runs follow the last trial."""
+        """Return which comparison runs follow the last trial."""
         return self.spec.run.decay_branches
 
     def trunk_steps(self, hyperparameters: Hyperparameters) -> tuple[int, ...]:
-        """Steps at which a trial keeps a checkpoint for longer rounds; none without a constant part."""
+        """Return the steps at which a trial keeps a checkpoint for longer rounds; none without a stable
+        phase.
+        """
         return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.comparison_rule)

@@ -1,7 +1,7 @@
-"""`study promote`: the next round's file, written where it can be reviewed, and the plan behind it recorded.
+"""`study promote`: write the next round's file for review, and record the plan behind it.
 
-File, then fact: a file without a recorded plan that says what would be written gets its plan
-recorded, so that a promotion cut in two is finished by promoting again.
+The file is written first, the fact second: a file without a recorded plan that says what would be written
+gets its plan recorded, so that an interrupted promotion is completed by promoting again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tuner.methods.schedules import DecayRule
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
 from tuner.playbook.restarts import (
-    Anew,
     Enough,
-    Longer,
+    LongerRound,
+    Restart,
     following,
     next_horizon,
-    plan_round_anew,
+    plan_restart,
     points_left,
 )
 from tuner.playbook.schedule import can_decay_linearly
@@ -40,14 +40,14 @@ from tuner.study.results import as_written_now, earlier_results, num_branches_le
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user decides instead of the playbook."""
+    """The user's decisions that replace the playbook's."""
 
     max_train_steps: int | None = None
     top: int | None = None
-    """Number of trials to carry over; None: three, or half of the round's where that is fewer."""
+    """Number of trials to carry over; None: three, or half of the round's if that is fewer."""
     decay: DecayRule = "share"
     add: tuple[str, ...] = ()
-    """What is searched in addition, as `NAME=VALUES` or `NAME=LOW:HIGH[:log]`."""
+    """What to search in addition, as `NAME=VALUES` or `NAME=LOW:HIGH[:log]`."""
     reason: str = "set by --max-train-steps"
     """Why the horizon is not the suggested one, for the comment beside it."""
 
@@ -78,8 +78,8 @@ def promote(
 ) -> PromotedRound:
     """Plan the next round, write its file and record the plan.
 
-    Raises InputError when the file exists and says something else (unless `force`) or its round has
-    begun; TunerError when the round teaches no next horizon and none is given.
+    Raises InputError if the file exists with other content (unless `force`) or its round has started;
+    TunerError if the round suggests no horizon and none is given.
     """
     to = to.removesuffix(".yaml")
     record = _source(folder, store, to, from_round)
@@ -111,9 +111,9 @@ def promote_held(
     overrides: Overrides = _AS_PLANNED,
     force: bool = False,
 ) -> PromotedRound:
-    """As `promote`, while no other process runs or promotes a round of the study.
+    """Promote while no other process runs or promotes a round of the study.
 
-    Raises StorageError where one does.
+    Raises StorageError if one does.
     """
     if not folder.has_begun:
         folder.latest(folder.open())
@@ -124,17 +124,16 @@ def promote_held(
 
 
 def _read_otherwise(results: RoundResults) -> Iterator[str]:
-    """What there is to say where a version that read some rows otherwise has trained the round."""
+    """Return a warning if a version that read some rows otherwise has trained the round."""
     ran = [a.environment for trial in results.trials for a in trial.attempts if a.environment]
     if any(environment.get("rows") != str(TABLE_VERSION) for environment in ran):
         yield (
-            f"a version of tuner that read some rows otherwise trained {results.name}, as the changelog "
-            "says: where it has such rows, the trials that are to go on start over, and each says so when it "
-            "begins"
+            f"a version of tuner that read some rows differently trained {results.name} (see the changelog): "
+            "if it has such rows, the trials to be continued start over, and each says so when it starts"
         )
 
 
-def go_on_in_passes(
+def continue_passes(
     folder: StudyFolder,
     store: Store,
     *,
@@ -144,14 +143,14 @@ def go_on_in_passes(
     passes: int,
     clock: Callable[[], float],
 ) -> PromotedRound | str:
-    """Write what comes after a complete round of a study in passes, or say why nothing does.
+    """Write what comes after a complete round of a study in passes, or return why nothing does.
 
-    Raises InputError when the file exists and says something else.
+    Raises InputError if the file exists with other content.
     """
     record = _source(folder, store, to, last)
     results, reading = reading_of(store, record)
     before = [r for r in earlier_results(store, record) if r.workload == record.workload]
-    # Those that came of the first file; what was before it is another question.
+    # Only rounds since the first file belong to these passes.
     start = next((place for place, r in enumerate(before) if r.name == first), len(before))
     rounds = [*before[start:], results]
     follows = next_horizon(results, reading, earlier_results(store, record))
@@ -163,7 +162,7 @@ def go_on_in_passes(
                 if isinstance(follows, Enough)
                 else "no trial is left that a longer round could continue"
             )
-        case Longer() as step:
+        case LongerRound() as step:
             planned = plan_next_round(
                 results,
                 reading,
@@ -175,16 +174,16 @@ def go_on_in_passes(
             )
             planned = each_point_once(planned)
             text = _longer_text(_file(folder, last, to), planned)
-        case Anew(number=number):
+        case Restart(number=number):
             file = _file(folder, rounds[0].name, to)
             trials = int(min(file.spec.search.trials, points_left(rounds)))
-            planned = plan_round_anew(rounds[0], results, reading, to=to, trials=trials, number=number)
-            text = _text_anew(file, planned, number)
+            planned = plan_restart(rounds[0], results, reading, to=to, trials=trials, number=number)
+            text = _restart_text(file, planned, number)
     return _write(folder, store, record, planned, reading, text, force=False, clock=clock, passes=passes)
 
 
 def each_point_once(planned: NextRound) -> NextRound:
-    """The plan without a point twice, which rounding to fewer steps can make, nor more trials than points."""
+    """Remove duplicate points, which rounding to fewer steps can make, and limit trials to the rest."""
     enqueue: list[EnqueuedTrial] = []
     for trial in planned.enqueue:
         if all(dict(trial.hyperparameters) != dict(other.hyperparameters) for other in enqueue):
@@ -198,14 +197,14 @@ def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
     if max_train_steps is not None and cap is not None and max_train_steps > cap:
         raise InputError(
             f"--max-train-steps {max_train_steps} is above run.production_steps, {cap}, the longest run that "
-            f"you can pay for: raise it in {file.path.name}, or choose fewer steps"
+            f"you can afford: raise it in {file.path.name}, or choose fewer steps"
         )
 
 
 def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
-        raise InputError(f"{folder.directory}: the file of {name} is missing, and {to} is written from it")
+        raise InputError(f"{folder.directory}: the file of {name} is missing, from which {to} is written")
     return file
 
 
@@ -237,13 +236,13 @@ def _write(
 
 
 def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | None:
-    """The round that a round was promoted to last and that has a file; None where there is none."""
+    """Return the latest round promoted from this one that has a file; None if there is none."""
     found = (p.to_round for p in reversed(store.promotions()) if p.from_round == round_name)
     return next((name for name in found if folder.file(name) is not None), None)
 
 
 def round_text(file: RoundFile, next_round: NextRound, reading: Reading, overrides: Overrides) -> str:
-    """Return the next round's file: the last one's text, where each changed line says why it changed."""
+    """Return the next round's file: the last one's text, with a reason on each changed line."""
     is_given = overrides.max_train_steps not in (None, reading.suggested_max_train_steps)
     comments = {
         "max_train_steps": f"{next_round.old_max_train_steps} in {next_round.from_round}"
@@ -260,7 +259,7 @@ def round_text(file: RoundFile, next_round: NextRound, reading: Reading, overrid
 
 
 def _number_of_trials(file: RoundFile, next_round: NextRound) -> str:
-    """Where the trials come from, for the comment beside their number."""
+    """Return where the trials come from, for the comment beside their number."""
     enqueued, total = len(next_round.enqueue), next_round.trials_total
     if enqueued == total:
         return "all enqueued, none new"
@@ -279,7 +278,7 @@ def _longer_text(file: RoundFile, next_round: NextRound) -> str:
     return _edited(file, next_round, comments)
 
 
-def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
+def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     search = file.spec.search
     changes = {
         "round": next_round.to_round,
@@ -300,7 +299,7 @@ def _text_anew(file: RoundFile, next_round: NextRound, number: int) -> str:
 def _edited(
     file: RoundFile, next_round: NextRound, comments: Mapping[str, str], *, by_option: str = ""
 ) -> str:
-    """The file's text with the next round's values; `by_option` is what recut the decay, if not the rule."""
+    """Return the file's text with the next round's values; `by_option` set the decay, if not the rule."""
     changes: dict[str, Any] = {
         "round": next_round.to_round,
         **_changed_horizon(next_round),
@@ -311,14 +310,14 @@ def _edited(
     said = {key: text for key, text in comments.items() if key in changes}
     said["search.sampler"] = next_round.sampler_reason
     reasons = {name: change.reason for name, change in next_round.changes.items()}
-    if by_option and reasons.get("decay_steps", "").startswith("re-cut"):
+    if by_option and reasons.get("decay_steps", "").startswith("rescaled"):
         reasons["decay_steps"] += f": {by_option}"
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
             said[f"hyperparameters.{name}"] = reasons[name]
     text = edit_round(file.text, changes, said)
-    # Defaults that follow the horizon would move with it: what is to stay is written out.
+    # Defaults that depend on the horizon would change with it, so they are written out.
     written = read_round(text, file.path).spec
     space = written.space()
     moved = {
@@ -329,7 +328,9 @@ def _edited(
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:
         moved["evaluation.every_steps"] = next_round.evaluate_every
-        said["evaluation.every_steps"] = f"as in {next_round.from_round}: trials go on where both evaluate"
+        said["evaluation.every_steps"] = (
+            f"as in {next_round.from_round}: trials continue from steps that both evaluate"
+        )
     return edit_round(file.text, {**changes, **moved}, said) if moved else text
 
 
@@ -341,13 +342,13 @@ def _changed_horizon(next_round: NextRound) -> dict[str, int]:
 def promotion_document(
     study: str, path: Path, next_round: NextRound, reading: Reading, *, is_open: bool, passes: int = 1
 ) -> dict[str, Any]:
-    """The JSON document of `study promote --json`; `passes` is that of the `study auto` that promotes."""
+    """Return the JSON of `study promote --json`; `passes` is that of the `study auto` that promotes."""
     findings = [
         {"rule": finding.rule, "severity": str(finding.severity), "message": finding.message}
         for finding in next_round.findings
     ]
     if is_open:
-        message = f"{next_round.from_round} is not complete: what it still has to run may change this plan"
+        message = f"{next_round.from_round} is not complete: its remaining trials may change this plan"
         findings.insert(0, {"rule": "incomplete_round", "severity": "warning", "message": message})
     return {
         "study": study,
@@ -379,17 +380,19 @@ def promotion_document(
 
 
 def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) -> RoundRecord:
-    """The round to promote from: the one named, else the latest one."""
+    """Return the round to promote from: the named one, else the latest."""
     rounds = store.rounds()
     if any(record.name == to for record in rounds):
-        raise InputError(f"{to} has begun: its file stays as it is. Promote to another name, such as {to}b")
+        raise InputError(
+            f"{to} has started, so its file cannot change. Promote to another name, such as {to}b"
+        )
     if from_round is None:
         return folder.latest(store)
     record = begun_round(store, from_round.removesuffix(".yaml"), asked=f"--from {from_round}")
     if record.is_sweep:
         raise InputError(
-            f"--from {from_round}: a round of a sweep finds a first horizon and is never promoted; run the "
-            "round file that it was made from, and promote that"
+            f"--from {from_round}: a round of a sweep finds a first horizon and cannot be promoted; run the "
+            "round file that it was made from, and promote that one"
         )
     return record
 
@@ -413,12 +416,12 @@ def _yaml_value(value: Value) -> Any:
 
 
 def write_round_file(path: Path, text: str, *, advice: str, force: bool = False) -> None:
-    """Write the file whole. Raises InputError, with the advice, when it is there and says something else."""
+    """Write the file atomically. Raises InputError, with the advice, if it exists with other content."""
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
             return
         if not force:
-            raise InputError(f"{path}: exists and says something else; {advice}")
+            raise InputError(f"{path}: exists with other content; {advice}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""`trial reproduce`: a trial run again from its hyperparameters and seed, beside the study and not in it.
+"""`trial reproduce`: run a trial again from its hyperparameters and seed, outside the study.
 
-No fact is recorded and no checkpoint of the study is touched: the run has a folder of its own, which goes at
-its end, and Optuna never hears of it.
+No fact is recorded and no checkpoint of the study is touched: the run has a folder of its own, which is
+deleted at its end, and Optuna is not told.
 """
 
 from __future__ import annotations
@@ -43,20 +43,22 @@ from tuner.study.folder import StudyFolder
 from tuner.study.run import first_worker
 
 FOLDER = "reproduced"
-"""Beside the round's checkpoint directory: runs again lie there while they last."""
+"""Beside the round's checkpoint directory; reproduced runs are stored here while they last."""
 
 
 class SoloMaker(Protocol):
-    """How the caller wants the trial to run."""
+    """Makes the worker that runs the trial."""
 
     def __call__(self, spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
-        """A worker with one slot for a round file with absolute paths; its lock and log go into `place`."""
+        """Return a worker with one slot for a round file with absolute paths; its lock and log go into
+        `place`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """A trial that is to be run again, and from where to where."""
+    """A trial that is to be run again, with its first and last step."""
 
     trial: Trial
     record: RoundRecord
@@ -64,25 +66,25 @@ class Rerun:
     """The round's file as recorded, with absolute paths."""
     cache: Path
     start: StartingPoint | None
-    """Of a trial that continues another; None at step 0."""
+    """The checkpoint of a trial that continues another; None at step 0."""
     to_step: int
     environments: tuple[dict[str, str], ...]
-    """Of the recorded attempts that made the evaluations which are compared."""
+    """Those of the recorded attempts behind the compared evaluations."""
     remarks: tuple[str, ...] = ()
 
     @property
     def from_step(self) -> int:
-        """The step it begins at."""
+        """Return the step at which it starts."""
         return self.start.step if self.start else 0
 
     @property
     def is_whole(self) -> bool:
-        """Whether it goes on to the end of the trial, so that the ends can be compared."""
+        """Return whether it runs to the end of the trial, so that the ends can be compared."""
         return self.trial.state != TrialState.PRUNED and self.to_step == self.record.max_train_steps
 
 
 def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
-    """What running a trial again means. Raises InputError for one that left nothing to compare with."""
+    """Return the plan of running a trial again. Raises InputError for one without a result to compare."""
     name = f"{trial.round}/{trial.number}"
     if folder.is_rehearsal:
         raise InputError(
@@ -91,13 +93,13 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
     if not trial.state.is_result or not trial.evaluations:
         why = f" ({trial.reason})" if trial.reason else ""
         raise InputError(
-            f"{name} is {trial.state}{why}: it has no result to reproduce; see: tuner trial list"
+            f"{name} is {trial.state}{why}: it has no result to reproduce. See: tuner trial list"
         )
     store = folder.open()
     try:
         record = next(record for record in store.rounds() if record.name == trial.round)
         spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
-        # The curve is compared: what its best adapter answers follows from it.
+        # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})
         if (adapter := folder.adapter(trial)) is not None:
@@ -120,7 +122,7 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
 
 
 def _last_step(name: str, trial: Trial, record: RoundRecord, spec: RoundSpec, wanted: int | None) -> int:
-    """The step to run up to: the horizon, the last evaluation of a pruned trial, or that before `wanted`.
+    """Return the step to run to: the horizon, the last evaluation of a pruned trial, or that before `wanted`.
 
     Of an infeasible trial the end itself is reproduced, which may come after its last evaluation.
     """
@@ -140,22 +142,22 @@ def _last_step(name: str, trial: Trial, record: RoundRecord, spec: RoundSpec, wa
 def _start(
     trial: Trial, store: Store, directory: Path, *, to_step: int
 ) -> tuple[StartingPoint | None, tuple[str, ...]]:
-    """The trunk's checkpoint that a trial continues, or step 0 and why that is the same run."""
+    """Return the stable checkpoint that a trial continues, or step 0 and why that is the same run."""
     if trial.continues is None:
         return None, ()
     folder = CheckpointFolder(directory / trial.continues.round)
     there = continued_checkpoint(store, folder, trial.continues)
     if there is not None and there.step < to_step:
-        return there, (f"It goes on from {trial.continues}, as recorded: earlier steps are not run again.",)
-    why = "its checkpoint is gone" if there is None else "nothing would be left to run"
+        return there, (f"It continues {trial.continues}, as recorded: earlier steps are not run again.",)
+    why = "its checkpoint is missing" if there is None else "nothing would be left to run"
     return None, (
-        f"It is run from step 0, not from {trial.continues}: {why}. A trial goes on from the part of a run "
-        "that does not depend on the horizon, so this is the same run.",
+        f"It is run from step 0, not from {trial.continues}: {why}. A trial continues from the stable "
+        "phase, which does not depend on the horizon, so this is the same run.",
     )
 
 
 def _ran_by(trial: Trial, store: Store, *, from_step: int) -> list[Trial]:
-    """The trial, and those that it continues as far as their steps are run again."""
+    """Return the trial, and those that it continues whose steps are run again."""
     found, wish = [trial], trial.continues
     while wish is not None and from_step == 0:
         earlier = _source(store, wish)
@@ -173,8 +175,8 @@ def reproduce(
 ) -> Reproduction:
     """Run a trial again and compare.
 
-    Raises Interrupted when `stopping` says so, InputError when model or data cannot be used any more, and
-    WorkerError when the worker dies. In each case nothing of the run is left.
+    Raises Interrupted if `stopping` returns True, InputError if model or data can no longer be used, and
+    WorkerError if the worker dies. In each case nothing of the run is left.
     """
     for remark in rerun.remarks:
         view.message(remark)
@@ -214,7 +216,7 @@ def reproduce(
 
 @contextmanager
 def _place(rerun: Rerun) -> Iterator[Path]:
-    """A folder for the run, empty at its beginning and gone at its end."""
+    """Make an empty folder for the run, and delete it at the end."""
     parent = Path(rerun.spec.checkpoints.directory).parent / FOLDER
     place = parent / f"{rerun.trial.round}-{rerun.trial.number:04d}"
     try:
@@ -250,10 +252,10 @@ def _other_workload(record: RoundRecord, ready: Ready) -> tuple[str, ...]:
     if record.workload == ready.workload:
         return ()
     then, now = ((rows.train_rows, rows.eval_rows) for rows in (record, ready))
-    counts = "as many rows as then" if then == now else f"{_rows(*then)} then, {_rows(*now)} now"
+    counts = "the number of rows is the same" if then == now else f"{_rows(*then)} then, {_rows(*now)} now"
     return (
-        f"The model or the data are not those that {record.name} began with: the files behind the same paths "
-        f"changed, or a library reads them otherwise ({counts}).",
+        f"The model or the data are not those that {record.name} started with: the files at these paths "
+        f"changed, or a library reads them differently ({counts}).",
     )
 
 
@@ -270,7 +272,7 @@ class _Ran:
 
 
 def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], bool]) -> _Ran:
-    """What the worker says, up to the last evaluation that is wanted or to the run's end."""
+    """Collect the worker's events, up to the last evaluation that is compared or to the run's end."""
     evaluations: dict[int, Evaluation] = {}
     environment: dict[str, str] = {}
     is_infeasible = rerun.trial.state == TrialState.INFEASIBLE

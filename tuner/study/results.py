@@ -1,4 +1,4 @@
-"""A round's facts in the form that the playbook reads, and the reading of the latest one."""
+"""Convert a round's facts into the form that the playbook reads, and read the latest round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuner.store import Store
 
 
 def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
-    """A round as it began, with its trials as they stand, and what its evaluations really took."""
+    """Return a round's results: its configuration, its trials so far, and the measured cost of evaluation."""
     spec = RoundSpec.model_validate(record.spec)
     measured = record.throughput.evaluation_share if record.throughput else None
     return RoundResults(
@@ -39,21 +39,21 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
 
 
 def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
-    """A begun round with what its file may still change as it now says it, though no run has seen it yet."""
+    """Update a round by what its file may still change, even if no run has used the new values yet."""
     now = keep_unwritten_rule(file, record).spec.model_dump(mode="json")
     search = {**record.spec["search"], "trials": now["search"]["trials"]}
     return replace(record, spec={**record.spec, "goal": now["goal"], "run": now["run"], "search": search})
 
 
 def num_promised(record: RoundRecord) -> int:
-    """Trials that a begun round is complete with."""
+    """Return the number of trials of a complete round."""
     return RoundSpec.model_validate(record.spec).num_trials
 
 
 def keep_unwritten_rule(file: RoundFile, record: RoundRecord | None) -> RoundFile:
-    """Return the file, without comparison runs where its round began without and it does not name them.
+    """Return the file without comparison runs, if its round started without and it does not name them.
 
-    So a round that an earlier version began or finished owes none because a default is another one now.
+    So a new default does not add comparison runs to a round that an earlier version started or finished.
     """
     run = file.spec.run
     if record is None or recorded_rule(record) is not False or "decay_branches" in run.model_fields_set:
@@ -63,13 +63,13 @@ def keep_unwritten_rule(file: RoundFile, record: RoundRecord | None) -> RoundFil
 
 
 def recorded_rule(record: RoundRecord) -> ComparisonRule:
-    """Return which comparison runs a round makes; none where the version that began it knew no such key."""
+    """Return which comparison runs a round makes; none if the version that started it knew no such key."""
     rule: ComparisonRule = record.spec.get("run", {}).get("decay_branches", False)
     return rule
 
 
 def num_branches_left(store: Store, record: RoundRecord) -> int:
-    """How many comparison runs a round whose trials have ended still owes, by this record of it."""
+    """Return how many comparison runs a round still needs after its trials, by this record of it."""
     rule = recorded_rule(record)
     if rule is False:
         return 0
@@ -78,7 +78,7 @@ def num_branches_left(store: Store, record: RoundRecord) -> int:
 
 
 def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
-    """The rounds that began before this one, oldest first, sweeps aside."""
+    """Return the rounds that started before this one, oldest first, without sweeps."""
     rounds: list[RoundRecord] = []
     for other in store.rounds():
         if other.name == record.name:
@@ -89,9 +89,9 @@ def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
 
 
 def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
-    """How the trials of the rounds before came out, as far as they are of the same workload.
+    """Return the outcomes of trials of earlier rounds of the same workload.
 
-    What they answered counts where they were asked as in this round.
+    Their answer scores count only if they were scored as in this round.
     """
     asked = {other.name: _asked(other) for other in store.rounds()}
     found: list[Outcome] = []
@@ -104,24 +104,24 @@ def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
 
 
 def _asked(record: RoundRecord) -> dict[str, object]:
-    """What decides about the answers of a round's trials besides its workload."""
+    """Return what determines the answers of a round's trials besides its workload."""
     answers = record.spec.get("evaluation", {}).get("answers") or {}
     return {name: value for name, value in answers.items() if name != "objective"}
 
 
 def reading_of(store: Store, record: RoundRecord) -> tuple[RoundResults, Reading]:
-    """A round's results and what the playbook reads from them and from the rounds before."""
+    """Return a round's results and the playbook's reading of them and of the rounds before."""
     results = round_results(record, store.trials(record.name))
     return results, read_round(results, earlier_results(store, record))
 
 
 def seconds_per_step(trials: Sequence[Trial]) -> float | None:
-    """Measured seconds of a trial's step, its evaluations included; None before any attempt has ended."""
+    """Return the seconds of a trial's step, including evaluations; None before any attempt has ended."""
     timed = [
         attempt
         for trial in trials
         for attempt in trial.attempts
-        # When those that a killed process held ended is not known.
+        # The end of attempts in a killed process is unknown.
         if attempt.outcome != "interrupted" and attempt.ended_at is not None
         if attempt.to_step > attempt.from_step
     ]

@@ -1,4 +1,4 @@
-"""Which checkpoints nothing needs any more, and why: by a trial's rank, or by what came after its round."""
+"""Which checkpoints are no longer needed, and why: because of a trial's rank, or of later rounds."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Unneeded:
 
     @property
     def num_bytes(self) -> int:
-        """What they take on disk."""
+        """Their size on disk."""
         return sum(checkpoint.size_bytes for checkpoint in self.checkpoints)
 
 
-def outranked(
+def not_retained(
     trials: Sequence[Trial],
     *,
     keep_best_trials: int | None,
     carried: int = TOP,
     promised: Collection[int] = (),
 ) -> Iterator[Unneeded]:
-    """What `checkpoints.keep_best_trials` gives up of a round as it stands; None is all, so nothing.
+    """Return the checkpoints that `checkpoints.keep_best_trials` does not keep; None keeps all.
 
-    The adapters of the best trials stay, and what longer rounds go on from: resumable checkpoints of the best
-    `carried`, and of the `promised` ones, which a plan names. Who has fallen behind never comes back, since a
-    trial that has ended changes no more; so nothing is given up too early.
+    It keeps the adapters of the best trials, and the checkpoints that longer rounds continue from: resumable
+    ones of the best `carried` trials and of the `promised` ones, which a plan names. A trial that has fallen
+    behind never comes back, since an ended trial does not change; so nothing is deleted too early.
     """
     if keep_best_trials is None:
         return
@@ -57,22 +57,22 @@ def outranked(
 
 
 def num_kept(num_trials: int, keep_best_trials: int | None) -> int:
-    """Trials of a round that keep a resumable checkpoint once all have ended."""
+    """Return how many trials of a round keep a resumable checkpoint once all have ended."""
     return num_trials if keep_best_trials is None else min(num_trials, max(keep_best_trials, TOP))
 
 
 def num_carried_over(num_trials: int, *, passes: int, promotions: Sequence[Promotion]) -> int:
-    """The best trials of a round that longer rounds may go on with: three by `study promote`.
+    """Return how many of a round's best trials longer rounds may continue: three for `study promote`.
 
-    Of `study auto --passes` each pass takes a third of a round's number, of what the passes before have left
-    behind. How many passes there are to be, `passes` says, or the plan of an earlier promotion.
+    With `study auto --passes`, each pass takes a third of a round's number, of the trials that the passes
+    before have left. `passes`, or the plan of an earlier promotion, sets the number of passes.
     """
     planned = max([passes, *(int(promotion.plan.get("passes", 1)) for promotion in promotions)])
     return TOP if planned == 1 else max(TOP, planned * num_carried(num_trials))
 
 
 def promised_trials(promotions: Sequence[Promotion], round_name: str) -> set[int]:
-    """Trials of a round that the plans of later rounds go on from."""
+    """Return the trials of a round that the plans of later rounds continue."""
     named = [str(entry["trial"]) for plan in promotions for entry in plan.plan.get("continues", ())]
     places = [name.rpartition("/") for name in named]
     return {int(number) for name, _, number in places if name == round_name}
@@ -87,15 +87,15 @@ def unneeded(
     keep_best_trials: int | None,
     is_rehearsal: bool,
 ) -> Iterator[Unneeded]:
-    """What `study clean` can free of a round; `later` are the rounds that began after it.
+    """Return what `study clean` can free in a round; `later` are the rounds that started after it.
 
-    Nothing of a trial that has not ended; of a rehearsal, and of a sweep whose answer is in use, all that
-    the others have; else the `last` checkpoints, and what is outranked.
+    Nothing of a trial that has not ended; of a rehearsal, and of a sweep whose result is in use, everything
+    of the others; else the `last` checkpoints, and those that the retention rule does not keep.
     """
     whole = (
         "a rehearsal: nothing was trained"
         if is_rehearsal
-        else "a sweep whose answer is in use"
+        else "a sweep whose result is in use"
         if record.is_sweep and any(not other.is_sweep for other in later)
         else None
     )
@@ -104,7 +104,7 @@ def unneeded(
         yield from (Unneeded(trial, trial.checkpoints, whole) for trial in ended)
         return
     limit = None if record.is_sweep else keep_best_trials
-    kept = outranked(
+    kept = not_retained(
         trials,
         keep_best_trials=limit,
         carried=num_carried_over(len(trials), passes=1, promotions=promotions),

@@ -42,10 +42,10 @@ from tuner.study.sampling import Advisor, make_sampler, optuna_storage
 
 
 class WorkerMaker(Protocol):
-    """How the caller wants trials to run."""
+    """Makes the worker that trains the trials."""
 
     def __call__(self, plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-        """A worker for a round; `base` gives the untouched base's evaluation once it is known."""
+        """Return a worker for a round; `base` returns the base model's evaluation once it is known."""
         ...
 
 
@@ -59,13 +59,13 @@ def run_round(
     clock: Callable[[], float] = time.time,
     free: Callable[[Path], int] = free_bytes,
 ) -> None:
-    """Run a round, or go on with it, until every promised trial has ended.
+    """Start or resume a round and run it until every trial has ended.
 
-    Raises InputError before anything is recorded when file, model, data, database or directory
-    cannot be used, or the disk is too small; Interrupted when `stopping` says so, with all progress
-    saved; RoundStopped when disk, database or what a worker needs fail on the way; WorkerError when the
-    round cannot be completed. `passes` is that of `study auto`, where it runs the round: trials that a
-    later pass may go on with keep their checkpoints. `free` gives the free bytes where a path is, or will be.
+    Raises InputError before anything is recorded if file, model, data, database or directory cannot be used,
+    or the disk is too small; Interrupted if `stopping` returns True, with all progress saved; RoundStopped if
+    disk, database or something a worker needs fails during the run; WorkerError if the round cannot be
+    completed. `passes` is that of `study auto`, if it runs the round: trials that a later pass may continue
+    keep their checkpoints. `free` returns the free bytes at a path, which may not exist yet.
     """
     plan = RoundPlan(file)
     storage = plan.absolute.storage
@@ -120,14 +120,14 @@ def run_round(
                 stopping=lambda: stopping() or watch.is_short(),
                 passes=passes,
             ).run()
-            # The record of before knows none of the comparison runs.
+            # The record read before does not include the comparison runs.
             ended = next(r for r in store.rounds() if r.name == record.name)
             write_pages(advisor.study, round_report(folder, store, ended))
 
 
 @contextmanager
 def _outside_failures(watch: DiskWatch) -> Iterator[None]:
-    """Turns what is not the round's fault, a full disk or a lost database, into RoundStopped."""
+    """Turn failures outside the round, a full disk or a lost database, into RoundStopped."""
     try:
         yield
     except Interrupted as stop:
@@ -138,11 +138,11 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
         said = " ".join(str(error).split())
         if watch.is_short():
             raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
-        raise RoundStopped(f"{said}. What was recorded before is kept; put that right") from error
+        raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
 
 
 def refuse_changed_file(plan: RoundPlan) -> None:
-    """A round that has begun keeps what its results depend on. Raises RoundFileError."""
+    """Refuse changes of a started round that its results depend on. Raises RoundFileError."""
     begun = _begun(plan)
     mistakes = refused_changes(begun.spec, plan.file) if begun else []
     if mistakes and not plan.checkpoints.exists():
@@ -152,7 +152,7 @@ def refuse_changed_file(plan: RoundPlan) -> None:
 
 
 def _begun(plan: RoundPlan) -> RoundRecord | None:
-    """The round as it is recorded; None before it has begun. Creates nothing."""
+    """Return the round as it is recorded; None before it has started. Creates nothing."""
     storage = plan.absolute.storage
     if not exists(storage):
         return None
@@ -164,9 +164,9 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
-    """A sampler of the user's and the tools that the round is shown in have to be there.
+    """Refuse a user's sampler or trackers that are not installed.
 
-    A rehearsal is shown nowhere. Raises RoundFileError, and InputError for a sampler.
+    A rehearsal uses no trackers. Raises RoundFileError, and InputError for a sampler.
     """
     if not is_built_in("sampler", plan.spec.search.sampler):
         make_sampler(plan.spec.search, seed=0)
@@ -177,7 +177,7 @@ def refuse_uninstalled(plan: RoundPlan) -> None:
         Mistake(
             plan.file.line(key),
             key,
-            f"{name} is not installed; install it with: {install_command(name)}, or take it out",
+            f"{name} is not installed; install it with: {install_command(name)}, or remove it",
         )
         for name in missing
     ]
@@ -187,14 +187,14 @@ def refuse_uninstalled(plan: RoundPlan) -> None:
 
 def _begun_elsewhere(plan: RoundPlan) -> str:
     return (
-        f"{plan.name} of a study {plan.spec.study} has begun in this database with another file, and not "
-        f"from this folder: there is no {plan.checkpoints}. If this is another study, give it a name of its "
-        "own after `study:`; if it is the same, use the file that the round began with"
+        f"{plan.name} of a study {plan.spec.study} has started in this database with another file, and not "
+        f"from this folder: there is no {plan.checkpoints}. If this is another study, give it another name "
+        "in `study:`; if it is the same, use the file that the round started with"
     )
 
 
 def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
-    """What earlier runs of the round recorded. Creates nothing."""
+    """Return the trials that earlier runs of the round recorded. Creates nothing."""
     if not exists(storage):
         return ()
     store = open_store(storage, study=plan.spec.study)
@@ -205,14 +205,14 @@ def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
 
 
 def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
-    """The untouched base's evaluation where the round has it already: it is measured once a round."""
+    """Return the base model's evaluation if the round has it already: it is measured once a round."""
     return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
 
 
 def first_worker(
     make: Callable[[], Worker], view: View, stopping: Callable[[], bool], *, begun: int
 ) -> tuple[Worker, Ready]:
-    """A worker that has loaded base and data; one that dies on the way is replaced, a few times."""
+    """Return a worker that has loaded base model and data; replace one that dies before, a few times."""
     view.message("loading base and data")
     for remaining in reversed(range(MAX_STILLBORN)):
         worker = make()
@@ -227,12 +227,11 @@ def first_worker(
                 continue
             undo.pop_all()
             return worker, ready
-    raise AssertionError("the last worker either was ready or raised")
+    raise AssertionError("the last worker was either ready or raised")
 
 
 def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], *, begun: int) -> Ready:
-    """Wait for one worker; `begun` trials are there to go on with. Raises InputError, WorkerError or
-    Interrupted."""
+    """Wait for one worker; `begun` trials can be resumed. Raises InputError, WorkerError or Interrupted."""
     while True:
         for event in worker.events(0.5):
             match event:
@@ -248,20 +247,20 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
                 case Died(reason=reason):
                     raise WorkerError(reason)
         if stopping():
-            kept = f"the {count(begun, 'trial')} begun are as they were" if begun else "nothing was begun"
+            kept = f"the {count(begun, 'started trial')} did not change" if begun else "nothing was started"
             raise Interrupted(f"stopped while loading; {kept}")
 
 
 def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
-    """Record that the round has begun, or the file's allowed changes."""
+    """Record that the round has started, or the file's allowed changes."""
     begun = next((record for record in store.rounds() if record.name == plan.name), None)
     if begun is not None and begun.workload != ready.workload:
         raise InputError(
-            f"{plan.file.path.name}: the model or the data are not those that {plan.name} began with (the "
-            "files behind the same paths changed, this version of tuner reads some rows differently, as its "
-            f"changelog says, or another folder began a study {plan.spec.study} in this database): its "
-            "trials would not compare. Put them back, finish the round with the version that began it, or "
-            "begin another round or study"
+            f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
+            "files at these paths changed, this version of tuner reads some rows differently, see the "
+            f"changelog, or another folder started a study {plan.spec.study} in this database): its trials "
+            "would not be comparable. Restore them, finish the round with the version that started it, or "
+            "start another round or study"
         )
     store.record(
         RoundBegun(

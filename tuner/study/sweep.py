@@ -1,7 +1,7 @@
-"""`study sweep`: which constant-rate round is run next to find a first horizon, or what the sweep answers.
+"""`study sweep`: which constant-rate round to run next for a first horizon, or the result of the sweep.
 
-All of it follows from the files and facts of the rounds `sweep-N`, so that a sweep is gone on with by
-looking again.
+Everything follows from the files and facts of the rounds `sweep-N`, so that a sweep is resumed by calling it
+again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _NEUTRAL: Mapping[str, Value] = {
     "weight_decay": 0.0,
 }
 _WIDENED = "bc"
-"""What the names of the first and of the second widening at a horizon end with."""
+"""Suffixes of the names of the first and of the second widening at a horizon."""
 
 
 def next_sweep(file: RoundFile) -> RoundFile | SweepDecision:
-    """The sweep's round to run, or go on with, for a round file; or its answer.
+    """Return the sweep's round to start or resume for a round file; or its result.
 
-    Writes the file of a round that has none yet. Raises InputError where the file cannot be swept, or where
-    the study has been swept with other data.
+    Writes the round's file if it has none. Raises InputError if the file cannot be swept, or if the study has
+    been swept with other data.
     """
     folder = open_folder(file.directory)
     store = folder.open()
@@ -71,7 +71,7 @@ def next_sweep(file: RoundFile) -> RoundFile | SweepDecision:
 
 
 def first_sweep(file: RoundFile) -> str:
-    """The text of the first round of a sweep: what is fixed stays, the rest is neutral, the rate is a grid.
+    """Return the text of the sweep's first round: fixed values stay, the rest is neutral, the rate is a grid.
 
     Its evaluation set is a sample of the training rows, so its loss says how well these are fitted.
     """
@@ -104,9 +104,9 @@ def first_sweep(file: RoundFile) -> str:
 
 
 def with_first_horizon(file: RoundFile, answer: FirstHorizon | ComputeBound) -> RoundFile:
-    """The round file with the horizon that a sweep found, on its evaluation grid; not yet written.
+    """Return the round file with the horizon that a sweep found, on its evaluation grid; not yet written.
 
-    Longer where the file's own warmup, decay or evaluations need more steps; the comment says so.
+    The horizon is longer if the file's own warmup, decay or evaluations need more steps; the comment says so.
     """
     match answer:
         case FirstHorizon(max_train_steps=found, learning_rate=rate):
@@ -122,20 +122,20 @@ def with_first_horizon(file: RoundFile, answer: FirstHorizon | ComputeBound) -> 
             return read_round(text, file.path)
         except RoundFileError:
             continue
-    raise InputError(f"{file.path}: no horizon from {found} steps on fits the rest of the file")
+    raise InputError(f"{file.path}: no horizon of {found} or more steps fits the rest of the file")
 
 
 def _production_steps(file: RoundFile) -> int:
     if file.spec.run.production_steps is None:
         raise InputError(
             f"{file.path.name}: run.production_steps: missing: a sweep doubles its steps up to the longest "
-            "run that you can pay for; add it under `run:`, or give --epochs"
+            "run that you can afford; add it under `run:`, or pass --epochs"
         )
     return file.spec.run.production_steps
 
 
 def _refuse_other_work(first: RoundFile, file: RoundFile) -> None:
-    """The answer is one for model and training rows."""
+    """Refuse a sweep of another model or other training rows."""
     for what, swept, now in (
         ("model", first.spec.model, file.spec.model),
         ("data.train", first.spec.data.train, file.spec.data.train),
@@ -145,12 +145,13 @@ def _refuse_other_work(first: RoundFile, file: RoundFile) -> None:
         if swept != now:
             raise InputError(
                 f"{file.path.name}: {what} is not that of {first.path.name}, with which the sweep of "
-                "this study began, so its answer is none for this file; put it back, or begin another study"
+                "this study started, so its result does not apply to this file; change it back, or start "
+                "another study"
             )
 
 
 def _by_rate(store: Store, names: Sequence[str]) -> dict[float, Trial]:
-    """The longest run of each rate: one that has diverged is not run again."""
+    """Return the longest run of each rate: one that has diverged is not run again."""
     return {
         float(trial.hyperparameters["learning_rate"]): trial  # type: ignore[arg-type]
         for name in names
@@ -173,7 +174,7 @@ def _sweep_trial(rate: float, trial: Trial) -> SweepTrial:
 def _following(
     text: str, horizon: int, names: Sequence[str], store: Store, decision: LongerSweep | WiderSweep
 ) -> str:
-    """The text of the next round: all sound trials go on, or new rates are tried at the same horizon."""
+    """Return the next round's text: all sound trials continue, or new rates are tried at the same horizon."""
     match decision:
         case LongerSweep(max_train_steps=longer):
             found = _by_rate(store, names)
@@ -193,7 +194,7 @@ def _following(
 
 
 def _staged(text: str, name: str, horizon: int, entries: Sequence[Mapping[str, Any]]) -> str:
-    """A sweep's round file as another of its rounds."""
+    """Return a sweep's round file as another of its rounds."""
     rates = [entry["learning_rate"] for entry in entries]
     changes = {
         "round": name,
@@ -212,7 +213,7 @@ def _staged(text: str, name: str, horizon: int, entries: Sequence[Mapping[str, A
 def _written(beside: RoundFile, text: str) -> RoundFile:
     name = read_round(text, beside.path).spec.round
     path = beside.directory / f"{name}.yaml"
-    write_round_file(path, text, advice="move it away, or delete it")
+    write_round_file(path, text, advice="move or delete it")
     return read_round(text, path)
 
 
@@ -225,9 +226,10 @@ def _is_complete(file: RoundFile, store: Store) -> bool:
 
 
 def _fixed(name: str, dimension: Dimension) -> Value | None:
-    """The one value of a searched hyperparameter: the first of a list, of a range the default or its low end.
+    """Return the value that fixes a searched hyperparameter: the first of a list, a range's default or low
+    end.
 
-    A fixed warmup is written too, since its default follows the horizon. None leaves what the file has.
+    A fixed warmup is written too, since its default follows the horizon. None leaves the file as it is.
     """
     match dimension:
         case Choices(values=values):

@@ -1,1 +1,1 @@
-"""One worker: it loads base and data once and trains trials in slots, side by side."""
+"""One worker: it loads the base model and the data once and trains trials side by side in slots."""

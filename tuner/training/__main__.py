@@ -1,7 +1,7 @@
-"""`python -m tuner.training`: one worker process, told by its parent on standard input what to do.
+"""`python -m tuner.training`: one worker process, which reads its parent's commands on standard input.
 
-Standard output carries events alone, one JSON document a line; whatever libraries print goes to
-standard error, which the parent keeps as the worker's log.
+Standard output carries only events, one JSON document a line; whatever libraries print goes to standard
+error, which the parent keeps as the worker's log.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
-from tuner.training.commands import Inbox
+from tuner.training.commands import CommandReader
 from tuner.training.environment import keep_freed_memory
 from tuner.training.loop import train
-from tuner.training.startup import open_workplace
+from tuner.training.startup import load_worker_state
 
 
 def main() -> int:
-    """Set up, say `Ready`, train until told to close."""
+    """Set up, send `Ready`, and train until told to close."""
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
@@ -33,21 +33,21 @@ def main() -> int:
         events.flush()
 
     keep_freed_memory()
-    inbox = Inbox(sys.stdin)
+    commands = CommandReader(sys.stdin)
 
     def say_what_it_does(doing: str) -> None:
-        if inbox.closed:
+        if commands.closed:
             sys.exit()  # nothing has begun, so there is nothing to save
         say(Preparing(doing))
 
-    document = inbox.read_document()
+    document = commands.read_document()
     with Path(document["lock"]).open("w") as lock:
         # A parent waits until no worker of an earlier one shares this lock: two never write one folder.
         fcntl.flock(lock, fcntl.LOCK_SH)
-        inbox.listen()
+        commands.listen()
         try:
             known = document.get("base")
-            place, ready = open_workplace(
+            state, ready = load_worker_state(
                 RoundSpec.model_validate(document["spec"]),
                 cache=Path(document["cache"]),
                 slots=document["slots"],
@@ -59,10 +59,15 @@ def main() -> int:
             return 1
         say(ready)
         try:
-            train(place, inbox, say)
+            train(state, commands, say)
         except TunerError as error:
-            # Another worker would come to the same answers, and to the same end.
-            say(Died(f"{error}. Every trial is saved; put that right", is_input_error=True))
+            # Another worker would generate the same answers and fail alike.
+            say(
+                Died(
+                    f"{error}. Every trial is saved. Fix the metric",
+                    is_input_error=True,
+                )
+            )
             return 1
     return 0
 

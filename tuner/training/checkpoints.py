@@ -1,6 +1,6 @@
-"""Checkpoint directories: what a resumable one holds, and how one appears whole or not at all.
+"""Checkpoint directories: what a resumable one contains, and how one is written atomically.
 
-A directory is written under a temporary name, synced and renamed. safetensors and JSON only.
+A directory is written under a temporary name, synced and renamed. It contains only safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Weights = Mapping[str, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All a trial needs to go on as if it had never stopped."""
+    """All that a trial needs to resume as if it had never stopped."""
 
     step: int
     adapter: Adapter
     optimizer: Mapping[str, Tensor]
     evaluations: tuple[Evaluation, ...]
     best: Weights | None
-    """The adapter of the best evaluation so far; None when that is this snapshot's own."""
+    """The adapter of the best evaluation so far; None if it is this snapshot's own."""
     counters: Mapping[str, Any]
     """Running sums since the last evaluation, by name: floats and ints."""
     sums: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    """The same up to each evaluation, by step: a longer round may not have one of them."""
+    """The same sums at each evaluation, by step: a longer round may lack one of these steps."""
 
 
 def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
@@ -64,12 +64,12 @@ def publish_snapshot(trial: Path, snapshot: Snapshot, *, kind: CheckpointKind, a
 
 
 def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
-    """Read a resumable checkpoint. Raises CheckpointError when it is missing or not what was recorded."""
+    """Read a resumable checkpoint. Raises CheckpointError if it is missing or not the recorded one."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: the recorded checkpoint is gone")
+        raise CheckpointError(f"{directory}: the recorded checkpoint is missing")
     if sha256 is not None and (found := digest(directory)) != sha256:
         raise CheckpointError(
-            f"{directory}: its hash is {found}, recorded was {sha256}: it was changed or damaged"
+            f"{directory}: the checkpoint was changed or damaged: its hash is {found}, recorded was {sha256}"
         )
     try:
         state = json.loads((directory / _STATE_FILE).read_text())
@@ -79,7 +79,8 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
         raise CheckpointError(f"{directory}: not a resumable checkpoint: {error}") from error
     if state.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{directory}: checkpoint format {state.get('format')}, this tuner reads {_FORMAT}"
+            f"{directory}: checkpoint format {state.get('format')} is not supported; this tuner reads "
+            f"{_FORMAT}"
         )
     return Snapshot(
         step=state["step"],
@@ -93,7 +94,7 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
 
 
 def digest(directory: Path) -> str:
-    """SHA-256 of a directory: of its files' names and contents, in the order of names."""
+    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
     total = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -118,7 +119,7 @@ def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
 
 
 def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Make `target` appear whole. One that is there already was made by the same trial: it is replaced."""
+    """Write `target` atomically, replacing one that the same trial made before."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

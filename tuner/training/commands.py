@@ -1,7 +1,7 @@
-"""What the parent says to a worker: one JSON document a line on standard input.
+"""What a parent sends to a worker: one JSON document a line on standard input.
 
-The end of input means that the parent is gone; the process then ends at once, since whatever is on
-disk is whole and the next run goes on from it.
+The end of input means that the parent is gone. The process then exits at once: all files on disk are
+complete, and the next run resumes from them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, TextIO
 from tuner.records import Assignment, assignment_from_json
 
 
-class Inbox:
-    """Assignments to begin, trials to stop, and whether to close."""
+class CommandReader:
+    """Assignments to start, trials to stop, and whether to close."""
 
     def __init__(self, lines: TextIO, *, on_parent_gone: Callable[[], None] = lambda: os._exit(1)) -> None:
         self.closed = False
         self.unwanted: set[int] = set()
-        """Trials to save and leave."""
+        """Trials to save and remove."""
         self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self._lines = lines
         self._on_parent_gone = on_parent_gone
 
     def read_document(self) -> dict[str, Any]:
-        """The first line: what to work on. Call before `listen`."""
+        """Read the first line, which describes the work. Call before `listen`."""
         line = self._lines.readline()
         if not line:
             self._on_parent_gone()
@@ -36,11 +36,11 @@ class Inbox:
         return document
 
     def listen(self) -> None:
-        """Start reading orders in the background."""
-        threading.Thread(target=self._read, daemon=True, name="inbox").start()
+        """Start reading commands in the background."""
+        threading.Thread(target=self._read, daemon=True, name="commands").start()
 
     def assignments(self, *, wait: bool) -> Iterator[Assignment]:
-        """What has come to begin; with `wait`, blocks until something has or the inbox closes."""
+        """Yield the assignments received so far; with `wait`, block until there is one or `close` arrives."""
         while True:
             try:
                 assignment = self._assignments.get(block=wait)
@@ -53,14 +53,14 @@ class Inbox:
 
     def _read(self) -> None:
         for line in self._lines:
-            order = json.loads(line)
-            match order["order"]:
+            command = json.loads(line)
+            match command["order"]:
                 case "start":
-                    assignment = assignment_from_json(order["assignment"])
+                    assignment = assignment_from_json(command["assignment"])
                     self.unwanted.discard(assignment.trial)
                     self._assignments.put(assignment)
                 case "stop":
-                    self.unwanted.add(order["trial"])
+                    self.unwanted.add(command["trial"])
                 case "close":
                     self.closed = True
                     self._assignments.put(None)

@@ -1,4 +1,4 @@
-"""What a worker computes with: device, threads, packages; and how the allocator is set."""
+"""The device, threads and packages that a worker computes with, and its allocator settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LARGEST = (1 << 31) - 1
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from handing large blocks back to the system at each free; False where there is no glibc.
+    """Stop glibc from returning large blocks to the system at each free; False without glibc.
 
     Otherwise every tensor above some megabytes is mapped, zeroed page by page, and unmapped again: on a CPU
     that was a third of an evaluation's time (docs/log.md).
@@ -33,9 +33,9 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def environment(device: torch.device, *, slots: int, metric: str | None = None) -> dict[str, str]:
-    """As `Attempt.environment` keeps it. `metric` is the hash of the file of a user's, None without any.
+    """Return `Attempt.environment`. `metric` is the hash of the user's metric file, None without one.
 
-    `rows` says how rows are read: another number stands for other tokens, or masks, of some.
+    `rows` is the version of reading rows: another number means other tokens, or masks, for some rows.
     """
     if device.type == "cuda":
         computes_with = {"device": torch.cuda.get_device_name(device)}

@@ -1,4 +1,4 @@
-"""How well a trial's best adapter answers: asked once, when the trial has come to its horizon."""
+"""Score the answers of a trial's best adapter, once, when the trial has reached its horizon."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tuner.adapters import Pack, PackedRows
 from tuner.adapters.decoding import Decoding, batches
 from tuner.adapters.generation import TextGenerator
-from tuner.adapters.pack import ExactTensors
+from tuner.adapters.pack import MasterTensors
 from tuner.data import EvalPrompt, Metric, load_metric, try_metric
 from tuner.playbook.scores import answer_score
 from tuner.records import AnswerScore
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationEval:
-    """What every trial of the round is asked."""
+    """The prompts and the metric by which every trial of the round is scored."""
 
     eval_prompts: Sequence[EvalPrompt]
     generator: TextGenerator
@@ -38,18 +38,18 @@ class GenerationEval:
         self,
         pack: Pack,
         slot: int,
-        best: ExactTensors,
+        best: MasterTensors,
         *,
         step: int,
         stopping: Callable[[], bool],
     ) -> AnswerScore | None:
-        """The score of the weights `best`, those of `step`, which take the place of the slot's own.
+        """Return the score of the weights `best`, those of `step`, loaded in place of the slot's own.
 
-        None when `stopping` says so on the way. What is batched with what follows from the prompts alone, so
-        that the slot, its neighbours and a worker's death change nothing. Raises MetricError for a metric
-        at fault, TunerError where one answer alone does not fit into memory.
+        None if `stopping` returns True on the way. The batches follow from the prompts alone, so the slot,
+        its neighbours and a restart of the worker do not change the score. Raises MetricError for a faulty
+        metric, TunerError if one answer alone does not fit into memory.
         """
-        device = pack.base.device  # those of a checkpoint are still where they were read
+        device = pack.base.device  # weights from a checkpoint are still on the CPU
         pack.load({slot: {name: tuple(part.to(device) for part in parts) for name, parts in best.items()}})
         scores = [0.0] * len(self.eval_prompts)
         for batch in self._batches():
@@ -79,7 +79,7 @@ class GenerationEval:
 def load_generation_eval(
     spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt], base: Base, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationEval:
-    """Load the metric and ask it once. Raises MetricError for one that cannot be used."""
+    """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
     try_metric(metric, eval_prompts[0])
     return GenerationEval(

@@ -1,6 +1,6 @@
 """The training loop: trials in slots, one packed micro-step after another.
 
-A tick gives every trial in a slot one micro-batch. A trial whose update is whole steps its own
+A micro-step gives every trial in a slot one micro-batch. A trial whose update is complete steps its own
 optimizer; one at an evaluation step is evaluated; one at its end leaves its slot to the next.
 """
 
@@ -29,60 +29,60 @@ from tuner.records import (
     Started,
 )
 from tuner.training.checkpoints import read_snapshot
-from tuner.training.commands import Inbox
-from tuner.training.packed_passes import evaluate, tick
+from tuner.training.commands import CommandReader
+from tuner.training.packed_passes import evaluate, micro_step
 from tuner.training.trial_run import TrialRun
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 _log = logging.getLogger(__name__)
 
 LAST_EVERY_SHARE = 0.05
-"""Of the time, at most this much goes into `last` checkpoints, once one takes more than a second."""
+"""Share of the time that `last` checkpoints may take, once one takes more than a second."""
 
 
-def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
-    """Run assignments from `inbox` until it closes; a close saves every trial first.
+def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], None]) -> None:
+    """Run assignments from `commands` until it closes, then save every trial.
 
-    Raises TunerError, every trial saved, where the round's answers cannot be scored.
+    Raises TunerError, after saving every trial, if the round's answers cannot be scored.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
-    room_for = place.pack.num_slots  # less once memory did not have it: then one begins when another has left
+    max_runs = state.pack.num_slots  # lowered when one more runs out of memory: it then waits for a free slot
     last_saved: dict[int, tuple[float, float]] = {}
     last_said = 0.0
 
-    while not inbox.closed:
-        # --- new trials take free slots, unwanted ones leave
-        waiting += inbox.assignments(wait=not runs and not waiting)
-        room_for = _fill_slots(place, runs, waiting, room_for, say)
-        for assignment in [each for each in waiting if each.trial in inbox.unwanted]:
+    while not commands.closed:
+        # --- start new trials in free slots, remove unwanted ones
+        waiting += commands.assignments(wait=not runs and not waiting)
+        max_runs = _fill_slots(state, runs, waiting, max_runs, say)
+        for assignment in [each for each in waiting if each.trial in commands.unwanted]:
             waiting.remove(assignment)
             _decline(assignment, "stopped", None, say)
         for slot, run in list(runs.items()):
-            if run.assignment.trial in inbox.unwanted:
+            if run.assignment.trial in commands.unwanted:
                 _leave(run, "stopped", None, say, save=True)
                 del runs[slot]
 
-        # --- evaluations that are due: at step 0, every so many steps, and at the horizon
+        # --- evaluate what is due: at step 0, every `evaluate_every` steps, and at the horizon
         due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
-        with place.meter.timing("evaluating"):
-            evaluations = evaluate(place, due)
+        with state.meter.timing("evaluating"):
+            evaluations = evaluate(state, due)
         for slot, evaluation in evaluations.items():
             run = runs[slot]
-            run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
-            with place.meter.timing("saving"):
+            run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
+            with state.meter.timing("saving"):
                 _save(run, last_saved, slot, say)
             say(Evaluated(*_name(run), evaluation))
         if evaluations:
-            say(Measured(place.meter.read(place.base.device)))
+            say(Measured(state.meter.read(state.base.device)))
         for slot, run in runs.items():
             if run.is_at_trunk and slot not in due and not run.micro_batches:
                 say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
-        _end_what_is_over(place, runs, inbox, say)
+        _end_what_is_over(state, runs, commands, say)
 
-        # --- one micro-step for every trial, and the updates that are whole
-        with place.meter.timing("training"):
-            tick(place, runs)
+        # --- one micro-step for every trial, and the updates that it completes
+        with state.meter.timing("training"):
+            micro_step(state, runs)
         if (now := time.monotonic()) - last_said > 1.0:
             last_said = now
             for run in runs.values():
@@ -93,58 +93,58 @@ def train(place: Workplace, inbox: Inbox, say: Callable[[Event], None]) -> None:
         _leave(run, "stopped", None, say, save=True)
     for assignment in waiting:
         _decline(assignment, "stopped", None, say)
-    say(Measured(place.meter.read(place.base.device)))
+    say(Measured(state.meter.read(state.base.device)))
 
 
 # --- a trial enters and leaves --------------------------------------------------------------------
 
 
-class _NoRoomBesideOthers(Exception):
-    """Memory has no room for a trial while others are in the slots."""
+class _OutOfMemoryBesideOthers(Exception):
+    """A trial does not fit into memory while others are in the slots."""
 
 
 def _fill_slots(
-    place: Workplace,
+    state: WorkerState,
     runs: dict[int, TrialRun],
     waiting: list[Assignment],
-    room_for: int,
+    max_runs: int,
     say: Callable[[Event], None],
 ) -> int:
-    """Let trials that wait begin in free slots; for how many trials memory has room, as far as is known."""
-    while waiting and len(runs) < room_for:
-        free = next(slot for slot in range(place.pack.num_slots) if slot not in runs)
+    """Start waiting trials in free slots; return how many trials fit into memory, as far as known."""
+    while waiting and len(runs) < max_runs:
+        free = next(slot for slot in range(state.pack.num_slots) if slot not in runs)
         try:
-            run = _begin(place, waiting[0], free, say, is_alone=not runs)
-        except _NoRoomBesideOthers:
+            run = _begin(state, waiting[0], free, say, is_alone=not runs)
+        except _OutOfMemoryBesideOthers:
             return len(runs)
         del waiting[0]
         if run is not None:
             runs[free] = run
-    return room_for
+    return max_runs
 
 
 def _begin(
-    place: Workplace, assignment: Assignment, slot: int, say: Callable[[Event], None], *, is_alone: bool
+    state: WorkerState, assignment: Assignment, slot: int, say: Callable[[Event], None], *, is_alone: bool
 ) -> TrialRun | None:
     """Put a trial into a slot, from its checkpoint or from PEFT's initialisation.
 
-    None where it has ended at once. Raises _NoRoomBesideOthers where it might fit alone.
+    None if it has ended at once. Raises _OutOfMemoryBesideOthers if it may fit alone.
     """
     try:
-        run = _placed(place, assignment, slot)
+        run = _placed(state, assignment, slot)
     except TunerError as error:
         _log.error("trial %d: %s", assignment.trial, error)
         _decline(assignment, "failed", str(error), say)
         return None
     if run is None and not is_alone:
         _log.warning("out of memory: trial %d waits until another has left its slot", assignment.trial)
-        raise _NoRoomBesideOthers
+        raise _OutOfMemoryBesideOthers
     if run is None:
         _decline(
             assignment, "infeasible", "out of memory alone: no room for its adapter beside the base", say
         )
         return None
-    say(Started(*_name(run), run.step, place.environment))
+    say(Started(*_name(run), run.step, state.environment))
     if run.evaluations:
         best = run.save_best()
         if best is not None:
@@ -154,19 +154,19 @@ def _begin(
     return run
 
 
-def _placed(place: Workplace, assignment: Assignment, slot: int) -> TrialRun | None:
-    """The trial in its slot; None when out of memory, of which nothing is then held here any more."""
+def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun | None:
+    """Load the trial into its slot; None if out of memory, with nothing left allocated."""
     try:
         if assignment.resume_from is not None:
             snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
-            run = TrialRun(assignment, snapshot.adapter, device=place.base.device)
+            run = TrialRun(assignment, snapshot.adapter, device=state.base.device)
             run.restore(snapshot)
-            run.reason_infeasible = is_diverged(run.evaluations, place.base.vocabulary_size)
+            run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
         else:
-            start = place.new_adapter(assignment.hyperparameters, seed=_seed(assignment))
-            run = TrialRun(assignment, start, device=place.base.device)
-        place.pack.occupy(slot, run.adapter)
-        place.pack.load({slot: run.optimizer.weights})
+            start = state.new_adapter(assignment.hyperparameters, seed=_seed(assignment))
+            run = TrialRun(assignment, start, device=state.base.device)
+        state.pack.occupy(slot, run.adapter)
+        state.pack.load({slot: run.optimizer.weights})
     except torch.OutOfMemoryError:
         return None
     return run
@@ -175,21 +175,21 @@ def _placed(place: Workplace, assignment: Assignment, slot: int) -> TrialRun | N
 def _decline(
     assignment: Assignment, outcome: Outcome, reason: str | None, say: Callable[[Event], None]
 ) -> None:
-    """End an attempt that never began."""
+    """End an attempt that never started."""
     say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, outcome, reason))
 
 
 def _end_what_is_over(
-    place: Workplace, runs: dict[int, TrialRun], inbox: Inbox, say: Callable[[Event], None]
+    state: WorkerState, runs: dict[int, TrialRun], commands: CommandReader, say: Callable[[Event], None]
 ) -> None:
-    """Trials that are infeasible or at their horizon leave; raises TunerError as `train` does."""
+    """End trials that are infeasible or at their horizon. Raises TunerError as `train` does."""
     for slot, run in list(runs.items()):
         if run.reason_infeasible is not None:
             _leave(run, "infeasible", run.reason_infeasible, say)
             del runs[slot]
         elif run.step >= run.assignment.max_train_steps:
             try:
-                has_answered = _answer(place, run, slot, inbox, say)
+                has_answered = _answer(state, run, slot, commands, say)
             except TunerError:
                 for each in runs.values():
                     _leave(each, "stopped", None, say, save=True)
@@ -198,21 +198,23 @@ def _end_what_is_over(
             del runs[slot]
 
 
-def _answer(place: Workplace, run: TrialRun, slot: int, inbox: Inbox, say: Callable[[Event], None]) -> bool:
-    """Let the best adapter of a trial at its horizon answer, where the round asks; a branch is no trial.
+def _answer(
+    state: WorkerState, run: TrialRun, slot: int, commands: CommandReader, say: Callable[[Event], None]
+) -> bool:
+    """Score the answers of a trial at its horizon, if the round scores them; branches are not scored.
 
-    False when the trial or the worker is to stop before the last answer. The other slots wait.
+    False if the trial or the worker is to stop before the last answer. The other slots wait.
     """
-    if place.generation_eval is None or run.assignment.trial < 0:
+    if state.generation_eval is None or run.assignment.trial < 0:
         return True
     assert run.best_step is not None
     assert run.best_weights is not None
-    score = place.generation_eval.score(
-        place.pack,
+    score = state.generation_eval.score(
+        state.pack,
         slot,
         run.best_weights,
         step=run.best_step,
-        stopping=lambda: inbox.closed or run.assignment.trial in inbox.unwanted,
+        stopping=lambda: commands.closed or run.assignment.trial in commands.unwanted,
     )
     if score is None:
         return False
@@ -232,7 +234,7 @@ def _leave(
 def _save(
     run: TrialRun, last_saved: dict[int, tuple[float, float]], slot: int, say: Callable[[Event], None]
 ) -> None:
-    """After an evaluation: the best adapter if it is this one, and where to go on from."""
+    """After an evaluation, save the best adapter if it is this one, and the last checkpoint."""
     if run.best_step == run.step and (best := run.save_best()) is not None:
         say(Saved(*_name(run), best))
     if run.is_at_trunk:

@@ -1,4 +1,4 @@
-"""How many trials fit into a worker, and how many tokens into one pass: predicted from a few probe passes."""
+"""Choose the number of trials in a worker and of tokens in a pass, predicted from a few probe passes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import torch
 from tuner.errors import ModelError
 
 MAX_SLOTS = 16
-"""More have not been seen to gain anything: a pass is full long before."""
+"""More slots have shown no gain: a pass is full long before."""
 KNEE_SHARE = 0.1
-"""A pass is full when its fixed costs are no more than this share of it."""
+"""A pass is full when its fixed costs are at most this share of it."""
 MIN_KNEE_TOKENS, MAX_KNEE_TOKENS = 1024, 32_768
 MARGIN = 0.92
-"""Of the free memory, what a prediction may use."""
+"""Share of the free memory that a prediction may use."""
 BYTES_PER_SLOT_WEIGHT = 28
-"""Of one adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's exact
+"""Per adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's master
 weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, and their sum 4."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What passes of different sizes took, with nothing in the slots but one trial."""
+    """The measured costs of passes of different sizes, with one trial in the slots."""
 
     tokens: tuple[int, ...]
-    """Of each pass, padding included."""
+    """Of each pass, including padding."""
     seconds: tuple[float, ...]
     peak_bytes: tuple[int, ...]
-    """The most that was held during each, the base included."""
+    """Peak memory during each, including the base model."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """Straight lines through what was probed: cost = fixed + per_token * tokens of a pass."""
+class PassCost:
+    """A linear fit of the probe passes: cost = fixed + per_token * tokens of a pass."""
 
     fixed_seconds: float
     seconds_per_token: float
@@ -47,55 +47,55 @@ class Room:
 
     @property
     def knee_tokens(self) -> int:
-        """Tokens from which a pass is full: its fixed costs have become small."""
+        """Return the tokens from which a pass is full because its fixed costs have become small."""
         if self.seconds_per_token <= 0:
             return MIN_KNEE_TOKENS
         tokens = (1 / KNEE_SHARE - 1) * self.fixed_seconds / self.seconds_per_token
         return int(min(max(tokens, MIN_KNEE_TOKENS), MAX_KNEE_TOKENS))
 
     def peak_bytes(self, *, slots: int, slot_weights: int, pass_tokens: int) -> float:
-        """The most that training will hold at once."""
+        """Return the peak memory of training."""
         adapters = slots * slot_weights * BYTES_PER_SLOT_WEIGHT
         return self.fixed_bytes + adapters + self.bytes_per_token * pass_tokens
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What a worker settles on."""
+    """The slots and tokens of a worker."""
 
     slots: int
     pass_tokens: int
     """Of all trials in one pass."""
 
 
-def fit_room(probed: Probed) -> Room:
-    """Least squares; costs that fall with the tokens, which is noise, count as constant."""
+def fit_pass_cost(probed: Probed) -> PassCost:
+    """Fit by least squares; costs that fall with the tokens, which is noise, count as constant."""
     fixed_seconds, seconds = _line(probed.tokens, probed.seconds)
     fixed_bytes, per_token = _line(probed.tokens, probed.peak_bytes)
-    return Room(fixed_seconds, seconds, fixed_bytes, per_token)
+    return PassCost(fixed_seconds, seconds, fixed_bytes, per_token)
 
 
 def choose_packing(
-    room: Room, *, limit_bytes: int, slot_weights: int, update_tokens: int, longest_row: int, trials: int
+    cost: PassCost, *, limit_bytes: int, slot_weights: int, update_tokens: int, longest_row: int, trials: int
 ) -> Packing:
-    """As many trials as fill a pass, as far as they fit into memory; at least one.
+    """Return as many trials as fill a pass and fit into memory; at least one.
 
-    `slot_weights` are those that a slot holds, `update_tokens` those of a typical update of one trial.
-    Memory goes to the slots first, since tokens of a pass can be cut and slots cannot; but a pass keeps room
-    for one row of each.
+    `slot_weights` counts the weights of a slot, `update_tokens` the tokens of a typical update of one trial.
+    Memory goes to the slots first, since the tokens of a pass can be reduced and slots cannot; but a pass
+    always has space for one row of each.
     """
-    wanted = min(trials, MAX_SLOTS, math.ceil(room.knee_tokens / max(1, update_tokens)))
+    wanted = min(trials, MAX_SLOTS, math.ceil(cost.knee_tokens / max(1, update_tokens)))
     for slots in range(max(1, wanted), 0, -1):
-        left = limit_bytes - room.peak_bytes(slots=slots, slot_weights=slot_weights, pass_tokens=0)
-        fitting = left / room.bytes_per_token if room.bytes_per_token > 0 else math.copysign(math.inf, left)
+        left = limit_bytes - cost.peak_bytes(slots=slots, slot_weights=slot_weights, pass_tokens=0)
+        fitting = left / cost.bytes_per_token if cost.bytes_per_token > 0 else math.copysign(math.inf, left)
         if fitting >= slots * longest_row or slots == 1:
-            full = max(room.knee_tokens, slots * longest_row)
+            full = max(cost.knee_tokens, slots * longest_row)
             return Packing(slots, int(max(longest_row, min(fitting, full))))
     raise AssertionError("one slot is always chosen")
 
 
-def no_room(slots: int | Literal["auto"]) -> ModelError:
-    """The error of a round of which nothing fits into memory."""
+def out_of_memory(slots: int | Literal["auto"]) -> ModelError:
+    """Return the error for a round whose smallest pass does not fit into memory."""
     return ModelError(
         f"run.slots: with {slots} slot(s), memory has no room for a pass of even one row; lower run.slots, "
         "data.max_length or hyperparameters.lora_r, or set model.quantization: nf4"
@@ -103,22 +103,22 @@ def no_room(slots: int | Literal["auto"]) -> ModelError:
 
 
 @contextmanager
-def needing_room(slots: int | Literal["auto"]) -> Iterator[None]:
-    """Raises `no_room` where memory ends within the block."""
+def explain_out_of_memory(slots: int | Literal["auto"]) -> Iterator[None]:
+    """Raise `out_of_memory` if memory runs out within the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise no_room(slots) from error
+        raise out_of_memory(slots) from error
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Memory of a GPU that this process holds or may take."""
+    """Return the GPU memory that this process holds or may take."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device))
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """(value at 0, slope), neither below 0; of one point, a constant."""
+    """Return (value at 0, slope), neither below 0; a constant for a single point."""
     if len(set(x)) < 2:
         return float(np.mean(y)), 0.0
     slope, start = np.polyfit(x, y, 1)

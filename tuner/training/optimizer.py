@@ -1,7 +1,7 @@
 """A trial's own optimizer over weights in PEFT's shapes, built by its description in `tuner.methods`.
 
-Trials in a pack never share an optimizer, so that each one's moments, rate, decay, clip and step
-counter are what they would be alone, to the digit, wherever its slot is.
+Trials in a pack never share an optimizer, so each one's moments, rate, decay, clipping and step counter are
+identical to those of a trial alone, to the digit, in any slot.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tuner.methods.optimizers import optimizer
 from tuner.records import Hyperparameters
 
 _PARTS = ("A", "B", "magnitude")
-"""What a module's tuple holds; the last with DoRA only."""
+"""The entries of a module's tuple; the last with DoRA only."""
 
 
 class TrialOptimizer:
-    """Exact float32 weights of one adapter, their gradients, and the update.
+    """Float32 master weights of one adapter, their gradients, and the update.
 
     `weights` and `gradients` map module paths to (A, B) in PEFT's shapes, with DoRA (A, B, magnitude). All
-    A's, all B's and all magnitudes are views of a flat vector each, so that an elementwise optimizer is as
-    many fused kernels.
+    A's, all B's and all magnitudes are views of one flat vector each, so an elementwise optimizer runs one
+    fused kernel for each.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class TrialOptimizer:
     ) -> None:
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
         method = optimizer(str(hyperparameters.get("optimizer", "adamw")))
-        # B lies as the pack has it, transposed, so that copies between the two are one kernel. Which elements
-        # bitsandbytes quantises together depends on how they lie: there B lies as PEFT has it.
+        # B is stored transposed, as in the pack, so that copies between them are one kernel. Which elements
+        # bitsandbytes quantises together depends on the layout: there B has PEFT's layout.
         flats, views, self._flat_gradients, gradients = [], [], [], []
         for part_name, part in zip(_PARTS, zip(*(start[name] for name in names), strict=True), strict=False):
             transposed = part_name == "B" and method.is_elementwise
@@ -66,21 +66,21 @@ class TrialOptimizer:
         self._optimizer = method.build(groups, hyperparameters)
 
     def zero_gradients(self) -> None:
-        """Begin an update."""
+        """Zero the gradients before an update."""
         for flat in self._flat_gradients:
             flat.zero_()
 
     def gradient_norm(self) -> Tensor:
-        """The gradient's norm before clipping: a number still on its way from the device.
+        """Return the gradient's norm before clipping, as a tensor still on the device.
 
-        Taken tensor by tensor, so that it does not depend on how the weights lie in memory.
+        Computed tensor by tensor, so it does not depend on the memory layout of the weights.
         """
         return nn.utils.get_total_norm([gradient for parts in self.gradients.values() for gradient in parts])
 
     def step(self, multiplier: float, *, norm: float) -> tuple[float, bool]:
-        """One update at `multiplier` times the trial's rate, unless its gradient is not finite.
+        """Update the weights at `multiplier` times the trial's rate, unless the gradient is not finite.
 
-        `norm` is what `gradient_norm` came to. Returns the rate and whether the gradient was clipped.
+        `norm` is the value of `gradient_norm`. Returns the rate and whether the gradient was clipped.
         """
         rate = self._base_rate * multiplier
         if norm != norm or norm == float("inf"):
@@ -96,7 +96,7 @@ class TrialOptimizer:
         return rate, clipped
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and counters as tensors by name, for a checkpoint."""
+        """Return the moments and counters as tensors by name, for a checkpoint."""
         named = {}
         for number, parameter in enumerate(self._parameters()):
             for key, value in self._optimizer.state[parameter].items():
@@ -105,10 +105,10 @@ class TrialOptimizer:
         return named
 
     def load_state(self, named: Mapping[str, Tensor]) -> None:
-        """Go on from `state`.
+        """Resume from `state`.
 
-        Set directly, since bitsandbytes' `load_state_dict` and torch's cast tensors to the parameters'
-        dtype by rules of their own.
+        Set directly, since bitsandbytes' `load_state_dict` and torch's cast tensors to the parameters' dtype
+        by different rules.
         """
         parameters = self._parameters()
         for name, tensor in named.items():
@@ -127,7 +127,7 @@ class TrialOptimizer:
 def _flatten(
     tensors: Sequence[Tensor], device: torch.device, *, transposed: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Copies of the tensors one after another in float32, and each one's view in its own shape."""
+    """Copy the tensors into one float32 vector; return it and a view of each in its own shape."""
     laid = [tensor.t() if transposed else tensor for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1).float() for tensor in laid]).to(device).clone()
     parts = torch.split(flat, [tensor.numel() for tensor in laid])

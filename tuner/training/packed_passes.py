@@ -1,4 +1,4 @@
-"""Passes over the frozen base: updates and evaluations of many trials, in as few passes as memory allows."""
+"""Passes over the frozen base model: updates and evaluations of many trials, in as few as memory allows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tuner.adapters.dropout import row_keys
 from tuner.adapters.evaluation import Scores, TokenGrid, grid, scores_of
 from tuner.records import Evaluation
 from tuner.training.trial_run import MicroBatch, TrialRun
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 _log = logging.getLogger(__name__)
 
 
-def tick(place: Workplace, runs: Mapping[int, TrialRun]) -> None:
-    """One micro-step of every trial; those whose update is whole then step."""
+def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
+    """Run one micro-step of every trial; those whose update is complete then step."""
     for run in runs.values():
         if not run.micro_batches:
-            run.begin_update(place.train.num_tokens, place.train.num_targets, micro_tokens=place.micro_tokens)
-    forward_backward(place, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
+            run.begin_update(state.train.num_tokens, state.train.num_targets, micro_tokens=state.micro_tokens)
+    forward_backward(state, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
     whole = {s: run for s, run in runs.items() if not run.micro_batches and run.reason_infeasible is None}
     if not whole:
         return
@@ -33,77 +33,79 @@ def tick(place: Workplace, runs: Mapping[int, TrialRun]) -> None:
             run.finish_update(norm)
         except torch.OutOfMemoryError:  # the first update makes the optimizer's moments
             run.reason_infeasible = "out of memory: no room for its optimizer"
-    place.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
-    place.meter.trial_steps += len(whole)
+    state.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
+    state.meter.trial_steps += len(whole)
 
 
-def forward_backward(place: Workplace, runs: Mapping[int, TrialRun], tick: Mapping[int, MicroBatch]) -> None:
-    """One micro-batch of each trial, in as few passes as memory allows.
+def forward_backward(
+    state: WorkerState, runs: Mapping[int, TrialRun], micro_batches: Mapping[int, MicroBatch]
+) -> None:
+    """Run one micro-batch of each trial, in as few passes as memory allows.
 
-    Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates
-    the sum over trials. Out of memory halves the tokens of a pass and tries the same rows again:
-    gradients are collected only after a pass has succeeded. A row that does not fit alone is tried once
-    more with fewer activations kept, before its trial is infeasible.
+    Each trial's loss is divided by the target tokens of its *whole* update; the pass back-propagates the sum
+    over trials. Running out of memory halves the tokens of a pass and tries the same rows again: gradients
+    are collected only after a pass has succeeded. A row that does not fit alone is tried once more with fewer
+    activations kept, before its trial is infeasible.
     """
-    lengths = place.train.num_tokens
-    waiting = _groups(tick, lengths, place.pass_tokens)
+    lengths = state.train.num_tokens
+    waiting = _groups(micro_batches, lengths, state.pass_tokens)
     while waiting:
         group = waiting.pop(0)
         slots = tuple(sorted(group))
-        losses = _pass(place, runs, group, slots)
+        losses = _pass(state, runs, group, slots)
         if losses is not None:
-            place.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
+            state.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
             for slot, loss in zip(slots, losses, strict=True):
                 runs[slot].add_loss(loss)
             continue
         torch.cuda.empty_cache()
         if sum(len(micro_batch.rows) for micro_batch in group.values()) > 1:
-            place.pass_tokens = max(1, _grid_tokens(group.values(), lengths) // 2)
-            _log.warning("out of memory: going on with %d tokens in a pass", place.pass_tokens)
+            state.pass_tokens = max(1, _grid_tokens(group.values(), lengths) // 2)
+            _log.warning("out of memory: continuing with %d tokens in a pass", state.pass_tokens)
             waiting = [
-                part for whole in (group, *waiting) for part in _groups(whole, lengths, place.pass_tokens)
+                part for whole in (group, *waiting) for part in _groups(whole, lengths, state.pass_tokens)
             ]
-        elif place.base.keep_fewer_activations():
-            _log.warning("out of memory with one row: layers run again in the backward pass from here on")
+        elif state.base.keep_fewer_activations():
+            _log.warning("out of memory with one row: from now on layers are recomputed in the backward pass")
             waiting.insert(0, group)
         else:
             runs[slots[0]].reason_infeasible = "out of memory alone at micro-batch 1"
 
 
 def _pass(
-    place: Workplace, runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...]
+    state: WorkerState, runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...]
 ) -> list[float] | None:
-    """Forward and backward; each slot's sum of negative log-likelihoods, or None when out of memory.
+    """Run forward and backward; return each slot's summed negative log-likelihood, None if out of memory.
 
-    On its own, so that nothing of a pass that failed is still held when its rows are tried again.
+    A separate function, so that a failed pass holds no memory when its rows are tried again.
     """
-    place.pack.zero_gradients()
+    state.pack.zero_gradients()
     try:
         tokens = grid(
-            [[place.train[row] for row in group[slot].rows] for slot in slots], device=place.base.device
+            [[state.train[row] for row in group[slot].rows] for slot in slots], device=state.base.device
         )
         height = tokens.input_ids.shape[0] // len(slots)
-        place.meter.count_pass(
+        state.meter.count_pass(
             micro_steps=len(slots),
-            tokens=int(sum(len(place.train[row].input_ids) for slot in slots for row in group[slot].rows)),
+            tokens=int(sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)),
             padded_tokens=tokens.input_ids.numel(),
         )
         share = torch.tensor(
-            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=place.base.device
+            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=state.base.device
         )
-        with place.pack.holding(_packed(runs, group, slots, tokens)):
-            nll = place.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
+        with state.pack.holding(_packed(runs, group, slots, tokens)):
+            nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
             torch.autograd.backward((nll * share[tokens.rows // height]).sum())
         return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
     except torch.OutOfMemoryError:
         return None
 
 
-def evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
-    """Evaluate the trials that are due, all in the same passes; one without memory for that is infeasible."""
-    base, tokens = place.base_evaluation, place.evaluation.num_targets.tolist()
+def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
+    """Evaluate the trials that are due in shared passes; one that does not fit into memory is infeasible."""
+    base, tokens = state.base_evaluation, state.evaluation.num_targets.tolist()
     known = {slot for slot, run in due.items() if run.step == 0 and base is not None}
-    measured = _scores_as_room_allows(place, tuple(sorted(due.keys() - known)))
+    measured = _scores_within_memory(state, tuple(sorted(due.keys() - known)))
     made = {}
     for slot, run in due.items():
         try:
@@ -118,36 +120,38 @@ def evaluate(place: Workplace, due: Mapping[int, TrialRun]) -> dict[int, Evaluat
     return made
 
 
-def _scores_as_room_allows(place: Workplace, slots: tuple[int, ...]) -> dict[int, Scores | None]:
-    """`example_scores` by slot: together, or alone where that takes too much; None where it still does."""
+def _scores_within_memory(state: WorkerState, slots: tuple[int, ...]) -> dict[int, Scores | None]:
+    """Return `example_scores` by slot: together, or alone if that needs too much memory; None if it still
+    does.
+    """
     if not slots:
         return {}
     try:
-        return dict(zip(slots, example_scores(place, slots), strict=True))
+        return dict(zip(slots, example_scores(state, slots), strict=True))
     except torch.OutOfMemoryError:
         if len(slots) == 1:
             return {slots[0]: None}
-    # Here the failed pass and its tensors are gone, which they are not while the error is handled.
-    return {slot: found for each in slots for slot, found in _scores_as_room_allows(place, (each,)).items()}
+    # The failed pass and its tensors are freed here, but not while the error is being handled.
+    return {slot: found for each in slots for slot, found in _scores_within_memory(state, (each,)).items()}
 
 
-def example_scores(place: Workplace, slots: Sequence[int]) -> list[Scores]:
-    """What each slot's adapter makes of the evaluation examples; without slots, what the base does."""
-    scores, place.evaluation_tokens = scores_of(
-        place.pack,
-        place.evaluation,
+def example_scores(state: WorkerState, slots: Sequence[int]) -> list[Scores]:
+    """Score each slot's adapter on the evaluation examples; without slots, the base model."""
+    scores, state.evaluation_tokens = scores_of(
+        state.pack,
+        state.evaluation,
         slots,
-        rows=place.evaluation_rows,
-        pass_tokens=place.evaluation_tokens,
+        rows=state.evaluation_rows,
+        pass_tokens=state.evaluation_tokens,
     )
     return scores
 
 
 def _groups(
-    tick: Mapping[int, MicroBatch], lengths: np.ndarray, pass_tokens: int
+    micro_batches: Mapping[int, MicroBatch], lengths: np.ndarray, pass_tokens: int
 ) -> list[dict[int, MicroBatch]]:
-    """The tick's micro-batches in passes of at most `pass_tokens` tokens; one too large alone is halved."""
-    pending = list(tick.items())
+    """Group micro-batches into passes of at most `pass_tokens` tokens; halve one that is too large alone."""
+    pending = list(micro_batches.items())
     groups: list[dict[int, MicroBatch]] = []
     while pending:
         slot, micro_batch = pending.pop(0)
@@ -165,7 +169,7 @@ def _groups(
 
 
 def _grid_tokens(micro_batches: Iterable[MicroBatch], lengths: np.ndarray) -> int:
-    """Tokens of a pass over these micro-batches, padding included: each becomes as large as the largest."""
+    """Return the tokens of a pass over these micro-batches, each padded to the largest."""
     parts = list(micro_batches)
     tallest = max(len(part.rows) for part in parts)
     longest = max(int(lengths[list(part.rows)].max()) for part in parts)

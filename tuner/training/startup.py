@@ -1,4 +1,4 @@
-"""From a round file to a workplace: base and data are loaded, the pack is made, the base is measured."""
+"""Load the base model and the data of a round file, make the pack and evaluate the base model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from tuner.adapters import Base, Pack, load_base
-from tuner.adapters.initial import adapter_sizes, hollow_copy, targeted_modules, values_of
+from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import DORA_TRAINS_ALONE, RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
@@ -25,72 +25,72 @@ from tuner.training.memory_budget import (
     MARGIN,
     Packing,
     choose_packing,
-    fit_room,
+    explain_out_of_memory,
+    fit_pass_cost,
     free_device_bytes,
-    needing_room,
 )
 from tuner.training.packed_passes import example_scores
 from tuner.training.probe import largest_hyperparameters, probe
-from tuner.training.worker_state import Workplace
+from tuner.training.worker_state import WorkerState
 
 _log = logging.getLogger(__name__)
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""Tokens of all trials in one pass, padding included, where memory is not the limit. On a CPU larger tensors
-leave the caches (docs/log.md)."""
+"""Tokens of all trials in one pass, including padding, if memory is not the limit. On a CPU larger tensors
+exceed the caches (docs/log.md)."""
 _CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
-"""Keys of a model's configuration that say where it lies, not what it is."""
+"""Keys of a model's configuration that say where it is stored, not what it is."""
 
 
-def open_workplace(
+def load_worker_state(
     spec: RoundSpec,
     *,
     cache: Path,
     slots: int | Literal["auto"],
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[Workplace, Ready]:
-    """Load base and data; measure the untouched base unless its evaluation is given.
+) -> tuple[WorkerState, Ready]:
+    """Load base model and data; evaluate the base model unless its evaluation is given.
 
-    `say` hears what is being done. Raises InputError when model, data or metric cannot be used.
+    `say` receives progress messages. Raises InputError if model, data or metric cannot be used.
     """
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
-    place = arrange(spec, data, slots=slots)
+    state = arrange(spec, data, slots=slots)
     if spec.evaluation.answers is not None:
-        place.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.eval_prompts, place.base, tokenizer
+        state.generation_eval = load_generation_eval(
+            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
         )
     if base_evaluation is None:
-        say(f"evaluating the untouched base on {len(data.evaluation):,} rows")
-        with needing_room(place.pack.num_slots):
-            base_evaluation = measure_base(place)
-    place.base_evaluation = base_evaluation
-    metric = place.generation_eval.metric.code if place.generation_eval is not None else None
-    place.environment = environment(place.base.device, slots=place.pack.num_slots, metric=metric)
-    smallest, largest = adapter_sizes(place.hollow, spec.space())
+        say(f"evaluating the base model on {len(data.evaluation):,} rows")
+        with explain_out_of_memory(state.pack.num_slots):
+            base_evaluation = measure_base(state)
+    state.base_evaluation = base_evaluation
+    metric = state.generation_eval.metric.code if state.generation_eval is not None else None
+    state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=metric)
+    smallest, largest = adapter_sizes(state.meta_model, spec.space())
     ready = Ready(
-        slots=place.pack.num_slots,
-        device=str(place.base.device),
-        base=place.base_evaluation,
+        slots=state.pack.num_slots,
+        device=str(state.base.device),
+        base=state.base_evaluation,
         train_rows=len(data.train),
         eval_rows=len(data.evaluation),
-        workload=_workload(place.base, data, spec),
+        workload=_workload(state.base, data, spec),
         evaluation_share=_evaluation_share(data, spec),
         smallest_adapter=smallest,
         largest_adapter=largest,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
-    return place, ready
+    return state, ready
 
 
-def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> Workplace:
-    """Load the base and put a pack on it.
+def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> WorkerState:
+    """Load the base model and put a pack on it.
 
-    `auto` slots are one on a CPU, where packing gains little and a trial alone is exact to the digit, and
-    as many as fill a pass and fit into memory on a GPU; DoRA has one. Raises ModelError when the model cannot
-    be used, or memory has no room for it and the slots.
+    With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
+    on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
+    be used, or does not fit into memory with the slots.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     space = spec.space()
@@ -99,15 +99,15 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
-    hollow = hollow_copy(base, base_path=spec.model.path)
-    modules = targeted_modules(hollow, space)
+    meta_model = meta_copy(base, base_path=spec.model.path)
+    modules = targeted_modules(meta_model, space)
     refuse_unlike_linear(base, modules)
     max_rank = int(max(values_of(space["lora_r"])))
 
-    def place_with(num_slots: int, pass_tokens: int) -> Workplace:
-        return Workplace(
+    def state_with(num_slots: int, pass_tokens: int) -> WorkerState:
+        return WorkerState(
             base=base,
-            hollow=hollow,
+            meta_model=meta_model,
             pack=Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules),
             train=data.train,
             evaluation=data.evaluation,
@@ -120,32 +120,32 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
         )
 
     pass_tokens = PASS_TOKENS[device.type]
-    with needing_room(slots):
+    with explain_out_of_memory(slots):
         if slots != "auto":
-            place = place_with(slots, pass_tokens)
+            state = state_with(slots, pass_tokens)
             if spec.trains_alone:
-                # Refuses a base that DoRA cannot read.
-                place.new_adapter(largest_hyperparameters(space), seed=0)
-            return place
+                # Refuses a base model that DoRA cannot read.
+                state.new_adapter(largest_hyperparameters(space), seed=0)
+            return state
         if device.type == "cpu":
-            return place_with(1, pass_tokens)
-        alone = place_with(1, pass_tokens)
+            return state_with(1, pass_tokens)
+        alone = state_with(1, pass_tokens)
         packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
         alone.pack.close()
-        return place_with(packing.slots, packing.pass_tokens)
+        return state_with(packing.slots, packing.pass_tokens)
 
 
-def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """What `auto` settles on: a few passes of one trial in `place`, and what they took, in so much memory."""
-    probed = probe(place, largest_hyperparameters(spec.space()))
+def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
+    """Choose the slots for `auto`, from a few probe passes of one trial in `state`."""
+    probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
-        return Packing(1, place.pass_tokens)
+        return Packing(1, state.pass_tokens)
     packing = choose_packing(
-        fit_room(probed),
+        fit_pass_cost(probed),
         limit_bytes=limit_bytes,
-        slot_weights=max(place.pack.slot_weights, adapter_sizes(place.hollow, spec.space())[1]),
-        update_tokens=int(_mean_batch_size(spec) * float(place.train.num_tokens.mean())),
-        longest_row=int(place.train.num_tokens.max()),
+        slot_weights=max(state.pack.slot_weights, adapter_sizes(state.meta_model, spec.space())[1]),
+        update_tokens=int(_mean_batch_size(spec) * float(state.train.num_tokens.mean())),
+        longest_row=int(state.train.num_tokens.max()),
         trials=spec.num_trials,
     )
     _log.info("slots: auto: %s, from passes of %s tokens", packing, probed)
@@ -153,7 +153,7 @@ def packing_for(place: Workplace, spec: RoundSpec, *, limit_bytes: int) -> Packi
 
 
 def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
-    """Fingerprint of what is held fixed: the base's configuration and a sample of its weights; the data."""
+    """Return the fingerprint of what is held fixed: the base model's config and sampled weights; the data."""
     total = hashlib.sha256(data.fingerprint.encode())
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in _CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -165,7 +165,7 @@ def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
 
 
 def _evaluation_share(data: PreparedData, spec: RoundSpec) -> float:
-    """Share of a trial's work that its evaluations take: a token costs half of one that is trained on."""
+    """Return the share of a trial's compute spent on evaluation: its tokens cost half of training tokens."""
     evaluations = len(evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)) - 1
     evaluated = evaluations * float(data.evaluation.num_tokens.sum())
     trained = 2.0 * spec.max_train_steps * _mean_batch_size(spec) * float(data.train.num_tokens.mean())
@@ -177,10 +177,10 @@ def _mean_batch_size(spec: RoundSpec) -> float:
     return float(sum(sizes) / len(sizes))
 
 
-def measure_base(place: Workplace) -> Evaluation:
-    """The untouched base's evaluation; no slot has a trial."""
-    (scores,) = example_scores(place, ())
-    tokens = place.evaluation.num_targets.tolist()
+def measure_base(state: WorkerState) -> Evaluation:
+    """Return the base model's evaluation; no slot has a trial."""
+    (scores,) = example_scores(state, ())
+    tokens = state.evaluation.num_targets.tolist()
     return Evaluation(
         0,
         sum(scores.nll) / sum(tokens),

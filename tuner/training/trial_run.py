@@ -24,15 +24,15 @@ from tuner.training.optimizer import TrialOptimizer
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of one trial's update, with what each is in the whole batch."""
+    """Some rows of one trial's update, with the position of each in the whole batch."""
 
     rows: tuple[int, ...]
-    """Numbers of the training examples."""
+    """Indices of the training examples."""
     places: tuple[int, ...]
-    """Place of each row in the update's batch: the counter of its dropout."""
+    """Position of each row in the update's batch: the counter of its dropout."""
 
     def halves(self) -> tuple[MicroBatch, MicroBatch]:
-        """The same rows in two micro-batches."""
+        """Return the same rows in two micro-batches."""
         middle = (len(self.rows) + 1) // 2
         return (
             MicroBatch(self.rows[:middle], self.places[:middle]),
@@ -56,7 +56,7 @@ def cut(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -> list[
 
 
 MAX_BAD_UPDATES = 3
-"""Updates in a row without a usable gradient before a trial is infeasible."""
+"""Consecutive updates without a usable gradient that make a trial infeasible."""
 
 _SUMMED = ("nll", "targets", "clipped")
 """Counters of the updates since the last evaluation."""
@@ -80,31 +80,31 @@ class TrialRun:
         self._update_targets = 0
         self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
         self._sums: dict[int, tuple[float, ...]] = {}
-        """What was summed up to each evaluation from the one before it, by step."""
+        """Sums over the updates up to each evaluation from the one before it, by step."""
         self._evaluation_steps = frozenset(
             evaluation_steps(assignment.max_train_steps, assignment.evaluate_every)
         )
 
     @property
     def seed(self) -> int:
-        """Seed of initialisation, data order and dropout."""
+        """Return the seed of initialisation, data order and dropout."""
         return int(self.assignment.hyperparameters.get("training_seed", 0))  # type: ignore[arg-type]
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best evaluation so far."""
+        """Return the step of the best evaluation so far."""
         best = best_evaluation(self.evaluations)
         return None if best is None else best.step
 
     @property
     def targets_per_update(self) -> int:
-        """Target tokens of the whole update: what its loss is divided by."""
+        """Return the target tokens of the whole update, by which its loss is divided."""
         return self._update_targets
 
-    # --- going on from a checkpoint ---------------------------------------------------------------
+    # --- resuming from a checkpoint ---------------------------------------------------------------
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take up where `snapshot` was made, keeping the evaluations that this horizon has too."""
+        """Resume from `snapshot`, with the evaluations that are also steps of this horizon."""
         self.step = snapshot.step
         self.optimizer.load_state(snapshot.optimizer)
         self._counters.update(snapshot.counters)
@@ -113,12 +113,12 @@ class TrialRun:
         last = self.evaluations[-1].step if self.evaluations else 0
         self._sums = {step: sums for step, sums in snapshot.sums.items() if step <= last}
         left_out = [sums for step, sums in snapshot.sums.items() if step > last]
-        for number, name in enumerate(_SUMMED):  # what was summed up to those counts on, up to the next one
+        for number, name in enumerate(_SUMMED):  # sums since these evaluations count towards the next one
             self._counters[name] = sum([*(sums[number] for sums in left_out), self._counters[name]])
         self.best_weights = _copy(snapshot.best if snapshot.best is not None else snapshot.adapter.weights)
 
     def snapshot(self) -> Snapshot:
-        """What `restore` needs: the state after the last whole update."""
+        """Return the state after the last complete update, for `restore`."""
         return Snapshot(
             step=self.step,
             adapter=Adapter(self.adapter.config, self.optimizer.weights),
@@ -162,7 +162,7 @@ class TrialRun:
         counters["targets"] += self._update_targets
         counters["clipped"] += clipped
         counters["rate"] = rate
-        # A norm layer can turn an overflow into zeros: the loss is finite, but nothing leads out of it.
+        # A norm layer can turn an overflow into zeros: the loss is finite, but training cannot recover.
         is_bad = not math.isfinite(norm) or (norm == 0 and self._update_nll > 0)
         counters["bad"] = counters["bad"] + 1 if is_bad else 0.0
         if counters["bad"] >= MAX_BAD_UPDATES:
@@ -177,12 +177,12 @@ class TrialRun:
 
     @property
     def is_due(self) -> bool:
-        """Whether the trial is to be evaluated now."""
+        """Return whether the trial is to be evaluated now."""
         return self.step in self._evaluation_steps and not any(e.step == self.step for e in self.evaluations)
 
     @property
     def is_at_trunk(self) -> bool:
-        """Whether a checkpoint for longer rounds is to be kept now."""
+        """Return whether to keep a checkpoint for longer rounds now."""
         return self.step in self.assignment.trunk_steps
 
     def evaluation(
@@ -211,7 +211,7 @@ class TrialRun:
     # --- checkpoints ------------------------------------------------------------------------------
 
     def save_best(self) -> Checkpoint | None:
-        """Publish the best step's adapter under the link `best`; None when no evaluation is finite."""
+        """Publish the best step's adapter under the link `best`; None if no evaluation is finite."""
         if self.best_step is None or self.best_weights is None:
             return None
         return publish_best(

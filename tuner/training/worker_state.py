@@ -1,4 +1,4 @@
-"""What all trials of a round share in one worker, and what its work is measured by."""
+"""The state that all trials of a round share in one worker, and its throughput meter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kind = Literal["training", "evaluating", "saving"]
 
 
 class Meter:
-    """Sums over everything a worker has done since it was made. The parts of the time do not overlap."""
+    """Sums over everything a worker has done since it started. The time intervals do not overlap."""
 
     def __init__(self) -> None:
         self.session = f"{time.time_ns()}-{os.getpid()}"
@@ -32,7 +32,7 @@ class Meter:
 
     @contextmanager
     def timing(self, kind: Kind) -> Iterator[None]:
-        """Count the time of a block. On a GPU the block must end with a result that was waited for."""
+        """Time a block. On a GPU the block must end by waiting for a result."""
         begun = time.perf_counter()
         try:
             yield
@@ -40,14 +40,14 @@ class Meter:
             self.seconds[kind] += time.perf_counter() - begun
 
     def count_pass(self, *, micro_steps: int, tokens: int, padded_tokens: int) -> None:
-        """A training pass that held so many trials' micro-batches."""
+        """Count a training pass over the micro-batches of `micro_steps` trials."""
         self.passes += 1
         self.micro_steps += micro_steps
         self.tokens += tokens
         self.padded_tokens += padded_tokens
 
     def read(self, device: torch.device) -> Throughput:
-        """The sums so far."""
+        """Return the sums so far."""
         return Throughput(
             session=self.session,
             training_seconds=self.seconds["training"],
@@ -63,42 +63,42 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held at once: of the GPU's memory by torch, or of the machine's by the process."""
+    """Return the peak memory: of the GPU as torch counts it, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass
-class Workplace:
-    """Base, pack and data of a round, loaded once."""
+class WorkerState:
+    """Base model, pack and data of a round, loaded once."""
 
     base: Base
-    hollow: PreTrainedModel
-    """For PEFT's initialisation."""
+    meta_model: PreTrainedModel
+    """The base model's shapes without weights, for PEFT's initialisation."""
     pack: Pack
     train: Examples
     evaluation: Examples
     base_path: str
     revision: str | None
-    """The Hub's commit that the base was loaded from, kept in each adapter; None for a directory."""
+    """The Hub's commit of the base model, recorded in each adapter; None for a directory."""
     evaluation_rows: int
     """Evaluation examples of one trial in one pass."""
     micro_tokens: int
-    """Tokens of one trial in one training pass, padding included."""
+    """Tokens of one trial in one training pass, including padding."""
     base_evaluation: Evaluation | None = None
-    """The untouched base at step 0, once measured."""
+    """The base model's, at step 0, once measured."""
     generation_eval: GenerationEval | None = None
-    """What complete trials are asked; None unless the round file has `evaluation.answers`."""
+    """Scores the answers of complete trials; None unless the round file has `evaluation.answers`."""
     pass_tokens: int = 1 << 40
-    """Tokens of all trials in one training pass, padding included; halved after each out-of-memory."""
+    """Tokens of all trials in one training pass, including padding; halved after each out-of-memory."""
     evaluation_tokens: int = 1 << 40
-    """The same of an evaluation's pass."""
+    """The same for a pass of an evaluation."""
     meter: Meter = field(default_factory=Meter)
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
 
     def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
-        """What a trial starts from: PEFT's initialisation. Raises ModelError where there is none."""
+        """Return a new adapter with PEFT's initialisation. Raises ModelError if it cannot be made."""
         config = lora_config(hyperparameters, base_path=self.base_path, revision=self.revision)
-        return self.pack.with_magnitudes(initial_adapter(self.hollow, config, seed=seed))
+        return self.pack.with_magnitudes(initial_adapter(self.meta_model, config, seed=seed))

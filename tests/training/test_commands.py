@@ -8,24 +8,24 @@ from pathlib import Path
 
 from tests.training.driving import assignment
 from tuner.records import Assignment, to_json
-from tuner.training.commands import Inbox
+from tuner.training.commands import CommandReader
 
 
-def lines(*orders: object) -> io.StringIO:
-    return io.StringIO("".join(json.dumps(order) + "\n" for order in orders))
+def lines(*written: object) -> io.StringIO:
+    return io.StringIO("".join(json.dumps(command) + "\n" for command in written))
 
 
-def until_closed(inbox: Inbox) -> list[Assignment]:
+def until_closed(commands: CommandReader) -> list[Assignment]:
     taken: list[Assignment] = []
-    inbox.listen()
-    while not inbox.closed:
-        taken += inbox.assignments(wait=True)
-    return [*taken, *inbox.assignments(wait=False)]
+    commands.listen()
+    while not commands.closed:
+        taken += commands.assignments(wait=True)
+    return [*taken, *commands.assignments(wait=False)]
 
 
 def test_orders(tmp_path: Path) -> None:
     first, second = assignment(tmp_path, 0), assignment(tmp_path, 1)
-    inbox = Inbox(
+    commands = CommandReader(
         lines(
             {"slots": 2},
             {"order": "start", "assignment": to_json(first)},
@@ -34,42 +34,42 @@ def test_orders(tmp_path: Path) -> None:
             {"order": "close"},
         )
     )
-    assert inbox.read_document() == {"slots": 2}
-    assert until_closed(inbox) == [first, second]
-    assert inbox.unwanted == {7}
+    assert commands.read_document() == {"slots": 2}
+    assert until_closed(commands) == [first, second]
+    assert commands.unwanted == {7}
 
 
 def test_does_not_wait_when_trials_run() -> None:
     reading, writing = os.pipe()
-    with os.fdopen(reading) as orders, os.fdopen(writing, "w") as parent:
-        inbox = Inbox(orders, on_parent_gone=lambda: None)
-        inbox.listen()
-        assert list(inbox.assignments(wait=False)) == []
+    with os.fdopen(reading) as written, os.fdopen(writing, "w") as parent:
+        commands = CommandReader(written, on_parent_gone=lambda: None)
+        commands.listen()
+        assert list(commands.assignments(wait=False)) == []
         parent.write('{"order": "close"}\n')
 
 
 def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
-    inbox = Inbox(
+    commands = CommandReader(
         lines(
             {"order": "stop", "trial": 0},
             {"order": "start", "assignment": to_json(assignment(tmp_path, 0))},
             {"order": "close"},
         )
     )
-    until_closed(inbox)
-    assert inbox.unwanted == set()
+    until_closed(commands)
+    assert commands.unwanted == set()
 
 
 def test_parent_gone() -> None:
     gone = threading.Event()
-    Inbox(lines({"order": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
+    CommandReader(lines({"order": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
     assert gone.wait(10)
 
 
 def test_close_is_not_the_parent_gone() -> None:
     gone = threading.Event()
-    inbox = Inbox(lines({"order": "close"}), on_parent_gone=gone.set)
-    inbox.listen()
-    assert list(inbox.assignments(wait=True)) == []
-    assert inbox.closed
+    commands = CommandReader(lines({"order": "close"}), on_parent_gone=gone.set)
+    commands.listen()
+    assert list(commands.assignments(wait=True)) == []
+    assert commands.closed
     assert not gone.wait(0.05)

@@ -11,15 +11,15 @@ from tuner.training.memory_budget import (
     MAX_KNEE_TOKENS,
     MAX_SLOTS,
     MIN_KNEE_TOKENS,
+    PassCost,
     Probed,
-    Room,
     choose_packing,
-    fit_room,
+    fit_pass_cost,
 )
 
 GIB = 1 << 30
-ROOMS = st.builds(
-    Room,
+COSTS = st.builds(
+    PassCost,
     fixed_seconds=st.floats(0, 1),
     seconds_per_token=st.floats(0, 1e-3),
     fixed_bytes=st.floats(0, 20 * GIB),
@@ -41,12 +41,12 @@ def test_lines_are_found_again() -> None:
     probed = Probed(
         tokens, tuple(0.02 + 1e-5 * t for t in tokens), tuple(3 * GIB + 100_000 * t for t in tokens)
     )
-    room = fit_room(probed)
-    assert room.fixed_seconds == pytest.approx(0.02)
-    assert room.seconds_per_token == pytest.approx(1e-5)
-    assert room.fixed_bytes == pytest.approx(3 * GIB)
-    assert room.bytes_per_token == pytest.approx(100_000)
-    assert room.knee_tokens == 9 * 2000
+    cost = fit_pass_cost(probed)
+    assert cost.fixed_seconds == pytest.approx(0.02)
+    assert cost.seconds_per_token == pytest.approx(1e-5)
+    assert cost.fixed_bytes == pytest.approx(3 * GIB)
+    assert cost.bytes_per_token == pytest.approx(100_000)
+    assert cost.knee_tokens == 9 * 2000
 
 
 @given(
@@ -55,45 +55,47 @@ def test_lines_are_found_again() -> None:
 )
 def test_no_cost_is_below_nothing(tokens: list[int], data: st.DataObject) -> None:
     costs = st.lists(st.floats(0, 1e9), min_size=len(tokens), max_size=len(tokens))
-    room = fit_room(Probed(tuple(tokens), tuple(data.draw(costs)), tuple(int(c) for c in data.draw(costs))))
-    assert min(room.fixed_seconds, room.seconds_per_token, room.fixed_bytes, room.bytes_per_token) >= 0
-    assert MIN_KNEE_TOKENS <= room.knee_tokens <= MAX_KNEE_TOKENS
+    cost = fit_pass_cost(
+        Probed(tuple(tokens), tuple(data.draw(costs)), tuple(int(c) for c in data.draw(costs)))
+    )
+    assert min(cost.fixed_seconds, cost.seconds_per_token, cost.fixed_bytes, cost.bytes_per_token) >= 0
+    assert MIN_KNEE_TOKENS <= cost.knee_tokens <= MAX_KNEE_TOKENS
 
 
-@given(room=ROOMS, choice=CHOICES)
-def test_what_is_chosen_fits_and_is_no_more_than_asked_for(room: Room, choice: dict[str, int]) -> None:
-    packing = choose_packing(room, **choice)
+@given(cost=COSTS, choice=CHOICES)
+def test_what_is_chosen_fits_and_is_no_more_than_asked_for(cost: PassCost, choice: dict[str, int]) -> None:
+    packing = choose_packing(cost, **choice)
     assert 1 <= packing.slots <= min(choice["trials"], MAX_SLOTS)
     assert packing.pass_tokens >= choice["longest_row"]
-    assert packing.slots == 1 or (packing.slots - 1) * choice["update_tokens"] < room.knee_tokens
+    assert packing.slots == 1 or (packing.slots - 1) * choice["update_tokens"] < cost.knee_tokens
     if packing.slots > 1:
-        peak = room.peak_bytes(
+        peak = cost.peak_bytes(
             slots=packing.slots, slot_weights=choice["slot_weights"], pass_tokens=packing.pass_tokens
         )
         assert peak <= choice["limit_bytes"] + 1 + 1e-6 * peak
 
 
-@given(room=ROOMS, choice=CHOICES, more=st.integers(0, 80 * GIB))
-def test_more_memory_never_means_fewer_slots(room: Room, choice: dict[str, int], more: int) -> None:
+@given(cost=COSTS, choice=CHOICES, more=st.integers(0, 80 * GIB))
+def test_more_memory_never_means_fewer_slots(cost: PassCost, choice: dict[str, int], more: int) -> None:
     larger = choice | {"limit_bytes": choice["limit_bytes"] + more}
-    assert choose_packing(room, **larger).slots >= choose_packing(room, **choice).slots
+    assert choose_packing(cost, **larger).slots >= choose_packing(cost, **choice).slots
 
 
 def test_long_updates_need_no_company_and_short_ones_do() -> None:
-    room = Room(fixed_seconds=0.03, seconds_per_token=3e-5, fixed_bytes=3 * GIB, bytes_per_token=2**19)
+    cost = PassCost(fixed_seconds=0.03, seconds_per_token=3e-5, fixed_bytes=3 * GIB, bytes_per_token=2**19)
     common = {"limit_bytes": 70 * GIB, "slot_weights": 12_000_000, "longest_row": 512, "trials": 16}
-    assert room.knee_tokens == 9000
-    assert choose_packing(room, update_tokens=1024, **common).slots == 9
-    assert choose_packing(room, update_tokens=16_384, **common).slots == 1
-    assert choose_packing(room, update_tokens=64, **common).slots == MAX_SLOTS
+    assert cost.knee_tokens == 9000
+    assert choose_packing(cost, update_tokens=1024, **common).slots == 9
+    assert choose_packing(cost, update_tokens=16_384, **common).slots == 1
+    assert choose_packing(cost, update_tokens=64, **common).slots == MAX_SLOTS
 
 
 def test_adapters_too_large_for_memory_share_it_with_fewer() -> None:
-    room = Room(fixed_seconds=0.03, seconds_per_token=3e-5, fixed_bytes=3 * GIB, bytes_per_token=2**19)
+    cost = PassCost(fixed_seconds=0.03, seconds_per_token=3e-5, fixed_bytes=3 * GIB, bytes_per_token=2**19)
     weights = 40_000_000
     limit = 3 * GIB + 4 * weights * BYTES_PER_SLOT_WEIGHT + 4 * 512 * 2**19
     packing = choose_packing(
-        room, limit_bytes=limit, slot_weights=weights, update_tokens=64, longest_row=512, trials=16
+        cost, limit_bytes=limit, slot_weights=weights, update_tokens=64, longest_row=512, trials=16
     )
     assert packing.slots == 4
     assert packing.pass_tokens == 4 * 512
