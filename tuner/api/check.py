@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.config import DORA_TRAINS_ALONE, ModelSpec, RoundSpec, load_round
+from tuner.config import ModelSpec, RoundSpec, load_round
 from tuner.data import (
     PreparedData,
     load_metric,
@@ -133,7 +133,7 @@ def _plan(
     if spec.ends_early is not None:
         remarks.append(spec.ends_early)
     if spec.trains_alone:
-        remarks.append(DORA_TRAINS_ALONE)
+        remarks.append(spec.trains_alone)
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))

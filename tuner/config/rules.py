@@ -9,9 +9,11 @@ from tuner.config.dimensions import describe, largest, value_to_yaml
 from tuner.config.sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
 from tuner.config.wording import Refusal
 from tuner.errors import shown
+from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.registry import is_built_in
 from tuner.methods.table import HYPERPARAMETERS
-from tuner.records import Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
+from tuner.methods.variants.initialisations import INITIALISATIONS
+from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
 
 _HORIZON = "max_train_steps"
 
@@ -54,6 +56,43 @@ def objective_refusals(*, evaluation: EvaluationSpec, run: RunSpec) -> Iterator[
             "`objective: false`, which ranks by the made-up losses"
         )
         yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
+
+
+def adapter_refusals(space: Space) -> Iterator[Refusal]:
+    """Adapters that PEFT does not make."""
+    even = [
+        name for name, each in INITIALISATIONS.items() if each.even_rank and space["lora_init"].contains(name)
+    ]
+    if even and (odd := _odd_rank(space["lora_r"])) is not None:
+        message = f"{even[0]} needs even ranks, and lora_r may be {odd}; list the ranks, such as [8, 16, 32]"
+        yield Refusal(("hyperparameters", "lora_init"), message, rests_on=("hyperparameters.lora_r",))
+    layers = [value for value in _values(space.get("layers_to_transform")) if isinstance(value, tuple)]
+    targets = _values(space["target_modules"])
+    regex = next((value for value in targets if isinstance(value, str) and value != ALL_LINEAR), None)
+    if layers and regex is not None:
+        message = (
+            f"counts with {ALL_LINEAR} or layer names, and target_modules may be the regular expression "
+            f"{shown(regex)}; name the layers in the expression instead, such as '.*layers\\.(0|1)\\..*'"
+        )
+        where = ("hyperparameters", "layers_to_transform")
+        yield Refusal(where, message, rests_on=("hyperparameters.target_modules",))
+
+
+def _odd_rank(ranks: Dimension) -> int | None:
+    if isinstance(ranks, Range):
+        low = int(ranks.low)
+        return low if low % 2 else low + 1
+    return next((int(rank) for rank in _values(ranks) if isinstance(rank, int) and rank % 2), None)
+
+
+def _values(dimension: Dimension | None) -> tuple[Value, ...]:
+    match dimension:
+        case Fixed(value=value):
+            return (value,)
+        case Choices(values=values):
+            return values
+        case _:
+            return ()
 
 
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
@@ -104,7 +143,9 @@ def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str 
         found = TRIAL_PATH.fullmatch(raw)
         own = found is not None and found[1] == round_name
         return f"{raw} is a trial of this round; only an earlier round can be continued" if own else None
-    dimension, value = space[name], HYPERPARAMETERS[name].kind.parse(raw)
+    row = HYPERPARAMETERS[name]
+    value, default = row.kind.parse(raw), row.default
+    dimension = space[name] if default is None else space.get(name, Fixed(default))
     read = shown(value_to_yaml(value))
     if dimension.contains(value):
         return None

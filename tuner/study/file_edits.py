@@ -34,13 +34,15 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
             raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
             raise _refused(text, f"{name} is added twice; write all of its values in one --add")
-        if not isinstance(space[name], (Fixed, TimesSqrtRank)):
+        default = HYPERPARAMETERS[name].default
+        before = space[name] if default is None else space.get(name, Fixed(default))
+        if not isinstance(before, (Fixed, TimesSqrtRank)):
             raise _refused(
                 text,
                 f"{name} is already searched in {file.spec.round}; edit its line in the new file instead",
             )
         added[name] = _dimension(text, name, values)
-        _refuse_nothing_new(text, name, added[name], space[name])
+        _refuse_nothing_new(text, name, added[name], before)
     return added
 
 
