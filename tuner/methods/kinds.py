@@ -164,7 +164,7 @@ class Modules:
         """The three forms, with examples."""
         return (
             f"{ALL_LINEAR}, a list of layer names such as [q_proj, v_proj], or a regular expression such as "
-            r"'.*\.(q|v)_proj'"
+            r"'.*\.[qv]_proj'"
         )
 
     def parse(self, raw: Any) -> str | tuple[str, ...]:
