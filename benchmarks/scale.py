@@ -5,12 +5,14 @@
 CPU seconds of one thread, after the imports, in SQLite: a round of N complete trials with 10 evaluations of
 32 examples each, written as facts. `asks` is what a process that goes on with the round does until its first
 new trial has its hyperparameters, Optuna's own storage calls apart; `event` is one evaluation of a running
-trial, from the worker's message to the view, likewise.
+trial in `RoundLoop`, from the worker's message to the view's board, likewise. The others are what commands
+do before they print.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import resource
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,17 +34,20 @@ def write_study(directory: Path, count: int) -> Path:
     """A round of so many complete trials, and a file that promises a hundred more."""
     from tests.studies import write_round
     from tuner.config import load_round
-    from tuner.records import Evaluation, RoundRecord, Trial, TrialState, complete_hyperparameters
-    from tuner.store import open_store
-    from tuner.store.facts import (
-        AttemptEnded,
+    from tuner.records import (
         AttemptStarted,
-        EvaluationMade,
+        Ended,
+        Evaluated,
+        Evaluation,
         RoundBegun,
-        StepsRun,
+        RoundRecord,
+        Trial,
         TrialAsked,
         TrialEnded,
+        TrialState,
+        complete_hyperparameters,
     )  # fmt: skip
+    from tuner.store import open_store
 
     path = write_round(
         directory, trials=count + 100, steps=HORIZON, every=EVERY, decay_steps=36, lora_r="[2, 4]"
@@ -71,12 +77,11 @@ def write_study(directory: Path, count: int) -> Path:
                 nll,
                 (TOKENS,) * EXAMPLES,
             )
-            facts.append(EvaluationMade(*name, made))
+            facts.append(Evaluated(*name, 1, made))
         end = float(number + 1)
         store.record(
             *facts,
-            StepsRun(*name, 1, HORIZON),
-            AttemptEnded(*name, 1, HORIZON, end, "complete"),
+            Ended(*name, 1, HORIZON, "complete", at=end),
             TrialEnded(*name, TrialState.COMPLETE, None, end),
         )
     store.close()
@@ -85,44 +90,34 @@ def write_study(directory: Path, count: int) -> Path:
 
 def measure(what: str, path: Path) -> tuple[float, float]:
     """CPU seconds and peak memory in MB of one thing, in this process."""
-    from tuner.config import load_round
-    from tuner.store import open_store
+    from tuner.cli import COLLECT_AFTER
     from tuner.study.folder import open_folder
 
-    folder, file = open_folder(path.parent), load_round(path)
-    url = file.spec.absolute(file.directory).storage
+    folder = open_folder(path.parent)
+    gc.set_threshold(COLLECT_AFTER)  # as `tuner.cli.run` does
     match what:
-        case "asks" | "event":
-            from tuner.records import Evaluation, Trial, complete_hyperparameters
-            from tuner.report.board import Board
-            from tuner.store.facts import AttemptStarted, EvaluationMade, StepsRun, TrialAsked
-            from tuner.study.round_state import MirroredStore, RoundState
-            from tuner.study.sampling import Advisor, optuna_storage
-
-            advisor = Advisor(
-                optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", file.spec.space(),
-                file.spec.search, max_train_steps=HORIZON,
-            )  # fmt: skip
+        case "asks":
             begun = time.process_time()
-            state = RoundState(MirroredStore(open_store(url, study=file.spec.study)), "round1")
-            number = len(state.trials)
-            chosen = advisor._point(number, state.trials)
-            if what == "asks":
-                return time.process_time() - begun, _peak()
-            values = complete_hyperparameters(file.spec.space(), chosen)
-            board = Board(trials_total=number + 100, max_train_steps=HORIZON)
-            state.record(
-                TrialAsked(Trial("round1", number, values)), AttemptStarted("round1", number, 1, 0, 1.0)
-            )
-            board.sync(state.changed())
+            _, state, advisor = _resumed(path)
+            advisor._point(len(state.trials), state.trials)
+        case "event":
+            from tuner.records import AttemptStarted, Evaluated, Evaluation, Trial, TrialAsked
+
+            loop, state, advisor = _resumed(path)
+            first, values = len(state.trials), state.trials[-1].hyperparameters
+            running = range(first, first + EVENTS // EVALUATIONS)
+            for number in running:
+                trial = Trial("round1", number, values)
+                state.record(TrialAsked(trial), AttemptStarted("round1", number, 1, 0, 1.0))
+            loop.view.trials(state.changed())
             nll, tokens = (48.0,) * EXAMPLES, (TOKENS,) * EXAMPLES
             begun = time.process_time()
-            for step in range(EVENTS):
+            for step in range(0, EVERY * EVALUATIONS, EVERY):
                 made = Evaluation(step, 3.0, example_nll=nll, example_tokens=tokens)
-                state.record(EvaluationMade("round1", number, made), StepsRun("round1", number, 1, step))
-                assert state.open
-                assert state.num_promised
-                board.sync(state.changed())
+                for number in running:  # as in `RoundLoop.run`
+                    assert not loop._is_over()
+                    loop._record(Evaluated("round1", number, 1, made))
+                    loop.view.trials(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
         case "status":
             from tuner.study.lookup import opened, statuses
@@ -145,6 +140,56 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             *_, report = reports_on(folder, None)
             round_markdown(report)
     return time.process_time() - begun, _peak()
+
+
+def _resumed(path: Path) -> tuple[Any, Any, Any]:
+    """What a process that goes on with the round has: its loop, its state, and an advisor told nothing."""
+    from tuner.config import load_round
+    from tuner.engines import SimulatedWorker
+    from tuner.report.board import Board
+    from tuner.store import CachedStore, open_store
+    from tuner.study.checkpoints import CheckpointFolder
+    from tuner.study.continuation import Continuations
+    from tuner.study.loop import RoundLoop
+    from tuner.study.plan import RoundPlan
+    from tuner.study.sampling import Advisor, optuna_storage
+
+    class Shown:
+        """The live view's board, which nobody prints."""
+
+        def __init__(self, total: int) -> None:
+            self.board = Board(trials_total=total, max_train_steps=HORIZON)
+
+        def trials(self, trials: Any) -> None:
+            self.board.sync(trials)
+
+        def event(self, event: Any) -> None:
+            self.board.take(event, now=1.0)
+
+    class Silent(Advisor):
+        """Optuna's own calls apart."""
+
+        def report(self, *arguments: Any) -> None:
+            pass
+
+    file = load_round(path)
+    plan = RoundPlan(file)
+    store = CachedStore(open_store(plan.absolute.storage, study=file.spec.study))
+    advisor = Silent(
+        optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", plan.space, file.spec.search,
+        max_train_steps=HORIZON,
+    )  # fmt: skip
+    loop = RoundLoop(
+        plan=plan,
+        store=store,
+        advisor=advisor,
+        worker=SimulatedWorker(lambda *_: None, slots=1),  # type: ignore[arg-type,return-value]
+        folder=CheckpointFolder(plan.checkpoints),
+        continuations=Continuations(plan, store, "w"),
+        view=Shown(file.spec.search.trials),  # type: ignore[arg-type]
+        clock=time.time,
+    )
+    return loop, loop.state, advisor
 
 
 def _peak() -> float:

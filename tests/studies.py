@@ -11,19 +11,36 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from tuner.cli import run
 from tuner.config import RoundFile, load_round
-from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, TrialState
+from tuner.records import (
+    Answered,
+    AttemptStarted,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Fact,
+    Hyperparameters,
+    Progressed,
+    RoundBegun,
+    RoundRecord,
+    Saved,
+    Started,
+    Trial,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
+    TrialScored,
+    TrialState,
+)
 from tuner.report import open_view
 from tuner.store import open_store
-from tuner.store.facts import RoundBegun
 from tuner.study.plan import RoundPlan
-from tuner.study.round_state import history
 
 QUICKSTART = Path(__file__).parent.parent / "studies" / "quickstart"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -89,6 +106,37 @@ def round_file(directory: Path, **changes: Any) -> RoundFile:
     return load_round(write_round(directory, **changes))
 
 
+def history(trial: Trial) -> list[Fact]:
+    """Facts from which a trial follows."""
+    facts: list[Fact] = [TrialAsked(trial)]
+    for attempt in trial.attempts:
+        name = (trial.round, trial.number, attempt.number)
+        facts += [
+            AttemptStarted(*name, attempt.from_step, attempt.started_at),
+            Progressed(*name, attempt.to_step),
+            Started(*name, attempt.from_step, attempt.environment),
+        ]
+    newest = max((attempt.number for attempt in trial.attempts), default=0)
+    place = (trial.round, trial.number, newest)
+    facts += [Evaluated(trial.round, trial.number, 0, evaluation) for evaluation in trial.evaluations]
+    facts += [Saved(*place, checkpoint) for checkpoint in trial.checkpoints]
+    for attempt in trial.attempts:
+        if attempt.ended_at is not None and attempt.outcome is not None:
+            outcome: Any = attempt.outcome
+            name = (trial.round, trial.number, attempt.number)
+            facts.append(Ended(*name, attempt.to_step, outcome, attempt.message, attempt.ended_at))
+    ended = max((a.ended_at or 0.0 for a in trial.attempts), default=0.0)
+    if trial.state.is_final:
+        facts.append(TrialEnded(trial.round, trial.number, trial.state, trial.reason, ended))
+    elif trial.reason is not None:
+        facts.append(TrialNoted(trial.round, trial.number, trial.reason))
+    if trial.final_score is not None:
+        facts.append(TrialScored(trial.round, trial.number, trial.final_score))
+    if trial.answer_score is not None:
+        facts.append(Answered(*place, trial.answer_score))
+    return facts
+
+
 def record_sweep(
     file: RoundFile, found: Mapping[float, float | None], *more: Trial, correct: int = 50
 ) -> None:
@@ -98,7 +146,8 @@ def record_sweep(
     """
     spec = file.spec
     store = open_store(RoundPlan(file).absolute.storage, study=spec.study)
-    store.record(RoundBegun(RoundRecord(spec.round, spec.max_train_steps, spec.model_dump(mode="json"), 0.0)))
+    record = RoundRecord(spec.round, spec.max_train_steps, spec.model_dump(mode="json"), 0.0)
+    store.record(RoundBegun(replace(record, kind=RoundPlan(file).kind)))
     for number, (rate, loss) in enumerate(found.items()):
         last = Evaluation(
             spec.max_train_steps,

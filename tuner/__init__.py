@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tuner.api import log
     from tuner.api.advice import Advice, advise
-    from tuner.api.log import log
-    from tuner.api.study import Round, Study, Trial
+    from tuner.api.round import Round
+    from tuner.api.study import Study
+    from tuner.api.trial import Trial
 
     __version__: str
 
@@ -15,11 +17,11 @@ __all__ = ["Advice", "Round", "Study", "Trial", "__version__", "advise", "log"]
 
 _HOMES = {
     "Advice": "tuner.api.advice",
-    "Round": "tuner.api.study",
+    "Round": "tuner.api.round",
     "Study": "tuner.api.study",
-    "Trial": "tuner.api.study",
+    "Trial": "tuner.api.trial",
     "advise": "tuner.api.advice",
-    "log": "tuner.api.log",
+    "log": "tuner.api",
 }
 """Where each name is defined; loaded when it is first used, so that `import tuner` costs nothing."""
 

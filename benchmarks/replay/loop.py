@@ -10,9 +10,18 @@ from typing import Any
 from tuner.config import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
 from tuner.engines import SimulatedWorker
 from tuner.playbook.schedule import ComparisonRule, trunk_steps
-from tuner.records import Checkpoint, Hyperparameters, Promotion, RoundRecord, Space, Trial
+from tuner.records import (
+    Checkpoint,
+    Fact,
+    Hyperparameters,
+    Promotion,
+    RoundBegun,
+    RoundRecord,
+    Space,
+    Trial,
+    TrialAsked,
+)
 from tuner.store import MemoryStore
-from tuner.store.facts import Fact, RoundBegun, TrialAsked
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop

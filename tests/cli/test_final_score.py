@@ -10,8 +10,9 @@ import pytest
 
 from tests.studies import QUICKSTART, write_round
 from tests.training.driving import curve, run_loop
+from tuner.api.run import prepared_quietly, unsaid
+from tuner.api.score import score_at_the_end
 from tuner.cli import run
-from tuner.cli.score import score_at_the_end
 from tuner.config import load_round
 from tuner.playbook.comparison_runs import branch_hyperparameters
 from tuner.records import Assignment, RoundRecord, Trial
@@ -100,7 +101,9 @@ def test_rows_that_were_looked_at_are_not_looked_at_again_by_themselves(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = shown(capsys, study)["number"]
-    remark = score_at_the_end(open_folder(study), facts(study)[1][1 - best])
+    remark = score_at_the_end(
+        open_folder(study), facts(study)[1][1 - best], prepare=prepared_quietly, tell=unsaid
+    )
     assert remark is not None
     assert f"scored for round1/{best} before" in remark
     assert facts(study)[1][1 - best].final_score is None

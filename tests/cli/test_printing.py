@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tests.studies import ENVIRONMENT, tuner, write_round
 from tuner.cli import printing
-from tuner.cli.run import stop_signals
+from tuner.cli.rounds import stop_signals
 from tuner.records import Started
 from tuner.report import open_view
 

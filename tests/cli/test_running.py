@@ -9,7 +9,7 @@ import pytest
 
 from tests.studies import QUICKSTART, trials_of, tuner, write_round
 from tuner.cli import printing
-from tuner.cli.run import interruptible, parse_count, parse_duration
+from tuner.cli.rounds import interruptible, parse_count, parse_duration
 from tuner.errors import InputError, RoundStopped
 
 

@@ -8,40 +8,41 @@ from dataclasses import replace
 import pytest
 
 from tuner.records import (
+    Answered,
     AnswerScore,
     Attempt,
+    AttemptFact,
+    AttemptStarted,
     Branch,
+    BranchAdvanced,
     Checkpoint,
     CheckpointKind,
-    Continuation,
-    Evaluation,
-    FinalScore,
-    Promotion,
-    RoundRecord,
-    Throughput,
-    Trial,
-    TrialState,
-)
-from tuner.store import FactError, Store
-from tuner.store.facts import (
-    AttemptEnded,
-    AttemptPlaced,
-    AttemptStarted,
-    BranchAdvanced,
-    CheckpointSaved,
     CheckpointsRemoved,
-    EvaluationMade,
+    Continuation,
+    Ended,
+    Evaluated,
+    Evaluation,
     Fact,
+    FactError,
+    FinalScore,
+    Measured,
+    Progressed,
+    Promotion,
     PromotionPlanned,
     RoundBegun,
-    StepsRun,
-    TrialAnswered,
+    RoundKind,
+    RoundRecord,
+    Saved,
+    Started,
+    Throughput,
+    Trial,
     TrialAsked,
     TrialEnded,
     TrialNoted,
     TrialScored,
-    WorkMeasured,
+    TrialState,
 )
+from tuner.store import Store
 
 ROUND = RoundRecord(
     "round1",
@@ -72,7 +73,7 @@ TRIAL = Trial(
     optuna_trial=11,
 )
 STARTED = AttemptStarted("round1", 7, 1, from_step=0, at=10.5)
-ENDED = AttemptEnded("round1", 7, 1, to_step=30, at=20.5, outcome="interrupted", message="killed")
+ENDED = Ended("round1", 7, 1, step=30, at=20.5, outcome="interrupted", reason="killed")
 COMPLETE = TrialEnded("round1", 7, TrialState.COMPLETE, None, at=30.0)
 BEST = Checkpoint(CheckpointKind.BEST, 20, "trial-0007/best-20-1", size_bytes=5_000_000_000, sha256="b")
 LAST = Checkpoint(CheckpointKind.LAST, 30, "trial-0007/last-30-1", size_bytes=7, sha256="l")
@@ -121,21 +122,21 @@ HISTORY: list[Fact] = [
     RoundBegun(ROUND),
     TrialAsked(TRIAL),
     STARTED,
-    StepsRun("round1", 7, 1, 20),
-    EvaluationMade("round1", 7, Evaluation(20, 1.0, None, None, 0, (1.0,), (2,))),
-    CheckpointSaved("round1", 7, 1, BEST),
-    CheckpointSaved("round1", 7, 1, LAST),
+    Progressed("round1", 7, 1, 20),
+    Evaluated("round1", 7, 1, Evaluation(20, 1.0, None, None, 0, (1.0,), (2,))),
+    Saved("round1", 7, 1, BEST),
+    Saved("round1", 7, 1, LAST),
     CheckpointsRemoved("round1", 7, (LAST.path,)),
     ENDED,
     TrialNoted("round1", 7, "afresh"),
     AttemptStarted("round1", 7, 2, 20, 25.0),
-    AttemptPlaced("round1", 7, 2, {"device": "cpu (AVX2)", "torch": "2.13.0"}),
-    AttemptEnded("round1", 7, 2, 60, 29.0, "complete"),
+    Started("round1", 7, 2, 0, {"device": "cpu (AVX2)", "torch": "2.13.0"}),
+    Ended("round1", 7, 2, 60, "complete", at=29.0),
     COMPLETE,
     TrialScored("round1", 7, SCORE),
-    TrialAnswered("round1", 7, ANSWERS),
+    Answered("round1", 7, 1, ANSWERS),
     BranchAdvanced("round1", BRANCH),
-    WorkMeasured("round1", WORK),
+    Measured(WORK, "round1"),
     PromotionPlanned(PROMOTION),
 ]
 """One of every fact, each following from those before."""
@@ -238,7 +239,7 @@ class StoreContract:
             (ENDED, TrialState.WAITING),
             (AttemptStarted("round1", 7, 2, from_step=20, at=21.0), TrialState.RUNNING),
             (COMPLETE, TrialState.COMPLETE),
-            (AttemptEnded("round1", 7, 2, 60, 29.0, "complete"), TrialState.COMPLETE),
+            (Ended("round1", 7, 2, 60, "complete", at=29.0), TrialState.COMPLETE),
         ]
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
         for fact, state in steps:
@@ -268,12 +269,12 @@ class StoreContract:
     def test_the_last_that_is_said_of_an_attempts_environment_counts(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
         for version in ("2.12.0", "2.13.0"):
-            store.record(AttemptPlaced("round1", 7, 1, {"torch": version}), ENDED)
+            store.record(Started("round1", 7, 1, 0, {"torch": version}), ENDED)
         (attempt,) = store.trials("round1")[0].attempts
         assert (attempt.environment, attempt.outcome) == ({"torch": "2.13.0"}, "interrupted")
 
     def test_the_first_end_of_an_attempt_counts(self, store: Store) -> None:
-        again = replace(ENDED, to_step=40, outcome="died", message=None, at=99.0)
+        again = replace(ENDED, step=40, outcome="died", reason=None, at=99.0)
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, ENDED, again)
         assert store.trials("round1")[0].attempts == (Attempt(1, 0, 40, 10.5, 20.5, "interrupted", "killed"),)
 
@@ -292,15 +293,15 @@ class StoreContract:
     def test_steps_only_grow(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
         for said, known in ((5, 5), (12, 12), (8, 12)):
-            store.record(StepsRun("round1", 7, 1, said))
+            store.record(Progressed("round1", 7, 1, said))
             assert store.trials("round1")[0].attempts[0].to_step == known
-        store.record(replace(ENDED, to_step=3))
+        store.record(replace(ENDED, step=3))
         assert store.trials("round1")[0].attempts[0].to_step == 12
 
     def test_evaluations_come_by_step_and_the_last_said_counts(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
         for step, loss in ((10, 1.0), (0, 2.0), (5, 1.5), (10, 0.5)):
-            store.record(EvaluationMade("round1", 7, Evaluation(step, loss)))
+            store.record(Evaluated("round1", 7, 1, Evaluation(step, loss)))
         assert store.trials("round1")[0].evaluations == (
             Evaluation(0, 2.0),
             Evaluation(5, 1.5),
@@ -312,7 +313,7 @@ class StoreContract:
     )
     def test_every_digit_comes_back(self, store: Store, number: float) -> None:
         made = Evaluation(1, number, number, number, 3, (number, -0.0, 1 / 3), (1, 0, 2**31 - 1), 2**40)
-        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, made))
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), Evaluated("round1", 7, 1, made))
         (trial,) = store.trials("round1")
         assert repr(trial.evaluations) == repr((made,))
 
@@ -324,12 +325,12 @@ class StoreContract:
         assert repr(store.rounds()[0].spec) == repr(store.promotions()[0].plan) == repr(strange)
 
     def test_what_an_evaluation_does_not_know_stays_unknown(self, store: Store) -> None:
-        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), EvaluationMade("round1", 7, Evaluation(0, 1.5)))
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), Evaluated("round1", 7, 1, Evaluation(0, 1.5)))
         assert store.trials("round1")[0].evaluations == (Evaluation(0, 1.5, None, None, 0, (), ()),)
 
     def test_checkpoints_are_there_until_removed(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
-        store.record(CheckpointSaved("round1", 7, 1, LAST), CheckpointSaved("round1", 7, 1, BEST))
+        store.record(Saved("round1", 7, 1, LAST), Saved("round1", 7, 1, BEST))
         assert store.trials("round1")[0].checkpoints == (BEST, LAST)
         store.record(CheckpointsRemoved("round1", 7, (LAST.path, "never/recorded")))
         assert store.trials("round1")[0].checkpoints == (BEST,)
@@ -339,15 +340,13 @@ class StoreContract:
     def test_a_removal_concerns_one_trial(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), TrialAsked(replace(TRIAL, number=8)))
         for number in (7, 8):
-            store.record(
-                AttemptStarted("round1", number, 1, 0, 0.0), CheckpointSaved("round1", number, 1, BEST)
-            )
+            store.record(AttemptStarted("round1", number, 1, 0, 0.0), Saved("round1", number, 1, BEST))
         store.record(CheckpointsRemoved("round1", 8, (BEST.path,)))
         assert [trial.checkpoints for trial in store.trials("round1")] == [(BEST,), ()]
 
     def test_a_removed_checkpoint_comes_back_with_a_later_attempt_only(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 1.0))
-        saved = CheckpointSaved("round1", 7, 1, BEST)
+        saved = Saved("round1", 7, 1, BEST)
         store.record(saved, CheckpointsRemoved("round1", 7, (BEST.path,)), saved)
         assert store.trials("round1")[0].checkpoints == ()
         store.record(replace(saved, attempt=2), saved)
@@ -356,7 +355,7 @@ class StoreContract:
     def test_of_a_step_the_checkpoint_of_the_latest_attempt_counts(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, AttemptStarted("round1", 7, 2, 0, 1.0))
         newer = replace(BEST, path="trial-0007/best-20-2", size_bytes=9, sha256="n")
-        store.record(CheckpointSaved("round1", 7, 2, newer), CheckpointSaved("round1", 7, 1, BEST))
+        store.record(Saved("round1", 7, 2, newer), Saved("round1", 7, 1, BEST))
         assert store.trials("round1")[0].checkpoints == (newer,)
 
     def test_a_note_is_the_reason_until_the_end_gives_one(self, store: Store) -> None:
@@ -373,7 +372,7 @@ class StoreContract:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, TrialNoted("round1", 7, odd))
         assert store.trials("round1")[0].reason == seen
         store.record(
-            replace(ENDED, message=odd),
+            replace(ENDED, reason=odd),
             replace(COMPLETE, reason=odd),
             PromotionPlanned(replace(PROMOTION, file_text=odd)),
         )
@@ -396,16 +395,16 @@ class StoreContract:
         more = replace(WORK, training_seconds=9.5, trial_steps=31, peak_memory_bytes=1)
         second = replace(WORK, session="1700000000-11")
         store.record(RoundBegun(ROUND), RoundBegun(replace(ROUND, name="round2")))
-        store.record(WorkMeasured("round1", WORK), WorkMeasured("round1", more))
-        store.record(WorkMeasured("round1", second), WorkMeasured("round2", WORK))
+        store.record(Measured(WORK, "round1"), Measured(more, "round1"))
+        store.record(Measured(second, "round1"), Measured(WORK, "round2"))
         assert [record.throughputs for record in store.rounds()] == [(second, more), (WORK,)]
-        store.record(WorkMeasured("round1", more))
+        store.record(Measured(more, "round1"))
         assert [record.throughputs for record in store.rounds()] == [(second, more), (WORK,)]
 
     def test_a_round_begins_without_work_and_keeps_what_it_has(self, store: Store) -> None:
         store.record(RoundBegun(replace(ROUND, throughputs=(replace(WORK, session="not recorded"),))))
         assert store.rounds() == (ROUND,)
-        store.record(WorkMeasured("round1", WORK), RoundBegun(replace(ROUND, spec={"goal": "new"})))
+        store.record(Measured(WORK, "round1"), RoundBegun(replace(ROUND, spec={"goal": "new"})))
         assert store.rounds() == (replace(ROUND, spec={"goal": "new"}, throughputs=(WORK,)),)
 
     def test_the_first_score_of_a_trial_counts(self, store: Store) -> None:
@@ -421,7 +420,7 @@ class StoreContract:
         assert store.trials("round1")[0].answer_score is None
         alone = replace(ANSWERS, mean=-1e300, standard_error=None, num_examples=1, is_objective=False)
         for score in (ANSWERS, alone):
-            store.record(TrialAnswered("round1", 7, score))
+            store.record(Answered("round1", 7, 1, score))
             assert repr(store.trials("round1")[0].answer_score) == repr(score)
 
     def test_of_a_branch_the_last_said_counts(self, store: Store) -> None:
@@ -443,18 +442,18 @@ class StoreContract:
             (TrialAsked(replace(TRIAL, round="round9")), "round round9"),
             (replace(STARTED, trial=8), "trial round1/8"),
             (replace(STARTED, round="round9"), "trial round9/7"),
-            (StepsRun("round1", 7, 2, 5), "attempt 2 of trial round1/7"),
-            (StepsRun("round1", 8, 1, 5), "round1/8"),
-            (EvaluationMade("round1", 8, Evaluation(0, 1.0)), "trial round1/8"),
-            (CheckpointSaved("round1", 7, 2, BEST), "attempt 2 of trial round1/7"),
+            (Progressed("round1", 7, 2, 5), "attempt 2 of trial round1/7"),
+            (Progressed("round1", 8, 1, 5), "round1/8"),
+            (Evaluated("round1", 8, 1, Evaluation(0, 1.0)), "trial round1/8"),
+            (Saved("round1", 7, 2, BEST), "attempt 2 of trial round1/7"),
             (CheckpointsRemoved("round1", 8, ("x",)), "trial round1/8"),
             (replace(ENDED, attempt=2), "attempt 2 of trial round1/7"),
             (replace(COMPLETE, trial=8), "trial round1/8"),
             (TrialNoted("round9", 7, "x"), "trial round9/7"),
             (TrialScored("round1", 8, SCORE), "trial round1/8"),
-            (TrialAnswered("round1", 8, ANSWERS), "trial round1/8"),
+            (Answered("round1", 8, 1, ANSWERS), "trial round1/8"),
             (BranchAdvanced("round1", replace(BRANCH, trial=8)), "trial round1/8"),
-            (WorkMeasured("round9", WORK), "round round9"),
+            (Measured(WORK, "round9"), "round round9"),
             (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),
         ],
     )
@@ -464,8 +463,35 @@ class StoreContract:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
         before = contents(store)
         with pytest.raises(FactError, match=f"{missing} is not recorded"):
-            store.record(EvaluationMade("round1", 7, Evaluation(0, 1.0)), TrialNoted("round1", 7, "x"), fact)
+            store.record(Evaluated("round1", 7, 1, Evaluation(0, 1.0)), TrialNoted("round1", 7, "x"), fact)
         assert contents(store) == before
+
+    def test_an_evaluation_says_how_far_its_attempt_has_come(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)
+        for step, known in ((5, 5), (12, 12), (8, 12)):
+            store.record(Evaluated("round1", 7, 1, Evaluation(step, 1.0)))
+            assert store.trials("round1")[0].attempts[0].to_step == known
+
+    @pytest.mark.parametrize("fact", [fact for fact in HISTORY if isinstance(fact, AttemptFact)])
+    def test_what_a_worker_says_of_a_comparison_run_is_not_taken_for_its_parents(
+        self, store: Store, fact: AttemptFact
+    ) -> None:
+        store.record(*HISTORY[:3])
+        before = contents(store)
+        with pytest.raises(FactError, match="round1/7 to step 30 is a comparison run"):
+            store.record(replace(fact, horizon=30))
+        assert contents(store) == before
+
+    def test_one_round_is_read_by_its_name(self, store: Store) -> None:
+        assert store.round("round1") is None
+        store.record(*HISTORY, RoundBegun(replace(ROUND, name="round2", kind=RoundKind.SWEEP)))
+        for record in store.rounds():
+            assert repr(store.round(record.name)) == repr(record)
+        assert [record.kind for record in store.rounds()] == [RoundKind.SEARCH, RoundKind.SWEEP]
+
+    def test_a_round_keeps_its_kind(self, store: Store) -> None:
+        store.record(RoundBegun(replace(ROUND, kind=RoundKind.DRY_RUN)), RoundBegun(ROUND))
+        assert store.rounds()[0].kind is RoundKind.DRY_RUN
 
     def test_saying_everything_again_changes_nothing(self, store: Store) -> None:
         store.record(*HISTORY)
@@ -493,7 +519,7 @@ class StoreContract:
 
     @pytest.mark.parametrize("fact", HISTORY[3:], ids=lambda fact: type(fact).__name__)
     def test_what_is_said_of_a_trial_concerns_one_study(self, store: Store, other: Store, fact: Fact) -> None:
-        begun = [*HISTORY[:3], CheckpointSaved("round1", 7, 1, LAST)]
+        begun = [*HISTORY[:3], Saved("round1", 7, 1, LAST)]
         other.record(*begun)
         store.record(*begun)
         before = contents(other)

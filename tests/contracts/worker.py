@@ -19,6 +19,7 @@ from tuner.records import (
     Event,
     Preparing,
     Ready,
+    RunId,
     Saved,
     Started,
 )
@@ -76,7 +77,7 @@ class WorkerContract:
     ) -> None:
         ready_worker.start(assignment(directory, 0, steps=400))
         ready_worker.start(assignment(directory, 1, steps=4))
-        ready_worker.stop(0)
+        ready_worker.stop(RunId("round1", 0))
         seen = collect(ready_worker, until=lambda events: ended(events) == {0, 1})
         outcomes = {e.trial: e.outcome for e in seen if isinstance(e, Ended)}
         assert outcomes == {0: "stopped", 1: "complete"}
@@ -108,7 +109,7 @@ class WorkerContract:
     ) -> None:
         ready_worker.start(assignment(directory, 0, steps=40))
         seen = collect(ready_worker, until=lambda events: 2 in losses(events, 0))
-        ready_worker.stop(0)
+        ready_worker.stop(RunId("round1", 0))
         seen += collect(ready_worker, until=lambda events: ended(events) == {0})
         last = [c for c in saved(seen) if c.kind == CheckpointKind.LAST][-1]
         stopped = seen[-1]

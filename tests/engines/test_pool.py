@@ -12,7 +12,13 @@ from tuner.engines import SimulatedWorker, WorkerPool, wait_for_former_workers, 
 from tuner.engines.devices import visible_devices
 from tuner.engines.pool import MAX_DEATHS
 from tuner.errors import InputError, WorkerError
-from tuner.records import Died, Ended, Event, Ready
+from tuner.records import (
+    Died,
+    Ended,
+    Event,
+    Ready,
+    RunId,
+)
 
 
 class Made:
@@ -66,8 +72,8 @@ def test_only_the_one_that_holds_a_trial_is_told_to_stop_it(tmp_path: Path) -> N
     pool = WorkerPool([made, made])
     pool.start(assignment(tmp_path, 0, steps=4))
     pool.start(assignment(tmp_path, 1, steps=400))
-    pool.stop(1)
-    pool.stop(7)
+    pool.stop(RunId("round1", 1))
+    pool.stop(RunId("round1", 7))
     events = collect(pool, until=lambda seen: ended(seen) == {0, 1})
     outcomes = {event.trial: event.outcome for event in events if isinstance(event, Ended)}
     assert outcomes == {0: "complete", 1: "stopped"}
@@ -81,7 +87,7 @@ def test_a_device_that_is_never_ready_is_left_out(tmp_path: Path) -> None:
     for _ in range(MAX_DEATHS + 3):
         deaths += sum(isinstance(event, Died) for event in pool.events(0.0))
     assert deaths == MAX_DEATHS
-    pool.stop(0)
+    pool.stop(RunId("round1", 0))
     assert ended(collect(pool, until=lambda seen: ended(seen) == {0})) == {0}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ import pytest
 
 from tests.contracts.worker import WorkerContract, assignment, collect, ended, wait_until_ready
 from tests.studies import QUICKSTART, formula, round_file
-from tuner.engines import LocalWorker, SimulatedWorker
+from tuner.api.run import TRAINING
+from tuner.engines import LocalProcess, Program, ProgramWorker, SimulatedWorker
 from tuner.records import Died, Ended, Evaluated, Preparing, Ready, Saved
 
 pytestmark = pytest.mark.slow
 
 
-def local_worker(directory: Path, **changes: object) -> LocalWorker:
+def local_worker(directory: Path, **changes: object) -> ProgramWorker:
     file = round_file(directory, **changes)
     document = {
         "spec": file.spec.absolute(directory).model_dump(mode="json"),
@@ -27,33 +28,46 @@ def local_worker(directory: Path, **changes: object) -> LocalWorker:
         "cache": str(directory / "cache"),
         "lock": str(directory / "worker.lock"),
     }
-    return LocalWorker(lambda: document, log=directory / "worker.log", environment={"OMP_NUM_THREADS": "1"})
+    return process_worker(directory, document, {"OMP_NUM_THREADS": "1"})
 
 
-class TestLocalWorker(WorkerContract):
+def process_worker(
+    directory: Path, document: Mapping[str, object], environment: Mapping[str, str]
+) -> ProgramWorker:
+    program = Program(TRAINING, lambda: document)
+    log = directory / "worker.log"
+    return ProgramWorker(program, lambda: LocalProcess(TRAINING, log=log, environment=environment))
+
+
+def popen(worker: ProgramWorker) -> subprocess.Popen[str]:
+    """The subprocess behind a worker."""
+    assert isinstance(worker.process, LocalProcess)
+    return worker.process.popen
+
+
+class TestProgramWorker(WorkerContract):
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Path:
         return tmp_path / "runs"
 
     @pytest.fixture
-    def worker(self, tmp_path: Path) -> Iterator[LocalWorker]:
+    def worker(self, tmp_path: Path) -> Iterator[ProgramWorker]:
         worker = local_worker(tmp_path)
         yield worker
         worker.close()
 
     @pytest.fixture(scope="class")
-    def ready_worker(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWorker]:
+    def ready_worker(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProgramWorker]:
         worker = local_worker(tmp_path_factory.mktemp("worker"))
         wait_until_ready(worker)
         yield worker
         worker.close()
 
-    def test_a_killed_process_is_said_and_replaced(self, worker: LocalWorker, directory: Path) -> None:
+    def test_a_killed_process_is_said_and_replaced(self, worker: ProgramWorker, directory: Path) -> None:
         wait_until_ready(worker)
         worker.start(assignment(directory, 0, steps=400))
         collect(worker, until=lambda events: any(isinstance(e, Saved) for e in events))
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
+        popen(worker).send_signal(signal.SIGKILL)
         events = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen))
         died = next(e for e in events if isinstance(e, Died))
         assert "signal 9" in died.reason
@@ -64,11 +78,10 @@ class TestLocalWorker(WorkerContract):
         doing = [e.doing for e in again if isinstance(e, Preparing)]
         assert [words.split()[0] for words in doing] == ["loading", "evaluating"]
 
-    def test_the_process_ends_when_its_parent_is_gone(self, worker: LocalWorker, directory: Path) -> None:
+    def test_the_process_ends_when_its_parent_is_gone(self, worker: ProgramWorker, directory: Path) -> None:
         wait_until_ready(worker)
         worker.start(assignment(directory, 0, steps=400))
-        process = worker._process
-        assert process is not None
+        process = popen(worker)
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(30) == 1
@@ -125,7 +138,7 @@ def test_a_worker_that_is_closed_while_it_prepares_leaves_nothing(tmp_path: Path
     worker = local_worker(tmp_path, data=data)
     collect(worker, until=lambda seen: any(isinstance(e, Preparing) for e in seen))
     worker.close()
-    assert worker.pid is None
+    assert worker.process is None
     assert not any((tmp_path / "cache").iterdir())
 
 
@@ -133,7 +146,7 @@ def test_a_worker_of_another_version_is_ended(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(  # runs as the process starts, in place of ours
         """print('{"event": "ended", "trial": 0, "mood": "fine"}', flush=True); input(); input()"""
     )
-    worker = LocalWorker(lambda: {}, log=tmp_path / "worker.log", environment={"PYTHONPATH": str(tmp_path)})
+    worker = process_worker(tmp_path, {}, {"PYTHONPATH": str(tmp_path)})
     [died] = worker.events(timeout_seconds=60.0)
     assert isinstance(died, Died)
     assert "mood" in died.reason

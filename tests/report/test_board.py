@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.records import Died, Ended, Evaluated, Event, Progressed, Ready, Started, Trial, TrialState
+from tuner.records import (
+    Died,
+    Ended,
+    Evaluated,
+    Event,
+    Progressed,
+    Ready,
+    RunId,
+    Started,
+    Trial,
+    TrialState,
+)
 from tuner.report.board import Board
 
 from . import synthetic
@@ -61,14 +72,14 @@ def test_a_dead_worker_leaves_its_trials_waiting_and_the_others_alone() -> None:
     board = Board(trials_total=3, max_train_steps=60)
     board.sync([synthetic.trial(0, 1e-4)])
     run(board, 1, stop=10)
-    board.take(Died("killed", (1,)), now=11.0)
+    board.take(Died("killed", (RunId("round1", 1),)), now=11.0)
     assert [row.state for row in board.rows.values()] == [TrialState.COMPLETE, TrialState.WAITING]
 
 
 def test_going_back_to_a_checkpoint_lowers_the_step() -> None:
     board = Board(trials_total=1, max_train_steps=60)
     run(board, 0, stop=33)
-    board.take(Died("killed", (0,)), now=40.0)
+    board.take(Died("killed", (RunId("round1", 0),)), now=40.0)
     board.take(Started("round1", 0, 2, 30), now=50.0)
     assert board.rows[0].step == 30
     assert board.remaining_steps == 30

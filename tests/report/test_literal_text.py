@@ -11,7 +11,14 @@ from rich.console import Console, RenderableType
 
 from tests.playbook.test_reproduction import LOSSES, found
 from tuner.playbook.results import Finding
-from tuner.records import Died, Ended, Preparing, Started, TrialState
+from tuner.records import (
+    Died,
+    Ended,
+    Preparing,
+    RunId,
+    Started,
+    TrialState,
+)
 from tuner.report import RoundPlan, plan_table, round_status, status_table, summary, trial_page, trials_table
 from tuner.report.board import Board, board_table
 from tuner.report.format import GpuReading
@@ -76,7 +83,7 @@ def test_what_happens_is_told_as_it_was_said(text: str, is_terminal: bool) -> No
     view = open_view(console=console, title=text, trials_total=1, max_train_steps=1)
     view.event(Started("r", 0, 1, 0))
     view.event(Ended("r", 0, 1, 1, "failed", f"{text} ended"))
-    view.event(Died(f"{text} died", trials=(0,)))
+    view.event(Died(f"{text} died", runs=(RunId("round1", 0),)))
     view.message(f"{text} said")
     view.close()
     assert all(f"{text}{what}" in out.getvalue() for what in ("", " ended", " died", " said"))

@@ -8,38 +8,36 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tuner.records import (
+    Answered,
     AnswerScore,
     Attempt,
+    AttemptStarted,
     Branch,
+    BranchAdvanced,
     Checkpoint,
     CheckpointKind,
-    Continuation,
-    Evaluation,
-    FinalScore,
-    Promotion,
-    RoundRecord,
-    Throughput,
-    Trial,
-    TrialState,
-)
-from tuner.store.facts import (
-    AttemptEnded,
-    AttemptPlaced,
-    AttemptStarted,
-    BranchAdvanced,
-    CheckpointSaved,
     CheckpointsRemoved,
-    EvaluationMade,
+    Continuation,
+    Ended,
+    Evaluated,
+    Evaluation,
     Fact,
+    FinalScore,
+    Measured,
+    Progressed,
+    Promotion,
     PromotionPlanned,
     RoundBegun,
-    StepsRun,
-    TrialAnswered,
+    RoundRecord,
+    Saved,
+    Started,
+    Throughput,
+    Trial,
     TrialAsked,
     TrialEnded,
     TrialNoted,
     TrialScored,
-    WorkMeasured,
+    TrialState,
 )
 
 # SQLite keeps 0.0 of -0.0 in a column of its own.
@@ -106,21 +104,21 @@ def _said_of_attempt(
             attempts[trial] += 1
             return AttemptStarted(*trial, attempts[trial], draw(STEPS), draw(TIMES))
         case "place":
-            return AttemptPlaced(*trial, attempt, {"torch": draw(TEXTS)})
+            return Started(*trial, attempt, 0, {"torch": draw(TEXTS)})
         case "end":
             message = draw(st.none() | TEXTS)
-            return AttemptEnded(*trial, attempt, draw(STEPS), draw(TIMES), "died", message)
+            return Ended(*trial, attempt, draw(STEPS), "died", message, draw(TIMES))
         case "steps":
-            return StepsRun(*trial, attempt, draw(STEPS))
+            return Progressed(*trial, attempt, draw(STEPS))
         case "save":
             kind, step = draw(st.sampled_from(CheckpointKind)), draw(st.sampled_from([5, 10]))
             saved = Checkpoint(kind, step, f"{kind}-{step}-{attempt}", draw(st.integers(0, 2**40)), "hash")
-            return CheckpointSaved(*trial, attempt, saved)
+            return Saved(*trial, attempt, saved)
         case _:
             paths = {
                 fact.checkpoint.path
                 for fact in facts
-                if isinstance(fact, CheckpointSaved) and (fact.round, fact.trial) == trial
+                if isinstance(fact, Saved) and (fact.round, fact.trial) == trial
             }
             gone = draw(st.sets(st.sampled_from(sorted(paths)))) if paths else set()
             return CheckpointsRemoved(*trial, tuple(sorted(gone)))
@@ -129,8 +127,8 @@ def _said_of_attempt(
 _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
     lambda draw, trial, _: RoundBegun(RoundRecord(trial[0], 60, draw(DOCUMENTS), draw(TIMES))),
     lambda draw, trial, hyperparameters: TrialAsked(_trial(draw, trial, hyperparameters)),
-    lambda draw, trial, _: EvaluationMade(*trial, draw(evaluations())),
-    lambda draw, trial, _: EvaluationMade(*trial, draw(evaluations())),
+    lambda draw, trial, _: Evaluated(*trial, 1, draw(evaluations())),
+    lambda draw, trial, _: Evaluated(*trial, 1, draw(evaluations())),
     lambda draw, trial, _: TrialNoted(*trial, draw(TEXTS)),
     lambda draw, trial, _: TrialEnded(
         *trial,
@@ -141,8 +139,9 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
     lambda draw, trial, _: TrialScored(
         *trial, FinalScore(draw(STEPS), draw(FLOATS), draw(st.none() | FLOATS), 3, 7, "rows", draw(TIMES))
     ),
-    lambda draw, trial, _: TrialAnswered(
+    lambda draw, trial, _: Answered(
         *trial,
+        1,
         AnswerScore(
             draw(STEPS), "exact_match", draw(TIMES), draw(st.none() | FLOATS), 3, draw(st.booleans())
         ),
@@ -158,9 +157,8 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
             evaluation=draw(st.none() | evaluations()),
         ),
     ),
-    lambda draw, trial, _: WorkMeasured(
-        trial[0],
-        Throughput(draw(st.sampled_from("ab")), draw(TIMES), tokens=draw(st.integers(0, 2**60))),
+    lambda draw, trial, _: Measured(
+        Throughput(draw(st.sampled_from("ab")), draw(TIMES), tokens=draw(st.integers(0, 2**60))), trial[0]
     ),
     lambda draw, trial, _: PromotionPlanned(
         Promotion(
@@ -183,17 +181,17 @@ def _replaces(fact: Fact) -> object:
             return ("round", record.name)
         case TrialAsked(trial=trial):
             return ("trial", trial.round, trial.number)
-        case EvaluationMade():
+        case Evaluated():
             return ("evaluation", fact.round, fact.trial, fact.evaluation.step)
-        case CheckpointSaved():
+        case Saved():
             return ("checkpoint", fact.round, fact.trial, fact.checkpoint.path)
-        case AttemptPlaced():
+        case Started():
             return ("environment", fact.round, fact.trial, fact.attempt)
         case TrialNoted():
             return ("note", fact.round, fact.trial)
         case BranchAdvanced(round=name, branch=branch):
             return ("branch", name, branch.trial, branch.max_train_steps)
-        case WorkMeasured():
+        case Measured():
             return ("work", fact.round, fact.throughput.session)
         case PromotionPlanned(promotion=promotion):
             return ("promotion", promotion.to_round)

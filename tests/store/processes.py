@@ -8,17 +8,21 @@ import sys
 import time
 from pathlib import Path
 
-from tuner.records import Checkpoint, CheckpointKind, Evaluation, RoundRecord, Trial
-from tuner.store import SqlStore, hold_study, open_store
-from tuner.store.facts import (
+from tuner.records import (
     AttemptStarted,
-    CheckpointSaved,
-    EvaluationMade,
+    Checkpoint,
+    CheckpointKind,
+    Evaluated,
+    Evaluation,
     Fact,
+    Progressed,
     RoundBegun,
-    StepsRun,
+    RoundRecord,
+    Saved,
+    Trial,
     TrialAsked,
 )
+from tuner.store import SqlStore, hold_study, open_store
 
 NUM_EXAMPLES = 50
 
@@ -46,9 +50,9 @@ def step(number: int) -> list[Fact]:
     )
     saved = Checkpoint(CheckpointKind.LAST, number, f"last-{number}", number, "hash")
     return [
-        EvaluationMade("round1", 0, made),
-        StepsRun("round1", 0, 1, number),
-        CheckpointSaved("round1", 0, 1, saved),
+        Evaluated("round1", 0, 1, made),
+        Progressed("round1", 0, 1, number),
+        Saved("round1", 0, 1, saved),
     ]
 
 

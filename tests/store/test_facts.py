@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from tuner.records import Attempt, TrialState
-from tuner.store.facts import TrialEnded, state_of
+from tuner.records import (
+    Attempt,
+    TrialEnded,
+    TrialState,
+)
+from tuner.records.state import state_of
 
 OPEN, OVER = Attempt(1, 0, 5, 0.0), Attempt(2, 5, 9, 1.0, ended_at=2.0)
 

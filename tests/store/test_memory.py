@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.store import StoreContract
-from tuner.records import RoundRecord
+from tuner.records import (
+    RoundBegun,
+    RoundRecord,
+)
 from tuner.store import MemoryStore
-from tuner.store.facts import RoundBegun
 
 
 class TestMemoryStore(StoreContract):

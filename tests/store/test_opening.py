@@ -22,8 +22,11 @@ from tests.contracts.store import ROUND, TRIAL
 from tests.store import processes
 from tuner.errors import StorageError
 from tuner.installation import install_command
+from tuner.records import (
+    RoundBegun,
+    TrialAsked,
+)
 from tuner.store import exists, normal_url, open_store
-from tuner.store.facts import RoundBegun, TrialAsked
 
 
 @pytest.mark.parametrize("content", [b"xy", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])

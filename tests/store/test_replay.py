@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.store.histories import ROUNDS, histories, replayable
+from tuner.records import (
+    Fact,
+)
 from tuner.store import MemoryStore, Store, open_store
-from tuner.store.facts import Fact
 
 
 def contents(store: Store) -> str:

@@ -32,27 +32,25 @@ from tests.contracts.store import (
 )
 from tuner.errors import StorageError
 from tuner.records import (
+    Answered,
     AnswerScore,
     Attempt,
     Branch,
+    BranchAdvanced,
     Checkpoint,
+    Evaluated,
     Evaluation,
     FinalScore,
+    Measured,
     Promotion,
-    RoundRecord,
-    Throughput,
-)
-from tuner.store import migrations, open_store, schema
-from tuner.store.facts import (
-    AttemptPlaced,
-    BranchAdvanced,
-    EvaluationMade,
     RoundBegun,
-    TrialAnswered,
+    RoundRecord,
+    Started,
+    Throughput,
     TrialAsked,
     TrialScored,
-    WorkMeasured,
 )
+from tuner.store import migrations, open_store, schema
 
 
 def test_the_migrations_make_the_tables(url: str) -> None:
@@ -102,8 +100,8 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
-    strange = EvaluationMade("round1", 7, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
-    later = (WorkMeasured, TrialScored, TrialAnswered, BranchAdvanced, AttemptPlaced)
+    strange = Evaluated("round1", 7, 1, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
+    later = (Measured, TrialScored, Answered, BranchAdvanced, Started)
     told = [fact for fact in HISTORY if not isinstance(fact, later)]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
@@ -135,7 +133,7 @@ def test_a_database_without_throughput_has_none(url: str) -> None:
     engine.dispose()
     with closing(open_store(url, study="s")) as store:
         assert (store.rounds(), store.trials("round1")) == ((ROUND,), trials)
-        store.record(WorkMeasured("round1", WORK))
+        store.record(Measured(WORK, "round1"))
         assert store.rounds()[0].throughputs == (WORK,)
 
 
@@ -148,7 +146,7 @@ def test_a_database_without_scores_takes_them(url: str) -> None:
     with closing(open_store(url, study="s")) as store:
         assert contents(store) == before
         store.record(BranchAdvanced("round1", BRANCH), TrialScored("round1", 7, SCORE))
-        store.record(TrialAnswered("round1", 7, ANSWERS))
+        store.record(Answered("round1", 7, 1, ANSWERS))
         assert repr(store.rounds()[0].branches) == repr((BRANCH,))
         assert store.trials("round1")[0].final_score == SCORE
         assert store.trials("round1")[0].answer_score == ANSWERS
@@ -156,7 +154,7 @@ def test_a_database_without_scores_takes_them(url: str) -> None:
 
 def test_a_database_without_environments_knows_of_none(url: str) -> None:
     """As it was at revision 0004; those of later attempts are kept."""
-    placed = AttemptPlaced("round1", 7, 1, {"torch": "2.13.0"})
+    placed = Started("round1", 7, 1, 0, {"torch": "2.13.0"})
     with closing(open_store(url, study="s")) as store:
         store.record(*HISTORY[:5], placed)
     at_revision(url, "0004")
@@ -164,6 +162,35 @@ def test_a_database_without_environments_knows_of_none(url: str) -> None:
         assert store.trials("round1")[0].attempts[0].environment == {}
         store.record(placed)
         assert store.trials("round1")[0].attempts[0].environment == placed.environment
+
+
+def test_a_database_without_kinds_takes_them_from_the_files_of_its_rounds(url: str) -> None:
+    """As it was at revision 0006, where a sweep's round was known by its name and its rows."""
+    rows, others = [{"path": "train.jsonl"}], [{"path": "eval.jsonl"}]
+    swept = {"train": rows, "eval": rows, "allow_overlap": True}
+    files = {
+        "sweep-20": {"data": swept},
+        "sweep-20b": {"data": swept, "run": {"engine": "simulated"}},
+        "round1": {"data": swept},
+        "sweep-60": {"data": {**swept, "eval": others}},
+        "sweep-8": {"data": {**swept, "allow_overlap": False}},
+        "round2": {"run": {"engine": "simulated"}},
+        "round3": {"a": [1, None]},
+    }
+    with closing(open_store(url, study="s")) as store:
+        store.record(*(RoundBegun(RoundRecord(name, 8, file, 0.0)) for name, file in files.items()))
+    at_revision(url, "0006")
+    with closing(open_store(url, study="s")) as store:
+        kinds = {record.name: str(record.kind) for record in store.rounds()}
+    assert kinds == {
+        "sweep-20": "sweep",
+        "sweep-20b": "sweep",
+        "round1": "search",
+        "sweep-60": "search",
+        "sweep-8": "search",
+        "round2": "dry run",
+        "round3": "search",
+    }
 
 
 def test_every_migration_is_in_a_package_that_is_installed() -> None:

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, insert
 
-from tuner.records import Evaluation, RoundRecord, Trial, to_json
+from tuner.records import (
+    Evaluation,
+    RoundBegun,
+    RoundRecord,
+    Trial,
+    TrialAsked,
+    to_json,
+)
 from tuner.store import open_store
-from tuner.store.facts import RoundBegun, TrialAsked
 from tuner.store.schema import EVALUATIONS
 
 NUM_TRIALS, NUM_EVALUATIONS, NUM_EXAMPLES = 100, 100, 200

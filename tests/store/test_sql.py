@@ -9,9 +9,13 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from tests.contracts.store import ROUND, TRIAL, StoreContract
-from tuner.records import Evaluation
+from tuner.records import (
+    Evaluated,
+    Evaluation,
+    RoundBegun,
+    TrialAsked,
+)
 from tuner.store import SqlStore, open_store
-from tuner.store.facts import EvaluationMade, RoundBegun, TrialAsked
 
 
 class RefusesWhatNoRecordHolds:
@@ -19,7 +23,7 @@ class RefusesWhatNoRecordHolds:
         nothing: Any = None
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
         with pytest.raises(IntegrityError):
-            store.record(EvaluationMade("round1", 7, Evaluation(0, nothing)))
+            store.record(Evaluated("round1", 7, 1, Evaluation(0, nothing)))
         assert store.trials("round1") == (TRIAL,)
 
 

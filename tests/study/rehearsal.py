@@ -11,15 +11,18 @@ from typing import Any
 from tests.studies import formula, round_file, silent_view
 from tuner.config import RoundFile
 from tuner.engines import SimulatedWorker, Worker
-from tuner.records import RoundRecord, Trial
+from tuner.records import (
+    Fact,
+    RoundBegun,
+    RoundRecord,
+    Trial,
+)
 from tuner.report import View
-from tuner.store import Store, open_store
-from tuner.store.facts import Fact, RoundBegun
+from tuner.store import CachedStore, Store, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
 from tuner.study.plan import RoundPlan
-from tuner.study.round_state import MirroredStore
 from tuner.study.sampling import Advisor, Proposal, optuna_storage
 
 
@@ -89,7 +92,7 @@ def rehearse(
     store = open_store(plan.absolute.storage, study=plan.spec.study)
     with ExitStack() as opened:
         opened.callback(store.close)
-        mirrored = DyingStore(MirroredStore(store), burning)
+        mirrored = DyingStore(CachedStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
         advisor = DyingAdvisor(
             optuna_storage(plan.absolute.storage),

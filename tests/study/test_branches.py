@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
-from tests.studies import formula, round_file
+from tests.studies import formula, history, round_file
 from tests.study.rehearsal import Crash, DyingStore, Fuse, rehearse, rounds, trials
 from tuner.engines import SimulatedWorker, Worker
 from tuner.playbook import read_round
@@ -21,25 +21,28 @@ from tuner.records import (
     Branch,
     Checkpoint,
     CheckpointKind,
+    CheckpointsRemoved,
     Died,
     Ended,
     Evaluated,
     Evaluation,
     Event,
+    Fact,
     Progressed,
+    RoundBegun,
     RoundRecord,
+    RunId,
     Saved,
     Started,
     Trial,
 )
 from tuner.store import MemoryStore, Store
-from tuner.store.facts import CheckpointsRemoved, Fact, RoundBegun
 from tuner.study.branches import ComparisonRuns
 from tuner.study.check import planned_work
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan
 from tuner.study.results import num_branches_left, round_results
-from tuner.study.round_state import MAX_ATTEMPTS, history
+from tuner.study.round_state import MAX_ATTEMPTS
 from tuner.study.sampling import optuna_storage
 
 CHANGES = {
@@ -140,7 +143,7 @@ class Place:
                 worker.start(assignment)
             for event in worker.events(0.0):
                 if isinstance(event, Died):
-                    branches.died(event.trials, event.reason)
+                    branches.died(event.runs, event.reason)
                 elif hasattr(event, "trial"):
                     branches.record(event)  # type: ignore[arg-type]
 
@@ -251,7 +254,7 @@ class Run:
     def say(self, event: type[Any], *arguments: Any) -> Branch:
         """Record it; the branch as it is then."""
         name = (self.assignment.round, self.assignment.trial, self.assignment.attempt)
-        self.branches.record(event(*name, *arguments))
+        self.branches.record(event(*name, *arguments, horizon=self.assignment.horizon))
         return self.place.branches[0]
 
     def save(self, step: int, *, kind: CheckpointKind = CheckpointKind.LAST) -> Path:
@@ -266,7 +269,7 @@ class Run:
         """The next attempt of it."""
         assignment = self.branches.next_assignment()
         assert assignment is not None
-        assert assignment.trial == self.assignment.trial
+        assert assignment.run == self.assignment.run
         return Run(self.place, self.branches, assignment)
 
 
@@ -286,7 +289,7 @@ def test_a_worker_is_given_a_run_that_decays_from_the_trunk(place: Place) -> Non
     assert trunk is not None
     assert run.assignment == Assignment(
         round="round1",
-        trial=run.assignment.trial,
+        trial=best.number,
         attempt=1,
         hyperparameters={**best.hyperparameters, "decay_steps": 2},
         max_train_steps=4,
@@ -294,11 +297,13 @@ def test_a_worker_is_given_a_run_that_decays_from_the_trunk(place: Place) -> Non
         directory=str(leftover.parent.parent),
         resume_from=str(place.plan.checkpoints / trunk.path),
         resume_sha256=trunk.sha256,
+        is_comparison=True,
     )
     assert not leftover.exists()
     others = [run.branches.next_assignment() for _ in range(6)]
     assert others[5] is None
-    assert len({each.trial for each in (run.assignment, *others) if each is not None and each.trial < 0}) == 6
+    given = [each for each in (run.assignment, *others) if each is not None]
+    assert len({each.run for each in given if each.is_comparison}) == 6
     assert place.said[0] == f"comparison run of trial {best.number} to step 4 starts at step 2"
 
 
@@ -385,9 +390,9 @@ def test_deaths_are_counted_from_the_last_progress_and_only_of_what_the_worker_h
     run = begun(place)
     run.save(3)
     for _ in range(MAX_ATTEMPTS):
-        run.branches.died([run.assignment.trial - 1], "another worker")
+        run.branches.died([replace(run.assignment.run, horizon=None)], "another worker")
         assert place.branches[0].attempts[-1].ended_at is None
-        run.branches.died([run.assignment.trial], "lost")
+        run.branches.died([run.assignment.run], "lost")
         last = place.branches[0].attempts[-1]
         assert (place.branches[0].state, last.outcome, last.message) == ("open", "died", "lost")
         run = run.again()
@@ -483,7 +488,7 @@ def test_a_worker_is_given_one_from_scratch_with_the_trials_schedule(cosine: Pat
     best = place.store.trials("round1")[place.branches[0].trial]
     assert run.assignment.hyperparameters == best.hyperparameters
     assert (run.assignment.max_train_steps, run.assignment.resume_from) == (4, None)
-    assert run.assignment.trial < 0
+    assert run.assignment.run == RunId("round1", best.number, 4)
     assert place.said == [f"comparison run of trial {best.number} to step 4 starts at step 0"]
     run.save(2)
     run.say(Ended, 2, "stopped")

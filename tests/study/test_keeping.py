@@ -11,7 +11,16 @@ from tests.studies import write_round
 from tests.study.rehearsal import Crash, rehearse, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
-from tuner.records import Checkpoint, CheckpointKind, Evaluation, Promotion, RoundRecord, Trial, TrialState
+from tuner.records import (
+    Checkpoint,
+    CheckpointKind,
+    Evaluation,
+    Promotion,
+    RoundKind,
+    RoundRecord,
+    Trial,
+    TrialState,
+)
 from tuner.study.retention import not_retained, num_carried_over, num_kept, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
@@ -93,9 +102,8 @@ def test_how_many_trials_need_room() -> None:
 
 
 def cleaned(name: str = "round1", *, later: tuple[str, ...] = (), **more: Any) -> dict[int, tuple[str, str]]:
-    rows = [{"path": "train.jsonl"}]
-    swept = {"data": {"train": rows, "eval": rows, "allow_overlap": True}}
-    record, *after = [RoundRecord(n, 8, swept, begun_at=0.0, workload="") for n in (name, *later)]
+    kinds = {n: RoundKind.SWEEP if n.startswith("sweep") else RoundKind.SEARCH for n in (name, *later)}
+    record, *after = [RoundRecord(n, 8, {}, begun_at=0.0, kind=kind) for n, kind in kinds.items()]
     options = {"promotions": (), "keep_best_trials": None, "is_rehearsal": False} | more
     running = ended(9, 1.0, TrialState.RUNNING)
     found = unneeded(record, [*FIVE[:2], running], later=after, **options)

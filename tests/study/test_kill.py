@@ -39,7 +39,7 @@ def run_dying(directory: Path, at: str, process: str, *arguments: str) -> subpro
         check=False,
         env={
             **ENVIRONMENT,
-            "PYTHONPATH": str(DYING),
+            "PYTHONPATH": os.pathsep.join([str(DYING), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "TUNER_DIE_AT": at,
             "TUNER_DIE_IN": process,
             "TUNER_DIE_MARKER": str(marker),

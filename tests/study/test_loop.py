@@ -34,15 +34,16 @@ from tuner.records import (
     Event,
     Measured,
     Ready,
+    RoundBegun,
     RoundRecord,
+    RunId,
     Started,
     Throughput,
     Trial,
     TrialState,
 )
-from tuner.store import MemoryStore, open_store
-from tuner.store.facts import RoundBegun, WorkMeasured
-from tuner.study.round_state import MAX_ATTEMPTS, MirroredStore, has_failed, unreplaced
+from tuner.store import CachedStore, MemoryStore, open_store
+from tuner.study.round_state import MAX_ATTEMPTS, has_failed, unreplaced
 from tuner.study.sampling import optuna_storage
 
 
@@ -256,7 +257,7 @@ class MortalWorker(SimulatedWorker):
         if self.deaths.get(assignment.trial, 0) > 0:
             self.deaths[assignment.trial] -= 1
             self._said = [Ready(1, "mortal")] if self.is_ready else []
-            self._said.append(Died("hit by a cosmic ray", (assignment.trial,)))
+            self._said.append(Died("hit by a cosmic ray", (assignment.run,)))
 
     def events(self, timeout_seconds: float) -> list[Event]:
         said = super().events(timeout_seconds)
@@ -310,7 +311,7 @@ class Answering(SimulatedWorker):
     """Whose trials answer when they have come to their horizon: each better than the one before."""
 
     def _say(self, event: Event) -> None:
-        if isinstance(event, Ended) and event.outcome == "complete" and event.trial >= 0:
+        if isinstance(event, Ended) and event.outcome == "complete" and event.horizon is None:
             score = AnswerScore(4, "exact_match", 0.1 * (1 + event.trial), 0.05, 20, is_objective=True)
             super()._say(Answered(event.round, event.trial, event.attempt, score))
         super()._say(event)
@@ -321,7 +322,7 @@ def test_answers_are_recorded_before_the_end_is_and_optuna_is_told_them(tmp_path
     answers = ", answers: {objective: true}"
     fuse = rehearse(tmp_path, make_worker=lambda: Answering(formula, slots=1), evaluation=answers)
     seams = [seam.partition(" record ")[2] for seam in fuse.passed if seam.startswith("after record")]
-    assert "TrialEnded" in seams[1 + seams.index("TrialAnswered")]
+    assert "TrialEnded" in seams[1 + seams.index("Answered")]
     complete = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
     assert len(complete) > 1
     assert [trial for trial, _ in ranked(complete)] == complete[::-1]
@@ -330,7 +331,7 @@ def test_answers_are_recorded_before_the_end_is_and_optuna_is_told_them(tmp_path
     assert told == {trial.number: pytest.approx(0.1 * (1 + trial.number)) for trial in complete}
     assert study.best_trial.user_attrs["trial"] == complete[-1].number
     with closing(open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")) as store:
-        assert repr(MirroredStore(store).trials("round1")) == repr(store.trials("round1"))
+        assert repr(CachedStore(store).trials("round1")) == repr(store.trials("round1"))
 
 
 def test_a_metric_that_was_edited_between_two_trials_is_said_once(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) ->
 
         def _say(self, event: Event) -> None:
             super()._say(event)
-            if isinstance(event, Evaluated) and event.trial >= 0:
+            if isinstance(event, Evaluated) and event.horizon is None:
                 self.tokens += 10
                 peak = 70 if self.session == "first" else 50
                 work = Throughput(self.session, 2.0, tokens=self.tokens, peak_memory_bytes=peak)
@@ -393,8 +394,8 @@ def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) ->
 def test_a_mirror_knows_what_was_measured_before_it(tmp_path: Path) -> None:
     inner = MemoryStore()
     record = RoundRecord("round1", 8, {}, begun_at=0.0)
-    inner.record(RoundBegun(record), *(WorkMeasured("round1", Throughput(session, 2.0)) for session in "ab"))
-    mirrored = MirroredStore(inner)
+    inner.record(RoundBegun(record), *(Measured(Throughput(session, 2.0), "round1") for session in "ab"))
+    mirrored = CachedStore(inner)
     assert mirrored.rounds() == inner.rounds()
     assert len(mirrored.rounds()[0].throughputs) == 2
 
@@ -513,12 +514,12 @@ def test_a_pruned_trial_whose_process_dies_ends_as_if_it_had_not(tmp_path: Path)
 class _Deaf(SimulatedWorker):
     """Runs every trial to its end before it hears that it is to stop, unless it is closed."""
 
-    def stop(self, trial: int) -> None:
+    def stop(self, run: RunId) -> None:
         pass
 
     def close(self) -> None:
-        for trial in list(self._runs):
-            super().stop(trial)
+        for run in list(self._runs):
+            super().stop(run)
 
 
 def test_what_a_pruned_trial_did_before_it_heard_of_it_changes_nothing(tmp_path: Path) -> None:

@@ -14,14 +14,19 @@ from rich.console import Console
 
 from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
-from tuner.cli.promote import promotion_text
+from tuner.cli.study_output import promotion_text
 from tuner.config import RoundFile, load_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.engines import SimulatedWorker
 from tuner.errors import CheckpointError, InputError, TunerError
-from tuner.records import Assignment, Evaluation, Hyperparameters, complete_hyperparameters
+from tuner.records import (
+    Assignment,
+    Evaluation,
+    Hyperparameters,
+    Started,
+    complete_hyperparameters,
+)
 from tuner.report import open_view
-from tuner.store.facts import AttemptPlaced
 from tuner.study.continuation import Continuations
 from tuner.study.dashboard import lineage
 from tuner.study.folder import open_folder
@@ -431,8 +436,8 @@ def test_rows_that_were_read_otherwise_are_spoken_of(study: Path, rows: str | No
     try:
         for trial in store.trials("round1"):
             environment = {"tuner": "0.0.1"} if rows is None else {"rows": rows}
-            store.record(AttemptPlaced("round1", trial.number, trial.attempts[-1].number, environment))
+            store.record(Started("round1", trial.number, trial.attempts[-1].number, environment))
     finally:
         store.close()
     notes = promoted(study, to="other").document["notes"]
-    assert any("read some rows otherwise trained round1" in note for note in notes) is is_said
+    assert any("read some rows differently trained round1" in note for note in notes) is is_said

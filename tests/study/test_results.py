@@ -5,10 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.studies import round_file
-from tuner.records import AnswerScore, Attempt, Evaluation, RoundRecord, Throughput, Trial, TrialState
+from tests.studies import history, round_file
+from tuner.records import (
+    AnswerScore,
+    Attempt,
+    Evaluation,
+    RoundBegun,
+    RoundRecord,
+    Throughput,
+    Trial,
+    TrialState,
+)
 from tuner.store import MemoryStore
-from tuner.store.facts import RoundBegun
 from tuner.study.results import (
     as_written_now,
     earlier_outcomes,
@@ -18,7 +26,6 @@ from tuner.study.results import (
     round_results,
     seconds_per_step,
 )
-from tuner.study.round_state import history
 
 
 @pytest.mark.parametrize(

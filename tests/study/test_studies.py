@@ -15,7 +15,8 @@ import pytest
 from optuna_dashboard import wsgi
 
 from tests.studies import formula, round_file, silent_view
-from tuner.cli.status import print_status, print_trials
+from tuner.cli.study_output import print_status
+from tuner.cli.trial_output import print_trials
 from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.records import Ready
@@ -158,7 +159,7 @@ def test_a_round_begun_in_another_folder_with_other_data_is_refused(url: str, tm
     run(tmp_path / "one", storage=url, **ONE)
     with pytest.raises(
         InputError,
-        match=r"reads some rows differently, .* folder began a study one in this database.* finish the round",
+        match=r"reads some rows differently, .* started a study one in this database.* finish the round",
     ):
         run(tmp_path / "copy", storage=url, ready=Ready(1, "simulated", workload="other data"), **ONE)
     assert not (tmp_path / "copy" / "runs").exists()

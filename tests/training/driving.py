@@ -17,7 +17,7 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Examples
-from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, Started, Value, to_json
+from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, RunId, Started, Value, to_json
 from tuner.training.commands import CommandReader
 from tuner.training.loop import train
 from tuner.training.packed_passes import micro_step
@@ -200,7 +200,7 @@ class StopsAtMicroStep(CommandReader):
             if self.micro_step == 0 and self.trial is None:
                 self.closed = True
             elif self.micro_step == 0 and self.trial is not None:
-                self.unwanted.add(self.trial)
+                self.unwanted.add(RunId("round1", self.trial))
             self.micro_step -= 1
 
 

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from tests.training.driving import assignment
-from tuner.records import Assignment, to_json
+from tuner.records import Assignment, RunId, to_json
 from tuner.training.commands import CommandReader
 
 
@@ -29,14 +29,14 @@ def test_orders(tmp_path: Path) -> None:
         lines(
             {"slots": 2},
             {"order": "start", "assignment": to_json(first)},
-            {"order": "stop", "trial": 7},
+            {"order": "stop", "run": to_json(RunId("round1", 7))},
             {"order": "start", "assignment": to_json(second)},
             {"order": "close"},
         )
     )
     assert commands.read_document() == {"slots": 2}
     assert until_closed(commands) == [first, second]
-    assert commands.unwanted == {7}
+    assert commands.unwanted == {RunId("round1", 7)}
 
 
 def test_does_not_wait_when_trials_run() -> None:
@@ -51,7 +51,7 @@ def test_does_not_wait_when_trials_run() -> None:
 def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
     commands = CommandReader(
         lines(
-            {"order": "stop", "trial": 0},
+            {"order": "stop", "run": to_json(RunId("round1", 0))},
             {"order": "start", "assignment": to_json(assignment(tmp_path, 0))},
             {"order": "close"},
         )
@@ -62,7 +62,9 @@ def test_start_makes_a_trial_wanted_again(tmp_path: Path) -> None:
 
 def test_parent_gone() -> None:
     gone = threading.Event()
-    CommandReader(lines({"order": "stop", "trial": 1}), on_parent_gone=gone.set).listen()
+    CommandReader(
+        lines({"order": "stop", "run": to_json(RunId("round1", 1))}), on_parent_gone=gone.set
+    ).listen()
     assert gone.wait(10)
 
 

@@ -107,9 +107,7 @@ def test_4_bit_base(models: tiny.Models, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_initialisations_and_layers(
-    models: tiny.Models, tmp_path: Path, changes: dict[str, Value]
-) -> None:
+def test_initialisations_and_layers(models: tiny.Models, tmp_path: Path, changes: dict[str, Value]) -> None:
     trial = tiny.hyperparameters(changes, batch_size=4, max_grad_norm=MAX_GRAD_NORM, training_seed=SEED)
     trained = solo(models.base("llama"), trial, max_train_steps=VARIANT_STEPS, micro_tokens=40)
     theirs = SCHEDULES["constant"][1]

@@ -10,9 +10,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.api import log
 from tuner.api.advice import Advice, advise
-from tuner.api.log import log
-from tuner.api.study import Promotion, Reproduction, Round, Study, Trial
+from tuner.api.round import Round
+from tuner.api.study import Promotion, Study
+from tuner.api.trial import Reproduction, Trial
 
 _FUNCTIONS = (advise, log)
 _CLASSES = (Study, Round, Trial, Advice, Promotion, Reproduction)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.api.run import has_begun
+from tuner.api.run import Prepare, Tell, has_begun
+from tuner.api.score import score_at_the_end
 from tuner.config import RoundFile
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
 from tuner.store import hold_study
 from tuner.study.dashboard import next_name
-from tuner.study.folder import open_folder
-from tuner.study.lookup import begun_round, opened
+from tuner.study.folder import open_folder, opened
+from tuner.study.lookup import begun_round, find_trial
 from tuner.study.promotion import Overrides, PromotedRound, continue_passes, promote_held, promoted_from
 from tuner.study.results import earlier_results, reading_of
 
@@ -66,6 +67,17 @@ class Automatic:
             if self.stopping():
                 raise Interrupted(f"{file.spec.round} is complete and {written.path.name} is written")
 
+    def score_the_best(self, enough: Enough, prepare: Prepare, tell: Tell) -> str | None:
+        """Score the study's best trial on `data.test`, once, where the rounds came to an end by themselves.
+
+        Returns what there is to say of it; None where there is nothing.
+        """
+        if self.last is None or enough.taught_nothing:
+            return None
+        folder = open_folder(self.last.directory)
+        trial, _ = find_trial(folder, "best")
+        return score_at_the_end(folder, trial, prepare=prepare, tell=tell)
+
     def _promote(self, file: RoundFile, max_train_steps: int) -> PromotedRound:
         return promote_held(
             open_folder(file.directory),
@@ -91,7 +103,10 @@ class Automatic:
 
 def refuse_sweep(file: RoundFile) -> None:
     """Raises InputError for a round that is never promoted."""
-    if file.spec.is_sweep:
+    folder = open_folder(file.directory)
+    with opened(folder) as store:
+        is_sweep = folder.is_sweep(file.spec.round, store)
+    if is_sweep:
         raise InputError(
             f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
             "file that the sweep was made from"

@@ -20,6 +20,7 @@ from tuner.data import (
 from tuner.data.answer_metrics import METRIC_KEY
 from tuner.data.pretrained import loaded_commit
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
+from tuner.methods.registry import is_built_in
 from tuner.playbook.noise import loss_error
 from tuner.records import Evaluation
 from tuner.report import check_document
@@ -28,8 +29,7 @@ from tuner.report.format import count, percent, size
 from tuner.study.check import planned_hours, planned_round
 from tuner.study.dashboard import round_report
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
-from tuner.study.folder import open_folder
-from tuner.study.lookup import opened
+from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import base_evaluation, refuse_changed_file, refuse_uninstalled
 
@@ -89,7 +89,7 @@ def _next_command(plan: StudyPlan) -> str:
     refuse_changed_file(plan)
     refuse_uninstalled(plan)
     with opened(folder) as store:
-        record = next((record for record in store.rounds() if record.name == plan.name), None)
+        record = store.round(plan.name)
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}"
@@ -112,36 +112,50 @@ def _plan(
     refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
     base = _recorded_base(round_plan, data)
+    probed: list[str] = []
     if probe:
-        from tuner.training.probe import predict
-        from tuner.training.startup import arrange, measure_base
-
-        place = arrange(spec, data, slots=spec.run.slots)
-        base = measure_base(place)
-        predicted = predict(place, spec)
-        hours = planned_hours(
-            spec,
-            seconds_per_step=predicted.seconds_per_step,
-            seconds_per_evaluation=predicted.seconds_per_evaluation,
-        )
-        plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
+        plan, base, slots = _probed(plan, spec, data)
+        probed = [f"time and memory are those of {count(slots, 'slot')} in one worker"]
     remarks = _remarks(spec, data)
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
-    if spec.ends_early is not None:
-        remarks.append(spec.ends_early)
-    if spec.trains_alone:
-        remarks.append(spec.trains_alone)
+    remarks += _run_remarks(spec)
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
-    if probe:
-        remarks.append(f"time and memory are those of {count(predicted.slots, 'slot')} in one worker")
+    remarks += probed
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
     return plan, remarks
+
+
+def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[RoundPlan, Evaluation, int]:
+    """The plan with hours and memory as a few steps of this machine show them; the base; and the slots."""
+    from tuner.training.probe import predict
+    from tuner.training.startup import arrange, measure_base
+
+    place = arrange(spec, data, slots=spec.run.slots)
+    base = measure_base(place)
+    predicted = predict(place, spec)
+    hours = planned_hours(
+        spec,
+        seconds_per_step=predicted.seconds_per_step,
+        seconds_per_evaluation=predicted.seconds_per_evaluation,
+    )
+    plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
+    return plan, base, predicted.slots
+
+
+def _run_remarks(spec: RoundSpec) -> Iterator[str]:
+    """What the sections `search` and `run` mean, and what of them is not looked at."""
+    if spec.ends_early is not None:
+        yield spec.ends_early
+    if spec.trains_alone:
+        yield spec.trains_alone
+    if not is_built_in("engine", spec.run.engine):
+        yield f"run.engine: {spec.run.engine} is not checked here; `tuner study run` imports it"
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
@@ -149,11 +163,8 @@ def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
     folder = open_folder(plan.file.directory)
     if not folder.has_begun:
         return None
-    store = folder.open()
-    try:
+    with opened(folder) as store:
         base = base_evaluation(store.trials(plan.name))
-    finally:
-        store.close()
     same = base is not None and base.example_tokens == tuple(data.evaluation.num_targets.tolist())
     return base if same else None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tuner.api.score import Tell
+from tuner.api.run import Tell
 from tuner.errors import InputError
+from tuner.records import CheckpointsRemoved
 from tuner.report.format import size
 from tuner.store import hold_study
-from tuner.store.facts import CheckpointsRemoved
-from tuner.study.folder import REHEARSAL, StudyFolder, open_folder
+from tuner.study.folder import REHEARSAL, StudyFolder, open_folder, opened
 from tuner.study.retention import unneeded
 
 
@@ -42,30 +42,26 @@ def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
 def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -> int:
     """Bytes of one study that are, or would be, freed."""
     freed = 0
-    with hold_study(folder.directory, folder.storage, folder.name):
-        store = folder.open()
-        try:
-            rounds = store.rounds()
-            for at, record in enumerate(rounds):
-                place, file = folder.checkpoints(record.name), folder.file(record.name)
-                found = unneeded(
-                    record,
-                    store.trials(record.name),
-                    later=rounds[at + 1 :],
-                    promotions=store.promotions(),
-                    keep_best_trials=file.spec.checkpoints.most_kept_trials if file else None,
-                    is_rehearsal=folder.is_rehearsal,
-                )
-                for each in found:
-                    number = each.trial.number
-                    freed += each.num_bytes
-                    tell(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
-                    if delete:
-                        store.record(CheckpointsRemoved(record.name, number, each.paths))
+    with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
+        rounds = store.rounds()
+        for at, record in enumerate(rounds):
+            place, file = folder.checkpoints(record.name), folder.file(record.name)
+            found = unneeded(
+                record,
+                store.trials(record.name),
+                later=rounds[at + 1 :],
+                promotions=store.promotions(),
+                keep_best_trials=file.spec.checkpoints.most_kept_trials if file else None,
+                is_rehearsal=folder.is_rehearsal,
+            )
+            for each in found:
+                number = each.trial.number
+                freed += each.num_bytes
+                tell(f"{prefix}{record.name}/{number}: {size(each.num_bytes)} ({each.reason})")
                 if delete:
-                    for trial in store.trials(record.name):
-                        if trial.state.is_final:
-                            place.clean_up(trial)
-        finally:
-            store.close()
+                    store.record(CheckpointsRemoved(record.name, number, each.paths))
+            if delete:
+                for trial in store.trials(record.name):
+                    if trial.state.is_final:
+                        place.clean_up(trial)
     return freed

@@ -13,7 +13,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.api.score import Prepare, Tell
+from tuner.api.run import Prepare, Tell
 from tuner.data import load_tokenizer, render_prompt
 from tuner.data.exported import stated_licence
 from tuner.data.pretrained import as_trained
@@ -23,8 +23,8 @@ from tuner.installation import version
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
 from tuner.report.card import Card, merging_note, model_card
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, find_trial, opened
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, find_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +160,7 @@ class Finished:
     @property
     def name(self) -> str:
         """Such as `round1/7`."""
-        return f"{self.trial.round}/{self.trial.number}"
+        return self.trial.name
 
     @property
     def base_is_on_hub(self) -> bool:
@@ -173,7 +173,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     if folder.is_rehearsal:
         raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
-    path = f"{trial.round}/{trial.number}"
+    path = trial.name
     if trial.state != TrialState.COMPLETE:
         raise InputError(f"{name}: {path} is {trial.state}{_why(trial)}; see: tuner trial list")
     plan = folder.plan(trial.round)
@@ -216,20 +216,13 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
 
     # After what can be wrong: loads torch.
     from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
-    from tuner.inference import export_adapter, export_merged, push
+    from tuner.inference import push
     from tuner.inference.export import convert_to_gguf
 
     ends = ends_unlike_its_base(finished.spec.model, tokenizer)
     text = model_card(replace(card, ends=tuple(ends)))
     model = finished.spec.model
-    with appearing_whole(export.to) as directory:
-        if export.merge:
-            export_merged(
-                finished.adapter, directory, model=model, tokenizer=tokenizer, dtype=export.merged_dtype
-            )
-        else:
-            export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
-        (directory / "README.md").write_text(text, encoding="utf-8")
+    _write(export, finished, tokenizer, text)
     if export.merge:
         tell(f"{export.to}: {finished.name} merged. {merging_note(model, export.merged_dtype)}")
     else:
@@ -241,6 +234,21 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tell(f"{export.gguf}: the merged model, by {converter.name}")
     if export.push is not None and token is not None:
         tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+
+
+def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """The directory, which appears when it is whole."""
+    from tuner.inference import export_adapter, export_merged
+
+    model = finished.spec.model
+    with appearing_whole(export.to) as directory:
+        if export.merge:
+            export_merged(
+                finished.adapter, directory, model=model, tokenizer=tokenizer, dtype=export.merged_dtype
+            )
+        else:
+            export_adapter(finished.adapter, directory, model=model, tokenizer=tokenizer)
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def _converter(export: Export) -> Path | None:

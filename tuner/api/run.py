@@ -1,42 +1,40 @@
-"""What rounds are wired to while they run: worker processes or a rehearsal, a view, and the clock."""
+"""What rounds are wired to while they run: an engine, a worker program, a view, and the clock."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round
-from tuner.engines import (
-    LocalWorker,
-    SimulatedWorker,
-    Worker,
-    WorkerPool,
-    gpu_meter,
-    open_nvml,
-    visible_devices,
-    wait_for_former_workers,
-    worker_environments,
-)
+from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError
+from tuner.methods.registry import expected, is_known
+from tuner.playbook.reproduction import Reproduction
 from tuner.records import Evaluation, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
+from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import rehearsed_file, simulated_worker, virtual_clock
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder
+from tuner.study.dry_run import rehearsed_file
+from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
 from tuner.study.plan import RoundPlan
+from tuner.study.reproduction import Rerun, reproduce
 from tuner.study.run import run_round
 
-ENGINES = ("local", "simulated")
-"""What `run.engine` and `--engine` may say."""
+if TYPE_CHECKING:
+    from tuner.data import PreparedData
 
+TRAINING = ("-m", "tuner.training")
+"""The worker program that trains packed LoRA trials, as a Python interpreter is told."""
+
+Prepare = Callable[[RoundSpec, Path], "PreparedData"]
+"""Makes a round's rows ready, in the folder of tokenised rows, and may show how far it is."""
+Tell = Callable[[str], None]
+"""Hears what the command line prints."""
 Gpus = Callable[[], Sequence[GpuReading]]
-OpenView = Callable[[RoundFile, Gpus | None], View]
+OpenView = Callable[[RoundFile, Gpus], View]
 """Opens what shows a round while it runs; the second argument reads the GPUs in use."""
 
 
@@ -69,8 +67,8 @@ class Where:
     def engine_of(self, file: RoundFile) -> str:
         """Where a round runs. Raises InputError for a name that is none, or a rehearsal to be trained."""
         engine = self.engine or file.spec.run.engine
-        if engine not in ENGINES:
-            raise InputError(f"--engine {engine}: expects one of {', '.join(ENGINES)}")
+        if not is_known("engine", engine):
+            raise InputError(f"--engine {engine}: expects {expected('engine')}")
         if engine != "simulated" and is_rehearsal(file):
             raise InputError(
                 f"{file.path}: this is a rehearsal's file; to train, run the round file in the study's own "
@@ -87,80 +85,112 @@ def run_here(
     stopping: Callable[[], bool],
     passes: int = 1,
 ) -> None:
-    """Run or go on with a round on this machine, shown as it runs. Raises what `run_round` does."""
-    is_simulated = where.engine_of(file) == "simulated"
-    devices = () if is_simulated else visible_devices()
-    used = devices if where.workers == "auto" else devices[: where.workers]
-    view = open_view(file, gpu_meter(open_nvml(), used) if used else None)
+    """Run or go on with a round on its engine, shown as it runs. Raises what `run_round` does."""
+    name = where.engine_of(file)
+    is_dry_run = name == "simulated"
+    engine = make_engine(name)
+    begun_at = engine.now()
+    view = open_view(file, engine.gpu_readings)
     try:
-        if is_simulated:
-            _rehearse(file, where, view=view, stopping=stopping, passes=passes)
+        if is_dry_run:
+            view.message(REHEARSAL_BANNER)
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
-            make = partial(_local_worker, where=where, devices=devices)
-            run_round(file, make_worker=make, view=view, stopping=stopping, passes=passes)
+
+        def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
+            return engine.start(_round_job(plan, base, where))
+
+        run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
+        if is_dry_run:
+            view.message(f"{engine.now() - begun_at:.0f} seconds were simulated")
     finally:
+        engine.close()
         view.close()
 
 
-def _local_worker(
-    plan: RoundPlan, base: Callable[[], Evaluation | None], *, where: Where, devices: tuple[str, ...]
-) -> Worker:
-    """Processes on this machine, one for each of its GPUs or as many as are wanted."""
+def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
+    """What an engine is asked for a round; `base` gives the base model's evaluation once it is known."""
+    spec = plan.absolute
+    run = spec.run.model_copy(
+        update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
+    )
+    with opened(open_folder(plan.file.directory)) as store:
+        first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
+    return _job(
+        spec.model_copy(update={"run": run}),
+        directory=plan.checkpoints,
+        cache=plan.cache,
+        base=base,
+        workers=where.workers,
+        first_horizon=first,
+    )
+
+
+def _job(
+    spec: RoundSpec,
+    *,
+    directory: Path,
+    cache: Path,
+    base: Callable[[], Evaluation | None] = lambda: None,
+    workers: int | Literal["auto"] = 1,
+    first_horizon: int = 1,
+) -> Job:
+    """A job for the program `tuner.training`, which is told what it need not find out."""
 
     def document() -> dict[str, object]:
-        slots = where.slots or plan.spec.run.slots
-        return worker_document(
-            plan.absolute, slots=slots, cache=plan.cache, place=plan.checkpoints, base=base()
-        )
+        known = base()
+        return {
+            "spec": spec.model_dump(mode="json"),
+            "slots": spec.run.slots,
+            "cache": str(cache),
+            "lock": str(directory / "worker.lock"),
+            "base": None if known is None else to_json(known),
+        }
 
-    wait_for_former_workers(plan.checkpoints / "worker.lock")
-    environments = worker_environments(where.workers, devices, cores=os.cpu_count() or 1)
-    names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
-    makers = [
-        partial(LocalWorker, document, log=plan.checkpoints / f"{name}.log", environment=environment)
-        for name, environment in zip(names, environments, strict=True)
-    ]
-    return makers[0]() if len(makers) == 1 else WorkerPool(makers)
+    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
 
 
-def worker_document(
-    spec: RoundSpec, *, slots: int | str, cache: Path, place: Path, base: Evaluation | None = None
-) -> dict[str, object]:
-    """What a worker process is told: the file with absolute paths, and what it need not find out.
+def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
+    """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
+    engine = make_engine(rerun.spec.run.engine)
 
-    `place` is where its lock lies; `base` is the untouched base's evaluation, where it is known.
-    """
-    return {
-        "spec": spec.model_dump(mode="json"),
-        "slots": slots,
-        "cache": str(cache),
-        "lock": str(place / "worker.lock"),
-        "base": None if base is None else to_json(base),
-    }
+    def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
+        alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
+        return engine.start(_job(alone, directory=place, cache=cache))
 
-
-def rerun_worker(spec: RoundSpec, *, cache: Path, place: Path) -> LocalWorker:
-    """A process of its own with one slot, in which a trial runs again."""
-    (environment,) = worker_environments(1, visible_devices(), cores=os.cpu_count() or 1)
-    document = worker_document(spec, slots=1, cache=cache, place=place)
-    return LocalWorker(lambda: document, log=place / "worker.log", environment=environment)
+    try:
+        return reproduce(rerun, make_worker=start, view=view, stopping=stopping)
+    finally:
+        engine.close()
+        view.close()
 
 
-def _rehearse(
-    file: RoundFile, where: Where, *, view: View, stopping: Callable[[], bool], passes: int
-) -> None:
-    workers: list[SimulatedWorker] = []
+def view_of(progress: bool) -> OpenView:
+    """Return what opens a bar for each round, or shows nothing."""
 
-    def make(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-        slots = where.slots or plan.spec.run.slots
-        workers.append(simulated_worker(plan, slots=slots))
-        return workers[-1]
+    def view(file: RoundFile, gpus: Gpus) -> View:
+        spec = file.spec
+        return shown(progress, f"{spec.study}/{spec.round}", spec.num_trials, spec.max_train_steps)
 
-    view.message(REHEARSAL_BANNER)
-    clock = virtual_clock(time.time(), workers)
-    run_round(file, make_worker=make, view=view, stopping=stopping, passes=passes, clock=clock)
-    view.message(f"{sum(worker.seconds for worker in workers):.0f} seconds were simulated")
+    return view
+
+
+def shown(progress: bool, title: str, trials_total: int, max_train_steps: int) -> View:
+    """Open a bar, in a terminal or in a notebook's cell, or show nothing."""
+    if not progress:
+        return Silence()
+    return ProgressBar(title=title, trials_total=trials_total, max_train_steps=max_train_steps)
+
+
+def unsaid(text: str) -> None:
+    """Hear what the command line prints; a caller of the library reads it off the result."""
+
+
+def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
+    """Make a round's rows ready without a word."""
+    from tuner.data import load_tokenizer, prepare
+
+    return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:
@@ -176,8 +206,5 @@ def _followed_round(file: RoundFile) -> FollowedRound:
 
 def has_begun(file: RoundFile) -> bool:
     """Whether the round is in the study's facts."""
-    store = open_folder(file.directory).open()
-    try:
-        return any(record.name == file.spec.round for record in store.rounds())
-    finally:
-        store.close()
+    with opened(open_folder(file.directory)) as store:
+        return store.round(file.spec.round) is not None

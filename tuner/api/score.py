@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tuner.api.run import Prepare, Tell
 from tuner.config import RoundSpec
 from tuner.data.pretrained import as_trained
 from tuner.errors import TunerError
 from tuner.records import Trial, TrialState
 from tuner.study.final_score import Sums, score_trial, scores_of
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import opened
-
-if TYPE_CHECKING:
-    from tuner.data import PreparedData
-
-Prepare = Callable[[RoundSpec, Path], "PreparedData"]
-"""Makes a round's rows ready, in the folder of tokenised rows, and may show how far it is."""
-Tell = Callable[[str], None]
-
-
-def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
-    """A round's rows, made ready without a word."""
-    from tuner.data import load_tokenizer, prepare
-
-    return prepare(spec, load_tokenizer(spec.model), cache, lambda _: None)
+from tuner.study.folder import StudyFolder, opened
 
 
 def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
@@ -63,7 +47,7 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
         return None
     with opened(folder) as store:
         before = scores_of(store)
-    name = f"{trial.round}/{trial.number}"
+    name = trial.name
     if before:
         return (
             f"data.test was scored for {before[0].round}/{before[0].number} before, so {name} is not scored "

@@ -1,43 +1,33 @@
-"""A study, its rounds and its trials, for scripts and notebooks."""
+"""A study for scripts and notebooks: its rounds are checked, run, promoted and looked at."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuner.api.advice import Advice
 from tuner.api.auto import Automatic
-from tuner.api.run import Gpus, Where, has_begun, rerun_worker, run_here
-from tuner.api.score import prepared_quietly
-from tuner.config import RoundFile, RoundSpec
-from tuner.errors import InputError, Interrupted
-from tuner.playbook import best_evaluation, settled_step
-from tuner.playbook.reproduction import Agreement
+from tuner.api.dataframes import evaluations_dataframe, trials_dataframe
+from tuner.api.round import Round
+from tuner.api.run import Where, has_begun, prepared_quietly, run_here, unsaid, view_of
+from tuner.api.stopping import interruptible
+from tuner.api.trial import Trial
 from tuner.playbook.restarts import Enough
-from tuner.playbook.selection import ranked
 from tuner.playbook.sweep import FirstHorizon
-from tuner.records import Evaluation, Hyperparameters, TrialState
-from tuner.records import Trial as RecordedTrial
-from tuner.report import View, round_markdown, status_document, write_html
-from tuner.report.live import ProgressBar, Silence
-from tuner.report.reproduction import reproduction_document
-from tuner.study.folder import StudyFolder, open_folder
-from tuner.study.lookup import begun_round, find_trial, opened, reports_on, statuses, trials_of
+from tuner.report import status_document
+from tuner.report.documents import RoundStatus
+from tuner.store import Store
+from tuner.study.dashboard import round_report
+from tuner.study.folder import StudyFolder, open_folder, opened
+from tuner.study.lookup import begun_round, find_trial, statuses
 from tuner.study.promotion import Overrides, promote_held
-from tuner.study.reproduction import planned_rerun, reproduce
-from tuner.study.results import reading_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from peft import PeftModel
 
 Count = int | Literal["auto"]
 
@@ -92,7 +82,7 @@ class Study:
             format=format,
             template=template,
             prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
-            telling=lambda: nullcontext(_unsaid),
+            telling=lambda: nullcontext(unsaid),
         )
         return cls(directory)
 
@@ -144,8 +134,7 @@ class Study:
     def status(self) -> dict[str, Any]:
         """Return where every round stands, as `tuner study status --json` prints it."""
         folder = self._folder()
-        with opened(folder) as store:
-            return status_document(folder.name, statuses(folder, store))
+        return status_document(folder.name, standing(folder)[0])
 
     def check(self, round_file: str | os.PathLike[str], *, probe: bool = False) -> dict[str, Any]:
         """Look at a round file, its data and its model, and return what `tuner study check --json` prints.
@@ -192,8 +181,8 @@ class Study:
         """
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))
-        with _interruptible(seconds) as stopping, stopping.returning_at_the_end(lambda: has_begun(file)):
-            run_here(file, where, open_view=_view(progress), stopping=stopping)
+        with interruptible(seconds) as stopping, stopping.returning_at_the_end(lambda: has_begun(file)):
+            run_here(file, where, open_view=view_of(progress), stopping=stopping)
         return Study(file.directory).round(file.spec.round)
 
     def auto(
@@ -210,14 +199,15 @@ class Study:
         """Run a round, promote it and run the next, until longer rounds teach nothing more.
 
         The arguments are those of `run`; `passes` is how often the first horizon is begun with. Returns the
-        last round, whose `ended_because` says why there is no further one. Raises what `run` does.
+        last round, whose `ended_because` says why there is no further one. Where it ends by itself, the best
+        trial is scored on `data.test`, once. Raises what `run` does.
         """
         where = Where(slots, workers, engine)
-        with _interruptible(seconds) as stopping:
+        with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
                 run=lambda file: run_here(
-                    file, where, open_view=_view(progress), stopping=stopping, passes=passes
+                    file, where, open_view=view_of(progress), stopping=stopping, passes=passes
                 ),
                 promoted=lambda document: None,
                 stopping=stopping,
@@ -229,6 +219,8 @@ class Study:
                 enough = rounds.run_until_enough()
         assert rounds.last is not None
         reason = None if enough is None else enough.reason
+        if enough is not None and (remark := rounds.score_the_best(enough, prepared_quietly, unsaid)):
+            warnings.warn(remark, stacklevel=2)
         return Round(open_folder(rounds.last.directory), rounds.last.spec.round, reason)
 
     def sweep(
@@ -253,13 +245,13 @@ class Study:
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))
         refuse_epochs(epochs, is_rehearsal=where.engine_of(file) == "simulated")
-        with _interruptible(None) as stopping:
+        with interruptible(None) as stopping:
             answer = sweep_round(
                 file,
                 epochs=epochs,
-                run=lambda found: run_here(found, where, open_view=_view(progress), stopping=stopping),
+                run=lambda found: run_here(found, where, open_view=view_of(progress), stopping=stopping),
                 prepare=prepared_quietly,
-                tell=_unsaid,
+                tell=unsaid,
             )
         return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
 
@@ -306,7 +298,7 @@ class Study:
         """
         from tuner.api.clean import clean_study
 
-        return clean_study(self._folder(), delete=delete, tell=_unsaid)
+        return clean_study(self._folder(), delete=delete, tell=unsaid)
 
     # --- tables -----------------------------------------------------------------------------------
 
@@ -316,15 +308,14 @@ class Study:
         Columns: round, number, state, reason, best_step, best_eval_loss, settled_step, executed_steps,
         continues, adapter, and `params_NAME` for each hyperparameter.
         """
-        return _table([_trial_row(trial) for trial in self._trials()], _TRIAL_COLUMNS)
+        return trials_dataframe(self._trials())
 
     def evaluations_dataframe(self) -> pd.DataFrame:
         """Return a row for each evaluation of all trials of all rounds.
 
         Columns: round, number, step, eval_loss, train_loss, learning_rate, token_accuracy.
         """
-        rows = [row for trial in self._trials() for row in _evaluation_rows(trial)]
-        return _table(rows, _EVALUATION_COLUMNS)
+        return evaluations_dataframe(self._trials())
 
     def _trials(self) -> list[Trial]:
         return [trial for each in self.rounds for trial in each.trials]
@@ -341,361 +332,24 @@ class Promotion:
     document: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Reproduction:
-    """What running a trial again came to.
-
-    `agrees` says whether the curves agree, `document` is what `tuner trial reproduce --json` prints.
-    """
-
-    agrees: bool
-    document: Mapping[str, Any]
-
-
-class Round:
-    """One round of a study: trials that train for the same number of steps."""
-
-    def __init__(self, folder: StudyFolder, name: str, ended_because: str | None = None) -> None:
-        self._study = folder
-        self.name = name
-        self.ended_because = ended_because
-        """Why `Study.auto` ran no further round after it; None for any other."""
-
-    def __repr__(self) -> str:
-        return f"Round({self.name!r}): {len(self.trials)} trials of {self.max_train_steps} steps"
-
-    @property
-    def max_train_steps(self) -> int:
-        """The horizon of its trials."""
-        with opened(self._study) as store:
-            return begun_round(store, self.name).max_train_steps
-
-    @property
-    def state(self) -> str:
-        """`running`, `open` (trials are missing and nobody runs them) or `complete`."""
-        with opened(self._study) as store:
-            return next(s.state for s in statuses(self._study, store) if s.round == self.name)
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        """Its trials by number."""
-        with opened(self._study) as store:
-            return tuple(Trial(self._study, each) for each in trials_of(self._study, store, self.name))
-
-    @property
-    def best(self) -> Trial | None:
-        """The best complete trial by the round's objective; None before there is one."""
-        with opened(self._study) as store:
-            order = ranked(store.trials(self.name))
-        return Trial(self._study, order[0][0]) if order else None
-
-    @property
-    def advice(self) -> Advice:
-        """What the round says of its horizon, and how long to train next."""
-        with opened(self._study) as store:
-            record = begun_round(store, self.name)
-            _, reading = reading_of(store, record)
-        return Advice(reading, record.max_train_steps)
-
-    def report(
-        self, html: str | os.PathLike[str] | None = None, *, markdown: str | os.PathLike[str] | None = None
-    ) -> str:
-        """Return the report as Markdown; write it as a self-contained page and as Markdown where asked.
-
-        Raises InputError where a file cannot be written.
-        """
-        *earlier, report = reports_on(self._study, Path(self.name))
-        text = round_markdown(report)
-        try:
-            if html is not None:
-                write_html(Path(html), report, earlier=earlier)
-            if markdown is not None:
-                Path(markdown).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{error.filename}: cannot be written: {error.strerror}") from error
-        return text
-
-
-class Trial:
-    """One configuration, as it stood when it was asked for."""
-
-    def __init__(self, folder: StudyFolder, recorded: RecordedTrial) -> None:
-        self._study = folder
-        self._recorded = recorded
-
-    def __repr__(self) -> str:
-        loss = "" if self.best_eval_loss is None else f", {self.best_eval_loss:.4f} at step {self.best_step}"
-        return f"Trial({self.name!r}): {self.state}{loss}"
-
-    @property
-    def name(self) -> str:
-        """`round1/7`."""
-        return f"{self.round}/{self.number}"
-
-    @property
-    def round(self) -> str:
-        """Name of its round."""
-        return self._recorded.round
-
-    @property
-    def number(self) -> int:
-        """Its number in the round."""
-        return self._recorded.number
-
-    @property
-    def state(self) -> TrialState:
-        """waiting, running, complete, pruned, infeasible or failed."""
-        return self._recorded.state
-
-    @property
-    def reason(self) -> str | None:
-        """Why it is infeasible, pruned or failed; or why it started over although it was to go on."""
-        return self._recorded.reason
-
-    @property
-    def hyperparameters(self) -> Hyperparameters:
-        """All of them, by name, the fixed ones included."""
-        return dict(self._recorded.hyperparameters)
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """By step: eval_loss, train_loss, learning_rate and the losses of single examples."""
-        return self._recorded.evaluations
-
-    @property
-    def best_step(self) -> int | None:
-        """Step of the lowest evaluation loss; None before there is a finite one."""
-        best = best_evaluation(self._recorded.evaluations)
-        return None if best is None else best.step
-
-    @property
-    def best_eval_loss(self) -> float | None:
-        """The evaluation loss there."""
-        best = best_evaluation(self._recorded.evaluations)
-        return None if best is None else best.eval_loss
-
-    @property
-    def settled_step(self) -> int | None:
-        """The earliest step that is not worse than the best one beyond noise."""
-        return settled_step(self._recorded.evaluations)
-
-    @property
-    def executed_steps(self) -> int:
-        """Steps really run, those repeated after a crash included, those inherited not."""
-        return self._recorded.executed_steps
-
-    @property
-    def continues(self) -> str | None:
-        """The checkpoint it went on from, as `round1/3@36`; None where it began at step 0."""
-        return None if self._recorded.continues is None else str(self._recorded.continues)
-
-    @property
-    def adapter(self) -> Path | None:
-        """Directory of the adapter of its best step, which PEFT loads; None where there is none."""
-        link = self._study.adapter(self._recorded)
-        return None if link is None else Path(link)
-
-    def export(
-        self,
-        to: str | os.PathLike[str],
-        *,
-        merge: bool = False,
-        dtype: str | None = None,
-        force: bool = False,
-    ) -> Path:
-        """Write the best adapter as a PEFT directory with tokenizer and model card; return the directory.
-
-        Args:
-            to: The directory, which has to be missing or empty.
-            merge: Whether to write a whole model instead, the adapter added into the base's weights.
-            dtype: Type of merged weights; None is bfloat16.
-            force: Whether to replace an earlier export.
-
-        Raises:
-            InputError: for a trial that is not complete, or a directory that cannot be used.
-        """
-        from tuner.api.export import Export, export_trial, finished_trial
-
-        wanted = Export(to=Path(to), merge=merge, dtype=dtype, force=force)
-        finished = finished_trial(self._study, self.name)
-        export_trial(finished, wanted, study=self._study.directory, tell=_unsaid, warn=_warn)
-        return Path(to)
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        system: str = "",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> list[str]:
-        """Return the answers of the best adapter, in the template it was trained on.
-
-        Loads base and adapter for each call: give all prompts at once. Without a temperature the likeliest
-        token is taken. Raises InputError for a trial without an adapter or a prompt that cannot be asked.
-        """
-        from tuner.data import load_tokenizer, render_prompt
-
-        spec, adapter = self._trained()
-        source, tokenizer = spec.data.train[0], load_tokenizer(spec.model)
-        asked = [
-            render_prompt(
-                source.format, tokenizer, instruction=prompt, system=system, template=source.template
-            )
-            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-        ]
-        from tuner.inference import Answerer, Decoding, batches  # after what can be wrong: it loads torch
-
-        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, seed)
-        answerer = Answerer(spec.model, tokenizer, adapter=adapter)
-        together = batches(
-            [len(prompt.ids) for prompt in asked],
-            [answerer.new_tokens(prompt, max_new_tokens) for prompt in asked],
-            budget_tokens=answerer.budget_tokens,
-            most_rows=None,
-        )
-        texts: dict[int, str] = {}
-        for batch in together:
-            said = answerer.answers([asked[at] for at in batch], decoding)
-            texts |= {at: generated.text for at, generated in zip(batch, said, strict=True)}
-        return [texts[at] for at in range(len(asked))]
-
-    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
-        """Run the trial again, alone, and return whether its curve agrees; the study stays as it is.
-
-        `to_step` runs the first steps only. Raises InputError for a trial without a result, Interrupted after
-        Ctrl-C.
-        """
-        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
-        view = _shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
-        try:
-            with _interruptible(None) as stopping:
-                found = reproduce(rerun, make_worker=rerun_worker, view=view, stopping=stopping)
-        finally:
-            view.close()
-        document = reproduction_document(self._study.name, found)
-        return Reproduction(found.agreement != Agreement.DIFFERS, document)
-
-    def load(self, *, device: str | None = None) -> PeftModel:
-        """Return the base model with the trial's best adapter, ready to generate.
-
-        The base is loaded as its round loads it, quantised where the file says so. `device` is one of
-        torch's; None takes a GPU where there is one. Raises InputError for a trial without an adapter,
-        ModelError for a base that cannot be loaded.
-        """
-        from tuner.inference.generation import load_adapted
-
-        spec, adapter = self._trained()
-        return load_adapted(spec.model, adapter, device=device)
-
-    def _trained(self) -> tuple[RoundSpec, Path]:
-        """The round file as it was trained, and the adapter. Raises InputError without one."""
-        from tuner.data.pretrained import as_trained
-
-        if self.adapter is None:
-            raise InputError(f"{self.name} is {self.state} and has no adapter; see Study.trials_dataframe()")
-        return as_trained(self._study.plan(self.round).absolute, self.adapter), self.adapter.resolve()
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-_TRIAL_COLUMNS = (
-    "round", "number", "state", "reason", "best_step", "best_eval_loss", "settled_step", "executed_steps",
-    "continues", "adapter",
-)  # fmt: skip
-_EVALUATION_COLUMNS = (
-    "round", "number", "step", "eval_loss", "train_loss", "learning_rate", "token_accuracy",
-)  # fmt: skip
-
-
-def _trial_row(trial: Trial) -> dict[str, Any]:
-    adapter = None if trial.adapter is None else str(trial.adapter)
-    own = {name: getattr(trial, name) for name in _TRIAL_COLUMNS} | {
-        "state": trial.state.value,
-        "adapter": adapter,
-    }
-    return own | {f"params_{name}": value for name, value in trial.hyperparameters.items()}
-
-
-def _evaluation_rows(trial: Trial) -> Iterator[dict[str, Any]]:
-    for made in trial.evaluations:
-        values = {name: getattr(made, name) for name in _EVALUATION_COLUMNS[2:]}
-        yield {"round": trial.round, "number": trial.number, **values}
-
-
-def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    more = list(dict.fromkeys(name for row in rows for name in row if name not in columns))
-    return pd.DataFrame(rows, columns=[*columns, *more])
-
-
-# --- running --------------------------------------------------------------------------------------
-
-
-def _view(progress: bool) -> Callable[[RoundFile, Gpus | None], View]:
-    def view(file: RoundFile, gpus: Gpus | None) -> View:
-        spec = file.spec
-        return _shown(progress, f"{spec.study}/{spec.round}", spec.num_trials, spec.max_train_steps)
-
-    return view
-
-
-def _shown(progress: bool, title: str, trials_total: int, max_train_steps: int) -> View:
-    if not progress:
-        return Silence()
-    return ProgressBar(title=title, trials_total=trials_total, max_train_steps=max_train_steps)
-
-
-def _unsaid(text: str) -> None:
-    """What the command line prints and a caller reads off the result."""
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
-@dataclass
-class _Stopping:
-    """Whether to stop: an interrupt came, or the time is over."""
-
-    deadline: float | None
-    was_interrupted: bool = False
-
-    def __call__(self) -> bool:
-        return self.was_interrupted or (self.deadline is not None and time.monotonic() > self.deadline)
-
-    @contextmanager
-    def returning_at_the_end(self, has_begun: Callable[[], bool]) -> Iterator[None]:
-        """The end of the time is no failure, where there is a round to return."""
-        try:
-            yield
-        except Interrupted:
-            if self.was_interrupted or not has_begun():
-                raise
-
-
-@contextmanager
-def _interruptible(seconds: float | None) -> Iterator[_Stopping]:
-    """Ctrl-C or a notebook's stop button asks to stop; a second one ends at once.
-
-    Signals are the main thread's: on any other there is only the time.
-    """
-    stopping = _Stopping(None if seconds is None else time.monotonic() + seconds)
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def receive(number: int, _: object) -> None:
-        stopping.was_interrupted = True
-        signal.signal(number, before)
-
-    signal.signal(signal.SIGINT, receive)
-    try:
-        yield stopping
-    finally:
-        signal.signal(signal.SIGINT, before)
+def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
+    """Return where each round of a study stands, and the command that comes next."""
+    with opened(folder) as store:
+        found = statuses(folder, store)
+        unfinished = next((s for s in found if s.state != "complete"), None)
+        if unfinished is not None:
+            return found, _going_on(folder, store, unfinished.round)
+        return found, round_report(folder, store, folder.latest(store)).next_command
+
+
+def _going_on(folder: StudyFolder, store: Store, round_name: str) -> str:
+    """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
+    file = next(folder.searches(store), None)
+    if file is not None and folder.is_sweep(round_name, store):
+        return f"tuner study sweep {file.path.name}"
+    return f"tuner study run {_file_name(folder, round_name)}"
+
+
+def _file_name(folder: StudyFolder, round_name: str) -> str:
+    file = folder.file(round_name)
+    return file.path.name if file else f"{round_name}.yaml"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tuner.api.run import has_begun
-from tuner.api.score import Prepare, Tell
+from tuner.api.run import Prepare, Tell, has_begun
 from tuner.config import RoundFile, edit_round, read_round
 from tuner.errors import InputError, TunerError
 from tuner.playbook.sweep import (

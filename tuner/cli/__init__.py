@@ -5,6 +5,7 @@ Nothing heavy is imported until a verb runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -83,8 +84,13 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+COLLECT_AFTER = 100_000
+"""Objects made between garbage collections: each looks again at all that a large study has made."""
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    gc.set_threshold(COLLECT_AFTER)
     printing.typed = shlex.join(["tuner", *arguments])
     try:
         code = app(arguments, prog_name="tuner", standalone_mode=False)

@@ -1,36 +1,27 @@
-"""What `trial generate` is wired to: a prompt or a file of them, answered by a trial, its base, or both."""
+"""`trial generate`: its options, and answers as they are printed or written into a file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import typer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tuner.api.generate import Model, Speaker, answered, batched, speaker
 from tuner.cli import printing
 from tuner.cli.printing import warn_of_code
-from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
-from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, Interrupted
-from tuner.records import Trial
 from tuner.report.format import count
 from tuner.study.folder import StudyFolder
 from tuner.study.lookup import find_trial
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from tuner.config import RoundSpec
-    from tuner.inference import Answer, Answerer, AnswerFile, Decoding
-
-Model: TypeAlias = Literal["adapter", "base"]
+    from tuner.inference import Answer, AnswerFile, Decoding
 
 _SECONDS_BETWEEN_LINES = 5.0
 """Of progress that goes into a file or a pipe."""
@@ -86,70 +77,22 @@ class Asked:
 
 def generate_answers(folder: StudyFolder, name: str, asked: Asked) -> None:
     """Answer as asked. Raises InputError before anything is generated, Interrupted after Ctrl-C."""
-    if folder.is_rehearsal:
-        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
-    adapter = folder.adapter(trial)
-    if "adapter" in asked.models and adapter is None:
-        raise InputError(
-            f"{name}: {trial.round}/{trial.number} is {trial.state} and has no adapter; see: tuner trial list"
-        )
-    spec = folder.plan(trial.round).absolute
-    if adapter is not None:
-        spec = as_trained(spec, Path(adapter))
-    warn_of_code(spec.model)
-    speaker = _Speaker(spec, load_tokenizer(spec.model), trial, Path(adapter).resolve() if adapter else None)
+    found = speaker(folder, trial, asked.models)
+    warn_of_code(found.spec.model)
     if asked.input is None:
-        _answer_one(speaker, asked)
+        _answer_one(found, asked)
     else:
-        _answer_file(speaker, asked, asked.input)
+        _answer_file(found, asked, asked.input)
 
 
-@dataclass(frozen=True)
-class _Speaker:
-    """A trial, as far as it answers."""
-
-    spec: RoundSpec
-    tokenizer: PreTrainedTokenizerBase
-    trial: Trial
-    adapter: Path | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.trial.round}/{self.trial.number}"
-
-    def load(self, models: Sequence[Model]) -> Answerer:
-        from tuner.inference import Answerer  # after what can be wrong: it loads torch
-
-        return Answerer(
-            self.spec.model, self.tokenizer, adapter=self.adapter if "adapter" in models else None
-        )
-
-    def made_from(self, prompt: Prompt, asked: Asked) -> str:
-        """Hash of all that decides about an answer; of the adapter, that it is the one of this step."""
-        adapter = self.adapter.name if self.adapter and "adapter" in asked.models else None
-        ingredients = [self.name, adapter, asked.models, prompt.ids, asdict(asked.decoding)]
-        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
-
-
-# --- one prompt -----------------------------------------------------------------------------------
-
-
-def _answer_one(speaker: _Speaker, asked: Asked) -> None:
-    source = speaker.spec.data.train[0]
-    prompt = render_prompt(
-        source.format,
-        speaker.tokenizer,
-        instruction=asked.prompt or "",
-        input=asked.context,
-        system=asked.system,
-        template=source.template,
-    )
+def _answer_one(found: Speaker, asked: Asked) -> None:
+    prompt = found.prompt(asked.prompt or "", context=asked.context, system=asked.system)
     prompt = replace(prompt, place="--prompt")
-    answerer = speaker.load(asked.models)
+    answerer = found.load(asked.models)
     for model in asked.models:
         if len(asked.models) > 1:
-            typer.echo(f"--- {speaker.name if model == 'adapter' else 'base'}")
+            typer.echo(f"--- {found.name if model == 'adapter' else 'base'}")
         say = _say if asked.stream else None
         [generated] = answerer.answers([prompt], asked.decoding, of_base=model == "base", say=say)
         typer.echo("" if asked.stream else generated.text)
@@ -162,22 +105,22 @@ def _say(text: str) -> None:
 # --- a file of prompts ----------------------------------------------------------------------------
 
 
-def _answer_file(speaker: _Speaker, asked: Asked, path: Path) -> None:
-    prompts = read_prompts(path, speaker.spec.data.train[0], speaker.tokenizer, system=asked.system)
-    made_from = {prompt.row: speaker.made_from(prompt, asked) for prompt in prompts}
+def _answer_file(found: Speaker, asked: Asked, path: Path) -> None:
+    prompts = found.prompts(path, system=asked.system)
+    made_from = {prompt.row: found.made_from(prompt, asked.models, asked.decoding) for prompt in prompts}
     output = _output(asked, made_from)
     missing = [prompt for prompt in prompts if prompt.row not in output.rows]
     if len(missing) < len(prompts):
         typer.echo(f"{asked.output} has {len(prompts) - len(missing)} of {len(prompts)} answers", err=True)
     if not missing:
         return
-    answerer = speaker.load(asked.models)
-    batches = _batches(answerer, missing, asked)
+    answerer = found.load(asked.models)
+    batches = batched(answerer, missing, max_new_tokens=asked.max_new_tokens, most_rows=asked.batch_size)
     begun, tokens = time.monotonic(), 0
     try:
         with output, _progress(len(prompts), len(prompts) - len(missing)) as advance:
             for batch in batches:
-                answers, num_tokens = _answered(answerer, batch, asked, made_from)
+                answers, num_tokens = answered(answerer, batch, asked.models, asked.decoding, made_from)
                 output.append(answers)
                 advance(len(batch))
                 tokens += num_tokens
@@ -192,37 +135,6 @@ def _answer_file(speaker: _Speaker, asked: Asked, path: Path) -> None:
         f"{len(batches[0])} rows at once where prompts are longest",
         err=True,
     )
-
-
-def _batches(answerer: Answerer, prompts: Sequence[Prompt], asked: Asked) -> list[list[Prompt]]:
-    from tuner.inference import batches
-
-    found = batches(
-        [len(prompt.ids) for prompt in prompts],
-        [answerer.new_tokens(prompt, asked.max_new_tokens) for prompt in prompts],
-        budget_tokens=answerer.budget_tokens,
-        most_rows=asked.batch_size,
-    )
-    return [[prompts[at] for at in batch] for batch in found]
-
-
-def _answered(
-    answerer: Answerer, batch: Sequence[Prompt], asked: Asked, made_from: dict[int, str]
-) -> tuple[list[Answer], int]:
-    """A batch's answers, and how many tokens they have."""
-    from tuner.inference import Answer
-
-    answers = [Answer(prompt.row, prompt.text, made_from=made_from[prompt.row]) for prompt in batch]
-    num_tokens = 0
-    for model in asked.models:
-        said = answerer.answers(batch, asked.decoding, of_base=model == "base")
-        num_tokens += sum(generated.num_tokens for generated in said)
-        answers = [_with(answer, model, each.text) for answer, each in zip(answers, said, strict=True)]
-    return answers, num_tokens
-
-
-def _with(answer: Answer, model: Model, text: str) -> Answer:
-    return replace(answer, answer=text) if model == "adapter" else replace(answer, base=text)
 
 
 class _Printed:

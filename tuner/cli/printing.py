@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
-
-from tuner.data import PreparedData, load_tokenizer, prepare
-from tuner.report.live import PREPARING_EVERY_SECONDS
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from tuner.config import ModelSpec, RoundSpec
+    from tuner.data import PreparedData
     from tuner.study.folder import StudyFolder
-
 
 WIDEST = 1000
 """Characters: more than the widest table has."""
@@ -77,6 +73,8 @@ def error_output() -> Console:
 
 def _console(**options: Any) -> Console:
     """A console that prints every text as it is: a folder may be named `x[/y]`, a file `:smile:`."""
+    from rich.console import Console
+
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
@@ -102,6 +100,8 @@ def prepared(
     spec: RoundSpec, cache: Path | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreparedData:
     """As `prepare`, with the model's own tokenizer unless it is at hand already."""
+    from tuner.data import load_tokenizer, prepare
+
     with progress_shown(error_output()) as say:
         return prepare(spec, tokenizer or load_tokenizer(spec.model), cache, say)
 
@@ -114,6 +114,10 @@ def progress_shown(
 
     On a terminal in one line, which is gone at the end; elsewhere in a line every half a minute.
     """
+    from rich.text import Text
+
+    from tuner.report.live import PREPARING_EVERY_SECONDS
+
     if console.is_interactive:
         with console.status("") as status:
             yield lambda doing: status.update(Text(doing))

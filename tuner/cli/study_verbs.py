@@ -35,8 +35,9 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        metavar="local|simulated",
-        help="Where; overrides run.engine. simulated rehearses with made-up losses, in rehearsal/.",
+        metavar="NAME",
+        help="Where workers run: local, simulated (a rehearsal with made-up losses, in rehearsal/), or an "
+        "engine of yours as package.module:Class. Overrides run.engine.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -104,7 +105,7 @@ def check(
 
     Example: `tuner study check round1.yaml --show 2`
     """
-    from tuner.cli.check import check_round
+    from tuner.cli.study_output import check_round
 
     command = check_round(round_file, show=show, probe=probe, as_json=json)
     if command is None:
@@ -125,7 +126,7 @@ def run(
 
     Example: `tuner study run round1.yaml --for 2h`
     """
-    from tuner.cli.run import run_file, where_typed
+    from tuner.cli.rounds import run_file, where_typed
 
     ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
     if ran is None:
@@ -156,7 +157,7 @@ def sweep(
     Example: `tuner study sweep round1.yaml --epochs 3 --for 2h`
     """
     from tuner.cli.printing import next_command
-    from tuner.cli.run import sweep_file, where_typed
+    from tuner.cli.rounds import sweep_file, where_typed
 
     where = where_typed(slots, workers, engine)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
@@ -189,7 +190,7 @@ def auto(
     """
     from dataclasses import replace
 
-    from tuner.cli.run import run_rounds, where_typed
+    from tuner.cli.rounds import run_rounds, where_typed
 
     ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
     if ended.last is None:
@@ -216,7 +217,7 @@ def status(json: Json = False) -> None:
 
     Example: `tuner study status`
     """
-    from tuner.cli.status import print_status
+    from tuner.cli.study_output import print_status
 
     command = print_status(_folder(), as_json=json)
     if not json:
@@ -262,7 +263,9 @@ def promote(
 
     Example: `tuner study promote --to round2`
     """
-    from tuner.cli.promote import promote_round
+    from tuner.api.study import Study
+    from tuner.cli.study_output import promotion_text
+    from tuner.report import dumps
 
     if decay not in ("steps", "share"):
         raise typer.BadParameter(
@@ -270,19 +273,18 @@ def promote(
             param_hint="--decay",
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
-    path = promote_round(
-        _folder(),
-        to=to,
+    done = Study(_folder().directory).promote(
+        to,
         from_round=from_round,
         max_train_steps=max_train_steps,
         top=top,
         decay=kept,
         add=add or (),
         force=force,
-        as_json=json,
     )
+    typer.echo(dumps(done.document) if json else promotion_text(done.document))
     if not json:
-        _next(f"tuner study run {path.name}")
+        _next(f"tuner study run {done.path.name}")
 
 
 @app.command()
@@ -297,11 +299,12 @@ def report(
 
     Example: `tuner study report round1`
     """
-    from tuner.cli.status import write_reports
+    from tuner.api.round import write_reports
 
     _folder()
     found = _reports(Path(), Path(round_name) if round_name else None)
-    path = write_reports(found, html=html, markdown=markdown)
+    path = html or Path(f"report-{found[-1].record.name}.html")
+    write_reports(found, html=path, markdown=markdown)
     _print_summary(found, page=path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,7 +28,7 @@ from tuner.config.sections import (
 from tuner.config.wording import mistake, refuse
 from tuner.errors import shown
 from tuner.methods.variants import possible_variants
-from tuner.records import Space, is_sweep_file, num_points
+from tuner.records import Space, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _PATTERN = re.compile(r"[*?\[]")
@@ -111,6 +111,8 @@ class RoundSpec(BaseModel):
     """Name of this round; also its folder under `checkpoints.directory`."""
     goal: str = ""
     """What the round is to find out, for reports."""
+    kind: Literal["search", "sweep"] = "search"
+    """`sweep`: a round that `study sweep` wrote, which is never promoted or compared with."""
     model: ModelSpec
     """The frozen base."""
     data: DataSpec
@@ -184,7 +186,7 @@ class RoundSpec(BaseModel):
     @property
     def is_sweep(self) -> bool:
         """Whether it is a round that `study sweep` wrote."""
-        return is_sweep_file(self.round, self.data.model_dump(mode="json"))
+        return self.kind == "sweep"
 
     @property
     def num_trials(self) -> int:

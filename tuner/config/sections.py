@@ -276,9 +276,10 @@ class RunSpec(BaseModel):
 
     model_config = STRICT
 
-    engine: Literal["local", "simulated"] = "local"
+    engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
     """Where trials run: `local` is this machine, one process for each GPU; `simulated` is a rehearsal with
-    made-up losses, in the folder `rehearsal` beside the file."""
+    made-up losses, in the folder `rehearsal` beside the file. Or an engine of yours, as
+    `package.module:Class`."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),

@@ -1,26 +1,63 @@
-"""Where trials run: a process on this machine, or a simulation on a virtual clock.
+"""Where workers run: this machine, or a simulation on a virtual clock; an engine of yours, by name.
 
 A worker takes Assignments and says Events. It knows trials and directories, never a database.
 """
 
+from __future__ import annotations
+
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
-from tuner.engines.local import LocalWorker, wait_for_former_workers
+from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
 from tuner.engines.pool import WorkerPool
-from tuner.engines.protocol import Worker
-from tuner.engines.simulated import SimulatedWorker
+from tuner.engines.program import Process, ProgramWorker
+from tuner.engines.protocol import Engine, Job, Program, Worker
+from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
 from tuner.engines.synthetic import LoraFormula, RecordedCurves
+from tuner.errors import InputError
+from tuner.methods.registry import load
 
 __all__ = [
-    "LocalWorker",
+    "Engine",
+    "Job",
+    "LocalEngine",
+    "LocalProcess",
     "LoraFormula",
+    "Process",
+    "Program",
+    "ProgramWorker",
     "RecordedCurves",
+    "SimulatedEngine",
     "SimulatedWorker",
     "Worker",
     "WorkerPool",
     "driver_version",
     "gpu_meter",
+    "make_engine",
     "open_nvml",
     "visible_devices",
     "wait_for_former_workers",
     "worker_environments",
 ]
+
+_BUILT_IN = {"local": LocalEngine, "simulated": SimulatedEngine}
+
+
+def make_engine(name: str) -> Engine:
+    """Make the engine of a name: built in, registered by an installed package, or `package.module:Name`.
+
+    Raises InputError where it cannot be imported, or is no engine.
+    """
+    made: object = _BUILT_IN[name]() if name in _BUILT_IN else _made(name, load("engine", name))
+    missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
+    if missing:
+        raise InputError(f"engine {name}: {type(made).__name__} has no method {' and no '.join(missing)}")
+    return made  # type: ignore[return-value]
+
+
+_METHODS = ("start", "gpu_readings", "now", "close")
+
+
+def _made(name: str, found: object) -> object:
+    try:
+        return found()  # type: ignore[operator]
+    except TypeError as error:
+        raise InputError(f"engine {name}: cannot be made without arguments: {error}") from error

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tuner.engines.protocol import Worker
-from tuner.records import Assignment, Died, Event, Ready
+from tuner.records import Assignment, Died, Event, Ready, RunId
 
 MAX_DEATHS = 2
 """Deaths in a row without having been ready, after which a device is taken to be broken."""
@@ -22,8 +22,8 @@ class WorkerPool:
     def __init__(self, makers: Sequence[Callable[[], Worker]]) -> None:
         self._waiting = list(makers[1:])
         self._workers = [makers[0]()]
-        self._holder: dict[int, Worker] = {}
-        """Trial -> the worker that it was given to."""
+        self._holder: dict[RunId, Worker] = {}
+        """Run -> the worker that it was given to."""
         self._deaths: dict[Worker, int] = {}
         """Times in a row that a worker died without having been ready."""
 
@@ -36,13 +36,13 @@ class WorkerPool:
         while self._waiting:
             self._workers.append(self._waiting.pop(0)())
         worker = max(self._workers, key=lambda worker: worker.capacity())
-        self._holder[assignment.trial] = worker
+        self._holder[assignment.run] = worker
         worker.start(assignment)
 
-    def stop(self, trial: int) -> None:
-        """Ask a trial to save itself and leave."""
-        if trial in self._holder:
-            self._holder[trial].stop(trial)
+    def stop(self, run: RunId) -> None:
+        """Ask a run to save itself and leave."""
+        if run in self._holder:
+            self._holder[run].stop(run)
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What any of them said since the last call; waits for the first at most so long."""

@@ -1,15 +1,18 @@
-"""A worker that replays curves on a virtual clock: rehearsals, benchmarks and tests without a model."""
+"""The engine `simulated`: curves replayed on a virtual clock, for rehearsals, benchmarks and tests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from tuner.engines.protocol import Job, Worker
+from tuner.engines.synthetic import LoraFormula
 from tuner.errors import CheckpointError
 from tuner.playbook import best_evaluation, is_diverged
 from tuner.playbook.schedule import evaluation_steps
@@ -24,9 +27,15 @@ from tuner.records import (
     Hyperparameters,
     Outcome,
     Ready,
+    RunId,
     Saved,
     Started,
 )
+from tuner.report.format import GpuReading
+from tuner.whole import lead
+
+SLOTS = 4
+"""Trials side by side where neither file nor command line says how many."""
 
 Curve: TypeAlias = Callable[[Hyperparameters, int, int], Evaluation]
 """(hyperparameters, step, horizon) -> the evaluation there; on the trunk the same for every horizon.
@@ -63,10 +72,7 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
     content = json.dumps({"simulated": True, "step": step})
     (directory / "simulated.json").write_text(content)
     if kind == CheckpointKind.BEST:
-        link = trial / ".best.simulated.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(directory.relative_to(trial))
-        link.replace(trial / "best")
+        lead(trial / "best", directory)
     return Checkpoint(kind, step, place, len(content), hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -83,6 +89,41 @@ def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> s
     folder = {CheckpointKind.BEST: "best-steps", CheckpointKind.LAST: "last", CheckpointKind.TRUNK: "trunk"}
     attempt = "" if kind == CheckpointKind.TRUNK else f".a{assignment.attempt}"
     return f"{trial}/{folder[kind]}/step-{step:06d}{attempt}"
+
+
+class SimulatedEngine:
+    """Synthetic losses of the study's own surface, and a clock that counts the steps nobody waits for."""
+
+    def __init__(self) -> None:
+        self._begun_at = time.time()
+        self._workers: list[SimulatedWorker] = []
+
+    def start(self, job: Job) -> Worker:
+        """Return a worker in this process; the job's program is not started."""
+        wanted = job.spec.run.slots
+        slots = 1 if job.spec.trains_alone else wanted if isinstance(wanted, int) else SLOTS
+        ready = Ready(slots, "simulated", workload=_workload(job))
+        formula = LoraFormula(job.spec.study, pace_steps=max(1, job.first_horizon))
+        self._workers.append(SimulatedWorker(formula, slots=slots, ready=ready))
+        return self._workers[-1]
+
+    def gpu_readings(self) -> Sequence[GpuReading]:
+        """Return none: no device is used."""
+        return ()
+
+    def now(self) -> float:
+        """Return the time as it would be had the steps taken their time."""
+        return self._begun_at + sum(worker.seconds for worker in self._workers)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _workload(job: Job) -> str:
+    """A fingerprint of what the file says of model and data, of which nothing is opened."""
+    said = job.spec.model_dump(mode="json", include={"model", "data"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return f"rehearsal-{digest[:16]}"
 
 
 class SimulatedWorker:
@@ -106,7 +147,7 @@ class SimulatedWorker:
         self._vocabulary_size = vocabulary_size
         self._seconds_per_step = seconds_per_step
         self._keep = keep
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[RunId, _Run] = {}
         self._said: list[Event] = [ready or Ready(slots, "simulated")]
         self.seconds = 0.0
 
@@ -120,23 +161,23 @@ class SimulatedWorker:
             step = self._first_step(assignment)
         except CheckpointError as error:
             name = (assignment.round, assignment.trial, assignment.attempt)
-            self._say(Ended(*name, 0, "failed", str(error)))
+            self._say(Ended(*name, 0, "failed", str(error), horizon=assignment.horizon))
             return
         run = _Run(assignment, step)
-        self._runs[assignment.trial] = run
-        self._say(Started(*run.name, step))
+        self._runs[assignment.run] = run
+        self._say(Started(*run.name, step, horizon=run.assignment.horizon))
         if step == 0:
             self._evaluate(run)
         else:
             self._inherit(run)
         self._end_if_over(run)
 
-    def stop(self, trial: int) -> None:
-        """Save the trial where it is and end its attempt."""
-        run = self._runs.get(trial)
-        if run is not None:
-            self._save(run, CheckpointKind.LAST, run.step)
-            self._end(run, "stopped")
+    def stop(self, run: RunId) -> None:
+        """Save the run where it is and end its attempt."""
+        found = self._runs.get(run)
+        if found is not None:
+            self._save(found, CheckpointKind.LAST, found.step)
+            self._end(found, "stopped")
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """What was said, after taking every trial to its next evaluation or trunk step. Never waits."""
@@ -148,8 +189,8 @@ class SimulatedWorker:
 
     def close(self) -> None:
         """Save and stop every trial."""
-        for trial in list(self._runs):
-            self.stop(trial)
+        for run in list(self._runs):
+            self.stop(run)
 
     def _first_step(self, assignment: Assignment) -> int:
         if assignment.resume_from is None:
@@ -166,7 +207,7 @@ class SimulatedWorker:
         if best is not None:
             self._save(run, CheckpointKind.BEST, best.step)
         for evaluation in run.evaluations:
-            self._say(Evaluated(*run.name, evaluation))
+            self._say(Evaluated(*run.name, evaluation, horizon=run.assignment.horizon))
 
     def _advance(self, run: _Run) -> None:
         planned = {*run.evaluation_steps, *run.assignment.trunk_steps}
@@ -188,7 +229,7 @@ class SimulatedWorker:
         if run.step in run.assignment.trunk_steps:
             self._save(run, CheckpointKind.TRUNK, run.step)
         self._save(run, CheckpointKind.LAST, run.step)
-        self._say(Evaluated(*run.name, evaluation))
+        self._say(Evaluated(*run.name, evaluation, horizon=run.assignment.horizon))
 
     def _at(self, run: _Run, step: int) -> Evaluation:
         return self._curve(run.assignment.hyperparameters, step, run.assignment.max_train_steps)
@@ -196,7 +237,7 @@ class SimulatedWorker:
     def _save(self, run: _Run, kind: CheckpointKind, step: int) -> None:
         checkpoint = self._keep(run.assignment, kind, step)
         if checkpoint is not None:
-            self._say(Saved(*run.name, checkpoint))
+            self._say(Saved(*run.name, checkpoint, horizon=run.assignment.horizon))
 
     def _end_if_over(self, run: _Run) -> None:
         reason = is_diverged(run.evaluations, self._vocabulary_size)
@@ -206,8 +247,8 @@ class SimulatedWorker:
             self._end(run, "complete")
 
     def _end(self, run: _Run, outcome: Outcome, reason: str | None = None) -> None:
-        del self._runs[run.assignment.trial]
-        self._say(Ended(*run.name, run.step, outcome, reason))
+        del self._runs[run.assignment.run]
+        self._say(Ended(*run.name, run.step, outcome, reason, horizon=run.assignment.horizon))
 
     def _say(self, event: Event) -> None:
         self._said.append(event)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tuner.errors import InputError, StorageError
+from tuner.whole import written_whole
 
 _BEGINNING = b'{"row": '
 """The first characters of every line."""
@@ -102,9 +103,8 @@ class AnswerFile:
         if self._stream is None:
             return
         if list(self._lines) != sorted(self._lines) and self._lines.keys() >= self._expected.keys():
-            ordered = self._path.with_name(f".{self._path.name}.tmp")
-            ordered.write_bytes(b"".join(line for _, line in sorted(self._lines.items())))
-            ordered.replace(self._path)
+            with written_whole(self._path) as ordered:
+                ordered.write_bytes(b"".join(line for _, line in sorted(self._lines.items())))
         self._stream.close()
 
     def _read(self) -> tuple[dict[int, bytes], int, int]:

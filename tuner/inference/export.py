@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.base import load_model
 from tuner.adapters.decoding import end_tokens
 from tuner.errors import CheckpointError, TunerError
+from tuner.whole import written_whole
 
 if TYPE_CHECKING:
     from tuner.config import ModelSpec
@@ -118,22 +118,20 @@ def convert_to_gguf(model: Path, file: Path, *, converter: Path, dtype: str) -> 
 
     `dtype` is one of MERGED_DTYPES. Raises TunerError with the converter's output.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    command = [*_runs(converter), str(model), "--outfile", str(temporary), "--outtype", _OUTTYPES[dtype]]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not temporary.is_file():
-            printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:])
-            raise TunerError(
-                f"{converter} ended with {done.returncode} and wrote no {file.name}; the merged model is in "
-                f"{model}. It printed:\n{printed}"
-            )
-        temporary.replace(file)
+        with written_whole(file) as temporary:
+            options = ["--outfile", str(temporary), "--outtype", _OUTTYPES[dtype]]
+            command = [*_runs(converter), str(model), *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode or not temporary.is_file():
+                printed = "\n".join((done.stdout + done.stderr).strip().splitlines()[-_LINES_SHOWN:])
+                raise TunerError(
+                    f"{converter} ended with {done.returncode} and wrote no {file.name}; the merged model is "
+                    f"in {model}. It printed:\n{printed}"
+                )
     except OSError as error:
         raise TunerError(f"{file}: cannot be written by {converter}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _runs(converter: Path) -> Sequence[str]:

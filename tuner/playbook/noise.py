@@ -104,6 +104,24 @@ def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
     return math.sqrt(variance) if math.isfinite(variance) else None
 
 
+def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) -> list[float]:
+    """Bounds, of all evaluations at once, above which a difference to `other` exceeds its standard error.
+
+    Infinite where the paired standard error is not known. Rule: this project's decision, "settled_step".
+    """
+    tokens = np.asarray(other.example_tokens, dtype=np.float64)
+    alike = [e.example_tokens == other.example_tokens for e in evaluations]
+    if len(tokens) < 2 or not all(alike) or (total := float(tokens.sum())) <= 0:
+        return [math.inf] * len(evaluations)
+    losses = np.array([np.asarray(e.example_nll) for e in evaluations])
+    differences = losses - np.asarray(other.example_nll)
+    residuals = differences - np.outer(differences.sum(axis=1) / total, tokens)
+    variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
+    # A little more than the error itself, whose last digits depend on the order of the sums.
+    bounds = (1 + 1e-6) * np.sqrt(variances)
+    return [bound if math.isfinite(bound) else math.inf for bound in bounds.tolist()]
+
+
 def loss_error(evaluation: Evaluation) -> float | None:
     """Return the standard error of an evaluation's loss over its examples, in nats per token.
 

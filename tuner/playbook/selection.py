@@ -6,8 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from operator import attrgetter
 
-from tuner.playbook.noise import SIGNIFICANT, difference_error, measured, significant_among, smoothed_loss
+from tuner.playbook.noise import (
+    SIGNIFICANT,
+    difference_error,
+    largest_differences,
+    measured,
+    significant_among,
+    smoothed_loss,
+)
 from tuner.records import Evaluation, Trial, TrialState
 
 MIN_LEADING = 5
@@ -35,10 +43,16 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     best = best_evaluation(evaluations)
     if best is None:
         return None
-    return min(
+    by_step = sorted(measured(evaluations), key=attrgetter("step"))
+    bounds = largest_differences(by_step, best)
+    return next(
         evaluation.step
-        for evaluation in measured(evaluations)
-        if evaluation.eval_loss - best.eval_loss <= (difference_error(evaluations, evaluation, best) or 0.0)
+        for evaluation, bound in zip(by_step, bounds, strict=True)
+        if evaluation is best
+        or (
+            (worse := evaluation.eval_loss - best.eval_loss) <= bound
+            and worse <= (difference_error(evaluations, evaluation, best) or 0.0)
+        )
     )
 
 

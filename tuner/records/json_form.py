@@ -1,124 +1,104 @@
-"""The JSON form of facts, assignments and events."""
+"""The JSON form of facts, assignments and events, by the types of their fields."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tuner.records.events import (
-    Answered,
-    Assignment,
-    Died,
-    Ended,
-    Evaluated,
-    Event,
-    Measured,
-    Preparing,
-    Progressed,
-    Ready,
-    Saved,
-    Started,
-)
-from tuner.records.facts import AnswerScore, Attempt, Branch, Checkpoint, CheckpointKind, Evaluation
-from tuner.records.space import Value
-from tuner.records.throughput import Throughput
+from tuner.records.events import Assignment, Event
+from tuner.records.state import Said
+from tuner.records.trials import Branch, Checkpoint, Evaluation, Packed
 
-_EVENTS: dict[str, type[Event]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        Preparing,
-        Ready,
-        Started,
-        Progressed,
-        Evaluated,
-        Saved,
-        Answered,
-        Measured,
-        Ended,
-        Died,
-    )
-}
+R = TypeVar("R")
 
 
 def to_json(record: Any) -> Any:
     """A record as JSON values. Floats keep every digit; NaN and infinity stay as they are."""
-    return _plain(asdict(record))
+    if is_dataclass(record):
+        return {each.name: to_json(getattr(record, each.name)) for each in fields(record)}
+    if isinstance(record, Mapping):
+        return {key: to_json(item) for key, item in record.items()}
+    if isinstance(record, (list, tuple, Packed)):
+        return [to_json(item) for item in record]
+    return str(record) if isinstance(record, StrEnum) else record
+
+
+def from_json(kind: type[R], document: Mapping[str, Any]) -> R:
+    """The inverse of `to_json`. Raises TypeError for a field that the kind does not have."""
+    readers = _readers(kind)  # type: ignore[arg-type]  # a class is hashable
+    return kind(**{name: readers.get(name, _as_it_is)(value) for name, value in document.items()})
+
+
+@cache
+def _readers(kind: type[Any]) -> dict[str, Callable[[Any], Any]]:
+    """How each field of a dataclass is read."""
+    hints = get_type_hints(kind)
+    return {each.name: _reader(hints[each.name]) for each in fields(kind)}
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """How a value of a type is read; what JSON has itself is left as it is."""
+    if is_dataclass(hint):
+        return lambda value: value if value is None else from_json(hint, value)  # type: ignore[arg-type]
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint
+    of = get_args(hint)
+    if get_origin(hint) is tuple:
+        item = _reader(of[0])
+        return tuple if item is _as_it_is else lambda values: tuple(map(item, values))
+    if isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping):
+        item = _reader(of[1])
+        if item is _as_it_is:
+            return _as_it_is
+        return lambda values: {key: item(value) for key, value in values.items()}
+    of = tuple(each for each in of if each is not Packed)
+    known = [reader for each in of if (reader := _reader(each)) is not _as_it_is] if _is_union(hint) else []
+    if not known:
+        return _as_it_is
+    if known == [tuple]:  # as in a hyperparameter's value
+        return lambda value: tuple(value) if isinstance(value, list) else value
+    (only,) = known
+    return lambda value: None if value is None else only(value)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, type(int | None))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def evaluation_from_json(document: Mapping[str, Any]) -> Evaluation:
     """The inverse of `to_json` for an Evaluation."""
-    return Evaluation(
-        **{
-            **document,
-            "example_nll": tuple(document.get("example_nll", ())),
-            "example_tokens": tuple(document.get("example_tokens", ())),
-        }
-    )
+    return from_json(Evaluation, document)
 
 
 def checkpoint_from_json(document: Mapping[str, Any]) -> Checkpoint:
     """The inverse of `to_json` for a Checkpoint."""
-    return Checkpoint(**{**document, "kind": CheckpointKind(document["kind"])})
+    return from_json(Checkpoint, document)
 
 
 def branch_from_json(document: Mapping[str, Any]) -> Branch:
     """The inverse of `to_json` for a Branch."""
-    checkpoint, evaluation = document["checkpoint"], document["evaluation"]
-    return Branch(
-        **{
-            **document,
-            "attempts": tuple(Attempt(**attempt) for attempt in document["attempts"]),
-            "checkpoint": None if checkpoint is None else checkpoint_from_json(checkpoint),
-            "evaluation": None if evaluation is None else evaluation_from_json(evaluation),
-        }
-    )
-
-
-def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
-    """Hyperparameters whose lists became tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
+    return from_json(Branch, document)
 
 
 def assignment_from_json(document: Mapping[str, Any]) -> Assignment:
     """The inverse of `to_json` for an Assignment."""
-    return Assignment(
-        **{
-            **document,
-            "hyperparameters": hyperparameters_from_json(document["hyperparameters"]),
-            "trunk_steps": tuple(document.get("trunk_steps", ())),
-        }
-    )
+    return from_json(Assignment, document)
 
 
-def event_to_json(event: Event) -> dict[str, Any]:
+def event_to_json(event: Said) -> dict[str, Any]:
     """An event as a JSON object whose `event` names its kind."""
     return {"event": type(event).__name__.lower(), **to_json(event)}
 
 
 def event_from_json(document: Mapping[str, Any]) -> Event:
     """The inverse of `event_to_json`. Raises KeyError for an unknown kind."""
+    kind = Said.kinds[document["event"]]
     values = {key: value for key, value in document.items() if key != "event"}
-    kind = _EVENTS[document["event"]]
-    for name, parse in (("evaluation", evaluation_from_json), ("base", evaluation_from_json)):
-        if values.get(name) is not None:
-            values[name] = parse(values[name])
-    if "checkpoint" in values:
-        values["checkpoint"] = checkpoint_from_json(values["checkpoint"])
-    for name in ("trials", "remarks"):
-        if name in values:
-            values[name] = tuple(values[name])
-    if "throughput" in values:
-        values["throughput"] = Throughput(**values["throughput"])
-    if "score" in values:
-        values["score"] = AnswerScore(**values["score"])
-    return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
+    return from_json(kind, values)  # type: ignore[return-value]  # any kind that has been declared

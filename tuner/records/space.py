@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[int, ...]
 """A hyperparameter's value. A tuple holds layer names (`target_modules`) or numbers."""
@@ -122,3 +122,8 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
             assert isinstance(rank, (int, float))
             values[name] = dimension.factor * math.sqrt(rank)
     return values
+
+
+def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
+    """Hyperparameters whose lists became tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

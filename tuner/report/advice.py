@@ -113,7 +113,7 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
         return ()
     trial, best = champion.ranked[0]
     score = f"answers that score {format.answer_score(trial.answer_score)}, loss " if by is not None else ""
-    name, loss = f"{trial.round}/{trial.number}", format.loss(best.eval_loss)
+    name, loss = trial.name, format.loss(best.eval_loss)
     return (f"An earlier trial, {name}, is still better: {score}{loss} at step {best.step}.",)
 
 
@@ -132,9 +132,7 @@ def _merit(report: RoundReport) -> tuple[float, float]:
 def tested(report: RoundReport) -> tuple[str, ...]:
     """What `data.test` said of the trials that somebody settled on; or how to ask it, once, at the end."""
     if report.scored:
-        return tuple(
-            f"{t.round}/{t.number}: {format.final_in_words(t, report.scored)}" for t in report.scored
-        )
+        return tuple(f"{t.name}: {format.final_in_words(t, report.scored)}" for t in report.scored)
     if not report.has_test or not report.ranked:
         return ()
     return (

@@ -147,8 +147,12 @@ def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
     What has not beaten the base model has learned nothing to overfit.
     """
     sound = [t for t in trials if t.state not in (TrialState.INFEASIBLE, TrialState.FAILED)]
-    rises = ((t.number, rise_after_best(t.evaluations)) for t in sound if beats_the_base(t))
-    return {number: rise.best_step for number, rise in rises if rise is not None and rise.is_overfitting}
+    rises = ((trial, rise_after_best(trial.evaluations)) for trial in sound)
+    return {
+        trial.number: rise.best_step
+        for trial, rise in rises
+        if rise is not None and rise.is_overfitting and beats_the_base(trial)
+    }
 
 
 def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
@@ -207,7 +211,7 @@ def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
         "step": score.step,
         "examples": score.num_examples,
         "tokens": score.num_tokens,
-        "scored_before": [f"{other.round}/{other.number}" for other in scored_before(trial, scored)],
+        "scored_before": [other.name for other in scored_before(trial, scored)],
     }
 
 

@@ -122,7 +122,7 @@ def final_in_words(trial: Trial, scored: Sequence[Trial]) -> str:
     rows, before = count(score.num_examples, "row"), scored_before(trial, scored)
     if not before:
         return f"On data.test, {rows} that nothing was chosen by, its loss is {final_score(score)}."
-    others = ", ".join(f"{other.round}/{other.number}" for other in before)
+    others = ", ".join(other.name for other in before)
     return (
         f"On data.test, {rows}, its loss is {final_score(score)}. That is no longer unbiased: {others} had a "
         "score on them before, and the better of several is optimistic."

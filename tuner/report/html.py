@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from tuner.report.round_report import (
     trial_cells,
     trial_headers,
 )
+from tuner.whole import written_whole
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
@@ -31,13 +30,10 @@ def write_html(path: Path, report: RoundReport, *, earlier: Sequence[RoundReport
 
     Raises StorageError where the file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(html_page(report, earlier=earlier), encoding="utf-8")
-        draft.replace(path)
+        with written_whole(path) as draft:
+            draft.write_text(html_page(report, earlier=earlier), encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from error
 
 

@@ -28,7 +28,7 @@ def reproduction_page(study: str, found: Reproduction) -> RenderableType:
 
 def verdict(found: Reproduction) -> str:
     """One sentence: whether it agrees, how far, and from which step it does not."""
-    name = f"{found.trial.round}/{found.trial.number}"
+    name = found.trial.name
     compared = f"{format.count(len(found.pairs), 'evaluation')} up to step {found.to_step}"
     first, largest = found.first_beyond, found.largest
     match found.agreement:
@@ -53,7 +53,7 @@ def reproduction_document(study: str, found: Reproduction) -> dict[str, Any]:
     """What `trial reproduce --json` prints."""
     return {
         "study": study,
-        "trial": f"{found.trial.round}/{found.trial.number}",
+        "trial": found.trial.name,
         "agreement": found.agreement.value,
         "tolerance": found.tolerance,
         "from_step": found.from_step,

@@ -82,7 +82,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     first, *chosen, loss, step, settled, _, remarks = columns
     scored = [replace(chosen.pop(), rank=1)] if answers else []
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
-    names_of_trials = tuple(Text(f"{trial.round}/{trial.number}") for trial in rows)
+    names_of_trials = tuple(Text(trial.name) for trial in rows)
     return FittedTable(
         [
             replace(first, cells=names_of_trials, is_number=False),
@@ -105,9 +105,7 @@ def trial_page(
 
     `scored` are the study's trials that were scored on `data.test`, in their order.
     """
-    head = Text.assemble(
-        (f"{trial.round}/{trial.number}", "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state])
-    )
+    head = Text.assemble((trial.name, "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state]))
     return Group(
         head,
         *([Text(trial.reason)] if trial.reason else []),

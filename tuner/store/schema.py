@@ -23,6 +23,9 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+from tuner.records.state import storable_text
+from tuner.records.trials import Packed
+
 VERSION_TABLE = "tuner_alembic_version"
 """Where Alembic keeps our revision; `alembic_version` in the same database is Optuna's."""
 
@@ -59,15 +62,20 @@ class Numbers(TypeDecorator[tuple[Any, ...]]):
         super().__init__()
         self.code = code
 
-    def process_bind_param(self, value: tuple[Any, ...] | None, dialect: Dialect) -> bytes | None:
+    def process_bind_param(self, value: tuple[Any, ...] | Packed | None, dialect: Dialect) -> bytes | None:
         """The numbers as bytes."""
+        if isinstance(value, Packed):
+            return value.content
         return None if value is None else struct.pack(f"<{len(value)}{self.code}", *value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> tuple[Any, ...] | None:
         """The numbers again."""
-        if value is None:
-            return None
-        return struct.unpack(f"<{len(value) // struct.calcsize('<' + self.code)}{self.code}", value)
+        return None if value is None else numbers(value, self.code)
+
+
+def numbers(content: bytes, code: str) -> tuple[Any, ...]:
+    """The numbers of a column of type `Numbers`."""
+    return struct.unpack(f"<{len(content) // struct.calcsize('<' + code)}{code}", content)
 
 
 class JsonText(TypeDecorator[Any]):
@@ -96,14 +104,6 @@ class FreeText(TypeDecorator[str]):
         return None if value is None else storable_text(value)
 
 
-def storable_text(text: str) -> str:
-    """The text with a replacement for NUL, which PostgreSQL refuses, and for halves of surrogate pairs.
-
-    A worker's last words may hold any byte, and why a trial died must not be lost for one of them.
-    """
-    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
-
-
 METADATA = MetaData()
 
 
@@ -125,6 +125,7 @@ ROUNDS = Table(
     Column("eval_rows", Integer, nullable=False),
     Column("workload", Text, nullable=False),
     Column("evaluation_share", ExactFloat, nullable=False),
+    Column("kind", Text, nullable=False, server_default="search"),
 )
 
 TRIALS = Table(

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Row, Select, Table, create_engine, select
-from sqlalchemy.exc import IntegrityError
-
-from tuner.records import (
-    AnswerScore,
-    Attempt,
-    Branch,
-    Checkpoint,
-    CheckpointKind,
-    Continuation,
-    Evaluation,
-    FinalScore,
-    Promotion,
-    RoundRecord,
-    Throughput,
-    Trial,
-    TrialState,
-    branch_from_json,
-    hyperparameters_from_json,
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    Table,
+    create_engine,
+    select,
+    type_coerce,
 )
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.types import NullType
+
+from tuner.records import Fact, Promotion, RoundKind, RoundRecord, Trial
+from tuner.records.state import RoundFacts
 from tuner.store.database import (
     database_file,
     exists,
@@ -41,23 +37,16 @@ from tuner.store.database import (
     whole_or_absent,
     writing,
 )
-from tuner.store.facts import Fact, not_recorded, state_of
 from tuner.store.migrations import newest_revision, revision_of, upgrade
-from tuner.store.recording import Recorder
-from tuner.store.schema import (
-    ANSWER_SCORES,
-    ATTEMPTS,
-    BRANCHES,
-    CHECKPOINTS,
-    EVALUATIONS,
-    FINAL_SCORES,
-    PROMOTIONS,
-    ROUNDS,
-    THROUGHPUTS,
-    TRIALS,
-)
+from tuner.store.recording import ROUND_ROWS, TRIAL_ROWS, Recorder, asked_trial
+from tuner.store.schema import ATTEMPTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
 
-T = TypeVar("T")
+_AS_KEPT = NullType()
+_READ_AS_KEPT = {
+    EVALUATIONS: ("eval_loss", "train_loss", "learning_rate", "example_nll", "example_tokens"),
+    ATTEMPTS: ("environment",),
+}
+"""Columns of long tables whose readers convert the values themselves: one call for each would take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,30 +122,31 @@ class SqlStore:
                 except IntegrityError as error:
                     if not _is_foreign_key(error):
                         raise
-                    raise not_recorded(fact) from error
+                    raise fact.not_recorded() from error
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
-        measured: defaultdict[str, list[Throughput]] = defaultdict(list)
-        branches: defaultdict[str, list[Branch]] = defaultdict(list)
+        return self._rounds()
+
+    def round(self, name: str) -> RoundRecord | None:
+        """As `Store` says."""
+        return next(iter(self._rounds(name=name)), None)
+
+    def _rounds(self, **begun: str) -> tuple[RoundRecord, ...]:
+        known: dict[str, RoundFacts] = {}
+        of = {"round": begun["name"]} if begun else {}
         with explained(self._url), reading(self._engine) as connection:
-            begun = self._rows(connection, ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name)
-            for row in self._rows(connection, THROUGHPUTS):
-                measured[row.pop("round")].append(Throughput(**row))
-            for row in self._rows(connection, BRANCHES, BRANCHES.c.trial, BRANCHES.c.max_train_steps):
-                branches[row.pop("round")].append(branch_from_json(row))
-        return tuple(
-            RoundRecord(
-                **row,
-                throughputs=tuple(sorted(measured[row["name"]], key=lambda t: t.session)),
-                branches=tuple(branches[row["name"]]),
-            )
-            for row in begun
-        )
+            for row in self._rows(connection, ROUNDS, ROUNDS.c.begun_at, ROUNDS.c.name, **begun):
+                record = RoundRecord(**{**row, "kind": RoundKind(row["kind"])})
+                known[record.name] = RoundFacts(record)
+            for table, read in ROUND_ROWS.items():
+                for found in connection.execute(self._select(table, **of)):
+                    read(known[found.round], found)
+        return tuple(facts.record() for facts in known.values())
 
     def trials(self, round: str) -> tuple[Trial, ...]:
         """As `Store` says."""
-        return self._read(round, None)
+        return self._read(round)
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
@@ -165,33 +155,17 @@ class SqlStore:
             raise KeyError((round, number))
         return found[0]
 
-    def _read(self, round: str, number: int | None) -> tuple[Trial, ...]:
+    def _read(self, round: str, number: int | None = None) -> tuple[Trial, ...]:
         """The round's trials, or the one of a number."""
-
-        def rows(table: Table) -> Select[Any]:
-            of_round = select(table).where(table.c.study == self._study, table.c.round == round)
-            column = table.c.number if table is TRIALS else table.c.trial
-            return of_round if number is None else of_round.where(column == number)
-
-        with explained(self._url), reading(self._engine) as connection:
-            asked = connection.execute(rows(TRIALS)).all()
-            attempts = _by_trial(connection, rows(ATTEMPTS), _attempt)
-            evaluations = _by_trial(connection, rows(EVALUATIONS), _evaluation)
-            there = rows(CHECKPOINTS).where(CHECKPOINTS.c.removed.is_(False))
-            checkpoints = _by_trial(connection, there, _checkpoint)
-            scores = _by_trial(connection, rows(FINAL_SCORES), _final_score)
-            answers = _by_trial(connection, rows(ANSWER_SCORES), _answer_score)
-        return tuple(
-            _trial(
-                row,
-                attempts[row.number],
-                evaluations[row.number],
-                checkpoints[row.number],
-                scores[row.number],
-                answers[row.number],
-            )
-            for row in sorted(asked, key=lambda row: row.number)
-        )
+        asked: dict[str, Any] = {} if number is None else {"number": number}
+        of: dict[str, Any] = {} if number is None else {"trial": number}
+        with explained(self._url), reading(self._engine) as connection, _uncollected():
+            rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
+            known = {row.number: asked_trial(row) for row in rows}
+            for table, read in TRIAL_ROWS.items():
+                for row in connection.execute(self._select(table, round=round, **of)):
+                    read(known[row.trial], row)
+            return tuple(facts.trial() for facts in known.values())
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
@@ -203,103 +177,42 @@ class SqlStore:
         """As `Store` says."""
         self._engine.dispose()
 
-    def _rows(self, connection: Connection, table: Table, *order: ColumnElement[Any]) -> list[dict[str, Any]]:
+    def _rows(
+        self, connection: Connection, table: Table, *order: ColumnElement[Any], **equal: Any
+    ) -> list[dict[str, Any]]:
         """The study's rows without its name."""
-        columns = [column for column in table.columns if column.name != "study"]
-        statement = select(*columns).where(table.c.study == self._study).order_by(*order)
-        return [dict(row._mapping) for row in connection.execute(statement)]
+        found = connection.execute(self._select(table, *order, omitted=("study",), **equal))
+        return [dict(row._mapping) for row in found]
+
+    def _select(
+        self, table: Table, *order: ColumnElement[Any], omitted: Sequence[str] = (), **equal: Any
+    ) -> Select[Any]:
+        """The study's rows with these values."""
+        raw = _READ_AS_KEPT.get(table, ())
+        columns = [
+            type_coerce(column, _AS_KEPT).label(column.name) if column.name in raw else column
+            for column in table.columns
+            if column.name not in omitted
+        ]
+        conditions = [
+            table.c.study == self._study,
+            *(table.c[name] == value for name, value in equal.items()),
+        ]
+        return select(*columns).where(*conditions).order_by(*order)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which looks again and again at all that a long read has made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_foreign_key(error: IntegrityError) -> bool:
     in_sqlite = getattr(error.orig, "sqlite_errorname", None) == "SQLITE_CONSTRAINT_FOREIGNKEY"
     return in_sqlite or getattr(error.orig, "sqlstate", None) == "23503"
-
-
-def _by_trial(connection: Connection, rows: Select[Any], make: Callable[[Row[Any]], T]) -> dict[int, list[T]]:
-    found: defaultdict[int, list[T]] = defaultdict(list)
-    for row in connection.execute(rows):
-        found[row.trial].append(make(row))
-    return found
-
-
-def _trial(
-    row: Row[Any],
-    attempts: list[Attempt],
-    evaluations: list[Evaluation],
-    checkpoints: list[Checkpoint],
-    scores: list[FinalScore],
-    answers: list[AnswerScore],
-) -> Trial:
-    return Trial(
-        round=row.round,
-        number=row.number,
-        hyperparameters=hyperparameters_from_json(row.hyperparameters),
-        state=state_of(None if row.state is None else TrialState(row.state), attempts),
-        reason=row.note if row.reason is None else row.reason,
-        continues=None if row.continues is None else Continuation.parse(row.continues),
-        evaluations=tuple(sorted(evaluations, key=lambda e: e.step)),
-        checkpoints=tuple(sorted(checkpoints, key=lambda c: (c.step, c.kind))),
-        attempts=tuple(sorted(attempts, key=lambda a: a.number)),
-        optuna_trial=row.optuna_trial,
-        final_score=next(iter(scores), None),
-        answer_score=next(iter(answers), None),
-    )
-
-
-def _attempt(row: Row[Any]) -> Attempt:
-    return Attempt(
-        number=row.number,
-        from_step=row.from_step,
-        to_step=row.to_step,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        outcome=row.outcome,
-        message=row.message,
-        environment=row.environment,
-    )
-
-
-def _evaluation(row: Row[Any]) -> Evaluation:
-    return Evaluation(
-        step=row.step,
-        eval_loss=row.eval_loss,
-        train_loss=row.train_loss,
-        learning_rate=row.learning_rate,
-        clipped_updates=row.clipped_updates,
-        example_nll=row.example_nll,
-        example_tokens=row.example_tokens,
-        correct_tokens=row.correct_tokens,
-    )
-
-
-def _checkpoint(row: Row[Any]) -> Checkpoint:
-    return Checkpoint(
-        kind=CheckpointKind(row.kind),
-        step=row.step,
-        path=row.path,
-        size_bytes=row.size_bytes,
-        sha256=row.sha256,
-    )
-
-
-def _answer_score(row: Row[Any]) -> AnswerScore:
-    return AnswerScore(
-        step=row.step,
-        metric=row.metric,
-        mean=row.mean,
-        standard_error=row.standard_error,
-        num_examples=row.num_examples,
-        is_objective=row.is_objective,
-    )
-
-
-def _final_score(row: Row[Any]) -> FinalScore:
-    return FinalScore(
-        step=row.step,
-        loss=row.loss,
-        standard_error=row.standard_error,
-        num_examples=row.num_examples,
-        num_tokens=row.num_tokens,
-        rows=row.rows,
-        scored_at=row.scored_at,
-    )

@@ -1,7 +1,7 @@
 """A round's comparison runs: which runs next, from where, and how its worker's events are recorded.
 
-To a worker each is one more run, with a negative number. Its files are in a folder of their own under the
-round's and are deleted when it has ended: it leaves a loss, not an adapter.
+To a worker each is one more run, whose parent is the trial it is compared with. Its files are in a folder
+of their own under the round's and are deleted when it has ended: it leaves a loss, not an adapter.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from tuner.records import (
     Assignment,
     Attempt,
     Branch,
+    BranchAdvanced,
     CheckpointKind,
     Ended,
     Evaluated,
     Progressed,
     RoundRecord,
+    RunId,
     Saved,
     Started,
 )
 from tuner.report.format import loss
-from tuner.store.facts import BranchAdvanced, Store
+from tuner.store import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
 from tuner.study.results import earlier_results, round_results
@@ -73,7 +75,7 @@ class ComparisonRuns:
 
     def record(self, event: Started | Progressed | Evaluated | Saved | Ended) -> None:
         """Turn a worker's event about a comparison run into facts, then act on them."""
-        branch = self._named(event.trial)
+        branch = self._named(event.run)
         match event:
             case Progressed(step=step):
                 self._advance(_ran(branch, step))
@@ -95,10 +97,10 @@ class ComparisonRuns:
             case _:
                 pass
 
-    def died(self, numbers: Collection[int], reason: str) -> None:
+    def died(self, runs: Collection[RunId], reason: str) -> None:
         """Record that a worker died, with the runs it had."""
         for branch in self._record.branches:
-            if self._number(branch) in numbers and _is_running(branch):
+            if self._run(branch) in runs and _is_running(branch):
                 self._try_again(self._ended(branch, "died", reason))
 
     def recover(self) -> None:
@@ -114,12 +116,12 @@ class ComparisonRuns:
     def _start(self, branch: Branch) -> StartingPoint | None:
         if branch.checkpoint is not None and (own := self.folder.point(branch.checkpoint)) is not None:
             return own
-        trial = self.store.trials(self.plan.name)[branch.trial]
+        trial = self.store.trial(self.plan.name, branch.trial)
         trunk = trial.checkpoint(CheckpointKind.TRUNK, branch.from_step)
         return None if trunk is None else self.folder.point(trunk)
 
     def _assign(self, branch: Branch, start: StartingPoint | None) -> Assignment:
-        trial = self.store.trials(self.plan.name)[branch.trial]
+        trial = self.store.trial(self.plan.name, branch.trial)
         step = start.step if start else 0
         attempt = Attempt(len(branch.attempts) + 1, step, step, self.clock())
         self._clean_up(branch)
@@ -128,7 +130,7 @@ class ComparisonRuns:
         self.say(f"{_name(branch)} {begins} at step {step}")
         return Assignment(
             round=self.plan.name,
-            trial=self._number(branch),
+            trial=branch.trial,
             attempt=attempt.number,
             hyperparameters=branch_hyperparameters(
                 branch, trial.hyperparameters, self.plan.spec.max_train_steps
@@ -138,6 +140,7 @@ class ComparisonRuns:
             directory=str(self._directory(branch)),
             resume_from=str(start.path) if start else None,
             resume_sha256=start.sha256 if start else None,
+            is_comparison=True,
         )
 
     def _clean_up(self, branch: Branch) -> None:
@@ -190,17 +193,18 @@ class ComparisonRuns:
 
     @property
     def _record(self) -> RoundRecord:
-        return next(record for record in self.store.rounds() if record.name == self.plan.name)
+        record = self.store.round(self.plan.name)
+        assert record is not None
+        return record
 
     def _advance(self, branch: Branch) -> None:
         self.store.record(BranchAdvanced(self.plan.name, branch))
 
-    def _number(self, branch: Branch) -> int:
-        """Return the run's number for a worker: unique and below 0."""
-        return -(branch.trial * (self.plan.spec.max_train_steps + 1) + branch.max_train_steps)
+    def _run(self, branch: Branch) -> RunId:
+        return RunId(self.plan.name, branch.trial, branch.max_train_steps)
 
-    def _named(self, number: int) -> Branch:
-        return next(branch for branch in self._record.branches if self._number(branch) == number)
+    def _named(self, run: RunId) -> Branch:
+        return next(branch for branch in self._record.branches if self._run(branch) == run)
 
     def _directory(self, branch: Branch) -> Path:
         return self.folder.root / f"branch-{branch.trial:04d}-{branch.max_train_steps:06d}"

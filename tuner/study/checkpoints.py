@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.records import Checkpoint, CheckpointKind, Trial
+from tuner.whole import lead
 
 _VERSIONED = ("best-steps", "last", "trunk")
 
@@ -75,7 +75,9 @@ class CheckpointFolder:
             unfinished.unlink(missing_ok=True)
         best = trial.checkpoint(CheckpointKind.BEST)
         if best is not None and (self.root / best.path).is_dir():
-            _lead(link, self.root / best.path)
+            target = self.root / best.path
+            if link.resolve() != target.resolve():
+                lead(link, target)
         elif not link.exists():
             link.unlink(missing_ok=True)
 
@@ -87,15 +89,6 @@ class CheckpointFolder:
     def size_bytes(self, trials: Sequence[Trial]) -> int:
         """Return the disk space of trials' recorded checkpoints."""
         return sum(checkpoint.size_bytes for trial in trials for checkpoint in trial.checkpoints)
-
-
-def _lead(link: Path, target: Path) -> None:
-    """Make a link point to its target, replacing one that may point to a deleted target."""
-    if link.resolve() == target.resolve():
-        return
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.symlink_to(target.relative_to(link.parent))
-    temporary.replace(link)
 
 
 def _unrecorded(directory: Path, recorded: set[Path]) -> list[Path]:

@@ -18,7 +18,7 @@ from tuner.records import (
     Trial,
     TrialState,
 )
-from tuner.store.facts import Store
+from tuner.store import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.plan import RoundPlan
 
@@ -51,7 +51,7 @@ class Continuations:
         return continued_checkpoint(self.store, self._folder(trial.continues.round), trial.continues)
 
     def _find(self, round_name: str, number: int, hyperparameters: Hyperparameters) -> Continuation | str:
-        record = next((r for r in self.store.rounds() if r.name == round_name), None)
+        record = self.store.round(round_name)
         trial = self._trial(round_name, number)
         if record is None or trial is None:
             return f"the study has no trial {round_name}/{number}"

@@ -108,13 +108,14 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
     """Return the command to run after a round: resume it, promote it, or use its best adapter."""
     file = folder.file(results.name)
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
-    record = next(record for record in store.rounds() if record.name == results.name)
+    record = store.round(results.name)
+    assert record is not None
     missing = file is not None and len(results.results) < file.spec.num_trials
     if missing or num_branches_left(store, _as_it_stands(folder, record)):
         return run
     following = next((p.to_round for p in store.promotions() if p.from_round == results.name), None)
     if following is not None and folder.file(following) is not None:
-        has_begun = any(record.name == following for record in store.rounds())
+        has_begun = store.round(following) is not None
         return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
     if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
         return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"

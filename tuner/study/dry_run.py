@@ -6,21 +6,13 @@ checkpoints; its files say `run.engine: simulated`, and every command works in i
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from typing import Any
 
 from tuner.config import RoundFile, edit_round, read_round
-from tuner.engines import LoraFormula, SimulatedWorker
 from tuner.errors import InputError, RoundFileError
-from tuner.records import Ready
-from tuner.study.folder import REHEARSAL, is_rehearsal, open_folder
+from tuner.study.folder import REHEARSAL, is_rehearsal
 from tuner.study.plan import RoundPlan
 from tuner.study.run import refuse_changed_file
-
-SLOTS = 4
-"""Trials side by side where neither file nor command line says how many."""
 
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
@@ -48,20 +40,6 @@ def rehearsed_file(file: RoundFile) -> RoundFile:
     return copy
 
 
-def simulated_worker(plan: RoundPlan, *, slots: int | str) -> SimulatedWorker:
-    """A worker on the study's own made-up loss surface."""
-    num_slots = 1 if plan.spec.trains_alone else slots if isinstance(slots, int) else SLOTS
-    ready = Ready(num_slots, "simulated", workload=_workload(plan))
-    return SimulatedWorker(
-        LoraFormula(plan.spec.study, pace_steps=_pace_steps(plan)), slots=num_slots, ready=ready
-    )
-
-
-def virtual_clock(begun_at: float, workers: list[SimulatedWorker]) -> Callable[[], float]:
-    """Seconds since the epoch as they would be had the workers' steps taken their time."""
-    return lambda: begun_at + sum(worker.seconds for worker in workers)
-
-
 def _changes(file: RoundFile) -> dict[str, Any]:
     """Return the copy's changes: its own database and checkpoints, the same model and data."""
     written, absolute = file.spec, file.spec.absolute(file.directory)
@@ -84,20 +62,3 @@ def _changes(file: RoundFile) -> dict[str, Any]:
                 for source, there in zip(sources, moved, strict=True)
             ]
     return changes
-
-
-def _pace_steps(plan: RoundPlan) -> int:
-    """Return how fast the synthetic runs learn: all rounds at the pace of the study's first."""
-    store = open_folder(plan.file.directory).open()
-    try:
-        first = next((record.max_train_steps for record in store.rounds()), plan.spec.max_train_steps)
-    finally:
-        store.close()
-    return max(1, first)
-
-
-def _workload(plan: RoundPlan) -> str:
-    """Return a fingerprint of the model and data that the file names, without opening them."""
-    said = plan.absolute.model_dump(mode="json", include={"model", "data"})
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return f"rehearsal-{digest[:16]}"

@@ -9,10 +9,9 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError
 from tuner.playbook.scores import final_score, scored_trials
-from tuner.records import CheckpointKind, FinalScore, Trial, TrialState
+from tuner.records import CheckpointKind, FinalScore, Trial, TrialScored, TrialState
 from tuner.store import Store, hold_study
-from tuner.store.facts import TrialScored
-from tuner.study.folder import StudyFolder
+from tuner.study.folder import StudyFolder, opened
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,15 @@ def score_trial(
     adapter, best = _adapter_to_score(folder, trial), trial.checkpoint(CheckpointKind.BEST)
     if not plan.spec.data.test:
         raise InputError(
-            f"{plan.file.path.name}: data.test: missing, so there is nothing to score {_name(trial)} on; "
+            f"{plan.file.path.name}: data.test: missing, so there is nothing to score {trial.name} on; "
             "add rows that are in neither train nor eval, as `test: [{path: ..., format: ...}]`"
         )
     assert best is not None
     with hold_study(folder.directory, folder.storage, folder.name):
         sums = measure(plan.absolute, plan.cache, adapter)
         score = final_score(sums.nll, sums.tokens, step=best.step, rows=sums.rows, scored_at=clock())
-        store = folder.open()
-        try:
+        with opened(folder) as store:
             store.record(TrialScored(trial.round, trial.number, score))
-        finally:
-            store.close()
     return score
 
 
@@ -73,9 +69,5 @@ def _adapter_to_score(folder: StudyFolder, trial: Trial) -> Path:
     adapter = folder.adapter(trial)
     if trial.state != TrialState.COMPLETE or adapter is None:
         why = f"is {trial.state}" if trial.state != TrialState.COMPLETE else "has no adapter any more"
-        raise InputError(f"{_name(trial)} {why}; data.test is for the trial you settle on: tuner trial list")
+        raise InputError(f"{trial.name} {why}; data.test is for the trial you settle on: tuner trial list")
     return Path(adapter)
-
-
-def _name(trial: Trial) -> str:
-    return f"{trial.round}/{trial.number}"

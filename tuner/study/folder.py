@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.records import RoundRecord, Trial
-from tuner.store import MemoryStore, Store, exists, is_held, open_store
+from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.plan import RoundPlan
 
@@ -53,11 +54,8 @@ class StudyFolder:
     @property
     def has_begun(self) -> bool:
         """Return whether a round of this study has started."""
-        store = self.open()
-        try:
+        with opened(self) as store:
             return bool(store.rounds())
-        finally:
-            store.close()
 
     def open(self) -> Store:
         """Open the study's facts; an empty store if there is no database, so that reading creates nothing."""
@@ -90,14 +88,28 @@ class StudyFolder:
         """Return the round that started last, without sweeps. Raises InputError if none has."""
         rounds = [record for record in store.rounds() if not record.is_sweep]
         if not rounds:
-            first = next((f for f in self.files if not f.spec.is_sweep), self.files[0]).path.name
+            first = next(self.searches(store), self.files[0]).path.name
             raise InputError(f"no round of {self.name} has started; start with: tuner study run {first}")
         return rounds[-1]
+
+    def is_sweep(self, round_name: str, store: Store) -> bool:
+        """Whether a round is one of a sweep: as it began, or as its file says."""
+        record, file = store.round(round_name), self.file(round_name)
+        return record.is_sweep if record is not None else file is not None and file.spec.is_sweep
+
+    def searches(self, store: Store) -> Iterator[RoundFile]:
+        """The files of rounds that are none of a sweep."""
+        return (file for file in self.files if not self.is_sweep(file.spec.round, store))
 
     def adapter(self, trial: Trial) -> str | None:
         """Return the absolute path of the trial's adapter."""
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
+
+
+def opened(folder: StudyFolder) -> closing[Store]:
+    """The study's facts, each round read at most once, closed at the end of a `with` block."""
+    return closing(CachedStore(folder.open()))
 
 
 def open_folder(directory: Path) -> StudyFolder:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +13,15 @@ from tuner.report import RoundReport, round_status
 from tuner.report.documents import RoundStatus
 from tuner.store import Store
 from tuner.study.dashboard import lineage
-from tuner.study.folder import StudyFolder
+from tuner.study.folder import StudyFolder, opened
 from tuner.study.results import as_written_now, num_branches_left, num_promised
-
-
-@contextmanager
-def opened(folder: StudyFolder) -> Iterator[Store]:
-    """Open the study's facts, and close them at the end."""
-    store = folder.open()
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
     """Return the record of a round. Raises InputError, which begins with `asked`, if it has not started."""
-    rounds = store.rounds()
-    found = next((record for record in rounds if record.name == name), None)
+    found = store.round(name)
     if found is None:
-        begun = ", ".join(record.name for record in rounds) or "none"
+        begun = ", ".join(record.name for record in store.rounds()) or "none"
         raise InputError(f"{asked or name}: no such round has started; started: {begun}")
     return found
 
@@ -101,8 +88,9 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
+                # What a round owes is known once its trials have ended.
                 branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
-                if record
+                if record and sum(trial.state.is_result for trial in trials) >= promised
                 else 0,
                 now=time.time(),
             )

@@ -17,7 +17,9 @@ from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Answered,
     Assignment,
+    AttemptStarted,
     Checkpoint,
+    CheckpointsRemoved,
     Continuation,
     Died,
     Ended,
@@ -25,31 +27,21 @@ from tuner.records import (
     Evaluation,
     Event,
     Measured,
+    Outcome,
     Preparing,
     Progressed,
     Ready,
     Saved,
     Started,
     Trial,
+    TrialAsked,
+    TrialEnded,
+    TrialNoted,
     TrialState,
     complete_hyperparameters,
 )
 from tuner.report import View
-from tuner.store.facts import (
-    AttemptEnded,
-    AttemptPlaced,
-    AttemptStarted,
-    CheckpointSaved,
-    CheckpointsRemoved,
-    EvaluationMade,
-    StepsRun,
-    Store,
-    TrialAnswered,
-    TrialAsked,
-    TrialEnded,
-    TrialNoted,
-    WorkMeasured,
-)
+from tuner.store import Store
 from tuner.study.branches import ComparisonRuns
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
@@ -198,53 +190,43 @@ class RoundLoop:
 
     def _record(self, event: Event) -> None:
         """Turn what a worker says into facts, then act on them."""
-        name = self.plan.name
         match event:
-            case (
-                Started(trial=run)
-                | Progressed(trial=run)
-                | Evaluated(trial=run)
-                | Saved(trial=run)
-                | Ended(trial=run)
-            ) if run < 0:
+            case Started() | Progressed() | Evaluated() | Saved() | Ended() if event.horizon is not None:
                 self.branches.record(event)
                 return
-            case Started(environment=environment) if environment:
-                self._warn_of_another_metric(environment)
-                self.state.record(AttemptPlaced(name, event.trial, event.attempt, environment))
-            case Preparing() | Ready() | Started():
+            case Preparing() | Ready():
                 pass
             case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
                 self.state.trial(event.trial).state == TrialState.PRUNED
             ):
                 # Said before the worker heard that it is to stop: how much, depends on who is faster.
-                self.state.record(StepsRun(name, event.trial, event.attempt, step))
+                self.state.record(Progressed(event.round, event.trial, event.attempt, step))
                 return
-            case Measured(throughput=throughput):
-                self.state.record(WorkMeasured(name, throughput))
-            case Progressed(trial=trial, attempt=attempt, step=step):
-                self.state.record(StepsRun(name, trial, attempt, step))
-            case Evaluated(trial=trial, attempt=attempt, evaluation=evaluation):
-                self.state.record(
-                    EvaluationMade(name, trial, evaluation), StepsRun(name, trial, attempt, evaluation.step)
-                )
+            case Started(environment=environment):
+                self._warn_of_another_metric(environment)
+                if environment:
+                    self.state.record(event)
+            case Progressed() | Answered():
+                self.state.record(event)
+            case Measured():
+                self.state.record(replace(event, round=self.plan.name))
+            case Evaluated(trial=trial, evaluation=evaluation):
+                self.state.record(event)
                 self.advisor.report(self.state.trial(trial), evaluation, self._planned_steps())
                 if self._prune(self.state.trial(trial)):
-                    self.worker.stop(trial)
-            case Saved(trial=trial, attempt=attempt, checkpoint=checkpoint):
+                    self.worker.stop(event.run)
+            case Saved(trial=trial):
                 before = self.state.trial(trial).checkpoints
-                self.state.record(CheckpointSaved(name, trial, attempt, checkpoint))
+                self.state.record(event)
                 self._remove_superseded(self.state.trial(trial), before)
-            case Answered(trial=trial, score=score):
-                self.state.record(TrialAnswered(name, trial, score))
             case Ended():
                 event = self._as_decided(event)
                 self._record_end(event)
             case Died(reason=reason, trials=numbers, is_input_error=is_input_error):
-                for number in sorted(number for number in numbers if number >= 0):
+                for number in numbers:
                     if has_open_attempt(self.state.trial(number)):
                         self._end_attempt(self.state.trial(number), "died", reason)
-                self.branches.died(numbers, reason)
+                self.branches.died(event.runs, reason)
                 if is_input_error:
                     raise RoundStopped(reason)
         self.view.event(event)
@@ -252,8 +234,10 @@ class RoundLoop:
     def _warn_of_another_metric(self, environment: Mapping[str, str]) -> None:
         """Say, once, that answers are scored from here on by a function that was edited meanwhile."""
         answers, now = self.plan.spec.evaluation.answers, environment.get("metric")
+        if answers is None or now is None:
+            return
         before = {a.environment.get("metric") for trial in self.state.trials for a in trial.attempts} - {None}
-        if answers is not None and now is not None and before and now not in before:
+        if before and now not in before:
             self.view.message(
                 f"warning: evaluation.answers.metric: the file of {answers.metric} has changed since "
                 f"trials of {self.plan.name} were scored: scores before and after the change may not be "
@@ -297,8 +281,7 @@ class RoundLoop:
             case "complete" | "infeasible" | "pruned":
                 now = self.clock()
                 self.state.record(
-                    StepsRun(trial.round, trial.number, event.attempt, event.step),
-                    AttemptEnded(trial.round, trial.number, event.attempt, event.step, now, event.outcome),
+                    replace(event, reason=None, at=now),
                     TrialEnded(trial.round, trial.number, TrialState(event.outcome), event.reason, now),
                 )
                 self._tell(trial.number)
@@ -313,7 +296,7 @@ class RoundLoop:
                 self._end_attempt(trial, "failed", event.reason)
 
     def _end_attempt(
-        self, trial: Trial, outcome: str, message: str | None, *, step: int | None = None
+        self, trial: Trial, outcome: Outcome, message: str | None, *, step: int | None = None
     ) -> None:
         """End a trial's open attempt; fail the trial when too many in a row came to nothing.
 
@@ -322,7 +305,7 @@ class RoundLoop:
         attempt = trial.attempts[-1]
         to_step = max(attempt.to_step, step or 0)
         self.state.record(
-            AttemptEnded(trial.round, trial.number, attempt.number, to_step, self.clock(), outcome, message)
+            Ended(trial.round, trial.number, attempt.number, to_step, outcome, message, self.clock())
         )
         trial = self.state.trial(trial.number)
         if trial.state == TrialState.PRUNED:
@@ -360,8 +343,8 @@ class RoundLoop:
         Whoever finds the fact alone tidies the directory up; a file half deleted is in no fact.
         """
         name = self.plan.name
-        limit = None if self.plan.spec.is_sweep else self.plan.spec.checkpoints.most_kept_trials
-        if limit is None:
+        limit, record = self.plan.spec.checkpoints.most_kept_trials, self.store.round(name)
+        if limit is None or record is None or record.is_sweep:
             return
         promotions = self.store.promotions()
         given_up = not_retained(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec
 from tuner.playbook.schedule import ComparisonRule, trunk_steps
-from tuner.records import Hyperparameters, Space
+from tuner.records import Hyperparameters, RoundKind, Space
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class RoundPlan:
     def name(self) -> str:
         """Return the round's name."""
         return self.spec.round
+
+    @property
+    def kind(self) -> RoundKind:
+        """What the round is for, as it is recorded when it begins."""
+        is_dry_run = self.spec.run.engine == "simulated" and not self.spec.is_sweep
+        return RoundKind.DRY_RUN if is_dry_run else RoundKind(self.spec.kind)
 
     @property
     def space(self) -> Space:

@@ -6,7 +6,6 @@ gets its plan recorded, so that an interrupted promotion is completed by promoti
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,13 +28,13 @@ from tuner.playbook.restarts import (
     points_left,
 )
 from tuner.playbook.schedule import can_decay_linearly
-from tuner.records import Promotion, RoundRecord, TrialState, Value, num_points
+from tuner.records import Promotion, PromotionPlanned, RoundRecord, TrialState, Value, num_points
 from tuner.store import Store, hold_study
-from tuner.store.facts import PromotionPlanned
 from tuner.study.file_edits import added_dimensions
-from tuner.study.folder import StudyFolder
-from tuner.study.lookup import begun_round, opened
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round
 from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
+from tuner.whole import written_whole
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ def promote_held(
     Raises StorageError if one does.
     """
     if not folder.has_begun:
-        folder.latest(folder.open())
+        with opened(folder) as store:
+            folder.latest(store)
     with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
         return promote(
             folder, store, to=to, from_round=from_round, overrides=overrides, force=force, clock=time.time
@@ -381,8 +381,7 @@ def promotion_document(
 
 def _source(folder: StudyFolder, store: Store, to: str, from_round: str | None) -> RoundRecord:
     """Return the round to promote from: the named one, else the latest."""
-    rounds = store.rounds()
-    if any(record.name == to for record in rounds):
+    if store.round(to) is not None:
         raise InputError(
             f"{to} has started, so its file cannot change. Promote to another name, such as {to}b"
         )
@@ -422,14 +421,8 @@ def write_round_file(path: Path, text: str, *, advice: str, force: bool = False)
             return
         if not force:
             raise InputError(f"{path}: exists with other content; {advice}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

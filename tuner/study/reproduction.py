@@ -39,7 +39,7 @@ from tuner.report.format import count
 from tuner.store import Store
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import continued_checkpoint
-from tuner.study.folder import StudyFolder
+from tuner.study.folder import StudyFolder, opened
 from tuner.study.run import first_worker
 
 FOLDER = "reproduced"
@@ -85,7 +85,7 @@ class Rerun:
 
 def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
     """Return the plan of running a trial again. Raises InputError for one without a result to compare."""
-    name = f"{trial.round}/{trial.number}"
+    name = trial.name
     if folder.is_rehearsal:
         raise InputError(
             f"{folder.directory}: nothing is trained in a rehearsal, so there is nothing to reproduce"
@@ -95,9 +95,9 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         raise InputError(
             f"{name} is {trial.state}{why}: it has no result to reproduce. See: tuner trial list"
         )
-    store = folder.open()
-    try:
-        record = next(record for record in store.rounds() if record.name == trial.round)
+    with opened(folder) as store:
+        record = store.round(trial.round)
+        assert record is not None
         spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
         # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
@@ -107,8 +107,6 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         wanted = _last_step(name, trial, record, spec, to_step)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)
-    finally:
-        store.close()
     return Rerun(
         trial,
         record,

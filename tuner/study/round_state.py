@@ -1,29 +1,11 @@
-"""A running round kept up fact by fact, facts read from memory, and what attempts say of a trial."""
+"""A running round kept up fact by fact, and what attempts say of a trial."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuner.records import Attempt, Promotion, RoundRecord, Trial, TrialState
-from tuner.store import MemoryStore, Store
-from tuner.store.facts import (
-    AttemptEnded,
-    AttemptPlaced,
-    AttemptStarted,
-    BranchAdvanced,
-    CheckpointSaved,
-    EvaluationMade,
-    Fact,
-    PromotionPlanned,
-    RoundBegun,
-    StepsRun,
-    TrialAnswered,
-    TrialAsked,
-    TrialEnded,
-    TrialNoted,
-    TrialScored,
-    WorkMeasured,
-)
+from tuner.records import Attempt, Fact, Trial, TrialAsked, TrialFact, TrialState
+from tuner.store import Store
 
 MAX_ATTEMPTS = 3
 """Attempts in a row that may die without a new checkpoint before what they try is failed."""
@@ -63,44 +45,6 @@ def unreplaced(trials: Sequence[Trial]) -> list[Trial]:
         if trial.state == TrialState.FAILED
         and not any(t.number > trial.number and t.hyperparameters == trial.hyperparameters for t in trials)
     ]
-
-
-class MirroredStore:
-    """A Store whose facts are recorded in `inner` first; what is read is a replay of what `inner` holds.
-
-    Right only while this process is the one that writes, which the study's lock ensures.
-    """
-
-    def __init__(self, inner: Store) -> None:
-        self._inner = inner
-        self._memory = MemoryStore()
-        for record in inner.rounds():
-            self._memory.take_over(record, inner.trials(record.name))
-
-    def record(self, *facts: Fact) -> None:
-        """As `Store` says."""
-        self._inner.record(*facts)
-        self._memory.record(*facts)
-
-    def rounds(self) -> tuple[RoundRecord, ...]:
-        """As `Store` says."""
-        return self._memory.rounds()
-
-    def trials(self, round: str) -> tuple[Trial, ...]:
-        """As `Store` says."""
-        return self._memory.trials(round)
-
-    def trial(self, round: str, number: int) -> Trial:
-        """As `Store` says."""
-        return self._memory.trial(round, number)
-
-    def promotions(self) -> tuple[Promotion, ...]:
-        """As `Store` says."""
-        return self._inner.promotions()
-
-    def close(self) -> None:
-        """As `Store` says."""
-        self._inner.close()
 
 
 class RoundState:
@@ -163,42 +107,6 @@ class RoundState:
 
 def _trial_of(fact: Fact) -> int | None:
     """The number of the trial that a fact is about; None for what is about a round."""
-    match fact:
-        case TrialAsked(trial=trial):
-            return trial.number
-        case RoundBegun() | BranchAdvanced() | WorkMeasured() | PromotionPlanned():
-            return None
-        case _:
-            return fact.trial
-
-
-def history(trial: Trial) -> list[Fact]:
-    """Facts from which a trial follows."""
-    facts: list[Fact] = [TrialAsked(trial)]
-    for attempt in trial.attempts:
-        name = (trial.round, trial.number, attempt.number)
-        facts += [
-            AttemptStarted(*name, attempt.from_step, attempt.started_at),
-            StepsRun(*name, attempt.to_step),
-        ]
-        if attempt.environment:
-            facts.append(AttemptPlaced(*name, attempt.environment))
-    facts += [EvaluationMade(trial.round, trial.number, evaluation) for evaluation in trial.evaluations]
-    newest = max((attempt.number for attempt in trial.attempts), default=1)
-    facts += [CheckpointSaved(trial.round, trial.number, newest, c) for c in trial.checkpoints]
-    for attempt in trial.attempts:
-        if attempt.ended_at is not None and attempt.outcome is not None:
-            name = (trial.round, trial.number, attempt.number)
-            facts.append(
-                AttemptEnded(*name, attempt.to_step, attempt.ended_at, attempt.outcome, attempt.message)
-            )
-    ended = max((a.ended_at or 0.0 for a in trial.attempts), default=0.0)
-    if trial.state.is_final:
-        facts.append(TrialEnded(trial.round, trial.number, trial.state, trial.reason, ended))
-    elif trial.reason is not None:
-        facts.append(TrialNoted(trial.round, trial.number, trial.reason))
-    if trial.final_score is not None:
-        facts.append(TrialScored(trial.round, trial.number, trial.final_score))
-    if trial.answer_score is not None:
-        facts.append(TrialAnswered(trial.round, trial.number, trial.answer_score))
-    return facts
+    if isinstance(fact, TrialAsked):
+        return fact.trial.number
+    return fact.trial if isinstance(fact, TrialFact) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -24,12 +24,11 @@ from tuner.errors import (
 from tuner.installation import install_command
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants.initialisations import starts_with_zero_b
-from tuner.records import Died, Evaluation, Preparing, Ready, RoundRecord, Trial
+from tuner.records import Died, Evaluation, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
 from tuner.report.trackers import not_installed
-from tuner.store import Store, exists, hold_study, open_store
-from tuner.store.facts import RoundBegun
+from tuner.store import CachedStore, Store, exists, hold_study, open_store
 from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
@@ -38,7 +37,6 @@ from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.plan import RoundPlan
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
-from tuner.study.round_state import MirroredStore
 from tuner.study.sampling import Advisor, make_sampler, optuna_storage
 
 
@@ -93,12 +91,13 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            store = MirroredStore(open_store(storage, study=plan.spec.study))
+            store = CachedStore(open_store(storage, study=plan.spec.study))
             in_use.callback(store.close)
             _begin(plan, store, ready, clock)
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
-            record = next(record for record in store.rounds() if record.name == plan.name)
+            record = store.round(plan.name)
+            assert record is not None
             advisor = Advisor(
                 optuna_storage(storage),
                 f"{plan.spec.study}/{plan.name}",
@@ -122,7 +121,8 @@ def run_round(
                 passes=passes,
             ).run()
             # The record read before does not include the comparison runs.
-            ended = next(r for r in store.rounds() if r.name == record.name)
+            ended = store.round(plan.name)
+            assert ended is not None
             write_pages(advisor.study, round_report(folder, store, ended))
 
 
@@ -157,11 +157,8 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
     storage = plan.absolute.storage
     if not exists(storage):
         return None
-    store = open_store(storage, study=plan.spec.study)
-    try:
-        return next((record for record in store.rounds() if record.name == plan.name), None)
-    finally:
-        store.close()
+    with closing(open_store(storage, study=plan.spec.study)) as store:
+        return store.round(plan.name)
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
@@ -198,11 +195,8 @@ def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
     """Return the trials that earlier runs of the round recorded. Creates nothing."""
     if not exists(storage):
         return ()
-    store = open_store(storage, study=plan.spec.study)
-    try:
+    with closing(open_store(storage, study=plan.spec.study)) as store:
         return store.trials(plan.name)
-    finally:
-        store.close()
 
 
 def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
@@ -255,7 +249,7 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
 
 def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
     """Record that the round has started, or the file's allowed changes."""
-    begun = next((record for record in store.rounds() if record.name == plan.name), None)
+    begun = store.round(plan.name)
     if begun is not None and begun.workload != ready.workload:
         raise InputError(
             f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
@@ -275,6 +269,7 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
                 eval_rows=ready.eval_rows,
                 workload=ready.workload,
                 evaluation_share=ready.evaluation_share,
+                kind=plan.kind,
             )
         )
     )

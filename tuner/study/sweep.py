@@ -1,7 +1,7 @@
 """`study sweep`: which constant-rate round to run next for a first horizon, or the result of the sweep.
 
-Everything follows from the files and facts of the rounds `sweep-N`, so that a sweep is resumed by calling it
-again.
+Everything follows from the files and facts of the study's sweep rounds, so that a sweep is resumed by
+calling it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tuner.playbook.sweep import (
 )
 from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value
 from tuner.store import Store
-from tuner.study.folder import open_folder
+from tuner.study.folder import open_folder, opened
 from tuner.study.promotion import write_round_file
 
 _NEUTRAL: Mapping[str, Value] = {
@@ -45,8 +45,7 @@ def next_sweep(file: RoundFile) -> RoundFile | SweepDecision:
     been swept with other data.
     """
     folder = open_folder(file.directory)
-    store = folder.open()
-    try:
+    with opened(folder) as store:
         names = [record.name for record in store.rounds() if record.is_sweep]
         if not names:
             return _written(file, first_sweep(file))
@@ -66,8 +65,6 @@ def next_sweep(file: RoundFile) -> RoundFile | SweepDecision:
             return decision
         text = edit_round(latest.text, {"run.production_steps": production_steps}, {})
         return _written(latest, _following(text, latest.spec.max_train_steps, names, store, decision))
-    finally:
-        store.close()
 
 
 def first_sweep(file: RoundFile) -> str:
@@ -182,7 +179,7 @@ def _following(
             entries = [
                 {
                     "learning_rate": trial.hyperparameters["learning_rate"],
-                    "continues": f"{trial.round}/{trial.number}",
+                    "continues": trial.name,
                 }
                 for trial in sound
             ]
@@ -198,6 +195,7 @@ def _staged(text: str, name: str, horizon: int, entries: Sequence[Mapping[str, A
     rates = [entry["learning_rate"] for entry in entries]
     changes = {
         "round": name,
+        "kind": "sweep",
         "max_train_steps": horizon,
         "hyperparameters.learning_rate": rates[0] if len(rates) == 1 else rates,
         "search.trials": len(entries),

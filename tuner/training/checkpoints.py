@@ -22,6 +22,7 @@ from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.peft_files import named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
+from tuner.whole import lead, synced
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -51,7 +52,7 @@ def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, 
     """Write the best step's PEFT adapter and switch the link `best` to it."""
     target = trial / "best-steps" / f"step-{step:06d}.a{attempt}"
     _publish(target, lambda directory: write_adapter(directory, adapter, weights))
-    _switch_link(trial / "best", target)
+    lead(trial / "best", target)
     return _recorded(CheckpointKind.BEST, step, target)
 
 
@@ -127,29 +128,13 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            synced(path)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-        _sync(target.parent)
+        synced(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
-
-
-def _switch_link(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.relative_to(link.parent))
-    temporary.replace(link)
-    _sync(link.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _recorded(kind: CheckpointKind, step: int, target: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from tuner.records import Assignment, assignment_from_json
+from tuner.records import Assignment, RunId, assignment_from_json, from_json
 
 
 class CommandReader:
@@ -21,8 +21,8 @@ class CommandReader:
 
     def __init__(self, lines: TextIO, *, on_parent_gone: Callable[[], None] = lambda: os._exit(1)) -> None:
         self.closed = False
-        self.unwanted: set[int] = set()
-        """Trials to save and remove."""
+        self.unwanted: set[RunId] = set()
+        """Runs to save and remove."""
         self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self._lines = lines
         self._on_parent_gone = on_parent_gone
@@ -57,10 +57,10 @@ class CommandReader:
             match command["order"]:
                 case "start":
                     assignment = assignment_from_json(command["assignment"])
-                    self.unwanted.discard(assignment.trial)
+                    self.unwanted.discard(assignment.run)
                     self._assignments.put(assignment)
                 case "stop":
-                    self.unwanted.add(command["trial"])
+                    self.unwanted.add(from_json(RunId, command["run"]))
                 case "close":
                     self.closed = True
                     self._assignments.put(None)

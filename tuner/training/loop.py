@@ -18,6 +18,7 @@ from tuner.playbook import is_diverged
 from tuner.records import (
     Answered,
     Assignment,
+    Checkpoint,
     CheckpointKind,
     Ended,
     Evaluated,
@@ -55,11 +56,11 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
         # --- start new trials in free slots, remove unwanted ones
         waiting += commands.assignments(wait=not runs and not waiting)
         max_runs = _fill_slots(state, runs, waiting, max_runs, say)
-        for assignment in [each for each in waiting if each.trial in commands.unwanted]:
+        for assignment in [each for each in waiting if each.run in commands.unwanted]:
             waiting.remove(assignment)
             _decline(assignment, "stopped", None, say)
         for slot, run in list(runs.items()):
-            if run.assignment.trial in commands.unwanted:
+            if run.assignment.run in commands.unwanted:
                 _leave(run, "stopped", None, say, save=True)
                 del runs[slot]
 
@@ -72,12 +73,12 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
             run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
             with state.meter.timing("saving"):
                 _save(run, last_saved, slot, say)
-            say(Evaluated(*_name(run), evaluation))
+            say(Evaluated(*_name(run), evaluation, horizon=run.assignment.horizon))
         if evaluations:
             say(Measured(state.meter.read(state.base.device)))
         for slot, run in runs.items():
             if run.is_at_trunk and slot not in due and not run.micro_batches:
-                say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
+                say(_saved(run, run.save(CheckpointKind.TRUNK)))
         _end_what_is_over(state, runs, commands, say)
 
         # --- one micro-step for every trial, and the updates that it completes
@@ -87,7 +88,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
             last_said = now
             for run in runs.values():
                 if run.train_loss is not None:
-                    say(Progressed(*_name(run), run.step, run.train_loss))
+                    say(Progressed(*_name(run), run.step, run.train_loss, horizon=run.assignment.horizon))
 
     for run in runs.values():
         _leave(run, "stopped", None, say, save=True)
@@ -144,13 +145,13 @@ def _begin(
             assignment, "infeasible", "out of memory alone: no room for its adapter beside the base", say
         )
         return None
-    say(Started(*_name(run), run.step, state.environment))
+    say(Started(*_name(run), run.step, state.environment, horizon=run.assignment.horizon))
     if run.evaluations:
         best = run.save_best()
         if best is not None:
-            say(Saved(*_name(run), best))
+            say(_saved(run, best))
     for evaluation in run.evaluations:
-        say(Evaluated(*_name(run), evaluation))
+        say(Evaluated(*_name(run), evaluation, horizon=run.assignment.horizon))
     return run
 
 
@@ -176,7 +177,8 @@ def _decline(
     assignment: Assignment, outcome: Outcome, reason: str | None, say: Callable[[Event], None]
 ) -> None:
     """End an attempt that never started."""
-    say(Ended(assignment.round, assignment.trial, assignment.attempt, 0, outcome, reason))
+    name = (assignment.round, assignment.trial, assignment.attempt)
+    say(Ended(*name, 0, outcome, reason, horizon=assignment.horizon))
 
 
 def _end_what_is_over(
@@ -201,11 +203,11 @@ def _end_what_is_over(
 def _answer(
     state: WorkerState, run: TrialRun, slot: int, commands: CommandReader, say: Callable[[Event], None]
 ) -> bool:
-    """Score the answers of a trial at its horizon, if the round scores them; branches are not scored.
+    """Score the answers of a trial at its horizon, if the round scores them; comparison runs are not.
 
     False if the trial or the worker is to stop before the last answer. The other slots wait.
     """
-    if state.generation_eval is None or run.assignment.trial < 0:
+    if state.generation_eval is None or run.assignment.is_comparison:
         return True
     assert run.best_step is not None
     assert run.best_weights is not None
@@ -214,7 +216,7 @@ def _answer(
         slot,
         run.best_weights,
         step=run.best_step,
-        stopping=lambda: commands.closed or run.assignment.trial in commands.unwanted,
+        stopping=lambda: commands.closed or run.assignment.run in commands.unwanted,
     )
     if score is None:
         return False
@@ -227,8 +229,8 @@ def _leave(
 ) -> None:
     """End an attempt; `save` keeps its progress for the next one."""
     if save:
-        say(Saved(*_name(run), run.save(CheckpointKind.LAST)))
-    say(Ended(*_name(run), run.step, outcome, reason))
+        say(_saved(run, run.save(CheckpointKind.LAST)))
+    say(Ended(*_name(run), run.step, outcome, reason, horizon=run.assignment.horizon))
 
 
 def _save(
@@ -236,15 +238,19 @@ def _save(
 ) -> None:
     """After an evaluation, save the best adapter if it is this one, and the last checkpoint."""
     if run.best_step == run.step and (best := run.save_best()) is not None:
-        say(Saved(*_name(run), best))
+        say(_saved(run, best))
     if run.is_at_trunk:
-        say(Saved(*_name(run), run.save(CheckpointKind.TRUNK)))
+        say(_saved(run, run.save(CheckpointKind.TRUNK)))
     begun = time.monotonic()
     saved_at, took = last_saved.get(slot, (0.0, 0.0))
     is_over = run.step >= run.assignment.max_train_steps
     if took < 1.0 or is_over or (begun - saved_at) * LAST_EVERY_SHARE > took:
-        say(Saved(*_name(run), run.save(CheckpointKind.LAST)))
+        say(_saved(run, run.save(CheckpointKind.LAST)))
         last_saved[slot] = (time.monotonic(), time.monotonic() - begun)
+
+
+def _saved(run: TrialRun, checkpoint: Checkpoint) -> Saved:
+    return Saved(*_name(run), checkpoint, horizon=run.assignment.horizon)
 
 
 def _name(run: TrialRun) -> tuple[str, int, int]:

@@ -13,6 +13,7 @@ from typing import Protocol
 from tuner.methods.registry import is_built_in, load
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Trial
+from tuner.whole import written_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,6 @@ class Ledger:
     def _keep(self, trial: int, given: Given) -> Given:
         self._given[trial] = given
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f".{self._path.name}.tmp")
-        unfinished.write_text(json.dumps({number: asdict(each) for number, each in self._given.items()}))
-        unfinished.replace(self._path)
+        with written_whole(self._path) as unfinished:
+            unfinished.write_text(json.dumps({number: asdict(each) for number, each in self._given.items()}))
         return given

@@ -1,37 +1,70 @@
-"""What `study promote` prints: what was seen, what follows, and what each line of the new file changed to."""
+"""What `study status`, `check` and `promote` print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tuner.methods.schedules import DecayRule
-from tuner.report import dumps
+from tuner.api.check import check_document_of, checked
+from tuner.api.study import standing
+from tuner.cli.printing import PROSE, output, prepared
+from tuner.data import PreparedData, ShownRow, printable, show_rows
+from tuner.data.preview import WRITTEN
+from tuner.report import dumps, plan_table, status_document, status_table
+from tuner.report.format import count
 from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.study.folder import StudyFolder
-from tuner.study.promotion import Overrides, promote_held
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def promote_round(
-    folder: StudyFolder,
-    *,
-    to: str,
-    from_round: str | None,
-    max_train_steps: int | None,
-    top: int | None = None,
-    decay: DecayRule = "share",
-    add: Sequence[str] = (),
-    force: bool,
-    as_json: bool,
-) -> Path:
-    """Promote, print why, and return the new file's path."""
-    overrides = Overrides(max_train_steps, top, decay, tuple(add))
-    done = promote_held(folder, to=to, from_round=from_round, overrides=overrides, force=force)
-    typer.echo(dumps(done.document) if as_json else promotion_text(done.document))
-    return done.path
+def print_status(folder: StudyFolder, *, as_json: bool) -> str:
+    """Print where every round stands; returns the command that comes next."""
+    found, command = standing(folder)
+    if as_json:
+        typer.echo(dumps(status_document(folder.name, found)))
+    else:
+        output().print(status_table(folder.name, found))
+    return command
+
+
+def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
+    """Print the plan, or every mistake; returns the command that comes next, None after a mistake."""
+    if as_json:
+        document = check_document_of(path, prepare=prepared, probe=probe)
+        typer.echo(dumps(document))
+        return "" if document["ok"] else None
+
+    def look(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> None:
+        for row in show_rows(data.train, tokenizer, show) if show else ():
+            _print_row(row, path.parent.absolute())
+
+    plan, remarks, command = checked(path, prepare=prepared, probe=probe, look=look)
+    output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
+    return command
+
+
+def _print_row(row: ShownRow, directory: Path) -> None:
+    """A row as the model sees it: what the loss sees is green, between brackets where there is no colour."""
+    console = output()
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
+    place = row.place.removeprefix(f"{directory}/")
+    typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them learned")
+    if row.num_written:
+        typer.echo(
+            f"({count(row.num_written, 'special token')} that the row says itself: {'...'.join(WRITTEN)})"
+        )
+    for piece, is_target in row.pieces:
+        text = printable(piece)
+        if coloured:
+            typer.secho(text, fg="green" if is_target else None, dim=not is_target, nl=False)
+        else:
+            typer.echo(f"[[{text}]]" if is_target else text, nl=False)
+    typer.echo("\n")
 
 
 def promotion_text(document: Mapping[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""What rounds, trials and branches leave: assembled from what the store holds, never changed."""
+"""What rounds, trials and comparison runs leave: assembled from facts, never changed."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from tuner.records.space import Hyperparameters
 from tuner.records.throughput import Throughput, added_up
@@ -36,6 +36,49 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.INFEASIBLE)
 
 
+class Packed(Sequence[float]):
+    """Numbers that are kept as bytes, little-endian float64, and equal the tuple of them.
+
+    Ten thousand trials' losses of single examples are read in a fraction of the time, and numpy takes them as
+    they are.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def numbers(self) -> tuple[float, ...]:
+        """As a tuple."""
+        return struct.unpack(f"<{len(self)}d", self.content)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"version": 3, "shape": (len(self),), "typestr": "<f8", "data": self.content}
+
+    def __len__(self) -> int:
+        return len(self.content) // 8
+
+    @overload
+    def __getitem__(self, place: int) -> float: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[float, ...]: ...
+    def __getitem__(self, place: int | slice) -> float | tuple[float, ...]:
+        return self.numbers()[place]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.numbers())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Packed, tuple)) and self.numbers() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self.numbers())
+
+    def __repr__(self) -> str:
+        return repr(self.numbers())
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The loss on the held-out examples at a step, and how training went since the one before."""
@@ -49,7 +92,7 @@ class Evaluation:
     """Rate of the last update before this evaluation; None at step 0."""
     clipped_updates: int = 0
     """Updates since the evaluation before whose gradient norm was clipped."""
-    example_nll: tuple[float, ...] = ()
+    example_nll: tuple[float, ...] | Packed = ()
     """Sum of negative log-likelihoods of each evaluation example; empty when not known."""
     example_tokens: tuple[int, ...] = ()
     """Target tokens of each evaluation example, in the same order."""
@@ -68,6 +111,20 @@ class Evaluation:
             raise ValueError(f"an evaluation's step is at least 0; got {self.step}")
         if len(self.example_nll) != len(self.example_tokens):
             raise ValueError("an evaluation needs one token count for each example")
+
+
+@dataclass(frozen=True, slots=True)
+class RunId:
+    """What a worker runs: a trial to its round's horizon, or a comparison run whose parent is the trial."""
+
+    round: str
+    trial: int
+    horizon: int | None = None
+    """Where a comparison run ends; None for the trial itself."""
+
+    def __str__(self) -> str:
+        name = f"{self.round}/{self.trial}"
+        return name if self.horizon is None else f"{name} to step {self.horizon}"
 
 
 class CheckpointKind(StrEnum):
@@ -201,6 +258,11 @@ class Trial:
     """Of the best step; None unless the trial is complete and its round has `evaluation.answers`."""
 
     @property
+    def name(self) -> str:
+        """Such as `round1/7`."""
+        return f"{self.round}/{self.number}"
+
+    @property
     def seed(self) -> int:
         """The seed of initialisation, data order and dropout."""
         seed = self.hyperparameters.get("training_seed", 0)
@@ -247,6 +309,16 @@ class Branch:
         return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
 
 
+class RoundKind(StrEnum):
+    """What a round is for."""
+
+    SEARCH = "search"
+    SWEEP = "sweep"
+    """A round of `study sweep`, so none to promote from or to compare with."""
+    DRY_RUN = "dry run"
+    """A search in which nothing is trained."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
     """A round that has begun."""
@@ -263,6 +335,7 @@ class RoundRecord:
     """Fingerprint of base, data, evaluation set and length."""
     evaluation_share: float = 0.0
     """Share of a trial's work that its evaluations take, in [0, 1]."""
+    kind: RoundKind = RoundKind.SEARCH
     throughputs: tuple[Throughput, ...] = ()
     """Of every worker process that measured its work for the round, by session."""
     branches: tuple[Branch, ...] = ()
@@ -275,22 +348,8 @@ class RoundRecord:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is one of a sweep, so no round to promote from or to compare with."""
-        return is_sweep_file(self.name, self.spec.get("data", {}))
-
-
-_SWEPT = re.compile(r"sweep-\d+[bc]?")
-
-
-def is_sweep_file(round_name: str, data: Mapping[str, Any]) -> bool:
-    """Whether a round file is one that `study sweep` wrote.
-
-    It is called `sweep-N`, widened `sweep-Nb` or `sweep-Nc`, and evaluates its own training rows. `data` is
-    the file's section as JSON.
-    """
-    train, held_out = ([source["path"] for source in data.get(name) or ()] for name in ("train", "eval"))
-    evaluates_training_rows = bool(data.get("allow_overlap")) and set(train) == set(held_out)
-    return evaluates_training_rows and _SWEPT.fullmatch(round_name) is not None
+        """Whether `study sweep` began it."""
+        return self.kind == RoundKind.SWEEP
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,29 +5,26 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import typer
 
 from tuner.api.auto import Automatic, refuse_sweep
 from tuner.api.run import Gpus, Where, has_begun, run_here
+from tuner.api.stopping import Stopping
+from tuner.api.stopping import interruptible as stopping_on
 from tuner.api.sweep import refuse_epochs, sweep_round
 from tuner.cli.printing import error_output, next_command, prepared, say, spoken_by
-from tuner.cli.promote import promotion_text
-from tuner.cli.score import score_at_the_end
+from tuner.cli.study_output import promotion_text
 from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, Interrupted, RoundStopped
+from tuner.playbook.restarts import Enough
 from tuner.records import searched
 from tuner.report import View, open_view
-from tuner.study.folder import open_folder
-from tuner.study.lookup import find_trial
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -56,30 +53,36 @@ def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
 
 
 @contextmanager
-def interruptible(command: str, *, duration: str | None) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether to stop: a signal came, or the time is over.
+def interruptible(command: str, *, duration: str | None) -> Iterator[Stopping]:
+    """Gives what says whether to stop: a signal came, or the time is over.
 
     What stops on the way names the command that goes on, as it has to be typed here. The end of the time is
     no failure: it is said, and the block is left.
     """
     again = next_command(command)
-    deadline = None if duration is None else time.monotonic() + parse_duration(duration)
-    with stop_signals("stopping: saving every trial (once more ends at once)") as was_signalled:
+    seconds = None if duration is None else parse_duration(duration)
+    with stop_signals("stopping: saving every trial (once more ends at once)", seconds) as stopping:
         try:
-            yield lambda: was_signalled() or (deadline is not None and time.monotonic() > deadline)
+            yield stopping
         except Interrupted as stop:
-            if was_signalled():
+            if stopping.was_interrupted:
                 raise Interrupted(f"{stop}; go on with: {again}") from stop
             typer.echo(f"{duration} are over: {stop}; go on with: {again}", err=True)
         except RoundStopped as stop:
             raise RoundStopped(f"{stop}; then go on with: {again}") from stop
 
 
+def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
+    """Ctrl-C and SIGTERM ask to stop, and are answered; a second one ends the process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    return stopping_on(seconds, signals=signals, answer=lambda: say(answer), second=signal.SIG_DFL)
+
+
 def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
     """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
     with ExitStack() as while_shown:
 
-        def shown(file: RoundFile, gpus: Gpus | None) -> View:
+        def shown(file: RoundFile, gpus: Gpus) -> View:
             view = _live_view(file, gpus)
             while_shown.enter_context(spoken_by(view.message))
             return view
@@ -87,7 +90,7 @@ def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], pa
         run_here(file, where, open_view=shown, stopping=stopping, passes=passes)
 
 
-def _live_view(file: RoundFile, gpus: Gpus | None) -> View:
+def _live_view(file: RoundFile, gpus: Gpus) -> View:
     return open_view(
         console=error_output(),
         title=f"{file.spec.study}/{file.spec.round}",
@@ -114,25 +117,6 @@ def parse_count(option: str, text: str) -> int | Literal["auto"]:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{option} {text!r}: expects auto or a whole number of at least 1")
     return int(text)
-
-
-@contextmanager
-def stop_signals(answer: str) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop, and are answered; a second one ends the process at once."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        # In a thread: what was interrupted may hold the lock of the very stream that this is written to.
-        threading.Thread(target=say, args=(answer,), daemon=True).start()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -162,6 +146,7 @@ def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Wher
     again = "" if passes == 1 else f" --passes {passes}"
     ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
     rounds: Automatic | None = None
+    enough: Enough | None = None
     with interruptible(ended.command, duration=duration) as stopping:
         rounds = Automatic(
             first=where.file(path),
@@ -173,22 +158,18 @@ def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Wher
         )
         enough = rounds.run_until_enough()
         ended = replace(ended, reason=enough.reason, taught_nothing=enough.taught_nothing)
-    if rounds is not None and rounds.last is not None:
-        ended = replace(ended, last=rounds.last.path)
-    if ended.reason is not None and ended.last is not None and not ended.taught_nothing:
-        ended = replace(ended, remark=_score_the_best(ended.last.parent))
-    return ended
+    if rounds is None or rounds.last is None:
+        return ended
+    remark = None if enough is None else rounds.score_the_best(enough, prepared, _tell)
+    return replace(ended, last=rounds.last.path, remark=remark)
 
 
 def _say(document: Mapping[str, Any]) -> None:
     typer.echo(promotion_text(document))
 
 
-def _score_the_best(directory: Path) -> str | None:
-    """The study has come to its end: its best trial is scored on `data.test`; what to say beside that."""
-    folder = open_folder(directory)
-    trial, _ = find_trial(folder, "best")
-    return score_at_the_end(folder, trial)
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def sweep_file(

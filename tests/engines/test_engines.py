@@ -1,0 +1,235 @@
+"""Every engine keeps the contract, runs whatever program it is given, and is found by its name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tuner
+from tests.contracts.engine import EngineContract, started
+from tests.contracts.worker import assignment, collect, ended
+from tests.studies import round_file, write_round
+from tests.studies import tuner as command
+from tuner.config import load_round
+from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
+from tuner.errors import InputError, RoundFileError
+from tuner.methods import registry
+from tuner.records import Died, Evaluated, Ready
+
+WITHOUT_TORCH = ("-m", "tests.engines.torch_free_program")
+
+PLUG_INS = '''
+"""Engines of a user's: one wraps the local one, the other replays a formula."""
+import time
+
+from tuner.engines import LocalEngine, LoraFormula, SimulatedWorker
+from tuner.records import Ready
+
+
+class Announced(LocalEngine):
+    """This machine, and a line of each start in a file beside the checkpoints."""
+
+    def start(self, job):
+        job.directory.mkdir(parents=True, exist_ok=True)
+        with (job.directory / "starts.log").open("a") as log:
+            log.write(f"{job.spec.round}\\n")
+        return super().start(job)
+
+
+class Replayed:
+    """Losses of a formula, in the study itself."""
+
+    def start(self, job):
+        ready = Ready(2, "replayed", workload="replay")
+        return SimulatedWorker(LoraFormula("mine"), slots=2, ready=ready)
+
+    def gpu_readings(self):
+        return ()
+
+    def now(self):
+        return time.time()
+
+    def close(self):
+        pass
+
+
+class NotAnEngine:
+    pass
+'''
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    file = round_file(tmp_path, run="run: {slots: 1}")
+    spec = file.spec.absolute(tmp_path)
+    program = Program(WITHOUT_TORCH, lambda: {"slots": spec.run.slots})
+    return Job(spec, program, tmp_path / "runs", workers=1, first_horizon=8)
+
+
+class TestLocalEngine(EngineContract):
+    @pytest.fixture
+    def engine(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        engine = LocalEngine()
+        yield engine
+        engine.close()
+
+    def test_as_many_workers_as_the_job_says(self, engine: Engine, job: Job) -> None:
+        with started(engine, replace(job, workers=3)) as worker:
+            collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
+            worker.start(assignment(job.directory, 0))
+            more = collect(worker, until=lambda seen: sum(isinstance(e, Ready) for e in seen) == 2)
+            assert ended(more) <= {0}
+        logs = sorted(path.name for path in job.directory.glob("*.log"))
+        assert logs == ["worker-1.log", "worker-2.log", "worker.log"]
+
+    def test_more_workers_than_gpus_cannot_run(self, engine: Engine, job: Job, monkeypatch) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with pytest.raises(InputError, match="--workers 3: this machine shows 2 GPU"):
+            engine.start(replace(job, workers=3))
+
+    def test_the_document_is_asked_for_at_each_start(self, engine: Engine, job: Job) -> None:
+        asked = []
+
+        def document() -> dict[str, object]:
+            asked.append(None)
+            return {"slots": 1, "pause": 0.2}
+
+        with started(engine, replace(job, program=Program(WITHOUT_TORCH, document))) as worker:
+            collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
+            worker.start(assignment(job.directory, 0, steps=100))
+            collect(worker, until=lambda seen: any(isinstance(e, Evaluated) for e in seen))
+            worker.process.kill()
+            (died,) = (
+                e
+                for e in collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen))
+                if isinstance(e, Died)
+            )
+            assert died.trials == (0,)
+            worker.start(replace(assignment(job.directory, 0, steps=2), attempt=2))
+            collect(worker, until=lambda seen: ended(seen) == {0})
+        assert len(asked) == 2
+
+
+class TestSimulatedEngine(EngineContract):
+    @pytest.fixture
+    def engine(self) -> SimulatedEngine:
+        return SimulatedEngine()
+
+    def test_its_clock_counts_the_steps(self, engine: Engine, job: Job) -> None:
+        before = engine.now()
+        with started(engine, job) as worker:
+            worker.start(assignment(job.directory, 0, steps=500))
+            collect(worker, until=lambda seen: ended(seen) == {0})
+        assert engine.now() - before == pytest.approx(500)
+
+    def test_its_losses_go_at_the_pace_of_the_first_round(self, engine: Engine, job: Job) -> None:
+        with started(engine, job) as worker:
+            worker.start(assignment(job.directory, 0))
+            said = collect(worker, until=lambda seen: ended(seen) == {0})
+        hyperparameters = assignment(job.directory, 0).hyperparameters
+        last = next(e.evaluation for e in reversed(said) if isinstance(e, Evaluated))
+        assert last == LoraFormula("tiny", pace_steps=8)(hyperparameters, 6, 6)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that registers one engine; others are found by their path."""
+    site = tmp_path / "site"
+    info = site / "engine_plug_ins-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "engine_plug_ins.py").write_text(PLUG_INS)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-plug-ins\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tuner.engines]\nreplayed = engine_plug_ins:Replayed\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
+    yield site
+    sys.modules.pop("engine_plug_ins", None)
+
+
+def test_an_engine_of_an_installed_package_runs_a_whole_round(package: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    write_round(study, trials=3, learning_rate="{low: 1e-4, high: 1e-3, log: true}")
+    done = command("study", "run", "round1.yaml", "--engine", "replayed", directory=study)
+    assert done.returncode == 0, done.stderr
+    assert "worker ready: replayed, 2 slots" in done.stderr
+    assert not (study / "rehearsal").exists()
+    trials = tuner.Study(study).round("round1").trials
+    assert [trial.state for trial in trials] == ["complete"] * 3
+    for trial in trials:
+        expected = LoraFormula("mine")(trial.hyperparameters, 8, 8)
+        assert trial.evaluations[-1].eval_loss == expected.eval_loss
+
+
+def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) -> None:
+    write_round(tmp_path / "study", run='run: {engine: "engine_plug_ins:NotAnEngine"}')
+    found = tuner.Study(tmp_path / "study").check("round1.yaml")
+    assert found["ok"]
+    assert any("engine_plug_ins:NotAnEngine is not checked here" in said for said in found["remarks"])
+    assert "engine_plug_ins" not in sys.modules
+
+
+@pytest.mark.slow
+def test_an_engine_that_wraps_the_local_one_is_chosen_by_the_file(package: Path, tmp_path: Path) -> None:
+    """In a study of its own and in one with `local`: the same losses."""
+    losses = []
+    for name in ("engine_plug_ins:Announced", "local"):
+        study = tmp_path / name.replace(":", "-")
+        write_round(study, trials=1, learning_rate="1e-2", run=f'run: {{engine: "{name}", slots: 1}}')
+        found = tuner.Study(study).run("round1.yaml", progress=False)
+        losses.append([made.eval_loss for made in found.trials[0].evaluations])
+    assert (tmp_path / "engine_plug_ins-Announced" / "runs" / "round1" / "starts.log").exists()
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("verb", ["run", "auto", "sweep"])
+def test_a_wrong_name_on_the_command_line_is_bad_input(package: Path, tmp_path: Path, verb: str) -> None:
+    study = tmp_path / "study"
+    write_round(study)
+    done = command("study", verb, "round1.yaml", "--engine", "replaid", directory=study)
+    assert done.returncode == 2
+    assert (
+        "--engine replaid: expects one of local, simulated, replayed, or package.module:Name" in done.stderr
+    )
+    assert "engine_plug_ins" not in sys.modules
+    assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_a_wrong_name_in_a_file_is_refused_where_it_stands(package: Path, tmp_path: Path) -> None:
+    path = write_round(tmp_path / "study", run="run: {engine: locl}")
+    with pytest.raises(RoundFileError, match=r"run.engine: expects one of local, .*, got 'locl'.*local"):
+        load_round(path)
+    assert "engine_plug_ins" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:Engine", "cannot be imported"),
+        ("engine_plug_ins:NotAnEngine", "NotAnEngine has no method start"),
+        ("tuner.engines:SimulatedWorker", "cannot be made without arguments"),
+    ],
+)
+def test_what_is_no_engine_is_bad_input_and_leaves_nothing(
+    package: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    study = tmp_path / "study"
+    write_round(study)
+    done = command("study", "run", "round1.yaml", "--engine", name, directory=study)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_the_names_are_those_built_in_and_those_registered(package: Path) -> None:
+    assert registry.names("engine") == ("local", "simulated", "replayed")
+    for name in registry.BUILT_IN["engine"]:
+        assert type(make_engine(name)).__module__ == f"tuner.engines.{name}"
+
+
+def test_a_plug_in_is_short() -> None:
+    assert len(PLUG_INS.splitlines()) <= 40

@@ -1,0 +1,117 @@
+"""Answers of a trial's adapter, its base model, or both, in the template that the trial was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from tuner.config import RoundSpec
+from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
+from tuner.data.pretrained import as_trained
+from tuner.errors import InputError
+from tuner.records import Trial
+from tuner.study.folder import StudyFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuner.inference import Answer, Answerer, Decoding
+
+Model: TypeAlias = Literal["adapter", "base"]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A trial, as far as it answers."""
+
+    name: str
+    spec: RoundSpec
+    """The round file as it was trained, with absolute paths."""
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Path | None
+
+    def prompt(self, text: str, *, context: str = "", system: str = "") -> Prompt:
+        """Return a prompt in the template of the first training source."""
+        source = self.spec.data.train[0]
+        return render_prompt(
+            source.format,
+            self.tokenizer,
+            instruction=text,
+            input=context,
+            system=system,
+            template=source.template,
+        )
+
+    def prompts(self, path: Path, *, system: str = "") -> list[Prompt]:
+        """Return the prompts of a file's rows. Raises DataError."""
+        return read_prompts(path, self.spec.data.train[0], self.tokenizer, system=system)
+
+    def load(self, models: Sequence[Model] = ("adapter",)) -> Answerer:
+        """Load the base model, and the adapter where it is wanted."""
+        from tuner.inference import Answerer  # after what can be wrong: it loads torch
+
+        return Answerer(
+            self.spec.model, self.tokenizer, adapter=self.adapter if "adapter" in models else None
+        )
+
+    def made_from(self, prompt: Prompt, models: Sequence[Model], decoding: Decoding) -> str:
+        """Hash of all that decides about an answer; of the adapter, that it is the one of this step."""
+        adapter = self.adapter.name if self.adapter and "adapter" in models else None
+        ingredients = [self.name, adapter, models, prompt.ids, asdict(decoding)]
+        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+
+
+def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapter",)) -> Speaker:
+    """Return what a trial answers with. Raises InputError in a dry run, or without an adapter."""
+    name = f"{trial.round}/{trial.number}"
+    if folder.is_rehearsal:
+        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
+    adapter = folder.adapter(trial)
+    if "adapter" in models and adapter is None:
+        raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
+    spec = folder.plan(trial.round).absolute
+    if adapter is not None:
+        spec = as_trained(spec, Path(adapter))
+    return Speaker(name, spec, load_tokenizer(spec.model), Path(adapter).resolve() if adapter else None)
+
+
+def batched(
+    answerer: Answerer, prompts: Sequence[Prompt], *, max_new_tokens: int, most_rows: int | None = None
+) -> list[list[Prompt]]:
+    """Return the prompts in batches that fit the budget of tokens, the longest first."""
+    from tuner.inference import batches
+
+    found = batches(
+        [len(prompt.ids) for prompt in prompts],
+        [answerer.new_tokens(prompt, max_new_tokens) for prompt in prompts],
+        budget_tokens=answerer.budget_tokens,
+        most_rows=most_rows,
+    )
+    return [[prompts[at] for at in batch] for batch in found]
+
+
+def answered(
+    answerer: Answerer,
+    batch: Sequence[Prompt],
+    models: Sequence[Model],
+    decoding: Decoding,
+    made_from: Mapping[int, str],
+) -> tuple[list[Answer], int]:
+    """Return a batch's answers, and how many tokens they have."""
+    from tuner.inference import Answer
+
+    answers = [Answer(prompt.row, prompt.text, made_from=made_from[prompt.row]) for prompt in batch]
+    num_tokens = 0
+    for model in models:
+        said = answerer.answers(batch, decoding, of_base=model == "base")
+        num_tokens += sum(generated.num_tokens for generated in said)
+        answers = [_with(answer, model, each.text) for answer, each in zip(answers, said, strict=True)]
+    return answers, num_tokens
+
+
+def _with(answer: Answer, model: Model, text: str) -> Answer:
+    return replace(answer, answer=text) if model == "adapter" else replace(answer, base=text)

@@ -1,0 +1,91 @@
+"""A round for scripts and notebooks: its trials, what it says of its horizon, and its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner.api.advice import Advice
+from tuner.api.trial import Trial
+from tuner.errors import InputError
+from tuner.playbook.selection import ranked
+from tuner.report import RoundReport, round_markdown, write_html
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.lookup import begun_round, reports_on, statuses, trials_of
+from tuner.study.results import reading_of
+
+
+class Round:
+    """One round of a study: trials that train for the same number of steps."""
+
+    def __init__(self, folder: StudyFolder, name: str, ended_because: str | None = None) -> None:
+        self._study = folder
+        self.name = name
+        self.ended_because = ended_because
+        """Why `Study.auto` ran no further round after it; None for any other."""
+
+    def __repr__(self) -> str:
+        return f"Round({self.name!r}): {len(self.trials)} trials of {self.max_train_steps} steps"
+
+    @property
+    def max_train_steps(self) -> int:
+        """The horizon of its trials."""
+        with opened(self._study) as store:
+            return begun_round(store, self.name).max_train_steps
+
+    @property
+    def state(self) -> str:
+        """`running`, `open` (trials are missing and nobody runs them) or `complete`."""
+        with opened(self._study) as store:
+            return next(s.state for s in statuses(self._study, store) if s.round == self.name)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Its trials by number."""
+        with opened(self._study) as store:
+            return tuple(Trial(self._study, each) for each in trials_of(self._study, store, self.name))
+
+    @property
+    def best(self) -> Trial | None:
+        """The best complete trial by the round's objective; None before there is one."""
+        with opened(self._study) as store:
+            order = ranked(store.trials(self.name))
+        return Trial(self._study, order[0][0]) if order else None
+
+    @property
+    def advice(self) -> Advice:
+        """What the round says of its horizon, and how long to train next."""
+        with opened(self._study) as store:
+            record = begun_round(store, self.name)
+            _, reading = reading_of(store, record)
+        return Advice(reading, record.max_train_steps)
+
+    def report(
+        self, html: str | os.PathLike[str] | None = None, *, markdown: str | os.PathLike[str] | None = None
+    ) -> str:
+        """Return the report as Markdown; write it as a self-contained page and as Markdown where asked.
+
+        Raises InputError where a file cannot be written.
+        """
+        reports = reports_on(self._study, Path(self.name))
+        return write_reports(
+            reports, html=Path(html) if html else None, markdown=Path(markdown) if markdown else None
+        )
+
+
+def write_reports(reports: Sequence[RoundReport], *, html: Path | None, markdown: Path | None) -> str:
+    """Write the last report where asked; return it as Markdown. The others are of the rounds before it.
+
+    Raises InputError where a file cannot be written.
+    """
+    *earlier, report = reports
+    text = round_markdown(report)
+    try:
+        if html is not None:
+            write_html(html, report, earlier=earlier)
+        if markdown is not None:
+            markdown.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    return text

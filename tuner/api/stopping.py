@@ -1,0 +1,69 @@
+"""What asks a run to stop: a signal on the main thread, or the end of its time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from tuner.errors import Interrupted
+
+
+@dataclass
+class Stopping:
+    """Whether to stop; called between two events of a round."""
+
+    deadline: float | None = None
+    """By `time.monotonic()`; None without an end."""
+    was_interrupted: bool = False
+
+    def __call__(self) -> bool:
+        """Return whether to stop now."""
+        return self.was_interrupted or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    @contextmanager
+    def returning_at_the_end(self, has_begun: Callable[[], bool]) -> Iterator[None]:
+        """Leave the block without an error when the time is over, where there is a round to return."""
+        try:
+            yield
+        except Interrupted:
+            if self.was_interrupted or not has_begun():
+                raise
+
+
+@contextmanager
+def interruptible(
+    seconds: float | None = None,
+    *,
+    signals: Sequence[signal.Signals] = (signal.SIGINT,),
+    answer: Callable[[], None] = lambda: None,
+    second: signal.Handlers | None = None,
+) -> Iterator[Stopping]:
+    """Let the first of the signals ask to stop, such as Ctrl-C or the stop button of a notebook.
+
+    `answer` is called then, in a thread: what was interrupted may hold the lock of the stream it writes to.
+    `second` handles the next signal; None leaves it to the handler from before. Handlers are set on the main
+    thread only, and put back at the end; on any other thread there is the time alone.
+    """
+    stopping = Stopping(None if seconds is None else time.monotonic() + seconds)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def receive(number: int, _: FrameType | None) -> None:
+        stopping.was_interrupted = True
+        signal.signal(number, before[signal.Signals(number)] if second is None else second)
+        threading.Thread(target=answer, daemon=True).start()
+
+    for number in signals:
+        signal.signal(number, receive)
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""A trial for scripts and notebooks: its curve, its adapter, and running it again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.api.generate import batched, speaker
+from tuner.api.run import run_again, shown, unsaid
+from tuner.api.stopping import interruptible
+from tuner.playbook import best_evaluation, settled_step
+from tuner.playbook.reproduction import Agreement
+from tuner.records import Evaluation, Hyperparameters, TrialState
+from tuner.records import Trial as RecordedTrial
+from tuner.report.reproduction import reproduction_document
+from tuner.study.folder import StudyFolder
+from tuner.study.reproduction import planned_rerun
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What running a trial again came to.
+
+    `agrees` says whether the curves agree, `document` is what `tuner trial reproduce --json` prints.
+    """
+
+    agrees: bool
+    document: Mapping[str, Any]
+
+
+class Trial:
+    """One configuration, as it stood when it was asked for."""
+
+    def __init__(self, folder: StudyFolder, recorded: RecordedTrial) -> None:
+        self._study = folder
+        self._recorded = recorded
+
+    def __repr__(self) -> str:
+        loss = "" if self.best_eval_loss is None else f", {self.best_eval_loss:.4f} at step {self.best_step}"
+        return f"Trial({self.name!r}): {self.state}{loss}"
+
+    @property
+    def name(self) -> str:
+        """`round1/7`."""
+        return f"{self.round}/{self.number}"
+
+    @property
+    def round(self) -> str:
+        """Name of its round."""
+        return self._recorded.round
+
+    @property
+    def number(self) -> int:
+        """Its number in the round."""
+        return self._recorded.number
+
+    @property
+    def state(self) -> TrialState:
+        """waiting, running, complete, pruned, infeasible or failed."""
+        return self._recorded.state
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is infeasible, pruned or failed; or why it started over although it was to go on."""
+        return self._recorded.reason
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """All of them, by name, the fixed ones included."""
+        return dict(self._recorded.hyperparameters)
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """By step: eval_loss, train_loss, learning_rate and the losses of single examples."""
+        return self._recorded.evaluations
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest evaluation loss; None before there is a finite one."""
+        best = best_evaluation(self._recorded.evaluations)
+        return None if best is None else best.step
+
+    @property
+    def best_eval_loss(self) -> float | None:
+        """The evaluation loss there."""
+        best = best_evaluation(self._recorded.evaluations)
+        return None if best is None else best.eval_loss
+
+    @property
+    def settled_step(self) -> int | None:
+        """The earliest step that is not worse than the best one beyond noise."""
+        return settled_step(self._recorded.evaluations)
+
+    @property
+    def executed_steps(self) -> int:
+        """Steps really run, those repeated after a crash included, those inherited not."""
+        return self._recorded.executed_steps
+
+    @property
+    def continues(self) -> str | None:
+        """The checkpoint it went on from, as `round1/3@36`; None where it began at step 0."""
+        return None if self._recorded.continues is None else str(self._recorded.continues)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Directory of the adapter of its best step, which PEFT loads; None where there is none."""
+        link = self._study.adapter(self._recorded)
+        return None if link is None else Path(link)
+
+    def export(
+        self,
+        to: str | os.PathLike[str],
+        *,
+        merge: bool = False,
+        dtype: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write the best adapter as a PEFT directory with tokenizer and model card; return the directory.
+
+        Args:
+            to: The directory, which has to be missing or empty.
+            merge: Whether to write a whole model instead, the adapter added into the base's weights.
+            dtype: Type of merged weights; None is bfloat16.
+            force: Whether to replace an earlier export.
+
+        Raises:
+            InputError: for a trial that is not complete, or a directory that cannot be used.
+        """
+        from tuner.api.export import Export, export_trial, finished_trial
+
+        wanted = Export(to=Path(to), merge=merge, dtype=dtype, force=force)
+        finished = finished_trial(self._study, self.name)
+        export_trial(finished, wanted, study=self._study.directory, tell=unsaid, warn=_warn)
+        return Path(to)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        system: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return the answers of the best adapter, in the template it was trained on.
+
+        Loads base and adapter for each call: give all prompts at once. Without a temperature the likeliest
+        token is taken. Raises InputError for a trial without an adapter or a prompt that cannot be asked.
+        """
+        found = speaker(self._study, self._recorded)
+        asked = [
+            replace(found.prompt(prompt, system=system), row=row)
+            for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
+        ]
+        from tuner.inference import Decoding  # after what can be wrong: it loads torch
+
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, seed)
+        answerer = found.load()
+        texts: dict[int, str] = {}
+        for batch in batched(answerer, asked, max_new_tokens=max_new_tokens):
+            said = answerer.answers(batch, decoding)
+            texts |= {prompt.row: each.text for prompt, each in zip(batch, said, strict=True)}
+        return [texts[row] for row in range(len(asked))]
+
+    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
+        """Run the trial again, alone, and return whether its curve agrees; the study stays as it is.
+
+        `to_step` runs the first steps only. Raises InputError for a trial without a result, Interrupted after
+        Ctrl-C.
+        """
+        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
+        view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
+        with interruptible() as stopping:
+            found = run_again(rerun, view=view, stopping=stopping)
+        document = reproduction_document(self._study.name, found)
+        return Reproduction(found.agreement != Agreement.DIFFERS, document)
+
+    def load(self, *, device: str | None = None) -> PeftModel:
+        """Return the base model with the trial's best adapter, ready to generate.
+
+        The base is loaded as its round loads it, quantised where the file says so. `device` is one of
+        torch's; None takes a GPU where there is one. Raises InputError for a trial without an adapter,
+        ModelError for a base that cannot be loaded.
+        """
+        from tuner.inference.generation import load_adapted
+
+        found = speaker(self._study, self._recorded)
+        assert found.adapter is not None
+        return load_adapted(found.spec.model, found.adapter, device=device)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

@@ -1,0 +1,152 @@
+"""A worker that is a program: assignments and events as JSON lines, wherever its process runs."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from tuner.engines.protocol import Program
+from tuner.records import Assignment, Died, Ended, Event, Ready, RunId, event_from_json, to_json
+
+
+class Process(Protocol):
+    """A worker program that runs somewhere, as its parent reaches it."""
+
+    def write(self, line: str) -> None:
+        """Write a line to its standard input; do nothing when it has ended."""
+        ...
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of its standard output until it ends. Read in a thread of its own."""
+        ...
+
+    def wait(self, timeout_seconds: float | None = None) -> int:
+        """Return its exit code, negative for a signal. Raises TimeoutError when it has not ended by then."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once; nothing is saved."""
+        ...
+
+    def last_words(self) -> str:
+        """Return the end of its log, to be shown to the user."""
+        ...
+
+
+class ProgramWorker:
+    """One process of a worker program, started at once, and again for the next trial after it died.
+
+    How many slots there are the program says when it is ready.
+    """
+
+    def __init__(
+        self, program: Program, launch: Callable[[], Process], *, close_seconds: float = 300.0
+    ) -> None:
+        self._program = program
+        self._launch = launch
+        self._close_seconds = close_seconds
+        self._slots = 0
+        self._reader: threading.Thread | None = None
+        self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._held: set[RunId] = set()
+        self.process: Process | None = None
+        """The one that runs now."""
+        self._begin()
+
+    def capacity(self) -> int:
+        """Slots that are free now; of a process that died before it said how many, one to try it again."""
+        if self.process is None and not self._slots:
+            return 1
+        return self._slots - len(self._held)
+
+    def start(self, assignment: Assignment) -> None:
+        """Begin a trial's attempt, in a new process if there is none."""
+        if self.process is None:
+            self._begin()
+        self._held.add(assignment.run)
+        self._order({"order": "start", "assignment": to_json(assignment)})
+
+    def stop(self, run: RunId) -> None:
+        """Ask a run to save itself and leave."""
+        self._order({"order": "stop", "run": to_json(run)})
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """What was said since the last call; waits for the first at most so long."""
+        said: list[Event] = []
+        try:
+            said.append(
+                self._said.get(timeout=timeout_seconds) if timeout_seconds > 0 else self._said.get_nowait()
+            )
+            while True:
+                said.append(self._said.get_nowait())
+        except queue.Empty:
+            pass
+        return [self._noted(event) for event in said]
+
+    def close(self) -> None:
+        """Let every trial save, then end the process; kill it when that takes too long."""
+        if self.process is None:
+            return
+        self._order({"order": "close"})
+        try:
+            self.process.wait(self._close_seconds)
+        except TimeoutError:
+            self.process.kill()
+        self._forget()
+
+    def _noted(self, event: Event) -> Event:
+        """What an event says of the slots; of a death, which trials it took along."""
+        match event:
+            case Ended(run=run):
+                self._held.discard(run)
+            case Ready(slots=slots):
+                self._slots = slots
+            case Died():
+                event = replace(event, runs=tuple(sorted(self._held, key=str)))
+                self._held.clear()
+                self._forget()
+        return event
+
+    def _begin(self) -> None:
+        self.process = self._launch()
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+        self._order(dict(self._program.document()))
+
+    def _order(self, document: Mapping[str, Any]) -> None:
+        assert self.process is not None
+        self.process.write(json.dumps(document) + "\n")
+
+    def _read(self, process: Process) -> None:
+        said_died = False
+        for line in process.lines():
+            try:
+                event = event_from_json(json.loads(line))
+            except ValueError:
+                continue  # a last line that the death of the process cut in two
+            except (KeyError, TypeError) as error:
+                process.kill()
+                event = Died(
+                    f"the worker says what this process does not know ({type(error).__name__}: {error}): was "
+                    "tuner upgraded meanwhile? The same command, given again, goes on"
+                )
+            said_died = said_died or isinstance(event, Died)
+            self._said.put(event)
+        code = process.wait()
+        if code != 0 and not said_died:
+            self._said.put(Died(f"the worker ended with {_exit(code)}; {process.last_words()}"))
+
+    def _forget(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.wait()
+            if self._reader is not None:
+                self._reader.join()
+
+
+def _exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,43 @@
+"""Files and links that appear whole or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path to write a file to, which gets its name when the block ends well; else nothing is left.
+
+    Raises OSError where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        synced(temporary)
+        temporary.replace(path)
+        synced(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def lead(link: Path, target: Path) -> None:
+    """Make a relative link lead to its target, in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    temporary.replace(link)
+    synced(link.parent)
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
