@@ -98,12 +98,12 @@ def measure(what: str, path: Path) -> tuple[float, float]:
     match what:
         case "asks":
             begun = time.process_time()
-            _, state, advisor = _resumed(path)
-            advisor._point(len(state.trials), state.trials)
+            _, state, round_study = _resumed(path)
+            round_study.sampler.point(len(state.trials), state.trials)
         case "event":
             from tuner.records import AttemptStarted, Evaluated, Evaluation, Trial, TrialAsked
 
-            loop, state, advisor = _resumed(path)
+            loop, state, round_study = _resumed(path)
             first, values = len(state.trials), state.trials[-1].hyperparameters
             running = range(first, first + EVENTS // EVALUATIONS)
             for number in running:
@@ -143,7 +143,7 @@ def measure(what: str, path: Path) -> tuple[float, float]:
 
 
 def _resumed(path: Path) -> tuple[Any, Any, Any]:
-    """What a process that goes on with the round has: its loop, its state, and an advisor told nothing."""
+    """What a process that goes on with the round has: its loop, its state and Optuna, told nothing."""
     from tuner.config import load_round
     from tuner.engines import SimulatedWorker
     from tuner.report.board import Board
@@ -152,7 +152,7 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
     from tuner.study.continuation import Continuations
     from tuner.study.loop import RoundLoop
     from tuner.study.plan import RoundPlan
-    from tuner.study.sampling import Advisor, optuna_storage
+    from tuner.study.sampling import RoundStudy, optuna_storage
 
     class Shown:
         """The live view's board, which nobody prints."""
@@ -166,7 +166,7 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
         def event(self, event: Any) -> None:
             self.board.take(event, now=1.0)
 
-    class Silent(Advisor):
+    class Silent(RoundStudy):
         """Optuna's own calls apart."""
 
         def report(self, *arguments: Any) -> None:
@@ -175,21 +175,21 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
     file = load_round(path)
     plan = RoundPlan(file)
     store = CachedStore(open_store(plan.absolute.storage, study=file.spec.study))
-    advisor = Silent(
+    round_study = Silent(
         optuna_storage(f"sqlite:///{path.parent}/optuna.db"), "scale", plan.space, file.spec.search,
         max_train_steps=HORIZON,
     )  # fmt: skip
     loop = RoundLoop(
         plan=plan,
         store=store,
-        advisor=advisor,
+        round_study=round_study,
         worker=SimulatedWorker(lambda *_: None, slots=1),  # type: ignore[arg-type,return-value]
         folder=CheckpointFolder(plan.checkpoints),
         continuations=Continuations(plan, store, "w"),
         view=Shown(file.spec.search.trials),  # type: ignore[arg-type]
         clock=time.time,
     )
-    return loop, loop.state, advisor
+    return loop, loop.state, round_study
 
 
 def _peak() -> float:

@@ -28,7 +28,8 @@ from replay import contest
 from replay.task import ReplayOver
 
 from tuner.records import Choices, Hyperparameters, Range
-from tuner.study.points import random_point
+from tuner.study.proposals import distributions
+from tuner.study.samplers.points import random_point
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def _best_known(results: Sequence[Result]) -> str:
     found = []
     for name in dict.fromkeys(result.surface for result in results):
         random = np.random.default_rng(0)
-        points = (random_point(SURFACES[name].space(), random) for _ in range(20_000))
+        points = (random_point(distributions(SURFACES[name].space()), random) for _ in range(20_000))
         losses = [contest.true_loss(SURFACES[name], point) for point in points]
         found.append(f"{name} {np.nanmin(losses):.4f}")
     return ", ".join(found) + " (of 20,000 random points)"

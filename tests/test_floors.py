@@ -27,6 +27,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     "installation": set(),
+    "whole": set(),
     "records": set(),
     "methods": set(),
     "playbook": NUMPY,

@@ -68,7 +68,8 @@ class TargetModulesError(ModelError):
 
 
 class MetricError(InputError):
-    """A function of `evaluation.answers.metric` that is not there, raises, or returns no finite number."""
+    """A user's metric, or function of `evaluation.answers.metric`, that is not there, raises, or returns no
+    number."""
 
 
 class StorageError(InputError):

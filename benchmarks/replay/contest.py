@@ -29,8 +29,9 @@ from tuner.records import (
     TrialState,
     Value,
 )
-from tuner.study.points import quasi_random_point, random_point
-from tuner.study.sampling import Advisor
+from tuner.study.proposals import distributions
+from tuner.study.samplers.points import quasi_random_point, random_point
+from tuner.study.sampling import RoundStudy
 
 from .loop import WORKLOAD, LoopPlan, RoundStores, begin_round, loop_plan, run_loop, unchecked_search
 from .task import ReplayOver
@@ -313,7 +314,7 @@ class _Study:
         """Run the trials that a round still has to run."""
         plan = this.plan(self._contest.surface.every_steps)
         before = [results for results in self._results if results.name != this.name]
-        advisor = Advisor(
+        round_study = RoundStudy(
             self._storage,
             this.name,
             this.space,
@@ -322,7 +323,7 @@ class _Study:
             earlier=[o for r in before for o in outcomes(r.trials, max_train_steps=r.max_train_steps)],
         )
         worker = _ChargedWorker(self._contest)
-        run_loop(plan, self._store, advisor, worker, spent=lambda: float(self._contest.spent))
+        run_loop(plan, self._store, round_study, worker, spent=lambda: float(self._contest.spent))
 
 
 class _ChargedWorker(SimulatedWorker):
@@ -346,12 +347,16 @@ def random_full_length(contest: Contest) -> None:
     """Uniform random points of the space, each to the end."""
     generator = np.random.default_rng(contest.seed)
     while True:
-        contest.run(random_point(contest.surface.space(), generator), start=0, end=contest.surface.full_steps)
+        contest.run(
+            random_point(distributions(contest.surface.space()), generator),
+            start=0,
+            end=contest.surface.full_steps,
+        )
 
 
 def quasi_random_full_length(contest: Contest) -> None:
     """A scrambled Sobol sequence, each point to the end."""
-    space = contest.surface.space()
+    space = distributions(contest.surface.space())
     for place in itertools.count():
         point = quasi_random_point(space, seed=contest.seed, place=place)
         contest.run(point, start=0, end=contest.surface.full_steps)

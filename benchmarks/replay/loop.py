@@ -1,4 +1,4 @@
-"""A round of the real loop without files: what it needs beside a worker and an advisor."""
+"""A round of the real loop without files: what it needs beside a worker and an round_study."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tuner.store import MemoryStore
 from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
-from tuner.study.sampling import Advisor
+from tuner.study.sampling import RoundStudy
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,18 @@ def begin_round(store: RoundStores, plan: LoopPlan, *, begun_at: float) -> None:
 
 
 def run_loop(
-    plan: Any, store: RoundStores, advisor: Advisor, worker: SimulatedWorker, *, spent: Callable[[], float]
+    plan: Any,
+    store: RoundStores,
+    round_study: RoundStudy,
+    worker: SimulatedWorker,
+    *,
+    spent: Callable[[], float],
 ) -> None:
     """Run a begun round to its end, or go on with it; `spent` is the clock."""
     RoundLoop(
         plan=plan,
         store=store,
-        advisor=advisor,
+        round_study=round_study,
         worker=worker,
         folder=NamesOnly(Path(plan.name)),
         continuations=NamedContinuations(plan, store, WORKLOAD),
@@ -117,6 +122,9 @@ class RoundStores:
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         return tuple(record for store in self._rounds.values() for record in store.rounds())
+
+    def round(self, name: str) -> RoundRecord | None:
+        return self._rounds[name].round(name) if name in self._rounds else None
 
     def trials(self, name: str) -> tuple[Trial, ...]:
         if name not in self._trials:

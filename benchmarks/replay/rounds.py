@@ -1,9 +1,8 @@
-"""tuner's own loop on a task's table: its advisor, its reading of a round, its promotion, its trunks."""
+"""tuner's own loop on a task's table: its samplers, its reading of a round, its promotion, its trunks."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,8 +15,9 @@ from tuner.engines.simulated import keep_trunk_names
 from tuner.playbook import NextRound, RoundResults, plan_next_round, read_round
 from tuner.playbook.observations import Outcome, outcomes
 from tuner.playbook.restarts import LongerRound, following
-from tuner.records import Evaluated, Event, Fixed, Hyperparameters, Space, Trial, Value
-from tuner.study.sampling import Advisor, Proposal
+from tuner.records import Evaluated, Event, Fixed, Space, Trial, Value
+from tuner.study.proposals import RoundSampler
+from tuner.study.sampling import RoundStudy
 
 from .baselines import RUNGS, rungs
 from .loop import WORKLOAD, RoundStores, begin_round, loop_plan, run_loop, unchecked_search
@@ -102,7 +102,7 @@ class _Study:
         run_loop(
             plan,
             self._store,
-            _SnappingAdvisor(
+            _SnappingRoundStudy(
                 self._ledger, name, space, search, max_train_steps=horizon, earlier=self._outcomes
             ),
             _ChargedWorker(self._ledger, self._curves, seconds_per_step=1 / every),
@@ -133,28 +133,28 @@ def recorded_curves(task: Task) -> RecordedCurves:
     )
 
 
-class _SnappingAdvisor(Advisor):
-    """An Advisor whose new proposals are snapped to the table; it learns what was really run."""
+class _SnappingRoundStudy(RoundStudy):
+    """A RoundStudy whose new proposals are snapped to the table; it learns what was really run."""
 
     def __init__(self, ledger: Ledger, name: str, space: Space, search: SearchSpec, **more: Any) -> None:
         super().__init__(optuna.storages.InMemoryStorage(), name, space, search, **more)
+        self.sampler = self.study.sampler = _SnappingSampler(ledger, space, search, **more)
+
+
+class _SnappingSampler(RoundSampler):
+    """In a narrowed space, the nearest row that is left may lie outside."""
+
+    def __init__(self, ledger: Ledger, space: Space, search: SearchSpec, **more: Any) -> None:
+        super().__init__(space, search, **more)
         self._ledger = ledger
 
-    def _point(self, ordinal: int, trials: Sequence[Trial]) -> dict[str, Value]:
-        point = super()._point(ordinal, trials)
+    def point(self, ordinal: int, trials: Sequence[Trial] = (), **more: Any) -> dict[str, Value]:
+        point = super().point(ordinal, trials, **more)
         if ordinal < len(self._search.enqueue):
             return point
         table = self._ledger.task
         row = self._ledger.snap({name: float(point[name]) for name in table.space})
         return dict(table.point(row))
-
-    def propose(
-        self, ordinal: int, trials: Sequence[Trial] = (), *, again: Hyperparameters | None = None
-    ) -> Proposal:
-        with warnings.catch_warnings():
-            # In a narrowed space, the nearest that is left may lie outside.
-            warnings.filterwarnings("ignore", message="Fixed parameter")
-            return super().propose(ordinal, trials, again=again)
 
 
 class _ChargedWorker(SimulatedWorker):

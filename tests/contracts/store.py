@@ -19,6 +19,7 @@ from tuner.records import (
     CheckpointKind,
     CheckpointsRemoved,
     Continuation,
+    Direction,
     Ended,
     Evaluated,
     Evaluation,
@@ -26,6 +27,7 @@ from tuner.records import (
     FactError,
     FinalScore,
     Measured,
+    Objective,
     Progressed,
     Promotion,
     PromotionPlanned,
@@ -328,6 +330,17 @@ class StoreContract:
     def test_what_an_evaluation_does_not_know_stays_unknown(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), Evaluated("round1", 7, 1, Evaluation(0, 1.5)))
         assert store.trials("round1")[0].evaluations == (Evaluation(0, 1.5, None, None, 0, (), ()),)
+
+    def test_metrics_and_the_objective_of_an_evaluation_come_back(self, store: Store) -> None:
+        up = Objective("pkg:ACCURACY", Direction.MAXIMIZE, is_relative_to_gained=True)
+        ranked = Evaluation(5, 1.5, metrics={"pkg:ACCURACY": 0.1 + 0.2, "other": math.inf}, objective=up)
+        reported = Evaluation(10, 1.0, metrics={"other": -1.0})
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
+        store.record(*(Evaluated("round1", 7, 1, made) for made in (ranked, reported)))
+        assert store.trials("round1")[0].evaluations == (ranked, reported)
+        lacking = Evaluation(15, 1.5, metrics={"pkg:ACCURACY": math.nan}, objective=up)
+        store.record(Evaluated("round1", 7, 1, lacking))
+        assert repr(store.trials("round1")[0].evaluations[-1]) == repr(lacking)
 
     def test_checkpoints_are_there_until_removed(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED)

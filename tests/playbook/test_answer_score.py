@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tuner.playbook.observations import Outcome, lessons, outcomes
+from tuner.playbook.observations import Outcome, observations, outcomes
 from tuner.playbook.promotion import incumbents, proposed_seeds
 from tuner.playbook.results import RoundResults
 from tuner.playbook.scores import answer_score
-from tuner.playbook.selection import leading_trials, objective_score, ranked, ranked_by_loss
-from tuner.records import AnswerScore, Evaluation, Fixed, Trial, TrialState
+from tuner.playbook.selection import leading_trials, ranked, ranked_by_curve, trial_score
+from tuner.records import AnswerScore, Direction, Evaluation, Fixed, Objective, Trial, TrialState
+
+ANSWERS = Objective("answers", Direction.MAXIMIZE, "trial", is_relative_to_gained=True)
 
 
 def test_the_mean_and_its_standard_error():
@@ -37,8 +39,8 @@ def numbers(pairs):
 def test_trials_are_ranked_by_answers_where_they_are_the_objective_and_ties_go_by_the_loss():
     assert numbers(ranked(TRIALS)) == [2, 1, 0, 4, 3]
     beside = [replace(t, answer_score=replace(t.answer_score, is_objective=False)) for t in TRIALS]
-    assert numbers(ranked(beside)) == numbers(ranked_by_loss(TRIALS)) == [0, 2, 3, 1, 4]
-    assert [objective_score(t) for t in (TRIALS[1], beside[1], trial(0, 1.0))] == [0.5, None, None]
+    assert numbers(ranked(beside)) == numbers(ranked_by_curve(TRIALS)) == [0, 2, 3, 1, 4]
+    assert [trial_score(t) for t in (TRIALS[1], beside[1], trial(0, 1.0))] == [0.5, None, None]
     assert [t.number for t in incumbents(TRIALS, 2)] == [2, 1]
 
 
@@ -55,21 +57,21 @@ def test_other_seeds_are_proposed_where_answers_do_not_part_the_best_two(error, 
     assert bool(seeds) == is_close
 
 
-def merits(found):
-    return {round(10 * lesson.hyperparameters["learning_rate"]) - 1: lesson.merit for lesson in found}
+def objectives(found):
+    return {round(10 * each.hyperparameters["learning_rate"]) - 1: each.objective for each in found}
 
 
 def test_a_sampler_learns_from_answers_moved_by_what_they_gained_between_horizons():
     short = outcomes([trial(0, 1.0, 0.2), trial(1, 2.0, 0.5), trial(2, 1.5, 0.5)], max_train_steps=10)
     longer = outcomes([trial(1, 0.5, 0.8, horizon=20)], max_train_steps=20)
-    found = lessons([*short, *longer], objective="answers")
-    assert merits(found) == pytest.approx({0: -0.5, 1: -0.8, 2: -0.8})
+    found = observations([*short, *longer], objective=ANSWERS)
+    assert objectives(found) == pytest.approx({0: -0.5, 1: -0.8, 2: -0.8})
     # Equal answers are parted by the loss, moved by what the loss gained.
-    assert [lesson.loss for lesson in found] == pytest.approx([-0.5, 0.5, 0.0])
-    assert merits(lessons([*short, *longer])) == pytest.approx({0: -0.5, 1: 0.5, 2: 0.0})
+    assert [each.loss for each in found] == pytest.approx([-0.5, 0.5, 0.0])
+    assert objectives(observations([*short, *longer])) == pytest.approx({0: -0.5, 1: 0.5, 2: 0.0})
 
 
 def test_without_answers_there_is_nothing_to_learn_but_what_is_infeasible():
     silent = Outcome({"learning_rate": 0.1}, ("a",), 10, 1.0, is_measured=True)
     diverged = outcomes([trial(3, float("nan"), state=TrialState.INFEASIBLE)], max_train_steps=10)
-    assert merits(lessons([silent, *diverged], objective="answers")) == {3: float("inf")}
+    assert objectives(observations([silent, *diverged], objective=ANSWERS)) == {3: float("inf")}

@@ -14,9 +14,11 @@ from tuner.records import (
     Assignment,
     Branch,
     Checkpoint,
+    Direction,
     Evaluated,
     Evaluation,
     Event,
+    Objective,
     Value,
     assignment_from_json,
     branch_from_json,
@@ -47,6 +49,17 @@ def _evaluations(draw: st.DrawFn) -> Evaluation:
         example_nll=tuple(nll for nll, _ in examples),
         example_tokens=tuple(tokens for _, tokens in examples),
         correct_tokens=draw(st.none() | st.integers(0, 9)),
+        metrics=draw(st.dictionaries(st.text(min_size=1), _LOSSES, max_size=2)),
+        objective=draw(
+            st.none()
+            | st.builds(
+                Objective,
+                st.text(min_size=1),
+                st.sampled_from(Direction),
+                st.sampled_from(("evaluation", "trial")),
+                st.booleans(),
+            )
+        ),
     )
 
 

@@ -28,7 +28,8 @@ from . import synthetic
 
 TRIAL_KEYS = [
     "number", "round", "state", "reason", "hyperparameters", "seed", "best_step", "best_eval_loss",
-    "settled_step", "adapter", "answers", "test", "continues", "executed_steps", "attempts", "evaluations",
+    "settled_step", "metric", "direction", "best_value", "adapter", "answers", "test", "continues",
+    "executed_steps", "attempts", "evaluations",
 ]  # fmt: skip
 STATES = ["waiting", "running", "complete", "pruned", "infeasible", "failed"]
 
@@ -56,7 +57,7 @@ class TestTrialDocument:
         assert document["adapter"] == "/runs/trial-0003/best"
         assert document["seed"] == 0
         assert [list(e) for e in document["evaluations"]] == [
-            ["step", "train_loss", "eval_loss", "learning_rate", "token_accuracy"]
+            ["step", "train_loss", "eval_loss", "learning_rate", "token_accuracy", "metrics"]
         ] * len(trial.evaluations)
 
     def test_an_infeasible_trial_shows_its_earlier_best_and_nan_as_null(self) -> None:
@@ -114,6 +115,8 @@ class TestStatus:
             "max_train_steps",
             "state",
             "trials",
+            "metric",
+            "direction",
             "best",
             "branches_left",
             "seconds_left",
@@ -124,7 +127,9 @@ class TestStatus:
         assert shown["state"] == "complete"
         assert list(shown["trials"]) == STATES
         assert shown["trials"] == dict.fromkeys(STATES, 0) | {"complete": 7, "infeasible": 1}
-        assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter", "answer_score"]
+        assert list(shown["best"]) == ["trial", "eval_loss", "step", "adapter", "answer_score", "best_value"]
+        assert (shown["metric"], shown["direction"]) == ("eval_loss", "minimize")
+        assert shown["best"]["best_value"] == shown["best"]["eval_loss"]
         assert shown["best"]["trial"] == 6
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
 
@@ -283,6 +288,7 @@ def test_check_document() -> None:
     assert list(document["plan"]) == [
         "trials", "max_train_steps", "epochs", "train_rows", "eval_rows", "tokens", "evaluation_share",
         "checkpoint_bytes", "peak_memory_bytes", "hours", "branches", "branch_steps", "token_lengths",
+        "metric", "direction",
     ]  # fmt: skip
     assert document["plan"]["evaluation_share"] is None
     refused = check_document([Mistake(12, "hyperparameters.lora_rank", "unknown")], None)

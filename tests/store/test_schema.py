@@ -38,10 +38,12 @@ from tuner.records import (
     Branch,
     BranchAdvanced,
     Checkpoint,
+    Direction,
     Evaluated,
     Evaluation,
     FinalScore,
     Measured,
+    Objective,
     Promotion,
     RoundBegun,
     RoundRecord,
@@ -162,6 +164,24 @@ def test_a_database_without_environments_knows_of_none(url: str) -> None:
         assert store.trials("round1")[0].attempts[0].environment == {}
         store.record(placed)
         assert store.trials("round1")[0].attempts[0].environment == placed.environment
+
+
+def test_a_database_without_metrics_ranks_by_the_loss(url: str) -> None:
+    """As it was at revision 0006; metrics of later evaluations are kept."""
+    up = Objective("token_accuracy", Direction.MAXIMIZE, is_relative_to_gained=True)
+    counted = Evaluation(40, 1.0, metrics={"token_accuracy": 0.5}, objective=up)
+    with closing(open_store(url, study="s")) as store:
+        store.record(*HISTORY[:5])
+        before = contents(store)
+    at_revision(url, "0006")
+    engine = create_engine(url)
+    assert "metrics" not in {c["name"] for c in inspect(engine).get_columns("tuner_evaluations")}
+    engine.dispose()
+    with closing(open_store(url, study="s")) as store:
+        assert contents(store) == before
+        assert {e.objective for t in store.trials("round1") for e in t.evaluations} <= {None}
+        store.record(Evaluated("round1", 7, 1, counted))
+        assert store.trials("round1")[0].evaluations[-1] == counted
 
 
 def test_a_database_without_kinds_takes_them_from_the_files_of_its_rounds(url: str) -> None:

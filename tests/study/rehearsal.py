@@ -23,7 +23,7 @@ from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
 from tuner.study.plan import RoundPlan
-from tuner.study.sampling import Advisor, Proposal, optuna_storage
+from tuner.study.sampling import Proposal, RoundStudy, optuna_storage
 
 
 class Crash(BaseException):
@@ -61,8 +61,8 @@ class DyingStore:
         return getattr(self.inner, name)
 
 
-class DyingAdvisor(Advisor):
-    """An Advisor that may die right after asking and right before telling."""
+class DyingRoundStudy(RoundStudy):
+    """A RoundStudy that may die right after asking and right before telling."""
 
     fuse: Fuse
 
@@ -94,20 +94,20 @@ def rehearse(
         opened.callback(store.close)
         mirrored = DyingStore(CachedStore(store), burning)
         mirrored.inner.record(RoundBegun(_record(file)))
-        advisor = DyingAdvisor(
+        round_study = DyingRoundStudy(
             optuna_storage(plan.absolute.storage),
             f"{plan.spec.study}/round1",
             plan.space,
             plan.spec.search,
             max_train_steps=plan.spec.max_train_steps,
-            objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
+            objective=plan.spec.recorded_objective,
         )
-        opened.callback(advisor.close)
-        advisor.fuse = burning
+        opened.callback(round_study.close)
+        round_study.fuse = burning
         RoundLoop(
             plan=plan,
             store=mirrored,  # type: ignore[arg-type]
-            advisor=advisor,
+            round_study=round_study,
             worker=make_worker(),
             folder=CheckpointFolder(plan.checkpoints),
             continuations=Continuations(plan, mirrored, "same"),  # type: ignore[arg-type]

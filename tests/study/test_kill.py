@@ -111,9 +111,9 @@ def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(
 @pytest.mark.parametrize(
     "at",
     [
-        "tuner.study.sampling.Advisor.propose+:2",  # after ask, before its fact
+        "tuner.study.sampling.RoundStudy.propose+:2",  # after ask, before its fact
         "tuner.store.sql.SqlStore.record:4",  # of a trial that has begun
-        "tuner.study.sampling.Advisor.tell:1",  # after the fact, before tell
+        "tuner.study.sampling.RoundStudy.tell:1",  # after the fact, before tell
     ],
 )
 def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(tmp_path: Path, at: str) -> None:

@@ -436,7 +436,7 @@ def test_rows_that_were_read_otherwise_are_spoken_of(study: Path, rows: str | No
     try:
         for trial in store.trials("round1"):
             environment = {"tuner": "0.0.1"} if rows is None else {"rows": rows}
-            store.record(Started("round1", trial.number, trial.attempts[-1].number, environment))
+            store.record(Started("round1", trial.number, trial.attempts[-1].number, 0, environment))
     finally:
         store.close()
     notes = promoted(study, to="other").document["notes"]

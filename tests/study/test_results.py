@@ -63,7 +63,7 @@ def test_earlier_answers_count_where_they_were_asked_alike(tmp_path: Path) -> No
         done = Trial(name, 0, {}, TrialState.COMPLETE, evaluations=made, answer_score=score)
         store.record(RoundBegun(record), *history(done))
     now = store.rounds()[-1]
-    assert [(o.loss, o.answers) for o in earlier_outcomes(store, now)] == [
+    assert [(o.loss, o.score) for o in earlier_outcomes(store, now)] == [
         (1.0, 0.5),
         (1.0, None),
         (1.0, None),

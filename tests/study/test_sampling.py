@@ -1,4 +1,4 @@
-"""Optuna as an adviser: proposals that survive crashes, infeasible regions that are learned."""
+"""Optuna's study of a round: proposals that survive crashes, infeasible regions that are learned."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.event import listen
 
 from tuner.config import SearchSpec
 from tuner.playbook.observations import outcomes
 from tuner.records import (
     AnswerScore,
     Choices,
+    Direction,
     Evaluation,
     Fixed,
     Hyperparameters,
+    Objective,
     Range,
     Space,
     Trial,
@@ -28,9 +31,11 @@ from tuner.records import (
     Value,
     num_points,
 )
-from tuner.study.points import quasi_random_point
-from tuner.study.sampling import MAX_REPORTS, Advisor, StudyStorage, optuna_storage, shown_steps
+from tuner.study.proposals import RoundSampler, distributions
+from tuner.study.samplers.points import quasi_random_point
+from tuner.study.sampling import MAX_REPORTS, RoundStudy, StudyStorage, optuna_storage, shown_steps
 
+ANSWERS = Objective("answers", Direction.MAXIMIZE, "trial", is_relative_to_gained=True)
 SPACE: Space = {
     "learning_rate": Range(1e-5, 1e-2, log=True),
     "lora_r": Choices((8, 16, 32)),
@@ -45,15 +50,17 @@ def storage(tmp_path: Path) -> optuna.storages.BaseStorage:
     return optuna_storage(f"sqlite:///{tmp_path / 'tuner.db'}")
 
 
-def advisor(storage: optuna.storages.BaseStorage, space: Space = SPACE, **search: Any) -> Advisor:
-    return Advisor(storage, "study/round1", space, SearchSpec(**{"trials": 8, **search}), max_train_steps=10)
+def new_study(storage: optuna.storages.BaseStorage, space: Space = SPACE, **search: Any) -> RoundStudy:
+    return RoundStudy(
+        storage, "study/round1", space, SearchSpec(**{"trials": 8, **search}), max_train_steps=10
+    )
 
 
-def proposed_points(adviser: Advisor, num: int, known: Sequence[Trial] = ()) -> list[dict[str, Value]]:
+def proposed_points(round_study: RoundStudy, num: int, known: Sequence[Trial] = ()) -> list[dict[str, Value]]:
     """The next points of a round whose trials all end complete."""
     found = list(known)
     for ordinal in range(len(found), len(found) + num):
-        proposal = adviser.propose(ordinal, found)
+        proposal = round_study.propose(ordinal, found)
         found.append(
             trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1 + 0.01 * ordinal)
         )
@@ -69,16 +76,16 @@ def trial(
 
 @pytest.mark.parametrize("sampler", ["quasi-random", "tpe", "gp", "random"])
 def test_every_proposal_lies_in_the_space(storage: optuna.storages.BaseStorage, sampler: str) -> None:
-    adviser = advisor(storage, sampler=sampler)
+    round_study = new_study(storage, sampler=sampler)
     known: list[Trial] = []
     for ordinal in range(6):
-        proposal = adviser.propose(ordinal, known)
+        proposal = round_study.propose(ordinal, known)
         assert set(proposal.chosen) == {"learning_rate", "lora_r", "warmup_steps", "target_modules"}
         assert all(SPACE[name].contains(value) for name, value in proposal.chosen.items())
         known.append(
             trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1 + 0.1 * ordinal)
         )
-        adviser.tell(known[-1], max_train_steps=10)
+        round_study.tell(known[-1], max_train_steps=10)
 
 
 @pytest.mark.parametrize("sampler", ["quasi-random", "tpe", "random", "gp"])
@@ -86,8 +93,8 @@ def test_a_resumed_round_repeats_no_proposal(storage: optuna.storages.BaseStorag
     proposals = []
     known: list[Trial] = []
     for ordinal in range(5):
-        adviser = advisor(storage, sampler=sampler)  # as a new process would
-        proposal = adviser.propose(ordinal, known)
+        round_study = new_study(storage, sampler=sampler)  # as a new process would
+        proposal = round_study.propose(ordinal, known)
         proposals.append(tuple(proposal.chosen.values()))
         known.append(
             trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1 + 0.1 * ordinal)
@@ -98,14 +105,14 @@ def test_a_resumed_round_repeats_no_proposal(storage: optuna.storages.BaseStorag
 def test_quasi_random_points_do_not_depend_on_what_crashes_left(
     storage: optuna.storages.BaseStorage, tmp_path: Path
 ) -> None:
-    undisturbed = advisor(optuna_storage(f"sqlite:///{tmp_path / 'other.db'}"))
+    undisturbed = new_study(optuna_storage(f"sqlite:///{tmp_path / 'other.db'}"))
     expected = [dict(undisturbed.propose(ordinal).chosen) for ordinal in range(4)]
-    disturbed = advisor(storage)
+    disturbed = new_study(storage)
     known: list[Trial] = []
     found = []
     for ordinal in range(4):
         disturbed.propose(ordinal)  # a crash after ask: no fact of it
-        disturbed.heal(known, max_train_steps=10)
+        disturbed.recover(known, max_train_steps=10)
         proposal = disturbed.propose(ordinal)
         found.append(dict(proposal.chosen))
         known.append(trial(ordinal, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen))
@@ -114,7 +121,7 @@ def test_quasi_random_points_do_not_depend_on_what_crashes_left(
 
 def test_quasi_random_points_cover_each_range_evenly() -> None:
     space = {"learning_rate": Range(1e-5, 1e-2, log=True), "lora_r": Choices((8, 16, 32, 64))}
-    points = [quasi_random_point(space, seed=0, place=place) for place in range(16)]
+    points = [quasi_random_point(distributions(space), seed=0, place=place) for place in range(16)]
     eighths = sorted(int(8 * (math.log10(float(p["learning_rate"])) + 5) / 3) for p in points)
     assert eighths == sorted([*range(8), *range(8)])
     assert all(sum(p["lora_r"] == rank for p in points) == 4 for rank in (8, 16, 32, 64))
@@ -128,14 +135,14 @@ def test_enqueued_values_come_first_and_the_sampler_fills_the_rest(
         {"lora_r": 8, "target_modules": ["q_proj", "v_proj"]},
     ]
     for sampler in ("quasi-random", "tpe"):
-        adviser = Advisor(
+        round_study = RoundStudy(
             storage,
             sampler,
             SPACE,
             SearchSpec(trials=8, sampler=sampler, enqueue=enqueue),
             max_train_steps=10,
         )  # type: ignore[arg-type]
-        first, second = adviser.propose(0), adviser.propose(1)
+        first, second = round_study.propose(0), round_study.propose(1)
         assert (first.chosen["learning_rate"], first.chosen["lora_r"]) == (2e-4, 16)
         assert (second.chosen["lora_r"], second.chosen["target_modules"]) == (8, ("q_proj", "v_proj"))
         assert set(first.chosen) == set(second.chosen) == set(SPACE) - {"optimizer"}
@@ -146,28 +153,37 @@ def test_what_is_enqueued_takes_no_place_of_the_quasi_random_sequence() -> None:
     space: Space = {"learning_rate": Range(1e-5, 1e-2, log=True), "lora_r": Choices((8, 16))}
     whole = {"learning_rate": 1e-4, "lora_r": 8}
     for enqueue in ([], [whole], [whole, {"lora_r": 16}]):
-        adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=3)
-        new = [dict(adviser.propose(len(enqueue) + place).chosen) for place in range(2)]
-        assert new == [quasi_random_point(space, seed=3, place=place) for place in range(2)]
-    filled = adviser.propose(1).chosen
-    assert filled == {**quasi_random_point(space, seed=4, place=1), "lora_r": 16}
+        round_study = new_study(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=3)
+        new = [dict(round_study.propose(len(enqueue) + place).chosen) for place in range(2)]
+        assert new == [quasi_random_point(distributions(space), seed=3, place=place) for place in range(2)]
+    filled = round_study.propose(1).chosen
+    assert filled == {**quasi_random_point(distributions(space), seed=4, place=1), "lora_r": 16}
 
 
 def test_random_points_of_two_seeds_have_none_in_common() -> None:
     space: Space = {"learning_rate": Range(0.0, 1.0)}
-    advisers = [advised(space, (), sampler="random", seed=seed) for seed in range(2)]
-    assert len({adviser.propose(n).chosen["learning_rate"] for adviser in advisers for n in range(3)}) == 6
+    round_studies = [study_after(space, (), sampler="random", seed=seed) for seed in range(2)]
+    assert (
+        len(
+            {
+                round_study.propose(n).chosen["learning_rate"]
+                for round_study in round_studies
+                for n in range(3)
+            }
+        )
+        == 6
+    )
 
 
 def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.storages.BaseStorage) -> None:
     space: Space = {"learning_rate": Choices((1e-4, 1e-3)), "lora_r": Choices((8, 16))}
-    adviser = Advisor(storage, "grid", space, SearchSpec(trials=9, sampler="grid"), max_train_steps=10)
-    assert adviser.num_points == 4
+    round_study = RoundStudy(storage, "grid", space, SearchSpec(trials=9, sampler="grid"), max_train_steps=10)
+    assert round_study.num_points == 4
     points = []
     for ordinal in range(4):
-        proposal = adviser.propose(ordinal)
+        proposal = round_study.propose(ordinal)
         points.append((proposal.chosen["learning_rate"], proposal.chosen["lora_r"]))
-        adviser.tell(
+        round_study.tell(
             trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen), max_train_steps=10
         )
     assert len(set(points)) == 4
@@ -176,9 +192,9 @@ def test_a_grid_gives_every_point_once_and_survives_its_last(storage: optuna.sto
 def test_a_grid_begins_after_what_is_enqueued() -> None:
     space: Space = {"learning_rate": Choices((1e-4, 1e-3)), "lora_r": Choices((8, 16))}
     enqueue = [{"learning_rate": 1e-3}]
-    adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler="grid", enqueue=enqueue)
-    assert adviser.num_points == 4
-    points = [tuple(p.values()) for p in proposed_points(adviser, 4)]
+    round_study = new_study(optuna.storages.InMemoryStorage(), space, sampler="grid", enqueue=enqueue)
+    assert round_study.num_points == 4
+    points = [tuple(p.values()) for p in proposed_points(round_study, 4)]
     assert points == [(1e-3, 8), (1e-4, 8), (1e-4, 16), (1e-3, 16)]
 
 
@@ -203,9 +219,9 @@ def test_a_finite_space_is_gone_through_without_repeating_a_point(sampler: str, 
     space = FINITE[name]
     if sampler == "grid" and any(isinstance(dimension, Range) for dimension in space.values()):
         pytest.skip("a grid has no ranges")
-    adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler, trials=20)
-    points = proposed_points(adviser, int(num_points(space)))
-    assert adviser.num_points == len(points) == len({tuple(point.items()) for point in points})
+    round_study = new_study(optuna.storages.InMemoryStorage(), space, sampler=sampler, trials=20)
+    points = proposed_points(round_study, int(num_points(space)))
+    assert round_study.num_points == len(points) == len({tuple(point.items()) for point in points})
     assert all(space[key].contains(value) for point in points for key, value in point.items())
 
 
@@ -215,8 +231,8 @@ def test_a_point_that_has_its_trial_is_taken_whatever_became_of_it(state: TrialS
     """Those that run beside, too. A failed trial is repeated by `again` alone."""
     space: Space = {"lora_r": Choices((4, 8))}
     for rank, other in ((4, 8), (8, 4)):
-        adviser = advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler)
-        assert adviser.propose(1, [trial(0, 0, state, {"lora_r": rank})]).chosen == {"lora_r": other}
+        round_study = new_study(optuna.storages.InMemoryStorage(), space, sampler=sampler)
+        assert round_study.propose(1, [trial(0, 0, state, {"lora_r": rank})]).chosen == {"lora_r": other}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -225,10 +241,10 @@ def test_what_is_enqueued_is_tried_before_it_has_run(sampler: str) -> None:
     space: Space = {"lora_r": Choices((4, 8)), "lora_dropout": Choices((0.0, 0.1))}
     enqueue = [{"lora_r": 8}, {"lora_r": 4}, {"lora_r": 8, "lora_dropout": 0}]
     for seed in range(4):
-        adviser = advisor(
+        round_study = new_study(
             optuna.storages.InMemoryStorage(), space, sampler=sampler, enqueue=enqueue, seed=seed
         )
-        first, second, third, last = proposed_points(adviser, 4)
+        first, second, third, last = proposed_points(round_study, 4)
         assert first == {"lora_r": 8, "lora_dropout": 0.1}
         assert second["lora_r"] == last["lora_r"] == 4
         assert third == enqueue[2]
@@ -241,7 +257,7 @@ def test_an_entry_whose_points_are_all_taken_is_another_point() -> None:
     enqueue = [{"lora_r": 4}, {"lora_r": 4}, {"lora_dropout": 0.1}, {"lora_dropout": 0.0}]
     for seed in range(6):
         points = proposed_points(
-            advisor(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=seed), 4
+            new_study(optuna.storages.InMemoryStorage(), space, enqueue=enqueue, seed=seed), 4
         )
         assert len({tuple(sorted(point.items())) for point in points}) == 4
 
@@ -263,16 +279,16 @@ def test_a_killed_round_goes_on_with_the_points_that_it_would_have_tried(
         "warmup_steps": Range(1, 1 + warmups, log=log, integer=True),
     }
 
-    def adviser() -> Advisor:
-        return advisor(optuna.storages.InMemoryStorage(), space, sampler=sampler, seed=seed)
+    def round_study() -> RoundStudy:
+        return new_study(optuna.storages.InMemoryStorage(), space, sampler=sampler, seed=seed)
 
     total = int(num_points(space))
     assert total == ranks * (warmups + 1)
-    whole = proposed_points(adviser(), total)
+    whole = proposed_points(round_study(), total)
     assert len({tuple(point.items()) for point in whole}) == total
     begun = min(killed, total)
     known = [trial(n, n, TrialState.COMPLETE, point, 1 + 0.01 * n) for n, point in enumerate(whole[:begun])]
-    assert proposed_points(adviser(), total - begun, known) == whole[begun:]
+    assert proposed_points(round_study(), total - begun, known) == whole[begun:]
 
 
 @pytest.mark.parametrize("sampler", ["quasi-random", "random", "tpe", "grid"])  # gp begins with 8 anyway
@@ -291,7 +307,7 @@ def test_points_that_a_round_of_the_same_length_has_run_come_last(sampler: str) 
             )
             for n, rank in enumerate((4, 16))
         ]
-        adviser = Advisor(
+        round_study = RoundStudy(
             optuna.storages.InMemoryStorage(),
             "study/round1",
             space,
@@ -299,7 +315,7 @@ def test_points_that_a_round_of_the_same_length_has_run_come_last(sampler: str) 
             max_train_steps=15,
             earlier=outcomes(ran, max_train_steps=horizon),
         )
-        points = proposed_points(adviser, 3)
+        points = proposed_points(round_study, 3)
         assert {point["lora_r"] for point in points} == {4, 8, 16}
         return points[0]["lora_r"]
 
@@ -312,27 +328,27 @@ def test_points_that_a_round_of_the_same_length_has_run_come_last(sampler: str) 
 
 def test_a_large_space_of_whole_numbers_is_not_listed() -> None:
     space: Space = {"lora_r": Range(1, 10**9, integer=True), "warmup_steps": Range(0, 10**9, integer=True)}
-    adviser = advisor(optuna.storages.InMemoryStorage(), space, enqueue=[{"lora_r": 7}])
-    assert adviser.num_points == 10**9 * (10**9 + 1)
-    assert len({tuple(point.items()) for point in proposed_points(adviser, 8)}) == 8
+    round_study = new_study(optuna.storages.InMemoryStorage(), space, enqueue=[{"lora_r": 7}])
+    assert round_study.num_points == 10**9 * (10**9 + 1)
+    assert len({tuple(point.items()) for point in proposed_points(round_study, 8)}) == 8
 
 
 def test_a_rare_value_of_a_finite_space_is_found() -> None:
     """One that a thousand random points would mostly miss."""
     space: Space = {"lora_r": Range(1, 4000, log=True, integer=True)}
-    adviser = advisor(optuna.storages.InMemoryStorage(), space)
+    round_study = new_study(optuna.storages.InMemoryStorage(), space)
     known = [
         trial(n, n, TrialState.COMPLETE, {"lora_r": rank})
         for n, rank in enumerate(rank for rank in range(1, 4001) if rank != 3999)
     ]
-    assert adviser.propose(3999, known).chosen == {"lora_r": 3999}
+    assert round_study.propose(3999, known).chosen == {"lora_r": 3999}
 
 
 def test_a_failed_trial_is_asked_again_with_the_same_values(storage: optuna.storages.BaseStorage) -> None:
-    adviser = advisor(storage, sampler="tpe")
-    first = adviser.propose(0)
-    adviser.tell(trial(0, first.optuna_trial, TrialState.FAILED, first.chosen), max_train_steps=10)
-    again = adviser.propose(1, again=first.chosen)
+    round_study = new_study(storage, sampler="tpe")
+    first = round_study.propose(0)
+    round_study.tell(trial(0, first.optuna_trial, TrialState.FAILED, first.chosen), max_train_steps=10)
+    again = round_study.propose(1, again=first.chosen)
     assert again.chosen == first.chosen
     assert again.optuna_trial != first.optuna_trial
 
@@ -341,26 +357,28 @@ def test_a_failed_trial_is_asked_again_with_the_same_values(storage: optuna.stor
 def test_infeasible_is_told_so_that_each_sampler_learns_from_it(
     storage: optuna.storages.BaseStorage, sampler: str, state: str
 ) -> None:
-    adviser = advisor(storage, sampler=sampler)
-    good = adviser.propose(0)
-    adviser.tell(trial(0, good.optuna_trial, TrialState.COMPLETE, good.chosen, 1.5), max_train_steps=10)
-    bad = adviser.propose(1)
-    adviser.tell(trial(1, bad.optuna_trial, TrialState.INFEASIBLE, bad.chosen, math.nan), max_train_steps=10)
-    frozen = adviser.study.trials[bad.optuna_trial]
+    round_study = new_study(storage, sampler=sampler)
+    good = round_study.propose(0)
+    round_study.tell(trial(0, good.optuna_trial, TrialState.COMPLETE, good.chosen, 1.5), max_train_steps=10)
+    bad = round_study.propose(1)
+    round_study.tell(
+        trial(1, bad.optuna_trial, TrialState.INFEASIBLE, bad.chosen, math.nan), max_train_steps=10
+    )
+    frozen = round_study.study.trials[bad.optuna_trial]
     assert frozen.state.name == state
     assert frozen.constraints["feasible"] == 1.0
     # What optuna-dashboard's best-trial card reads.
     assert frozen.system_attrs["constraints"] == [1.0]
-    assert adviser.study.best_trial.number == good.optuna_trial
+    assert round_study.study.best_trial.number == good.optuna_trial
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_tpe_learns_an_infeasible_region(seed: int) -> None:
     space: Space = {"learning_rate": Range(0.0, 1.0)}
-    adviser = advisor(optuna.storages.InMemoryStorage(), space, trials=24, sampler="tpe", seed=seed)
+    round_study = new_study(optuna.storages.InMemoryStorage(), space, trials=24, sampler="tpe", seed=seed)
     known: list[Trial] = []
     for ordinal in range(24):
-        proposal = adviser.propose(ordinal, known)
+        proposal = round_study.propose(ordinal, known)
         rate = float(proposal.chosen["learning_rate"])  # type: ignore[arg-type]
         # The loss improves towards the wall at 0.5, behind which nothing fits.
         state = TrialState.INFEASIBLE if rate > 0.5 else TrialState.COMPLETE
@@ -373,8 +391,8 @@ def test_tpe_learns_an_infeasible_region(seed: int) -> None:
 def test_an_infeasible_region_of_an_earlier_round_is_kept_out_of(sampler: str) -> None:
     space: Space = {"learning_rate": Range(0.0, 1.0)}
     earlier = earlier_trials([(n / 16, math.inf if n > 8 else 2 - n / 16) for n in range(16)])
-    adviser = advised(space, earlier, sampler=sampler)
-    rates = [float(adviser.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
+    round_study = study_after(space, earlier, sampler=sampler)
+    rates = [float(round_study.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
     assert max(rates) <= 0.6
 
 
@@ -394,8 +412,8 @@ def earlier_trials(
     )
 
 
-def advised(space: Space, earlier: tuple[Trial, ...], **search: Any) -> Advisor:
-    return Advisor(
+def study_after(space: Space, earlier: tuple[Trial, ...], **search: Any) -> RoundStudy:
+    return RoundStudy(
         optuna.storages.InMemoryStorage(),
         "study/round1",
         space,
@@ -409,13 +427,13 @@ def advised(space: Space, earlier: tuple[Trial, ...], **search: Any) -> Advisor:
 def test_a_round_is_advised_by_earlier_ones_and_shows_none_of_their_trials(sampler: str) -> None:
     space: Space = {"learning_rate": Range(0.0, 1.0)}
     earlier = earlier_trials([(n / 20, 1 + abs(n / 20 - 0.3)) for n in range(20)])
-    adviser = advised(space, earlier, sampler=sampler)
-    proposals = [adviser.propose(ordinal) for ordinal in range(3)]
+    round_study = study_after(space, earlier, sampler=sampler)
+    proposals = [round_study.propose(ordinal) for ordinal in range(3)]
     rates = [float(p.chosen["learning_rate"]) for p in proposals]  # type: ignore[arg-type]
     assert sum(abs(rate - 0.3) < 0.2 for rate in rates) >= 2
     assert [p.optuna_trial for p in proposals] == [0, 1, 2]
-    assert len(adviser.study.trials) == 3
-    again = advised(space, earlier, sampler=sampler)
+    assert len(round_study.study.trials) == 3
+    again = study_after(space, earlier, sampler=sampler)
     assert [again.propose(ordinal).chosen for ordinal in range(3)] == [p.chosen for p in proposals]
 
 
@@ -424,9 +442,9 @@ def test_what_runs_outside_of_the_space_is_no_obstacle(sampler: str) -> None:
     space: Space = {"learning_rate": Range(0.0, 1.0)}
     earlier = earlier_trials([(n / 20, 1 + abs(n / 20 - 0.3)) for n in range(20)])
     outside = trial(0, 0, TrialState.RUNNING, {"learning_rate": 40.0})
-    adviser = advised(space, earlier, sampler=sampler)
-    alone = advised(space, earlier, sampler=sampler)
-    assert adviser.propose(1, [outside]).chosen == alone.propose(1).chosen
+    round_study = study_after(space, earlier, sampler=sampler)
+    alone = study_after(space, earlier, sampler=sampler)
+    assert round_study.propose(1, [outside]).chosen == alone.propose(1).chosen
 
 
 RATES = (0.02, 0.13, 0.22, 0.35, 0.41, 0.58, 0.77, 0.93)
@@ -440,11 +458,13 @@ def near(best: float, *rates: float) -> list[tuple[float, float]]:
 def test_a_model_is_asked_once_half_of_the_round_is_known(sampler: str) -> None:
     """Before that it is a random point; what is enqueued counts as if it were known."""
     space: Space = {"learning_rate": Range(0.0, 1.0)}
-    anywhere = advised(space, (), sampler="random").propose(7).chosen
+    anywhere = study_after(space, (), sampler="random").propose(7).chosen
     queue = [{"learning_rate": 0.5}] * 6
     for enqueue, known, is_random in (([], 3, True), ([], 4, False), (queue, 5, True), (queue, 6, False)):
-        adviser = advised(space, earlier_trials(near(0.3, *RATES[:known])), sampler=sampler, enqueue=enqueue)
-        assert (adviser.propose(7).chosen == anywhere) == is_random
+        round_study = study_after(
+            space, earlier_trials(near(0.3, *RATES[:known])), sampler=sampler, enqueue=enqueue
+        )
+        assert (round_study.propose(7).chosen == anywhere) == is_random
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
@@ -454,7 +474,7 @@ def test_only_what_lies_in_the_space_is_known(sampler: str) -> None:
     beside = earlier_trials(near(0.3, 1.5, -0.2), round_name="wider", lora_r=16)
     without = earlier_trials(near(0.3, 0.3), round_name="other")
     alone, among = (
-        advised(space, known, sampler=sampler).propose(8).chosen
+        study_after(space, known, sampler=sampler).propose(8).chosen
         for known in (inside, (*inside, *beside, *without))
     )
     assert among == alone
@@ -469,8 +489,8 @@ def test_what_runs_beside_is_kept_away_from_and_what_is_complete_is_learned_from
         outcomes_before = (*outcomes(earlier, max_train_steps=5), *outcomes(known, max_train_steps=15))
         search = SearchSpec(trials=8, sampler=sampler, seed=seed)  # type: ignore[arg-type]
         storage = optuna.storages.InMemoryStorage()
-        adviser = Advisor(storage, "study", space, search, max_train_steps=15, earlier=outcomes_before)
-        return float(adviser.propose(12, trials).chosen["learning_rate"])  # type: ignore[arg-type]
+        round_study = RoundStudy(storage, "study", space, search, max_train_steps=15, earlier=outcomes_before)
+        return float(round_study.propose(12, trials).chosen["learning_rate"])  # type: ignore[arg-type]
 
     def of_round(state: TrialState, *rates: float) -> list[Trial]:
         return [
@@ -488,15 +508,15 @@ def test_what_runs_beside_is_kept_away_from_and_what_is_complete_is_learned_from
 
 
 def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.BaseStorage) -> None:
-    adviser = advisor(storage)
-    proposal = adviser.propose(0)
+    round_study = new_study(storage)
+    proposal = round_study.propose(0)
     done = trial(0, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1.25)
     for _ in range(2):
         for evaluation in done.evaluations:
-            if adviser.study.trials[0].state == optuna.trial.TrialState.RUNNING:
-                adviser.report(done, evaluation, (0, 5))
-        adviser.tell(done, max_train_steps=10)
-    frozen = adviser.study.trials[0]
+            if round_study.study.trials[0].state == optuna.trial.TrialState.RUNNING:
+                round_study.report(done, evaluation, (0, 5))
+        round_study.tell(done, max_train_steps=10)
+    frozen = round_study.study.trials[0]
     assert frozen.value == 1.25
     assert frozen.intermediate_values == {0: 3.0, 5: 1.25}
     assert frozen.user_attrs["best_step"] == 5
@@ -504,35 +524,35 @@ def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.Ba
 
 
 def test_a_loss_that_is_not_finite_is_not_shown() -> None:
-    adviser = advisor(optuna.storages.InMemoryStorage())
-    proposal = adviser.propose(0)
+    round_study = new_study(optuna.storages.InMemoryStorage())
+    proposal = round_study.propose(0)
     running = trial(0, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen)
     for step, loss in ((0, 3.0), (5, math.nan), (10, math.inf)):
-        adviser.report(running, Evaluation(step, loss), (0, 5, 10))
-    assert adviser.study.trials[0].intermediate_values == {0: 3.0}
+        round_study.report(running, Evaluation(step, loss), (0, 5, 10))
+    assert round_study.study.trials[0].intermediate_values == {0: 3.0}
 
 
 def test_the_objective_is_the_best_evaluation_and_not_the_last(storage: optuna.storages.BaseStorage) -> None:
-    adviser = advisor(storage)
-    proposal = adviser.propose(0)
+    round_study = new_study(storage)
+    proposal = round_study.propose(0)
     curve = (Evaluation(0, 3.0), Evaluation(5, 1.0), Evaluation(10, 2.0))
     done = Trial("round1", 0, dict(proposal.chosen), TrialState.COMPLETE, evaluations=curve, optuna_trial=0)
-    adviser.tell(done, max_train_steps=10)
-    assert adviser.study.best_value == 1.0
+    round_study.tell(done, max_train_steps=10)
+    assert round_study.study.best_value == 1.0
 
 
 def test_healing_ends_zombies_and_tells_what_was_not_told(storage: optuna.storages.BaseStorage) -> None:
-    adviser = advisor(storage)
-    told = adviser.propose(0)
-    adviser.propose(1)  # asked, never recorded
-    adviser.study.enqueue_trial({"learning_rate": 1e-3})  # enqueued, never asked
-    running = adviser.propose(2)
+    round_study = new_study(storage)
+    told = round_study.propose(0)
+    round_study.propose(1)  # asked, never recorded
+    round_study.study.enqueue_trial({"learning_rate": 1e-3})  # enqueued, never asked
+    running = round_study.propose(2)
     facts = [
         trial(0, told.optuna_trial, TrialState.COMPLETE, told.chosen),
         trial(1, running.optuna_trial, TrialState.WAITING, running.chosen),
     ]
-    advisor(storage).heal(facts, max_train_steps=10)
-    states = {t.number: t.state.name for t in adviser.study.trials}
+    new_study(storage).recover(facts, max_train_steps=10)
+    states = {t.number: t.state.name for t in round_study.study.trials}
     assert states.pop(told.optuna_trial) == "COMPLETE"
     assert states.pop(running.optuna_trial) == "RUNNING"
     assert set(states.values()) == {"FAIL"}
@@ -566,28 +586,31 @@ def test_answers_as_the_objective_are_maximised_and_shown_as_they_are(sampler: s
         )
 
     earlier = tuple(answering("round0", n, n / 20) for n in range(20))
-    adviser = Advisor(
+    round_study = RoundStudy(
         optuna.storages.InMemoryStorage(),
         "study/round1",
         space,
         SearchSpec(trials=8, sampler=sampler),
         max_train_steps=15,
         earlier=outcomes(earlier, max_train_steps=5),
-        objective="answers",
+        objective=ANSWERS,
     )
-    proposals = [adviser.propose(ordinal) for ordinal in range(3)]
+    proposals = [round_study.propose(ordinal) for ordinal in range(3)]
     rates = [float(p.chosen["learning_rate"]) for p in proposals]  # type: ignore[arg-type]
     assert sum(abs(rate - 0.7) < 0.2 for rate in rates) >= 2
-    adviser.tell(answering("round1", 0, 0.6, proposals[0].optuna_trial), max_train_steps=15)
+    round_study.tell(answering("round1", 0, 0.6, proposals[0].optuna_trial), max_train_steps=15)
     diverged = trial(1, proposals[1].optuna_trial, TrialState.INFEASIBLE, proposals[1].chosen)
-    adviser.report(diverged, diverged.evaluations[0], (0, 5))
-    adviser.tell(diverged, max_train_steps=15)
-    told, infeasible, _ = adviser.study.trials
-    assert (adviser.study.direction.name, adviser.study.metric_names) == ("MAXIMIZE", ["answer score"])
+    round_study.report(diverged, diverged.evaluations[0], (0, 5))
+    round_study.tell(diverged, max_train_steps=15)
+    told, infeasible, _ = round_study.study.trials
+    assert (round_study.study.direction.name, round_study.study.metric_names) == (
+        "MAXIMIZE",
+        ["answer score"],
+    )
     assert told.value == pytest.approx(0.9)
     assert told.user_attrs["answers"] == "50 by exact_match"
     assert (infeasible.state.name, infeasible.value) == ("PRUNED", None)
-    assert adviser.study.best_trial.number == told.number
+    assert round_study.study.best_trial.number == told.number
 
 
 def test_equal_answers_are_parted_by_their_losses() -> None:
@@ -595,16 +618,16 @@ def test_equal_answers_are_parted_by_their_losses() -> None:
     score = AnswerScore(5, "exact_match", 0.5, 0.01, 50, is_objective=True)
     found = earlier_trials([(n / 20, 1 + abs(n / 20 - 0.7)) for n in range(20)])
     equal = outcomes([replace(t, answer_score=score) for t in found], max_train_steps=5)
-    adviser = Advisor(
+    round_study = RoundStudy(
         optuna.storages.InMemoryStorage(),
         "study",
         space,
         SearchSpec(trials=8, sampler="tpe"),
         max_train_steps=5,
         earlier=equal,
-        objective="answers",
+        objective=ANSWERS,
     )
-    rates = [float(adviser.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
+    rates = [float(round_study.propose(n).chosen["learning_rate"]) for n in range(3)]  # type: ignore[arg-type]
     assert all(abs(rate - 0.7) < 0.2 for rate in rates)
 
 
@@ -614,3 +637,179 @@ def test_optuna_takes_the_database_that_the_facts_are_in(tmp_path: Path) -> None
     for storage in (optuna_storage(url), StudyStorage(url, "tiny")):
         assert storage.url == f"sqlite:///{tmp_path}/tuner.db"
         storage.engine.dispose()
+
+
+# --- a sampler that is not tuner's ----------------------------------------------------------------
+
+
+class Listener(optuna.samplers.RandomSampler):
+    """Writes down what it is made with and told."""
+
+    heard: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, seed: int, name: str = "") -> None:
+        super().__init__(seed=seed)
+        self.heard.append({"seed": seed, "name": name})
+
+    def sample_independent(self, study: Any, trial: Any, *args: Any) -> Any:
+        known = study.get_trials()[: trial.number]
+        self.heard[-1]["told"] = [(t.params, t.value, t.constraints) for t in known if t.state.is_finished()]
+        self.heard[-1]["running"] = [t.params for t in known if not t.state.is_finished()]
+        self.heard[-1]["direction"] = study.direction.name
+        return super().sample_independent(study, trial, *args)
+
+
+LISTENER = f"{Listener.__module__}:Listener"
+RATE: Space = {"learning_rate": Range(0.0, 1.0)}
+
+
+def test_another_sampler_is_told_earlier_rounds_penalties_and_what_runs() -> None:
+    """A value of a shorter round is carried to this one's length by what both know: here 0.5 lower."""
+    Listener.heard.clear()
+    earlier = earlier_trials([(0.1, 2.0), (0.2, 2.5), (0.3, math.inf), (7.0, 1.0)])
+    asked = study_after(RATE, earlier, sampler=LISTENER, sampler_arguments={"name": "x"}, seed=4)
+    states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAILED, TrialState.INFEASIBLE)
+    known = [
+        trial(n, n, state, {"learning_rate": rate}, 1.5)
+        for n, (state, rate) in enumerate(zip(states, (0.1, 0.5, 0.6, 0.7), strict=True))
+    ]
+    proposal = asked.propose(4, known)
+    (heard,) = Listener.heard
+    feasible, violated = {"feasible": 0.0}, {"feasible": 1.0}
+    assert heard["told"] == [
+        ({"learning_rate": 0.1}, 1.5, feasible),
+        ({"learning_rate": 0.2}, 2.0, feasible),
+        ({"learning_rate": 0.3}, 2.0, violated),
+        ({"learning_rate": 0.7}, 2.0, violated),
+    ]
+    assert heard["running"] == [{"learning_rate": 0.5}]
+    assert (heard["name"], heard["direction"]) == ("x", "MINIMIZE")
+    again = study_after(RATE, earlier, sampler=LISTENER, sampler_arguments={"name": "x"}, seed=4)
+    assert again.propose(4, known).chosen == proposal.chosen, "the same facts give the same proposal"
+    seeds = [
+        study_after(RATE, (), sampler=LISTENER, seed=s).propose(n).chosen for s, n in ((4, 4), (5, 4), (4, 5))
+    ]
+    assert len({each["learning_rate"] for each in seeds}) == 3
+    assert len({each["seed"] for each in Listener.heard}) == 3
+
+
+def test_another_sampler_maximises_answers_and_is_told_no_constraint_without_infeasible_trials() -> None:
+    Listener.heard.clear()
+    score = AnswerScore(5, "exact_match", 0.75, 0.01, 50, is_objective=True)
+    known = [replace(trial(0, 0, TrialState.COMPLETE, {"learning_rate": 0.1}), answer_score=score)]
+    search = SearchSpec(trials=8, sampler=LISTENER)
+    storage = optuna.storages.InMemoryStorage()
+    RoundStudy(storage, "study", RATE, search, max_train_steps=5, objective="answers").propose(1, known)
+    assert Listener.heard[-1]["told"] == [({"learning_rate": 0.1}, 0.75, {})]
+    assert Listener.heard[-1]["direction"] == "MAXIMIZE"
+
+
+@pytest.mark.parametrize("sampler", [LISTENER, "optuna.samplers:TPESampler", "optuna.samplers:NSGAIISampler"])
+def test_another_sampler_fills_what_an_entry_leaves_open_and_repeats_no_point(sampler: str) -> None:
+    enqueue = [{"lora_r": 16, "warmup_steps": 3}]
+    asked = new_study(optuna.storages.InMemoryStorage(), sampler=sampler, enqueue=enqueue)
+    first, *others = proposed_points(asked, 4)
+    assert (first["lora_r"], first["warmup_steps"]) == (16, 3)
+    assert set(first) == set(SPACE) - {"optimizer"}
+    assert all(SPACE[name].contains(value) for point in (first, *others) for name, value in point.items())
+    finite = new_study(optuna.storages.InMemoryStorage(), FINITE["seeds"], sampler=sampler)
+    points = proposed_points(finite, 6)
+    assert len({tuple(point.items()) for point in points}) == 6
+
+
+def test_what_another_sampler_notes_on_its_trials_comes_back_to_it(tmp_path: Path) -> None:
+    """A genetic sampler breeds only from trials of which it has noted their generation, in every process."""
+    url = f"sqlite:///{tmp_path / 'tuner.db'}"
+    arguments = {"population_size": 4}
+    known: list[Trial] = []
+    for ordinal in range(12):
+        asked = new_study(
+            optuna_storage(url), RATE, sampler="optuna.samplers:NSGAIISampler", sampler_arguments=arguments,
+            trials=12,
+        )  # fmt: skip
+        proposal = asked.propose(ordinal, known)
+        loss = 1 + abs(float(proposal.chosen["learning_rate"]) - 0.3)  # type: ignore[arg-type]
+        done = trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, loss)
+        known.append(done)
+        asked.tell(done, max_train_steps=10)
+    attributes = [frozen.system_attrs for frozen in asked.study.get_trials()]
+    generations = [
+        max((v for k, v in each.items() if "generation" in k), default=None) for each in attributes
+    ]
+    assert generations == [0] * 4 + [1] * 4 + [2] * 4
+
+
+# --- Optuna asks, and the round's sampler answers -------------------------------------------------
+
+
+def test_a_trial_that_somebody_enqueued_takes_no_proposals_place(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    """In the dashboard, or a process that died: Optuna hands those out first."""
+    undisturbed = new_study(optuna.storages.InMemoryStorage())
+    round_study = new_study(storage)
+    round_study.study.enqueue_trial({"lora_r": 32})
+    for ordinal in range(2):
+        assert round_study.propose(ordinal).chosen == undisturbed.propose(ordinal).chosen
+    assert [t.state.name for t in round_study.study.trials] == ["FAIL", "RUNNING", "RUNNING"]
+
+
+def test_a_value_that_no_longer_lies_in_its_range_is_repeated_as_it_is() -> None:
+    narrow: Space = {"learning_rate": Range(0.0, 0.1), "lora_r": Choices((8, 16))}
+    again = {"learning_rate": 0.3, "lora_r": 8}
+    proposal = new_study(optuna.storages.InMemoryStorage(), narrow).propose(1, again=again)
+    assert proposal.chosen == again
+
+
+class OnlyInEightBits(RoundSampler):
+    """The round's sampler with a dimension that one optimizer alone has."""
+
+    def active(self, point: Hyperparameters) -> dict[str, Choices | Range]:
+        has_it = point.get("optimizer") == "adamw_8bit"
+        return {name: d for name, d in self._space.items() if name != "adam_beta2" or has_it}
+
+
+CONDITIONAL: Space = {
+    "adam_beta2": Choices((0.9, 0.95, 0.99)),
+    "optimizer": Choices(("adamw", "adamw_8bit")),
+    "lora_r": Choices((8, 16)),
+}
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, LISTENER])
+def test_a_dimension_that_a_value_activates_is_asked_in_a_second_step(sampler: str) -> None:
+    """Where it is not active it is neither proposed, nor stored, nor compared: 2 points, and 2 times 3."""
+    enqueue = [{"adam_beta2": 0.95, "optimizer": "adamw"}, {"optimizer": "adamw_8bit", "lora_r": 8}]
+    search = SearchSpec(trials=8, sampler=sampler, enqueue=enqueue)
+    asked = RoundStudy(optuna.storages.InMemoryStorage(), "study", CONDITIONAL, search, max_train_steps=10)
+    asked.sampler = asked.study.sampler = OnlyInEightBits(CONDITIONAL, search, max_train_steps=10)
+    points = proposed_points(asked, 8)
+    assert len({tuple(sorted(point.items())) for point in points}) == 8
+    for point, frozen in zip(points, asked.study.trials, strict=True):
+        assert ("adam_beta2" in point) == (point["optimizer"] == "adamw_8bit")
+        assert frozen.params == point
+    assert points[0]["optimizer"] == "adamw"
+    assert (points[1]["optimizer"], points[1]["lora_r"]) == ("adamw_8bit", 8)
+
+
+def test_recovering_reads_only_the_trials_that_optuna_has_as_open(tmp_path: Path) -> None:
+    """However many have ended: each of those would be a few statements, in each start of the round."""
+    url = f"sqlite:///{tmp_path / 'tuner.db'}"
+    first = new_study(optuna_storage(url), trials=40)
+    known: list[Trial] = []
+    counts = []
+    for ordinal in range(30):
+        proposal = first.propose(ordinal, known)
+        done = trial(ordinal, proposal.optuna_trial, TrialState.COMPLETE, proposal.chosen, 1.0)
+        known.append(done)
+        if ordinal < 29:
+            first.tell(done, max_train_steps=10)
+        if ordinal in (2, 28):
+            resumed = new_study(optuna_storage(url), trials=40)
+            statements: list[str] = []
+            listen(resumed._storage.engine, "before_cursor_execute", lambda *said: statements.append(said[2]))  # type: ignore[attr-defined] # noqa: B023
+            resumed.recover(known, max_train_steps=10)
+            counts.append(len(statements))
+    assert counts[0] == counts[1] <= 8
+    new_study(optuna_storage(url)).recover(known, max_train_steps=10)
+    assert {t.state.name for t in first.study.get_trials()} == {"COMPLETE"}

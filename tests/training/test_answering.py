@@ -101,10 +101,11 @@ def test_a_trial_that_died_while_it_answered_answers_again_and_a_branch_never_do
         state.generation_eval = generation_eval(base)
         [(_, score)] = scores(run_loop(state, [again])).items()
         whole = run_loop(state, [assignment(tmp_path / "whole", hyperparameters=TRIALS[0])])
-        branch = run_loop(state, [assignment(tmp_path, -1, hyperparameters=TRIALS[0])])
+        compared = assignment(tmp_path / "branch", hyperparameters=TRIALS[0], is_comparison=True)
+        branch = run_loop(state, [compared])
     assert saved.step == 10
     assert score == scores(whole)[0]
-    assert (ended(branch, -1).outcome, scores(branch)) == ("complete", {})
+    assert (ended(branch, 0).outcome, scores(branch)) == ("complete", {})
 
 
 def test_whoever_is_to_stop_while_a_trial_answers_saves_it(models: tiny.Models, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ class TestOutOfMemory:
         assert small.largest_pass == rows
         with_room, without = ([scores.nll for scores in one] for one in found)
         assert torch.tensor(without) == pytest.approx(torch.tensor(with_room), rel=TOLERANCE)
-        assert [scores.correct_tokens for scores in found[1]] == [s.correct_tokens for s in found[0]]
+        assert [scores.correct for scores in found[1]] == [s.correct for s in found[0]]
         assert with_room[0] != with_room[1]
 
     def test_an_evaluation_takes_no_more_rows_of_a_trial_than_its_own_batch_size(

@@ -65,8 +65,8 @@ class Scores:
 
     nll: tuple[float, ...]
     """Sum of negative log-likelihoods of each example's target tokens."""
-    correct_tokens: int
-    """Number of target tokens, over all examples, that are the likeliest."""
+    correct: tuple[int, ...]
+    """Number of target tokens of each example that are the likeliest."""
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def scores_of(
         for total, values in ((sums, nll), (correct, is_first)):
             by_row = tokens.sum_by_row(values).view(len(numbers), -1).cpu()
             total[numbers.start : numbers.stop, part] = by_row
-    counts = correct.sum(dim=1).tolist()
-    return [Scores(tuple(s), int(c)) for s, c in zip(sums.tolist(), counts, strict=True)], pass_tokens
+    counts = correct.long().tolist()
+    return [Scores(tuple(s), tuple(c)) for s, c in zip(sums.tolist(), counts, strict=True)], pass_tokens
 
 
 def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:

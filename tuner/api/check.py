@@ -31,7 +31,7 @@ from tuner.study.dashboard import round_report
 from tuner.study.disk import RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
-from tuner.study.run import base_evaluation, refuse_changed_file, refuse_uninstalled
+from tuner.study.run import base_evaluation, loaded_objective, refuse_changed_file, refuse_uninstalled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,6 +121,7 @@ def _plan(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
+    remarks += _objective_remarks(round_plan, probe=probe)
     remarks += _run_remarks(spec)
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
@@ -211,12 +212,22 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
         ) from error
 
 
+def _objective_remarks(plan: StudyPlan, *, probe: bool) -> list[str]:
+    """Hints on how the objective is written, and what could not be checked of a metric of the user's."""
+    name = plan.spec.objective.metric
+    if probe:
+        loaded_objective(plan)
+    elif not is_built_in("metric", name):
+        return [*plan.file.hints, f"objective.metric {name} is not loaded here; --probe and a run load it"]
+    return list(plan.file.hints)
+
+
 def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     """What answering means for each trial, and which answers can never be long enough."""
     answers = plan.spec.evaluation.answers
     if answers is None:
         return []
-    purpose = "ranks the trials" if answers.objective else "is shown beside the loss"
+    purpose = "ranks the trials" if plan.spec.objective.metric == "answers" else "is shown beside the loss"
     remarks = [
         f"each complete trial answers {count(len(data.eval_prompts), 'evaluation row')} with up to "
         f"{answers.max_new_tokens} tokens; the score by {answers.metric} {purpose}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _TRIAL_COLUMNS = (
     "round", "number", "state", "reason", "best_step", "best_eval_loss", "settled_step", "executed_steps",
-    "continues", "adapter",
+    "continues", "adapter", "best_value",
 )  # fmt: skip
 _EVALUATION_COLUMNS = (
     "round", "number", "step", "eval_loss", "train_loss", "learning_rate", "token_accuracy",
@@ -41,7 +41,7 @@ def _trial_row(trial: Trial) -> dict[str, Any]:
 def _evaluation_rows(trial: Trial) -> Iterator[dict[str, Any]]:
     for made in trial.evaluations:
         values = {name: getattr(made, name) for name in _EVALUATION_COLUMNS[2:]}
-        yield {"round": trial.round, "number": trial.number, **values}
+        yield {"round": trial.round, "number": trial.number, **values, **made.metrics}
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -306,14 +306,15 @@ class Study:
         """Return a row for each trial of all rounds.
 
         Columns: round, number, state, reason, best_step, best_eval_loss, settled_step, executed_steps,
-        continues, adapter, and `params_NAME` for each hyperparameter.
+        continues, adapter, best_value, and `params_NAME` for each hyperparameter.
         """
         return trials_dataframe(self._trials())
 
     def evaluations_dataframe(self) -> pd.DataFrame:
         """Return a row for each evaluation of all trials of all rounds.
 
-        Columns: round, number, step, eval_loss, train_loss, learning_rate, token_accuracy.
+        Columns: round, number, step, eval_loss, train_loss, learning_rate, token_accuracy, and one for each
+        further metric that was measured.
         """
         return evaluations_dataframe(self._trials())
 

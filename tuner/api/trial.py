@@ -14,6 +14,7 @@ from tuner.api.run import run_again, shown, unsaid
 from tuner.api.stopping import interruptible
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
+from tuner.playbook.selection import objective_value
 from tuner.records import Evaluation, Hyperparameters, TrialState
 from tuner.records import Trial as RecordedTrial
 from tuner.report.reproduction import reproduction_document
@@ -83,7 +84,7 @@ class Trial:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the lowest evaluation loss; None before there is a finite one."""
+        """Step of the best evaluation by what chooses it, by default the loss; None before there is one."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.step
 
@@ -92,6 +93,11 @@ class Trial:
         """The evaluation loss there."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.eval_loss
+
+    @property
+    def best_value(self) -> float | None:
+        """The value of the round's objective, as Optuna is told; None unless the trial is complete."""
+        return objective_value(self._recorded)
 
     @property
     def settled_step(self) -> int | None:

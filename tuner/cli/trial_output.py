@@ -16,7 +16,7 @@ from tuner.report.reproduction import reproduction_document, reproduction_page
 from tuner.report.terminal import FittedTable
 from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder, opened
-from tuner.study.lookup import begun_round, find_trial, trials_of
+from tuner.study.lookup import begun_round, find_trial, objectives_of, trials_of
 from tuner.study.reproduction import planned_rerun
 
 
@@ -29,8 +29,14 @@ def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) 
         shown = [name for name in names if round_name in (None, name)]
         trials = [trial for name in shown for trial in trials_of(folder, store, name)]
         scored = scores_of(store)
+        objectives = objectives_of(store)
     if as_json:
-        documents = [trial_document(trial, adapter=folder.adapter(trial), scored=scored) for trial in trials]
+        documents = [
+            trial_document(
+                trial, adapter=folder.adapter(trial), scored=scored, objective=objectives[trial.round]
+            )
+            for trial in trials
+        ]
         typer.echo(dumps(documents))
     else:
         _print_table(trials_table(trials))
@@ -53,7 +59,9 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         trial = with_score(folder, trial, prepare=prepared, tell=lambda text: typer.echo(text, err=True))
     adapter, scored = folder.adapter(trial), _scored(folder)
     if as_json:
-        typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored)))
+        with opened(folder) as store:
+            objective = objectives_of(store)[trial.round]
+        typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
     if adapter is None:

@@ -11,6 +11,7 @@ from tuner.config.sections import (
     CheckpointsSpec,
     EvaluationSpec,
     ModelSpec,
+    ObjectiveSpec,
     RunSpec,
     SearchSpec,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "DataSpec",
     "EvaluationSpec",
     "ModelSpec",
+    "ObjectiveSpec",
     "RoundFile",
     "RoundSpec",
     "RunSpec",

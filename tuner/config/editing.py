@@ -191,7 +191,8 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
         place = tuple(key.split("."))
         follows = horizon_changed and key in _FOLLOWS_HORIZON and place not in lines.lines
         may_change = key in _MAY_CHANGE or place[0] in _MAY_CHANGE
-        if then[key] != today[key] and not follows and not may_change:
+        is_own = key == "objective.direction" and today[key] is None  # what the metric says itself
+        if then[key] != today[key] and not follows and not may_change and not is_own:
             message = _message(written_then[key], written_today[key])
             mistakes.append(Mistake(lines.line(place), key, message))
     return sorted(mistakes, key=lambda mistake: mistake.line or 0)

@@ -104,6 +104,8 @@ KEYS = (
     Alias("evaluation.every_steps", "eval_steps eval_every eval_interval eval_freq eval_every_steps"),
     Alias("evaluation.batch_size", "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size"),
     Alias("evaluation.max_examples", "max_eval_samples max_eval_examples eval_examples num_eval_examples"),
+    Alias("objective.metric", "metric_for_best_model eval_metric"),
+    Alias("objective.direction", "greater_is_better", "it says minimize or maximize"),
     Alias("checkpoints.directory", "output_dir save_dir out_dir checkpoint_dir dir"),
     Alias("checkpoints.keep_best", "save_total_limit num_checkpoints keep"),
     Alias("run.slots", "n_jobs num_slots parallel_trials"),
@@ -120,8 +122,8 @@ NOT_KEYS = (
         "save_steps save_strategy save_every",
     ),
     Alias(
-        "the step that is kept is always the one with the lowest evaluation loss, chosen after the run",
-        "metric_for_best_model load_best_model_at_end early_stopping early_stopping_patience direction",
+        "the step that is kept is always the best one by the objective, chosen after the run",
+        "load_best_model_at_end early_stopping early_stopping_patience",
     ),
 )
 """Settings of other programs that have no counterpart; `meant` is the reason."""

@@ -33,6 +33,19 @@ class RoundFile:
         """Where its relative paths begin, absolute."""
         return self.path.parent.absolute()
 
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What is written as earlier versions had it, and how it is written now."""
+        evaluation = parse(self.text).document.get("evaluation")
+        answers = evaluation.get("answers") if isinstance(evaluation, dict) else None
+        if not isinstance(answers, dict) or answers.get("objective") is not True:
+            return ()
+        line = self.line("evaluation.answers.objective")
+        return (
+            f"{self.path.name}:{line}: evaluation.answers.objective is now written "
+            "`objective: {metric: answers}`, at the top level of the file; both mean the same",
+        )
+
     def line(self, key: str) -> int | None:
         """The 1-based line of a dotted key, or of the nearest above it that is written."""
         return parse(self.text).line(tuple(key.split(".")))

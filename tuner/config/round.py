@@ -20,6 +20,7 @@ from tuner.config.sections import (
     EvaluationSpec,
     ModelSpec,
     Name,
+    ObjectiveSpec,
     PathText,
     RunSpec,
     SearchSpec,
@@ -27,8 +28,10 @@ from tuner.config.sections import (
 )
 from tuner.config.wording import mistake, refuse
 from tuner.errors import shown
+from tuner.methods.metrics import metric
+from tuner.methods.registry import is_built_in
 from tuner.methods.variants import possible_variants
-from tuner.records import Space, num_points
+from tuner.records import Direction, Objective, Space, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _PATTERN = re.compile(r"[*?\[]")
@@ -125,6 +128,8 @@ class RoundSpec(BaseModel):
     """How many trials, and who proposes them."""
     evaluation: EvaluationSpec
     """When the loss is measured."""
+    objective: ObjectiveSpec = ObjectiveSpec()
+    """What the best step and the best trials are chosen by."""
     checkpoints: CheckpointsSpec = CheckpointsSpec()
     """What is kept on disk."""
     run: RunSpec = RunSpec()
@@ -142,6 +147,23 @@ class RoundSpec(BaseModel):
             return document
         every = max(1, round(horizon / EVALUATIONS_BY_DEFAULT)) if isinstance(horizon, int) else 1
         return {**document, "evaluation": {"every_steps": every, **evaluation}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_objective(cls, document: Any) -> Any:
+        """`evaluation.answers.objective: true`, the former spelling, means `objective: {metric: answers}`."""
+        evaluation = document.get("evaluation") if isinstance(document, dict) else None
+        answers = evaluation.get("answers") if isinstance(evaluation, dict) else None
+        if not isinstance(evaluation, dict) or not isinstance(answers, dict):
+            return document
+        objective = document.get("objective")
+        if answers.get("objective") is True and "objective" not in document:
+            return {**document, "objective": {"metric": "answers"}}
+        is_answers = isinstance(objective, dict) and objective.get("metric") == "answers"
+        if is_answers and "objective" not in answers:
+            answers = {**answers, "objective": True}
+            return {**document, "evaluation": {**evaluation, "answers": answers}}
+        return document
 
     @field_validator("max_train_steps", mode="before")
     @classmethod
@@ -174,7 +196,7 @@ class RoundSpec(BaseModel):
             ),
             *adapter_refusals(space),
             *search_refusals(self.round, search=self.search, space=space),
-            *objective_refusals(evaluation=self.evaluation, run=self.run),
+            *objective_refusals(self.objective, evaluation=self.evaluation, run=self.run),
         ]
         refuse("round", refusals)
         return self
@@ -182,6 +204,18 @@ class RoundSpec(BaseModel):
     def space(self) -> Space:
         """Every hyperparameter: the file's in its order, then the defaults, fixed."""
         return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+
+    @property
+    def recorded_objective(self) -> Objective:
+        """The objective as far as the file says it: a metric of the user's is not loaded for it.
+
+        Its direction is that of the file, which the record of a begun round always has.
+        """
+        name, direction = self.objective.metric, self.objective.direction
+        if is_built_in("metric", name):
+            return metric(name).objective(name)
+        known = Direction(direction) if direction else Direction.MINIMIZE
+        return Objective(name, known, is_relative_to_gained=known == Direction.MAXIMIZE)
 
     @property
     def is_sweep(self) -> bool:

@@ -6,14 +6,26 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tuner.config.dimensions import describe, largest, value_to_yaml
-from tuner.config.sections import TRIAL_PATH, EvaluationSpec, RunSpec, SearchSpec
+from tuner.config.sections import TRIAL_PATH, EvaluationSpec, ObjectiveSpec, RunSpec, SearchSpec
 from tuner.config.wording import Refusal
 from tuner.errors import shown
 from tuner.methods.kinds import ALL_LINEAR
+from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.variants.initialisations import INITIALISATIONS
-from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, num_points, searched
+from tuner.records import (
+    Choices,
+    Dimension,
+    Direction,
+    Fixed,
+    Range,
+    Space,
+    TimesSqrtRank,
+    Value,
+    num_points,
+    searched,
+)
 
 _HORIZON = "max_train_steps"
 
@@ -39,21 +51,37 @@ def horizon_refusals(
     yield from _schedule_refusals(max_train_steps, space, written)
 
 
-def objective_refusals(*, evaluation: EvaluationSpec, run: RunSpec) -> Iterator[Refusal]:
-    """What needs losses as the objective."""
-    if not evaluation.has_answers_as_objective:
+def objective_refusals(
+    objective: ObjectiveSpec, *, evaluation: EvaluationSpec, run: RunSpec
+) -> Iterator[Refusal]:
+    """What does not go with the objective."""
+    yield from _direction_refusals(objective)
+    if objective.metric != "answers":
+        if evaluation.answers is not None and evaluation.answers.objective:
+            message = f"is true, but objective.metric is {objective.metric}; take this line out, or that one"
+            yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("objective.metric",))
         return
-    objective = "evaluation.answers.objective"
+    key = "objective.metric"
+    if evaluation.answers is None:
+        message = (
+            "answers is the mean score of generated answers, which evaluation.answers describes; add "
+            "`answers: {metric: exact_match}` under evaluation, or take another metric"
+        )
+        yield Refusal(("objective", "metric"), message, rests_on=("evaluation.answers",))
+        return
+    if not evaluation.answers.objective:
+        message = "is false, but objective.metric is answers; take this line out, or that one"
+        yield Refusal(("evaluation", "answers", "objective"), message, rests_on=(key,))
     if run.pruner != "none":
         message = (
-            f"{run.pruner} compares losses on the way, and answers are scored at the end alone, by which "
-            f"{objective} ranks the trials; take none"
+            f"{run.pruner} compares losses on the way, and answers are scored at the end alone, by "
+            f"which {key} ranks the trials; take none"
         )
-        yield Refusal(("run", "pruner"), message, rests_on=(objective,))
+        yield Refusal(("run", "pruner"), message, rests_on=(key,))
     if run.engine == "simulated":
         message = (
             "nothing is trained in a rehearsal, so nothing answers; rehearse the round with "
-            "`objective: false`, which ranks by the made-up losses"
+            "`objective: {metric: eval_loss}`, which ranks by the made-up losses"
         )
         yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
 
@@ -93,6 +121,19 @@ def _values(dimension: Dimension | None) -> tuple[Value, ...]:
             return values
         case _:
             return ()
+
+
+def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
+    """A direction that is not the metric's; that of a metric of the user's is looked at when it is loaded."""
+    if objective.direction is None or not is_built_in("metric", objective.metric):
+        return
+    own = metric(objective.metric).direction
+    if objective.direction != own:
+        message = (
+            f"is {objective.direction}, but {objective.metric} is better where it is "
+            f"{'higher' if own == Direction.MAXIMIZE else 'lower'}; write {own}, or leave this out"
+        )
+        yield Refusal(("objective", "direction"), message, rests_on=("objective.metric",))
 
 
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:

@@ -208,8 +208,7 @@ class AnswersSpec(BaseModel):
     max_new_tokens: Count = 128
     """Tokens that an answer may have; the likeliest is taken each time."""
     objective: bool = False
-    """Whether trials are ranked by the mean score of their answers, and the sampler is told that; else the
-    evaluation loss decides. Best steps and horizons always go by the loss."""
+    """The former spelling of `objective: {metric: answers}` at the top level of the file."""
 
     @field_validator("metric")
     @classmethod
@@ -234,10 +233,19 @@ class EvaluationSpec(BaseModel):
     answers: AnswersSpec | None = None
     """Let every complete trial answer evaluation rows, and score that; not done where it is left out."""
 
-    @property
-    def has_answers_as_objective(self) -> bool:
-        """Whether trials are ranked by their answers; else by the evaluation loss."""
-        return self.answers is not None and self.answers.objective
+
+class ObjectiveSpec(BaseModel):
+    """What trials are ranked by, and what the sampler is told."""
+
+    model_config = STRICT
+
+    metric: Annotated[str, AfterValidator(_known("metric")), _named("metric")] = "eval_loss"
+    """`eval_loss` is the evaluation loss; `token_accuracy` the share of target tokens that the model predicts
+    first; `answers` the mean score of `evaluation.answers`, which ranks trials, while steps and horizons stay
+    with the loss. Or a metric of yours as `package.module:NAME`. Of a metric that each evaluation has, the
+    best step, the gain of a doubling, the noise and `run.pruner` follow it."""
+    direction: Literal["minimize", "maximize"] | None = None
+    """Which values are better. The metric says so itself; written out, it has to agree."""
 
 
 class CheckpointsSpec(BaseModel):

@@ -7,16 +7,20 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
+
+import numpy as np
 
 from tuner.engines.protocol import Job, Worker
 from tuner.engines.synthetic import LoraFormula
 from tuner.errors import CheckpointError
+from tuner.methods.metrics import ExampleScores, metric, values
 from tuner.playbook import best_evaluation, is_diverged
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
+    LOSS,
     Assignment,
     Checkpoint,
     CheckpointKind,
@@ -45,6 +49,26 @@ A loss that is not finite, or too high for long, makes the trial infeasible, as 
 
 Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
 """Keeps a checkpoint of a step, or None. Its path's name is as a real one's: `step-000036`, or with `.a1`."""
+
+
+def measured_by(curve: Curve, name: str) -> Curve:
+    """The curve with values of a metric: of a target token `exp(-loss)` is the chance to be predicted first.
+
+    The curve itself where the loss chooses the best step.
+    """
+    chosen = metric(name)
+    objective = chosen.objective(name)
+    if objective == LOSS or objective.per == "trial":
+        return curve
+
+    def evaluation(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        made = curve(hyperparameters, step, horizon)
+        nll = np.asarray(made.example_nll or (made.eval_loss,))
+        tokens = np.asarray(made.example_tokens or (1,))
+        examples = ExampleScores(nll, tokens, tokens * np.exp(-nll / tokens))
+        return replace(made, metrics=values(name, chosen, examples), objective=objective)
+
+    return evaluation
 
 
 @dataclass
@@ -104,7 +128,8 @@ class SimulatedEngine:
         slots = 1 if job.spec.trains_alone else wanted if isinstance(wanted, int) else SLOTS
         ready = Ready(slots, "simulated", workload=_workload(job))
         formula = LoraFormula(job.spec.study, pace_steps=max(1, job.first_horizon))
-        self._workers.append(SimulatedWorker(formula, slots=slots, ready=ready))
+        curve = measured_by(formula, job.spec.objective.metric)
+        self._workers.append(SimulatedWorker(curve, slots=slots, ready=ready))
         return self._workers[-1]
 
     def gpu_readings(self) -> Sequence[GpuReading]:

@@ -21,7 +21,7 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "optimizer": ("adamw", "adamw_8bit"),
     "schedule": ("constant", "linear", "cosine"),
     "variant": ("lora", "dora"),
-    "metric": ("eval_loss",),
+    "metric": ("eval_loss", "token_accuracy", "answers"),
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
     "engine": ("local", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),

@@ -11,9 +11,9 @@ from tuner.methods.schedules import warmup_length
 from tuner.playbook.curve_checks import curve_findings
 from tuner.playbook.edges import diverged_above, edges, number
 from tuner.playbook.horizon import MULTIPLES
-from tuner.playbook.noise import MAX_LOSS, is_number
+from tuner.playbook.noise import BY_VALUE, Scale, is_number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted, percent
-from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_loss
+from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_curve, scale_of
 from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
@@ -116,11 +116,14 @@ def checklist(
         *_long_warmup(results, leading),
         *_costly_evaluation(results),
         *_workload_changed(results, earlier),
+        *_objective_changed(results, earlier),
     )
 
 
-def doubling_of_trials(losses: Sequence[float]) -> float:
+def doubling_of_trials(losses: Sequence[float], scale: Scale | None = None) -> float:
     """Return the expected gain of the last doubling of the trials, relative to the loss.
+
+    `losses` are costs of the objective, lower is better, and `scale` is what they are relative to.
 
     This compares the expected best of half the trials, drawn without replacement, with the best of all; half
     is rounded down. Infinite losses stand for trials without an objective; draws of only such trials are left
@@ -129,14 +132,15 @@ def doubling_of_trials(losses: Sequence[float]) -> float:
     order = sorted(losses)
     count, half = len(order), len(order) // 2
     num_finite = sum(is_number(loss) for loss in order)
-    if num_finite < 2 or order[0] < 1 / MAX_LOSS:
+    scale = scale or BY_VALUE
+    if num_finite < 2 or not scale.can_compare(order[0]):
         return 0.0
     # The best of the half has rank k (from 0) with probability C(n - 1 - k, half - 1) / C(n, half),
     # computed from the one before, since binomials overflow a float.
     steps = ((count - half - k) / (count - 1 - k) for k in range(num_finite - 1))
     chances = list(itertools.accumulate(steps, operator.mul, initial=1.0))
     expected = math.fsum(chance * loss for chance, loss in zip(chances, order, strict=False)) / sum(chances)
-    return expected / order[0] - 1.0
+    return expected / order[0] - 1.0 if scale.gained is None else (expected - order[0]) / scale.gained
 
 
 def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
@@ -154,9 +158,11 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
 
 def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
     """Yield a finding if the last doubling of the number of trials brought a worthwhile gain."""
-    losses = [best.eval_loss for _, best in ranked_by_loss(distinct(results.complete))]
+    if (scale := scale_of(results.trials)) is None:
+        return
+    losses = [best.cost for _, best in ranked_by_curve(distinct(results.complete))]
     losses += [math.inf] * (len(distinct(results.results)) - len(losses))
-    gain, threshold = doubling_of_trials(losses), max(noise or 0.0, results.worthwhile_gain)
+    gain, threshold = doubling_of_trials(losses, scale), max(noise or 0.0, results.worthwhile_gain)
     if gain <= threshold:
         return
     half = len(losses) // 2
@@ -231,4 +237,18 @@ def _workload_changed(results: RoundResults, earlier: Sequence[RoundResults]) ->
             Severity.INFO,
             f"{said[0].upper()}{said[1:]}: the right horizon may have moved. A smaller batch or more dropout "
             "needs more steps.",
+        )
+
+
+def _objective_changed(results: RoundResults, earlier: Sequence[RoundResults]) -> Iterator[Finding]:
+    others = [other for other in earlier if other.objective.metric != results.objective.metric]
+    if others:
+        ranked_by = ", ".join(f"{other.name} by {other.objective.metric}" for other in others)
+        own = results.objective.metric
+        yield Finding(
+            "objective_changed",
+            Severity.INFO,
+            f"{results.name} ranks its trials by {own}, {ranked_by}. Their best trials do not compare; where "
+            f"an earlier round measured {own} too, its trials are read by that.",
+            {"rounds": float(len(others))},
         )

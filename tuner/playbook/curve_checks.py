@@ -8,6 +8,7 @@ from tuner.playbook.curves import periodicity, restless_changes, rise_after_best
 from tuner.playbook.edges import number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted
 from tuner.playbook.selection import LeadingTrial, beats_the_base
+from tuner.records import LOSS, Direction
 
 CLIPPED_SHARE = 0.5
 PERIODIC_SHARE = 0.6
@@ -43,11 +44,14 @@ def _overfitting(results: RoundResults, leading: Sequence[LeadingTrial]) -> Iter
     in_front = [lead.trial.number for lead in leading if lead.trial.number in rising]
     if in_front:
         rise = rising[in_front[0]]
+        objective = leading[0].best.objective or LOSS
+        what = "evaluation loss" if objective == LOSS else objective.metric
+        direction = "rises" if objective.direction == Direction.MINIMIZE else "falls"
         yield Finding(
             "overfitting",
             Severity.WARNING,
-            f"Overfitting in {len(in_front)} of {counted(len(leading), 'leading trial')}: the evaluation "
-            f"loss of trial {in_front[0]} rises by {rise.amount:.4f} from step {rise.best_step} to step "
+            f"Overfitting in {len(in_front)} of {counted(len(leading), 'leading trial')}: the {what} "
+            f"of trial {in_front[0]} {direction} by {rise.amount:.4f} from step {rise.best_step} to step "
             f"{rise.last_step}{' while its train loss falls' if rise.train_loss_falls else ''}. More data or "
             "more regularisation (lora_dropout, weight_decay, a lower lora_r) help; more steps do not.",
             {

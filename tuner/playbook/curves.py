@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tuner.playbook.noise import (
+    BY_VALUE,
     SIGNIFICANT,
+    Scale,
     difference_error,
     is_number,
     measured,
@@ -32,7 +34,7 @@ class Rise:
     best_step: int
     last_step: int
     amount: float
-    """Last loss minus best loss, in nats per token."""
+    """Last minus best value of the objective, worse is positive: of a loss in nats per token."""
     standard_error: float
     train_loss_falls: bool | None
     """Whether the train loss kept falling; None if unknown."""
@@ -57,11 +59,11 @@ def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
         return None
     last = finite[-1]
     error = difference_error(finite, last, best)
-    amount = last.eval_loss - best.eval_loss
+    amount = last.cost - best.cost
     if error is None or amount <= SIGNIFICANT * error:
         return None
     curve = smoothed(finite)
-    lasting = curve[-1].eval_loss - min(evaluation.eval_loss for evaluation in curve)
+    lasting = curve[-1].cost - min(evaluation.cost for evaluation in curve)
     if lasting <= SIGNIFICANT * error:
         return None
     return Rise(best.step, last.step, amount, error, _train_loss_falls_after(finite, finite.index(best)))
@@ -81,14 +83,14 @@ def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:
     return next(
         evaluation.step
         for evaluation in curve
-        if evaluation.eval_loss - best.eval_loss
+        if evaluation.cost - best.cost
         <= SIGNIFICANT * (difference_error(evaluations, evaluation, best) or 0.0)
     )
 
 
 @dataclass(frozen=True, slots=True)
 class LateDrop:
-    """Relative drop of a smoothed loss from a step to the last one."""
+    """Drop of a smoothed objective from a step to the last one, relative as a gain is."""
 
     relative: float
     """Negative if the loss rose."""
@@ -105,16 +107,17 @@ class LateDrop:
         return self.relative + SIGNIFICANT * self.standard_error
 
 
-def late_drop(evaluations: Sequence[Evaluation], at: float) -> LateDrop | None:
+def late_drop(evaluations: Sequence[Evaluation], at: float, scale: Scale | None = None) -> LateDrop | None:
     """Return the drop of the smoothed loss from step `at` to the last one.
 
-    The smoothed curve is interpolated linearly between evaluations. None if there are no evaluations on both
+    The smoothed curve is interpolated linearly between evaluations. It is relative by `scale`, by
+    default to the value at `at`. None if there are no evaluations on both
     sides of `at`, no finite one at the end, or no standard error. Rule: Deep Learning Tuning Playbook,
     "Deciding how long to train when training is not compute-bound": the last 25% of the steps; the test is
     this project's decision.
     """
     curve = smoothed(evaluations)
-    if not curve or not is_number(evaluations[-1].eval_loss):
+    if not curve or not is_number(evaluations[-1].cost):
         return None
     last = curve[-1]
     before = max((e for e in curve if e.step <= at), key=lambda e: e.step, default=None)
@@ -125,11 +128,12 @@ def late_drop(evaluations: Sequence[Evaluation], at: float) -> LateDrop | None:
     if (first := errors[0]) is None or (second := errors[1]) is None:
         return None
     share = (at - before.step) / (after.step - before.step) if after.step > before.step else 0.0
-    start = before.eval_loss + share * (after.eval_loss - before.eval_loss)
-    if start <= 0:
+    start = before.cost + share * (after.cost - before.cost)
+    scale = scale or BY_VALUE
+    if scale.gained is None and start <= 0:
         return None
     error = (1 - share) * first + share * (0.0 if after is last else second)
-    return LateDrop((start - last.eval_loss) / start, error / start)
+    return LateDrop(scale.share(start - last.cost, of=start), scale.share(error, of=start))
 
 
 def _train_loss_falls_after(evaluations: Sequence[Evaluation], at: int) -> bool | None:
@@ -196,7 +200,7 @@ def restless_changes(evaluations: Sequence[Evaluation]) -> tuple[int, int]:
     last = finite[-max(5, math.ceil(len(finite) / 4) + 1) :]
     pairs = list(itertools.pairwise(last))
     spread = residual_spread(finite)
-    changes = [later.eval_loss - sooner.eval_loss for sooner, later in pairs]
+    changes = [later.cost - sooner.cost for sooner, later in pairs]
     paired = (paired_standard_error(later, sooner) for sooner, later in pairs)
     errors = [known for error in paired if (known := spread if error is None else error) is not None]
     if not changes or len(errors) < len(changes):
@@ -224,7 +228,7 @@ def periodicity(evaluations: Sequence[Evaluation], period_steps: float) -> float
     after the Deep Learning Tuning Playbook's "Examining the training curves".
     """
     finite = measured(evaluations)
-    points = [(e.step, e.eval_loss) for e in finite if e.step > 0 and e.step >= finite[-1].step / 4]
+    points = [(e.step, e.cost) for e in finite if e.step > 0 and e.step >= finite[-1].step / 4]
     if len(points) < 12:
         return None
     steps, losses = np.array(points, dtype=np.float64).T

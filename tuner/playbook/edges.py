@@ -11,7 +11,7 @@ from typing import Literal
 from tuner.methods.hyperparameters import Tier
 from tuner.methods.table import tier_of
 from tuner.playbook.results import RoundResults
-from tuner.playbook.selection import distinct, ranked_by_loss
+from tuner.playbook.selection import distinct, ranked_by_curve
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
 
 BOUNDARY_SHARE = 0.05
@@ -167,9 +167,9 @@ def _is_limit(results: RoundResults, edge: Edge) -> bool:
 def _highest_rates_are_in_order(results: RoundResults, best_rate: float) -> bool:
     """Return whether the highest rates tried are the best ones, in order from the highest down."""
     lowest_loss: dict[float, float] = {}
-    for trial, best in ranked_by_loss(distinct(results.complete)):
+    for trial, best in ranked_by_curve(distinct(results.complete)):
         if (rate := number(trial.hyperparameters.get(_RATE))) is not None:
-            lowest_loss.setdefault(rate, best.eval_loss)
+            lowest_loss.setdefault(rate, best.cost)
     rates = sorted(lowest_loss, reverse=True)[:MIN_RATES_IN_ORDER]
     if len(rates) < MIN_RATES_IN_ORDER or rates[0] != best_rate:
         return False

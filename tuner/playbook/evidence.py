@@ -17,11 +17,12 @@ from tuner.playbook.horizon import (
     Suggestion,
     puts_the_edge_first,
 )
-from tuner.playbook.noise import difference_error, majority_probability, measured
+from tuner.playbook.noise import Scale, difference_error, majority_probability, measured
 from tuner.playbook.results import counted, percent
 from tuner.playbook.selection import LeadingTrial, best_evaluation
-from tuner.records import Trial
+from tuner.records import LOSS, Direction, Evaluation, Trial
 
+_OF_THE_GAINED = " of what the best trial gained over the base model"
 _SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run on the same schedule",
     GainSource.STABLE_PHASE: "from its own evaluations, at a constant rate",
@@ -63,34 +64,45 @@ def _has_given_up_on_rates(seen: Signs, diagnosis: Diagnosis) -> bool:
 
 def _nothing_leads(seen: Signs) -> str:
     if not seen.num_complete:
-        return (
-            "No trial completed with a finite evaluation loss, so the round does not show how long to train."
-        )
+        finite = "evaluation loss" if seen.objective == LOSS else seen.objective.metric
+        return f"No trial completed with a finite {finite}, so the round does not show how long to train."
     none = "The complete trial did not beat" if seen.num_complete == 1 else "No complete trial beat"
     look = "check the data, the loss masks and the learning rates"
-    if (hidden := _hidden_drop(seen.foremost)) is None:
+    if (hidden := _hidden_drop(seen.foremost, seen.scale)) is None:
         return f"{none} the base model: {look}."
     return f"{none} the base model by more than two standard errors. {hidden}, or {look}."
 
 
-def _hidden_drop(trial: Trial | None) -> str | None:
+def _hidden_drop(trial: Trial | None, scale: Scale | None) -> str | None:
     """Describe a gain of the best trial within the noise, and how to measure it; None if there is no gain."""
     finite = measured(trial.evaluations) if trial else []
     best, base = best_evaluation(finite), next((e for e in finite if e.step == 0), None)
-    if trial is None or best is None or base is None or best.eval_loss >= base.eval_loss:
+    if trial is None or best is None or base is None or best.cost >= base.cost:
         return None
-    drop = percent(1 - best.eval_loss / base.eval_loss)
     error = difference_error(finite, base, best) or 0.0
+    if scale is None or scale.gained is not None:
+        return _hidden_rise(trial, best, base, error)
+    drop = percent(1 - best.cost / base.cost)
     rows = f" over {counted(len(best.example_nll), 'evaluation row')}" if best.example_nll else ""
     return (
         f"The best, trial {trial.number}, is {drop} below it at step {best.step}, within the noise of "
-        f"{percent(2 * error / base.eval_loss)}{rows}. Add rows to data.eval"
+        f"{percent(2 * error / base.cost)}{rows}. Add rows to data.eval"
+    )
+
+
+def _hidden_rise(trial: Trial, best: Evaluation, base: Evaluation, error: float) -> str:
+    """The same of a metric whose share of itself means nothing."""
+    name = (best.objective or LOSS).metric
+    return (
+        f"The best, trial {trial.number}, has a {name} of {best.value:.4f} at step {best.step} against "
+        f"{base.value:.4f}, within the noise of {2 * error:.2g}. Add rows to data.eval"
     )
 
 
 def _best_steps(seen: Signs) -> str:
     lead = seen.leading[0]
-    reached = f"reached {lead.best.eval_loss:.4f} at step {lead.best.step}"
+    name = "" if seen.objective == LOSS else f"{seen.objective.metric} "
+    reached = f"reached {name}{lead.best.value:.4f} at step {lead.best.step}"
     settled = ""
     if lead.settled_step < lead.best.step:
         settled = f", and was within one standard error of that from step {lead.settled_step} on"
@@ -123,9 +135,25 @@ def _gain(gain: Gain, seen: Signs) -> str:
     doubling = f"Doubling the steps ({steps})"
     if not gain.is_of_a_doubling:
         doubling = f"Doubling the steps (rescaled from {steps})"
-    change = f"{'cut' if gain.relative >= 0 else 'raised'} the loss by {percent(abs(gain.relative))}"
+    change = _change(gain.relative, seen)
     noise = f" +- {percent(2 * seen.noise)}" if seen.noise is not None else ", with unknown noise"
     return f"{doubling} {change}{noise} (trial {gain.trial}, {_SOURCES[gain.source]})."
+
+
+def _change(relative: float, seen: Signs) -> str:
+    """`cut the loss by 24%`, or of a maximised metric `raised token_accuracy by 24% of what was gained`."""
+    lower = (relative >= 0) == (seen.objective.direction == Direction.MINIMIZE)
+    what = "the loss" if seen.objective == LOSS else seen.objective.metric
+    of = "" if seen.scale is None or seen.scale.gained is None else _OF_THE_GAINED
+    return f"{'cut' if lower else 'raised'} {what} by {percent(abs(relative))}{of}"
+
+
+def _change_to_come(relative: float, seen: Signs) -> str:
+    if seen.objective == LOSS:
+        return f"cut the loss by about {percent(relative)}"
+    verb = "cut" if seen.objective.direction == Direction.MINIMIZE else "raise"
+    of = "" if seen.scale is None or seen.scale.gained is None else _OF_THE_GAINED
+    return f"{verb} {seen.objective.metric} by about {percent(relative)}{of}"
 
 
 def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
@@ -137,8 +165,10 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
         case Diagnosis.OVERFITTING:
             assert seen.rise is not None
             train = "its train loss fell" if seen.rise.train_loss_falls else "its train loss is unknown"
+            what = "evaluation loss" if seen.objective == LOSS else seen.objective.metric
+            rose = "rose" if seen.objective.direction == Direction.MINIMIZE else "fell"
             return (
-                f"After step {seen.rise.best_step} the best trial's evaluation loss rose by "
+                f"After step {seen.rise.best_step} the best trial's {what} {rose} by "
                 f"{seen.rise.amount:.4f} (standard error {seen.rise.standard_error:.4f}) while {train}: it "
                 "overfits. More data or regularisation will help, more steps will not."
             )
@@ -147,7 +177,7 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
         case Diagnosis.SATURATED:
             assert seen.gain is not None
             if seen.gain.relative < -seen.worthwhile:
-                return "The loss rose by more than the noise: more steps do not help."
+                return f"{_got_worse(seen)} by more than the noise: more steps do not help."
             limit = f"{percent(seen.worthwhile)}{_because(seen)}"
             return f"That is no more than {limit}: more steps are not worth it{_unless_rates(seen)}."
         case Diagnosis.TOO_SHORT:
@@ -164,11 +194,20 @@ def _conclusion(seen: Signs, diagnosis: Diagnosis) -> str:
 def _unless_rates(seen: Signs) -> str:
     """Describe the other reading of a flat curve when few learning rates were tried."""
     first, best = seen.leading[0].trial.evaluations[0], seen.leading[0].best
-    if not seen.has_few_rates or first.step or (first.eval_loss - best.eval_loss) > 0.05 * first.eval_loss:
+    if seen.objective.is_relative_to_gained:  # of it nothing says how little was learned
+        return ""
+    if not seen.has_few_rates or first.step or (first.cost - best.cost) > 0.05 * first.cost:
         return ""
     return (
         ", unless all learning rates are too small, which these few trials cannot rule out: try higher ones"
     )
+
+
+def _got_worse(seen: Signs) -> str:
+    if seen.objective == LOSS:
+        return "The loss rose"
+    fell = "rose" if seen.objective.direction == Direction.MINIMIZE else "fell"
+    return f"{seen.objective.metric} {fell}"
 
 
 def _because(seen: Signs) -> str:
@@ -179,7 +218,9 @@ def _because(seen: Signs) -> str:
 def _still_falling(seen: Signs) -> str:
     if seen.late is None or not seen.late.is_significant:
         return _late_trials(seen)
-    return f"The best trial's loss still fell by {percent(seen.late.relative)} in the last quarter"
+    fell = "fell" if seen.objective.direction == Direction.MINIMIZE else "rose"
+    what = "loss" if seen.objective == LOSS else seen.objective.metric
+    return f"The best trial's {what} still {fell} by {percent(seen.late.relative)} in the last quarter"
 
 
 def _late_trials(seen: Signs) -> str:
@@ -227,10 +268,11 @@ def trials_to_settle(seen: Signs) -> int:
 
 def _what_would_uncover(seen: Signs) -> str:
     hidden = f"The noise is above {percent(MAX_UNDETERMINED_NOISE)} and hides the gain."
-    now = len(seen.leading[0].best.example_nll)
+    now = _num_examples(seen.leading[0].best)
     needed = examples_to_settle(seen)
     if needed is None:
-        why = "seeds differ by as much" if now else "per-example losses are unknown"
+        of = "losses" if seen.objective == LOSS else "shares"
+        why = "seeds differ by as much" if now else f"per-example {of} are unknown"
         return (
             f"{hidden} More evaluation examples will not help: {why}. Repeat the best trial with other seeds."
         )
@@ -258,13 +300,18 @@ def examples_to_settle(seen: Signs) -> int | None:
     Rounded up to two digits. The standard error falls with the square root of their number; the spread
     between seeds does not. Rule: this project's decision, "undetermined".
     """
-    now = len(seen.leading[0].best.example_nll) if seen.leading else 0
+    now = _num_examples(seen.leading[0].best) if seen.leading else 0
     if seen.gain is None or seen.noise is None or now == 0:
         return None
     allowed = max(MAX_UNDETERMINED_NOISE, abs(seen.gain.relative)) / 2
     by_examples = (seen.gain.standard_error or 0.0) ** 2
     left = allowed**2 - (seen.noise**2 - by_examples)
     return None if left <= 0 else _two_digits_up(now * by_examples / left)
+
+
+def _num_examples(evaluation: Evaluation) -> int:
+    """Those whose share of the objective is known."""
+    return len(evaluation.example_nll) if evaluation.objective is None else 0
 
 
 def _two_digits_up(number: float) -> int:
@@ -290,5 +337,5 @@ def _advice(seen: Signs, diagnosis: Diagnosis, suggestion: Suggestion) -> str:
     most = ", the most for one round" if factor > MULTIPLES[-2] else ""
     return (
         f"Train for {suggestion.steps} steps next{between}, {factor:.2g} times as many{most}. That should "
-        f"cut the loss by about {percent(seen.gain.to(factor))}."
+        f"{_change_to_come(seen.gain.to(factor), seen)}."
     )

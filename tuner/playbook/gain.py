@@ -10,10 +10,10 @@ from enum import StrEnum
 import numpy as np
 
 from tuner.methods.schedules import warmup_length
-from tuner.playbook.noise import MAX_LOSS, difference_error, is_number, measured, smoothed
+from tuner.playbook.noise import Scale, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end
-from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_loss
+from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_curve, scale_of
 from tuner.records import Evaluation, Trial
 
 DEFAULT_RATIO = 0.7
@@ -31,8 +31,6 @@ CLOSE_TO_HALF = 1.25
 
 _ALMOST_ALL = 1 - 1e-9
 """Keeps the logarithm finite if a loss falls to nothing."""
-_MIN_LOSS = 1 / MAX_LOSS
-"""Nats per token below which a relative loss is meaningless."""
 _SCHEDULED = frozenset({"decay_steps"})
 """Hyperparameters that change with the horizon and do not make two trials different configurations."""
 
@@ -52,10 +50,11 @@ class GainSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Relative loss reduction of a trial from half its horizon to the whole, with the same share of decay."""
+    """Relative gain of a trial from half its horizon to the whole, with the same share of decay."""
 
     relative: float
-    """(loss at half - loss at the whole) / loss at half; negative if the longer run was worse."""
+    """(loss at half - loss at the whole) / loss at half; negative if the longer run was worse. If the
+    objective is relative to what was gained over the base model, the difference divided by that."""
     standard_error: float | None
     """Of `relative`, over the evaluation examples; None if unknown."""
     source: GainSource
@@ -65,6 +64,8 @@ class Gain:
     to_steps: int
     ratio: float = DEFAULT_RATIO
     """Drop of log loss over the next doubling, divided by the drop over this one; in [0, 0.9]."""
+    is_linear: bool = False
+    """Whether the doublings are a series of differences, not of drops of a logarithm."""
 
     @property
     def is_of_a_doubling(self) -> bool:
@@ -73,7 +74,7 @@ class Gain:
 
     def at(self, multiple: float) -> float:
         """Predict the gain over the last doubling of a horizon `multiple` times as long."""
-        return -math.expm1(-self._log_drop * math.pow(self.ratio, math.log2(multiple)))
+        return self._relative(self._drop * math.pow(self.ratio, math.log2(multiple)))
 
     def to(self, multiple: float) -> float:
         """Predict the relative drop of the loss from this horizon to one `multiple` times as long.
@@ -83,12 +84,15 @@ class Gain:
         """
         doublings = math.log2(multiple)
         series = self.ratio * (1 - math.pow(self.ratio, doublings)) / (1 - self.ratio)
-        return -math.expm1(-self._log_drop * series)
+        return self._relative(self._drop * series)
 
     @property
-    def _log_drop(self) -> float:
-        """Return the drop of log loss over the last doubling."""
-        return -math.log1p(-min(self.relative, _ALMOST_ALL))
+    def _drop(self) -> float:
+        """Drop over the last doubling: of the log loss, or of the objective."""
+        return self.relative if self.is_linear else -math.log1p(-min(self.relative, _ALMOST_ALL))
+
+    def _relative(self, drop: float) -> float:
+        return drop if self.is_linear else -math.expm1(-drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,8 @@ class _Point:
     source: GainSource
 
     @property
-    def loss(self) -> float:
-        return self.evaluation.eval_loss
+    def cost(self) -> float:
+        return self.evaluation.cost
 
 
 def measured_gain(
@@ -114,12 +118,13 @@ def measured_gain(
     131 Llama-124M runs, it predicts what a doubling brings (AUC 0.90) where the share of late best steps does
     not (0.67).
     """
-    if not leading:
+    scale = scale_of(results.trials)
+    if not leading or scale is None:
         return None
-    found = [_from_horizons(results, lead, earlier) for lead in leading]
+    found = [_from_horizons(results, lead, earlier, scale) for lead in leading]
     by_comparison = next((gain for gain in found if gain and gain.source == GainSource.COMPARISON), None)
     by_round = next((gain for gain in found if gain and gain.source == GainSource.EARLIER_ROUND), None)
-    stable = _from_stable_phase(leading[0].trial, results.max_train_steps)
+    stable = _from_stable_phase(leading[0].trial, results.max_train_steps, scale)
     at_constant_rate = stable if stable and stable.source == GainSource.STABLE_PHASE else None
     return by_comparison or at_constant_rate or by_round or stable
 
@@ -145,24 +150,31 @@ def wants_comparison(
 
 
 def seed_spread(trials: Sequence[Trial]) -> float | None:
-    """Return the standard deviation of the best loss between seeds, relative to it; None without repeats.
+    """Return the standard deviation of the best value between seeds, relative to it; None without repeats.
 
-    Pooled over the groups of complete trials that differ only in `training_seed`. Rule: Deep Learning Tuning
-    Playbook, "Understanding noise between runs" (trial variance).
+    Relative as a gain is. Pooled over the groups of complete trials that differ only in `training_seed`.
+    Rule: Deep Learning Tuning Playbook, "Understanding noise between runs" (trial variance).
     """
+    if (scale := scale_of(trials)) is None:
+        return None
     groups: dict[tuple[object, ...], dict[object, float]] = {}
-    for trial, best in ranked_by_loss(trials):
+    for trial, best in ranked_by_curve(trials):
         # Repeats of one seed say nothing about the spread.
         seeds = groups.setdefault(_identity(trial, without={"training_seed"}), {})
-        seeds.setdefault(trial.hyperparameters.get("training_seed"), best.eval_loss)
+        seeds.setdefault(trial.hyperparameters.get("training_seed"), best.cost)
     repeated = [
-        np.array(list(losses.values())) / np.mean(list(losses.values()))
-        for losses in groups.values()
-        if len(losses) > 1 and np.mean(list(losses.values())) >= _MIN_LOSS
+        _relative_to_the_mean(np.array(list(costs.values())), scale)
+        for costs in groups.values()
+        if len(costs) > 1 and scale.can_compare(float(np.mean(list(costs.values()))))
     ]
-    freedom = sum(len(losses) - 1 for losses in repeated)
-    squares = sum(float(((losses - 1.0) ** 2).sum()) for losses in repeated)
+    freedom = sum(len(deviations) - 1 for deviations in repeated)
+    squares = sum(float((deviations**2).sum()) for deviations in repeated)
     return math.sqrt(squares / freedom) if freedom else None
+
+
+def _relative_to_the_mean(costs: np.ndarray, scale: Scale) -> np.ndarray:
+    mean = float(np.mean(costs))
+    return costs / mean - 1.0 if scale.gained is None else (costs - mean) / scale.gained
 
 
 def same_configuration(one: Trial, other: Trial) -> bool:
@@ -185,13 +197,16 @@ def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[obje
     return tuple(sorted((k, v) for k, v in trial.hyperparameters.items() if k not in without))
 
 
-def _from_horizons(results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults]) -> Gain | None:
+def _from_horizons(
+    results: RoundResults, lead: LeadingTrial, earlier: Sequence[RoundResults], scale: Scale
+) -> Gain | None:
     """Return the gain of a trial from its runs to several horizons, preferring comparison runs."""
     whole = _Point(results.max_train_steps, lead.best, GainSource.COMPARISON)
     compared = _comparisons(results, lead.trial) or _inherited_comparisons(results, lead, earlier)
     twins = list(_twins_at_other_horizons(results, lead, earlier))
     points = [*compared, *twins]
-    return _from_points(whole, points, lead.trial, halves=compared) or _from_points(whole, points, lead.trial)
+    by_comparison = _from_points(whole, points, lead.trial, scale, halves=compared)
+    return by_comparison or _from_points(whole, points, lead.trial, scale)
 
 
 def _comparisons(results: RoundResults, trial: Trial) -> list[_Point]:
@@ -229,7 +244,7 @@ def _twins_at_other_horizons(
             continue
         twins = (
             best
-            for trial, best in ranked_by_loss(other.trials)
+            for trial, best in ranked_by_curve(other.trials)
             if same_configuration(trial, lead.trial)
             and _have_equal_shares(trial, other.max_train_steps, lead.trial, results.max_train_steps)
         )
@@ -244,7 +259,7 @@ def _have_equal_shares(one: Trial, one_horizon: int, other: Trial, other_horizon
     return abs(rescaled - other_decay) <= max(1.0, other_horizon / one_horizon)
 
 
-def _from_stable_phase(trial: Trial, max_train_steps: int) -> Gain | None:
+def _from_stable_phase(trial: Trial, max_train_steps: int, scale: Scale) -> Gain | None:
     """Return the gain from half the stable phase to its end, as the gain of the whole run.
 
     It is not extrapolated to the horizon: on 42 Llama runs the gain of the stable phase was already too small
@@ -260,37 +275,44 @@ def _from_stable_phase(trial: Trial, max_train_steps: int) -> Gain | None:
     if not curve:
         return None
     *before, last = (_Point(evaluation.step, evaluation, source) for evaluation in curve)
-    return _from_points(last, before, trial)
+    return _from_points(last, before, trial, scale)
 
 
 def _from_points(
-    whole: _Point, points: Sequence[_Point], trial: Trial, *, halves: Sequence[_Point] | None = None
+    whole: _Point,
+    points: Sequence[_Point],
+    trial: Trial,
+    scale: Scale,
+    *,
+    halves: Sequence[_Point] | None = None,
 ) -> Gain | None:
-    """Return the gain up to `whole` from losses at other horizons; `halves` are preferred as its half."""
-    finite = [p for p in points if is_number(p.loss) and p.horizon < whole.horizon]
+    """Return the gain up to `whole` from other horizons; `halves` are preferred as its half."""
+    finite = [p for p in points if is_number(p.cost) and p.horizon < whole.horizon]
     half = _nearest([p for p in halves if p in finite] if halves is not None else finite, whole.horizon / 2)
-    if half is None or not is_number(whole.loss) or min(half.loss, whole.loss) < _MIN_LOSS:
+    if half is None or not is_number(whole.cost) or not scale.can_compare(half.cost, whole.cost):
         return None
     error = _error(trial, half, whole)
-    scale = _last_doubling_share(math.log2(whole.horizon / half.horizon))
+    last = _last_doubling_share(math.log2(whole.horizon / half.horizon))
+    drop, is_linear = last * scale.drop(half.cost, whole.cost), scale.gained is not None
     return Gain(
-        relative=-math.expm1(-scale * math.log(half.loss / whole.loss)),
-        standard_error=None if error is None else scale * error / half.loss,
+        relative=drop if is_linear else -math.expm1(-drop),
+        standard_error=None if error is None else scale.share(last * error, of=half.cost),
         source=half.source,
         trial=trial.number,
         from_steps=half.horizon,
         to_steps=whole.horizon,
-        ratio=_ratio_of_doublings(finite, half, whole),
+        ratio=_ratio_of_doublings(finite, half, whole, scale),
+        is_linear=is_linear,
     )
 
 
 def _error(trial: Trial, half: _Point, whole: _Point) -> float | None:
-    """Return the standard error of the loss difference between two horizons.
+    """Return the standard error of the difference between two horizons.
 
     If both share one best evaluation, which the shorter run passed on, the later steps did not improve it.
     The uncertainty is then that of the difference between it and the last evaluation.
     """
-    if (half.evaluation.step, half.loss) != (whole.evaluation.step, whole.loss):
+    if (half.evaluation.step, half.cost) != (whole.evaluation.step, whole.cost):
         return difference_error(trial.evaluations, half.evaluation, whole.evaluation)
     last = max(measured(trial.evaluations), key=lambda evaluation: evaluation.step)
     return difference_error(trial.evaluations, last, whole.evaluation) or None
@@ -315,25 +337,25 @@ def _last_doubling_share(doublings: float) -> float:
     return math.pow(DEFAULT_RATIO, doublings - 1) * (1 - DEFAULT_RATIO) / lost
 
 
-def _ratio_of_doublings(points: Sequence[_Point], half: _Point, whole: _Point) -> float:
+def _ratio_of_doublings(points: Sequence[_Point], half: _Point, whole: _Point, scale: Scale) -> float:
     """Return the ratio of a doubling's drop to the one before, from a point before the half or after it."""
     quarter = _nearest([p for p in points if p.horizon < half.horizon], half.horizon / 2)
     if quarter is not None:
-        return _solved_ratio(quarter, half, whole)
+        return _solved_ratio(quarter, half, whole, scale)
     between = [p for p in points if half.horizon < p.horizon < whole.horizon]
     middle = _nearest(between, math.sqrt(half.horizon * whole.horizon), within=1.1)
-    return DEFAULT_RATIO if middle is None else _solved_ratio(half, middle, whole)
+    return DEFAULT_RATIO if middle is None else _solved_ratio(half, middle, whole, scale)
 
 
-def _solved_ratio(first: _Point, second: _Point, third: _Point) -> float:
+def _solved_ratio(first: _Point, second: _Point, third: _Point, scale: Scale) -> float:
     """Return the ratio of a geometric series of drops of log loss through three horizons, in [0, 0.9].
 
     With drops d1 and d2 over a and b doublings it solves d2 / d1 = r^a (1 - r^b) / (1 - r^a), whose right
     side rises with r; the default ratio if the first drop is not positive.
     """
-    if min(first.loss, second.loss, third.loss) < _MIN_LOSS or first.loss <= second.loss:
+    if not scale.can_compare(first.cost, second.cost, third.cost) or first.cost <= second.cost:
         return DEFAULT_RATIO
-    wanted = math.log(second.loss / third.loss) / math.log(first.loss / second.loss)
+    wanted = scale.drop(second.cost, third.cost) / scale.drop(first.cost, second.cost)
     a, b = math.log2(second.horizon / first.horizon), math.log2(third.horizon / second.horizon)
     low, high = 0.0, MAX_RATIO
     if wanted <= 0:

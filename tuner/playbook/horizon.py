@@ -13,11 +13,11 @@ from tuner.methods.schedules import warmup_length
 from tuner.playbook.curves import LateDrop, Rise, late_drop, plateau_step, rise_after_best
 from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, rates_may_be_too_small
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
-from tuner.playbook.noise import majority_probability
+from tuner.playbook.noise import BY_VALUE, Scale, majority_probability
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end
-from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials
-from tuner.records import Trial
+from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials, scale_of
+from tuner.records import LOSS, Objective, Trial
 
 TOO_LONG_FRACTION = 0.10
 LATE_FRACTION = 0.75
@@ -80,6 +80,10 @@ class Signs:
     """How often the study has already raised its learning rates for that reason."""
     has_few_rates: bool = False
     """Whether rates are searched, but too few were tried to show where the best ones lie."""
+    objective: Objective = LOSS
+    """What chose the best steps: the loss, or another metric that each evaluation has."""
+    scale: Scale | None = BY_VALUE
+    """What gains are relative to; None where it is not known."""
 
     @property
     def worthwhile(self) -> float:
@@ -160,6 +164,9 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
     leading = leading_trials(results.trials, results.max_train_steps)
     best = leading[0].trial if leading else None
     gain = measured_gain(results, leading, earlier)
+    scale = scale_of(results.trials)
+    foremost = None if leading else _foremost(results)
+    spoken_for = best or foremost
     return Signs(
         max_train_steps=results.max_train_steps,
         evaluate_every=results.evaluate_every,
@@ -170,19 +177,32 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
         rise=rise_after_best(best.evaluations) if best else None,
         max_examples=results.max_examples,
         worthwhile_gain=results.worthwhile_gain,
-        late=late_drop(best.evaluations, LATE_FRACTION * results.max_train_steps) if best else None,
-        late_by_rate=_late_by_rate(best, results.max_train_steps) if best else None,
-        foremost=None if leading else _foremost(results),
+        late=_late(best, LATE_FRACTION * results.max_train_steps, scale),
+        late_by_rate=_late_by_rate(best, results.max_train_steps, scale),
+        foremost=foremost,
         num_complete=len(results.complete),
         has_small_rates=rates_may_be_too_small(results, best) if best else False,
         num_widenings=num_widenings(results, earlier),
         has_few_rates=has_few_rates(results),
+        objective=_objective(spoken_for),
+        scale=scale,
     )
 
 
-def _late_by_rate(trial: Trial, max_train_steps: int) -> LateDrop | None:
+def _objective(trial: Trial | None) -> Objective:
+    """What chose its best step."""
+    return (trial.evaluations[0].objective if trial and trial.evaluations else None) or LOSS
+
+
+def _late(trial: Trial | None, at: float, scale: Scale | None) -> LateDrop | None:
+    return late_drop(trial.evaluations, at, scale) if trial and scale else None
+
+
+def _late_by_rate(trial: Trial | None, max_train_steps: int, scale: Scale | None) -> LateDrop | None:
+    if trial is None:
+        return None
     at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
-    return late_drop(trial.evaluations, at)
+    return _late(trial, at, scale)
 
 
 def _foremost(results: RoundResults) -> Trial | None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tuner.records import Evaluation
+from tuner.records import Evaluation, Packed
 
 WINDOW = 1.25
 """An evaluation is averaged with those whose step is within this factor."""
 
 
 def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """Return the finite evaluations with losses from a local line through each one's neighbours, by step.
+    """Return the finite evaluations with the objective from a local line through the neighbours, by step.
 
     Neighbours are within a factor 1.25 of the step, so the steep beginning and sparse evaluations stay as
     they are; the line is in the logarithm of the step. The best of many evaluations and the last one are
@@ -24,14 +24,12 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     project's decision.
     """
     finite = measured(evaluations)
-    steps, losses = _curve(finite)
-    return tuple(
-        replace(evaluation, eval_loss=_local_value(steps, losses, i)) for i, evaluation in enumerate(finite)
-    )
+    steps, costs = _curve(finite)
+    return tuple(evaluation.with_cost(_local_value(steps, costs, i)) for i, evaluation in enumerate(finite))
 
 
-def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
-    """Return the smoothed loss at the step of one of the evaluations. Rule: as for `smoothed`."""
+def smoothed_cost(evaluations: Sequence[Evaluation], step: int) -> float:
+    """Return the smoothed cost at the step of an evaluation. Rule: as for `smoothed`."""
     finite = measured(evaluations)
     steps, losses = _curve(finite)
     at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
@@ -39,9 +37,9 @@ def smoothed_loss(evaluations: Sequence[Evaluation], step: int) -> float:
 
 
 def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithms of the steps, and the losses."""
+    """Return the logarithms of the steps, and the costs."""
     steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    return steps, np.array([evaluation.eval_loss for evaluation in finite], dtype=np.float64)
+    return steps, np.array([evaluation.cost for evaluation in finite], dtype=np.float64)
 
 
 def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
@@ -56,6 +54,8 @@ def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
 
 MAX_LOSS = 1e100
 """Nats per token above which a loss is not used in calculations; its square is still finite."""
+MIN_COST = 1 / MAX_LOSS
+"""A relative difference is meaningless for a value below this."""
 SIGNIFICANT = 2.0
 """Standard errors above which a difference is significant."""
 MIN_RESIDUAL_EVALUATIONS = 4
@@ -76,21 +76,23 @@ def is_number(loss: float) -> bool:
 
 
 def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations with a usable loss.
+    """Return the evaluations with a usable value of the objective.
 
     Rule: this project's decision, "The best step of a trial".
     """
-    return [evaluation for evaluation in evaluations if is_number(evaluation.eval_loss)]
+    return [evaluation for evaluation in evaluations if is_number(evaluation.cost)]
 
 
 def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
-    """Return the standard error of `one.eval_loss - other.eval_loss` over the same examples, in nats per
-    token.
+    """Return the standard error of `one.cost - other.cost` over the same examples, in nats per token.
 
     By the delta method, since the loss is a ratio of sums: the spread of each example's difference around the
-    value its tokens predict. None unless both losses are usable and over the same examples, at least two.
-    Rule: this project's decision, "settled_step".
+    value its tokens predict. None unless both losses are usable and over the same examples, at least two;
+    and None for any other objective, whose share of single examples is unknown. Rule: this project's
+    decision, "settled_step".
     """
+    if one.objective is not None or other.objective is not None:
+        return None
     if len(one.example_nll) < 2 or one.example_tokens != other.example_tokens:
         return None
     if len(measured((one, other))) < 2:
@@ -109,11 +111,18 @@ def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) ->
 
     Infinite where the paired standard error is not known. Rule: this project's decision, "settled_step".
     """
+    if other.objective is not None:
+        return [math.inf] * len(evaluations)
     tokens = np.asarray(other.example_tokens, dtype=np.float64)
     alike = [e.example_tokens == other.example_tokens for e in evaluations]
     if len(tokens) < 2 or not all(alike) or (total := float(tokens.sum())) <= 0:
         return [math.inf] * len(evaluations)
-    losses = np.array([np.asarray(e.example_nll) for e in evaluations])
+    packed = [e.example_nll.content for e in evaluations if isinstance(e.example_nll, Packed)]
+    losses = (
+        np.frombuffer(b"".join(packed), dtype="<f8").reshape(len(evaluations), -1)
+        if len(packed) == len(evaluations)
+        else np.array([np.asarray(e.example_nll) for e in evaluations])
+    )
     differences = losses - np.asarray(other.example_nll)
     residuals = differences - np.outer(differences.sum(axis=1) / total, tokens)
     variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
@@ -130,11 +139,11 @@ def loss_error(evaluation: Evaluation) -> float | None:
     """
     tokens = evaluation.example_tokens
     nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
-    return paired_standard_error(evaluation, nothing)
+    return paired_standard_error(replace(evaluation, objective=None), nothing)
 
 
 def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
-    """Return the standard deviation of the late losses around a line through them, in nats per token.
+    """Return the standard deviation of the late evaluations' objective around a line through them.
 
     It uses the last quarter of the finite evaluations, but at least the last six; all of them if there are
     four or five; None if there are fewer. It replaces the paired standard error when per-example losses are
@@ -145,7 +154,7 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
     if len(last) < MIN_RESIDUAL_EVALUATIONS:
         return None
     steps = np.array([evaluation.step for evaluation in last], dtype=np.float64)
-    losses = np.array([evaluation.eval_loss for evaluation in last], dtype=np.float64)
+    losses = np.array([evaluation.cost for evaluation in last], dtype=np.float64)
     steps -= steps.mean()
     losses -= losses.mean()
     residuals = losses - steps * float(steps @ losses) / float(steps @ steps)
@@ -160,6 +169,37 @@ def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: 
     """
     paired = paired_standard_error(one, other)
     return residual_spread(evaluations) if paired is None else paired
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What differences of the objective are relative to; costs are lower where better."""
+
+    gained: float | None = None
+    """What the best trial gained over the base model, positive; None: the value itself."""
+
+    def can_compare(self, *costs: float) -> bool:
+        """Whether relative differences of these make sense: a value has to be above 0 to be relative to."""
+        return self.gained is not None or min(costs) >= MIN_COST
+
+    def share(self, difference: float, *, of: float) -> float:
+        """Return a difference relative to the cost `of`, or to what was gained."""
+        return difference / (of if self.gained is None else self.gained)
+
+    def amount(self, share: float, *, of: float) -> float:
+        """The inverse of `share`."""
+        return share * (of if self.gained is None else self.gained)
+
+    def drop(self, before: float, after: float) -> float:
+        """Return the fall from one cost to another on the scale on which doublings are a series.
+
+        That of the logarithm where differences are relative to the value, else of what was gained.
+        """
+        return math.log(before / after) if self.gained is None else (before - after) / self.gained
+
+
+BY_VALUE = Scale()
+"""Of the loss, and of any other metric that is minimised and has no upper bound."""
 
 
 def significant_among(count: int) -> float:

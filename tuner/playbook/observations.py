@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from tuner.playbook.gain import configuration
 from tuner.playbook.results import Finding, Sampler, Severity
 from tuner.playbook.selection import best_evaluation
-from tuner.records import Evaluation, Hyperparameters, Space, Trial, TrialState, searched
+from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Space, Trial, TrialState, searched
 
 _OWN = frozenset({"quasi-random", "tpe", "gp", "random", "grid"})
 
@@ -77,9 +78,6 @@ def search_findings(space: Space, trials: int) -> Iterator[Finding]:
         )
 
 
-Objective: TypeAlias = Literal["loss", "answers"]
-"""How a round ranks its trials: by the best evaluation loss, or by the answers at that step."""
-
 _Values: TypeAlias = Mapping[tuple[object, ...], float]
 
 
@@ -91,23 +89,24 @@ class Outcome:
     configuration: tuple[object, ...]
     horizon: int
     loss: float
-    """Expected at the horizon if the trial was pruned; infinite if it is infeasible."""
+    """The best evaluation's cost, lower is better. Expected at the horizon if the trial was pruned; infinite
+    if it is infeasible."""
     is_measured: bool
     """Whether the loss was measured at the horizon."""
-    answers: float | None = None
-    """The mean score of the best step's answers; None if none were scored."""
+    score: float | None = None
+    """The value of the per-trial metric; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Observation:
     """What all rounds so far say of one configuration."""
 
     hyperparameters: Hyperparameters
-    merit: float
-    """What is to be expected at the longest horizon, lower is better: the loss, or the answer score with its
-    sign changed; infinite where it is infeasible."""
+    objective: float
+    """Expected objective at the longest horizon, with the sign that makes lower better; infinite where it is
+    infeasible."""
     loss: float
-    """The loss to be expected there, which parts equal merits."""
+    """The same of the best evaluations, which parts equal objectives."""
 
 
 def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome, ...]:
@@ -122,40 +121,41 @@ def outcomes(trials: Sequence[Trial], *, max_train_steps: int) -> tuple[Outcome,
         best = best_evaluation(trial.evaluations)
         match trial.state:
             case TrialState.COMPLETE if best is not None:
-                loss = best.eval_loss
+                loss = best.cost
             case TrialState.PRUNED if best is not None:
-                loss = best.eval_loss - _gain_after(trial.evaluations[-1].step, complete)
+                loss = best.cost - _gain_after(trial.evaluations[-1].step, complete)
             case TrialState.INFEASIBLE:
                 loss = math.inf
             case _:
                 continue
         is_measured = trial.state == TrialState.COMPLETE
-        answers = trial.answer_score.mean if trial.answer_score is not None else None
+        score = trial.answer_score.mean if trial.answer_score is not None else None
         found.append(
-            Outcome(trial.hyperparameters, configuration(trial), max_train_steps, loss, is_measured, answers)
+            Outcome(trial.hyperparameters, configuration(trial), max_train_steps, loss, is_measured, score)
         )
     return tuple(found)
 
 
-def lessons(found: Sequence[Outcome], *, objective: Objective = "loss") -> tuple[Lesson, ...]:
-    """One lesson for each configuration, in the order in which they were first tried.
+def observations(found: Sequence[Outcome], *, objective: Objective = LOSS) -> tuple[Observation, ...]:
+    """One observation for each configuration, in the order in which they were first tried.
 
     `found` are the outcomes of one workload's rounds, oldest first. A configuration speaks by its longest
     run. Values of different horizons are not compared as they are: each is lowered by what the
-    configurations known at both horizons gained, in the median. Where answers are the objective, what has
-    answered nothing teaches nothing, unless it is infeasible. Rule: this project's decision, "Search".
+    configurations known at both horizons gained, in the median. Of a per-trial objective, what has no value
+    teaches nothing, unless it is infeasible. Rule: this project's decision, "Search".
     """
-    if objective == "answers":
-        found = [outcome for outcome in found if outcome.answers is not None or math.isinf(outcome.loss)]
+    is_per_trial = objective.per == "trial"
+    if is_per_trial:
+        found = [outcome for outcome in found if outcome.score is not None or math.isinf(outcome.loss)]
     speaking: dict[tuple[object, ...], Outcome] = {}
     for outcome in found:
         known = speaking.get(outcome.configuration)
         if known is None or outcome.horizon >= known.horizon:
             speaking[outcome.configuration] = outcome
-    value = _loss if objective == "loss" else _answers_to_minimise
+    value = partial(_score_to_minimise, objective) if is_per_trial else _loss
     gains, gains_of_loss = _gains_to_the_longest(found, value), _gains_to_the_longest(found, _loss)
     return tuple(
-        Lesson(o.hyperparameters, value(o) - gains[o.horizon], o.loss - gains_of_loss[o.horizon])
+        Observation(o.hyperparameters, value(o) - gains[o.horizon], o.loss - gains_of_loss[o.horizon])
         for o in speaking.values()
     )
 
@@ -164,8 +164,8 @@ def _loss(outcome: Outcome) -> float:
     return outcome.loss
 
 
-def _answers_to_minimise(outcome: Outcome) -> float:
-    return math.inf if outcome.answers is None else -outcome.answers
+def _score_to_minimise(objective: Objective, outcome: Outcome) -> float:
+    return math.inf if outcome.score is None else objective.cost(outcome.score)
 
 
 def _gain_after(step: int, curves: Sequence[Sequence[Evaluation]]) -> float:
@@ -174,7 +174,7 @@ def _gain_after(step: int, curves: Sequence[Sequence[Evaluation]]) -> float:
         until = best_evaluation(evaluation for evaluation in curve if evaluation.step <= step)
         best = best_evaluation(curve)
         if until is not None and best is not None:
-            gains.append(until.eval_loss - best.eval_loss)
+            gains.append(until.cost - best.cost)
     return median(gains) if gains else 0.0
 
 

@@ -13,13 +13,13 @@ from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.continuation import continuation_step
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.horizon import Diagnosis
-from tuner.playbook.noise import paired_standard_error
+from tuner.playbook.noise import BY_VALUE, paired_standard_error
 from tuner.playbook.observations import default_sampler, search_findings
 from tuner.playbook.reading import Reading
 from tuner.playbook.reopening import overturned_order, remarks, reopened_space, reopening_findings
 from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
 from tuner.playbook.schedule import can_decay_linearly, tiny_rate_share
-from tuner.playbook.selection import distinct, may_be_carried_over, objective_score, ranked
+from tuner.playbook.selection import distinct, may_be_carried_over, ranked, scale_of, trial_score
 from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
 
 TOP = 3
@@ -195,9 +195,9 @@ def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, 
     """Return two other seeds for the best two trials if they differ by less than the noise; else none.
 
     The noise is that of their own paired difference or `noise` (relative to the loss), whichever is larger;
-    if answers are the objective, that of the two scores' difference. Rule: Deep Learning Tuning Playbook,
-    "Determining whether to adopt a training pipeline change or hyperparameter configuration": run the winner
-    again before adopting it.
+    if the objective has one value per trial, that of the two scores' difference. Rule: Deep Learning Tuning
+    Playbook, "Determining whether to adopt a training pipeline change or hyperparameter configuration": run
+    the winner again before adopting it.
     """
     best_evaluations = {trial.number: best for trial, best in ranked(results.trials)}
     order = incumbents(results.trials, 2)
@@ -205,11 +205,13 @@ def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, 
         return ()
     winner, runner_up = order
     first, second = (best_evaluations[trial.number] for trial in order)
-    if (best := objective_score(winner)) is not None and (other := objective_score(runner_up)) is not None:
+    if (best := trial_score(winner)) is not None and (other := trial_score(runner_up)) is not None:
         behind, limit = best - other, _answers_error(winner, runner_up)
     else:
-        behind = second.eval_loss - first.eval_loss
-        limit = max((noise or 0.0) * first.eval_loss, paired_standard_error(second, first) or 0.0)
+        behind = second.cost - first.cost
+        scale = scale_of(results.trials) or BY_VALUE
+        spread = scale.amount(noise or 0.0, of=first.cost)
+        limit = max(spread, paired_standard_error(second, first) or 0.0)
     if behind > limit:
         return ()
     used = {trial.seed for trial in results.trials}

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from tuner.methods.schedules import warmup_length
 from tuner.playbook.schedule import evaluation_steps
 from tuner.playbook.selection import best_evaluation
-from tuner.records import Evaluation, Trial, TrialState
+from tuner.records import LOSS, Direction, Evaluation, Objective, Trial, TrialState
 
 PATIENCE = 3
 """Consecutive evaluations above the limit that make a trial infeasible."""
@@ -74,10 +74,10 @@ def reason_to_prune(
 
     A function of facts, so the decision is the same when asked again. Schedule and horizon stay unchanged.
     Nothing is decided before the warmup has ended, at the horizon, at inherited steps, or if a loss that is
-    not finite makes the trial infeasible. `median`: the best loss so far is above the median of what the
-    complete trials had up to that step (Golovin et al., "Google Vizier", 2017). `halving`: it is not among
-    the best third of the trials that reached the rung (Li et al., "A System for Massively Parallel
-    Hyperparameter Tuning", 2020). Rule: this project's decision, "run.pruner".
+    not finite makes the trial infeasible. `median`: the best evaluation so far, by the objective, is worse
+    than the median of what the complete trials had up to that step (Golovin et al., "Google Vizier", 2017).
+    `halving`: it is not among the best third of the trials that reached the rung (Li et al., "A System for
+    Massively Parallel Hyperparameter Tuning", 2020). Rule: this project's decision, "run.pruner".
     """
     if pruner == "none" or not trial.evaluations or not math.isfinite(trial.evaluations[-1].eval_loss):
         return None
@@ -85,13 +85,13 @@ def reason_to_prune(
     inherited = trial.continues.step if trial.continues else 0
     if step <= max(inherited, warmup_length(trial.hyperparameters)) or step >= max_train_steps:
         return None
-    own = _best_until(trial, step)
+    own, objective = _best_until(trial, step), trial.evaluations[-1].objective or LOSS
     peers = [other for other in others if other.number != trial.number]
     match pruner:
         case "median":
-            return _behind_the_median(own, peers, step)
+            return _behind_the_median(own, peers, step, objective)
         case "halving" if step in rungs(max_train_steps, evaluate_every=evaluate_every):
-            return _behind_on_the_rung(own, peers, step)
+            return _behind_on_the_rung(own, peers, step, objective)
         case _:
             return None
 
@@ -107,27 +107,30 @@ def rungs(max_train_steps: int, *, evaluate_every: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(step for step in found if step is not None))
 
 
-def _behind_the_median(own: float, peers: Sequence[Trial], step: int) -> str | None:
+def _behind_the_median(own: float, peers: Sequence[Trial], step: int, objective: Objective) -> str | None:
     complete = [_best_until(peer, step) for peer in peers if peer.state == TrialState.COMPLETE]
     if len(complete) < MIN_COMPLETE or not own > (middle := median(complete)):
         return None
+    side = "above" if objective.direction == Direction.MINIMIZE else "below"
     return (
-        f"its best loss up to step {step}, {own:.4f}, is above the median of {len(complete)} trials, "
-        f"{middle:.4f}"
+        f"{_best_in_words(own, step, objective)}, is {side} the median of {len(complete)} trials, "
+        f"{objective.cost(middle):.4f}"
     )
 
 
-def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int) -> str | None:
+def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int, objective: Objective) -> str | None:
     there = [_best_until(peer, step) for peer in peers if any(e.step == step for e in peer.evaluations)]
     places = max(1, (len(there) + 1) // REDUCTION)
-    if sum(loss < own for loss in there) < places:
+    if sum(cost < own for cost in there) < places:
         return None
-    return (
-        f"its best loss up to step {step}, {own:.4f}, is not among the best {places} of {len(there) + 1} "
-        "trials"
-    )
+    best = _best_in_words(own, step, objective)
+    return f"{best}, is not among the best {places} of {len(there) + 1} trials"
+
+
+def _best_in_words(cost: float, step: int, objective: Objective) -> str:
+    return f"its best {objective.noun} up to step {step}, {objective.cost(cost):.4f}"
 
 
 def _best_until(trial: Trial, step: int) -> float:
     best = best_evaluation(evaluation for evaluation in trial.evaluations if evaluation.step <= step)
-    return math.inf if best is None else best.eval_loss
+    return math.inf if best is None else best.cost

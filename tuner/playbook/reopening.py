@@ -15,10 +15,10 @@ from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_losses
 from tuner.playbook.edges import number
 from tuner.playbook.gain import same_configuration
 from tuner.playbook.horizon import Diagnosis
-from tuner.playbook.noise import SIGNIFICANT, paired_standard_error
+from tuner.playbook.noise import BY_VALUE, SIGNIFICANT, Scale, paired_standard_error
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults, Severity
-from tuner.playbook.selection import best_evaluation
+from tuner.playbook.selection import best_evaluation, scale_of
 from tuner.records import Choices, Dimension, Fixed, Range, Space, Trial, TrialState, searched
 
 MIN_RANKED = 3
@@ -98,7 +98,7 @@ def _twin(trial: Trial, other: RoundResults) -> Trial | None:
 
 def _loss(trial: Trial) -> float | None:
     best = best_evaluation(trial.evaluations) if trial.state == TrialState.COMPLETE else None
-    return None if best is None else best.eval_loss
+    return None if best is None else best.cost
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
@@ -200,7 +200,8 @@ def overturned_order(
     if found is None or found.rank_correlation is None or found.rank_correlation >= MIN_RANK_CORRELATION:
         return None
     order = [trial for _, number in found.compared if (trial := results.trial(number)) is not None]
-    if not any(_is_worse(one, other, noise or 0.0) for one, other in combinations(order, 2)):
+    scale = scale_of(results.trials) or BY_VALUE
+    if not any(_is_worse(one, other, noise or 0.0, scale) for one, other in combinations(order, 2)):
         return None
     before = next(other for other in reversed(earlier) if other.name == found.from_round)
     return OverturnedOrder(before, results.name, found.rank_correlation, len(found.compared))
@@ -247,10 +248,10 @@ def reopening_findings(
     )
 
 
-def _is_worse(one: Trial, other: Trial, noise: float) -> bool:
+def _is_worse(one: Trial, other: Trial, noise: float, scale: Scale) -> bool:
     """Return whether a trial is worse than another by more than two standard errors."""
     first, second = best_evaluation(one.evaluations), best_evaluation(other.evaluations)
     if first is None or second is None:
         return False
-    error = max(noise * second.eval_loss, paired_standard_error(first, second) or 0.0)
-    return first.eval_loss - second.eval_loss > SIGNIFICANT * error
+    error = max(scale.amount(noise, of=second.cost), paired_standard_error(first, second) or 0.0)
+    return first.cost - second.cost > SIGNIFICANT * error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-from tuner.records import Evaluation, Space, Trial, TrialState
+from tuner.records import LOSS, Evaluation, Objective, Space, Trial, TrialState
 
 Sampler: TypeAlias = str
 """A name as in `search.sampler`."""
@@ -90,6 +90,8 @@ class RoundResults:
     """`search.sampler`."""
     limits: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     """Lowest and highest value that a hyperparameter may have, by name; None if there is none."""
+    objective: Objective = LOSS
+    """What its trials were ranked by."""
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.evaluate_every < 1:

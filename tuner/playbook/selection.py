@@ -9,12 +9,14 @@ from itertools import islice, pairwise
 from operator import attrgetter
 
 from tuner.playbook.noise import (
+    BY_VALUE,
     SIGNIFICANT,
+    Scale,
     difference_error,
     largest_differences,
     measured,
     significant_among,
-    smoothed_loss,
+    smoothed_cost,
 )
 from tuner.records import Evaluation, Trial, TrialState
 
@@ -23,14 +25,12 @@ MIN_LEADING = 5
 
 
 def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """Return the evaluation with the lowest loss; the earlier of equals; None if none is finite.
+    """Return the best evaluation by the objective; the earlier of equals; None if none is finite.
 
     Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
     checkpoint": run to the fixed horizon, then choose among all.
     """
-    return min(
-        measured(evaluations), key=lambda evaluation: (evaluation.eval_loss, evaluation.step), default=None
-    )
+    return min(measured(evaluations), key=lambda evaluation: (evaluation.cost, evaluation.step), default=None)
 
 
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
@@ -40,17 +40,17 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     returned. Rule: this project's decision, "settled_step": when the trial was done, judging by the
     evaluation.
     """
-    best = best_evaluation(evaluations)
+    by_step = sorted(measured(evaluations), key=attrgetter("step"))
+    best = min(by_step, key=attrgetter("eval_loss"), default=None)  # the earlier of equals
     if best is None:
         return None
-    by_step = sorted(measured(evaluations), key=attrgetter("step"))
     bounds = largest_differences(by_step, best)
     return next(
         evaluation.step
         for evaluation, bound in zip(by_step, bounds, strict=True)
         if evaluation is best
         or (
-            (worse := evaluation.eval_loss - best.eval_loss) <= bound
+            (worse := evaluation.cost - best.cost) <= bound
             and worse <= (difference_error(evaluations, evaluation, best) or 0.0)
         )
     )
@@ -70,16 +70,17 @@ class LeadingTrial:
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     """Return the complete trials with a finite best evaluation, by the round's objective, best first.
 
-    The objective is the answer score of the best step if the round file says so, ties by the loss; otherwise
-    the loss; ties by number. Infeasible, pruned and failed trials are never among them, whatever they reached
-    before. Rule: this project's decision, "Infeasible".
+    The objective is the trial's own value if it has one per trial, ties by the curve; otherwise the best
+    evaluation's; ties by number. Infeasible, pruned and failed trials are never among them, whatever they
+    reached before. Rule: this project's decision, "Infeasible".
     """
-    return tuple(sorted(ranked_by_loss(trials), key=lambda pair: -(objective_score(pair[0]) or 0.0)))
+    return tuple(sorted(ranked_by_curve(trials), key=lambda pair: -(trial_score(pair[0]) or 0.0)))
 
 
-def ranked_by_loss(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
-    """Rank by the loss, whatever the objective: readings of the horizon rest on losses.
+def ranked_by_curve(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
+    """Rank by the best evaluations, whatever the objective: readings of the horizon rest on curves.
 
+    Of an objective that has one value for each trial these are the losses.
     Rule: this project's decision, "The best step of a trial".
     """
     found = [
@@ -87,16 +88,43 @@ def ranked_by_loss(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], .
         for trial in trials
         if trial.state == TrialState.COMPLETE and (best := best_evaluation(trial.evaluations)) is not None
     ]
-    return tuple(sorted(found, key=lambda pair: (pair[1].eval_loss, pair[0].number)))
+    return tuple(sorted(found, key=lambda pair: (pair[1].cost, pair[0].number)))
 
 
-def objective_score(trial: Trial) -> float | None:
-    """Return the answer score that ranks the trial, higher is better; None if the loss ranks it.
+def trial_score(trial: Trial) -> float | None:
+    """Return the value of a per-trial objective, higher is better; None if evaluations rank the trial.
 
     Rule: this project's decision, "The best step of a trial".
     """
     score = trial.answer_score
     return score.mean if score is not None and score.is_objective else None
+
+
+def objective_value(trial: Trial) -> float | None:
+    """Return what a trial came to by its round's objective, as Optuna is told; None unless it is complete.
+
+    Rule: this project's decision, "The best step of a trial".
+    """
+    if trial.state != TrialState.COMPLETE:
+        return None
+    score, best = trial_score(trial), best_evaluation(trial.evaluations)
+    return best.value if score is None and best is not None else score
+
+
+def scale_of(trials: Iterable[Trial]) -> Scale | None:
+    """Return what differences of the objective are relative to, in a round of these trials.
+
+    That is the value itself, as of a loss; of a metric that is maximised or has an upper bound it is what the
+    best trial gained over the base model. None where nothing was gained, or the base model's value is not
+    known. Rule: this project's decision, "gain".
+    """
+    trial, best = next(iter(ranked_by_curve(trials)), (None, None))
+    if trial is None or best is None or best.objective is None:
+        return BY_VALUE
+    if not best.objective.is_relative_to_gained:
+        return BY_VALUE
+    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
+    return Scale(base.cost - best.cost) if base is not None and base.cost > best.cost else None
 
 
 def beats_the_base(trial: Trial) -> bool:
@@ -115,11 +143,11 @@ def beats_the_base(trial: Trial) -> bool:
     if base is None:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
-    later = [e.eval_loss for e in measured(trial.evaluations) if e.step > 0]
+    later = [e.cost for e in measured(trial.evaluations) if e.step > 0]
     luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
-    if best.step == 0 or base.eval_loss - best.eval_loss <= max(SIGNIFICANT * error, luck):
+    if best.step == 0 or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
         return False
-    return base.eval_loss - smoothed_loss(trial.evaluations, best.step) > SIGNIFICANT * error
+    return base.cost - smoothed_cost(trial.evaluations, best.step) > SIGNIFICANT * error
 
 
 def _mean_change(losses: Sequence[float], *, default: float) -> float:
@@ -131,10 +159,10 @@ def _mean_change(losses: Sequence[float], *, default: float) -> float:
 def may_be_carried_over(trial: Trial) -> bool:
     """Return whether a complete trial is worth continuing because it beat the base model.
 
-    If answers are the objective, only they decide, since the base model's answers are not scored. Rule: this
-    project's decision, "The next round".
+    A per-trial objective decides alone, since the base model has no value of it. Rule: this project's
+    decision, "The next round".
     """
-    return objective_score(trial) is not None or beats_the_base(trial)
+    return trial_score(trial) is not None or beats_the_base(trial)
 
 
 def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
@@ -151,11 +179,11 @@ def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
 def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
     """Return the best five, or a quarter if that is more, of the trials that beat the base model, best first.
 
-    By their losses, without duplicates. Rule: Deep Learning Tuning Playbook, "Deciding how long to train when
+    By their curves, without duplicates. Rule: Deep Learning Tuning Playbook, "Deciding how long to train when
     training is not compute-bound", reads the best steps of a round's trials; reading only the leading ones is
     this project's decision.
     """
-    complete = distinct(trial for trial, _ in ranked_by_loss(trials))
+    complete = distinct(trial for trial, _ in ranked_by_curve(trials))
     learned = (trial for trial in complete if beats_the_base(trial))
     # Trials ranked after the leading ones need not be judged.
     leading = list(islice(learned, num_leading(len(complete))))
@@ -167,7 +195,7 @@ def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Lead
 
     Curves of such trials can still reveal a bug. Rule: this project's decision, "Leading trials".
     """
-    complete = distinct(trial for trial, _ in ranked_by_loss(trials))
+    complete = distinct(trial for trial, _ in ranked_by_curve(trials))
     leading = leading_trials(complete, max_train_steps)
     return leading or _first(complete, num_leading(len(complete)), max_train_steps)
 
@@ -175,7 +203,7 @@ def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Lead
 def _first(trials: Iterable[Trial], count: int, max_train_steps: int) -> tuple[LeadingTrial, ...]:
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
-        for trial, best in ranked_by_loss(trials)[:count]
+        for trial, best in ranked_by_curve(trials)[:count]
     )
 
 

@@ -40,6 +40,7 @@ from tuner.records.json_form import (
     from_json,
     to_json,
 )
+from tuner.records.objective import LOSS, Direction, Objective
 from tuner.records.space import (
     Choices,
     Dimension,
@@ -65,6 +66,7 @@ from tuner.records.trials import (
     Continuation,
     Evaluation,
     FinalScore,
+    Packed,
     Promotion,
     RoundKind,
     RoundRecord,
@@ -74,6 +76,7 @@ from tuner.records.trials import (
 )
 
 __all__ = [
+    "LOSS",
     "AnswerScore",
     "Answered",
     "Assignment",
@@ -89,6 +92,7 @@ __all__ = [
     "Continuation",
     "Died",
     "Dimension",
+    "Direction",
     "Ended",
     "Evaluated",
     "Evaluation",
@@ -99,7 +103,9 @@ __all__ = [
     "Fixed",
     "Hyperparameters",
     "Measured",
+    "Objective",
     "Outcome",
+    "Packed",
     "Preparing",
     "Progressed",
     "Promotion",

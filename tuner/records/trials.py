@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, overload
 
+from tuner.records.objective import LOSS, Objective
 from tuner.records.space import Hyperparameters
 from tuner.records.throughput import Throughput, added_up
 
@@ -98,6 +99,38 @@ class Evaluation:
     """Target tokens of each evaluation example, in the same order."""
     correct_tokens: int | None = None
     """Those of all the target tokens than which the model finds no other likelier; None where not counted."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers by name, the objective's among them where it is not the loss."""
+    objective: Objective | None = None
+    """What chooses the best step of the trial; None is the loss."""
+
+    @property
+    def value(self) -> float:
+        """The objective's value: the loss unless the round names another metric; NaN where it is missing."""
+        if self.objective is None:
+            return self.eval_loss
+        return self.metrics.get(self.objective.metric, math.nan)
+
+    @property
+    def cost(self) -> float:
+        """The same with the sign that makes lower better."""
+        return self.eval_loss if self.objective is None else self.objective.cost(self.value)
+
+    def with_cost(self, cost: float) -> Evaluation:
+        """Return the evaluation with another value of the objective."""
+        if self.objective is None:
+            return replace(self, eval_loss=cost)
+        return replace(self, metrics={**self.metrics, self.objective.metric: self.objective.cost(cost)})
+
+    def by(self, objective: Objective) -> Evaluation:
+        """Return the evaluation as a round with that objective has it: never the best where it lacks it."""
+        if objective.per == "trial" or objective == LOSS:
+            return self if self.objective is None else replace(self, objective=None)
+        value = self.metrics.get(objective.metric)
+        if value is None and objective.metric == "token_accuracy":
+            value = self.token_accuracy
+        known = {} if value is None else {objective.metric: value}
+        return replace(self, objective=objective, metrics={**self.metrics, **known})
 
     @property
     def token_accuracy(self) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
-from tuner.playbook.selection import objective_score
+from tuner.playbook.selection import trial_score
 from tuner.report import format
 from tuner.report.round_report import RoundReport
 
@@ -63,14 +63,16 @@ def found(report: RoundReport) -> tuple[str, ...]:
         return (f"{trials} so far: {format.counts(report.counts)}.",)
     (trial, best), *others = report.ranked
     if all(evaluation.step == 0 for _, evaluation in report.ranked):
-        loss = format.loss(best.eval_loss)
-        return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {loss}.",)
+        value = format.loss(best.value)
+        return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {value}.",)
     share = format.percent(best.step / report.max_train_steps)
     scored = trial.answer_score
     answers = f"answers that score {format.answers_in_words(scored)}, " if scored else ""
+    chosen = best.objective
+    value = "" if chosen is None else f"{chosen.metric} {format.loss(best.value)}, "
     sentences = [
         f"The best of {trials} ({format.counts(report.counts)}) is "
-        f"trial {trial.number}: {answers}"
+        f"trial {trial.number}: {answers}{value}"
         f"evaluation loss {format.loss(best.eval_loss)} at step {best.step} of "
         f"{report.max_train_steps} ({share} of the run){_against_the_base(report, best.eval_loss)}."
     ]
@@ -78,12 +80,16 @@ def found(report: RoundReport) -> tuple[str, ...]:
         sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
     if others:
         runner_up, second = others[0]
-        if objective_score(trial) is not None:
+        if trial_score(trial) is not None:
             score, loss = format.answer_score(runner_up.answer_score), format.loss(second.eval_loss)
             sentences.append(
                 f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
                 "their answers; what is said of the horizon goes by losses."
             )
+            return tuple(sentences)
+        if chosen is not None:
+            value = format.loss(second.value)
+            sentences.append(f"The runner-up, trial {runner_up.number}, has {chosen.metric} {value}.")
             return tuple(sentences)
         behind = format.percent((second.eval_loss - best.eval_loss) / abs(best.eval_loss or 1.0))
         loss = format.loss(second.eval_loss)
@@ -113,20 +119,28 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
         return ()
     trial, best = champion.ranked[0]
     score = f"answers that score {format.answer_score(trial.answer_score)}, loss " if by is not None else ""
-    name, loss = trial.name, format.loss(best.eval_loss)
-    return (f"An earlier trial, {name}, is still better: {score}{loss} at step {best.step}.",)
+    name, value = trial.name, format.loss(best.value)
+    metric = "" if best.objective is None else f"{best.objective.metric} "
+    return (f"An earlier trial, {name}, is still better: {score}{metric}{value} at step {best.step}.",)
 
 
-def _ranked_by(report: RoundReport) -> tuple[str, int] | None:
-    """Metric and number of the answers by which its trials are ranked; None where the loss decides."""
-    score = report.ranked[0][0].answer_score if report.ranked else None
-    return (score.metric, score.num_examples) if score is not None and score.is_objective else None
+def _ranked_by(report: RoundReport) -> tuple[str, int] | str | None:
+    """Metric and number of the answers by which its trials are ranked, or another metric of evaluations.
+
+    None where the loss decides.
+    """
+    if not report.ranked:
+        return None
+    (trial, best), *_ = report.ranked
+    if trial_score(trial) is not None and (score := trial.answer_score) is not None:
+        return score.metric, score.num_examples
+    return None if best.objective is None else best.objective.metric
 
 
 def _merit(report: RoundReport) -> tuple[float, float]:
-    """Lower is better: first by answers, where they are the objective, then by loss."""
+    """Lower is better: first by a per-trial objective, then by evaluations."""
     trial, best = report.ranked[0]
-    return -(objective_score(trial) or 0.0), best.eval_loss
+    return -(trial_score(trial) or 0.0), best.cost
 
 
 def tested(report: RoundReport) -> tuple[str, ...]:
@@ -204,7 +218,12 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         if trial.answer_score is not None:
             by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"
             numbers.append(("answer score", format.answer_score(trial.answer_score), by))
-        is_lowest = objective_score(trial) is None
+        if best.objective is not None:
+            first = trial.evaluations[0]
+            base_value = f", untouched {format.loss(first.value)}" if first.step == 0 else ""
+            beside = f"trial {trial.number}{base_value}"
+            numbers.append((f"best {best.objective.metric}", format.loss(best.value), beside))
+        is_lowest = trial_score(trial) is None and best.objective is None
         name = "best evaluation loss" if is_lowest else "its evaluation loss"
         numbers.append((name, format.loss(best.eval_loss), against))
         numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))

@@ -121,7 +121,7 @@ class Board:
 
     @property
     def best(self) -> Row | None:
-        """The trial with the best answers where they are the objective, else the lowest loss so far.
+        """The trial that is best so far: by its value of a per-trial objective, else by its evaluations.
 
         Infeasible ones are left out.
         """
@@ -162,7 +162,7 @@ class Board:
 def _merit(row: Row) -> tuple[float, float, int]:
     assert row.best is not None
     score = row.answers.mean if row.answers is not None and row.answers.is_objective else -math.inf
-    return -score, row.best.eval_loss, row.number
+    return -score, row.best.cost, row.number
 
 
 def _state_after(event: Ended) -> TrialState:
@@ -255,7 +255,7 @@ def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: 
         column("step", [f"{row.step}/{steps}" for row in rows], rank=1),
         column("train", [_train_loss(row) for row in rows], rank=7),
         column("eval", [_last_loss(row) for row in rows], rank=5),
-        Column("best", tuple(_best_cell(row, is_leader=row is best) for row in rows), rank=2),
+        Column(_best_header(rows), tuple(_best_cell(row, is_leader=row is best) for row in rows), rank=2),
         Column("state", states, rank=4, is_number=False),
     ]
 
@@ -270,10 +270,15 @@ def _last_loss(row: Row) -> str:
     return format.loss(row.evaluations[-1].eval_loss if row.by_step else None)
 
 
+def _best_header(rows: Sequence[Row]) -> str:
+    chosen = next((row.best.objective for row in rows if row.best is not None), None)
+    return "best" if chosen is None else f"best {chosen.metric}"
+
+
 def _best_cell(row: Row, *, is_leader: bool) -> Text:
     if row.best is None:
         return Text(format.NOTHING)
-    return Text(f"{format.loss(row.best.eval_loss)}@{row.best.step}", style="bold green" if is_leader else "")
+    return Text(f"{format.loss(row.best.value)}@{row.best.step}", style="bold green" if is_leader else "")
 
 
 def _progress(board: Board, *, now: float, marks: Marks) -> list[Column]:

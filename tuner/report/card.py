@@ -202,12 +202,13 @@ def _result(card: Card) -> str:
         if card.test_loss is not None
         else ""
     )
+    chosen = "" if best.objective is None else f" Best {best.objective.metric}: {format.loss(best.value)}."
     answers = card.trial.answer_score
     said = f" Answer score: {escaped(format.answers_in_words(answers))}; higher is better." if answers else ""
     return (
         f"Evaluation loss {format.loss(best.eval_loss)} at step {best.step} of {card.record.max_train_steps} "
         f"in nats per target token, on {format.count(card.record.eval_rows, 'held-out row')}."
-        f"{before}{said}{tested}"
+        f"{before}{chosen}{said}{tested}"
     )
 
 

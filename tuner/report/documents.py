@@ -12,8 +12,8 @@ from typing import Any, Literal
 from tuner.errors import Mistake
 from tuner.playbook.curves import rise_after_best
 from tuner.playbook.scores import scored_before
-from tuner.playbook.selection import beats_the_base, best_evaluation, ranked, settled_step
-from tuner.records import Throughput, Trial, TrialState
+from tuner.playbook.selection import beats_the_base, best_evaluation, objective_value, ranked, settled_step
+from tuner.records import LOSS, Evaluation, Objective, Throughput, Trial, TrialState
 from tuner.report.board import Board
 
 _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "failed")
@@ -25,11 +25,14 @@ class BestTrial:
 
     trial: int
     eval_loss: float
+    """At that step."""
     step: int
     adapter: str | None
     """Path of its best adapter; None when it was removed."""
     answer_score: float | None = None
     """The mean score of its answers; None where none were scored."""
+    best_value: float | None = None
+    """What it came to by the objective, as Optuna is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class RoundStatus:
     """Trials whose evaluation loss rises now, or did at their end, each with its best step."""
     seconds_left: float | None = None
     """Until every promised trial has ended, at the pace so far; None before there is one, and at the end."""
+    objective: Objective = LOSS
+    """What its trials are ranked by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,10 @@ class RoundPlan:
     """What they run, all together."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)
     """Tokens of the training rows before truncation: p50, p90, p99 and max; none where it was not counted."""
+    metric: str = LOSS.metric
+    """What trials are ranked by."""
+    direction: str | None = LOSS.direction.value
+    """minimize or maximize; None where a metric of the user's says it, which is not loaded for this."""
 
 
 def round_status(
@@ -91,6 +100,7 @@ def round_status(
     throughput: Throughput | None = None,
     branches_left: int = 0,
     now: float | None = None,
+    objective: Objective = LOSS,
 ) -> RoundStatus:
     """Where a round stands, by its trials, the `search.trials` it promised and the comparison runs it owes.
 
@@ -115,6 +125,7 @@ def round_status(
         seconds_left=_seconds_left(
             trials, promised=promised, max_train_steps=max_train_steps, now=now if is_running else None
         ),
+        objective=objective,
     )
 
 
@@ -158,16 +169,19 @@ def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
 def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | None:
     for trial, best in ranked(trials):
         answers = trial.answer_score.mean if trial.answer_score is not None else None
-        return BestTrial(trial.number, best.eval_loss, best.step, adapters.get(trial.number), answers)
+        adapter, value = adapters.get(trial.number), objective_value(trial)
+        return BestTrial(trial.number, best.eval_loss, best.step, adapter, answers, value)
     return None
 
 
-def trial_document(trial: Trial, *, adapter: str | None, scored: Sequence[Trial] = ()) -> dict[str, Any]:
+def trial_document(
+    trial: Trial, *, adapter: str | None, scored: Sequence[Trial] = (), objective: Objective = LOSS
+) -> dict[str, Any]:
     """What `trial show --json` prints, and an element of `trial list --json`.
 
     `adapter` is the path of its best adapter; `scored` are the study's trials that were scored on
-    `data.test`, in their order. An infeasible trial shows its best evaluation from
-    before it diverged: its state says that this is no result.
+    `data.test`, in their order; `objective` is the round's. An infeasible trial shows its best evaluation
+    from before it diverged: its state says that this is no result.
     """
     best = best_evaluation(trial.evaluations)
     return _document(
@@ -181,6 +195,9 @@ def trial_document(trial: Trial, *, adapter: str | None, scored: Sequence[Trial]
             "best_step": best.step if best else None,
             "best_eval_loss": best.eval_loss if best else None,
             "settled_step": settled_step(trial.evaluations),
+            "metric": objective.metric,
+            "direction": objective.direction.value,
+            "best_value": objective_value(trial),
             "adapter": adapter,
             "answers": _answers(trial),
             "test": _test(trial, scored),
@@ -193,12 +210,20 @@ def trial_document(trial: Trial, *, adapter: str | None, scored: Sequence[Trial]
                     "train_loss": evaluation.train_loss,
                     "eval_loss": evaluation.eval_loss,
                     "learning_rate": evaluation.learning_rate,
-                    "token_accuracy": evaluation.token_accuracy,
+                    "token_accuracy": _metrics(evaluation).get("token_accuracy"),
+                    "metrics": _metrics(evaluation),
                 }
                 for evaluation in trial.evaluations
             ],
         }
     )
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Every number of an evaluation that is a metric, by name."""
+    accuracy = evaluation.token_accuracy
+    counted = {} if accuracy is None else {"token_accuracy": accuracy}
+    return {"eval_loss": evaluation.eval_loss, **counted, **evaluation.metrics}
 
 
 def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
@@ -240,6 +265,8 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "max_train_steps": status.max_train_steps,
                     "state": status.state,
                     "trials": {state: status.counts.get(state, 0) for state in _SHOWN_STATES},
+                    "metric": status.objective.metric,
+                    "direction": status.objective.direction.value,
                     "best": asdict(status.best) if status.best else None,
                     "branches_left": status.branches_left,
                     "seconds_left": status.seconds_left,

@@ -17,6 +17,7 @@ from tuner.report.round_report import (
     RoundReport,
     describe,
     have_answered,
+    metric_of,
     trial_cells,
     trial_headers,
 )
@@ -181,9 +182,9 @@ def _figure(caption: str, figure_json: str) -> str:
 
 def _trials(report: RoundReport) -> str:
     names = report.shown_names
-    answers = have_answered(report.trials)
-    headers = trial_headers(names, answers=answers)
-    rows = [trial_cells(trial, names, answers=answers) for trial in report.trials]
+    answers, metric = have_answered(report.trials), metric_of(report.trials)
+    headers = trial_headers(names, answers=answers, metric=metric)
+    rows = [trial_cells(trial, names, answers=answers, metric=metric) for trial in report.trials]
     leader = report.ranked[0][0] if report.ranked else None
     styles = ["best" if trial is leader else _style(trial) for trial in report.trials]
     numbers = range(1, len(headers) - NUM_WORDS)

@@ -10,7 +10,19 @@ from typing import Protocol
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tuner.records import Answered, Died, Ended, Evaluated, Event, Preparing, Ready, Started, Trial
+from tuner.records import (
+    LOSS,
+    Answered,
+    Died,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    Preparing,
+    Ready,
+    Started,
+    Trial,
+)
 from tuner.report import format
 from tuner.report.board import Board, Row, board_table
 from tuner.report.format import GpuReading
@@ -129,7 +141,7 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
             step = f"step {evaluation.step}/{board.max_train_steps}"
             return (
                 f"trial {event.trial}  {step}  eval {format.loss(evaluation.eval_loss)}"
-                f"  best {_best(board.rows[event.trial])}"
+                f"{_objective(evaluation)}  best {_best(board.rows[event.trial])}"
             )
         case Answered(score=score):
             return f"trial {event.trial}  answers {format.answers_in_words(score)}"
@@ -142,8 +154,14 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
             return None
 
 
+def _objective(evaluation: Evaluation) -> str:
+    """The objective's value, where it is not the loss."""
+    chosen = evaluation.objective
+    return "" if chosen is None else f"  {chosen.metric} {format.loss(evaluation.value)}"
+
+
 def _best(row: Row) -> str:
-    return f"{format.loss(row.best.eval_loss)}@{row.best.step}" if row.best else "-"
+    return f"{format.loss(row.best.value)}@{row.best.step}" if row.best else "-"
 
 
 # --- on a terminal --------------------------------------------------------------------------------
@@ -253,8 +271,10 @@ class ProgressBar:
     def _draw(self) -> None:
         board = self._board
         done = f"{board.num_results} of {board.trials_total} trials"
-        best = "" if board.best is None or board.best.best is None else format.loss(board.best.best.eval_loss)
-        self._bar.set_postfix_str(f"{done}, best loss {best}" if best else done, refresh=False)
+        best = board.best.best if board.best else None
+        noun = (best.objective or LOSS).noun if best else ""
+        said = f"{done}, best {noun} {format.loss(best.value)}" if best else done
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update(max(0, self._bar.total - board.remaining_steps - self._bar.n))
 
 

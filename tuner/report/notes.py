@@ -12,6 +12,7 @@ from tuner.report.round_report import (
     RoundReport,
     describe,
     have_answered,
+    metric_of,
     trial_cells,
     trial_headers,
 )
@@ -102,9 +103,9 @@ def _finding(finding: Finding) -> str:
 
 def _trials(report: RoundReport) -> str:
     names = report.shown_names
-    answers = have_answered(report.trials)
-    cells = (trial_cells(trial, names, answers=answers) for trial in report.trials)
-    return table(trial_headers(names, answers=answers), cells, num_words=NUM_WORDS)
+    answers, metric = have_answered(report.trials), metric_of(report.trials)
+    cells = (trial_cells(trial, names, answers=answers, metric=metric) for trial in report.trials)
+    return table(trial_headers(names, answers=answers, metric=metric), cells, num_words=NUM_WORDS)
 
 
 def _throughput(report: RoundReport) -> str:

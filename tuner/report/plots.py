@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
-from tuner.records import Evaluation, Trial, TrialState
+from tuner.records import LOSS, Direction, Evaluation, Objective, Trial, TrialState
 from tuner.report import format
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _draw_best_steps(
     figure: go.Figure, order: Sequence[tuple[Trial, Evaluation]], *, max_train_steps: int
 ) -> None:
     """A line a trial, from where it had settled to its best step."""
-    names = [f"trial {trial.number}  {format.loss(best.eval_loss)}" for trial, best in order]
+    names = [f"trial {trial.number}  {format.loss(best.value)}" for trial, best in order]
     settled = [_settled(trial, best) for trial, best in order]
     for name, (_, best), done in zip(names, order, settled, strict=True):
         figure.add_scatter(
@@ -77,12 +77,12 @@ def _draw_best_steps(
 
 
 def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:
-    """Evaluation loss against the step, a line a trial; stars are best steps.
+    """The objective's evaluations against the step, a line a trial; stars are best steps.
 
-    The loss axis ends a little above the untouched model's loss, so that a divergence does not
+    The axis of a loss ends a little above the untouched model's loss, so that a divergence does not
     flatten the rest.
     """
-    figure = _figure("step", "evaluation loss", height=420, has_legend=False)
+    figure = _figure("step", _name(trials, "evaluation loss"), height=420, has_legend=False)
     order = ranked(trials)
     leader = order[0][0].number if order else None
     drawn = [trial for trial in trials if best_evaluation(trial.evaluations) is not None]
@@ -96,14 +96,16 @@ def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure
 
 
 def learning_rate_figure(trials: Sequence[Trial]) -> go.Figure:
-    """Best loss against the learning rate; infeasible trials, which have none, stand at the top."""
-    figure = _figure("learning rate", "best evaluation loss", height=380)
-    done = [(trial, best.eval_loss) for trial, best in ranked(trials) if _rate(trial) is not None]
+    """Best value against the learning rate; infeasible trials, which have none, stand at the worse end."""
+    figure = _figure("learning rate", f"best {_name(trials, 'evaluation loss')}", height=380)
+    done = [(trial, best.value) for trial, best in ranked(trials) if _rate(trial) is not None]
     lost = [t for t in trials if t.state is TrialState.INFEASIBLE and _rate(t) is not None]
     if not done and not lost:
         return _say_empty(figure, "No trial is complete yet.")
     losses = [loss for _, loss in done] or [1.0]
-    top = max(losses) + 0.08 * ((max(losses) - min(losses)) or abs(max(losses)) or 1.0)
+    margin = 0.08 * ((max(losses) - min(losses)) or abs(max(losses)) or 1.0)
+    is_lower = _objective(trials).direction == Direction.MINIMIZE
+    top = max(losses) + margin if is_lower else min(losses) - margin
     _add_rates(figure, "best", done[:1], color=ACCENT, symbol="circle")
     _add_rates(figure, "complete", done[1:], color=QUIET, symbol="circle")
     _add_rates(figure, "infeasible", [(trial, top) for trial in lost], color=WARNING, symbol="x")
@@ -130,7 +132,7 @@ def _add_rates(
         textposition="top center",
         marker={"size": 11, "color": color, "symbol": symbol},
         cliponaxis=False,
-        customdata=[_safe(trial.reason or f"best loss {format.loss(loss)}") for trial, loss in points],
+        customdata=[_safe(trial.reason or _best_in_words(trial, value)) for trial, value in points],
         hovertemplate="trial %{text}<br>learning rate %{x:.3g}<br>%{customdata}<extra></extra>",
     )
 
@@ -148,13 +150,27 @@ def _rate(trial: Trial) -> float | None:
     return float(rate) if is_number and float(rate) > 0 else None  # type: ignore[arg-type]
 
 
+def _objective(trials: Sequence[Trial]) -> Objective:
+    """What chose the best steps."""
+    return next((e.objective for t in trials for e in t.evaluations[:1] if e.objective), LOSS)
+
+
+def _best_in_words(trial: Trial, value: float) -> str:
+    return f"best {_objective([trial]).noun} {format.loss(value)}"
+
+
+def _name(trials: Sequence[Trial], loss: str) -> str:
+    objective = _objective(trials)
+    return loss if objective == LOSS else _safe(objective.metric)
+
+
 def _settled(trial: Trial, best: Evaluation) -> int:
     step = settled_step(trial.evaluations)
     return best.step if step is None else step
 
 
 def _add_curve(figure: go.Figure, trial: Trial, *, is_leader: bool) -> None:
-    points = [(e.step, e.eval_loss) for e in trial.evaluations if math.isfinite(e.eval_loss)]
+    points = [(e.step, e.value) for e in trial.evaluations if math.isfinite(e.value)]
     best = best_evaluation(trial.evaluations)
     assert best is not None
     lost = trial.state is TrialState.INFEASIBLE
@@ -174,7 +190,7 @@ def _add_curve(figure: go.Figure, trial: Trial, *, is_leader: bool) -> None:
     if not lost:
         figure.add_scatter(
             x=[best.step],
-            y=[best.eval_loss],
+            y=[best.value],
             mode="markers",
             cliponaxis=False,
             name=name,
@@ -186,8 +202,12 @@ def _add_curve(figure: go.Figure, trial: Trial, *, is_leader: bool) -> None:
 
 def _loss_range(trials: Sequence[Trial]) -> list[float]:
     """From below the best loss to above the untouched model's; to the largest where it was not measured."""
-    losses = [e.eval_loss for t in trials for e in t.evaluations if math.isfinite(e.eval_loss)]
-    untouched = [t.evaluations[0].eval_loss for t in trials if t.evaluations[0].step == 0]
+    losses = [e.value for t in trials for e in t.evaluations if math.isfinite(e.value)]
+    if _objective(trials).direction == Direction.MAXIMIZE:
+        low, high = min(losses), max(losses)
+        margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.1
+        return [low - margin, high + margin]
+    untouched = [t.evaluations[0].value for t in trials if t.evaluations[0].step == 0]
     finite = [loss for loss in untouched if math.isfinite(loss)]
     low, high = min(losses), max(finite) if finite else max(losses)
     margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.1

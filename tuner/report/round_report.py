@@ -39,25 +39,37 @@ def best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return (*order, *sorted(rest, key=lambda trial: trial.number))
 
 
+def metric_of(trials: Iterable[Trial]) -> str | None:
+    """The metric beside the loss by which best steps were chosen; None where the loss chose all."""
+    chosen = (e.objective for trial in trials for e in trial.evaluations[:1])
+    return next((objective.metric for objective in chosen if objective is not None), None)
+
+
 def have_answered(trials: Iterable[Trial]) -> bool:
     """Whether a table of these trials needs a column for their answers."""
     return any(trial.answer_score is not None for trial in trials)
 
 
-def trial_headers(names: Sequence[str], *, answers: bool) -> tuple[str, ...]:
+def trial_headers(names: Sequence[str], *, answers: bool, metric: str | None = None) -> tuple[str, ...]:
     """The heads of the columns of `trial_cells`."""
-    more = (format.ANSWERS_HEADER,) if answers else ()
+    more = (*((format.ANSWERS_HEADER,) if answers else ()), *((metric,) if metric else ()))
     return ("trial", *names, *more, "best loss", "best step", "settled", "state", "remarks")
 
 
-def trial_cells(trial: Trial, names: Sequence[str], *, answers: bool) -> tuple[str, ...]:
-    """A trial's number, some hyperparameters, what came of it and why; `answers` adds their score."""
+def trial_cells(
+    trial: Trial, names: Sequence[str], *, answers: bool, metric: str | None = None
+) -> tuple[str, ...]:
+    """A trial's number, some hyperparameters, what came of it and why.
+
+    `answers` adds their score, `metric` the value of one by which the best step was chosen.
+    """
     best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
     continues = f"continues {trial.continues}" if trial.continues else None
     return (
         str(trial.number),
         *(format.value(trial.hyperparameters.get(name)) for name in names),
         *((format.answer_score(trial.answer_score),) if answers else ()),
+        *((format.loss(best.value if best and best.objective else None),) if metric else ()),
         format.loss(best.eval_loss if best else None),
         str(best.step) if best else format.NOTHING,
         format.NOTHING if settled is None else str(settled),
@@ -105,7 +117,7 @@ class RoundReport:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """Complete trials by loss, then the others by number."""
+        """Complete trials by the objective, then the others by number."""
         return best_first(self.results.trials)
 
     @property

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.playbook.selection import best_evaluation, settled_step
-from tuner.records import Trial, TrialState
+from tuner.records import LOSS, Trial, TrialState
 from tuner.report import format, terminal
 from tuner.report.board import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
-from tuner.report.round_report import best_first, have_answered, trial_cells, trial_headers
+from tuner.report.round_report import best_first, have_answered, metric_of, trial_cells, trial_headers
 from tuner.report.terminal import Column, FittedTable, column
 
 _PLOT_HEIGHT = 12
@@ -35,6 +35,7 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
             Column("state", tuple(Text(status.state) for status in rounds), rank=2, is_number=False),
             column("trials", [format.counts(status.counts) for status in rounds], rank=5, min_width=12),
             *_answers_of([b.answer_score if b else None for b in best]),
+            *_metrics_of(rounds),
             column("best loss", [format.loss(b.eval_loss if b else None) for b in best], rank=1),
             column("trial", [str(b.trial) if b else format.NOTHING for b in best], rank=4),
             column("best step", [str(b.step) if b else format.NOTHING for b in best], rank=6),
@@ -63,6 +64,18 @@ def _answers_of(scores: Sequence[float | None]) -> list[Column]:
     return [column(format.ANSWERS_HEADER, shown, rank=1)] if has_some else []
 
 
+def _metrics_of(rounds: Sequence[RoundStatus]) -> list[Column]:
+    """What the best trials came to by metrics beside the loss; answers have a column of their own."""
+    others = [s.objective.metric if s.objective.per == "evaluation" else LOSS.metric for s in rounds]
+    if set(others) <= {LOSS.metric}:
+        return []
+    cells = [
+        f"{metric} {format.loss(s.best.best_value)}" if s.best and metric != LOSS.metric else format.NOTHING
+        for s, metric in zip(rounds, others, strict=True)
+    ]
+    return [column("best value", cells, rank=1)]
+
+
 def _overfits(trials: Mapping[int, int]) -> str:
     named = ", ".join(f"{trial} (since step {step})" for trial, step in trials.items())
     return f"the evaluation loss rises in {'trials' if len(trials) > 1 else 'trial'} {named}: overfitting"
@@ -75,12 +88,17 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     order = [best_first([trial for trial in trials if trial.round == round]) for round in rounds]
     rows = [trial for own in order for trial in own]
     leaders = [own[0] for own in order if own[0].state is TrialState.COMPLETE]
-    answers = have_answered(rows)
-    cells = [trial_cells(trial, shown, answers=answers) for trial in rows]
-    headers = trial_headers(shown, answers=answers)
-    columns = [column(name, [row[i] for row in cells], rank=0) for i, name in enumerate(headers)]
+    answers, metric = have_answered(rows), metric_of(rows)
+    cells = [trial_cells(trial, shown, answers=answers, metric=metric) for trial in rows]
+    headers = trial_headers(shown, answers=answers, metric=metric)
+    # Of the trial's name and its state, which have cells of their own, only the head is taken.
+    columns = [
+        column(name, [] if name in ("trial", "state") else [row[i] for row in cells], rank=0)
+        for i, name in enumerate(headers)
+    ]
     first, *chosen, loss, step, settled, _, remarks = columns
-    scored = [replace(chosen.pop(), rank=1)] if answers else []
+    num_values = int(answers) + (metric is not None)
+    scored = [replace(chosen.pop(), rank=1) for _ in range(num_values)][::-1]
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
     names_of_trials = tuple(Text(trial.name) for trial in rows)
     return FittedTable(
@@ -125,7 +143,9 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
     facts = {"seed": str(trial.seed)}
     if best is not None:
         share = format.percent(best.step / max_train_steps)
-        facts["best loss"] = (
+        if best.objective is not None:
+            facts[f"best {best.objective.metric}"] = f"{format.loss(best.value)} at step {best.step}"
+        facts["best loss" if best.objective is None else "loss there"] = (
             f"{format.loss(best.eval_loss)} at step {best.step} of {max_train_steps} ({share})"
         )
         if best.token_accuracy is not None:
@@ -146,12 +166,14 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
 def _evaluations_table(trial: Trial) -> FittedTable:
     best, made = best_evaluation(trial.evaluations), trial.evaluations
     accuracies = ["" if e.token_accuracy is None else format.percent(e.token_accuracy) for e in made]
+    metric = metric_of([trial])
     rates = [format.NOTHING if e.learning_rate is None else format.number(e.learning_rate) for e in made]
     return FittedTable(
         [
             column("step", [str(e.step) for e in made], rank=0),
             column("train loss", [format.loss(e.train_loss) for e in made], rank=2),
             column("eval loss", [format.loss(e.eval_loss) for e in made], rank=1),
+            *([column(metric, [format.loss(e.value) for e in made], rank=1)] if metric else []),
             column("learning rate", rates, rank=3),
             *([column("token accuracy", accuracies, rank=4)] if any(accuracies) else []),
         ],
@@ -195,6 +217,7 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
         **_token_lengths(plan),
         "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
         "training tokens": f"{plan.tokens:,}",
+        **({} if plan.metric == LOSS.metric else {"objective": _objective(plan)}),
         "checkpoints": f"up to {format.size(plan.checkpoint_bytes)} on disk",
     }
     if plan.peak_memory_bytes is not None:
@@ -202,6 +225,10 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
     if plan.hours is not None:
         facts["time"] = f"about {format.duration(3600 * plan.hours)}"
     return Group(Text(title, style="bold"), _pairs(facts), *(Text(remark) for remark in remarks))
+
+
+def _objective(plan: RoundPlan) -> str:
+    return plan.metric if plan.direction is None else f"{plan.direction} {plan.metric}"
 
 
 def _token_lengths(plan: RoundPlan) -> dict[str, str]:

@@ -45,6 +45,7 @@ from tuner.records import (
     Fact,
     FinalScore,
     Measured,
+    Objective,
     Progressed,
     PromotionPlanned,
     RoundBegun,
@@ -402,7 +403,7 @@ def _evaluate(to: Recorder, fact: Evaluated) -> None:
 
 @_reads(EVALUATIONS)
 def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
-    _, _, _, step, loss, train_loss, rate, clipped, nll, tokens, correct = tuple(row)
+    _, _, _, step, loss, train_loss, rate, clipped, nll, tokens, correct, metrics, objective = tuple(row)
     known.evaluations[step] = Evaluation(
         step,
         # SQLite has text where the number is NaN.
@@ -413,7 +414,15 @@ def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
         Packed(nll),
         _tokens(tokens),
         correct,
+        json.loads(metrics) if metrics else {},
+        _objective(objective) if objective else None,
     )
+
+
+@lru_cache(maxsize=64)
+def _objective(content: str) -> Objective:
+    """Those of a round are one, held once."""
+    return from_json(Objective, json.loads(content))
 
 
 @lru_cache(maxsize=1024)

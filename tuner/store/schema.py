@@ -93,6 +93,20 @@ class JsonText(TypeDecorator[Any]):
         return json.loads(value)
 
 
+class OptionalJson(JsonText):
+    """JSON, or NULL for what is empty."""
+
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        """As of `JsonText`; what is empty is not written."""
+        return super().process_bind_param(value, dialect) if value else None  # type: ignore[return-value]
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """The document again."""
+        return None if value is None else super().process_result_value(value, dialect)
+
+
 class FreeText(TypeDecorator[str]):
     """Text that came from outside, such as the end of a log."""
 
@@ -176,6 +190,8 @@ EVALUATIONS = Table(
     Column("example_nll", Numbers("d"), nullable=False),
     Column("example_tokens", Numbers("i"), nullable=False),
     Column("correct_tokens", BigInteger),
+    Column("metrics", OptionalJson),
+    Column("objective", OptionalJson),
     _of_a_trial(),
 )
 

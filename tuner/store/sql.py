@@ -43,7 +43,15 @@ from tuner.store.schema import ATTEMPTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
 
 _AS_KEPT = NullType()
 _READ_AS_KEPT = {
-    EVALUATIONS: ("eval_loss", "train_loss", "learning_rate", "example_nll", "example_tokens"),
+    EVALUATIONS: (
+        "eval_loss",
+        "train_loss",
+        "learning_rate",
+        "example_nll",
+        "example_tokens",
+        "metrics",
+        "objective",
+    ),
     ATTEMPTS: ("environment",),
 }
 """Columns of long tables whose readers convert the values themselves: one call for each would take longer."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from tuner.playbook import RoundResults
 from tuner.playbook.comparison_runs import branch_hyperparameters, branches_left
 from tuner.records import (
+    LOSS,
     Assignment,
     Attempt,
     Branch,
@@ -181,7 +182,9 @@ class ComparisonRuns:
         self._advance(branch)
         shutil.rmtree(self._directory(branch), ignore_errors=True)
         end = branch.evaluation
-        came_to = f"loss {loss(end.eval_loss)}" if branch.state == "complete" and end else branch.reason or ""
+        came_to = branch.reason or ""
+        if branch.state == "complete" and end:
+            came_to = f"{(end.objective or LOSS).noun} {loss(end.value)}"
         self.say(f"{_name(branch)}: {branch.state}, {came_to}")
 
     # --- names and facts --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tuner.config import RoundSpec
 from tuner.data import PreparedData
+from tuner.methods.registry import is_built_in
 from tuner.playbook.comparison_runs import expected_runs
 from tuner.playbook.schedule import ComparisonRun, evaluation_steps
 from tuner.records import Choices, Dimension, Fixed, Range
@@ -74,7 +75,15 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
         branches=work.branches,
         branch_steps=work.branch_steps,
         token_lengths=data.report.train.token_lengths,
+        metric=spec.objective.metric,
+        direction=_direction(spec),
     )
+
+
+def _direction(spec: RoundSpec) -> str | None:
+    """Of the objective; None where only a metric of the user's says it."""
+    known = spec.objective.direction is not None or is_built_in("metric", spec.objective.metric)
+    return spec.recorded_objective.direction.value if known else None
 
 
 def planned_hours(spec: RoundSpec, *, seconds_per_step: float, seconds_per_evaluation: float) -> float:

@@ -9,11 +9,13 @@ from pathlib import Path
 from tuner.playbook import best_evaluation, can_continue
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
+    LOSS,
     Checkpoint,
     CheckpointKind,
     Continuation,
     Evaluation,
     Hyperparameters,
+    Objective,
     RoundRecord,
     Trial,
     TrialState,
@@ -31,6 +33,8 @@ class Continuations:
     store: Store
     workload: str
     """Fingerprint of this round's base model, data, evaluation set and length."""
+    objective: Objective = LOSS
+    """What this round ranks by."""
 
     def find(self, ordinal: int, hyperparameters: Hyperparameters) -> tuple[Continuation | None, str | None]:
         """Return the checkpoint that proposal `ordinal` continues from, or why it starts over instead."""
@@ -62,6 +66,10 @@ class Continuations:
                 "model, data, evaluation set or length changed since then, or this version of tuner reads "
                 "some rows differently (see the changelog)"
             )
+        own = LOSS if self.objective.per == "trial" else self.objective
+        its = next((made.objective for made in trial.evaluations), None) or LOSS
+        if its != own:
+            return f"its best adapter was chosen by {its.metric}, and this round chooses by {own.metric}"
         reasons = []
         for checkpoint in self._candidates(record, trial):
             reason = self._reason_against(record, trial, checkpoint, hyperparameters)

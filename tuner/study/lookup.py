@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tuner.errors import InputError
 from tuner.playbook.selection import ranked
-from tuner.records import RoundRecord, Trial, TrialState
+from tuner.records import LOSS, Objective, RoundRecord, Trial, TrialState
 from tuner.report import RoundReport, round_status
 from tuner.report.documents import RoundStatus
 from tuner.store import Store
 from tuner.study.dashboard import lineage
 from tuner.study.folder import StudyFolder, opened
-from tuner.study.results import as_written_now, num_branches_left, num_promised
+from tuner.study.results import as_written_now, num_branches_left, num_promised, objective_of
 
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
@@ -57,6 +57,11 @@ def trials_of(folder: StudyFolder, store: Store, round_name: str) -> tuple[Trial
     return tuple(at_rest(trial, is_running) for trial in store.trials(round_name))
 
 
+def objectives_of(store: Store) -> dict[str, Objective]:
+    """What each round that has begun ranks by, by name."""
+    return {record.name: objective_of(record, store.trials(record.name)) for record in store.rounds()}
+
+
 def at_rest(trial: Trial, is_running: bool) -> Trial:
     """Treat a trial recorded as running as waiting if no process runs the study: the last one was killed."""
     if trial.state == TrialState.RUNNING and not is_running:
@@ -93,6 +98,11 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 if record and sum(trial.state.is_result for trial in trials) >= promised
                 else 0,
                 now=time.time(),
+                objective=objective_of(record, trials)
+                if record
+                else file.spec.recorded_objective
+                if file
+                else LOSS,
             )
         )
     return found

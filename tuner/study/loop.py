@@ -48,7 +48,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.plan import RoundPlan
 from tuner.study.retention import not_retained, num_carried_over, promised_trials
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
-from tuner.study.sampling import Advisor
+from tuner.study.sampling import RoundStudy
 
 MAX_STILLBORN = 3
 """Workers in a row that may die before they are ready."""
@@ -60,7 +60,7 @@ class RoundLoop:
 
     plan: RoundPlan
     store: Store
-    advisor: Advisor
+    round_study: RoundStudy
     worker: Worker
     folder: CheckpointFolder
     continuations: Continuations
@@ -118,14 +118,14 @@ class RoundLoop:
     @property
     def num_trials(self) -> int:
         """Trials that the round promises: a grid may have fewer points."""
-        return int(min(self.plan.spec.search.trials, self.advisor.num_points))
+        return int(min(self.plan.spec.search.trials, self.round_study.num_points))
 
     def _ask(self, trials: Sequence[Trial]) -> Trial:
         """A new trial: the repetition of a failed one, or the search's next proposal."""
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
-        proposal = self.advisor.propose(ordinal, trials, again=again)
+        proposal = self.round_study.propose(ordinal, trials, again=again)
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
         continues: Continuation | None
         why_not: str | None
@@ -212,7 +212,7 @@ class RoundLoop:
                 self.state.record(replace(event, round=self.plan.name))
             case Evaluated(trial=trial, evaluation=evaluation):
                 self.state.record(event)
-                self.advisor.report(self.state.trial(trial), evaluation, self._planned_steps())
+                self.round_study.report(self.state.trial(trial), evaluation, self._planned_steps())
                 if self._prune(self.state.trial(trial)):
                     self.worker.stop(event.run)
             case Saved(trial=trial):
@@ -327,7 +327,7 @@ class RoundLoop:
             )
 
     def _tell(self, number: int) -> None:
-        self.advisor.tell(self.state.trial(number), max_train_steps=self.plan.spec.max_train_steps)
+        self.round_study.tell(self.state.trial(number), max_train_steps=self.plan.spec.max_train_steps)
 
     def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
         """Delete what a recorded successor replaces."""
@@ -366,7 +366,7 @@ class RoundLoop:
                 self._end_attempt(trial, "interrupted", None)
             # It died between the evaluation and the decision that follows from it.
             self._prune(self.state.trial(trial.number))
-        self.advisor.heal(self.state.trials, max_train_steps=self.plan.spec.max_train_steps)
+        self.round_study.recover(self.state.trials, max_train_steps=self.plan.spec.max_train_steps)
         for trial in self.state.trials:
             if trial.state.is_final:
                 self.folder.clean_up(trial)

@@ -28,12 +28,28 @@ from tuner.playbook.restarts import (
     points_left,
 )
 from tuner.playbook.schedule import can_decay_linearly
-from tuner.records import Promotion, PromotionPlanned, RoundRecord, TrialState, Value, num_points
+from tuner.records import (
+    LOSS,
+    Objective,
+    Promotion,
+    PromotionPlanned,
+    RoundRecord,
+    TrialState,
+    Value,
+    num_points,
+)
 from tuner.store import Store, hold_study
 from tuner.study.file_edits import added_dimensions
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round
-from tuner.study.results import as_written_now, earlier_results, num_branches_left, num_promised, reading_of
+from tuner.study.results import (
+    as_written_now,
+    earlier_results,
+    num_branches_left,
+    num_promised,
+    objective_of,
+    reading_of,
+)
 from tuner.whole import written_whole
 
 
@@ -224,7 +240,13 @@ def _write(
     to = next_round.to_round
     path = folder.directory / f"{to}.yaml"
     document = promotion_document(
-        folder.name, path, next_round, reading, is_open=_is_open(record, store), passes=passes
+        folder.name,
+        path,
+        next_round,
+        reading,
+        is_open=_is_open(record, store),
+        passes=passes,
+        objective=objective_of(record, store.trials(record.name)),
     )
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
     plan = Promotion(record.name, to, document, text, clock())
@@ -340,7 +362,14 @@ def _changed_horizon(next_round: NextRound) -> dict[str, int]:
 
 
 def promotion_document(
-    study: str, path: Path, next_round: NextRound, reading: Reading, *, is_open: bool, passes: int = 1
+    study: str,
+    path: Path,
+    next_round: NextRound,
+    reading: Reading,
+    *,
+    is_open: bool,
+    passes: int = 1,
+    objective: Objective = LOSS,
 ) -> dict[str, Any]:
     """Return the JSON of `study promote --json`; `passes` is that of the `study auto` that promotes."""
     findings = [
@@ -356,6 +385,8 @@ def promotion_document(
         "to": next_round.to_round,
         "file": str(path),
         "max_train_steps": {"from": next_round.old_max_train_steps, "to": next_round.max_train_steps},
+        "metric": objective.metric,
+        "direction": objective.direction.value,
         "diagnosis": str(reading.diagnosis),
         "evidence": list(reading.evidence),
         "hyperparameters": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tuner.config import RoundFile, RoundSpec, limits
@@ -10,7 +10,7 @@ from tuner.playbook import Reading, RoundResults, read_round
 from tuner.playbook.comparison_runs import branch_results, branches_left
 from tuner.playbook.observations import Outcome, outcomes
 from tuner.playbook.schedule import ComparisonRule
-from tuner.records import RoundRecord, Trial
+from tuner.records import Evaluation, Objective, RoundRecord, Trial
 from tuner.store import Store
 
 
@@ -35,6 +35,7 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         branches=branch_results(trials, record.branches),
         sampler=spec.search.sampler,
         limits=limits(),
+        objective=objective_of(record, trials),
     )
 
 
@@ -43,6 +44,29 @@ def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
     now = keep_unwritten_rule(file, record).spec.model_dump(mode="json")
     search = {**record.spec["search"], "trials": now["search"]["trials"]}
     return replace(record, spec={**record.spec, "goal": now["goal"], "run": now["run"], "search": search})
+
+
+def objective_of(record: RoundRecord, trials: Sequence[Trial] = ()) -> Objective:
+    """What a round ranks by: as its evaluations say, before the first one as its record does."""
+    objective = RoundSpec.model_validate(record.spec).recorded_objective
+    made = next((e.objective for trial in trials for e in trial.evaluations), None)
+    return made if made is not None and made.metric == objective.metric else objective
+
+
+def restated(results: RoundResults, objective: Objective) -> RoundResults:
+    """An earlier round as a round of that objective would have it.
+
+    Where its evaluations lack the metric none of them is the best, so that nothing is compared with them.
+    """
+
+    def by(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
+        return tuple(evaluation.by(objective) for evaluation in evaluations)
+
+    return replace(
+        results,
+        trials=tuple(replace(trial, evaluations=by(trial.evaluations)) for trial in results.trials),
+        branches=tuple(replace(run, evaluations=by(run.evaluations)) for run in results.branches),
+    )
 
 
 def num_promised(record: RoundRecord) -> int:
@@ -78,14 +102,17 @@ def num_branches_left(store: Store, record: RoundRecord) -> int:
 
 
 def earlier_results(store: Store, record: RoundRecord) -> list[RoundResults]:
-    """Return the rounds that started before this one, oldest first, without sweeps."""
+    """Return the rounds that started before this one, oldest first, by its objective, without sweeps."""
     rounds: list[RoundRecord] = []
     for other in store.rounds():
         if other.name == record.name:
             break
         if not other.is_sweep:
             rounds.append(other)
-    return [round_results(other, store.trials(other.name)) for other in rounds]
+    if not rounds:
+        return []
+    objective = objective_of(record, store.trials(record.name))
+    return [restated(round_results(other, store.trials(other.name)), objective) for other in rounds]
 
 
 def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
@@ -99,7 +126,7 @@ def earlier_outcomes(store: Store, record: RoundRecord) -> tuple[Outcome, ...]:
         if other.workload == record.workload:
             known = outcomes(other.trials, max_train_steps=other.max_train_steps)
             is_alike = asked[other.name] == asked[record.name]
-            found += known if is_alike else [replace(outcome, answers=None) for outcome in known]
+            found += known if is_alike else [replace(outcome, score=None) for outcome in known]
     return tuple(found)
 
 

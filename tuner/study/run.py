@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
-from tuner.config import RoundFile, refused_changes
+from tuner.config import RoundFile, RoundSpec, refused_changes
 from tuner.engines import Worker
 from tuner.errors import (
     InputError,
@@ -22,9 +22,10 @@ from tuner.errors import (
     WorkerError,
 )
 from tuner.installation import install_command
+from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants.initialisations import starts_with_zero_b
-from tuner.records import Died, Evaluation, Preparing, Ready, RoundBegun, RoundRecord, Trial
+from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
 from tuner.report.trackers import not_installed
@@ -36,8 +37,9 @@ from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.plan import RoundPlan
+from tuner.study.proposals import make_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
-from tuner.study.sampling import Advisor, make_sampler, optuna_storage
+from tuner.study.sampling import RoundStudy, optuna_storage
 
 
 class WorkerMaker(Protocol):
@@ -75,10 +77,13 @@ def run_round(
     refuse_changed_file(plan)
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
+    objective = loaded_objective(plan)
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [base_evaluation(earlier)]
+            for hint in plan.file.hints:
+                view.message(hint)
             if plan.spec.ends_early is not None:
                 view.message(plan.spec.ends_early)
             if plan.spec.trains_alone:
@@ -93,28 +98,28 @@ def run_round(
             disk.refuse_too_small(ready, earlier)
             store = CachedStore(open_store(storage, study=plan.spec.study))
             in_use.callback(store.close)
-            _begin(plan, store, ready, clock)
+            _begin(plan, store, ready, clock, objective)
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
             record = store.round(plan.name)
             assert record is not None
-            advisor = Advisor(
+            round_study = RoundStudy(
                 optuna_storage(storage),
                 f"{plan.spec.study}/{plan.name}",
                 plan.space,
                 plan.spec.search,
                 max_train_steps=plan.spec.max_train_steps,
                 earlier=earlier_outcomes(store, record),
-                objective="answers" if plan.spec.evaluation.has_answers_as_objective else "loss",
+                objective=objective,
             )
-            in_use.callback(advisor.close)
+            in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
                 store=store,
-                advisor=advisor,
+                round_study=round_study,
                 worker=worker,
                 folder=CheckpointFolder(plan.checkpoints),
-                continuations=Continuations(plan, store, ready.workload),
+                continuations=Continuations(plan, store, ready.workload, objective),
                 view=view,
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
@@ -123,7 +128,7 @@ def run_round(
             # The record read before does not include the comparison runs.
             ended = store.round(plan.name)
             assert ended is not None
-            write_pages(advisor.study, round_report(folder, store, ended))
+            write_pages(round_study.study, round_report(folder, store, ended))
 
 
 @contextmanager
@@ -247,7 +252,23 @@ def _wait_until_ready(worker: Worker, view: View, stopping: Callable[[], bool], 
             raise Interrupted(f"stopped while loading; {kept}")
 
 
-def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float]) -> None:
+def loaded_objective(plan: RoundPlan) -> Objective:
+    """Return the round's objective, loading a metric of the user's.
+
+    Raises InputError if the name leads nowhere, RoundFileError if the file says another direction.
+    """
+    written = plan.spec.objective
+    found = metric(written.metric).objective(written.metric)
+    if written.direction not in (None, found.direction):
+        key = "objective.direction"
+        message = f"is {written.direction}, but {written.metric} says {found.direction}; leave this out"
+        raise RoundFileError(plan.file.path, [Mistake(plan.file.line(key), key, message)])
+    return found
+
+
+def _begin(
+    plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], float], objective: Objective
+) -> None:
     """Record that the round has started, or the file's allowed changes."""
     begun = store.round(plan.name)
     if begun is not None and begun.workload != ready.workload:
@@ -263,7 +284,7 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
             RoundRecord(
                 name=plan.name,
                 max_train_steps=plan.spec.max_train_steps,
-                spec=plan.spec.model_dump(mode="json"),
+                spec=_recorded_spec(plan.spec, objective),
                 begun_at=begun.begun_at if begun else clock(),
                 train_rows=ready.train_rows,
                 eval_rows=ready.eval_rows,
@@ -273,3 +294,9 @@ def _begin(plan: RoundPlan, store: Store, ready: Ready, clock: Callable[[], floa
             )
         )
     )
+
+
+def _recorded_spec(spec: RoundSpec, objective: Objective) -> dict[str, Any]:
+    """The file as JSON, with the metric's own direction where it leaves that out."""
+    document = spec.model_dump(mode="json")
+    return {**document, "objective": {**document["objective"], "direction": objective.direction.value}}

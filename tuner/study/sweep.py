@@ -81,6 +81,7 @@ def first_sweep(file: RoundFile) -> str:
             s.model_dump(mode="json", exclude_defaults=True, exclude={"weight"}) for s in spec.data.train
         ],
         "data.allow_overlap": True,
+        "objective": DELETE,
         "evaluation.answers": DELETE,
         "evaluation.every_steps": every,
         "evaluation.max_examples": SAMPLE_SIZE,

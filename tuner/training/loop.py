@@ -44,7 +44,7 @@ LAST_EVERY_SHARE = 0.05
 def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], None]) -> None:
     """Run assignments from `commands` until it closes, then save every trial.
 
-    Raises TunerError, after saving every trial, if the round's answers cannot be scored.
+    Raises TunerError, after saving every trial, if the round's metric or answers cannot be scored.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
@@ -66,8 +66,13 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
 
         # --- evaluate what is due: at step 0, every `evaluate_every` steps, and at the horizon
         due = {slot: run for slot, run in runs.items() if run.is_due and run.reason_infeasible is None}
-        with state.meter.timing("evaluating"):
-            evaluations = evaluate(state, due)
+        try:
+            with state.meter.timing("evaluating"):
+                evaluations = evaluate(state, due)
+        except TunerError:
+            for run in runs.values():
+                _leave(run, "stopped", None, say, save=True)
+            raise
         for slot, evaluation in evaluations.items():
             run = runs[slot]
             run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from tuner.adapters import PackedRows
 from tuner.adapters.dropout import row_keys
 from tuner.adapters.evaluation import Scores, TokenGrid, grid, scores_of
-from tuner.records import Evaluation
+from tuner.methods.metrics import ExampleScores, values
+from tuner.records import LOSS, Evaluation
 from tuner.training.trial_run import MicroBatch, TrialRun
 from tuner.training.worker_state import WorkerState
 
@@ -103,21 +105,39 @@ def _pass(
 
 def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
     """Evaluate the trials that are due in shared passes; one that does not fit into memory is infeasible."""
-    base, tokens = state.base_evaluation, state.evaluation.num_targets.tolist()
+    base = state.base_evaluation
     known = {s for s, run in due.items() if run.step == 0 and base is not None and run.adapter.has_zero_b}
     measured = _scores_within_memory(state, tuple(sorted(due.keys() - known)))
     made = {}
     for slot, run in due.items():
         try:
             if slot in known and base is not None:
-                made[slot] = run.evaluation(base.example_nll, base.example_tokens, base.correct_tokens)
+                made[slot] = run.evaluation(base)
             elif (scores := measured[slot]) is not None:
-                made[slot] = run.evaluation(scores.nll, tokens, scores.correct_tokens)
+                made[slot] = run.evaluation(measured_evaluation(state, scores))
             else:
                 run.reason_infeasible = "out of memory evaluating one example alone"
         except torch.OutOfMemoryError:
             run.reason_infeasible = "out of memory: no room for its best weights"
     return made
+
+
+def measured_evaluation(state: WorkerState, scores: Scores) -> Evaluation:
+    """What scores of the evaluation examples come to, the round's objective among it.
+
+    Raises MetricError for a metric of the user's that is at fault.
+    """
+    tokens, objective = state.evaluation.num_targets.tolist(), state.objective
+    examples = ExampleScores(*(np.asarray(each) for each in (scores.nll, tokens, scores.correct)))
+    return Evaluation(
+        0,
+        math.fsum(scores.nll) / sum(tokens),
+        example_nll=scores.nll,
+        example_tokens=tuple(tokens),
+        correct_tokens=sum(scores.correct),
+        metrics=values(objective.metric, state.metric, examples),
+        objective=None if objective == LOSS or objective.per == "trial" else objective,
+    )
 
 
 def _scores_within_memory(state: WorkerState, slots: tuple[int, ...]) -> dict[int, Scores | None]:

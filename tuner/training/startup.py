@@ -17,6 +17,7 @@ from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
+from tuner.methods.metrics import metric
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.training.environment import environment
@@ -29,7 +30,7 @@ from tuner.training.memory_budget import (
     fit_pass_cost,
     free_device_bytes,
 )
-from tuner.training.packed_passes import example_scores
+from tuner.training.packed_passes import example_scores, measured_evaluation
 from tuner.training.probe import largest_hyperparameters, probe
 from tuner.training.worker_state import WorkerState
 
@@ -54,10 +55,12 @@ def load_worker_state(
 
     `say` receives progress messages. Raises InputError if model, data or metric cannot be used.
     """
+    chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots)
+    state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
     if spec.evaluation.answers is not None:
         state.generation_eval = load_generation_eval(
             spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
@@ -67,8 +70,8 @@ def load_worker_state(
         with explain_out_of_memory(state.pack.num_slots):
             base_evaluation = measure_base(state)
     state.base_evaluation = base_evaluation
-    metric = state.generation_eval.metric.code if state.generation_eval is not None else None
-    state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=metric)
+    code = state.generation_eval.metric.code if state.generation_eval is not None else None
+    state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=code)
     smallest, largest = adapter_sizes(state.meta_model, spec.space())
     ready = Ready(
         slots=state.pack.num_slots,
@@ -180,11 +183,4 @@ def _mean_batch_size(spec: RoundSpec) -> float:
 def measure_base(state: WorkerState) -> Evaluation:
     """Return the base model's evaluation; no slot has a trial."""
     (scores,) = example_scores(state, ())
-    tokens = state.evaluation.num_targets.tolist()
-    return Evaluation(
-        0,
-        sum(scores.nll) / sum(tokens),
-        example_nll=scores.nll,
-        example_tokens=tuple(tokens),
-        correct_tokens=scores.correct_tokens,
-    )
+    return measured_evaluation(state, scores)

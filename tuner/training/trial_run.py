@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -185,21 +185,16 @@ class TrialRun:
         """Return whether to keep a checkpoint for longer rounds now."""
         return self.step in self.assignment.trunk_steps
 
-    def evaluation(
-        self, example_nll: Sequence[float], example_tokens: Sequence[int], correct_tokens: int | None
-    ) -> Evaluation:
-        """Record the evaluation at this step from its per-example sums."""
+    def evaluation(self, measured: Evaluation) -> Evaluation:
+        """Record what was measured at this step, with how training went since the evaluation before."""
         counters = self._counters
         trained = self.step > 0
-        made = Evaluation(
+        made = replace(
+            measured,
             step=self.step,
-            eval_loss=math.fsum(example_nll) / sum(example_tokens),
             train_loss=counters["nll"] / max(1.0, counters["targets"]) if trained else None,
             learning_rate=counters["rate"] if trained else None,
             clipped_updates=int(counters["clipped"]),
-            example_nll=tuple(example_nll),
-            example_tokens=tuple(example_tokens),
-            correct_tokens=correct_tokens,
         )
         self._sums[self.step] = tuple(counters[name] for name in _SUMMED)
         counters.update(dict.fromkeys(_SUMMED, 0.0))

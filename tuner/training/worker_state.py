@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config
 from tuner.data import Examples
-from tuner.records import Evaluation, Hyperparameters, Throughput
+from tuner.methods.metrics import Metric
+from tuner.methods.metrics.eval_loss import EVAL_LOSS
+from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Throughput
 from tuner.training.generation_eval import GenerationEval
 
 Kind = Literal["training", "evaluating", "saving"]
@@ -90,6 +92,10 @@ class WorkerState:
     """The base model's, at step 0, once measured."""
     generation_eval: GenerationEval | None = None
     """Scores the answers of complete trials; None unless the round file has `evaluation.answers`."""
+    objective: Objective = LOSS
+    """What the round ranks by."""
+    metric: Metric = EVAL_LOSS
+    """What measures that at each evaluation; of `answers`, nothing does."""
     pass_tokens: int = 1 << 40
     """Tokens of all trials in one training pass, including padding; halved after each out-of-memory."""
     evaluation_tokens: int = 1 << 40

@@ -84,6 +84,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
         "train_loss": evaluation.train_loss,
         "eval_loss": evaluation.eval_loss,
         "learning_rate": evaluation.learning_rate,
+        **evaluation.metrics,
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -94,7 +95,8 @@ def outcome(trial: Trial) -> dict[str, int | float]:
     if best is None:
         return {}
     scored = {} if answers is None else {"answer_score": answers.mean}
-    return {"best_step": best.step, "best_eval_loss": best.eval_loss, **scored}
+    chosen = {} if best.objective is None else {f"best_{best.objective.metric}": best.value}
+    return {"best_step": best.step, "best_eval_loss": best.eval_loss, **chosen, **scored}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution
 from scipy.special import ndtr, ndtri
 
-from tuner.records import Choices, Hyperparameters, Range, Value
-from tuner.study.points import unit_of, value_at
+from .points import Dimensions, Point, unit_of, value_at
 
 GOOD_SHARE = 0.1
 MAX_GOOD = 25
@@ -27,16 +28,15 @@ WIDTH = 0.2
 
 
 def parzen_point(
-    space: Mapping[str, Choices | Range],
-    ranked: Sequence[Hyperparameters],
-    *,
-    random: np.random.Generator,
-) -> dict[str, Value]:
-    """The next point of a space, from others that lie in it, best first."""
+    space: Dimensions, ranked: Sequence[Mapping[str, Any]], *, random: np.random.Generator
+) -> Point:
+    """Return the next point of a space, from others that lie in it, best first."""
     num_good = min(math.ceil(GOOD_SHARE * len(ranked)), MAX_GOOD)
     units = np.array([[unit_of(d, point[name]) for name, d in space.items()] for point in ranked])
     units = units.reshape(len(ranked), len(space))
-    choices = np.array([len(d.values) if isinstance(d, Choices) else 0 for d in space.values()])
+    choices = np.array(
+        [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in space.values()]
+    )
     good, others = _Density(units[:num_good], choices), _Density(units[num_good:], choices)
     candidates = good.draw(CANDIDATES, random)
     chosen = candidates[int(np.argmax(good.log_at(candidates) - others.log_at(candidates)))]
