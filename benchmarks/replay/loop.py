@@ -9,7 +9,7 @@ from typing import Any
 
 from tuner.config import CheckpointsSpec, EvaluationSpec, RunSpec, SearchSpec
 from tuner.engines import SimulatedWorker
-from tuner.playbook.schedule import ComparisonRule, trunk_steps
+from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
 from tuner.records import (
     Checkpoint,
     Fact,

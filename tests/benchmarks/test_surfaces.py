@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.config.rounds import spec_of
 from tuner.config import new_round
-from tuner.playbook.continuation import can_continue
+from tuner.playbook.schedule import can_continue
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL = 1080

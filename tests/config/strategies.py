@@ -4,7 +4,19 @@ import math
 
 from hypothesis import strategies as st
 
-from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR, Flag, Integer, Kind, Layers, Modules, Number, OneOf
+from tuner.methods.kinds import (
+    ALL_LAYERS,
+    ALL_LINEAR,
+    Flag,
+    Integer,
+    Kind,
+    Layers,
+    Method,
+    Modules,
+    Number,
+    OneOf,
+)
+from tuner.methods.registry import BUILT_IN
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
@@ -24,6 +36,8 @@ def values(kind: Kind) -> st.SearchStrategy[Value]:
             return st.booleans()
         case OneOf(names=names):
             return st.sampled_from(names)
+        case Method(kind=method):
+            return st.sampled_from((*BUILT_IN[method], "package.module:Name"))
         case Modules():
             names = st.lists(LAYER_NAMES, min_size=1, max_size=4, unique=True).map(tuple)
             return st.just(ALL_LINEAR) | names | st.sampled_from(REGEXES)

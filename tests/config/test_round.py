@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from tests.config.rounds import FULL, MINIMAL, document, spec_of
 from tests.config.strategies import dimensions
 from tuner.config import HYPERPARAMETERS, RoundSpec, dimension_to_yaml
-from tuner.config.dimensions import complete_space
+from tuner.config.dimensions import complete_space, read_dimension
 from tuner.config.rules import adapter_refusals
-from tuner.records import Fixed, searched
+from tuner.records import Fixed, possible, searched
 
 
 def test_defaults():
@@ -41,6 +41,7 @@ def test_defaults():
         "warmup_steps": 5,
         "schedule": "linear",
         "decay_steps": 24,
+        "decay_shape": "linear",
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
@@ -53,7 +54,7 @@ def test_defaults():
         "max_grad_norm": 1.0,
         "training_seed": 0,
     }
-    assert list(values) == [name for name in HYPERPARAMETERS if name != "layers_to_transform"]
+    assert list(values) == [name for name in HYPERPARAMETERS if name in values], "in the table's order"
 
 
 @pytest.mark.parametrize(("horizon", "every"), [(1, 1), (6, 1), (60, 5), (100, 8), (2000, 167)])
@@ -68,7 +69,17 @@ def test_the_space_begins_in_the_order_of_the_file():
     assert list(space)[:3] == list(written)
     assert list(searched(space)) == ["weight_decay", "learning_rate"]
     assert space["lora_r"] == Fixed(8)
-    assert len(space) == len(HYPERPARAMETERS) - 1  # layers_to_transform is not written
+    others = {
+        "lion_beta1",
+        "lion_beta2",
+        "muon_momentum",
+        "muon_nesterov",
+        "muon_rate",
+        "layers_to_transform",
+    }
+    assert set(space) == set(HYPERPARAMETERS) - others, (
+        "what other optimizers know, and what is not written, has no place in it"
+    )
 
 
 def test_a_round_survives_json():
@@ -86,6 +97,10 @@ def test_any_space_survives_the_file_and_json(data):
     names = data.draw(st.lists(st.sampled_from(free), unique=True))
     space = {name: data.draw(dimensions(name)) for name in names}
     assume(not any(adapter_refusals({**complete_space({}, max_train_steps=60), **space})))
+    read = {name: read_dimension(HYPERPARAMETERS[name], dimension_to_yaml(d)) for name, d in space.items()}
+    kept = possible({"optimizer": Fixed("adamw_8bit"), "schedule": Fixed("linear"), **read})
+    space = {name: dimension for name, dimension in space.items() if name in kept}
+    names = list(space)
     written = {name: dimension_to_yaml(dimension) for name, dimension in space.items()}
     spec = RoundSpec.model_validate(document(hyperparameters=written))
     assert {name: spec.space()[name] for name in space} == space

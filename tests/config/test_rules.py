@@ -1,6 +1,7 @@
 import pytest
 
 from tests.config.rounds import FULL, MINIMAL, mistake_in, mistakes_in, spec_of, with_hyperparameters
+from tuner.records import num_points
 
 
 def changed(*pairs: tuple[str, str]) -> str:
@@ -256,3 +257,68 @@ def test_entries_that_leave_each_other_room(entries, seeds):
 def test_entries_of_a_range_may_be_as_many_as_there_are_trials():
     queue = "enqueue: [" + ", ".join(16 * ["{lora_r: 8}"]) + "]"
     assert len(spec_of(changed((ENQUEUE, queue))).search.enqueue) == 16
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "message"),
+    [
+        (
+            "lion",
+            "adam_beta1",
+            "counts only with the optimizer adamw or adamw_8bit; optimizer is 'lion' here, which has "
+            "weight_decay, lion_beta1, lion_beta2",
+        ),
+        ("[lion, muon]", "adam_epsilon", "optimizer is 'lion' or 'muon' here"),
+        (
+            "adamw",
+            "lion_beta1",
+            "counts only with the optimizer lion or lion_8bit; optimizer is 'adamw'",
+        ),
+    ],
+)
+def test_what_no_trial_would_have_is_refused_at_its_line(optimizer, name, message):
+    mistake = mistake_in(with_hyperparameters(optimizer=optimizer, **{name: "0.5"}))
+    assert (mistake.key, mistake.line) == (f"hyperparameters.{name}", 8)
+    assert message in mistake.message
+
+
+def test_what_some_trial_has_is_searched():
+    written = with_hyperparameters(
+        optimizer="[adamw, lion]", adam_beta1="[0.8, 0.9]", lion_beta1="[0.9, 0.95]"
+    )
+    space = spec_of(written).space()
+    assert space["adam_beta1"].only_with == ("optimizer", ("adamw", "adamw_8bit"))
+    assert num_points(space) == 2 + 2
+    assert "muon_rate" not in space
+    assert "adam_epsilon" in space
+
+
+def test_a_wrong_optimizer_is_the_only_mistake():
+    mistake = mistake_in(with_hyperparameters(optimizer="lyon", lion_beta1="0.9"))
+    assert mistake.key == "hyperparameters.optimizer"
+    assert "did you mean lion?" in mistake.message
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{optimizer: lion, adam_beta1: 0.8}", "adamw_8bit; this entry has lion"),
+        ("{adam_beta1: 0.8}", "name the optimizer in this entry, too"),
+        ("{optimizer: adamw, adam_beta1: 0.8}", None),
+    ],
+)
+def test_an_entry_names_what_counts_with_its_optimizer(entry, message):
+    text = with_hyperparameters(optimizer="[adamw, lion]", adam_beta1="[0.8, 0.9]")
+    text += f"search: {{enqueue: [{entry}]}}\n"
+    if message is None:
+        assert spec_of(text).search.enqueue
+    else:
+        mistake = mistake_in(text)
+        assert mistake.key == "search.enqueue[0].adam_beta1"
+        assert message in mistake.message
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_decay_steps_beside_another_schedule_are_let_pass_and_in_no_trial(schedule):
+    spec = spec_of(with_hyperparameters(schedule=schedule, decay_steps="20"))
+    assert "decay_steps" not in spec.space()

@@ -61,6 +61,7 @@ def test_possible_variants(dimension: Dimension | None, names: list[str]) -> Non
 
 def test_a_row_that_several_declare_is_one_row_with_all_of_them_as_its_condition() -> None:
     assert HYPERPARAMETERS["adam_beta1"].only_with == ("optimizer", ("adamw", "adamw_8bit"))
+    assert HYPERPARAMETERS["weight_decay"].only_with == ("optimizer", BUILT_IN["optimizer"])
     assert HYPERPARAMETERS["decay_steps"].only_with == ("schedule", ("linear",))
     assert HYPERPARAMETERS["learning_rate"].only_with is None
 

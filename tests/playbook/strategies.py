@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from tuner.records import (
     Checkpoint,
     CheckpointKind,
     Choices,
+    Condition,
     Evaluation,
     Fixed,
     Range,
@@ -22,6 +24,7 @@ from tuner.records import (
     Trial,
     TrialState,
     complete_hyperparameters,
+    possible,
 )
 
 heavy = settings(
@@ -70,7 +73,10 @@ def spaces(draw: st.DrawFn, max_train_steps: int) -> Space:
     decay = [Fixed(0), Fixed(third), Choices((1, third, third + 1)), Range(0, third, integer=True)]
     rate = [Fixed(1e-4), Choices((1e-4, 3e-4, 1e-3)), Range(1e-5, 3e-3, log=True), Range(1e-5, 3e-3)]
     alpha = [Fixed(16), TimesSqrtRank(4.0), Choices((16, 32, 64))]
-    return {
+    shape = [Fixed("linear"), Choices(("linear", "sqrt"))]
+    with_decay = Condition("schedule", ("linear",))
+    schedules = [Fixed(name) for name in ("linear", "constant", "cosine", "inverse_sqrt")]
+    space: Space = {
         "learning_rate": draw(st.sampled_from(rate)),
         "lora_r": draw(
             st.sampled_from([Fixed(8), Choices((8, 16, 32)), Range(4, 64, log=True, integer=True)])
@@ -79,11 +85,13 @@ def spaces(draw: st.DrawFn, max_train_steps: int) -> Space:
         "target_modules": draw(st.sampled_from([Fixed("all-linear"), Choices((("q",), ("q", "v")))])),
         "batch_size": draw(st.sampled_from([Fixed(8), Choices((4, 8))])),
         "warmup_steps": draw(st.sampled_from(warmup)),
-        "schedule": draw(st.sampled_from([Fixed("linear"), Fixed("constant"), Fixed("cosine")])),
-        "decay_steps": draw(st.sampled_from(decay)),
+        "schedule": draw(st.sampled_from(schedules)),
+        "decay_steps": replace(draw(st.sampled_from(decay)), only_with=with_decay),
+        "decay_shape": replace(draw(st.sampled_from(shape)), only_with=with_decay),
         "weight_decay": draw(st.sampled_from([Fixed(0.0), Range(0.0, 0.1)])),
         "training_seed": draw(st.sampled_from([Fixed(0), Choices((0, 1, 2))])),
     }
+    return possible(space)
 
 
 def values_of(dimension: Choices | Range) -> st.SearchStrategy[object]:

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from tests.playbook.strategies import heavy, rounds
 from tuner.playbook import RoundResults
 from tuner.playbook.comparison_runs import (
+    ComparisonRun,
     branch_hyperparameters,
     branches_left,
+    comparison_runs,
     expected_runs,
     owed_branches,
 )
 from tuner.playbook.results import BranchResult
-from tuner.playbook.schedule import ComparisonRun, comparison_runs
 from tuner.playbook.selection import leading_trials
 from tuner.records import Branch, Checkpoint, CheckpointKind, Evaluation, Trial, TrialState
 

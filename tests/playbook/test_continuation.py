@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from tests.playbook.rows import exact, trial_of
 from tuner.playbook import can_continue
-from tuner.playbook.continuation import continuation_step, inherited_evaluations
-from tuner.playbook.schedule import evaluation_steps, multiplier
+from tuner.playbook.schedule import continuation_step, evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Checkpoint, CheckpointKind
 
 LINEAR = {
@@ -116,3 +115,11 @@ def test_inherited_evaluations_are_on_the_new_grid_and_not_after_the_step():
     evaluations = [exact(step, 2.0) for step in (0, 5, 10, 15, 20, 25, 30)]
     inherited = inherited_evaluations(evaluations, 20, evaluation_steps(100, 10))
     assert [e.step for e in inherited] == [0, 10, 20]
+
+
+def test_what_no_schedule_of_the_run_knows_is_no_difference():
+    """Trials of earlier versions have `decay_steps` beside a cosine."""
+    before = {**LINEAR, "schedule": "cosine"}
+    now = {name: value for name, value in before.items() if name != "decay_steps"}
+    assert can_continue(before, 60, now, 60, 60) is None
+    assert "depends on the horizon" in can_continue(before, 60, now, 180, 36)

@@ -10,7 +10,7 @@ from tests.playbook.strategies import heavy, rounds
 from tuner.errors import InputError, TunerError
 from tuner.playbook import Diagnosis, NextRound, RoundResults, plan_next_round, read_round
 from tuner.playbook.promotion import num_trials, proposed_seeds
-from tuner.playbook.schedule import tiny_rate_share
+from tuner.playbook.schedule import decay_length, tiny_rate_share
 from tuner.records import (
     Checkpoint,
     CheckpointKind,
@@ -411,7 +411,7 @@ def test_every_plan_is_a_round_that_can_be_run(results, data):
         source = results.trial(entry.trial)
         changed = {name for name, value in values.items() if source.hyperparameters[name] != value}
         assert changed <= {"decay_steps"}
-        assert values["warmup_steps"] + values["decay_steps"] <= horizon
+        assert values["warmup_steps"] + decay_length(values) <= horizon
         assert (entry.from_step is None) != (entry.reason is None)
         assert entry.from_step is None or entry.from_step <= min(horizon, results.max_train_steps)
     assert max(1, len(promoted.enqueue)) <= promoted.trials_total

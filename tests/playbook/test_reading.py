@@ -47,7 +47,7 @@ def test_the_evidence_says_the_numbers():
     evidence = read_round(too_short_round()).evidence
     assert evidence[0].startswith("All 5 leading trials were best at the last step (100). The best, trial 0,")
     assert evidence[1].startswith("Doubling the steps (50 to 100) cut the loss by 1.8%")
-    assert evidence[1].endswith(" +- 0% (trial 0, from its own evaluations, at a constant rate).")
+    assert evidence[1].endswith(" +- 0% (trial 0, from its own evaluations, without a decay).")
     assert evidence[2].startswith("The best trial's loss still fell by ")
     assert evidence[2].endswith("in the last quarter: more steps will help.")
     assert evidence[3].startswith("Train for 300 steps next, 3 times as many, the most for one round. That")

@@ -91,11 +91,11 @@ def test_what_was_inherited_is_not_compared() -> None:
 
 
 def test_rounding_grows_with_what_is_rounded() -> None:
-    def of(dtype: str, quantization: str = "none", *, has_rounded_state: bool = False) -> float:
-        return tolerance(dtype=dtype, quantization=quantization, has_rounded_state=has_rounded_state)
+    def of(dtype: str, quantization: str = "none", *, amplifies_rounding: bool = False) -> float:
+        return tolerance(dtype=dtype, quantization=quantization, amplifies_rounding=amplifies_rounding)
 
     assert of("float32") == of("float32", "nf4") == 1e-4
-    assert of("float32", has_rounded_state=True) == 1e-3
+    assert of("float32", amplifies_rounding=True) == 1e-3
     assert of("float32") < of("bfloat16") < of("bfloat16", "nf4") == of("float32", "int8")
 
 

@@ -6,19 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.errors import InputError
-from tuner.methods.schedules import recut_decay
+from tuner.methods.schedules import rescaled_decay
+from tuner.playbook.comparison_runs import ComparisonRun, decay_branches, trunk_steps
 from tuner.playbook.schedule import (
-    ComparisonRun,
-    decay_branches,
     evaluation_steps,
     multiplier,
     step_at_rate_share,
     tiny_rate_share,
     trunk_end,
-    trunk_steps,
 )
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
 def rate(i: int, schedule: str, *, warmup: int = 4, decay: int = 8, horizon: int = 20) -> float:
@@ -60,7 +58,7 @@ def test_cosine_halves_in_the_middle_of_what_the_warmup_leaves():
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(InputError, match="schedule sqrt: expects one of constant, linear, cosine, or"):
+    with pytest.raises(InputError, match="schedule sqrt: expects one of constant, linear, cosine, "):
         rate(10, "sqrt")
 
 
@@ -160,13 +158,16 @@ def test_branches_stay_on_the_trunk(horizon, data):
         (26, "steps", 21),
     ],
 )
-def test_decay_of_24_steps_in_60_is_recut(new_horizon, keep, expected):
-    assert recut_decay(24, old_horizon=60, new_horizon=new_horizon, warmup_steps=5, keep=keep) == expected
+def test_decay_of_24_steps_in_60_is_rescaled(new_horizon, keep, expected):
+    assert (
+        rescaled_decay(24, old_horizon=60, new_horizon=new_horizon, room=new_horizon - 5, keep=keep)
+        == expected
+    )
 
 
 def test_decay_shorter_than_a_fifth_stays_where_the_horizon_does():
-    assert recut_decay(3, old_horizon=60, new_horizon=60, warmup_steps=5, keep="steps") == 3
-    assert recut_decay(0, old_horizon=60, new_horizon=600, warmup_steps=5, keep="steps") == 0
+    assert rescaled_decay(3, old_horizon=60, new_horizon=60, room=55, keep="steps") == 3
+    assert rescaled_decay(0, old_horizon=60, new_horizon=600, room=595, keep="steps") == 0
 
 
 @given(
@@ -176,11 +177,11 @@ def test_decay_shorter_than_a_fifth_stays_where_the_horizon_does():
     warmup=st.integers(0, 10),
     keep=st.sampled_from(["steps", "share"]),
 )
-def test_recut_decay_fits_and_is_a_fifth_where_its_length_is_kept(decay, old, new, warmup, keep):
-    recut = recut_decay(decay, old_horizon=old, new_horizon=new, warmup_steps=warmup, keep=keep)
-    assert 0 <= recut <= new - warmup
+def test_a_rescaled_decay_fits_and_is_a_fifth_where_its_length_is_kept(decay, old, new, warmup, keep):
+    rescaled = rescaled_decay(decay, old_horizon=old, new_horizon=new, room=new - warmup, keep=keep)
+    assert 0 <= rescaled <= new - warmup
     if keep == "steps" and new != old:
-        assert recut >= min(new / 5, new - warmup)
+        assert rescaled >= min(new / 5, new - warmup)
 
 
 COSINE = {"schedule": "cosine"}

@@ -35,6 +35,9 @@ SEEDS = (0, 1)
 STEADY = 5e-3
 """Below this rate the quickstart's trials forget a rounding error; above, it grows to a tenth of the loss."""
 
+ADDED_SINCE = {"decay_shape": "linear"}
+"""Hyperparameters that were added after the recording, and the value with which nothing changes."""
+
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -58,7 +61,11 @@ def measured(each: tuner.Round) -> dict[str, Any]:
         },
         "trials": [
             {
-                "hyperparameters": dict(trial.hyperparameters),
+                "hyperparameters": {
+                    name: value
+                    for name, value in trial.hyperparameters.items()
+                    if ADDED_SINCE.get(name) != value
+                },
                 "continues": trial.continues,
                 "best_step": trial.best_step,
                 "steps": [made.step for made in trial.evaluations],
@@ -108,6 +115,7 @@ def quickstart_rounds(directory: Path) -> dict[str, Any]:
             "hyperparameters": {
                 name: {key: change[key] for key in ("from", "to", "tier")}
                 for name, change in promotion["hyperparameters"].items()
+                if not ADDED_SINCE.get(name) == change["from"] == change["to"]
             },
         },
     }

@@ -289,6 +289,7 @@ def test_check_document() -> None:
         "trials", "max_train_steps", "epochs", "train_rows", "eval_rows", "tokens", "evaluation_share",
         "checkpoint_bytes", "peak_memory_bytes", "hours", "branches", "branch_steps", "token_lengths",
         "metric", "direction",
+        "unchecked",
     ]  # fmt: skip
     assert document["plan"]["evaluation_share"] is None
     refused = check_document([Mistake(12, "hyperparameters.lora_rank", "unknown")], None)

@@ -264,3 +264,16 @@ def test_what_a_tool_cannot_say_is_written_down() -> None:
     assert written("trl", model={"gguf_file": "model.gguf"})[1]["model_init_kwargs"] == {
         "gguf_file": "model.gguf"
     }
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_another_optimizer_is_named_or_said_to_be_missing(tool: str) -> None:
+    """transformers takes Lion's betas by Adam's names, and has no Muon."""
+    comments, settings = written(tool, optimizer="lion", lion_beta1=0.8, lion_beta2=0.95)
+    named = "optimizer" if tool == "axolotl" else "optim"
+    assert (settings[named], settings["adam_beta1"], settings["adam_beta2"]) == ("lion_32bit", 0.8, 0.95)
+    assert "The optimizer" not in comments
+    for lacking in ("muon", "somewhere.else:OPTIMIZER"):
+        comments, settings = written(tool, optimizer=lacking)
+        assert named not in settings
+        assert f"The optimizer {lacking}: transformers' Trainer has none by that name" in comments

@@ -22,6 +22,7 @@ from tuner.errors import CheckpointError, InputError, TunerError
 from tuner.records import (
     Assignment,
     Evaluation,
+    Fixed,
     Hyperparameters,
     Started,
     complete_hyperparameters,
@@ -154,6 +155,30 @@ def test_a_cosine_file_never_speaks_of_decay_steps(tmp_path: Path) -> None:
     done = promoted(tmp_path, max_train_steps=66)
     assert "decay_steps" not in done.path.read_text()
     assert "decay_steps" not in promotion_text(done.document)
+
+
+def adamw_is_better(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+    """As `falling`, and worse with any other optimizer."""
+    worse = 0.0 if hyperparameters["optimizer"] == "adamw" else 0.5
+    return exact(
+        step, 4.0 - math.log1p(step) / 2 + (worse if step else 0.0), train_loss=1.0 if step else None
+    )
+
+
+def test_what_only_a_dropped_optimizer_knows_leaves_the_file(tmp_path: Path) -> None:
+    file = first_round(
+        tmp_path, optimizer="[adamw, lion]", learning_rate="1e-3", lora_r="[2, 4, 8, 16, 32]", trials=15
+    )
+    text = file.text.replace("search:\n", "  adam_beta1: 0.8\n  lion_beta1: [0.9, 0.95]\nsearch:\n")
+    file.path.write_text(text)
+    run(load_round(file.path), adamw_is_better)
+    done = promoted(tmp_path, max_train_steps=16)
+    spec = load_round(done.path).spec
+    assert spec.hyperparameters["optimizer"] == "adamw"
+    assert "lion_beta1" not in done.path.read_text()
+    assert spec.space()["adam_beta1"] == Fixed(0.8)
+    assert all("lion_beta1" not in entry for entry in spec.search.enqueue)
+    assert [e.from_step for e in done.next_round.enqueue] == [5, 5, 5]
 
 
 def test_a_horizon_that_the_user_did_not_set_says_why_it_is_another(study: Path) -> None:

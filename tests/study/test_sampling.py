@@ -19,6 +19,7 @@ from tuner.playbook.observations import outcomes
 from tuner.records import (
     AnswerScore,
     Choices,
+    Condition,
     Direction,
     Evaluation,
     Fixed,
@@ -813,3 +814,25 @@ def test_recovering_reads_only_the_trials_that_optuna_has_as_open(tmp_path: Path
     assert counts[0] == counts[1] <= 8
     new_study(optuna_storage(url)).recover(known, max_train_steps=10)
     assert {t.state.name for t in first.study.get_trials()} == {"COMPLETE"}
+
+
+BY_OPTIMIZER: Space = {
+    "optimizer": Choices(("adamw", "lion")),
+    "adam_beta1": Choices((0.8, 0.9), only_with=Condition("optimizer", ("adamw",))),
+    "lion_beta1": Choices((0.9, 0.95, 0.99), only_with=Condition("optimizer", ("lion",))),
+    "lora_r": Choices((8, 16)),
+}
+
+
+@pytest.mark.parametrize("sampler", ["quasi-random", "random", "grid", "tpe", "gp"])
+def test_a_point_has_what_counts_with_its_choices_and_all_are_tried_once(
+    storage: optuna.storages.BaseStorage, sampler: str
+) -> None:
+    round_study = new_study(storage, BY_OPTIMIZER, sampler=sampler, trials=10)
+    points = proposed_points(round_study, int(round_study.num_points))
+    assert len({tuple(sorted(point.items())) for point in points}) == len(points) == (2 + 3) * 2
+    for point in points:
+        own = "adam_beta1" if point["optimizer"] == "adamw" else "lion_beta1"
+        assert set(point) == {"optimizer", "lora_r", own}
+    told = round_study.study.get_trials()
+    assert all(set(trial.params) == set(point) for trial, point in zip(told, points, strict=True))

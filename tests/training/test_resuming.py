@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training.driving import assignment, curve, ended, run_loop, started, worker_state
 from tuner.adapters import Base
-from tuner.records import Assignment, CheckpointKind, Event, Saved
+from tuner.playbook import can_continue
+from tuner.playbook.schedule import trunk_end
+from tuner.records import Assignment, CheckpointKind, Event, Saved, Value
 from tuner.training.checkpoints import read_snapshot
 
 MICRO_TOKENS = 40
@@ -193,6 +195,43 @@ class TestTrunk:
         going_on = run(base, promoted)
         assert curve(going_on) == curve(expected)
         assert (started(going_on).step, ended(going_on).step) == (5, self.LONG)
+        assert_equal_weights(best_weights(promoted), best_weights(fresh))
+
+    @pytest.mark.parametrize(
+        ("chosen", "longer", "stable"),
+        [
+            ({"schedule": "inverse_sqrt"}, {}, 8),
+            ({"schedule": "linear", "decay_steps": 3, "decay_shape": "sqrt"}, {"decay_steps": 6}, 5),
+            ({"schedule": "linear", "decay_steps": 3}, {"decay_steps": 6, "decay_shape": "cosine"}, 5),
+        ],
+    )
+    def test_each_stable_phase_continues_into_the_fresh_longer_run(
+        self,
+        models: tiny.Models,
+        tmp_path: Path,
+        chosen: dict[str, Value],
+        longer: dict[str, Value],
+        stable: int,
+    ) -> None:
+        trial = tiny.hyperparameters(warmup_steps=2, lora_dropout=0.2, **chosen)
+        assert trunk_end(trial, self.SHORT) == stable
+        assert can_continue(trial, self.SHORT, trial | longer, self.LONG, stable) is None
+        short = assignment(
+            tmp_path / "1",
+            hyperparameters=trial,
+            max_train_steps=self.SHORT,
+            evaluate_every=2,
+            trunk_steps=(stable,),
+        )
+        more = {"hyperparameters": trial | longer, "max_train_steps": self.LONG, "trunk_steps": ()}
+        fresh = replace(short, directory=str(tmp_path / "2" / "trial-0000"), **more)
+        where = {"directory": str(tmp_path / "3" / "trial-0000")}
+        promoted = resumed_from(
+            run(models.base("llama"), short), short, CheckpointKind.TRUNK, **where, **more
+        )
+        going_on = run(models.base("llama"), promoted)
+        assert curve(going_on) == curve(run(models.base("llama"), fresh))
+        assert (started(going_on).step, ended(going_on).step) == (stable, self.LONG)
         assert_equal_weights(best_weights(promoted), best_weights(fresh))
 
     def test_evaluations_of_the_shorter_round_alone_are_left_out(

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from tuner.errors import InputError
+from tuner.methods.registry import BUILT_IN
+from tuner.methods.schedules import DECAY_STEPS
+from tuner.methods.schedules import schedule as described
 from tuner.playbook import Diagnosis, Finding, Reading, RoundResults, read_round
 from tuner.records import Evaluation, Fixed, Trial, TrialState, Value
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = BUILT_IN["schedule"]
 _DISTINCT = "curve"
 """Hyperparameter that keeps curves apart of which nothing else is known."""
 
@@ -82,7 +85,8 @@ def advise(
         curves: For each run its evaluation losses, as (step, loss) in rising order of the step. With one at
             step 0, the untouched model's, runs that never beat it do not count.
         max_train_steps: The horizon of all runs, in optimizer updates.
-        schedule: `constant`, `linear` (constant, then a linear decay over `decay_steps`) or `cosine`.
+        schedule: `constant`, `linear` (constant, then a linear decay over `decay_steps`), `cosine` or
+            `inverse_sqrt`.
         decay_steps: Length of the linear decay at the end, in steps.
         warmup_steps: Length of the warmup, in steps.
         hyperparameters: For each run, what tells it from the others, such as `{"learning_rate": 1e-4}`.
@@ -103,7 +107,7 @@ def advise(
     common: dict[str, Value] = {
         "schedule": schedule,
         "warmup_steps": warmup_steps,
-        "decay_steps": decay_steps if schedule == "linear" else 0,
+        "decay_steps": decay_steps if DECAY_STEPS in described(schedule).hyperparameters else 0,
     }
     known = hyperparameters or [{_DISTINCT: number} for number in range(len(curves))]
     trials = tuple(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.config import ModelSpec, RoundSpec, load_round
+from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
     load_metric,
@@ -56,7 +56,8 @@ def checked(
     Returns the plan, what else there is to say, and the command that comes next. `probe` loads the base and
     times a few steps. Raises InputError, RoundFileError with all mistakes of the file.
     """
-    round_plan = StudyPlan(load_round(path))
+    file = load_round(path)
+    round_plan = StudyPlan(with_plug_ins(file) if probe else file)
     command = _next_command(round_plan)
     with taken_back(round_plan.cache):
         plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
@@ -123,6 +124,12 @@ def _plan(
     remarks += _answers(round_plan, data)
     remarks += _objective_remarks(round_plan, probe=probe)
     remarks += _run_remarks(spec)
+    if unchecked := [*(name for _, name in spec.unloaded), *_foreign(spec)]:
+        plan = replace(plan, unchecked=unchecked)
+        remarks.append(
+            f"not checked: {', '.join(unchecked)}; `study run` and `study check --probe` import such "
+            "methods and check their hyperparameters"
+        )
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
@@ -239,6 +246,11 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
             f"({answers.max_new_tokens}), so no answer can equal them"
         )
     return remarks
+
+
+def _foreign(spec: RoundSpec) -> list[str]:
+    """Hyperparameters that only a method may know which is not imported."""
+    return sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
 
 
 def _model_remarks(model: ModelSpec) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
 from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError
 from tuner.methods.registry import expected, is_known
@@ -86,6 +86,7 @@ def run_here(
     passes: int = 1,
 ) -> None:
     """Run or go on with a round on its engine, shown as it runs. Raises what `run_round` does."""
+    file = with_plug_ins(file)
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
     engine = make_engine(name)

@@ -4,7 +4,7 @@ from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.editing import DELETE, edit_round, refused_changes
 from tuner.config.new_round import RECIPES, new_round
-from tuner.config.parsing import RoundFile, load_round, read_round
+from tuner.config.parsing import RoundFile, load_round, read_round, with_plug_ins
 from tuner.config.round import RoundSpec
 from tuner.config.sections import (
     AnswersSpec,
@@ -39,4 +39,5 @@ __all__ = [
     "new_round",
     "read_round",
     "refused_changes",
+    "with_plug_ins",
 ]

@@ -63,8 +63,11 @@ items. `{{low: ..., high: ...}}` searches an interval, both ends included: `log:
 `integer: true` whole numbers only (those that count something are whole anyway). One that the file leaves out
 is fixed at its default. `max_train_steps` is not among them: it is one number for all trials of a round.
 
-| name | default | kind, searched by | allowed | meaning |
-|---|---|---|---|---|
+One that counts only with some optimizer or schedule is refused if no trial has that, and a trial with another
+one does not have it. [Methods of your own](../how-to/your-own-method.md) bring more.
+
+| name | default | kind, searched by | allowed | counts with | meaning |
+|---|---|---|---|---|---|
 {rows}
 """
 
@@ -72,7 +75,15 @@ is fixed at its default. `max_train_steps` is not among them: it is one number f
 def _table_row(row: Hyperparameter) -> str:
     default = "" if row.default is None else f"`{one_line(value_to_yaml(row.default))}`"
     note = f"{default} ({row.default_note})" if default and row.default_note else default or row.default_note
-    return f"| `{row.name}` | {note} | {_searched_by(row.kind)} | {row.allowed} | {row.meaning} |"
+    cells = (f"`{row.name}`", note, _searched_by(row.kind), row.allowed, _counts_with(row), row.meaning)
+    return f"| {' | '.join(cells)} |"
+
+
+def _counts_with(row: Hyperparameter) -> str:
+    if row.only_with is None:
+        return "all"
+    values = ", ".join(f"`{value}`" for value in row.only_with.values)
+    return f"{row.only_with.chosen_by}: {values}"
 
 
 def _searched_by(kind: Kind) -> str:

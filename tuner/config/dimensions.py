@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tuner.config.names import meant_value
 from tuner.errors import one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.kinds import Flag, Integer, Kind, Layers, Modules, Number, UnknownName
+from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Modules, Number, UnknownName
 from tuner.methods.table import HYPERPARAMETERS
-from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value
+from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, possible
 
 DECAY_SHARE = 0.4
 """Of the horizon, by default. On 124M-parameter runs of 50k steps a decay of 40% ended at a loss of 2.955,
@@ -21,9 +22,15 @@ _RANGE_KEYS = ("low", "high", "log", "integer")
 
 def read_dimension(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
     """What the file says of one hyperparameter. Raises ValueError saying what is allowed."""
+    return replace(_read(hyperparameter, raw), only_with=hyperparameter.only_with)
+
+
+def _read(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
     if isinstance(raw, Mapping):
         if "times_sqrt_r" in raw:
             return _read_times_sqrt_rank(hyperparameter, raw)
+        if isinstance(hyperparameter.kind, Anything):
+            return _read_range(Number(), raw)
         if isinstance(hyperparameter.kind, (Number, Integer)):
             return _read_range(hyperparameter.kind, raw)
         raise ValueError(f"has no range; write one value ({hyperparameter.allowed}), or a list to search")
@@ -37,7 +44,7 @@ def parse_value(kind: Kind, raw: Any) -> Value:
     try:
         return kind.parse(raw)
     except UnknownName as error:
-        raise ValueError(refusal(one_of(error.names), raw, meant_value(raw, error.names))) from None
+        raise ValueError(refusal(error.allowed, raw, meant_value(raw, error.names))) from None
 
 
 def dimension_to_yaml(dimension: Dimension) -> Any:
@@ -63,20 +70,27 @@ def value_to_yaml(value: Value) -> Any:
     return value
 
 
-def complete_space(written: Mapping[str, Any], *, max_train_steps: int) -> Space:
-    """Every hyperparameter of a round: those the file has, in its order, and then the defaults, fixed.
+def complete_space(
+    written: Mapping[str, Any],
+    *,
+    max_train_steps: int,
+    table: Mapping[str, Hyperparameter] = HYPERPARAMETERS,
+) -> Space:
+    """Every hyperparameter that some trial has: those of the file, in its order, then the defaults, fixed.
 
     `written` has passed `read_dimension`. The defaults of `warmup_steps` and `decay_steps` shrink to what
     the horizon leaves beside what the file says; warmup leaves one step at the full rate.
     """
-    space = {name: read_dimension(HYPERPARAMETERS[name], raw) for name, raw in written.items()}
-    defaults = {name: Fixed(row.default) for name, row in HYPERPARAMETERS.items() if row.default is not None}
+    space = {name: read_dimension(table[name], raw) for name, raw in written.items()}
+    defaults = {name: Fixed(row.default) for name, row in table.items() if row.default is not None}
     room_to_decay = max_train_steps - (largest(space["warmup_steps"]) if "warmup_steps" in space else 0)
     defaults["decay_steps"] = Fixed(max(0, min(round(DECAY_SHARE * max_train_steps), room_to_decay)))
     room_to_warm_up = max_train_steps - 1 - largest(space.get("decay_steps", defaults["decay_steps"]))
     defaults["warmup_steps"] = Fixed(max(0, min(largest(defaults["warmup_steps"]), room_to_warm_up)))
-    left = [name for name, row in HYPERPARAMETERS.items() if name not in space and not row.only_if_written]
-    return {**space, **{name: defaults[name] for name in left}}
+    for name, row in table.items():
+        if name in defaults and name not in space and not row.only_if_written:
+            space[name] = replace(defaults[name], only_with=row.only_with)
+    return possible(space)
 
 
 def largest(dimension: Dimension) -> int:

@@ -201,7 +201,7 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
 def _by_key(spec: RoundSpec) -> dict[str, Any]:
     """The round's values by dotted name, every hyperparameter included."""
     values: dict[str, Any] = {}
-    for name, value in spec.model_dump(mode="json", exclude={"hyperparameters"}).items():
+    for name, value in spec.model_dump(mode="json", exclude={"hyperparameters", "plug_ins"}).items():
         if isinstance(value, dict):
             values.update({f"{name}.{key}": item for key, item in value.items()})
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from tuner.config.round import RoundSpec
 from tuner.config.wording import Location
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
+from tuner.methods.plug_ins import PlugIn, loaded
 from tuner.methods.table import HYPERPARAMETERS
 
 
@@ -46,6 +47,10 @@ class RoundFile:
             "`objective: {metric: answers}`, at the top level of the file; both mean the same",
         )
 
+    def edited(self, text: str) -> RoundFile:
+        """The file with another text, which knows as much of its plug-ins. Raises RoundFileError."""
+        return read_round(text, self.path, plug_ins=[PlugIn.from_json(each) for each in self.spec.plug_ins])
+
     def line(self, key: str) -> int | None:
         """The 1-based line of a dotted key, or of the nearest above it that is written."""
         return parse(self.text).line(tuple(key.split(".")))
@@ -59,7 +64,16 @@ def load_round(path: Path) -> RoundFile:
     return read_round(_read_text(path), path)
 
 
-def read_round(text: str, path: Path) -> RoundFile:
+def with_plug_ins(file: RoundFile) -> RoundFile:
+    """Return the file with the descriptions of the methods it names that tuner does not have, imported.
+
+    Raises InputError where one cannot be, and RoundFileError where hyperparameters are not as they say.
+    """
+    plug_ins = loaded(file.spec.hyperparameters)
+    return read_round(file.text, file.path, plug_ins=plug_ins) if plug_ins else file
+
+
+def read_round(text: str, path: Path, *, plug_ins: Sequence[PlugIn] = ()) -> RoundFile:
     """Check the text of a round file that is, or will be, at `path`. Raises RoundFileError."""
     try:
         parsed = parse(text)
@@ -67,7 +81,7 @@ def read_round(text: str, path: Path) -> RoundFile:
         raise RoundFileError(path, [Mistake(mistake.line, "", mistake.message)]) from None
     if not isinstance(parsed.document, dict):
         raise RoundFileError(path, [_not_a_round(parsed.document)])
-    found = _validate(parsed.document)
+    found = _validate(parsed.document, [plug_in.to_json() for plug_in in plug_ins])
     if isinstance(found, RoundSpec):
         return RoundFile(path, text, found)
     mistakes = [Mistake(parsed.line(at), dotted(at), message) for at, message in found.items()]
@@ -122,7 +136,7 @@ _STAND_INS: dict[Location, Any] = {
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
 
 
-def _validate(document: dict[str, Any]) -> RoundSpec | dict[Location, str]:
+def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> RoundSpec | dict[Location, str]:
     """The spec, or all mistakes.
 
     Rules between keys run only on keys that are each right, so what is wrong is taken out, or replaced where
@@ -131,6 +145,10 @@ def _validate(document: dict[str, Any]) -> RoundSpec | dict[Location, str]:
     found: dict[Location, str] = {}
     seen: set[Location] = set()
     mended = copy.deepcopy(document)
+    if mended.pop("plug_ins", None) is not None:
+        found["plug_ins",] = unknown_key(("plug_ins",), _KNOWN_KEYS)
+    if plug_ins:
+        mended["plug_ins"] = plug_ins
     while True:
         try:
             spec = RoundSpec.model_validate(mended)
@@ -218,6 +236,8 @@ def _meaning(location: Location) -> str:
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
+        if name == "plug_ins":
+            continue
         yield f"{prefix}{name}"
         if name == "hyperparameters":
             yield from (f"{prefix}{name}.{each}" for each in HYPERPARAMETERS)

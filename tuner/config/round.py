@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
@@ -24,11 +32,14 @@ from tuner.config.sections import (
     PathText,
     RunSpec,
     SearchSpec,
+    Table,
     WrittenHyperparameters,
+    using,
 )
 from tuner.config.wording import mistake, refuse
 from tuner.errors import shown
 from tuner.methods.metrics import metric
+from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants import possible_variants
 from tuner.records import Direction, Objective, Space, num_points
@@ -101,6 +112,10 @@ EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
 
 
+def _nothing(plug_ins: object) -> bool:
+    return not plug_ins
+
+
 class RoundSpec(BaseModel):
     """One round: an Optuna study in which every trial trains for the same number of steps."""
 
@@ -134,8 +149,23 @@ class RoundSpec(BaseModel):
     """What is kept on disk."""
     run: RunSpec = RunSpec()
     """Where and how it runs."""
+    plug_ins: SkipJsonSchema[Annotated[list[dict[str, Any]], Field(exclude_if=_nothing)]] = []
+    """What is recorded of methods that tuner does not have itself. No key of a file."""
     storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
     """The database: `sqlite:///FILE` relative to the round file, or `postgresql+psycopg://USER@HOST/DATABASE`."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_plug_ins(cls, document: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Check hyperparameters against the table with those of the plug-ins, as far as known."""
+        if not isinstance(document, dict):
+            return handler(document)
+        recorded = document.get("plug_ins", ())
+        for plug_in in recorded:
+            PlugIn.from_json(plug_in).stand_in()
+        written = document.get("hyperparameters")
+        with using(table_for(written if isinstance(written, dict) else {}, recorded)):
+            return handler(document)
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +233,17 @@ class RoundSpec(BaseModel):
 
     def space(self) -> Space:
         """Every hyperparameter: the file's in its order, then the defaults, fixed."""
-        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps)
+        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table)
+
+    @property
+    def table(self) -> Table:
+        """Every hyperparameter that the file may name: tuner's, and what its plug-ins bring."""
+        return table_for(self.hyperparameters, self.plug_ins)
+
+    @property
+    def unloaded(self) -> tuple[tuple[Chooser, str], ...]:
+        """The methods of the file whose descriptions are not known yet, as kind and name."""
+        return unloaded(self.hyperparameters, self.plug_ins)
 
     @property
     def recorded_objective(self) -> Objective:

@@ -6,13 +6,22 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tuner.config.dimensions import describe, largest, value_to_yaml
-from tuner.config.sections import TRIAL_PATH, EvaluationSpec, ObjectiveSpec, RunSpec, SearchSpec
+from tuner.config.sections import (
+    IGNORED_WHERE_INACTIVE,
+    TRIAL_PATH,
+    EvaluationSpec,
+    ObjectiveSpec,
+    RunSpec,
+    SearchSpec,
+    counts_with,
+    described_choice,
+    table_in_use,
+)
 from tuner.config.wording import Refusal
 from tuner.errors import shown
 from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
-from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.variants.initialisations import INITIALISATIONS
 from tuner.records import (
     Choices,
@@ -23,6 +32,7 @@ from tuner.records import (
     Space,
     TimesSqrtRank,
     Value,
+    active,
     num_points,
     searched,
 )
@@ -138,23 +148,25 @@ def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
 
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
     """Warmup and decay have to fit for the largest values a trial may draw."""
-    warmup, decay = largest(space["warmup_steps"]), largest(space["decay_steps"])
-    parts = [name for name in ("decay_steps", "warmup_steps") if name in written]
+    lengths = [name for name, row in table_in_use().items() if row.in_decay == "length" and name in space]
+    warmup, decay = largest(space["warmup_steps"]), sum(largest(space[name]) for name in lengths)
+    parts = [name for name in (*lengths, "warmup_steps") if name in written]
     rests_on = (
         _HORIZON,
-        *(f"hyperparameters.{name}" for name in ("decay_steps", "warmup_steps", "schedule")),
+        *(f"hyperparameters.{name}" for name in (*lengths, "warmup_steps", "schedule")),
     )
     if warmup > max_train_steps:
         message = (
             f"{warmup} is above max_train_steps ({max_train_steps}): the rate would never reach its peak"
         )
         yield Refusal(("hyperparameters", "warmup_steps"), message, rests_on=(_HORIZON,))
-    elif space["schedule"].contains("linear") and warmup + decay > max_train_steps:
+    elif decay and warmup + decay > max_train_steps:
         message = (
-            f"warmup_steps ({warmup}) + decay_steps ({decay}) = {warmup + decay} is above max_train_steps "
-            f"({max_train_steps}); shorten one of them, or use the schedule constant or cosine"
+            f"warmup_steps ({warmup}) + {' + '.join(lengths)} ({decay}) = {warmup + decay} is above "
+            f"max_train_steps ({max_train_steps}); shorten one of them, or use the schedule constant or "
+            "cosine"
         )
-        yield Refusal(("hyperparameters", parts[0]), message, rests_on=rests_on)
+        yield Refusal(("hyperparameters", (*parts, "schedule")[0]), message, rests_on=rests_on)
 
 
 def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
@@ -174,19 +186,24 @@ def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Ite
         Refusal(("search", "enqueue", position, name), wrong, rests_on=(f"hyperparameters.{name}",))
         for position, entry in enumerate(search.enqueue)
         for name, value in entry.items()
-        if (wrong := _enqueue_mistake(name, value, round_name, space))
+        if (wrong := _enqueue_mistake(name, value, round_name, space, entry))
     ]
     yield from outside or _repeats(search, space)
 
 
-def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str | None:
+def _enqueue_mistake(
+    name: str, raw: Any, round_name: str, space: Space, entry: Mapping[str, Any]
+) -> str | None:
     if name == "continues":
         found = TRIAL_PATH.fullmatch(raw)
         own = found is not None and found[1] == round_name
         return f"{raw} is a trial of this round; only an earlier round can be continued" if own else None
-    row = HYPERPARAMETERS[name]
-    value, default = row.kind.parse(raw), row.default
-    dimension = space[name] if default is None else space.get(name, Fixed(default))
+    row = table_in_use()[name]
+    missing = Fixed(row.default) if row.only_if_written and row.default is not None else None
+    if (idle := _idle_in(entry, name, space)) is not None or (name not in space and missing is None):
+        return idle
+    dimension, value = space.get(name) or missing, row.kind.parse(raw)
+    assert dimension is not None
     read = shown(value_to_yaml(value))
     if dimension.contains(value):
         return None
@@ -198,17 +215,34 @@ def _enqueue_mistake(name: str, raw: Any, round_name: str, space: Space) -> str 
     return f"{read} is not in the search space; allowed: {describe(dimension)}"
 
 
+def _idle_in(entry: Mapping[str, Any], name: str, space: Space) -> str | None:
+    """Why a hyperparameter does not count in an entry; None where it does, or is let pass."""
+    row = table_in_use()[name]
+    if row.only_with is None or name in IGNORED_WHERE_INACTIVE:
+        return None
+    chooser, values = row.only_with
+    if name not in space:
+        return f"{counts_with(row)}; {described_choice(chooser, space, table_in_use())}"
+    if isinstance(space.get(chooser), Fixed):
+        return None
+    if chooser not in entry:
+        return f"{counts_with(row)}; name the {chooser} in this entry, too"
+    return None if entry[chooser] in values else f"{counts_with(row)}; this entry has {entry[chooser]}"
+
+
 def _repeats(search: SearchSpec, space: Space) -> Iterator[Refusal]:
     """Entries that are the same point; entries that name so little that there are too few points for them."""
-    dimensions = searched(space)
-    entries = [
-        {name: HYPERPARAMETERS[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
+    dimensions, table = searched(space), table_in_use()
+    parsed = [
+        {name: table[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
         for entry in search.enqueue
     ]
+    entries = [{name: p[name] for name in active(dimensions, p) if name in p} for p in parsed]
     refused: set[int] = set()
     for entry in [*entries, {}]:
         within = [position for position, other in enumerate(entries) if entry.items() <= other.items()]
-        room = num_points({name: d for name, d in dimensions.items() if name not in entry})
+        given = {name: Fixed(v, only_with=dimensions[name].only_with) for name, v in entry.items()}
+        room = num_points({**dimensions, **given})
         for position in within[int(min(room, len(within))) :]:
             if position in refused:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuner.errors import one_of
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Integer, Number
 from tuner.methods.table import HYPERPARAMETERS
@@ -41,7 +42,13 @@ def _dimension_schema(row: Hyperparameter) -> dict[str, Any]:
         forms.append(_object({"times_sqrt_r": {"type": "number", "exclusiveMinimum": 0}}, ["times_sqrt_r"]))
     default = {} if row.default is None else {"default": row.default}
     note = f" Default: {row.default_note}." if row.default is None else ""
-    return {"anyOf": forms, "description": f"{row.meaning}{note}", **default}
+    return {"anyOf": forms, "description": f"{row.meaning}{note}{_condition(row)}", **default}
+
+
+def _condition(row: Hyperparameter) -> str:
+    if row.only_with is None:
+        return ""
+    return f" Counts only with the {row.only_with.chosen_by} {one_of(row.only_with.values)}."
 
 
 def _range_schema(bound: dict[str, Any], *, integer: bool) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -16,13 +18,34 @@ from pydantic import (
     model_validator,
 )
 
-from tuner.config.dimensions import parse_value, read_dimension
+from tuner.config.dimensions import describe, parse_value, read_dimension
 from tuner.config.names import meant_value
 from tuner.config.schemas import enqueue_schema, hyperparameters_schema
 from tuner.config.wording import UNKNOWN_KEY, Refusal, mistake, refuse
-from tuner.errors import refusal, shown
+from tuner.errors import one_of, refusal, shown
+from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import Condition, Dimension, Fixed, Space, possible
+
+Table: TypeAlias = Mapping[str, Hyperparameter]
+_TABLE: ContextVar[Table] = ContextVar("table", default=HYPERPARAMETERS)
+
+
+def table_in_use() -> Table:
+    """The hyperparameters that the file which is being checked may name."""
+    return _TABLE.get()
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Check what follows against this table: tuner's with what plug-ins bring."""
+    token = _TABLE.set(table)
+    try:
+        yield
+    finally:
+        _TABLE.reset(token)
+
 
 STRICT = ConfigDict(
     extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -118,19 +141,58 @@ class ModelSpec(BaseModel):
 
 
 def _check_hyperparameters(written: dict[str, Any]) -> dict[str, Any]:
-    refuse("hyperparameters", _hyperparameter_refusals(written))
+    refuse("hyperparameters", _hyperparameter_refusals(written, table_in_use()))
     return written
 
 
-def _hyperparameter_refusals(written: dict[str, Any]) -> Iterator[Refusal]:
+def _hyperparameter_refusals(written: dict[str, Any], table: Table) -> Iterator[Refusal]:
+    space: dict[str, Dimension] = {}
     for name, raw in written.items():
-        if name not in HYPERPARAMETERS:
+        if name not in table:
             yield Refusal((name,), "unknown hyperparameter", type=UNKNOWN_KEY)
             continue
         try:
-            read_dimension(HYPERPARAMETERS[name], raw)
+            space[name] = read_dimension(table[name], raw)
         except ValueError as error:
             yield Refusal((name,), str(error))
+    for name, row in table.items():
+        if row.default is not None and name not in written:
+            space[name] = Fixed(row.default)
+    idle = space.keys() - possible(space).keys() - IGNORED_WHERE_INACTIVE
+    for name in written:
+        if name in idle:
+            chooser = condition_of(table[name]).chosen_by
+            message = f"{counts_with(table[name])}; {described_choice(chooser, space, table)}"
+            yield Refusal((name,), message, rests_on=(f"hyperparameters.{chooser}",))
+
+
+IGNORED_WHERE_INACTIVE = frozenset({"decay_steps"})
+"""A file may have it beside another schedule than linear, as the files of earlier versions do."""
+
+
+def condition_of(row: Hyperparameter) -> Condition:
+    """The condition of a row that has one."""
+    assert row.only_with is not None
+    return row.only_with
+
+
+def counts_with(row: Hyperparameter) -> str:
+    """Such as `counts only with the optimizer adamw or adamw_8bit`."""
+    chooser, values = condition_of(row)
+    return f"counts only with the {chooser} {one_of(values)}"
+
+
+def described_choice(chooser: str, space: Space, table: Table) -> str:
+    """What a chooser is, and which hyperparameters go with that."""
+    dimension = space[chooser]
+    own = [
+        name
+        for name, row in table.items()
+        if row.only_with is not None and row.only_with.chosen_by == chooser
+        if any(map(dimension.contains, row.only_with.values))
+    ]
+    has = f", which has {', '.join(own)}" if own else ", which has none of its own"
+    return f"{chooser} is {describe(dimension)} here{has}"
 
 
 WrittenHyperparameters = Annotated[
@@ -174,7 +236,7 @@ def _entry_refusals(position: int, entry: dict[str, Any]) -> Iterator[Refusal]:
         if name == "continues":
             if not (isinstance(raw, str) and TRIAL_PATH.fullmatch(raw)):
                 yield Refusal((position, name), f"expects ROUND/TRIAL such as round1/3, got {shown(raw)}")
-        elif name not in HYPERPARAMETERS:
+        elif name not in table_in_use():
             yield Refusal((position, name), "unknown hyperparameter", type=UNKNOWN_KEY)
         else:
             try:
@@ -186,7 +248,7 @@ def _entry_refusals(position: int, entry: dict[str, Any]) -> Iterator[Refusal]:
 def _enqueued(name: str, raw: Any) -> Any:
     if name == "continues":
         return raw
-    value = parse_value(HYPERPARAMETERS[name].kind, raw)
+    value = parse_value(table_in_use()[name].kind, raw)
     return list(value) if isinstance(value, tuple) else value
 
 

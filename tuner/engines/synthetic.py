@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.methods.schedules import warmup_length
+from tuner.methods.schedules import decay_names, warmup_length
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import Evaluation, Hyperparameters, Value
 
@@ -50,7 +51,7 @@ class LoraFormula:
 
     def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
         """The evaluation at a step of a run to a horizon; before the decay it knows no horizon."""
-        rate = _number(hyperparameters, "learning_rate", 2e-4)
+        rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
         if step > 0 and rate > 40 * self._best_rate:
             return Evaluation(step, math.nan, train_loss=math.nan, learning_rate=rate)
         loss, train_loss = self._losses(hyperparameters, rate / self._best_rate, step, horizon)
@@ -87,11 +88,12 @@ class LoraFormula:
 
     def _penalty(self, hyperparameters: Hyperparameters) -> float:
         """What everything but the rate costs at the end, as a share of the untouched loss."""
-        rank = _number(hyperparameters, "lora_r", 16.0)
+        rank = HYPERPARAMETERS["lora_r"].number(hyperparameters)
         total = 0.04 / rank
         for name, (centre, cost) in _CENTRES.items():
             best = centre * 10 ** (self._unit(name) - 0.5)
-            value = _number(hyperparameters, name, centre)
+            known = name in hyperparameters
+            value = HYPERPARAMETERS[name].number(hyperparameters) if known else centre
             total += cost * min(4.0, math.log10(max(value, centre / 100) / best) ** 2)
         for name in ("target_modules", "optimizer", "lora_init", "use_rslora"):
             total += 0.004 * self._unit(f"{name}={hyperparameters.get(name)}")
@@ -101,7 +103,8 @@ class LoraFormula:
         """Per-example sums around a loss: some examples are hard in every run, and each run has its luck."""
         hard = 1.0 + 0.3 * np.random.default_rng(_seed(self.name, "examples")).standard_normal(NUM_EXAMPLES)
         # The decay is no part of a trunk's luck: a run that goes on to another horizon must not notice.
-        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name != "decay_steps")
+        decay = decay_names(hyperparameters)
+        run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name not in decay)
         luck = np.random.default_rng(_seed(self.name, repr(run), str(step))).standard_normal(NUM_EXAMPLES)
         share = np.maximum(hard, 0.1) / float(np.maximum(hard, 0.1).mean())
         amount = 0.004 if step else 0.0
@@ -119,16 +122,13 @@ def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple
     warmup = min(step, warmup_length(hyperparameters))
     end = trunk_end(hyperparameters, horizon)
     trunk = min(step, max(warmup, end or 0))
+    if trunk > warmup and multiplier(trunk - 1, hyperparameters, horizon) < 1.0:
+        trunk = warmup  # a stable phase need not be at the peak
     warming = [multiplier(s, hyperparameters, horizon) for s in range(warmup)]
     decaying = [multiplier(s, hyperparameters, horizon) for s in range(trunk, step)]
     worth = math.fsum(warming) + (trunk - warmup) + math.fsum(m**DECAYED_WORTH for m in decaying)
     annealed = math.fsum(1.0 - m for m in decaying)
     return worth, annealed / max(1, step - warmup)
-
-
-def _number(hyperparameters: Hyperparameters, name: str, default: float) -> float:
-    value = hyperparameters.get(name, default)
-    return float(value) if isinstance(value, (int, float)) else default
 
 
 def _seed(*parts: str) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from tuner.methods.kinds import Kind
-from tuner.records import Hyperparameters, Value
+from tuner.records import Condition, Hyperparameters, Value
 
 
 class Tier(StrEnum):
@@ -36,11 +37,14 @@ class Hyperparameter:
     may_follow_rank: bool = False
     """Whether `{times_sqrt_r: FACTOR}` is allowed."""
     tier: Tier = Tier.MIGHT
-    only_with: tuple[str, tuple[Value, ...]] | None = None
+    only_with: Condition | None = None
     """Another hyperparameter and those of its values with which this one counts; None if it always does.
 
     Of a row that optimizers or schedules declare, the table fills this in: the methods that declare it.
     """
+    in_decay: Literal["length", "shape"] | None = None
+    """How it changes only the decay at the end of a run: as its length in steps, which is rescaled with the
+    horizon, or as its shape. None if the steps before the decay depend on it too."""
 
     @property
     def allowed(self) -> str:
@@ -49,8 +53,12 @@ class Hyperparameter:
 
     def number(self, values: Hyperparameters) -> float:
         """Return its value in a trial, or else its default; 0 where the default depends on the horizon."""
-        value = values.get(self.name, self.default)
+        value = self.value(values)
         if value is None:
             return 0.0
         assert isinstance(value, (int, float)), f"{self.name}: {value!r}"
         return float(value)
+
+    def value(self, values: Hyperparameters) -> Value | None:
+        """Return its value in a trial, or else its default; None where that depends on the horizon."""
+        return values.get(self.name, self.default)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tuner.errors import one_of, refusal, shown
+from tuner.methods import registry
 from tuner.records import Value
 
 
@@ -28,9 +29,9 @@ class Kind(Protocol):
 class UnknownName(ValueError):
     """A value that is none of the names which a hyperparameter takes."""
 
-    def __init__(self, names: tuple[str, ...], raw: Any) -> None:
-        self.names, self.raw = names, raw
-        super().__init__(refusal(one_of(names), raw))
+    def __init__(self, names: tuple[str, ...], raw: Any, *, allowed: str) -> None:
+        self.names, self.raw, self.allowed = names, raw, allowed
+        super().__init__(refusal(allowed, raw))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +140,54 @@ class OneOf:
             if isinstance(raw, str) and (raw == name or raw.startswith(f"{name}_")):
                 raise ValueError(refusal(self.allowed, raw, reason))
         if not isinstance(raw, str) or raw not in self.names:
-            raise UnknownName(self.names, raw)
+            raise UnknownName(self.names, raw, allowed=self.allowed)
         return raw
 
     def schema(self) -> dict[str, Any]:
         """An `enum`."""
         return {"enum": list(self.names)}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train by name: built in, registered by an installed package, or `package.module:Name`."""
+
+    kind: Literal["optimizer", "schedule"]
+
+    @property
+    def allowed(self) -> str:
+        """The names, and that there may be others."""
+        return one_of((*registry.names(self.kind), "package.module:Name"))
+
+    def parse(self, raw: Any) -> str:
+        """The name as it is. What it leads to is not imported."""
+        if not isinstance(raw, str) or not registry.is_known(self.kind, raw):
+            raise UnknownName(registry.names(self.kind), raw, allowed=self.allowed)
+        return raw
+
+    def schema(self) -> dict[str, Any]:
+        """An `enum` of those built in, for editors to complete, or a path."""
+        path = {"type": "string", "pattern": f"^{registry.PATH}$"}
+        return {"anyOf": [{"enum": list(registry.BUILT_IN[self.kind])}, path]}
+
+
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """A value of a hyperparameter that a method brings which is not loaded yet."""
+
+    allowed: str = "a number, true or false, or text"
+
+    def parse(self, raw: Any) -> Value:
+        """The value as it is, text and layers included."""
+        if isinstance(raw, (list, tuple)):
+            return tuple(str(item) for item in raw)
+        if not isinstance(raw, (bool, int, float, str)):
+            raise ValueError(refusal(self.allowed, raw))  # noqa: TRY004  a user's mistake, as for all kinds
+        return raw
+
+    def schema(self) -> dict[str, Any]:
+        """Whatever it is."""
+        return {}
 
 
 ALL_LINEAR = "all-linear"

@@ -18,8 +18,8 @@ Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler
 Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
-    "optimizer": ("adamw", "adamw_8bit"),
-    "schedule": ("constant", "linear", "cosine"),
+    "optimizer": ("adamw", "adamw_8bit", "lion", "lion_8bit", "muon"),
+    "schedule": ("constant", "linear", "cosine", "inverse_sqrt"),
     "variant": ("lora", "dora"),
     "metric": ("eval_loss", "token_accuracy", "answers"),
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
@@ -46,7 +46,12 @@ def is_built_in(kind: Kind, name: str) -> bool:
 
 def is_known(kind: Kind, name: str) -> bool:
     """Whether the name leads somewhere, as far as can be said without importing it."""
-    return re.fullmatch(PATH, name) is not None or name in names(kind)
+    return is_built_in(kind, name) or re.fullmatch(PATH, name) is not None or name in names(kind)
+
+
+def is_at_hand(kind: Kind, name: str) -> bool:
+    """Whether `described` imports no plug-in: it is built in, imported already, or a record stands in."""
+    return is_built_in(kind, name) or (kind, name) in _IMPORTED or (kind, name) in _RECORDED
 
 
 def expected(kind: Kind) -> str:
@@ -74,9 +79,10 @@ def described(kind: Kind, name: str, of: type[Described]) -> Described:
     """Return the description that a name leads to, built in or not.
 
     The built-in optimizer `x` is `X` in `tuner.methods.optimizers.x`; schedules and variants likewise.
-    Raises InputError where the name leads nowhere, or to something else than a description.
+    What a record says of it stands in until it is imported. Raises InputError where the name leads nowhere,
+    or to something else than a description.
     """
-    found = _found(kind, name)
+    found = _RECORDED[kind, name] if (kind, name) in _RECORDED else _found(kind, name)
     if not isinstance(found, of):
         raise InputError(
             f"{kind} {name}: expects a tuner.methods.{kind}s.{of.__name__}, got a {type(found).__name__}"
@@ -84,8 +90,27 @@ def described(kind: Kind, name: str, of: type[Described]) -> Described:
     return found
 
 
+def imported(kind: Kind, name: str, of: type[Described]) -> Described:
+    """Return the description itself, and from now on by `described` too. Raises what `described` does."""
+    _found(kind, name)
+    _RECORDED.pop((kind, name), None)
+    return described(kind, name, of)
+
+
+def stand_in(kind: Kind, name: str, description: object) -> None:
+    """Let this be the description of a method that is not tuner's, unless it is imported already."""
+    if (kind, name) not in _IMPORTED:
+        _RECORDED[kind, name] = description
+
+
+_RECORDED: dict[tuple[Kind, str], Any] = {}
+_IMPORTED: set[tuple[Kind, str]] = set()
+
+
 @cache
 def _found(kind: Kind, name: str) -> Any:
     if is_built_in(kind, name):
         return getattr(import_module(f"tuner.methods.{kind}s.{name}"), name.upper())
-    return load(kind, name)
+    found = load(kind, name)
+    _IMPORTED.add((kind, name))
+    return found

@@ -7,11 +7,12 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from tuner.methods.hyperparameters import Hyperparameter, Tier
-from tuner.methods.kinds import Integer, Number, OneOf
+from tuner.methods.kinds import Integer, Method, Number
 from tuner.methods.optimizers import Optimizer, optimizer
-from tuner.methods.registry import BUILT_IN
+from tuner.methods.registry import BUILT_IN, is_built_in
 from tuner.methods.schedules import WARMUP_STEPS, Schedule, schedule
 from tuner.methods.variants import variant
+from tuner.records import Condition, Hyperparameters, Value
 
 _LEARNING_RATE = Hyperparameter(
     "learning_rate",
@@ -30,15 +31,16 @@ _BATCH_SIZE = Hyperparameter(
 _OPTIMIZER = Hyperparameter(
     "optimizer",
     "adamw_8bit",
-    OneOf(BUILT_IN["optimizer"]),
-    "AdamW with 32-bit moments, or with bitsandbytes' 8-bit moments.",
+    Method("optimizer"),
+    "AdamW or Lion with 32-bit moments, or with bitsandbytes' 8-bit ones (_8bit); or Muon for the adapter's "
+    "matrices.",
 )
 _SCHEDULE = Hyperparameter(
     "schedule",
     "linear",
-    OneOf(BUILT_IN["schedule"]),
-    "The rate after warmup: constant; constant and then linearly to 0 over the last decay_steps; "
-    "or half a cosine to 0.",
+    Method("schedule"),
+    "The rate after warmup: constant; constant and then to 0 over the last decay_steps (linear); half a "
+    "cosine to 0; or the inverse square root of the step.",
     tier=Tier.UNLIKELY,
 )
 _MAX_GRAD_NORM = Hyperparameter(
@@ -75,13 +77,30 @@ def conditional(chosen_by: str, methods: Sequence[Optimizer | Schedule]) -> Iter
     rows = {row.name: row for method in methods for row in method.hyperparameters}
     for row in rows.values():
         declaring = tuple(method.name for method in methods if row in method.hyperparameters)
-        yield replace(row, only_with=(chosen_by, declaring))
+        yield replace(row, only_with=Condition(chosen_by, declaring))
 
 
-def limits() -> dict[str, tuple[float | None, float | None]]:
+def limits(table: Mapping[str, Hyperparameter]) -> dict[str, tuple[float | None, float | None]]:
     """Return the lowest and the highest value that each number may have by name, None where there is none."""
-    rows = HYPERPARAMETERS.values()
-    return {row.name: row.kind.limits for row in rows if isinstance(row.kind, (Integer, Number))}
+    return {row.name: row.kind.limits for row in table.values() if isinstance(row.kind, (Integer, Number))}
+
+
+def counting(values: Hyperparameters) -> dict[str, Value]:
+    """Return a trial's hyperparameters without those of methods that it does not use.
+
+    Trials of earlier versions have such: `decay_steps` beside a cosine.
+    """
+    return {name: value for name, value in values.items() if _counts(HYPERPARAMETERS.get(name), values)}
+
+
+def _counts(row: Hyperparameter | None, values: Hyperparameters) -> bool:
+    if row is None or row.only_with is None or row.only_with.chosen_by not in values:
+        return True
+    chosen = values[row.only_with.chosen_by]
+    kind = HYPERPARAMETERS[row.only_with.chosen_by].kind
+    # What a method counts that tuner does not have, only its description says; its trials have no other.
+    is_foreign = isinstance(kind, Method) and not is_built_in(kind.kind, str(chosen))
+    return is_foreign or chosen in row.only_with.values
 
 
 def tier_of(name: str) -> Tier:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tuner.methods.hyperparameters import Tier
-from tuner.methods.schedules import DecayRule, recut_decay
-from tuner.methods.table import tier_of
+from tuner.methods.schedules import WARMUP_STEPS, DecayRule, warmup_length
+from tuner.methods.table import counting
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.results import RoundResults, percent
-from tuner.playbook.schedule import can_decay_linearly
+from tuner.playbook.schedule import decay_lengths, schedules_of
 from tuner.playbook.spaces import (
     as_listed,
     beyond_edge,
@@ -24,7 +25,17 @@ from tuner.playbook.spaces import (
     reaching,
     widened,
 )
-from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Trial, TrialState, Value
+from tuner.records import (
+    Choices,
+    Dimension,
+    Fixed,
+    Hyperparameters,
+    Range,
+    TimesSqrtRank,
+    Trial,
+    TrialState,
+    Value,
+)
 
 _RATE = "learning_rate"
 
@@ -40,7 +51,7 @@ class HyperparameterChange:
     """Written as the comment beside it in the next round's file."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Carrying:
     """The search space of one horizon, to be carried over to another."""
 
@@ -72,22 +83,23 @@ class Carrying:
 
     def point(self, incumbent: Trial) -> dict[str, Value]:
         """Return all hyperparameters of an incumbent in the next round, with its decay rescaled."""
-        values = dict(incumbent.hyperparameters)
+        values = counting(incumbent.hyperparameters)
         for name in self.added:
             old = self.results.space.get(name)
             if name not in values and isinstance(old, Fixed):
                 values[name] = old.value
-        if "decay_steps" in values:
-            values["decay_steps"] = self._recut(values["decay_steps"], incumbent)
+        for name in self._lengths:
+            if name in values:
+                values[name] = self._rescaled(name, values[name], of=values)
         return values
 
     def _change(self, name: str, old: Dimension) -> HyperparameterChange:
-        tier = tier_of(name)
+        tier = self.results.tier_of(name)
         points = [self.point(trial) for trial in self.incumbents]
         held = [point[name] for point in points if name in point]
         if name in self.added:
             new, reason = _added(self.added[name], held)
-            return HyperparameterChange(old, new, tier, reason)
+            return HyperparameterChange(old, replace(new, only_with=old.only_with), tier, reason)
         new, reason = self._dimension(name, old, tier)
         if (edge := self._edge(name)) is not None:
             further = self._beyond(name, old, new, edge)
@@ -97,11 +109,11 @@ class Carrying:
         wide = widened(new, held)
         if wide != new:
             reason += "; widened to include the enqueued trials"
-        return HyperparameterChange(old, wide, tier, reason)
+        return HyperparameterChange(old, replace(wide, only_with=old.only_with), tier, reason)
 
     def _dimension(self, name: str, old: Dimension, tier: Tier) -> tuple[Dimension, str]:
-        if name == "decay_steps":
-            return self._decay(old)
+        if name in self._lengths:
+            return self._decay(name, old)
         if self.widens_rates:
             return self._with_higher_rates(name, old)
         if name in self.reopened:
@@ -112,7 +124,12 @@ class Carrying:
             return old, self._reason_to_stay(name)
         values = self._values(name)
         if not values:
-            return old, "searched as before: no complete trial beat the base model"
+            lacks = (
+                "none of the leading trials has it"
+                if self.leading
+                else "no complete trial beat the base model"
+            )
+            return old, f"searched as before: {lacks}"
         match tier:
             case Tier.VERY_LIKELY:
                 return Fixed(values[0]), "the best trial's value, very likely to hold in longer runs"
@@ -148,12 +165,12 @@ class Carrying:
 
     def _beyond(self, name: str, old: Dimension, new: Dimension, edge: Edge) -> Dimension:
         """Extend the new dimension beyond the bound of the old one at which the best trial lies."""
-        is_decay = name == "decay_steps"
+        is_decay = name in self._lengths
         before = new if is_decay else old
         # A dimension that the tier would fix stays searched, around the leading trials.
         base = new if is_decay or isinstance(new, type(old)) else narrowed(old, self._values(name))
         wide = beyond_edge(before, edge, self.results.limits.get(name, (None, None)))
-        if name in ("warmup_steps", "decay_steps"):
+        if is_decay or name == WARMUP_STEPS.name:
             room = self._room(name)
             if room <= longest(base):
                 return new
@@ -161,13 +178,15 @@ class Carrying:
         return new if wide == before else reaching(base, wide, edge.side)
 
     def _room(self, name: str) -> float:
-        """Return the longest warmup or decay that fits beside the other."""
+        """Return the steps that warmup and decay leave for one of them at its longest."""
         space = self.results.space
-        if not self._can_be_linear() or not {"warmup_steps", "decay_steps"} <= space.keys():
-            return self.new_horizon
-        if name == "warmup_steps":
-            return self.new_horizon - longest(self._decay(space["decay_steps"])[0])
-        return self.new_horizon - longest(self._change("warmup_steps", space["warmup_steps"]).to_dimension)
+        others = [other for other in (WARMUP_STEPS.name, *self._lengths) if other != name and other in space]
+        return self.new_horizon - sum(longest(self._beside(other, space[other])) for other in others)
+
+    def _beside(self, name: str, old: Dimension) -> Dimension:
+        if name in self._lengths:
+            return self._decay(name, old)[0]
+        return self._change(name, old).to_dimension
 
     def _reason_to_stay(self, name: str) -> str:
         if name == _RATE and self.new_horizon != self.results.max_train_steps:
@@ -200,16 +219,18 @@ class Carrying:
         edge = max((rate for rate, infeasible in rates if not infeasible), default=math.inf)
         return min((rate for rate, infeasible in rates if infeasible and rate > edge), default=math.inf)
 
-    def _decay(self, old: Dimension) -> tuple[Dimension, str]:
+    @cached_property
+    def _lengths(self) -> tuple[str, ...]:
+        """Return the names of the space that are the length of a decay."""
+        return decay_lengths(self.results.space)
+
+    def _decay(self, name: str, old: Dimension) -> tuple[Dimension, str]:
         if self.results.max_train_steps == self.new_horizon:
             return old, "as before, at the same horizon"
-        new = _mapped(old, self._recut)
-        if not self._can_be_linear():
-            return new, "as before" if new == old else "shortened to fit into the run"
+        new = _mapped(old, lambda value: self._rescaled(name, value))
         if isinstance(old, Fixed) and isinstance(new, Fixed):
-            before, after = (int(number(d.value) or 0) for d in (old, new))
-            now = f", {percent(after / self.new_horizon)}"
-            if after < self._wanted_decay(before):
+            now = f", {percent((number(new.value) or 0) / self.new_horizon)}"
+            if new.value != self._rescaled(name, old.value, warmup_steps=0):
                 return new, f"rescaled: all steps that the warmup leaves of {self.new_horizon}"
         else:
             now = ""
@@ -217,27 +238,17 @@ class Carrying:
             return new, f"rescaled: the same share of the run as before{now}"
         return new, f"rescaled: as long as before, and at least 20% of the run{now and now + ' now'}"
 
-    def _can_be_linear(self) -> bool:
-        return can_decay_linearly(self.results.space)
-
-    def _recut(self, decay_steps: Value, incumbent: Trial | None = None) -> int:
-        """Return the decay in the next round, for one trial or for any."""
-        known = int(number(decay_steps) or 0)
-        if self.results.max_train_steps == self.new_horizon:
-            own = number(incumbent.hyperparameters.get("warmup_steps")) if incumbent else None
-            return max(0, min(known, self.new_horizon - int(own or 0)))
-        if not self._can_be_linear():
-            return max(0, min(known, self.new_horizon - self._longest_warmup()))
-        return self._wanted_decay(known, warmup_steps=self._longest_warmup())
-
-    def _wanted_decay(self, decay_steps: int, *, warmup_steps: int = 0) -> int:
-        return recut_decay(
-            decay_steps,
-            old_horizon=self.results.max_train_steps,
-            new_horizon=self.new_horizon,
-            warmup_steps=warmup_steps,
-            keep=self.decay,
-        )
+    def _rescaled(
+        self, name: str, value: Value, *, of: Hyperparameters | None = None, warmup_steps: int | None = None
+    ) -> int:
+        """Return the length of a decay in the next round, of a trial or of any."""
+        old_horizon, horizon = self.results.max_train_steps, self.new_horizon
+        known = of or {n: d.value for n, d in self.results.space.items() if isinstance(d, Fixed)}
+        if warmup_steps is None:
+            warmup_steps = warmup_length(of or {}) if old_horizon == horizon else self._longest_warmup()
+        values = {**known, name: value, WARMUP_STEPS.name: warmup_steps}
+        own = next(s for s in schedules_of(self.results.space) if name in {r.name for r in s.decay_lengths})
+        return int(number(own.rescale(values, old_horizon, horizon, self.decay)[name]) or 0)
 
     def _longest_warmup(self) -> int:
         """Return the longest warmup of the incumbents, or of the space if there are none."""
@@ -278,14 +289,14 @@ def longest(dimension: Dimension) -> float:
             return 0
 
 
-def _mapped(old: Dimension, recut: Callable[[Value], int]) -> Dimension:
+def _mapped(old: Dimension, rescale: Callable[[Value], int]) -> Dimension:
     match old:
         case Fixed(value=value):
-            return Fixed(recut(value))
+            return Fixed(rescale(value))
         case Choices(values=values):
-            return as_listed(old, [recut(value) for value in values])
+            return as_listed(old, [rescale(value) for value in values])
         case Range(low=low, high=high):
-            shortest, latest = recut(math.ceil(low)), recut(math.floor(high))
+            shortest, latest = rescale(math.ceil(low)), rescale(math.floor(high))
             if shortest >= latest:
                 return Fixed(latest)
             return Range(shortest, latest, log=old.log and shortest > 0, integer=True)

@@ -2,25 +2,100 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
+from tuner.methods.schedules import WARMUP_STEPS, warmup_length
 from tuner.playbook.gain import wants_comparison
 from tuner.playbook.horizon import Diagnosis, diagnose, signs
 from tuner.playbook.results import BranchResult, RoundResults
-from tuner.playbook.schedule import (
-    ComparisonRule,
-    ComparisonRun,
-    comparison_runs,
-    decay_length,
-    half_from_scratch,
-    shorter_decay,
-)
+from tuner.playbook.schedule import decay_length, known_schedule_of, trunk_end
 from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
+ComparisonRule: TypeAlias = Literal["auto"] | bool
+"""`run.decay_branches`: one comparison run if a round needs it, those of all leading trials, or none."""
+
 _SETTLED = frozenset({Diagnosis.NO_LEARNING, Diagnosis.TOO_LONG, Diagnosis.OVERFITTING})
 """Diagnoses that hold whatever the gain of the last doubling."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRun:
+    """A run to a shorter horizon on the same schedule, which measures the loss at that horizon."""
+
+    from_step: int
+    """The stable checkpoint from which a decay branch starts; 0 from scratch."""
+    max_train_steps: int
+    """Its own horizon."""
+
+    @property
+    def num_steps(self) -> int:
+        """Return the number of steps that it runs."""
+        return self.max_train_steps - self.from_step
+
+
+def decay_branches(hyperparameters: Hyperparameters, max_train_steps: int) -> tuple[ComparisonRun, ...]:
+    """Return the comparison runs that can start from a stable checkpoint, by horizon.
+
+    They end at T/2 and T/sqrt(2) and keep the decay's share of the run. Runs that would start before the
+    warmup ends are left out; without a linear decay there are none. Rule: this project's decision,
+    "Comparison runs".
+    """
+    if not 0 < decay_length(hyperparameters) <= max_train_steps:
+        return ()
+    branches = []
+    for horizon in sorted({round(max_train_steps / 2), round(max_train_steps / math.sqrt(2))}):
+        start = horizon - decay_length(_rescaled(hyperparameters, max_train_steps, horizon))
+        if start >= max(1, warmup_length(hyperparameters)):
+            branches.append(ComparisonRun(start, horizon))
+    return tuple(branches)
+
+
+def half_from_scratch(hyperparameters: Hyperparameters, max_train_steps: int) -> ComparisonRun | None:
+    """Return the comparison run to T/2 that starts at step 0.
+
+    None if warmup takes all of it, or if the rate is constant to the end, where the trial's own evaluations
+    show the same. Rule: this project's decision, "Comparison runs".
+    """
+    half = round(max_train_steps / 2)
+    is_constant = trunk_end(hyperparameters, max_train_steps) == max_train_steps
+    return None if is_constant or half <= warmup_length(hyperparameters) else ComparisonRun(0, half)
+
+
+def comparison_runs(
+    hyperparameters: Hyperparameters, max_train_steps: int, *, rule: ComparisonRule
+) -> tuple[ComparisonRun, ...]:
+    """Return the comparison runs of one trial by `run.decay_branches`, by horizon.
+
+    Decay branches if the stable phase contains their start, otherwise a run to T/2 from scratch, unless
+    warmup takes all of it. Rule: this project's decision, "Comparison runs".
+    """
+    half = half_from_scratch(hyperparameters, max_train_steps)
+    if rule is False or half is None:
+        return ()
+    runs = {run.max_train_steps: run for run in (half, *decay_branches(hyperparameters, max_train_steps))}
+    if rule == "auto":
+        return (runs[half.max_train_steps],)
+    return tuple(runs[horizon] for horizon in sorted(runs))
+
+
+def trunk_steps(
+    hyperparameters: Hyperparameters, max_train_steps: int, *, branches: ComparisonRule
+) -> tuple[int, ...]:
+    """Return the steps at which a stable checkpoint is kept: the end of the stable phase and the branch
+    points.
+
+    Empty if the schedule has no stable phase, or if the warmup outlasts it. Rule: this project's decision,
+    "Trunk".
+    """
+    end = trunk_end(hyperparameters, max_train_steps)
+    if end is None or end < max(1, warmup_length(hyperparameters)):
+        return ()
+    planned = comparison_runs(hyperparameters, max_train_steps, rule=branches)
+    return tuple(sorted({end, *(run.from_step for run in planned if run.from_step)}))
 
 
 def expected_runs(
@@ -109,10 +184,14 @@ def branch_hyperparameters(
     `max_train_steps` is the trial's. The decay keeps its share of the run, in whole steps. Rule: this
     project's decision, "Comparison runs".
     """
-    if not decay_length(hyperparameters):
-        return hyperparameters
-    decay = shorter_decay(hyperparameters, max_train_steps, branch.max_train_steps)
-    return {**hyperparameters, "decay_steps": decay}
+    return _rescaled(hyperparameters, max_train_steps, branch.max_train_steps)
+
+
+def _rescaled(hyperparameters: Hyperparameters, old_horizon: int, new_horizon: int) -> Hyperparameters:
+    """Return the hyperparameters with the decay's share kept, even where the warmup leaves less room."""
+    own = known_schedule_of(hyperparameters)
+    unhindered = {**hyperparameters, WARMUP_STEPS.name: 0}
+    return {**hyperparameters, **own.rescale(unhindered, old_horizon, new_horizon, "share")}
 
 
 def branch_results(trials: Iterable[Trial], begun: Iterable[Branch]) -> tuple[BranchResult, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from tuner.playbook.curves import periodicity, restless_changes, rise_after_best, train_loss_rise
 from tuner.playbook.edges import number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted
+from tuner.playbook.schedule import known_schedule_of
 from tuner.playbook.selection import LeadingTrial, beats_the_base
 from tuner.records import LOSS, Direction
 
@@ -86,13 +87,13 @@ def _late_variance(best: LeadingTrial) -> Iterator[Finding]:
 
 def _calming(best: LeadingTrial) -> str:
     """Say how to stabilise the end of a run with this trial's schedule."""
-    match best.trial.hyperparameters.get("schedule", "constant"):
-        case "constant":
-            return "Use `schedule: linear`, with decay_steps of about 40% of the run, for a smoother end."
-        case "linear":
-            return "Use longer decay_steps or a lower learning_rate for a smoother end."
-        case _:
-            return "Use a lower learning_rate for a smoother end."
+    own = known_schedule_of(best.trial.hyperparameters)
+    if own.decay_lengths:
+        lengths = ", ".join(row.name for row in own.decay_lengths)
+        return f"Use longer {lengths} or a lower learning_rate for a smoother end."
+    if own.has_stable_phase:
+        return "Use `schedule: linear`, with decay_steps of about 40% of the run, for a smoother end."
+    return "Use a lower learning_rate for a smoother end."
 
 
 def _train_loss_rising(leading: Sequence[LeadingTrial]) -> Iterator[Finding]:

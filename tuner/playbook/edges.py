@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Literal
 
 from tuner.methods.hyperparameters import Tier
-from tuner.methods.table import tier_of
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import distinct, ranked_by_curve
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
@@ -51,7 +50,7 @@ def edges(results: RoundResults, best: Trial) -> tuple[Edge, ...]:
         edge
         for edge in found
         if edge is not None
-        and tier_of(edge.name) != Tier.KEPT
+        and results.tier_of(edge.name) != Tier.KEPT
         and edge.bound != 0
         and not _is_limit(results, edge)
         and not (edge.name == _RATE and edge.side == "upper" and diverged_above(results, edge.value))

@@ -25,7 +25,7 @@ from tuner.records import LOSS, Direction, Evaluation, Trial
 _OF_THE_GAINED = " of what the best trial gained over the base model"
 _SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run on the same schedule",
-    GainSource.STABLE_PHASE: "from its own evaluations, at a constant rate",
+    GainSource.STABLE_PHASE: "from its own evaluations, without a decay",
     GainSource.EARLIER_ROUND: "from an earlier round with the same hyperparameters",
     GainSource.BEFORE_DECAY: "from its evaluations before the decay",
 }

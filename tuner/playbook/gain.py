@@ -9,7 +9,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from tuner.methods.schedules import warmup_length
+from tuner.methods.schedules import rescaled_names, warmup_length
+from tuner.methods.table import counting
 from tuner.playbook.noise import Scale, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end
@@ -31,8 +32,6 @@ CLOSE_TO_HALF = 1.25
 
 _ALMOST_ALL = 1 - 1e-9
 """Keeps the logarithm finite if a loss falls to nothing."""
-_SCHEDULED = frozenset({"decay_steps"})
-"""Hyperparameters that change with the horizon and do not make two trials different configurations."""
 
 
 class GainSource(StrEnum):
@@ -41,7 +40,7 @@ class GainSource(StrEnum):
     COMPARISON = "comparison_run"
     """A run to a shorter horizon on the same schedule."""
     STABLE_PHASE = "stable_phase"
-    """The trial's own evaluations, at a rate that is constant to the end."""
+    """The trial's own evaluations, at a rate that never depends on the horizon."""
     EARLIER_ROUND = "earlier_round"
     """The same hyperparameters in a round with another horizon and the same share of decay."""
     BEFORE_DECAY = "before_decay"
@@ -111,7 +110,7 @@ def measured_gain(
 ) -> Gain | None:
     """Return the gain of the last doubling from the best available source; None if there is none.
 
-    The sources, in order: a comparison run; the stable phase of a rate that is constant to the end; an
+    The sources, in order: a comparison run; the stable phase of a rate that never depends on the horizon; an
     earlier round at another horizon with the same share of decay; the stable phase before a decay of at most
     40%. The best leading trial that has the source is used. Evaluations within a decay are not a source,
     because the falling rate lowers the later loss as well. Rule: this project's decision, "gain"; measured on
@@ -180,7 +179,7 @@ def _relative_to_the_mean(costs: np.ndarray, scale: Scale) -> np.ndarray:
 def same_configuration(one: Trial, other: Trial) -> bool:
     """Return whether two trials of different rounds are the same configuration and seed, decay aside.
 
-    Rule: this project's decision: `decay_steps` follows the horizon and does not count.
+    Rule: this project's decision: the length of a decay follows the horizon and does not count.
     """
     return configuration(one) == configuration(other)
 
@@ -190,11 +189,11 @@ def configuration(trial: Trial) -> tuple[object, ...]:
 
     Rule: this project's decision, as for `same_configuration`.
     """
-    return _identity(trial, without=_SCHEDULED)
+    return _identity(trial, without=frozenset(rescaled_names(trial.hyperparameters)))
 
 
 def _identity(trial: Trial, *, without: frozenset[str] | set[str]) -> tuple[object, ...]:
-    return tuple(sorted((k, v) for k, v in trial.hyperparameters.items() if k not in without))
+    return tuple(sorted((k, v) for k, v in counting(trial.hyperparameters).items() if k not in without))
 
 
 def _from_horizons(

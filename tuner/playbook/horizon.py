@@ -15,7 +15,13 @@ from tuner.playbook.edges import MAX_WIDENINGS, has_few_rates, num_widenings, ra
 from tuner.playbook.gain import Gain, GainSource, measured_gain, seed_spread
 from tuner.playbook.noise import BY_VALUE, Scale, majority_probability
 from tuner.playbook.results import RoundResults
-from tuner.playbook.schedule import decay_length, step_at_rate_share, trunk_end
+from tuner.playbook.schedule import (
+    decay_length,
+    has_built_in_schedule,
+    step_at_rate_share,
+    step_at_recorded_share,
+    trunk_end,
+)
 from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials, scale_of
 from tuner.records import LOSS, Objective, Trial
 
@@ -201,7 +207,10 @@ def _late(trial: Trial | None, at: float, scale: Scale | None) -> LateDrop | Non
 def _late_by_rate(trial: Trial | None, max_train_steps: int, scale: Scale | None) -> LateDrop | None:
     if trial is None:
         return None
-    at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
+    if has_built_in_schedule(trial.hyperparameters):
+        at = step_at_rate_share(trial.hyperparameters, max_train_steps, LATE_FRACTION)
+    else:
+        at = step_at_recorded_share(trial.evaluations, LATE_FRACTION)
     return _late(trial, at, scale)
 
 

@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from tuner.errors import InputError, TunerError
 from tuner.methods.schedules import DecayRule
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
-from tuner.playbook.continuation import continuation_step
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.noise import BY_VALUE, paired_standard_error
 from tuner.playbook.observations import default_sampler, search_findings
 from tuner.playbook.reading import Reading
-from tuner.playbook.reopening import overturned_order, remarks, reopened_space, reopening_findings
+from tuner.playbook.reopening import (
+    OverturnedOrder,
+    overturned_order,
+    remarks,
+    reopened_space,
+    reopening_findings,
+)
 from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
-from tuner.playbook.schedule import can_decay_linearly, tiny_rate_share
+from tuner.playbook.schedule import continuation_step, decay_lengths, tiny_rate_share
 from tuner.playbook.selection import distinct, may_be_carried_over, ranked, scale_of, trial_score
-from tuner.records import Dimension, Fixed, Hyperparameters, Space, Trial, searched
+from tuner.records import Dimension, Hyperparameters, Space, Trial, active, possible, searched
 
 TOP = 3
 """The most trials that are carried over unchanged."""
@@ -95,66 +100,101 @@ def plan_next_round(
     horizon = _horizon(results, reading, max_train_steps)
     num_kept = num_carried_over(len(results.results)) if top is None else top
     best = incumbents(results.trials if candidates is None else candidates, num_kept)
-    leading = best + [lead.trial for lead in reading.leading if lead.trial not in best]
-    widens_rates = reading.widens_rates and horizon == results.max_train_steps
     overturned = overturned_order(results, earlier, noise=reading.noise)
-    reopened = reopened_space(results, overturned) if overturned and not widens_rates else {}
-    carrying = Carrying(
-        results,
-        best,
-        leading,
-        horizon,
-        decay,
-        edges=_edges(results, reading),
-        widens_rates=widens_rates,
-        has_small_rates=reading.has_small_rates,
-        reopened=reopened,
-        added=added or {},
-    )
+    carrying = _carrying(results, reading, best, horizon, decay, overturned=overturned, added=added or {})
+    return _next_round(carrying, reading, overturned, to=to, earlier=earlier, adds_trials=adds_trials)
+
+
+def _next_round(
+    carrying: Carrying,
+    reading: Reading,
+    overturned: OverturnedOrder | None,
+    *,
+    to: str,
+    earlier: Sequence[RoundResults],
+    adds_trials: bool,
+) -> NextRound:
+    results, best, horizon = carrying.results, carrying.incumbents, carrying.new_horizon
     changes = carrying.changes()
     _refuse_long_warmup(changes, horizon)
-    space = {name: change.to_dimension for name, change in changes.items()}
+    space = possible({name: change.to_dimension for name, change in changes.items()})
     enqueue = tuple(_enqueued(carrying, trial, searched(space)) for trial in best)
-    total = num_trials(
-        len(results.results) or len(results.trials),
-        enqueued=len(enqueue),
-        old_horizon=results.max_train_steps,
-        new_horizon=horizon,
-        is_searched=adds_trials and bool(searched(space)),
-    )
+    total = _trials_total(carrying, len(enqueue), is_searched=adds_trials and bool(searched(space)))
     sampler, sampler_reason = default_sampler(
         knows_good_trials=bool(best),
         before=results.sampler,
-        is_narrowed=not widens_rates and not reopened,
+        is_narrowed=not carrying.widens_rates and not carrying.reopened,
     )
     seeds = proposed_seeds(results, noise=reading.noise)
+    notes = _notes(results, reading, horizon, space), remarks(results, reading, space, best, earlier)
     return NextRound(
         from_round=results.name,
         to_round=to,
         old_max_train_steps=results.max_train_steps,
         max_train_steps=horizon,
         evaluate_every=results.evaluate_every,
-        decay=decay,
+        decay=carrying.decay,
         space=space,
-        changes=changes,
+        changes={name: change for name, change in changes.items() if name in space},
         enqueue=enqueue,
         trials_total=total,
         sampler=sampler,
         sampler_reason=sampler_reason,
         proposed_seeds=seeds,
-        findings=(
-            *reading.findings,
-            *search_findings(space, total),
-            *reopening_findings(overturned, reopened, widens_rates=widens_rates),
-            *_tiny_rate(carrying),
-            *_lead_within_noise(seeds),
-        ),
-        notes=(
-            *_notes(results, reading, horizon, space),
-            *remarks(results, reading, space, best, earlier),
-            *_nothing_to_run(enqueue, total, horizon),
-        ),
+        findings=tuple(_findings(carrying, reading, overturned, space, total, seeds)),
+        notes=(*itertools.chain(*notes), *_nothing_to_run(enqueue, total, horizon)),
     )
+
+
+def _trials_total(carrying: Carrying, enqueued: int, *, is_searched: bool) -> int:
+    results = carrying.results
+    return num_trials(
+        len(results.results) or len(results.trials),
+        enqueued=enqueued,
+        old_horizon=results.max_train_steps,
+        new_horizon=carrying.new_horizon,
+        is_searched=is_searched,
+    )
+
+
+def _carrying(
+    results: RoundResults,
+    reading: Reading,
+    best: Sequence[Trial],
+    horizon: int,
+    decay: DecayRule,
+    *,
+    overturned: OverturnedOrder | None,
+    added: Mapping[str, Dimension],
+) -> Carrying:
+    widens_rates = reading.widens_rates and horizon == results.max_train_steps
+    return Carrying(
+        results,
+        incumbents=best,
+        leading=[*best, *(lead.trial for lead in reading.leading if lead.trial not in best)],
+        new_horizon=horizon,
+        decay=decay,
+        edges=_edges(results, reading),
+        widens_rates=widens_rates,
+        has_small_rates=reading.has_small_rates,
+        reopened=reopened_space(results, overturned) if overturned and not widens_rates else {},
+        added=added,
+    )
+
+
+def _findings(
+    carrying: Carrying,
+    reading: Reading,
+    overturned: OverturnedOrder | None,
+    space: Space,
+    total: int,
+    seeds: Sequence[int],
+) -> Iterator[Finding]:
+    yield from reading.findings
+    yield from search_findings(space, total)
+    yield from reopening_findings(overturned, carrying.reopened, widens_rates=carrying.widens_rates)
+    yield from _tiny_rate(carrying)
+    yield from _lead_within_noise(seeds)
 
 
 def num_carried_over(num_trials: int) -> int:
@@ -260,7 +300,7 @@ def _refuse_long_warmup(changes: Mapping[str, HyperparameterChange], horizon: in
 def _enqueued(carrying: Carrying, trial: Trial, names: Mapping[str, Dimension]) -> EnqueuedTrial:
     point = carrying.point(trial)
     step, reason = continuation_step(trial, carrying.results.max_train_steps, point, carrying.new_horizon)
-    chosen = {name: point[name] for name in names if name in point}
+    chosen = {name: point[name] for name in active(names, point) if name in point}
     return EnqueuedTrial(chosen, trial.round, trial.number, step, reason)
 
 
@@ -307,8 +347,8 @@ def _notes(results: RoundResults, reading: Reading, horizon: int, space: Space) 
         yield f"{horizon} steps are more than run.production_steps, {cap}."
     if horizon > 3 * results.max_train_steps:
         yield "More than three times the last horizon: its best trials may not be the best here."
-    has_decay = can_decay_linearly(space) and longest(space.get("decay_steps", Fixed(0))) > 0
-    if reading.diagnosis == Diagnosis.TOO_SHORT and horizon > results.max_train_steps and has_decay:
-        yield "The best steps are late: also retune decay_steps."
+    decays = [name for name in decay_lengths(space) if longest(space[name]) > 0]
+    if reading.diagnosis == Diagnosis.TOO_SHORT and horizon > results.max_train_steps and decays:
+        yield f"The best steps are late: also retune {', '.join(decays)}."
     if not incumbents(results.trials, 1):
         yield "No complete trial beat the base model, so nothing is enqueued and no range is narrowed."

@@ -9,7 +9,6 @@ from itertools import combinations
 import numpy as np
 
 from tuner.methods.hyperparameters import Tier
-from tuner.methods.table import tier_of
 from tuner.playbook.carrying import longest
 from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_losses
 from tuner.playbook.edges import number
@@ -217,7 +216,7 @@ def reopened_space(results: RoundResults, overturned: OverturnedOrder) -> dict[s
     return {
         name: before[name]
         for name, now in results.space.items()
-        if tier_of(name) in (Tier.MIGHT, Tier.LIKELY)
+        if results.tier_of(name) in (Tier.MIGHT, Tier.LIKELY)
         and isinstance(before.get(name), (Choices, Range))
         and before[name] != now
     }

@@ -118,14 +118,14 @@ def pairs(
     return tuple(Pair(step, one.get(step), other.get(step)) for step in steps)
 
 
-def tolerance(*, dtype: str, quantization: str, has_rounded_state: bool) -> float:
+def tolerance(*, dtype: str, quantization: str, amplifies_rounding: bool) -> float:
     """Return the relative difference of losses that rounding explains if not all digits are equal.
 
     Rule: this project's decision; packed or on another device than before, kernels sum in another order.
     """
     if dtype != "float32" or quantization == "int8":
         return TOLERANCE_ROUNDED[quantization]
-    return TOLERANCE_8BIT_OPTIMIZER if has_rounded_state else TOLERANCE
+    return TOLERANCE_8BIT_OPTIMIZER if amplifies_rounding else TOLERANCE
 
 
 def changed(recorded: Sequence[Mapping[str, str]], again: Mapping[str, str]) -> tuple[Changed, ...]:

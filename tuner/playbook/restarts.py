@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tuner.methods.table import tier_of
 from tuner.playbook.carrying import HyperparameterChange
 from tuner.playbook.gain import configuration
 from tuner.playbook.horizon import Diagnosis
@@ -15,7 +14,7 @@ from tuner.playbook.promotion import NextRound
 from tuner.playbook.reading import Reading, read_round
 from tuner.playbook.results import RoundResults
 from tuner.playbook.selection import may_be_carried_over, ranked
-from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, num_points, searched
+from tuner.records import Space, TimesSqrtRank, Trial, TrialState, Value, active, num_points, searched
 
 MAX_GROWTH = 9
 """Rounds follow each other up to this multiple of the first horizon if nothing else limits them."""
@@ -164,11 +163,12 @@ def points_left(rounds: Sequence[RoundResults]) -> float:
 def _within(space: Space, trial: Trial) -> tuple[Value, ...] | None:
     """Return the trial's values of the searched hyperparameters; None if the space excludes the point."""
     known = trial.hyperparameters
+    counting = active(space, known)
     is_within = all(
         isinstance(dimension, TimesSqrtRank) or (name in known and dimension.contains(known[name]))
-        for name, dimension in space.items()
+        for name, dimension in counting.items()
     )
-    return tuple(known[name] for name in searched(space)) if is_within else None
+    return tuple(known[name] for name in searched(counting)) if is_within else None
 
 
 def num_carried(num_trials: int) -> int:
@@ -205,7 +205,7 @@ def plan_restart(
     it?".
     """
     changes = {
-        name: HyperparameterChange(dimension, dimension, tier_of(name), f"as in {first.name}")
+        name: HyperparameterChange(dimension, dimension, first.tier_of(name), f"as in {first.name}")
         for name, dimension in first.space.items()
     }
     return NextRound(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
+from tuner.methods.hyperparameters import Tier
+from tuner.methods.table import tier_of
 from tuner.records import LOSS, Evaluation, Objective, Space, Trial, TrialState
 
 Sampler: TypeAlias = str
@@ -93,9 +95,16 @@ class RoundResults:
     objective: Objective = LOSS
     """What its trials were ranked by."""
 
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    """Of hyperparameters that plug-ins bring, by name; tuner's own are in the table."""
+
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.evaluate_every < 1:
             raise ValueError("a round needs at least one step and one step between evaluations")
+
+    def tier_of(self, name: str) -> Tier:
+        """How likely the best value of a hyperparameter transfers to longer runs."""
+        return self.tiers.get(name) or tier_of(name)
 
     @property
     def complete(self) -> tuple[Trial, ...]:

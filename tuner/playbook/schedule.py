@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from tuner.methods.schedules import DECAY_STEPS, Schedule, schedule, warmup_length
-from tuner.records import Choices, Fixed, Hyperparameters, Space, Value
-
-ComparisonRule: TypeAlias = Literal["auto"] | bool
-"""`run.decay_branches`: one comparison run if a round needs it, those of all leading trials, or none."""
+from tuner.methods.registry import is_built_in
+from tuner.methods.schedules import Schedule, decay_names, known_schedule, schedule, warmup_length
+from tuner.methods.table import HYPERPARAMETERS, counting
+from tuner.records import (
+    CheckpointKind,
+    Choices,
+    Evaluation,
+    Fixed,
+    Hyperparameters,
+    Space,
+    Trial,
+)
 
 TINY_RATE = 0.1
 """Below this share of the peak rate a step counts as spent at a tiny rate."""
@@ -38,8 +42,25 @@ def multiplier(updates_done: int, hyperparameters: Hyperparameters, max_train_st
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
-    """Return the schedule of a trial, by default `constant`. Rule: this project's decision."""
-    return schedule(str(hyperparameters.get("schedule", "constant")))
+    """Return the schedule of a trial, imported if it is a plug-in's. Rule: this project's decision."""
+    return schedule(_name(hyperparameters))
+
+
+def known_schedule_of(hyperparameters: Hyperparameters) -> Schedule:
+    """Return what is known of a trial's schedule without importing a plug-in that its round recorded.
+
+    Rule: this project's decision: a report imports nothing.
+    """
+    return known_schedule(_name(hyperparameters))
+
+
+def has_built_in_schedule(hyperparameters: Hyperparameters) -> bool:
+    """Return whether the schedule is tuner's own, not a plug-in's. Rule: as for `known_schedule_of`."""
+    return is_built_in("schedule", _name(hyperparameters))
+
+
+def _name(hyperparameters: Hyperparameters) -> str:
+    return str(HYPERPARAMETERS["schedule"].value(hyperparameters))
 
 
 def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
@@ -54,10 +75,10 @@ def evaluation_steps(max_train_steps: int, every_steps: int) -> tuple[int, ...]:
 def trunk_end(hyperparameters: Hyperparameters, max_train_steps: int) -> int | None:
     """Return the last step of the stable phase, which does not depend on the horizon; None if there is none.
 
-    T - D for `linear`, T for `constant` (and where no schedule is named), None for `cosine`. Rule: this
-    project's decision, "Trunk".
+    T - D with a decay of D steps, T without one (also where no schedule is named), None for `cosine`. Rule:
+    this project's decision, "Trunk".
     """
-    decay = schedule_of(hyperparameters).decay_length(hyperparameters)
+    decay = known_schedule_of(hyperparameters).decay_length(hyperparameters)
     return None if decay is None else max_train_steps - decay
 
 
@@ -68,12 +89,34 @@ def step_at_rate_share(hyperparameters: Hyperparameters, max_train_steps: int, s
     constant rate it is the same share of the steps, at a falling one it comes sooner: three quarters of a
     cosine are spent after 0.44 of its steps. Rule: this project's decision, "right".
     """
-    spent = list(itertools.accumulate(_multipliers(hyperparameters, range(max_train_steps), max_train_steps)))
-    wanted = share * spent[-1]
-    step = bisect.bisect_left(spent, wanted)
-    before = spent[step - 1] if step else 0.0
-    in_step = spent[step] - before
-    return step + (wanted - before) / in_step if in_step > 0 else step + 1.0
+    rates = _multipliers(hyperparameters, range(max_train_steps), max_train_steps)
+    return _where_spent(list(enumerate(itertools.accumulate(rates), start=1)), share)
+
+
+def step_at_recorded_share(evaluations: Sequence[Evaluation], share: float) -> float:
+    """Return the same step by the learning rates that were recorded at the evaluations.
+
+    Between two evaluations the rate is taken for their mean. It needs no multiplier, so that a report imports
+    no plug-in, and agrees with promotion. Rule: this project's decision, "right".
+    """
+    rates = {0: 0.0} | {e.step: e.learning_rate for e in evaluations if e.learning_rate is not None}
+    pairs = itertools.pairwise(sorted(rates.items()))
+    spent = [((after - before) * (rate + later) / 2, after) for (before, rate), (after, later) in pairs]
+    summed = itertools.accumulate(amount for amount, _ in spent)
+    return _where_spent([(step, total) for (_, step), total in zip(spent, summed, strict=True)], share)
+
+
+def _where_spent(spent: Sequence[tuple[int, float]], share: float) -> float:
+    """Return the step at this share of the last of the sums, each given with its step."""
+    if not spent:
+        return 0.0
+    wanted = share * spent[-1][1]
+    at = bisect.bisect_left([total for _, total in spent], wanted)
+    (before, spent_before), (step, total) = spent[at - 1] if at else (0, 0.0), spent[at]
+    in_interval = total - spent_before
+    return (
+        before + (step - before) * (wanted - spent_before) / in_interval if in_interval > 0 else float(step)
+    )
 
 
 def decay_length(hyperparameters: Hyperparameters) -> int:
@@ -81,110 +124,30 @@ def decay_length(hyperparameters: Hyperparameters) -> int:
 
     Rule: this project's decision: the schedules of `multiplier`.
     """
-    return schedule_of(hyperparameters).decay_length(hyperparameters) or 0
+    return known_schedule_of(hyperparameters).decay_length(hyperparameters) or 0
 
 
-@dataclass(frozen=True, slots=True)
-class ComparisonRun:
-    """A run to a shorter horizon on the same schedule, which measures the loss at that horizon."""
+def schedules_of(space: Space) -> tuple[Schedule, ...]:
+    """Return the schedules that trials of the space may have; none where the space does not name one.
 
-    from_step: int
-    """The stable checkpoint from which a decay branch starts; 0 from scratch."""
-    max_train_steps: int
-    """Its own horizon."""
-
-    @property
-    def num_steps(self) -> int:
-        """Return the number of steps that it runs."""
-        return self.max_train_steps - self.from_step
-
-
-def shorter_decay(hyperparameters: Hyperparameters, old_horizon: int, new_horizon: int) -> int:
-    """Return the length of a decay with the same share of a shorter run, in whole steps.
-
-    At least one step where there is a decay. Rule: this project's decision, "Comparison runs".
-    """
-    decay = decay_length(hyperparameters)
-    return max(1, round(new_horizon * decay / old_horizon)) if decay else 0
-
-
-def decay_branches(hyperparameters: Hyperparameters, max_train_steps: int) -> tuple[ComparisonRun, ...]:
-    """Return the comparison runs that can start from a stable checkpoint, by horizon.
-
-    They end at T/2 and T/sqrt(2) and keep the decay's share of the run. Runs that would start before the
-    warmup ends are left out; without a linear decay there are none. Rule: this project's decision,
-    "Comparison runs".
-    """
-    if not 0 < decay_length(hyperparameters) <= max_train_steps:
-        return ()
-    branches = []
-    for horizon in sorted({round(max_train_steps / 2), round(max_train_steps / math.sqrt(2))}):
-        start = horizon - shorter_decay(hyperparameters, max_train_steps, horizon)
-        if start >= max(1, warmup_length(hyperparameters)):
-            branches.append(ComparisonRun(start, horizon))
-    return tuple(branches)
-
-
-def half_from_scratch(hyperparameters: Hyperparameters, max_train_steps: int) -> ComparisonRun | None:
-    """Return the comparison run to T/2 that starts at step 0.
-
-    None if warmup takes all of it, or if the rate is constant to the end, where the trial's own evaluations
-    show the same. Rule: this project's decision, "Comparison runs".
-    """
-    half = round(max_train_steps / 2)
-    is_constant = trunk_end(hyperparameters, max_train_steps) == max_train_steps
-    return None if is_constant or half <= warmup_length(hyperparameters) else ComparisonRun(0, half)
-
-
-def comparison_runs(
-    hyperparameters: Hyperparameters, max_train_steps: int, *, rule: ComparisonRule
-) -> tuple[ComparisonRun, ...]:
-    """Return the comparison runs of one trial by `run.decay_branches`, by horizon.
-
-    Decay branches if the stable phase contains their start, otherwise a run to T/2 from scratch, unless
-    warmup takes all of it. Rule: this project's decision, "Comparison runs".
-    """
-    half = half_from_scratch(hyperparameters, max_train_steps)
-    if rule is False or half is None:
-        return ()
-    runs = {run.max_train_steps: run for run in (half, *decay_branches(hyperparameters, max_train_steps))}
-    if rule == "auto":
-        return (runs[half.max_train_steps],)
-    return tuple(runs[horizon] for horizon in sorted(runs))
-
-
-def trunk_steps(
-    hyperparameters: Hyperparameters, max_train_steps: int, *, branches: ComparisonRule
-) -> tuple[int, ...]:
-    """Return the steps at which a stable checkpoint is kept: the end of the stable phase and the branch
-    points.
-
-    Empty if the schedule has no stable phase, or if the warmup outlasts it. Rule: this project's decision,
-    "Trunk".
-    """
-    end = trunk_end(hyperparameters, max_train_steps)
-    if end is None or end < max(1, warmup_length(hyperparameters)):
-        return ()
-    planned = comparison_runs(hyperparameters, max_train_steps, rule=branches)
-    return tuple(sorted({end, *(run.from_step for run in planned if run.from_step)}))
-
-
-def can_decay_linearly(space: Space) -> bool:
-    """Return whether a trial of the space may have a linear decay, which uses `decay_steps`.
-
-    Rule: this project's decision: the schedules of `multiplier`.
+    Rule: this project's decision: the schedule is a hyperparameter.
     """
     match space.get("schedule"):
         case Fixed(value=value):
-            return _has_decay(value)
+            return (known_schedule(str(value)),)
         case Choices(values=values):
-            return any(_has_decay(value) for value in values)
+            return tuple(known_schedule(str(value)) for value in values)
         case _:
-            return False
+            return ()
 
 
-def _has_decay(name: Value) -> bool:
-    return DECAY_STEPS in schedule(str(name)).hyperparameters
+def decay_lengths(space: Space) -> tuple[str, ...]:
+    """Return the names of the space that are the length of a decay, with one of its schedules.
+
+    Rule: this project's decision: promotion rescales them.
+    """
+    rows = (row for each in schedules_of(space) for row in each.decay_lengths)
+    return tuple(dict.fromkeys(row.name for row in rows if row.name in space))
 
 
 def tiny_rate_share(
@@ -200,9 +163,13 @@ def tiny_rate_share(
     num_gained = new_horizon - old_horizon
     if num_gained <= 0:
         return 0.0
-    has_trunk = trunk_end(hyperparameters, new_horizon) is not None
-    decay_gains = decay_length(hyperparameters) - decay_length(old) if has_trunk else num_gained
-    gained = range(new_horizon - min(max(0, decay_gains), num_gained), new_horizon)
+    end, old_end = trunk_end(hyperparameters, new_horizon), trunk_end(old, old_horizon)
+    if end is None or old_end is None:
+        gained = [*range(old_horizon, new_horizon)]
+    else:
+        decay_gains = (new_horizon - end) - (old_horizon - old_end)
+        added_to_decay = min(max(0, decay_gains), num_gained)
+        gained = [*range(max(0, old_end), end), *range(new_horizon - added_to_decay, new_horizon)]
     return sum(rate < TINY_RATE for rate in _multipliers(hyperparameters, gained, new_horizon)) / num_gained
 
 
@@ -211,3 +178,77 @@ def _multipliers(
 ) -> Iterator[float]:
     """Return the learning rates as shares of the peak, as for `multiplier`."""
     return (multiplier(done, hyperparameters, max_train_steps) for done in updates_done)
+
+
+def can_continue(
+    old: Hyperparameters,
+    old_horizon: int,
+    new: Hyperparameters,
+    new_horizon: int,
+    step: int,
+    *,
+    same_workload: bool = True,
+) -> str | None:
+    """Return why a run cannot continue from another's checkpoint at a step; None if it can.
+
+    It can if both are still in the stable phase and only horizon and decay differ: warmup <= step <= T1 - D1
+    and step <= T2 - D2. A run that is the same to the end can continue from any step. `same_workload` means
+    that model, data and evaluation set are equal. Rule: this project's decision, "Trunk".
+    """
+    if not same_workload:
+        return "model, data or evaluation set are not the same"
+    if not 0 <= step <= old_horizon:
+        return f"step {step} is not one of the {old_horizon} steps of the earlier run"
+    old, new = counting(old), counting(new)
+    if old_horizon == new_horizon and old == new:
+        return None
+    of_decay = {*decay_names(old), *decay_names(new)}
+    differing = sorted(n for n in {*old, *new} - of_decay if old.get(n) != new.get(n))
+    if differing:
+        return f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+    old_end, new_end = trunk_end(old, old_horizon), trunk_end(new, new_horizon)
+    if old_end is None or new_end is None:
+        return f"a {new.get('schedule')} schedule depends on the horizon from its first step"
+    if step < warmup_length(new):
+        return f"step {step} lies within the warmup of {warmup_length(new)} steps"
+    if step > old_end:
+        return f"the earlier run decays from step {old_end}, before step {step}"
+    if step > new_end:
+        return f"the new run decays from step {new_end}, before step {step}"
+    return None
+
+
+def continuation_step(
+    trial: Trial,
+    old_horizon: int,
+    new: Hyperparameters,
+    new_horizon: int,
+    *,
+    same_workload: bool = True,
+) -> tuple[int | None, str | None]:
+    """Return the latest step that a new run can continue from, or None and the reason.
+
+    A complete trial that does not change continues from its end, so nothing is left to run; all others need
+    one of their stable checkpoints. Rule: this project's decision, "Trunk".
+    """
+    kept = [c.step for c in trial.checkpoints if c.kind == CheckpointKind.TRUNK]
+    if old_horizon == new_horizon and counting(trial.hyperparameters) == counting(new):
+        kept.append(old_horizon)
+    reason: str | None = "no trunk checkpoint was kept"
+    for step in sorted(kept, reverse=True):
+        reason = can_continue(
+            trial.hyperparameters, old_horizon, new, new_horizon, step, same_workload=same_workload
+        )
+        if reason is None:
+            return step, None
+    return None, reason
+
+
+def inherited_evaluations(
+    evaluations: Iterable[Evaluation], step: int, evaluation_steps: Collection[int]
+) -> tuple[Evaluation, ...]:
+    """Return the evaluations that a continuing run inherits: up to that step, on the new grid.
+
+    Rule: this project's decision, "Trunk".
+    """
+    return tuple(e for e in evaluations if e.step <= step and e.step in evaluation_steps)

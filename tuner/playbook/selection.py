@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import attrgetter
 
+from tuner.methods.table import counting
 from tuner.playbook.noise import (
     BY_VALUE,
     SIGNIFICANT,
@@ -172,7 +173,7 @@ def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     """
     found: dict[tuple[object, ...], Trial] = {}
     for trial in trials:
-        found.setdefault(tuple(sorted(trial.hyperparameters.items())), trial)
+        found.setdefault(tuple(sorted(counting(trial.hyperparameters).items())), trial)
     return tuple(found.values())
 
 

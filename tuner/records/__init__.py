@@ -43,6 +43,7 @@ from tuner.records.json_form import (
 from tuner.records.objective import LOSS, Direction, Objective
 from tuner.records.space import (
     Choices,
+    Condition,
     Dimension,
     Fixed,
     Hyperparameters,
@@ -50,9 +51,11 @@ from tuner.records.space import (
     Space,
     TimesSqrtRank,
     Value,
+    active,
     complete_hyperparameters,
     hyperparameters_from_json,
     num_points,
+    possible,
     searched,
 )
 from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
@@ -89,6 +92,7 @@ __all__ = [
     "CheckpointKind",
     "CheckpointsRemoved",
     "Choices",
+    "Condition",
     "Continuation",
     "Died",
     "Dimension",
@@ -131,6 +135,7 @@ __all__ = [
     "TrialScored",
     "TrialState",
     "Value",
+    "active",
     "added_up",
     "assignment_from_json",
     "branch_from_json",
@@ -142,6 +147,7 @@ __all__ = [
     "from_json",
     "hyperparameters_from_json",
     "num_points",
+    "possible",
     "searched",
     "to_json",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[int, ...]
 """A hyperparameter's value. A tuple holds layer names (`target_modules`) or numbers."""
@@ -14,8 +15,24 @@ Hyperparameters: TypeAlias = Mapping[str, Value]
 """A point of the search space, by name. Which names a round file may hold only `spec` knows."""
 
 
+class Condition(NamedTuple):
+    """When a hyperparameter counts: with some values of another one, such as the optimizers that know it."""
+
+    chosen_by: str
+    """The other hyperparameter."""
+    values: tuple[Value, ...]
+
+
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class Conditional:
+    """What all kinds of dimensions have."""
+
+    only_with: Condition | None = field(default=None, compare=False, repr=False, kw_only=True)
+    """None if it always counts. Dimensions of the same values are equal, whatever their condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(Conditional):
     """One value for all trials of the round."""
 
     value: Value
@@ -26,7 +43,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class Choices(Conditional):
     """A list of values to search, in the file's order."""
 
     values: tuple[Value, ...]
@@ -41,7 +58,7 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class Range(Conditional):
     """An interval to search, both ends included."""
 
     low: float
@@ -65,7 +82,7 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class TimesSqrtRank:
+class TimesSqrtRank(Conditional):
     """`lora_alpha: {times_sqrt_r: FACTOR}`: the value follows the trial's `lora_r`."""
 
     factor: float
@@ -76,18 +93,63 @@ class TimesSqrtRank:
 
 
 Dimension: TypeAlias = Fixed | Choices | Range | TimesSqrtRank
+AnyDimension = TypeVar("AnyDimension", bound=Dimension)
 Space: TypeAlias = Mapping[str, Dimension]
 """Every hyperparameter of a round by name, the fixed ones and the defaults included."""
 
 
 def searched(space: Space) -> dict[str, Choices | Range]:
-    """The dimensions a sampler may choose from, in the file's order."""
+    """Return the dimensions a sampler may choose from, in the file's order."""
     return {name: d for name, d in space.items() if isinstance(d, (Choices, Range))}
 
 
+def active(space: Mapping[str, AnyDimension], chosen: Hyperparameters) -> dict[str, AnyDimension]:
+    """Return the dimensions that count beside these values, in the space's order.
+
+    One whose condition rests on a hyperparameter that is not in the space counts.
+    """
+    return {name: dimension for name, dimension in space.items() if _counts(name, space, chosen)}
+
+
+def _counts(name: str, space: Mapping[str, AnyDimension], chosen: Hyperparameters) -> bool:
+    condition = space[name].only_with
+    if condition is None or condition.chosen_by not in space:
+        return True
+    chooser = space[condition.chosen_by]
+    if isinstance(chooser, Choices) and set(chooser.values) <= set(condition.values):
+        return _counts(condition.chosen_by, space, chosen)  # whatever is chosen
+    value = chooser.value if isinstance(chooser, Fixed) else chosen.get(condition.chosen_by)
+    return value in condition.values and _counts(condition.chosen_by, space, chosen)
+
+
+def possible(space: Space) -> dict[str, Dimension]:
+    """Return the dimensions that some trial of the space has: their conditions can hold."""
+    return {name: dimension for name, dimension in space.items() if _can_count(dimension, space)}
+
+
+def _can_count(dimension: Dimension, space: Space) -> bool:
+    condition = dimension.only_with
+    if condition is None or condition.chosen_by not in space:
+        return True
+    chooser = space[condition.chosen_by]
+    return any(map(chooser.contains, condition.values)) and _can_count(chooser, space)
+
+
 def num_points(space: Space) -> float:
-    """How many different points there are: infinite where a range of real numbers is searched."""
-    return math.prod(_num_values(dimension) for dimension in space.values())
+    """Return how many different points there are: infinite where a range of real numbers is searched.
+
+    Points that differ in what does not count are one.
+    """
+    conditions = (dimension.only_with for dimension in space.values())
+    names = dict.fromkeys(condition.chosen_by for condition in conditions if condition is not None)
+    choosers = {name: d for name in names if isinstance(d := space.get(name), Choices)}
+    numbers: dict[tuple[Value | None, ...], float] = {}
+    for values in itertools.product(*(chooser.values for chooser in choosers.values())):
+        chosen = dict(zip(choosers, values, strict=True))
+        counting = active(space, chosen)
+        point = tuple(value if name in counting else None for name, value in chosen.items())
+        numbers[point] = math.prod(_num_values(d) for name, d in counting.items() if name not in choosers)
+    return sum(numbers.values())
 
 
 def _num_values(dimension: Dimension) -> float:
@@ -103,12 +165,13 @@ def _num_values(dimension: Dimension) -> float:
 
 
 def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str, Value]:
-    """All hyperparameters of a trial: what was chosen, what is fixed, what follows from these.
+    """Return the hyperparameters of a trial that count: what was chosen, what is fixed, what follows.
 
-    Raises KeyError when a searched name was not chosen.
+    Raises KeyError when a searched name that counts was not chosen.
     """
     values: dict[str, Value] = {}
-    for name, dimension in space.items():
+    counting = active(space, chosen)
+    for name, dimension in counting.items():
         match dimension:
             case Fixed(value=value):
                 values[name] = value
@@ -116,7 +179,7 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
                 continue
             case _:
                 values[name] = chosen[name]
-    for name, dimension in space.items():
+    for name, dimension in counting.items():
         if isinstance(dimension, TimesSqrtRank):
             rank = values["lora_r"]
             assert isinstance(rank, (int, float))

@@ -13,7 +13,7 @@ from tuner.report.round_report import RoundReport
 
 GAIN_SOURCES = {
     GainSource.COMPARISON: "measured by a comparison run",
-    GainSource.STABLE_PHASE: "at the constant rate",
+    GainSource.STABLE_PHASE: "without a decay",
     GainSource.EARLIER_ROUND: "from an earlier round",
     GainSource.BEFORE_DECAY: "before the decay",
 }

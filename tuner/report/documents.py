@@ -87,6 +87,8 @@ class RoundPlan:
     """What trials are ranked by."""
     direction: str | None = LOSS.direction.value
     """minimize or maximize; None where a metric of the user's says it, which is not loaded for this."""
+    unchecked: Sequence[str] = ()
+    """Methods that are not tuner's, and hyperparameters that only they may know: not looked at."""
 
 
 def round_status(

@@ -10,7 +10,6 @@ from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults
-from tuner.playbook.schedule import can_decay_linearly
 from tuner.playbook.selection import best_evaluation, ranked, settled_step
 from tuner.records import (
     Choices,
@@ -194,9 +193,7 @@ class RoundReport:
         return {
             name: describe(dimension)
             for name, dimension in self.results.space.items()
-            if isinstance(dimension, (Fixed, TimesSqrtRank))
-            and name not in self.shown_names
-            and (name != "decay_steps" or can_decay_linearly(self.results.space))
+            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in self.shown_names
         }
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tuner.config import RoundSpec
 from tuner.data import PreparedData
 from tuner.methods.registry import is_built_in
-from tuner.playbook.comparison_runs import expected_runs
-from tuner.playbook.schedule import ComparisonRun, evaluation_steps
+from tuner.playbook.comparison_runs import ComparisonRun, expected_runs
+from tuner.playbook.schedule import decay_lengths, evaluation_steps
 from tuner.records import Choices, Dimension, Fixed, Range
 from tuner.report.documents import RoundPlan as PlannedRound
 from tuner.study.disk import checkpoint_bytes
@@ -45,12 +45,12 @@ def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
     # A trial that continues another may have no checkpoint at the start of its comparison run.
     continue_others = any("continues" in entry for entry in spec.search.enqueue)
     kept = 0 if continue_others else num_kept(trials, spec.checkpoints.most_kept_trials)
-    for schedule, warmup, decay in itertools.product(
-        _values(space["schedule"]), _ends(space["warmup_steps"]), _ends(space["decay_steps"])
-    ):
+    lengths = ("warmup_steps", *decay_lengths(space))
+    ends = itertools.product(*(_ends(space[name]) for name in lengths))
+    for schedule, values in itertools.product(_values(space["schedule"]), ends):
         yield expected_runs(
             trials,
-            {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay},
+            {"schedule": schedule, **dict(zip(lengths, values, strict=True))},
             spec.max_train_steps,
             rule=spec.run.decay_branches,
             num_kept=kept,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, StorageError
-from tuner.methods.optimizers import optimizer
-from tuner.playbook.schedule import ComparisonRule
-from tuner.records import Choices, Dimension, Ready, Trial
+from tuner.methods.plug_ins import state_bytes
+from tuner.playbook.comparison_runs import ComparisonRule
+from tuner.records import Choices, Fixed, Ready, Trial
 from tuner.report.format import count, size
 from tuner.store.database import database_file, is_sqlite, parse_url
 from tuner.study.plan import RoundPlan
@@ -48,19 +48,22 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the most bytes of one resumable checkpoint: weights, moments, and the best adapter so far."""
-    moments = max(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
+    moments = max(_state_bytes(spec))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
 def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the least bytes of a trial's checkpoints: one best adapter and a `last` that equals it."""
-    moments = min(optimizer(name).state_bytes for name in _choices(spec.space()["optimizer"]))
+    moments = min(_state_bytes(spec))
     return (2 * _WEIGHT_BYTES + moments) * adapter_weights
 
 
-def _choices(dimension: Dimension) -> tuple[str, ...]:
-    values = dimension.values if isinstance(dimension, Choices) else (getattr(dimension, "value", "adamw"),)
-    return tuple(map(str, values))
+def _state_bytes(spec: RoundSpec) -> list[int]:
+    """Of a weight's moments, by each optimizer that a trial may have."""
+    chosen = spec.space()["optimizer"]
+    assert isinstance(chosen, (Fixed, Choices))
+    names = chosen.values if isinstance(chosen, Choices) else (chosen.value,)
+    return [state_bytes(str(name), spec.plug_ins) for name in names]
 
 
 def free_bytes(path: Path) -> int:

@@ -9,6 +9,7 @@ from tuner.config import HYPERPARAMETERS, RoundFile
 from tuner.config.dimensions import read_dimension
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError
+from tuner.methods.hyperparameters import Hyperparameter
 from tuner.records import Choices, Dimension, Fixed, TimesSqrtRank
 
 EXAMPLE = "--add lora_dropout=0,0.05 or --add weight_decay=1e-4:1e-1:log"
@@ -28,20 +29,28 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
         name, has_values, values = (part.strip() for part in text.partition("="))
         if not has_values or not name or not values:
             raise _refused(text, "expects NAME=VALUE,VALUE or NAME=LOW:HIGH[:log]")
-        if name not in HYPERPARAMETERS:
+        if name not in file.spec.table:
             raise _refused(text, f"{name} is unknown; allowed: {', '.join(sorted(_allowed()))}")
         if name in NEVER_ADDED:
             raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
             raise _refused(text, f"{name} is added twice; write all of its values in one --add")
-        default = HYPERPARAMETERS[name].default
-        before = space[name] if default is None else space.get(name, Fixed(default))
+        row = file.spec.table[name]
+        before = space.get(name)
+        if row.only_if_written and row.default is not None:
+            before = before or Fixed(row.default)
+        if before is None:
+            raise _refused(
+                text,
+                f"no trial of {file.spec.round} has {name}, by its "
+                f"{row.only_with.chosen_by if row.only_with else name}; add both in the new file instead",
+            )
         if not isinstance(before, (Fixed, TimesSqrtRank)):
             raise _refused(
                 text,
                 f"{name} is already searched in {file.spec.round}; edit its line in the new file instead",
             )
-        added[name] = _dimension(text, name, values)
+        added[name] = _dimension(text, row, values)
         _refuse_nothing_new(text, name, added[name], before)
     return added
 
@@ -50,14 +59,13 @@ def _allowed() -> set[str]:
     return set(HYPERPARAMETERS) - NEVER_ADDED
 
 
-def _dimension(text: str, name: str, values: str) -> Dimension:
-    row = HYPERPARAMETERS[name]
+def _dimension(text: str, row: Hyperparameter, values: str) -> Dimension:
     try:
         return read_dimension(row, _raw_range(values) if ":" in values else _yaml(f"[{values}]"))
     except YamlError as error:
         raise _refused(text, f"{values} cannot be read: {error}") from None
     except ValueError as error:
-        raise _refused(text, f"{name}: {error}; each value is {row.allowed}") from None
+        raise _refused(text, f"{row.name}: {error}; each value is {row.allowed}") from None
 
 
 def _raw_range(values: str) -> dict[str, Any]:

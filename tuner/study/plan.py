@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec
-from tuner.playbook.schedule import ComparisonRule, trunk_steps
+from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
 from tuner.records import Hyperparameters, RoundKind, Space
 
 

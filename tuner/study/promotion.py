@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import RoundFile, dimension_to_yaml, edit_round, read_round
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -27,7 +27,6 @@ from tuner.playbook.restarts import (
     plan_restart,
     points_left,
 )
-from tuner.playbook.schedule import can_decay_linearly
 from tuner.records import (
     LOSS,
     Objective,
@@ -221,7 +220,7 @@ def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
         raise InputError(f"{folder.directory}: the file of {name} is missing, from which {to} is written")
-    return file
+    return with_plug_ins(file)
 
 
 def _write(
@@ -332,20 +331,22 @@ def _edited(
     said = {key: text for key, text in comments.items() if key in changes}
     said["search.sampler"] = next_round.sampler_reason
     reasons = {name: change.reason for name, change in next_round.changes.items()}
-    if by_option and reasons.get("decay_steps", "").startswith("rescaled"):
-        reasons["decay_steps"] += f": {by_option}"
+    if by_option:
+        rescaled = {name for name, reason in reasons.items() if reason.startswith("rescaled")}
+        reasons.update({name: f"{reasons[name]}: {by_option}" for name in rescaled})
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
             changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
             said[f"hyperparameters.{name}"] = reasons[name]
+    for name in file.spec.hyperparameters:
+        if name not in next_round.space and name in file.spec.space():
+            changes[f"hyperparameters.{name}"] = DELETE
     text = edit_round(file.text, changes, said)
     # Defaults that depend on the horizon would change with it, so they are written out.
-    written = read_round(text, file.path).spec
+    written = file.edited(text).spec
     space = written.space()
     moved = {
-        f"hyperparameters.{n}": dimension_to_yaml(d)
-        for n, d in next_round.space.items()
-        if space[n] != d and (n != "decay_steps" or can_decay_linearly(next_round.space))
+        f"hyperparameters.{n}": dimension_to_yaml(d) for n, d in next_round.space.items() if space[n] != d
     }
     said.update({key: reasons[key.partition(".")[2]] for key in moved})
     if written.evaluation.every_steps != next_round.evaluate_every:

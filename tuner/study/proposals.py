@@ -45,6 +45,7 @@ from tuner.records import (
     Space,
     Trial,
     Value,
+    active,
     complete_hyperparameters,
     num_points,
     searched,
@@ -176,7 +177,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
 
         An empty point has those that no value decides.
         """
-        return self._space
+        return active(self._space, point)
 
     def encoded(self, point: Hyperparameters) -> dict[str, Any]:
         """Return the point's searched values as Optuna keeps them."""

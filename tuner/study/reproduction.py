@@ -18,6 +18,7 @@ from tuner.data.pretrained import as_trained
 from tuner.engines import Worker, wait_for_former_workers
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
 from tuner.methods.optimizers import optimizer
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import reproduction
 from tuner.playbook.reproduction import Reproduction
 from tuner.playbook.schedule import evaluation_steps
@@ -201,9 +202,9 @@ def reproduce(
         tolerance=reproduction.tolerance(
             dtype=spec.model.dtype,
             quantization=spec.model.quantization,
-            has_rounded_state=optimizer(
-                str(rerun.trial.hyperparameters.get("optimizer", "adamw"))
-            ).has_rounded_state,
+            amplifies_rounding=optimizer(
+                str(HYPERPARAMETERS["optimizer"].value(rerun.trial.hyperparameters))
+            ).amplifies_rounding,
         ),
         ended_as=ran.ended_as,
         reason=ran.reason,

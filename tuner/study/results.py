@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from tuner.config import RoundFile, RoundSpec, limits
+from tuner.config import HYPERPARAMETERS, RoundFile, RoundSpec, limits
 from tuner.playbook import Reading, RoundResults, read_round
-from tuner.playbook.comparison_runs import branch_results, branches_left
+from tuner.playbook.comparison_runs import ComparisonRule, branch_results, branches_left
 from tuner.playbook.observations import Outcome, outcomes
-from tuner.playbook.schedule import ComparisonRule
 from tuner.records import Evaluation, Objective, RoundRecord, Trial
 from tuner.store import Store
 
@@ -34,8 +33,9 @@ def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
         seconds_per_step=seconds_per_step(trials),
         branches=branch_results(trials, record.branches),
         sampler=spec.search.sampler,
-        limits=limits(),
         objective=objective_of(record, trials),
+        limits=limits(spec.table),
+        tiers={name: row.tier for name, row in spec.table.items() if name not in HYPERPARAMETERS},
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuner.config import DELETE, HYPERPARAMETERS, RoundFile, edit_round, read_round
+from tuner.config import DELETE, RoundFile, edit_round, read_round
 from tuner.errors import InputError, RoundFileError
+from tuner.methods.hyperparameters import Hyperparameter
 from tuner.playbook.sweep import (
     SAMPLE_SIZE,
     ComputeBound,
@@ -23,7 +24,7 @@ from tuner.playbook.sweep import (
     decide_sweep,
     default_grid,
 )
-from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value
+from tuner.records import Choices, Dimension, Fixed, Range, Trial, TrialState, Value, possible
 from tuner.store import Store
 from tuner.study.folder import open_folder, opened
 from tuner.study.promotion import write_round_file
@@ -88,10 +89,13 @@ def first_sweep(file: RoundFile) -> str:
         "run.pruner": DELETE,
         "search.sampler": "quasi-random",
     }
+    fixed: dict[str, Dimension] = dict(spec.space())
     for name, dimension in spec.space().items():
-        value = _NEUTRAL.get(name, _fixed(name, dimension))
+        value = _NEUTRAL.get(name, _fixed(spec.table[name], dimension))
         if value is not None:
             changes[f"hyperparameters.{name}"] = value
+            fixed[name] = Fixed(value, only_with=dimension.only_with)
+    changes |= {f"hyperparameters.{name}": DELETE for name in fixed.keys() - possible(fixed).keys()}
     comments = {
         "data.eval": "a sample of the training rows: how well are they fitted?",
         "data.allow_overlap": "on purpose: see eval",
@@ -224,7 +228,7 @@ def _is_complete(file: RoundFile, store: Store) -> bool:
     )
 
 
-def _fixed(name: str, dimension: Dimension) -> Value | None:
+def _fixed(row: Hyperparameter, dimension: Dimension) -> Value | None:
     """Return the value that fixes a searched hyperparameter: the first of a list, a range's default or low
     end.
 
@@ -234,9 +238,9 @@ def _fixed(name: str, dimension: Dimension) -> Value | None:
         case Choices(values=values):
             return values[0]
         case Range(low=low):
-            default = HYPERPARAMETERS[name].default
+            default = row.default
             return default if default is not None and dimension.contains(default) else low
-        case Fixed(value=value) if name == "warmup_steps":
+        case Fixed(value=value) if row.name == "warmup_steps":
             return value
         case _:
             return None

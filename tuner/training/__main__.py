@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
+from tuner.methods.plug_ins import loaded
 from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
 from tuner.training.commands import CommandReader
 from tuner.training.environment import keep_freed_memory
@@ -46,9 +47,11 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_SH)
         commands.listen()
         try:
+            spec = RoundSpec.model_validate(document["spec"])
+            loaded(spec.hyperparameters)
             known = document.get("base")
             state, ready = load_worker_state(
-                RoundSpec.model_validate(document["spec"]),
+                spec,
                 cache=Path(document["cache"]),
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,

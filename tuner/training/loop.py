@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tuner.errors import TunerError
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import is_diverged
 from tuner.records import (
     Answered,
@@ -263,4 +264,4 @@ def _name(run: TrialRun) -> tuple[str, int, int]:
 
 
 def _seed(assignment: Assignment) -> int:
-    return int(assignment.hyperparameters.get("training_seed", 0))  # type: ignore[arg-type]
+    return int(HYPERPARAMETERS["training_seed"].number(assignment.hyperparameters))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.methods.optimizers import optimizer
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Hyperparameters
 
 _PARTS = ("A", "B", "magnitude")
@@ -34,7 +35,7 @@ class TrialOptimizer:
         device: torch.device,
     ) -> None:
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
-        method = optimizer(str(hyperparameters.get("optimizer", "adamw")))
+        method = optimizer(str(HYPERPARAMETERS["optimizer"].value(hyperparameters)))
         # B is stored transposed, as in the pack, so that copies between them are one kernel. Which elements
         # bitsandbytes quantises together depends on the layout: there B has PEFT's layout.
         flats, views, self._flat_gradients, gradients = [], [], [], []
@@ -50,9 +51,9 @@ class TrialOptimizer:
             gradients.append(part_gradients)
         self.weights = dict(zip(names, zip(*views, strict=True), strict=True))
         self.gradients = dict(zip(names, zip(*gradients, strict=True), strict=True))
-        self._base_rate = _number(hyperparameters, "learning_rate")
-        self._max_norm = _number(hyperparameters, "max_grad_norm", 1.0)
-        self._ratios = {"B": _number(hyperparameters, "loraplus_ratio", 1.0)}
+        self._base_rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
+        self._max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
+        self._ratios = {"B": HYPERPARAMETERS["loraplus_ratio"].number(hyperparameters)}
         if method.is_elementwise:
             views, gradients = [[flat] for flat in flats], [[flat] for flat in self._flat_gradients]
         groups = [
@@ -139,9 +140,3 @@ def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(values, requires_grad=True)
     parameter.grad = gradient
     return parameter
-
-
-def _number(hyperparameters: Hyperparameters, name: str, default: float | None = None) -> float:
-    value = hyperparameters[name] if default is None else hyperparameters.get(name, default)
-    assert isinstance(value, (int, float))
-    return float(value)

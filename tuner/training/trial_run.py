@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tuner.adapters import Adapter
 from tuner.data import batch_rows
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import best_evaluation
-from tuner.playbook.continuation import inherited_evaluations
-from tuner.playbook.schedule import evaluation_steps, multiplier
+from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
 from tuner.training.optimizer import TrialOptimizer
@@ -88,7 +88,7 @@ class TrialRun:
     @property
     def seed(self) -> int:
         """Return the seed of initialisation, data order and dropout."""
-        return int(self.assignment.hyperparameters.get("training_seed", 0))  # type: ignore[arg-type]
+        return int(HYPERPARAMETERS["training_seed"].number(self.assignment.hyperparameters))
 
     @property
     def best_step(self) -> int | None:

@@ -18,7 +18,7 @@ WEIGHT_DECAY = Hyperparameter(
     "weight_decay",
     0.0,
     Number(at_least=0),
-    "AdamW's decoupled weight decay of the adapter.",
+    "Decoupled weight decay of the adapter: each update takes so much times the rate off the weights.",
 )
 ADAM_BETA1 = Hyperparameter(
     "adam_beta1", 0.9, Number(at_least=0, below=1), "Decay of the first moment's average."
@@ -53,8 +53,9 @@ class Optimizer:
     It is then given one vector with all A's, one with all B's and one with all magnitudes, which is faster;
     else a tensor for each matrix, in PEFT's shapes: A [rank, in], B [out, rank], magnitude [out].
     """
-    has_rounded_state: bool = False
-    """Whether its state has fewer than 32 bits a number, which amplifies rounding from run to run."""
+    amplifies_rounding: bool = False
+    """Whether rounding grows from run to run: its state has fewer than 32 bits a number, or its update is a
+    sign or computed in fewer bits."""
     trainer_arguments: Callable[[Hyperparameters], Mapping[str, Any]] | None = None
     """Its name and hyperparameters as arguments of `transformers.TrainingArguments`; None if it has none."""
     aliases: tuple[str, ...] = ()

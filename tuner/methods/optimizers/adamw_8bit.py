@@ -32,7 +32,7 @@ ADAMW_8BIT = Optimizer(
     hyperparameters=(WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON),
     state_bytes=2,
     build=_build,
-    has_rounded_state=True,
+    amplifies_rounding=True,
     trainer_arguments=trainer_adam("adamw_8bit"),
     aliases=("adamw_bnb_8bit", "paged_adamw_8bit", "adam_8bit", "adam8bit", "adamw8bit"),
 )

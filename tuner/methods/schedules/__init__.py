@@ -1,7 +1,7 @@
 """What a schedule has to say of itself, one file each, and the hyperparameters that several share.
 
-Every schedule begins with `warmup_steps` of linear warmup, which is not its business: a description says
-what follows.
+Every schedule begins with `warmup_steps` of linear warmup. A description says what follows: a stable phase,
+whose rate is the same at every horizon, and perhaps a decay.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.kinds import Integer
-from tuner.methods.registry import described
+from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
 from tuner.records import Hyperparameters, Value
 
 DecayRule: TypeAlias = Literal["steps", "share"]
@@ -35,14 +36,11 @@ DECAY_STEPS = Hyperparameter(
     "decay_steps",
     None,
     Integer(at_least=0),
-    "Steps of the linear decay at the end; only the schedule linear has it.",
+    "Steps of the decay to 0 at the end; only the schedule linear has it.",
     default_note="40% of max_train_steps, less where warmup leaves no room for it",
     tier=Tier.UNLIKELY,
+    in_decay="length",
 )
-
-
-def _no_change(values: Hyperparameters, old: int, new: int, keep: DecayRule) -> Mapping[str, Value]:
-    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +50,12 @@ class Schedule:
     name: str
     multiplier: Callable[[int, Hyperparameters, int], float]
     """Share of the peak rate, in [0, 1], of the update after so many: (updates_done, hyperparameters,
-    max_train_steps). Asked after the warmup only."""
-    decay_length: Callable[[Hyperparameters], int | None]
-    """Steps at the end whose rate depends on the horizon: the rest is the stable phase, from which a longer
-    run can go on. 0 where the rate never depends on it, None where all of it does after the warmup."""
-    rescale: Callable[[Hyperparameters, int, int, DecayRule], Mapping[str, Value]] = _no_change
-    """Its own hyperparameters that change with the horizon: (hyperparameters, old horizon, new horizon, what
-    of the decay to keep)."""
+    max_train_steps). Called after the warmup only."""
+    has_stable_phase: bool = True
+    """Whether the rate before the decay is the same at every horizon, so that a longer run can resume there.
+    The decay has the length that `hyperparameters` declare, or none."""
     hyperparameters: tuple[Hyperparameter, ...] = ()
-    """Those that count with it, besides `warmup_steps`. One with a decay of so many steps has DECAY_STEPS."""
+    """Those that count with it, besides `warmup_steps`."""
     trainer_scheduler: Callable[[Hyperparameters, int, int], tuple[str, Mapping[str, Any]]] | None = None
     """transformers' `lr_scheduler_type` and `lr_scheduler_kwargs` with the same rate at every step of a run
     that ends after the warmup: (hyperparameters, steps that are run, horizon that the schedule is cut for).
@@ -68,10 +63,76 @@ class Schedule:
     aliases: tuple[str, ...] = ()
     """What other tools call it, in lower case: a round file that says one of them is told this name."""
 
+    @property
+    def decay_lengths(self) -> tuple[Hyperparameter, ...]:
+        """Return those of its hyperparameters that are the length of a decay in steps."""
+        return tuple(row for row in self.hyperparameters if row.in_decay == "length")
+
+    def decay_length(self, values: Hyperparameters) -> int | None:
+        """Return the steps at the end whose rate depends on the horizon; None if there is no stable phase."""
+        return sum(int(row.number(values)) for row in self.decay_lengths) if self.has_stable_phase else None
+
+    def rescale(
+        self, values: Hyperparameters, old_horizon: int, new_horizon: int, keep: DecayRule
+    ) -> Mapping[str, Value]:
+        """Return its hyperparameters that change with the horizon, for a run to another one."""
+        room = new_horizon - warmup_length(values)
+        rescaled: dict[str, Value] = {}
+        for row in self.decay_lengths:
+            old = int(row.number(values))
+            new = rescaled_decay(old, old_horizon=old_horizon, new_horizon=new_horizon, room=room, keep=keep)
+            rescaled[row.name], room = new, room - new
+        return rescaled
+
 
 def schedule(name: str) -> Schedule:
-    """Return the schedule of this name. Raises InputError when the name leads to none."""
+    """Return the schedule of this name. Raises InputError if there is none."""
     return described("schedule", name, Schedule)
+
+
+def known_schedule(name: str) -> Schedule:
+    """Return what is known of a schedule without importing a plug-in: imported already, or recorded.
+
+    If neither, it counts as having no stable phase.
+    """
+    if is_at_hand("schedule", name):
+        return schedule(name)
+    return not_imported(name, has_stable_phase=False, hyperparameters=())
+
+
+def not_imported(
+    name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]
+) -> Schedule:
+    """Return a description of a plug-in's schedule by its data, which imports it to ask for a rate."""
+    return Schedule(
+        name=name,
+        multiplier=lambda done, values, horizon: imported("schedule", name, Schedule).multiplier(
+            done, values, horizon
+        ),
+        has_stable_phase=has_stable_phase,
+        hyperparameters=hyperparameters,
+    )
+
+
+def decay_names(values: Hyperparameters) -> tuple[str, ...]:
+    """Return the names of a trial's hyperparameters that change only the decay at its end.
+
+    Those of built-in schedules are among them even where the trial has another: they count for nothing then.
+    """
+    own = known_schedule(str(values["schedule"])).hyperparameters if "schedule" in values else ()
+    return tuple(row.name for row in (*_built_in_rows(), *own) if row.in_decay and row.name in values)
+
+
+def rescaled_names(values: Hyperparameters) -> tuple[str, ...]:
+    """Return those of `decay_names` that are rescaled with the horizon."""
+    own = known_schedule(str(values["schedule"])).hyperparameters if "schedule" in values else ()
+    rows = (*_built_in_rows(), *own)
+    return tuple(row.name for row in rows if row.in_decay == "length" and row.name in values)
+
+
+@cache
+def _built_in_rows() -> tuple[Hyperparameter, ...]:
+    return tuple(row for name in BUILT_IN["schedule"] for row in schedule(name).hyperparameters)
 
 
 def warmup_length(values: Hyperparameters) -> int:
@@ -79,23 +140,24 @@ def warmup_length(values: Hyperparameters) -> int:
     return int(WARMUP_STEPS.number({WARMUP_STEPS.name: 0, **values}))
 
 
-def recut_decay(
-    decay_steps: int, *, old_horizon: int, new_horizon: int, warmup_steps: int, keep: DecayRule
+def rescaled_decay(
+    decay_steps: int, *, old_horizon: int, new_horizon: int, room: int, keep: DecayRule
 ) -> int:
-    """Length of the decay in a run of another horizon; 0 stays 0.
+    """Return the length of the decay in a run to another horizon; 0 stays 0.
 
-    `share` keeps the share of the run. `steps` keeps the length, so that new steps are spent at the peak
-    rate, but decays over at least 20% of the new horizon. The same horizon keeps both. Never longer than what
-    the warmup leaves. Rule: this project's decision: of 9 comparable pairs of Llama-124M runs, those with the
-    same share were better in 7, by 0.12 to 0.79% of the loss. The Deep Learning Tuning Playbook, "Round 2:
-    Fewer runs, but of longer duration", keeps the length; the 20% are this project's.
+    `share` keeps the share of the run, at least one step. `steps` keeps the length, so that added steps run
+    at the peak rate, but decays over at least 20% of the new horizon. At the same horizon both keep the
+    length. Never longer than `room`, the steps after the warmup. Rule: this project's decision: of 9
+    comparable pairs of Llama-124M runs, those with the same share were better in 7, by 0.12 to 0.79% of the
+    loss. The Deep Learning Tuning Playbook, "Round 2: Fewer runs, but of longer duration", keeps the length;
+    the 20% are this project's.
     """
     if decay_steps <= 0:
         return 0
     if new_horizon == old_horizon:
         wanted = decay_steps
     elif keep == "share":
-        wanted = round(new_horizon * decay_steps / old_horizon)
+        wanted = max(1, round(new_horizon * decay_steps / old_horizon))
     else:
         wanted = max(decay_steps, math.ceil(new_horizon / MIN_DECAY_DIVISOR))
-    return max(0, min(wanted, new_horizon - warmup_steps))
+    return max(0, min(wanted, room))

@@ -7,7 +7,6 @@ from tuner.methods.schedules import Schedule
 CONSTANT = Schedule(
     name="constant",
     multiplier=lambda updates_done, values, max_train_steps: 1.0,
-    decay_length=lambda values: 0,
     trainer_scheduler=lambda values, steps, horizon: ("constant_with_warmup", {}),
     aliases=("constant_with_warmup", "flat"),
 )

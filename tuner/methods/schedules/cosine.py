@@ -25,7 +25,7 @@ def _trainer_scheduler(values: Hyperparameters, steps: int, horizon: int) -> tup
 COSINE = Schedule(
     name="cosine",
     multiplier=_multiplier,
-    decay_length=lambda values: None,
+    has_stable_phase=False,
     trainer_scheduler=_trainer_scheduler,
     aliases=("cosine_annealing", "cosine_with_restarts", "cosine_with_min_lr"),
 )

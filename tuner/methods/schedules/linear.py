@@ -1,31 +1,51 @@
-"""The peak rate, and then a linear decay to 0 over the last `decay_steps`.
+"""The peak rate, and then a decay to 0 over the last `decay_steps`, linear or of another shape.
 
-Constant-then-linear is this project's decision, so that runs can go on: a longer run resumes at the end of
-the stable phase.
+Constant-then-decay is this project's decision, so that runs can go on: a longer run resumes at the end of the
+stable phase.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.methods.schedules import DECAY_STEPS, DecayRule, Schedule, recut_decay, warmup_length
-from tuner.records import Hyperparameters, Value
+from tuner.methods.hyperparameters import Hyperparameter, Tier
+from tuner.methods.kinds import OneOf
+from tuner.methods.schedules import DECAY_STEPS, Schedule, warmup_length
+from tuner.records import Hyperparameters
+
+_TRAINER_DECAYS = {"linear": "linear", "sqrt": "1-sqrt", "cosine": "cosine"}
+"""transformers' `decay_type` by our shape."""
+DECAY_SHAPE = Hyperparameter(
+    "decay_shape",
+    "linear",
+    OneOf(tuple(_TRAINER_DECAYS)),
+    "Rate at a share x of the decay, relative to the peak: 1 - x, 1 - sqrt(x) (Haegele et al. 2024, "
+    "arXiv:2405.18392), or half a cosine.",
+    tier=Tier.UNLIKELY,
+    in_decay="shape",
+)
 
 
 def _decay(values: Hyperparameters) -> int:
     return int(DECAY_STEPS.number(values))
 
 
+def _shape(values: Hyperparameters) -> str:
+    return str(values.get(DECAY_SHAPE.name, DECAY_SHAPE.default))
+
+
 def _multiplier(updates_done: int, values: Hyperparameters, max_train_steps: int) -> float:
     decay = _decay(values)
-    return max(0.0, min(1.0, (max_train_steps - updates_done) / decay)) if decay else 1.0
-
-
-def _rescale(values: Hyperparameters, old: int, new: int, keep: DecayRule) -> Mapping[str, Value]:
-    warmup = warmup_length(values)
-    decay = recut_decay(_decay(values), old_horizon=old, new_horizon=new, warmup_steps=warmup, keep=keep)
-    return {DECAY_STEPS.name: decay}
+    left = max(0.0, min(1.0, (max_train_steps - updates_done) / decay)) if decay else 1.0
+    match _shape(values):
+        case "sqrt":
+            return 1.0 - math.sqrt(1.0 - left)
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * (1.0 - left)))
+        case _:
+            return left
 
 
 def _trainer_scheduler(values: Hyperparameters, steps: int, horizon: int) -> tuple[str, Mapping[str, Any]]:
@@ -35,16 +55,14 @@ def _trainer_scheduler(values: Hyperparameters, steps: int, horizon: int) -> tup
     return "warmup_stable_decay", {
         "num_stable_steps": horizon - warmup_length(values) - decay,
         "num_decay_steps": decay,
-        "decay_type": "linear",
+        "decay_type": _TRAINER_DECAYS[_shape(values)],
     }
 
 
 LINEAR = Schedule(
     name="linear",
     multiplier=_multiplier,
-    decay_length=_decay,
-    rescale=_rescale,
-    hyperparameters=(DECAY_STEPS,),
+    hyperparameters=(DECAY_STEPS, DECAY_SHAPE),
     trainer_scheduler=_trainer_scheduler,
     aliases=("wsd", "warmup_stable_decay", "linear_decay", "trapezoidal"),
 )

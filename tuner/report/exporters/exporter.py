@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from tuner.config import ModelSpec
+from tuner.errors import InputError
 from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR
 from tuner.methods.optimizers import optimizer
+from tuner.methods.registry import is_built_in
 from tuner.methods.schedules import warmup_length
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.variants import Variant, variant_of
 from tuner.methods.variants.dora import DORA
 from tuner.playbook.schedule import schedule_of
@@ -58,9 +61,25 @@ class Recipe:
         if self.best_step <= warmup_length(values):
             return "constant_with_warmup", {}
         named = schedule_of(values).trainer_scheduler
-        assert named is not None, "every built-in schedule has a name there"
+        if named is None:
+            raise InputError(
+                f"schedule {values['schedule']}: its description has no trainer_scheduler, so no tool can be "
+                "told to use it"
+            )
         scheduler, arguments = named(values, self.best_step, self.max_train_steps)
         return scheduler, dict(arguments)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name."""
+        return str(self.hyperparameters["optimizer"])
+
+    @property
+    def trainer_optimizer(self) -> Callable[[Hyperparameters], Mapping[str, Any]] | None:
+        """What transformers' Trainer is told of the optimizer; None where it has none by that name."""
+        return (
+            optimizer(self.optimizer).trainer_arguments if is_built_in("optimizer", self.optimizer) else None
+        )
 
     @property
     def alpha(self) -> int:
@@ -75,7 +94,7 @@ class Recipe:
 
     def flag(self, name: str) -> bool:
         """A hyperparameter that is true or false."""
-        return bool(self.hyperparameters.get(name, False))
+        return bool(HYPERPARAMETERS[name].value(self.hyperparameters))
 
     @property
     def variant(self) -> Variant:
@@ -126,10 +145,10 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def optimization(recipe: Recipe) -> dict[str, Any]:
-    """transformers' name of the optimizer (`optim`), its arguments, and clipping."""
-    named = optimizer(str(recipe.hyperparameters["optimizer"])).trainer_arguments
-    assert named is not None, "every built-in optimizer has a name there"
-    return {**named(recipe.hyperparameters), "max_grad_norm": recipe.number("max_grad_norm")}
+    """transformers' name of the optimizer (`optim`) and its arguments, where it has one, and clipping."""
+    named = recipe.trainer_optimizer
+    arguments = {} if named is None else named(recipe.hyperparameters)
+    return {**arguments, "max_grad_norm": recipe.number("max_grad_norm")}
 
 
 def without(values: Mapping[str, Any], *nothing: Any) -> dict[str, Any]:

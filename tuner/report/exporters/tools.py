@@ -62,10 +62,16 @@ def _always(recipe: Recipe) -> Iterator[str]:
         f"The batch of {recipe.micro_batch * recipe.accumulation} is {recipe.micro_batch} x "
         f"{recipe.accumulation} on one GPU; with more, divide gradient_accumulation_steps by their number."
     )
-    if recipe.scheduler[0] == "warmup_stable_decay":
+    name, arguments = recipe.scheduler
+    if "decay_type" in arguments:
         yield (
-            "The schedule `linear` (constant, then linear to 0 over decay_steps) is transformers' "
-            "warmup_stable_decay with a linear decay."
+            f"The schedule `{recipe.hyperparameters['schedule']}` (constant, then to 0 over decay_steps) is "
+            f"transformers' {name} with decay_type {arguments['decay_type']}."
+        )
+    if recipe.trainer_optimizer is None:
+        yield (
+            f"The optimizer {recipe.optimizer}: transformers' Trainer has none by that name, and without "
+            "`optim` the tool takes AdamW. In Python, give the trainer the optimizer itself (`optimizers=`)."
         )
     if recipe.alpha != recipe.number("lora_alpha"):
         yield f"lora_alpha is {recipe.number('lora_alpha')!r}, and only whole numbers go: {recipe.alpha}."
@@ -237,7 +243,7 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
             "lr_scheduler": scheduler,
             "lr_scheduler_kwargs": arguments,
             "warmup_steps": warmup_length(recipe.hyperparameters),
-            "optimizer": optimizer.pop("optim"),
+            "optimizer": optimizer.pop("optim", None),
             **optimizer,
             "seed": int(recipe.number("training_seed")),
             "eval_steps": recipe.every_steps,

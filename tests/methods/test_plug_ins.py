@@ -1,0 +1,169 @@
+"""An optimizer and a schedule that an installed package brings; the code is that of the how-to page."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tuner
+from tests.studies import ENVIRONMENT, write_round
+from tuner.cli import run
+from tuner.config import RoundSpec, load_round, with_plug_ins
+from tuner.errors import InputError, RoundFileError
+from tuner.methods import plug_ins
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Flag, Integer, Number, OneOf
+from tuner.methods.plug_ins import PlugIn
+from tuner.methods.table import HYPERPARAMETERS
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "your-own-method.md"
+(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+OWN = "  sgd_momentum: [0.5, 0.9]\n  decay_power: 1.5\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the package as an installation leaves it, on the path of this and other processes."""
+    site = tmp_path / "site"
+    info = site / "my_methods-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "my_methods.py").write_text(CODE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n")
+    registered = (
+        "[tuner.optimizers]\nsgd = my_methods:OPTIMIZER\n\n[tuner.schedules]\npower = my_methods:SCHEDULE\n"
+    )
+    (info / "entry_points.txt").write_text(registered)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
+    return site
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A folder with a round that searches the optimizer and what only one of them knows."""
+    folder = tmp_path / "study"
+    path = write_round(folder, optimizer="[sgd, adamw]", schedule="power", trials=4, steps=12, every=6)
+    path.write_text(path.read_text().replace("search:\n", f"{OWN}search:\n"))
+    return folder
+
+
+def tuner_in(folder: Path, *arguments: str, path: Path) -> "subprocess.CompletedProcess[str]":
+    """A command in a process of its own."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path.cwd()}"}
+    command = [sys.executable, "-m", "tuner.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_page_says_it_in_forty_lines() -> None:
+    assert len(CODE.splitlines()) <= 40
+
+
+@pytest.mark.slow
+def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: Path) -> None:
+    done = tuner_in(study, "study", "run", "round1.yaml", path=site)
+    assert done.returncode == 0, done.stderr
+    trials = tuner.Study(study).round("round1").trials
+    by_optimizer = {"sgd": set(), "adamw": set()}
+    for trial in trials:
+        own = {name for name in trial.hyperparameters if name.startswith(("sgd_", "adam_"))}
+        by_optimizer[str(trial.hyperparameters["optimizer"])] |= own
+        assert trial.hyperparameters["decay_power"] == 1.5
+        assert "decay_steps" not in trial.hyperparameters
+        last = trial.evaluations[-1]
+        peak = float(trial.hyperparameters["learning_rate"])
+        assert last.learning_rate == pytest.approx(peak * (1 / 11) ** 1.5)
+    assert by_optimizer == {"sgd": {"sgd_momentum"}, "adamw": {"adam_beta1", "adam_beta2", "adam_epsilon"}}
+
+    broken = site.with_name("broken")
+    shutil.copytree(site, broken)
+    (broken / "my_methods.py").write_text("raise ImportError('nobody needs it')")
+    for command in (["study", "status", "--json"], ["study", "report"]):
+        known, alone = (tuner_in(study, *command, path=path) for path in (site, broken))
+        assert (alone.returncode, alone.stdout) == (0, known.stdout), alone.stderr
+    assert "sgd_momentum" in alone.stdout
+
+    refused = tuner_in(study, "study", "promote", "--to", "round2", "--max-train-steps", "24", path=broken)
+    assert refused.returncode == 2
+    assert not (study / "round2.yaml").exists()
+    done = tuner_in(study, "study", "promote", "--to", "round2", "--max-train-steps", "24", path=site)
+    assert done.returncode == 0, done.stderr
+    promoted = load_round(study / "round2.yaml").spec
+    with_plug_ins(load_round(study / "round2.yaml"))
+    assert promoted.hyperparameters["schedule"] == "power"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("  sgd_momentun: 0.5\n", "hyperparameters.sgd_momentun: unknown"),
+        ("  sgd_momentum: 1.5\n", "hyperparameters.sgd_momentum: expects a number of at least 0 and below 1"),
+        ("  adam_beta1: 0.5\n", "hyperparameters.adam_beta1: counts only with the optimizer adamw"),
+    ],
+)
+def test_a_bad_key_is_found_before_anything_changes(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    wrong: str, message: str,
+) -> None:  # fmt: skip
+    folder = tmp_path / "study"
+    path = write_round(folder, optimizer="my_methods:OPTIMIZER")
+    path.write_text(path.read_text().replace("search:\n", f"{wrong}search:\n"))
+    assert load_round(path).spec.unloaded == (("optimizer", "my_methods:OPTIMIZER"),)
+    monkeypatch.chdir(folder)
+    assert run(["study", "run", "round1.yaml"]) == 2
+    assert message in capsys.readouterr().err
+    assert [each.name for each in folder.iterdir()] == ["round1.yaml"]
+
+
+def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:
+    done = tuner_in(study, "study", "check", "round1.yaml", "--json", path=site)
+    document = json.loads(done.stdout)
+    assert document["ok"]
+    assert document["plan"]["unchecked"] == ["sgd", "power", "decay_power", "sgd_momentum"]
+    assert any("not checked: sgd, power" in remark for remark in document["remarks"])
+
+
+def test_a_file_is_read_without_importing_what_it_names(site: Path, study: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tuner.config import load_round\n"
+        "print(load_round(Path('round1.yaml')).spec.num_trials, 'my_methods' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=study, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "4 False\n"
+
+
+def test_a_name_that_leads_nowhere_is_refused_with_what_is_allowed(study: Path) -> None:
+    with pytest.raises(RoundFileError, match=r"optimizer: expects adamw, .*muon or .*, got 'sgd'"):
+        load_round(study / "round1.yaml")
+
+
+def test_a_record_holds_all_of_a_description() -> None:
+    kinds = (Number(above=0), Integer(at_least=1), Flag(), OneOf(("a", "b")))
+    rows = tuple(
+        Hyperparameter(f"own_{i}", None, kind, "Means.", "by itself") for i, kind in enumerate(kinds)
+    )
+    plug_in = PlugIn("optimizer", "m:X", rows, state_bytes=3, amplifies_rounding=False)
+    assert PlugIn.from_json(json.loads(json.dumps(plug_in.to_json()))) == plug_in
+    rows_of = plug_ins.table_with([plug_in])
+    assert set(rows_of) - set(HYPERPARAMETERS) == {row.name for row in rows}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "adam_beta1", "decay_steps"])
+def test_a_name_of_tuners_keeps_its_meaning(name: str) -> None:
+    row = Hyperparameter(name, 7, Integer(at_least=0), "Another thing.")
+    with pytest.raises(InputError, match=f"m:X: brings {name}, which is another hyperparameter already"):
+        plug_ins.table_with([PlugIn("optimizer", "m:X", (row,))])
+
+
+def test_no_file_can_say_what_is_recorded(study: Path) -> None:
+    path = write_round(study)
+    path.write_text(path.read_text() + "plug_ins: []\n")
+    with pytest.raises(RoundFileError, match="plug_ins: unknown"):
+        load_round(path)
+    assert "plug_ins" not in RoundSpec.model_json_schema()["properties"]

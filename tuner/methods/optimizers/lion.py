@@ -1,0 +1,64 @@
+"""Lion with 32-bit momentum: bitsandbytes'. The sign of a mean of gradient and momentum is the update.
+
+Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv:2302.06675), Program 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Number
+from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer
+from tuner.records import Hyperparameters
+
+if TYPE_CHECKING:
+    import torch
+
+LION_BETA1 = Hyperparameter(
+    "lion_beta1",
+    0.9,
+    Number(at_least=0, below=1),
+    "Share of the momentum in the update, the rest is the gradient's (Lion, arXiv:2302.06675). Its rate is "
+    "best 3 to 10 times smaller than AdamW's.",
+)
+LION_BETA2 = Hyperparameter(
+    "lion_beta2", 0.99, Number(at_least=0, below=1), "Decay of the momentum's average."
+)
+
+
+def lion_arguments(values: Hyperparameters) -> dict[str, Any]:
+    """Return the arguments of bitsandbytes' Lion and Lion8bit, besides parameters and rate."""
+    return {
+        "betas": (LION_BETA1.number(values), LION_BETA2.number(values)),
+        "weight_decay": WEIGHT_DECAY.number(values),
+    }
+
+
+def trainer_lion(optim: str, values: Hyperparameters) -> dict[str, Any]:
+    """Return what transformers' Trainer is told, which takes Lion's betas by Adam's names."""
+    return {
+        "optim": optim,
+        "weight_decay": WEIGHT_DECAY.number(values),
+        "adam_beta1": LION_BETA1.number(values),
+        "adam_beta2": LION_BETA2.number(values),
+    }
+
+
+def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import Lion
+
+    return Lion(groups, **lion_arguments(values))  # type: ignore[no-any-return]
+
+
+LION = Optimizer(
+    name="lion",
+    hyperparameters=(WEIGHT_DECAY, LION_BETA1, LION_BETA2),
+    state_bytes=4,
+    build=_build,
+    is_elementwise=True,
+    amplifies_rounding=True,
+    trainer_arguments=lambda values: trainer_lion("lion_32bit", values),
+    aliases=("lion_32bit", "lion_pytorch", "paged_lion_32bit"),
+)

@@ -1,0 +1,82 @@
+"""Muon: torch's, for the A's and B's; what is no matrix, DoRA's magnitudes, gets AdamW.
+
+The momentum of each matrix is replaced by a nearly orthogonal one of the same directions, found by five
+Newton-Schulz steps in bfloat16. Keller Jordan, "Muon: An optimizer for hidden layers in neural networks"
+(2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Flag, Number, OneOf
+from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments
+from tuner.records import Hyperparameters
+
+if TYPE_CHECKING:
+    import torch
+
+MUON_MOMENTUM = Hyperparameter(
+    "muon_momentum",
+    0.95,
+    Number(at_least=0, below=1),
+    "Decay of the gradients' average (Muon, arXiv:2502.16982).",
+)
+MUON_NESTEROV = Hyperparameter(
+    "muon_nesterov", True, Flag(), "Look one step of the momentum ahead (Nesterov)."
+)
+MUON_RATE = Hyperparameter(
+    "muon_rate",
+    "match_rms_adamw",
+    OneOf(("match_rms_adamw", "original")),
+    "How the rate depends on a matrix's shape: times 0.2 sqrt(longer side), so that updates are as large as "
+    "AdamW's and its rates fit; or times sqrt(rows / columns) where that is above 1.",
+)
+
+
+def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
+    import torch
+
+    def is_of_matrices(group: dict[str, Any]) -> bool:
+        return all(parameter.dim() == 2 for parameter in group["params"])
+
+    muon = torch.optim.Muon(
+        list(filter(is_of_matrices, groups)),
+        momentum=MUON_MOMENTUM.number(values),
+        nesterov=bool(MUON_NESTEROV.value(values)),
+        weight_decay=WEIGHT_DECAY.number(values),
+        adjust_lr_fn=str(MUON_RATE.value(values)),
+    )
+    others = [group for group in groups if not is_of_matrices(group)]
+    if not others:
+        return muon
+    return _together(muon, torch.optim.AdamW(others, fused=True, **adam_arguments(values)))
+
+
+def _together(*parts: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Several optimizers of different parameters as one, with one state and all groups."""
+    import torch
+
+    class Together(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([group for part in parts for group in part.param_groups], {})
+            self.param_groups = [group for part in parts for group in part.param_groups]
+            for part in parts:
+                part.state = self.state
+
+        def step(self, closure: Any = None) -> Any:
+            for part in parts:
+                part.step()
+
+    return Together()
+
+
+MUON = Optimizer(
+    name="muon",
+    hyperparameters=(WEIGHT_DECAY, MUON_MOMENTUM, MUON_NESTEROV, MUON_RATE),
+    state_bytes=4,
+    build=_build,
+    amplifies_rounding=True,
+)

@@ -1,0 +1,201 @@
+"""Methods that tuner does not have itself: which a file names, and what is recorded of them with its round.
+
+A file is checked without importing what it names. `study run`, `check --probe` and `promote` load the
+descriptions; a round keeps of them what later readers need, so that these import nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from tuner.errors import InputError
+from tuner.methods import kinds
+from tuner.methods.hyperparameters import Hyperparameter, Tier
+from tuner.methods.optimizers import Optimizer, optimizer
+from tuner.methods.registry import imported, is_built_in, is_known, stand_in
+from tuner.methods.schedules import Schedule, not_imported
+from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import Condition
+
+Chooser: TypeAlias = Literal["optimizer", "schedule"]
+"""A hyperparameter whose values are methods of the kind of the same name."""
+CHOOSERS: tuple[Chooser, ...] = ("optimizer", "schedule")
+_KINDS = {kind.__name__: kind for kind in (kinds.Number, kinds.Integer, kinds.Flag, kinds.OneOf)}
+_UNKNOWN_STATE_BYTES = 8
+"""Of an optimizer that is not loaded: AdamW's."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlugIn:
+    """What a round records of a method that tuner does not have itself."""
+
+    kind: Chooser
+    name: str
+    """As the file says it."""
+    hyperparameters: tuple[Hyperparameter, ...]
+    state_bytes: int = _UNKNOWN_STATE_BYTES
+    """Of an optimizer: bytes of its state for each weight."""
+    amplifies_rounding: bool = True
+    has_stable_phase: bool = False
+    """Of a schedule: whether its rate before the decay is the same at every horizon."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is recorded."""
+        rows = [_row_to_json(row) for row in self.hyperparameters]
+        return {**asdict(replace(self, hyperparameters=())), "hyperparameters": rows}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> PlugIn:
+        """The inverse of `to_json`; keys that a later version adds are ignored."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in document.items() if key in known}
+        rows = tuple(_row_from_json(row) for row in document["hyperparameters"])
+        return cls(**{**values, "hyperparameters": rows})
+
+    def stand_in(self) -> None:
+        """Let what is recorded of a schedule stand in for it, so that a report imports nothing."""
+        if self.kind == "schedule":
+            stand_in(
+                self.kind,
+                self.name,
+                not_imported(
+                    self.name, has_stable_phase=self.has_stable_phase, hyperparameters=self.hyperparameters
+                ),
+            )
+
+
+def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
+    """Return the methods among `hyperparameters:` of a file that tuner does not have itself."""
+    found = [
+        (chooser, name)
+        for chooser in CHOOSERS
+        for name in _listed(written.get(chooser))
+        if isinstance(name, str) and not is_built_in(chooser, name) and is_known(chooser, name)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _listed(raw: Any) -> list[Any]:
+    return raw if isinstance(raw, list) else [raw]
+
+
+def unloaded(
+    written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
+) -> tuple[tuple[Chooser, str], ...]:
+    """Return those that a file names and of which nothing is recorded."""
+    known = {(document["kind"], document["name"]) for document in recorded}
+    return tuple(each for each in named(written) if each not in known)
+
+
+def loaded(written: Mapping[str, Any]) -> tuple[PlugIn, ...]:
+    """Import what a file names. Raises InputError where that is no description, or has wrong rows."""
+    plug_ins = tuple(_load(kind, name) for kind, name in named(written))
+    table_with(plug_ins)
+    return plug_ins
+
+
+def _load(kind: Chooser, name: str) -> PlugIn:
+    method: Optimizer | Schedule = (
+        imported(kind, name, Optimizer) if kind == "optimizer" else imported(kind, name, Schedule)
+    )
+    for row in method.hyperparameters:
+        if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
+            raise InputError(
+                f"{kind} {name}: expects hyperparameters as tuner.methods.hyperparameters.Hyperparameter, of "
+                f"the kinds {', '.join(_KINDS)}; got {row!r}"
+            )
+    if isinstance(method, Optimizer):
+        return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
+    return PlugIn(kind, name, method.hyperparameters, has_stable_phase=method.has_stable_phase)
+
+
+def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> int:
+    """Return the bytes of an optimizer's state for each weight, without importing what is not tuner's."""
+    if is_built_in("optimizer", optimizer_name):
+        return optimizer(optimizer_name).state_bytes
+    known = map(PlugIn.from_json, recorded)
+    plug_in = next((p for p in known if (p.kind, p.name) == ("optimizer", optimizer_name)), None)
+    return _UNKNOWN_STATE_BYTES if plug_in is None else plug_in.state_bytes
+
+
+def table_with(plug_ins: Sequence[PlugIn]) -> Mapping[str, Hyperparameter]:
+    """Return the table with the rows of these.
+
+    Raises InputError where one brings a name that tuner has with another meaning.
+    """
+    rows = dict(HYPERPARAMETERS)
+    for plug_in in plug_ins:
+        for row in plug_in.hyperparameters:
+            rows[row.name] = _merged(rows.get(row.name), row, plug_in)
+    return MappingProxyType(rows)
+
+
+def table_for(
+    written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Hyperparameter]:
+    """Return the table for a file. What only a method may know that is not loaded is let pass."""
+    if not named(written):
+        return HYPERPARAMETERS
+    rows = dict(table_with([PlugIn.from_json(document) for document in recorded]))
+    for kind, name in unloaded(written, recorded):
+        for key in written:
+            row = rows.get(
+                key, Hyperparameter(key, None, kinds.Anything(), "", only_with=Condition(kind, ()))
+            )
+            if row.only_with is not None and row.only_with.chosen_by == kind and str(key).isidentifier():
+                rows[key] = _counting_with(row, kind, name)
+    return MappingProxyType(rows)
+
+
+def _merged(known: Hyperparameter | None, row: Hyperparameter, plug_in: PlugIn) -> Hyperparameter:
+    kind, name = plug_in.kind, plug_in.name
+    if known is None:
+        return replace(row, only_with=Condition(kind, (name,)))
+    if (known.kind, known.default) != (row.kind, row.default):
+        raise InputError(
+            f"{kind} {name}: brings {row.name}, which is another hyperparameter already; rename it"
+        )
+    if known.only_with is None:
+        return known
+    if known.only_with.chosen_by != kind:
+        raise InputError(
+            f"{kind} {name}: brings {row.name}, which belongs to {known.only_with.chosen_by}; rename it"
+        )
+    return _counting_with(known, kind, name)
+
+
+def _counting_with(row: Hyperparameter, kind: Chooser, name: str) -> Hyperparameter:
+    values = row.only_with.values if row.only_with is not None else ()
+    return replace(row, only_with=Condition(kind, tuple(dict.fromkeys((*values, name)))))
+
+
+def _row_to_json(row: Hyperparameter) -> dict[str, Any]:
+    kind = {"type": type(row.kind).__name__, **asdict(row.kind)}  # type: ignore[call-overload]
+    return {
+        "name": row.name,
+        "default": row.default,
+        "kind": kind,
+        "meaning": row.meaning,
+        "default_note": row.default_note,
+        "tier": str(row.tier),
+        "in_decay": row.in_decay,
+    }
+
+
+def _row_from_json(document: Mapping[str, Any]) -> Hyperparameter:
+    kind = dict(document["kind"])
+    made_by = _KINDS[kind.pop("type")]
+    if "names" in kind:
+        kind["names"] = tuple(kind["names"])
+    return Hyperparameter(
+        name=document["name"],
+        default=document["default"],
+        kind=made_by(**kind),
+        meaning=document["meaning"],
+        default_note=document["default_note"],
+        tier=Tier(document["tier"]),
+        in_decay=document.get("in_decay"),
+    )
