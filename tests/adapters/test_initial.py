@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -59,6 +59,70 @@ def test_equals_get_peft_model(models: tiny.Models, shape: tiny.Shape, dtype: st
         assert_equal(adapter.weights, by_peft(model, seed=7, **changes))
         assert all(not b.any() for _, b in adapter.weights.values())
         assert len(adapter.weights) == {"gpt2": 8}.get(shape, 14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_orthogonal_is_pefts_and_leaves_the_base_model(
+    models: tiny.Models, shape: tiny.Shape, dtype: str
+) -> None:
+    """B is not 0, but B A is, up to the rounding of A and B to the base model's dtype."""
+    model = AutoModelForCausalLM.from_pretrained(models.path(shape), dtype=DTYPES[dtype])
+    before = {name.split(".weight")[0]: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = started(models.base(shape, dtype=dtype), seed=7, lora_init="orthogonal")
+    assert_equal(adapter.weights, by_peft(model, seed=7, lora_init="orthogonal"))
+    assert not adapter.has_zero_b
+    assert started(models.base(shape, dtype=dtype), lora_init="gaussian").has_zero_b
+    rounding = torch.finfo(DTYPES[dtype]).eps
+    for name, (a, b) in adapter.weights.items():
+        assert (b @ a).norm() < 2 * rounding * a.norm() * b.norm()
+        assert torch.equal(model.get_submodule(name).base_layer.weight, before[name])
+
+
+def test_regular_expressions_and_layers(models: tiny.Models) -> None:
+    """As PEFT reads them; PEFT has no numbers of layers beside all-linear, so the names are written out."""
+    regex = r"model\.layers\.1\..*(q|up)_proj"
+    for changes, others, count in (
+        ({"target_modules": regex}, {"target_modules": regex}, 2),
+        (
+            {"target_modules": ("q_proj", "v_proj"), "layers_to_transform": (1,)},
+            {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+            2,
+        ),
+        (
+            {"layers_to_transform": (0,)},
+            {"target_modules": r"model\.layers\.0\..*_proj"},
+            7,
+        ),
+    ):
+        adapter = started(models.base("llama"), seed=3, **changes)
+        torch.manual_seed(3)
+        model = get_peft_model(models.plain("llama"), LoraConfig(r=4, task_type="CAUSAL_LM", **others))
+        theirs = {
+            name: (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+            for name, module in model.base_model.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        assert len(theirs) == count
+        assert_equal(adapter.weights, theirs)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("c_attn",), ("q_proj",)])
+def test_layers_that_the_model_lacks_are_refused(models: tiny.Models, targets: Any) -> None:
+    shape: tiny.Shape = "gpt2" if targets == ("c_attn",) else "llama"
+    with pytest.raises(ModelError, match=r"layers_to_transform: the model has layers 0 to 1; got 2, 7"):
+        started(models.base(shape), target_modules=targets, layers_to_transform=(1, 2, 7))
+
+
+def test_sizes_follow_the_layers(models: tiny.Models) -> None:
+    meta_model = meta_copy(models.base("llama"), base_path="somewhere")
+    space = {"lora_r": Fixed(4), "target_modules": Fixed("all-linear")}
+    some, every = Choices(((0,), (0, 1))), Choices(("all", (1,)))
+    one, both = adapter_sizes(meta_model, space | {"layers_to_transform": some})
+    assert (2 * one, both) == (both, adapter_sizes(meta_model, space)[1])
+    assert adapter_sizes(meta_model, space | {"layers_to_transform": every}) == (one, both)
+    narrow = space | {"layers_to_transform": Fixed((1,)), "target_modules": Fixed(("q_proj",))}
+    assert targeted_modules(meta_model, narrow) == {"model.layers.1.self_attn.q_proj"}
 
 
 def test_equals_get_peft_model_on_a_4_bit_base(models: tiny.Models) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 
 from tests import tiny
-from tuner.adapters import Adapter, initial_adapter, read_adapter, write_adapter
+from tuner.adapters import Adapter, Pack, PackedRows, initial_adapter, read_adapter, write_adapter
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import CheckpointError
 
@@ -72,6 +73,47 @@ def test_keys_and_configuration_are_as_peft_writes_them(
     for config in configs:
         config["target_modules"] = sorted(config["target_modules"])
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_init": "orthogonal", "lora_r": 4},
+        {"target_modules": r".*layers\.(0|1)\..*(q|down)_proj"},
+        {"layers_to_transform": (1,)},
+        {"layers_to_transform": (0,), "target_modules": ("q_proj", "v_proj"), "use_dora": True},
+    ],
+    ids=str,
+)
+def test_peft_computes_what_a_pack_computes(
+    models: tiny.Models, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Of an adapter as after training, from its directory."""
+    base = models.base("llama")
+    meta_model = meta_copy(base, base_path=base.model.name_or_path)
+    config = lora_config(tiny.hyperparameters(**changes), base_path=base.model.name_or_path)
+    start = initial_adapter(meta_model, config, seed=0)
+    pack = Pack(base, num_slots=1, max_rank=config.r, modules=start.weights)
+    try:
+        start = pack.with_magnitudes(start)
+        weights = {
+            name: (a, b + 0.1 * torch.randn(b.shape), *m) for name, (a, b, *m) in start.weights.items()
+        }
+        adapter = Adapter(config, weights)
+        write_adapter(tmp_path, adapter)
+        pack.occupy(0, read_adapter(tmp_path))
+        ids = torch.arange(40).view(2, 20)
+        with torch.no_grad(), pack.holding(PackedRows((0,))):
+            ours = base.model(input_ids=ids, use_cache=False).logits
+    finally:
+        pack.close()
+    model = PeftModel.from_pretrained(models.plain("llama"), str(tmp_path))
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+    assert (theirs - plain).norm() > 1e-2 * plain.norm()
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])

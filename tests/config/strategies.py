@@ -4,12 +4,24 @@ import math
 
 from hypothesis import strategies as st
 
-from tuner.methods.kinds import ALL_LINEAR, Flag, Integer, Kind, Method, Modules, Number, OneOf
+from tuner.methods.kinds import (
+    ALL_LAYERS,
+    ALL_LINEAR,
+    Flag,
+    Integer,
+    Kind,
+    Layers,
+    Method,
+    Modules,
+    Number,
+    OneOf,
+)
 from tuner.methods.registry import BUILT_IN
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, TimesSqrtRank, Value
 
 LAYER_NAMES = st.text("abcdefgh_.0123456789", min_size=1, max_size=8)
+REGEXES = (r".*\.(q|v)_proj", "model.layers.[0-9].*", "(a|b): #", r"^x\d+$")
 
 
 def values(kind: Kind) -> st.SearchStrategy[Value]:
@@ -28,7 +40,10 @@ def values(kind: Kind) -> st.SearchStrategy[Value]:
             return st.sampled_from((*BUILT_IN[method], "package.module:Name"))
         case Modules():
             names = st.lists(LAYER_NAMES, min_size=1, max_size=4, unique=True).map(tuple)
-            return st.just(ALL_LINEAR) | names
+            return st.just(ALL_LINEAR) | names | st.sampled_from(REGEXES)
+        case Layers():
+            numbers = st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True)
+            return st.just(ALL_LAYERS) | numbers.map(sorted).map(tuple)
     raise AssertionError(kind)
 
 

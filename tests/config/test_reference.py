@@ -79,6 +79,10 @@ VALID: list[dict[str, Any]] = [
     {"search": {"enqueue": [{"lora_r": 16, "target_modules": "all-linear", "continues": "r0/3"}]}},
     {"search": {"enqueue": [{}]}},
     {"hyperparameters": {"target_modules": ["q_proj"], "lora_alpha": {"times_sqrt_r": 4}}},
+    {"hyperparameters": {"target_modules": r".*\.q_proj", "lora_init": "orthogonal"}},
+    {"hyperparameters": {"target_modules": ["all-linear", ".*q_proj"]}},
+    {"hyperparameters": {"layers_to_transform": [0, 1]}},
+    {"hyperparameters": {"layers_to_transform": ["all", [0, 1]]}},
     {"storage": "postgresql+psycopg://me@host/db"},
     {
         "data": {
@@ -124,6 +128,10 @@ INVALID: list[dict[str, Any]] = [
     {"hyperparameters": {"schedule": {"low": 1, "high": 2}}},
     {"hyperparameters": {"lora_r": {"times_sqrt_r": 4}}},
     {"hyperparameters": {"target_modules": "q_proj"}},
+    {"hyperparameters": {"target_modules": [[".*q_proj"]]}},
+    {"hyperparameters": {"layers_to_transform": 1}},
+    {"hyperparameters": {"layers_to_transform": [-1]}},
+    {"hyperparameters": {"lora_init": "pissa"}},
     {"search": {"enqueue": [{"continues": "r0"}]}},
     {"search": {"enqueue": [{"lora_r": [8, 16]}]}},
     {"search": {"sampler": "qmc"}},

@@ -84,6 +84,30 @@ TOO_LONG = "decay_steps: 56"
             "search.enqueue",
             "has 2 entries",
         ),
+        (
+            [("lora_alpha: 16", "lora_init: [default, orthogonal]"), ("[8, 16, 32]", "[8, 15]")],
+            15,
+            "hyperparameters.lora_init",
+            "orthogonal needs even ranks, and lora_r may be 15",
+        ),
+        (
+            [("lora_alpha: 16", "lora_init: orthogonal"), ("[8, 16, 32]", "{low: 8, high: 16}")],
+            15,
+            "hyperparameters.lora_init",
+            "lora_r may be 9",
+        ),
+        (
+            [("lora_alpha: 16", "layers_to_transform: [0]"), ("all-linear", "[all-linear, '.*q_proj']")],
+            15,
+            "hyperparameters.layers_to_transform",
+            "may be the regular expression '.*q_proj'",
+        ),
+        (
+            [(ENQUEUE, "enqueue: [{layers_to_transform: [0]}]")],
+            26,
+            "search.enqueue[0].layers_to_transform",
+            "[0] is not in the search space, fixed at 'all'; for both write hyper",
+        ),
         ([("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "")], 5, "data.eval", "fraction: 0.05"),
         ([("512", "512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "together with eval"),
     ],
@@ -97,6 +121,9 @@ def test_conflicts(pairs, line, key, message):
 @pytest.mark.parametrize(
     "pairs",
     [
+        [("lora_alpha: 16", "lora_init: orthogonal")],
+        [("lora_alpha: 16", "layers_to_transform: all"), ("all-linear", "'.*q_proj'")],
+        [(ENQUEUE, "enqueue: [{layers_to_transform: all}]")],
         [("decay_steps: 24", "decay_steps: 55")],
         [("schedule: linear", "schedule: constant"), ("decay_steps: 24", "decay_steps: 60")],
         [("schedule: linear", "schedule: [constant, cosine]"), ("warmup_steps: 5", "warmup_steps: 60")],

@@ -68,6 +68,7 @@ TRIAL = Trial(
         "learning_rate": 0.1 + 0.2,
         "lora_r": 16,
         "target_modules": ("q", "v"),
+        "layers_to_transform": (0, 1),
         "use_dora": False,
         "schedule": "linear",
     },

@@ -31,7 +31,8 @@ from tuner.records import (
 
 _LOSSES = st.floats(allow_nan=False)
 _VALUES: st.SearchStrategy[Value] = st.one_of(
-    st.booleans(), st.integers(), _LOSSES, st.text(), st.lists(st.text()).map(tuple)
+    *(st.booleans(), st.integers(), _LOSSES, st.text()),
+    *(st.lists(st.text()).map(tuple), st.lists(st.integers()).map(tuple)),
 )
 _HYPERPARAMETERS = st.dictionaries(st.text(min_size=1), _VALUES, max_size=3)
 

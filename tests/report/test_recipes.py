@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -221,6 +222,25 @@ def test_layers(tool: str, all_linear: Mapping[str, Any], named: Mapping[str, An
     for targets, expected in (("all-linear", all_linear), (("q_proj", "v_proj"), named)):
         _, document = written(tool, target_modules=targets)
         assert {key: document.get(key) for key in expected} == expected
+
+
+def test_regular_expressions_and_numbers_of_layers() -> None:
+    """To TRL a list of one is a regular expression, so that a single name becomes one, too."""
+    regex = r".*\.(q|v)_proj"
+    assert written("trl", target_modules=regex)[1]["lora_target_modules"] == [regex]
+    [name] = written("trl", target_modules=("q_proj",))[1]["lora_target_modules"]
+    assert re.fullmatch(name, "model.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(name, "model.layers.0.self_attn.uq_proj")
+    axolotl = written("axolotl", target_modules=regex)[1]
+    assert (axolotl["lora_target_modules"], axolotl.get("lora_target_linear")) == (regex, None)
+    said, document = written("llamafactory", target_modules=regex)
+    assert document["lora_target"] == "all"
+    assert "takes no regular expression" in said
+    layers = {tool: written(tool, layers_to_transform=(0, 2)) for tool in TOOLS}
+    assert layers["axolotl"][1]["peft_layers_to_transform"] == [0, 2]
+    assert "layers_to_transform" not in layers["axolotl"][0].replace("peft_layers_to_transform", "")
+    for tool in ("trl", "llamafactory"):
+        assert "layers_to_transform [0, 2]: the tool adapts these layers and all others" in layers[tool][0]
 
 
 def test_what_a_tool_cannot_say_is_written_down() -> None:

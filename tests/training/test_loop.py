@@ -35,6 +35,7 @@ from tuner.adapters.dropout import row_keys
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
 from tuner.training.packed_passes import example_scores, forward_backward
+from tuner.training.startup import measure_base
 from tuner.training.trial_run import MAX_BAD_UPDATES
 from tuner.training.worker_state import WorkerState
 
@@ -121,6 +122,25 @@ class TestEvents:
             state.base_evaluation = told
             events = run_loop(state, [assigned])
         assert curve(events)[0] == told
+
+    def test_an_adapter_whose_b_is_not_zero_has_its_own_evaluation_at_step_0(
+        self, models: tiny.Models, tmp_path: Path
+    ) -> None:
+        """Beside one whose B is: the base model's evaluation is that one's alone."""
+        told = Evaluation(0, 5.0, example_nll=(5.0,) * 12, example_tokens=(1,) * 12)
+        trials = [tiny.hyperparameters(lora_init=name) for name in ("orthogonal", "gaussian")]
+        assigned = [
+            assignment(tmp_path, n, hyperparameters=trial, max_train_steps=1)
+            for n, trial in enumerate(trials)
+        ]
+        with worker_state(models.base("llama"), trials, slots=2) as state:
+            state.base_evaluation = told
+            events = run_loop(state, assigned)
+            base = measure_base(state)
+        assert curve(events, 1)[0] == told
+        own = curve(events, 0)[0]
+        assert own.eval_loss == pytest.approx(base.eval_loss, rel=1e-5)
+        assert own.example_nll != told.example_nll
 
     def test_slots_are_refilled(self, models: tiny.Models, tmp_path: Path) -> None:
         """Seven trials of different lengths through three slots: each curve as it is alone."""

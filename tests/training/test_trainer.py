@@ -28,6 +28,8 @@ from tuner.records import Value
 
 STEPS = 50
 DORA_STEPS = 25
+VARIANT_STEPS = 15
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED = 3
 MAX_GRAD_NORM = 4.0
 """Between the smallest and the largest norm of these runs."""
@@ -94,6 +96,29 @@ def test_4_bit_base(models: tiny.Models, tmp_path: Path) -> None:
     reference, _ = trainer(plain, trial, tmp_path, SCHEDULES["constant"][1])
     reference.start.update(trained.start)
     assert sum(reference.losses[-5:]) < 0.95 * sum(reference.losses[:5])
+    assert loss_difference(trained, reference) < LOSS_TOLERANCE
+    assert update_difference(trained, reference) < UPDATE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_init": "gaussian"},
+        {"lora_init": "orthogonal"},
+        {"target_modules": r".*layers\.1\..*(q|v)_proj"},
+        {"target_modules": ("q_proj", "up_proj"), "layers_to_transform": (0,)},
+        {"lora_init": "orthogonal", "layers_to_transform": (1,)},
+    ],
+    ids=str,
+)
+def test_initialisations_and_layers(models: tiny.Models, tmp_path: Path, changes: dict[str, Value]) -> None:
+    trial = tiny.hyperparameters(changes, batch_size=4, max_grad_norm=MAX_GRAD_NORM, training_seed=SEED)
+    trained = solo(models.base("llama"), trial, max_train_steps=VARIANT_STEPS, micro_tokens=40)
+    theirs = SCHEDULES["constant"][1]
+    reference, _ = trainer(models.plain("llama"), trial, tmp_path, theirs, steps=VARIANT_STEPS)
+    reference.start.update(trained.start)
+    assert trained.weights.keys() == reference.weights.keys()
+    assert sum(reference.losses[-5:]) < sum(reference.losses[:5])
     assert loss_difference(trained, reference) < LOSS_TOLERANCE
     assert update_difference(trained, reference) < UPDATE_TOLERANCE
 
@@ -175,7 +200,10 @@ def trainer(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     torch.manual_seed(SEED)
-    wrapped = get_peft_model(model, lora_config(trial, base_path=model.name_or_path))
+    config = lora_config(trial, base_path=model.name_or_path)
+    if config.layers_to_transform is not None and config.target_modules == "all-linear":
+        config.target_modules = set(LINEAR)  # PEFT has no numbers of layers beside all-linear
+    wrapped = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,

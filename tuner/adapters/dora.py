@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tuner.errors import ModelError
+from tuner.methods.variants.dora import DORA
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,8 +76,9 @@ def weight_norm(linear: nn.Module, a: Tensor, b: Tensor, *, scale: float) -> Ten
     weight = weight.t() if isinstance(linear, Conv1D) else weight
     if weight.dtype not in _DTYPES or weight.shape != (b.shape[0], a.shape[1]):
         raise ModelError(
-            f"hyperparameters.use_dora: DoRA reads the base model's weights, which PEFT cannot provide for a "
-            f"{type(linear).__name__} of {weight.dtype}; set use_dora: false, or model.quantization: none"
+            f"hyperparameters.{DORA.switch}: DoRA reads the base model's weights, which PEFT cannot provide "
+            f"for a {type(linear).__name__} of {weight.dtype}; set {DORA.switch}: false, or "
+            "model.quantization: none"
         )
     adapted = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
     norm: Tensor = torch.linalg.vector_norm(adapted, dim=1)

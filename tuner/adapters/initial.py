@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base, load_config, num_embeddings
 from tuner.errors import ModelError, TargetModulesError
-from tuner.methods.variants import variant, variant_of
+from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR
+from tuner.methods.variants import adapter_arguments, possible_variants
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
 if TYPE_CHECKING:
@@ -41,16 +44,23 @@ class Adapter:
         rank: int = self.config.r
         return float(self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank))
 
+    @property
+    def has_zero_b(self) -> bool:
+        """Return whether B is 0 everywhere, so that the adapter leaves every output as it is."""
+        return not any(bool(b.any()) for _, b, *_ in self.weights.values())
+
 
 def lora_config(
     hyperparameters: Hyperparameters, *, base_path: str, revision: str | None = None
 ) -> LoraConfig:
     """Return PEFT's configuration of a trial's adapter."""
-    plain, chosen = variant("lora"), variant_of(hyperparameters)
-    arguments = {**plain.config(hyperparameters), **chosen.config(hyperparameters)}
-    return LoraConfig(
+    arguments = adapter_arguments(hyperparameters)
+    layers = arguments.pop("layers_to_transform", None)
+    config = LoraConfig(
         **arguments, task_type="CAUSAL_LM", base_model_name_or_path=base_path, revision=revision
     )
+    config.layers_to_transform = layers  # PEFT refuses it beside all-linear, which `initial_adapter` replaces
+    return config
 
 
 def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
@@ -58,9 +68,13 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
 
     DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them. Leaves `meta_model` and the
     global random state unchanged. Raises ModelError if `target_modules` matches nothing in the model, the
-    output head or a layer that is not linear.
+    output head or a layer that is not linear, or if a layer of `layers_to_transform` does not exist.
     """
-    takes_all = config.target_modules == "all-linear"
+    takes_all = config.target_modules == ALL_LINEAR
+    if config.layers_to_transform is not None:
+        _refuse_missing_layers(meta_model, config.layers_to_transform)
+        if takes_all:
+            config.target_modules = _linear_names(meta_model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
@@ -73,6 +87,31 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
             return Adapter(config, _weights(wrapped.base_model.model, takes_all=takes_all))
         finally:
             wrapped.unload()
+
+
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
+"""How PEFT finds a layer's number in the name of a module, where no `layers_pattern` is given."""
+
+
+def _refuse_missing_layers(meta_model: PreTrainedModel, wanted: Iterable[int]) -> None:
+    found = (_LAYER.match(name) for name, _ in meta_model.named_modules())
+    numbers = {int(match["number"]) for match in found if match}
+    missing = [str(number) for number in wanted if number not in numbers]
+    if missing:
+        has = f"has layers {min(numbers)} to {max(numbers)}" if numbers else "has no numbered layers"
+        raise ModelError(f"hyperparameters.layers_to_transform: the model {has}; got {', '.join(missing)}")
+
+
+def _linear_names(meta_model: PreTrainedModel) -> set[str]:
+    """Return the names of linear layers within numbered ones, without their paths.
+
+    PEFT turns all-linear into paths, which `layers_to_transform` would not narrow.
+    """
+    return {
+        name.rpartition(".")[2]
+        for name, module in meta_model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and _LAYER.match(name)
+    }
 
 
 @contextmanager
@@ -169,23 +208,17 @@ def adapter_sizes(meta_model: PreTrainedModel, space: Space) -> tuple[int, int]:
     """Return the number of weights of the smallest and of the largest adapter of a space."""
     ranks = space["lora_r"]
     lowest = ranks.low if isinstance(ranks, Range) else min(values_of(ranks))
-    adapters = [
-        _one_rank(meta_model, wanted, meta_model.name_or_path)
-        for wanted in values_of(space["target_modules"])
-    ]
+    adapters = list(_one_rank(meta_model, space))
     per_rank = [sum(a.numel() + b.numel() for a, b in adapter.weights.values()) for adapter in adapters]
-    magnitudes = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
-    dora = values_of(space.get("use_dora", Fixed(False)))
-    smallest = int(lowest) * min(per_rank) + all(dora) * min(magnitudes)
-    return smallest, int(max(values_of(ranks))) * max(per_rank) + any(dora) * max(magnitudes)
+    outputs = [sum(len(b) for _, b in adapter.weights.values()) for adapter in adapters]
+    more = [each.weights_per_output for each in possible_variants(space)]
+    smallest = int(lowest) * min(per_rank) + min(more) * min(outputs)
+    return smallest, int(max(values_of(ranks))) * max(per_rank) + max(more) * max(outputs)
 
 
 def targeted_modules(meta_model: PreTrainedModel, space: Space) -> set[str]:
     """Return the paths of all modules that any trial of a space may adapt."""
-    targets = values_of(space["target_modules"])
-    return {
-        name for wanted in targets for name in _one_rank(meta_model, wanted, meta_model.name_or_path).weights
-    }
+    return {name for adapter in _one_rank(meta_model, space) for name in adapter.weights}
 
 
 def values_of(dimension: Dimension) -> list[Any]:
@@ -201,9 +234,13 @@ def values_of(dimension: Dimension) -> list[Any]:
             raise TypeError("lora_alpha follows the rank")
 
 
-def _one_rank(meta_model: PreTrainedModel, targets: Any, base_path: str) -> Adapter:
-    shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": targets}
-    return initial_adapter(meta_model, lora_config(shape, base_path=base_path), seed=0)
+def _one_rank(meta_model: PreTrainedModel, space: Space) -> Iterator[Adapter]:
+    """Yield an adapter of rank 1 for each choice of the layers that it adapts."""
+    targets = values_of(space["target_modules"])
+    layers = values_of(space.get("layers_to_transform", Fixed(ALL_LAYERS)))
+    for wanted, numbers in itertools.product(targets, layers):
+        shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": wanted, "layers_to_transform": numbers}
+        yield initial_adapter(meta_model, lora_config(shape, base_path=meta_model.name_or_path), seed=0)
 
 
 def _meta_copy(

@@ -92,8 +92,8 @@ class Pack:
     def with_magnitudes(self, adapter: Adapter) -> Adapter:
         """Return a new adapter with DoRA's initial magnitudes; without DoRA, the adapter itself.
 
-        They are the base model's norms in float32, so that the adapter changes nothing yet; PEFT rounds them
-        to the base model's dtype. Raises ModelError if the base model's weights cannot be read.
+        They are the norms of W + scale B A in float32, so that DoRA changes nothing yet; PEFT rounds them to
+        the base model's dtype. Raises ModelError if the base model's weights cannot be read.
         """
         if not adapter.config.use_dora:
             return adapter

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.config import DORA_TRAINS_ALONE, HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
+from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
     load_metric,
@@ -161,7 +161,7 @@ def _run_remarks(spec: RoundSpec) -> Iterator[str]:
     if spec.ends_early is not None:
         yield spec.ends_early
     if spec.trains_alone:
-        yield DORA_TRAINS_ALONE
+        yield spec.trains_alone
     if not is_built_in("engine", spec.run.engine):
         yield f"run.engine: {spec.run.engine} is not checked here; `tuner study run` imports it"
 

@@ -14,7 +14,7 @@ from tuner.config.dimensions import value_to_yaml
 from tuner.config.round import RoundSpec
 from tuner.config.yaml_text import one_line
 from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.kinds import Flag, Integer, Kind, Modules, Number
+from tuner.methods.kinds import Flag, Integer, Kind, Layers, Modules, Number
 from tuner.methods.table import HYPERPARAMETERS
 
 COMMAND = "python -m tuner.config docs/reference"
@@ -94,6 +94,8 @@ def _searched_by(kind: Kind) -> str:
             return "whole number: list or range"
         case Modules():
             return "names: list of lists"
+        case Layers():
+            return "numbers: list of lists"
         case Flag():
             return "switch: list"
         case _:

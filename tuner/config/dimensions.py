@@ -9,7 +9,7 @@ from typing import Any
 from tuner.config.names import meant_value
 from tuner.errors import one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.kinds import ALL_LINEAR, Anything, Flag, Integer, Kind, Modules, Number, UnknownName
+from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Modules, Number, UnknownName
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, possible
 
@@ -88,7 +88,7 @@ def complete_space(
     room_to_warm_up = max_train_steps - 1 - largest(space.get("decay_steps", defaults["decay_steps"]))
     defaults["warmup_steps"] = Fixed(max(0, min(largest(defaults["warmup_steps"]), room_to_warm_up)))
     for name, row in table.items():
-        if name in defaults and name not in space:
+        if name in defaults and name not in space and not row.only_if_written:
             space[name] = replace(defaults[name], only_with=row.only_with)
     return possible(space)
 
@@ -119,11 +119,11 @@ def describe(dimension: Dimension) -> str:
 
 
 def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:
-    """Whether a list searches its items; a flat list of layer names is one value instead."""
+    """Whether a list searches its items; a flat list of layer names or numbers is one value."""
     if not isinstance(raw, list):
         return False
-    if isinstance(hyperparameter.kind, Modules):
-        return any(isinstance(item, list) or item == ALL_LINEAR for item in raw)
+    if isinstance(hyperparameter.kind, (Modules, Layers)):
+        return hyperparameter.kind.lists_choices(raw)
     return True
 
 

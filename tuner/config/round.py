@@ -20,7 +20,7 @@ from pydantic.json_schema import SkipJsonSchema
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
 from tuner.config.names import ONE_HORIZON
-from tuner.config.rules import horizon_refusals, objective_refusals, search_refusals
+from tuner.config.rules import adapter_refusals, horizon_refusals, objective_refusals, search_refusals
 from tuner.config.sections import (
     STRICT,
     CheckpointsSpec,
@@ -41,6 +41,7 @@ from tuner.errors import shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
 from tuner.methods.registry import is_built_in
+from tuner.methods.variants import possible_variants
 from tuner.records import Direction, Objective, Space, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
@@ -107,8 +108,6 @@ def _begins_like_a_path(path: str) -> bool:
 
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
-DORA_TRAINS_ALONE = "DoRA trains one trial at a time: a worker has one slot"
-"""What a round says of itself when `RoundSpec.trains_alone`."""
 EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
 
@@ -225,6 +224,7 @@ class RoundSpec(BaseModel):
                 space=space,
                 written=self.hyperparameters,
             ),
+            *adapter_refusals(space),
             *search_refusals(self.round, search=self.search, space=space),
             *objective_refusals(self.objective, evaluation=self.evaluation, run=self.run),
         ]
@@ -279,9 +279,10 @@ class RoundSpec(BaseModel):
         )
 
     @property
-    def trains_alone(self) -> bool:
-        """Whether a worker has one slot whatever `run.slots` says: a trial may have `use_dora: true`."""
-        return self.space()["use_dora"].contains(True)
+    def trains_alone(self) -> str | None:
+        """Why a worker has one slot whatever `run.slots` says; None where its trials may share one."""
+        alone = [each.title for each in possible_variants(self.space()) if not each.packs]
+        return f"{alone[0]} trains one trial at a time: a worker has one slot" if alone else None
 
     def absolute(self, directory: Path) -> RoundSpec:
         """The same round with every path made absolute from the round file's directory.

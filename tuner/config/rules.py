@@ -19,9 +19,23 @@ from tuner.config.sections import (
 )
 from tuner.config.wording import Refusal
 from tuner.errors import shown
+from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
-from tuner.records import Direction, Fixed, Range, Space, TimesSqrtRank, Value, active, num_points, searched
+from tuner.methods.variants.initialisations import INITIALISATIONS
+from tuner.records import (
+    Choices,
+    Dimension,
+    Direction,
+    Fixed,
+    Range,
+    Space,
+    TimesSqrtRank,
+    Value,
+    active,
+    num_points,
+    searched,
+)
 
 _HORIZON = "max_train_steps"
 
@@ -80,6 +94,43 @@ def objective_refusals(
             "`objective: {metric: eval_loss}`, which ranks by the made-up losses"
         )
         yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
+
+
+def adapter_refusals(space: Space) -> Iterator[Refusal]:
+    """Adapters that PEFT does not make."""
+    even = [
+        name for name, each in INITIALISATIONS.items() if each.even_rank and space["lora_init"].contains(name)
+    ]
+    if even and (odd := _odd_rank(space["lora_r"])) is not None:
+        message = f"{even[0]} needs even ranks, and lora_r may be {odd}; list the ranks, such as [8, 16, 32]"
+        yield Refusal(("hyperparameters", "lora_init"), message, rests_on=("hyperparameters.lora_r",))
+    layers = [value for value in _values(space.get("layers_to_transform")) if isinstance(value, tuple)]
+    targets = _values(space["target_modules"])
+    regex = next((value for value in targets if isinstance(value, str) and value != ALL_LINEAR), None)
+    if layers and regex is not None:
+        message = (
+            f"counts with {ALL_LINEAR} or layer names, and target_modules may be the regular expression "
+            f"{shown(regex)}; name the layers in the expression instead, such as '.*layers\\.(0|1)\\..*'"
+        )
+        where = ("hyperparameters", "layers_to_transform")
+        yield Refusal(where, message, rests_on=("hyperparameters.target_modules",))
+
+
+def _odd_rank(ranks: Dimension) -> int | None:
+    if isinstance(ranks, Range):
+        low = int(ranks.low)
+        return low if low % 2 else low + 1
+    return next((int(rank) for rank in _values(ranks) if isinstance(rank, int) and rank % 2), None)
+
+
+def _values(dimension: Dimension | None) -> tuple[Value, ...]:
+    match dimension:
+        case Fixed(value=value):
+            return (value,)
+        case Choices(values=values):
+            return values
+        case _:
+            return ()
 
 
 def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
@@ -147,9 +198,12 @@ def _enqueue_mistake(
         found = TRIAL_PATH.fullmatch(raw)
         own = found is not None and found[1] == round_name
         return f"{raw} is a trial of this round; only an earlier round can be continued" if own else None
-    if (idle := _idle_in(entry, name, space)) is not None or name not in space:
+    row = table_in_use()[name]
+    missing = Fixed(row.default) if row.only_if_written and row.default is not None else None
+    if (idle := _idle_in(entry, name, space)) is not None or (name not in space and missing is None):
         return idle
-    dimension, value = space[name], table_in_use()[name].kind.parse(raw)
+    dimension, value = space.get(name) or missing, row.kind.parse(raw)
+    assert dimension is not None
     read = shown(value_to_yaml(value))
     if dimension.contains(value):
         return None

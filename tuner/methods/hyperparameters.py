@@ -32,6 +32,8 @@ class Hyperparameter:
     meaning: str
     default_note: str = ""
     """What the default depends on, in words."""
+    only_if_written: bool = False
+    """Whether a trial has it only in a round whose file names it; elsewhere it counts as its default."""
     may_follow_rank: bool = False
     """Whether `{times_sqrt_r: FACTOR}` is allowed."""
     tier: Tier = Tier.MIGHT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -125,6 +126,8 @@ class OneOf:
     """A name out of a few."""
 
     names: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+    """Other names, alone or with a suffix after `_`, and why each is none of these."""
 
     @property
     def allowed(self) -> str:
@@ -133,6 +136,9 @@ class OneOf:
 
     def parse(self, raw: Any) -> str:
         """One of the names, as it is."""
+        for name, reason in self.refused:
+            if isinstance(raw, str) and (raw == name or raw.startswith(f"{name}_")):
+                raise ValueError(refusal(self.allowed, raw, reason))
         if not isinstance(raw, str) or raw not in self.names:
             raise UnknownName(self.names, raw, allowed=self.allowed)
         return raw
@@ -188,31 +194,101 @@ ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output head."""
 
 
+_REGEX_SIGN = r"[\\^$*+?{}\[\]|()]"
+"""No layer's name has one of these; a regular expression that names several layers has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """The linear layers that get an adapter: all of them, or a list of names."""
+    """The linear layers that get an adapter: all of them, a list of names, or a regular expression."""
 
     @property
     def allowed(self) -> str:
-        """The two forms, with an example."""
-        return f"{ALL_LINEAR} or a list of layer names such as [q_proj, v_proj]"
+        """The three forms, with examples."""
+        return (
+            f"{ALL_LINEAR}, a list of layer names such as [q_proj, v_proj], or a regular expression such as "
+            r"'.*\.[qv]_proj'"
+        )
 
     def parse(self, raw: Any) -> str | tuple[str, ...]:
-        """`all-linear`, or the names as a tuple in the file's order."""
+        """`all-linear`, the regular expression, or the names as a tuple in the file's order."""
         if raw == ALL_LINEAR:
             return ALL_LINEAR
+        if isinstance(raw, str) and re.search(_REGEX_SIGN, raw):
+            return self._regex(raw)
         if not isinstance(raw, (list, tuple)) or not raw:
             hint = f"a single layer is written [{raw}]" if isinstance(raw, str) else ""
             raise ValueError(refusal(self.allowed, raw, hint))
         for name in raw:
             if not isinstance(name, str) or not name or name == ALL_LINEAR:
                 raise ValueError(f"expects layer names in a list, got {shown(name)} in {shown(raw)}")
+            if re.search(_REGEX_SIGN, name):
+                raise ValueError(
+                    f"expects layer names in a list, got {shown(name)}; a regular expression stands alone, "
+                    "without a list of names"
+                )
         if len(set(raw)) < len(raw):
             raise ValueError(f"names a layer twice: {shown(raw)}")
         return tuple(raw)
 
+    def _regex(self, raw: str) -> str:
+        try:
+            re.compile(raw)
+        except re.error as error:
+            raise ValueError(
+                f"expects {self.allowed}, got {shown(raw)}, which is no regular expression: {error}"
+            ) from None
+        return raw
+
+    def lists_choices(self, raw: list[Any]) -> bool:
+        """Whether a list in the file is one of values to search, not one of layer names."""
+        return any(
+            isinstance(item, list)
+            or (isinstance(item, str) and (item == ALL_LINEAR or re.search(_REGEX_SIGN, item) is not None))
+            for item in raw
+        )
+
     def schema(self) -> dict[str, Any]:
-        """`all-linear` or an array of names."""
-        name = {"type": "string", "minLength": 1, "not": {"const": ALL_LINEAR}}
+        """`all-linear`, a string that no layer could be called, or an array of names."""
+        name = {"type": "string", "minLength": 1, "not": {"anyOf": [{"const": ALL_LINEAR}, _REGEX]}}
         names = {"type": "array", "items": name, "minItems": 1, "uniqueItems": True}
-        return {"anyOf": [{"const": ALL_LINEAR}, names]}
+        return {"anyOf": [{"const": ALL_LINEAR}, _REGEX, names]}
+
+
+_REGEX = {"type": "string", "pattern": _REGEX_SIGN}
+ALL_LAYERS = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The transformer layers that get an adapter: all of them, or a list of their numbers."""
+
+    allowed: str = f"{ALL_LAYERS} or a list of layer numbers such as [0, 1, 2]"
+
+    def parse(self, raw: Any) -> str | tuple[int, ...]:
+        """`all`, or the numbers as a tuple, lowest first."""
+        if raw == ALL_LAYERS:
+            return ALL_LAYERS
+        if not isinstance(raw, (list, tuple)) or not raw:
+            is_number = isinstance(raw, int) and not isinstance(raw, bool)
+            raise ValueError(
+                refusal(self.allowed, raw, f"a single layer is written [{raw}]" if is_number else "")
+            )
+        for layer in raw:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(
+                    f"expects layer numbers from 0 in a list, got {shown(layer)} in {shown(raw)}"
+                )
+        if len(set(raw)) < len(raw):
+            raise ValueError(f"names a layer twice: {shown(raw)}")
+        return tuple(sorted(raw))
+
+    def lists_choices(self, raw: list[Any]) -> bool:
+        """Whether a list in the file is one of values to search, not one of layer numbers."""
+        return any(isinstance(item, list) or item == ALL_LAYERS for item in raw)
+
+    def schema(self) -> dict[str, Any]:
+        """`all` or an array of numbers."""
+        layer = {"type": "integer", "minimum": 0}
+        layers = {"type": "array", "items": layer, "minItems": 1, "uniqueItems": True}
+        return {"anyOf": [{"const": ALL_LAYERS}, layers]}

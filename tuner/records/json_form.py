@@ -58,7 +58,7 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
     known = [reader for each in of if (reader := _reader(each)) is not _as_it_is] if _is_union(hint) else []
     if not known:
         return _as_it_is
-    if known == [tuple]:  # as in a hyperparameter's value
+    if set(known) == {tuple}:  # as in a hyperparameter's value
         return lambda value: tuple(value) if isinstance(value, list) else value
     (only,) = known
     return lambda value: None if value is None else only(value)

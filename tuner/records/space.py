@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-Value: TypeAlias = bool | int | float | str | tuple[str, ...]
-"""A hyperparameter's value. `target_modules` is the one whose value may be a tuple of names."""
+Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[int, ...]
+"""A hyperparameter's value. A tuple holds layer names (`target_modules`) or numbers."""
 
 Hyperparameters: TypeAlias = Mapping[str, Value]
 """A point of the search space, by name. Which names a round file may hold only `spec` knows."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from tuner.config import ModelSpec, RoundSpec, SourceSpec
+from tuner.methods.variants import variant_of
+from tuner.methods.variants.lora import USE_RSLORA
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
 from tuner.report import format
@@ -105,8 +106,12 @@ def _front_matter(card: Card) -> str:
 
 
 def _tags(card: Card) -> list[str]:
-    flags: Mapping[str, Any] = card.trial.hyperparameters
-    tags = ["tuner", "lora", *(name for name in ("dora", "rslora") if flags.get(f"use_{name}"))]
+    values = card.trial.hyperparameters
+    tags = ["tuner", "lora"]
+    if (chosen := variant_of(values)).switch is not None:
+        tags.append(chosen.name)
+    if values.get(USE_RSLORA.name):
+        tags.append("rslora")
     return [*tags, *(["qlora"] if card.spec.model.quantization == "nf4" else [])]
 
 

@@ -33,7 +33,7 @@ def value(setting: Value | None) -> str:
         case float():
             return number(setting)
         case tuple():
-            return ",".join(setting)
+            return ",".join(map(str, setting))
         case _:
             return str(setting)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults
@@ -153,7 +154,8 @@ class RoundReport:
     @property
     def untouched_loss(self) -> float | None:
         """The loss of the base without an adapter, where it was measured and is finite."""
-        first = (trial.evaluations[0] for trial in self.trials if trial.evaluations)
+        exact = sorted(self.trials, key=lambda trial: not starts_with_zero_b(trial.hyperparameters))
+        first = (trial.evaluations[0] for trial in exact if trial.evaluations)
         losses = (evaluation.eval_loss for evaluation in first if evaluation.step == 0)
         return next((loss for loss in losses if math.isfinite(loss)), None)
 

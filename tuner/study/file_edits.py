@@ -35,20 +35,23 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
             raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
             raise _refused(text, f"{name} is added twice; write all of its values in one --add")
-        if name not in space:
-            chooser = file.spec.table[name].only_with
+        row = file.spec.table[name]
+        before = space.get(name)
+        if row.only_if_written and row.default is not None:
+            before = before or Fixed(row.default)
+        if before is None:
             raise _refused(
                 text,
-                f"no trial of {file.spec.round} has {name}, by its {chooser.chosen_by if chooser else name}; "
-                "add both in the new file instead",
+                f"no trial of {file.spec.round} has {name}, by its "
+                f"{row.only_with.chosen_by if row.only_with else name}; add both in the new file instead",
             )
-        if not isinstance(space[name], (Fixed, TimesSqrtRank)):
+        if not isinstance(before, (Fixed, TimesSqrtRank)):
             raise _refused(
                 text,
                 f"{name} is already searched in {file.spec.round}; edit its line in the new file instead",
             )
-        added[name] = _dimension(text, file.spec.table[name], values)
-        _refuse_nothing_new(text, name, added[name], space[name])
+        added[name] = _dimension(text, row, values)
+        _refuse_nothing_new(text, name, added[name], before)
     return added
 
 

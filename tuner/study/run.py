@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
-from tuner.config import DORA_TRAINS_ALONE, RoundFile, RoundSpec, refused_changes
+from tuner.config import RoundFile, RoundSpec, refused_changes
 from tuner.engines import Worker
 from tuner.errors import (
     InputError,
@@ -24,6 +24,7 @@ from tuner.errors import (
 from tuner.installation import install_command
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
+from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
@@ -86,7 +87,7 @@ def run_round(
             if plan.spec.ends_early is not None:
                 view.message(plan.spec.ends_early)
             if plan.spec.trains_alone:
-                view.message(DORA_TRAINS_ALONE)
+                view.message(plan.spec.trains_alone)
             if plan.spec.model.trust_remote_code:
                 view.message(f"warning: {plan.spec.model.warning_of_code}")
             worker, ready = first_worker(
@@ -205,7 +206,8 @@ def _trials_so_far(plan: RoundPlan, storage: str) -> tuple[Trial, ...]:
 
 def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
     """Return the base model's evaluation if the round has it already: it is measured once a round."""
-    return next((e for trial in trials for e in trial.evaluations if e.step == 0), None)
+    exact = [trial for trial in trials if starts_with_zero_b(trial.hyperparameters)]
+    return next((e for trial in exact for e in trial.evaluations if e.step == 0), None)
 
 
 def first_worker(

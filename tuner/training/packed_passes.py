@@ -106,7 +106,7 @@ def _pass(
 def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
     """Evaluate the trials that are due in shared passes; one that does not fit into memory is infeasible."""
     base = state.base_evaluation
-    known = {slot for slot, run in due.items() if run.step == 0 and base is not None}
+    known = {s for s, run in due.items() if run.step == 0 and base is not None and run.adapter.has_zero_b}
     measured = _scores_within_memory(state, tuple(sorted(due.keys() - known)))
     made = {}
     for slot, run in due.items():

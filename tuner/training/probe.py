@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tuner.config import RoundSpec
+from tuner.methods.variants import possible_variants
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.training.memory_budget import Probed, explain_out_of_memory, out_of_memory
 from tuner.training.packed_passes import example_scores, forward_backward, micro_step
@@ -69,12 +70,13 @@ def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
     """Return the hyperparameters that need the most memory: largest rank and batch, DoRA, else the first."""
+    switches = [each.switch for each in possible_variants(space)]
     values: dict[str, Value] = {}
     for name, dimension in space.items():
         match dimension:
             case Fixed(value=value):
                 values[name] = value
-            case Choices(values=choices) if name in ("lora_r", "batch_size", "use_dora"):
+            case Choices(values=choices) if name in ("lora_r", "batch_size", *switches):
                 values[name] = max(choices)
             case Choices(values=choices):
                 values[name] = choices[0]

@@ -14,7 +14,7 @@ import torch
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
-from tuner.config import DORA_TRAINS_ALONE, RoundSpec
+from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.methods.metrics import metric
@@ -98,7 +98,7 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     space = spec.space()
     if spec.trains_alone:
-        _log.info("slots: %s: %s", slots, DORA_TRAINS_ALONE)
+        _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))

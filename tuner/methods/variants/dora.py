@@ -17,8 +17,10 @@ USE_DORA = Hyperparameter(
 
 DORA = Variant(
     name="dora",
+    title="DoRA",
     hyperparameters=(USE_DORA,),
     config=lambda values: {"use_dora": True},
     switch=USE_DORA.name,
     packs=False,
+    weights_per_output=1,
 )

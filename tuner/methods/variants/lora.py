@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.methods.hyperparameters import Hyperparameter, Tier
-from tuner.methods.kinds import ALL_LINEAR, Flag, Integer, Modules, Number, OneOf
+from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR, Flag, Integer, Layers, Modules, Number, OneOf
 from tuner.methods.variants import Variant
+from tuner.methods.variants.initialisations import INITIALISATIONS, REFUSED
 from tuner.records import Hyperparameters
 
 LORA_R = Hyperparameter(
@@ -25,9 +26,19 @@ TARGET_MODULES = Hyperparameter(
     "target_modules",
     ALL_LINEAR,
     Modules(),
-    "Linear layers that get an adapter: all of them but the output head, or those whose name ends so. "
+    "Linear layers that get an adapter: all of them but the output head; those whose name ends so; or those "
+    "whose whole name matches a regular expression. "
     "Searched by a list of such values: [all-linear, [q_proj, v_proj]].",
     tier=Tier.LIKELY,
+)
+LAYERS_TO_TRANSFORM = Hyperparameter(
+    "layers_to_transform",
+    ALL_LAYERS,
+    Layers(),
+    "Numbers of the transformer layers that get an adapter, with all-linear or layer names; a regular "
+    "expression names the layers itself. Searched by a list of such values: [all, [0, 1]].",
+    tier=Tier.LIKELY,
+    only_if_written=True,
 )
 LORA_DROPOUT = Hyperparameter(
     "lora_dropout",
@@ -51,31 +62,37 @@ LORAPLUS_RATIO = Hyperparameter(
 LORA_INIT = Hyperparameter(
     "lora_init",
     "default",
-    OneOf(("default", "gaussian")),
-    "How the A matrices start: PEFT's default (Kaiming uniform), or normally distributed. B starts at 0.",
+    OneOf(tuple(INITIALISATIONS), refused=tuple(REFUSED.items())),
+    "How A and B start. "
+    + "; ".join(f"{each.name}: {each.meaning}" for each in INITIALISATIONS.values())
+    + ". PEFT's others are refused, most because they change the base model.",
     tier=Tier.VERY_LIKELY,
 )
 
 
 def _config(values: Hyperparameters) -> Mapping[str, Any]:
     targets = values["target_modules"]
-    initialisation = values.get(LORA_INIT.name, LORA_INIT.default)
+    layers = values.get(LAYERS_TO_TRANSFORM.name, ALL_LAYERS)
+    initialisation = INITIALISATIONS[str(values.get(LORA_INIT.name, LORA_INIT.default))]
     return {
         "r": int(LORA_R.number(values)),
         "lora_alpha": values["lora_alpha"],
         "lora_dropout": LORA_DROPOUT.number(values),
         "use_rslora": bool(values.get(USE_RSLORA.name, USE_RSLORA.default)),
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
-        "init_lora_weights": True if initialisation == "default" else initialisation,
+        "layers_to_transform": list(layers) if isinstance(layers, tuple) else None,
+        "init_lora_weights": initialisation.peft,
     }
 
 
 LORA = Variant(
     name="lora",
+    title="LoRA",
     hyperparameters=(
         LORA_R,
         LORA_ALPHA,
         TARGET_MODULES,
+        LAYERS_TO_TRANSFORM,
         LORA_DROPOUT,
         USE_RSLORA,
         LORAPLUS_RATIO,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tuner.config import ModelSpec
 from tuner.errors import InputError
+from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR
 from tuner.methods.optimizers import optimizer
 from tuner.methods.registry import is_built_in
 from tuner.methods.schedules import warmup_length
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.variants import Variant, variant_of
+from tuner.methods.variants.dora import DORA
 from tuner.playbook.schedule import schedule_of
 from tuner.records import Hyperparameters
 
@@ -94,10 +97,28 @@ class Recipe:
         return bool(HYPERPARAMETERS[name].value(self.hyperparameters))
 
     @property
-    def targets(self) -> tuple[str, ...] | None:
-        """The layers that get an adapter by their names; None for all that are linear."""
+    def variant(self) -> Variant:
+        """LoRA, or what the trial has instead of it."""
+        return variant_of(self.hyperparameters)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the tool's word for DoRA is true."""
+        return self.variant is DORA
+
+    @property
+    def targets(self) -> tuple[str, ...] | str | None:
+        """The adapted layers by their names, or a regular expression; None for all linear ones."""
         targets = self.hyperparameters["target_modules"]
-        return targets if isinstance(targets, tuple) else None
+        if targets == ALL_LINEAR:
+            return None
+        return targets if isinstance(targets, str) else tuple(map(str, cast(tuple[str, ...], targets)))
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The numbers of the layers that get an adapter; None for all."""
+        layers = self.hyperparameters.get("layers_to_transform", ALL_LAYERS)
+        return None if layers == ALL_LAYERS else tuple(map(int, cast(tuple[int, ...], layers)))
 
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:

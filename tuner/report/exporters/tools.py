@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.schedules import warmup_length
 from tuner.report.exporters.exporter import Recipe, optimization, trainer_arguments, without
 
@@ -91,9 +93,9 @@ def _trl(recipe: Recipe) -> dict[str, Any]:
             "lora_r": int(recipe.number("lora_r")),
             "lora_alpha": recipe.alpha,
             "lora_dropout": recipe.number("lora_dropout"),
-            "lora_target_modules": list(recipe.targets or ("all-linear",)),
+            "lora_target_modules": _trl_targets(recipe.targets),
             "use_rslora": recipe.flag("use_rslora"),
-            "use_dora": recipe.flag("use_dora"),
+            "use_dora": recipe.is_dora,
             "dataset_name": ROWS,
             "dataset_train_split": "train",
             "dataset_test_split": "test",
@@ -102,6 +104,19 @@ def _trl(recipe: Recipe) -> dict[str, Any]:
             **trainer_arguments(recipe),
         }
     )
+
+
+def _trl_targets(targets: tuple[str, ...] | str | None) -> list[str]:
+    """A list of one is a regular expression to the tool, and all-linear the same word as PEFT's."""
+    match targets:
+        case None:
+            return [ALL_LINEAR]
+        case str():
+            return [targets]
+        case (name,):
+            return [rf"(.*\.)?{re.escape(name)}"]
+        case _:
+            return list(targets)
 
 
 def _bitsandbytes(recipe: Recipe) -> dict[str, Any]:
@@ -116,6 +131,7 @@ def _bitsandbytes(recipe: Recipe) -> dict[str, Any]:
 
 def _trl_cannot(recipe: Recipe) -> Iterator[str]:
     yield from _no_initialisation(recipe)
+    yield from _no_layers(recipe)
     if recipe.number("loraplus_ratio") != 1:
         yield (
             f"loraplus_ratio {recipe.number('loraplus_ratio'):g}: this command has no LoRA+; in Python, give "
@@ -126,6 +142,14 @@ def _trl_cannot(recipe: Recipe) -> Iterator[str]:
 def _no_initialisation(recipe: Recipe) -> Iterator[str]:
     if recipe.hyperparameters["lora_init"] != "default":
         yield f"lora_init {recipe.hyperparameters['lora_init']}: the tool starts as PEFT does by default."
+
+
+def _no_layers(recipe: Recipe) -> Iterator[str]:
+    if recipe.layers is not None:
+        yield (
+            f"layers_to_transform {list(recipe.layers)}: the tool adapts these layers and all others; in "
+            "Python, give the trainer a LoraConfig with it."
+        )
 
 
 def _llamafactory(recipe: Recipe) -> dict[str, Any]:
@@ -146,9 +170,9 @@ def _llamafactory(recipe: Recipe) -> dict[str, Any]:
             "lora_rank": int(recipe.number("lora_r")),
             "lora_alpha": recipe.alpha,
             "lora_dropout": recipe.number("lora_dropout"),
-            "lora_target": ",".join(recipe.targets or ("all",)),
+            "lora_target": "all" if isinstance(recipe.targets, str) else ",".join(recipe.targets or ("all",)),
             "use_rslora": recipe.flag("use_rslora"),
-            "use_dora": recipe.flag("use_dora"),
+            "use_dora": recipe.is_dora,
             "loraplus_lr_ratio": ratio if ratio != 1 else None,
             # The tool asks for names and a template, and uses none of them: the rows are tokenised.
             "dataset": "tuner",
@@ -163,6 +187,12 @@ def _llamafactory(recipe: Recipe) -> dict[str, Any]:
 
 def _llamafactory_cannot(recipe: Recipe) -> Iterator[str]:
     yield from _no_initialisation(recipe)
+    yield from _no_layers(recipe)
+    if isinstance(recipe.targets, str):
+        yield (
+            f"target_modules {recipe.targets}: the tool takes no regular expression, and `all` adapts every "
+            "linear layer; name the layers in lora_target instead."
+        )
     yield from _no_gguf(recipe)
 
 
@@ -175,7 +205,7 @@ def _no_gguf(recipe: Recipe) -> Iterator[str]:
 
 
 def _axolotl(recipe: Recipe) -> dict[str, Any]:
-    model, ratio = recipe.model, recipe.number("loraplus_ratio")
+    model, ratio, targets = recipe.model, recipe.number("loraplus_ratio"), recipe.targets
     scheduler, arguments = recipe.scheduler
     optimizer = optimization(recipe)
     initialisation = recipe.hyperparameters["lora_init"]
@@ -194,10 +224,11 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
             "lora_r": int(recipe.number("lora_r")),
             "lora_alpha": recipe.alpha,
             "lora_dropout": recipe.number("lora_dropout"),
-            "lora_target_linear": True if recipe.targets is None else None,
-            "lora_target_modules": list(recipe.targets) if recipe.targets else None,
+            "lora_target_linear": True if targets is None else None,
+            "lora_target_modules": list(targets) if isinstance(targets, tuple) else targets,
+            "peft_layers_to_transform": list(recipe.layers) if recipe.layers else None,
             "peft_use_rslora": recipe.flag("use_rslora") or None,
-            "peft_use_dora": recipe.flag("use_dora") or None,
+            "peft_use_dora": recipe.is_dora or None,
             "peft_init_lora_weights": initialisation if initialisation != "default" else None,
             "loraplus_lr_ratio": ratio if ratio != 1 else None,
             "datasets": [_parquet("train")],

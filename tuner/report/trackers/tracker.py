@@ -34,7 +34,7 @@ class FollowedRound:
     def settings(self, trial: Trial) -> dict[str, bool | int | float | str]:
         """Hyperparameters and what else the trial was run with, in words that every tool takes."""
         values = {
-            name: ",".join(value) if isinstance(value, tuple) else value
+            name: ",".join(map(str, value)) if isinstance(value, tuple) else value
             for name, value in trial.hyperparameters.items()
         }
         values["max_train_steps"] = self.max_train_steps
