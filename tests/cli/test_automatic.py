@@ -179,7 +179,7 @@ def test_interrupted_between_two_rounds_it_has_promoted_its_own_and_begun_no_oth
             assert run([*AUTO[:3], *passes, *AUTO[3:]]) == 130
         assert "tiny: round1 -> round2, 20 -> 60 steps (too_short)" in said.getvalue()
         goes_on = shlex.join(["tuner", *AUTO[:3], *passes, *AUTO[3:]])
-        where_it_is = f"round1 is complete and round2.yaml is written; go on with: {goes_on}"
+        where_it_is = f"round1 is complete and round2.yaml is written; resume with: {goes_on}"
         assert where_it_is in capsys.readouterr().err
         (study / "rehearsal" / "round2.yaml").unlink()
     assert {trial["round"] for trial in curves(capsys, study)} == {"round1", "other"}
@@ -251,7 +251,7 @@ def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
 
     code, said = _stopped_at("trial 2  step 5/", signal.SIGINT, study)
     assert code == 130
-    assert f"go on with: tuner {' '.join(AUTO)}" in said
+    assert f"resume with: tuner {' '.join(AUTO)}" in said
     for line in ("tiny/round2:", "trial 1  goes on"):
         code, _ = _stopped_at(line, signal.SIGKILL, study)
         assert code == -signal.SIGKILL

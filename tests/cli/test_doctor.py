@@ -50,7 +50,7 @@ def test_without_a_study(
     assert {"cpu", "memory", "disk", "hub cache", "extra postgres", "extra gguf"} <= checks.keys()
     assert checks["study"]["found"] == "none in this folder"
     assert "storage" not in checks
-    assert checks["hub token"]["found"] == "there is one"
+    assert checks["hub token"]["found"] == "found"
     assert "hf_not_to_be_seen" not in str(checks)
     assert list(here.iterdir()) == []
 
@@ -114,8 +114,8 @@ def test_checkpoints_that_cannot_be_written(here: Path, capsys: pytest.CaptureFi
     [
         ("5.1", Health.OK, "5.1"),
         ("6.0.dev1", Health.OK, "6.0.dev1"),
-        ("4.9", Health.PROBLEM, "4.9; needed is <7,>=5"),
-        (None, Health.PROBLEM, "not installed; needed is <7,>=5"),
+        ("4.9", Health.PROBLEM, "4.9; requires <7,>=5"),
+        (None, Health.PROBLEM, "not installed; requires <7,>=5"),
     ],
 )
 def test_a_package_and_its_range(installed: str | None, status: Health, found: str) -> None:

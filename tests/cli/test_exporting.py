@@ -185,8 +185,8 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
         (("--gguf-converter", "no.py"), "--gguf-converter: means something with --gguf only"),
         (("--dtype", "float16"), "--dtype: means something with --merge only"),
         (("--public",), "--public: means something with --push only"),
-        (("--as", "trl", "--merge"), "--as: writes a configuration; leave out --merge"),
-        (("--as", "trl", "--license", "mit", "--push", "me/x"), "leave out --push and --license"),
+        (("--as", "trl", "--merge"), "--as writes a configuration, not weights; remove --merge"),
+        (("--as", "trl", "--license", "mit", "--push", "me/x"), "remove --push and --license"),
     ],
 )
 def test_options_that_cannot_be_had(

@@ -59,7 +59,7 @@ def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
     last = log.read_text().splitlines()[-1]
     assert last.startswith(f"error: no disk: {disk}/runs/round1 has ")
     assert "Free some space" in last
-    assert last.endswith("then go on with: tuner study run round1.yaml")
+    assert last.endswith("then resume with: tuner study run round1.yaml")
     again = tuner_process("study", "run", "round1.yaml", directory=disk)
     assert (again.returncode, again.stderr.count("error: no disk:")) == (2, 1)
     film.unlink()

@@ -200,7 +200,7 @@ def test_ctrl_c_keeps_what_is_answered_and_says_how_to_go_on(
     assert generate_file(study, questions, *options) == 130
     said = capsys.readouterr().err
     assert (
-        f"stopped; 2 of 7 answers are in {answers}; go on with: tuner -C {study} trial generate best" in said
+        f"stopped; 2 of 7 answers are in {answers}; resume with: tuner -C {study} trial generate best" in said
     )
     assert len(lines_of(answers.read_text())) == 2
 
@@ -264,14 +264,14 @@ def test_a_token_that_the_embedding_lacks(
     ("options", "words"),
     [
         ([], "give --prompt"),
-        (["--prompt", "a", "--input", "b.jsonl"], "one of the two"),
-        (["--prompt", "a", "--output", "b.jsonl"], "--output goes with --input"),
-        (["--prompt", "a", "--batch-size", "2"], "--batch-size goes with --input"),
-        (["--input", "b.jsonl", "--stream"], "--stream goes with --prompt"),
-        (["--input", "b.jsonl", "--context", "c"], "--context goes with --prompt"),
-        (["--input", "b.jsonl", "--output", "./b.jsonl"], "that is the file of the prompts"),
+        (["--prompt", "a", "--input", "b.jsonl"], "pass exactly one of --prompt and --input"),
+        (["--prompt", "a", "--output", "b.jsonl"], "--output requires --input"),
+        (["--prompt", "a", "--batch-size", "2"], "--batch-size requires --input"),
+        (["--input", "b.jsonl", "--stream"], "--stream requires --prompt"),
+        (["--input", "b.jsonl", "--context", "c"], "--context requires --prompt"),
+        (["--input", "b.jsonl", "--output", "./b.jsonl"], "is the file of prompts"),
         (["--input", "b.jsonl"], "b.jsonl: there is no such file"),
-        (["--prompt", "a", "--base", "--compare"], "give one of them"),
+        (["--prompt", "a", "--base", "--compare"], "pass at most one of --base"),
         (["--prompt", "a", "--top-k", "5"], "give a --temperature above 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: expects a probability"),
         (["--prompt", "a", "--temperature", "-1"], "greater than or equal to 0"),

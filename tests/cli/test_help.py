@@ -115,4 +115,4 @@ def test_a_pipe_gets_every_column_and_a_narrow_terminal_is_told_what_is_missing(
     shown = re.split(r"  +", narrow.out.splitlines()[0].strip())
     missing = [name for name in names if name not in shown]
     assert missing
-    assert f"too narrow for {', '.join(missing)}: widen the window, or use --json" in narrow.err
+    assert f"too narrow to show {', '.join(missing)}: widen the window, or use --json" in narrow.err

@@ -128,8 +128,8 @@ def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
     written += read_until(ours, None, seconds=90)
     assert process.wait(60) == 130, Screen(written).text
     seen = Screen(written).text
-    assert "stopping: saving every trial (once more ends at once)" in seen
-    assert "go on with: tuner study run round1.yaml" in re.sub(r"\s+", " ", seen)
+    assert "stopping: saving all trials (Ctrl-C again to quit now)" in seen
+    assert "resume with: tuner study run round1.yaml" in re.sub(r"\s+", " ", seen)
 
 
 def test_plain_lines_say_what_a_trial_was_given(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_special_tokens_of_a_row_are_marked(tmp_path: Path) -> None:
     assert "What is {!</s>!} for?</s>" in done.stdout
     assert "[[{!</s>!} no.</s>]]" in done.stdout
     assert done.stdout.count("{!<") == 3
-    assert "(2 special tokens that the row says itself: {!...!})" in done.stdout
+    assert "(2 special tokens written in the row itself: {!...!})" in done.stdout
     as_json = json.loads(checked_file(tmp_path, file, "--json", base=base).stdout)
     [remark] = [remark for remark in as_json["remarks"] if "'</s>'" in remark]
     assert "(2 rows, first " in remark

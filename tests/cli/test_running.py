@@ -31,7 +31,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 def test_what_goes_on_is_named_as_it_has_to_be_typed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(printing, "acting_in", Path("my study"))
-    said = "no disk; then go on with: tuner -C 'my study' study run round1.yaml"
+    said = "no disk; then resume with: tuner -C 'my study' study run round1.yaml"
     with (
         pytest.raises(RoundStopped, match=re.escape(said)),
         interruptible("tuner study run round1.yaml", duration=None),
@@ -59,7 +59,7 @@ def test_a_time_that_is_over_before_the_round_has_begun(tmp_path: Path) -> None:
     done = tuner("study", "run", "round1.yaml", "--for", "0.1s", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     *_, message, following = done.stderr.splitlines()
-    assert message.startswith("0.1s are over: stopped while loading; nothing was started; ")
+    assert message.startswith("time limit of 0.1s reached: stopped while loading; nothing was started; ")
     assert following == "next: tuner study run round1.yaml"
     assert not (tmp_path / "tuner.db").exists()
 
@@ -72,7 +72,8 @@ def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "worker ready: cpu, 2 slots" in done.stderr
     assert (
-        "20s are over: stopped; all progress is saved; go on with: tuner study run round1.yaml" in done.stderr
+        "time limit of 20s reached: stopped; all progress is saved; resume with: tuner study run round1.yaml"
+        in done.stderr
     )
     assert done.stderr.splitlines()[-1] == "next: tuner study run round1.yaml"
     trials = trials_of(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line: the verbs, and what each is wired to.
+"""Define the command line: its verbs and what each one calls.
 
 Nothing heavy is imported until a verb runs, so that `--help` answers at once.
 """
@@ -18,11 +18,11 @@ from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.errors import InputError, TunerError
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
-"""What Typer raises for a wrong command line: of Click, or of its own copy of it."""
+"""Raised by Typer for a wrong command line: Click's class, or the one in Typer's own copy of Click."""
 
 app = typer.Typer(
     name="tuner",
-    help="Tune LoRA fine-tuning of language models in rounds, and learn how long to train.",
+    help="Find hyperparameters for LoRA fine-tuning in rounds, and learn how long to train.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -42,7 +42,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     directory: Annotated[
-        Path | None, typer.Option("-C", metavar="DIR", help="Act as if started in DIR, as in git.")
+        Path | None, typer.Option("-C", metavar="DIR", help="Run as if started in DIR, as in git.")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -60,7 +60,7 @@ def _root(
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
 ) -> None:
-    """Look at versions, GPUs, memory, disk, storage and the Hub; exit code 1 after a problem.
+    """Check versions, GPUs, memory, disk, storage and the Hub; exits with 1 if there is a problem.
 
     Example: `tuner doctor`
     """
@@ -80,12 +80,12 @@ def doctor(
 
 
 def main() -> None:
-    """The `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
+    """Run the `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
     sys.exit(run(sys.argv[1:]))
 
 
 COLLECT_AFTER = 100_000
-"""Objects made between garbage collections: each looks again at all that a large study has made."""
+"""Objects created between garbage collections: each collection scans all objects of a large study."""
 
 
 def run(arguments: list[str]) -> int:
@@ -101,6 +101,6 @@ def run(arguments: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("interrupted; the same command can be given again", err=True)
+        typer.echo("interrupted; run the same command again to continue", err=True)
         return 130
     return code if isinstance(code, int) else 0

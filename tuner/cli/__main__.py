@@ -1,4 +1,4 @@
-"""`python -m tuner.cli` is `tuner`."""
+"""Run `tuner` as `python -m tuner.cli`."""
 
 from tuner.cli import main
 

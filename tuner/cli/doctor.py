@@ -1,4 +1,4 @@
-"""`tuner doctor`: whether this machine and the installed packages can run studies."""
+"""`tuner doctor`: check whether this machine and the installed packages can run studies."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tuner.study.plan import RoundPlan
 
 
 class Health(StrEnum):
-    """What a check means for a run."""
+    """Effect of a check's result on a run."""
 
     OK = "ok"
     WARNING = "warning"
-    """A run is slower, or less is possible."""
+    """A run is slower or more limited."""
     PROBLEM = "problem"
-    """A run would stop."""
+    """A run would fail."""
 
 
 _STYLES = {Health.OK: "green", Health.WARNING: "yellow", Health.PROBLEM: "bold red"}
@@ -44,29 +44,29 @@ _STYLES = {Health.OK: "green", Health.WARNING: "yellow", Health.PROBLEM: "bold r
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     found: str
     status: Health = Health.OK
     advice: str = ""
-    """What to do; empty where there is nothing to do."""
+    """What to do; empty if nothing is to be done."""
 
 
 def is_healthy(checks: Sequence[Check]) -> bool:
-    """Whether nothing found would stop a run."""
+    """Whether a run can start: no check found a problem."""
     return all(check.status is not Health.PROBLEM for check in checks)
 
 
 def health_table(checks: Sequence[Check]) -> RenderableType:
-    """One row a check, and the sum of them."""
+    """Print one row per check, then a summary."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
         advice = f"\n{check.advice}" if check.advice else ""
-        # As a string, an extra's `[wandb]` and a folder `x[/y]` would be read as markup.
+        # rich would read an extra's `[wandb]` or a folder `x[/y]` in a plain string as markup.
         said = Text(check.found + advice)
         table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), said)
     counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}
@@ -76,7 +76,7 @@ def health_table(checks: Sequence[Check]) -> RenderableType:
 
 
 def health_document(checks: Sequence[Check]) -> dict[str, Any]:
-    """The JSON document of `tuner doctor --json`."""
+    """Return the JSON document of `tuner doctor --json`."""
     return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks]}
 
 
@@ -84,7 +84,7 @@ _FOR_DEVELOPERS = ("dev", "bench")
 
 
 def check_packages() -> Iterator[Check]:
-    """tuner, Python, every package that tuner needs, and its extras."""
+    """Check tuner, Python, every required package, and the extras."""
     yield Check("tuner", version())
     itself = own_distribution()
     if itself is None:
@@ -101,13 +101,13 @@ def check_packages() -> Iterator[Check]:
 
 
 def check_package(requirement: Requirement, *, installed: str | None) -> Check:
-    """A package that has to be there; `installed` is its version."""
+    """Check a required package; `installed` is its version."""
     name, ranges = requirement.name, str(requirement.specifier)
     wanted = installation().with_packages(f"{name}{ranges}")
     if installed is None:
-        return Check(name, f"not installed; needed is {ranges}", Health.PROBLEM, wanted)
+        return Check(name, f"not installed; requires {ranges}", Health.PROBLEM, wanted)
     if not requirement.specifier.contains(installed, prereleases=True):
-        return Check(name, f"{installed}; needed is {ranges}", Health.PROBLEM, wanted)
+        return Check(name, f"{installed}; requires {ranges}", Health.PROBLEM, wanted)
     return Check(name, installed)
 
 
@@ -117,9 +117,9 @@ def _python(ranges: str) -> Check:
         return Check("python", found)
     return Check(
         "python",
-        f"{found}; needed is {ranges}",
+        f"{found}; requires {ranges}",
         Health.PROBLEM,
-        "make a virtual environment with such a Python",
+        "create a virtual environment with a supported Python",
     )
 
 
@@ -128,7 +128,7 @@ def _extra(extra: str, its: list[Requirement]) -> Check:
     name = f"extra {extra}"
     if not missing:
         return Check(name, "installed: " + ", ".join(f"{r.name} {_installed(r.name)}" for r in its))
-    return Check(name, f"not installed ({', '.join(missing)}); {install_command(extra)} brings it")
+    return Check(name, f"not installed ({', '.join(missing)}); install with: {install_command(extra)}")
 
 
 def _installed(name: str) -> str | None:
@@ -144,11 +144,11 @@ def _applies(requirement: Requirement, *, extra: str) -> bool:
 
 _LITTLE_MEMORY_BYTES = 4 * 2**30
 _LITTLE_DISK_BYTES = 5 * 2**30
-"""With less there is a warning: a small model and the adapters of a small round still fit."""
+"""Warn below this much free space: enough for a small model and the adapters of a small round."""
 
 
 def examine(directory: Path) -> Iterator[Check]:
-    """Every check, the quick ones first; what is broken is told, not raised."""
+    """Yield every check, quick ones first; problems are reported, not raised."""
     yield from check_packages()
     yield _processor()
     yield _memory()
@@ -172,16 +172,16 @@ def _memory() -> Check:
     memory = psutil.virtual_memory()
     found = f"{size(memory.available)} of {size(memory.total)} available"
     if memory.available < _LITTLE_MEMORY_BYTES:
-        advice = "a model of 1B parameters takes about 2 GB in bfloat16 before anything is trained"
+        advice = "a model of 1B parameters takes about 2 GB in bfloat16 before training starts"
         return Check("memory", found, Health.WARNING, advice)
     return Check("memory", found)
 
 
 def _gpus() -> Iterator[Check]:
-    """By torch, which decides whether a GPU is used; memory and driver by NVML where that is installed."""
+    """Check the GPUs that torch can use; memory and driver come from NVML if it is installed."""
     try:
         import torch
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of a package half installed
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # from a partial installation
         reason = f"{type(error).__name__}: {error}"
         yield Check("gpu", f"torch cannot be imported: {reason}", Health.PROBLEM, "install torch again")
         return
@@ -207,22 +207,25 @@ def _no_gpu(torch: Any, devices: tuple[str, ...]) -> Check:
     if devices:
         return Check(
             "gpu",
-            f"the driver shows {len(devices)}, and torch {torch.__version__} uses none",
+            f"the driver reports {count(len(devices), 'GPU')}, but torch {torch.__version__} cannot use them",
             Health.WARNING,
-            "install the torch of your CUDA (https://pytorch.org/get-started); until then the CPU trains",
+            "install the torch build for your CUDA version (https://pytorch.org/get-started)",
         )
-    return Check("gpu", "none: trials train on the CPU, which is for small models")
+    return Check("gpu", "none: trials train on the CPU, which is practical for small models only")
 
 
 def _study(directory: Path) -> tuple[StudyFolder | None, Check]:
-    """The study of the folder, and what is wrong with its files."""
+    """Return the folder's study, if any, and a check of its round files."""
     if not any(looks_like_round(path) for path in directory.glob("*.y*ml")):
         return None, Check("study", "none in this folder")
     try:
         folder = open_folder(directory)
     except InputError as error:
         return None, Check(
-            "study", str(error), Health.PROBLEM, "tuner study check ROUND.yaml names each line"
+            "study",
+            str(error),
+            Health.PROBLEM,
+            "run tuner study check ROUND.yaml: it reports the line of each mistake",
         )
     names = ", ".join(file.path.name for file in folder.files)
     if folder.broken:
@@ -231,13 +234,13 @@ def _study(directory: Path) -> tuple[StudyFolder | None, Check]:
             "study",
             f"{folder.name}: {names}; with mistakes: {mistakes}",
             Health.WARNING,
-            "mend these files, or move them away: their rounds are left out",
+            "fix these files, or move them away: their rounds are skipped",
         )
     return folder, Check("study", f"{folder.name}: {names}")
 
 
 def _disk(directory: Path, folder: StudyFolder | None) -> Check:
-    """Where checkpoints go: the place of the study's last file, or this folder."""
+    """Check free disk space in the checkpoint directory of the study's latest file, or in this folder."""
     place = directory.resolve()
     if folder is not None:
         plan = RoundPlan(folder.files[-1])
@@ -249,9 +252,13 @@ def _disk(directory: Path, folder: StudyFolder | None) -> Check:
     free = free_bytes(place)
     found = f"{size(free)} free at {place}"
     if free < WORKING_BYTES:
-        return Check("disk", found, Health.PROBLEM, "free some space; tuner study clean shows what can go")
+        return Check(
+            "disk", found, Health.PROBLEM, "free some space; tuner study clean lists what can be deleted"
+        )
     if free < _LITTLE_DISK_BYTES:
-        return Check("disk", found, Health.WARNING, "tuner study check says what a round's checkpoints take")
+        return Check(
+            "disk", found, Health.WARNING, "tuner study check estimates the size of a round's checkpoints"
+        )
     return Check("disk", found)
 
 
@@ -262,27 +269,27 @@ def _storage(folder: StudyFolder) -> Iterator[Check]:
         yield Check("storage", str(error), Health.PROBLEM, "see `storage` in the round file")
         return
     if known.found is None:
-        yield Check("storage", f"{known.place}: can be made by the first run; nothing is in it yet")
+        yield Check("storage", f"{known.place}: empty; the first run creates it")
     elif known.is_newer:
         yield Check(
             "storage",
-            f"{known.place}: revision {known.found}, and this version of tuner knows up to {known.newest}",
+            f"{known.place}: revision {known.found}, but this version of tuner supports up to {known.newest}",
             Health.PROBLEM,
-            f"it was made by a newer version: {installation().upgrade}",
+            f"created by a newer version of tuner: {installation().upgrade}",
         )
     else:
-        later = "" if known.found == known.newest else f"; the next command brings it to {known.newest}"
-        running = ", and a process runs it now" if folder.is_running() else ""
+        later = "" if known.found == known.newest else f"; the next command upgrades it to {known.newest}"
+        running = ", in use by a running process" if folder.is_running() else ""
         yield Check("storage", f"{known.place}: revision {known.found}{later}{running}")
 
 
 def _hub() -> Iterator[Check]:
-    """The Hub's cache, and whether there is a token, which is shown to nobody."""
+    """Check the Hub's cache and whether a token is set; the token itself is never shown."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    offline = "; offline, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else ""
+    offline = "; offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     where = f"{cache} ({size(free_bytes(cache))} free){offline}"
     yield Check("hub cache", where if cache.is_dir() else f"{where}; empty")
     has_token = get_token() is not None
-    yield Check("hub token", "there is one" if has_token else "none: gated models need `hf auth login`")
+    yield Check("hub token", "found" if has_token else "none: gated models need `hf auth login`")

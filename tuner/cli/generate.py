@@ -1,4 +1,4 @@
-"""`trial generate`: its options, and answers as they are printed or written into a file."""
+"""`trial generate`: parse its options, and print answers or write them to a file."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from tuner.inference import Answer, AnswerFile, Decoding
 
 _SECONDS_BETWEEN_LINES = 5.0
-"""Of progress that goes into a file or a pipe."""
+"""Between progress lines when standard error is a file or a pipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was typed: one prompt or a file of them, and what is to be done with the answers."""
+    """Options of the command: one prompt or a file of prompts, and where the answers go."""
 
     prompt: str | None
     context: str
     system: str
-    """For the prompt, or for the rows that have none."""
+    """For the prompt, or for rows without a system message."""
     input: Path | None
     output: Path | None
     models: tuple[Model, ...]
-    """Whose answers are wanted."""
+    """Models that answer."""
     stream: bool
     batch_size: int | None
     temperature: float
@@ -49,20 +49,19 @@ class Asked:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.input is None):
-            raise InputError('give --prompt "..." or --input FILE.jsonl, one of the two')
+            raise InputError("pass exactly one of --prompt and --input")
         for_one = {"--context": bool(self.context), "--stream": self.stream}
         for_many = {"--output": self.output is not None, "--batch-size": self.batch_size is not None}
         for option, given in (for_one if self.prompt is None else for_many).items():
             if given:
                 goes_with = "--prompt" if self.prompt is None else "--input"
-                raise InputError(f"{option} goes with {goes_with}, which is not there")
+                raise InputError(f"{option} requires {goes_with}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise InputError(
-                "--top-k and --top-p say among which tokens to draw, and without --temperature none is; "
-                "give a --temperature above 0, such as 0.7"
+                "--top-k and --top-p require sampling: pass a --temperature above 0, such as 0.7"
             )
         if self.output is not None and self.output.resolve() == (self.input or Path()).resolve():
-            raise InputError(f"--output {self.output}: that is the file of the prompts; give another")
+            raise InputError(f"--output {self.output}: is the file of prompts; choose another")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p}: expects a probability above 0, at most 1")
 
@@ -76,7 +75,7 @@ class Asked:
 
 
 def generate_answers(folder: StudyFolder, name: str, asked: Asked) -> None:
-    """Answer as asked. Raises InputError before anything is generated, Interrupted after Ctrl-C."""
+    """Generate the answers. Raises InputError before anything is generated, Interrupted after Ctrl-C."""
     trial, _ = find_trial(folder, name)
     found = speaker(folder, trial, asked.models)
     warn_of_code(found.spec.model)
@@ -128,21 +127,21 @@ def _answer_file(found: Speaker, asked: Asked, path: Path) -> None:
         if asked.output is None:
             raise
         done = f"{len(output.rows)} of {len(prompts)} answers are in {asked.output}"
-        raise Interrupted(f"stopped; {done}; go on with: {printing.typed}") from None
+        raise Interrupted(f"stopped; {done}; resume with: {printing.typed}") from None
     seconds = max(1e-9, time.monotonic() - begun)
     typer.echo(
         f"{count(len(missing), 'answer')} in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; "
-        f"{len(batches[0])} rows at once where prompts are longest",
+        f"{len(batches[0])} rows per batch for the longest prompts",
         err=True,
     )
 
 
 class _Printed:
-    """Standard output, which gets the answers in the order of the rows."""
+    """Write answers to standard output, in the order of the rows."""
 
     def __init__(self, rows: Iterable[int]) -> None:
         self.rows: frozenset[int] = frozenset()
-        """Rows that have an answer already."""
+        """Rows that already have an answer."""
         self._waiting: dict[int, Answer] = {}
         self._order = iter(rows)
         self._next = next(self._order, None)
@@ -154,7 +153,7 @@ class _Printed:
         pass
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Print those that nothing is missing before."""
+        """Print each answer once all earlier rows have theirs."""
         self._waiting |= {answer.row: answer for answer in answers}
         while self._next in self._waiting:
             typer.echo(self._waiting.pop(self._next).line(), nl=False)
@@ -162,7 +161,7 @@ class _Printed:
 
 
 def _output(asked: Asked, made_from: dict[int, str]) -> AnswerFile | _Printed:
-    """Where answers go. Raises InputError for a file that holds something else."""
+    """Return where answers go. Raises InputError for a file that holds something else."""
     if asked.output is None:
         return _Printed(made_from)
     from tuner.inference import AnswerFile
@@ -172,7 +171,7 @@ def _output(asked: Asked, made_from: dict[int, str]) -> AnswerFile | _Printed:
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of new answers: a bar, or a line now and then, on stderr."""
+    """Yield a function to call with the number of new answers; shows a bar or occasional lines on stderr."""
     console = printing.error_output()
     if console.is_terminal:
         columns = (TextColumn("answered"), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""How every verb prints: the two streams, JSON documents, and a line while something is prepared."""
+"""Print for all verbs: the two streams, JSON documents, and progress while something is prepared."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from tuner.study.folder import StudyFolder
 
 WIDEST = 1000
-"""Characters: more than the widest table has."""
+"""In characters: wider than any table."""
 PROSE = 120
-"""Characters of a line that is still read with ease."""
+"""In characters: the longest line that is comfortable to read."""
 
 acting_in: Path | None = None
-"""What `-C` said: the commands that are named next are typed from where this one was."""
+"""The value of `-C`: suggested commands are relative to the folder this command was typed in."""
 
 typed = "tuner"
-"""The command that is being run, as it can be given again."""
+"""The current command line, ready to be run again."""
 
 _speakers: list[Callable[[str], None]] = []
-"""What has the terminal, the last one now."""
+"""Stack of live displays; the last one owns the terminal."""
 
 
 def next_command(command: str, *, directory: Path | None = None) -> str:
-    """A command as it has to be typed to act in a folder; None is the one that this command acts in."""
+    """Return a command as it must be typed to act in a folder; None is this command's own folder."""
     path = acting_in if directory is None else (acting_in or Path()) / directory
     if path is None or path == Path():
         return command
@@ -45,7 +45,7 @@ def next_command(command: str, *, directory: Path | None = None) -> str:
 
 
 def open_here() -> StudyFolder:
-    """The study of the current folder; says on standard error when it is a rehearsal."""
+    """Open the study of the current folder; note on standard error if it is a dry run."""
     from tuner.study.folder import REHEARSAL_BANNER, open_folder
 
     folder = open_folder(Path())
@@ -55,24 +55,24 @@ def open_here() -> StudyFolder:
 
 
 def warn_of_code(model: ModelSpec) -> None:
-    """Say on standard error what a model may do that brings Python code along."""
+    """Warn on standard error about a model that runs its own Python code."""
     if model.trust_remote_code:
         typer.echo(f"warning: {model.warning_of_code}", err=True)
 
 
 def output(*, piped_width: int = WIDEST) -> Console:
-    """Standard output. `COLUMNS` sets another width, as in most programs."""
+    """Return a console for standard output. `COLUMNS` overrides its width, as in most programs."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
     return _console(width=None if has_width else piped_width)
 
 
 def error_output() -> Console:
-    """Standard error."""
+    """Return a console for standard error."""
     return _console(stderr=True)
 
 
 def _console(**options: Any) -> Console:
-    """A console that prints every text as it is: a folder may be named `x[/y]`, a file `:smile:`."""
+    """Create a console that prints text verbatim: a folder may be named `x[/y]`, a file `:smile:`."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, **options)
@@ -80,7 +80,7 @@ def _console(**options: Any) -> Console:
 
 @contextmanager
 def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
-    """Let `say` go through what draws on the terminal, which would wipe out what is printed beside it."""
+    """Send `say` through the live display, which would overwrite anything printed directly."""
     _speakers.append(speaker)
     try:
         yield
@@ -89,7 +89,7 @@ def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A sentence on standard error, where it is seen while a live view is drawn there too."""
+    """Print a line on standard error; it stays visible while a live view is drawn there."""
     if _speakers:
         _speakers[-1](text)
     else:
@@ -99,7 +99,7 @@ def say(text: str) -> None:
 def prepared(
     spec: RoundSpec, cache: Path | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreparedData:
-    """As `prepare`, with the model's own tokenizer unless it is at hand already."""
+    """Call `prepare`, loading the model's tokenizer unless one is given."""
     from tuner.data import load_tokenizer, prepare
 
     with progress_shown(error_output()) as say:
@@ -110,9 +110,9 @@ def prepared(
 def progress_shown(
     console: Console, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[str], None]]:
-    """Gives a function that says how far a long work is.
+    """Yield a function that reports the progress of a long task.
 
-    On a terminal in one line, which is gone at the end; elsewhere in a line every half a minute.
+    On a terminal, shows one line that is cleared at the end; elsewhere, prints a line every half minute.
     """
     from rich.text import Text
 

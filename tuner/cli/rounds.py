@@ -1,4 +1,4 @@
-"""`study run`, `study auto` and `study sweep`: their options, the view while they run and what they print."""
+"""`study run`, `study auto` and `study sweep`: parse their options, show progress and print results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def where_typed(slots: str | None, workers: str | None, engine: str | None) -> Where:
-    """Where rounds are run, as typed. Raises InputError."""
+    """Parse where rounds run. Raises InputError."""
     return Where(
         None if slots is None else parse_count("--slots", slots),
         parse_count("--workers", workers or "auto"),
@@ -39,11 +39,11 @@ def where_typed(slots: str | None, workers: str | None, engine: str | None) -> W
 
 
 def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
-    """Run or go on with a round, showing it live on standard error; returns the file there is to report on.
+    """Start or resume a round, shown live on standard error; return the file to report on.
 
-    With the engine `simulated` that is the rehearsal's copy. It is None when the time was over before base
-    and data were loaded for the first time. Raises Interrupted, naming the command that goes on, when a
-    signal asked to stop.
+    With the engine `simulated`, the returned file is the dry run's copy. Returns None if time ran out before
+    the base model and data were first loaded. Raises Interrupted, naming the command to resume with, after a
+    signal.
     """
     command = f"tuner study run {shlex.quote(str(path))}{where.options}"
     with interruptible(command, duration=duration) as stopping:
@@ -54,32 +54,32 @@ def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
 
 @contextmanager
 def interruptible(command: str, *, duration: str | None) -> Iterator[Stopping]:
-    """Gives what says whether to stop: a signal came, or the time is over.
+    """Yield a check for whether to stop, after a signal or when time is up.
 
-    What stops on the way names the command that goes on, as it has to be typed here. The end of the time is
-    no failure: it is said, and the block is left.
+    Errors name the command to resume with. Running out of time is not an error: a message is printed and the
+    block is left.
     """
     again = next_command(command)
     seconds = None if duration is None else parse_duration(duration)
-    with stop_signals("stopping: saving every trial (once more ends at once)", seconds) as stopping:
+    with stop_signals("stopping: saving all trials (Ctrl-C again to quit now)", seconds) as stopping:
         try:
             yield stopping
         except Interrupted as stop:
             if stopping.was_interrupted:
-                raise Interrupted(f"{stop}; go on with: {again}") from stop
-            typer.echo(f"{duration} are over: {stop}; go on with: {again}", err=True)
+                raise Interrupted(f"{stop}; resume with: {again}") from stop
+            typer.echo(f"time limit of {duration} reached: {stop}; resume with: {again}", err=True)
         except RoundStopped as stop:
-            raise RoundStopped(f"{stop}; then go on with: {again}") from stop
+            raise RoundStopped(f"{stop}; then resume with: {again}") from stop
 
 
 def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
-    """Ctrl-C and SIGTERM ask to stop, and are answered; a second one ends the process at once."""
+    """Stop gracefully on the first Ctrl-C or SIGTERM and print `answer`; the second ends the process."""
     signals = (signal.SIGINT, signal.SIGTERM)
     return stopping_on(seconds, signals=signals, answer=lambda: say(answer), second=signal.SIG_DFL)
 
 
 def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
-    """Run or go on with a round, showing it live on standard error. Raises what `run_round` does."""
+    """Start or resume a round, shown live on standard error. Raises what `run_round` does."""
     with ExitStack() as while_shown:
 
         def shown(file: RoundFile, gpus: Gpus) -> View:
@@ -102,7 +102,7 @@ def _live_view(file: RoundFile, gpus: Gpus) -> View:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises InputError."""
+    """Return the seconds of `90s`, `30m`, `2h` or `1h30m`. Raises InputError."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if not seconds or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
@@ -111,7 +111,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_count(option: str, text: str) -> int | Literal["auto"]:
-    """A whole number of at least 1, or auto. Raises InputError."""
+    """Parse a whole number of at least 1, or `auto`. Raises InputError."""
     if text == "auto":
         return "auto"
     if not text.isdecimal() or int(text) < 1:
@@ -121,25 +121,25 @@ def parse_count(option: str, text: str) -> int | Literal["auto"]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How far the rounds came."""
+    """Outcome of a sequence of rounds."""
 
     command: str
-    """The one that goes on."""
+    """The command that resumes."""
     last: Path | None = None
-    """File of the latest round that has begun; None when none has."""
+    """File of the latest round that has started; None if none has."""
     reason: str | None = None
-    """Why there is no further round; None when the time was over first."""
+    """Why there is no further round; None if time ran out first."""
     taught_nothing: bool = False
-    """Whether the last round suggests no horizon at all."""
+    """Whether the last round suggests no horizon."""
     remark: str | None = None
-    """What there is to say of `data.test`, beside its score."""
+    """Note on `data.test`, besides its score."""
 
 
 def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Where) -> Ended:
-    """Run the latest round that came of a file, promote it and run the next one, until it is enough.
+    """Run the latest round descended from a file, promote it and run the next, until no more is needed.
 
-    With more passes than one, the first horizon is then come back to, and so on. Raises Interrupted, naming
-    the command that goes on, when a signal asked to stop, and InputError for a round of a sweep.
+    With several passes, the search then restarts from the first horizon. Raises Interrupted, naming the
+    command to resume with, after a signal, and InputError for a round of a sweep.
     """
     refuse_sweep(load_round(path))
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
@@ -175,11 +175,11 @@ def _tell(text: str) -> None:
 def sweep_file(
     path: Path, *, duration: str | None, where: Where, epochs: float | None = None
 ) -> tuple[str, Path | None]:
-    """Sweep, or go on with it, and write what was found into the round file.
+    """Start or resume a sweep and write its result into the round file.
 
-    Returns the command that comes next and the round file that it is to run, in whose folder it is to be
-    typed; None when the time was over first. Raises Interrupted, naming the command that goes on, when a
-    signal asked to stop, and what `sweep_round` does.
+    Returns the next command and the round file it runs; the command is to be typed in that file's folder.
+    Returns None if time ran out first. Raises Interrupted, naming the command to resume with, after a signal,
+    and what `sweep_round` raises.
     """
     length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"

@@ -1,4 +1,4 @@
-"""What `study status`, `check` and `promote` print."""
+"""Print the results of `study status`, `check` and `promote`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
-    """Print where every round stands; returns the command that comes next."""
+    """Print the state of every round; return the next command."""
     found, command = standing(folder)
     if as_json:
         typer.echo(dumps(status_document(folder.name, found)))
@@ -33,7 +33,7 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
 
 
 def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
-    """Print the plan, or every mistake; returns the command that comes next, None after a mistake."""
+    """Print the plan, or every mistake; return the next command, None after a mistake."""
     if as_json:
         document = check_document_of(path, prepare=prepared, probe=probe)
         typer.echo(dumps(document))
@@ -49,14 +49,14 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | N
 
 
 def _print_row(row: ShownRow, directory: Path) -> None:
-    """A row as the model sees it: what the loss sees is green, between brackets where there is no colour."""
+    """Print a row as the model sees it: tokens in the loss are green, or in brackets without colour."""
     console = output()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     place = row.place.removeprefix(f"{directory}/")
-    typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them learned")
+    typer.echo(f"--- {place}: {count(row.num_tokens, 'token')}, {row.num_targets} of them in the loss")
     if row.num_written:
         typer.echo(
-            f"({count(row.num_written, 'special token')} that the row says itself: {'...'.join(WRITTEN)})"
+            f"({count(row.num_written, 'special token')} written in the row itself: {'...'.join(WRITTEN)})"
         )
     for piece, is_target in row.pieces:
         text = printable(piece)
@@ -68,7 +68,7 @@ def _print_row(row: ShownRow, directory: Path) -> None:
 
 
 def promotion_text(document: Mapping[str, Any]) -> str:
-    """A promotion's JSON document, told to a person."""
+    """Print a promotion's JSON document as text."""
     steps = document["max_train_steps"]
     changed = {n: c for n, c in document["hyperparameters"].items() if c["from"] != c["to"]}
     lines = [

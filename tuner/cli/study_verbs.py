@@ -1,4 +1,4 @@
-"""`tuner study ...`: rounds are written, checked, run, promoted and looked at."""
+"""`tuner study ...`: write, check, run, promote and inspect rounds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tuner.study.folder import StudyFolder
 
 app = typer.Typer(
-    help="Rounds: write, check, run, promote, look. Begin with `tuner study new --help`.",
+    help="Rounds: write, check, run, promote, inspect. Start with `tuner study new --help`.",
     no_args_is_help=True,
 )
 
-RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="The round's file.")]
+RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="Round file.")]
 For = Annotated[
     str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
 ]
@@ -28,7 +28,7 @@ Slots = Annotated[
 Workers = Annotated[
     str | None,
     typer.Option(
-        "--workers", metavar="N|auto", help="Processes that train, one a GPU; auto: one for each GPU."
+        "--workers", metavar="N|auto", help="Number of worker processes, one per GPU; auto uses every GPU."
     ),
 ]
 Engine = Annotated[
@@ -36,8 +36,8 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Where workers run: local, simulated (a rehearsal with made-up losses, in rehearsal/), or an "
-        "engine of yours as package.module:Class. Overrides run.engine.",
+        help="Where workers run: local, simulated (a dry run with synthetic losses, in rehearsal/), or your "
+        "own engine as package.module:Class. Overrides run.engine.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -46,30 +46,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @app.command()
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new study.")],
-    model: Annotated[str, typer.Option(help="Directory or Hub id of the base.")],
+    model: Annotated[str, typer.Option(help="Directory or Hub id of the base model.")],
     data: Annotated[str, typer.Option(help="File or Hub id of the training rows.")],
     eval_data: Annotated[
         str | None,
-        typer.Option("--eval", help="Evaluation rows; else 5% of the training rows, 50 where they are few."),
+        typer.Option(
+            "--eval",
+            help="Evaluation rows. Default: 5% of the training rows, but at least 50 if there are enough.",
+        ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="How a row is read, such as alpaca; else recognised by its columns.")
+        str | None,
+        typer.Option(help="Format of the rows, such as alpaca. Default: detected from the columns."),
     ] = None,
     columns: Annotated[
         list[str] | None,
         typer.Option(
             metavar="COLUMN=NAME",
-            help="What the format's columns are called, such as prompt=question. Repeatable.",
+            help="Column name for a field of the format, such as prompt=question. Repeatable.",
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Which split of the training data, where there are several.")
+        str | None, typer.Option(help="Split of the training data, if there are several.")
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="A known recipe to begin with: alpaca-qlora (4 bits, on a GPU).")
+        str | None, typer.Option(help="Known recipe to start from: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
 ) -> None:
-    """Write a commented round1.yaml that `study check` accepts, its horizon derived from the number of rows.
+    """Write a commented round1.yaml that passes `study check`; the horizon is derived from the row count.
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
@@ -101,7 +105,7 @@ def check(
     probe: Annotated[bool, typer.Option("--probe", help="Load the model and time a few steps.")] = False,
     json: Json = False,
 ) -> None:
-    """Validate file, model, tokenizer and data, and print the plan. Trains nothing, records nothing.
+    """Validate the file, model, tokenizer and data, and print the plan. Trains and records nothing.
 
     Example: `tuner study check round1.yaml --show 2`
     """
@@ -122,7 +126,7 @@ def run(
     workers: Workers = None,
     engine: Engine = None,
 ) -> None:
-    """Run a round, or go on with it: the same command.
+    """Start or resume a round.
 
     Example: `tuner study run round1.yaml --for 2h`
     """
@@ -140,19 +144,17 @@ def sweep(
     round_file: RoundPath,
     epochs: Annotated[
         float | None,
-        typer.Option(
-            metavar="E", help="The longest run you can pay for, in epochs; run.production_steps is set so."
-        ),
+        typer.Option(metavar="E", help="Longest affordable run, in epochs; sets run.production_steps."),
     ] = None,
     for_: For = None,
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
 ) -> None:
-    """Find a first max_train_steps: how fast does a constant learning rate fit the training rows?
+    """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
 
-    Rounds `sweep-N` try 8 rates without dropout and weight decay, N doubling up to
-    `run.production_steps`; the answer is written into the round file, unless its round has begun.
+    Rounds `sweep-N` try 8 rates without dropout and weight decay, with N doubling up to
+    `run.production_steps`. The result is written into the round file unless its round has started.
 
     Example: `tuner study sweep round1.yaml --epochs 3 --for 2h`
     """
@@ -172,19 +174,21 @@ def auto(
     passes: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Times that the first horizon is begun with, learning from all."
+            metavar="N",
+            min=1,
+            help="How often to restart from the shortest horizon, reusing all earlier results.",
         ),
     ] = 1,
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
 ) -> None:
-    """Run a round, promote it and run the next, until longer rounds teach nothing more; or go on with that.
+    """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
-    It ends where the report says that more steps would not help, where it cannot tell, at
-    `run.production_steps`, or after `--for`. Every file is written as by `study promote`. With `--passes`,
-    longer rounds carry over a third and add no trials, and the first horizon is come back to. Where it
-    ends by itself, the best trial is scored on `data.test`, once.
+    Stops when the report says that more steps would not help or cannot tell, at `run.production_steps`, or
+    after `--for`. Writes each file as `study promote` does. With `--passes`, longer rounds carry over a
+    third of the trials and add none, then the search restarts from the shortest horizon. Unless stopped by
+    `--for`, scores the best trial on `data.test`, once.
 
     Example: `tuner study auto round1.yaml --for 12h`
     """
@@ -213,7 +217,7 @@ def auto(
 
 @app.command()
 def status(json: Json = False) -> None:
-    """Where the study stands: rounds, trials by state, the best so far.
+    """Show the study's rounds, trials by state, and the best trial so far.
 
     Example: `tuner study status`
     """
@@ -226,12 +230,13 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def promote(
-    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; its file is ROUND.yaml.")],
+    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")],
     from_round: Annotated[
-        str | None, typer.Option("--from", metavar="ROUND", help="Round to promote from; else the latest.")
+        str | None,
+        typer.Option("--from", metavar="ROUND", help="Round to promote from. Default: the latest."),
     ] = None,
     max_train_steps: Annotated[
-        int | None, typer.Option(min=1, help="The next horizon, instead of the suggested one.")
+        int | None, typer.Option(min=1, help="Next horizon. Default: the suggested one.")
     ] = None,
     top: Annotated[
         int | None,
@@ -245,21 +250,21 @@ def promote(
         str,
         typer.Option(
             metavar="share|steps",
-            help="What to keep of a linear decay: its share of the run, or its length in steps.",
+            help="What to keep of a linear decay: its share of the run or its length in steps.",
         ),
     ] = "share",
     add: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="Also search a fixed hyperparameter, in a list (lora_dropout=0,0.05) or a range "
+            help="Also search a fixed hyperparameter, over a list (lora_dropout=0,0.05) or a range "
             "(weight_decay=1e-4:1e-1:log). Repeatable.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
-    """Read a round, write the next round's file and say why.
+    """Read a round, write the next round's file and explain it.
 
     Example: `tuner study promote --to round2`
     """
@@ -269,7 +274,7 @@ def promote(
 
     if decay not in ("steps", "share"):
         raise typer.BadParameter(
-            f"got {decay}; allowed: share (of the run) and steps (the length), whichever is to be kept",
+            f"got {decay}; allowed: share (of the run) and steps (the length), whichever to keep",
             param_hint="--decay",
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
@@ -290,12 +295,14 @@ def promote(
 @app.command()
 def report(
     round_name: Annotated[
-        str | None, typer.Argument(metavar="ROUND", help="A round's name; else the latest.")
+        str | None, typer.Argument(metavar="ROUND", help="Name of the round. Default: the latest.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Where the page goes; else report-ROUND.html.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Path of the HTML page. Default: report-ROUND.html.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
 ) -> None:
-    """What a round taught, in the terminal and as one self-contained HTML page.
+    """Report on a round, in the terminal and as one self-contained HTML page.
 
     Example: `tuner study report round1`
     """
@@ -310,13 +317,15 @@ def report(
 
 @app.command()
 def dashboard(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8080,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on. Whoever reaches it can change and delete the study."),
+        typer.Option(help="Address to listen on. Anyone who can reach it can change and delete the study."),
     ] = "127.0.0.1",
 ) -> None:
-    """Serve optuna-dashboard on this study, to this machine alone; Ctrl-C ends it.
+    """Serve optuna-dashboard for this study, on this machine only by default; Ctrl-C to stop.
 
     Example: `tuner study dashboard --port 8081`
     """
@@ -325,13 +334,13 @@ def dashboard(
 
     folder = _folder()
     if not folder.has_begun:
-        raise InputError(f"{folder.name}: no round has begun, so there is nothing to show yet")
+        raise InputError(f"{folder.name}: no round has started, so there is nothing to show yet")
     try:
         serve_dashboard(
             folder.storage,
             folder.name,
             port=port,
-            announce=lambda url: _say(f"{url}  (Ctrl-C ends it)"),
+            announce=lambda url: _say(f"{url}  (Ctrl-C to stop)"),
             host=host,
         )
     except KeyboardInterrupt:
@@ -342,7 +351,7 @@ def dashboard(
 def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
 ) -> None:
-    """Show checkpoints that nothing goes on from any more; with --yes, delete them.
+    """List checkpoints that are no longer needed; with --yes, delete them.
 
     Example: `tuner study clean --yes`
     """
@@ -353,12 +362,12 @@ def clean(
 
 
 def _folder() -> StudyFolder:
-    """The study of the current folder, its broken round files named on standard error."""
+    """Open the study of the current folder; name broken round files on standard error."""
     from tuner.cli.printing import open_here
 
     folder = open_here()
     for error in folder.broken:
-        _say(f"left out, since it has mistakes: {error}")
+        _say(f"skipped, since it has mistakes: {error}")
     return folder
 
 
@@ -370,7 +379,7 @@ def _reports(directory: Path, round_path: Path | None) -> tuple[RoundReport, ...
 
 
 def _folder_of(round_file: Path, ran: Path) -> Path:
-    """Where the next verbs act: the folder of the file that was typed, or the rehearsal's within it."""
+    """Return the folder for the next verbs: the one of the typed file, or its dry run's."""
     folder = round_file.parent
     return folder if ran.parent.resolve() == folder.resolve() else folder / ran.parent.name
 
@@ -382,9 +391,9 @@ def _print_summary(
     directory: Path | None = None,
     command: str | None = None,
 ) -> None:
-    """Print what the last report says, the others being those on the rounds before.
+    """Print the last report; the others are those of the rounds before.
 
-    `command` comes next, typed from where this one was; else what the report names, within `directory`.
+    The next command is `command`, typed where this one was; without it, the report's, within `directory`.
     """
     from dataclasses import replace
 
@@ -395,7 +404,7 @@ def _print_summary(
     command = next_command(command) if command else next_command(report.next_command, directory=directory)
     output(piped_width=PROSE).print(summary(replace(report, next_command=command), earlier=earlier))
     if page is not None:
-        _say(f"the whole report: {page}")
+        _say(f"full report: {page}")
     _say(f"next: {command}")
 
 

@@ -1,4 +1,4 @@
-"""What `trial list`, `show` and `reproduce` print."""
+"""Print the results of `trial list`, `show` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuner.study.reproduction import planned_rerun
 
 
 def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) -> str:
-    """Print the trials of all rounds, or of one; returns the command that comes next."""
+    """Print the trials of all rounds, or of one; return the next command."""
     with opened(folder) as store:
         names = [record.name for record in store.rounds()]
         if round_name is not None:
@@ -49,11 +49,13 @@ def _print_table(table: FittedTable) -> None:
     console = output()
     console.print(table)
     if left_out := table.left_out(console.width):
-        typer.echo(f"too narrow for {', '.join(left_out)}: widen the window, or use --json", err=True)
+        typer.echo(
+            f"terminal too narrow to show {', '.join(left_out)}: widen the window, or use --json", err=True
+        )
 
 
 def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) -> str:
-    """Print one trial, scored on `data.test` if that is wanted; returns the command that comes next."""
+    """Print one trial, scored on `data.test` on request; return the next command."""
     trial, max_train_steps = find_trial(folder, name)
     if test:
         trial = with_score(folder, trial, prepare=prepared, tell=lambda text: typer.echo(text, err=True))
@@ -75,9 +77,9 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
 
 
 def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
-    """Run a trial again, live on standard error; print what it comes to, and return whether it agrees.
+    """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
-    Raises Interrupted, naming the command that begins again, when a signal asked to stop.
+    Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
     rerun = planned_rerun(folder, trial, to_step=to_step)
@@ -92,12 +94,12 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
     try:
         with (
             spoken_by(view.message),
-            stop_signals("stopping (once more ends at once)") as stopping,
+            stop_signals("stopping (Ctrl-C again to quit now)") as stopping,
         ):
             found = run_again(rerun, view=view, stopping=stopping)
     except Interrupted as stop:
         again = next_command(f"tuner trial reproduce {name}{limit}")
-        raise Interrupted(f"{stop}; begin again with: {again}") from stop
+        raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         typer.echo(dumps(reproduction_document(folder.name, found)))
     else:

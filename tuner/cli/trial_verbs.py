@@ -1,4 +1,4 @@
-"""`tuner trial ...`: trials are listed, shown, used and shared."""
+"""`tuner trial ...`: list, show, use and share trials."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Trials: list, show, use, share. Begin with `tuner trial list`.", no_args_is_help=True)
+app = typer.Typer(help="Trials: list, show, use, share. Start with `tuner trial list`.", no_args_is_help=True)
 
-TrialName = Annotated[
-    str, typer.Argument(metavar="T", help="round1/7, a bare 7 in the latest round, or best.")
-]
+TrialName = Annotated[str, typer.Argument(metavar="T", help="round1/7, 7 (in the latest round), or best.")]
 
 
 class MergedDtype(StrEnum):
-    """Types that merged weights may have."""
+    """Supported types of merged weights."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -25,7 +23,7 @@ class MergedDtype(StrEnum):
 
 
 class OtherTool(StrEnum):
-    """Tools whose files `trial export --as` writes."""
+    """Tools that `trial export --as` writes files for."""
 
     AXOLOTL = "axolotl"
     LLAMAFACTORY = "llamafactory"
@@ -42,7 +40,7 @@ def list_trials(
     ] = None,
     json: Json = False,
 ) -> None:
-    """The trials of all rounds: what varies between them, best losses and best steps.
+    """List the trials of all rounds with the hyperparameters that vary, best losses and best steps.
 
     Example: `tuner trial list --round round1`
     """
@@ -59,11 +57,14 @@ def show(
     trial: TrialName = "best",
     test: Annotated[
         bool,
-        typer.Option("--test", help="Score it on data.test first, once: for the trial you settle on."),
+        typer.Option(
+            "--test",
+            help="Score the trial on data.test first, once: only for the trial you choose in the end.",
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
-    """One trial: hyperparameters, curve, best step, where its adapter is, its score on data.test.
+    """Show a trial's hyperparameters, curve, best step, adapter path and score on data.test.
 
     Example: `tuner trial show round1/7`
     """
@@ -80,13 +81,13 @@ def reproduce(
     trial: TrialName,
     to_step: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Run the first N steps only; the schedule stays as it was."),
+        typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Run a trial again, alone, and say whether its curve agrees; exit code 1 where it does not.
+    """Run a trial again by itself and compare its curve; exits with 1 if the curves disagree.
 
-    The study stays as it is: no trial is added, and the run's files are deleted at its end.
+    The study is not changed: no trial is added, and the run's files are deleted at the end.
 
     Example: `tuner trial reproduce best --to-step 20`
     """
@@ -104,43 +105,53 @@ def reproduce(
 def generate(
     trial: TrialName,
     prompt: Annotated[
-        str | None, typer.Option(help="The instruction, in the words of a training row.")
+        str | None, typer.Option(help="Instruction, worded like one in the training rows.")
     ] = None,
-    context: Annotated[str, typer.Option(help="The row's input, where the format has one.")] = "",
-    system: Annotated[
-        str, typer.Option(help="The system message, of rows of --input too that have none.")
-    ] = "",
+    context: Annotated[str, typer.Option(help="Input of the row, if the format has one.")] = "",
+    system: Annotated[str, typer.Option(help="System message; with --input, for rows without one.")] = "",
     input: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='Answer its rows: training rows, {"messages": ...} or {"prompt": ...} each; or messages.',
+            help='Answer a file of training rows, {"messages": ...} or {"prompt": ...} rows, or messages.',
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Where answers to --input go; the same command goes on."),
+        typer.Option(
+            metavar="FILE.jsonl", help="File for the answers to --input; rerun the command to resume."
+        ),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it grows.")] = False,
-    base: Annotated[bool, typer.Option("--base", help="Answer with the base, without the adapter.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with both, side by side.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with, at most.")] = 256,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Answer with the base model, without the adapter.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with both, the base model and the adapter.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always picks the most likely token.")
     ] = 0.0,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens of this probability together.")
+        float | None,
+        typer.Option(help="Sample from the most likely tokens whose probabilities add up to this."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many tokens.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws: the same gives the same answers.")] = 0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from this many of the most likely tokens.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Sampling seed: the same seed gives the same answers.")
+    ] = 0,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of --input at once; else as many as fit a token budget.")
+        int | None,
+        typer.Option(min=1, help="Rows of --input per batch. Default: as many as fit a token budget."),
     ] = None,
 ) -> None:
-    """Answer a prompt, or a file of them, with a trial's adapter, in the template it was trained on.
+    """Answer a prompt or a file of prompts with a trial's adapter, in the template it was trained on.
 
-    Answers to a file are JSON lines in its order, on standard output or in `--output`, which an interrupted
-    run goes on with.
+    Answers to a file are JSON lines in the same order, on standard output or in `--output`. With
+    `--output`, an interrupted run resumes.
 
     Example: `tuner trial generate best --prompt "Name three rivers." --compare`
     """
@@ -149,7 +160,7 @@ def generate(
     from tuner.errors import InputError
 
     if base and compare:
-        raise InputError("--base answers with the base alone, --compare with both; give one of them")
+        raise InputError("pass at most one of --base (the base model only) and --compare (both)")
     asked = Asked(
         prompt=prompt,
         context=context,
@@ -174,41 +185,43 @@ def generate(
 @app.command()
 def export(
     trial: TrialName,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The directory to write.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory to write.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="A whole model, the adapter added into the base's weights.")
+        bool, typer.Option("--merge", help="Write a full model, with the adapter merged into the base model.")
     ] = False,
     dtype: Annotated[
-        MergedDtype | None, typer.Option(help="Type of merged weights; bfloat16 when left out.")
+        MergedDtype | None, typer.Option(help="Type of the merged weights. Default: bfloat16.")
     ] = None,
     gguf: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Convert the merged model into this file too; implies --merge."),
+        typer.Option(metavar="FILE", help="Also convert the merged model into this file; implies --merge."),
     ] = None,
     gguf_converter: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, where it is not on the PATH."),
+        typer.Option(
+            metavar="FILE", help="Path of llama.cpp's convert_hf_to_gguf.py, if it is not on the PATH."
+        ),
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Upload the directory to OWNER/NAME on the Hub, with HF_TOKEN."),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="A repository that --push makes is public, not private.")
+        bool, typer.Option("--public", help="Make a repository created by --push public instead of private.")
     ] = False,
     licence: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="Licence of what is exported, such as apache-2.0."),
+        typer.Option("--license", metavar="ID", help="Licence of the export, such as apache-2.0."),
     ] = None,
     tool: Annotated[
         OtherTool | None,
         typer.Option(
-            "--as", help="Not the adapter, but its configuration and rows for another tool to train."
+            "--as", help="Write a configuration and rows for another training tool instead of the adapter."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a trial's adapter as a PEFT directory with tokenizer and model card, or more.
+    """Write a trial's adapter as a PEFT directory with tokenizer and model card, or in another form.
 
     Example: `tuner trial export best --to my-model --merge`
     """
@@ -254,8 +267,8 @@ def _warn(text: str) -> None:
 
 
 def _refuse_beside_as(options: Mapping[str, object]) -> None:
-    """Raises InputError for options of weights: a configuration has none."""
+    """Raise InputError for options on weights: a configuration has none."""
     from tuner.errors import InputError
 
     if given := [option for option, value in options.items() if value]:
-        raise InputError(f"--as: writes a configuration; leave out {' and '.join(given)}")
+        raise InputError(f"--as writes a configuration, not weights; remove {' and '.join(given)}")
