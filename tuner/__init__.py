@@ -1,4 +1,4 @@
-"""tuner tunes LoRA fine-tuning of language models and says how long to train."""
+"""tuner finds hyperparameters for LoRA fine-tuning and tells you how long to train."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_round_gives_its_advice_its_best_trial_and_its_report(study, tmp_path)
     assert advice.evidence
     assert str(advice) == "\n".join(advice.evidence)
     assert advice.gain(8) in (0.0, None)
-    with pytest.raises(InputError, match="give a longer horizon"):
+    with pytest.raises(InputError, match="pass a longer horizon"):
         advice.gain(7)
     text = first.report(tmp_path / "page.html", markdown=tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == text

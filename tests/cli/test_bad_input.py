@@ -317,7 +317,7 @@ def test_a_path_in_the_home_folder_is_found_and_written_so_that_it_is_found_agai
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--data", "", "--data: has no value; give a file"),
+        ("--data", "", "--data: is empty; pass a file"),
         ("--model", "", "--model: has no value"),
         ("--eval", "", "--eval: has no value"),
         ("--data", f"{'x' * 256}.jsonl", "--data: has a name longer than 255 bytes"),

@@ -87,5 +87,5 @@ def test_a_study_that_has_not_begun(
     monkeypatch.chdir(tmp_path)
     round_file(tmp_path)
     assert run(["study", "dashboard"]) == 2
-    assert "no round has begun" in capsys.readouterr().err
+    assert "no round has started" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["round1.yaml"]

@@ -76,8 +76,8 @@ def test_check_shows_a_log_and_counts_what_became_of_it(
     said = capsys.readouterr().out
     assert said.startswith("--- logs/a.log:1: 6"), "of 64 tokens"
     assert "learned\nl[[ine 0 says so\nline 1 says so\n" in said, "nothing predicts a first token"
-    assert "train rows go on with a text longer than max_length" in " ".join(said.split())
-    assert "1 eval rows repeat one before them" in " ".join(said.split())
+    assert "train rows continue a text longer than max_length" in " ".join(said.split())
+    assert "1 eval rows repeat an earlier one" in " ".join(said.split())
 
 
 def test_a_mix_and_an_allowed_overlap_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_a_mix_and_an_allowed_overlap_are_said(tmp_path: Path, capsys: pytest.Ca
     path.write_text(path.read_text().replace("  max_length:", "  allow_overlap: true\n  max_length:"))
     assert run(["study", "check", str(path)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "of the rows of an epoch: 50.0% from a.jsonl, 50.0% from b.jsonl" in said
+    assert "shares of the rows in an epoch: 50.0% from a.jsonl, 50.0% from b.jsonl" in said
     assert "3 of 3 eval rows are train rows too, word for word" in said
 
 

@@ -159,11 +159,11 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
     (study / "file").write_text("")
     (study / "link").symlink_to("mine")
     assert "--to mine: is not empty" in refusal(capsys, "best", "--to", "mine")
-    assert "--to mine: holds no export" in refusal(capsys, "best", "--to", "mine", "--force")
+    assert "--to mine: is not an export" in refusal(capsys, "best", "--to", "mine", "--force")
     assert "--to file: is a file" in refusal(capsys, "best", "--to", "file")
     assert "--to link: is a link" in refusal(capsys, "best", "--to", "link", "--force")
     for above in (".", "..", "/"):
-        assert "the study is in it" in refusal(capsys, "best", "--to", above, "--force")
+        assert "contains the study" in refusal(capsys, "best", "--to", above, "--force")
     (study / "empty").mkdir()
     for extra in ((), ("--force",)):
         assert run(["trial", "export", "best", "--to", "empty", *extra]) == 0
@@ -179,12 +179,12 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
         (("--push", "me/mo del", "--merge"), "--push me/mo del: expects OWNER/NAME"),
         (("--push", "me/model"), "nobody else could load the adapter; push the merged model by --merge"),
         (("--gguf", "m.gguf"), "--gguf: llama.cpp's converter is not installed"),
-        (("--gguf", "m.gguf", "--gguf-converter", "no.py"), "--gguf-converter no.py: there is no such file"),
+        (("--gguf", "m.gguf", "--gguf-converter", "no.py"), "--gguf-converter no.py: no such file"),
         (("--gguf", "round1.yaml"), "--gguf round1.yaml: exists"),
         (("--gguf", "runs"), "--gguf runs: is a directory"),
-        (("--gguf-converter", "no.py"), "--gguf-converter: means something with --gguf only"),
-        (("--dtype", "float16"), "--dtype: means something with --merge only"),
-        (("--public",), "--public: means something with --push only"),
+        (("--gguf-converter", "no.py"), "--gguf-converter requires --gguf"),
+        (("--dtype", "float16"), "--dtype requires --merge"),
+        (("--public",), "--public requires --push"),
         (("--as", "trl", "--merge"), "--as writes a configuration, not weights; remove --merge"),
         (("--as", "trl", "--license", "mit", "--push", "me/x"), "remove --push and --license"),
     ],
@@ -240,7 +240,7 @@ def test_trials_without_a_result(
     )
     link = tmp_path / "runs" / "round1" / f"trial-{done:04d}" / "best"
     link.unlink(missing_ok=True)
-    assert f"the adapter of round1/{done} is gone from" in refusal(capsys, str(done), "--to", "out")
+    assert f"the adapter of round1/{done} is missing from" in refusal(capsys, str(done), "--to", "out")
     assert "round9/0: no such round has started; started: round1" in refusal(
         capsys, "round9/0", "--to", "out", "--as", "trl"
     )
@@ -252,7 +252,7 @@ def test_a_trial_that_has_not_ended(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Crash):
         rehearse(tmp_path, fuse=12)
-    assert "0: round1/0 is waiting and has not been trained to the end" in refusal(capsys, "0", "--to", "out")
+    assert "0: round1/0 is waiting and not yet trained to the end" in refusal(capsys, "0", "--to", "out")
 
 
 @pytest.mark.parametrize("tool", ["axolotl", "llamafactory", "trl"])

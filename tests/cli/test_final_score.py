@@ -105,7 +105,7 @@ def test_rows_that_were_looked_at_are_not_looked_at_again_by_themselves(
         open_folder(study), facts(study)[1][1 - best], prepare=prepared_quietly, tell=unsaid
     )
     assert remark is not None
-    assert f"scored for round1/{best} before" in remark
+    assert f"already scored for round1/{best}" in remark
     assert facts(study)[1][1 - best].final_score is None
 
 

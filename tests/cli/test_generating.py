@@ -272,7 +272,7 @@ def test_a_token_that_the_embedding_lacks(
         (["--input", "b.jsonl", "--output", "./b.jsonl"], "is the file of prompts"),
         (["--input", "b.jsonl"], "b.jsonl: there is no such file"),
         (["--prompt", "a", "--base", "--compare"], "pass at most one of --base"),
-        (["--prompt", "a", "--top-k", "5"], "give a --temperature above 0"),
+        (["--prompt", "a", "--top-k", "5"], "pass a --temperature above 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: expects a probability"),
         (["--prompt", "a", "--temperature", "-1"], "greater than or equal to 0"),
     ],

@@ -24,7 +24,7 @@ from tuner.records import Started
 from tuner.report import open_view
 
 ROOT = Path(__file__).parents[2]
-ANSWER = "stopping: saving every trial"
+ANSWER = "stopping: saving all trials"
 
 
 class Screen:

@@ -62,7 +62,7 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     before = (study / "round1.yaml").read_text()
     out, err = does("study", "run", "round1.yaml", "--engine", "simulated")
     assert BANNER in err
-    assert "seconds were simulated" in err
+    assert "seconds simulated" in err
     assert "made-up losses" in out
     assert err.rstrip().endswith("next: tuner -C rehearsal study promote --to round2")
     assert files(study) == {"round1.yaml", "rehearsal"}

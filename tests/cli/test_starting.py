@@ -184,7 +184,7 @@ def evaluation(num_examples: int, *, spread: float) -> Evaluation:
 
 def test_a_noisy_base_is_warned_of() -> None:
     [said] = noise_remarks(evaluation(50, spread=0.56), num_examples=50)
-    assert said.startswith("the standard error of the base's loss is 4% with 50 evaluation rows")
+    assert said.startswith("the standard error of the base model's loss is 4% with 50 evaluation rows")
     assert "hold out more rows; about 200 would make it 2%" in said
     [said] = noise_remarks(evaluation(50, spread=0.56), num_examples=50, max_examples=50)
     assert "raise evaluation.max_examples" in said
@@ -197,7 +197,7 @@ def test_a_noisy_base_is_warned_of() -> None:
 def test_check_warns_of_few_evaluation_rows(tmp_path: Path) -> None:
     """Of a base that was measured by its number, before that by the number of rows."""
     accepted(tmp_path, new(tmp_path, RIVERS[:20]))
-    words = "standard error of the base's loss is"
+    words = "standard error of the base model's loss is"
     for more, said in (((), f"{words} probably above 2%"), (("--probe",), words)):
         done = tuner("study", "check", "mine/round1.yaml", *more, directory=tmp_path)
         assert said in " ".join(done.stdout.split())

@@ -91,7 +91,7 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
         ("nan", (), "--epochs nan: expects a number above 0"),
         ("inf", (), "--epochs inf: expects a number above 0"),
         ("1e308", (), "--epochs 1e+308: expects a number above 0, and at most 1,000,000"),
-        ("3", ("--engine", "simulated"), "--epochs: a rehearsal opens no data"),
+        ("3", ("--engine", "simulated"), "--epochs: a dry run does not open the data"),
         ("0.01", (), "run.production_steps: 3 is below max_train_steps (8)"),
     ):
         assert run(["study", "sweep", "round1.yaml", "--epochs", epochs, *more]) == 2
@@ -106,7 +106,7 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
     for folder in ("rehearsal", "rehearsed"):
         write_round(tmp_path / folder, run="run: {engine: simulated, production_steps: 80}\n")
         assert run(["study", "sweep", f"{folder}/round1.yaml", "--epochs", "3"]) == 2
-        assert "--epochs: a rehearsal opens no data" in capsys.readouterr().err
+        assert "--epochs: a dry run does not open the data" in capsys.readouterr().err
         assert [each.name for each in (tmp_path / folder).iterdir()] == ["round1.yaml"]
 
 
@@ -134,8 +134,8 @@ def test_an_answer_is_said_and_written_and_what_has_begun_stays(
     assert run(["study", "sweep", "round1.yaml"]) == 0
     said = capsys.readouterr()
     assert (
-        "The training set is fitted in 20 steps, fastest at a constant learning rate of 0.000115: there the "
-        "mean loss of a sample of training rows is at most 0.05, or 99% of its target tokens"
+        "The training set is fitted in 20 steps, fastest at a constant learning rate of 0.000115: the "
+        "mean loss of a sample of training rows reaches 0.05 or less, or 99% of its target tokens"
     ) in said.out
     assert said.out.splitlines()[-1] == "wrote round1.yaml: max_train_steps 18 -> 20"
     assert said.err.splitlines()[-1] == "next: tuner study run round1.yaml"

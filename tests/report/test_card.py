@@ -69,7 +69,7 @@ def test_facts_of_the_trial() -> None:
         "The study asks: Learning rate and rank for Alpaca on SmolLM2",
         "Evaluation loss 2.0000 at step 50 of 60",
         "200 held-out rows",
-        "The untouched base has 2.5000.",
+        "The base model has 2.5000.",
         "`data/train.jsonl` (format alpaca)",
         "5,000 for training, 200 for evaluation",
         "512 tokens at most; the loss is on the completion",

@@ -109,7 +109,7 @@ class TestStatus:
         assert "best: round2/2, its adapter is gone" in shown(status_table("alpaca", rounds))
 
     def test_a_study_that_has_not_begun(self) -> None:
-        assert shown(status_table("alpaca", [])) == "alpaca: no round has begun\n"
+        assert shown(status_table("alpaca", [])) == "alpaca: no round has started\n"
 
 
 class TestTrials:

@@ -1,14 +1,14 @@
-"""What a script types: studies, rounds, trials. The command line is arguments and printing over it."""
+"""The Python API: studies, rounds and trials. The command line parses and prints, and calls it."""
 
 from __future__ import annotations
 
 
 def log(step: int, **metrics: float) -> None:
-    """Report metrics of a step from inside a training command; anywhere else, do nothing.
+    """Report metrics of a step from inside a training command; do nothing anywhere else.
 
-    So a script that calls it runs the same without tuner.
+    A script that calls this function also runs without tuner.
 
     Args:
-        step: Optimizer updates done so far.
+        step: Number of optimizer updates so far.
         metrics: Values by name, such as `eval_loss=2.31`.
     """

@@ -1,4 +1,4 @@
-"""`python -m tuner.api docs/reference`: writes python.md from docstrings; `--check` only compares."""
+"""Write python.md from docstrings: `python -m tuner.api docs/reference`; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def _section(title: str, of: Any, *, level: int) -> Iterator[str]:
 
 
 def _listed(docstring: str) -> str:
-    """The docstring, what is indented under `Args:` and `Raises:` as a list."""
+    """Return the docstring as Markdown, with the entries under `Args:` and `Raises:` as lists."""
     text = re.sub(r"^    (\w+):", r"- `\1`:", docstring, flags=re.MULTILINE)
     text = re.sub(r"^        ", "  ", text, flags=re.MULTILINE)
     return re.sub(r"^(Args|Raises):\n", r"\1:\n\n", text, flags=re.MULTILINE)
 
 
 def _signature(of: Any) -> str:
-    """As it is called: without types, which the docstring gives in words."""
+    """Return the call signature without types, which the docstring describes."""
     shown = []
     is_named_only = False
     for parameter in inspect.signature(of).parameters.values():
@@ -85,7 +85,7 @@ def _signature(of: Any) -> str:
 
 
 def main(directory: Path, *, check: bool) -> int:
-    """Write the page, or say that it is stale; returns the exit code."""
+    """Write the page, or report that it is stale; return the exit code."""
     path, text = directory / "python.md", page()
     if not check:
         path.write_text(text, encoding="utf-8")

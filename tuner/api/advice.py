@@ -1,4 +1,4 @@
-"""How long to train, read off the loss curves of runs that tuner made or did not make."""
+"""Tell how long to train from the loss curves of finished runs, made by tuner or not."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tuner.records import Evaluation, Fixed, Trial, TrialState, Value
 
 SCHEDULES = BUILT_IN["schedule"]
 _DISTINCT = "curve"
-"""Hyperparameter that keeps curves apart of which nothing else is known."""
+"""Placeholder hyperparameter that distinguishes curves without known hyperparameters."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What finished runs say of their horizon: was it right, and how long should the next ones be?"""
+    """What finished runs say about their horizon: was it right, and how long should the next ones be?"""
 
     reading: Reading
-    """All that was read."""
+    """The full analysis of the curves."""
     max_train_steps: int
     """The horizon of the runs."""
 
@@ -39,24 +39,24 @@ class Advice:
 
     @property
     def evidence(self) -> tuple[str, ...]:
-        """Sentences: what was seen, what follows, what to do."""
+        """Sentences: the observation, what follows from it, and what to do."""
         return self.reading.evidence
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What else stands out, each with its rule, severity, message and numbers."""
+        """Further findings, each with its rule, severity, message and numbers."""
         return self.reading.findings
 
     def gain(self, max_train_steps: int) -> float | None:
-        """Return the expected relative drop of the loss from this horizon to a longer one.
+        """Return the expected relative drop in loss from this horizon to a longer one.
 
-        0.03 is a loss 3% lower. None where the runs do not show what a doubling is worth. The further ahead,
-        the less certain: no suggestion goes beyond three times the horizon. Raises InputError for a shorter
-        horizon.
+        0.03 means a loss 3% lower. Returns None if the runs do not show the gain of a doubling.
+        The estimate is less certain further ahead: no suggestion exceeds three times the horizon. Raises
+        InputError for a shorter horizon.
         """
         if max_train_steps < self.max_train_steps:
             raise InputError(
-                f"gain({max_train_steps}): the runs have {self.max_train_steps} steps; give a longer horizon"
+                f"gain({max_train_steps}): the runs have {self.max_train_steps} steps; pass a longer horizon"
             )
         doubling = self.reading.doubling
         return None if doubling is None else doubling.to(max_train_steps / self.max_train_steps)
@@ -76,33 +76,33 @@ def advise(
     production_steps: int | None = None,
     worthwhile_gain: float = 0.005,
 ) -> Advice:
-    """Read finished runs as `tuner study report` reads a round, and say how long to train next.
+    """Analyse finished runs as `tuner study report` analyses a round, and advise how long to train next.
 
-    All runs were to train for the same number of steps on the same data, and each was evaluated at several of
-    them. No tuner study is needed. Runs that diverged are better left out.
+    All runs must have the same horizon and the same data, and each must have been evaluated at several steps.
+    No tuner study is needed. Leave out runs that diverged.
 
     Args:
-        curves: For each run its evaluation losses, as (step, loss) in rising order of the step. With one at
-            step 0, the untouched model's, runs that never beat it do not count.
+        curves: The evaluation losses of each run, as (step, loss) pairs in rising order of steps. If a pair
+            at step 0 gives the base model's loss, runs that never beat it do not count.
         max_train_steps: The horizon of all runs, in optimizer updates.
         schedule: `constant`, `linear` (constant, then a linear decay over `decay_steps`), `cosine` or
             `inverse_sqrt`.
         decay_steps: Length of the linear decay at the end, in steps.
         warmup_steps: Length of the warmup, in steps.
-        hyperparameters: For each run, what tells it from the others, such as `{"learning_rate": 1e-4}`.
-            Runs that agree in all of them count once.
-        production_steps: The longest run that you can pay for: no suggestion is longer.
-        worthwhile_gain: The share of the loss that doubling the steps has to bring, in [0, 1).
+        hyperparameters: The hyperparameters that differ between runs, for each run, such as
+            `{"learning_rate": 1e-4}`. Runs with equal hyperparameters count once.
+        production_steps: The longest affordable run: no suggestion is longer.
+        worthwhile_gain: The relative drop in loss that doubling the steps must bring, in [0, 1).
 
     Raises:
         InputError: for a curve or an argument that cannot be used.
     """
     _refuse_arguments(schedule, max_train_steps, decay_steps, warmup_steps, worthwhile_gain)
     if not curves:
-        raise InputError("curves: there are none; give the (step, loss) pairs of one run at least")
+        raise InputError("curves: empty; pass the (step, loss) pairs of at least one run")
     if hyperparameters is not None and len(hyperparameters) != len(curves):
         raise InputError(
-            f"hyperparameters: {len(hyperparameters)} for {len(curves)} curves; give one for each run"
+            f"hyperparameters: {len(hyperparameters)} for {len(curves)} curves; pass one for each run"
         )
     common: dict[str, Value] = {
         "schedule": schedule,
@@ -155,13 +155,13 @@ def _evaluations(
         raise InputError(f"curve {number}: expects (step, loss) pairs: {error}") from error
     steps = [step for step, _ in points]
     if not points:
-        raise InputError(f"curve {number}: it is empty; leave the run out, or give its (step, loss) pairs")
+        raise InputError(f"curve {number}: empty; leave the run out, or pass its (step, loss) pairs")
     if steps != sorted(set(steps)):
-        raise InputError(f"curve {number}: its steps have to rise; got {_brief(steps)}")
+        raise InputError(f"curve {number}: steps must rise; got {_brief(steps)}")
     if steps[0] < 0 or steps[-1] > max_train_steps:
         raise InputError(
-            f"curve {number}: its steps go from {steps[0]} to {steps[-1]}, and max_train_steps is "
-            f"{max_train_steps}; give the horizon that the runs had"
+            f"curve {number}: steps range from {steps[0]} to {steps[-1]}, but max_train_steps is "
+            f"{max_train_steps}; pass the horizon of the runs"
         )
     return tuple(Evaluation(step, loss) for step, loss in points)
 
@@ -172,7 +172,7 @@ def _brief(steps: Sequence[int]) -> str:
 
 
 def _interval(trials: Sequence[Trial], max_train_steps: int) -> int:
-    """Steps from one evaluation to the next, as the most curves have it."""
+    """Return the most common number of steps between evaluations."""
     between = [
         later.step - sooner.step
         for trial in trials

@@ -1,4 +1,4 @@
-"""`study auto`: rounds and promotions as by hand, until the playbook has had enough."""
+"""`study auto`: run and promote rounds until the playbook suggests no further one."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from tuner.study.results import earlier_results, reading_of
 
 @dataclass
 class Automatic:
-    """The latest round that came of a file is run, promoted and followed by the next, until it is enough.
+    """Run the latest round descended from a file, promote it and run the next, until no more is needed.
 
-    Facts and files hold all that this knows, so that the same call goes on.
+    All state is in facts and files, so the same call resumes.
     """
 
     first: RoundFile
     run: Callable[[RoundFile], None]
-    """Runs a round or goes on with it."""
+    """Starts or resumes a round."""
     promoted: Callable[[Mapping[str, Any]], None]
-    """Hears of each promotion, by its JSON document."""
+    """Called with the JSON document of each promotion."""
     stopping: Callable[[], bool]
     passes: int = 1
-    """Times that the first horizon is begun with."""
+    """How often to start from the shortest horizon."""
     has_deadline: bool = False
-    """Whether something else bounds the time."""
+    """Whether the caller limits the time."""
     last: RoundFile | None = None
-    """The latest round that has begun."""
+    """The latest round that has started."""
 
     def run_until_enough(self) -> Enough:
         """Return why there is no further round.
@@ -68,9 +68,9 @@ class Automatic:
                 raise Interrupted(f"{file.spec.round} is complete and {written.path.name} is written")
 
     def score_the_best(self, enough: Enough, prepare: Prepare, tell: Tell) -> str | None:
-        """Score the study's best trial on `data.test`, once, where the rounds came to an end by themselves.
+        """Score the study's best trial on `data.test`, once, if the rounds ended without an interruption.
 
-        Returns what there is to say of it; None where there is nothing.
+        Returns a note for the user, or None.
         """
         if self.last is None or enough.taught_nothing:
             return None
@@ -87,7 +87,7 @@ class Automatic:
         )
 
     def _next_in_passes(self, file: RoundFile) -> PromotedRound | str:
-        """What comes next, written, or why nothing does."""
+        """Write the next round's file and return it, or return why there is none."""
         name, folder = file.spec.round, open_folder(file.directory)
         with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
             return continue_passes(
@@ -102,19 +102,19 @@ class Automatic:
 
 
 def refuse_sweep(file: RoundFile) -> None:
-    """Raises InputError for a round that is never promoted."""
+    """Raise InputError for a round that is never promoted."""
     folder = open_folder(file.directory)
     with opened(folder) as store:
         is_sweep = folder.is_sweep(file.spec.round, store)
     if is_sweep:
         raise InputError(
-            f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; give the round "
-            "file that the sweep was made from"
+            f"{file.path}: {file.spec.round} is a round of a sweep, which is never promoted; pass the round "
+            "file that the sweep started from"
         )
 
 
 def _latest(file: RoundFile) -> RoundFile:
-    """The end of the line of promotions that begins with a round."""
+    """Return the last round in the line of promotions from a round."""
     folder = open_folder(file.directory)
     with opened(folder) as store:
         while (name := promoted_from(folder, store, file.spec.round)) is not None:
@@ -123,7 +123,7 @@ def _latest(file: RoundFile) -> RoundFile:
 
 
 def _next_horizon(file: RoundFile, *, has_deadline: bool) -> int | Enough:
-    """The horizon of the round after a finished one, or why that is the last."""
+    """Return the horizon of the next round, or why the finished round is the last."""
     with opened(open_folder(file.directory)) as store:
         record = begun_round(store, file.spec.round)
         results, reading = reading_of(store, record)

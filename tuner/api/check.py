@@ -1,4 +1,4 @@
-"""`study check`: file, tokenizer, data and model are looked at, nothing is recorded."""
+"""`study check`: validate file, tokenizer, data and model without recording anything."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PrepareWith = Callable[[RoundSpec, Path, "PreTrainedTokenizerBase"], PreparedData]
-"""Makes a round's rows ready with a tokenizer, and may show how far it is."""
+"""Prepares a round's rows with a tokenizer; may show progress."""
 MOST_NOISE = 0.02
-"""Standard error of the base's loss, relative to it, from which on `study check` warns."""
+"""Relative standard error of the base model's loss above which `study check` warns."""
 FEW_EXAMPLES = 50
-"""Evaluation rows, with fewer of which it warns before that error is known."""
+"""Warn below this number of evaluation rows while the standard error is unknown."""
 
 
 Look = Callable[[PreparedData, "PreTrainedTokenizerBase"], None]
-"""Looks at the rows before the model is looked at: to show some."""
+"""Called with the rows before the model is checked, such as to show some."""
 
 
 def checked(
     path: Path, *, prepare: PrepareWith, probe: bool = False, look: Look = lambda data, tokenizer: None
 ) -> tuple[RoundPlan, list[str], str]:
-    """Look at a round file, its data and its model; record nothing.
+    """Check a round file, its data and its model; record nothing.
 
-    Returns the plan, what else there is to say, and the command that comes next. `probe` loads the base and
-    times a few steps. Raises InputError, RoundFileError with all mistakes of the file.
+    Returns the plan, remarks and the next command. `probe` loads the base model and times a few steps. Raises
+    InputError, or RoundFileError with all mistakes of the file.
     """
     file = load_round(path)
     round_plan = StudyPlan(with_plug_ins(file) if probe else file)
@@ -65,7 +65,7 @@ def checked(
 
 
 def check_document_of(path: Path, *, prepare: PrepareWith, probe: bool = False) -> dict[str, Any]:
-    """Return what `study check --json` prints, mistakes too."""
+    """Return the document of `study check --json`, mistakes included."""
     try:
         plan, remarks, _ = checked(path, prepare=prepare, probe=probe)
     except InputError as error:
@@ -74,16 +74,16 @@ def check_document_of(path: Path, *, prepare: PrepareWith, probe: bool = False) 
 
 
 def refuse_unusable(path: Path, *, prepare: PrepareWith) -> None:
-    """Raises InputError where `study check` of this file would."""
+    """Raise InputError if `study check` of this file would."""
     round_plan = StudyPlan(load_round(path))
     _next_command(round_plan)
     _plan(round_plan, prepare=prepare, probe=False, look=lambda data, tokenizer: None)
 
 
 def _next_command(plan: StudyPlan) -> str:
-    """To run the round, or what its report says once it is complete.
+    """Return the command to run the round, or the report's next command once the round is complete.
 
-    Raises InputError where a run would before it looks at model and data.
+    Raises InputError if a run would, before it checks model and data.
     """
     folder = open_folder(plan.file.directory)
     RoundDisk(plan).refuse_unwritable()
@@ -106,7 +106,7 @@ def _plan(
     _refuse_metric(round_plan, data)
     look(data, tokenizer)
 
-    # Loads torch: after what is cheap to check.
+    # Loads torch: only after the cheap checks.
     from tuner.adapters import embeddings_of, largest_adapter
     from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
 
@@ -116,7 +116,7 @@ def _plan(
     probed: list[str] = []
     if probe:
         plan, base, slots = _probed(plan, spec, data)
-        probed = [f"time and memory are those of {count(slots, 'slot')} in one worker"]
+        probed = [f"time and memory are measured with {count(slots, 'slot')} in one worker"]
     remarks = _remarks(spec, data)
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
@@ -135,12 +135,12 @@ def _plan(
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
     if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
-        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may outgrow it")
+        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit")
     return plan, remarks
 
 
 def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[RoundPlan, Evaluation, int]:
-    """The plan with hours and memory as a few steps of this machine show them; the base; and the slots."""
+    """Return the plan with time and memory measured over a few steps, the base model, and the slots."""
     from tuner.training.probe import predict
     from tuner.training.startup import arrange, measure_base
 
@@ -157,7 +157,7 @@ def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[Round
 
 
 def _run_remarks(spec: RoundSpec) -> Iterator[str]:
-    """What the sections `search` and `run` mean, and what of them is not looked at."""
+    """Yield remarks on the sections `search` and `run`, and on what is not checked in them."""
     if spec.ends_early is not None:
         yield spec.ends_early
     if spec.trains_alone:
@@ -167,7 +167,7 @@ def _run_remarks(spec: RoundSpec) -> Iterator[str]:
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
-    """What the round's trials had before their first step, on just these evaluation rows; None before."""
+    """Return the recorded evaluation of the base model on these evaluation rows, if any."""
     folder = open_folder(plan.file.directory)
     if not folder.has_begun:
         return None
@@ -180,9 +180,9 @@ def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
 def noise_remarks(
     base: Evaluation | None, *, num_examples: int, max_examples: int | None = None
 ) -> Iterator[str]:
-    """Whether the evaluation rows are too few to see small gains; `base` is None where it is not measured."""
+    """Warn if there are too few evaluation rows to see small gains; `base` is None if not measured."""
     how = "raise evaluation.max_examples" if num_examples == max_examples else "hold out more rows"
-    so = f"a report's verdicts rest on these rows: {how}"
+    so = f"the report's conclusions depend on these rows: {how}"
     rows, most = count(num_examples, "evaluation row"), percent(MOST_NOISE)
     error = None if base is None else loss_error(base)
     if base is not None and error is not None and base.eval_loss > 0:
@@ -190,24 +190,24 @@ def noise_remarks(
         if share > MOST_NOISE:
             wanted = two_digits_up(num_examples * (share / MOST_NOISE) ** 2)
             yield (
-                f"the standard error of the base's loss is {percent(share)} with {rows}, and {so}; about "
-                f"{wanted:,} would make it {most}"
+                f"the standard error of the base model's loss is {percent(share)} with {rows}, and {so}; "
+                f"about {wanted:,} rows would bring it to {most}"
             )
     elif num_examples < FEW_EXAMPLES:
         yield (
-            f"with {rows} the standard error of the base's loss is probably above {most} (--probe measures "
-            f"it), and {so}"
+            f"with {rows} the standard error of the base model's loss is probably above {most} (--probe "
+            f"measures it), and {so}"
         )
 
 
 def two_digits_up(number: float) -> int:
-    """A number of at least 1, rounded up to two significant digits."""
+    """Round up a number of at least 1 to two significant digits."""
     unit = int(10 ** max(0, math.floor(math.log10(number)) - 1))
     return math.ceil(number / unit) * unit
 
 
 def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
-    """Raises RoundFileError where answers cannot be compared as the file says: better now than at night."""
+    """Raise RoundFileError now, not hours into a run, if answers cannot be compared as configured."""
     if plan.absolute.evaluation.answers is None:
         return
     try:
@@ -220,7 +220,7 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
 
 
 def _objective_remarks(plan: StudyPlan, *, probe: bool) -> list[str]:
-    """Hints on how the objective is written, and what could not be checked of a metric of the user's."""
+    """Return hints on the objective, and a note if a custom metric is not checked."""
     name = plan.spec.objective.metric
     if probe:
         loaded_objective(plan)
@@ -230,7 +230,7 @@ def _objective_remarks(plan: StudyPlan, *, probe: bool) -> list[str]:
 
 
 def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
-    """What answering means for each trial, and which answers can never be long enough."""
+    """Yield remarks on generated answers: their number per trial, and completions that are too long."""
     answers = plan.spec.evaluation.answers
     if answers is None:
         return []
@@ -242,38 +242,38 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     too_long = sum(eval_prompt.reference_tokens > answers.max_new_tokens for eval_prompt in data.eval_prompts)
     if too_long:
         remarks.append(
-            f"{too_long} of their completions have more than evaluation.answers.max_new_tokens "
-            f"({answers.max_new_tokens}), so no answer can equal them"
+            f"{too_long} of their completions are longer than evaluation.answers.max_new_tokens "
+            f"({answers.max_new_tokens}), so no answer can match them"
         )
     return remarks
 
 
 def _foreign(spec: RoundSpec) -> list[str]:
-    """Hyperparameters that only a method may know which is not imported."""
+    """Return hyperparameters that only a method not imported here can define."""
     return sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
 
 
 def _model_remarks(model: ModelSpec) -> Iterator[str]:
-    """What may make the base another one, or do more than compute."""
+    """Yield remarks on a base model that can change, or that runs its own code."""
     if model.trust_remote_code:
         yield model.warning_of_code
     commit = loaded_commit(model)
     if commit is not None and model.revision != commit:
-        yield f"the base is {model.path} at commit {commit}; `revision: {commit}` under model keeps it so"
+        yield f"the base model is {model.path} at commit {commit}; `revision: {commit}` under model pins it"
 
 
 def _remarks(spec: RoundSpec, data: PreparedData) -> list[str]:
-    """What became of rows that are not trained on as they are."""
+    """Return remarks on rows that are split, repeated or weighted."""
     remarks = data.report.left_out(spec.data.max_length)
     for name, split in data.report.splits.items():
         if split.pieces:
-            remarks.append(f"{split.pieces} {name} rows go on with a text longer than max_length")
+            remarks.append(f"{split.pieces} {name} rows continue a text longer than max_length")
         if split.duplicates:
-            remarks.append(f"{split.duplicates} {name} rows repeat one before them")
+            remarks.append(f"{split.duplicates} {name} rows repeat an earlier one")
     remarks += data.report.overlaps
     if len(data.report.mix) > 1:
         shares = ", ".join(f"{share:.1%} from {Path(path).name}" for path, share in data.report.mix.items())
-        remarks.append(f"of the rows of an epoch: {shares}")
+        remarks.append(f"shares of the rows in an epoch: {shares}")
     return remarks
 
 

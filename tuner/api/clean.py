@@ -1,4 +1,4 @@
-"""What `study clean` frees: checkpoints of trials that have ended, by the rules of `study.retention`."""
+"""`study clean`: free checkpoints of finished trials, by the rules of `study.retention`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ from tuner.study.retention import unneeded
 
 
 def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
-    """Tell what can be freed, that of the study's rehearsal too, and free it with `delete`.
+    """Report what can be freed, also in the study's dry run, and free it with `delete`.
 
-    Returns the bytes of all.
+    Returns the total number of bytes.
     """
     rehearsal = _rehearsal(folder)
     if not folder.has_begun and rehearsal is None:
-        tell("nothing to free: no round has begun")
+        tell("nothing to free: no round has started")
         return 0
     freed = _clean(folder, delete=delete, tell=tell) if folder.has_begun else 0
     if rehearsal is not None:
         freed += _clean(rehearsal, delete=delete, tell=tell, prefix=f"{REHEARSAL}/")
-    tell(
-        "from what has ended only a round of the same horizon would go on; the best adapters and trunks stay"
-    )
+    tell("only a round of the same horizon could resume from these; best adapters and trunks are kept")
     tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
     return freed
 
 
 def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
-    """The study's rehearsal where there is one with a round that has begun."""
+    """Return the study's dry run, if one has a round that has started."""
     try:
         found = open_folder(folder.directory / REHEARSAL)
     except InputError:
@@ -40,7 +38,7 @@ def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
 
 
 def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -> int:
-    """Bytes of one study that are, or would be, freed."""
+    """Return the bytes of one study that were, or would be, freed."""
     freed = 0
     with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
         rounds = store.rounds()

@@ -1,4 +1,4 @@
-"""Export a trial: where to, and what is written: adapter, merged model, rows and configurations."""
+"""Export a trial as an adapter, a merged model, or a configuration and rows for another tool."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ if TYPE_CHECKING:
 
 
 _MARKS = ("adapter_config.json", "config.json", "axolotl.yaml", "llamafactory.yaml", "trl.yaml")
-"""One of these is in every directory that an export wrote."""
+"""Every exported directory holds one of these files."""
 
 
 def require_free(directory: Path, *, force: bool, keep: Path) -> None:
-    """Raises InputError unless an export may become this directory.
+    """Raise InputError unless an export may replace or create this directory.
 
-    It has to be missing or empty, or with `force` an earlier export. `keep` is the study's folder, which is
-    never replaced, and neither is what it lies in.
+    It must be missing or empty, or an earlier export with `force`. `keep` is the study's folder: neither it
+    nor its parents are ever replaced.
     """
     if keep.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"--to {directory}: the study is in it; give a directory of its own")
+        raise InputError(f"--to {directory}: contains the study; choose a separate directory")
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"--to {directory}: is a file; give a directory")
+        raise InputError(f"--to {directory}: is a file; pass a directory")
     if directory.is_symlink():
-        raise InputError(f"--to {directory}: is a link; give the directory that it leads to")
+        raise InputError(f"--to {directory}: is a link; pass the directory it points to")
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not force:
         raise InputError(
-            f"--to {directory}: is not empty; give another directory, or replace an earlier export by --force"
+            f"--to {directory}: not empty; choose another directory, or replace an export with --force"
         )
     if not any((directory / mark).is_file() for mark in _MARKS):
         raise InputError(
-            f"--to {directory}: holds no export (no {' or '.join(_MARKS[:2])}), and --force replaces nothing "
-            "else; give another directory"
+            f"--to {directory}: is not an export (no {' or '.join(_MARKS[:2])}), and --force replaces only "
+            "exports; choose another directory"
         )
 
 
 @contextmanager
 def appearing_whole(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `directory` at the end, or is gone on an error.
+    """Yield a new directory to write into; it replaces `directory` at the end, and is deleted on an error.
 
-    Raises TunerError where it cannot be written.
+    Raises TunerError if it cannot be written.
     """
     absolute = Path(os.path.normpath(directory.absolute()))
     temporary, old = (absolute.with_name(f".{absolute.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -86,29 +86,29 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
 
 
 _CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
-"""Names under which llama.cpp's converter is installed."""
+"""Names of llama.cpp's converter."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What is exported, and where to."""
+    """What to export, and where to."""
 
     to: Path
     force: bool = False
     """Replace an earlier export."""
     merge: bool = False
     dtype: str | None = None
-    """Of merged weights; None is bfloat16."""
+    """Type of merged weights; None is bfloat16."""
     licence: str | None = None
-    """Of the export, for its card."""
+    """Licence of the export, for its model card."""
     gguf: Path | None = None
     gguf_converter: Path | None = None
-    """None looks for one on the PATH."""
+    """None searches the PATH."""
     push: str | None = None
-    """A repository on the Hub."""
+    """Repository on the Hub to push to."""
     public: bool = False
-    """Whether a repository that is made may be read by everyone."""
+    """Whether a newly created repository is public."""
 
     def __post_init__(self) -> None:
         for option, value, needed in (
@@ -117,15 +117,15 @@ class Export:
             ("--public", self.public, "--push" if self.push is None else None),
         ):
             if value and needed:
-                raise InputError(f"{option}: means something with {needed} only; add that")
+                raise InputError(f"{option} requires {needed}")
 
     @property
     def merged_dtype(self) -> str:
-        """What merged weights are rounded to."""
+        """Return the type of the merged weights."""
         return self.dtype or "bfloat16"
 
     def command(self, trial: str) -> str:
-        """As it is typed, but for what it would tell of this machine: the converter and absolute paths."""
+        """Return the command line without what reveals this machine: the converter and absolute paths."""
         options: dict[str, object] = {
             "--to": _told(self.to),
             "--merge": self.merge,
@@ -147,14 +147,14 @@ def _told(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial that ran to its horizon, and what there is to share of it."""
+    """A complete trial with the files to share."""
 
     trial: Trial
     record: RoundRecord
     written: RoundSpec
-    """The round file as it is written, but for the base's revision: the commit that was trained on."""
+    """The round file as written, with the base model's revision set to the commit that was trained on."""
     spec: RoundSpec
-    """The same with absolute paths."""
+    """The round file with absolute paths."""
     adapter: Path
 
     @property
@@ -164,14 +164,14 @@ class Finished:
 
     @property
     def base_is_on_hub(self) -> bool:
-        """Whether others can load the base by its name."""
+        """Whether others can load the base model by its name."""
         return not Path(self.spec.model.path).is_absolute()
 
 
 def finished_trial(folder: StudyFolder, name: str) -> Finished:
-    """The complete trial that a name means. Raises InputError for any other, saying what it lacks."""
+    """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason."""
     if folder.is_rehearsal:
-        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
+        raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
     path = trial.name
     if trial.state != TrialState.COMPLETE:
@@ -180,7 +180,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     adapter = folder.adapter(trial)
     if adapter is None:
         raise InputError(
-            f"{name}: the adapter of {path} is gone from {folder.checkpoints(trial.round).root}; "
+            f"{name}: the adapter of {path} is missing from {folder.checkpoints(trial.round).root}; "
             "export another trial, see: tuner trial list"
         )
     with opened(folder) as store:
@@ -192,7 +192,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
 def _why(trial: Trial) -> str:
     match trial.state:
         case TrialState.WAITING | TrialState.RUNNING:
-            return " and has not been trained to the end: its best step is not known yet"
+            return " and not yet trained to the end: its best step is not known yet"
         case TrialState.INFEASIBLE:
             return f" ({trial.reason}): it has no result to share"
         case _:
@@ -200,10 +200,10 @@ def _why(trial: Trial) -> str:
 
 
 def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell, warn: Tell) -> None:
-    """Write the directory, then the GGUF file, then push; each is done when the one before it is whole.
+    """Write the directory, then the GGUF file, then push; each step starts once the previous one is complete.
 
-    `tell` hears what was written, `warn` what whoever uses it has to know. Raises InputError before anything
-    is written, TunerError where it cannot be.
+    `tell` is called with what was written, `warn` with what users of the export must know. Raises InputError
+    before anything is written, TunerError if writing fails.
     """
     require_free(export.to, force=export.force, keep=study)
     converter = _converter(export)
@@ -214,7 +214,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tokenizer.chat_template = template
     card = _card(finished, export, tokenizer)
 
-    # After what can be wrong: loads torch.
+    # Loads torch: only after the cheap checks.
     from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
     from tuner.inference import push
     from tuner.inference.export import convert_to_gguf
@@ -237,7 +237,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
 
 
 def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """The directory, which appears when it is whole."""
+    """Write the directory; it appears once it is complete."""
     from tuner.inference import export_adapter, export_merged
 
     model = finished.spec.model
@@ -252,16 +252,16 @@ def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBas
 
 
 def _converter(export: Export) -> Path | None:
-    """Raises InputError where a GGUF file is wanted and nothing is there to make it."""
+    """Raise InputError if a GGUF file is requested but cannot be made."""
     if export.gguf is None:
         return None
     if export.gguf.is_dir():
-        raise InputError(f"--gguf {export.gguf}: is a directory; give the name of a file")
+        raise InputError(f"--gguf {export.gguf}: is a directory; pass the name of a file")
     if export.gguf.exists() and not export.force:
-        raise InputError(f"--gguf {export.gguf}: exists; give another name, or replace it by --force")
+        raise InputError(f"--gguf {export.gguf}: exists; choose another name, or pass --force to replace it")
     if export.gguf_converter is not None:
         if not export.gguf_converter.is_file():
-            raise InputError(f"--gguf-converter {export.gguf_converter}: there is no such file")
+            raise InputError(f"--gguf-converter {export.gguf_converter}: no such file")
         return export.gguf_converter.absolute()
     found = next((path for name in _CONVERTERS if (path := shutil.which(name))), None)
     if found is None:
@@ -274,7 +274,7 @@ def _converter(export: Export) -> Path | None:
 
 
 def _token(export: Export, finished: Finished) -> str | None:
-    """Raises InputError where a push is wanted and could not end well."""
+    """Raise InputError if a push is requested but cannot succeed."""
     if export.push is None:
         return None
     from huggingface_hub import get_token
@@ -287,13 +287,13 @@ def _token(export: Export, finished: Finished) -> str | None:
         raise InputError(f"--push {export.push}: expects OWNER/NAME: {error}") from None
     if not export.merge and not finished.base_is_on_hub:
         raise InputError(
-            f"--push {export.push}: the base is a directory here ({finished.written.model.path}), so nobody "
-            "else could load the adapter; push the merged model by --merge"
+            f"--push {export.push}: the base model is a local directory ({finished.written.model.path}), so "
+            "others could not load the adapter; add --merge to push the merged model"
         )
     token = get_token()
     if token is None:
         raise InputError(
-            f"--push {export.push}: no token; set HF_TOKEN to one that may write "
+            f"--push {export.push}: no token; set HF_TOKEN to one with write access "
             "(https://huggingface.co/settings/tokens), or log in with: hf auth login"
         )
     return token
@@ -327,7 +327,7 @@ def _is_id(path: str) -> bool:
 
 
 def _prompt(finished: Finished, tokenizer: PreTrainedTokenizerBase, *, input: str = "") -> str | None:
-    """With the first source's template; None for text, which nothing is said before."""
+    """Render a prompt with the first source's template; None for plain text, which has no prompt."""
     source = finished.spec.data.train[0]
     if source.format == "text":
         return None
@@ -357,7 +357,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def export_recipe(
     finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path, prepare: Prepare, tell: Tell
 ) -> str:
-    """Write a trial's configuration for another tool, and the rows beside it; returns the tool's command."""
+    """Write a trial's configuration and rows for another tool; return the tool's command."""
     from tuner.data.exported import write_parquet, write_to_disk
     from tuner.report.exporters import TOOLS, Recipe, recipe_file
 
@@ -365,7 +365,9 @@ def export_recipe(
     tool, spec, trial = TOOLS[tool_name], finished.spec, finished.trial
     best = best_evaluation(trial.evaluations)
     if best is None or best.step == 0:
-        raise InputError(f"{finished.name}: its best step is 0, the untouched base: no training to repeat")
+        raise InputError(
+            f"{finished.name}: its best step is 0, the base model: there is no training to repeat"
+        )
     recipe = Recipe(
         trial=finished.name,
         model=spec.model,

@@ -1,4 +1,4 @@
-"""Answers of a trial's adapter, its base model, or both, in the template that the trial was trained on."""
+"""Generate answers of a trial's adapter or its base model, in the template the trial was trained on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Model: TypeAlias = Literal["adapter", "base"]
 
 @dataclass(frozen=True)
 class Speaker:
-    """A trial, as far as it answers."""
+    """What a trial needs to answer prompts."""
 
     name: str
     spec: RoundSpec
-    """The round file as it was trained, with absolute paths."""
+    """The round file as of training, with absolute paths."""
     tokenizer: PreTrainedTokenizerBase
     adapter: Path | None
 
@@ -51,25 +51,25 @@ class Speaker:
         return read_prompts(path, self.spec.data.train[0], self.tokenizer, system=system)
 
     def load(self, models: Sequence[Model] = ("adapter",)) -> Answerer:
-        """Load the base model, and the adapter where it is wanted."""
-        from tuner.inference import Answerer  # after what can be wrong: it loads torch
+        """Load the base model, with the adapter on request."""
+        from tuner.inference import Answerer  # loads torch: only after the cheap checks
 
         return Answerer(
             self.spec.model, self.tokenizer, adapter=self.adapter if "adapter" in models else None
         )
 
     def made_from(self, prompt: Prompt, models: Sequence[Model], decoding: Decoding) -> str:
-        """Hash of all that decides about an answer; of the adapter, that it is the one of this step."""
+        """Return a hash of everything that determines an answer; the adapter counts by its step."""
         adapter = self.adapter.name if self.adapter and "adapter" in models else None
         ingredients = [self.name, adapter, models, prompt.ids, asdict(decoding)]
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
 
 def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapter",)) -> Speaker:
-    """Return what a trial answers with. Raises InputError in a dry run, or without an adapter."""
+    """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter."""
     name = f"{trial.round}/{trial.number}"
     if folder.is_rehearsal:
-        raise InputError(f"{folder.directory}: nothing is trained in a rehearsal, so no trial has an adapter")
+        raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     adapter = folder.adapter(trial)
     if "adapter" in models and adapter is None:
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
@@ -82,7 +82,7 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
 def batched(
     answerer: Answerer, prompts: Sequence[Prompt], *, max_new_tokens: int, most_rows: int | None = None
 ) -> list[list[Prompt]]:
-    """Return the prompts in batches that fit the budget of tokens, the longest first."""
+    """Return the prompts in batches that fit the token budget, longest first."""
     from tuner.inference import batches
 
     found = batches(
@@ -101,7 +101,7 @@ def answered(
     decoding: Decoding,
     made_from: Mapping[int, str],
 ) -> tuple[list[Answer], int]:
-    """Return a batch's answers, and how many tokens they have."""
+    """Return a batch's answers and their number of tokens."""
     from tuner.inference import Answer
 
     answers = [Answer(prompt.row, prompt.text, made_from=made_from[prompt.row]) for prompt in batch]

@@ -1,4 +1,4 @@
-"""`study new`: rows counted, a commented round file written."""
+"""`study new`: count rows and write a commented round file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tuner.study.disk import taken_back
 from tuner.study.plan import RoundPlan
 
 Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
-"""Opens what hears how far a long work is."""
+"""Opens a receiver for the progress of a long task."""
 _OF_TURNS = ("messages", "sharegpt")
-"""Formats that a chat template renders."""
+"""Formats rendered by a chat template."""
 _TEMPLATE_OF_TURNS = "chatml"
-"""The one that is written where the tokenizer has none."""
+"""Template to write if the tokenizer has none."""
 _WANTED_ROWS = 50
-"""Evaluation rows, where there are so many to hold out: the noise of fewer hides what trials gain."""
+"""Evaluation rows to hold out if there are enough: with fewer, noise hides the gains."""
 
 
 def write_first_round(
@@ -45,21 +45,20 @@ def write_first_round(
     prepare: PrepareWith,
     telling: Telling,
 ) -> Path:
-    """Write DIR/round1.yaml, which `study check` accepts; returns its path.
+    """Write DIR/round1.yaml, which passes `study check`; return its path.
 
-    `prepare` makes rows ready, `telling` hears how far counting them is.
-    Raises InputError when it exists or cannot be written, and what `study check` would refuse it for; then
-    nothing is left of it.
+    `prepare` prepares the rows, `telling` receives the progress. Raises InputError if the file exists or
+    cannot be written, and the errors of `study check`; the file is then removed.
     """
     path = directory / "round1.yaml"
     if path.exists():
-        raise InputError(f"{path}: exists; choose another folder, or edit it")
+        raise InputError(f"{path}: exists; choose another folder, or edit the file")
     model, gguf_file = _model(_local("--model", model))
     data = _local("--data", data)
     eval_data = None if eval_data is None else _local("--eval", eval_data)
     named = dict(_named(option) for option in columns)
     if named and format is None:
-        raise InputError("--columns: names a format's columns; say which one by --format")
+        raise InputError("--columns requires --format")
     source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named, split=split)
     found, train_rows = survey(source, recognised=format is None)
     source = source.model_copy(update={"format": found})
@@ -121,11 +120,11 @@ def _written(path: Path, text: str) -> RoundFile:
 
 
 def _max_length(file: RoundFile) -> int:
-    """As many tokens as the model has positions, where these are fewer."""
+    """Limit the row length to the model's number of positions."""
     from tuner.adapters import positions_of  # loads torch
 
     model = _model_of(file)
-    load_tokenizer(model)  # says best what is wrong with a model
+    load_tokenizer(model)  # has the clearest errors for a broken model
     return min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
 
 
@@ -143,7 +142,7 @@ def _eval_fraction(file: RoundFile, telling: Telling) -> float:
 
 
 def _model(path: str) -> tuple[str, str | None]:
-    """A model's path, and the name of its GGUF file where it is one. Raises ModelError."""
+    """Return a model's path, and the name of its GGUF file if it has one. Raises ModelError."""
     place = Path(path)
     if place.is_file() and place.suffix.lower() == ".gguf":
         return str(place.parent), place.name
@@ -151,16 +150,16 @@ def _model(path: str) -> tuple[str, str | None]:
         return path, None
     files = sorted(file.name for file in place.iterdir() if file.suffix.lower() == ".gguf")
     if not files:
-        raise ModelError(f"{path}: has no config.json and no GGUF file, so there is no model in it")
+        raise ModelError(f"{path}: not a model: no config.json and no GGUF file")
     if len(files) > 1:
         raise ModelError(
-            f"{path}: has {count(len(files), 'GGUF file')}: {', '.join(files)}; give one of them as --model"
+            f"{path}: has {count(len(files), 'GGUF file')}: {', '.join(files)}; pass one of them as --model"
         )
     return path, files[0]
 
 
 def _named(option: str) -> tuple[str, str]:
-    """A column of the format, and what it is called."""
+    """Parse a field of the format and its column name."""
     column, equals, name = option.partition("=")
     if not (column and equals and name):
         raise InputError(f"--columns {option}: expects COLUMN=NAME, such as prompt=question")
@@ -168,14 +167,14 @@ def _named(option: str) -> tuple[str, str]:
 
 
 def _local(option: str, path: str) -> str:
-    """A path with its `~` expanded; an id or a URL as it is. Raises InputError for what can be none."""
+    """Expand `~` in a path; return an id or a URL unchanged. Raises InputError for anything else."""
     if not path:
-        raise InputError(f"{option}: has no value; give a file, a directory or an id on the Hub")
+        raise InputError(f"{option}: is empty; pass a file, a directory or an id on the Hub")
     try:
         possible_path(path)
     except PydanticCustomError as error:
         raise InputError(f"{option}: {error.message()}") from None
-    return os.path.expanduser(path)  # noqa: PTH111  a Path would make one slash of the two in a URL
+    return os.path.expanduser(path)  # noqa: PTH111  a Path would merge the two slashes of a URL
 
 
 def _known(format: str) -> Any:
@@ -186,6 +185,6 @@ def _known(format: str) -> Any:
 
 
 def _from_folder(path: str, directory: Path) -> str:
-    """A local path or pattern as seen from the study's folder; a Hub id or a URL as it is."""
+    """Make a local path or pattern relative to the study's folder; return a Hub id or a URL unchanged."""
     is_path = "://" not in path and (Path(path).exists() or set("*?[") & set(path))
     return os.path.relpath(path, directory) if is_path else path

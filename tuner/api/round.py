@@ -1,4 +1,4 @@
-"""A round for scripts and notebooks: its trials, what it says of its horizon, and its report."""
+"""A round for scripts and notebooks: its trials, its advice on the horizon, and its report."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Round:
         self._study = folder
         self.name = name
         self.ended_because = ended_because
-        """Why `Study.auto` ran no further round after it; None for any other."""
+        """Why `Study.auto` ended after this round; None for any other round."""
 
     def __repr__(self) -> str:
         return f"Round({self.name!r}): {len(self.trials)} trials of {self.max_train_steps} steps"
 
     @property
     def max_train_steps(self) -> int:
-        """The horizon of its trials."""
+        """Horizon of its trials."""
         with opened(self._study) as store:
             return begun_round(store, self.name).max_train_steps
 
     @property
     def state(self) -> str:
-        """`running`, `open` (trials are missing and nobody runs them) or `complete`."""
+        """`running`, `open` (incomplete, and no process runs it) or `complete`."""
         with opened(self._study) as store:
             return next(s.state for s in statuses(self._study, store) if s.round == self.name)
 
@@ -48,14 +48,14 @@ class Round:
 
     @property
     def best(self) -> Trial | None:
-        """The best complete trial by the round's objective; None before there is one."""
+        """The best complete trial by the round's objective; None if none is complete."""
         with opened(self._study) as store:
             order = ranked(store.trials(self.name))
         return Trial(self._study, order[0][0]) if order else None
 
     @property
     def advice(self) -> Advice:
-        """What the round says of its horizon, and how long to train next."""
+        """Whether the horizon was right, and how long to train next."""
         with opened(self._study) as store:
             record = begun_round(store, self.name)
             _, reading = reading_of(store, record)
@@ -64,7 +64,7 @@ class Round:
     def report(
         self, html: str | os.PathLike[str] | None = None, *, markdown: str | os.PathLike[str] | None = None
     ) -> str:
-        """Return the report as Markdown; write it as a self-contained page and as Markdown where asked.
+        """Return the report as Markdown; optionally write it as a self-contained page and as Markdown.
 
         Raises InputError where a file cannot be written.
         """
@@ -75,7 +75,7 @@ class Round:
 
 
 def write_reports(reports: Sequence[RoundReport], *, html: Path | None, markdown: Path | None) -> str:
-    """Write the last report where asked; return it as Markdown. The others are of the rounds before it.
+    """Write the last report to the given paths; return it as Markdown. The others are of earlier rounds.
 
     Raises InputError where a file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What rounds are wired to while they run: an engine, a worker program, a view, and the clock."""
+"""Connect a running round to an engine, a worker program, a view and the clock."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from tuner.data import PreparedData
 
 TRAINING = ("-m", "tuner.training")
-"""The worker program that trains packed LoRA trials, as a Python interpreter is told."""
+"""Interpreter arguments of the worker program that trains packed LoRA trials."""
 
 Prepare = Callable[[RoundSpec, Path], "PreparedData"]
-"""Makes a round's rows ready, in the folder of tokenised rows, and may show how far it is."""
+"""Prepares a round's rows in the folder of tokenised rows; may show progress."""
 Tell = Callable[[str], None]
-"""Hears what the command line prints."""
+"""Receives the messages that the command line prints."""
 Gpus = Callable[[], Sequence[GpuReading]]
 OpenView = Callable[[RoundFile, Gpus], View]
-"""Opens what shows a round while it runs; the second argument reads the GPUs in use."""
+"""Opens the view of a running round; the second argument reads the GPUs in use."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where and how rounds are run; never what they do."""
+    """Where and how rounds run; never affects their results."""
 
     slots: int | Literal["auto"] | None = None
-    """Trials trained together; None: as `run.slots` says."""
+    """Trials trained together; None uses `run.slots`."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that train; auto is one for each GPU, or one."""
+    """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
 
@@ -56,22 +56,22 @@ class Where:
 
     @property
     def options(self) -> str:
-        """What a command that goes on has to say of it."""
+        """Options to repeat in a command that resumes."""
         return "" if self.engine is None else f" --engine {self.engine}"
 
     def file(self, path: Path) -> RoundFile:
-        """The file that is run: the rehearsal's copy with the engine `simulated`."""
+        """Return the file to run: the dry run's copy if the engine is `simulated`."""
         file = load_round(path)
         return rehearsed_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
-        """Where a round runs. Raises InputError for a name that is none, or a rehearsal to be trained."""
+        """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
         if engine != "simulated" and is_rehearsal(file):
             raise InputError(
-                f"{file.path}: this is a rehearsal's file; to train, run the round file in the study's own "
+                f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
             )
         return engine
@@ -85,7 +85,7 @@ def run_here(
     stopping: Callable[[], bool],
     passes: int = 1,
 ) -> None:
-    """Run or go on with a round on its engine, shown as it runs. Raises what `run_round` does."""
+    """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
@@ -103,14 +103,14 @@ def run_here(
 
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
-            view.message(f"{engine.now() - begun_at:.0f} seconds were simulated")
+            view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
     finally:
         engine.close()
         view.close()
 
 
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
-    """What an engine is asked for a round; `base` gives the base model's evaluation once it is known."""
+    """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
     run = spec.run.model_copy(
         update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
@@ -136,7 +136,7 @@ def _job(
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """A job for the program `tuner.training`, which is told what it need not find out."""
+    """Return a job for `tuner.training`, including what the parent already knows."""
 
     def document() -> dict[str, object]:
         known = base()
@@ -167,7 +167,7 @@ def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Repr
 
 
 def view_of(progress: bool) -> OpenView:
-    """Return what opens a bar for each round, or shows nothing."""
+    """Return a function that opens a bar for each round, or shows nothing."""
 
     def view(file: RoundFile, gpus: Gpus) -> View:
         spec = file.spec
@@ -184,11 +184,11 @@ def shown(progress: bool, title: str, trials_total: int, max_train_steps: int) -
 
 
 def unsaid(text: str) -> None:
-    """Hear what the command line prints; a caller of the library reads it off the result."""
+    """Ignore messages for the command line; a caller of the library finds them in the result."""
 
 
 def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
-    """Make a round's rows ready without a word."""
+    """Prepare a round's rows silently."""
     from tuner.data import load_tokenizer, prepare
 
     return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
@@ -206,6 +206,6 @@ def _followed_round(file: RoundFile) -> FollowedRound:
 
 
 def has_begun(file: RoundFile) -> bool:
-    """Whether the round is in the study's facts."""
+    """Return whether the round is in the study's facts."""
     with opened(open_folder(file.directory)) as store:
         return store.round(file.spec.round) is not None

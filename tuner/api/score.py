@@ -1,4 +1,4 @@
-"""Scoring a trial on `data.test`: for `trial show --test`, and at the end of `study auto`."""
+"""Score a trial on `data.test`, for `trial show --test` and at the end of `study auto`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuner.study.folder import StudyFolder, opened
 
 
 def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
-    """Return the trial with its score on `data.test`, which is measured where it has none yet.
+    """Return the trial with its score on `data.test`, measured if it has none yet.
 
     Raises what `score_trial` does.
     """
@@ -28,7 +28,7 @@ def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -
             tell(f"warning: {spec.model.warning_of_code}")
         rows = prepare(spec, cache).test
 
-        from tuner.inference import score  # after what can be wrong: it loads torch
+        from tuner.inference import score  # loads torch: only after the cheap checks
 
         return Sums(score(spec, rows, adapter).nll, tuple(rows.num_targets.tolist()), rows.content_hash())
 
@@ -36,10 +36,10 @@ def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -
 
 
 def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> str | None:
-    """Score the trial a study has come to, unless its test rows were looked at before; what to say of it.
+    """Score a study's final trial unless its test rows were used before; return a note for the user.
 
-    None where there is nothing to say: no test rows, nothing trained, or scored without a hitch. A failure
-    is said, not raised: the study is complete without the score.
+    Returns None without test rows, without a trained trial, or after a successful score. A failure is
+    returned, not raised: the study is complete without the score.
     """
     if folder.is_rehearsal or not folder.plan(trial.round).spec.data.test:
         return None
@@ -50,8 +50,8 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
     name = trial.name
     if before:
         return (
-            f"data.test was scored for {before[0].round}/{before[0].number} before, so {name} is not scored "
-            f"by itself; `tuner trial show {name} --test` does it, for a number that is no longer unbiased"
+            f"data.test was already scored for {before[0].round}/{before[0].number}, so {name} is not scored "
+            f"automatically; `tuner trial show {name} --test` scores it, but the result is no longer unbiased"
         )
     try:
         scored(folder, trial, prepare=prepare, tell=tell)

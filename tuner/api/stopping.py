@@ -1,4 +1,4 @@
-"""What asks a run to stop: a signal on the main thread, or the end of its time."""
+"""Ask a run to stop: after a signal on the main thread, or when its time is up."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tuner.errors import Interrupted
 
 @dataclass
 class Stopping:
-    """Whether to stop; called between two events of a round."""
+    """Check for whether to stop, called between two events of a round."""
 
     deadline: float | None = None
-    """By `time.monotonic()`; None without an end."""
+    """Deadline by `time.monotonic()`; None for no limit."""
     was_interrupted: bool = False
 
     def __call__(self) -> bool:
@@ -27,7 +27,7 @@ class Stopping:
 
     @contextmanager
     def returning_at_the_end(self, has_begun: Callable[[], bool]) -> Iterator[None]:
-        """Leave the block without an error when the time is over, where there is a round to return."""
+        """Leave the block without an error when time is up, if there is a round to return."""
         try:
             yield
         except Interrupted:
@@ -43,11 +43,11 @@ def interruptible(
     answer: Callable[[], None] = lambda: None,
     second: signal.Handlers | None = None,
 ) -> Iterator[Stopping]:
-    """Let the first of the signals ask to stop, such as Ctrl-C or the stop button of a notebook.
+    """Ask to stop on the first of the signals, such as Ctrl-C or a notebook's stop button.
 
-    `answer` is called then, in a thread: what was interrupted may hold the lock of the stream it writes to.
-    `second` handles the next signal; None leaves it to the handler from before. Handlers are set on the main
-    thread only, and put back at the end; on any other thread there is the time alone.
+    `answer` is then called in a thread, because the interrupted code may hold the lock of the stream that
+    `answer` writes to. `second` handles the next signal; None leaves the signal to the previous handler.
+    Handlers are set on the main thread only and restored at the end; other threads only have the time limit.
     """
     stopping = Stopping(None if seconds is None else time.monotonic() + seconds)
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""A study for scripts and notebooks: its rounds are checked, run, promoted and looked at."""
+"""A study for scripts and notebooks: check, run, promote and inspect its rounds."""
 
 from __future__ import annotations
 
@@ -33,16 +33,15 @@ Count = int | Literal["auto"]
 
 
 class Study:
-    """The rounds of a folder, and what their trials came to.
+    """The rounds of a folder, and the results of their trials.
 
-    Everything is read from the study's database when it is asked for, so that a study that runs elsewhere
-    is seen as it stands.
+    Every access reads the study's database, so a study that runs in another process is up to date.
     """
 
     def __init__(self, directory: str | os.PathLike[str] = ".") -> None:
         """Open the study of a folder that holds round files.
 
-        Raises InputError when there is none.
+        Raises InputError if there is none.
         """
         self._directory = Path(directory)
         self._folder()
@@ -61,15 +60,15 @@ class Study:
         """Write a commented round1.yaml into a new folder, and open the study.
 
         Args:
-            directory: The folder, which is made where it is missing.
-            model: Directory or Hub id of the base.
+            directory: The folder, created if missing.
+            model: Directory or Hub id of the base model.
             data: File or Hub id of the training rows.
             eval_data: Evaluation rows; None holds out some of the training rows.
-            format: How a row is read; None recognises it by its columns.
-            template: A known recipe to begin with: `alpaca-qlora`.
+            format: Format of the rows; None detects it from the columns.
+            template: A known recipe to start from: `alpaca-qlora`.
 
         Raises:
-            InputError: where the file exists, or `check` would refuse it.
+            InputError: if the file exists, or would not pass `check`.
         """
         from tuner.api.new import write_first_round
         from tuner.data import prepare
@@ -90,28 +89,28 @@ class Study:
         return open_folder(self._directory)
 
     def __repr__(self) -> str:
-        begun = ", ".join(each.name for each in self.rounds) or "no round has begun"
+        begun = ", ".join(each.name for each in self.rounds) or "no round has started"
         return f"Study({str(self._directory)!r}): {begun}"
 
     @property
     def name(self) -> str:
-        """What the round files call the study."""
+        """The study's name in the round files."""
         return self._folder().name
 
     @property
     def directory(self) -> Path:
-        """The study's folder, absolute."""
+        """The study's folder, an absolute path."""
         return self._folder().directory
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        """The rounds that have begun, in the order of their beginning."""
+        """The rounds that have started, in that order."""
         folder = self._folder()
         with opened(folder) as store:
             return tuple(Round(folder, record.name) for record in store.rounds())
 
     def round(self, name: str | None = None) -> Round:
-        """Return a round by name, or the latest. Raises InputError when it has not begun."""
+        """Return a round by name, or the latest. Raises InputError if it has not started."""
         folder = self._folder()
         with opened(folder) as store:
             record = folder.latest(store) if name is None else begun_round(store, name)
@@ -120,7 +119,7 @@ class Study:
     def trial(self, name: str | int) -> Trial:
         """Return the trial that `round1/7`, `7` (of the latest round) or `best` means.
 
-        Raises InputError when there is none.
+        Raises InputError if there is none.
         """
         folder = self._folder()
         found, _ = find_trial(folder, str(name))
@@ -128,19 +127,19 @@ class Study:
 
     @property
     def best(self) -> Trial:
-        """The best complete trial of the latest round that has one. Raises InputError before there is one."""
+        """The best complete trial of the latest round that has one. Raises InputError if there is none."""
         return self.trial("best")
 
     def status(self) -> dict[str, Any]:
-        """Return where every round stands, as `tuner study status --json` prints it."""
+        """Return the state of every round, as `tuner study status --json` prints it."""
         folder = self._folder()
         return status_document(folder.name, standing(folder)[0])
 
     def check(self, round_file: str | os.PathLike[str], *, probe: bool = False) -> dict[str, Any]:
-        """Look at a round file, its data and its model, and return what `tuner study check --json` prints.
+        """Check a round file, its data and its model, as `tuner study check --json` does.
 
-        `ok`, `errors` with line, key and message, the `plan` and `remarks`. Trains nothing, records nothing.
-        `probe` loads the base and times a few steps.
+        Returns a document with `ok`, `errors` with line, key and message, the `plan` and `remarks`. Trains
+        and records nothing. `probe` loads the base model and times a few steps.
         """
         from tuner.api.check import check_document_of
         from tuner.data import prepare
@@ -163,21 +162,21 @@ class Study:
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
-        """Run a round, or go on with it: the same call.
+        """Start or resume a round.
 
         Args:
             round_file: A file of the study's folder, or a path.
-            slots: Trials trained together; None is what the file says.
-            workers: Processes that train; `auto` is one for each GPU.
-            engine: Where; None is what the file says. `simulated` rehearses with made-up losses.
-            seconds: Stop after this long, with all progress saved; the same call goes on.
+            slots: Trials trained together; None uses the file's value.
+            workers: Number of worker processes; `auto` uses every GPU.
+            engine: Where to run; None uses the file's value. `simulated` is a dry run with synthetic losses.
+            seconds: Stop after this long, with all progress saved; the same call resumes.
             progress: Whether to show a bar.
 
         Raises:
-            InputError: when file, model, data or database cannot be used; nothing was changed.
-            Interrupted: after Ctrl-C or a notebook's stop button; all progress is saved. Also where the time
-                is over before base and data are loaded for the first time.
-            TunerError: when the round cannot be completed.
+            InputError: if the file, model, data or database cannot be used; nothing is changed.
+            Interrupted: after Ctrl-C or a notebook's stop button, with all progress saved; or if time runs
+                out before the base model and data are first loaded.
+            TunerError: if the round cannot be completed.
         """
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))
@@ -196,11 +195,11 @@ class Study:
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
-        """Run a round, promote it and run the next, until longer rounds teach nothing more.
+        """Run a round, promote it and run the next, until longer rounds bring no more gain.
 
-        The arguments are those of `run`; `passes` is how often the first horizon is begun with. Returns the
-        last round, whose `ended_because` says why there is no further one. Where it ends by itself, the best
-        trial is scored on `data.test`, once. Raises what `run` does.
+        The arguments are those of `run`; `passes` is how often to start from the shortest horizon, reusing
+        all earlier results. Returns the last round; its `ended_because` gives the reason for the end. Unless
+        interrupted, scores the best trial on `data.test`, once. Raises what `run` does.
         """
         where = Where(slots, workers, engine)
         with interruptible(seconds) as stopping:
@@ -235,10 +234,10 @@ class Study:
     ) -> int | None:
         """Find a first `max_train_steps`, write it into the round file, and return it.
 
-        Rounds `sweep-N` try learning rates without dropout and weight decay, N doubling up to
-        `run.production_steps`. `epochs` sets that instead; the other arguments are those of `run`. None where
-        the training rows cannot be fitted within the longest run: the file then has a tenth of it. Raises
-        what `run` does, and TunerError when the sweep gives no answer.
+        Rounds `sweep-N` try learning rates without dropout and weight decay, with N doubling up to
+        `run.production_steps`, or up to `epochs`; the other arguments are those of `run`. Returns None if
+        the longest run does not fit the training rows: the file then gets a tenth of that length. Raises what
+        `run` does, and TunerError if the sweep gives no result.
         """
         from tuner.api.sweep import refuse_epochs, sweep_round
 
@@ -270,29 +269,29 @@ class Study:
 
         Args:
             to: Name of the next round, and of its file.
-            from_round: The round to promote; None is the latest.
-            max_train_steps: Its horizon; None is the suggested one.
+            from_round: The round to promote; None promotes the latest.
+            max_train_steps: Horizon of the next round; None uses the suggested one.
             top: Number of best trials to carry over.
-            decay: What to keep of a linear decay: its share of the run, or its length in steps.
+            decay: What to keep of a linear decay: its share of the run or its length in steps.
             add: Hyperparameters to search in addition, such as `lora_dropout=0,0.05`.
-            force: Whether to overwrite a file that says something else.
+            force: Whether to overwrite a different file.
 
         Raises:
-            InputError: when the file exists or an argument cannot be used.
-            TunerError: when the round suggests no horizon and none is given.
+            InputError: if the file exists or an argument cannot be used.
+            TunerError: if the round suggests no horizon and none is given.
         """
         overrides = Overrides(max_train_steps, top, decay, tuple(add))
         done = promote_held(self._folder(), to=to, from_round=from_round, overrides=overrides, force=force)
         return Promotion(done.path, done.document)
 
     def _path(self, round_file: str | os.PathLike[str]) -> Path:
-        """A file of the study's folder, or a path as the working directory sees it."""
+        """Resolve a file of the study's folder, or a path relative to the working directory."""
         path = Path(round_file)
         inside = self._directory / path
         return inside if inside.exists() or not path.exists() else path
 
     def clean(self, *, delete: bool = False) -> int:
-        """Return the bytes of checkpoints that nothing goes on from any more; with `delete`, free them.
+        """Return the size in bytes of checkpoints that are no longer needed; with `delete`, delete them.
 
         Raises StorageError while a round of the study runs.
         """
@@ -324,9 +323,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Promotion:
-    """A round file that was written for a next round.
+    """A round file written for the next round.
 
-    `path` is the file, `document` what `tuner study promote --json` prints.
+    `path` is the file, `document` the output of `tuner study promote --json`.
     """
 
     path: Path
@@ -334,7 +333,7 @@ class Promotion:
 
 
 def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
-    """Return where each round of a study stands, and the command that comes next."""
+    """Return the state of each round of a study, and the next command."""
     with opened(folder) as store:
         found = statuses(folder, store)
         unfinished = next((s for s in found if s.state != "complete"), None)
@@ -344,7 +343,7 @@ def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
 
 
 def _going_on(folder: StudyFolder, store: Store, round_name: str) -> str:
-    """The command that goes on with a round; one of a sweep is gone on with by sweeping its first file."""
+    """Return the command that resumes a round; a round of a sweep resumes by sweeping its first file."""
     file = next(folder.searches(store), None)
     if file is not None and folder.is_sweep(round_name, store):
         return f"tuner study sweep {file.path.name}"

@@ -1,4 +1,4 @@
-"""`study sweep`: its rounds are run, and its answer is written into the round file."""
+"""`study sweep`: run the rounds of a sweep and write the result into the round file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ MOST_EPOCHS = 1_000_000
 def sweep_round(
     file: RoundFile, *, epochs: float | None, run: Callable[[RoundFile], None], prepare: Prepare, tell: Tell
 ) -> FirstHorizon | ComputeBound:
-    """Sweep, or go on with it, and write what was found into the round file.
+    """Start or resume a sweep and write its result into the round file.
 
-    `epochs` are taken as its `run.production_steps`, which is written with the answer. `run` runs a round or
-    goes on with it; `tell` hears what was found and written. Raises TunerError when the sweep gives no
-    answer, and what running raises.
+    `epochs` sets `run.production_steps`, which is written with the result. `run` starts or resumes a round;
+    `tell` receives what was found and written. Raises TunerError if the sweep gives no result, and what
+    running raises.
     """
     if epochs is not None:
         file = _with_epochs(file, epochs, prepare, tell)
@@ -53,17 +53,19 @@ def sweep_round(
 
 
 def refuse_epochs(epochs: float | None, *, is_rehearsal: bool) -> None:
-    """Raises InputError for a number of epochs that cannot be meant."""
+    """Raise InputError for an impossible number of epochs."""
     if epochs is not None and not 0 < epochs <= MOST_EPOCHS:
         raise InputError(f"--epochs {epochs:g}: expects a number above 0, and at most {MOST_EPOCHS:,}")
     if epochs is not None and is_rehearsal:
-        raise InputError("--epochs: a rehearsal opens no data to count rows of; write run.production_steps")
+        raise InputError(
+            "--epochs: a dry run does not open the data to count its rows; set run.production_steps instead"
+        )
 
 
 def _with_epochs(file: RoundFile, epochs: float, prepare: Prepare, tell: Tell) -> RoundFile:
-    """The file with so many epochs of its training rows as `run.production_steps`, said and not yet written.
+    """Return the file with `run.production_steps` set to this number of epochs, reported but not written.
 
-    Raises InputError where it is less than `max_train_steps`.
+    Raises InputError if that is less than `max_train_steps`.
     """
     planned = RoundPlan(file)
     with taken_back(planned.cache):
@@ -87,7 +89,7 @@ def _run(found: RoundFile, run: Callable[[RoundFile], None]) -> None:
 
 
 def _answer_at_once(file: RoundFile, prepare: Prepare) -> ComputeBound | None:
-    """What the number of training rows says alone; nothing in a rehearsal, which opens no data."""
+    """Return the estimate from the number of training rows; none in a dry run, which opens no data."""
     planned = RoundPlan(read_round(first_sweep(file), file.path))
     if is_rehearsal(file):
         return None
@@ -106,16 +108,14 @@ def _say_and_write(file: RoundFile, answer: FirstHorizon | ComputeBound, tell: T
         case FirstHorizon(max_train_steps=steps, learning_rate=rate):
             tell(
                 f"The training set is fitted in {steps} steps, fastest at a constant learning rate of "
-                f"{rate:.3g}: there the mean loss of a sample of training rows is at most {PERFECT_LOSS}, or "
-                f"{PERFECT_ACCURACY:.0%} of its target tokens are predicted first."
+                f"{rate:.3g}: the mean loss of a sample of training rows reaches {PERFECT_LOSS} or less, or "
+                f"{PERFECT_ACCURACY:.0%} of its target tokens are predicted correctly."
             )
         case ComputeBound(message=message):
             tell(message)
     before = file.spec.max_train_steps
     if has_begun(file):
-        tell(
-            f"{file.spec.round} has begun, so {file.path.name} keeps its {before} steps: begin another round"
-        )
+        tell(f"{file.spec.round} has started, so {file.path.name} keeps {before} steps: start another round")
         return
     found = with_first_horizon(file, answer)
     write_round_file(file.path, found.text, force=True, advice="")

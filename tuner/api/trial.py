@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What running a trial again came to.
+    """Result of running a trial again.
 
-    `agrees` says whether the curves agree, `document` is what `tuner trial reproduce --json` prints.
+    `agrees` is whether the curves agree, `document` the output of `tuner trial reproduce --json`.
     """
 
     agrees: bool
@@ -37,7 +37,7 @@ class Reproduction:
 
 
 class Trial:
-    """One configuration, as it stood when it was asked for."""
+    """A trial: hyperparameters and results, as of the time it was read."""
 
     def __init__(self, folder: StudyFolder, recorded: RecordedTrial) -> None:
         self._study = folder
@@ -69,12 +69,12 @@ class Trial:
 
     @property
     def reason(self) -> str | None:
-        """Why it is infeasible, pruned or failed; or why it started over although it was to go on."""
+        """Why it is infeasible, pruned or failed; or why it started over instead of resuming."""
         return self._recorded.reason
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """All of them, by name, the fixed ones included."""
+        """All hyperparameters by name, fixed ones included."""
         return dict(self._recorded.hyperparameters)
 
     @property
@@ -84,39 +84,39 @@ class Trial:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best evaluation by what chooses it, by default the loss; None before there is one."""
+        """Step of the best evaluation, by default by loss; None before the first evaluation."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.step
 
     @property
     def best_eval_loss(self) -> float | None:
-        """The evaluation loss there."""
+        """Evaluation loss at the best step."""
         best = best_evaluation(self._recorded.evaluations)
         return None if best is None else best.eval_loss
 
     @property
     def best_value(self) -> float | None:
-        """The value of the round's objective, as Optuna is told; None unless the trial is complete."""
+        """Value of the round's objective, as reported to Optuna; None unless the trial is complete."""
         return objective_value(self._recorded)
 
     @property
     def settled_step(self) -> int | None:
-        """The earliest step that is not worse than the best one beyond noise."""
+        """The earliest step whose loss is within noise of the best."""
         return settled_step(self._recorded.evaluations)
 
     @property
     def executed_steps(self) -> int:
-        """Steps really run, those repeated after a crash included, those inherited not."""
+        """Steps actually run: includes steps repeated after a crash, excludes inherited ones."""
         return self._recorded.executed_steps
 
     @property
     def continues(self) -> str | None:
-        """The checkpoint it went on from, as `round1/3@36`; None where it began at step 0."""
+        """The checkpoint it continues from, such as `round1/3@36`; None if it started at step 0."""
         return None if self._recorded.continues is None else str(self._recorded.continues)
 
     @property
     def adapter(self) -> Path | None:
-        """Directory of the adapter of its best step, which PEFT loads; None where there is none."""
+        """Directory of the PEFT adapter of its best step; None if there is none."""
         link = self._study.adapter(self._recorded)
         return None if link is None else Path(link)
 
@@ -131,9 +131,9 @@ class Trial:
         """Write the best adapter as a PEFT directory with tokenizer and model card; return the directory.
 
         Args:
-            to: The directory, which has to be missing or empty.
-            merge: Whether to write a whole model instead, the adapter added into the base's weights.
-            dtype: Type of merged weights; None is bfloat16.
+            to: The directory, which must be missing or empty.
+            merge: Whether to write a full model instead, with the adapter merged into the base model.
+            dtype: Type of the merged weights; None is bfloat16.
             force: Whether to replace an earlier export.
 
         Raises:
@@ -159,15 +159,15 @@ class Trial:
     ) -> list[str]:
         """Return the answers of the best adapter, in the template it was trained on.
 
-        Loads base and adapter for each call: give all prompts at once. Without a temperature the likeliest
-        token is taken. Raises InputError for a trial without an adapter or a prompt that cannot be asked.
+        Each call loads the base model and adapter, so pass all prompts at once. Without a temperature, always
+        picks the most likely token. Raises InputError for a trial without an adapter or an invalid prompt.
         """
         found = speaker(self._study, self._recorded)
         asked = [
             replace(found.prompt(prompt, system=system), row=row)
             for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
         ]
-        from tuner.inference import Decoding  # after what can be wrong: it loads torch
+        from tuner.inference import Decoding  # loads torch: only after the cheap checks
 
         decoding = Decoding(max_new_tokens, temperature, top_k, top_p, seed)
         answerer = found.load()
@@ -178,9 +178,9 @@ class Trial:
         return [texts[row] for row in range(len(asked))]
 
     def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
-        """Run the trial again, alone, and return whether its curve agrees; the study stays as it is.
+        """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs the first steps only. Raises InputError for a trial without a result, Interrupted after
+        `to_step` runs only the first steps. Raises InputError for a trial without a result, Interrupted after
         Ctrl-C.
         """
         rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
@@ -193,9 +193,9 @@ class Trial:
     def load(self, *, device: str | None = None) -> PeftModel:
         """Return the base model with the trial's best adapter, ready to generate.
 
-        The base is loaded as its round loads it, quantised where the file says so. `device` is one of
-        torch's; None takes a GPU where there is one. Raises InputError for a trial without an adapter,
-        ModelError for a base that cannot be loaded.
+        The base model is loaded as in its round, quantised if the file says so. `device` is a torch device;
+        None uses a GPU if there is one. Raises InputError for a trial without an adapter, ModelError for a
+        base model that cannot be loaded.
         """
         from tuner.inference.generation import load_adapted
 

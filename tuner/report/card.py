@@ -196,7 +196,7 @@ def _result(card: Card) -> str:
     best = best_evaluation(card.trial.evaluations)
     assert best is not None, "a complete trial has been evaluated"
     untouched = next((e.eval_loss for e in card.trial.evaluations if e.step == 0), None)
-    before = f" The untouched base has {format.loss(untouched)}." if untouched is not None else ""
+    before = f" The base model has {format.loss(untouched)}." if untouched is not None else ""
     tested = (
         f" On test rows that nothing was chosen by: {format.loss(card.test_loss)}."
         if card.test_loss is not None

@@ -26,7 +26,7 @@ _PLOT_MARGIN = 12
 def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     """The rounds of a study with their trials, and what is best in the latest that has a best."""
     if not rounds:
-        return Text(f"{study}: no round has begun")
+        return Text(f"{study}: no round has started")
     best = [status.best for status in rounds]
     table = FittedTable(
         [
