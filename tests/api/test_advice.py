@@ -75,10 +75,10 @@ def test_any_curve_gives_an_answer(losses, schedule):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curves": []}, "there are none"),
-        ({"curves": [[]]}, "curve 0: it is empty"),
+        ({"curves": []}, "curves: empty"),
+        ({"curves": [[]]}, "curve 0: empty"),
         ({"curves": [power(), [(10, 1.0), (10, 2.0)]]}, "curve 1: steps must rise"),
-        ({"curves": [[(1000, 1.0)]]}, "max_train_steps is 500; give the horizon"),
+        ({"curves": [[(1000, 1.0)]]}, "max_train_steps is 500; pass the horizon"),
         ({"curves": [[1.0, 2.0]]}, r"expects \(step, loss\) pairs"),
         ({"schedule": "wsd"}, "expects one of constant, linear, cosine"),
         ({"schedule": "linear", "decay_steps": 501}, "decay_steps=501: expects 0 to 500"),

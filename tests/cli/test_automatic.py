@@ -252,7 +252,7 @@ def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
     code, said = _stopped_at("trial 2  step 5/", signal.SIGINT, study)
     assert code == 130
     assert f"resume with: tuner {' '.join(AUTO)}" in said
-    for line in ("tiny/round2:", "trial 1  goes on"):
+    for line in ("tiny/round2:", "trial 1  resumes"):
         code, _ = _stopped_at(line, signal.SIGKILL, study)
         assert code == -signal.SIGKILL
     assert run(list(AUTO)) == 0

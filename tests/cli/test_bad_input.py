@@ -318,8 +318,8 @@ def test_a_path_in_the_home_folder_is_found_and_written_so_that_it_is_found_agai
     ("option", "value", "words"),
     [
         ("--data", "", "--data: is empty; pass a file"),
-        ("--model", "", "--model: has no value"),
-        ("--eval", "", "--eval: has no value"),
+        ("--model", "", "--model: is empty"),
+        ("--eval", "", "--eval: is empty"),
         ("--data", f"{'x' * 256}.jsonl", "--data: has a name longer than 255 bytes"),
     ],
 )

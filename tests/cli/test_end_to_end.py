@@ -153,7 +153,7 @@ class TestStudy:
         assert min(t.value for t in complete) == shown.best_value
         note = get_note(shown)
         assert "steps next" in note
-        assert "This is how it looks" not in note, "its comparison run has ended"
+        assert "Preliminary" not in note, "its comparison run has ended"
         with sqlite3.connect(study / "tuner.db") as database:
             rows = database.execute("SELECT key FROM study_system_attributes").fetchall()
         assert any("tuner-best-steps" in key for (key,) in rows)

@@ -158,7 +158,7 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
     (study / "mine" / "thesis.txt").write_text("years of work")
     (study / "file").write_text("")
     (study / "link").symlink_to("mine")
-    assert "--to mine: is not empty" in refusal(capsys, "best", "--to", "mine")
+    assert "--to mine: not empty" in refusal(capsys, "best", "--to", "mine")
     assert "--to mine: is not an export" in refusal(capsys, "best", "--to", "mine", "--force")
     assert "--to file: is a file" in refusal(capsys, "best", "--to", "file")
     assert "--to link: is a link" in refusal(capsys, "best", "--to", "link", "--force")
@@ -177,7 +177,7 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
     [
         (("--push", "me/model", "--merge"), "--push me/model: no token; set HF_TOKEN"),
         (("--push", "me/mo del", "--merge"), "--push me/mo del: expects OWNER/NAME"),
-        (("--push", "me/model"), "nobody else could load the adapter; push the merged model by --merge"),
+        (("--push", "me/model"), "others could not load the adapter; add --merge to push the merged model"),
         (("--gguf", "m.gguf"), "--gguf: llama.cpp's converter is not installed"),
         (("--gguf", "m.gguf", "--gguf-converter", "no.py"), "--gguf-converter no.py: no such file"),
         (("--gguf", "round1.yaml"), "--gguf round1.yaml: exists"),

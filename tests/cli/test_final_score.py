@@ -120,10 +120,10 @@ def test_a_score_is_taken_once_and_a_second_trial_is_told_that_it_is_not_the_fir
     assert shown(capsys, study, other, "--test")["test"]["scored_before"] == [f"round1/{best['number']}"]
     assert run(["-C", str(study), "trial", "show", other]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"no longer unbiased: round1/{best['number']} had a score" in said
+    assert f"no longer unbiased: round1/{best['number']} had been scored" in said
     assert run(["-C", str(study), "study", "report"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        f"round1/{best['number']}: On data.test, {NUM_ROWS} rows that nothing was chosen by, its loss is"
+        f"round1/{best['number']}: On data.test ({NUM_ROWS} rows, not used for any choice), its loss is"
         in said
     )

@@ -263,7 +263,7 @@ def test_a_token_that_the_embedding_lacks(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "give --prompt"),
+        ([], "pass exactly one of --prompt"),
         (["--prompt", "a", "--input", "b.jsonl"], "pass exactly one of --prompt and --input"),
         (["--prompt", "a", "--output", "b.jsonl"], "--output requires --input"),
         (["--prompt", "a", "--batch-size", "2"], "--batch-size requires --input"),
@@ -306,7 +306,7 @@ def test_names(study: Path) -> None:
         ("round1/6", "round1 has trials 0 to 5"),
         ("round1/", "ROUND/NUMBER, NUMBER or best"),
         ("bets", "ROUND/NUMBER, NUMBER or best"),
-        ("round2/0", "begun: round1"),
+        ("round2/0", "started: round1"),
     ],
 )
 def test_names_that_mean_no_trial(study: Path, name: str, words: str) -> None:
@@ -328,5 +328,5 @@ def test_a_trial_without_an_adapter(
 
 def test_best_before_any_round_has_begun(tmp_path: Path) -> None:
     round_file(tmp_path)
-    with pytest.raises(InputError, match=r"begin with: tuner study run round1\.yaml"):
+    with pytest.raises(InputError, match=r"start with: tuner study run round1\.yaml"):
         find_trial(open_folder(tmp_path), "best")

@@ -234,7 +234,7 @@ def test_comparison_runs_may_be_asked_for_at_any_time(
     rewrite("{engine: simulated}", "{decay_branches: auto, engine: simulated}")
     assert status() == ("open", 1)
     out, err = does("study", "report")
-    assert "before its comparison runs" in " ".join(out.split())
+    assert "the comparison runs, which" in " ".join(out.split())
     assert err.rstrip().endswith("study run round1.yaml")
     _, err = does("study", "run", "round1.yaml")
     assert "starts at step 0" in err

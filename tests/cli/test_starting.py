@@ -185,7 +185,7 @@ def evaluation(num_examples: int, *, spread: float) -> Evaluation:
 def test_a_noisy_base_is_warned_of() -> None:
     [said] = noise_remarks(evaluation(50, spread=0.56), num_examples=50)
     assert said.startswith("the standard error of the base model's loss is 4% with 50 evaluation rows")
-    assert "hold out more rows; about 200 would make it 2%" in said
+    assert "hold out more rows; about 200 rows would bring it to 2%" in said
     [said] = noise_remarks(evaluation(50, spread=0.56), num_examples=50, max_examples=50)
     assert "raise evaluation.max_examples" in said
     assert list(noise_remarks(evaluation(50, spread=0.27), num_examples=50)) == []

@@ -58,7 +58,7 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     monkeypatch.chdir(tmp_path.parent)
     assert run(["study", "sweep", f"{tmp_path.name}/rehearsal/round1.yaml"]) == 0
     said = capsys.readouterr()
-    assert "has begun, so round1.yaml keeps its 10 steps" in said.out
+    assert "has started, so round1.yaml keeps 10 steps" in said.out
     assert said.err.splitlines()[-1] == f"next: tuner -C {tmp_path.name}/rehearsal study run round1.yaml"
     assert (tmp_path / "rehearsal/round1.yaml").read_text() == begun
 

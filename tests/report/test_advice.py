@@ -70,7 +70,7 @@ def test_a_gain_of_unknown_noise_is_said_to_be_so() -> None:
     report = with_reading(Diagnosis.UNDETERMINED, 60)
     unknown = dataclasses.replace(report, reading=dataclasses.replace(report.reading, noise=None))
     (said,) = [what for name, _, what in advice.key_numbers(unknown) if name == "gain of the last doubling"]
-    assert said.startswith("of unknown noise")
+    assert said.startswith("noise unknown")
 
 
 def test_what_was_found_has_the_numbers() -> None:
@@ -80,7 +80,7 @@ def test_what_was_found_has_the_numbers() -> None:
         f"trial {best[0].number}: evaluation loss {best[1].eval_loss:.4f} at step {best[1].step} of 60"
         in text
     )
-    assert "untouched model's 2.4310" in text
+    assert "base model's 2.4310" in text
     assert "7 complete, 1 infeasible" in text
     assert "learning_rate 0.00091, lora_r 8" in text
     assert f"trial {second[0].number}" in text
@@ -89,7 +89,7 @@ def test_what_was_found_has_the_numbers() -> None:
 def test_a_base_that_could_not_be_measured_is_not_compared_with() -> None:
     losses = [synthetic.evaluation(0, math.nan), synthetic.evaluation(5, 2.0)]
     report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, evaluations=losses)], promised=1)
-    assert "untouched" not in " ".join(advice.found(report))
+    assert "base model" not in " ".join(advice.found(report))
     assert advice.key_numbers(report)[0] == ("best evaluation loss", "2.0000", "trial 0")
 
 
@@ -98,7 +98,7 @@ def test_a_base_that_could_not_be_measured_is_not_compared_with() -> None:
     [
         ([1.0, 2.0, 3.0], "is 1.00 (1: the same order, -1: reversed). The best in round1, trial 0, is still"),
         ([3.0, 2.0, 1.0], "-1.00 (1: the same order, -1: reversed). The best in round1, trial 0, is number"),
-        ([2.0, 2.0, 2.0], "3 trials of round1 ran in round2 too, with losses that are all equal."),
+        ([2.0, 2.0, 2.0], "3 trials of round1 ran in round2 too, all with equal losses."),
         ([1.0, 2.0], "2 trials of round1 ran in round2 too: too few to say whether the order held."),
         ([1.0], "1 trial of round1 ran in round2 too: too few to say whether the order held."),
     ],
@@ -121,7 +121,7 @@ def test_whether_the_order_of_an_earlier_round_held(losses: list[float], said: s
 
 def test_no_trial_beats_the_untouched_model() -> None:
     report = synthetic.shaped_report(lambda step: 2 + 0.01 * step)
-    assert advice.found(report) == ("None of 5 trials (5 complete) beat the untouched model's 2.0000.",)
+    assert advice.found(report) == ("None of 5 trials (5 complete) beat the base model's 2.0000.",)
     assert advice.headline(report) == "Training did not help: no trial beat the base model."
 
 
@@ -130,7 +130,7 @@ def test_a_loss_above_the_untouched_model_is_not_praised() -> None:
     trials = [synthetic.trial(0, 1e-4, evaluations=late), synthetic.trials()[7]]
     report = synthetic.report(trials_of_round=trials, promised=2)
     assert report.untouched_loss == pytest.approx(2.431)
-    assert "untouched" not in " ".join(advice.found(report))
+    assert "base model" not in " ".join(advice.found(report))
 
 
 def test_the_last_doubling_is_a_key_number_only_where_the_diagnosis_rests_on_it() -> None:
@@ -160,13 +160,18 @@ def test_a_round_without_points_for_all_its_trials_says_so() -> None:
         "The search space has 2 points, so the round ended after 2 of 12 trials."
     )
     one = dataclasses.replace(report, results=dataclasses.replace(two, trials=two.trials[:1]))
-    assert advice.progress(one) == "This is how it looks with 1 of 2 trials; the rest may change it."
+    assert (
+        advice.progress(one) == "Preliminary: 1 of 2 trials are done; the others may change the conclusion."
+    )
 
 
 def test_an_unfinished_round_says_so() -> None:
     report = synthetic.report(promised=12)
     assert not report.is_finished
-    assert advice.progress(report) == "This is how it looks with 8 of 12 trials; the rest may change it."
+    assert (
+        advice.progress(report)
+        == "Preliminary: 8 of 12 trials are done; the others may change the conclusion."
+    )
     assert advice.next_step(report).startswith("Finish the round first")
     assert advice.progress(synthetic.report()) is None
 
@@ -239,9 +244,9 @@ def test_test_rows_are_offered_until_a_trial_is_scored_and_a_second_look_is_name
     )
     scored = advice.tested(dataclasses.replace(report, scored=(first, second)))
     assert scored == (
-        "round1/3: On data.test, 40 rows that nothing was chosen by, its loss is 1.5000 ± 0.0300.",
-        "round2/0: On data.test, 40 rows, its loss is 1.5000. That is no longer unbiased: round1/3 had a "
-        "score on them before, and the better of several is optimistic.",
+        "round1/3: On data.test (40 rows, not used for any choice), its loss is 1.5000 ± 0.0300.",
+        "round2/0: On data.test (40 rows), its loss is 1.5000. This is no longer unbiased: round1/3 had been "
+        "scored on the same rows, and the best of several scores is optimistic.",
     )
 
 
@@ -249,7 +254,7 @@ def test_a_round_that_owes_comparison_runs_is_not_finished_and_their_steps_are_i
     report = synthetic.report()
     assert (advice.progress(report), report.is_finished) == (None, True)
     owing = dataclasses.replace(report, branches_left=1)
-    assert "before its comparison runs" in str(advice.progress(owing))
+    assert "the comparison runs" in str(advice.progress(owing))
     branch = Branch(3, 30, 18, attempts=(Attempt(1, 18, 25, 0.0), Attempt(2, 22, 30, 0.0)))
     ran = dataclasses.replace(report, record=dataclasses.replace(report.record, branches=(branch,)))
     assert ran.executed_steps == report.executed_steps + 15

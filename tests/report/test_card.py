@@ -82,7 +82,7 @@ def test_facts_of_the_trial() -> None:
     ):
         assert fact in made
     assert "test rows" not in made
-    assert "On test rows that nothing was chosen by: 2.1250." in model_card(card(test_loss=2.125))
+    assert "On test rows not used for any choice: 2.1250." in model_card(card(test_loss=2.125))
 
 
 @pytest.mark.parametrize("best", [0, 22, 60])
@@ -129,7 +129,7 @@ def test_facts_that_few_rounds_have() -> None:
         "5% of the training rows, held out by their content",
         "`org/rows` (format alpaca, configuration small, split good, weight 0.5)",
         "the loss is on all tokens",
-        "Rows with an input have it so:\n\n```\n### Input:\n{input}\n```",
+        "Rows with an input use this prompt:\n\n```\n### Input:\n{input}\n```",
     ):
         assert fact in made
     assert 'gguf_file="m.gguf"' in model_card(card(text))

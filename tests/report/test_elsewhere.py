@@ -151,8 +151,7 @@ def test_nothing_waits_for_a_slow_tool() -> None:
     screen = show((trial(0, 0),), (trial(0, 2),), (trial(0, 4),), tools={"slow": lambda: slow}, patience=0.05)
     assert slow.points in ({}, {0: []})
     assert screen.messages == [
-        "run.report_to: slow is not done after 0 seconds and is left; running the round again sends what is "
-        "missing"
+        "run.report_to: slow did not finish within 0 seconds; run the round again to send the rest"
     ]
     assert slow.goes_on is not None
     slow.goes_on.set()

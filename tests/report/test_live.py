@@ -89,7 +89,7 @@ class TestPlainLines:
         view.event(Started("round1", 0, 2, 15))
         for evaluation in trial.evaluations[:5]:
             view.event(Evaluated("round1", 0, 2, evaluation))
-        assert "goes on from step 15" in out.getvalue()
+        assert "resumes from step 15" in out.getvalue()
         assert out.getvalue().count(" eval ") == 1
         assert "step 20/60" in out.getvalue()
 

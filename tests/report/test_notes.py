@@ -36,7 +36,7 @@ def test_the_whole_report_lists_every_trial_and_what_it_holds_for() -> None:
 def test_throughput_is_listed_where_there_is_one() -> None:
     lines = round_markdown(synthetic.report(throughputs=synthetic.WORK)).splitlines()
     start = lines.index("## Throughput")
-    assert lines[start + 2] == "- tokens/s: 3,000 (trained on, in a second of a worker's training)"
+    assert lines[start + 2] == "- tokens/s: 3,000 (training tokens per second of a worker's training time)"
     assert "## Throughput" not in round_markdown(synthetic.report())
 
 

@@ -235,7 +235,7 @@ def test_regular_expressions_and_numbers_of_layers() -> None:
     assert (axolotl["lora_target_modules"], axolotl.get("lora_target_linear")) == (regex, None)
     said, document = written("llamafactory", target_modules=regex)
     assert document["lora_target"] == "all"
-    assert "takes no regular expression" in said
+    assert "does not take a regular expression" in said
     layers = {tool: written(tool, layers_to_transform=(0, 2)) for tool in TOOLS}
     assert layers["axolotl"][1]["peft_layers_to_transform"] == [0, 2]
     assert "layers_to_transform" not in layers["axolotl"][0].replace("peft_layers_to_transform", "")
@@ -256,11 +256,11 @@ def test_what_a_tool_cannot_say_is_written_down() -> None:
     assert "lora_init" not in axolotl
     assert other["peft_init_lora_weights"] == "gaussian"
     for said in (trl, llamafactory, axolotl):
-        assert "lora_alpha is 11.3, and only whole numbers go: 11." in said
+        assert "lora_alpha is 11.3, rounded to 11." in said
         assert "warmup_stable_decay" in said
     assert "warmup_stable_decay" not in written("trl", schedule="cosine")[0]
     for tool in ("llamafactory", "axolotl"):
-        assert "reads no GGUF base" in written(tool, model={"gguf_file": "model.gguf"})[0]
+        assert "cannot read a GGUF base model" in written(tool, model={"gguf_file": "model.gguf"})[0]
     assert written("trl", model={"gguf_file": "model.gguf"})[1]["model_init_kwargs"] == {
         "gguf_file": "model.gguf"
     }
@@ -276,4 +276,4 @@ def test_another_optimizer_is_named_or_said_to_be_missing(tool: str) -> None:
     for lacking in ("muon", "somewhere.else:OPTIMIZER"):
         comments, settings = written(tool, optimizer=lacking)
         assert named not in settings
-        assert f"The optimizer {lacking}: transformers' Trainer has none by that name" in comments
+        assert f"The optimizer {lacking}: transformers' Trainer does not have it" in comments

@@ -106,7 +106,7 @@ class TestStatus:
                 ("round3", ()),
             )
         ]
-        assert "best: round2/2, its adapter is gone" in shown(status_table("alpaca", rounds))
+        assert "best: round2/2, its adapter is missing" in shown(status_table("alpaca", rounds))
 
     def test_a_study_that_has_not_begun(self) -> None:
         assert shown(status_table("alpaca", [])) == "alpaca: no round has started\n"

@@ -14,12 +14,12 @@ def test_workers_are_added_up_before_anything_is_divided() -> None:
     whole = added_up(synthetic.WORK)
     assert whole is not None
     assert format.throughput_rows(whole) == [
-        ("tokens/s", "3,000", "trained on, in a second of a worker's training"),
-        ("trial-steps/s", "2", "updates of all trials, in the same second"),
-        ("packing factor", "3.5", "trials that share a training pass, on average"),
-        ("padding", "20%", "of the tokens computed in training"),
-        ("evaluation", "30%", "of the time of training, evaluation and saving"),
-        ("peak memory", "3.0 GB", "of the worker that used most"),
+        ("tokens/s", "3,000", "training tokens per second of a worker's training time"),
+        ("trial-steps/s", "2", "updates of all trials per second of a worker's training time"),
+        ("packing factor", "3.5", "average number of trials in a training pass"),
+        ("padding", "20%", "share of the tokens computed in training"),
+        ("evaluation", "30%", "share of the time for training, evaluation and saving"),
+        ("peak memory", "3.0 GB", "maximum over the workers"),
     ]
     assert format.throughput_line(whole) == (
         "3,000 tokens/s, 2 trial-steps/s, packing factor 3.5, padding 20%, evaluation 30%, peak memory 3.0 GB"

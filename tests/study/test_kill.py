@@ -68,7 +68,7 @@ def running(directory: Path, *, until: Callable[[str], bool]) -> Iterator[subpro
 
 def run_and_kill(directory: Path, seconds: float) -> None:
     """`tuner study run`, killed from outside after some time in training."""
-    with running(directory, until=lambda line: "step" in line or "goes on" in line):
+    with running(directory, until=lambda line: "step" in line or "resumes" in line):
         time.sleep(seconds)
 
 

@@ -86,7 +86,10 @@ def test_a_curve_that_moved_says_from_where_and_what_else_changed(study: Path) -
     assert found.first_beyond is not None
     assert found.first_beyond.step == 4
     text = said(found)
-    assert "not reproduced: from step 4 on by more than the 0.01% of rounding, most at step 4: 33%" in text
+    assert (
+        "not reproduced: losses differ by more than rounding (0.01%) from step 4 on, at most 33% at step 4"
+        in text
+    )
     assert "0 train rows and 0 eval rows then, 3 train rows and 0 eval rows now" in text
 
 

@@ -1,4 +1,4 @@
-"""What people see of a study: live view, tables, plots, pages and notes, and the JSON that programs read."""
+"""Show a study: live view, tables, plots, pages and notes for people, JSON for programs."""
 
 from tuner.report.documents import (
     RoundPlan,

@@ -1,4 +1,4 @@
-"""What a colleague would say of a round, in plain sentences; terminal, page and notes only set them."""
+"""Put a round's conclusions into plain sentences, shared by the terminal, the page and the notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINEAGE_HEADERS = (
 
 
 def headline(report: RoundReport) -> str:
-    """The conclusion in one sentence: was the horizon right, and what would be?"""
+    """Return the conclusion in one sentence: was the horizon right, and if not, what would be?"""
     steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
     if not report.results.complete:
         return "Nothing to conclude yet: no trial is complete."
@@ -57,14 +57,14 @@ def headline(report: RoundReport) -> str:
 
 
 def found(report: RoundReport) -> tuple[str, ...]:
-    """The best trial, its loss against the untouched model's and the runner-up's, and its adapter."""
+    """Describe the best trial, and compare its loss with the base model's and the runner-up's."""
     trials = format.count(len(report.trials), "trial")
     if not report.ranked:
         return (f"{trials} so far: {format.counts(report.counts)}.",)
     (trial, best), *others = report.ranked
     if all(evaluation.step == 0 for _, evaluation in report.ranked):
         value = format.loss(best.value)
-        return (f"None of {trials} ({format.counts(report.counts)}) beat the untouched model's {value}.",)
+        return (f"None of {trials} ({format.counts(report.counts)}) beat the base model's {value}.",)
     share = format.percent(best.step / report.max_train_steps)
     scored = trial.answer_score
     answers = f"answers that score {format.answers_in_words(scored)}, " if scored else ""
@@ -84,7 +84,7 @@ def found(report: RoundReport) -> tuple[str, ...]:
             score, loss = format.answer_score(runner_up.answer_score), format.loss(second.eval_loss)
             sentences.append(
                 f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
-                "their answers; what is said of the horizon goes by losses."
+                "their answers; the conclusions about the horizon are based on losses."
             )
             return tuple(sentences)
         if chosen is not None:
@@ -101,11 +101,11 @@ def _against_the_base(report: RoundReport, loss: float) -> str:
     base = report.untouched_loss
     if base is None or base <= loss:
         return ""
-    return f", {format.percent((base - loss) / abs(base))} below the untouched model's {format.loss(base)}"
+    return f", {format.percent((base - loss) / abs(base))} below the base model's {format.loss(base)}"
 
 
 def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[str, ...]:
-    """A sentence where a trial of an earlier round is better by the same objective on the same workload."""
+    """Name a trial of an earlier round that is better by the same objective on the same workload."""
     by = _ranked_by(report)
     comparable = [
         e
@@ -125,9 +125,9 @@ def still_better(report: RoundReport, earlier: Sequence[RoundReport]) -> tuple[s
 
 
 def _ranked_by(report: RoundReport) -> tuple[str, int] | str | None:
-    """Metric and number of the answers by which its trials are ranked, or another metric of evaluations.
+    """Return what ranks the trials: the answers' metric and number, or another metric of evaluations.
 
-    None where the loss decides.
+    Returns None if the loss does.
     """
     if not report.ranked:
         return None
@@ -138,25 +138,25 @@ def _ranked_by(report: RoundReport) -> tuple[str, int] | str | None:
 
 
 def _merit(report: RoundReport) -> tuple[float, float]:
-    """Lower is better: first by a per-trial objective, then by evaluations."""
+    """Return a sort key, lower is better: first a per-trial objective, then evaluations."""
     trial, best = report.ranked[0]
     return -(trial_score(trial) or 0.0), best.cost
 
 
 def tested(report: RoundReport) -> tuple[str, ...]:
-    """What `data.test` said of the trials that somebody settled on; or how to ask it, once, at the end."""
+    """Report the scores on `data.test`, or how to measure one, once, at the end."""
     if report.scored:
         return tuple(f"{t.name}: {format.final_in_words(t, report.scored)}" for t in report.scored)
     if not report.has_test or not report.ranked:
         return ()
     return (
-        "The lowest of many evaluation losses is optimistic. When you have settled on a trial, "
-        "`tuner trial show best --test` measures it on data.test; do that once.",
+        "The lowest of many evaluation losses is optimistic. When you have chosen the final trial, "
+        "score it once on data.test with `tuner trial show best --test`.",
     )
 
 
 def lineage_rows(reports: Sequence[RoundReport]) -> list[tuple[str, ...]]:
-    """A study's rounds, oldest first, as rows under `LINEAGE_HEADERS`."""
+    """Return a study's rounds, oldest first, as rows under `LINEAGE_HEADERS`."""
     return [_lineage_cells(report, reports[:position]) for position, report in enumerate(reports)]
 
 
@@ -182,12 +182,12 @@ def _carried_cell(report: RoundReport, over: CarriedOver | None) -> str:
 
 
 def carried(report: RoundReport, earlier: Sequence[RoundReport]) -> CarriedOver | None:
-    """What a round took over from those before it."""
+    """Describe what a round took over from earlier ones."""
     return carried_over(report.results, [other.results for other in earlier])
 
 
 def held(reports: Sequence[RoundReport]) -> tuple[str, ...]:
-    """For each round that took trials over: whether their order held; `reports` are oldest first."""
+    """Report whether the order of carried-over trials held, per round; `reports` are oldest first."""
     found = ((report, carried(report, reports[:position])) for position, report in enumerate(reports))
     return tuple(_held(report, over) for report, over in found if over is not None and over.compared)
 
@@ -197,7 +197,7 @@ def _held(report: RoundReport, over: CarriedOver) -> str:
     if len(over.compared) < MIN_RANKED:
         return f"{trials} of {over.from_round} ran in {name} too: too few to say whether the order held."
     if over.rank_correlation is None:
-        return f"{trials} of {over.from_round} ran in {name} too, with losses that are all equal."
+        return f"{trials} of {over.from_round} ran in {name} too, all with equal losses."
     place, best = over.place_of_the_best, over.compared[0][0]
     stands = "still their best" if place == 1 else f"number {place} of the {len(over.compared)}"
     return (
@@ -208,19 +208,19 @@ def _held(report: RoundReport, over: CarriedOver) -> str:
 
 
 def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
-    """The numbers of the conclusion: what each is, the number, and what to read it against."""
+    """Return the key numbers as (name, number, reference to compare it with)."""
     reading, steps = report.reading, report.max_train_steps
     numbers = []
     if report.ranked:
         trial, best = report.ranked[0]
         base = report.untouched_loss
-        against = f"trial {trial.number}" + (f", untouched {format.loss(base)}" if base is not None else "")
+        against = f"trial {trial.number}" + (f", base model {format.loss(base)}" if base is not None else "")
         if trial.answer_score is not None:
             by = f"{format.count(trial.answer_score.num_examples, 'answer')} by {trial.answer_score.metric}"
             numbers.append(("answer score", format.answer_score(trial.answer_score), by))
         if best.objective is not None:
             first = trial.evaluations[0]
-            base_value = f", untouched {format.loss(first.value)}" if first.step == 0 else ""
+            base_value = f", base model {format.loss(first.value)}" if first.step == 0 else ""
             beside = f"trial {trial.number}{base_value}"
             numbers.append((f"best {best.objective.metric}", format.loss(best.value), beside))
         is_lowest = trial_score(trial) is None and best.objective is None
@@ -229,7 +229,7 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
         numbers.append(("its best step", str(best.step), f"of {steps}, {format.percent(best.step / steps)}"))
     is_telling = reading.diagnosis in _RESTS_ON_THE_GAIN and reading.leading
     if is_telling and reading.gain is not None and reading.gain_source is not None:
-        noise = "of unknown noise" if reading.noise is None else f"± {format.percent(2 * reading.noise)}"
+        noise = "noise unknown" if reading.noise is None else f"± {format.percent(2 * reading.noise)}"
         give = f"{noise}, {GAIN_SOURCES[reading.gain_source]}"
         numbers.append(("gain of the last doubling", format.percent(reading.gain), give))
     if reading.suggested_max_train_steps is not None:
@@ -241,12 +241,12 @@ def key_numbers(report: RoundReport) -> list[tuple[str, str, str]]:
 
 
 def rule_in_words(rule: str) -> str:
-    """A rule's name as a heading: `too_few_trials` is Too few trials."""
+    """Return a rule's name as a heading: `too_few_trials` becomes "Too few trials"."""
     return rule.replace("_", " ").capitalize()
 
 
 def progress(report: RoundReport) -> str | None:
-    """A caution while trials are missing, or why a finished round has fewer than wanted; else None."""
+    """Return a caution if trials are missing, or why a finished round has fewer than wanted."""
     done = len(report.results.results)
     if report.is_finished and done < report.num_wanted:
         points = format.count(report.num_promised, "point")
@@ -256,31 +256,33 @@ def progress(report: RoundReport) -> str | None:
     if report.is_finished:
         return None
     if done >= report.num_promised:
-        return "This is how it looks before its comparison runs, which measure what a doubling is worth."
-    return f"This is how it looks with {done} of {report.num_promised} trials; the rest may change it."
+        return "Preliminary: the comparison runs, which measure the gain of a doubling, have not run yet."
+    return (
+        f"Preliminary: {done} of {report.num_promised} trials are done; the others may change the conclusion."
+    )
 
 
 def next_step(report: RoundReport) -> str:
-    """Why the next command is the one to type."""
+    """Return the reason for the next command."""
     if report.ended_because is not None:
         if report.reading.diagnosis in (Diagnosis.TOO_SHORT, Diagnosis.UNDETERMINED):
             because = report.ended_because[0].upper() + report.ended_because[1:]
-            return f"{because}. Use the best trial's adapter, or promote the round and go on by hand."
+            return f"{because}. Use the best trial's adapter, or promote the round and continue by hand."
         return "The study has ended: use the best trial's adapter."
     if not report.is_finished:
-        return "Finish the round first: the same command goes on where it stopped."
+        return "Finish the round first: the same command resumes it."
     if not report.results.complete:
-        return "No trial is complete, so look at why before running more."
+        return "No trial is complete. Find out why before running more."
     steps, next_steps = report.max_train_steps, report.reading.suggested_max_train_steps
     if report.reading.widens_rates:
         return f"Search higher learning rates in another round of {steps} steps."
     match report.reading.diagnosis:
         case Diagnosis.NO_LEARNING:
-            return "Do not train longer yet: look at what the loss sees, and at the learning rates."
+            return "Do not train longer yet: check which tokens are in the loss, and the learning rates."
         case Diagnosis.RIGHT:
-            return f"Keep {steps} steps, and search closer around the best trials."
+            return f"Keep {steps} steps and search closer to the best trials."
         case Diagnosis.OVERFITTING:
-            return "Get more data or regularise more before spending steps."
+            return "Get more data or regularise more before adding steps."
         case _ if next_steps is not None and next_steps != steps:
             return f"Carry the best trials into a round of {next_steps} steps.{_cost(report)}"
         case _:
@@ -293,11 +295,11 @@ def _cost(report: RoundReport) -> str:
         return ""
     parts = [f"{format.number(cost.epochs)} epochs"] if cost.epochs is not None else []
     parts += [f"about {format.duration(3600 * cost.hours)}"] if cost.hours is not None else []
-    return f" A trial of that length is {' and '.join(parts)}." if parts else ""
+    return f" A trial of that length takes {' and '.join(parts)}." if parts else ""
 
 
 def setting(report: RoundReport) -> dict[str, str]:
-    """What was run: base, data, horizon and cost, by name."""
+    """Return what was run, by name: base model, data, horizon and cost."""
     model = report.record.spec.get("model", {})
     facts = {"model": _model(model) if model else ""}
     facts["data"] = f"{report.record.train_rows:,} training rows, {report.record.eval_rows:,} for evaluation"
@@ -331,6 +333,6 @@ def _epochs(report: RoundReport) -> float | None:
 
 
 def _trial_seconds(report: RoundReport) -> float:
-    """Seconds that attempts took, added up over trials that may have run side by side."""
+    """Return the total seconds of all attempts, including those that ran in parallel."""
     attempts = (attempt for trial in report.results.trials for attempt in trial.attempts)
     return sum(a.ended_at - a.started_at for a in attempts if a.ended_at is not None)

@@ -1,4 +1,4 @@
-"""The trials of a running round as rows: which are shown where there is little room, and their table."""
+"""The trials of a running round as rows, the choice of rows in a small window, and their table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tuner.report.terminal import UNICODE, Column, FittedTable, Marks, column, s
 
 @dataclass
 class Row:
-    """One trial as the last event left it."""
+    """One trial as of the last event."""
 
     number: int
     hyperparameters: Hyperparameters = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """Those made so far, by step."""
+        """Evaluations so far, by step."""
         return tuple(self.by_step[step] for step in sorted(self.by_step))
 
     @property
@@ -56,10 +56,9 @@ class Row:
 
 
 class Board:
-    """The trials of one round, kept up by facts and events.
+    """The trials of one round, updated by facts and events.
 
-    Events say things first, facts say them for good: `sync` overrules a state that an event
-    suggested.
+    Events come first, but facts are final: `sync` overrides a state set by an event.
     """
 
     def __init__(self, *, trials_total: int, max_train_steps: int) -> None:
@@ -67,12 +66,12 @@ class Board:
         self.max_train_steps = max_train_steps
         self.rows: dict[int, Row] = {}
         self.preparing: str | None = None
-        """What a worker does until it is ready."""
+        """What a worker prepares until it is ready."""
         self._executed_steps = 0
         self._started_at: float | None = None
 
     def sync(self, trials: Sequence[Trial]) -> None:
-        """Take over the recorded facts."""
+        """Apply the recorded facts."""
         for trial in trials:
             row = self.rows.setdefault(trial.number, Row(trial.number))
             row.hyperparameters, row.state, row.reason = trial.hyperparameters, trial.state, trial.reason
@@ -81,7 +80,7 @@ class Board:
             row.answers = trial.answer_score
 
     def take(self, event: Event, *, now: float) -> None:
-        """Take over what a worker said at `now`, seconds on any clock."""
+        """Apply a worker's event at `now`, in seconds on any clock."""
         match event:
             case Preparing(doing=doing):
                 self.preparing = doing
@@ -121,21 +120,21 @@ class Board:
 
     @property
     def best(self) -> Row | None:
-        """The trial that is best so far: by its value of a per-trial objective, else by its evaluations.
+        """The best trial so far: by the value of a per-trial objective, else by its evaluations.
 
-        Infeasible ones are left out.
+        Leaves out infeasible ones.
         """
         able = [r for r in self.rows.values() if r.state is not TrialState.INFEASIBLE and r.best is not None]
         return min(able, key=_merit, default=None)
 
     @property
     def num_results(self) -> int:
-        """Trials that count towards the promise."""
+        """Number of trials that count towards `search.trials`."""
         return sum(row.state.is_result for row in self.rows.values())
 
     @property
     def remaining_steps(self) -> int:
-        """Steps still to run, if every unfinished trial goes to the horizon."""
+        """Steps still to run if every unfinished trial reaches the horizon."""
         unfinished = [row for row in self.rows.values() if not row.state.is_final]
         to_come = max(0, self.trials_total - self.num_results - len(unfinished))
         begun = sum(max(0, self.max_train_steps - row.step) for row in unfinished)
@@ -143,18 +142,18 @@ class Board:
 
     @property
     def done_share(self) -> float:
-        """Part of the round's steps that need not be run any more, 0 to 1."""
+        """Share of the round's steps that is done, 0 to 1."""
         total = self.trials_total * self.max_train_steps
         return min(1.0, max(0.0, 1 - self.remaining_steps / total)) if total else 1.0
 
     def steps_per_second(self, now: float) -> float | None:
-        """Steps of all trials together since the first one started; None before any."""
+        """Steps per second of all trials since the first started; None before any."""
         if self._started_at is None or self._executed_steps == 0 or now <= self._started_at:
             return None
         return self._executed_steps / (now - self._started_at)
 
     def eta_seconds(self, now: float) -> float | None:
-        """Seconds until the round is done, at the pace so far; None before there is a pace."""
+        """Seconds until the round is done, at the pace so far; None without a pace."""
         pace = self.steps_per_second(now)
         return None if pace is None else self.remaining_steps / pace
 
@@ -166,7 +165,7 @@ def _merit(row: Row) -> tuple[float, float, int]:
 
 
 def _state_after(event: Ended) -> TrialState:
-    """A stopped or failed attempt leaves its trial waiting, until the facts say that it was the last."""
+    """Mark the trial of a stopped or failed attempt as waiting, until the facts say that it has ended."""
     match event.outcome:
         case "complete" | "pruned" | "infeasible":
             return TrialState(event.outcome)
@@ -195,9 +194,9 @@ def board_table(
     gpus: Sequence[GpuReading] = (),
     marks: Marks = UNICODE,
 ) -> RenderableType:
-    """Title, one row a trial, the round's progress, what is being prepared and the GPUs.
+    """Render the title, one row per trial, the round's progress, preparation and the GPUs.
 
-    `max_rows` None shows every trial.
+    With `max_rows` None, shows every trial.
     """
     rows = _rows_to_show(board, max_rows)
     return Group(
@@ -217,7 +216,7 @@ def _preparing(board: Board) -> list[Text]:
 
 
 def _rows_to_show(board: Board, max_rows: int | None) -> list[Row]:
-    """All rows by number, or the most interesting ones: running, the best, then the latest."""
+    """Return all rows by number, or the most interesting: running, best, then latest."""
     rows = sorted(board.rows.values(), key=lambda row: row.number)
     if max_rows is None or len(rows) <= max_rows:
         return rows
@@ -240,7 +239,7 @@ def _left_out(board: Board, shown: Sequence[Row]) -> list[Text]:
 
 
 def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: Marks) -> list[Column]:
-    """All columns from left to right."""
+    """Return all columns from left to right."""
     best, steps = board.best, board.max_train_steps
     chosen = [
         column(name, [format.value(row.hyperparameters.get(name)) for row in rows], rank=rank)
@@ -261,7 +260,7 @@ def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: 
 
 
 def _train_loss(row: Row) -> str:
-    """The latest: of the last sign of life, or of the evaluation that was recorded."""
+    """Return the latest step: of the last heartbeat or of the last recorded evaluation."""
     recorded = row.evaluations[-1].train_loss if row.by_step else None
     return format.loss(recorded if row.train_loss is None else row.train_loss)
 
@@ -282,7 +281,7 @@ def _best_cell(row: Row, *, is_leader: bool) -> Text:
 
 
 def _progress(board: Board, *, now: float, marks: Marks) -> list[Column]:
-    """One line, whose parts go one by one where there is no room."""
+    """A single line that drops its parts one by one on a narrow console."""
     done = round(_BAR_WIDTH * board.done_share)
     bar = Text.assemble((marks.bar * done, "cyan"), (marks.bar * (_BAR_WIDTH - done), "bright_black"))
     pace, eta = board.steps_per_second(now), board.eta_seconds(now)

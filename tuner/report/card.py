@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, how, how good it is, and how to load it."""
+"""The model card of an export: base model, data, training, results and how to load it."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ class Card:
     """The facts of a model card."""
 
     name: str
-    """Of the exported directory."""
+    """Name of the exported directory."""
     spec: RoundSpec
-    """The round file as it is written, so that no path of this machine is told."""
+    """The round file as written, so that no path of this machine is revealed."""
     record: RoundRecord
     trial: Trial
     base_is_on_hub: bool
     prompt: str | None
-    """A prompt of training with the user's words in braces; None where there is none to show."""
+    """Training prompt with the user's text in braces; None if there is none."""
     has_chat_template: bool
-    """Whether the exported tokenizer renders that prompt."""
+    """Whether the exported tokenizer renders this prompt."""
     prompt_with_input: str | None = None
-    """The same of rows with an input, which may be another template; None where rows have none."""
+    """Prompt of rows with an input, whose template may differ; None if there are none."""
     command: str
-    """The one that made the export."""
+    """Command of the export."""
     versions: Mapping[str, str]
-    """Of the packages that made it, by name."""
+    """Package versions by name."""
     merged_dtype: str | None = None
     """None for an adapter."""
     ends: tuple[int, ...] = ()
-    """Tokens that end an answer, where the base alone does not stop at the one that was trained."""
+    """Tokens that end an answer, if the base model does not stop at the trained one by default."""
     licence: str | None = None
-    """Of the export, as its author states it."""
+    """Licence of the export, as stated by its author."""
     stated_licences: Mapping[str, str] = field(default_factory=dict)
-    """Those that base and data state, by their paths."""
+    """Licences stated by base model and data, by path."""
     hub_sources: tuple[str, ...] = ()
-    """Training data sets of the Hub."""
+    """Training data sets on the Hub."""
     test_loss: float | None = None
-    """On `data.test`, which nothing was chosen by; None where it was not scored."""
+    """Loss on `data.test`, which was not used for any choice; None if not scored."""
 
 
 def model_card(card: Card) -> str:
-    """The README.md of an exported directory, front matter first."""
+    """Return the README.md of an exported directory, front matter first."""
     return "\n\n".join(
         block
         for block in (
@@ -80,7 +80,7 @@ def model_card(card: Card) -> str:
 
 
 def merging_note(model: ModelSpec, dtype: str) -> str:
-    """How a merged model came from its base, in a sentence."""
+    """Describe in a sentence how the adapter was merged."""
     base = {
         "nf4": "The base's weights were quantised to NF4 with double quantisation and de-quantised again, "
         "since the adapter was trained on those; the adapter was added",
@@ -152,7 +152,7 @@ def _usage(card: Card) -> str:
     quantised = _QUANTISATION[model.quantization]
     imports = ("AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantised else []))
     ends = (
-        "# Answers were trained to end with the first of these, at which the base alone does not stop.\n"
+        "# Answers were trained to end with the first of these; the base model does not stop there.\n"
         f"base.generation_config.eos_token_id = {list(card.ends)}\n"
         if card.ends
         else ""
@@ -188,7 +188,7 @@ def _prompt(card: Card) -> Sequence[str]:
     )
     shown = [f"It was trained on this prompt. {by}", f"```\n{card.prompt}\n```"]
     if card.prompt_with_input is not None:
-        shown += ["Rows with an input have it so:", f"```\n{card.prompt_with_input}\n```"]
+        shown += ["Rows with an input use this prompt:", f"```\n{card.prompt_with_input}\n```"]
     return shown
 
 
@@ -198,7 +198,7 @@ def _result(card: Card) -> str:
     untouched = next((e.eval_loss for e in card.trial.evaluations if e.step == 0), None)
     before = f" The base model has {format.loss(untouched)}." if untouched is not None else ""
     tested = (
-        f" On test rows that nothing was chosen by: {format.loss(card.test_loss)}."
+        f" On test rows not used for any choice: {format.loss(card.test_loss)}."
         if card.test_loss is not None
         else ""
     )
@@ -223,7 +223,7 @@ def _curve(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _thinned(evaluations: Sequence[Evaluation], *, keep: Evaluation | None) -> list[Evaluation]:
-    """So many, evenly spread, the first, the last and the best among them."""
+    """Thin out evaluations evenly, keeping the first, the last and the best."""
     last = len(evaluations) - 1
     wanted = min(_ROWS_OF_THE_CURVE, len(evaluations))
     places = {round(i * last / max(1, wanted - 1)) for i in range(wanted)}
@@ -253,7 +253,7 @@ def _hyperparameters(values: Hyperparameters) -> str:
 
 
 def _exact(value: Value) -> str:
-    """With every digit, so that the card is enough to train again."""
+    """Format with every digit, so that the card suffices to train again."""
     return repr(value) if isinstance(value, float) else format.value(value)
 
 
@@ -270,7 +270,7 @@ def _source(source: SourceSpec) -> str:
 
 
 def _told(path: str) -> str:
-    """Of an absolute path the last name alone; a URL without what may be secret: user, password and query."""
+    """Reduce an absolute path to its last name; strip user, password and query from a URL."""
     if "://" in path:
         url = urlsplit(path)
         return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))

@@ -1,4 +1,4 @@
-"""The JSON documents that the verbs print with `--json`: their keys, and that they are always valid JSON."""
+"""The JSON documents that the verbs print with `--json`, always valid JSON."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "fail
 
 @dataclass(frozen=True, slots=True)
 class BestTrial:
-    """The complete trial of a round that is best by its objective."""
+    """The best complete trial of a round, by its objective."""
 
     trial: int
     eval_loss: float
     """At that step."""
     step: int
     adapter: str | None
-    """Path of its best adapter; None when it was removed."""
+    """Path of its best adapter; None if it was removed."""
     answer_score: float | None = None
-    """The mean score of its answers; None where none were scored."""
+    """Mean score of its answers; None if none were scored."""
     best_value: float | None = None
-    """What it came to by the objective, as Optuna is told."""
+    """Value of the objective, as reported to Optuna."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStatus:
-    """Where a round stands."""
+    """State of a round."""
 
     round: str
     max_train_steps: int
     state: Literal["open", "running", "complete"]
-    """running: a process holds it now; open: trials are missing and nobody runs them."""
+    """running: a process holds it; open: incomplete, and no process runs it."""
     counts: Mapping[str, int]
-    """Trials by state, in the documents' order; waiting counts those promised and not yet begun."""
+    """Trials by state, in the documents' order; waiting includes those not yet started."""
     best: BestTrial | None
     throughput: Throughput | None = None
-    """Of all its workers so far; None where nothing was measured."""
+    """Throughput of all its workers so far; None if not measured."""
     branches_left: int = 0
-    """Comparison runs that are owed and have not ended."""
+    """Comparison runs that are due and have not ended."""
     overfitting: Mapping[int, int] = field(default_factory=dict)
-    """Trials whose evaluation loss rises now, or did at their end, each with its best step."""
+    """Overfitting trials: the evaluation loss rises now, or did at the end; with their best steps."""
     seconds_left: float | None = None
-    """Until every promised trial has ended, at the pace so far; None before there is one, and at the end."""
+    """Seconds until every trial has ended, at the pace so far; None without a pace, and at the end."""
     objective: Objective = LOSS
-    """What its trials are ranked by."""
+    """What ranks its trials."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
-    """What running a round file would mean, as `study check` tells it."""
+    """Plan of a round file, as `study check` prints it."""
 
     trials: int
     max_train_steps: int
@@ -71,24 +71,24 @@ class RoundPlan:
     tokens: int
     """Training tokens of all trials and comparison runs together."""
     evaluation_share: float
-    """Part of the work that is evaluation, 0 to 1."""
+    """Share of the work spent on evaluation, 0 to 1."""
     checkpoint_bytes: int
     peak_memory_bytes: int | None = None
     """Measured by `--probe`."""
     hours: float | None = None
     """Measured by `--probe`."""
     branches: int = 0
-    """Comparison runs that follow the last trial, at most."""
+    """Maximum number of comparison runs after the last trial."""
     branch_steps: int = 0
-    """What they run, all together."""
+    """Total steps of the comparison runs."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)
-    """Tokens of the training rows before truncation: p50, p90, p99 and max; none where it was not counted."""
+    """Tokens of the training rows before truncation: p50, p90, p99 and max; empty if not counted."""
     metric: str = LOSS.metric
-    """What trials are ranked by."""
+    """What ranks the trials."""
     direction: str | None = LOSS.direction.value
-    """minimize or maximize; None where a metric of the user's says it, which is not loaded for this."""
+    """minimize or maximize; None for a custom metric, which is not loaded here."""
     unchecked: Sequence[str] = ()
-    """Methods that are not tuner's, and hyperparameters that only they may know: not looked at."""
+    """Not checked: custom methods and the hyperparameters that only they define."""
 
 
 def round_status(
@@ -104,10 +104,10 @@ def round_status(
     now: float | None = None,
     objective: Objective = LOSS,
 ) -> RoundStatus:
-    """Where a round stands, by its trials, the `search.trials` it promised and the comparison runs it owes.
+    """Return a round's state from its trials, its `search.trials` and the comparison runs that are due.
 
-    `now` is the time on the clock of the attempts that run; None where none does. A failed trial is
-    replaced by a new one, so it does not count towards the promise.
+    `now` is the time on the clock of the running attempts; None if there are none. A failed trial is replaced
+    by a new one, so it does not count towards `search.trials`.
     """
     by_state = Counter(trial.state for trial in trials)
     results = sum(trial.state.is_result for trial in trials)
@@ -134,9 +134,9 @@ def round_status(
 def _seconds_left(
     trials: Sequence[Trial], *, promised: int, max_train_steps: int, now: float | None
 ) -> float | None:
-    """By the steps of all attempts and the time in which one or more of them ran.
+    """Estimate the pace from the steps of all attempts and the time in which at least one ran.
 
-    When those that a killed process held ended is not known: they are left out.
+    Leaves out attempts of a killed process: their end is not known.
     """
     board = Board(trials_total=promised, max_train_steps=max_train_steps)
     board.sync(trials)
@@ -155,9 +155,9 @@ def _seconds_left(
 
 
 def _overfitting(trials: Sequence[Trial]) -> dict[int, int]:
-    """As the playbook judges a complete trial; of one that runs, by its evaluations so far.
+    """Return the overfitting trials, by the playbook's rule; running ones by their evaluations so far.
 
-    What has not beaten the base model has learned nothing to overfit.
+    Leaves out trials that have not beaten the base model: they have nothing to overfit.
     """
     sound = [t for t in trials if t.state not in (TrialState.INFEASIBLE, TrialState.FAILED)]
     rises = ((trial, rise_after_best(trial.evaluations)) for trial in sound)
@@ -179,11 +179,11 @@ def _best(trials: Sequence[Trial], adapters: Mapping[int, str]) -> BestTrial | N
 def trial_document(
     trial: Trial, *, adapter: str | None, scored: Sequence[Trial] = (), objective: Objective = LOSS
 ) -> dict[str, Any]:
-    """What `trial show --json` prints, and an element of `trial list --json`.
+    """Return the document of `trial show --json`, which is also an element of `trial list --json`.
 
     `adapter` is the path of its best adapter; `scored` are the study's trials that were scored on
-    `data.test`, in their order; `objective` is the round's. An infeasible trial shows its best evaluation
-    from before it diverged: its state says that this is no result.
+    `data.test`, in order; `objective` is the round's. An infeasible trial has its best evaluation before it
+    diverged, which is not a result.
     """
     best = best_evaluation(trial.evaluations)
     return _document(
@@ -222,7 +222,7 @@ def trial_document(
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Every number of an evaluation that is a metric, by name."""
+    """Return the metrics of an evaluation by name."""
     accuracy = evaluation.token_accuracy
     counted = {} if accuracy is None else {"token_accuracy": accuracy}
     return {"eval_loss": evaluation.eval_loss, **counted, **evaluation.metrics}
@@ -257,7 +257,7 @@ def _answers(trial: Trial) -> dict[str, Any] | None:
 
 
 def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]:
-    """What `study status --json` prints."""
+    """Return the document of `study status --json`."""
     return _document(
         {
             "study": study,
@@ -300,7 +300,7 @@ def _throughput(throughput: Throughput) -> dict[str, float | None]:
 def check_document(
     mistakes: Sequence[Mistake], plan: RoundPlan | None, remarks: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What `study check --json` prints; `plan` is None where mistakes kept it from being made."""
+    """Return the document of `study check --json`; `plan` is None if mistakes prevented it."""
     return _document(
         {
             "ok": not mistakes,
@@ -312,7 +312,7 @@ def check_document(
 
 
 def dumps(document: Any) -> str:
-    """A document as JSON text, every number that is not finite as null."""
+    """Return a document as JSON text, with null for every number that is not finite."""
     return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -321,7 +321,7 @@ def _document(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; a number that is not finite becomes null."""
+    """Convert a value to JSON's types; a number that is not finite becomes null."""
     match value:
         case Mapping():
             return _document(value)

@@ -1,4 +1,4 @@
-"""How numbers, names, scores, speed and devices look in everything people read."""
+"""Format numbers, names, scores, speed and devices for people."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tuner.playbook.scores import scored_before
 from tuner.records import AnswerScore, FinalScore, Hyperparameters, Throughput, Trial, Value
 
 NOTHING = "-"
-"""Shown where there is no number."""
+"""Shown for a missing number."""
 
 
 def loss(number: float | None) -> str:
-    """A loss with four decimals, fewer where it is large; nan and inf are named."""
+    """Format a loss with four decimals, fewer if it is large; also nan and inf."""
     if number is None:
         return NOTHING
     if not math.isfinite(number):
@@ -24,7 +24,7 @@ def loss(number: float | None) -> str:
 
 
 def value(setting: Value | None) -> str:
-    """A hyperparameter's value, short enough for a column: 0.00032, 1e-5, true, q_proj,v_proj."""
+    """Format a hyperparameter's value for a column: 0.00032, 1e-5, true, q_proj,v_proj."""
     match setting:
         case None:
             return NOTHING
@@ -39,19 +39,19 @@ def value(setting: Value | None) -> str:
 
 
 def number(quantity: float, digits: int = 3) -> str:
-    """A number with so many significant digits and no padded exponent: 1e-5, not 1e-05."""
+    """Format a number to significant digits without a padded exponent: 1e-5, not 1e-05."""
     text = f"{quantity:.{digits}g}"
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else text
 
 
 def percent(share: float) -> str:
-    """A share as the findings write it: 12%, 0.34%."""
+    """Format a share as in the findings: 12%, 0.34%."""
     return results.percent(share) if math.isfinite(share) else NOTHING
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units that matter: 3 h 05 min, 42 min, 4 min 10 s, 12 s."""
+    """Format seconds in suitable units: 3 h 05 min, 42 min, 4 min 10 s, 12 s."""
     whole = max(0, round(seconds))
     minutes, rest = divmod(whole, 60)
     if minutes >= 60:
@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in decimal units: 98 MB, 1.4 GB."""
+    """Format bytes in decimal units: 98 MB, 1.4 GB."""
     scaled, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
     while scaled >= 1000 and len(units) > 1:
         scaled, units = scaled / 1000, units[1:]
@@ -70,33 +70,33 @@ def size(num_bytes: float) -> str:
 
 
 def count(quantity: int, noun: str) -> str:
-    """A number with its noun: 1 trial, 1,200 trials."""
+    """Format a number with its noun: 1 trial, 1,200 trials."""
     return results.counted(quantity, noun)
 
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """Hyperparameters that are not the same in all trials, the seed included, in the trials' order."""
+    """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
     names = {name: None for trial in trials for name in trial.hyperparameters}
     return tuple(name for name in names if len({trial.hyperparameters.get(name) for trial in trials}) > 1)
 
 
 def settings(hyperparameters: Hyperparameters, names: Sequence[str]) -> str:
-    """Some hyperparameters on one line: `learning_rate 0.0003, lora_r 16`."""
+    """Format hyperparameters on one line: `learning_rate 0.0003, lora_r 16`."""
     known = [name for name in names if name in hyperparameters]
     return ", ".join(f"{name} {value(hyperparameters[name])}" for name in known)
 
 
 def counts(by_state: Mapping[str, int]) -> str:
-    """How many trials are in each state, those without any left out: `6 complete, 2 infeasible`."""
+    """Format the number of trials in each state that has any: `6 complete, 2 infeasible`."""
     return ", ".join(f"{n} {state}" for state, n in by_state.items() if n) or "none"
 
 
 ANSWERS_HEADER = "answers"
-"""Of a column of answer scores."""
+"""Header of a column of answer scores."""
 
 
 def answer_score(score: AnswerScore | None) -> str:
-    """The mean and its standard error: 0.42 ± 0.07."""
+    """Format the mean and its standard error: 0.42 ± 0.07."""
     if score is None:
         return NOTHING
     mean = number(score.mean)
@@ -104,42 +104,42 @@ def answer_score(score: AnswerScore | None) -> str:
 
 
 def answers_in_words(score: AnswerScore) -> str:
-    """The same with what it is the mean of: `0.42 ± 0.07, the mean of 50 answers by exact_match`."""
+    """Format a score with its metric: `0.42 ± 0.07, the mean of 50 answers by exact_match`."""
     return f"{answer_score(score)}, the mean of {count(score.num_examples, 'answer')} by {score.metric}"
 
 
 def final_score(score: FinalScore) -> str:
-    """The loss on `data.test` and its standard error."""
+    """Format the loss on `data.test` and its standard error."""
     if score.standard_error is None:
         return loss(score.loss)
     return f"{loss(score.loss)} ± {loss(score.standard_error)}"
 
 
 def final_in_words(trial: Trial, scored: Sequence[Trial]) -> str:
-    """A scored trial's loss on `data.test`, and whether it is unbiased; `scored` are all of the study's."""
+    """Describe a trial's loss on `data.test` and whether it is unbiased; `scored` are all scored trials."""
     score = trial.final_score
     assert score is not None
     rows, before = count(score.num_examples, "row"), scored_before(trial, scored)
     if not before:
-        return f"On data.test, {rows} that nothing was chosen by, its loss is {final_score(score)}."
+        return f"On data.test ({rows}, not used for any choice), its loss is {final_score(score)}."
     others = ", ".join(other.name for other in before)
     return (
-        f"On data.test, {rows}, its loss is {final_score(score)}. That is no longer unbiased: {others} had a "
-        "score on them before, and the better of several is optimistic."
+        f"On data.test ({rows}), its loss is {final_score(score)}. This is no longer unbiased: {others} "
+        "had been scored on the same rows, and the best of several scores is optimistic."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """One GPU at one moment, whoever uses it."""
+    """Format one GPU's current use by all processes."""
 
     index: int
-    """Among those that workers see."""
+    """Index among the devices that workers see."""
     name: str
     used_bytes: int
     total_bytes: int
     utilisation: float | None
-    """Part of the last moments in which it computed, 0 to 1; None where the driver does not say."""
+    """Recent utilisation, 0 to 1; None if the driver does not report it."""
 
 
 def gpu_line(reading: GpuReading) -> str:
@@ -152,23 +152,23 @@ def gpu_line(reading: GpuReading) -> str:
 
 THROUGHPUT_HEADERS = ("measure", "value", "what it is")
 _MEANINGS = {
-    "tokens/s": "trained on, in a second of a worker's training",
-    "trial-steps/s": "updates of all trials, in the same second",
-    "packing factor": "trials that share a training pass, on average",
-    "padding": "of the tokens computed in training",
-    "evaluation": "of the time of training, evaluation and saving",
-    "peak memory": "of the worker that used most",
+    "tokens/s": "training tokens per second of a worker's training time",
+    "trial-steps/s": "updates of all trials per second of a worker's training time",
+    "packing factor": "average number of trials in a training pass",
+    "padding": "share of the tokens computed in training",
+    "evaluation": "share of the time for training, evaluation and saving",
+    "peak memory": "maximum over the workers",
 }
 
 
 def throughput_rows(throughput: Throughput | None) -> list[tuple[str, str, str]]:
-    """Each number with its name and what it is of, under `THROUGHPUT_HEADERS`."""
+    """Return each number with its name and meaning, under `THROUGHPUT_HEADERS`."""
     values = {} if throughput is None else _throughput_values(throughput)
     return [(name, value, _MEANINGS[name]) for name, value in values.items()]
 
 
 def throughput_line(throughput: Throughput) -> str:
-    """The same numbers on one line."""
+    """Format the same numbers on one line."""
     units = ("tokens/s", "trial-steps/s")
     values = _throughput_values(throughput).items()
     return ", ".join(f"{value} {name}" if name in units else f"{name} {value}" for name, value in values)

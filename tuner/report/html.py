@@ -1,4 +1,4 @@
-"""The HTML report: one file that needs no network and opens with the conclusion."""
+"""The HTML report: one self-contained file that starts with the conclusion."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def write_html(path: Path, report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> None:
-    """Write the page of a round, and of the study's rounds before it in their order, all or nothing.
+    """Write the page of a round and of the study's earlier rounds, atomically.
 
-    Raises StorageError where the file cannot be written.
+    Raises StorageError if the file cannot be written.
     """
     try:
         with written_whole(path) as draft:
@@ -39,8 +39,8 @@ def write_html(path: Path, report: RoundReport, *, earlier: Sequence[RoundReport
 
 
 def html_page(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> str:
-    """The page as text; it concludes from `report`, and `earlier` rounds follow, the latest first."""
-    from plotly.offline import get_plotlyjs  # half a second: only for those who draw
+    """Return the page as text: the conclusion of `report`, then `earlier` rounds, the latest first."""
+    from plotly.offline import get_plotlyjs  # slow import (half a second)
 
     title = report.study if earlier else report.name
     lineage = [_lineage([*earlier, report])] if earlier else []
@@ -100,7 +100,7 @@ def _opening(report: RoundReport, earlier: Sequence[RoundReport]) -> str:
 
 
 def _round_opening(report: RoundReport) -> str:
-    """A round that later ones have followed: what it said, and nothing to do."""
+    """Render an earlier round: its conclusion, without a next command."""
     return "\n".join(
         (
             f'<header><p class="eyebrow">{escape(report.study)} / {escape(report.record.name)}</p>',
@@ -149,7 +149,7 @@ def _findings(findings: Iterable[Finding]) -> str:
         f'<span class="severity">{escape(finding.severity)}</span></h3><p>{_prose(finding.message)}</p></div>'
         for finding in findings
     )
-    none = "<p>Nothing else stands out: space, curves and cost look healthy.</p>"
+    none = "<p>No other findings: search space, curves and cost look fine.</p>"
     return f"<section><h2>What else stands out</h2>{cards or none}</section>"
 
 
@@ -157,23 +157,23 @@ def _plots(report: RoundReport) -> str:
     trials, steps = report.results.trials, report.max_train_steps
     figures = [
         (
-            "Where each trial was best. Best steps that crowd the last quarter say that the horizon was too "
-            "short, in the first tenth that it was too long.",
+            "Best step of each trial. Best steps mostly in the last quarter mean that the horizon was too "
+            "short; in the first tenth, that it was too long.",
             plots.best_steps_figure(trials, max_train_steps=steps),
         ),
         (
-            "Evaluation loss while training. The best trial is drawn thick, infeasible ones dotted.",
+            "Evaluation loss during training. The best trial is drawn thick, infeasible ones dotted.",
             plots.curves_figure(trials, max_train_steps=steps),
         ),
     ]
     if "learning_rate" in report.shown_names:
-        figures.append(("Best loss against the learning rate.", plots.learning_rate_figure(trials)))
+        figures.append(("Best loss by learning rate.", plots.learning_rate_figure(trials)))
     drawn = "".join(_figure(caption, figure.to_json()) for caption, figure in figures)
     return f"<section><h2>The curves</h2>{drawn}</section>"
 
 
 def _figure(caption: str, figure_json: str) -> str:
-    """A plot; plotly writes < as an escape, so that nothing in it can end the script."""
+    """Render a plot; plotly escapes <, so its content cannot end the script."""
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><div class="plot">'
         f'<script type="application/json">{figure_json}</script></div></figure>'
@@ -207,8 +207,8 @@ def _holds_for(report: RoundReport) -> str:
     return "".join(
         (
             "<section><h2>What this holds for</h2>",
-            "<p>These values were the same in every trial. With others, another trial may win and another "
-            "horizon may be right.</p>",
+            "<p>These values were the same in every trial. With other values, another trial may be best and "
+            "another horizon may be right.</p>",
             _facts(report.fixed),
             "<h3>Searched</h3>",
             _facts(searched),
@@ -223,7 +223,7 @@ def _holds_for(report: RoundReport) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped text in which `backquotes` mark code."""
+    """Escape text, with `backquotes` marking code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
@@ -240,9 +240,9 @@ def _table(
     styles: Sequence[str] = (),
     is_whole: bool = False,
 ) -> str:
-    """A table; `numbers` are the positions of its columns of numbers, the last column is prose.
+    """Render a table; `numbers` are the positions of number columns, the last column is prose.
 
-    A whole one is seen at any width without being scrolled: where it is narrow, a cell a line.
+    A whole table never scrolls: on a narrow screen, each cell takes a line.
     """
     kinds = ["number" if position in numbers else "" for position in range(len(headers) - 1)] + ["words"]
     body = "".join(
@@ -255,7 +255,7 @@ def _table(
 
 
 def _cells(tag: str, texts: Sequence[str], kinds: Sequence[str], headers: Sequence[str] = ()) -> str:
-    """A row's cells; each of the body has its column's header with it, for where there is no head."""
+    """Render a row's cells; body cells carry their header, shown when the head is hidden."""
     named = [f' data-header="{escape(header)}"' for header in headers] or [""] * len(texts)
     cells = zip(texts, kinds, named, strict=True)
     return "".join(f'<{tag} class="{kind}"{name}>{escape(text)}</{tag}>' for text, kind, name in cells)

@@ -1,4 +1,4 @@
-"""Views of a running round: a live table on a terminal, one line an event elsewhere, or one progress bar."""
+"""Views of a running round: a live table on a terminal, one line per event elsewhere, or a progress bar."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from tuner.report.format import GpuReading
 from tuner.report.terminal import marks_for
 
 PREPARING_EVERY_SECONDS = 30
-"""Between lines of plain output that say how far preparing is."""
+"""Between lines of plain output on the progress of preparing."""
 _REFRESHES_PER_SECOND = 4
 _LINES_AROUND_ROWS = 6
-"""Terminal lines that the rows of the table cannot have: head, progress, what is left out, prompt."""
+"""Terminal lines not available to table rows: header, progress, hidden rows, prompt."""
 
 
 class View(Protocol):
-    """Where the loop shows what happens."""
+    """Display of a running round."""
 
     def event(self, event: Event) -> None:
-        """A worker said something."""
+        """Show a worker's event."""
 
     def trials(self, trials: Sequence[Trial]) -> None:
-        """The facts of trials as recorded now: at first of all, then of those that changed."""
+        """Show the recorded facts of trials: first of all trials, then of changed ones."""
 
     def message(self, text: str) -> None:
-        """A sentence for the user."""
+        """Show a message to the user."""
 
     def close(self) -> None:
-        """Leave the last state on the screen; nothing is shown afterwards."""
+        """Leave the last state on the screen and show nothing more."""
 
 
 def open_view(
@@ -61,10 +61,10 @@ def open_view(
     gpus: Callable[[], Sequence[GpuReading]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> View:
-    """A live table where `console` is an interactive terminal, plain lines elsewhere.
+    """Return a live table if `console` is an interactive terminal, else plain lines.
 
-    `console` writes to standard error. `searched` names the hyperparameters worth showing, the
-    most telling first. `gpus` is read whenever the table is drawn.
+    `console` writes to standard error. `searched` names the hyperparameters to show, the most informative
+    first. `gpus` is read whenever the table is drawn.
     """
     board = Board(trials_total=trials_total, max_train_steps=max_train_steps)
     if console.is_interactive:
@@ -100,7 +100,7 @@ class _PlainView:
             self.message(line + (self._remaining() if isinstance(event, Ended) else ""))
 
     def _is_time(self) -> bool:
-        """Whether what is being prepared is worth a line again."""
+        """Return whether to print the progress of preparing again."""
         now = self._clock()
         if now - self._prepared_at < PREPARING_EVERY_SECONDS:
             return False
@@ -127,7 +127,7 @@ class _PlainView:
 
 
 def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
-    """What plain output says of an event; None for what is said too often to be worth a line."""
+    """Return an event's line of plain output; None for events too frequent to print."""
     match event:
         case Preparing(doing=doing):
             return doing
@@ -135,7 +135,7 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
             return f"worker ready: {event.device}, {format.count(event.slots, 'slot')}"
         case Started():
             chosen = format.settings(board.rows[event.trial].hyperparameters, searched)
-            verb = f"goes on from step {event.step}" if event.step else "starts"
+            verb = f"resumes from step {event.step}" if event.step else "starts"
             return f"trial {event.trial}  {verb}  {chosen}".rstrip()
         case Evaluated(evaluation=evaluation):
             step = f"step {evaluation.step}/{board.max_train_steps}"
@@ -155,7 +155,7 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
 
 
 def _objective(evaluation: Evaluation) -> str:
-    """The objective's value, where it is not the loss."""
+    """Return the objective's value if it is not the loss."""
     chosen = evaluation.objective
     return "" if chosen is None else f"  {chosen.metric} {format.loss(evaluation.value)}"
 
@@ -168,7 +168,7 @@ def _best(row: Row) -> str:
 
 
 class _LiveView:
-    """rich draws from a thread of its own, so whoever touches the board holds the lock."""
+    """A live table. rich draws from its own thread, so every access to the board holds the lock."""
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class ProgressBar:
     """A View: one bar over the steps of all trials, in a terminal or in a notebook's cell."""
 
     def __init__(self, *, title: str, trials_total: int, max_train_steps: int) -> None:
-        # It looks for a notebook, which takes a moment.
+        # Slow to import: tqdm looks for a notebook.
         from tqdm.auto import tqdm
 
         self._board = Board(trials_total=trials_total, max_train_steps=max_train_steps)

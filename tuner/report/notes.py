@@ -1,4 +1,4 @@
-"""A report as Markdown."""
+"""Render a report as Markdown."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from tuner.report.round_report import (
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line. Underscores within words mean nothing to it."""
+    """Escape text for Markdown, on one line. Underscores within words need no escape."""
     one_line = " ".join(text.split())
     return re.sub(r"([\\`*<>\[\]|#]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)
 
 
 def prose(text: str) -> str:
-    """Text in which `backquotes` mark code, all else taken literally."""
+    """Escape text, with `backquotes` marking code."""
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(part if i % 2 else escaped(part) for i, part in enumerate(parts))
 
 
 def code(text: str) -> str:
-    """Text as code, on one line."""
+    """Format text as code, on one line."""
     return f"`{' '.join(text.split()).replace('`', '')}`"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_words: int = 0) -> str:
-    """A table whose last `num_words` columns are words, the others numbers."""
+    """Render a table; the last `num_words` columns are words, the others numbers."""
     lines = [f"| {' | '.join(escaped(cell) for cell in row)} |" for row in (header, *rows)]
     kinds = ["---:"] * (len(header) - num_words) + ["---"] * num_words
     return "\n".join([lines[0], f"|{'|'.join(kinds)}|", *lines[1:]])
 
 
 def round_note(report: RoundReport) -> str:
-    """Conclusion, best trial, evidence and next command: what fits beside a dashboard's plots."""
+    """Return a short note for a dashboard: conclusion, best trial, evidence and next command."""
     return _joined(
         _opening(report, level="##"),
         "\n".join(f"- {prose(sentence)}" for sentence in report.reading.evidence),
@@ -53,7 +53,7 @@ def round_note(report: RoundReport) -> str:
 
 
 def round_markdown(report: RoundReport) -> str:
-    """The whole report but for its plots."""
+    """Return the full report without plots."""
     searched = {name: describe(report.results.space[name]) for name in report.shown_names}
     return _joined(
         _opening(report, level="#"),

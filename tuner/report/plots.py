@@ -1,6 +1,6 @@
-"""The three plots of a round, as plotly figures that work on a light and on a dark page.
+"""The three plots of a round, as plotly figures for light and dark pages.
 
-Used by the HTML report and, through the study's page, by optuna-dashboard.
+The HTML report uses them, and optuna-dashboard through the study's page.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 ACCENT = "#2a7de1"
-"""What is best."""
+"""Colour of the best."""
 WARNING = "#d9822b"
-"""Infeasible trials, and where a best step says something of the horizon."""
+"""Colour of infeasible trials and of regions where a best step says something about the horizon."""
 QUIET = "#8a94a6"
-"""Everything that is there for comparison."""
+"""Colour of everything else."""
 EARLY_SHARE, LATE_SHARE = 0.10, 0.75
-"""Best steps before the first say that the horizon is too long, after the second too short."""
+"""Best steps before the first share mean that the horizon is too long; after the second, too short."""
 
 
 def best_steps_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:
-    """Where in the run each complete trial was best, and where it had settled; the best on top."""
+    """Plot where in the run each complete trial was best and where it settled; the best on top."""
     order = ranked(trials)
     figure = _figure("step", "", height=140 + 26 * max(4, len(order)))
     if not order:
@@ -43,7 +43,7 @@ def best_steps_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Fi
 def _draw_best_steps(
     figure: go.Figure, order: Sequence[tuple[Trial, Evaluation]], *, max_train_steps: int
 ) -> None:
-    """A line a trial, from where it had settled to its best step."""
+    """Draw a line for each trial, from where it settled to its best step."""
     names = [f"trial {trial.number}  {format.loss(best.value)}" for trial, best in order]
     settled = [_settled(trial, best) for trial, best in order]
     for name, (_, best), done in zip(names, order, settled, strict=True):
@@ -60,7 +60,7 @@ def _draw_best_steps(
         y=names,
         mode="markers",
         cliponaxis=False,
-        name="settled: no worse than the best beyond noise",
+        name="settled: within noise of the best",
         marker={"symbol": "circle-open", "size": 11, "color": QUIET, "line": {"width": 2}},
         hovertemplate="%{y}<br>settled at step %{x}<extra></extra>",
     )
@@ -77,10 +77,10 @@ def _draw_best_steps(
 
 
 def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure:
-    """The objective's evaluations against the step, a line a trial; stars are best steps.
+    """Plot the objective's evaluations by step, a line for each trial; stars are best steps.
 
-    The axis of a loss ends a little above the untouched model's loss, so that a divergence does not
-    flatten the rest.
+    The axis of a loss ends a little above the base model's loss, so that a divergence does not flatten the
+    rest.
     """
     figure = _figure("step", _name(trials, "evaluation loss"), height=420, has_legend=False)
     order = ranked(trials)
@@ -96,7 +96,7 @@ def curves_figure(trials: Sequence[Trial], *, max_train_steps: int) -> go.Figure
 
 
 def learning_rate_figure(trials: Sequence[Trial]) -> go.Figure:
-    """Best value against the learning rate; infeasible trials, which have none, stand at the worse end."""
+    """Plot the best value by learning rate; infeasible trials have none and are at the worse end."""
     figure = _figure("learning rate", f"best {_name(trials, 'evaluation loss')}", height=380)
     done = [(trial, best.value) for trial, best in ranked(trials) if _rate(trial) is not None]
     lost = [t for t in trials if t.state is TrialState.INFEASIBLE and _rate(t) is not None]
@@ -138,7 +138,7 @@ def _add_rates(
 
 
 def _rate_ticks(rates: Sequence[float]) -> list[float]:
-    """Round numbers around the rates: powers of ten, with more between them the fewer there are."""
+    """Return round tick values around the rates: powers of ten, and more between them if there are few."""
     low, high = math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates)))
     factors = (1,) if high - low > 2 else (1, 2, 5) if high - low > 1 else (1, 2, 3, 5, 7)
     return [factor * 10.0**power for power in range(low, high + 1) for factor in factors]
@@ -151,7 +151,7 @@ def _rate(trial: Trial) -> float | None:
 
 
 def _objective(trials: Sequence[Trial]) -> Objective:
-    """What chose the best steps."""
+    """Return what chose the best steps."""
     return next((e.objective for t in trials for e in t.evaluations[:1] if e.objective), LOSS)
 
 
@@ -201,7 +201,7 @@ def _add_curve(figure: go.Figure, trial: Trial, *, is_leader: bool) -> None:
 
 
 def _loss_range(trials: Sequence[Trial]) -> list[float]:
-    """From below the best loss to above the untouched model's; to the largest where it was not measured."""
+    """Return the range from below the best loss to above the base model's, or the largest if not measured."""
     losses = [e.value for t in trials for e in t.evaluations if math.isfinite(e.value)]
     if _objective(trials).direction == Direction.MAXIMIZE:
         low, high = min(losses), max(losses)
@@ -231,7 +231,7 @@ def _mark_zones(figure: go.Figure, max_train_steps: int) -> None:
 
 
 def _figure(x_title: str, y_title: str, *, height: int, has_legend: bool = True) -> go.Figure:
-    import plotly.graph_objects as go  # half a second: only for those who draw
+    import plotly.graph_objects as go  # slow import (half a second)
 
     grid = {"gridcolor": "rgba(128,128,128,0.18)", "zeroline": False, "automargin": True}
     return go.Figure(
@@ -258,5 +258,5 @@ def _say_empty(figure: go.Figure, text: str) -> go.Figure:
 
 
 def _safe(text: str) -> str:
-    """Text for a hover label, where plotly reads a few HTML tags and its own %{} fields."""
+    """Escape text for a hover label, in which plotly reads some HTML tags and its own %{} fields."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")

@@ -1,4 +1,4 @@
-"""What is said of a trial that was run again: does the curve agree, and if not, what else is different?"""
+"""Report on a trial that was run again: whether the curves agree, and what else differs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tuner.report import format
 from tuner.report.terminal import FittedTable, column
 
 _DIGITS = 9
-"""Of a loss: as many as float32 has."""
+"""Significant digits of a loss, as in float32."""
 _STYLES = {Agreement.EQUAL: "green", Agreement.WITHIN_TOLERANCE: "green", Agreement.DIFFERS: "red"}
 
 
 def reproduction_page(study: str, found: Reproduction) -> RenderableType:
-    """The verdict, both curves, and what differs between then and now."""
+    """Return the verdict, both curves, and the differences between the two runs."""
     lines: list[RenderableType] = [Text(f"{study}: {verdict(found)}", style=_STYLES[found.agreement])]
     if not found.ends_alike:
         lines.append(Text(_ends(found)))
@@ -27,7 +27,7 @@ def reproduction_page(study: str, found: Reproduction) -> RenderableType:
 
 
 def verdict(found: Reproduction) -> str:
-    """One sentence: whether it agrees, how far, and from which step it does not."""
+    """Return one sentence: whether the curves agree, how closely, and from which step they differ."""
     name = found.trial.name
     compared = f"{format.count(len(found.pairs), 'evaluation')} up to step {found.to_step}"
     first, largest = found.first_beyond, found.largest
@@ -38,19 +38,19 @@ def verdict(found: Reproduction) -> str:
             assert largest is not None
             return (
                 f"{name} is reproduced within rounding: {compared}, at most {_difference(largest)} apart at "
-                f"step {largest.step}; up to {_share(found.tolerance)} counts as the same"
+                f"step {largest.step}; differences up to {_share(found.tolerance)} count as rounding"
             )
         case _ if first is None or largest is None:
-            return f"{name} is not reproduced: the losses agree, but not how the run ended"
+            return f"{name} is not reproduced: the losses agree, but the run ended differently"
         case _:
             return (
-                f"{name} is not reproduced: from step {first.step} on by more than the "
-                f"{_share(found.tolerance)} of rounding, most at step {largest.step}: {_difference(largest)}"
+                f"{name} is not reproduced: losses differ by more than rounding ({_share(found.tolerance)}) "
+                f"from step {first.step} on, at most {_difference(largest)} at step {largest.step}"
             )
 
 
 def reproduction_document(study: str, found: Reproduction) -> dict[str, Any]:
-    """What `trial reproduce --json` prints."""
+    """Return the document of `trial reproduce --json`."""
     return {
         "study": study,
         "trial": found.trial.name,
@@ -117,10 +117,10 @@ def _ends(found: Reproduction) -> str:
 
 def _environment(found: Reproduction) -> str:
     if not found.changed:
-        return "It ran with what it was recorded with: device, slots and versions are the same."
+        return "The environment is the recorded one: device, slots and versions are the same."
     unknown = [changed for changed in found.changed if changed.recorded is None]
     if unknown:
         now = ", ".join(f"{changed.name} {changed.again}" for changed in unknown)
-        return f"What it was recorded with is not known: an earlier version of tuner ran it. Now: {now}."
+        return f"The recorded environment is unknown: an earlier version of tuner ran the trial. Now: {now}."
     listed = ", ".join(f"{changed.name} {changed.recorded} -> {changed.again}" for changed in found.changed)
-    return f"Not as it was recorded: {listed}."
+    return f"Changed since it was recorded: {listed}."

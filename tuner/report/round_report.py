@@ -1,4 +1,4 @@
-"""What every kind of report says of a round: its reading, the tables' rows, what to do next."""
+"""The content shared by all reports on a round: analysis, table rows, next command."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tuner.records import (
 from tuner.report import format
 
 NUM_WORDS = 2
-"""The last columns of a row are words, those between them and the first are numbers."""
+"""Number of columns of words at the end of a row; those after the first and before them are numbers."""
 
 
 def best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Complete trials by the objective, then the others by number; `trials` are those of one round."""
+    """Sort one round's trials: complete ones by the objective, then the others by number."""
     order = [trial for trial, _ in ranked(trials)]
     placed = {trial.number for trial in order}
     rest = (trial for trial in trials if trial.number not in placed)
@@ -39,18 +39,18 @@ def best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:
 
 
 def metric_of(trials: Iterable[Trial]) -> str | None:
-    """The metric beside the loss by which best steps were chosen; None where the loss chose all."""
+    """Return the metric that chose best steps; None if the loss did."""
     chosen = (e.objective for trial in trials for e in trial.evaluations[:1])
     return next((objective.metric for objective in chosen if objective is not None), None)
 
 
 def have_answered(trials: Iterable[Trial]) -> bool:
-    """Whether a table of these trials needs a column for their answers."""
+    """Return whether a table of these trials needs a column for answers."""
     return any(trial.answer_score is not None for trial in trials)
 
 
 def trial_headers(names: Sequence[str], *, answers: bool, metric: str | None = None) -> tuple[str, ...]:
-    """The heads of the columns of `trial_cells`."""
+    """Return the headers of `trial_cells`."""
     more = (*((format.ANSWERS_HEADER,) if answers else ()), *((metric,) if metric else ()))
     return ("trial", *names, *more, "best loss", "best step", "settled", "state", "remarks")
 
@@ -58,9 +58,9 @@ def trial_headers(names: Sequence[str], *, answers: bool, metric: str | None = N
 def trial_cells(
     trial: Trial, names: Sequence[str], *, answers: bool, metric: str | None = None
 ) -> tuple[str, ...]:
-    """A trial's number, some hyperparameters, what came of it and why.
+    """Return a row: a trial's number, hyperparameters, result and remarks.
 
-    `answers` adds their score, `metric` the value of one by which the best step was chosen.
+    `answers` adds the answer score, `metric` the value of the metric that chose the best step.
     """
     best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
     continues = f"continues {trial.continues}" if trial.continues else None
@@ -78,31 +78,31 @@ def trial_cells(
 
 
 SAID_BY_THE_EVIDENCE = frozenset(Diagnosis) - {Diagnosis.OVERFITTING}
-"""Findings that repeat the evidence; overfitting has advice of its own."""
+"""Findings that repeat the evidence; overfitting has separate advice."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """A round, what the playbook reads in it, and what the user can do with it."""
+    """A round, the playbook's analysis of it, and what to do next."""
 
     study: str
     goal: str
-    """What the user wanted to know; may be empty."""
+    """The user's goal; may be empty."""
     record: RoundRecord
     results: RoundResults
     reading: Reading
     adapters: Mapping[int, str]
     """Path of the best adapter, for each trial that has one."""
     next_command: str
-    """What to type next, exactly."""
+    """The next command."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions and hardware by name, as the report shows them."""
     scored: tuple[Trial, ...] = ()
-    """The study's trials that were scored on `data.test`, in the order in which they were."""
+    """The study's trials scored on `data.test`, in order of scoring."""
     ended_because: str | None = None
-    """Why `study auto` runs no further round; None where it did not end the study."""
+    """Why `study auto` runs no further round; None if it did not end the study."""
     branches_left: int = 0
-    """Comparison runs that the round still owes."""
+    """Comparison runs that are still due."""
 
     @property
     def name(self) -> str:
@@ -126,18 +126,18 @@ class RoundReport:
 
     @property
     def num_promised(self) -> int:
-        """Trials that the round is complete with: fewer than wanted where the space has fewer points."""
+        """Trials needed to complete the round: fewer than wanted if the space has fewer points."""
         return int(min(self.num_wanted, num_points(self.results.space)))
 
     @property
     def num_wanted(self) -> int:
-        """`search.trials` of the round file; the number of results where the record does not say."""
+        """`search.trials` of the round file; the number of results if not recorded."""
         search = self.record.spec.get("search", {})
         return int(search.get("trials", len(self.results.results)))
 
     @property
     def is_finished(self) -> bool:
-        """Whether every promised trial has a result, and every comparison run has ended."""
+        """Whether every trial has a result and every comparison run has ended."""
         return len(self.results.results) >= self.num_promised and not self.branches_left
 
     @property
@@ -147,13 +147,13 @@ class RoundReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Trials by state, those without any left out."""
+        """Number of trials in each state that has any."""
         by_state = {state: sum(t.state is state for t in self.results.trials) for state in TrialState}
         return {state.value: count for state, count in by_state.items() if count}
 
     @property
     def untouched_loss(self) -> float | None:
-        """The loss of the base without an adapter, where it was measured and is finite."""
+        """Loss of the base model, if measured and finite."""
         exact = sorted(self.trials, key=lambda trial: not starts_with_zero_b(trial.hyperparameters))
         first = (trial.evaluations[0] for trial in exact if trial.evaluations)
         losses = (evaluation.eval_loss for evaluation in first if evaluation.step == 0)
@@ -161,35 +161,35 @@ class RoundReport:
 
     @property
     def executed_steps(self) -> int:
-        """Steps that all trials together have run, and their comparison runs."""
+        """Total steps run by trials and comparison runs."""
         return sum(trial.executed_steps for trial in self.results.trials) + self.branch_steps
 
     @property
     def branch_steps(self) -> int:
-        """Those that comparison runs have run."""
+        """Steps run by comparison runs."""
         return sum(branch.executed_steps for branch in self.record.branches)
 
     @property
     def inherited_steps(self) -> int:
-        """Steps that need not be run again because trials went on from other ones."""
+        """Steps saved because trials continued from other trials."""
         return sum(trial.continues.step for trial in self.results.trials if trial.continues)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the checklist adds to the evidence, the most serious first."""
+        """Findings beyond the evidence, most serious first."""
         order = ("problem", "warning", "info")
         more = [finding for finding in self.reading.findings if finding.rule not in SAID_BY_THE_EVIDENCE]
         return tuple(sorted(more, key=lambda finding: order.index(finding.severity)))
 
     @property
     def shown_names(self) -> tuple[str, ...]:
-        """Hyperparameters worth a column: those that were searched, and those that vary nevertheless."""
+        """Hyperparameters with a column: searched ones, and others that vary."""
         names = dict.fromkeys((*searched(self.results.space), *format.varying(self.results.trials)))
         return tuple(names)
 
     @property
     def fixed(self) -> dict[str, str]:
-        """What every trial had in common, as text: the conclusions hold for these values."""
+        """Values shared by every trial, as text: the conclusions hold for these only."""
         return {
             name: describe(dimension)
             for name, dimension in self.results.space.items()
@@ -198,7 +198,7 @@ class RoundReport:
 
 
 def describe(dimension: Dimension) -> str:
-    """What a round file says of a hyperparameter, in words: `1e-5 to 0.003, logarithmic`."""
+    """Describe a hyperparameter's search space: `1e-5 to 0.003, logarithmic`."""
     match dimension:
         case Fixed(value=value):
             return format.value(value)

@@ -1,4 +1,4 @@
-"""`study report` in the terminal: the same advice as the page, short enough to read at once."""
+"""`study report` in the terminal: the page's advice in short form."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SEVERITY_STYLES = {"problem": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> RenderableType:
-    """Conclusion, what it rests on, the leading trials, findings, caveats and the next command.
+    """Render the conclusion, its evidence, the leading trials, findings, caveats and the next command.
 
-    `earlier` are the study's rounds before it, in their order.
+    `earlier` are the study's earlier rounds, in order.
     """
     caution = advice.progress(report)
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None

@@ -1,4 +1,4 @@
-"""What `study status`, `study check`, `trial list` and `trial show` print for people."""
+"""The tables of `study status`, `study check`, `trial list` and `trial show`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tuner.report.terminal import Column, FittedTable, column
 _PLOT_HEIGHT = 12
 _WIDEST_PLOT = 80
 _PLOT_MARGIN = 12
-"""Characters left of a curve, its axis labels included."""
+"""Width in characters left of a curve, axis labels included."""
 
 
 def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
-    """The rounds of a study with their trials, and what is best in the latest that has a best."""
+    """Render the rounds of a study, and the best trial of the latest round that has one."""
     if not rounds:
         return Text(f"{study}: no round has started")
     best = [status.best for status in rounds]
@@ -44,7 +44,7 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     lines: list[RenderableType] = [Text(study, style="bold"), table]
     last = next((status for status in reversed(rounds) if status.best is not None), None)
     if last is not None and last.best is not None:
-        where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is gone"
+        where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is missing"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
     lines += [Text(f"{s.round}: comparison runs left: {s.branches_left}") for s in rounds if s.branches_left]
@@ -65,7 +65,7 @@ def _answers_of(scores: Sequence[float | None]) -> list[Column]:
 
 
 def _metrics_of(rounds: Sequence[RoundStatus]) -> list[Column]:
-    """What the best trials came to by metrics beside the loss; answers have a column of their own."""
+    """Return columns of the best values by metrics other than the loss; answers have a separate column."""
     others = [s.objective.metric if s.objective.per == "evaluation" else LOSS.metric for s in rounds]
     if set(others) <= {LOSS.metric}:
         return []
@@ -82,7 +82,7 @@ def _overfits(trials: Mapping[int, int]) -> str:
 
 
 def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None) -> FittedTable:
-    """A row a trial, by round and best loss; `names` are the hyperparameters shown, else those that vary."""
+    """Render trials by round and best loss; `names` are the hyperparameters to show."""
     shown = format.varying(trials) if names is None else tuple(names)
     rounds = dict.fromkeys(trial.round for trial in trials)
     order = [best_first([trial for trial in trials if trial.round == round]) for round in rounds]
@@ -91,7 +91,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     answers, metric = have_answered(rows), metric_of(rows)
     cells = [trial_cells(trial, shown, answers=answers, metric=metric) for trial in rows]
     headers = trial_headers(shown, answers=answers, metric=metric)
-    # Of the trial's name and its state, which have cells of their own, only the head is taken.
+    # Name and state have separate cells; take only their headers.
     columns = [
         column(name, [] if name in ("trial", "state") else [row[i] for row in cells], rank=0)
         for i, name in enumerate(headers)
@@ -119,9 +119,9 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
 def trial_page(
     trial: Trial, *, max_train_steps: int, adapter: str | None, scored: Sequence[Trial] = ()
 ) -> RenderableType:
-    """All of one trial: what came of it, its hyperparameters, its curve and its evaluations.
+    """Render one trial: result, hyperparameters, curve and evaluations.
 
-    `scored` are the study's trials that were scored on `data.test`, in their order.
+    `scored` are the study's trials that were scored on `data.test`, in order.
     """
     head = Text.assemble((trial.name, "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state]))
     return Group(
@@ -145,7 +145,7 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
         share = format.percent(best.step / max_train_steps)
         if best.objective is not None:
             facts[f"best {best.objective.metric}"] = f"{format.loss(best.value)} at step {best.step}"
-        facts["best loss" if best.objective is None else "loss there"] = (
+        facts["best loss" if best.objective is None else "loss at best step"] = (
             f"{format.loss(best.eval_loss)} at step {best.step} of {max_train_steps} ({share})"
         )
         if best.token_accuracy is not None:
@@ -182,7 +182,7 @@ def _evaluations_table(trial: Trial) -> FittedTable:
 
 
 class _Curve:
-    """A trial's curve, as wide as the console and in characters it can write."""
+    """A trial's curve, as wide as the console and in characters it can display."""
 
     def __init__(self, trial: Trial, max_train_steps: int) -> None:
         self._trial, self._max_train_steps = trial, max_train_steps
@@ -207,7 +207,7 @@ class _Curve:
 
 
 def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> RenderableType:
-    """The plan of `study check`, and remarks on the data below it."""
+    """Render the plan of `study check`, then remarks on the data."""
     work = f"{format.count(plan.trials, 'trial')} x {format.count(plan.max_train_steps, 'step')}"
     share = format.percent(plan.evaluation_share)
     facts = {

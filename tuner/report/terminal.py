@@ -1,4 +1,4 @@
-"""What fits into a terminal: tables that leave out columns, not words, and curves drawn with characters."""
+"""Fit output to a terminal: tables that drop columns, not words, and curves drawn with characters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuner.records import Evaluation
 from tuner.report import format
 
 _GAP = 2
-"""Blanks between columns."""
+"""Spaces between columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +25,26 @@ class Column:
     name: str
     cells: tuple[Text, ...]
     rank: int
-    """Columns of a higher rank go first where the terminal is narrow."""
+    """Columns of a higher rank are dropped first on a narrow terminal."""
     is_number: bool = True
-    """Numbers stand at the right of their column."""
+    """Whether to align right, as for numbers."""
     min_width: int | None = None
-    """The least width of a column whose words may wrap; None for one that never does."""
+    """Minimum width of a column that may wrap; None if it never wraps."""
 
     @property
     def width(self) -> int:
-        """Characters it needs on a line."""
+        """Width in characters."""
         whole = max([len(self.name), *(cell.cell_len for cell in self.cells)])
         return whole if self.min_width is None else min(whole, self.min_width)
 
 
 def column(name: str, texts: Sequence[str], *, rank: int, min_width: int | None = None) -> Column:
-    """A column of unstyled cells; one that may wrap holds words, any other numbers."""
+    """Create a column of unstyled cells: words if it may wrap, otherwise numbers."""
     return Column(name, tuple(Text(text) for text in texts), rank, min_width is None, min_width)
 
 
 class FittedTable:
-    """Columns side by side, as many as the console has room for; at least the first by rank."""
+    """A table with as many columns as fit the console; at least the first by rank."""
 
     def __init__(
         self, columns: Sequence[Column], *, row_styles: Sequence[str] = (), has_header: bool = True
@@ -52,7 +52,7 @@ class FittedTable:
         self._columns, self._row_styles, self._has_header = tuple(columns), tuple(row_styles), has_header
 
     def left_out(self, width: int) -> tuple[str, ...]:
-        """The names of columns that a console of so many characters has no room for."""
+        """Return the names of columns that do not fit a console of this width."""
         shown = fitting(self._columns, width)
         return tuple(c.name for c in self._columns if all(c is not other for other in shown))
 
@@ -75,7 +75,7 @@ class FittedTable:
 
 
 def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
-    """The columns of lowest rank that fit side by side, in their order."""
+    """Return the columns of lowest rank that fit side by side, in their order."""
     kept: list[Column] = []
     room = width + _GAP
     for column in sorted(columns, key=lambda column: column.rank):
@@ -88,12 +88,12 @@ def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The characters of a drawing."""
+    """Characters to draw with."""
 
     levels: str
     """From low to high."""
     ahead: str
-    """A part of the run that is still to come."""
+    """Part of the run still to come."""
     not_finite: str
     eval_loss: str
     train_loss: str
@@ -104,7 +104,7 @@ class Marks:
     corner: str
     floor: str
     bar: str
-    """A progress bar's; empty where it could not be told from what is still to come."""
+    """Part of a progress bar; empty if it looked like a part still to come."""
 
 
 UNICODE = Marks("▁▂▃▄▅▆▇█", "·", "×", "●", "·", "★", "▲", "│", "└", "─", "━")
@@ -112,7 +112,7 @@ ASCII = Marks("_.:-=+*#", " ", "x", "o", ".", "*", "^", "|", "+", "-", "")
 
 
 def marks_for(ascii_only: bool) -> Marks:
-    """Characters that a console's encoding can write: rich's `console.options.ascii_only` says which."""
+    """Return characters for a console's encoding, by rich's `console.options.ascii_only`."""
     return ASCII if ascii_only else UNICODE
 
 
@@ -124,10 +124,10 @@ def sparkline(
     width: int = 12,
     marks: Marks = UNICODE,
 ) -> str:
-    """A run in `width` characters: where it stands is how far it reaches, the loss is the height.
+    """Draw a run in `width` characters: its length is the progress, its height the loss.
 
-    Each character shows the last evaluation of its part of the run, or the one before where it has
-    none; what lies after `step` is still to come.
+    Each character shows the last evaluation in its part of the run, or the previous one if it has none;
+    the part after `step` is still to come.
     """
     finite = [e.eval_loss for e in evaluations if math.isfinite(e.eval_loss)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
@@ -152,10 +152,10 @@ def curve(
     height: int = 12,
     marks: Marks = UNICODE,
 ) -> list[str]:
-    """Evaluation and train loss against the step, as lines of text with axes; empty without a loss.
+    """Plot evaluation and train loss by step as lines of text with axes; empty without a loss.
 
-    The top of the plot is at most twice the first evaluation's loss, so that a divergence does not
-    flatten the rest; what lies above is drawn at the edge.
+    The top of the plot is at most twice the first evaluation's loss, so that a divergence does not flatten
+    the rest; higher values are drawn at the edge.
     """
     losses = [(e.step, e.eval_loss) for e in evaluations if math.isfinite(e.eval_loss)]
     if not losses:

@@ -1,4 +1,4 @@
-"""A trial's configuration as a file that another tool runs, and what of it that tool cannot say."""
+"""Export a trial's configuration for other tools, with notes on what they cannot express."""
 
 from tuner.report.exporters.exporter import Recipe
 from tuner.report.exporters.tools import TOOLS, Tool, recipe_file

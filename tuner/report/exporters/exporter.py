@@ -1,4 +1,4 @@
-"""What all tools around transformers' Trainer call by the same names: batches, optimizer, schedule."""
+"""Settings shared by all tools based on transformers' Trainer: batches, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from tuner.playbook.schedule import schedule_of
 from tuner.records import Hyperparameters
 
 MICRO_BATCH = 2
-"""Rows of a pass where the batch size allows it; the cut changes no result."""
+"""Preferred rows per pass, if the batch size allows; results do not depend on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A trial to be trained again, up to its best step."""
+    """A trial to train again, up to its best step."""
 
     trial: str
     """Such as `round1/7`."""
     model: ModelSpec
-    """With its path absolute, or an id on the Hub."""
+    """Base model, with an absolute path or an id on the Hub."""
     hyperparameters: Hyperparameters
     max_train_steps: int
-    """The horizon that the schedule is cut for."""
+    """Horizon of the schedule."""
     best_step: int
-    """Where training ends, at least 1."""
+    """Last step of training, at least 1."""
     max_length: int
-    """Tokens of a row."""
+    """Maximum tokens of a row."""
     every_steps: int
     """Steps between evaluations."""
     eval_batch_size: int
 
     @property
     def micro_batch(self) -> int:
-        """Rows of a pass on one GPU."""
+        """Rows per pass on one GPU."""
         return MICRO_BATCH if self.number("batch_size") % MICRO_BATCH == 0 else 1
 
     @property
     def accumulation(self) -> int:
-        """Passes of an update."""
+        """Passes per update."""
         return int(self.number("batch_size")) // self.micro_batch
 
     @property
     def scheduler(self) -> tuple[str, dict[str, Any]]:
-        """transformers' name of the schedule and its arguments; the rate is the same at every step.
+        """transformers' schedule and its arguments, with the same rate at every step.
 
-        The schedule is that of the whole run also where training ends before it.
+        The schedule is that of the whole run even if training ends earlier.
         """
         values = self.hyperparameters
         if self.best_step <= warmup_length(values):
@@ -63,52 +63,52 @@ class Recipe:
         named = schedule_of(values).trainer_scheduler
         if named is None:
             raise InputError(
-                f"schedule {values['schedule']}: its description has no trainer_scheduler, so no tool can be "
-                "told to use it"
+                f"schedule {values['schedule']}: its description has no trainer_scheduler, so it cannot be "
+                "exported to a tool"
             )
         scheduler, arguments = named(values, self.best_step, self.max_train_steps)
         return scheduler, dict(arguments)
 
     @property
     def optimizer(self) -> str:
-        """The optimizer's name."""
+        """Name of the optimizer."""
         return str(self.hyperparameters["optimizer"])
 
     @property
     def trainer_optimizer(self) -> Callable[[Hyperparameters], Mapping[str, Any]] | None:
-        """What transformers' Trainer is told of the optimizer; None where it has none by that name."""
+        """transformers' arguments for the optimizer; None if it has none by this name."""
         return (
             optimizer(self.optimizer).trainer_arguments if is_built_in("optimizer", self.optimizer) else None
         )
 
     @property
     def alpha(self) -> int:
-        """`lora_alpha` as a whole number, which is all that these tools take."""
+        """`lora_alpha` rounded to a whole number, as the tools require."""
         return round(self.number("lora_alpha"))
 
     def number(self, name: str) -> float:
-        """A hyperparameter that is a number."""
+        """Return a hyperparameter that is a number."""
         value = self.hyperparameters[name]
         assert isinstance(value, (int, float))
         return value
 
     def flag(self, name: str) -> bool:
-        """A hyperparameter that is true or false."""
+        """Return a hyperparameter that is true or false."""
         return bool(HYPERPARAMETERS[name].value(self.hyperparameters))
 
     @property
     def variant(self) -> Variant:
-        """LoRA, or what the trial has instead of it."""
+        """The kind of adapter: LoRA or a variant."""
         return variant_of(self.hyperparameters)
 
     @property
     def is_dora(self) -> bool:
-        """Whether the tool's word for DoRA is true."""
+        """Whether the trial uses DoRA."""
         return self.variant is DORA
 
     @property
     def targets(self) -> tuple[str, ...] | str | None:
-        """The adapted layers by their names, or a regular expression; None for all linear ones."""
+        """Names of the adapted layers, or a regular expression; None for all linear layers."""
         targets = self.hyperparameters["target_modules"]
         if targets == ALL_LINEAR:
             return None
@@ -116,13 +116,13 @@ class Recipe:
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """The numbers of the layers that get an adapter; None for all."""
+        """Numbers of the layers with an adapter; None for all."""
         layers = self.hyperparameters.get("layers_to_transform", ALL_LAYERS)
         return None if layers == ALL_LAYERS else tuple(map(int, cast(tuple[int, ...], layers)))
 
 
 def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The part that has the names of `transformers.TrainingArguments`."""
+    """Return the settings named as in `transformers.TrainingArguments`."""
     scheduler, arguments = recipe.scheduler
     return {
         "learning_rate": recipe.number("learning_rate"),
@@ -145,12 +145,12 @@ def trainer_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def optimization(recipe: Recipe) -> dict[str, Any]:
-    """transformers' name of the optimizer (`optim`) and its arguments, where it has one, and clipping."""
+    """Return transformers' `optim` and its arguments, if it has the optimizer, and gradient clipping."""
     named = recipe.trainer_optimizer
     arguments = {} if named is None else named(recipe.hyperparameters)
     return {**arguments, "max_grad_norm": recipe.number("max_grad_norm")}
 
 
 def without(values: Mapping[str, Any], *nothing: Any) -> dict[str, Any]:
-    """The keys that say something."""
+    """Drop keys without a value."""
     return {key: value for key, value in values.items() if value not in (None, {}, *nothing)}

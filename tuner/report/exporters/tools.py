@@ -1,4 +1,4 @@
-"""The words of TRL, Axolotl and LLaMA-Factory for a recipe, and what they have no word for."""
+"""Write a recipe for TRL, Axolotl and LLaMA-Factory, with notes on what they cannot express."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from tuner.methods.schedules import warmup_length
 from tuner.report.exporters.exporter import Recipe, optimization, trainer_arguments, without
 
 ROWS = "rows"
-"""The folder of tokenised rows beside the file: `input_ids`, `attention_mask` and `labels`."""
+"""Folder of tokenised rows beside the file: `input_ids`, `attention_mask` and `labels`."""
 _WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool that trains from a file."""
+    """A training tool that reads a configuration file."""
 
     name: str
     file: str
     command: str
-    """Typed in the folder of the file."""
+    """Command to run in the folder of the file."""
     rows_on_disk: bool
-    """Whether it wants the rows as `datasets` saves them, not as Parquet files."""
+    """Whether it reads rows saved by `datasets` instead of Parquet files."""
     held_out: str
-    """The name by which it finds the evaluation rows beside `train`."""
+    """Name of the evaluation split, beside `train`."""
     settings: Callable[[Recipe], dict[str, Any]]
     cannot: Callable[[Recipe], Iterator[str]]
-    """What of a recipe the file does not say, each in a sentence."""
+    """Return notes on what the file does not express."""
 
 
 def recipe_file(tool: Tool, recipe: Recipe) -> str:
-    """The text of the file that the tool runs, in YAML that also YAML 1.1 reads so."""
+    """Return the text of the configuration, in YAML that YAML 1.1 parsers read the same way."""
     header = [
         f"The configuration of {recipe.trial} for {tool.name}, up to its best step "
         f"({recipe.best_step} of {recipe.max_train_steps}).",
-        f"In this folder: {tool.command}",
-        f"The rows are tokenised as in the trial ({ROWS}/): the same template, cut and loss mask.",
+        f"Run in this folder: {tool.command}",
+        f"The rows are tokenised as in the trial ({ROWS}/): same template, truncation and loss mask.",
         "",
-        "What it does not say:",
+        "Differences from the trial:",
         *(f"- {sentence}" for sentence in (*_always(recipe), *tool.cannot(recipe))),
     ]
     lines = [line for text in header for line in _wrapped(text)]
@@ -57,10 +57,10 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _always(recipe: Recipe) -> Iterator[str]:
-    yield "Rows come in another order and dropout has other masks, so losses agree about, not to the digit."
+    yield "Row order and dropout masks differ, so losses agree approximately, not to the digit."
     yield (
         f"The batch of {recipe.micro_batch * recipe.accumulation} is {recipe.micro_batch} x "
-        f"{recipe.accumulation} on one GPU; with more, divide gradient_accumulation_steps by their number."
+        f"{recipe.accumulation} on one GPU; with several, divide gradient_accumulation_steps by their number."
     )
     name, arguments = recipe.scheduler
     if "decay_type" in arguments:
@@ -70,13 +70,13 @@ def _always(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.trainer_optimizer is None:
         yield (
-            f"The optimizer {recipe.optimizer}: transformers' Trainer has none by that name, and without "
-            "`optim` the tool takes AdamW. In Python, give the trainer the optimizer itself (`optimizers=`)."
+            f"The optimizer {recipe.optimizer}: transformers' Trainer does not have it, and without `optim` "
+            "the tool uses AdamW. In Python, pass the optimizer to the trainer (`optimizers=`)."
         )
     if recipe.alpha != recipe.number("lora_alpha"):
-        yield f"lora_alpha is {recipe.number('lora_alpha')!r}, and only whole numbers go: {recipe.alpha}."
+        yield f"lora_alpha is {recipe.number('lora_alpha')!r}, rounded to {recipe.alpha}."
     if recipe.model.quantization == "int8":
-        yield "The trial had no outlier threshold in 8-bit layers (llm_int8_threshold 0); the tool has 6."
+        yield "The trial used no outlier threshold in 8-bit layers (llm_int8_threshold 0); the tool uses 6."
 
 
 def _trl(recipe: Recipe) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _trl(recipe: Recipe) -> dict[str, Any]:
 
 
 def _trl_targets(targets: tuple[str, ...] | str | None) -> list[str]:
-    """A list of one is a regular expression to the tool, and all-linear the same word as PEFT's."""
+    """Return the targets; TRL reads a list of one as a regular expression, and `all-linear` as PEFT does."""
     match targets:
         case None:
             return [ALL_LINEAR]
@@ -134,21 +134,21 @@ def _trl_cannot(recipe: Recipe) -> Iterator[str]:
     yield from _no_layers(recipe)
     if recipe.number("loraplus_ratio") != 1:
         yield (
-            f"loraplus_ratio {recipe.number('loraplus_ratio'):g}: this command has no LoRA+; in Python, give "
-            "the trainer peft.optimizers.create_loraplus_optimizer's."
+            f"loraplus_ratio {recipe.number('loraplus_ratio'):g}: this command has no LoRA+; in Python, pass "
+            "the trainer the optimizer of peft.optimizers.create_loraplus_optimizer."
         )
 
 
 def _no_initialisation(recipe: Recipe) -> Iterator[str]:
     if recipe.hyperparameters["lora_init"] != "default":
-        yield f"lora_init {recipe.hyperparameters['lora_init']}: the tool starts as PEFT does by default."
+        yield f"lora_init {recipe.hyperparameters['lora_init']}: the tool uses PEFT's default initialization."
 
 
 def _no_layers(recipe: Recipe) -> Iterator[str]:
     if recipe.layers is not None:
         yield (
             f"layers_to_transform {list(recipe.layers)}: the tool adapts these layers and all others; in "
-            "Python, give the trainer a LoraConfig with it."
+            "Python, pass the trainer a LoraConfig with this value."
         )
 
 
@@ -174,7 +174,7 @@ def _llamafactory(recipe: Recipe) -> dict[str, Any]:
             "use_rslora": recipe.flag("use_rslora"),
             "use_dora": recipe.is_dora,
             "loraplus_lr_ratio": ratio if ratio != 1 else None,
-            # The tool asks for names and a template, and uses none of them: the rows are tokenised.
+            # The tool requires names and a template but does not use them: the rows are tokenised.
             "dataset": "tuner",
             "eval_dataset": "tuner",
             "template": "empty",
@@ -190,8 +190,8 @@ def _llamafactory_cannot(recipe: Recipe) -> Iterator[str]:
     yield from _no_layers(recipe)
     if isinstance(recipe.targets, str):
         yield (
-            f"target_modules {recipe.targets}: the tool takes no regular expression, and `all` adapts every "
-            "linear layer; name the layers in lora_target instead."
+            f"target_modules {recipe.targets}: the tool does not take a regular expression, and `all` adapts "
+            "every linear layer; name the layers in lora_target instead."
         )
     yield from _no_gguf(recipe)
 
@@ -199,8 +199,8 @@ def _llamafactory_cannot(recipe: Recipe) -> Iterator[str]:
 def _no_gguf(recipe: Recipe) -> Iterator[str]:
     if recipe.model.gguf_file:
         yield (
-            f"gguf_file {recipe.model.gguf_file}: the tool reads no GGUF base; load it in transformers, save "
-            "it with save_pretrained, and put that directory in its place."
+            f"gguf_file {recipe.model.gguf_file}: the tool cannot read a GGUF base model; load it in "
+            "transformers, save it with save_pretrained, and use that directory instead."
         )
 
 
@@ -255,7 +255,7 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
 
 
 def _parquet(split: str) -> Mapping[str, Any]:
-    """A split of tokenised rows: a type would tokenise them."""
+    """Return a split of tokenised rows, without a type: with one, Axolotl would tokenise them."""
     return {"path": f"{ROWS}/{split}.parquet", "ds_type": "parquet", "split": "train", "type": None}
 
 
@@ -288,4 +288,4 @@ TOOLS: Mapping[str, Tool] = {
         cannot=_trl_cannot,
     ),
 }
-"""By the names of `--as`."""
+"""Tools by the names of `--as`."""

@@ -1,4 +1,4 @@
-"""A round shown in other tools: TensorBoard, Weights & Biases, MLflow, Trackio."""
+"""Send a round to experiment trackers: TensorBoard, Weights & Biases, MLflow, Trackio."""
 
 from tuner.report.trackers.sender import followed
 from tuner.report.trackers.tracker import FollowedRound, Tool, not_installed

@@ -1,4 +1,4 @@
-"""Trials as MLflow shows them: an experiment for the study, a run for each trial."""
+"""Trials in MLflow: an experiment for the study, a run for each trial."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mlflow.exceptions import MlflowException
 from tuner.records import Evaluation, Trial, TrialState
 from tuner.report.trackers.tracker import FollowedRound, Ledger, metrics, outcome
 
-# Its notices of tables that are made; warnings are heard.
+# Hides notices about created tables; warnings still show.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 class Mlflow:
-    """On the server that MLFLOW_TRACKING_URI names, else in `CHECKPOINTS/mlflow.db`.
+    """Runs on the server of MLFLOW_TRACKING_URI, else in `CHECKPOINTS/mlflow.db`.
 
-    Which points a run has the server is asked; which run is a trial's the ledger knows.
+    The server knows the points of a run; the ledger maps trials to runs.
     """
 
     def __init__(self, followed: FollowedRound) -> None:
@@ -50,7 +50,7 @@ class Mlflow:
         return frozenset()
 
     def point(self, trial: Trial, evaluation: Evaluation) -> None:
-        """As `Tool` says. A point's numbers go together, since one of them says that it is there."""
+        """See `Tool`. A point's metrics are sent together, since one of them marks the point as sent."""
         self._client.log_batch(
             self._runs[trial.number], metrics=_metrics(metrics(evaluation), evaluation.step)
         )
@@ -80,7 +80,7 @@ class Mlflow:
         try:
             return str(self._client.create_experiment(name, tags={"goal": self._followed.goal}))
         except MlflowException:
-            # Another process was faster.
+            # Another process created it first.
             return str(self._client.get_experiment_by_name(name).experiment_id)
 
 

@@ -1,4 +1,4 @@
-"""Facts on their way to other tools, in threads of their own, so that nothing there disturbs the round."""
+"""Send facts to trackers in separate threads, so that a tracker cannot disturb the round."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tuner.report.live import View
 from tuner.report.trackers.tracker import FollowedRound, Tool, open_tool
 
 _PATIENCE_SECONDS = 60.0
-"""What a tool has at the end of a run to take what is waiting."""
+"""Time for a tracker to receive the remaining points at the end of a run."""
 
 
 def followed(view: View, tools: Sequence[str], round: FollowedRound) -> View:
-    """A view that also shows the facts it is told in these tools; the view itself where there are none."""
+    """Return a view that also sends facts to these trackers; the view itself if there are none."""
     openers = {name: partial(open_tool, name, round) for name in tools}
     return FollowedView(view, openers) if openers else view
 
 
 class FollowedView:
-    """A View whose trials are sent on to tools by name, each opened in its own thread."""
+    """A View that also sends trials to trackers by name, each opened in its own thread."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class FollowedView:
         self._view.message(text)
 
     def close(self) -> None:
-        """As `View` says; waits, but not for ever, until the tools have what was sent."""
+        """See `View`; waits for a limited time until the trackers have received everything."""
         for sender in self._senders:
             sender.close(self._patience_seconds)
         self._view.close()
 
 
 class _Sender:
-    """Sends one tool what it does not have yet. Of facts that come faster than it takes them, the latest."""
+    """Sends one tracker what it does not have yet. If facts arrive too fast, sends only the latest."""
 
     def __init__(self, name: str, opener: Callable[[], Tool], warn: Callable[[str], None]) -> None:
         self._name, self._opener, self._warn = name, opener, warn
@@ -64,27 +64,27 @@ class _Sender:
         self._latest: dict[int, Trial] = {}
         self._is_closing = False
         self._had: dict[int, set[int]] = {}
-        """Steps that the tool has, by trial."""
+        """Steps that the tracker has, by trial."""
         self._ended: set[int] = set()
         self._thread = threading.Thread(target=self._run, name=f"report to {name}", daemon=True)
         self._thread.start()
 
     def take(self, trials: Sequence[Trial]) -> None:
-        """Send these facts, soon."""
+        """Queue these facts."""
         with self._news:
             self._latest |= {trial.number: trial for trial in trials}
             self._news.notify()
 
     def close(self, patience_seconds: float) -> None:
-        """Wait until all is sent, so long at most."""
+        """Wait until everything is sent or the time is up."""
         with self._news:
             self._is_closing = True
             self._news.notify()
         self._thread.join(patience_seconds)
         if self._thread.is_alive():
             self._warn(
-                f"run.report_to: {self._name} is not done after {patience_seconds:.0f} seconds and is left; "
-                "running the round again sends what is missing"
+                f"run.report_to: {self._name} did not finish within {patience_seconds:.0f} seconds; "
+                "run the round again to send the rest"
             )
 
     def _run(self) -> None:
@@ -95,15 +95,15 @@ class _Sender:
                 self._send(tool, trials)
             if tool is not None:
                 tool.close()
-        except Exception as error:  # noqa: BLE001  whatever a tool raises, the round is not its concern
+        except Exception as error:  # noqa: BLE001  no error of a tracker may stop the round
             said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             self._warn(
-                f"run.report_to: {self._name} failed ({said}). The round goes on without it; put that right, "
-                "and running the round again sends what is missing"
+                f"run.report_to: {self._name} failed ({said}). The round continues without it; fix the cause "
+                "and run the round again to send the rest"
             )
 
     def _wait(self) -> Sequence[Trial] | None:
-        """The latest facts; None when there are none any more."""
+        """Return the latest facts; None if there will be no more."""
         with self._news:
             self._news.wait_for(lambda: bool(self._latest) or self._is_closing)
             latest, self._latest = self._latest, {}

@@ -1,4 +1,4 @@
-"""Trials as TensorBoard shows them: one folder of event files each, with the tab HPARAMS filled."""
+"""Trials in TensorBoard: a folder of event files for each, with the HPARAMS tab."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tuner.report.trackers.tracker import FollowedRound, metrics, outcome
 
 
 class TensorBoard:
-    """In `CHECKPOINTS/tensorboard/ROUND/trial-0007`.
+    """Writes to `CHECKPOINTS/tensorboard/ROUND/trial-0007`.
 
-    Event files cannot be read back with ease and are small: a run that goes on is written anew, from facts.
+    Event files are small but hard to read back, so a resumed run is rewritten from facts.
     """
 
     def __init__(self, followed: FollowedRound) -> None:
@@ -44,7 +44,7 @@ class TensorBoard:
         self._writers[trial.number].flush()
 
     def end(self, trial: Trial) -> None:
-        """As `Tool` says. The best step is a scalar at the last step, which HPARAMS shows in its table."""
+        """See `Tool`. The best step is a scalar at the last step, shown in the table of HPARAMS."""
         self._write(trial, outcome(trial), step=trial.evaluations[-1].step)
         is_success = trial.state == TrialState.COMPLETE
         status = "STATUS_SUCCESS" if is_success else "STATUS_FAILURE"

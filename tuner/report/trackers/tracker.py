@@ -1,4 +1,4 @@
-"""What a tracker is, and the ledger of what each has been sent."""
+"""The interface of trackers, and the ledger of what each has been sent."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class FollowedRound:
     goal: str
     max_train_steps: int
     checkpoints: Path
-    """The study's `checkpoints.directory`, absolute: what tools keep here lies in it."""
+    """The study's `checkpoints.directory`, absolute; local files of trackers go here."""
 
     def name(self, trial: Trial) -> str:
-        """What its run is called."""
+        """Name of its run."""
         return f"{self.round}/{trial.number}"
 
     def settings(self, trial: Trial) -> dict[str, bool | int | float | str]:
-        """Hyperparameters and what else the trial was run with, in words that every tool takes."""
+        """Hyperparameters and other settings of the trial, as values that every tracker accepts."""
         values = {
             name: ",".join(map(str, value)) if isinstance(value, tuple) else value
             for name, value in trial.hyperparameters.items()
@@ -42,10 +42,10 @@ class FollowedRound:
 
 
 class Tool(Protocol):
-    """Shows each trial as a run of its own. Every method may take long and may raise anything."""
+    """A tracker with a run for each trial. Every method may be slow and may raise anything."""
 
     def begin(self, trial: Trial) -> frozenset[int]:
-        """Open the trial's run, or go on with it; returns the steps whose points it has already."""
+        """Open or resume the trial's run; return the steps whose points it already has."""
         ...
 
     def point(self, trial: Trial, evaluation: Evaluation) -> None:
@@ -53,18 +53,18 @@ class Tool(Protocol):
         ...
 
     def end(self, trial: Trial) -> None:
-        """The trial has ended. Said again when the round is gone on with."""
+        """Mark the trial as ended. Called again when the round resumes."""
         ...
 
     def close(self) -> None:
-        """Write out what is waiting; trials that have not ended go on another time."""
+        """Flush what is waiting; trials that have not ended resume another time."""
         ...
 
 
 def open_tool(name: str, followed: FollowedRound) -> Tool:
-    """The tool that `run.report_to` calls so. Raises whatever its library does when it is imported.
+    """Return the tracker with this name in `run.report_to`. Raises what importing its library raises.
 
-    One that is not tuner's is called with the round, and gives a `Tool`.
+    A custom tracker is called with the round and returns a `Tool`.
     """
     if is_built_in("tracker", name):
         tool: Tool = import_module(f"tuner.report.trackers.{name}_runs").open_tool(followed)
@@ -74,7 +74,7 @@ def open_tool(name: str, followed: FollowedRound) -> Tool:
 
 
 def not_installed(names: Iterable[str]) -> list[str]:
-    """Those of the tools whose library cannot be imported here."""
+    """Return the trackers whose library cannot be imported here."""
     return [name for name in names if is_built_in("tracker", name) and find_spec(name) is None]
 
 
@@ -90,7 +90,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def outcome(trial: Trial) -> dict[str, int | float]:
-    """The best step, its loss and the score of its answers, as far as a trial has them."""
+    """Return the best step, its loss and its answer score, as far as a trial has them."""
     best, answers = best_evaluation(trial.evaluations), trial.answer_score
     if best is None:
         return {}
@@ -101,18 +101,18 @@ def outcome(trial: Trial) -> dict[str, int | float]:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Of one trial."""
+    """What a tracker has of one trial."""
 
     run: str
-    """The id of its run in the tool."""
+    """Id of its run in the tracker."""
     steps: tuple[int, ...] = ()
-    """Steps whose points it has."""
+    """Steps whose points were sent."""
     has_ended: bool = False
-    """Whether it has the trial's end too."""
+    """Whether the trial's end was sent."""
 
 
 class Ledger:
-    """Given by trial, on disk after every change."""
+    """What was sent by trial, saved to disk after every change."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -123,20 +123,20 @@ class Ledger:
         }
 
     def find(self, trial: int) -> Given | None:
-        """What is known of a trial."""
+        """Return what was sent of a trial."""
         return self._given.get(trial)
 
     def begin(self, trial: int, run: str) -> Given:
-        """A trial's run is open."""
+        """Record a trial's open run."""
         return self._keep(trial, Given(run))
 
     def add(self, trial: int, step: int) -> None:
-        """A point was given."""
+        """Record a sent point."""
         given = self._given[trial]
         self._keep(trial, replace(given, steps=(*given.steps, step)))
 
     def end(self, trial: int) -> None:
-        """The trial's end was given."""
+        """Record that the trial's end was sent."""
         self._keep(trial, replace(self._given[trial], has_ended=True))
 
     def _keep(self, trial: int, given: Given) -> Given:

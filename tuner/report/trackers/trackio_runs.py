@@ -1,4 +1,4 @@
-"""Trials as Trackio shows them: the study is a project, the round a group, each trial a run."""
+"""Trials in Trackio: the study is a project, the round a group, each trial a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tuner.report.trackers.tracker import FollowedRound, Ledger, metrics, outcom
 
 
 class Trackio:
-    """Where the environment says: TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL.
+    """Runs configured by the environment: TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL.
 
-    It greets on standard output, which is the caller's, so that is not let through. What it has not written
-    when the process is killed, the last second's, is missing afterwards.
+    Trackio's greeting on standard output is suppressed. If the process is killed, points of the last second
+    may be lost.
     """
 
     def __init__(self, followed: FollowedRound) -> None:
@@ -26,7 +26,7 @@ class Trackio:
         self._runs: dict[int, Any] = {}
 
     def begin(self, trial: Trial) -> frozenset[int]:
-        """As `Tool` says. A run is found again by its name, so the name has something unique."""
+        """See `Tool`. Trackio identifies a run by its name, so the name is made unique."""
         name = f"{self._followed.name(trial)} {uuid.uuid4().hex[:6]}"
         given = self._ledger.find(trial.number) or self._ledger.begin(trial.number, name)
         return frozenset(given.steps)

@@ -1,4 +1,4 @@
-"""Trials as Weights & Biases shows them: the study is a project, the round a group, each trial a run."""
+"""Trials in Weights & Biases: the study is a project, the round a group, each trial a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tuner.report.trackers.tracker import FollowedRound, Ledger, metrics, outcom
 
 
 class WeightsAndBiases:
-    """Where, and as whom, the environment says, as always with it: WANDB_MODE, WANDB_ENTITY, WANDB_API_KEY.
+    """Runs configured by the environment: WANDB_MODE, WANDB_ENTITY, WANDB_API_KEY.
 
-    Its local files are in `CHECKPOINTS/wandb`. An offline run cannot be asked for its points: the ledger is.
+    Local files are in `CHECKPOINTS/wandb`. An offline run cannot list its points, so the ledger does.
     """
 
     def __init__(self, followed: FollowedRound) -> None:
@@ -23,7 +23,7 @@ class WeightsAndBiases:
         self._runs: dict[int, Any] = {}
 
     def begin(self, trial: Trial) -> frozenset[int]:
-        """As `Tool` says. A run is opened when there is something to send."""
+        """See `Tool`. A run is opened when there is something to send."""
         given = self._ledger.find(trial.number) or self._ledger.begin(trial.number, uuid.uuid4().hex[:12])
         return frozenset(given.steps)
 
