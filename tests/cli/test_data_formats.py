@@ -75,7 +75,7 @@ def test_check_shows_a_log_and_counts_what_became_of_it(
     assert run(["study", "check", str(path), "--show", "1"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("--- logs/a.log:1: 6"), "of 64 tokens"
-    assert "learned\nl[[ine 0 says so\nline 1 says so\n" in said, "nothing predicts a first token"
+    assert "in the loss\nl[[ine 0 says so\nline 1 says so\n" in said, "nothing predicts a first token"
     assert "train rows continue a text longer than max_length" in " ".join(said.split())
     assert "1 eval rows repeat an earlier one" in " ".join(said.split())
 

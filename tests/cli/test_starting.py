@@ -131,7 +131,7 @@ def test_columns_that_nothing_is_known_of(tmp_path: Path) -> None:
         tmp_path, done, "rows.jsonl:1: no column 'prompt'; columns found: 'a', 'b'", "--columns prompt=NAME"
     )
     more = ("--columns", "prompt=a", "--columns", "completion=b")
-    refused(tmp_path, new(tmp_path, rows, *more), "say which one by --format")
+    refused(tmp_path, new(tmp_path, rows, *more), "--columns requires --format")
     refused(tmp_path, new(tmp_path, rows, "--format", "text", "--columns", "text"), "expects COLUMN=NAME")
     refused(tmp_path, new(tmp_path, rows, "--format", "completion", "--columns", "prompt=c"), "no column")
     spec, _ = accepted(tmp_path, new(tmp_path, rows, "--format", "completion", *more))

@@ -89,7 +89,7 @@ class TestLocalEngine(EngineContract):
 
     def test_more_workers_than_gpus_cannot_run(self, engine: Engine, job: Job, monkeypatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with pytest.raises(InputError, match="--workers 3: this machine shows 2 GPU"):
+        with pytest.raises(InputError, match="--workers 3: this machine has 2 GPU"):
             engine.start(replace(job, workers=3))
 
     def test_the_document_is_asked_for_at_each_start(self, engine: Engine, job: Job) -> None:
@@ -211,7 +211,7 @@ def test_a_wrong_name_in_a_file_is_refused_where_it_stands(package: Path, tmp_pa
     [
         ("no_such_module:Engine", "cannot be imported"),
         ("engine_plug_ins:NotAnEngine", "NotAnEngine has no method start"),
-        ("tuner.engines:SimulatedWorker", "cannot be made without arguments"),
+        ("tuner.engines:SimulatedWorker", "cannot be created without arguments"),
     ],
 )
 def test_what_is_no_engine_is_bad_input_and_leaves_nothing(

@@ -107,7 +107,7 @@ class TestEnvironments:
         assert worker_environments(1, gpus, cores=8) == [{"CUDA_VISIBLE_DEVICES": "GPU-a"}]
 
     def test_more_workers_than_gpus_are_refused(self) -> None:
-        with pytest.raises(InputError, match=r"--workers 3: this machine shows 2 GPU.*--slots"):
+        with pytest.raises(InputError, match=r"--workers 3: this machine has 2 GPU.*--slots"):
             worker_environments(3, ("0", "1"), cores=8)
 
     def test_processors_are_shared_out_unless_the_user_has_done_so(self) -> None:

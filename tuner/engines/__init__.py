@@ -1,6 +1,6 @@
-"""Where workers run: this machine, or a simulation on a virtual clock; an engine of yours, by name.
+"""Where workers run: on this machine, in a simulation on a virtual clock, or in a custom engine.
 
-A worker takes Assignments and says Events. It knows trials and directories, never a database.
+A worker takes Assignments and reports Events. It knows trials and directories, never a database.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _BUILT_IN = {"local": LocalEngine, "simulated": SimulatedEngine}
 
 
 def make_engine(name: str) -> Engine:
-    """Make the engine of a name: built in, registered by an installed package, or `package.module:Name`.
+    """Create an engine by name: built in, registered by an installed package, or `package.module:Name`.
 
-    Raises InputError where it cannot be imported, or is no engine.
+    Raises InputError if it cannot be imported or is not an engine.
     """
     made: object = _BUILT_IN[name]() if name in _BUILT_IN else _made(name, load("engine", name))
     missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
@@ -60,4 +60,4 @@ def _made(name: str, found: object) -> object:
     try:
         return found()  # type: ignore[operator]
     except TypeError as error:
-        raise InputError(f"engine {name}: cannot be made without arguments: {error}") from error
+        raise InputError(f"engine {name}: cannot be created without arguments: {error}") from error

@@ -1,4 +1,4 @@
-"""Which devices this machine has, and how busy they are."""
+"""List this machine's devices and read how busy they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tuner.report.format import GpuReading
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """GPUs as CUDA_VISIBLE_DEVICES names them: those it lists, else all that the driver knows."""
+    """Return the GPUs listed in CUDA_VISIBLE_DEVICES, else all that the driver knows."""
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return tuple(name.strip() for name in listed.split(",") if name.strip() not in ("", "-1"))
@@ -25,7 +25,7 @@ def visible_devices(environment: Mapping[str, str] = os.environ) -> tuple[str, .
             timeout=60,
         )
     except (OSError, subprocess.SubprocessError):
-        return ()  # no driver, so no GPU that torch could use
+        return ()  # without a driver, torch cannot use a GPU
     return tuple(asked.stdout.split())
 
 
@@ -36,15 +36,15 @@ def worker_environments(
     cores: int,
     environment: Mapping[str, str] = os.environ,
 ) -> list[dict[str, str]]:
-    """What each worker's environment has besides the parent's: its GPU, or its share of the cores.
+    """Return each worker's additional environment: its GPU, or its share of the cores.
 
-    `auto` is one worker for each GPU, or one. Raises InputError when there are fewer GPUs than workers.
+    `auto` is one worker per GPU, or one without GPUs. Raises InputError if there are fewer GPUs than workers.
     """
     count = max(1, len(devices)) if wanted == "auto" else wanted
     if devices and count > len(devices):
         raise InputError(
-            f"--workers {count}: this machine shows {len(devices)} GPU(s), and a worker takes one; "
-            f"more trials on a GPU are slots: --slots"
+            f"--workers {count}: this machine has {len(devices)} GPU(s), and each worker needs one; "
+            f"use --slots to train more trials on a GPU"
         )
     if devices:
         return [{"CUDA_VISIBLE_DEVICES": device} for device in devices[:count]]
@@ -54,11 +54,11 @@ def worker_environments(
 
 
 Nvml: TypeAlias = Any
-"""The module `pynvml`, after nvmlInit."""
+"""The initialised module `pynvml`."""
 
 
 def open_nvml() -> Nvml | None:
-    """The driver's library; None without the package (the extra `nvml`) or without a driver."""
+    """Return the driver's library; None without the package (the extra `nvml`) or without a driver."""
     try:
         import pynvml
     except ImportError:
@@ -71,9 +71,9 @@ def open_nvml() -> Nvml | None:
 
 
 def gpu_meter(nvml: Nvml | None, devices: Sequence[str]) -> Callable[[], tuple[GpuReading, ...]] | None:
-    """What reads the devices, named as in CUDA_VISIBLE_DEVICES; None where there is nothing to read.
+    """Return a function that reads these devices of CUDA_VISIBLE_DEVICES; None if there is nothing to read.
 
-    A number counts as the driver does, by PCI slots, as CUDA does with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    Numbers are in the driver's order, by PCI slot, as CUDA's with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     if nvml is None or not devices:
         return None
@@ -81,12 +81,12 @@ def gpu_meter(nvml: Nvml | None, devices: Sequence[str]) -> Callable[[], tuple[G
 
 
 def driver_version(nvml: Nvml) -> str:
-    """Such as 570.124.06."""
+    """Return the driver's version, such as 570.124.06."""
     return str(nvml.nvmlSystemGetDriverVersion())
 
 
 def _readings(nvml: Nvml, devices: Sequence[str]) -> Iterator[GpuReading]:
-    """One a device; a device that the driver cannot be asked about is left out."""
+    """Read each device; leaves out devices that the driver cannot report on."""
     for index, device in enumerate(devices):
         try:
             handle = _handle(nvml, device)
@@ -106,5 +106,5 @@ def _handle(nvml: Nvml, device: str) -> Any:
 def _utilisation(nvml: Nvml, handle: Any) -> float | None:
     try:
         return float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
-    except nvml.NVMLError:  # parts of a GPU (MIG) have no utilisation
+    except nvml.NVMLError:  # MIG instances have no utilisation
         return None

@@ -1,4 +1,4 @@
-"""The engine `local`: subprocesses of this machine, one for each GPU, their logs in files."""
+"""The engine `local`: subprocesses on this machine, one per GPU, with log files."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _LOG_TAIL_LINES = 15
 
 
 class LocalEngine:
-    """This machine: a worker for each of its GPUs, or as many as the job allows."""
+    """This machine: a worker for each GPU, or as many as the job allows."""
 
     def __init__(self) -> None:
         self._meter: Callable[[], Sequence[GpuReading]] | None = None
 
     def start(self, job: Job) -> Worker:
-        """Start the first worker; the others follow with the first trial, when it has prepared the data.
+        """Start the first worker; the others start with the first trial, once the data is prepared.
 
-        Waits for workers of an earlier run. Raises InputError for more workers than GPUs, WorkerError when an
+        Waits for workers of an earlier run. Raises InputError for more workers than GPUs, WorkerError if an
         earlier worker does not end.
         """
         devices = visible_devices()
@@ -46,7 +46,7 @@ class LocalEngine:
         return makers[0]() if len(makers) == 1 else WorkerPool(makers)
 
     def gpu_readings(self) -> Sequence[GpuReading]:
-        """Return what the driver says of the GPUs in use."""
+        """Return the driver's readings of the GPUs in use."""
         return () if self._meter is None else self._meter()
 
     def now(self) -> float:
@@ -54,11 +54,11 @@ class LocalEngine:
         return time.time()
 
     def close(self) -> None:
-        """Do nothing: workers are all there is."""
+        """Do nothing: the workers are already closed."""
 
 
 def local_worker(job: Job, *, log: Path, environment: Mapping[str, str]) -> ProgramWorker:
-    """Start the job's program on this machine; `environment` is what it has besides the parent's."""
+    """Start the job's program on this machine; `environment` extends the parent's."""
     launch = partial(LocalProcess, job.program.arguments, log=log, environment=environment)
     return ProgramWorker(job.program, launch)
 
@@ -74,7 +74,7 @@ class LocalProcess:
         with log.open("a") as file:
             file.write(f"--- worker starts {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
-            # Its own session: Ctrl-C in the terminal reaches the parent alone, which then closes it.
+            # Its own session: Ctrl-C in the terminal reaches only the parent, which then closes it.
             self.popen = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdin=subprocess.PIPE,
@@ -92,11 +92,11 @@ class LocalProcess:
         try:
             self.popen.stdin.write(line)
             self.popen.stdin.flush()
-        except (BrokenPipeError, ValueError):  # ended, or its pipe is closed: whoever reads it says so
+        except (BrokenPipeError, ValueError):  # ended, or its pipe is closed: the reader reports it
             return
 
     def lines(self) -> Iterator[str]:
-        """Yield what it prints; its pipes are closed at the end."""
+        """Yield its output lines; closes its pipes at the end."""
         assert self.popen.stdout is not None
         with self.popen.stdout as said:
             yield from said
@@ -111,7 +111,7 @@ class LocalProcess:
             try:
                 self.popen.stdin.close()
             except BrokenPipeError:
-                return code  # a command that nobody was left to read
+                return code  # a command was left unread
         return code
 
     def kill(self) -> None:
@@ -126,9 +126,9 @@ class LocalProcess:
 
 
 def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> None:
-    """Wait until no worker of an earlier run holds the lock: two never write one folder.
+    """Wait until no worker of an earlier run holds the lock, so that two never write to one folder.
 
-    A worker whose parent was killed ends by itself, at once. Raises WorkerError when one does not.
+    A worker whose parent was killed ends by itself at once. Raises WorkerError if one does not.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_seconds
@@ -140,7 +140,7 @@ def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> Non
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise WorkerError(
-                        f"{lock}: a worker of an earlier run is still there after {timeout_seconds:.0f} "
+                        f"{lock}: a worker of an earlier run is still running after {timeout_seconds:.0f} "
                         "seconds; end it (`pkill -f tuner.training`)"
                     ) from error
                 time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Several workers as one: one for each device, each with its own slots, all heard by the same parent."""
+"""Several workers as one: one per device, each with its own slots."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from tuner.engines.protocol import Worker
 from tuner.records import Assignment, Died, Event, Ready, RunId
 
 MAX_DEATHS = 2
-"""Deaths in a row without having been ready, after which a device is taken to be broken."""
+"""Consecutive deaths before being ready after which a device counts as broken."""
 _POLL_SECONDS = 0.02
 
 
 class WorkerPool:
-    """The first worker starts at once, the others with the first trial.
+    """A worker that combines several. The first starts at once, the others with the first trial.
 
-    By then the first one has prepared the data and measured the base: the others find both.
+    By then, the first one has prepared the data and measured the base model, and the others reuse both.
     """
 
     def __init__(self, makers: Sequence[Callable[[], Worker]]) -> None:
         self._waiting = list(makers[1:])
         self._workers = [makers[0]()]
         self._holder: dict[RunId, Worker] = {}
-        """Run -> the worker that it was given to."""
+        """Run -> its worker."""
         self._deaths: dict[Worker, int] = {}
-        """Times in a row that a worker died without having been ready."""
+        """Consecutive deaths of a worker before being ready."""
 
     def capacity(self) -> int:
-        """Slots that are free now, in workers that are ready."""
+        """Number of free slots in workers that are ready."""
         return sum(worker.capacity() for worker in self._workers)
 
     def start(self, assignment: Assignment) -> None:
-        """Begin a trial where the most slots are free."""
+        """Start a trial on the worker with the most free slots."""
         while self._waiting:
             self._workers.append(self._waiting.pop(0)())
         worker = max(self._workers, key=lambda worker: worker.capacity())
@@ -40,12 +40,12 @@ class WorkerPool:
         worker.start(assignment)
 
     def stop(self, run: RunId) -> None:
-        """Ask a run to save itself and leave."""
+        """Ask a run to save and stop."""
         if run in self._holder:
             self._holder[run].stop(run)
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """What any of them said since the last call; waits for the first at most so long."""
+        """Return all events since the last call; wait up to the timeout for the first."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             said = [event for worker in list(self._workers) for event in self._heard(worker)]
@@ -55,7 +55,7 @@ class WorkerPool:
             time.sleep(min(_POLL_SECONDS, left))
 
     def _heard(self, worker: Worker) -> list[Event]:
-        """A worker's events; one that dies again before it is ready is left out, if there is another."""
+        """Return a worker's events; drop a worker that keeps dying early if there is another."""
         said = worker.events(0.0)
         for event in said:
             if isinstance(event, Ready):
@@ -67,7 +67,7 @@ class WorkerPool:
         return said
 
     def close(self) -> None:
-        """Let every trial save, then end the workers, one after another."""
+        """Save every trial, then end the workers one after another."""
         self._waiting.clear()
         for worker in self._workers:
             worker.close()

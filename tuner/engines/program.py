@@ -1,4 +1,4 @@
-"""A worker that is a program: assignments and events as JSON lines, wherever its process runs."""
+"""A worker in a separate process, with assignments and events as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from tuner.records import Assignment, Died, Ended, Event, Ready, RunId, event_fr
 
 
 class Process(Protocol):
-    """A worker program that runs somewhere, as its parent reaches it."""
+    """The parent's connection to a running worker program."""
 
     def write(self, line: str) -> None:
-        """Write a line to its standard input; do nothing when it has ended."""
+        """Write a line to its standard input; do nothing if it has ended."""
         ...
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of its standard output until it ends. Read in a thread of its own."""
+        """Yield the lines of its standard output until it ends. Called in a separate thread."""
         ...
 
     def wait(self, timeout_seconds: float | None = None) -> int:
-        """Return its exit code, negative for a signal. Raises TimeoutError when it has not ended by then."""
+        """Return its exit code, negative for a signal. Raises TimeoutError if it has not ended by then."""
         ...
 
     def kill(self) -> None:
-        """End it at once; nothing is saved."""
+        """End it at once, without saving."""
         ...
 
     def last_words(self) -> str:
-        """Return the end of its log, to be shown to the user."""
+        """Return the end of its log, to show to the user."""
         ...
 
 
 class ProgramWorker:
-    """One process of a worker program, started at once, and again for the next trial after it died.
+    """A process of a worker program, started at once and, after it died, again for the next trial.
 
-    How many slots there are the program says when it is ready.
+    The program reports its number of slots once it is ready.
     """
 
     def __init__(
@@ -54,28 +54,28 @@ class ProgramWorker:
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._held: set[RunId] = set()
         self.process: Process | None = None
-        """The one that runs now."""
+        """The current process."""
         self._begin()
 
     def capacity(self) -> int:
-        """Slots that are free now; of a process that died before it said how many, one to try it again."""
+        """Number of free slots; 1 if the process died before reporting, to try again."""
         if self.process is None and not self._slots:
             return 1
         return self._slots - len(self._held)
 
     def start(self, assignment: Assignment) -> None:
-        """Begin a trial's attempt, in a new process if there is none."""
+        """Start a trial's attempt, in a new process if none runs."""
         if self.process is None:
             self._begin()
         self._held.add(assignment.run)
         self._order({"order": "start", "assignment": to_json(assignment)})
 
     def stop(self, run: RunId) -> None:
-        """Ask a run to save itself and leave."""
+        """Ask a run to save and stop."""
         self._order({"order": "stop", "run": to_json(run)})
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """What was said since the last call; waits for the first at most so long."""
+        """Return the events since the last call; wait up to the timeout for the first."""
         said: list[Event] = []
         try:
             said.append(
@@ -88,7 +88,7 @@ class ProgramWorker:
         return [self._noted(event) for event in said]
 
     def close(self) -> None:
-        """Let every trial save, then end the process; kill it when that takes too long."""
+        """Save every trial, then end the process; kill it if that takes too long."""
         if self.process is None:
             return
         self._order({"order": "close"})
@@ -99,7 +99,7 @@ class ProgramWorker:
         self._forget()
 
     def _noted(self, event: Event) -> Event:
-        """What an event says of the slots; of a death, which trials it took along."""
+        """Update the slots from an event; add the lost trials to a death."""
         match event:
             case Ended(run=run):
                 self._held.discard(run)
@@ -127,12 +127,12 @@ class ProgramWorker:
             try:
                 event = event_from_json(json.loads(line))
             except ValueError:
-                continue  # a last line that the death of the process cut in two
+                continue  # a last line truncated by the death of the process
             except (KeyError, TypeError) as error:
                 process.kill()
                 event = Died(
-                    f"the worker says what this process does not know ({type(error).__name__}: {error}): was "
-                    "tuner upgraded meanwhile? The same command, given again, goes on"
+                    f"cannot read the worker's message ({type(error).__name__}: {error}): was tuner upgraded "
+                    "meanwhile? Run the same command again to resume"
                 )
             said_died = said_died or isinstance(event, Died)
             self._said.put(event)

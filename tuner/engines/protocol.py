@@ -1,4 +1,4 @@
-"""The seam of engines: what an engine is asked to run, and what it gives back.
+"""The interface of engines and workers.
 
 An engine decides where workers run; a worker program decides what a trial is. Neither knows the other.
 """
@@ -17,59 +17,59 @@ from tuner.report.format import GpuReading
 
 @dataclass(frozen=True)
 class Program:
-    """A worker program: a process that reads commands and says events, each a JSON document on a line.
+    """A worker program: a process that reads commands and writes events, each a JSON document on a line.
 
-    It says `Ready` before it takes an assignment, and `Died` when it cannot begin. At the end of its input it
-    ends.
+    It sends `Ready` before it takes an assignment, and `Died` if it cannot start. It ends at the end of its
+    input.
     """
 
     arguments: tuple[str, ...]
-    """What follows the Python interpreter of the machine that it runs on: `("-m", "tuner.training")`."""
+    """Arguments for the Python interpreter of its machine: `("-m", "tuner.training")`."""
     document: Callable[[], Mapping[str, Any]]
-    """The first line of its input, asked for at each start; it holds JSON values only."""
+    """Returns the first line of its input, called at each start; JSON values only."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one round, or of one trial that is run again."""
+    """The work of one round, or of one trial to run again."""
 
     spec: RoundSpec
-    """The round file with absolute paths; options of the command are in its `run` section."""
+    """The round file with absolute paths; its `run` section includes the command's options."""
     program: Program
     directory: Path
-    """Of the round's checkpoints, on this machine. The workers' logs and lock go there too."""
+    """Folder of the round's checkpoints on this machine, also for the workers' logs and lock."""
     workers: int | Literal["auto"] = "auto"
-    """The most workers to start; `auto` is one for each device."""
+    """Maximum number of workers; `auto` is one per device."""
     first_horizon: int = 1
-    """`max_train_steps` of the study's first round: the pace of synthetic losses."""
+    """`max_train_steps` of the study's first round: sets the pace of synthetic losses."""
 
 
 class Worker(Protocol):
-    """A place with slots in which trials run: one process, several heard as one, or a simulation."""
+    """Slots in which trials run: one process, several combined, or a simulation."""
 
     def capacity(self) -> int:
-        """Return the number of slots that are free now."""
+        """Return the number of free slots."""
         ...
 
     def start(self, assignment: Assignment) -> None:
-        """Begin a trial's attempt in a free slot. Its `Started` or `Ended` follows among the events."""
+        """Start a trial's attempt in a free slot. Its `Started` or `Ended` follows as an event."""
         ...
 
     def stop(self, run: RunId) -> None:
-        """Ask a run to save itself and leave; its `Ended` with outcome `stopped` follows."""
+        """Ask a run to save and stop; its `Ended` with outcome `stopped` follows."""
         ...
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """Return what was said since the last call, in order; wait for the first at most so long.
+        """Return the events since the last call, in order; wait up to the timeout for the first.
 
-        After `Died` the worker holds no trial, and the next `start` begins a new one.
+        After `Died`, the worker holds no trial, and the next `start` starts a new process.
         """
         ...
 
     def close(self) -> None:
-        """Save all trials, end, and leave what was said meanwhile for a last call of `events`.
+        """Save all trials and end; a last call of `events` returns the remaining events.
 
-        A second call does nothing.
+        Repeated calls do nothing.
         """
         ...
 
@@ -77,30 +77,30 @@ class Worker(Protocol):
 class Engine(Protocol):
     """Where the workers of a round run.
 
-    A class with this interface can be named by `run.engine` and `--engine`. It is made without arguments for
-    each run of a round and closed at its end; making it must neither start nor connect to anything.
+    `run.engine` and `--engine` can name a class with this interface. An instance is created without arguments
+    for each run of a round and closed at its end; creating one must neither start nor connect to anything.
     """
 
     def start(self, job: Job) -> Worker:
-        """Start the job's program on the devices that it may use, and return all of them as one worker.
+        """Start the job's program on its devices, and return them as one worker.
 
-        Called again when a worker died before it was ready; by then that one is closed. Raises InputError
-        when the job cannot run here whatever is done, such as more workers than devices: nothing is recorded
-        then. Raises WorkerError when another try may succeed.
+        Called again if a worker died before it was ready, after closing it. Raises InputError if the job can
+        never run here, such as with more workers than devices; nothing is recorded then. Raises WorkerError
+        if another try may succeed.
         """
         ...
 
     def gpu_readings(self) -> Sequence[GpuReading]:
-        """Return how busy the devices in use are; empty where nothing is known, and before `start`.
+        """Return how busy the devices in use are; empty if unknown, and before `start`.
 
-        The live view asks about once a second, from a thread of its own.
+        The live view calls this about once a second, from a separate thread.
         """
         ...
 
     def now(self) -> float:
-        """Return the time in seconds since the epoch; an engine that trains nothing may invent it."""
+        """Return the time in seconds since the epoch; a simulation may use a virtual clock."""
         ...
 
     def close(self) -> None:
-        """Let go of what `start` took besides the workers, which are closed first. May be repeated."""
+        """Release what `start` acquired besides the workers, which are closed first. May be repeated."""
         ...

@@ -1,4 +1,4 @@
-"""The engine `simulated`: curves replayed on a virtual clock, for rehearsals, benchmarks and tests."""
+"""The engine `simulated`: replay curves on a virtual clock, for dry runs, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from tuner.report.format import GpuReading
 from tuner.whole import lead
 
 SLOTS = 4
-"""Trials side by side where neither file nor command line says how many."""
+"""Parallel trials if neither the file nor the command line sets a number."""
 
 Curve: TypeAlias = Callable[[Hyperparameters, int, int], Evaluation]
-"""(hyperparameters, step, horizon) -> the evaluation there; on the trunk the same for every horizon.
+"""(hyperparameters, step, horizon) -> evaluation; on the trunk the same for every horizon.
 
-A loss that is not finite, or too high for long, makes the trial infeasible, as in the real worker.
+A loss that is not finite, or too high for too long, makes the trial infeasible, as in the real worker.
 """
 
 Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
-"""Keeps a checkpoint of a step, or None. Its path's name is as a real one's: `step-000036`, or with `.a1`."""
+"""Saves a checkpoint of a step, or None. The path is named like a real one: `step-000036`, or with `.a1`."""
 
 
 def measured_by(curve: Curve, name: str) -> Curve:
-    """The curve with values of a metric: of a target token `exp(-loss)` is the chance to be predicted first.
+    """Return the curve with values of a metric, taking `exp(-loss)` as the chance to predict a token first.
 
-    The curve itself where the loss chooses the best step.
+    Returns the curve itself if the loss chooses the best step.
     """
     chosen = metric(name)
     objective = chosen.objective(name)
@@ -87,7 +87,7 @@ class _Run:
 
 
 def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint:
-    """A directory named and linked as a real checkpoint's, which holds its step and no weights."""
+    """Save a directory named and linked like a real checkpoint, with its step and no weights."""
     trial = Path(assignment.directory)
     place = simulated_path(assignment, kind, step)
     directory = trial.parent / place
@@ -101,14 +101,14 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
 
 
 def keep_trunk_names(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint | None:
-    """Trunks as names without files, for replays that no other process goes on with."""
+    """Return trunk names without files, for replays that no other process resumes."""
     if kind != CheckpointKind.TRUNK:
         return None
     return Checkpoint(kind, step, simulated_path(assignment, kind, step), 0, "")
 
 
 def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> str:
-    """Where the real worker would put it, relative to the round's checkpoint directory."""
+    """Return the real worker's path, relative to the round's checkpoint directory."""
     trial = Path(assignment.directory).name
     folder = {CheckpointKind.BEST: "best-steps", CheckpointKind.LAST: "last", CheckpointKind.TRUNK: "trunk"}
     attempt = "" if kind == CheckpointKind.TRUNK else f".a{assignment.attempt}"
@@ -116,14 +116,14 @@ def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> s
 
 
 class SimulatedEngine:
-    """Synthetic losses of the study's own surface, and a clock that counts the steps nobody waits for."""
+    """Synthetic losses from the study's surface, on a virtual clock."""
 
     def __init__(self) -> None:
         self._begun_at = time.time()
         self._workers: list[SimulatedWorker] = []
 
     def start(self, job: Job) -> Worker:
-        """Return a worker in this process; the job's program is not started."""
+        """Return a worker in this process, without starting the job's program."""
         wanted = job.spec.run.slots
         slots = 1 if job.spec.trains_alone else wanted if isinstance(wanted, int) else SLOTS
         ready = Ready(slots, "simulated", workload=_workload(job))
@@ -133,11 +133,11 @@ class SimulatedEngine:
         return self._workers[-1]
 
     def gpu_readings(self) -> Sequence[GpuReading]:
-        """Return none: no device is used."""
+        """Return no devices."""
         return ()
 
     def now(self) -> float:
-        """Return the time as it would be had the steps taken their time."""
+        """Return the time of the virtual clock."""
         return self._begun_at + sum(worker.seconds for worker in self._workers)
 
     def close(self) -> None:
@@ -145,16 +145,16 @@ class SimulatedEngine:
 
 
 def _workload(job: Job) -> str:
-    """A fingerprint of what the file says of model and data, of which nothing is opened."""
+    """Return a fingerprint of the file's model and data settings, without opening either."""
     said = job.spec.model_dump(mode="json", include={"model", "data"})
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return f"rehearsal-{digest[:16]}"
 
 
 class SimulatedWorker:
-    """Trials whose evaluations come from a curve; each call of `events` takes each to its next event.
+    """Trials whose evaluations come from a curve; each call of `events` moves every trial to its next event.
 
-    `seconds` is the virtual clock: the steps of all trials at `seconds_per_step`, whoever runs them.
+    `seconds` is the virtual clock: the steps of all trials at `seconds_per_step`.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class SimulatedWorker:
         self.seconds = 0.0
 
     def capacity(self) -> int:
-        """Slots that are free now."""
+        """Number of free slots."""
         return self._slots - len(self._runs)
 
     def start(self, assignment: Assignment) -> None:
-        """Begin at step 0, or at the step of the checkpoint, with the curve up to there."""
+        """Start at step 0, or at the checkpoint's step with the curve up to it."""
         try:
             step = self._first_step(assignment)
         except CheckpointError as error:
@@ -198,14 +198,14 @@ class SimulatedWorker:
         self._end_if_over(run)
 
     def stop(self, run: RunId) -> None:
-        """Save the run where it is and end its attempt."""
+        """Save the run at its current step and end the attempt."""
         found = self._runs.get(run)
         if found is not None:
             self._save(found, CheckpointKind.LAST, found.step)
             self._end(found, "stopped")
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """What was said, after taking every trial to its next evaluation or trunk step. Never waits."""
+        """Advance every trial to its next evaluation or trunk step and return the events. Never waits."""
         if not self._said:
             for run in list(self._runs.values()):
                 self._advance(run)
@@ -226,7 +226,7 @@ class SimulatedWorker:
         return int(place.name.removeprefix("step-").partition(".")[0])
 
     def _inherit(self, run: _Run) -> None:
-        """Say again what the checkpoint holds: the curve so far and its best adapter."""
+        """Report the checkpoint's content again: the curve so far and its best adapter."""
         run.evaluations += [self._at(run, step) for step in run.evaluation_steps if step <= run.step]
         best = best_evaluation(run.evaluations)
         if best is not None:
@@ -246,7 +246,7 @@ class SimulatedWorker:
         self._end_if_over(run)
 
     def _evaluate(self, run: _Run) -> None:
-        """Evaluate where the run is; the files come before the evaluation that they belong to."""
+        """Evaluate the run at its current step; files are written before their evaluation is reported."""
         evaluation = self._at(run, run.step)
         run.evaluations.append(evaluation)
         if best_evaluation(run.evaluations) is evaluation:

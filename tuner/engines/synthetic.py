@@ -1,4 +1,4 @@
-"""Losses of trials that nobody trains: by a formula, or as they were recorded."""
+"""Losses of simulated trials: from a formula, or recorded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import Evaluation, Hyperparameters, Value
 
 NUM_EXAMPLES = 32
-"""Evaluation examples that are made up, so that paired standard errors can be rehearsed too."""
+"""Number of synthetic evaluation examples, for paired standard errors."""
 EXAMPLE_TOKENS = 64
 UNTOUCHED_LOSS = 2.2
 NOISE = 0.13
-"""Loss that a constant rate leaves on top, at the best rate of a run about as long as the pace."""
+"""Excess loss of a constant rate, at the best rate of a run about as long as the pace."""
 ANNEALED = 0.025
-"""Mean fall of the rate below its peak, over the run so far, that halves this noise."""
+"""Mean decrease of the rate below its peak, over the run so far, that halves this noise."""
 DECAYED_WORTH = 0.1
-"""A decaying step teaches as a step at the peak does, times the rate's share of the peak to this power.
+"""Progress of a decaying step, relative to one at the peak: the rate's share of the peak to this power.
 
-Fitted, with `NOISE` and `ANNEALED`, to the published final losses at 8 and 16 paces. Were it worth the share
-itself, cosine to zero would be 2% worse than a decay of 40%.
+Fitted, with `NOISE` and `ANNEALED`, to the published final losses at 8 and 16 paces. With a power of 1,
+cosine to zero would be 2% worse than a decay of 40%.
 """
 
 _CENTRES: Mapping[str, tuple[float, float]] = {
@@ -37,20 +37,20 @@ _CENTRES: Mapping[str, tuple[float, float]] = {
     "loraplus_ratio": (4.0, 0.006),
     "max_grad_norm": (1.0, 0.003),
 }
-"""Where each is best before the study's name moves it, and what a factor of ten away from there costs."""
+"""Optimum of each before the study's name shifts it, and the cost of being a factor of ten away."""
 
 
 @dataclass(frozen=True)
 class LoraFormula:
-    """A `Curve` for a simulated worker: the loss of a made-up fine-tuning run."""
+    """A `Curve` for a simulated worker: synthetic fine-tuning losses."""
 
     name: str
-    """What the surface is made of; the same name is the same surface."""
+    """Seed of the surface: the same name gives the same surface."""
     pace_steps: int = 60
-    """Steps that a run at the best rate takes to half of what it gains."""
+    """Steps to half of the total gain at the best rate."""
 
     def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
-        """The evaluation at a step of a run to a horizon; before the decay it knows no horizon."""
+        """Return the evaluation at a step of a run; before the decay it does not depend on the horizon."""
         rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
         if step > 0 and rate > 40 * self._best_rate:
             return Evaluation(step, math.nan, train_loss=math.nan, learning_rate=rate)
@@ -68,13 +68,13 @@ class LoraFormula:
 
     @property
     def _best_rate(self) -> float:
-        """Of a run about as long as the pace."""
+        """Best rate of a run about as long as the pace."""
         return 4e-4 * 10 ** (self._unit("learning_rate") - 0.5)
 
     def _losses(
         self, hyperparameters: Hyperparameters, rate: float, step: int, horizon: int
     ) -> tuple[float, float]:
-        """Evaluation and train loss; `rate` is in units of the best one."""
+        """Return evaluation and train loss; `rate` is in units of the best one."""
         floor = UNTOUCHED_LOSS * (0.68 + self._penalty(hyperparameters))
         speed = 3.0 * rate / (1.0 + 2.0 * rate**1.3)
         worth, annealed = _decayed(hyperparameters, step, horizon)
@@ -87,7 +87,7 @@ class LoraFormula:
         return loss + overfitted, loss - 0.01 * progress**0.5
 
     def _penalty(self, hyperparameters: Hyperparameters) -> float:
-        """What everything but the rate costs at the end, as a share of the untouched loss."""
+        """Return the final cost of all hyperparameters but the rate, as a share of the base model's loss."""
         rank = HYPERPARAMETERS["lora_r"].number(hyperparameters)
         total = 0.04 / rank
         for name, (centre, cost) in _CENTRES.items():
@@ -100,9 +100,9 @@ class LoraFormula:
         return total
 
     def _examples(self, hyperparameters: Hyperparameters, step: int, loss: float) -> tuple[float, ...]:
-        """Per-example sums around a loss: some examples are hard in every run, and each run has its luck."""
+        """Return per-example sums around a loss: some examples are hard in every run, others vary by run."""
         hard = 1.0 + 0.3 * np.random.default_rng(_seed(self.name, "examples")).standard_normal(NUM_EXAMPLES)
-        # The decay is no part of a trunk's luck: a run that goes on to another horizon must not notice.
+        # Noise must not depend on the decay: a run continued to another horizon has the same trunk.
         decay = decay_names(hyperparameters)
         run = sorted((name, repr(value)) for name, value in hyperparameters.items() if name not in decay)
         luck = np.random.default_rng(_seed(self.name, repr(run), str(step))).standard_normal(NUM_EXAMPLES)
@@ -115,9 +115,9 @@ class LoraFormula:
 
 
 def _decayed(hyperparameters: Hyperparameters, step: int, horizon: int) -> tuple[float, float]:
-    """What the steps done are worth, in steps at the peak, and how far their mean rate is below the peak.
+    """Return the progress in steps at the peak, and how far the mean rate is below the peak.
 
-    The warmup counts for the first by its shares of the peak, and not for the second.
+    The warmup counts towards the first by its shares of the peak, but not towards the second.
     """
     warmup = min(step, warmup_length(hyperparameters))
     end = trunk_end(hyperparameters, horizon)
@@ -137,20 +137,20 @@ def _seed(*parts: str) -> int:
 
 @dataclass(frozen=True)
 class RecordedCurves:
-    """A table: a configuration's values, and its losses at the recorded steps; a `Curve`.
+    """A `Curve` from a table of recorded losses by configuration.
 
-    The recorded runs must not depend on a horizon: what was recorded up to a step is the whole run
-    to that horizon, and the trunk of a longer one.
+    The recorded runs must not depend on a horizon: the losses up to a step are the whole run to that horizon,
+    and the trunk of a longer one.
     """
 
     names: tuple[str, ...]
-    """Hyperparameters that tell one configuration from another; a trial may have more."""
+    """Hyperparameters that identify a configuration; a trial may have more."""
     steps: tuple[int, ...]
-    """Where losses were recorded, rising."""
+    """Steps with recorded losses, rising."""
     eval_losses: Mapping[tuple[Value, ...], Sequence[float]]
-    """By configuration, in the order of `names`: one loss a step; not finite where it diverged."""
+    """Losses by configuration, in the order of `names`: one per step; not finite after divergence."""
     train_losses: Mapping[tuple[Value, ...], Sequence[float]]
-    """The same of the training batches; may be empty."""
+    """Training losses in the same form; may be empty."""
 
     def __post_init__(self) -> None:
         if list(self.steps) != sorted(set(self.steps)):
@@ -161,12 +161,12 @@ class RecordedCurves:
                 raise ValueError(f"{short}: {len(losses[short])} losses for {len(self.steps)} steps")
 
     def __call__(self, hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
-        """The recorded evaluation. Raises KeyError for what was not recorded: no curve is made up."""
+        """Return the recorded evaluation. Raises KeyError if there is none."""
         key = tuple(hyperparameters[name] for name in self.names)
         if key not in self.eval_losses:
             raise KeyError(f"no curve was recorded for {dict(zip(self.names, key, strict=True))}")
         if step not in self.steps:
-            raise KeyError(f"nothing was recorded at step {step}; recorded are {self.steps}")
+            raise KeyError(f"nothing was recorded at step {step}; recorded steps: {self.steps}")
         at = self.steps.index(step)
         trained = self.train_losses.get(key)
         train_loss = float(trained[at]) if trained is not None and step > 0 else None
