@@ -146,7 +146,7 @@ def test_nothing_complete() -> None:
     assert advice.headline(report) == "Nothing to conclude yet: no trial is complete."
     assert advice.found(report) == ("1 trial so far: 1 infeasible.",)
     assert advice.key_numbers(report) == []
-    assert "look at why" in advice.next_step(report)
+    assert "Find out why" in advice.next_step(report)
 
 
 def test_a_round_without_points_for_all_its_trials_says_so() -> None:
@@ -236,7 +236,7 @@ def test_test_rows_are_offered_until_a_trial_is_scored_and_a_second_look_is_name
     assert advice.tested(synthetic.report()) == ()
     report = with_test_rows(synthetic.report())
     (offer,) = advice.tested(report)
-    assert "`tuner trial show best --test` measures it on data.test; do that once" in offer
+    assert "score it once on data.test with `tuner trial show best --test`" in offer
     score = FinalScore(60, 1.5, 0.03, 40, 900, "abc", 1.0)
     first = Trial("round1", 3, {}, final_score=score)
     second = Trial(

@@ -58,7 +58,7 @@ def test_the_best_is_the_best_of_the_objective() -> None:
     first, *more = advice.found(report)
     assert "is trial 5: answers that score 0.5 ± 0.0712, the mean of 50 answers" in first
     assert "The runner-up, trial 4, has 0.4 ± 0.0712 and loss" in more[-1]
-    assert "horizon goes by losses" in more[-1]
+    assert "the horizon are based on losses" in more[-1]
     names = {name: (value, against) for name, value, against in advice.key_numbers(report)}
     assert names["answer score"] == ("0.5 ± 0.0712", "50 answers by metrics.py:overlap")
     assert "its evaluation loss" in names

@@ -128,7 +128,7 @@ def test_a_failure_is_said_once_and_disturbs_no_other_tool() -> None:
     screen = show((trial(0, 0),), (trial(0, 2),), (trial(0, 8, COMPLETE),), tools=tools)
     [message] = screen.messages
     assert message.startswith(
-        "run.report_to: failing failed (ConnectionError: nobody answers). The round goes"
+        "run.report_to: failing failed (ConnectionError: nobody answers). The round continues"
     )
     assert other.points == {0: [0, 2, 4, 6, 8]}
     failing.fails_at = None

@@ -165,7 +165,7 @@ def test_each_round_shows_its_own_throughput() -> None:
     first, second = synthetic.report(), synthetic.report(round="round2", throughputs=synthetic.WORK)
     page = Page(html_page(second, earlier=[first]))
     assert page.text.count("Throughput") == 1
-    assert "tokens/s 3,000 trained on" in " ".join(page.text.replace("3,000", " 3,000 ").split())
+    assert "tokens/s 3,000 training tokens" in " ".join(page.text.replace("3,000", " 3,000 ").split())
 
 
 @pytest.mark.parametrize("promised", [0, 8])
