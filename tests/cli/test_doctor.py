@@ -60,7 +60,7 @@ def test_a_study_before_and_after_its_first_round(here: Path, capsys: pytest.Cap
     before = content(here)
     checks = doctor(capsys, code=0)
     assert checks["study"]["found"] == "tiny: round1.yaml"
-    assert "nothing is in it yet" in checks["storage"]["found"]
+    assert "empty; the first run creates it" in checks["storage"]["found"]
     assert str(here / "runs" / "round1") in checks["disk"]["found"]
     assert content(here) == before
     open_store(f"sqlite:///{here}/tuner.db", study="tiny").close()

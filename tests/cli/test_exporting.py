@@ -169,7 +169,7 @@ def test_what_is_in_the_way_stays(study: Path, capsys: pytest.CaptureFixture[str
         assert run(["trial", "export", "best", "--to", "empty", *extra]) == 0
         assert "adapter_config.json" in names(study / "empty")
         (study / "empty" / "left.txt").write_text("")
-    assert "--to empty: is not empty" in refusal(capsys, "best", "--to", "empty")
+    assert "--to empty: not empty" in refusal(capsys, "best", "--to", "empty")
 
 
 @pytest.mark.parametrize(
