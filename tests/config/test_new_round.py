@@ -91,7 +91,7 @@ def test_what_a_round_cannot_say_is_refused():
         new_round(study="my study", model="m", data="d.jsonl", train_rows=10)
     with pytest.raises(RoundFileError, match="did you mean sharegpt"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, format="share_gpt")
-    with pytest.raises(RoundFileError, match="together with eval"):
+    with pytest.raises(RoundFileError, match="combined with eval"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, eval="e.jsonl", eval_fraction=0.1)
     with pytest.raises(InputError, match=r"d\.jsonl has no rows"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=0)

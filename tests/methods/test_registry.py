@@ -148,7 +148,7 @@ def test_a_promotion_keeps_a_sampler_of_the_users(tmp_path: Path) -> None:
         (
             "tpe",
             "  sampler_arguments: {seed: 1}\n",
-            "search.sampler_arguments: means something with a sampler",
+            "search.sampler_arguments: applies only to a sampler",
         ),
     ],
 )
