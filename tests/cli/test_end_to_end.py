@@ -23,6 +23,9 @@ TRIAL_KEYS = [
     "best_step",
     "best_eval_loss",
     "settled_step",
+    "metric",
+    "direction",
+    "best_value",
     "adapter",
     "answers",
     "test",
@@ -57,8 +60,8 @@ class TestStudy:
         assert [r["round"] for r in document["rounds"]] == ["round1", "round2"]
         for status in document["rounds"]:
             assert list(status) == [
-                "round", "max_train_steps", "state", "trials", "best", "branches_left", "seconds_left",
-                "overfitting", "throughput",
+                "round", "max_train_steps", "state", "trials", "metric", "direction", "best", "branches_left",
+                "seconds_left", "overfitting", "throughput",
             ]  # fmt: skip
             executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])
             measured = status["throughput"]

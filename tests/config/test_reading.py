@@ -166,7 +166,11 @@ def test_single_mistakes(old, new, line, key, message):
         ("checkpoints: {keep_best_trials: 0}", "checkpoints.keep_best_trials", "all or a whole number"),
         ("checkpoints: {keep_best_trials: every}", "checkpoints.keep_best_trials", "got 'every'"),
         ("run: {slots: many}", "run.slots", "auto or a whole number of at least 1, got 'many'"),
-        ("run: {engine: ray}", "run.engine", "expects local or simulated, got 'ray'"),
+        (
+            "run: {engine: ray}",
+            "run.engine",
+            "expects one of local, simulated, or package.module:Name, got 'ray'",
+        ),
         ("run: {pruner: hyperband}", "run.pruner", "expects none, median or halving"),
         ("run: {report_to: [tensorbord]}", "run.report_to[0]", "did you mean tensorboard?"),
         ("run: {decay_branches: often}", "run.decay_branches", "'often'"),

@@ -175,4 +175,4 @@ def test_the_table_has_every_hyperparameter_and_no_broken_cell():
     page = reference_pages()["hyperparameters.md"]
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(HYPERPARAMETERS)
-    assert all(row.count("|") == 6 for row in rows)
+    assert all(row.count("|") == 7 for row in rows)

@@ -144,7 +144,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_what_is_allowed(study: Path) 
 
 
 def test_a_record_holds_all_of_a_description() -> None:
-    kinds = (Number(above=0), Integer(at_least=1), Flag(), OneOf(("a", "b")))
+    kinds = (Number(above=0), Integer(at_least=1), Flag(), OneOf(("a", "b"), (("c", "It is not."),)))
     rows = tuple(
         Hyperparameter(f"own_{i}", None, kind, "Means.", "by itself") for i, kind in enumerate(kinds)
     )

@@ -180,22 +180,29 @@ def _row_to_json(row: Hyperparameter) -> dict[str, Any]:
         "kind": kind,
         "meaning": row.meaning,
         "default_note": row.default_note,
+        "only_if_written": row.only_if_written,
+        "may_follow_rank": row.may_follow_rank,
         "tier": str(row.tier),
         "in_decay": row.in_decay,
     }
 
 
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
 def _row_from_json(document: Mapping[str, Any]) -> Hyperparameter:
-    kind = dict(document["kind"])
-    made_by = _KINDS[kind.pop("type")]
-    if "names" in kind:
-        kind["names"] = tuple(kind["names"])
+    recorded = dict(document["kind"])
+    made_by = _KINDS[recorded.pop("type")]
+    kind = {key: _tupled(value) for key, value in recorded.items()}
     return Hyperparameter(
         name=document["name"],
         default=document["default"],
         kind=made_by(**kind),
         meaning=document["meaning"],
         default_note=document["default_note"],
+        only_if_written=document.get("only_if_written", False),
+        may_follow_rank=document.get("may_follow_rank", False),
         tier=Tier(document["tier"]),
         in_decay=document.get("in_decay"),
     )
