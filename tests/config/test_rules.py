@@ -266,7 +266,7 @@ def test_entries_of_a_range_may_be_as_many_as_there_are_trials():
             "lion",
             "adam_beta1",
             "applies only to optimizer: adamw or adamw_8bit; optimizer is 'lion' here, whose own "
-            "weight_decay, lion_beta1, lion_beta2",
+            "hyperparameters are weight_decay, lion_beta1, lion_beta2",
         ),
         ("[lion, muon]", "adam_epsilon", "optimizer is 'lion' or 'muon' here"),
         (

@@ -144,11 +144,11 @@ ANSWERS = ", answers: {metric: exact_match}"
         ),
         (
             "objective: {metric: token_accuracy, direction: minimize}", "", 25, "objective.direction",
-            "is minimize, but higher values of token_accuracy are better; write maximize, or remove this line",
+            "is minimize, but higher values of token_accuracy are better; write maximize, or remove this",
         ),
-        ("objective: {direction: maximize}", "", 25, "objective.direction", "lower values of eval_loss are better"),
+        ("objective: {direction: maximize}", "", 25, "objective.direction", "lower values of eval_loss"),
         ("objective: {direction: up}", "", 25, "objective.direction", "expects minimize or maximize, got"),
-        ("objective: {metric: answers}", "", 25, "objective.metric", "answers requires evaluation.answers; add"),
+        ("objective: {metric: answers}", "", 25, "objective.metric", "requires evaluation.answers; add"),
         (
             "objective: {metric: eval_loss}", ", answers: {objective: true}", 23,
             "evaluation.answers.objective", "is true, but objective.metric is eval_loss",

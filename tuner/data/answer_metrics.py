@@ -1,4 +1,4 @@
-"""Metrics of generated answers, and the evaluation rows that are asked."""
+"""Metrics of generated answers, and the evaluation rows to answer."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def load_metric(name: str) -> Metric:
         return Metric(name, exact_match)
     place, _, attribute = name.rpartition(":")
     shown = f"{Path(place).name}:{attribute}"
-    advice = "give exact_match, file.py:function of a file beside the round file, or module:function"
+    advice = "write exact_match, file.py:function (relative to the round file), or module:function"
     if place.endswith(".py") and not Path(place).is_file():
         raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {advice}")
     try:
@@ -165,8 +165,8 @@ def eval_prompts(
         sources = ", ".join(dict.fromkeys(f"{part.path} (format {part.format})" for part in parts))
         raise DataError(
             f"evaluation.answers: {sources}: no evaluation row has a prompt and a completion that max_length "
-            "leaves whole, so there is nothing to answer; give eval rows in alpaca, messages, sharegpt or "
-            "completion, or take evaluation.answers out"
+            "leaves whole, so there is nothing to answer; use eval rows of format alpaca, messages, sharegpt "
+            "or completion, or remove evaluation.answers"
         )
     return found
 

@@ -88,9 +88,9 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         if template is None and not tokenizer.chat_template:
             raise DataError(
-                "conversations need a chat template, and this model's tokenizer has none; name one in the "
+                "conversations require a chat template, but this model's tokenizer has none; set one in the "
                 f"source, as `template: chatml` (or {' or '.join(sorted(TEMPLATES.keys() - {'chatml'}))}), "
-                "use an instruction-tuned model, or format alpaca, completion or text"
+                "use an instruction-tuned model, or use format alpaca, completion or text"
             )
         self.is_named = template is not None
         """Whether it is not the tokenizer's own, and so has no BOS of its own."""

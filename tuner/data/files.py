@@ -1,4 +1,4 @@
-"""Files of rows: where they lie, locally or at a URL, and how they are opened."""
+"""Data files: locating them, locally or at a URL, and opening them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def file_size(file: LocalFile) -> int:
         about = file.path.stat()
     if not stat.S_ISREG(about.st_mode):
         kind = "a directory" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
-        raise DataError(f"{file.name}: is {kind}; data is read from a file, more than once")
+        raise DataError(f"{file.name}: is {kind}; use a regular file, since data is read more than once")
     return about.st_size
 
 

@@ -1,4 +1,4 @@
-"""What a row says: its texts in order, and which of them the loss sees."""
+"""Row formats: the texts of a row in order, and which of them the loss is computed on."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ def row_format(
     elif name in ("alpaca", "messages", "sharegpt"):
         chosen = _conversation(name, called, Chat(tokenizer, None if template == "tokenizer" else template))
     else:
-        raise DataError(
-            f"format {name!r} is not read; allowed are alpaca, messages, sharegpt, completion and text"
-        )
+        raise DataError(f"unknown format {name!r}; allowed: alpaca, messages, sharegpt, completion and text")
     identity: dict[str, Any] = {}
     if columns:
         identity["columns"] = dict(columns)
@@ -126,7 +124,7 @@ def require_columns(row: Row, row_format: RowFormat) -> None:
         optional = "".join(f" ({column!r} is optional)" for column in row_format.optional)
         raise DataError(
             f"{row.place}: no column {missing[0]!r}; columns found: {found}; format {row_format.name} "
-            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; other names are said by `columns`"
+            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; map other names with `columns`"
         )
 
 

@@ -104,7 +104,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise RepeatedKey(f"the key {repeated!r} is there twice in one object; keep one of them")
+        raise RepeatedKey(f"the key {repeated!r} appears twice in one object; keep one of them")
     return values
 
 
@@ -218,4 +218,4 @@ class _Text:
             found = error.doc[error.pos : error.pos + 40]
             where = f", found {found!r}" if found else "; is the file cut off?"
             return f"not JSON: {error.msg}{where}"
-        return f"not JSON that can be read: {error}"
+        return f"not readable as JSON: {error}"

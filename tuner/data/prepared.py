@@ -1,4 +1,4 @@
-"""What the model trains and is evaluated on: the round's data, read, split, tokenised and counted."""
+"""A round's data: read, split, tokenised and counted."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def prepare(
     """
     data = spec.data
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
-        raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
+        raise DataError(f"{weighted[0]}: weight applies only to training rows; every other row is used once")
     tokeniser = Tokeniser(tokenizer)
     special = SpecialTokens(tokenizer, tokeniser)
     recipe = Recipe(tokeniser, data.loss_on, data.max_length, cache, say, special)
@@ -237,8 +237,8 @@ def share_for_evaluation(
     if share is None:
         sources = ", ".join(part.source.name for part in parts)
         raise DataError(
-            f"{sources}: of its rows none can be held out, since there is one alone, or all are alike; give "
-            "evaluation rows of their own"
+            f"{sources}: none of its rows can be held out, since there is only one, or all are equal; add "
+            "separate evaluation rows"
         )
     return share
 
@@ -299,11 +299,11 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
         if name == "eval" and data.eval_fraction is not None:
             raise DataError(
                 f"{sources}: eval_fraction {data.eval_fraction} holds out none of its rows; "
-                "raise it, or give the evaluation rows as eval"
+                "raise it, or list evaluation rows under eval"
             )
         raise DataError(
-            f"{sources}: no {name} row is left with anything to learn: rows without an answer are dropped, "
-            "with an empty one, or with `weight: 0` on all of them, and so are rows whose prompt alone fills "
+            f"{sources}: no {name} row is left with anything to learn: rows are dropped if they have no "
+            "answer, only empty ones, or `weight: 0` on all of them, or if the prompt fills "
             f"max_length ({data.max_length} tokens)"
         )
 

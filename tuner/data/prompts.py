@@ -1,4 +1,4 @@
-"""The prompts that inference sends: token for token what the model was trained to complete."""
+"""Prompts for inference, token for token as in training."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _prompt(row: Row, chosen: RowFormat, tokenizer: PreTrainedTokenizerBase) -> 
     refuse_half_characters(row, segments)
     ids = _tokeniser(tokenizer).prompt(segments, chosen.opening)
     if not ids:
-        raise DataError(f"{row.place}: is empty; give the model some text to go on from")
+        raise DataError(f"{row.place}: is empty; write some text for the model to continue")
     text = "".join(segment.text for segment in segments)
     return Prompt(row.number, row.place, text, tuple(ids))
 
@@ -151,7 +151,7 @@ def _asking(row: Row, formats: Sequence[RowFormat]) -> tuple[Row, RowFormat]:
     found = ", ".join(map(repr, row.values)) or "none"
     others = "".join(f", {column!r}" for each in formats[1:] for column in each.asking)
     raise DataError(
-        f"{row.place}: no column {missing!r}; columns found: {found}; a row to answer has "
+        f"{row.place}: no column {missing!r}; columns found: {found}; a row to answer needs "
         f"{' and '.join(map(repr, chosen.asking))}, as the training rows (format {chosen.name}){others} or "
         "'prompt'"
     )

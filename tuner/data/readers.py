@@ -1,4 +1,4 @@
-"""Rows out of the kinds of file: one generator a kind, each naming file and line or row when it fails."""
+"""Readers of rows: one generator per kind of file, whose errors name the file and the line or row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reader_of(file: LocalFile) -> Reader:
         case "parquet" if not packed:
             return _parquet
     raise DataError(
-        f"{file.name}: an unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
+        f"{file.name}: unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
         "(each also with .gz) and .parquet; plain text, such as a log, is read with "
         "`format: text, split_on: line` (or blank, bytes)"
     )
@@ -70,7 +70,7 @@ def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
             except RepeatedKey as error:
                 raise DataError(f"{place}: {error}") from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not JSON that can be read: {error}") from error
+                raise DataError(f"{place}: not readable as JSON: {error}") from error
             if not isinstance(value, dict):
                 raise DataError(f"{place}: {not_a_row(value, lines)}")
             yield Row(number, place, value)
@@ -147,7 +147,7 @@ def _parquet(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
                     number += 1
                     yield Row(number, f"{file.name}: row {number}", values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: not a Parquet file that can be read: {error}") from error
+        raise DataError(f"{file.name}: not a readable Parquet file: {error}") from error
 
 
 def _announced_bytes(metadata: Any) -> int:

@@ -162,8 +162,8 @@ def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
         return
     advice = "" if has_test else ", or give eval_fraction and no eval"
     raise DataError(
-        f"{found.explanation}. A loss measured on what was trained on says nothing: take these rows out of "
-        f"one of the two{advice}; or write `allow_overlap: true` under data to measure it all the same"
+        f"{found.explanation}. A loss measured on training rows is not meaningful: remove these rows from "
+        f"one of the two{advice}; or write `allow_overlap: true` under data to allow them"
     )
 
 

@@ -222,7 +222,7 @@ class Tokeniser:
         room = max_length - len(self._beginning)
         if room <= windows.overlap_tokens:
             raise DataError(
-                f"max_length {max_length} leaves no room for anything new after overlap_tokens "
+                f"max_length {max_length} leaves no room for new tokens after overlap_tokens "
                 f"({windows.overlap_tokens}) and the beginning of a text ({len(self._beginning)} tokens)"
             )
         separator = windows.separator if windows.fills else ""
@@ -295,7 +295,7 @@ class Tokeniser:
         for at in range(len(whole) - len(plain) + 1):
             if plain and whole[at : at + len(plain)] == plain:
                 return whole[:at]
-        raise ModelError("the tokenizer has no tokens for the letter a; is it damaged?")
+        raise ModelError("the tokenizer has no tokens for the letter a; is the file damaged?")
 
     def _ids(self, texts: Sequence[tuple[str, _After]]) -> list[Sequence[int]]:
         """Ids of texts, each with what stands before it."""

@@ -105,7 +105,8 @@ def _load(kind: Chooser, name: str) -> PlugIn:
         if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
             raise InputError(
                 f"{kind} {name}: expects hyperparameters of type "
-                f"tuner.methods.hyperparameters.Hyperparameter and of the kinds {', '.join(_KINDS)}; got {row!r}"
+                f"tuner.methods.hyperparameters.Hyperparameter and of the kinds {', '.join(_KINDS)}; "
+                f"got {row!r}"
             )
     if isinstance(method, Optimizer):
         return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
