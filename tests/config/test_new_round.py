@@ -122,5 +122,5 @@ def test_the_recipe_of_alpaca_and_qlora():
 
 
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(InputError, match="no template alpaca; expects alpaca-qlora"):
+    with pytest.raises(InputError, match="unknown template alpaca; expects alpaca-qlora"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, recipe="alpaca")

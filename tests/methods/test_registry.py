@@ -165,8 +165,8 @@ def test_a_wrong_name_is_refused_where_it_stands(
     ("sampler", "arguments", "message"),
     [
         ("no_such_module:Name", "{}", "cannot be imported"),
-        ("optuna.samplers:TPESampler", "{no_such: 1}", "cannot be made with"),
-        ("pathlib:Path", "{}", "and not a sampler of Optuna's"),
+        ("optuna.samplers:TPESampler", "{no_such: 1}", "cannot be created with"),
+        ("pathlib:Path", "{}", "expects an Optuna sampler, got"),
     ],
 )
 def test_a_sampler_that_cannot_be_made_is_bad_input_and_leaves_nothing(

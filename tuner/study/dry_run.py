@@ -1,7 +1,7 @@
-"""Rehearsals: a dry run of a round in a folder of its own, so that no real round is touched.
+"""Dry runs of a round, in a separate folder, so that no real round changes.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its files, its database and its
-checkpoints; its files say `run.engine: simulated`, and every command works in it.
+The folder `rehearsal/` beside the round file is a study like any other, with its own files, database and
+checkpoints; its files have `run.engine: simulated`, and every command works in it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tuner.study.run import refuse_changed_file
 
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
-    """Return the round's copy under `rehearsal/`, written if it differs; a rehearsal's own file itself.
+    """Return the round's copy under `rehearsal/`, written if it differs; a file of a dry run is returned
+    unchanged.
 
-    Raises InputError if the copy cannot be written, or if the rehearsed round started with another file.
+    Raises InputError if the copy cannot be written, or if the dry run started with another file.
     """
     if is_rehearsal(file):
         return file
