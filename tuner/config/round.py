@@ -50,13 +50,13 @@ _SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
 
 
 def absolute_model(path: str, directory: Path) -> str:
-    """The model's directory, or the id on the Hub untouched: a name is a path when it exists or begins so."""
+    """The model's directory, or the id on the Hub unchanged: a name is a path when it exists or begins so."""
     is_path = _begins_like_a_path(path) or _exists(directory / path)
     return absolute_path(path, directory) if is_path else path
 
 
 def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) -> str:
-    """The data file or pattern of files, or the Hub's id or the URL untouched.
+    """The data file or pattern of files, or the Hub's id or the URL unchanged.
 
     A name that ends like a data file, has a character of patterns, or is of plain text, is a path.
     """
@@ -86,7 +86,7 @@ def absolute_metric(metric: str, directory: Path) -> str:
 
 
 def absolute_storage(url: str, directory: Path) -> str:
-    """The URL with SQLite's file made absolute; any other URL untouched."""
+    """The URL with SQLite's file made absolute; any other URL unchanged."""
     found = _SQLITE_FILE.fullmatch(url)
     if found is None or found[2].startswith("file:"):
         return url

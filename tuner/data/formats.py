@@ -72,7 +72,7 @@ class RowFormat:
 
 
 def source_format(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
-    """The format of a source as the round file says it. Raises DataError."""
+    """Return the format of a source of the round file. Raises DataError."""
     chosen = row_format(spec.format, tokenizer, columns=spec.columns, template=spec.template)
     if spec.split_on is None and spec.overlap_tokens is None:
         return chosen
@@ -93,7 +93,7 @@ def row_format(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
 ) -> RowFormat:
-    """The format of that name.
+    """Return the format with this name.
 
     `columns` has what its columns are called where they have other names, `template` the text around the
     turns. Raises DataError when the format is unknown or the tokenizer cannot render it.
@@ -118,7 +118,7 @@ def row_format(
 
 
 def require_columns(row: Row, row_format: RowFormat) -> None:
-    """Raises DataError when the row lacks a column that the format needs."""
+    """Raise DataError if the row lacks a required column."""
     if missing := [column for column in row_format.needed if column not in row.values]:
         found = ", ".join(map(repr, row.values)) or "none"
         optional = "".join(f" ({column!r} is optional)" for column in row_format.optional)
@@ -147,7 +147,7 @@ _NOWHERE = "\0"
 
 
 def _called(columns: Mapping[str, str]) -> dict[str, str]:
-    """What each column is called."""
+    """Return the name of each column in the source."""
     given_away = {name for column, name in columns.items() if column != name and name in _YIELDING}
     own = {column: _NOWHERE if column in given_away else column for column in _COLUMNS}
     return {**own, **columns}

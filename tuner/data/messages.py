@@ -1,4 +1,4 @@
-"""What a message of a row says: who speaks, its texts, and whether it is learned."""
+"""Messages of a row: role, texts, and whether they are trained on."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Conversation:
         return replace(self, messages=(*self.messages, message))
 
     def asking(self) -> Conversation:
-        """Up to where the assistant answers last, whether it does or not."""
+        """Return the conversation up to the assistant's last answer."""
         ends = self.messages[-1].role == "assistant"
         return replace(self, messages=self.messages[:-1]) if ends else self
 
@@ -96,7 +96,7 @@ class Conversation:
 
 
 def read_messages(row: Row, column: str) -> tuple[Message, ...]:
-    """The messages of a row of format messages. Raises DataError."""
+    """Return the messages of a row of format messages. Raises DataError."""
     turns = enumerate(listed(row, column), start=1)
     messages = tuple(_message(row, index, turn) for index, turn in turns)
     if messages[0].role == "assistant":
@@ -121,7 +121,8 @@ def read_tools(row: Row, column: str) -> Sequence[Any] | None:
 
 
 def read_history(row: Row, column: str) -> tuple[Message, ...]:
-    """Earlier turns as pairs of a question and its answer, a list or its JSON. Raises DataError."""
+    """Return earlier turns from pairs of question and answer, given as a list or as JSON. Raises
+    DataError."""
     pairs = _from_json(row, column)
     if pairs is None:
         return ()
@@ -148,7 +149,7 @@ def read_system(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def listed(row: Row, column: str) -> list[Any]:
-    """A column's list, which is not empty. Raises DataError."""
+    """Return a column's list. Raises DataError if it is empty or not a list."""
     messages = row.values[column]
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if isinstance(messages, list) else kind_of(messages)
@@ -182,7 +183,7 @@ def message_of(
 
 
 def text_of(row: Row, index: int, message: Mapping[str, Any], key: str) -> str:
-    """The text that a message has under a key. Raises DataError."""
+    """Return the text of a message's key. Raises DataError."""
     value = message.get(key)
     if not isinstance(value, str):
         found = kind_of(value) if key in message else "missing"

@@ -47,7 +47,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """What became of the rows of one split."""
+    """Statistics of the rows of one split."""
 
     num_examples: int = 0
     """Rows that are trained or evaluated on: those kept, after `weight` and `max_examples`."""
@@ -75,7 +75,7 @@ class SplitReport:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of every row that was read."""
+    """Statistics of all rows that were read."""
 
     train: SplitReport = field(default_factory=SplitReport)
     evaluation: SplitReport = field(default_factory=SplitReport)
@@ -129,7 +129,7 @@ class PreparedData:
 def refuse_tokens_beyond(
     data: PreparedData, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> None:
-    """Raises DataError for the first row with a token that a base with so many embeddings lacks.
+    """Raise DataError for the first row with a token beyond the base model's embeddings.
 
     `tokenizer` is called to name the token.
     """
@@ -147,7 +147,7 @@ def prepare(
     cache: Path | None,
     say: Callable[[str], None] = lambda _: None,
 ) -> PreparedData:
-    """The data of a round whose paths are absolute; `cache` is a folder for tokenised data, or None.
+    """Prepare the data of a round with absolute paths; `cache` is a folder for tokenised data, or None.
 
     `say` hears how far it is, about once a second. Raises DataError, and StorageError when the cache
     cannot be written.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is to complete."""
+    """A prompt for the model to complete."""
 
     row: int
     """1-based line of its file, or 1-based row where the file has no lines."""
@@ -83,7 +83,7 @@ def read_prompts(
 def refuse_prompt_beyond(
     prompt: Prompt, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> None:
-    """Raises DataError for a prompt with a token that a base with so many embeddings lacks."""
+    """Raise DataError for a prompt with a token beyond the base model's embeddings."""
     if (token := max(prompt.ids)) >= num_embeddings:
         raise token_beyond(prompt.place, token, num_embeddings, tokenizer())
 
@@ -91,7 +91,7 @@ def refuse_prompt_beyond(
 def token_beyond(
     place: str, token: int, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
 ) -> DataError:
-    """The error of a text with a token that a base with so many embeddings lacks."""
+    """Return the error for a text with a token beyond the base model's embeddings."""
     text = tokenizer.convert_ids_to_tokens(token)
     return DataError(
         f"{place}: has the token {text!r} ({token}), and the model has embeddings for "

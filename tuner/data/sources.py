@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and data sets of the Hub."""
+"""Sources of rows: files, folders and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _load_saved(folder: str, *, config: str | None, split: str | None) -> Any:
 
 
 def _chosen(splits: Mapping[str, Any], split: str | None, folder: str) -> Any:
-    """The split that is named, or the only one."""
+    """Return the named split, or the only one."""
     names = [str(name) for name in splits]
     if split is None and len(names) == 1:
         return splits[names[0]]
@@ -158,7 +158,7 @@ def _the_cache_alone() -> Iterator[None]:
 
 
 def rows_hash(rows: Any) -> str:
-    """A hash of the files that the data set is mapped from."""
+    """Return a hash of the files that the dataset is mapped from."""
     names = [file["filename"] for file in rows.cache_files]
     hashes = [content_hash(LocalFile(Path(name), name)) for name in names]
     return hashlib.sha256(f"{hashes} {rows.num_rows}".encode()).hexdigest()

@@ -137,7 +137,7 @@ class Overlap:
 
 
 def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
-    """Rows of `parts` that are like a row of `others`."""
+    """Return the rows of `parts` that are like a row of `others`."""
     likenesses = _both_halves(parts, "likenesses")
     shared = _among(likenesses, others, "likenesses")
     if not shared.any():
@@ -157,7 +157,7 @@ def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
 
 
 def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
-    """Raises DataError when there is one."""
+    """Raise DataError if there is an overlap."""
     if not found.num_rows:
         return
     advice = "" if has_test else ", or give eval_fraction and no eval"

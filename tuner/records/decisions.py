@@ -51,7 +51,7 @@ class RoundBegun(Fact):
         """Raise FactError if the round started with another horizon."""
         if begun != self.round.max_train_steps:
             raise FactError(
-                f"{self.round.name} has begun with other max_train_steps than {self.round.max_train_steps}"
+                f"{self.round.name} started with other max_train_steps than {self.round.max_train_steps}"
             )
 
 

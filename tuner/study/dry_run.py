@@ -24,13 +24,13 @@ def rehearsed_file(file: RoundFile) -> RoundFile:
     if is_rehearsal(file):
         return file
     path = file.directory / REHEARSAL / file.path.name
-    text = edit_round(file.text, _changes(file), {"run.engine": "a rehearsal: nothing is trained"})
+    text = edit_round(file.text, _changes(file), {"run.engine": "a dry run: nothing is trained"})
     copy = read_round(text, path)
     try:
         refuse_changed_file(RoundPlan(copy))
     except RoundFileError as error:
         raise InputError(
-            f"{error}\nTo rehearse {file.path.name} as it is now, delete {path.parent}"
+            f"{error}\nFor a dry run of the current {file.path.name}, delete {path.parent}"
         ) from error
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -48,7 +48,7 @@ def _changes(file: RoundFile) -> dict[str, Any]:
         "run.engine": "simulated",
         "storage": "sqlite:///tuner.db",
         "checkpoints.directory": "runs",
-        "goal": f"Rehearsal with made-up losses. {written.goal}".strip(),
+        "goal": f"Dry run with synthetic losses. {written.goal}".strip(),
     }
     if absolute.model.path != written.model.path:
         changes["model.path"] = absolute.model.path

@@ -292,7 +292,7 @@ class RoundLoop:
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
             case "failed":
-                # Its checkpoint cannot be used: the next attempt takes an older one, or starts anew.
+                # Its checkpoint cannot be used: the next attempt uses an older one, or starts over.
                 unusable = tuple(c.path for c in self.folder.resumable(trial)[:1])
                 self.state.record(CheckpointsRemoved(trial.round, trial.number, unusable))
                 self._end_attempt(trial, "failed", event.reason)
