@@ -127,7 +127,7 @@ CONTENTS: dict[str, tuple[str, bytes, str, str]] = {
         ":1: ",
         "no column 'instruction'",
     ),
-    "a million brackets": ("a.jsonl", b"[" * 1_000_000, ":1: ", "not readable as JSON"),
+    "a million brackets": ("a.jsonl", b"[" * 1_000_000, ":1: ", "not JSON that can be read"),
     "a million braces": ("a.json", b'[{"a":' + b'{"a":' * 200_000, ": row 1: ", "not JSON"),
     "a key twice": ("a.jsonl", b'{"output": "a", "output": "b"}', ":1: ", "'output' appears twice"),
     "a key twice in a list": (

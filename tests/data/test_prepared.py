@@ -461,7 +461,7 @@ def test_of_several_splits_that_save_to_disk_wrote_one_is_named(tmp_path: Path) 
     data = tiny.prepared(PLAIN, train=train, eval=[tiny.source(Path(one))])
     assert outputs(data.train) == [row["output"] for row in parts["train"]]
     assert outputs(data.evaluation) == [row["output"] for row in parts["valid"]]
-    said = "holds the splits train, valid, test, .* name one of them, as `split: train`"
+    said = "contains the splits train, valid, test, .* name one of them, as `split: train`"
     for split in ({}, {"split": "dev"}, {"split": "train[:9]"}):
         with pytest.raises(DataError, match=said):
             tiny.prepared(PLAIN, train=[tiny.source(Path(several), **split)], eval_fraction=0.3)

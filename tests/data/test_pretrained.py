@@ -52,7 +52,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: there is no such directory"
     assert "the directory has no tokenizer.json" in refusal(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"no")
-    assert "give the model's directory as path" in refusal(tmp_path / "model.gguf")
+    assert "set path to the model's directory" in refusal(tmp_path / "model.gguf")
     assert "GGUF files there: model.gguf" in refusal(tmp_path, gguf_file="other.gguf")
     assert "the tokenizer cannot be loaded" in refusal(tmp_path, gguf_file="model.gguf")
 

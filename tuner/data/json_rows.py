@@ -218,4 +218,4 @@ class _Text:
             found = error.doc[error.pos : error.pos + 40]
             where = f", found {found!r}" if found else "; is the file cut off?"
             return f"not JSON: {error.msg}{where}"
-        return f"not readable as JSON: {error}"
+        return f"not JSON that can be read: {error}"

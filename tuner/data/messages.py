@@ -279,7 +279,7 @@ def _sharegpt_message(row: Row, index: int, turn: Any) -> Message:
     role = SPEAKERS.get(speaker.strip().lower())
     if role is None:
         raise DataError(
-            f"{row.place}: message {index} has from: {speaker!r}, which this format does not know; "
+            f"{row.place}: message {index} is from {speaker!r}, which this format does not know; "
             f"allowed: {', '.join(SPEAKERS)}"
         )
     return message_of(row, index, turn, role, text_of(row, index, turn, "value"))

@@ -136,7 +136,7 @@ def hub_advice(model: ModelSpec, error: BaseException) -> str | None:
 
     kinds = tuple(type(cause) for cause in _causes(error))
     if GatedRepoError in kinds:
-        return "the model is gated: ask for access on its page on the Hub, then log in with `hf auth login`"
+        return "the model is gated: request access on its page on the Hub, then log in with `hf auth login`"
     if RepositoryNotFoundError in kinds:
         return "it is neither a directory here nor a repository on the Hub that you can see; check the name"
     if RevisionNotFoundError in kinds:

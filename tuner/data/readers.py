@@ -70,7 +70,7 @@ def _json_lines(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
             except RepeatedKey as error:
                 raise DataError(f"{place}: {error}") from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not readable as JSON: {error}") from error
+                raise DataError(f"{place}: not JSON that can be read: {error}") from error
             if not isinstance(value, dict):
                 raise DataError(f"{place}: {not_a_row(value, lines)}")
             yield Row(number, place, value)
@@ -147,7 +147,7 @@ def _parquet(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
                     number += 1
                     yield Row(number, f"{file.name}: row {number}", values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: not a readable Parquet file: {error}") from error
+        raise DataError(f"{file.name}: not a Parquet file that can be read: {error}") from error
 
 
 def _announced_bytes(metadata: Any) -> int:
