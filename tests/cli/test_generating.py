@@ -214,7 +214,7 @@ def test_ctrl_c_keeps_what_is_answered_and_says_how_to_go_on(
         ('{"instruction": null}', ":2: column 'instruction' is null; it must be text"),
         ('{"prompt": 3}', ":2: column 'prompt' is the number 3; it must be text"),
         ('{"prompt": "a", "context": []}', ":2: column 'context' is a list; it must be text"),
-        ('{"prompt": "\\ud800"}', ":2: has half a character"),
+        ('{"prompt": "\\ud800"}', ":2: contains a lone surrogate"),
         ('{"prompt": "' + "long " * 3000 + '"}', ":2: it has"),
     ],
 )

@@ -63,7 +63,7 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     out, err = does("study", "run", "round1.yaml", "--engine", "simulated")
     assert BANNER in err
     assert "seconds simulated" in err
-    assert "made-up losses" in out
+    assert "synthetic losses" in out
     assert err.rstrip().endswith("next: tuner -C rehearsal study promote --to round2")
     assert files(study) == {"round1.yaml", "rehearsal"}
     assert (study / "round1.yaml").read_text() == before
@@ -85,7 +85,7 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     out, err = does("-C", "rehearsal", "study", "report")
     assert BANNER in err
     page = (study / "rehearsal" / "report-round2.html").read_text()
-    assert "made-up losses" in page
+    assert "synthetic losses" in page
     for text in (out, page):
         assert "How the study went" in text
         assert "3 of round1" in text

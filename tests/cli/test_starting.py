@@ -55,7 +55,11 @@ def test_about_fifty_rows_are_held_out_where_there_are_so_many(
 @pytest.mark.parametrize("rows", [RIVERS[:1], RIVERS[:1] * 5])
 def test_rows_that_cannot_be_parted(tmp_path: Path, rows: list[Any]) -> None:
     refused(
-        tmp_path, new(tmp_path, rows), "rows.jsonl", "none can be held out", "evaluation rows of their own"
+        tmp_path,
+        new(tmp_path, rows),
+        "rows.jsonl",
+        "none of its rows can be held out",
+        "separate evaluation rows",
     )
 
 

@@ -34,14 +34,18 @@ def test_sources_that_are_right(source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "key", "said"),
     [
-        ("{path: a, format: text, template: chatml}", "template", "for alpaca, messages or sharegpt"),
-        ("{path: a, format: alpaca, split_on: line}", "split_on", "is for format text"),
-        ("{path: a, format: alpaca, overlap_tokens: 0}", "overlap_tokens", "is for format text"),
+        (
+            "{path: a, format: text, template: chatml}",
+            "template",
+            "only to format: alpaca, messages or sharegpt",
+        ),
+        ("{path: a, format: alpaca, split_on: line}", "split_on", "applies only to format: text"),
+        ("{path: a, format: alpaca, overlap_tokens: 0}", "overlap_tokens", "applies only to format: text"),
         ("{path: a, format: text, split_on: bytes}", "split_on", "`record_bytes: 4096`"),
         ("{path: a, format: text, split_on: line, record_bytes: 9}", "record_bytes", "`split_on: bytes`"),
         ("{path: a, format: text, group_records: 2}", "group_records", "`split_on: line`"),
-        ("{path: a, format: text, split_on: line, split: train}", "split", "is for tables"),
-        ("{path: a, format: text, split_on: line, columns: {text: t}}", "columns", "is for tables"),
+        ("{path: a, format: text, split_on: line, split: train}", "split", "applies only to tables"),
+        ("{path: a, format: text, split_on: line, columns: {text: t}}", "columns", "applies only to tables"),
         ("{path: a, format: text, split_on: lines}", "split_on", "did you mean line?"),
         ("{path: a, format: text, split_on: line, group_records: all}", "group_records", "expects fill or a"),
         ("{path: a, format: text, overlap_tokens: 300}", "overlap_tokens", "half of max_length (512)"),

@@ -40,8 +40,8 @@ def test_what_people_type_for_hyperparameters(typed, meant):
 
 def test_names_that_change_the_value_too_say_so():
     batch = mistake_in(with_hyperparameters(per_device_train_batch_size="2")).message
-    assert "sequences of one optimizer step" in batch
-    assert "micro-batches is not a hyperparameter" in batch
+    assert "sequences per optimizer step" in batch
+    assert "micro-batches is automatic" in batch
     assert "not a share" in mistake_in(with_hyperparameters(warmup_ratio="0.1")).message
     assert "epochs x training rows / batch_size" in mistake_in(f"{MINIMAL}num_train_epochs: 3\n").message
 
@@ -79,7 +79,7 @@ def test_names_in_the_wrong_place(text, key, message):
 
 
 def test_the_horizon_is_never_searched():
-    rule = "Within a round all trials train equally long"
+    rule = "All trials of a round train for the same number of steps"
     ranged = mistake_in(MINIMAL.replace("max_train_steps: 60", "max_train_steps: {low: 30, high: 60}"))
     listed = mistake_in(MINIMAL.replace("max_train_steps: 60", "max_train_steps: [30, 60]"))
     among = mistake_in(with_hyperparameters(max_train_steps="[30, 60]"))

@@ -91,7 +91,7 @@ def test_what_a_round_cannot_say_is_refused():
         new_round(study="my study", model="m", data="d.jsonl", train_rows=10)
     with pytest.raises(RoundFileError, match="did you mean sharegpt"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, format="share_gpt")
-    with pytest.raises(RoundFileError, match="together with eval"):
+    with pytest.raises(RoundFileError, match="combined with eval"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, eval="e.jsonl", eval_fraction=0.1)
     with pytest.raises(InputError, match=r"d\.jsonl has no rows"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=0)
@@ -122,5 +122,5 @@ def test_the_recipe_of_alpaca_and_qlora():
 
 
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(InputError, match="no template alpaca; expects alpaca-qlora"):
+    with pytest.raises(InputError, match="unknown template alpaca; expects alpaca-qlora"):
         new_round(study="s", model="m", data="d.jsonl", train_rows=10, recipe="alpaca")

@@ -41,13 +41,13 @@ TOO_LONG = "decay_steps: 56"
             [("every_steps: 5", "every_steps: 5, answers: {objective: true}"), ("r: none", "r: median")],
             29,
             "run.pruner",
-            "median compares losses on the way",
+            "median compares losses during training",
         ),
         (
             [("every_steps: 5", "every_steps: 5, answers: {objective: true}"), ("e: local", "e: simulated")],
             27,
             "evaluation.answers.objective",
-            "nothing is trained in a rehearsal",
+            "a dry run trains no model",
         ),
         (
             [("every_steps: 5", "every_steps: 5, answers: {metric: exact}")],
@@ -55,7 +55,7 @@ TOO_LONG = "decay_steps: 56"
             "evaluation.answers.metric",
             "expects exact_match, file.py:function or module:function, got 'exact'",
         ),
-        ([("quasi-random", "grid")], 13, "hyperparameters.learning_rate", "the grid sampler needs values"),
+        ([("quasi-random", "grid")], 13, "hyperparameters.learning_rate", "the grid sampler requires lists"),
         ([(ENQUEUE, "enqueue: [{lora_r: 12}]")], 26, "search.enqueue[0].lora_r", "allowed: 8, 16 or 32"),
         (
             [(ENQUEUE, "enqueue: [{learning_rate: 1e-2}]")],
@@ -69,14 +69,14 @@ TOO_LONG = "decay_steps: 56"
             [(ENQUEUE, "enqueue: [{}, {target_modules: [q]}]")],
             26,
             "search.enqueue[1].target_modules",
-            "fixed at 'all-linear'",
+            "only 'all-linear'",
         ),
         ([(ENQUEUE, "enqueue: [{continues: round1/3}]")], 26, "search.enqueue[0].continues", "of this round"),
         (
             [("lora_alpha: 16", "lora_alpha: {times_sqrt_r: 4}"), (ENQUEUE, "enqueue: [{lora_alpha: 16}]")],
             26,
             "search.enqueue[0].lora_alpha",
-            "follows the rank",
+            "depends on the rank",
         ),
         (
             [("trials: 16", "trials: 1"), (ENQUEUE, "enqueue: [{}, {}]")],
@@ -88,28 +88,28 @@ TOO_LONG = "decay_steps: 56"
             [("lora_alpha: 16", "lora_init: [default, orthogonal]"), ("[8, 16, 32]", "[8, 15]")],
             15,
             "hyperparameters.lora_init",
-            "orthogonal needs even ranks, and lora_r may be 15",
+            "orthogonal requires even ranks, but lora_r can be 15",
         ),
         (
             [("lora_alpha: 16", "lora_init: orthogonal"), ("[8, 16, 32]", "{low: 8, high: 16}")],
             15,
             "hyperparameters.lora_init",
-            "lora_r may be 9",
+            "lora_r can be 9",
         ),
         (
             [("lora_alpha: 16", "layers_to_transform: [0]"), ("all-linear", "[all-linear, '.*q_proj']")],
             15,
             "hyperparameters.layers_to_transform",
-            "may be the regular expression '.*q_proj'",
+            "can be the regular expression '.*q_proj'",
         ),
         (
             [(ENQUEUE, "enqueue: [{layers_to_transform: [0]}]")],
             26,
             "search.enqueue[0].layers_to_transform",
-            "[0] is not in the search space, fixed at 'all'; for both write hyper",
+            "[0] is not in the search space, only 'all'; to try both, write hyper",
         ),
         ([("  eval:  [{path: data/eval.jsonl, format: alpaca}]\n", "")], 5, "data.eval", "fraction: 0.05"),
-        ([("512", "512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "together with eval"),
+        ([("512", "512\n  eval_fraction: 0.1")], 10, "data.eval_fraction", "combined with eval"),
     ],
 )
 def test_conflicts(pairs, line, key, message):
@@ -202,7 +202,7 @@ def of_entries(entries: str, *, seeds: str = "0") -> str:
             [1],
             "is the same point as search.enqueue[0] (learning_rate: 0.0001, lora_r: 8)",
         ),
-        ("3 * [{learning_rate: 1e-4, lora_r: 8}]", [1, 2], "remove one of them, or list two seeds"),
+        ("3 * [{learning_rate: 1e-4, lora_r: 8}]", [1, 2], "remove one of them, or list two values"),
         (
             "[{lora_r: 8, learning_rate: 1e-4}, {lora_r: 8, learning_rate: 1e-4, continues: r0/3}]",
             [1],
@@ -265,14 +265,14 @@ def test_entries_of_a_range_may_be_as_many_as_there_are_trials():
         (
             "lion",
             "adam_beta1",
-            "counts only with the optimizer adamw or adamw_8bit; optimizer is 'lion' here, which has "
-            "weight_decay, lion_beta1, lion_beta2",
+            "applies only to optimizer: adamw or adamw_8bit; optimizer is 'lion' here, whose own "
+            "hyperparameters are weight_decay, lion_beta1, lion_beta2",
         ),
         ("[lion, muon]", "adam_epsilon", "optimizer is 'lion' or 'muon' here"),
         (
             "adamw",
             "lion_beta1",
-            "counts only with the optimizer lion or lion_8bit; optimizer is 'adamw'",
+            "applies only to optimizer: lion or lion_8bit; optimizer is 'adamw'",
         ),
     ],
 )
@@ -302,8 +302,8 @@ def test_a_wrong_optimizer_is_the_only_mistake():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{optimizer: lion, adam_beta1: 0.8}", "adamw_8bit; this entry has lion"),
-        ("{adam_beta1: 0.8}", "name the optimizer in this entry, too"),
+        ("{optimizer: lion, adam_beta1: 0.8}", "adamw_8bit; this entry has optimizer: lion"),
+        ("{adam_beta1: 0.8}", "add optimizer to this entry"),
         ("{optimizer: adamw, adam_beta1: 0.8}", None),
     ],
 )

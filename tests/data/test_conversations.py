@@ -84,7 +84,7 @@ def test_a_turn_that_opens_a_sharegpt_conversation_is_said_and_not_learned() -> 
         ({"conversations": TURNS, "system": 3}, "column 'system' is the number 3; it must be text"),
         (
             {"conversations": [{"from": "system", "value": "a"}, *TURNS], "system": "b"},
-            "column 'system' has a system message, and so has the conversation",
+            "column 'system' has a system message, but so has the conversation",
         ),
     ],
 )

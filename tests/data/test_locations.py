@@ -79,7 +79,9 @@ def test_a_mistake_in_a_file_behind_a_url_names_the_url(bucket: fsspec.AbstractF
     bucket.pipe("/bucket/b.jsonl", jsonl(5, 9) + b"{\n")
     with pytest.raises(DataError, match=r"^memory://bucket/b\.jsonl:5: not one JSON object a line"):
         prepared("memory://bucket/b.jsonl")
-    with pytest.raises(DataError, match=r"^memory://bucket/b\.jsonl: split and config are for data sets"):
+    with pytest.raises(
+        DataError, match=r"^memory://bucket/b\.jsonl: split and config apply only to datasets"
+    ):
         prepared("memory://bucket/b.jsonl", split="train")
 
 

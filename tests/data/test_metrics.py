@@ -110,10 +110,10 @@ def test_a_function_at_fault_is_named_with_what_it_was_called_with(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("{folder}/gone.py:f", "gone.py:f: there is no file .*gone.py; give exact_match"),
+        ("{folder}/gone.py:f", "gone.py:f: there is no file .*gone.py; write exact_match"),
         (
             "no.such.module:f",
-            "no.such.module cannot be imported: ModuleNotFoundError: No module named 'no'; give",
+            "no.such.module cannot be imported: ModuleNotFoundError: No module named 'no'; write",
         ),
         ("{folder}/broken.py:f", r"cannot be imported: ValueError: at once \(.*broken.py:1\)"),
         ("{folder}/metrics.py:overlaps", "has no function overlaps; it has .*overlap"),

@@ -225,7 +225,7 @@ def test_pieces_of_one_text_are_held_out_together(tmp_path: Path) -> None:
 
 def test_no_room_for_anything_new_is_refused(tmp_path: Path, held_out: list[dict[str, Any]]) -> None:
     source = text_source(tmp_path / "log", "hello", split_on="line", overlap_tokens=1)
-    with pytest.raises(DataError, match="max_length 2 leaves no room for anything new after overlap_tokens"):
+    with pytest.raises(DataError, match="max_length 2 leaves no room for new tokens after overlap_tokens"):
         tiny.prepared(WITH_BOS, train=[source], eval=held_out, max_length=2)
 
 

@@ -263,7 +263,7 @@ def test_a_weight_does_not_ask_the_hash_that_held_rows_out(tmp_path: Path) -> No
 def test_a_weight_on_evaluation_rows_is_refused(tmp_path: Path) -> None:
     rows = tiny.alpaca_rows(20)
     evaluation = tiny.source(tiny.write_jsonl(tmp_path / "eval.jsonl", rows[10:]), weight=2.0)
-    assert "weight is for training rows" in refusal(tmp_path, rows[:10], eval=[evaluation])
+    assert "weight applies only to training rows" in refusal(tmp_path, rows[:10], eval=[evaluation])
 
 
 def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
@@ -298,7 +298,11 @@ def test_the_report_counts_what_became_of_every_row(tmp_path: Path) -> None:
     [
         ([], {}, "rows.jsonl: has no rows"),
         ([{"instruction": "a"}], {}, "rows.jsonl:1: no column 'output'; columns found: 'instruction'"),
-        ([{"instruction": "a", "output": "b\ud800"}], {}, r"rows.jsonl:1: has half a character (\ud800)"),
+        (
+            [{"instruction": "a", "output": "b\ud800"}],
+            {},
+            r"rows.jsonl:1: contains a lone surrogate (\ud800)",
+        ),
         (
             [{"instruction": "a", "output": ""}] * 9,
             {"eval_fraction": 0.5},
@@ -441,7 +445,7 @@ def test_what_save_to_disk_wrote_is_read_where_it_lies(tmp_path: Path, kind: str
     both = outputs(data.train) + outputs(data.evaluation)
     assert sorted(both) == sorted(row["output"] for row in rows)
     assert data.train.place(0).startswith(f"{tmp_path / 'set'}: row ")
-    for wrong, said in (({"split": "test"}, "take `split` out"), ({"config": "a"}, "take `config` out")):
+    for wrong, said in (({"split": "test"}, "remove `split`"), ({"config": "a"}, "remove `config`")):
         with pytest.raises(DataError, match=said):
             tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "set", **wrong)], eval_fraction=0.3)
 
@@ -457,7 +461,7 @@ def test_of_several_splits_that_save_to_disk_wrote_one_is_named(tmp_path: Path) 
     data = tiny.prepared(PLAIN, train=train, eval=[tiny.source(Path(one))])
     assert outputs(data.train) == [row["output"] for row in parts["train"]]
     assert outputs(data.evaluation) == [row["output"] for row in parts["valid"]]
-    said = "holds the splits train, valid, test, .* name one of them, as `split: train`"
+    said = "contains the splits train, valid, test, .* name one of them, as `split: train`"
     for split in ({}, {"split": "dev"}, {"split": "train[:9]"}):
         with pytest.raises(DataError, match=said):
             tiny.prepared(PLAIN, train=[tiny.source(Path(several), **split)], eval_fraction=0.3)
@@ -506,7 +510,7 @@ def test_columns_of_a_data_set_are_mapped_too(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_hub")
 def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: is a folder without files that have rows"):
+    with pytest.raises(DataError, match=r"empty: is a folder without data files"):
         tiny.prepared(PLAIN, train=[tiny.source(tmp_path / "empty")], eval_fraction=0.2)
     begun = time.monotonic()
     with pytest.raises(DataError, match=r"nobody/no-such-set: no local file .* the Hub cannot be reached"):
@@ -518,7 +522,7 @@ def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("Dataset 'a/b' is a gated dataset on the Hub.", "a/b: is gated: ask for access on its page on the"),
+        ("Dataset 'a/b' is a gated dataset on the Hub.", "a/b: is gated: request access on its page on the"),
         ("Dataset 'a/b' doesn't exist on the Hub.", "a/b: neither a local file nor .* log in with `hf auth"),
     ],
 )
@@ -538,7 +542,7 @@ def test_a_data_set_that_the_hub_keeps_says_what_to_do(
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.alpaca_rows(9))
-    with pytest.raises(DataError, match="split and config are for data sets"):
+    with pytest.raises(DataError, match="split and config apply only to datasets"):
         tiny.prepared(PLAIN, train=[tiny.source(file, split="train")], eval_fraction=0.5)
 
 

@@ -45,14 +45,14 @@ def test_without_eos_nothing_could_end(tmp_path: Path) -> None:
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    assert "has a slow tokenizer only; tuner needs a fast one" in refusal(tmp_path)
+    assert "has only a slow tokenizer; tuner requires a fast one" in refusal(tmp_path)
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: there is no such directory"
     assert "the directory has no tokenizer.json" in refusal(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"no")
-    assert "give the model's directory as path" in refusal(tmp_path / "model.gguf")
+    assert "set path to the model's directory" in refusal(tmp_path / "model.gguf")
     assert "GGUF files there: model.gguf" in refusal(tmp_path, gguf_file="other.gguf")
     assert "the tokenizer cannot be loaded" in refusal(tmp_path, gguf_file="model.gguf")
 
@@ -87,7 +87,7 @@ def test_the_hub_is_asked_where_it_may_answer(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (errors.GatedRepoError, "is gated: ask for access on its page on the Hub, then log in with `hf auth"),
+        (errors.GatedRepoError, "is gated: request access on its page on the Hub, then log in with `hf auth"),
         (errors.RepositoryNotFoundError, "nor a repository on the Hub that you can see; check the name"),
         (errors.RevisionNotFoundError, "has no revision v9"),
     ],

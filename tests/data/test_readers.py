@@ -133,8 +133,8 @@ DEEP = b"[" * 100_000
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"hello", "a.txt: an unknown kind of file; allowed are .json,"),
-        ("a.parquet.gz", b"", "an unknown kind of file"),
+        ("a.txt", b"hello", "a.txt: unknown kind of file; allowed are .json,"),
+        ("a.parquet.gz", b"", "unknown kind of file"),
         ("a.json", b"[" + GOOD + b", " + GOOD[:20], "a.json: row 2: not JSON: "),
         ("a.json", b"[" + GOOD + b" " + GOOD + b"]", "row 1: expected , or ] after it, found '{'"),
         ("a.json", b"[" + GOOD + b",]", "row 2: a row must be an object of columns and values, found ']'"),

@@ -139,5 +139,5 @@ def test_a_process_that_finishes_first_wins(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="tokenised data cannot be written here"):
+    with pytest.raises(StorageError, match="cannot write tokenised data here"):
         cached_table(tmp_path / "file" / "cache", {}, Builder())

@@ -101,7 +101,7 @@ def test_differences_are_relative_to_what_was_gained_unless_a_metric_is_a_cost_w
     ("name", "message"),
     [
         ("worst_loss:UNFIT", "it returned 'much', not a number"),
-        ("worst_loss:BEYOND", r"it returned 2.0, outside of its bounds \(0, 1\)"),
+        ("worst_loss:BEYOND", r"it returned 2.0, outside its bounds \(0, 1\)"),
     ],
 )
 def test_a_metric_at_fault_is_named_with_what_it_did(package: Path, name: str, message: str) -> None:
@@ -144,11 +144,11 @@ ANSWERS = ", answers: {metric: exact_match}"
         ),
         (
             "objective: {metric: token_accuracy, direction: minimize}", "", 25, "objective.direction",
-            "is minimize, but token_accuracy is better where it is higher; write maximize, or leave this out",
+            "is minimize, but higher values of token_accuracy are better; write maximize, or remove this",
         ),
-        ("objective: {direction: maximize}", "", 25, "objective.direction", "eval_loss is better .* lower"),
+        ("objective: {direction: maximize}", "", 25, "objective.direction", "lower values of eval_loss"),
         ("objective: {direction: up}", "", 25, "objective.direction", "expects minimize or maximize, got"),
-        ("objective: {metric: answers}", "", 25, "objective.metric", "evaluation.answers describes; add"),
+        ("objective: {metric: answers}", "", 25, "objective.metric", "requires evaluation.answers; add"),
         (
             "objective: {metric: eval_loss}", ", answers: {objective: true}", 23,
             "evaluation.answers.objective", "is true, but objective.metric is eval_loss",

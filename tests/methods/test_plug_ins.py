@@ -102,7 +102,7 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     [
         ("  sgd_momentun: 0.5\n", "hyperparameters.sgd_momentun: unknown"),
         ("  sgd_momentum: 1.5\n", "hyperparameters.sgd_momentum: expects a number of at least 0 and below 1"),
-        ("  adam_beta1: 0.5\n", "hyperparameters.adam_beta1: counts only with the optimizer adamw"),
+        ("  adam_beta1: 0.5\n", "hyperparameters.adam_beta1: applies only to optimizer: adamw"),
     ],
 )
 def test_a_bad_key_is_found_before_anything_changes(
@@ -157,7 +157,7 @@ def test_a_record_holds_all_of_a_description() -> None:
 @pytest.mark.parametrize("name", ["learning_rate", "adam_beta1", "decay_steps"])
 def test_a_name_of_tuners_keeps_its_meaning(name: str) -> None:
     row = Hyperparameter(name, 7, Integer(at_least=0), "Another thing.")
-    with pytest.raises(InputError, match=f"m:X: brings {name}, which is another hyperparameter already"):
+    with pytest.raises(InputError, match=f"m:X: declares {name}, which is already another hyperparameter"):
         plug_ins.table_with([PlugIn("optimizer", "m:X", (row,))])
 
 

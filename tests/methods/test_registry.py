@@ -148,7 +148,7 @@ def test_a_promotion_keeps_a_sampler_of_the_users(tmp_path: Path) -> None:
         (
             "tpe",
             "  sampler_arguments: {seed: 1}\n",
-            "search.sampler_arguments: means something with a sampler",
+            "search.sampler_arguments: applies only to a sampler",
         ),
     ],
 )
@@ -165,8 +165,8 @@ def test_a_wrong_name_is_refused_where_it_stands(
     ("sampler", "arguments", "message"),
     [
         ("no_such_module:Name", "{}", "cannot be imported"),
-        ("optuna.samplers:TPESampler", "{no_such: 1}", "cannot be made with"),
-        ("pathlib:Path", "{}", "and not a sampler of Optuna's"),
+        ("optuna.samplers:TPESampler", "{no_such: 1}", "cannot be created with"),
+        ("pathlib:Path", "{}", "expects an Optuna sampler, got"),
     ],
 )
 def test_a_sampler_that_cannot_be_made_is_bad_input_and_leaves_nothing(

@@ -1,4 +1,4 @@
-"""What a round file says: reading it, or naming the line that is wrong; writing one with comments."""
+"""Round files: reading and checking them, with the line of each mistake, and writing them."""
 
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import dimension_to_yaml

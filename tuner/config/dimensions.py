@@ -21,7 +21,7 @@ _RANGE_KEYS = ("low", "high", "log", "integer")
 
 
 def read_dimension(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
-    """What the file says of one hyperparameter. Raises ValueError saying what is allowed."""
+    """Parse one hyperparameter of the file. Raises ValueError with what is allowed."""
     return replace(_read(hyperparameter, raw), only_with=hyperparameter.only_with)
 
 
@@ -33,14 +33,16 @@ def _read(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
             return _read_range(Number(), raw)
         if isinstance(hyperparameter.kind, (Number, Integer)):
             return _read_range(hyperparameter.kind, raw)
-        raise ValueError(f"has no range; write one value ({hyperparameter.allowed}), or a list to search")
+        raise ValueError(
+            f"cannot be a range; write one value ({hyperparameter.allowed}), or a list of values to search"
+        )
     if _lists_choices(hyperparameter, raw):
         return _read_choices(hyperparameter, raw)
     return Fixed(parse_value(hyperparameter.kind, raw))
 
 
 def parse_value(kind: Kind, raw: Any) -> Value:
-    """The value of one hyperparameter. Raises ValueError saying what is allowed, or may have been meant."""
+    """Parse one value. Raises ValueError with what is allowed, and a suggestion where there is one."""
     try:
         return kind.parse(raw)
     except UnknownName as error:
@@ -48,7 +50,7 @@ def parse_value(kind: Kind, raw: Any) -> Value:
 
 
 def dimension_to_yaml(dimension: Dimension) -> Any:
-    """The inverse of `read_dimension`: scalars, lists and mappings, as the file writes them."""
+    """Return the dimension as it is written in a file: the inverse of `read_dimension`."""
     match dimension:
         case Fixed(value=value):
             return value_to_yaml(value)
@@ -62,7 +64,7 @@ def dimension_to_yaml(dimension: Dimension) -> Any:
 
 
 def value_to_yaml(value: Value) -> Any:
-    """A value as a person would type it: tuples as lists, 16.0 as 16."""
+    """Return a value as a person would type it: tuples as lists, 16.0 as 16."""
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
@@ -76,10 +78,10 @@ def complete_space(
     max_train_steps: int,
     table: Mapping[str, Hyperparameter] = HYPERPARAMETERS,
 ) -> Space:
-    """Every hyperparameter that some trial has: those of the file, in its order, then the defaults, fixed.
+    """Return all hyperparameters that a trial can have: the file's, in its order, then the defaults, fixed.
 
-    `written` has passed `read_dimension`. The defaults of `warmup_steps` and `decay_steps` shrink to what
-    the horizon leaves beside what the file says; warmup leaves one step at the full rate.
+    `written` has passed `read_dimension`. The defaults of `warmup_steps` and `decay_steps` shrink to
+    fit into the horizon together with what the file sets; at least one step runs at the full rate.
     """
     space = {name: read_dimension(table[name], raw) for name, raw in written.items()}
     defaults = {name: Fixed(row.default) for name, row in table.items() if row.default is not None}
@@ -94,7 +96,7 @@ def complete_space(
 
 
 def largest(dimension: Dimension) -> int:
-    """The largest value of a whole-numbered dimension."""
+    """Return the largest value of an integer dimension."""
     match dimension:
         case Fixed(value=int(value)):
             return value
@@ -106,7 +108,7 @@ def largest(dimension: Dimension) -> int:
 
 
 def describe(dimension: Dimension) -> str:
-    """The values of a dimension, in words that follow `allowed:`."""
+    """Return the values of a dimension in words, to follow `allowed:`."""
     match dimension:
         case Fixed(value=value):
             return shown(value_to_yaml(value))
@@ -119,7 +121,7 @@ def describe(dimension: Dimension) -> str:
 
 
 def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:
-    """Whether a list searches its items; a flat list of layer names or numbers is one value."""
+    """Return whether a list is a list of choices; a flat list of layer names or numbers is one value."""
     if not isinstance(raw, list):
         return False
     if isinstance(hyperparameter.kind, (Modules, Layers)):
@@ -129,7 +131,7 @@ def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:
 
 def _read_choices(hyperparameter: Hyperparameter, raw: list[Any]) -> Choices:
     if not raw:
-        raise ValueError("an empty list has nothing to search; write one value, or the values to search")
+        raise ValueError("is an empty list; write one value, or the values to search")
     values = tuple(parse_value(hyperparameter.kind, item) for item in raw)
     for position, value in enumerate(values):
         if value in values[:position]:
@@ -139,13 +141,15 @@ def _read_choices(hyperparameter: Hyperparameter, raw: list[Any]) -> Choices:
 
 def _read_range(kind: Number | Integer, raw: Mapping[str, Any]) -> Range:
     if "step" in raw:
-        raise ValueError("a range has no step; list the values to search instead, such as [8, 16, 32]")
+        raise ValueError(
+            "step is not supported in a range; list the values to search instead, such as [8, 16, 32]"
+        )
     if unknown := [key for key in raw if key not in _RANGE_KEYS]:
-        raise ValueError(f"{shown(unknown[0])} is unknown in a range; it has {', '.join(_RANGE_KEYS)}")
+        raise ValueError(f"{shown(unknown[0])} is unknown in a range; allowed: {', '.join(_RANGE_KEYS)}")
     if missing := [key for key in ("low", "high") if key not in raw]:
         raise ValueError(f"the range lacks {' and '.join(missing)}; write {{low: ..., high: ...}}")
     if isinstance(kind, Integer) and raw.get("integer") is False:
-        raise ValueError("takes whole numbers only; leave `integer: false` out")
+        raise ValueError("allows whole numbers only; remove `integer: false`")
     integer = isinstance(kind, Integer) or _flag(raw, "integer")
     low, high = (_bound(raw, key, kind, integer=integer) for key in ("low", "high"))
     return Range(low, high, log=_flag(raw, "log"), integer=integer)
@@ -170,9 +174,9 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
 
 def _read_times_sqrt_rank(hyperparameter: Hyperparameter, raw: Mapping[str, Any]) -> TimesSqrtRank:
     if not hyperparameter.may_follow_rank:
-        raise ValueError("only lora_alpha can follow the rank by times_sqrt_r")
+        raise ValueError("times_sqrt_r is allowed only for lora_alpha")
     if len(raw) > 1:
-        raise ValueError("times_sqrt_r stands alone: {times_sqrt_r: 4}")
+        raise ValueError("times_sqrt_r allows no other keys beside it: {times_sqrt_r: 4}")
     try:
         return TimesSqrtRank(Number(above=0).parse(raw["times_sqrt_r"]))
     except ValueError as error:

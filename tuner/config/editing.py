@@ -1,4 +1,4 @@
-"""A round file changed in place: its text, its comments and the lines that differ from another."""
+"""Editing a round file in place, comments included, and comparing two files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class _Delete:
 
 
 DELETE: Final = _Delete()
-"""As a change: remove the key, so that its default holds."""
+"""As a change: remove the key, so that its default applies."""
 
 
 def edit_round(text: str, changes: Mapping[str, Any], comments: Mapping[str, str]) -> str:
-    """The text with some keys set, added or deleted; keys are dotted, such as `search.trials`.
+    """Return the text with some keys set, added or deleted; keys are dotted, such as `search.trials`.
 
     A comment goes to the end of its key's line, in place of the one there; where several keys share a line,
     each is named. A list of mappings is written one item a line. Doing it again changes nothing. Raises
@@ -48,7 +48,7 @@ def edit_round(text: str, changes: Mapping[str, Any], comments: Mapping[str, str
 
 
 def _check(text: str, wanted: Mapping[str, Any], key: str) -> None:
-    """Raise InputError unless the edited text says what it should."""
+    """Raise InputError unless the edited text has the expected content."""
     try:
         found = parse(text).document
     except YamlError:
@@ -133,7 +133,7 @@ def _annotate(text: str, comments: Mapping[str, str]) -> str:
 
 
 def _set(document: dict[str, Any], path: list[str], value: Any) -> None:
-    """What an edit means for the document: the text is checked against it."""
+    """Apply an edit to the parsed document, against which the text is checked."""
     *above, last = path
     for name in above:
         if not isinstance(document.get(name), dict):
@@ -170,13 +170,13 @@ def _column(layout: Layout, entry: Entry) -> int:
 
 
 _MAY_CHANGE = ("goal", "search.trials", "evaluation.batch_size", "checkpoints.keep_best_trials", "run")
-"""Keys, or whole sections, that change no trial's result."""
+"""Keys, or whole sections, that do not change results of trials."""
 _FOLLOWS_HORIZON = ("evaluation.every_steps", "hyperparameters.warmup_steps", "hyperparameters.decay_steps")
 """Keys whose defaults are parts of max_train_steps."""
 
 
 def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
-    """Every difference that would make the round's trials incomparable; empty when the round may go on.
+    """Return the changes that would make the round's trials incomparable; empty if the round may resume.
 
     `begun` is the JSON of the RoundSpec that the round began with, its paths relative or absolute. Values are
     compared by their meaning: a default that is now written out is no change, nor is another order of keys.
@@ -199,7 +199,7 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
 
 
 def _by_key(spec: RoundSpec) -> dict[str, Any]:
-    """The round's values by dotted name, every hyperparameter included."""
+    """Return the round's values by dotted name, including all hyperparameters."""
     values: dict[str, Any] = {}
     for name, value in spec.model_dump(mode="json", exclude={"hyperparameters", "plug_ins"}).items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which name was meant by one that does not exist, or not in that place."""
+"""Suggestions for names that do not exist, or not in that place."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tuner.methods.schedules import schedule
 
 
 class Alias(NamedTuple):
-    """Several ways to type one name."""
+    """Other spellings of one name."""
 
     meant: str
-    """Dotted name of the key, or a value."""
+    """Dotted name of the key, or a value of a key."""
     typed: str
-    """Lower case, separated by blanks."""
+    """The other spellings, in lower case, separated by spaces."""
     reason: str = ""
-    """What to know before renaming, since the value may have to change too."""
+    """A note for the message where the value may have to change too."""
 
 
-_STEPS_NOT_EPOCHS = "it counts optimizer steps: epochs x training rows / batch_size"
-_STEPS_NOT_SHARE = "it counts optimizer steps, not a share of the run"
+_STEPS_NOT_EPOCHS = "it is a number of optimizer steps: epochs x training rows / batch_size"
+_STEPS_NOT_SHARE = "it is a number of optimizer steps, not a share of the run"
 _WHOLE_BATCH = (
-    "it counts the sequences of one optimizer step, accumulated micro-batches included; "
-    "how it is cut into micro-batches is not a hyperparameter"
+    "it is the number of sequences per optimizer step, including gradient accumulation; "
+    "the split into micro-batches is automatic"
 )
 
 KEYS = (
@@ -86,7 +86,7 @@ KEYS = (
     Alias(
         "data.loss_on",
         "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss",
-        "it says completion, or all to train on the prompt too",
+        "it is completion, or all to train on the prompt too",
     ),
     Alias("data.allow_overlap", "allow_duplicates allow_leakage ignore_overlap"),
     Alias("data.train.columns", "column_mapping field_mapping field_map column_map"),
@@ -105,7 +105,7 @@ KEYS = (
     Alias("evaluation.batch_size", "eval_batch_size per_device_eval_batch_size per_gpu_eval_batch_size"),
     Alias("evaluation.max_examples", "max_eval_samples max_eval_examples eval_examples num_eval_examples"),
     Alias("objective.metric", "metric_for_best_model eval_metric"),
-    Alias("objective.direction", "greater_is_better", "it says minimize or maximize"),
+    Alias("objective.direction", "greater_is_better", "it is minimize or maximize"),
     Alias("checkpoints.directory", "output_dir save_dir out_dir checkpoint_dir dir"),
     Alias("checkpoints.keep_best", "save_total_limit num_checkpoints keep"),
     Alias("run.slots", "n_jobs num_slots parallel_trials"),
@@ -116,17 +116,20 @@ KEYS = (
 )
 
 NOT_KEYS = (
-    Alias("tuner fits this to the machine by itself", "gradient_checkpointing device_map device num_workers"),
     Alias(
-        "tuner saves the best step and what it takes to go on by itself",
+        "tuner chooses this for the machine automatically",
+        "gradient_checkpointing device_map device num_workers",
+    ),
+    Alias(
+        "tuner saves the best step and resumable checkpoints automatically",
         "save_steps save_strategy save_every",
     ),
     Alias(
-        "the step that is kept is always the best one by the objective, chosen after the run",
+        "the best step by the objective is always chosen after the run",
         "load_best_model_at_end early_stopping early_stopping_patience",
     ),
 )
-"""Settings of other programs that have no counterpart; `meant` is the reason."""
+"""Settings of other tools without a counterpart; `meant` is the reason."""
 
 VALUES = (
     *(Alias(name, " ".join(optimizer(name).aliases)) for name in BUILT_IN["optimizer"]),
@@ -152,15 +155,15 @@ VALUES = (
 
 
 ONE_HORIZON = (
-    "Within a round all trials train equally long: a search over lengths would mostly find that longer is "
-    "better, and hide which hyperparameters are (a rule of Google's Deep Learning Tuning Playbook: never "
-    "tune max_train_steps within a round). Choose one value; each trial's best step is read from its "
-    "evaluations afterwards, and `tuner study promote` suggests the next round's value from them"
+    "All trials of a round train for the same number of steps: a search over the length would mostly find "
+    "that longer is better, and hide which hyperparameters are better (Deep Learning Tuning Playbook: never "
+    "tune max_train_steps within a round). Choose one value; each trial's best step is chosen from its "
+    "evaluations afterwards, and `tuner study promote` uses them to suggest the next round's value"
 )
 """Why a range or a list of horizons is refused."""
 
 _SIMILAR = 0.7
-"""difflib's ratio from which a typing error is assumed."""
+"""Minimum difflib ratio for a suggestion."""
 
 
 def _by_typed(aliases: Iterable[Alias]) -> dict[str, Alias]:
@@ -171,7 +174,7 @@ _KEYS, _NOT_KEYS, _VALUES = _by_typed(KEYS), _by_typed(NOT_KEYS), _by_typed(VALU
 
 
 def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
-    """The message for a key that does not exist, or not there.
+    """Return the message for a key that does not exist, or not in that place.
 
     `path` leads to it from the top of the file; `known` are the dotted names of all keys.
     """
@@ -196,7 +199,7 @@ def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
 
 
 def meant_value(raw: Any, allowed: Collection[str]) -> str:
-    """`did you mean ...?` for a value that is none of those allowed; empty when nothing is like it."""
+    """Return `did you mean ...?` for a value that is not allowed; empty if nothing is similar."""
     if not isinstance(raw, str):
         return ""
     typed = raw.lower()
@@ -207,7 +210,7 @@ def meant_value(raw: Any, allowed: Collection[str]) -> str:
 
 
 def _in_the_same_list(alias: Alias, section: str) -> Alias:
-    """The sources of train, eval and test have the same keys, and the aliases are those of train's."""
+    """Return the alias of `data.train` for the same key of `data.eval` or `data.test`."""
     if section in ("data.eval", "data.test") and _parent(alias.meant) == "data.train":
         return alias._replace(meant=f"{section}.{_leaf(alias.meant)}")
     return alias
@@ -223,13 +226,13 @@ def _did_you_mean(alias: Alias, section: str) -> str:
 
 def _misplaced(typed: str, names: Sequence[str], alias: Alias, section: str) -> str:
     if typed == "max_train_steps" and section == "hyperparameters":
-        return f"not a hyperparameter but one whole number at the top level of the file. {ONE_HORIZON}"
+        return f"not a hyperparameter: write one whole number at the top level of the file. {ONE_HORIZON}"
     message = f"unknown here; {typed} belongs {one_of([_home(name) for name in names])}"
     return f"{message}. Or did you mean {_place(alias.meant)}?" if alias.meant else message
 
 
 def _similar(typed: str, names: dict[str, str], section: str | None) -> Alias | None:
-    """The key, or the alias of a key, that looks like what was typed; `section` restricts the aliases."""
+    """Return the key, or the alias of a key, most similar to `typed`; `section` restricts the aliases."""
     aliases = {word: alias for word, alias in _KEYS.items() if section in (None, _parent(alias.meant))}
     candidates = {**aliases, **{leaf: Alias(name, leaf) for leaf, name in names.items()}}
     found = difflib.get_close_matches(typed, candidates, n=1, cutoff=_SIMILAR)

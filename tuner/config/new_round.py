@@ -1,4 +1,4 @@
-"""What a first round file looks like for a model and a data set: its text, with the lengths worked out."""
+"""The first round file for a model and a dataset, with computed lengths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_WARMUP_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long a first round trains on so many rows."""
+    """The lengths of a first round, computed from the number of training rows."""
 
     train_rows: int
     max_train_steps: int
@@ -50,17 +50,17 @@ class Lengths:
 
     @property
     def warmup_steps(self) -> int:
-        """At most a tenth of the round."""
+        """Return the warmup steps: at most a tenth of the round."""
         return min(_MAX_WARMUP_STEPS, self.max_train_steps // 10)
 
     def epochs(self, steps: int) -> str:
-        """Such as `0.92 epochs`."""
+        """Return, for example, `0.92 epochs`."""
         return f"{float(f'{steps * _BATCH_SIZE / self.train_rows:.2g}'):g} epochs"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a first round trains and tries, beside model and data."""
+    """The settings of a first round, besides model and data."""
 
     goal: str
     quantization: str
@@ -143,7 +143,7 @@ def new_round(
     for what a round file cannot say.
     """
     if recipe is not None and recipe not in RECIPES:
-        raise InputError(f"there is no template {recipe}; expects {one_of(list(RECIPES))}")
+        raise InputError(f"unknown template {recipe}; expects {one_of(list(RECIPES))}")
     chosen = _DEFAULT if recipe is None else RECIPES[recipe]
     if train_rows < 1:
         raise InputError(f"{data} has no rows to train on")
@@ -229,5 +229,5 @@ storage: sqlite:///tuner.db  # beside this file; or postgresql+psycopg://...
 
 
 def _two_digits(number: float) -> int:
-    """The number rounded to two significant digits."""
+    """Return the number rounded to two significant digits."""
     return int(float(f"{number:.2g}"))

@@ -1,4 +1,4 @@
-"""From a round file to its spec, or to every mistake in it with line and key."""
+"""Parse a round file, or report every mistake with its line and key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tuner.methods.table import HYPERPARAMETERS
 
 @dataclass(frozen=True, slots=True)
 class RoundFile:
-    """A round file that has no mistakes."""
+    """A round file without mistakes."""
 
     path: Path
     text: str
@@ -31,12 +31,12 @@ class RoundFile:
 
     @property
     def directory(self) -> Path:
-        """Where its relative paths begin, absolute."""
+        """Return the absolute directory that its relative paths refer to."""
         return self.path.parent.absolute()
 
     @property
     def hints(self) -> tuple[str, ...]:
-        """What is written as earlier versions had it, and how it is written now."""
+        """Return hints on old spellings and their replacements."""
         evaluation = parse(self.text).document.get("evaluation")
         answers = evaluation.get("answers") if isinstance(evaluation, dict) else None
         if not isinstance(answers, dict) or answers.get("objective") is not True:
@@ -52,7 +52,7 @@ class RoundFile:
         return read_round(text, self.path, plug_ins=[PlugIn.from_json(each) for each in self.spec.plug_ins])
 
     def line(self, key: str) -> int | None:
-        """The 1-based line of a dotted key, or of the nearest above it that is written."""
+        """Return the 1-based line of a dotted key, or of its nearest parent in the file."""
         return parse(self.text).line(tuple(key.split(".")))
 
 
@@ -106,14 +106,14 @@ def _read_text(path: Path) -> str:
             f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
         ) from None
     except FileNotFoundError:
-        raise InputError(f"there is no round file {path}; `tuner study new` writes one") from None
+        raise InputError(f"there is no round file {path}; create one with `tuner study new`") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _not_a_round(document: Any) -> Mistake:
     if document is None:
-        return Mistake(None, "", "is empty; `tuner study new` writes a round file to begin with")
+        return Mistake(None, "", "is empty; create a round file with `tuner study new`")
     read = "a list" if isinstance(document, list) else shown(document)
     return Mistake(1, "", f"expects `key: value` lines such as `study: NAME`, got {read}")
 
@@ -167,7 +167,7 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:
-    """Take a wrong value out, so that its default stands in; or put in one that is right.
+    """Remove a wrong value, so that its default is used; or replace it by a valid one.
 
     What went with something around it is left alone.
     """
@@ -202,7 +202,7 @@ _EXPECTED = {
     "less_than": "a number below {lt:g}",
     "too_short": "at least {min_length} entry",
 }
-"""What pydantic's types of error expect, in the words of the round file."""
+"""Messages for pydantic's types of error, in terms of the round file."""
 
 
 def _message(error: ErrorDetails) -> str:
@@ -224,7 +224,7 @@ def _message(error: ErrorDetails) -> str:
 
 
 def _meaning(location: Location) -> str:
-    """The first sentence that the reference has on a key."""
+    """Return the first sentence of a key's description."""
     model: type[BaseModel] = RoundSpec
     description = ""
     for part in location:
@@ -246,7 +246,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, be it one or a list of them."""
+    """Return the model of a field that holds a section or a list of sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for each in get_args(annotation) if (model := _model_in(each))), None)

@@ -1,4 +1,4 @@
-"""One round file as a value: the top level, and paths that are relative to the file."""
+"""A round file as a value: its top level, and paths relative to the file."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)", re.DOTALL)
 
 
 def absolute_model(path: str, directory: Path) -> str:
-    """The model's directory, or the id on the Hub untouched: a name is a path when it exists or begins so."""
+    """The model's directory, or the id on the Hub unchanged: a name is a path when it exists or begins so."""
     is_path = _begins_like_a_path(path) or _exists(directory / path)
     return absolute_path(path, directory) if is_path else path
 
 
 def absolute_source(path: str, directory: Path, *, is_plain_text: bool = False) -> str:
-    """The data file or pattern of files, or the Hub's id or the URL untouched.
+    """The data file or pattern of files, or the Hub's id or the URL unchanged.
 
     A name that ends like a data file, has a character of patterns, or is of plain text, is a path.
     """
@@ -86,7 +86,7 @@ def absolute_metric(metric: str, directory: Path) -> str:
 
 
 def absolute_storage(url: str, directory: Path) -> str:
-    """The URL with SQLite's file made absolute; any other URL untouched."""
+    """The URL with SQLite's file made absolute; any other URL unchanged."""
     found = _SQLITE_FILE.fullmatch(url)
     if found is None or found[2].startswith("file:"):
         return url
@@ -109,7 +109,7 @@ def _begins_like_a_path(path: str) -> bool:
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
 EVALUATIONS_BY_DEFAULT = 12
-"""Evaluations of a trial after step 0 when the file does not say `evaluation.every_steps`."""
+"""Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
 
 def _nothing(plug_ins: object) -> bool:
@@ -124,35 +124,37 @@ class RoundSpec(BaseModel):
     )
 
     study: Name
-    """Name of the question that all rounds of this folder answer."""
+    """Name of the study that all rounds in this folder belong to."""
     round: Name
     """Name of this round; also its folder under `checkpoints.directory`."""
     goal: str = ""
-    """What the round is to find out, for reports."""
+    """Purpose of the round, shown in reports."""
     kind: Literal["search", "sweep"] = "search"
-    """`sweep`: a round that `study sweep` wrote, which is never promoted or compared with."""
+    """`sweep`: a round written by `study sweep`, which is never promoted or compared with other rounds."""
     model: ModelSpec
     """The frozen base."""
     data: DataSpec
     """Training, evaluation and test rows."""
     max_train_steps: Count
-    """Optimizer steps of every trial. One number: it is never searched."""
+    """Number of optimizer steps of every trial. One number; it is never searched."""
     hyperparameters: WrittenHyperparameters = {}
-    """One line each: a scalar fixes it, a list or `{low, high, log}` searches it; the rest have defaults."""
+    """One line each: a scalar fixes a value, a list or `{low, high, log}` searches it; the rest use
+    defaults."""
     search: SearchSpec = SearchSpec()
-    """How many trials, and who proposes them."""
+    """Number of trials, and how hyperparameters are proposed."""
     evaluation: EvaluationSpec
     """When the loss is measured."""
     objective: ObjectiveSpec = ObjectiveSpec()
-    """What the best step and the best trials are chosen by."""
+    """The metric that chooses the best step and the best trials."""
     checkpoints: CheckpointsSpec = CheckpointsSpec()
     """What is kept on disk."""
     run: RunSpec = RunSpec()
     """Where and how it runs."""
     plug_ins: SkipJsonSchema[Annotated[list[dict[str, Any]], Field(exclude_if=_nothing)]] = []
-    """What is recorded of methods that tuner does not have itself. No key of a file."""
+    """Recorded descriptions of plug-ins. Not a key of the file."""
     storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
-    """The database: `sqlite:///FILE` relative to the round file, or `postgresql+psycopg://USER@HOST/DATABASE`."""
+    """The database: `sqlite:///FILE` relative to the round file, or
+    `postgresql+psycopg://USER@HOST/DATABASE`."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -232,17 +234,17 @@ class RoundSpec(BaseModel):
         return self
 
     def space(self) -> Space:
-        """Every hyperparameter: the file's in its order, then the defaults, fixed."""
+        """Return all hyperparameters: the file's in its order, then the fixed defaults."""
         return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table)
 
     @property
     def table(self) -> Table:
-        """Every hyperparameter that the file may name: tuner's, and what its plug-ins bring."""
+        """Return all hyperparameters that the file may name: tuner's and those of its plug-ins."""
         return table_for(self.hyperparameters, self.plug_ins)
 
     @property
     def unloaded(self) -> tuple[tuple[Chooser, str], ...]:
-        """The methods of the file whose descriptions are not known yet, as kind and name."""
+        """Return the plug-ins of the file whose descriptions are not known yet, as kind and name."""
         return unloaded(self.hyperparameters, self.plug_ins)
 
     @property
@@ -259,17 +261,17 @@ class RoundSpec(BaseModel):
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is a round that `study sweep` wrote."""
+        """Return whether the round was written by `study sweep`."""
         return self.kind == "sweep"
 
     @property
     def num_trials(self) -> int:
-        """Trials that the round runs: `search.trials`, or fewer where the search space has fewer points."""
+        """Return the number of trials: `search.trials`, or fewer if the search space has fewer points."""
         return int(min(self.search.trials, num_points(self.space())))
 
     @property
     def ends_early(self) -> str | None:
-        """What a round says of itself when it has fewer points than `search.trials`; else None."""
+        """Return a note if the search space has fewer points than `search.trials`; else None."""
         if self.num_trials == self.search.trials:
             return None
         points = "1 point" if self.num_trials == 1 else f"{self.num_trials} points"
@@ -280,7 +282,8 @@ class RoundSpec(BaseModel):
 
     @property
     def trains_alone(self) -> str | None:
-        """Why a worker has one slot whatever `run.slots` says; None where its trials may share one."""
+        """Return why workers have only one slot whatever `run.slots` is; None if trials can share a
+        worker."""
         alone = [each.title for each in possible_variants(self.space()) if not each.packs]
         return f"{alone[0]} trains one trial at a time: a worker has one slot" if alone else None
 

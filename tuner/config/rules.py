@@ -1,4 +1,4 @@
-"""What sections of a round file that are each right can get wrong together."""
+"""Checks across the sections of a round file."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _HORIZON = "max_train_steps"
 def horizon_refusals(
     max_train_steps: int, *, evaluation: EvaluationSpec, run: RunSpec, space: Space, written: Collection[str]
 ) -> Iterator[Refusal]:
-    """Whatever does not fit into the horizon. `written` are the hyperparameters the file names itself."""
+    """Yield what does not fit into the horizon. `written` are the hyperparameters that the file names."""
     if evaluation.every_steps > max_train_steps:
         yield Refusal(
             ("evaluation", "every_steps"),
-            f"{evaluation.every_steps} is above max_train_steps ({max_train_steps}): the best step would be "
-            "chosen from the first and the last alone",
+            f"{evaluation.every_steps} is above max_train_steps ({max_train_steps}): only the first and "
+            "the last step would be evaluated",
             rests_on=(_HORIZON,),
         )
     if run.production_steps is not None and run.production_steps < max_train_steps:
         yield Refusal(
             ("run", "production_steps"),
             f"{run.production_steps} is below max_train_steps ({max_train_steps}), but it is the longest run "
-            "you can pay for; raise it, or train for less",
+            "you can afford; raise it, or lower max_train_steps",
             rests_on=(_HORIZON,),
         )
     yield from _schedule_refusals(max_train_steps, space, written)
@@ -64,52 +64,54 @@ def horizon_refusals(
 def objective_refusals(
     objective: ObjectiveSpec, *, evaluation: EvaluationSpec, run: RunSpec
 ) -> Iterator[Refusal]:
-    """What does not go with the objective."""
+    """Yield what conflicts with the objective."""
     yield from _direction_refusals(objective)
     if objective.metric != "answers":
         if evaluation.answers is not None and evaluation.answers.objective:
-            message = f"is true, but objective.metric is {objective.metric}; take this line out, or that one"
+            message = f"is true, but objective.metric is {objective.metric}; remove one of the two"
             yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("objective.metric",))
         return
     key = "objective.metric"
     if evaluation.answers is None:
         message = (
-            "answers is the mean score of generated answers, which evaluation.answers describes; add "
-            "`answers: {metric: exact_match}` under evaluation, or take another metric"
+            "answers requires evaluation.answers; add `answers: {metric: exact_match}` under evaluation, or "
+            "use another metric"
         )
         yield Refusal(("objective", "metric"), message, rests_on=("evaluation.answers",))
         return
     if not evaluation.answers.objective:
-        message = "is false, but objective.metric is answers; take this line out, or that one"
+        message = "is false, but objective.metric is answers; remove one of the two"
         yield Refusal(("evaluation", "answers", "objective"), message, rests_on=(key,))
     if run.pruner != "none":
         message = (
-            f"{run.pruner} compares losses on the way, and answers are scored at the end alone, by "
-            f"which {key} ranks the trials; take none"
+            f"{run.pruner} compares losses during training, but {key} is answers, which are scored only at "
+            "the end; use pruner: none"
         )
         yield Refusal(("run", "pruner"), message, rests_on=(key,))
     if run.engine == "simulated":
         message = (
-            "nothing is trained in a rehearsal, so nothing answers; rehearse the round with "
-            "`objective: {metric: eval_loss}`, which ranks by the made-up losses"
+            "a dry run trains no model, so there are no answers to score; use "
+            "`objective: {metric: eval_loss}` for the dry run, which ranks by the synthetic losses"
         )
         yield Refusal(("evaluation", "answers", "objective"), message, rests_on=("run.engine",))
 
 
 def adapter_refusals(space: Space) -> Iterator[Refusal]:
-    """Adapters that PEFT does not make."""
+    """Yield combinations that PEFT does not support."""
     even = [
         name for name, each in INITIALISATIONS.items() if each.even_rank and space["lora_init"].contains(name)
     ]
     if even and (odd := _odd_rank(space["lora_r"])) is not None:
-        message = f"{even[0]} needs even ranks, and lora_r may be {odd}; list the ranks, such as [8, 16, 32]"
+        message = (
+            f"{even[0]} requires even ranks, but lora_r can be {odd}; list the ranks, such as [8, 16, 32]"
+        )
         yield Refusal(("hyperparameters", "lora_init"), message, rests_on=("hyperparameters.lora_r",))
     layers = [value for value in _values(space.get("layers_to_transform")) if isinstance(value, tuple)]
     targets = _values(space["target_modules"])
     regex = next((value for value in targets if isinstance(value, str) and value != ALL_LINEAR), None)
     if layers and regex is not None:
         message = (
-            f"counts with {ALL_LINEAR} or layer names, and target_modules may be the regular expression "
+            f"applies only to {ALL_LINEAR} or layer names, but target_modules can be the regular expression "
             f"{shown(regex)}; name the layers in the expression instead, such as '.*layers\\.(0|1)\\..*'"
         )
         where = ("hyperparameters", "layers_to_transform")
@@ -134,20 +136,20 @@ def _values(dimension: Dimension | None) -> tuple[Value, ...]:
 
 
 def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
-    """A direction that is not the metric's; that of a metric of the user's is looked at when it is loaded."""
+    """Yield a direction that contradicts the metric. A user's metric is checked when it is loaded."""
     if objective.direction is None or not is_built_in("metric", objective.metric):
         return
     own = metric(objective.metric).direction
     if objective.direction != own:
         message = (
-            f"is {objective.direction}, but {objective.metric} is better where it is "
-            f"{'higher' if own == Direction.MAXIMIZE else 'lower'}; write {own}, or leave this out"
+            f"is {objective.direction}, but {'higher' if own == Direction.MAXIMIZE else 'lower'} values of "
+            f"{objective.metric} are better; write {own}, or remove this line"
         )
         yield Refusal(("objective", "direction"), message, rests_on=("objective.metric",))
 
 
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
-    """Warmup and decay have to fit for the largest values a trial may draw."""
+    """Yield warmup and decay that do not fit into the horizon at their largest values."""
     lengths = [name for name, row in table_in_use().items() if row.in_decay == "length" and name in space]
     warmup, decay = largest(space["warmup_steps"]), sum(largest(space[name]) for name in lengths)
     parts = [name for name in (*lengths, "warmup_steps") if name in written]
@@ -170,14 +172,16 @@ def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[s
 
 
 def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Iterator[Refusal]:
-    """Enqueued points that are outside the space or repeated, and spaces the sampler cannot search."""
+    """Yield enqueued points outside the space or repeated, and spaces that the sampler cannot search."""
     if search.sampler_arguments and is_built_in("sampler", search.sampler):
-        message = f"means something with a sampler of yours alone, not with {search.sampler}; take it out"
+        message = (
+            f"applies only to a sampler given as package.module:Class, not to {search.sampler}; remove it"
+        )
         yield Refusal(("search", "sampler_arguments"), message, rests_on=("search.sampler",))
     if search.sampler == "grid":
         for name, dimension in space.items():
             if isinstance(dimension, Range):
-                message = "is a range, and the grid sampler needs values; write a list, or use quasi-random"
+                message = "is a range, but the grid sampler requires lists; write a list, or use quasi-random"
                 yield Refusal(("hyperparameters", name), message, rests_on=("search.sampler",))
     if len(search.enqueue) > search.trials:
         message = f"has {len(search.enqueue)} entries, but search.trials is {search.trials}"
@@ -208,15 +212,15 @@ def _enqueue_mistake(
     if dimension.contains(value):
         return None
     if isinstance(dimension, TimesSqrtRank):
-        return f"follows the rank ({describe(dimension)}), so it cannot be chosen; leave it out"
+        return f"depends on the rank ({describe(dimension)}), so it cannot be set here; remove it"
     if isinstance(dimension, Fixed):
         both = f"hyperparameters.{name}: [{describe(dimension)}, {read}]"
-        return f"{read} is not in the search space, fixed at {describe(dimension)}; for both write {both}"
+        return f"{read} is not in the search space, only {describe(dimension)}; to try both, write {both}"
     return f"{read} is not in the search space; allowed: {describe(dimension)}"
 
 
 def _idle_in(entry: Mapping[str, Any], name: str, space: Space) -> str | None:
-    """Why a hyperparameter does not count in an entry; None where it does, or is let pass."""
+    """Return why a hyperparameter does not apply to an entry; None if it does, or if it is ignored."""
     row = table_in_use()[name]
     if row.only_with is None or name in IGNORED_WHERE_INACTIVE:
         return None
@@ -226,12 +230,16 @@ def _idle_in(entry: Mapping[str, Any], name: str, space: Space) -> str | None:
     if isinstance(space.get(chooser), Fixed):
         return None
     if chooser not in entry:
-        return f"{counts_with(row)}; name the {chooser} in this entry, too"
-    return None if entry[chooser] in values else f"{counts_with(row)}; this entry has {entry[chooser]}"
+        return f"{counts_with(row)}; add {chooser} to this entry"
+    return (
+        None
+        if entry[chooser] in values
+        else f"{counts_with(row)}; this entry has {chooser}: {entry[chooser]}"
+    )
 
 
 def _repeats(search: SearchSpec, space: Space) -> Iterator[Refusal]:
-    """Entries that are the same point; entries that name so little that there are too few points for them."""
+    """Yield entries that are the same point, and entries for which the space has too few points."""
     dimensions, table = searched(space), table_in_use()
     parsed = [
         {name: table[name].kind.parse(raw) for name, raw in entry.items() if name in dimensions}
@@ -259,8 +267,8 @@ def _repeat(entry: Mapping[str, Value], first: int, *, num_points: int, num_entr
     if num_points == 1:
         said = f" ({point})" if point else ""
         return (
-            f"is the same point as search.enqueue[{first}]{said}, and a point is tried once; remove one of "
-            "them, or list two seeds as hyperparameters.training_seed and give each entry one"
+            f"is the same point as search.enqueue[{first}]{said}, and each point is tried once; remove one "
+            "of them, or list two values of hyperparameters.training_seed and give each entry one"
         )
     where = f" with {point}" if point else ""
     return (

@@ -1,4 +1,4 @@
-"""The JSON Schema of what pydantic cannot see: hyperparameters in their three forms, and enqueued points."""
+"""JSON Schemas that pydantic cannot generate: hyperparameters in their three forms, and enqueued points."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tuner.methods.table import HYPERPARAMETERS
 _CONTINUES = {
     "type": "string",
     "pattern": r"^[A-Za-z0-9_][A-Za-z0-9._-]*/[0-9]+$",
-    "description": "Go on from this trial's run, as ROUND/TRIAL.",
+    "description": "Resume from a checkpoint of this trial, as ROUND/TRIAL.",
 }
 
 
 def hyperparameters_schema() -> dict[str, Any]:
-    """An object whose properties are a scalar, a list or a range each."""
+    """Return the schema of an object whose properties are a scalar, a list or a range each."""
     properties = {name: _dimension_schema(row) for name, row in HYPERPARAMETERS.items()}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def enqueue_schema() -> dict[str, Any]:
-    """A list of points: one value for each hyperparameter it names."""
+    """Return the schema of a list of points: one value for each hyperparameter."""
     properties = {name: row.kind.schema() for name, row in HYPERPARAMETERS.items()}
     point = {
         "type": "object",
@@ -48,7 +48,7 @@ def _dimension_schema(row: Hyperparameter) -> dict[str, Any]:
 def _condition(row: Hyperparameter) -> str:
     if row.only_with is None:
         return ""
-    return f" Counts only with the {row.only_with.chosen_by} {one_of(row.only_with.values)}."
+    return f" Applies only to {row.only_with.chosen_by}: {one_of(row.only_with.values)}."
 
 
 def _range_schema(bound: dict[str, Any], *, integer: bool) -> dict[str, Any]:

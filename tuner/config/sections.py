@@ -1,4 +1,4 @@
-"""The sections of a round file: their keys, defaults, and what can be wrong with one of them alone."""
+"""The sections of a round file: their keys, defaults and the checks within one section."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _TABLE: ContextVar[Table] = ContextVar("table", default=HYPERPARAMETERS)
 
 
 def table_in_use() -> Table:
-    """The hyperparameters that the file which is being checked may name."""
+    """Return the hyperparameters that the file being checked may name."""
     return _TABLE.get()
 
 
 @contextmanager
 def using(table: Table) -> Iterator[None]:
-    """Check what follows against this table: tuner's with what plug-ins bring."""
+    """Check files against this table (tuner's own plus those of plug-ins) within the block."""
     token = _TABLE.set(table)
     try:
         yield
@@ -50,7 +50,7 @@ def using(table: Table) -> Iterator[None]:
 STRICT = ConfigDict(
     extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
 )
-"""A file means what it says: `"8"` is no number and `60.0` no whole number."""
+"""Values are not coerced: `"8"` is not a number and `60.0` is not a whole number."""
 
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -58,17 +58,19 @@ _LONGEST_NAME_BYTES = 255
 
 
 def possible_path(path: str) -> str:
-    """A path, id or URL as it is. A file system looks at no name with a NUL or longer than 255 bytes."""
+    """Return a path, id or URL unchanged. Refuses a NUL and file names longer than 255 bytes."""
     if "\0" in path:
-        raise mistake("has a NUL character, which no path can have")
+        raise mistake("contains a NUL character, which no path can contain")
     is_url = "://" in path and not path.startswith("sqlite")
     if not is_url and any(len(name.encode()) > _LONGEST_NAME_BYTES for name in path.split("/")):
-        raise mistake(f"has a name longer than {_LONGEST_NAME_BYTES} bytes, which no file system keeps")
+        raise mistake(
+            f"contains a file name longer than {_LONGEST_NAME_BYTES} bytes, which file systems do not allow"
+        )
     return path
 
 
 def _known(kind: Kind) -> Callable[[str], str]:
-    """Refuses a name that leads nowhere; what it leads to is not imported."""
+    """Return a check that refuses unknown names without importing anything."""
 
     def check(name: str) -> str:
         if not is_known(kind, name):
@@ -79,7 +81,7 @@ def _known(kind: Kind) -> Callable[[str], str]:
 
 
 def _named(kind: Kind) -> WithJsonSchema:
-    """Names that are built in, for editors to complete, and any other."""
+    """Return a schema with the built-in names (for completion) and any `package.module:Name`."""
     others = {"type": "string", "pattern": f"^{PATH}$"}
     return WithJsonSchema({"anyOf": [{"enum": list(BUILT_IN[kind])}, others]})
 
@@ -89,7 +91,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length
 """A name that is safe as a directory."""
 
 TRIAL_PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)/(\d+)", re.ASCII)
-"""ROUND/TRIAL, as `continues` says it."""
+"""ROUND/TRIAL, the form of `continues`."""
 
 
 class ModelSpec(BaseModel):
@@ -100,32 +102,32 @@ class ModelSpec(BaseModel):
     path: PathText
     """A model on the Hugging Face Hub, or a directory: relative to the file, or absolute."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the base's weights and of the computation; adapters are always trained in float32."""
+    """Data type of the base model's weights and of the computation; adapters always train in float32."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Keep the base's weights in 4 bits (`nf4`, as QLoRA) or 8 bits (`int8`)."""
+    """Load the base model's weights in 4 bits (`nf4`, as QLoRA does) or 8 bits (`int8`)."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub; null is its main branch."""
+    """Branch, tag or commit on the Hub; null means the main branch."""
     gguf_file: str | None = None
-    """Name of a GGUF file in the model's directory or repository, to read weights and tokenizer from."""
+    """GGUF file in the model's directory or repository to read the weights and the tokenizer from."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository brings along."""
+    """Run the Python code in the model's repository."""
     loader: Literal["transformers", "unsloth"] = "transformers"
-    """Who loads the base: `unsloth` puts its own kernels into it, needs a GPU and the extra `unsloth`, and
-    takes neither `int8` nor `gguf_file`."""
+    """Library that loads the base model. `unsloth` patches it with faster kernels, needs a GPU and the extra
+    `unsloth`, and does not support `int8` or `gguf_file`."""
 
     @property
     def warning_of_code(self) -> str:
-        """What to know of `trust_remote_code` before the model is loaded."""
+        """Return the warning to print for `trust_remote_code` before the model is loaded."""
         advice = (
-            "read it first" if self.revision else "read it first, and keep to what you read by `revision`"
+            "review it first" if self.revision else "review it first, and pin that version with `revision`"
         )
-        return f"model.trust_remote_code: Python code of {self.path} runs here, with your rights; {advice}"
+        return f"model.trust_remote_code: Python code from {self.path} runs with your permissions; {advice}"
 
     @model_validator(mode="after")
     def _unsloth_takes_less(self) -> Self:
         if self.loader == "unsloth" and (self.quantization == "int8" or self.gguf_file):
             wrong = "gguf_file" if self.gguf_file else "quantization"
-            message = "unsloth loads none and nf4 alone; leave this out, or take loader: transformers"
+            message = "not supported by loader: unsloth; remove this line, or use loader: transformers"
             refuse("model", [Refusal((wrong,), message, rests_on=("model.loader",))])
         return self
 
@@ -134,7 +136,7 @@ class ModelSpec(BaseModel):
     def _float16_overflows(cls, dtype: object) -> object:
         if dtype in ("float16", "fp16", "half"):
             raise mistake(
-                f"{dtype} is not offered: gradients overflow in it without a loss scale for each trial; "
+                f"{dtype} is not supported: gradients overflow without a loss scale per trial; "
                 "use bfloat16 (or float32)"
             )
         return dtype
@@ -167,23 +169,23 @@ def _hyperparameter_refusals(written: dict[str, Any], table: Table) -> Iterator[
 
 
 IGNORED_WHERE_INACTIVE = frozenset({"decay_steps"})
-"""A file may have it beside another schedule than linear, as the files of earlier versions do."""
+"""Allowed (and ignored) with schedules other than linear, as in files of earlier versions."""
 
 
 def condition_of(row: Hyperparameter) -> Condition:
-    """The condition of a row that has one."""
+    """Return the condition of a row that has one."""
     assert row.only_with is not None
     return row.only_with
 
 
 def counts_with(row: Hyperparameter) -> str:
-    """Such as `counts only with the optimizer adamw or adamw_8bit`."""
+    """Return, for example, `applies only to optimizer: adamw or adamw_8bit`."""
     chooser, values = condition_of(row)
-    return f"counts only with the {chooser} {one_of(values)}"
+    return f"applies only to {chooser}: {one_of(values)}"
 
 
 def described_choice(chooser: str, space: Space, table: Table) -> str:
-    """What a chooser is, and which hyperparameters go with that."""
+    """Return what the file chooses, and which hyperparameters belong to that choice."""
     dimension = space[chooser]
     own = [
         name
@@ -191,36 +193,36 @@ def described_choice(chooser: str, space: Space, table: Table) -> str:
         if row.only_with is not None and row.only_with.chosen_by == chooser
         if any(map(dimension.contains, row.only_with.values))
     ]
-    has = f", which has {', '.join(own)}" if own else ", which has none of its own"
+    has = f", whose own hyperparameters are {', '.join(own)}" if own else ", which has none of its own"
     return f"{chooser} is {describe(dimension)} here{has}"
 
 
 WrittenHyperparameters = Annotated[
     dict[str, Any], AfterValidator(_check_hyperparameters), WithJsonSchema(hyperparameters_schema())
 ]
-"""Hyperparameters as the file writes them: by name a scalar, a list or a range, in the file's order."""
+"""Hyperparameters by name, as written: a scalar, a list or a range each, in the file's order."""
 
 
 class SearchSpec(BaseModel):
-    """How many points of the search space are tried, and which."""
+    """How many points of the search space to try, and which."""
 
     model_config = STRICT
 
     trials: Count = 16
-    """Trials of the round. Infeasible ones count; those that a machine failed are replaced. No point is tried
-    twice, so a search space with fewer points has a trial for each."""
+    """Number of trials in the round. Infeasible trials are included; trials that failed because of the
+    machine are replaced. No point is tried twice, so a smaller search space gets one trial per point."""
     sampler: Annotated[str, AfterValidator(_known("sampler")), _named("sampler")] = "quasi-random"
-    """Who proposes: `quasi-random` covers the space evenly; `tpe` and `gp` model the results so far; `grid`
-    goes through all combinations of lists. Or a sampler of Optuna's as `package.module:Class`, such as
-    `optuna.samplers:CmaEsSampler`."""
+    """How hyperparameters are proposed: `quasi-random` covers the space evenly; `tpe` and `gp` model the
+    results so far; `random` draws independently; `grid` tries every combination of the lists. Any Optuna
+    sampler works as `package.module:Class`, such as `optuna.samplers:CmaEsSampler`."""
     sampler_arguments: dict[str, Any] = {}
-    """What the class of such a sampler is made with, besides its seed."""
+    """Keyword arguments for the class of an Optuna sampler, besides its seed."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the sampler; training has its own, `hyperparameters.training_seed`."""
+    """Sampling seed; training has its own seed, `hyperparameters.training_seed`."""
     enqueue: Annotated[list[dict[str, Any]], WithJsonSchema(enqueue_schema())] = []
-    """Hyperparameters to try first, such as your baseline; the sampler fills in those left out. Each point
-    once: to run one again, list two values of `training_seed`.
-    `continues: round1/3` goes on from that trial's run."""
+    """Points to try first, such as your baseline; the sampler fills in what an entry leaves out. Each point
+    runs once: to repeat one, list two values of `training_seed`. With `continues: round1/3` the trial resumes
+    from a checkpoint of that trial."""
 
     @field_validator("enqueue", mode="after")
     @classmethod
@@ -256,21 +258,21 @@ _METRIC = r"exact_match|[^:]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 
 class AnswersSpec(BaseModel):
-    """How generated answers are scored, once for each complete trial, with the adapter of its best step."""
+    """How generated answers are scored: once per complete trial, with the adapter of its best step."""
 
     model_config = STRICT
 
     metric: Annotated[Text, WithJsonSchema({"type": "string", "pattern": f"^({_METRIC})$"})] = "exact_match"
-    """What compares an answer with the row's completion: `exact_match`, which is 1 where they are equal but
-    for white space, else 0; or a function as `file.py:function`, of a file beside the round file, or
-    `module:function`. It is called as `function(answer, reference)` with two texts and returns a finite
-    number, the higher the better."""
+    """How an answer is compared with the row's completion. `exact_match` is 1 if they are equal up to white
+    space, else 0. Or a function of your own, as `file.py:function` (relative to the round file) or
+    `module:function`: it is called as `function(answer, reference)` with two strings and returns a finite
+    number, higher is better."""
     max_examples: Count = 50
-    """Answer so many evaluation rows at most: the first that have a prompt and a completion."""
+    """Maximum number of evaluation rows to answer: the first ones with a prompt and a completion."""
     max_new_tokens: Count = 128
-    """Tokens that an answer may have; the likeliest is taken each time."""
+    """Maximum number of tokens in an answer. Decoding is greedy."""
     objective: bool = False
-    """The former spelling of `objective: {metric: answers}` at the top level of the file."""
+    """Old spelling of `objective: {metric: answers}` at the top level of the file."""
 
     @field_validator("metric")
     @classmethod
@@ -281,50 +283,51 @@ class AnswersSpec(BaseModel):
 
 
 class EvaluationSpec(BaseModel):
-    """When and on how much the loss is measured."""
+    """How often the loss is measured, and on how many examples."""
 
     model_config = ConfigDict(**STRICT, json_schema_extra=lambda schema: schema.pop("required"))
 
     every_steps: Count
-    """Steps between two evaluations; a twelfth of `max_train_steps` when left out. Step 0 and the last step
-    are always evaluated."""
+    """Steps between two evaluations. Default: a twelfth of `max_train_steps`. Step 0 and the last step are
+    always evaluated."""
     batch_size: Count = 16
-    """Sequences evaluated at once; changes no result."""
+    """Sequences per evaluation batch. Does not change results."""
     max_examples: Count = 200
-    """Evaluate on that many examples at most."""
+    """Maximum number of examples to evaluate on."""
     answers: AnswersSpec | None = None
-    """Let every complete trial answer evaluation rows, and score that; not done where it is left out."""
+    """Score generated answers of every complete trial. Off when left out."""
 
 
 class ObjectiveSpec(BaseModel):
-    """What trials are ranked by, and what the sampler is told."""
+    """The metric that ranks trials and that the sampler optimizes."""
 
     model_config = STRICT
 
     metric: Annotated[str, AfterValidator(_known("metric")), _named("metric")] = "eval_loss"
-    """`eval_loss` is the evaluation loss; `token_accuracy` the share of target tokens that the model predicts
-    first; `answers` the mean score of `evaluation.answers`, which ranks trials, while steps and horizons stay
-    with the loss. Or a metric of yours as `package.module:NAME`. Of a metric that each evaluation has, the
-    best step, the gain of a doubling, the noise and `run.pruner` follow it."""
+    """`eval_loss`: the evaluation loss. `token_accuracy`: the share of target tokens that are the model's top
+    prediction. `answers`: the mean score of `evaluation.answers`; it ranks trials, while best steps and
+    horizons still use the loss. Or a metric of your own as `package.module:NAME`. If the metric is measured
+    at each evaluation, the best step, the gain of a doubling, the noise and `run.pruner` use it too."""
     direction: Literal["minimize", "maximize"] | None = None
-    """Which values are better. The metric says so itself; written out, it has to agree."""
+    """Which values are better. Defaults to the metric's own direction; if given, it must match."""
 
 
 class CheckpointsSpec(BaseModel):
-    """Where adapters are kept."""
+    """Where adapters are saved, and how many are kept."""
 
     model_config = STRICT
 
     directory: PathText = "runs"
-    """Relative to the file; each trial has its folder `ROUND/trial-0007` in it."""
+    """Directory for checkpoints, relative to the file; each trial has a folder in it, `ROUND/trial-0007`."""
     keep_best: Count = 1
-    """Adapters kept for each trial: those of its best steps."""
+    """Number of adapters to keep per trial: those of its best steps."""
     keep_best_trials: Annotated[
         Literal["all"] | int,
         WithJsonSchema({"anyOf": [{"const": "all"}, {"type": "integer", "minimum": 1}]}),
     ] = "all"
-    """Trials of the round that keep their adapters: `all`, or so many of the best. The others lose theirs
-    once they have ended; of the best three, what a longer round goes on from stays. Curves stay of all."""
+    """How many of the round's best trials keep their adapters: `all` or a number. Adapters of other trials
+    are deleted when the trial ends, except checkpoints of the best three from which a longer round can
+    resume. Curves are kept for all trials."""
 
     @field_validator("keep_best_trials", mode="before")
     @classmethod
@@ -336,47 +339,48 @@ class CheckpointsSpec(BaseModel):
 
     @property
     def most_kept_trials(self) -> int | None:
-        """`keep_best_trials` as a number; None is all."""
+        """Return `keep_best_trials` as a number; None means all."""
         return self.keep_best_trials if isinstance(self.keep_best_trials, int) else None
 
 
 class RunSpec(BaseModel):
-    """Where and how the round runs; nothing here changes what a trial run to its end gives, so it may change
-    at any time."""
+    """Where and how the round runs. These keys do not change the results of a complete trial, so you can edit
+    them at any time."""
 
     model_config = STRICT
 
     engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
-    """Where trials run: `local` is this machine, one process for each GPU; `simulated` is a rehearsal with
-    made-up losses, in the folder `rehearsal` beside the file. Or an engine of yours, as
-    `package.module:Class`."""
+    """Where trials run. `local`: this machine, one process per GPU. `simulated`: a dry run with synthetic
+    losses, in the folder `rehearsal` beside the file. Or an engine of your own as `package.module:Class`."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
     ] = "auto"
-    """Trials that train together in one pass over the base. `auto`: on a GPU as many as fill a pass and fit
-    into memory, from a few probe passes; on a CPU one, which is exact to the digit. Where `use_dora`
-    may be true it is one, whatever is written."""
+    """Number of trials that train together in one pass over the base model. `auto`: on a GPU, as many as are
+    efficient and fit into memory, measured with a few probe passes; on a CPU, one, which is bit-exact. If
+    `use_dora` can be true, it is always one."""
     production_steps: Count | None = None
-    """The longest run you can pay for; no suggested horizon is longer."""
+    """The longest run you can afford, in steps; no suggested horizon is longer."""
     worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005
-    """The share of the loss that doubling the steps has to bring; a horizon whose last doubling brought no
-    more is long enough."""
+    """Smallest relative improvement of the loss that makes doubling the steps worthwhile. A horizon whose
+    last doubling brought less is long enough."""
     decay_branches: Annotated[
         Literal["auto"] | bool,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "boolean"}]}),
     ] = "auto"
-    """Comparison runs, which measure what the last doubling of the steps was worth. `auto`: after the last
-    trial the best one is run to half of `max_train_steps` on the same schedule, where the rate decays and no
-    earlier round tells. `true`: all leading trials, to a half and to 0.71. `false`: none. With
-    `schedule: linear` they start from checkpoints of the trials and are short, else from scratch."""
+    """Comparison runs, which measure how much the last doubling of the steps improved the loss. `auto`: after
+    the last trial, the best one is run to half of `max_train_steps` on the same schedule, if the rate decays
+    and no earlier round shows the gain. `true`: all leading trials, to 0.5 and 0.71 of the horizon. `false`:
+    none. With `schedule: linear` they start from checkpoints of the trials and are short; otherwise they
+    start from scratch."""
     pruner: Literal["none", "median", "halving"] = "none"
-    """Ends trials before the horizon: `median` one whose best loss is above the median of what at least five
-    complete trials had by then, `halving` one that is not among the best third at a ninth or a third of the
-    horizon. It changes neither schedule nor horizon. A pruned trial counts, and is never promoted."""
+    """Stops trials before the horizon. `median`: if the trial's best loss is above the median that at least
+    five complete trials had at this step. `halving`: if it is not in the best third at a ninth or a third of
+    the horizon. Schedule and horizon do not change. A pruned trial is included in `search.trials` and is
+    never promoted."""
     report_to: list[Annotated[str, AfterValidator(_known("tracker")), _named("tracker")]] = []
-    """Other tools that show each trial as a run with its curve, while it runs. Each is an extra;
-    `tuner doctor` names the command that installs it."""
+    """Experiment trackers that get each trial as a run, with its curve, while it runs. Each is an extra;
+    `tuner doctor` shows the command that installs it."""
 
     @field_validator("decay_branches", mode="before")
     @classmethod

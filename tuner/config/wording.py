@@ -1,4 +1,4 @@
-"""How a refusal of a round file reaches pydantic: the place, and a message that is complete as it is."""
+"""Mistakes in a round file as pydantic errors: the location and the complete message."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Location = tuple[str | int, ...]
-"""Keys and list positions that lead to a value, relative to the model that is validated."""
+"""Keys and list positions of a value, relative to the model being validated."""
 
 MISTAKE = "mistake"
-"""Type of a pydantic error whose message is complete as it is."""
+"""Type of a pydantic error whose message is already complete."""
 UNKNOWN_KEY = "unknown_key"
-"""Type of a pydantic error for a name that is in no table; pydantic's own is `extra_forbidden`."""
+"""Type of a pydantic error for an unknown name; pydantic's own is `extra_forbidden`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One thing that is wrong."""
+    """One mistake in a round file."""
 
     location: Location
     message: str
     rests_on: tuple[str, ...] = ()
-    """Dotted names of the other keys that make it wrong: while one of them is, this says nothing."""
+    """Dotted names of other keys this depends on: while one of them is wrong, this is not reported."""
     type: str = MISTAKE
 
 
 def mistake(message: str, *, rests_on: tuple[str, ...] = (), type: str = MISTAKE) -> PydanticCustomError:
-    """A pydantic error that says this message and nothing else."""
+    """Return a pydantic error with exactly this message."""
     return PydanticCustomError(type, "{message}", {"message": message, "rests_on": rests_on})
 
 
 def refuse(title: str, refusals: Iterable[Refusal]) -> None:
-    """Raise one ValidationError with all refusals; return when there are none."""
+    """Raise one ValidationError with all refusals, if there are any."""
     details = [
         InitErrorDetails(
             type=mistake(refusal.message, rests_on=refusal.rests_on, type=refusal.type),

@@ -24,7 +24,7 @@ from tuner.config.wording import Location
 
 
 class YamlError(ValueError):
-    """Text that is no YAML, or YAML that is no plain data."""
+    """Text that is not YAML, or YAML that is not plain data."""
 
     def __init__(self, message: str, line: int | None) -> None:
         super().__init__(message)
@@ -149,14 +149,14 @@ def _escaped(value: Any) -> Any:
 def _explained(error: YAMLError | ValueError, text: str) -> YamlError:
     if isinstance(error, ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return YamlError(f"holds the character {text[error.position]!r}, which YAML does not allow", line)
+        return YamlError(f"contains the character {text[error.position]!r}, which YAML does not allow", line)
     if not isinstance(error, MarkedYAMLError):
         return YamlError(f"is not YAML: {error}", None)
     mark = error.problem_mark or error.context_mark
     row = None if mark is None else mark.line + 1
     problem = str(error.problem or error.context)
     if twice := re.match(r'found duplicate key "(.*?)" with value', problem, re.DOTALL):
-        return YamlError(f"the key {twice[1]} stands here a second time; keep one of them", row)
+        return YamlError(f"the key {twice[1]} appears a second time; keep one of them", row)
     if r"'\t'" in problem:
         return YamlError("a tab cannot indent or separate in YAML; use spaces", row)
     during = f" {error.context}" if error.context and error.problem else ""

@@ -1,4 +1,4 @@
-"""Metrics of generated answers, and the evaluation rows that are asked."""
+"""Metrics of generated answers, and the evaluation rows to answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NOT_THE_USERS = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
 
 
 class Metric:
-    """A comparison by the name that a round file gives it; higher is better."""
+    """A function that scores answers, by its name in the round file; higher is better."""
 
     def __init__(self, name: str, compare: Callable[[str, str], Any], *, code: str | None = None) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class Metric:
         self._compare = compare
 
     def __call__(self, answer: str, reference: str, *, place: str) -> float:
-        """The score of one answer. `place` is the row's, for messages.
+        """Return the score of one answer. `place` is the place of the row, for messages.
 
         Raises MetricError when the user's function raises, or returns no finite number: it is the function's
         fault, not the answer's, since any text may come as an answer.
@@ -73,7 +73,7 @@ class Metric:
 
 
 def load_metric(name: str) -> Metric:
-    """The metric that a round file with absolute paths names; it is shown without the file's folder.
+    """Load the metric named in a round file with absolute paths; messages omit the file's folder.
 
     A file's neighbours can be imported by it. Raises MetricError when there is no such function.
     """
@@ -81,7 +81,7 @@ def load_metric(name: str) -> Metric:
         return Metric(name, exact_match)
     place, _, attribute = name.rpartition(":")
     shown = f"{Path(place).name}:{attribute}"
-    advice = "give exact_match, file.py:function of a file beside the round file, or module:function"
+    advice = "write exact_match, file.py:function (relative to the round file), or module:function"
     if place.endswith(".py") and not Path(place).is_file():
         raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {advice}")
     try:
@@ -101,12 +101,13 @@ def load_metric(name: str) -> Metric:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the texts are equal but for white space around them and its kind and length inside; else 0."""
+    """Return 1 if the texts are equal up to white space, else 0."""
     return float(answer.split() == reference.split())
 
 
 def _file(path: Path) -> ModuleType:
-    """A module from a file. Its folder is looked in last, so that it hides nothing installed."""
+    """Import a module from a file. Its folder comes last on the path, so that it hides no installed
+    package."""
     if (folder := str(path.parent)) not in sys.path:
         sys.path.append(folder)
     name = f"tuner_metric_{path.stem}"
@@ -127,7 +128,7 @@ def _file_hash(module: ModuleType) -> str | None:
 
 
 def _last_words(error: BaseException) -> str:
-    """What an exception says, and the line of the user's that it came from."""
+    """Return an exception's message and the line of the user's code that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _NOT_THE_USERS]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     said = " ".join(str(error).split())
@@ -154,7 +155,7 @@ class EvalPrompt:
 def eval_prompts(
     parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, beginning: int, max_examples: int
 ) -> tuple[EvalPrompt, ...]:
-    """The first evaluation rows that have a prompt and a whole completion.
+    """Return the first evaluation rows that have a prompt and a complete completion.
 
     Left out are rows of format `text` and rows that `max_length` cuts, since the end of their completion is
     not known. `beginning` is the number of tokens that the tokenizer puts before a text. Raises DataError
@@ -165,8 +166,8 @@ def eval_prompts(
         sources = ", ".join(dict.fromkeys(f"{part.path} (format {part.format})" for part in parts))
         raise DataError(
             f"evaluation.answers: {sources}: no evaluation row has a prompt and a completion that max_length "
-            "leaves whole, so there is nothing to answer; give eval rows in alpaca, messages, sharegpt or "
-            "completion, or take evaluation.answers out"
+            "leaves whole, so there is nothing to answer; use eval rows of format alpaca, messages, sharegpt "
+            "or completion, or remove evaluation.answers"
         )
     return found
 

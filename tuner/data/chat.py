@@ -1,4 +1,4 @@
-"""Chat templates, and where the assistant's turns lie in a conversation that one rendered."""
+"""Chat templates, and the positions of the assistant's turns in rendered conversations."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         if template is None and not tokenizer.chat_template:
             raise DataError(
-                "conversations need a chat template, and this model's tokenizer has none; name one in the "
+                "conversations require a chat template, but this model's tokenizer has none; set one in the "
                 f"source, as `template: chatml` (or {' or '.join(sorted(TEMPLATES.keys() - {'chatml'}))}), "
-                "use an instruction-tuned model, or format alpaca, completion or text"
+                "use an instruction-tuned model, or use format alpaca, completion or text"
             )
         self.is_named = template is not None
         """Whether it is not the tokenizer's own, and so has no BOS of its own."""
@@ -133,7 +133,7 @@ class Chat:
         return tuple(segments)
 
     def question(self, conversation: Conversation, place: str) -> tuple[Segment, ...]:
-        """A conversation up to where the assistant answers its last message. Raises DataError.
+        """Return a conversation up to the assistant's answer to its last message. Raises DataError.
 
         The turns before are told apart where they can be, as in training. The answer may begin with a
         thought, where the template asks for one.
@@ -156,7 +156,7 @@ class Chat:
         raise first_error
 
     def _turn(self, conversation: Conversation, index: int, whole: str, place: str) -> tuple[int, int]:
-        """Where a turn begins and ends; (-1, -1) where the template does not only append."""
+        """Return where a turn begins and ends; (-1, -1) if the template does more than append."""
         upto = conversation.messages[: index + 1]
         before = self._render(replace(conversation, messages=upto[:-1]), place, ask=True)
         end = self._end_of(conversation, index, whole)
@@ -167,7 +167,7 @@ class Chat:
     def _between(
         self, conversation: Conversation, indices: range, whole: str, span: range, *, hides: bool
     ) -> Iterator[Segment]:
-        """The messages between two turns; no loss sees those that the row says not to learn."""
+        """Return the messages between two turns, without loss on those that the row excludes."""
         masked = [index for index in indices if not conversation.messages[index].is_learned]
         ends = {index: self._end_of(conversation, index, whole) for i in masked for index in (i - 1, i)}
         hides = hides or any(end < span.start and index >= indices.start for index, end in ends.items())
@@ -182,7 +182,7 @@ class Chat:
             yield Segment(whole[position : span.stop], is_target=False, is_masked=hides)
 
     def _end_of(self, conversation: Conversation, index: int, whole: str) -> int:
-        """Where a message ends; -1 where it reads otherwise when others follow."""
+        """Return where a message ends; -1 if it is rendered differently when others follow."""
         messages = conversation.messages
         if index in (-1, len(messages) - 1):
             return len(whole) if index >= 0 else 0
@@ -205,7 +205,7 @@ class Chat:
         return position
 
     def _refuse_lost(self, conversation: Conversation, place: str) -> None:
-        """Raises DataError where the template leaves out what the row says.
+        """Raise DataError if the template leaves out a text of the row.
 
         A marker in the place of each text tells, not the text: templates trim, and short texts stand in
         others. Which texts are left out depends on the kinds of messages, so each kind is tried once.
@@ -226,7 +226,7 @@ class Chat:
         self._rendered_whole.add(kind)
 
     def _lost(self, conversation: Conversation, spots: Sequence[_Spot]) -> list[_Spot]:
-        """Those of the spots whose text is not rendered."""
+        """Return the spots whose text is not rendered."""
         marked = conversation
         for spot in spots:
             marked = _with_marker(marked, spot)
@@ -289,7 +289,7 @@ class Chat:
         return with_fixed_date(self._tokenizer.get_chat_template(tools=conversation.tools))
 
     def _untold(self, conversation: Conversation, index: int, place: str) -> DataError:
-        """Why a turn cannot be told from what surrounds it, and what to do."""
+        """Return the error for a turn that cannot be told apart from its surroundings."""
         upto = replace(conversation, messages=conversation.messages[: index + 1])
         asked, asking = self._opening(upto, place)
         if asked == asking:
@@ -317,7 +317,8 @@ class Chat:
         )
 
     def _opening(self, upto: Conversation, place: str) -> tuple[str, str]:
-        """What the last turn begins with, and what it is asked with; equal where the turn goes on from it."""
+        """Return the beginning of the last turn, and the generation prompt; equal if the turn continues
+        it."""
         before = replace(upto, messages=upto.messages[:-1])
         asking, answered = self._render(before, place, ask=True), self._render(upto, place)
         told = min(agreeing(self._render(before, place), text) for text in (asking, answered))
@@ -329,7 +330,7 @@ class Chat:
 
 
 def asked(instruction: str, input: str) -> Message:
-    """A user's message of an instruction and what it is about."""
+    """Return the user's message for an instruction and its input."""
     return Message("user", f"{instruction}\n\n{input}" if input else instruction)
 
 
@@ -360,13 +361,13 @@ def _with_marker(conversation: Conversation, spot: _Spot) -> Conversation:
 
 
 def _marker(spot: _Spot) -> str:
-    """A word that no row has, with no white space to trim."""
+    """Return a word that does not occur in rows and has no white space to trim."""
     index, key = spot
     return f"Marker{index + 1}of{key.replace('_', '')}OmqVbz"
 
 
 def _named(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A function's description under another name."""
+    """Return a tool's description under another name."""
     inner = tool.get("function")
     return (
         {**tool, "function": {**inner, "name": name}} if isinstance(inner, dict) else {**tool, "name": name}

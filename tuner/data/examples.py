@@ -1,4 +1,4 @@
-"""What data is between a file and a batch: rows, segments of text, examples, and the order of training."""
+"""Data types between file and batch: rows, segments of text, examples, and the order of training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Segment:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's type as a person would call it, for messages."""
+    """Return the everyday name of a JSON value's type, for messages."""
     match value:
         case None:
             return "null"
@@ -67,7 +67,7 @@ def kind_of(value: Any) -> str:
 
 
 def agreeing(text: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     differing = (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
     return next(differing, min(len(text), len(other)))
 
@@ -121,7 +121,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, rows: Iterable[Example]) -> Examples:
-        """Examples held in memory."""
+        """Create examples held in memory."""
         rows = list(rows)
         tokens = np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in rows)]).astype(np.int32)
         targets = np.concatenate([np.zeros(0, bool), *(row.is_target for row in rows)]).astype(bool)
@@ -130,7 +130,7 @@ class Examples(Sequence[Example]):
         return cls([(TokenTable(tokens, targets, offsets, num_targets), np.arange(len(rows)))])
 
     def content_hash(self) -> str:
-        """Hash of all tokens and target masks, in order."""
+        """Return a hash of all tokens and target masks, in order."""
         tokens, targets = hashlib.sha256(), hashlib.sha256()
         for table, rows in self._picks:
             is_last = np.append(np.diff(rows) != 1, True)[: len(rows)]
@@ -144,7 +144,7 @@ class Examples(Sequence[Example]):
         return whole.hexdigest()
 
     def first_beyond(self, num_embeddings: int) -> tuple[int, int] | None:
-        """Index of the first row with a token id of at least so many, and that id; None without one."""
+        """Return the first row with a token id of at least the bound, and that id; None if there is none."""
         start = 0
         for table, rows in self._picks:
             has_none = not len(table.tokens) or int(table.tokens.max()) < num_embeddings
@@ -176,12 +176,12 @@ class Examples(Sequence[Example]):
         return found
 
     def place(self, index: int) -> str:
-        """Where a row was read; empty where nobody knows."""
+        """Return where a row was read; empty if unknown."""
         pick, at = self._at(index)
         return self._places[pick](at) if self._places else ""
 
     def from_each(self, count: int) -> list[int]:
-        """Indices of so many rows: the first of each table, then the second of each, in their order."""
+        """Return indices of rows: the first of each table, then the second of each, and so on."""
         starts = np.concatenate([[0], self._ends[:-1]]).tolist() if self._picks else []
         in_turn = [
             (nth, start + nth)
@@ -218,7 +218,7 @@ def _per_row(
 
 
 def batch_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> tuple[int, ...]:
-    """The rows of update `step` (1-based), in order.
+    """Return the rows of update `step` (1-based), in order.
 
     They are positions (step - 1) * batch_size to step * batch_size of an endless stream: every
     epoch is a permutation of all rows drawn from (seed, epoch), one epoch follows the other without
@@ -239,7 +239,7 @@ def batch_rows(num_rows: int, *, batch_size: int, seed: int, step: int) -> tuple
 
 @lru_cache(maxsize=16)
 def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the rows.
+    """Return a permutation of the rows.
 
     Sorting raw output of the bit generator, and not `Generator.permutation`: numpy promises the
     same stream for ever only for bit generators (NEP 19), and a resumed trial may meet a newer numpy.

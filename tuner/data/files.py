@@ -1,4 +1,4 @@
-"""Files of rows: where they lie, locally or at a URL, and how they are opened."""
+"""Data files: locating them, locally or at a URL, and opening them."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class DataFile:
         self._stream.close()
 
     def read(self, num_bytes: int) -> bytes:
-        """At most that many bytes; none at the end."""
+        """Return at most that many bytes; none at the end."""
         with explained(self._file):
             return self._counted(self._stream.read(num_bytes))
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Lines with their 1-based numbers, the line end (only LF counts) included."""
+        """Yield lines with their 1-based numbers, including the line end (only LF)."""
         number = 0
         with explained(self._file):
             while raw := self._counted(self._stream.readline(MAX_ROW_BYTES + 1)):
@@ -85,12 +85,12 @@ class DataFile:
 
 
 def most_unpacked_bytes(file: LocalFile) -> int:
-    """What a file may unpack to: more is a bomb, not text. Raises DataError."""
+    """Return the size that a file may unpack to; a larger one is a bomb. Raises DataError."""
     return max(_EXPANSION_CHECKED_FROM_BYTES, _MAX_EXPANSION * file_size(file))
 
 
 def unpacks_too_far(file: LocalFile) -> DataError:
-    """The error of a file that unpacks to more than `most_unpacked_bytes`."""
+    """Return the error for a file that unpacks to more than `most_unpacked_bytes`."""
     return DataError(
         f"{file.name}: unpacks to more than {_MAX_EXPANSION} times its size, as text does not; "
         "if it is meant to, unpack it first"
@@ -98,31 +98,31 @@ def unpacks_too_far(file: LocalFile) -> DataError:
 
 
 def file_size(file: LocalFile) -> int:
-    """Bytes on disk. Raises DataError for what is no file: a pipe would wait, a device never end."""
+    """Return the bytes on disk. Raises DataError for a pipe or a device, which may never end."""
     with explained(file):
         about = file.path.stat()
     if not stat.S_ISREG(about.st_mode):
         kind = "a directory" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
-        raise DataError(f"{file.name}: is {kind}; data is read from a file, more than once")
+        raise DataError(f"{file.name}: is {kind}; use a regular file, since data is read more than once")
     return about.st_size
 
 
 def content_hash(file: LocalFile) -> str:
-    """SHA-256 of the file's bytes as they lie on disk. Raises DataError."""
+    """Return the SHA-256 of the file's bytes on disk. Raises DataError."""
     file_size(file)
     with explained(file), file.path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """What to say of bytes that are not UTF-8."""
+    """Return the message for bytes that are not UTF-8."""
     byte = error.object[error.start]
     return f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
 
 
 @contextmanager
 def explained(file: LocalFile) -> Iterator[None]:
-    """Failures of the disk, and names that none can have, as DataError."""
+    """Convert disk errors and impossible names to DataError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -140,7 +140,7 @@ _EXTRAS |= {"abfs": "abfs", "abfss": "abfs", "az": "abfs", "smb": "smb", "ssh": 
 
 @contextmanager
 def downloads(cache: Path | None) -> Iterator[Path]:
-    """Where copies of files behind URLs lie: in the cache, or for as long as this is open."""
+    """Open the directory for copies of remote files: in the cache, or temporary."""
     if cache is not None:
         yield cache / "downloads"
         return
@@ -149,7 +149,7 @@ def downloads(cache: Path | None) -> Iterator[Path]:
 
 
 def located(path: str, copies: Path) -> list[LocalFile]:
-    """The files in the order of their names.
+    """Return the files sorted by name.
 
     A file behind a URL is copied into `copies` once, and again when the server says that it has changed.
     Raises DataError, for a pattern without a match too.
@@ -195,7 +195,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _copied(files: Any, path: str, name: str, copies: Path) -> LocalFile:
-    """The local copy, made under another name and renamed when it is whole."""
+    """Return the local copy, which is renamed into place once it is complete."""
     with _explained(name):
         about = files.info(path)
         if about.get("type") in ("directory", "other"):

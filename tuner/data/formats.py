@@ -1,4 +1,4 @@
-"""What a row says: its texts in order, and which of them the loss sees."""
+"""Row formats: the texts of a row in order, and which of them the loss is computed on."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RowFormat:
 
 
 def source_format(spec: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
-    """The format of a source as the round file says it. Raises DataError."""
+    """Return the format of a source of the round file. Raises DataError."""
     chosen = row_format(spec.format, tokenizer, columns=spec.columns, template=spec.template)
     if spec.split_on is None and spec.overlap_tokens is None:
         return chosen
@@ -93,7 +93,7 @@ def row_format(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
 ) -> RowFormat:
-    """The format of that name.
+    """Return the format with this name.
 
     `columns` has what its columns are called where they have other names, `template` the text around the
     turns. Raises DataError when the format is unknown or the tokenizer cannot render it.
@@ -108,9 +108,7 @@ def row_format(
     elif name in ("alpaca", "messages", "sharegpt"):
         chosen = _conversation(name, called, Chat(tokenizer, None if template == "tokenizer" else template))
     else:
-        raise DataError(
-            f"format {name!r} is not read; allowed are alpaca, messages, sharegpt, completion and text"
-        )
+        raise DataError(f"unknown format {name!r}; allowed: alpaca, messages, sharegpt, completion and text")
     identity: dict[str, Any] = {}
     if columns:
         identity["columns"] = dict(columns)
@@ -120,13 +118,13 @@ def row_format(
 
 
 def require_columns(row: Row, row_format: RowFormat) -> None:
-    """Raises DataError when the row lacks a column that the format needs."""
+    """Raise DataError if the row lacks a required column."""
     if missing := [column for column in row_format.needed if column not in row.values]:
         found = ", ".join(map(repr, row.values)) or "none"
         optional = "".join(f" ({column!r} is optional)" for column in row_format.optional)
         raise DataError(
             f"{row.place}: no column {missing[0]!r}; columns found: {found}; format {row_format.name} "
-            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; other names are said by `columns`"
+            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; map other names with `columns`"
         )
 
 
@@ -149,7 +147,7 @@ _NOWHERE = "\0"
 
 
 def _called(columns: Mapping[str, str]) -> dict[str, str]:
-    """What each column is called."""
+    """Return the name of each column in the source."""
     given_away = {name for column, name in columns.items() if column != name and name in _YIELDING}
     own = {column: _NOWHERE if column in given_away else column for column in _COLUMNS}
     return {**own, **columns}

@@ -1,4 +1,4 @@
-"""Rows in JSON files of every shape: lists, lines and columns, read without holding a file in memory."""
+"""Rows in JSON files (lists, lines or columns), read without loading the whole file into memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def over_lines(line: str, following: Iterator[tuple[int, str]]) -> str | None:
 
 
 def not_a_row(value: Any, following: Iterator[tuple[int, str]]) -> str:
-    """What there is to say of a line's JSON that is no object."""
+    """Return the message for a line whose JSON is not an object."""
     if _are_rows(value):
         if _is_message(value[0]):
             return (
@@ -104,7 +104,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise RepeatedKey(f"the key {repeated!r} is there twice in one object; keep one of them")
+        raise RepeatedKey(f"the key {repeated!r} appears twice in one object; keep one of them")
     return values
 
 
@@ -113,7 +113,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def json_objects(file: DataFile) -> Iterator[dict[str, Any]]:
-    """The objects of the JSON list that the file is; none for an empty file.
+    """Yield the objects of a JSON list; none for an empty file.
 
     Raises DataError with the 1-based row.
     """

@@ -1,4 +1,4 @@
-"""What a message of a row says: who speaks, its texts, and whether it is learned."""
+"""Messages of a row: role, texts, and whether they are trained on."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Conversation:
         return replace(self, messages=(*self.messages, message))
 
     def asking(self) -> Conversation:
-        """Up to where the assistant answers last, whether it does or not."""
+        """Return the conversation up to the assistant's last answer."""
         ends = self.messages[-1].role == "assistant"
         return replace(self, messages=self.messages[:-1]) if ends else self
 
@@ -96,13 +96,13 @@ class Conversation:
 
 
 def read_messages(row: Row, column: str) -> tuple[Message, ...]:
-    """The messages of a row of format messages. Raises DataError."""
+    """Return the messages of a row of format messages. Raises DataError."""
     turns = enumerate(listed(row, column), start=1)
     messages = tuple(_message(row, index, turn) for index, turn in turns)
     if messages[0].role == "assistant":
         raise DataError(
-            f"{row.place}: the conversation begins with the assistant, so nothing asks for that turn; "
-            "begin with a user's message, or take the turn out"
+            f"{row.place}: the conversation begins with the assistant, so that turn answers nothing; "
+            "begin with a user's message, or remove the turn"
         )
     return messages
 
@@ -121,7 +121,8 @@ def read_tools(row: Row, column: str) -> Sequence[Any] | None:
 
 
 def read_history(row: Row, column: str) -> tuple[Message, ...]:
-    """Earlier turns as pairs of a question and its answer, a list or its JSON. Raises DataError."""
+    """Return earlier turns from pairs of question and answer, given as a list or as JSON. Raises
+    DataError."""
     pairs = _from_json(row, column)
     if pairs is None:
         return ()
@@ -129,7 +130,7 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
         found = "a list of something else" if isinstance(pairs, list) else kind_of(pairs)
         raise DataError(
             f"{row.place}: column {column!r} is {found}; it must be a list of pairs of texts, a question and "
-            "its answer; rename the column if it has another meaning"
+            "an answer; rename the column if it has another meaning"
         )
     roles = ("user", "assistant")
     return tuple(Message(*turn) for pair in pairs for turn in zip(roles, pair, strict=True))
@@ -148,7 +149,7 @@ def read_system(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def listed(row: Row, column: str) -> list[Any]:
-    """A column's list, which is not empty. Raises DataError."""
+    """Return a column's list. Raises DataError if it is empty or not a list."""
     messages = row.values[column]
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if isinstance(messages, list) else kind_of(messages)
@@ -163,7 +164,7 @@ def message_of(
     if refused := [key for key in _REFUSED if turn.get(key)]:
         raise DataError(
             f"{row.place}: message {index} has {refused[0]!r}, which is not rendered; write the "
-            "call into the content as the model's template has it"
+            "call into the content in the form of the model's template"
         )
     reasoning = {key: text_of(row, index, turn, key) for key in REASONING_KEYS if turn.get(key) is not None}
     learned = {key: _is_learned(row, index, turn, key) for key in _WEIGHTS if turn.get(key) is not None}
@@ -182,7 +183,7 @@ def message_of(
 
 
 def text_of(row: Row, index: int, message: Mapping[str, Any], key: str) -> str:
-    """The text that a message has under a key. Raises DataError."""
+    """Return the text of a message's key. Raises DataError."""
     value = message.get(key)
     if not isinstance(value, str):
         found = kind_of(value) if key in message else "missing"
@@ -197,8 +198,8 @@ def _message(row: Row, index: int, turn: Any) -> Message:
         )
     if "role" not in turn and "from" in turn:
         raise DataError(
-            f"{row.place}: message {index}: 'role' is missing, and 'from' is there, so these rows are "
-            "ShareGPT: write `format: sharegpt`, and the column's name as `columns: {conversations: ...}`"
+            f"{row.place}: message {index} has 'from' instead of 'role', so these rows are "
+            "ShareGPT: write `format: sharegpt`, and name the column as `columns: {conversations: ...}`"
         )
     written = text_of(row, index, turn, "role")
     role = _role(row, index, written)
@@ -259,7 +260,7 @@ def conversation(row: Row, *, column: str, system_column: str) -> tuple[Message,
     system = read_system(row, system_column)
     if system and turns[0].role == "system":
         raise DataError(
-            f"{row.place}: column {system_column!r} has a system message, and so has the conversation"
+            f"{row.place}: column {system_column!r} has a system message, but so has the conversation"
         )
     return (*system, *turns)
 
@@ -271,14 +272,14 @@ def _sharegpt_message(row: Row, index: int, turn: Any) -> Message:
         )
     if "from" not in turn and "role" in turn:
         raise DataError(
-            f"{row.place}: message {index} has role and not from, so these rows are messages: write "
-            "`format: messages`, and the column's name as `columns: {messages: ...}`"
+            f"{row.place}: message {index} has role instead of from, so these rows are messages: write "
+            "`format: messages`, and name the column as `columns: {messages: ...}`"
         )
     speaker = text_of(row, index, turn, "from")
     role = SPEAKERS.get(speaker.strip().lower())
     if role is None:
         raise DataError(
-            f"{row.place}: message {index} is from {speaker!r}, which is nobody this format knows; "
-            f"allowed are {', '.join(SPEAKERS)}"
+            f"{row.place}: message {index} is from {speaker!r}, which this format does not know; "
+            f"allowed: {', '.join(SPEAKERS)}"
         )
     return message_of(row, index, turn, role, text_of(row, index, turn, "value"))

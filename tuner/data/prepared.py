@@ -1,4 +1,4 @@
-"""What the model trains and is evaluated on: the round's data, read, split, tokenised and counted."""
+"""A round's data: read, split, tokenised and counted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """What became of the rows of one split."""
+    """Statistics of the rows of one split."""
 
     num_examples: int = 0
     """Rows that are trained or evaluated on: those kept, after `weight` and `max_examples`."""
@@ -75,7 +75,7 @@ class SplitReport:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of every row that was read."""
+    """Statistics of all rows that were read."""
 
     train: SplitReport = field(default_factory=SplitReport)
     evaluation: SplitReport = field(default_factory=SplitReport)
@@ -129,7 +129,7 @@ class PreparedData:
 def refuse_tokens_beyond(
     data: PreparedData, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> None:
-    """Raises DataError for the first row with a token that a base with so many embeddings lacks.
+    """Raise DataError for the first row with a token beyond the base model's embeddings.
 
     `tokenizer` is called to name the token.
     """
@@ -147,14 +147,14 @@ def prepare(
     cache: Path | None,
     say: Callable[[str], None] = lambda _: None,
 ) -> PreparedData:
-    """The data of a round whose paths are absolute; `cache` is a folder for tokenised data, or None.
+    """Prepare the data of a round with absolute paths; `cache` is a folder for tokenised data, or None.
 
     `say` hears how far it is, about once a second. Raises DataError, and StorageError when the cache
     cannot be written.
     """
     data = spec.data
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
-        raise DataError(f"{weighted[0]}: weight is for training rows; every other row counts once")
+        raise DataError(f"{weighted[0]}: weight applies only to training rows; every other row is used once")
     tokeniser = Tokeniser(tokenizer)
     special = SpecialTokens(tokenizer, tokeniser)
     recipe = Recipe(tokeniser, data.loss_on, data.max_length, cache, say, special)
@@ -237,8 +237,8 @@ def share_for_evaluation(
     if share is None:
         sources = ", ".join(part.source.name for part in parts)
         raise DataError(
-            f"{sources}: of its rows none can be held out, since there is one alone, or all are alike; give "
-            "evaluation rows of their own"
+            f"{sources}: none of its rows can be held out, since there is only one, or all are equal; add "
+            "separate evaluation rows"
         )
     return share
 
@@ -299,11 +299,11 @@ def _refuse_emptiness(data: DataSpec, used: Mapping[str, Parts], read: Mapping[s
         if name == "eval" and data.eval_fraction is not None:
             raise DataError(
                 f"{sources}: eval_fraction {data.eval_fraction} holds out none of its rows; "
-                "raise it, or give the evaluation rows as eval"
+                "raise it, or list evaluation rows under eval"
             )
         raise DataError(
-            f"{sources}: no {name} row is left with anything to learn: rows without an answer are dropped, "
-            "with an empty one, or with `weight: 0` on all of them, and so are rows whose prompt alone fills "
+            f"{sources}: no {name} row is left with anything to learn: rows are dropped if they have no "
+            "answer, only empty ones, or `weight: 0` on all of them, or if the prompt fills "
             f"max_length ({data.max_length} tokens)"
         )
 

@@ -76,12 +76,12 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
         raise ModelError(f"{model.path}: the tokenizer cannot be loaded: {_advice(model, error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{model.path}: has a slow tokenizer only; tuner needs a fast one (a tokenizer.json): "
-            "save one with transformers beside the model"
+            f"{model.path}: has only a slow tokenizer; tuner requires a fast one (tokenizer.json): "
+            "save one with transformers next to the model"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{model.path}: the tokenizer has no EOS token, so no example could say where it ends; "
+            f"{model.path}: the tokenizer has no EOS token to mark the end of an example; "
             "set eos_token in its tokenizer_config.json"
         )
     return tokenizer
@@ -91,7 +91,7 @@ def _require_directory(model: ModelSpec) -> None:
     path = Path(model.path)
     if path.is_file():
         raise ModelError(
-            f"{path}: is a file; give the model's directory as path, and a GGUF file's name as gguf_file"
+            f"{path}: is a file; set path to the model's directory, and gguf_file to the name of a GGUF file"
         )
     if path.is_absolute() and not path.is_dir():
         raise ModelError(f"{path}: there is no such directory")
@@ -136,7 +136,7 @@ def hub_advice(model: ModelSpec, error: BaseException) -> str | None:
 
     kinds = tuple(type(cause) for cause in _causes(error))
     if GatedRepoError in kinds:
-        return "the model is gated: ask for access on its page on the Hub, then log in with `hf auth login`"
+        return "the model is gated: request access on its page on the Hub, then log in with `hf auth login`"
     if RepositoryNotFoundError in kinds:
         return "it is neither a directory here nor a repository on the Hub that you can see; check the name"
     if RevisionNotFoundError in kinds:

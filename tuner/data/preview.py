@@ -1,4 +1,4 @@
-"""What a person is shown of data before a round: its format, its rows, and what the model sees of them."""
+"""Preview of data before a round: its format, its rows, and what the model sees of them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def matching_columns(source: SourceSpec) -> dict[str, str]:
             listed = ", ".join(map(repr, row.values)) or "none"
             raise DataError(
                 f"{row.place}: no column {column!r}; columns found: {listed}; format {source.format} needs "
-                f"{' and '.join(map(repr, needed))}; name the one to read as --columns {column}=NAME"
+                f"{' and '.join(map(repr, needed))}; map it with --columns {column}=NAME"
             )
         found[column] = match
     return {**found, **source.columns}
@@ -104,8 +104,8 @@ def _recognised(row: Row) -> str:
         listed = ", ".join(map(repr, row.values)) or "none"
         formats = "; ".join(f"{f} has {' and '.join(c)}" for f, c in _COLUMNS.items())
         raise DataError(
-            f"{row.place}: no format has the columns {listed}: {formats}; columns with other names are "
-            "found or named by --columns, once --format says the format"
+            f"{row.place}: no format has the columns {listed}: {formats}; columns with other names "
+            "can be mapped with --columns once --format is given"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""The prompts that inference sends: token for token what the model was trained to complete."""
+"""Prompts for inference, token for token as in training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is to complete."""
+    """A prompt for the model to complete."""
 
     row: int
     """1-based line of its file, or 1-based row where the file has no lines."""
@@ -83,7 +83,7 @@ def read_prompts(
 def refuse_prompt_beyond(
     prompt: Prompt, num_embeddings: int, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> None:
-    """Raises DataError for a prompt with a token that a base with so many embeddings lacks."""
+    """Raise DataError for a prompt with a token beyond the base model's embeddings."""
     if (token := max(prompt.ids)) >= num_embeddings:
         raise token_beyond(prompt.place, token, num_embeddings, tokenizer())
 
@@ -91,7 +91,7 @@ def refuse_prompt_beyond(
 def token_beyond(
     place: str, token: int, num_embeddings: int, tokenizer: PreTrainedTokenizerBase
 ) -> DataError:
-    """The error of a text with a token that a base with so many embeddings lacks."""
+    """Return the error for a text with a token beyond the base model's embeddings."""
     text = tokenizer.convert_ids_to_tokens(token)
     return DataError(
         f"{place}: has the token {text!r} ({token}), and the model has embeddings for "
@@ -122,7 +122,7 @@ def _prompt(row: Row, chosen: RowFormat, tokenizer: PreTrainedTokenizerBase) -> 
     refuse_half_characters(row, segments)
     ids = _tokeniser(tokenizer).prompt(segments, chosen.opening)
     if not ids:
-        raise DataError(f"{row.place}: is empty; give the model some text to go on from")
+        raise DataError(f"{row.place}: is empty; write some text for the model to continue")
     text = "".join(segment.text for segment in segments)
     return Prompt(row.number, row.place, text, tuple(ids))
 
@@ -151,7 +151,7 @@ def _asking(row: Row, formats: Sequence[RowFormat]) -> tuple[Row, RowFormat]:
     found = ", ".join(map(repr, row.values)) or "none"
     others = "".join(f", {column!r}" for each in formats[1:] for column in each.asking)
     raise DataError(
-        f"{row.place}: no column {missing!r}; columns found: {found}; a row to answer has "
+        f"{row.place}: no column {missing!r}; columns found: {found}; a row to answer needs "
         f"{' and '.join(map(repr, chosen.asking))}, as the training rows (format {chosen.name}){others} or "
         "'prompt'"
     )

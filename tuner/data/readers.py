@@ -1,4 +1,4 @@
-"""Rows out of the kinds of file: one generator a kind, each naming file and line or row when it fails."""
+"""Readers of rows: one generator per kind of file, whose errors name the file and the line or row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reader_of(file: LocalFile) -> Reader:
         case "parquet" if not packed:
             return _parquet
     raise DataError(
-        f"{file.name}: an unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
+        f"{file.name}: unknown kind of file; allowed are .json, .jsonl, .ndjson, .csv, .tsv "
         "(each also with .gz) and .parquet; plain text, such as a log, is read with "
         "`format: text, split_on: line` (or blank, bytes)"
     )

@@ -218,7 +218,7 @@ def cached_table(
         return table
     except OSError as error:
         place = cache or tempfile.gettempdir()
-        raise StorageError(f"{place}: tokenised data cannot be written here: {error}") from error
+        raise StorageError(f"{place}: cannot write tokenised data here: {error}") from error
 
 
 @contextmanager

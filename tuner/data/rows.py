@@ -155,7 +155,9 @@ def refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         character = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{row.place}: has half a character ({character}), which is not text") from error
+        raise DataError(
+            f"{row.place}: contains a lone surrogate ({character}), which is not valid text"
+        ) from error
 
 
 def likeness(text: str) -> str:

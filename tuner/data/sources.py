@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and data sets of the Hub."""
+"""Sources of rows: files, folders and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def load_folder(folder: str, *, config: str | None, split: str | None, cache: Pa
         raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
     if not examples:
         raise DataError(
-            f"{folder}: is a folder without files that have rows ({', '.join(_KINDS)}); "
-            "name a file, or a pattern"
+            f"{folder}: is a folder without data files ({', '.join(_KINDS)}); name a file, or a pattern"
         )
     if len(examples) > 1 and not (Path(folder) / "README.md").exists():
         found = " and ".join(examples.values())
@@ -77,7 +76,7 @@ def _load_saved(folder: str, *, config: str | None, split: str | None) -> Any:
     import datasets
 
     if config is not None:
-        raise DataError(f"{folder}: was written by save_to_disk, which keeps no config; take `config` out")
+        raise DataError(f"{folder}: was written by save_to_disk, which stores no config; remove `config`")
     try:
         saved = datasets.load_from_disk(folder)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
@@ -86,13 +85,13 @@ def _load_saved(folder: str, *, config: str | None, split: str | None) -> Any:
     if rows is saved and split is not None and split != str(saved.split):
         own = f", {saved.split}" if saved.split else ""
         raise DataError(
-            f"{folder}: holds one split{own}, as save_to_disk wrote it, and not {split!r}; take `split` out"
+            f"{folder}: contains one split{own}, written by save_to_disk, not {split!r}; remove `split`"
         )
     return rows.with_format(None)  # else values may be arrays of numpy or torch
 
 
 def _chosen(splits: Mapping[str, Any], split: str | None, folder: str) -> Any:
-    """The split that is named, or the only one."""
+    """Return the named split, or the only one."""
     names = [str(name) for name in splits]
     if split is None and len(names) == 1:
         return splits[names[0]]
@@ -100,7 +99,7 @@ def _chosen(splits: Mapping[str, Any], split: str | None, folder: str) -> Any:
         return splits[split]
     wanted = "" if split is None else f", and not {split!r}"
     raise DataError(
-        f"{folder}: holds the splits {', '.join(names) or '(none)'}, as save_to_disk wrote them{wanted}; "
+        f"{folder}: contains the splits {', '.join(names) or '(none)'}, written by save_to_disk{wanted}; "
         f"name one of them, as `split: {(names or ['train'])[0]}`"
     )
 
@@ -130,16 +129,16 @@ def load_rows(path: str, *, config: str | None, split: str | None, cache: Path |
     except datasets.exceptions.DatasetNotFoundError as error:
         if "is a gated dataset" in str(error):
             raise DataError(
-                f"{path}: is gated: ask for access on its page on the Hub, then log in with `hf auth login`"
+                f"{path}: is gated: request access on its page on the Hub, then log in with `hf auth login`"
             ) from error
         raise DataError(
-            f"{path}: neither a local file nor a data set of the Hub that can be seen: {error} "
+            f"{path}: neither a local file nor a dataset on the Hub that you can access: {error} "
             "If it is private, log in with `hf auth login`"
         ) from error
     except ConnectionError as error:
         raise DataError(
             f"{path}: no local file has this name and the Hub cannot be reached: {error}; "
-            "check the path, or go online once so that the data set is cached"
+            "check the path, or go online once to cache the dataset"
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, RuntimeError) as error:
         reason = error.__cause__ or error
@@ -159,7 +158,7 @@ def _the_cache_alone() -> Iterator[None]:
 
 
 def rows_hash(rows: Any) -> str:
-    """A hash of the files that the data set is mapped from."""
+    """Return a hash of the files that the dataset is mapped from."""
     names = [file["filename"] for file in rows.cache_files]
     hashes = [content_hash(LocalFile(Path(name), name)) for name in names]
     return hashlib.sha256(f"{hashes} {rows.num_rows}".encode()).hexdigest()
@@ -201,7 +200,7 @@ def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Sou
             return [_dataset(spec, load_rows, None)]
     if spec.split or spec.config:
         raise DataError(
-            f"{spec.path}: split and config are for data sets on the Hub and folders; a file has neither"
+            f"{spec.path}: split and config apply only to datasets on the Hub and folders, not to a file"
         )
     open_one = _table if spec.split_on is None else _plain_text
     return [open_one(file, spec) for file in located(spec.path, copies)]

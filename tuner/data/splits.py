@@ -137,7 +137,7 @@ class Overlap:
 
 
 def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
-    """Rows of `parts` that are like a row of `others`."""
+    """Return the rows of `parts` that are like a row of `others`."""
     likenesses = _both_halves(parts, "likenesses")
     shared = _among(likenesses, others, "likenesses")
     if not shared.any():
@@ -157,13 +157,13 @@ def overlap(name: str, parts: Parts, other_name: str, others: Parts) -> Overlap:
 
 
 def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
-    """Raises DataError when there is one."""
+    """Raise DataError if there is an overlap."""
     if not found.num_rows:
         return
     advice = "" if has_test else ", or give eval_fraction and no eval"
     raise DataError(
-        f"{found.explanation}. A loss measured on what was trained on says nothing: take these rows out of "
-        f"one of the two{advice}; or write `allow_overlap: true` under data to measure it all the same"
+        f"{found.explanation}. A loss measured on training rows is not meaningful: remove these rows from "
+        f"one of the two{advice}; or write `allow_overlap: true` under data to allow them"
     )
 
 

@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 500_000
 
 
 class Fate(IntEnum):
-    """What became of a row."""
+    """What happened to a row."""
 
     KEPT = 0
     TRUNCATED = 1
@@ -40,7 +40,7 @@ class Fate(IntEnum):
 
     @property
     def is_kept(self) -> bool:
-        """Whether the row is an example."""
+        """Return whether the row is an example."""
         return self in (Fate.KEPT, Fate.TRUNCATED)
 
 
@@ -116,7 +116,7 @@ class Tokeniser:
         return self._beginning
 
     def prompt(self, segments: Sequence[Segment], opening: Opening) -> list[int]:
-        """Token ids of the segments that a completion follows."""
+        """Return the token ids of the segments before a completion."""
         runs = self._runs(segments, opening, loss_on="completion")
         ids = [token for of_run, _ in self._encoded(runs, loss_on="completion") for token in of_run]
         return ids if opening is Opening.WRITTEN else self._beginning + ids
@@ -222,7 +222,7 @@ class Tokeniser:
         room = max_length - len(self._beginning)
         if room <= windows.overlap_tokens:
             raise DataError(
-                f"max_length {max_length} leaves no room for anything new after overlap_tokens "
+                f"max_length {max_length} leaves no room for new tokens after overlap_tokens "
                 f"({windows.overlap_tokens}) and the beginning of a text ({len(self._beginning)} tokens)"
             )
         separator = windows.separator if windows.fills else ""
@@ -295,7 +295,7 @@ class Tokeniser:
         for at in range(len(whole) - len(plain) + 1):
             if plain and whole[at : at + len(plain)] == plain:
                 return whole[:at]
-        raise ModelError("the tokenizer has no tokens for the letter a; is it damaged?")
+        raise ModelError("the tokenizer has no tokens for the letter a; is the file damaged?")
 
     def _ids(self, texts: Sequence[tuple[str, _After]]) -> list[Sequence[int]]:
         """Ids of texts, each with what stands before it."""

@@ -1,1 +1,1 @@
-"""What a round file may choose by name, and where each name leads."""
+"""The methods that a round file can choose by name: optimizers, schedules, variants and metrics."""

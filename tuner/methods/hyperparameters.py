@@ -1,4 +1,4 @@
-"""What is known of a hyperparameter: default, kind, meaning, how likely it transfers, when it counts."""
+"""The description of a hyperparameter: default, kind, meaning, likelihood of transfer, when it applies."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tuner.records import Condition, Hyperparameters, Value
 
 
 class Tier(StrEnum):
-    """The chance that what was best in short runs is best in long ones."""
+    """How likely the best value in short runs is also the best in long runs."""
 
     VERY_LIKELY = "very_likely"
     LIKELY = "likely"
     MIGHT = "might"
     UNLIKELY = "unlikely"
     KEPT = "kept"
-    """No question of transfer: it stays as it is, since changing it starts the tuning anew."""
+    """Never changed between rounds, since changing it requires tuning to start over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +31,28 @@ class Hyperparameter:
     kind: Kind
     meaning: str
     default_note: str = ""
-    """What the default depends on, in words."""
+    """What the default depends on, in words, for the reference page."""
     only_if_written: bool = False
-    """Whether a trial has it only in a round whose file names it; elsewhere it counts as its default."""
+    """Whether trials have it only if the round file names it; otherwise its default is used."""
     may_follow_rank: bool = False
     """Whether `{times_sqrt_r: FACTOR}` is allowed."""
     tier: Tier = Tier.MIGHT
     only_with: Condition | None = None
-    """Another hyperparameter and those of its values with which this one counts; None if it always does.
+    """Another hyperparameter and the values of it to which this one applies; None if it always applies.
 
-    Of a row that optimizers or schedules declare, the table fills this in: the methods that declare it.
+    The table sets this for hyperparameters of optimizers and schedules: the methods that declare them.
     """
     in_decay: Literal["length", "shape"] | None = None
-    """How it changes only the decay at the end of a run: as its length in steps, which is rescaled with the
-    horizon, or as its shape. None if the steps before the decay depend on it too."""
+    """Set if it affects only the decay at the end of a run: `length` in steps, which is rescaled with the
+    horizon, or `shape`. None if the steps before the decay depend on it too."""
 
     @property
     def allowed(self) -> str:
-        """The values it accepts, in words."""
+        """Return the allowed values in words."""
         return self.kind.allowed + (" or {times_sqrt_r: FACTOR}" if self.may_follow_rank else "")
 
     def number(self, values: Hyperparameters) -> float:
-        """Return its value in a trial, or else its default; 0 where the default depends on the horizon."""
+        """Return its value in a trial, or its default; 0 if the default depends on the horizon."""
         value = self.value(values)
         if value is None:
             return 0.0
@@ -60,5 +60,5 @@ class Hyperparameter:
         return float(value)
 
     def value(self, values: Hyperparameters) -> Value | None:
-        """Return its value in a trial, or else its default; None where that depends on the horizon."""
+        """Return its value in a trial, or its default; None if the default depends on the horizon."""
         return values.get(self.name, self.default)

@@ -1,4 +1,4 @@
-"""The kinds of values a hyperparameter may have: what each accepts, how it says no, and its JSON Schema."""
+"""The kinds of values that a hyperparameter can have: parsing, error messages and JSON Schema."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tuner.records import Value
 
 
 class Kind(Protocol):
-    """What the values of one hyperparameter have in common."""
+    """The type of a hyperparameter's values."""
 
     @property
     def allowed(self) -> str:
-        """The values it accepts, in words that follow `expects`."""
+        """Return the allowed values in words, to follow `expects`."""
 
     def parse(self, raw: Any) -> Value:
-        """The value as every room sees it. Raises ValueError saying what was read and what is allowed."""
+        """Parse a value of the file. Raises ValueError with what was read and what is allowed."""
 
     def schema(self) -> dict[str, Any]:
-        """The JSON Schema of one value."""
+        """Return the JSON Schema of one value."""
 
 
 class UnknownName(ValueError):
-    """A value that is none of the names which a hyperparameter takes."""
+    """A value that is not one of a hyperparameter's allowed names."""
 
     def __init__(self, names: tuple[str, ...], raw: Any, *, allowed: str) -> None:
         self.names, self.raw, self.allowed = names, raw, allowed
@@ -36,7 +36,7 @@ class UnknownName(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number, seen as a float."""
+    """A finite number, parsed as a float."""
 
     above: float | None = None
     """Exclusive lower bound."""
@@ -46,18 +46,18 @@ class Number:
 
     @property
     def allowed(self) -> str:
-        """Such as `a number of at least 0 and below 1`."""
+        """Return, for example, `a number of at least 0 and below 1`."""
         bounds = {"above": self.above, "of at least": self.at_least, "below": self.below}
         said = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
         return f"a number {' and '.join(said)}"
 
     @property
     def limits(self) -> tuple[float | None, float | None]:
-        """Its bounds."""
+        """Return its bounds."""
         return self.above if self.at_least is None else self.at_least, self.below
 
     def parse(self, raw: Any) -> float:
-        """A float; whole numbers become floats, text that looks like a number does not."""
+        """Parse a float. Whole numbers become floats; text that looks like a number is refused."""
         if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw):
             raise ValueError(refusal(self.allowed, raw))
         if self.above is not None and raw <= self.above:
@@ -69,7 +69,7 @@ class Number:
         return float(raw)
 
     def schema(self) -> dict[str, Any]:
-        """`type: number` with its bounds."""
+        """Return `type: number` with its bounds."""
         bounds = {"exclusiveMinimum": self.above, "minimum": self.at_least, "exclusiveMaximum": self.below}
         return {"type": "number", **{key: bound for key, bound in bounds.items() if bound is not None}}
 
@@ -82,22 +82,22 @@ class Integer:
 
     @property
     def allowed(self) -> str:
-        """Such as `a whole number of at least 1`."""
+        """Return, for example, `a whole number of at least 1`."""
         return f"a whole number of at least {self.at_least}"
 
     @property
     def limits(self) -> tuple[float | None, float | None]:
-        """Its lower bound."""
+        """Return its lower bound."""
         return self.at_least, None
 
     def parse(self, raw: Any) -> int:
-        """An int; 8.0 is refused, since whoever types it may mean something that is not whole."""
+        """Parse an int. 8.0 is refused, since it may be a typing error for a fraction."""
         if isinstance(raw, bool) or not isinstance(raw, int) or raw < self.at_least:
             raise ValueError(refusal(self.allowed, raw))
         return raw
 
     def schema(self) -> dict[str, Any]:
-        """`type: integer` with its bound."""
+        """Return `type: integer` with its bound."""
         return {"type": "integer", "minimum": self.at_least}
 
 
@@ -107,35 +107,35 @@ class Flag:
 
     @property
     def allowed(self) -> str:
-        """The two words YAML 1.2 knows; `yes` and `on` are text to it."""
+        """Return the two booleans of YAML 1.2, where `yes` and `on` are text."""
         return "true or false"
 
     def parse(self, raw: Any) -> bool:
-        """The bool as it is."""
+        """Parse a bool."""
         if isinstance(raw, bool):
             return raw
         raise ValueError(refusal(self.allowed, raw))
 
     def schema(self) -> dict[str, Any]:
-        """`type: boolean`."""
+        """Return `type: boolean`."""
         return {"type": "boolean"}
 
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """A name out of a few."""
+    """One of a fixed set of names."""
 
     names: tuple[str, ...]
     refused: tuple[tuple[str, str], ...] = ()
-    """Other names, alone or with a suffix after `_`, and why each is none of these."""
+    """Known names that are not supported, also with a suffix after `_`, and the reason for each."""
 
     @property
     def allowed(self) -> str:
-        """The names, with `or` before the last."""
+        """Return the names, with `or` before the last."""
         return one_of(self.names)
 
     def parse(self, raw: Any) -> str:
-        """One of the names, as it is."""
+        """Parse one of the names."""
         for name, reason in self.refused:
             if isinstance(raw, str) and (raw == name or raw.startswith(f"{name}_")):
                 raise ValueError(refusal(self.allowed, raw, reason))
@@ -144,41 +144,41 @@ class OneOf:
         return raw
 
     def schema(self) -> dict[str, Any]:
-        """An `enum`."""
+        """Return an `enum`."""
         return {"enum": list(self.names)}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to train by name: built in, registered by an installed package, or `package.module:Name`."""
+    """The name of a method: built in, registered by an installed package, or `package.module:Name`."""
 
     kind: Literal["optimizer", "schedule"]
 
     @property
     def allowed(self) -> str:
-        """The names, and that there may be others."""
+        """Return the known names and the form of a path."""
         return one_of((*registry.names(self.kind), "package.module:Name"))
 
     def parse(self, raw: Any) -> str:
-        """The name as it is. What it leads to is not imported."""
+        """Parse a name without importing anything."""
         if not isinstance(raw, str) or not registry.is_known(self.kind, raw):
             raise UnknownName(registry.names(self.kind), raw, allowed=self.allowed)
         return raw
 
     def schema(self) -> dict[str, Any]:
-        """An `enum` of those built in, for editors to complete, or a path."""
+        """Return an `enum` of the built-in names (for completion in editors), or a path."""
         path = {"type": "string", "pattern": f"^{registry.PATH}$"}
         return {"anyOf": [{"enum": list(registry.BUILT_IN[self.kind])}, path]}
 
 
 @dataclass(frozen=True, slots=True)
 class Anything:
-    """A value of a hyperparameter that a method brings which is not loaded yet."""
+    """A value of a plug-in's hyperparameter while the plug-in is not loaded."""
 
     allowed: str = "a number, true or false, or text"
 
     def parse(self, raw: Any) -> Value:
-        """The value as it is, text and layers included."""
+        """Parse a number, a bool, text or a list."""
         if isinstance(raw, (list, tuple)):
             return tuple(str(item) for item in raw)
         if not isinstance(raw, (bool, int, float, str)):
@@ -186,16 +186,16 @@ class Anything:
         return raw
 
     def schema(self) -> dict[str, Any]:
-        """Whatever it is."""
+        """Return a schema that allows every value."""
         return {}
 
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the output head."""
+"""PEFT's name for all linear layers except the output head."""
 
 
 _REGEX_SIGN = r"[\\^$*+?{}\[\]|()]"
-"""No layer's name has one of these; a regular expression that names several layers has."""
+"""Characters that occur in regular expressions but not in names of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,31 +204,31 @@ class Modules:
 
     @property
     def allowed(self) -> str:
-        """The three forms, with examples."""
+        """Return the three forms, with examples."""
         return (
             f"{ALL_LINEAR}, a list of layer names such as [q_proj, v_proj], or a regular expression such as "
             r"'.*\.[qv]_proj'"
         )
 
     def parse(self, raw: Any) -> str | tuple[str, ...]:
-        """`all-linear`, the regular expression, or the names as a tuple in the file's order."""
+        """Parse `all-linear`, a regular expression, or names, which become a tuple in the file's order."""
         if raw == ALL_LINEAR:
             return ALL_LINEAR
         if isinstance(raw, str) and re.search(_REGEX_SIGN, raw):
             return self._regex(raw)
         if not isinstance(raw, (list, tuple)) or not raw:
-            hint = f"a single layer is written [{raw}]" if isinstance(raw, str) else ""
+            hint = f"write a single layer as [{raw}]" if isinstance(raw, str) else ""
             raise ValueError(refusal(self.allowed, raw, hint))
         for name in raw:
             if not isinstance(name, str) or not name or name == ALL_LINEAR:
                 raise ValueError(f"expects layer names in a list, got {shown(name)} in {shown(raw)}")
             if re.search(_REGEX_SIGN, name):
                 raise ValueError(
-                    f"expects layer names in a list, got {shown(name)}; a regular expression stands alone, "
-                    "without a list of names"
+                    f"expects layer names in a list, got {shown(name)}; write a regular expression as text, "
+                    "not in a list"
                 )
         if len(set(raw)) < len(raw):
-            raise ValueError(f"names a layer twice: {shown(raw)}")
+            raise ValueError(f"lists a layer twice: {shown(raw)}")
         return tuple(raw)
 
     def _regex(self, raw: str) -> str:
@@ -236,12 +236,12 @@ class Modules:
             re.compile(raw)
         except re.error as error:
             raise ValueError(
-                f"expects {self.allowed}, got {shown(raw)}, which is no regular expression: {error}"
+                f"expects {self.allowed}, got {shown(raw)}, which is not a valid regular expression: {error}"
             ) from None
         return raw
 
     def lists_choices(self, raw: list[Any]) -> bool:
-        """Whether a list in the file is one of values to search, not one of layer names."""
+        """Return whether a list in the file is a list of choices, not one of layer names."""
         return any(
             isinstance(item, list)
             or (isinstance(item, str) and (item == ALL_LINEAR or re.search(_REGEX_SIGN, item) is not None))
@@ -249,7 +249,7 @@ class Modules:
         )
 
     def schema(self) -> dict[str, Any]:
-        """`all-linear`, a string that no layer could be called, or an array of names."""
+        """Return a schema for `all-linear`, a regular expression, or an array of names."""
         name = {"type": "string", "minLength": 1, "not": {"anyOf": [{"const": ALL_LINEAR}, _REGEX]}}
         names = {"type": "array", "items": name, "minItems": 1, "uniqueItems": True}
         return {"anyOf": [{"const": ALL_LINEAR}, _REGEX, names]}
@@ -266,13 +266,13 @@ class Layers:
     allowed: str = f"{ALL_LAYERS} or a list of layer numbers such as [0, 1, 2]"
 
     def parse(self, raw: Any) -> str | tuple[int, ...]:
-        """`all`, or the numbers as a tuple, lowest first."""
+        """Parse `all`, or numbers, which become a sorted tuple."""
         if raw == ALL_LAYERS:
             return ALL_LAYERS
         if not isinstance(raw, (list, tuple)) or not raw:
             is_number = isinstance(raw, int) and not isinstance(raw, bool)
             raise ValueError(
-                refusal(self.allowed, raw, f"a single layer is written [{raw}]" if is_number else "")
+                refusal(self.allowed, raw, f"write a single layer as [{raw}]" if is_number else "")
             )
         for layer in raw:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
@@ -280,15 +280,15 @@ class Layers:
                     f"expects layer numbers from 0 in a list, got {shown(layer)} in {shown(raw)}"
                 )
         if len(set(raw)) < len(raw):
-            raise ValueError(f"names a layer twice: {shown(raw)}")
+            raise ValueError(f"lists a layer twice: {shown(raw)}")
         return tuple(sorted(raw))
 
     def lists_choices(self, raw: list[Any]) -> bool:
-        """Whether a list in the file is one of values to search, not one of layer numbers."""
+        """Return whether a list in the file is a list of choices, not one of layer numbers."""
         return any(isinstance(item, list) or item == ALL_LAYERS for item in raw)
 
     def schema(self) -> dict[str, Any]:
-        """`all` or an array of numbers."""
+        """Return a schema for `all` or an array of numbers."""
         layer = {"type": "integer", "minimum": 0}
         layers = {"type": "array", "items": layer, "minItems": 1, "uniqueItems": True}
         return {"anyOf": [{"const": ALL_LAYERS}, layers]}

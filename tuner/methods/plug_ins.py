@@ -1,7 +1,7 @@
-"""Methods that tuner does not have itself: which a file names, and what is recorded of them with its round.
+"""Plug-ins, methods from outside of tuner: which ones a file names, and what its round records of them.
 
-A file is checked without importing what it names. `study run`, `check --probe` and `promote` load the
-descriptions; a round keeps of them what later readers need, so that these import nothing.
+Checking a file imports no plug-ins. `study run`, `check --probe` and `promote` import the descriptions; the
+round records what later readers need, so that they need no import.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Condition
 
 Chooser: TypeAlias = Literal["optimizer", "schedule"]
-"""A hyperparameter whose values are methods of the kind of the same name."""
+"""A hyperparameter whose values are names of methods of the kind of the same name."""
 CHOOSERS: tuple[Chooser, ...] = ("optimizer", "schedule")
 _KINDS = {kind.__name__: kind for kind in (kinds.Number, kinds.Integer, kinds.Flag, kinds.OneOf)}
 _UNKNOWN_STATE_BYTES = 8
-"""Of an optimizer that is not loaded: AdamW's."""
+"""Assumed for an optimizer that is not loaded; the value of AdamW."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlugIn:
-    """What a round records of a method that tuner does not have itself."""
+    """What a round records of a plug-in."""
 
     kind: Chooser
     name: str
-    """As the file says it."""
+    """As written in the file."""
     hyperparameters: tuple[Hyperparameter, ...]
     state_bytes: int = _UNKNOWN_STATE_BYTES
-    """Of an optimizer: bytes of its state for each weight."""
+    """For an optimizer: bytes of state per weight."""
     amplifies_rounding: bool = True
     has_stable_phase: bool = False
-    """Of a schedule: whether its rate before the decay is the same at every horizon."""
+    """For a schedule: whether the rate before the decay is the same at every horizon."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is recorded."""
+        """Return the JSON form that is recorded."""
         rows = [_row_to_json(row) for row in self.hyperparameters]
         return {**asdict(replace(self, hyperparameters=())), "hyperparameters": rows}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> PlugIn:
-        """The inverse of `to_json`; keys that a later version adds are ignored."""
+        """Invert `to_json`. Keys added by later versions are ignored."""
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in document.items() if key in known}
         rows = tuple(_row_from_json(row) for row in document["hyperparameters"])
         return cls(**{**values, "hyperparameters": rows})
 
     def stand_in(self) -> None:
-        """Let what is recorded of a schedule stand in for it, so that a report imports nothing."""
+        """Use the recorded description of a schedule, so that reports need no import."""
         if self.kind == "schedule":
             stand_in(
                 self.kind,
@@ -68,7 +68,7 @@ class PlugIn:
 
 
 def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
-    """Return the methods among `hyperparameters:` of a file that tuner does not have itself."""
+    """Return the plug-ins named under `hyperparameters:` of a file."""
     found = [
         (chooser, name)
         for chooser in CHOOSERS
@@ -85,13 +85,13 @@ def _listed(raw: Any) -> list[Any]:
 def unloaded(
     written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
 ) -> tuple[tuple[Chooser, str], ...]:
-    """Return those that a file names and of which nothing is recorded."""
+    """Return the plug-ins that a file names and that are not recorded."""
     known = {(document["kind"], document["name"]) for document in recorded}
     return tuple(each for each in named(written) if each not in known)
 
 
 def loaded(written: Mapping[str, Any]) -> tuple[PlugIn, ...]:
-    """Import what a file names. Raises InputError where that is no description, or has wrong rows."""
+    """Import the plug-ins that a file names. Raises InputError for an invalid description."""
     plug_ins = tuple(_load(kind, name) for kind, name in named(written))
     table_with(plug_ins)
     return plug_ins
@@ -104,8 +104,9 @@ def _load(kind: Chooser, name: str) -> PlugIn:
     for row in method.hyperparameters:
         if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
             raise InputError(
-                f"{kind} {name}: expects hyperparameters as tuner.methods.hyperparameters.Hyperparameter, of "
-                f"the kinds {', '.join(_KINDS)}; got {row!r}"
+                f"{kind} {name}: expects hyperparameters of type "
+                f"tuner.methods.hyperparameters.Hyperparameter and of the kinds {', '.join(_KINDS)}; "
+                f"got {row!r}"
             )
     if isinstance(method, Optimizer):
         return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
@@ -113,7 +114,7 @@ def _load(kind: Chooser, name: str) -> PlugIn:
 
 
 def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> int:
-    """Return the bytes of an optimizer's state for each weight, without importing what is not tuner's."""
+    """Return an optimizer's bytes of state per weight, without importing plug-ins."""
     if is_built_in("optimizer", optimizer_name):
         return optimizer(optimizer_name).state_bytes
     known = map(PlugIn.from_json, recorded)
@@ -122,9 +123,9 @@ def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> i
 
 
 def table_with(plug_ins: Sequence[PlugIn]) -> Mapping[str, Hyperparameter]:
-    """Return the table with the rows of these.
+    """Return the table extended by the rows of plug-ins.
 
-    Raises InputError where one brings a name that tuner has with another meaning.
+    Raises InputError if a row has the name of another hyperparameter.
     """
     rows = dict(HYPERPARAMETERS)
     for plug_in in plug_ins:
@@ -136,7 +137,7 @@ def table_with(plug_ins: Sequence[PlugIn]) -> Mapping[str, Hyperparameter]:
 def table_for(
     written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
 ) -> Mapping[str, Hyperparameter]:
-    """Return the table for a file. What only a method may know that is not loaded is let pass."""
+    """Return the table for a file. Hyperparameters that may belong to an unloaded plug-in are accepted."""
     if not named(written):
         return HYPERPARAMETERS
     rows = dict(table_with([PlugIn.from_json(document) for document in recorded]))
@@ -156,13 +157,13 @@ def _merged(known: Hyperparameter | None, row: Hyperparameter, plug_in: PlugIn) 
         return replace(row, only_with=Condition(kind, (name,)))
     if (known.kind, known.default) != (row.kind, row.default):
         raise InputError(
-            f"{kind} {name}: brings {row.name}, which is another hyperparameter already; rename it"
+            f"{kind} {name}: declares {row.name}, which is already another hyperparameter; rename it"
         )
     if known.only_with is None:
         return known
     if known.only_with.chosen_by != kind:
         raise InputError(
-            f"{kind} {name}: brings {row.name}, which belongs to {known.only_with.chosen_by}; rename it"
+            f"{kind} {name}: declares {row.name}, which belongs to {known.only_with.chosen_by}; rename it"
         )
     return _counting_with(known, kind, name)
 

@@ -1,6 +1,6 @@
-"""Names that a round file may choose: built in, `package.module:Name`, or registered by an installed package.
+"""Names that a round file can use: built in, `package.module:Name`, or registered by an installed package.
 
-Names are read, and nothing that they lead to is imported, until somebody uses it.
+Checking a name imports nothing; a method is imported on first use.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 
 
 def names(kind: Kind) -> tuple[str, ...]:
-    """Return the names that are built in and those that installed packages register.
+    """Return the built-in names and those registered by installed packages.
 
-    A package registers one by an entry point of the group `tuner.KINDs`, such as `tuner.samplers`.
+    A package registers a name with an entry point of the group `tuner.KINDs`, such as `tuner.samplers`.
     """
     registered = sorted(entry_points(group=f"tuner.{kind}s").names)
     return (*BUILT_IN[kind], *(name for name in registered if name not in BUILT_IN[kind]))
 
 
 def is_built_in(kind: Kind, name: str) -> bool:
-    """Whether tuner itself has it."""
+    """Return whether the name is built in."""
     return name in BUILT_IN[kind]
 
 
 def is_known(kind: Kind, name: str) -> bool:
-    """Whether the name leads somewhere, as far as can be said without importing it."""
+    """Return whether the name can be resolved, as far as is known without importing it."""
     return is_built_in(kind, name) or re.fullmatch(PATH, name) is not None or name in names(kind)
 
 
 def is_at_hand(kind: Kind, name: str) -> bool:
-    """Whether `described` imports no plug-in: it is built in, imported already, or a record stands in."""
+    """Return whether `described` needs no import of a plug-in: it is built in, imported or recorded."""
     return is_built_in(kind, name) or (kind, name) in _IMPORTED or (kind, name) in _RECORDED
 
 
 def expected(kind: Kind) -> str:
-    """What may stand where a name is unknown."""
+    """Return the allowed names, for messages."""
     return f"one of {', '.join(names(kind))}, or package.module:Name"
 
 
 def load(kind: Kind, name: str) -> Any:
-    """Return what a name leads to that is not built in. Raises InputError where it cannot be imported."""
+    """Import a name that is not built in. Raises InputError if it cannot be imported."""
     found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
     if found is None and not re.fullmatch(PATH, name):
         raise InputError(f"{kind} {name}: expects {expected(kind)}")
@@ -70,17 +70,17 @@ def load(kind: Kind, name: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{kind} {name}: {path} cannot be imported: {error}. Install the package that has it, or put its "
-            "folder on PYTHONPATH"
+            f"{kind} {name}: {path} cannot be imported: {error}. Install its package, or add its "
+            "directory to PYTHONPATH"
         ) from error
 
 
 def described(kind: Kind, name: str, of: type[Described]) -> Described:
-    """Return the description that a name leads to, built in or not.
+    """Return the description with this name, built in or not.
 
     The built-in optimizer `x` is `X` in `tuner.methods.optimizers.x`; schedules and variants likewise.
-    What a record says of it stands in until it is imported. Raises InputError where the name leads nowhere,
-    or to something else than a description.
+    A recorded description is used until the plug-in is imported. Raises InputError if the name cannot be
+    imported, or is not a description.
     """
     found = _RECORDED[kind, name] if (kind, name) in _RECORDED else _found(kind, name)
     if not isinstance(found, of):
@@ -91,14 +91,14 @@ def described(kind: Kind, name: str, of: type[Described]) -> Described:
 
 
 def imported(kind: Kind, name: str, of: type[Described]) -> Described:
-    """Return the description itself, and from now on by `described` too. Raises what `described` does."""
+    """Import a description, which `described` returns from now on. Raises as `described` does."""
     _found(kind, name)
     _RECORDED.pop((kind, name), None)
     return described(kind, name, of)
 
 
 def stand_in(kind: Kind, name: str, description: object) -> None:
-    """Let this be the description of a method that is not tuner's, unless it is imported already."""
+    """Use a recorded description of a plug-in, unless the plug-in is already imported."""
     if (kind, name) not in _IMPORTED:
         _RECORDED[kind, name] = description
 

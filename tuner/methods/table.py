@@ -1,4 +1,4 @@
-"""Every hyperparameter a round file may name: those of every trial, and those that built-in methods bring."""
+"""All hyperparameters that a round file may name: general ones, and those of built-in methods."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ _LEARNING_RATE = Hyperparameter(
     "learning_rate",
     3e-4,
     Number(above=0),
-    "Peak learning rate: what the schedule multiplies.",
+    "Peak learning rate, which the schedule multiplies.",
 )
 _BATCH_SIZE = Hyperparameter(
     "batch_size",
     8,
     Integer(at_least=1),
-    "Sequences per optimizer step. How it is cut into micro-batches is the machine's business and "
-    "changes no result.",
+    "Sequences per optimizer step. The split into micro-batches is chosen automatically and does not "
+    "change results.",
     tier=Tier.KEPT,
 )
 _OPTIMIZER = Hyperparameter(
     "optimizer",
     "adamw_8bit",
     Method("optimizer"),
-    "AdamW or Lion with 32-bit moments, or with bitsandbytes' 8-bit ones (_8bit); or Muon for the adapter's "
-    "matrices.",
+    "AdamW or Lion with 32-bit states or, with the suffix _8bit, bitsandbytes' 8-bit states; or Muon for the "
+    "adapter's matrices.",
 )
 _SCHEDULE = Hyperparameter(
     "schedule",
     "linear",
     Method("schedule"),
-    "The rate after warmup: constant; constant and then to 0 over the last decay_steps (linear); half a "
-    "cosine to 0; or the inverse square root of the step.",
+    "The learning rate after warmup. constant: the peak rate. linear: the peak rate, then a decay to 0 over "
+    "the last decay_steps. cosine: half a cosine to 0. inverse_sqrt: the inverse square root of the step.",
     tier=Tier.UNLIKELY,
 )
 _MAX_GRAD_NORM = Hyperparameter(
     "max_grad_norm",
     1.0,
     Number(above=0),
-    "The gradient of a step is scaled down to this norm when it is longer.",
+    "Maximum norm of the gradient of a step; a larger gradient is scaled down to it.",
 )
 _TRAINING_SEED = Hyperparameter(
     "training_seed",
@@ -73,7 +73,7 @@ def _rows() -> Iterator[Hyperparameter]:
 
 
 def conditional(chosen_by: str, methods: Sequence[Optimizer | Schedule]) -> Iterator[Hyperparameter]:
-    """Yield what the methods declare, each once, with the condition that one of those methods is chosen."""
+    """Yield the hyperparameters that the methods declare, each once, with the methods as its condition."""
     rows = {row.name: row for method in methods for row in method.hyperparameters}
     for row in rows.values():
         declaring = tuple(method.name for method in methods if row in method.hyperparameters)
@@ -81,14 +81,14 @@ def conditional(chosen_by: str, methods: Sequence[Optimizer | Schedule]) -> Iter
 
 
 def limits(table: Mapping[str, Hyperparameter]) -> dict[str, tuple[float | None, float | None]]:
-    """Return the lowest and the highest value that each number may have by name, None where there is none."""
+    """Return the lower and upper bound of each numeric hyperparameter by name; None where there is none."""
     return {row.name: row.kind.limits for row in table.values() if isinstance(row.kind, (Integer, Number))}
 
 
 def counting(values: Hyperparameters) -> dict[str, Value]:
     """Return a trial's hyperparameters without those of methods that it does not use.
 
-    Trials of earlier versions have such: `decay_steps` beside a cosine.
+    Trials of earlier versions contain such hyperparameters, for example `decay_steps` with a cosine.
     """
     return {name: value for name, value in values.items() if _counts(HYPERPARAMETERS.get(name), values)}
 
@@ -98,16 +98,16 @@ def _counts(row: Hyperparameter | None, values: Hyperparameters) -> bool:
         return True
     chosen = values[row.only_with.chosen_by]
     kind = HYPERPARAMETERS[row.only_with.chosen_by].kind
-    # What a method counts that tuner does not have, only its description says; its trials have no other.
+    # Which hyperparameters apply to a plug-in is known only to its description; its trials have no others.
     is_foreign = isinstance(kind, Method) and not is_built_in(kind.kind, str(chosen))
     return is_foreign or chosen in row.only_with.values
 
 
 def tier_of(name: str) -> Tier:
-    """Return the tier of a hyperparameter; a name that is not in the table `might` transfer.
+    """Return the tier of a hyperparameter; `might` for a name that is not in the table.
 
-    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs"; which of LoRA's names is
-    architecture, and that batch size and seed are kept, are this project's decisions.
+    Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs". This project decided which LoRA
+    hyperparameters are architecture, and that batch size and seed are kept.
     """
     row = HYPERPARAMETERS.get(name)
     return Tier.MIGHT if row is None else row.tier

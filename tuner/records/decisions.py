@@ -1,4 +1,4 @@
-"""Facts that the study says itself: what has begun, what was asked, what has ended, what was given up."""
+"""Facts recorded by the study itself: rounds started, trials asked and ended, checkpoints removed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tuner.records.trials import Attempt, Branch, FinalScore, Promotion, RoundRe
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun(Fact):
-    """A round begins, or goes on with a file in which what may change has changed."""
+    """A round starts, or resumes with a changed file."""
 
     round: RoundRecord
     """Of it `throughputs` and `branches` are not recorded.
@@ -48,16 +48,16 @@ class RoundBegun(Fact):
         found.begun = replace(found.begun, spec=spec)
 
     def refuse_other_horizon(self, begun: int | None) -> None:
-        """Raises FactError where the round has begun with another horizon."""
+        """Raise FactError if the round started with another horizon."""
         if begun != self.round.max_train_steps:
             raise FactError(
-                f"{self.round.name} has begun with other max_train_steps than {self.round.max_train_steps}"
+                f"{self.round.name} started with other max_train_steps than {self.round.max_train_steps}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class TrialAsked(Fact):
-    """A trial has its number and its hyperparameters, and waits."""
+    """A trial has its number and hyperparameters, and is waiting."""
 
     trial: Trial
     """Of it `round`, `number`, `hyperparameters`, `continues` and `optuna_trial` are recorded.
@@ -84,7 +84,7 @@ class TrialAsked(Fact):
         known.asked = asked
 
     def refuse_other(self, asked: Trial) -> None:
-        """Raises FactError where the number belongs to a trial with other hyperparameters."""
+        """Raise FactError if the number belongs to a trial with other hyperparameters."""
         same = dict(asked.hyperparameters) == dict(self.trial.hyperparameters)
         if not same or asked.continues != self.trial.continues:
             raise FactError(f"{self.trial.name} was asked with other hyperparameters")
@@ -92,7 +92,7 @@ class TrialAsked(Fact):
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted(AttemptFact):
-    """A trial's attempt is given to a worker; the first said of an attempt counts."""
+    """A trial's attempt is assigned to a worker; the first record of an attempt is kept."""
 
     from_step: int
     at: float
@@ -112,10 +112,10 @@ class AttemptStarted(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointsRemoved(TrialFact):
-    """Checkpoints are gone, or about to be; only a later attempt brings one back."""
+    """Checkpoints have been or are about to be removed; only a later attempt can save one again."""
 
     paths: tuple[str, ...]
-    """As in `Checkpoint.path`; those never recorded are ignored."""
+    """As in `Checkpoint.path`; unknown paths are ignored."""
 
     def change(self, trial: TrialFacts) -> None:
         """As `TrialFact` says."""
@@ -126,7 +126,7 @@ class CheckpointsRemoved(TrialFact):
 
 @dataclass(frozen=True, slots=True)
 class TrialEnded(TrialFact):
-    """A trial will never run again; the first end said of a trial counts."""
+    """A trial has ended for good; the first end of a trial is kept."""
 
     state: TrialState
     reason: str | None
@@ -146,7 +146,7 @@ class TrialEnded(TrialFact):
 
 @dataclass(frozen=True, slots=True)
 class TrialNoted(TrialFact):
-    """Something to know of a trial, shown as its reason until its end gives another."""
+    """A note on a trial, shown as its reason until its end gives another."""
 
     reason: str
 
@@ -157,7 +157,7 @@ class TrialNoted(TrialFact):
 
 @dataclass(frozen=True, slots=True)
 class TrialScored(TrialFact):
-    """A trial's best adapter was scored on `data.test`; the first score said of a trial counts."""
+    """A trial's best adapter was scored on `data.test`; the first score of a trial is kept."""
 
     score: FinalScore
 
@@ -168,7 +168,7 @@ class TrialScored(TrialFact):
 
 @dataclass(frozen=True, slots=True)
 class BranchAdvanced(Fact):
-    """Where a comparison run stands; the last said of a trial's run to a horizon counts."""
+    """The state of a comparison run; the last one of a trial's run to a horizon is kept."""
 
     round: str
     branch: Branch
@@ -189,7 +189,7 @@ class BranchAdvanced(Fact):
 
 @dataclass(frozen=True, slots=True)
 class PromotionPlanned(Fact):
-    """A round's file was planned; the last plan said of `to_round` counts."""
+    """A round's file was planned; the last plan for `to_round` is kept."""
 
     promotion: Promotion
 

@@ -1,4 +1,4 @@
-"""What a worker is told, and what it says: facts, which are recorded as they are, and signs of life."""
+"""Assignments to workers, and events from them: facts, which are recorded, and signs of life."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tuner.records.trials import AnswerScore, Checkpoint, Evaluation, RunId
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A trial, or the rest of one, for a worker to run."""
+    """A trial, or the remainder of one, for a worker to run."""
 
     round: str
     trial: int
@@ -36,11 +36,11 @@ class Assignment:
     resume_from: str | None = None
     """Absolute path of the resumable checkpoint to start from; None starts at step 0."""
     resume_sha256: str | None = None
-    """What `resume_from` must hash to."""
+    """Expected hash of `resume_from`."""
     trunk_steps: tuple[int, ...] = ()
     """Steps at which to keep a resumable checkpoint for longer rounds."""
     is_comparison: bool = False
-    """Whether it is a comparison run: it leaves a loss, and no adapter that answers."""
+    """Whether it is a comparison run, which records a loss but generates no answers."""
 
     @property
     def horizon(self) -> int | None:
@@ -49,35 +49,35 @@ class Assignment:
 
     @property
     def run(self) -> RunId:
-        """What is run."""
+        """Return what is run."""
         return RunId(self.round, self.trial, self.horizon)
 
 
 @dataclass(frozen=True, slots=True)
 class Ready(Said):
-    """The worker has loaded base and data and takes assignments."""
+    """The worker has loaded the base model and the data, and accepts assignments."""
 
     slots: int
     device: str
     base: Evaluation | None = None
-    """The untouched base's evaluation, measured or told."""
+    """Evaluation of the base model, measured or passed in."""
     train_rows: int = 0
     eval_rows: int = 0
     workload: str = ""
-    """Fingerprint of base, data, evaluation set and length."""
+    """Fingerprint of base model, data, evaluation set and length."""
     evaluation_share: float = 0.0
     """Share of a trial's work that its evaluations take, in [0, 1]."""
     smallest_adapter: int = 0
-    """Weights of the smallest adapter that a trial of the round may have; 0 where nothing is written."""
+    """Number of weights of the smallest adapter a trial can have; 0 if no adapters are saved."""
     largest_adapter: int = 0
-    """Weights of the largest one."""
+    """Number of weights of the largest adapter a trial can have."""
     remarks: tuple[str, ...] = ()
-    """Which rows are cut or left out, and how many."""
+    """Which rows are truncated or dropped, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparing(Said):
-    """A sign of life of a worker that is not ready yet; said at most about once a second."""
+    """A worker that is not ready yet is alive; sent at most about once per second."""
 
     doing: str
     """Such as `tokenising: 120,000 rows of train.jsonl`."""
@@ -85,23 +85,23 @@ class Preparing(Said):
 
 @dataclass(frozen=True, slots=True)
 class Died(Said):
-    """A worker is gone; every trial it held goes on in a new one, or fails."""
+    """A worker has died; its trials resume in a new worker, or fail."""
 
     reason: str
     runs: tuple[RunId, ...] = ()
     """Those it held."""
     is_input_error: bool = False
-    """Whether the round file, the model or the data is to blame, so that a new worker would not help."""
+    """Whether the cause is the round file, the model or the data, so that a new worker would fail too."""
 
     @property
     def trials(self) -> tuple[int, ...]:
-        """Numbers of the trials that it held, comparison runs aside."""
+        """Return the numbers of its trials, without comparison runs."""
         return tuple(sorted(run.trial for run in self.runs if run.horizon is None))
 
 
 @dataclass(frozen=True, slots=True)
 class Started(AttemptFact):
-    """A trial's attempt begins in a worker; the last said environment of an attempt counts."""
+    """A trial's attempt starts in a worker; the last environment of an attempt is kept."""
 
     step: int
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Started(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class Progressed(AttemptFact):
-    """An attempt has come to a step; the highest one said counts. Said at most about once a second."""
+    """An attempt has reached a step; the highest step is kept. Sent at most about once per second."""
 
     step: int
     train_loss: float | None = None
@@ -129,9 +129,9 @@ class Progressed(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated(AttemptFact):
-    """A trial was evaluated (or had been, in the checkpoint it resumed from).
+    """A trial was evaluated (possibly before the checkpoint that it resumed from).
 
-    Of a step, the last said counts.
+    The last evaluation of a step is kept.
     """
 
     evaluation: Evaluation
@@ -145,7 +145,7 @@ class Evaluated(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class Saved(AttemptFact):
-    """A checkpoint is on disk under its final name; of a kind at a step, the latest attempt's counts."""
+    """A checkpoint is on disk under its final name; the latest attempt's is kept, per kind and step."""
 
     checkpoint: Checkpoint
 
@@ -160,7 +160,7 @@ class Saved(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class Answered(AttemptFact):
-    """The best adapter of a trial at its horizon has answered the round's prompts; the last said counts.
+    """A trial's best adapter has answered the round's prompts at the horizon; the last score is kept.
 
     Its `Ended` follows.
     """
@@ -174,17 +174,17 @@ class Answered(AttemptFact):
 
 @dataclass(frozen=True, slots=True)
 class Measured(RoundFact):
-    """A worker's throughput since it was ready; said after evaluations and at the end.
+    """A worker's throughput since it was ready; sent after evaluations and at the end.
 
-    The last said of a session counts.
+    The last one of a session is kept.
     """
 
     throughput: Throughput
     round: str = ""
-    """Filled in by who hears it."""
+    """Set by the receiver."""
 
     def change(self, found: RoundFacts) -> None:
-        """As `RoundFact` says. What one process has done needs the name of its session."""
+        """As in `RoundFact`. Requires the name of the process's session."""
         assert self.throughput.session
         found.throughputs[self.throughput.session] = self.throughput
 
@@ -195,13 +195,13 @@ Outcome: TypeAlias = Literal["complete", "infeasible", "pruned", "stopped", "fai
 
 @dataclass(frozen=True, slots=True)
 class Ended(AttemptFact):
-    """A trial's attempt is over, its slot is free and it waits; the first end said of an attempt counts."""
+    """A trial's attempt has ended and its slot is free; the first end of an attempt is kept."""
 
     step: int
     outcome: Outcome
     reason: str | None = None
     at: float | None = None
-    """Seconds since the epoch; filled in by who records it."""
+    """Seconds since the epoch, set when it is recorded."""
 
     def change(self, trial: TrialFacts) -> None:
         """As `TrialFact` says."""

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def to_json(record: Any) -> Any:
-    """A record as JSON values. Floats keep every digit; NaN and infinity stay as they are."""
+    """Convert a record to JSON values. Floats keep every digit; NaN and infinity are unchanged."""
     if is_dataclass(record):
         return {each.name: to_json(getattr(record, each.name)) for each in fields(record)}
     if isinstance(record, Mapping):
@@ -27,20 +27,20 @@ def to_json(record: Any) -> Any:
 
 
 def from_json(kind: type[R], document: Mapping[str, Any]) -> R:
-    """The inverse of `to_json`. Raises TypeError for a field that the kind does not have."""
+    """Invert `to_json`. Raises TypeError for an unknown field."""
     readers = _readers(kind)  # type: ignore[arg-type]  # a class is hashable
     return kind(**{name: readers.get(name, _as_it_is)(value) for name, value in document.items()})
 
 
 @cache
 def _readers(kind: type[Any]) -> dict[str, Callable[[Any], Any]]:
-    """How each field of a dataclass is read."""
+    """Return a reader for each field of a dataclass."""
     hints = get_type_hints(kind)
     return {each.name: _reader(hints[each.name]) for each in fields(kind)}
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
-    """How a value of a type is read; what JSON has itself is left as it is."""
+    """Return a reader for values of a type; JSON's own types are unchanged."""
     if is_dataclass(hint):
         return lambda value: value if value is None else from_json(hint, value)  # type: ignore[arg-type]
     if isinstance(hint, type) and issubclass(hint, StrEnum):
@@ -73,32 +73,32 @@ def _as_it_is(value: Any) -> Any:
 
 
 def evaluation_from_json(document: Mapping[str, Any]) -> Evaluation:
-    """The inverse of `to_json` for an Evaluation."""
+    """Invert `to_json` for an Evaluation."""
     return from_json(Evaluation, document)
 
 
 def checkpoint_from_json(document: Mapping[str, Any]) -> Checkpoint:
-    """The inverse of `to_json` for a Checkpoint."""
+    """Invert `to_json` for a Checkpoint."""
     return from_json(Checkpoint, document)
 
 
 def branch_from_json(document: Mapping[str, Any]) -> Branch:
-    """The inverse of `to_json` for a Branch."""
+    """Invert `to_json` for a Branch."""
     return from_json(Branch, document)
 
 
 def assignment_from_json(document: Mapping[str, Any]) -> Assignment:
-    """The inverse of `to_json` for an Assignment."""
+    """Invert `to_json` for an Assignment."""
     return from_json(Assignment, document)
 
 
 def event_to_json(event: Said) -> dict[str, Any]:
-    """An event as a JSON object whose `event` names its kind."""
+    """Convert an event to a JSON object whose `event` is its kind."""
     return {"event": type(event).__name__.lower(), **to_json(event)}
 
 
 def event_from_json(document: Mapping[str, Any]) -> Event:
-    """The inverse of `event_to_json`. Raises KeyError for an unknown kind."""
+    """Invert `event_to_json`. Raises KeyError for an unknown kind."""
     kind = Said.kinds[document["event"]]
     values = {key: value for key, value in document.items() if key != "event"}
     return from_json(kind, values)  # type: ignore[return-value]  # any kind that has been declared

@@ -1,4 +1,4 @@
-"""What a round ranks its trials by: a metric, and which way it is better."""
+"""The objective of a round: a metric and its direction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 
 class Direction(StrEnum):
-    """Which values of a metric are better. The names are Optuna's."""
+    """Which values of a metric are better, by Optuna's names."""
 
     MINIMIZE = "minimize"
     MAXIMIZE = "maximize"
@@ -19,21 +19,21 @@ class Objective:
     """A metric as the objective of a round."""
 
     metric: str = "eval_loss"
-    """As the round file names it."""
+    """Name of the metric in the round file."""
     direction: Direction = Direction.MINIMIZE
     per: Literal["evaluation", "trial"] = "evaluation"
-    """Whether each evaluation has a value, which chooses the best step, or each complete trial has one."""
+    """Whether each evaluation has a value, which then chooses the best step, or each complete trial."""
     is_relative_to_gained: bool = False
     """Whether differences are relative to what the best trial gained over the base model, else to the value
     itself. So it is of metrics that are maximised or have an upper bound."""
 
     @property
     def noun(self) -> str:
-        """What messages call it: `loss`, or the metric's name."""
+        """Return its name in messages: `loss`, or the metric's name."""
         return "loss" if self.metric == "eval_loss" else self.metric
 
     def cost(self, value: float) -> float:
-        """Return the value with the sign that makes lower better. It is its own inverse."""
+        """Return the value with its sign set so that lower is better. The function is its own inverse."""
         return value if self.direction == Direction.MINIMIZE else -value
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameters and the space they are searched in: points and dimensions, by name."""
+"""Hyperparameters and the search space: points and dimensions, by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[int, ...]
 """A hyperparameter's value. A tuple holds layer names (`target_modules`) or numbers."""
 
 Hyperparameters: TypeAlias = Mapping[str, Value]
-"""A point of the search space, by name. Which names a round file may hold only `spec` knows."""
+"""A point of the search space, by name. Only `config` knows which names a round file may have."""
 
 
 class Condition(NamedTuple):
-    """When a hyperparameter counts: with some values of another one, such as the optimizers that know it."""
+    """When a hyperparameter applies: with certain values of another one, such as the optimizer."""
 
     chosen_by: str
     """The other hyperparameter."""
@@ -25,10 +25,10 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conditional:
-    """What all kinds of dimensions have."""
+    """Base of all kinds of dimensions."""
 
     only_with: Condition | None = field(default=None, compare=False, repr=False, kw_only=True)
-    """None if it always counts. Dimensions of the same values are equal, whatever their condition."""
+    """None if it always applies. Conditions are ignored when dimensions are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ class Choices(Conditional):
 
 @dataclass(frozen=True, slots=True)
 class Range(Conditional):
-    """An interval to search, both ends included."""
+    """An interval to search, including both ends."""
 
     low: float
     high: float
     log: bool = False
-    """Search the logarithm; needs low > 0."""
+    """Search the logarithm; requires low > 0."""
     integer: bool = False
     """Only whole numbers."""
 
@@ -88,7 +88,7 @@ class TimesSqrtRank(Conditional):
     factor: float
 
     def contains(self, value: Value) -> bool:
-        """Never: the value is derived, so nobody may choose it."""
+        """Return False: the value is derived, so it cannot be chosen."""
         return False
 
 
@@ -104,9 +104,9 @@ def searched(space: Space) -> dict[str, Choices | Range]:
 
 
 def active(space: Mapping[str, AnyDimension], chosen: Hyperparameters) -> dict[str, AnyDimension]:
-    """Return the dimensions that count beside these values, in the space's order.
+    """Return the dimensions that apply given these values, in the space's order.
 
-    One whose condition rests on a hyperparameter that is not in the space counts.
+    A condition on a hyperparameter that is not in the space is ignored.
     """
     return {name: dimension for name, dimension in space.items() if _counts(name, space, chosen)}
 
@@ -123,7 +123,7 @@ def _counts(name: str, space: Mapping[str, AnyDimension], chosen: Hyperparameter
 
 
 def possible(space: Space) -> dict[str, Dimension]:
-    """Return the dimensions that some trial of the space has: their conditions can hold."""
+    """Return the dimensions whose conditions can hold in the space."""
     return {name: dimension for name, dimension in space.items() if _can_count(dimension, space)}
 
 
@@ -136,9 +136,9 @@ def _can_count(dimension: Dimension, space: Space) -> bool:
 
 
 def num_points(space: Space) -> float:
-    """Return how many different points there are: infinite where a range of real numbers is searched.
+    """Return the number of different points: infinite if a range of real numbers is searched.
 
-    Points that differ in what does not count are one.
+    Points that differ only in hyperparameters that do not apply are equal.
     """
     conditions = (dimension.only_with for dimension in space.values())
     names = dict.fromkeys(condition.chosen_by for condition in conditions if condition is not None)
@@ -165,9 +165,9 @@ def _num_values(dimension: Dimension) -> float:
 
 
 def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str, Value]:
-    """Return the hyperparameters of a trial that count: what was chosen, what is fixed, what follows.
+    """Return the hyperparameters that apply to a trial: chosen, fixed and derived.
 
-    Raises KeyError when a searched name that counts was not chosen.
+    Raises KeyError if a searched hyperparameter that applies was not chosen.
     """
     values: dict[str, Value] = {}
     counting = active(space, chosen)
@@ -188,5 +188,5 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
 
 
 def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
-    """Hyperparameters whose lists became tuples again."""
+    """Return hyperparameters with lists converted back to tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

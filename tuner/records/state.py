@@ -1,4 +1,4 @@
-"""What the facts of a study come to so far, and what a fact is: what changes this state."""
+"""The state of a study, derived from its facts, and the base classes of facts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ V = TypeVar("V")
 
 
 class FactError(Exception):
-    """A fact that cannot follow from those recorded: a bug of whoever says it."""
+    """A fact that contradicts those recorded: a bug."""
 
 
 class Said:

@@ -186,7 +186,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a trial goes on from; its text form is `round1/3@36`."""
+    """The checkpoint that a trial continues from; its text form is `round1/3@36`."""
 
     round: str
     trial: int

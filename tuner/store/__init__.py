@@ -1,4 +1,4 @@
-"""Facts in SQL, beside Optuna's own tables in one database; they are the truth about its studies."""
+"""Facts in SQL, next to Optuna's tables in one database. The facts are authoritative."""
 
 from tuner.store.database import exists, normal_url
 from tuner.store.lock import hold_study, is_held

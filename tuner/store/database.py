@@ -1,4 +1,4 @@
-"""How a study's database is reached: its URL, its engine, its transactions, and why it cannot be used."""
+"""A study's database: URL, engine, transactions and errors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FORMS = "sqlite:///FILE.db or postgresql+psycopg://USER@HOST/DATABASE"
 
 
 def parse_url(text: str) -> URL:
-    """The one form of a database's URL: driver named, path of a file absolute. Raises StorageError."""
+    """Return the canonical URL: with its driver, and an absolute path for a file. Raises StorageError."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         shown = re.sub(r":[^:/@]*@", ":***@", text)
-        raise StorageError(f"storage: {shown!r} is not the URL of a database; write {_FORMS}") from error
+        raise StorageError(f"storage: {shown!r} is not a database URL; write {_FORMS}") from error
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite":
             if not url.database or url.database.startswith((":memory:", "file:")):
@@ -44,21 +44,21 @@ def parse_url(text: str) -> URL:
         case "postgresql" | "postgres" | "postgresql+psycopg":
             return url.set(drivername="postgresql+psycopg")
         case scheme:
-            raise StorageError(f"storage: databases of the kind {scheme!r} cannot be used; write {_FORMS}")
+            raise StorageError(f"storage: database type {scheme!r} is not supported; write {_FORMS}")
 
 
 def normal_url(url: str) -> str:
-    """The form of the URL in which Optuna and we mean the same database. Raises StorageError."""
+    """Return the URL in a form that is also valid for Optuna. Raises StorageError."""
     return parse_url(url).render_as_string(hide_password=False)
 
 
 def is_sqlite(url: URL) -> bool:
-    """Whether the database is a file."""
+    """Return whether the database is a file."""
     return url.drivername == "sqlite"
 
 
 def database_file(url: URL) -> Path:
-    """Where an SQLite database is."""
+    """Return the path of an SQLite database."""
     assert url.database is not None
     return Path(url.database)
 
@@ -82,7 +82,7 @@ def exists(url: str) -> bool:
 
 
 def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args: Any) -> Engine:
-    """An engine that has not connected yet. Raises StorageError when the driver is missing."""
+    """Return an engine, not connected yet. Raises StorageError if the driver is missing."""
     if is_sqlite(url):
         # The driver begins no transactions, or it would begin them late, and none for reads.
         engine = create_engine(
@@ -121,7 +121,7 @@ def _begin_in_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection whose statements all see the database as it was at one moment."""
+    """Open a connection whose statements all see the same snapshot of the database."""
     with engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
@@ -131,14 +131,14 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A connection in a transaction that is committed as a whole, or not at all."""
+    """Open a connection in a transaction that is committed as a whole, or not at all."""
     with engine.connect() as connection, connection.execution_options(tuner_writes=True).begin():
         yield connection
 
 
 @contextmanager
 def whole_or_absent(url: URL) -> Iterator[None]:
-    """Creates a database file that is not there, and takes it away again when the block fails.
+    """Create the database file if it does not exist, and remove it again if the block fails.
 
     Raises StorageError where none can be created, or where the one that is there cannot be written.
     """
@@ -157,7 +157,7 @@ def whole_or_absent(url: URL) -> Iterator[None]:
 
 
 def _create_file(path: Path) -> bool:
-    """Whether the file had to be created."""
+    """Create the file if needed, and return whether it was created."""
     # One that exists is not opened here: closing it would drop the locks that SQLite and Optuna hold on
     # it in this process.
     try:
@@ -174,7 +174,7 @@ def _create_file(path: Path) -> bool:
 
 @contextmanager
 def explained(url: URL) -> Iterator[None]:
-    """Turns what the machine or the user is to blame for into a StorageError; bugs pass."""
+    """Convert errors caused by the machine or the user to StorageError; let bugs pass."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Who may write: one process a study, or an SQLite file, by a lock that dies with its holder."""
+"""The write lock: one process per study or SQLite file; it is released when its process dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RETRY_SECONDS = 0.05
 
 @contextmanager
 def hold_study(directory: Path, url: str, study: str) -> Iterator[None]:
-    """Be the one process that writes the facts of `study`; messages name its `directory`.
+    """Hold the write lock of `study`; messages name its `directory`.
 
     The lock goes when the block ends or the process dies, even by kill -9, and does not pass to child
     processes. With SQLite it is a lock on the file FILE.lock beside the database, and keeps out writers of
@@ -46,9 +46,9 @@ def hold_study(directory: Path, url: str, study: str) -> Iterator[None]:
 
 
 def is_held(directory: Path, url: str, study: str) -> bool:
-    """Whether some process, this one included, holds the study.
+    """Return whether any process, including this one, holds the lock.
 
-    Creates nothing and gets in nobody's way. Raises StorageError when the server cannot be asked.
+    Creates nothing and blocks nobody. Raises StorageError when the server cannot be asked.
     """
     target = parse_url(url)
     with explained(target):
@@ -80,8 +80,8 @@ def _hold_file(url: URL, study: str, subject: str) -> Callable[[], None]:
             raise _held_by(holder, subject) from None
         raise StorageError(
             f"{subject} cannot be written now: {holder} is writing the study {other} in the same file, "
-            f"{database_file(url)}, and an SQLite file has one writing process; wait until that has ended, "
-            "or give each study its own `storage`, or one PostgreSQL database to both"
+            f"{database_file(url)}, and an SQLite file allows one writer; wait until that process ends, "
+            "or use a separate `storage` for each study, or PostgreSQL"
         ) from None
 
     def release() -> None:
@@ -197,5 +197,5 @@ def _this_process() -> str:
 
 def _held_by(holder: str, subject: str) -> StorageError:
     return StorageError(
-        f"{subject} is being run by {holder or 'another process'}; wait until that has ended, or stop it"
+        f"{subject} is being run by {holder or 'another process'}; wait until it ends, or stop it"
     )

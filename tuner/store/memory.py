@@ -1,4 +1,4 @@
-"""What a place that keeps facts promises, the one that forgets, and the one that reads from memory."""
+"""The store protocol, an in-memory store and a cached store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuner.records.state import RoundFacts, TrialFacts
 
 
 class Store(Protocol):
-    """Keeps the facts of one study and gives them back as records.
+    """Stores the facts of one study and returns them as records.
 
     Saying facts again, one that nothing has replaced or the whole history in its order, changes
     nothing. So whoever dies between saying a fact and acting on it may say it once more.
@@ -25,32 +25,32 @@ class Store(Protocol):
         ...
 
     def rounds(self) -> tuple[RoundRecord, ...]:
-        """All rounds that have begun, in the order of their beginning."""
+        """Return all started rounds, in the order in which they started."""
         ...
 
     def round(self, name: str) -> RoundRecord | None:
-        """One of them; None where it has not begun."""
+        """Return a round; None if it has not started."""
         ...
 
     def trials(self, round: str) -> tuple[Trial, ...]:
-        """A round's trials by number, as they stood at one moment; none for an unknown round."""
+        """Return a snapshot of a round's trials by number; empty for an unknown round."""
         ...
 
     def trial(self, round: str, number: int) -> Trial:
-        """One of them. Raises KeyError for one that was never asked."""
+        """Return a trial. Raises KeyError if it was never asked."""
         ...
 
     def promotions(self) -> tuple[Promotion, ...]:
-        """The plans that count, in the order in which they were made."""
+        """Return the current plans, in the order in which they were made."""
         ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         ...
 
 
 class MemoryStore:
-    """A Store in this process, gone with it."""
+    """A Store in the memory of this process."""
 
     def __init__(self) -> None:
         self._state = StudyState()
@@ -60,7 +60,7 @@ class MemoryStore:
         self._state.add(facts)
 
     def take_over(self, record: RoundRecord, trials: Iterable[Trial]) -> None:
-        """Hold a round as another store has assembled it."""
+        """Add a round loaded from another store."""
         self._state.rounds[record.name] = RoundFacts(
             record,
             throughputs={work.session: work for work in record.throughputs},

@@ -1,4 +1,4 @@
-"""The tables of the facts, and how their values are written so that every digit comes back."""
+"""The tables of the facts, and column types that keep every digit."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class OptionalJson(JsonText):
 
 
 class FreeText(TypeDecorator[str]):
-    """Text that came from outside, such as the end of a log."""
+    """Text from outside, such as the end of a log."""
 
     impl = Text
     cache_ok = True

@@ -1,4 +1,4 @@
-"""The store that lasts: facts written in whole transactions, and assembled again when read."""
+"""The SQL store: facts are written in transactions, and assembled into records when read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _READ_AS_KEPT = {
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """How far the tables of a database have come."""
+    """The schema revision of a database."""
 
     place: str
     """The file or the server, without a password."""
@@ -97,7 +97,7 @@ def _read_only(target: URL) -> sqlite3.Connection:
 
 
 def open_store(url: str, *, study: str) -> SqlStore:
-    """The facts of one study, in the database at a URL.
+    """Open the store of one study, in the database at a URL.
 
     The database and our tables are created, or brought up to date; other studies in it are not seen.
     Raises StorageError when that cannot be done, and then leaves no file that was not there before.
@@ -211,7 +211,7 @@ class SqlStore:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection, which looks again and again at all that a long read has made."""
+    """Disable garbage collection, which would slow down a long read."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -81,7 +81,7 @@ def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) 
 
 
 def _direction(spec: RoundSpec) -> str | None:
-    """Of the objective; None where only a metric of the user's says it."""
+    """Return the objective's direction; None if it is known only to a user's metric."""
     known = spec.objective.direction is not None or is_built_in("metric", spec.objective.metric)
     return spec.recorded_objective.direction.value if known else None
 

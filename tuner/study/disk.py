@@ -59,7 +59,7 @@ def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 
 def _state_bytes(spec: RoundSpec) -> list[int]:
-    """Of a weight's moments, by each optimizer that a trial may have."""
+    """Return the bytes of optimizer state per weight, for each optimizer that a trial can have."""
     chosen = spec.space()["optimizer"]
     assert isinstance(chosen, (Fixed, Choices))
     names = chosen.values if isinstance(chosen, Choices) else (chosen.value,)

@@ -1,7 +1,7 @@
-"""Rehearsals: a dry run of a round in a folder of its own, so that no real round is touched.
+"""Dry runs of a round, in a separate folder, so that no real round changes.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its files, its database and its
-checkpoints; its files say `run.engine: simulated`, and every command works in it.
+The folder `rehearsal/` beside the round file is a study like any other, with its own files, database and
+checkpoints; its files have `run.engine: simulated`, and every command works in it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from tuner.study.run import refuse_changed_file
 
 
 def rehearsed_file(file: RoundFile) -> RoundFile:
-    """Return the round's copy under `rehearsal/`, written if it differs; a rehearsal's own file itself.
+    """Return the round's copy under `rehearsal/`, written if it differs; a file of a dry run is returned
+    unchanged.
 
-    Raises InputError if the copy cannot be written, or if the rehearsed round started with another file.
+    Raises InputError if the copy cannot be written, or if the dry run started with another file.
     """
     if is_rehearsal(file):
         return file
     path = file.directory / REHEARSAL / file.path.name
-    text = edit_round(file.text, _changes(file), {"run.engine": "a rehearsal: nothing is trained"})
+    text = edit_round(file.text, _changes(file), {"run.engine": "a dry run: nothing is trained"})
     copy = read_round(text, path)
     try:
         refuse_changed_file(RoundPlan(copy))
     except RoundFileError as error:
         raise InputError(
-            f"{error}\nTo rehearse {file.path.name} as it is now, delete {path.parent}"
+            f"{error}\nFor a dry run of the current {file.path.name}, delete {path.parent}"
         ) from error
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -47,7 +48,7 @@ def _changes(file: RoundFile) -> dict[str, Any]:
         "run.engine": "simulated",
         "storage": "sqlite:///tuner.db",
         "checkpoints.directory": "runs",
-        "goal": f"Rehearsal with made-up losses. {written.goal}".strip(),
+        "goal": f"Dry run with synthetic losses. {written.goal}".strip(),
     }
     if absolute.model.path != written.model.path:
         changes["model.path"] = absolute.model.path

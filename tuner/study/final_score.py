@@ -63,9 +63,7 @@ def scores_of(store: Store) -> tuple[Trial, ...]:
 
 def _adapter_to_score(folder: StudyFolder, trial: Trial) -> Path:
     if folder.is_rehearsal:
-        raise InputError(
-            f"{folder.directory}: nothing is trained in a rehearsal, so there is nothing to score"
-        )
+        raise InputError(f"{folder.directory}: a dry run trains no model, so there is nothing to score")
     adapter = folder.adapter(trial)
     if trial.state != TrialState.COMPLETE or adapter is None:
         why = f"is {trial.state}" if trial.state != TrialState.COMPLETE else "has no adapter any more"

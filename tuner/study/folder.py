@@ -22,7 +22,7 @@ REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is train
 
 
 def is_rehearsal(file: RoundFile) -> bool:
-    """Return whether the file is in a rehearsal's folder."""
+    """Return whether the file is in the folder of a dry run."""
     return file.spec.run.engine == "simulated" and file.directory.name == REHEARSAL
 
 
@@ -93,12 +93,12 @@ class StudyFolder:
         return rounds[-1]
 
     def is_sweep(self, round_name: str, store: Store) -> bool:
-        """Whether a round is one of a sweep: as it began, or as its file says."""
+        """Return whether a round belongs to a sweep, by its record or its file."""
         record, file = store.round(round_name), self.file(round_name)
         return record.is_sweep if record is not None else file is not None and file.spec.is_sweep
 
     def searches(self, store: Store) -> Iterator[RoundFile]:
-        """The files of rounds that are none of a sweep."""
+        """Return the files of rounds that do not belong to a sweep."""
         return (file for file in self.files if not self.is_sweep(file.spec.round, store))
 
     def adapter(self, trial: Trial) -> str | None:

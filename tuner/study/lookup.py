@@ -58,7 +58,7 @@ def trials_of(folder: StudyFolder, store: Store, round_name: str) -> tuple[Trial
 
 
 def objectives_of(store: Store) -> dict[str, Objective]:
-    """What each round that has begun ranks by, by name."""
+    """Return the objective of each started round by name."""
     return {record.name: objective_of(record, store.trials(record.name)) for record in store.rounds()}
 
 

@@ -1,7 +1,7 @@
 """The loop of a round: ask, assign, record, tell.
 
-The order is a law: file, then fact, then tell. Nothing is kept here that the facts do not hold, so
-that going on after any interruption is running the loop again.
+The order is always: file, then fact, then tell. The loop keeps no state that is not in the facts, so running
+it again resumes after any interruption.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_STILLBORN = 3
 
 @dataclass
 class RoundLoop:
-    """One round being run: what it needs, and one method for each part of the loop."""
+    """A running round, with one method for each part of the loop."""
 
     plan: RoundPlan
     store: Store
@@ -74,7 +74,7 @@ class RoundLoop:
 
     @cached_property
     def state(self) -> RoundState:
-        """The round's trials, kept up by what is recorded here."""
+        """The round's trials, updated by what is recorded here."""
         return RoundState(self.store, self.plan.name)
 
     @cached_property
@@ -107,7 +107,8 @@ class RoundLoop:
     # --- what to run next -------------------------------------------------------------------------
 
     def _next_assignment(self) -> Assignment | None:
-        """An interrupted trial, then what the search has left, at last comparison runs; None without any."""
+        """Return an interrupted trial, then the remaining trials, then comparison runs; None if none is
+        left."""
         if self._have_ended():
             return self.branches.next_assignment()
         waiting = next((trial for trial in self.state.open if trial.state == TrialState.WAITING), None)
@@ -117,11 +118,11 @@ class RoundLoop:
 
     @property
     def num_trials(self) -> int:
-        """Trials that the round promises: a grid may have fewer points."""
+        """Return the number of trials in the round: a grid may have fewer points."""
         return int(min(self.plan.spec.search.trials, self.round_study.num_points))
 
     def _ask(self, trials: Sequence[Trial]) -> Trial:
-        """A new trial: the repetition of a failed one, or the search's next proposal."""
+        """Ask for a new trial: a repetition of a failed one, or the next proposal."""
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
@@ -150,7 +151,7 @@ class RoundLoop:
         return trial
 
     def _assign(self, trial: Trial) -> Assignment:
-        """The trial's next attempt, from its newest checkpoint that is whole."""
+        """Assign the trial's next attempt, from its newest valid checkpoint."""
         self.folder.clean_up(trial)
         start = self.folder.newest(trial) or self._start_of_another(trial)
         attempt = max((a.number for a in trial.attempts), default=0) + 1
@@ -189,7 +190,7 @@ class RoundLoop:
     # --- what has happened ------------------------------------------------------------------------
 
     def _record(self, event: Event) -> None:
-        """Turn what a worker says into facts, then act on them."""
+        """Turn a worker's event into facts, then act on them."""
         match event:
             case Started() | Progressed() | Evaluated() | Saved() | Ended() if event.horizon is not None:
                 self.branches.record(event)
@@ -232,7 +233,7 @@ class RoundLoop:
         self.view.event(event)
 
     def _warn_of_another_metric(self, environment: Mapping[str, str]) -> None:
-        """Say, once, that answers are scored from here on by a function that was edited meanwhile."""
+        """Warn once that the function that scores answers was edited since earlier trials were scored."""
         answers, now = self.plan.spec.evaluation.answers, environment.get("metric")
         if answers is None or now is None:
             return
@@ -245,7 +246,8 @@ class RoundLoop:
             )
 
     def _prune(self, trial: Trial) -> bool:
-        """End a trial that others leave behind; whether it was. Its attempt ends when the worker says so."""
+        """End a trial that is clearly behind, and return whether it was. Its attempt ends with the worker's
+        event."""
         if trial.state.is_final:
             return False
         spec = self.plan.spec
@@ -266,7 +268,7 @@ class RoundLoop:
         return True
 
     def _as_decided(self, event: Ended) -> Ended:
-        """What a worker let go because the trial was pruned has ended as pruned."""
+        """Return the event with the state pruned if the trial was stopped by the pruner."""
         trial = self.state.trial(event.trial)
         if trial.state != TrialState.PRUNED:
             return event
@@ -290,7 +292,7 @@ class RoundLoop:
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
             case "failed":
-                # Its checkpoint cannot be used: the next attempt takes an older one, or starts anew.
+                # Its checkpoint cannot be used: the next attempt uses an older one, or starts over.
                 unusable = tuple(c.path for c in self.folder.resumable(trial)[:1])
                 self.state.record(CheckpointsRemoved(trial.round, trial.number, unusable))
                 self._end_attempt(trial, "failed", event.reason)
@@ -330,7 +332,7 @@ class RoundLoop:
         self.round_study.tell(self.state.trial(number), max_train_steps=self.plan.spec.max_train_steps)
 
     def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
-        """Delete what a recorded successor replaces."""
+        """Delete checkpoints that a recorded successor replaces."""
         surplus = self.folder.surplus(trial, keep_best=self.plan.spec.checkpoints.keep_best)
         kept = {checkpoint.path for checkpoint in trial.checkpoints}
         self.folder.delete([c.path for c in (*surplus, *before) if c in surplus or c.path not in kept])
@@ -360,7 +362,7 @@ class RoundLoop:
     # --- beginning and ending ---------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Put right what an earlier process left open, before anything is asked."""
+        """Recover from what an earlier process left open, before asking for trials."""
         for trial in self.state.trials:
             if has_open_attempt(trial):
                 self._end_attempt(trial, "interrupted", None)
@@ -374,7 +376,7 @@ class RoundLoop:
         self.branches.recover()
 
     def _close(self) -> None:
-        """Let the worker save its trials, and record what it says meanwhile."""
+        """Let the worker save its trials, and record its events."""
         self.worker.close()
         for event in self.worker.events(0.0):
             self._record(event)

@@ -1,4 +1,4 @@
-"""What a round is going to do: its file, its space and its stable checkpoints."""
+"""The plan of a round: its file, its space and its stable checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RoundPlan:
 
     @property
     def kind(self) -> RoundKind:
-        """What the round is for, as it is recorded when it begins."""
+        """Return the kind of the round, as recorded when it starts."""
         is_dry_run = self.spec.run.engine == "simulated" and not self.spec.is_sweep
         return RoundKind.DRY_RUN if is_dry_run else RoundKind(self.spec.kind)
 

@@ -1,4 +1,4 @@
-"""What a round tries next: enqueued entries, then what the sampler of the file proposes; no point twice.
+"""The next point that a round tries: enqueued entries, then the sampler's proposals; no point twice.
 
 A proposal is a function of the facts, `search.seed` and its ordinal, so that a resumed round continues as it
 would have.
@@ -77,7 +77,7 @@ _RANDOM_TRIES = 1000
 
 
 class RoundSampler(optuna.samplers.BaseSampler):
-    """The sampler of a round's Optuna study. It is handed the facts before each `study.ask`."""
+    """The sampler of a round's Optuna study. It gets the facts before each `study.ask`."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return the proposal that follows from the facts."""
+        """Return the proposal given by the facts."""
         if self._answer is None:
             point = self._proposed(study, trial) if self._again is None else self._again
             self._answer = self.encoded(point)
@@ -154,13 +154,14 @@ class RoundSampler(optuna.samplers.BaseSampler):
 
     @property
     def num_points(self) -> float:
-        """How many different proposals there are: infinite where a range of real numbers is searched."""
+        """Return the number of different points: infinite if a range of real numbers is searched."""
         return num_points(self._space)
 
     def point(
         self, ordinal: int, trials: Sequence[Trial] = (), *, source: PointSampler | None = None
     ) -> dict[str, Value]:
-        """Return a value for each active name: what is enqueued, the rest by the sampler; no point twice."""
+        """Return a value for each active name: enqueued ones first, the rest from the sampler; no point
+        twice."""
         given = self._enqueued[ordinal] if ordinal < len(self._enqueued) else {}
         if self._is_whole(given):
             return {name: given[name] for name in self.active(given)}
@@ -180,11 +181,11 @@ class RoundSampler(optuna.samplers.BaseSampler):
         return active(self._space, point)
 
     def encoded(self, point: Hyperparameters) -> dict[str, Any]:
-        """Return the point's searched values as Optuna keeps them."""
+        """Return the point's searched values in Optuna's form."""
         return {name: _encode(point[name]) for name in self._space if name in point}
 
     def decoded(self, params: Mapping[str, Any]) -> dict[str, Value]:
-        """Return the point that Optuna keeps so."""
+        """Return a point from Optuna's form."""
         return {name: _decode(d, params[name]) for name, d in self._space.items() if name in params}
 
     def _is_whole(self, point: Hyperparameters) -> bool:
@@ -194,12 +195,12 @@ class RoundSampler(optuna.samplers.BaseSampler):
         return all(name in point and d.contains(point[name]) for name, d in self.active(point).items())
 
     def _values_of(self, point: Hyperparameters) -> PointValues:
-        """What tells a point from others: equal numbers are equal, however they are written."""
+        """Return a key of the point, in which equal numbers are equal however they are written."""
         active = self.active(point)
         return tuple(point.get(name) if name in active else None for name in self._space)
 
     def _taken(self, trials: Sequence[Trial]) -> set[PointValues]:
-        """Points that have their trial in this round, whatever came of it, or are going to by the file."""
+        """Return the points that have a trial in this round, in any state, or that the file enqueues."""
         tried = (self._values_of(trial.hyperparameters) for trial in trials)
         return {*tried, *(self._values_of(entry) for entry in self._enqueued if self._is_whole(entry))}
 
@@ -321,7 +322,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
         )
 
     def _restricted(self, request: Request, names: Mapping[str, Any]) -> Request:
-        """The request with the points that have all of these names."""
+        """Return the request restricted to points that have all of these names."""
         return replace(
             request,
             observed=[found for found in request.observed if names.keys() <= found.params.keys()],
@@ -329,7 +330,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
         )
 
     def _observations(self, trials: Sequence[Trial]) -> list[Observation]:
-        """All that the workload's rounds say of points of this space, in the order they were first tried."""
+        """Return the results of the workload's rounds in this space, in the order they were first tried."""
         if self._search.sampler in _LEARNS_NOTHING:
             return []
         now = outcomes(trials, max_train_steps=self._max_train_steps)
@@ -342,7 +343,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
         return Observed(self.encoded(point), found.objective)
 
     def _notes(self, trials: Sequence[Trial], study: optuna.Study) -> list[Noted]:
-        """What the sampler has noted on the round's trials, such as the generation that one belongs to."""
+        """Return the attributes that the sampler set on the round's trials, such as their generation."""
         attributes = {trial.number: trial.system_attrs for trial in study.get_trials(deepcopy=False)}
         return [
             (self.encoded(trial.hyperparameters), attributes.get(trial.optuna_trial, {}))
@@ -356,10 +357,10 @@ Noted: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 class ImportedSampler(PointSampler):
-    """Any sampler of Optuna's, asked in a study in memory that is told all observations.
+    """Any Optuna sampler, run on an in-memory study with all observations.
 
-    It is made anew for each proposal: the same facts give the same proposal. What it notes on its trials is
-    kept with the round's trials and given back.
+    It is created again for each proposal: the same facts give the same proposal. Attributes it sets on trials
+    are kept with the round's trials and given back.
     """
 
     def __init__(
@@ -377,12 +378,12 @@ class ImportedSampler(PointSampler):
         self._notes = list(notes)
 
     def points(self, space: Dimensions, request: Request) -> Iterator[Point]:
-        """Yield what the sampler proposes, each time made with another seed."""
+        """Yield the sampler's proposals, each with another seed."""
         while True:
             yield self._asked(dict(space), request, seed=int(request.random.integers(2**31)))
 
     def notes_on(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the attributes that the sampler has given a trial of this point."""
+        """Return the attributes that the sampler set on a trial of this point."""
         return next((notes for point, notes in reversed(self._notes) if point == params), {})
 
     def _asked(self, space: dict[str, BaseDistribution], request: Request, *, seed: int) -> Point:
@@ -400,7 +401,7 @@ class ImportedSampler(PointSampler):
         return dict(frozen.params)
 
     def _told(self, space: dict[str, BaseDistribution]) -> list[FrozenTrial]:
-        """Each observation as a complete trial: an infeasible one is as bad as the worst, and says so."""
+        """Return each observation as a complete trial; an infeasible one gets the worst value."""
         known = [found for found in self._observed if space.keys() <= found.params.keys()]
         finite = [found.value for found in known if math.isfinite(found.value)]
         worst = max(finite, default=_PENALTY if self._sign > 0 else 0.0)
@@ -422,7 +423,7 @@ def _feasible(is_feasible: bool) -> dict[str, float]:
 
 
 def make_sampler(search: SearchSpec, *, seed: int) -> optuna.samplers.BaseSampler:
-    """Make a sampler that is not tuner's, with the file's arguments and a seed where it takes one.
+    """Create a sampler from outside of tuner, with the file's arguments, and a seed if it accepts one.
 
     Raises InputError where it cannot be imported or made, or is no sampler of Optuna's.
     """
@@ -435,9 +436,9 @@ def make_sampler(search: SearchSpec, *, seed: int) -> optuna.samplers.BaseSample
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             made = made_by(**arguments)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{place}: cannot be made with {search.sampler_arguments}: {error}") from error
+        raise InputError(f"{place}: cannot be created with {search.sampler_arguments}: {error}") from error
     if not isinstance(made, optuna.samplers.BaseSampler):
-        raise InputError(f"{place}: gives a {type(made).__name__}, and not a sampler of Optuna's")
+        raise InputError(f"{place}: expects an Optuna sampler, got a {type(made).__name__}")
     return made
 
 
@@ -457,7 +458,7 @@ def _distribution(dimension: Choices | Range) -> BaseDistribution:
 
 
 def _encode(value: Value) -> bool | int | float | str:
-    """Optuna keeps scalars: a list of module names is kept as its JSON text."""
+    """Return a value as Optuna stores it: lists of module names become JSON text."""
     return json.dumps(list(value)) if isinstance(value, tuple) else value
 
 

@@ -93,7 +93,7 @@ def unneeded(
     of the others; else the `last` checkpoints, and those that the retention rule does not keep.
     """
     whole = (
-        "a rehearsal: nothing was trained"
+        "a dry run: nothing was trained"
         if is_rehearsal
         else "a sweep whose result is in use"
         if record.is_sweep and any(not other.is_sweep for other in later)

@@ -1,10 +1,10 @@
-"""Metrics that a round may have as its objective: what one is, and how one is found by name.
+"""Metrics that a round can use as its objective, and how to find one by name.
 
-A metric of yours is one value of `Metric` in a module, such as
+A metric of your own is an instance of `Metric` in a module, such as
 
     WORST = Metric(Direction.MINIMIZE, "Loss of the worst tenth.", compute=worst_tenth)
 
-which a round file names as `package.module:WORST`, or by an entry point of the group `tuner.metrics`.
+which a round file names as `package.module:WORST`, or by an entry point in the group `tuner.metrics`.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ _KEY = "objective.metric"
 
 @dataclass(frozen=True, slots=True)
 class ExampleScores:
-    """What an evaluation knows of each of its examples: arrays of equal length, one entry for each."""
+    """Results of an evaluation: arrays of equal length, with one entry per example."""
 
     nll: np.ndarray
     """Sum of the negative log-likelihoods of the target tokens, in nats."""
     tokens: np.ndarray
-    """Target tokens, at least one."""
+    """Number of target tokens, at least one."""
     correct: np.ndarray
-    """Target tokens than which the model finds no other likelier."""
+    """Number of target tokens that are the model's top prediction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a metric measures, and which way it is better."""
+    """A metric: how to compute it, and which direction is better."""
 
     direction: Direction
     meaning: str
-    """For reference pages: a sentence."""
+    """A sentence for the reference pages."""
     compute: Callable[[ExampleScores], float] | None = None
-    """The value of one evaluation, from what it knows of its examples. None where `per` is `trial`."""
+    """Computes the value of an evaluation from its examples. None if `per` is `trial`."""
     per: Literal["evaluation", "trial"] = "evaluation"
-    """Whether each evaluation has a value, or each complete trial has one."""
+    """Whether it is measured at each evaluation or once per complete trial."""
     bounds: tuple[float | None, float | None] = (None, None)
-    """The lowest and the highest value that there can be."""
+    """The lowest and the highest possible value; None where there is none."""
 
     def __post_init__(self) -> None:
         if (self.compute is None) != (self.per == "trial"):
-            raise ValueError("a metric needs `compute` if, and only if, it is per evaluation")
+            raise ValueError("a metric requires `compute` if, and only if, it is per evaluation")
         object.__setattr__(self, "direction", Direction(self.direction))
 
     def objective(self, name: str) -> Objective:
-        """Return the metric as an objective, by the name that the round file gives it."""
+        """Return the metric as an objective, with its name in the round file."""
         is_maximised = self.direction == Direction.MAXIMIZE
         return Objective(
             metric=name,
@@ -67,25 +67,25 @@ class Metric:
 
 
 def metric(name: str) -> Metric:
-    """Return the metric of a name.
+    """Return the metric with this name.
 
-    Raises InputError where it leads nowhere or to something else.
+    Raises InputError if it cannot be imported or is not a metric.
     """
     found = described("metric", name, Metric)
     if found.per == "trial" and name != "answers":
         raise InputError(
-            f"{_KEY}: {name} has one value for each trial, which only answers can have: put a function that "
-            "compares an answer with the row's completion into evaluation.answers.metric, and write "
-            "`objective: {metric: answers}`"
+            f"{_KEY}: {name} has one value per trial, which is supported only for answers: set "
+            "evaluation.answers.metric to a function that compares an answer with the row's completion, and "
+            "write `objective: {metric: answers}`"
         )
     return found
 
 
 def values(name: str, measured: Metric, examples: ExampleScores) -> Mapping[str, float]:
-    """Return the numbers that an evaluation keeps of a metric beside its loss, by name.
+    """Return the values of a metric that an evaluation records besides its loss, by name.
 
-    NaN, without asking the metric, where the loss of an example is not finite. Raises MetricError where a
-    metric of the user's raises, or returns no number.
+    The value is NaN, without calling the metric, if the loss of an example is not finite. Raises MetricError
+    if a user's metric raises, or does not return a number.
     """
     if measured.compute is None or name == "eval_loss":
         return {}
@@ -100,7 +100,7 @@ def values(name: str, measured: Metric, examples: ExampleScores) -> Mapping[str,
         raise _at_fault(name, f"it returned {found!r}, not a number")
     low, high = measured.bounds
     if not math.isnan(number) and not (_or(low, -math.inf) <= number <= _or(high, math.inf)):
-        raise _at_fault(name, f"it returned {number}, outside of its bounds {measured.bounds}")
+        raise _at_fault(name, f"it returned {number}, outside its bounds {measured.bounds}")
     return {name: number}
 
 

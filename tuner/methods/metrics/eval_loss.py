@@ -1,4 +1,4 @@
-"""The evaluation loss: what a round is ranked by unless its file says otherwise."""
+"""The evaluation loss, the default objective of a round."""
 
 from tuner.methods.metrics import ExampleScores, Metric
 from tuner.records import Direction
@@ -10,8 +10,8 @@ def _loss(examples: ExampleScores) -> float:
 
 EVAL_LOSS = Metric(
     Direction.MINIMIZE,
-    "Negative log-likelihood of a target token, in nats: the sum over all evaluation examples by the number "
-    "of their target tokens.",
+    "Mean negative log-likelihood per target token, in nats: the sum over all evaluation examples divided by "
+    "the number of target tokens.",
     compute=_loss,
     bounds=(0.0, None),
 )

@@ -1,4 +1,4 @@
-"""The share of target tokens that the model predicts first."""
+"""The share of target tokens that are the model's top prediction."""
 
 from tuner.methods.metrics import ExampleScores, Metric
 from tuner.records import Direction
@@ -10,7 +10,7 @@ def _accuracy(examples: ExampleScores) -> float:
 
 TOKEN_ACCURACY = Metric(
     Direction.MAXIMIZE,
-    "Share of the evaluation examples' target tokens than which the model finds no other likelier.",
+    "Share of the evaluation examples' target tokens that are the model's top prediction.",
     compute=_accuracy,
     bounds=(0.0, 1.0),
 )

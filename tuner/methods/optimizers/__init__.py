@@ -1,4 +1,4 @@
-"""What an optimizer has to say of itself, one file each, and the hyperparameters that several share."""
+"""The description of an optimizer, one file each, and the hyperparameters that several optimizers share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ WEIGHT_DECAY = Hyperparameter(
     "weight_decay",
     0.0,
     Number(at_least=0),
-    "Decoupled weight decay of the adapter: each update takes so much times the rate off the weights.",
+    "Decoupled weight decay of the adapter: each update shrinks the weights by this factor times the rate.",
 )
-ADAM_BETA1 = Hyperparameter(
-    "adam_beta1", 0.9, Number(at_least=0, below=1), "Decay of the first moment's average."
-)
+ADAM_BETA1 = Hyperparameter("adam_beta1", 0.9, Number(at_least=0, below=1), "Decay rate of the first moment.")
 ADAM_BETA2 = Hyperparameter(
-    "adam_beta2", 0.999, Number(at_least=0, below=1), "Decay of the second moment's average."
+    "adam_beta2", 0.999, Number(at_least=0, below=1), "Decay rate of the second moment."
 )
 ADAM_EPSILON = Hyperparameter(
-    "adam_epsilon", 1e-8, Number(above=0), "Added to the root of the second moment."
+    "adam_epsilon",
+    1e-8,
+    Number(above=0),
+    "Added to the square root of the second moment, to avoid division by zero.",
 )
 
 
@@ -37,38 +38,38 @@ class Optimizer:
 
     name: str
     hyperparameters: tuple[Hyperparameter, ...]
-    """Those that count with it, besides those of every trial such as `learning_rate`."""
+    """Its own hyperparameters, besides those of every trial such as `learning_rate`."""
     state_bytes: int
-    """Bytes of its state for each weight of an adapter, at most."""
+    """Maximum bytes of state per weight of an adapter."""
     build: Callable[[Sequence[dict[str, Any]], Hyperparameters], torch.optim.Optimizer]
-    """Make it from parameter groups as torch has them and the trial's hyperparameters.
+    """Create it from parameter groups (as in torch) and the trial's hyperparameters.
 
-    A group has `params`, the `lr` of its first update, and `part`: `A`, `B`, or DoRA's `magnitude`. The
-    optimizer's own `param_groups` keep `part`; before each update their `lr` is set. The parameters are
-    float32, and their `grad` is there already.
+    A group has `params`, the `lr` of the first update, and `part`: `A`, `B`, or `magnitude` (DoRA). The
+    optimizer's `param_groups` must keep `part`; their `lr` is set before each update. The parameters are
+    float32 and have a `grad`.
     """
     is_elementwise: bool = False
-    """Whether it updates each element by that element's gradient alone.
+    """Whether the update of each element depends only on that element's gradient.
 
-    It is then given one vector with all A's, one with all B's and one with all magnitudes, which is faster;
-    else a tensor for each matrix, in PEFT's shapes: A [rank, in], B [out, rank], magnitude [out].
+    If so, it gets one flat vector each for all A's, all B's and all magnitudes, which is faster. Otherwise
+    it gets one tensor per matrix, in PEFT's shapes: A [rank, in], B [out, rank], magnitude [out].
     """
     amplifies_rounding: bool = False
-    """Whether rounding grows from run to run: its state has fewer than 32 bits a number, or its update is a
-    sign or computed in fewer bits."""
+    """Whether rounding differences between runs grow: the state has fewer than 32 bits per number, or the
+    update is a sign or is computed in fewer bits."""
     trainer_arguments: Callable[[Hyperparameters], Mapping[str, Any]] | None = None
-    """Its name and hyperparameters as arguments of `transformers.TrainingArguments`; None if it has none."""
+    """Returns the equivalent arguments of `transformers.TrainingArguments`; None if there are none."""
     aliases: tuple[str, ...] = ()
-    """What other tools call it, in lower case: a round file that says one of them is told this name."""
+    """Names in other tools, in lower case. A round file that uses one gets this name suggested."""
 
 
 def optimizer(name: str) -> Optimizer:
-    """Return the optimizer of this name. Raises InputError when the name leads to none."""
+    """Return the optimizer with this name. Raises InputError for an unknown name."""
     return described("optimizer", name, Optimizer)
 
 
 def adam_arguments(values: Hyperparameters) -> dict[str, Any]:
-    """Return the arguments that torch's AdamW and bitsandbytes' both take, besides parameters and rate."""
+    """Return the arguments shared by torch's and bitsandbytes' AdamW, besides parameters and rate."""
     return {
         "betas": (ADAM_BETA1.number(values), ADAM_BETA2.number(values)),
         "eps": ADAM_EPSILON.number(values),
@@ -77,6 +78,6 @@ def adam_arguments(values: Hyperparameters) -> dict[str, Any]:
 
 
 def trainer_adam(optim: str) -> Callable[[Hyperparameters], Mapping[str, Any]]:
-    """Return what transformers' Trainer is told of an AdamW that it calls `optim`."""
+    """Return a function for the Trainer arguments of the AdamW named `optim`."""
     rows = (WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
     return lambda values: {"optim": optim, **{row.name: row.number(values) for row in rows}}

@@ -1,4 +1,4 @@
-"""AdamW with 32-bit moments: torch's."""
+"""AdamW with 32-bit states, from torch."""
 
 from __future__ import annotations
 

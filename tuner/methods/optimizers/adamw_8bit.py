@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments: bitsandbytes'."""
+"""AdamW with 8-bit states, from bitsandbytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
-    """Tensor by tensor: bitsandbytes quantises blocks of 256 within one and leaves small ones in 32 bits."""
+    """Build per tensor: bitsandbytes quantises blocks of 256 in a tensor and keeps small tensors in 32
+    bits."""
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups, **adam_arguments(values))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Lion with 32-bit momentum: bitsandbytes'. The sign of a mean of gradient and momentum is the update.
+"""Lion with 32-bit states, from bitsandbytes. The update is the sign of a mean of gradient and momentum.
 
 Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv:2302.06675), Program 1.
 """
@@ -20,12 +20,10 @@ LION_BETA1 = Hyperparameter(
     "lion_beta1",
     0.9,
     Number(at_least=0, below=1),
-    "Share of the momentum in the update, the rest is the gradient's (Lion, arXiv:2302.06675). Its rate is "
-    "best 3 to 10 times smaller than AdamW's.",
+    "Weight of the momentum in the update; the gradient has the rest (Lion, arXiv:2302.06675). Use a "
+    "learning rate 3 to 10 times lower than for AdamW.",
 )
-LION_BETA2 = Hyperparameter(
-    "lion_beta2", 0.99, Number(at_least=0, below=1), "Decay of the momentum's average."
-)
+LION_BETA2 = Hyperparameter("lion_beta2", 0.99, Number(at_least=0, below=1), "Decay rate of the momentum.")
 
 
 def lion_arguments(values: Hyperparameters) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def lion_arguments(values: Hyperparameters) -> dict[str, Any]:
 
 
 def trainer_lion(optim: str, values: Hyperparameters) -> dict[str, Any]:
-    """Return what transformers' Trainer is told, which takes Lion's betas by Adam's names."""
+    """Return the arguments of transformers' Trainer, where Lion's betas have Adam's names."""
     return {
         "optim": optim,
         "weight_decay": WEIGHT_DECAY.number(values),

@@ -1,4 +1,4 @@
-"""Lion with 8-bit momentum: bitsandbytes'."""
+"""Lion with 8-bit states, from bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
-    """Tensor by tensor, as for AdamW in 8 bits."""
+    """Build per tensor, as for 8-bit AdamW."""
     from bitsandbytes.optim import Lion8bit
 
     return Lion8bit(groups, **lion_arguments(values))  # type: ignore[no-any-return]

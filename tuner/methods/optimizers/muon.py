@@ -1,8 +1,8 @@
-"""Muon: torch's, for the A's and B's; what is no matrix, DoRA's magnitudes, gets AdamW.
+"""Muon, from torch, for the A and B matrices; DoRA's magnitudes, which are vectors, use AdamW.
 
-The momentum of each matrix is replaced by a nearly orthogonal one of the same directions, found by five
-Newton-Schulz steps in bfloat16. Keller Jordan, "Muon: An optimizer for hidden layers in neural networks"
-(2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982).
+The momentum of each matrix is orthogonalized approximately by five Newton-Schulz steps in bfloat16. Keller
+Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024); Liu et al., "Muon is Scalable for
+LLM Training" (arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ MUON_MOMENTUM = Hyperparameter(
     "muon_momentum",
     0.95,
     Number(at_least=0, below=1),
-    "Decay of the gradients' average (Muon, arXiv:2502.16982).",
+    "Decay rate of the momentum (Muon, arXiv:2502.16982).",
 )
-MUON_NESTEROV = Hyperparameter(
-    "muon_nesterov", True, Flag(), "Look one step of the momentum ahead (Nesterov)."
-)
+MUON_NESTEROV = Hyperparameter("muon_nesterov", True, Flag(), "Use Nesterov momentum.")
 MUON_RATE = Hyperparameter(
     "muon_rate",
     "match_rms_adamw",
     OneOf(("match_rms_adamw", "original")),
-    "How the rate depends on a matrix's shape: times 0.2 sqrt(longer side), so that updates are as large as "
-    "AdamW's and its rates fit; or times sqrt(rows / columns) where that is above 1.",
+    "Scaling of the learning rate by a matrix's shape. match_rms_adamw: 0.2 sqrt(longer side), so that "
+    "updates are as large as AdamW's and its learning rates work. original: max(1, sqrt(rows / columns)).",
 )
 
 
@@ -56,7 +54,7 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
 
 
 def _together(*parts: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Several optimizers of different parameters as one, with one state and all groups."""
+    """Combine optimizers of different parameters into one, with one state and all groups."""
     import torch
 
     class Together(torch.optim.Optimizer):

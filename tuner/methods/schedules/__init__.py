@@ -1,7 +1,7 @@
-"""What a schedule has to say of itself, one file each, and the hyperparameters that several share.
+"""The description of a schedule, one file each, and the hyperparameters that several schedules share.
 
-Every schedule begins with `warmup_steps` of linear warmup. A description says what follows: a stable phase,
-whose rate is the same at every horizon, and perhaps a decay.
+Every schedule begins with `warmup_steps` of linear warmup. A description defines the rest: a stable phase,
+whose rate is the same at every horizon, and optionally a decay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
 from tuner.records import Hyperparameters, Value
 
 DecayRule: TypeAlias = Literal["steps", "share"]
-"""What of a decay is kept when the horizon changes: its length in steps, or its share of the run."""
+"""What stays the same when the horizon changes: the decay's length in steps, or its share of the run."""
 
 MIN_DECAY_DIVISOR = 5
 """No promoted decay is shorter than a fifth of the horizon. Final losses of Llama-124M after 50,000
@@ -28,16 +28,16 @@ WARMUP_STEPS = Hyperparameter(
     "warmup_steps",
     5,
     Integer(at_least=0),
-    "Steps over which the rate rises linearly from 0.",
-    default_note="less where a short round leaves no room for it",
+    "Number of steps over which the learning rate rises linearly from 0.",
+    default_note="less if the round is too short",
     tier=Tier.VERY_LIKELY,
 )
 DECAY_STEPS = Hyperparameter(
     "decay_steps",
     None,
     Integer(at_least=0),
-    "Steps of the decay to 0 at the end; only the schedule linear has it.",
-    default_note="40% of max_train_steps, less where warmup leaves no room for it",
+    "Number of steps at the end over which the learning rate decays to 0.",
+    default_note="40% of max_train_steps, or less if warmup leaves fewer steps",
     tier=Tier.UNLIKELY,
     in_decay="length",
 )
@@ -49,33 +49,33 @@ class Schedule:
 
     name: str
     multiplier: Callable[[int, Hyperparameters, int], float]
-    """Share of the peak rate, in [0, 1], of the update after so many: (updates_done, hyperparameters,
-    max_train_steps). Called after the warmup only."""
+    """Returns the share of the peak rate, in [0, 1], of the next update: (updates_done, hyperparameters,
+    max_train_steps). Called only after the warmup."""
     has_stable_phase: bool = True
-    """Whether the rate before the decay is the same at every horizon, so that a longer run can resume there.
-    The decay has the length that `hyperparameters` declare, or none."""
+    """Whether the rate before the decay is the same at every horizon, so that a longer run can resume from
+    there. The length of the decay is declared in `hyperparameters`; otherwise there is no decay."""
     hyperparameters: tuple[Hyperparameter, ...] = ()
-    """Those that count with it, besides `warmup_steps`."""
+    """Its own hyperparameters, besides `warmup_steps`."""
     trainer_scheduler: Callable[[Hyperparameters, int, int], tuple[str, Mapping[str, Any]]] | None = None
-    """transformers' `lr_scheduler_type` and `lr_scheduler_kwargs` with the same rate at every step of a run
-    that ends after the warmup: (hyperparameters, steps that are run, horizon that the schedule is cut for).
-    None if it has none."""
+    """Returns transformers' `lr_scheduler_type` and `lr_scheduler_kwargs` with the same rate at every step of
+    a run that ends after the warmup: (hyperparameters, steps to run, horizon of the schedule). None if there
+    is no equivalent."""
     aliases: tuple[str, ...] = ()
-    """What other tools call it, in lower case: a round file that says one of them is told this name."""
+    """Names in other tools, in lower case. A round file that uses one gets this name suggested."""
 
     @property
     def decay_lengths(self) -> tuple[Hyperparameter, ...]:
-        """Return those of its hyperparameters that are the length of a decay in steps."""
+        """Return the hyperparameters that are the length of a decay in steps."""
         return tuple(row for row in self.hyperparameters if row.in_decay == "length")
 
     def decay_length(self, values: Hyperparameters) -> int | None:
-        """Return the steps at the end whose rate depends on the horizon; None if there is no stable phase."""
+        """Return the number of final steps whose rate depends on the horizon; None without a stable phase."""
         return sum(int(row.number(values)) for row in self.decay_lengths) if self.has_stable_phase else None
 
     def rescale(
         self, values: Hyperparameters, old_horizon: int, new_horizon: int, keep: DecayRule
     ) -> Mapping[str, Value]:
-        """Return its hyperparameters that change with the horizon, for a run to another one."""
+        """Return the hyperparameters that change with the horizon, for a run to `new_horizon`."""
         room = new_horizon - warmup_length(values)
         rescaled: dict[str, Value] = {}
         for row in self.decay_lengths:
@@ -86,14 +86,14 @@ class Schedule:
 
 
 def schedule(name: str) -> Schedule:
-    """Return the schedule of this name. Raises InputError if there is none."""
+    """Return the schedule with this name. Raises InputError for an unknown name."""
     return described("schedule", name, Schedule)
 
 
 def known_schedule(name: str) -> Schedule:
-    """Return what is known of a schedule without importing a plug-in: imported already, or recorded.
+    """Return a schedule without importing a plug-in: one that is already imported or recorded.
 
-    If neither, it counts as having no stable phase.
+    Otherwise, assume that it has no stable phase.
     """
     if is_at_hand("schedule", name):
         return schedule(name)
@@ -103,7 +103,7 @@ def known_schedule(name: str) -> Schedule:
 def not_imported(
     name: str, *, has_stable_phase: bool, hyperparameters: tuple[Hyperparameter, ...]
 ) -> Schedule:
-    """Return a description of a plug-in's schedule by its data, which imports it to ask for a rate."""
+    """Return a description of a plug-in's schedule, which is imported only to compute a rate."""
     return Schedule(
         name=name,
         multiplier=lambda done, values, horizon: imported("schedule", name, Schedule).multiplier(
@@ -115,16 +115,16 @@ def not_imported(
 
 
 def decay_names(values: Hyperparameters) -> tuple[str, ...]:
-    """Return the names of a trial's hyperparameters that change only the decay at its end.
+    """Return the names of a trial's hyperparameters that affect only the decay at its end.
 
-    Those of built-in schedules are among them even where the trial has another: they count for nothing then.
+    This includes those of built-in schedules that the trial does not use, where they have no effect.
     """
     own = known_schedule(str(values["schedule"])).hyperparameters if "schedule" in values else ()
     return tuple(row.name for row in (*_built_in_rows(), *own) if row.in_decay and row.name in values)
 
 
 def rescaled_names(values: Hyperparameters) -> tuple[str, ...]:
-    """Return those of `decay_names` that are rescaled with the horizon."""
+    """Return the names in `decay_names` that are rescaled with the horizon."""
     own = known_schedule(str(values["schedule"])).hyperparameters if "schedule" in values else ()
     rows = (*_built_in_rows(), *own)
     return tuple(row.name for row in rows if row.in_decay == "length" and row.name in values)
@@ -136,7 +136,7 @@ def _built_in_rows() -> tuple[Hyperparameter, ...]:
 
 
 def warmup_length(values: Hyperparameters) -> int:
-    """Return the steps of warmup; 0 where none are named."""
+    """Return the number of warmup steps; 0 if not set."""
     return int(WARMUP_STEPS.number({WARMUP_STEPS.name: 0, **values}))
 
 

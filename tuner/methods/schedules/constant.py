@@ -1,4 +1,4 @@
-"""The peak rate to the end."""
+"""The peak rate until the end."""
 
 from __future__ import annotations
 

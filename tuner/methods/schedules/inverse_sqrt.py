@@ -1,7 +1,7 @@
-"""The inverse square root of the step, at the peak when the warmup ends.
+"""The inverse square root of the step, starting at the peak after the warmup.
 
 Vaswani et al. 2017, "Attention Is All You Need", section 5.3: rate ~ min(step^-0.5, step * warmup^-1.5). It
-does not depend on the horizon, so all of it is stable phase.
+does not depend on the horizon, so the whole schedule is a stable phase.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The peak rate, and then a decay to 0 over the last `decay_steps`, linear or of another shape.
+"""The peak rate, then a decay to 0 over the last `decay_steps`, linear or of another shape.
 
-Constant-then-decay is this project's decision, so that runs can go on: a longer run resumes at the end of the
-stable phase.
+Constant-then-decay is this project's decision: a longer run can resume at the end of the stable phase.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from tuner.methods.schedules import DECAY_STEPS, Schedule, warmup_length
 from tuner.records import Hyperparameters
 
 _TRAINER_DECAYS = {"linear": "linear", "sqrt": "1-sqrt", "cosine": "cosine"}
-"""transformers' `decay_type` by our shape."""
+"""Our shape to transformers' `decay_type`."""
 DECAY_SHAPE = Hyperparameter(
     "decay_shape",
     "linear",
     OneOf(tuple(_TRAINER_DECAYS)),
-    "Rate at a share x of the decay, relative to the peak: 1 - x, 1 - sqrt(x) (Haegele et al. 2024, "
-    "arXiv:2405.18392), or half a cosine.",
+    "Shape of the decay: learning rate relative to the peak after a share x of the decay. linear: 1 - x; "
+    "sqrt: 1 - sqrt(x) (Haegele et al. 2024, arXiv:2405.18392); cosine: half a cosine.",
     tier=Tier.UNLIKELY,
     in_decay="shape",
 )

@@ -1,4 +1,4 @@
-"""What a variant of LoRA has to say of itself, one file each."""
+"""The description of a variant of LoRA, one file each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tuner.records import Hyperparameters, Space
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A kind of adapter that a round file may ask for.
+    """A kind of adapter that a round file can choose.
 
     A variant adds arguments of `peft.LoraConfig`. They may choose layers, rank, scale and how A and B start,
     as long as three things hold:
@@ -30,31 +30,31 @@ class Variant:
 
     name: str
     title: str
-    """As in a sentence, such as `DoRA`."""
+    """Name in messages, such as `DoRA`."""
     hyperparameters: tuple[Hyperparameter, ...]
-    """Those that it brings. LoRA's own count with each."""
+    """Its own hyperparameters, in addition to LoRA's."""
     config: Callable[[Hyperparameters], Mapping[str, Any]]
-    """Arguments of `peft.LoraConfig`, on top of LoRA's."""
+    """Returns arguments of `peft.LoraConfig`, in addition to LoRA's."""
     switch: str | None = None
-    """The hyperparameter that is true in a trial of this variant; None of LoRA, which is what is left."""
+    """The hyperparameter that selects this variant when true; None for plain LoRA."""
     packs: bool = True
     """Whether several trials can train together in one pass over the base model."""
     weights_per_output: int = 0
-    """Weights beside A and B for each output of an adapted layer, such as DoRA's magnitude."""
+    """Weights besides A and B per output of an adapted layer, such as DoRA's magnitude."""
 
 
 def variant(name: str) -> Variant:
-    """Return the variant of this name. Raises InputError when the name leads to none."""
+    """Return the variant with this name. Raises InputError for an unknown name."""
     return described("variant", name, Variant)
 
 
 def variant_of(values: Hyperparameters) -> Variant:
-    """Return the variant that a trial's hyperparameters switch on."""
+    """Return the variant that a trial's hyperparameters select."""
     return next((each for each in _switched() if values.get(each.switch or "")), _plain())
 
 
 def possible_variants(space: Space) -> tuple[Variant, ...]:
-    """Return the variants that trials of a space may have."""
+    """Return the variants that trials of a space can have."""
     dimensions = [(each, space.get(each.switch or "")) for each in _switched()]
     found = [each for each, dimension in dimensions if dimension is not None and dimension.contains(True)]
     if all(dimension is None or dimension.contains(False) for _, dimension in dimensions):

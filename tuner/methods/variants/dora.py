@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of the weights are learnt apart."""
+"""DoRA: magnitude and direction of the weights are learned separately."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ USE_DORA = Hyperparameter(
     "use_dora",
     False,
     Flag(),
-    "Learn magnitude and direction of the weights apart (DoRA, arXiv:2402.09353). "
-    "Where a trial may, all of the round train one at a time.",
+    "Learn magnitude and direction of the weights separately (DoRA, arXiv:2402.09353). "
+    "If it can be true, the round's trials are not packed: a worker trains one at a time.",
     tier=Tier.LIKELY,
 )
 

@@ -1,4 +1,4 @@
-"""How A and B start: PEFT's ways that leave the base model as it is, and why the others are refused."""
+"""Initialisations of A and B: PEFT's that do not change the base model, and why others are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuner.records import Hyperparameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Initialisation:
-    """A value of `lora_init`. One more is one more description in `INITIALISATIONS`."""
+    """A value of `lora_init`. Add a new one to `INITIALISATIONS`."""
 
     name: str
     peft: bool | str
@@ -19,18 +19,20 @@ class Initialisation:
     meaning: str
     """For the reference page."""
     zero_b: bool = True
-    """Whether B starts at 0, so that step 0 is the base model to the last digit."""
+    """Whether B starts at 0, so that step 0 equals the base model exactly."""
     even_rank: bool = False
     """Whether PEFT refuses odd ranks."""
 
 
 _BUILT_IN = (
-    Initialisation(name="default", peft=True, meaning="PEFT's default, A Kaiming uniform and B 0"),
-    Initialisation(name="gaussian", peft="gaussian", meaning="A normal with deviation 1 / lora_r and B 0"),
+    Initialisation(name="default", peft=True, meaning="PEFT's default, Kaiming-uniform A and zero B"),
+    Initialisation(
+        name="gaussian", peft="gaussian", meaning="normal A with standard deviation 1 / lora_r, and zero B"
+    ),
     Initialisation(
         name="orthogonal",
         peft="orthogonal",
-        meaning="A and B random, and their product 0 but for rounding; even ranks only",
+        meaning="random A and B whose product is 0 up to rounding, only for even ranks",
         zero_b=False,
         even_rank=True,
     ),
@@ -42,14 +44,14 @@ _CHANGES_THE_BASE = "it changes the frozen base model's weights, which all trial
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("pissa", "olora", "loftq", "corda", "lora_ga"), _CHANGES_THE_BASE),
-        "mica": "it keeps B as it starts and trains A alone, and tuner trains both",
-        "eva": "not available yet: it needs the activations of training rows",
+        "mica": "it trains only A, but tuner trains both A and B",
+        "eva": "not supported yet: it needs activations of training rows",
     }
 )
-"""PEFT's other values of `init_lora_weights`, also with a suffix such as pissa_niter_16, and why not."""
+"""PEFT's unsupported values of `init_lora_weights`, also with suffixes such as pissa_niter_16; and why."""
 
 
 def starts_with_zero_b(values: Hyperparameters) -> bool:
-    """Return whether a trial's evaluation at step 0 is the base model's to the last digit."""
+    """Return whether a trial's evaluation at step 0 equals the base model's exactly."""
     chosen = INITIALISATIONS.get(str(values.get("lora_init", "default")))
     return chosen is None or chosen.zero_b

@@ -1,4 +1,4 @@
-"""LoRA, with rank-stabilised scale (rsLoRA) and a rate of its own for B (LoRA+)."""
+"""LoRA, optionally with rank-stabilised scale (rsLoRA) and a separate learning rate for B (LoRA+)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ LORA_ALPHA = Hyperparameter(
     "lora_alpha",
     16.0,
     Number(above=0),
-    "The adapter's output is scaled by lora_alpha / lora_r, or / sqrt(lora_r) with use_rslora. "
-    "{times_sqrt_r: 4} makes it 4 sqrt(lora_r) in each trial.",
+    "Scale of the adapter's output: lora_alpha / lora_r, or lora_alpha / sqrt(lora_r) with use_rslora. "
+    "{times_sqrt_r: 4} sets it to 4 sqrt(lora_r) in each trial.",
     may_follow_rank=True,
 )
 TARGET_MODULES = Hyperparameter(
     "target_modules",
     ALL_LINEAR,
     Modules(),
-    "Linear layers that get an adapter: all of them but the output head; those whose name ends so; or those "
-    "whose whole name matches a regular expression. "
-    "Searched by a list of such values: [all-linear, [q_proj, v_proj]].",
+    "Linear layers that get an adapter: all-linear, all of them except the output head; a list of names, "
+    "which match the end of a layer's name; or a regular expression, which must match the whole name. "
+    "To search, list such values: [all-linear, [q_proj, v_proj]].",
     tier=Tier.LIKELY,
 )
 LAYERS_TO_TRANSFORM = Hyperparameter(
     "layers_to_transform",
     ALL_LAYERS,
     Layers(),
-    "Numbers of the transformer layers that get an adapter, with all-linear or layer names; a regular "
-    "expression names the layers itself. Searched by a list of such values: [all, [0, 1]].",
+    "Numbers of the transformer layers that get an adapter, if target_modules is all-linear or a list of "
+    "names. To search, list such values: [all, [0, 1]].",
     tier=Tier.LIKELY,
     only_if_written=True,
 )
@@ -44,7 +44,7 @@ LORA_DROPOUT = Hyperparameter(
     "lora_dropout",
     0.0,
     Number(at_least=0, below=1),
-    "Probability of dropping an input of the adapter while training.",
+    "Probability of dropping an input of the adapter during training.",
 )
 USE_RSLORA = Hyperparameter(
     "use_rslora",
@@ -57,15 +57,15 @@ LORAPLUS_RATIO = Hyperparameter(
     "loraplus_ratio",
     1.0,
     Number(above=0),
-    "Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354).",
+    "Learning rate of the B matrices divided by that of the A matrices (LoRA+, arXiv:2402.12354).",
 )
 LORA_INIT = Hyperparameter(
     "lora_init",
     "default",
     OneOf(tuple(INITIALISATIONS), refused=tuple(REFUSED.items())),
-    "How A and B start. "
+    "Initialisation of A and B. "
     + "; ".join(f"{each.name}: {each.meaning}" for each in INITIALISATIONS.values())
-    + ". PEFT's others are refused, most because they change the base model.",
+    + ". PEFT's other values are refused, most because they change the base model.",
     tier=Tier.VERY_LIKELY,
 )
 
