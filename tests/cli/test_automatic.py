@@ -140,7 +140,7 @@ def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
     command = [*AUTO[:3], "--for", "0.001s 0s", "--passes", "2", *AUTO[3:]]
     assert run(command) == 0
     said = capsys.readouterr()
-    assert "0.001s 0s are over" in said.err
+    assert "time limit of 0.001s 0s reached" in said.err
     assert said.err.splitlines()[-1] == "next: tuner " + shlex.join(command)
     assert "Nothing to conclude yet" in said.out
     os.chdir(study.parent)

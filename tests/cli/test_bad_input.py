@@ -320,7 +320,7 @@ def test_a_path_in_the_home_folder_is_found_and_written_so_that_it_is_found_agai
         ("--data", "", "--data: is empty; pass a file"),
         ("--model", "", "--model: is empty"),
         ("--eval", "", "--eval: is empty"),
-        ("--data", f"{'x' * 256}.jsonl", "--data: has a name longer than 255 bytes"),
+        ("--data", f"{'x' * 256}.jsonl", "--data: contains a file name longer than 255 bytes"),
     ],
 )
 def test_new_refuses_what_is_no_path(

@@ -137,7 +137,7 @@ def test_the_card_says_the_base_and_the_template_of_training(
     finally:
         for path, text in before.items():
             path.write_text(text)
-    assert "warning: model.trust_remote_code: Python code of " in capsys.readouterr().err
+    assert "warning: model.trust_remote_code: Python code from " in capsys.readouterr().err
     card = (study / "told" / "README.md").read_text()
     assert f'revision="{commit}", trust_remote_code=True' in card
     assert f"(revision {commit})" in card

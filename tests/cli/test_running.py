@@ -107,7 +107,7 @@ def test_dora_trains_one_trial_at_a_time(tmp_path: Path) -> None:
     done = tuner("study", "run", "round1.yaml", "--slots", "2", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "DoRA trains one trial at a time: a worker has one slot" in done.stderr
-    code = "model.trust_remote_code: Python code of "
+    code = "model.trust_remote_code: Python code from "
     lost = "11 train rows are left out: nothing in them to learn within max_length"
     assert code in checked.stdout
     assert lost in checked.stdout
