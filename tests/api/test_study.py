@@ -113,7 +113,7 @@ def test_an_export_and_a_rerun_are_those_of_the_command_line(study, tmp_path):
     written = study.best.export(tmp_path / "adapter")
     assert (written / "adapter_config.json").exists()
     assert (written / "README.md").exists()
-    with pytest.raises(InputError, match="is not empty"):
+    with pytest.raises(InputError, match="not empty"):
         study.best.export(tmp_path / "adapter")
     again = study.trial("round1/0").reproduce(to_step=4, progress=False)
     assert again.agrees

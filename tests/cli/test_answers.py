@@ -81,7 +81,7 @@ def test_check_says_what_answering_means_and_tries_the_metric(study: Path, tmp_p
         "each complete trial answers 5 evaluation rows with up to 6 tokens; the score by metrics.py:worth "
         in (plan.stdout)
     )
-    assert "of their completions have more than evaluation.answers.max_new_tokens (6)" in plan.stdout
+    assert "of their completions are longer than evaluation.answers.max_new_tokens (6)" in plan.stdout
     assert json.loads(check(study, "--json").stdout)["ok"]
     write_round(tmp_path, evaluation=f", {ANSWERS}")
     missing = check(tmp_path)

@@ -137,7 +137,7 @@ def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_rehearsal_alo
     ("arguments", "words"),
     [
         (("study", "run", "round1.yaml", "--engine", "ray3"), "local, simulated"),
-        (("study", "run", "rehearsal/round1.yaml", "--engine", "local"), "a rehearsal's file"),
+        (("study", "run", "rehearsal/round1.yaml", "--engine", "local"), "this file belongs to a dry run"),
         (("-C", "rehearsal", "trial", "generate", "best", "--prompt", "x"), "nothing is trained"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_row_that_is_not_of_the_format_is_refused(name: str, values: dict[str,
 
 
 def test_an_unknown_format_is_refused() -> None:
-    assert "allowed are alpaca" in refusal("vicuna", {})
+    assert "allowed: alpaca" in refusal("vicuna", {})
 
 
 def test_prompts_for_inference_are_those_of_training() -> None:
