@@ -88,7 +88,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
     ("old", "new", "line", "key", "message"),
     [
         ("study: greeting\n", "", None, "study", "missing: Name of the study that"),
-        ("max_train_steps: 60\n", "", None, "max_train_steps", "missing: Number of optimizer steps of every trial"),
+        ("max_train_steps: 60\n", "", None, "max_train_steps", "missing: Number of optimizer steps"),
         ("path: some/model", "dtype: float32", 3, "model.path", "missing: A model"),
         (
             "{path: some/model}",
