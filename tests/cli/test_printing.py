@@ -105,6 +105,7 @@ def test_the_answer_to_a_signal_without_a_view(capsys: pytest.CaptureFixture[str
             return said == f"{ANSWER}\n"
 
         wait_until(is_said)
+        assert is_said(), "once, and nothing after it"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ _LIST = (
 
 
 def over_lines(line: str, following: Iterator[tuple[int, str]]) -> str | None:
-    """What there is to say where the JSON that begins on a line goes on with those that follow; else None."""
+    """Return an explanation if the JSON that starts on a line continues on the following lines; else None."""
     text = line
     try:
         for _, more in following:
@@ -35,7 +35,7 @@ def over_lines(line: str, following: Iterator[tuple[int, str]]) -> str | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
     except json.JSONDecodeError as error:
-        # A line that is cut off may go on with the next; nothing goes on for longer but what is meant to.
+        # A truncated line may seem to continue on the next one; only JSON over several lines reaches a third.
         goes_on = error.lineno > 2
     except (ValueError, RecursionError):
         goes_on = False

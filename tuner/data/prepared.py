@@ -66,7 +66,7 @@ class SplitReport:
     duplicates: int = 0
     """Rows kept whose text a row before them has."""
     pieces: int = 0
-    """Rows kept that go on with a text longer than `max_length`."""
+    """Rows kept that continue a text longer than `max_length`."""
     overlap: int = 0
     """Rows that training has too (of test, those that training or evaluation has); see `allow_overlap`."""
     token_lengths: Mapping[str, int] = field(default_factory=dict)

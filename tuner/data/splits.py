@@ -175,7 +175,7 @@ def duplicates(parts: Parts) -> int:
 
 
 def pieces(parts: Parts) -> int:
-    """Examples that go on with the text of the one before."""
+    """Count the examples that continue the text of the previous one."""
     return sum(int(_goes_on(part.table)[part.rows].sum()) for part in parts)
 
 

@@ -332,7 +332,7 @@ def _is_learned(segment: Segment, loss_on: Literal["completion", "all"]) -> bool
 
 
 def _joined(run: _Run, segment: Segment, loss_on: Literal["completion", "all"]) -> _Run:
-    """A run that goes on with a segment; parts that no loss tells apart become one."""
+    """Return the run extended by a segment; merge parts that the loss treats alike."""
     *before, last = run.parts
     if (_is_learned(last, loss_on), last.is_masked) == (_is_learned(segment, loss_on), segment.is_masked):
         parts = (*before, replace(last, text=last.text + segment.text))

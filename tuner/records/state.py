@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -45,7 +46,7 @@ class Said:
         Said.kinds[cls.__name__.lower()] = cls
 
 
-class Fact(Said):
+class Fact(Said, ABC):
     """What is recorded: a frozen dataclass that knows what it changes.
 
     Saying a fact again, one that nothing has replaced or the whole history in its order, changes nothing.
@@ -55,13 +56,13 @@ class Fact(Said):
     __slots__ = ()
 
     @property
+    @abstractmethod
     def subject(self) -> str:
         """What has to be recorded before the fact can be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, state: StudyState) -> None:
         """Change the state. Raises FactError where the fact cannot follow from it."""
-        raise NotImplementedError
 
     def not_recorded(self) -> FactError:
         """The error of a fact whose subject is unknown."""
@@ -86,9 +87,9 @@ class RoundFact(Fact):
             raise self.not_recorded()
         self.change(found)
 
+    @abstractmethod
     def change(self, found: RoundFacts) -> None:
         """Change what is known of the round."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,9 @@ class TrialFact(Fact):
             raise self.not_recorded()
         self.change(trial)
 
+    @abstractmethod
     def change(self, trial: TrialFacts) -> None:
         """Change what is known of the trial."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +310,7 @@ class StudyState:
         try:
             for fact in facts:
                 fact.apply(self)
-        except BaseException:
+        except BaseException:  # raised again below; a Ctrl-C must not leave half of the facts either
             for undo in reversed(self._undo):
                 undo()
             raise

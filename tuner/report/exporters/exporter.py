@@ -117,7 +117,7 @@ class Recipe:
     @property
     def layers(self) -> tuple[int, ...] | None:
         """Numbers of the layers with an adapter; None for all."""
-        layers = self.hyperparameters.get("layers_to_transform", ALL_LAYERS)
+        layers = HYPERPARAMETERS["layers_to_transform"].value(self.hyperparameters)
         return None if layers == ALL_LAYERS else tuple(map(int, cast(tuple[int, ...], layers)))
 
 
