@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,6 +75,7 @@ class TestLocalEngine(EngineContract):
     @pytest.fixture
     def engine(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEngine]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setenv("PYTHONPATH", os.fspath(Path(__file__).parents[2]))  # where its program is found
         engine = LocalEngine()
         yield engine
         engine.close()
