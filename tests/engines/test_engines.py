@@ -17,7 +17,7 @@ from tests.studies import round_file, write_round
 from tests.studies import tuner as command
 from tuner.config import load_round
 from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
-from tuner.errors import InputError, RoundFileError
+from tuner.errors import InputError, RoundFileError, WorkerError
 from tuner.methods import registry
 from tuner.records import Died, Evaluated, Ready
 
@@ -61,6 +61,12 @@ class Replayed:
 class NotAnEngine:
     pass
 '''
+FAULTY = """
+
+class NoRoute(Replayed):
+    def start(self, job):
+        raise RuntimeError("no route to host")
+"""
 
 
 @pytest.fixture
@@ -144,7 +150,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = tmp_path / "site"
     info = site / "engine_plug_ins-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "engine_plug_ins.py").write_text(PLUG_INS)
+    (site / "engine_plug_ins.py").write_text(PLUG_INS + FAULTY)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-plug-ins\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[tuner.engines]\nreplayed = engine_plug_ins:Replayed\n")
     monkeypatch.syspath_prepend(str(site))
@@ -171,7 +177,7 @@ def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) ->
     write_round(tmp_path / "study", run='run: {engine: "engine_plug_ins:NotAnEngine"}')
     found = tuner.Study(tmp_path / "study").check("round1.yaml")
     assert found["ok"]
-    assert any("engine_plug_ins:NotAnEngine is not checked here" in said for said in found["remarks"])
+    assert any("not checked: engine_plug_ins:NotAnEngine" in said for said in found["remarks"])
     assert "engine_plug_ins" not in sys.modules
 
 
@@ -225,6 +231,16 @@ def test_what_is_no_engine_is_bad_input_and_leaves_nothing(
     assert done.returncode == 2
     assert message in done.stderr
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_an_error_of_an_engine_is_told_with_its_line(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_round(tmp_path / "study")
+    said = r"NoRoute could not start the workers: RuntimeError: no route to host \(.*engine_plug_ins.py:\d+\)"
+    with pytest.raises(WorkerError, match=said):
+        tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:NoRoute", progress=False)
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
 
 
 def test_the_names_are_those_built_in_and_those_registered(package: Path) -> None:

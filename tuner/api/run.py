@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
-from tuner.engines import Job, Program, Worker, make_engine
+from tuner.engines import Job, Program, Worker, make_engine, start_workers
 from tuner.errors import InputError, Interrupted
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
@@ -105,7 +105,7 @@ def run_here(
             view = followed(view, file.spec.run.report_to, _followed_round(file))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return engine.start(_round_job(plan, base, where))
+            return start_workers(engine, _round_job(plan, base, where))
 
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
@@ -163,7 +163,7 @@ def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Repr
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
         alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return engine.start(_job(alone, directory=place, cache=cache))
+        return start_workers(engine, _job(alone, directory=place, cache=cache))
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping)

@@ -6,13 +6,15 @@ Checking a name imports nothing; a method is imported on first use.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from tuner.errors import InputError
+from tuner.errors import InputError, last_words
 
 Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker"]
 Described = TypeVar("Described")
@@ -64,15 +66,28 @@ def load(kind: Kind, name: str) -> Any:
     found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
     if found is None and not re.fullmatch(PATH, name):
         raise InputError(f"{kind} {name}: expects {expected(kind)}")
-    path = found.value if found is not None else name
+    path = name if found is None else found.value
+    place = f"{kind} {name}" if found is None else f"{kind} {name}, which is {path}"
     module, _, attribute = path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{kind} {name}: {path} cannot be imported: {error}. Install its package, or add its "
-            "directory to PYTHONPATH"
-        ) from error
+        with redirect_stdout(sys.stderr):  # standard output is the command's alone
+            return getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a module may raise anything
+        raise InputError(f"{place}: {_why_not_imported(module, error)}") from error
+
+
+def _why_not_imported(module: str, error: BaseException) -> str:
+    """Return what went wrong and what to do."""
+    match error:
+        case ModuleNotFoundError(name=missing) if missing and f"{module}.".startswith(f"{missing}."):
+            return (
+                f"cannot be imported: there is no module {missing}. Install its package, or add its "
+                "directory to PYTHONPATH"
+            )
+        case AttributeError() if module in sys.modules:
+            return f"{error}. Correct the name"
+        case _:
+            return f"{module} cannot be imported: {last_words(error, __file__)}"
 
 
 def described(kind: Kind, name: str, of: type[Described]) -> Described:
