@@ -119,6 +119,49 @@ def test_a_bad_key_is_found_before_anything_changes(
     assert [each.name for each in folder.iterdir()] == ["round1.yaml"]
 
 
+ROW = "Hyperparameter('own_rate', {default}, Number(above=0), 'Means.')"
+FAULTY = f"""
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Number
+from tuner.methods.schedules import Schedule
+
+DEFAULT = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters=({ROW.format(default=-1)},))
+NO_DEFAULT = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters=({ROW.format(default=None)},))
+ONE = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters={ROW.format(default=1.0)})
+RAISES = Schedule(name="x", multiplier=lambda done, values, horizon: 1 / (horizon - 1 - done))
+ABOVE = Schedule(name="x", multiplier=lambda *_: 1.5)
+BELOW = Schedule(name="x", multiplier=lambda done, values, horizon: 4 - done)
+NOTHING = Schedule(name="x", multiplier=lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DEFAULT", "the default of own_rate cannot be used: expects a number above 0, got -1"),
+        ("NO_DEFAULT", "the default of own_rate cannot be used: expects a number above 0, but it has no"),
+        ("ONE", "expects a tuple of hyperparameters, got Hyperparameter(name='own_rate'"),
+        ("RAISES", "round1.yaml:16: hyperparameters.schedule: faulty_rates:RAISES: multiplier(7, hyperp"),
+        ("ABOVE", "multiplier(1, hyperparameters, 8) returned 1.5; it must return a number from 0 to 1"),
+        ("BELOW", "multiplier(1, hyperparameters, 8) returned 3; it must"),
+        ("NOTHING", "multiplier(1, hyperparameters, 8) returned None; it must"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_bad_input_and_leaves_nothing(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    name: str, message: str,
+) -> None:  # fmt: skip
+    (site / "faulty_rates.py").write_text(FAULTY)
+    folder = tmp_path / "study"
+    path = write_round(folder, schedule=f"faulty_rates:{name}")
+    path.write_text(path.read_text().replace("  decay_steps: 3\n", ""))
+    monkeypatch.chdir(folder)
+    for verb in (["run"], ["run", "--engine", "simulated"], ["check", "--probe"]):
+        assert run(["study", *verb[:1], "round1.yaml", *verb[1:]]) == 2
+        assert message in capsys.readouterr().err
+    assert [each.name for each in folder.iterdir() if each.name != "rehearsal"] == ["round1.yaml"]
+
+
 def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:
     done = tuner_in(study, "study", "check", "round1.yaml", "--json", path=site)
     document = json.loads(done.stdout)

@@ -101,16 +101,29 @@ def _load(kind: Chooser, name: str) -> PlugIn:
     method: Optimizer | Schedule = (
         imported(kind, name, Optimizer) if kind == "optimizer" else imported(kind, name, Schedule)
     )
+    if not isinstance(method.hyperparameters, (tuple, list)):
+        raise InputError(f"{kind} {name}: expects a tuple of hyperparameters, got {method.hyperparameters!r}")
     for row in method.hyperparameters:
-        if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
-            raise InputError(
-                f"{kind} {name}: expects hyperparameters of type "
-                f"tuner.methods.hyperparameters.Hyperparameter and of the kinds {', '.join(_KINDS)}; "
-                f"got {row!r}"
-            )
+        _refuse_bad_row(row, place=f"{kind} {name}")
+    rows = tuple(method.hyperparameters)
     if isinstance(method, Optimizer):
-        return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
-    return PlugIn(kind, name, method.hyperparameters, has_stable_phase=method.has_stable_phase)
+        return PlugIn(kind, name, rows, method.state_bytes, method.amplifies_rounding)
+    return PlugIn(kind, name, rows, has_stable_phase=method.has_stable_phase)
+
+
+def _refuse_bad_row(row: object, *, place: str) -> None:
+    """Refuse a hyperparameter that cannot be recorded, or that does not allow its own default."""
+    if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
+        raise InputError(
+            f"{place}: expects hyperparameters of type tuner.methods.hyperparameters.Hyperparameter and of "
+            f"the kinds {', '.join(_KINDS)}; got {row!r}"
+        )
+    if row.name in HYPERPARAMETERS or row.only_if_written:
+        return
+    try:
+        row.kind.parse(row.default)
+    except ValueError as error:
+        raise InputError(f"{place}: the default of {row.name} cannot be used: {error}") from error
 
 
 def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> int:
