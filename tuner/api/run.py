@@ -57,8 +57,10 @@ class Where:
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
-            if number not in (None, "auto") and (isinstance(number, (bool, str)) or number < 1):
+            if number not in (None, "auto") and (type(number) is not int or number < 1):
                 raise InputError(f"{name}={number!r}: expects auto or a whole number of at least 1")
+        if self.engine is not None and not isinstance(self.engine, str):
+            raise InputError(f"engine={self.engine!r}: expects a name, {expected('engine')}")
 
     @property
     def options(self) -> str:
@@ -253,6 +255,8 @@ def interruptible(
     `answer` writes to. `second` handles the next signal; None leaves the signal to the previous handler.
     Handlers are set on the main thread only and restored at the end; other threads only have the time limit.
     """
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+        raise InputError(f"seconds={seconds!r}: expects a number of at least 0")
     stopping = Stopping(None if seconds is None else time.monotonic() + seconds)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
