@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def study(tmp_path: Path) -> Path:
 
 def tuner_in(folder: Path, *arguments: str, path: Path) -> "subprocess.CompletedProcess[str]":
     """A command in a process of its own."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path.cwd()}"}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path(__file__).parents[2]}"}
     command = [sys.executable, "-m", "tuner.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -95,6 +96,58 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     promoted = load_round(study / "round2.yaml").spec
     with_plug_ins(load_round(study / "round2.yaml"))
     assert promoted.hyperparameters["schedule"] == "power"
+
+
+def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
+    site: Path, study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a colleague reads it; names that an entry point gave lead nowhere there."""
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("low: 1e-4, high: 1e-1", "low: 1e-4, high: 1e-3"))
+    monkeypatch.chdir(study)
+    assert run(["study", "run", "round1.yaml", "--engine", "simulated"]) == 0
+    monkeypatch.chdir(study / "rehearsal")
+    assert run(["study", "promote", "--to", "round2", "--max-train-steps", "24"]) == 0
+    entries = load_round(Path("round2.yaml")).spec.search.enqueue
+    assert any("sgd_momentum" in entry for entry in entries), "promotion names what only the plug-in has"
+    assert run(["study", "run", "round2.yaml"]) == 0
+    commands = (["study", "status", "--json"], ["trial", "list", "--json"], ["study", "report"])
+
+    def said() -> list[str]:
+        capsys.readouterr()
+        assert [run(command) for command in commands] == [0, 0, 0]
+        return capsys.readouterr()
+
+    installed = said()
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(site)])
+    elsewhere = said()
+    assert elsewhere.out == installed.out
+    assert "cannot run here: round1.yaml:13: hyperparameters.optimizer: expects adamw" in elsewhere.err
+    before = sorted(Path().rglob("*"))
+    for command in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
+        assert run(["study", *command]) == 2
+    assert sorted(Path().rglob("*")) == before
+
+    alone = tuner_in(study / "rehearsal", "study", "report", path=site.with_name("nothing"))
+    assert (alone.returncode, "decay_power 1.5" in alone.stdout) == (0, True), alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{optimizer: sgd, sgd_momentum: 0.5}", None),
+        ("{optimizer: sgd, sgd_momentum: 0.7}", "sgd_momentum: 0.7 is not in the search space"),
+        ("{optimizer: adamw, sgd_momentum: 0.5}", "sgd_momentum: applies only to optimizer: sgd"),
+    ],
+)
+def test_an_entry_names_hyperparameters_of_a_plug_in(
+    site: Path, study: Path, entry: str, message: str | None
+) -> None:
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("enqueue: []", f"enqueue: [{entry}]"))
+    refused = nullcontext() if message is None else pytest.raises(RoundFileError, match=message)
+    with refused:
+        with_plug_ins(load_round(path))
 
 
 @pytest.mark.parametrize(

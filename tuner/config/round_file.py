@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +40,7 @@ from tuner.config.wording import ONE_HORIZON, mistake, refuse
 from tuner.errors import shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
-from tuner.methods.registry import is_built_in
+from tuner.methods.registry import is_built_in, trusting_names
 from tuner.methods.variants import possible_variants
 from tuner.records import Direction, Objective, Space, num_points
 
@@ -217,24 +218,35 @@ class RoundSpec(BaseModel):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         space = self.space()
-        refusals = [
-            *horizon_refusals(
-                self.max_train_steps,
-                evaluation=self.evaluation,
-                run=self.run,
-                space=space,
-                written=self.hyperparameters,
-            ),
-            *adapter_refusals(space),
-            *search_refusals(self.round, search=self.search, space=space),
-            *objective_refusals(self.objective, evaluation=self.evaluation, run=self.run),
-        ]
+        # Pydantic runs this after `_with_plug_ins`, whose table is no longer in use.
+        with using(self.table):
+            refusals = [
+                *horizon_refusals(
+                    self.max_train_steps,
+                    evaluation=self.evaluation,
+                    run=self.run,
+                    space=space,
+                    written=self.hyperparameters,
+                ),
+                *adapter_refusals(space),
+                *search_refusals(self.round, search=self.search, space=space),
+                *objective_refusals(self.objective, evaluation=self.evaluation, run=self.run),
+            ]
         refuse("round", refusals)
         return self
 
+    @classmethod
+    def recorded(cls, document: Mapping[str, Any]) -> Self:
+        """Return the file that a round has recorded, whether or not the packages it names are installed."""
+        with trusting_names():
+            return cls.model_validate(dict(document))
+
     def space(self) -> Space:
         """Return all hyperparameters: the file's in its order, then the fixed defaults."""
-        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table)
+        with trusting_names():  # they were checked when the file was read
+            return complete_space(
+                self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table
+            )
 
     @property
     def table(self) -> Table:

@@ -15,7 +15,7 @@ from tuner.errors import InputError
 from tuner.methods import kinds
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.optimizers import Optimizer, optimizer
-from tuner.methods.registry import imported, is_built_in, is_known, stand_in
+from tuner.methods.registry import imported, is_built_in, stand_in
 from tuner.methods.schedules import Schedule, not_imported
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Condition
@@ -68,12 +68,12 @@ class PlugIn:
 
 
 def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
-    """Return the plug-ins named under `hyperparameters:` of a file."""
+    """Return the plug-ins named under `hyperparameters:` of a file, installed or not."""
     found = [
         (chooser, name)
         for chooser in CHOOSERS
         for name in _listed(written.get(chooser))
-        if isinstance(name, str) and not is_built_in(chooser, name) and is_known(chooser, name)
+        if isinstance(name, str) and not is_built_in(chooser, name)
     ]
     return list(dict.fromkeys(found))
 

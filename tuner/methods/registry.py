@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -48,7 +49,28 @@ def is_built_in(kind: Kind, name: str) -> bool:
 
 def is_known(kind: Kind, name: str) -> bool:
     """Return whether the name can be resolved, as far as is known without importing it."""
-    return is_built_in(kind, name) or re.fullmatch(PATH, name) is not None or name in names(kind)
+    return (
+        is_built_in(kind, name)
+        or re.fullmatch(PATH, name) is not None
+        or _TRUSTING.get()
+        or name in names(kind)
+    )
+
+
+@contextmanager
+def trusting_names() -> Iterator[None]:
+    """Take every name in the block for a known one: the package that registers it may not be installed here.
+
+    For a round that has been recorded, and for a file that is only read.
+    """
+    token = _TRUSTING.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTING.reset(token)
+
+
+_TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 def is_at_hand(kind: Kind, name: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, RoundFileError
+from tuner.methods.registry import trusting_names
 from tuner.records import RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
@@ -34,6 +35,8 @@ class StudyFolder:
     """By name, with numbers in numeric order."""
     broken: tuple[RoundFileError, ...] = field(default=())
     """Round files with mistakes."""
+    unrunnable: tuple[RoundFileError, ...] = field(default=())
+    """Of `files`, those with a name that no installed package registers: they can be read but not run."""
 
     @property
     def name(self) -> str:
@@ -121,13 +124,19 @@ def open_folder(directory: Path) -> StudyFolder:
         raise InputError(f"{directory}: no such directory; -C expects the folder of a study")
     files: list[RoundFile] = []
     broken: list[RoundFileError] = []
+    unrunnable: list[RoundFileError] = []
     for path in sorted(directory.glob("*.y*ml"), key=_natural):
         if not looks_like_round(path):
             continue
         try:
             files.append(load_round(path))
         except RoundFileError as error:
-            broken.append(error)
+            try:
+                with trusting_names():
+                    files.append(load_round(path))
+                unrunnable.append(error)
+            except RoundFileError:
+                broken.append(error)
     if not files:
         if broken:
             raise broken[0]
@@ -136,7 +145,7 @@ def open_folder(directory: Path) -> StudyFolder:
             "create one with: tuner study new DIR --model M --data D"
         )
     _refuse_mixed(directory, files)
-    return StudyFolder(directory, tuple(files), tuple(broken))
+    return StudyFolder(directory, tuple(files), tuple(broken), tuple(unrunnable))
 
 
 def looks_like_round(path: Path) -> bool:

@@ -99,7 +99,7 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
     with opened(folder) as store:
         record = store.round(trial.round)
         assert record is not None
-        spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
+        spec = RoundSpec.recorded(record.spec).absolute(folder.directory)
         # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})
