@@ -13,7 +13,7 @@ import pytest
 import tuner
 from tests.contracts.engine import EngineContract, started
 from tests.contracts.worker import assignment, collect, ended
-from tests.studies import round_file, write_round
+from tests.studies import installed, round_file, write_round
 from tests.studies import tuner as command
 from tuner.config import load_round
 from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
@@ -141,12 +141,8 @@ class TestSimulatedEngine(EngineContract):
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers one engine; others are found by their path."""
-    site = tmp_path / "site"
-    info = site / "engine_plug_ins-1.0.dist-info"
-    info.mkdir(parents=True)
+    site = installed(tmp_path / "site", "engine_plug_ins", engines="replayed = engine_plug_ins:Replayed")
     (site / "engine_plug_ins.py").write_text(PLUG_INS)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-plug-ins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[tuner.engines]\nreplayed = engine_plug_ins:Replayed\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     yield site

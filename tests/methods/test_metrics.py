@@ -14,7 +14,7 @@ import pytest
 
 import tuner
 from tests.contracts.metric import MetricContract
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, MetricError, RoundFileError
@@ -45,12 +45,8 @@ LATER = Metric(Direction.MAXIMIZE, "One for each trial.", per="trial")
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a metric."""
-    site = tmp_path / "site"
-    info = site / "worst-1.0.dist-info"
-    info.mkdir(parents=True)
+    site = installed(tmp_path / "site", "worst", metrics="worst_quarter = worst_loss:WORST")
     (site / "worst_loss.py").write_text(PLUG_IN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: worst\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[tuner.metrics]\nworst_quarter = worst_loss:WORST\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, RoundFileError
@@ -66,14 +66,10 @@ class Diary:
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a sampler and a tracker."""
-    site = tmp_path / "site"
-    info = site / "plug_ins-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "plug_ins.py").write_text(PLUG_INS)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-ins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[tuner.samplers]\nladder = plug_ins:Ladder\n\n[tuner.trackers]\ndiary = plug_ins:Diary\n"
+    site = installed(
+        tmp_path / "site", "plug_ins", samplers="ladder = plug_ins:Ladder", trackers="diary = plug_ins:Diary"
     )
+    (site / "plug_ins.py").write_text(PLUG_INS)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site
