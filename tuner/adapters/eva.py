@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from peft import EvaConfig
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -22,8 +21,6 @@ from tuner.errors import ModelError
 
 _log = logging.getLogger(__name__)
 
-EVA_CONFIG = EvaConfig(rho=1.0)
-"""PEFT's configuration, without its redistribution of ranks: layers of one rank are what a pack computes."""
 EVA_PASS_TOKENS = 4096
 """Tokens of a pass over the base model, including padding; a row of more tokens is a pass of its own. A
 constant, so that an adapter does not depend on the memory of the machine."""
@@ -36,8 +33,8 @@ _SEED = 42
 class _Directions:
     """The first principal components of a layer's inputs, updated pass by pass."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, *, tau: float) -> None:
+        self._rank, self._tau = rank, tau
         self._pca = IncrementalPCA(n_components=rank, lowrank=True, lowrank_seed=_SEED)
         self._waiting: list[Tensor] = []
         self.has_converged = False
@@ -57,7 +54,7 @@ class _Directions:
         self._waiting = []
         if before is not None and self.components is not None:
             alike = cosine_similarity(self.components, before)
-            self.has_converged = bool((alike >= EVA_CONFIG.tau).all())
+            self.has_converged = bool((alike >= self._tau).all())
 
 
 @torch.no_grad()
@@ -69,7 +66,7 @@ def with_eva(adapter: Adapter, base: Base, train: Examples, *, seed: int) -> Ada
     layer's inputs.
     """
     _refuse_narrow(adapter)
-    inputs = _LayerInputs(adapter.config.r)
+    inputs = _LayerInputs(adapter.config.r, tau=adapter.config.eva_config.tau)
     with ExitStack() as hooks:
         for name in adapter.weights:
             hook = base.model.get_submodule(name).register_forward_hook(partial(inputs.read, name))
@@ -90,8 +87,8 @@ def with_eva(adapter: Adapter, base: Base, train: Examples, *, seed: int) -> Ada
 class _LayerInputs:
     """The directions of each layer; layers that read the same tensor in a row share theirs."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, *, tau: float) -> None:
+        self._rank, self._tau = rank, tau
         self._by_layer: dict[str, _Directions] = {}
         self._last: tuple[Tensor, _Directions] | None = None
         self.tokens: TokenGrid | None = None
@@ -104,7 +101,7 @@ class _LayerInputs:
         if self._last is not None and self._last[0] is x:
             self._by_layer.setdefault(name, self._last[1])
             return
-        found = self._by_layer.setdefault(name, _Directions(self._rank))
+        found = self._by_layer.setdefault(name, _Directions(self._rank, tau=self._tau))
         self._last = x, found
         if not found.has_converged:
             at = self.tokens.rows * self.tokens.input_ids.shape[1] + self.tokens.columns

@@ -163,7 +163,7 @@ class Method:
 
     def parse(self, raw: Any) -> str:
         """Parse a name without importing anything."""
-        if raw in dict(self.refused):
+        if isinstance(raw, str) and raw in dict(self.refused):
             raise ValueError(refusal(self.allowed, raw, dict(self.refused)[raw]))
         if not isinstance(raw, str) or not registry.is_known(self.kind, raw):
             raise UnknownName(self._names(registry.names(self.kind)), raw, allowed=self.allowed)

@@ -10,7 +10,7 @@ from tuner.errors import InputError
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
 from tuner.methods.variants.initialisations import refusal_of
-from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Space
+from tuner.records import Choices, Fixed, Hyperparameters, Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ def variant_of(values: Hyperparameters) -> Variant:
 
 def possible_variants(space: Space) -> tuple[Variant, ...]:
     """Return the variants that trials of a space can have."""
-    names = _names(space.get(CHOOSER))
+    names = variant_names(space)
     found = [known_variant(name) for name in names if name != PLAIN]
     if PLAIN not in names:
         return tuple(found)
@@ -115,8 +115,9 @@ def possible_variants(space: Space) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def _names(dimension: Dimension | None) -> tuple[str, ...]:
-    match dimension:
+def variant_names(space: Space) -> tuple[str, ...]:
+    """Return the names of variants that the space has, as written; DoRA has none."""
+    match space.get(CHOOSER):
         case Fixed(value=value):
             return (str(value),)
         case Choices(values=values):
