@@ -78,7 +78,7 @@ def test_mistakes_in_the_file(
 def test_a_tool_to_report_to_that_is_not_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """A rehearsal is shown nowhere, and needs none."""
+    """A dry run is shown nowhere, and needs none."""
     missing = not_installed(["tensorboard", "wandb", "mlflow", "trackio"])
     if not missing:
         pytest.skip("needs an environment without one of tensorboard, wandb, mlflow and trackio")

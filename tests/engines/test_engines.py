@@ -155,7 +155,7 @@ def test_an_engine_of_an_installed_package_runs_a_whole_round(package: Path, tmp
     done = command("study", "run", "round1.yaml", "--engine", "replayed", directory=study)
     assert done.returncode == 0, done.stderr
     assert "worker ready: replayed, 2 slots" in done.stderr
-    assert not (study / "rehearsal").exists()
+    assert not (study / "dry-run").exists()
     trials = tuner.Study(study).round("round1").trials
     assert [trial.state for trial in trials] == ["complete"] * 3
     for trial in trials:

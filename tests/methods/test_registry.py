@@ -121,7 +121,7 @@ def test_a_dry_run_with_a_sampler_of_optunas_goes_on_as_it_would_have(tmp_path: 
         for trials in lengths:
             write_round(tmp_path / name, trials=trials, sampler=sampler)
             tuner.Study(tmp_path / name).run("round1.yaml", engine="simulated", slots=1, progress=False)
-        found = tuner.Study(tmp_path / name / "rehearsal").round("round1")
+        found = tuner.Study(tmp_path / name / "dry-run").round("round1")
         return [trial.hyperparameters["learning_rate"] for trial in found.trials]
 
     whole = proposed("whole", 8)
@@ -133,7 +133,7 @@ def test_a_promotion_keeps_a_sampler_of_the_users(tmp_path: Path) -> None:
     write_round(tmp_path, trials=4, sampler="optuna.samplers:TPESampler")
     study = tuner.Study(tmp_path)
     study.run("round1.yaml", engine="simulated", progress=False)
-    written = tuner.Study(tmp_path / "rehearsal").promote("round2", max_train_steps=24)
+    written = tuner.Study(tmp_path / "dry-run").promote("round2", max_train_steps=24)
     assert load_round(written.path).spec.search.sampler == "optuna.samplers:TPESampler"
 
 
