@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tuner.records import Hyperparameters
+from tuner.records import Dimension, Hyperparameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,11 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 """PEFT's unsupported values of `init_lora_weights`, also with suffixes such as pissa_niter_16; and why."""
+
+
+def needs_even_ranks(initialisation: Dimension) -> bool:
+    """Return whether PEFT refuses odd ranks for a value of this dimension of `lora_init`."""
+    return any(each.even_rank and initialisation.contains(name) for name, each in INITIALISATIONS.items())
 
 
 def refusal_of(name: str) -> str | None:
