@@ -112,6 +112,11 @@ def _counts(row: Hyperparameter | None, values: Hyperparameters) -> bool:
     return is_foreign or chosen in row.only_with.values
 
 
+def seed_of(values: Hyperparameters) -> int:
+    """Return a trial's seed of initialisation, data order and dropout."""
+    return int(_TRAINING_SEED.number(values))
+
+
 def tier_of(name: str) -> Tier:
     """Return the tier of a hyperparameter; `might` for a name that is not in the table.
 

@@ -19,6 +19,7 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.methods.metrics import metric
+from tuner.methods.table import seed_of
 from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready, Space
@@ -155,7 +156,7 @@ def _refuse_adapters(state: WorkerState, space: Space) -> None:
     Raises ModelError or InputError.
     """
     values = largest_hyperparameters(space)
-    seed = int(values["training_seed"])  # type: ignore[arg-type]
+    seed = seed_of(values)
     if not all(each.packs for each in possible_variants(space)):
         state.new_adapter(values, seed=seed)
     for name in variant_names(space):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuner.adapters import Adapter
 from tuner.data import batch_rows
-from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.table import seed_of
 from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
@@ -88,7 +88,7 @@ class TrialRun:
     @property
     def seed(self) -> int:
         """Return the seed of initialisation, data order and dropout."""
-        return int(HYPERPARAMETERS["training_seed"].number(self.assignment.hyperparameters))
+        return seed_of(self.assignment.hyperparameters)
 
     @property
     def best_step(self) -> int | None:
