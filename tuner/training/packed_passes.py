@@ -202,8 +202,11 @@ def _packed(
     if not any(runs[slot].adapter.config.lora_dropout for slot in slots):
         return PackedRows(slots)
     height = tokens.input_ids.shape[0] // len(slots)
-    keys = torch.zeros(len(slots), height, dtype=torch.int64, device=tokens.input_ids.device)
+    steps = np.zeros((3, len(slots), height), dtype=np.int64)
     for number, slot in enumerate(slots):
-        places = torch.tensor(group[slot].places, device=keys.device)
-        keys[number, : len(places)] = row_keys(runs[slot].seed, runs[slot].step + 1, places)
-    return PackedRows(slots, keys.view(-1))
+        places = group[slot].places
+        steps[:, number, : len(places)] = [[runs[slot].seed], [runs[slot].step + 1], [0]] + np.array(
+            [[0], [0], [1]]
+        ) * np.array(places)
+    keys = row_keys(*torch.from_numpy(steps).view(3, -1))
+    return PackedRows(slots, keys.to(tokens.input_ids.device))
