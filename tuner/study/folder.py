@@ -8,9 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.config import RoundFile, load_round
+from tuner.config import RoundFile, RoundSpec, load_round
+from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError
-from tuner.records import RoundRecord, Trial
+from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
 
@@ -104,6 +105,21 @@ class StudyFolder:
         """Return the absolute path of the trial's adapter."""
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
+
+    def verified_adapter(self, trial: Trial) -> Path | None:
+        """Return the same to load it. Raises CheckpointError unless its files are those recorded."""
+        return self.checkpoints(trial.round).verified_adapter(trial)
+
+    def as_trained(self, trial: Trial, spec: RoundSpec) -> RoundSpec:
+        """Return a round's file with its base at the commit of the Hub that the trial was trained on.
+
+        An intact checkpoint of the trial says which.
+        """
+        place = self.checkpoints(trial.round)
+        best = trial.checkpoint(CheckpointKind.BEST)
+        known = (c for c in (best, *place.resumable(trial)) if c is not None and place.is_intact(c))
+        found = next(known, None)
+        return spec if found is None else as_trained(spec, place.root / found.path)
 
 
 def opened(folder: StudyFolder) -> closing[Store]:
