@@ -1,4 +1,4 @@
-"""Which process is which, although numbers are used again: how a run finds and ends workers of an earlier one.
+"""Which process is which, although numbers are used again: how a run ends what an earlier one left.
 
 Only a process whose host, boot, number and start time are those recorded is ended, and only once the process
 that started it is gone.

@@ -103,7 +103,7 @@ class CheckpointFolder:
         link, best = self.adapter(trial), trial.checkpoint(CheckpointKind.BEST)
         if link is None or best is None:
             return None
-        if not self.is_intact(best) or link.resolve() != (self.root / best.path).resolve():
+        if digest(link.resolve()) != best.sha256:
             raise CheckpointError(
                 f"{link}: the adapter of {trial.name} was changed or damaged after it was saved: its SHA-256 "
                 f"is not the recorded one. Put it back with: tuner trial reproduce {trial.name} --restore"
