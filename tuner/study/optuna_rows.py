@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
+from tuner.errors import TunerError
 from tuner.records import Trial
 
 Told: TypeAlias = tuple[TrialState, float | None]
@@ -33,7 +34,7 @@ _RENAMED = text("UPDATE studies SET study_name = :new WHERE study_name = :old")
 _OUTSIDE = {"INF_POS": float("inf"), "INF_NEG": float("-inf")}
 
 
-class RowsChanged(Exception):
+class RowsChanged(TunerError):
     """Optuna's rows are not those that the facts lead to; the message says what is different."""
 
 
