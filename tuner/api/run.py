@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError, Interrupted
 from tuner.methods.registry import expected, is_known
@@ -148,7 +148,7 @@ def _job(
     def document() -> dict[str, object]:
         known = base()
         return {
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
             "cache": str(cache),
             "lock": str(directory / "worker.lock"),

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.config import RoundFile, RoundSpec, load_round
+from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
 from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError
 from tuner.records import CheckpointKind, RoundRecord, Trial
@@ -167,7 +167,7 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         ("storage", {f.spec.absolute(directory).storage for f in files}),
     ):
         if len(values) > 1:
-            listed = ", ".join(f"{f.path.name} has {getattr(f.spec, what)}" for f in files)
+            listed = ", ".join(f"{f.path.name} has {_shown(getattr(f.spec, what))}" for f in files)
             raise InputError(f"{directory}: the rounds of a study share one {what}; here {listed}")
     names = [f.spec.round for f in files]
     twice = {name for name in names if names.count(name) > 1}
@@ -176,6 +176,11 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         raise InputError(
             f"{directory}: {culprits} all have `round: {sorted(twice)[0]}`; each round has one file"
         )
+
+
+def _shown(value: str) -> str:
+    """Return a study's name, or a database's URL without its password."""
+    return without_secrets(value) if "://" in value else value
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -358,8 +358,8 @@ class RoundLoop:
                 aside = self.round_study.made_anew(self.state.trials, at=self.clock())
                 kept = f"set aside as {aside!r}" if aside else "missing"
                 self.view.message(
-                    f"warning: somebody else changed Optuna's rows of {self.plan.name}: {changed}. Its Optuna "
-                    f"study was {kept}, and is made anew from tuner's facts"
+                    f"warning: somebody else changed Optuna's rows of {self.plan.name}: {changed}. Its "
+                    f"Optuna study was {kept}, and is made anew from tuner's facts"
                 )
         return act()
 
