@@ -1,0 +1,156 @@
+"""What a command reports: JSON lines in the file `TUNER_METRICS`, read as evaluations while it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import InputError, shown
+from tuner.records import LOSS, Evaluation, Objective
+
+_LOSS_NAME = "eval_loss"
+_NOT_METRICS = frozenset({"step", "checkpoint", "processes", "infeasible", "train_loss", "learning_rate"})
+"""Keys of a line with a meaning of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedByCommand:
+    """A checkpoint that the command says it has written."""
+
+    step: int
+    path: str
+    processes: int = 1
+    """Number of processes that trained, each of which leaves its random state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a report."""
+
+    step: int | None
+    evaluation: Evaluation | None = None
+    checkpoint: SavedByCommand | None = None
+    infeasible: str | None = None
+    train_loss: float | None = None
+    began_at: int | None = None
+    """Set by the hook alone: the step at which the Trainer began."""
+
+
+@dataclass
+class MetricsFile:
+    """The report of one attempt, read as it grows."""
+
+    path: Path
+    objective: Objective
+    names: set[str] = field(default_factory=set)
+    """Metrics seen so far."""
+    _position: int = 0
+    _number: int = 0
+    _evaluated: set[int] = field(default_factory=set)
+    _losses: list[float] = field(default_factory=list)
+    _rate: float | None = None
+
+    def new_lines(self) -> Iterator[Line]:
+        """Yield the lines since the last call; an unfinished one is left for the next.
+
+        Raises InputError for a line that cannot be read.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self._position += len(raw)
+                self._number += 1
+                if raw.strip():
+                    yield self._line(raw)
+
+    def _line(self, raw: bytes) -> Line:
+        try:
+            said = json.loads(raw)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise self._wrong('expects a line such as {"step": 6, "eval_loss": 1.2}, got', raw.decode(errors="replace"))
+        if "began_at" in said:
+            return Line(None, began_at=int(said["began_at"]))
+        step = said.get("step")
+        infeasible = said.get("infeasible")
+        if step is None and infeasible is not None:
+            return Line(None, infeasible=str(infeasible))
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise self._wrong("step: expects a whole number of at least 0, got", step)
+        self._count(said)
+        return Line(
+            step,
+            self._evaluation(step, said),
+            self._checkpoint(step, said),
+            None if infeasible is None else str(infeasible),
+            self._losses[-1] if self._losses else None,
+        )
+
+    def _count(self, said: Mapping[str, Any]) -> None:
+        if (loss := said.get("train_loss")) is not None:
+            self._losses.append(self._number_in("train_loss", loss))
+        if (rate := said.get("learning_rate")) is not None:
+            self._rate = self._number_in("learning_rate", rate)
+
+    def _evaluation(self, step: int, said: Mapping[str, Any]) -> Evaluation | None:
+        """Return the evaluation in a line; the first one of a step counts."""
+        found = {name: self._number_in(name, raw) for name, raw in said.items() if name not in _NOT_METRICS}
+        self.names |= found.keys()
+        if (self.objective.metric not in found and _LOSS_NAME not in found) or step in self._evaluated:
+            return None
+        self._evaluated.add(step)
+        made = Evaluation(
+            step,
+            found.pop(_LOSS_NAME, math.nan),
+            train_loss=sum(self._losses) / len(self._losses) if step and self._losses else None,
+            learning_rate=self._rate if step else None,
+            metrics=found,
+            objective=None if self.objective == LOSS else self.objective,
+        )
+        self._losses.clear()
+        return made
+
+    def _checkpoint(self, step: int, said: Mapping[str, Any]) -> SavedByCommand | None:
+        path = said.get("checkpoint")
+        if path is None:
+            return None
+        if not isinstance(path, str) or not path:
+            raise self._wrong("checkpoint: expects a path, got", path)
+        return SavedByCommand(step, path, int(said.get("processes", 1)))
+
+    def _number_in(self, name: str, raw: object) -> float:
+        if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+            raise self._wrong(f"{name}: expects a number, got", raw)
+        return float(raw)
+
+    def _wrong(self, what: str, read: object) -> InputError:
+        return InputError(f"{self.path.name}, line {self._number}: {what} {shown(read)}")
+
+
+def not_finite(evaluation: Evaluation) -> str | None:
+    """Return why an evaluation makes its trial infeasible; None if its numbers are finite.
+
+    A loss that was not reported is no reason.
+    """
+    loss, value = evaluation.eval_loss, evaluation.value
+    noun = "evaluation loss" if evaluation.objective is None else evaluation.objective.noun
+    if not math.isfinite(value):
+        return f"{noun} is {value} at step {evaluation.step}"
+    if evaluation.objective is not None and math.isinf(loss):
+        return f"evaluation loss is {loss} at step {evaluation.step}"
+    return None
+
+
+def merged(earlier: Sequence[Evaluation], later: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """Return one curve: a later attempt replaces from its first step on."""
+    first = later[0].step if later else math.inf
+    return (*(evaluation for evaluation in earlier if evaluation.step < first), *later)

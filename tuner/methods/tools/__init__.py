@@ -1,0 +1,116 @@
+"""The tools that can train a trial's command: their names, their schedules, and what a trial has to set.
+
+A tool is described in one file. `command.tool` names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Anything
+from tuner.methods.registry import described
+from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import Hyperparameters
+
+EXTRA = "extra."
+"""Prefix of hyperparameters with the tool's own names."""
+UNKNOWN_SCHEDULE = "unknown"
+"""The schedule of a command that tuner does not write: nothing is known of its learning rate."""
+
+Settings: TypeAlias = Mapping[str, Any]
+"""A tool's settings by its own names: of its configuration file, or as options."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSettings:
+    """What one trial's command is to do."""
+
+    hyperparameters: Hyperparameters
+    max_train_steps: int
+    evaluate_every: int
+    output: str
+    """The folder that the command writes to."""
+    gpus: int
+    """Number of GPUs, 0 for none."""
+    config: Settings
+    """The content of the round's `command.config`; empty without one."""
+    resume_from: str | None = None
+    """The copy of a checkpoint that the command may read and that is its own."""
+
+
+class Mistaken(NamedTuple):
+    """A setting that cannot be used."""
+
+    name: str
+    """A hyperparameter of the round file, or a key of the tool's configuration."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool that a round file may name."""
+
+    name: str
+    meaning: str
+    """A sentence for the reference pages."""
+    hyperparameters: tuple[str, ...] = ()
+    """tuner's names that it understands."""
+    always: tuple[str, ...] = ()
+    """Those that every trial sets, whether or not the round file names them."""
+    takes_any_name: bool = False
+    """Whether names that are neither tuner's nor below `extra` are passed as they are."""
+    settings: Callable[[TrialSettings], Settings]
+    """Returns what a trial sets, by the tool's names."""
+    mistakes: Callable[[Sequence[str], Settings, Sequence[str], int], Iterator[Mistaken]]
+    """Yields what cannot work: (command, configuration, names of the hyperparameters, GPUs)."""
+    replaced: tuple[str, ...] = ()
+    """Keys of the configuration that every trial sets itself."""
+    has_hook: bool = False
+    """Whether it trains with Hugging Face's Trainer, which reports by itself and resumes by an option."""
+
+    def table(self, written: Mapping[str, Any]) -> Mapping[str, Hyperparameter]:
+        """Return the hyperparameters that a round file with this tool may name."""
+        rows = {name: self._row(name, written) for name in self.hyperparameters}
+        for name in written:
+            if name not in rows and (self.takes_any_name or name.startswith(EXTRA)):
+                rows[name] = Hyperparameter(name, None, Anything(), f"Passed to the command as {bare(name)}.")
+        return rows
+
+    def _row(self, name: str, written: Mapping[str, Any]) -> Hyperparameter:
+        row = HYPERPARAMETERS[name]
+        if name == "schedule" and name not in self.always and name not in written:
+            return replace(row, default=UNKNOWN_SCHEDULE)
+        is_set = name in self.always or (name == "decay_steps" and "schedule" in written)
+        return replace(row, only_if_written=not is_set)
+
+
+def tool(name: str) -> Tool:
+    """Return the tool with this name. Raises InputError for an unknown name."""
+    return described("tool", name, Tool)
+
+
+def bare(name: str) -> str:
+    """Return a hyperparameter's name as the command gets it: without `extra.`."""
+    return name.removeprefix(EXTRA)
+
+
+class KnownNames(NamedTuple):
+    """The names of a tool's version, as they were listed on a day."""
+
+    version: str
+    date: str
+    names: frozenset[str]
+
+
+@cache
+def known_names(tool_name: str, *groups: str) -> KnownNames:
+    """Return the names that a tool knows, from the list that comes with tuner; nothing is imported."""
+    document = json.loads((Path(__file__).parent / "known_names.json").read_text())[tool_name]
+    names = [name for group in groups for name in document["names"].get(group, ())]
+    return KnownNames(document["version"], document["date"], frozenset(names))
