@@ -50,10 +50,9 @@ from tuner.config import RoundSpec
 from tuner.data import Example, batch_rows
 from tuner.methods.schedules import warmup_length
 from tuner.records import Assignment, Ended, Evaluated, Event, Measured, Throughput, Value, to_json
-from tuner.training.commands import CommandReader
 from tuner.training.environment import keep_freed_memory
-from tuner.training.loop import train
 from tuner.training.startup import load_worker_state
+from tuner.training.worker import CommandReader, train
 from tuner.training.worker_state import WorkerState
 
 

@@ -148,10 +148,9 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
     from tuner.engines import SimulatedWorker
     from tuner.report.board import Board
     from tuner.store import CachedStore, open_store
-    from tuner.study.checkpoints import CheckpointFolder
     from tuner.study.continuation import Continuations
     from tuner.study.loop import RoundLoop
-    from tuner.study.plan import RoundPlan
+    from tuner.study.plan import CheckpointFolder, RoundPlan
     from tuner.study.sampling import RoundStudy, optuna_storage
 
     class Shown:

@@ -17,7 +17,7 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 TESTS = Path(__file__).parent
-COVERING = frozenset({"playbook", "spec", "store", "study", "cli"})
+COVERING = frozenset({"playbook", "config", "store", "study", "cli"})
 """The tests that cover `make test`'s four rooms."""
 
 

@@ -22,9 +22,9 @@ from tuner.records import (
     TrialAsked,
 )
 from tuner.store import MemoryStore
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
+from tuner.study.plan import CheckpointFolder, StartingPoint
 from tuner.study.sampling import RoundStudy
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.adapters.decoding import batches
+from tuner.adapters.generation import batches
 
 ROWS = st.lists(st.tuples(st.integers(1, 60), st.sampled_from([4, 16])), min_size=1, max_size=40)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tuner.adapters.decoding import Decoding
+from tuner.adapters.generation import Decoding
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
 NUM_ROWS = 4_000

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.adapters.dropout import dropout_mask, row_keys
+from tuner.adapters.frozen_linear import dropout_mask, row_keys
 
 ROWS = torch.arange(6)
 SEEDS = st.integers(0, 2**40)

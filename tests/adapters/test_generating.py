@@ -9,8 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests import tiny
 from tuner.adapters import load_base
-from tuner.adapters.decoding import Decoding
-from tuner.adapters.generation import TextGenerator
+from tuner.adapters.generation import Decoding, TextGenerator
 from tuner.data import Prompt
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.studies import QUICKSTART, write_round
 from tests.training.driving import curve, run_loop
+from tuner.api.generate import score_at_the_end
 from tuner.api.run import prepared_quietly, unsaid
-from tuner.api.score import score_at_the_end
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.playbook.comparison_runs import branch_hyperparameters

@@ -2,8 +2,8 @@ import pytest
 
 from tests.config.rounds import MINIMAL, mistake_in, mistakes_in, with_hyperparameters
 from tuner.config import HYPERPARAMETERS
-from tuner.config.names import KEYS, NOT_KEYS, VALUES
 from tuner.config.parsing import _KNOWN_KEYS
+from tuner.config.wording import KEYS, NOT_KEYS, VALUES
 
 
 @pytest.mark.parametrize(

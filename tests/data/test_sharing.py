@@ -9,7 +9,7 @@ import pytest
 from tests.data.tiny import CHATML, byte_level
 from tuner.config import SourceSpec
 from tuner.data import render_prompt
-from tuner.data.exported import stated_licence
+from tuner.data.preview import stated_licence
 from tuner.data.prompts import chat_template_of
 
 

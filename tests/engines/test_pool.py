@@ -10,7 +10,7 @@ from tests.contracts.worker import assignment, collect, ended, wait_until_ready
 from tests.studies import formula
 from tuner.engines import SimulatedWorker, WorkerPool, wait_for_former_workers, worker_environments
 from tuner.engines.devices import visible_devices
-from tuner.engines.pool import MAX_DEATHS
+from tuner.engines.program import MAX_DEATHS
 from tuner.errors import InputError, WorkerError
 from tuner.records import (
     Died,

@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from tests.contracts.methods import OptimizerContract, ScheduleContract, VariantContract
-from tuner.config.names import VALUES
+from tuner.config.wording import VALUES
 from tuner.methods.optimizers import Optimizer, optimizer
 from tuner.methods.registry import BUILT_IN
 from tuner.methods.schedules import Schedule, schedule

@@ -6,8 +6,7 @@ import pytest
 
 from tuner.playbook.observations import Outcome, observations, outcomes
 from tuner.playbook.promotion import incumbents, proposed_seeds
-from tuner.playbook.results import RoundResults
-from tuner.playbook.scores import answer_score
+from tuner.playbook.results import RoundResults, answer_score
 from tuner.playbook.selection import leading_trials, ranked, ranked_by_curve, trial_score
 from tuner.records import AnswerScore, Direction, Evaluation, Fixed, Objective, Trial, TrialState
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.playbook.scores import final_score, scored_before, scored_trials
+from tuner.playbook.results import final_score, scored_before, scored_trials
 from tuner.records import FinalScore, Trial
 
 SCORE = FinalScore(

@@ -19,10 +19,9 @@ from tuner.records import (
 )
 from tuner.report import View
 from tuner.store import CachedStore, Store, open_store
-from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.sampling import Proposal, RoundStudy, optuna_storage
 
 

@@ -39,8 +39,7 @@ from tuner.records import (
 from tuner.store import MemoryStore, Store
 from tuner.study.branches import ComparisonRuns
 from tuner.study.check import planned_work
-from tuner.study.checkpoints import CheckpointFolder
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.results import num_branches_left, round_results
 from tuner.study.round_state import MAX_ATTEMPTS
 from tuner.study.sampling import optuna_storage

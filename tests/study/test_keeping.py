@@ -21,7 +21,7 @@ from tuner.records import (
     Trial,
     TrialState,
 )
-from tuner.study.retention import not_retained, num_carried_over, num_kept, promised_trials, unneeded
+from tuner.study.disk import not_retained, num_carried_over, num_kept, promised_trials, unneeded
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {

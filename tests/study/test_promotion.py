@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.playbook.rows import exact
 from tests.studies import round_file, silent_view
-from tuner.cli.study_output import promotion_text
+from tuner.cli.output import promotion_text
 from tuner.config import RoundFile, load_round, read_round
 from tuner.data import TABLE_VERSION
 from tuner.engines import SimulatedWorker

@@ -15,8 +15,7 @@ import pytest
 from optuna_dashboard import wsgi
 
 from tests.studies import formula, round_file, silent_view
-from tuner.cli.study_output import print_status
-from tuner.cli.trial_output import print_trials
+from tuner.cli.output import print_status, print_trials
 from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.records import Ready

@@ -12,14 +12,13 @@ from transformers import AutoTokenizer
 from tests import tiny
 from tests.training.driving import assignment, curve, ended, run_loop, worker_state
 from tuner.adapters import Base
-from tuner.adapters.decoding import Decoding
-from tuner.adapters.generation import TextGenerator
-from tuner.data import EvalPrompt, Metric, Prompt
+from tuner.adapters.generation import Decoding, TextGenerator
+from tuner.data import AnswerMetric, EvalPrompt, Prompt
 from tuner.errors import MetricError
 from tuner.inference import Answerer
 from tuner.playbook import best_evaluation
 from tuner.records import Answered, AnswerScore, CheckpointKind, Event, Saved
-from tuner.training.generation_eval import GenerationEval
+from tuner.training.worker_state import GenerationEval
 
 NEW_TOKENS = 6
 EVAL_PROMPTS = tuple(
@@ -42,7 +41,9 @@ def length(answer: str, _: str) -> float:
 def generation_eval(base: Base, compare: Callable[[str, str], float] = length) -> GenerationEval:
     tokenizer = AutoTokenizer.from_pretrained(base.model.name_or_path)
     generator = TextGenerator(base, tokenizer, limited_by="max_new_tokens")
-    return GenerationEval(EVAL_PROMPTS, generator, Metric("length", compare), NEW_TOKENS, is_objective=True)
+    return GenerationEval(
+        EVAL_PROMPTS, generator, AnswerMetric("length", compare), NEW_TOKENS, is_objective=True
+    )
 
 
 def scores(events: Iterable[Event]) -> dict[int, AnswerScore]:

@@ -27,7 +27,7 @@ from tests.training.test_best_adapter import nll
 from tuner.config import RoundSpec
 from tuner.data import load_tokenizer, prepare
 from tuner.playbook import best_evaluation
-from tuner.training.probe import predict
+from tuner.training.memory_budget import predict
 from tuner.training.startup import arrange
 
 

@@ -31,7 +31,7 @@ from tests.training.driving import (
     worker_state,
 )
 from tuner.adapters import Adapter, Base, Pack
-from tuner.adapters.dropout import row_keys
+from tuner.adapters.frozen_linear import row_keys
 from tuner.data import batch_rows
 from tuner.records import Ended, Evaluated, Evaluation, Measured, Progressed, Saved, Started
 from tuner.training.packed_passes import example_scores, forward_backward

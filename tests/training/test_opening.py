@@ -6,7 +6,7 @@ import pytest
 
 from tests.studies import hub_cache, round_file
 from tuner.data import load_tokenizer, prepare
-from tuner.training.probe import largest_hyperparameters
+from tuner.training.memory_budget import largest_hyperparameters
 from tuner.training.startup import arrange
 
 COMMIT = "a" * 40

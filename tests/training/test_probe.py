@@ -19,7 +19,7 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
-from tuner.training.probe import largest_hyperparameters, predict, probe
+from tuner.training.memory_budget import largest_hyperparameters, predict, probe
 from tuner.training.startup import arrange, packing_for
 
 

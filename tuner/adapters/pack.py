@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from tuner.adapters.base import Base
 from tuner.adapters.dora import DoraUpdate, weight_norm
-from tuner.adapters.dropout import dropout_mask
-from tuner.adapters.frozen_linear import FrozenLinear, product
+from tuner.adapters.frozen_linear import FrozenLinear, dropout_mask, product
 from tuner.adapters.initial import Adapter
 from tuner.adapters.linear_layers import widths
 

@@ -108,7 +108,7 @@ def _plan(
 
     # Loads torch: only after the cheap checks.
     from tuner.adapters import embeddings_of, largest_adapter
-    from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
+    from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
 
     refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
@@ -141,7 +141,7 @@ def _plan(
 
 def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[RoundPlan, Evaluation, int]:
     """Return the plan with time and memory measured over a few steps, the base model, and the slots."""
-    from tuner.training.probe import predict
+    from tuner.training.memory_budget import predict
     from tuner.training.startup import arrange, measure_base
 
     place = arrange(spec, data, slots=spec.run.slots)

@@ -7,8 +7,8 @@ from tuner.errors import InputError
 from tuner.records import CheckpointsRemoved
 from tuner.report.format import size
 from tuner.store import hold_study
+from tuner.study.disk import unneeded
 from tuner.study.folder import REHEARSAL, StudyFolder, open_folder, opened
-from tuner.study.retention import unneeded
 
 
 def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:

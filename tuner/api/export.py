@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from tuner.api.run import Prepare, Tell
 from tuner.data import load_tokenizer, render_prompt
-from tuner.data.exported import stated_licence
 from tuner.data.pretrained import as_trained
+from tuner.data.preview import stated_licence
 from tuner.data.prompts import chat_template_of, renders_prompts_of
 from tuner.errors import InputError, TunerError
 from tuner.installation import version
@@ -215,7 +215,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
     card = _card(finished, export, tokenizer)
 
     # Loads torch: only after the cheap checks.
-    from tuner.adapters.decoding import ends_unlike_its_base, warning_of_ends
+    from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
     from tuner.inference import push
     from tuner.inference.export import convert_to_gguf
 
@@ -358,7 +358,7 @@ def export_recipe(
     finished: Finished, tool_name: str, *, to: Path, force: bool, study: Path, prepare: Prepare, tell: Tell
 ) -> str:
     """Write a trial's configuration and rows for another tool; return the tool's command."""
-    from tuner.data.exported import write_parquet, write_to_disk
+    from tuner.data.preview import write_parquet, write_to_disk
     from tuner.report.exporters import TOOLS, Recipe, recipe_file
 
     require_free(to, force=force, keep=study)

@@ -1,25 +1,29 @@
-"""Generate answers of a trial's adapter or its base model, in the template the trial was trained on."""
+"""What a trial's adapter answers, and its score on test rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from tuner.api.run import Prepare, Tell
 from tuner.config import RoundSpec
 from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
 from tuner.data.pretrained import as_trained
-from tuner.errors import InputError
-from tuner.records import Trial
-from tuner.study.folder import StudyFolder
+from tuner.errors import InputError, TunerError
+from tuner.records import Trial, TrialState
+from tuner.study.folder import StudyFolder, opened
+from tuner.study.results import Sums, score_trial, scores_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tuner.inference import Answer, Answerer, Decoding
+
 
 Model: TypeAlias = Literal["adapter", "base"]
 
@@ -115,3 +119,47 @@ def answered(
 
 def _with(answer: Answer, model: Model, text: str) -> Answer:
     return replace(answer, answer=text) if model == "adapter" else replace(answer, base=text)
+
+
+def scored(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> Trial:
+    """Return the trial with its score on `data.test`, measured if it has none yet.
+
+    Raises what `score_trial` does.
+    """
+
+    def measure(spec: RoundSpec, cache: Path, adapter: Path) -> Sums:
+        tell("scoring the best adapter on data.test")
+        spec = as_trained(spec, adapter)
+        if spec.model.trust_remote_code:
+            tell(f"warning: {spec.model.warning_of_code}")
+        rows = prepare(spec, cache).test
+        from tuner.inference import score  # loads torch: only after the cheap checks
+
+        return Sums(score(spec, rows, adapter).nll, tuple(rows.num_targets.tolist()), rows.content_hash())
+
+    return replace(trial, final_score=score_trial(folder, trial, measure=measure, clock=time.time))
+
+
+def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tell: Tell) -> str | None:
+    """Score a study's final trial unless its test rows were used before; return a note for the user.
+
+    Returns None without test rows, without a trained trial, or after a successful score. A failure is
+    returned, not raised: the study is complete without the score.
+    """
+    if folder.is_rehearsal or not folder.plan(trial.round).spec.data.test:
+        return None
+    if trial.final_score is not None or trial.state != TrialState.COMPLETE:
+        return None
+    with opened(folder) as store:
+        before = scores_of(store)
+    name = trial.name
+    if before:
+        return (
+            f"data.test was already scored for {before[0].round}/{before[0].number}, so {name} is not scored "
+            f"automatically; `tuner trial show {name} --test` scores it, but the result is no longer unbiased"
+        )
+    try:
+        scored(folder, trial, prepare=prepare, tell=tell)
+    except TunerError as error:
+        return f"data.test is not scored: {error}"
+    return None

@@ -1,10 +1,11 @@
-"""A round for scripts and notebooks: its trials, its advice on the horizon, and its report."""
+"""A round of a study, and its trials and evaluations as DataFrames."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tuner.api.advice import Advice
 from tuner.api.trial import Trial
@@ -14,6 +15,11 @@ from tuner.report import RoundReport, round_markdown, write_html
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, reports_on, statuses, trials_of
 from tuner.study.results import reading_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tuner.api.trial import Trial
 
 
 class Round:
@@ -89,3 +95,44 @@ def write_reports(reports: Sequence[RoundReport], *, html: Path | None, markdown
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return text
+
+
+_TRIAL_COLUMNS = (
+    "round", "number", "state", "reason", "best_step", "best_eval_loss", "settled_step", "executed_steps",
+    "continues", "adapter", "best_value",
+)  # fmt: skip
+_EVALUATION_COLUMNS = (
+    "round", "number", "step", "eval_loss", "train_loss", "learning_rate", "token_accuracy",
+)  # fmt: skip
+
+
+def trials_dataframe(trials: Iterable[Trial]) -> pd.DataFrame:
+    """Return a row for each trial, with its hyperparameters as `params_NAME`."""
+    return _table([_trial_row(trial) for trial in trials], _TRIAL_COLUMNS)
+
+
+def evaluations_dataframe(trials: Iterable[Trial]) -> pd.DataFrame:
+    """Return a row for each evaluation."""
+    return _table([row for trial in trials for row in _evaluation_rows(trial)], _EVALUATION_COLUMNS)
+
+
+def _trial_row(trial: Trial) -> dict[str, Any]:
+    adapter = None if trial.adapter is None else str(trial.adapter)
+    own = {name: getattr(trial, name) for name in _TRIAL_COLUMNS} | {
+        "state": trial.state.value,
+        "adapter": adapter,
+    }
+    return own | {f"params_{name}": value for name, value in trial.hyperparameters.items()}
+
+
+def _evaluation_rows(trial: Trial) -> Iterator[dict[str, Any]]:
+    for made in trial.evaluations:
+        values = {name: getattr(made, name) for name in _EVALUATION_COLUMNS[2:]}
+        yield {"round": trial.round, "number": trial.number, **values, **made.metrics}
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    more = list(dict.fromkeys(name for row in rows for name in row if name not in columns))
+    return pd.DataFrame(rows, columns=[*columns, *more])

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.api.auto import Automatic
-from tuner.api.dataframes import evaluations_dataframe, trials_dataframe
-from tuner.api.round import Round
-from tuner.api.run import Where, has_begun, prepared_quietly, run_here, unsaid, view_of
-from tuner.api.stopping import interruptible
+from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
+from tuner.api.run import Where, has_begun, interruptible, prepared_quietly, run_here, unsaid, view_of
 from tuner.api.trial import Trial
 from tuner.playbook.restarts import Enough
 from tuner.playbook.sweep import FirstHorizon
@@ -239,7 +237,7 @@ class Study:
         the longest run does not fit the training rows: the file then gets a tenth of that length. Raises what
         `run` does, and TunerError if the sweep gives no result.
         """
-        from tuner.api.sweep import refuse_epochs, sweep_round
+        from tuner.api.auto import refuse_epochs, sweep_round
 
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.generate import batched, speaker
-from tuner.api.run import run_again, shown, unsaid
-from tuner.api.stopping import interruptible
+from tuner.api.run import interruptible, run_again, shown, unsaid
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
 from tuner.playbook.selection import objective_value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from tuner.api.run import Stopping
     from tuner.config import ModelSpec, RoundSpec
     from tuner.data import PreparedData
     from tuner.study.folder import StudyFolder
@@ -131,3 +133,11 @@ def progress_shown(
             console.print(doing, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     yield say
+
+
+def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
+    """Stop gracefully on the first Ctrl-C or SIGTERM and print `answer`; the second ends the process."""
+    from tuner.api.run import interruptible
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    return interruptible(seconds, signals=signals, answer=lambda: say(answer), second=signal.SIG_DFL)

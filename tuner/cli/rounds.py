@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
-from tuner.api.auto import Automatic, refuse_sweep
-from tuner.api.run import Gpus, Where, has_begun, run_here
-from tuner.api.stopping import Stopping
-from tuner.api.stopping import interruptible as stopping_on
-from tuner.api.sweep import refuse_epochs, sweep_round
-from tuner.cli.printing import error_output, next_command, prepared, say, spoken_by
-from tuner.cli.study_output import promotion_text
+from tuner.api.auto import Automatic, refuse_epochs, refuse_sweep, sweep_round
+from tuner.api.run import Gpus, Stopping, Where, has_begun, run_here
+from tuner.cli.output import promotion_text
+from tuner.cli.printing import error_output, next_command, prepared, spoken_by, stop_signals
 from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.playbook.restarts import Enough
@@ -70,12 +66,6 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Stopping]:
             typer.echo(f"time limit of {duration} reached: {stop}; resume with: {again}", err=True)
         except RoundStopped as stop:
             raise RoundStopped(f"{stop}; then resume with: {again}") from stop
-
-
-def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
-    """Stop gracefully on the first Ctrl-C or SIGTERM and print `answer`; the second ends the process."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    return stopping_on(seconds, signals=signals, answer=lambda: say(answer), second=signal.SIG_DFL)
 
 
 def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:

@@ -109,7 +109,7 @@ def check(
 
     Example: `tuner study check round1.yaml --show 2`
     """
-    from tuner.cli.study_output import check_round
+    from tuner.cli.output import check_round
 
     command = check_round(round_file, show=show, probe=probe, as_json=json)
     if command is None:
@@ -221,7 +221,7 @@ def status(json: Json = False) -> None:
 
     Example: `tuner study status`
     """
-    from tuner.cli.study_output import print_status
+    from tuner.cli.output import print_status
 
     command = print_status(_folder(), as_json=json)
     if not json:
@@ -269,7 +269,7 @@ def promote(
     Example: `tuner study promote --to round2`
     """
     from tuner.api.study import Study
-    from tuner.cli.study_output import promotion_text
+    from tuner.cli.output import promotion_text
     from tuner.report import dumps
 
     if decay not in ("steps", "share"):

@@ -44,8 +44,8 @@ def list_trials(
 
     Example: `tuner trial list --round round1`
     """
+    from tuner.cli.output import print_trials
     from tuner.cli.printing import next_command, open_here
-    from tuner.cli.trial_output import print_trials
 
     command = print_trials(open_here(), round_name=round_name, as_json=json)
     if not json:
@@ -68,8 +68,8 @@ def show(
 
     Example: `tuner trial show round1/7`
     """
+    from tuner.cli.output import print_trial
     from tuner.cli.printing import next_command, open_here
-    from tuner.cli.trial_output import print_trial
 
     command = print_trial(open_here(), trial, test=test, as_json=json)
     if not json:
@@ -91,8 +91,8 @@ def reproduce(
 
     Example: `tuner trial reproduce best --to-step 20`
     """
+    from tuner.cli.output import reproduce_trial
     from tuner.cli.printing import next_command, open_here
-    from tuner.cli.trial_output import reproduce_trial
 
     agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
     if not json:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from tuner.config.dimensions import value_to_yaml
-from tuner.config.round import RoundSpec
+from tuner.config.round_file import RoundSpec
 from tuner.config.yaml_text import one_line
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Integer, Kind, Layers, Modules, Number

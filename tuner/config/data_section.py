@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from tuner.config.names import meant_value
 from tuner.config.sections import STRICT, PathText, Text
-from tuner.config.wording import Refusal, mistake, refuse
+from tuner.config.wording import Refusal, meant_value, mistake, refuse
 from tuner.errors import one_of, shown
 
 Format = Literal["alpaca", "messages", "sharegpt", "completion", "text"]

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.parsing import RoundFile
-from tuner.config.round import RoundSpec
+from tuner.config.round_file import RoundSpec
 from tuner.config.yaml_text import Entry, Layout, Section, YamlError, one_line, parse, plain
 from tuner.errors import InputError, Mistake
 

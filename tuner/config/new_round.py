@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.config.dimensions import DECAY_SHARE
 from tuner.config.parsing import read_round
-from tuner.config.round import EVALUATIONS_BY_DEFAULT
+from tuner.config.round_file import EVALUATIONS_BY_DEFAULT
 from tuner.config.sections import RunSpec
 from tuner.config.yaml_text import one_line
 from tuner.errors import InputError, one_of

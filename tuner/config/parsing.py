@@ -12,9 +12,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tuner.config.names import meant_value, unknown_key
-from tuner.config.round import RoundSpec
-from tuner.config.wording import Location
+from tuner.config.round_file import RoundSpec
+from tuner.config.wording import Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
 from tuner.methods.plug_ins import PlugIn, loaded

@@ -18,10 +18,14 @@ from pydantic import (
     model_validator,
 )
 
-from tuner.config.dimensions import describe, parse_value, read_dimension
-from tuner.config.names import meant_value
-from tuner.config.schemas import enqueue_schema, hyperparameters_schema
-from tuner.config.wording import UNKNOWN_KEY, Refusal, mistake, refuse
+from tuner.config.dimensions import (
+    describe,
+    enqueue_schema,
+    hyperparameters_schema,
+    parse_value,
+    read_dimension,
+)
+from tuner.config.wording import UNKNOWN_KEY, Refusal, meant_value, mistake, refuse
 from tuner.errors import one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names

@@ -1,6 +1,6 @@
 """Rows to tokens: formats, templates, loss masks, splitting, mixing, the cache and the data order."""
 
-from tuner.data.answer_metrics import EvalPrompt, Metric, load_metric, try_metric
+from tuner.data.answer_metrics import AnswerMetric, EvalPrompt, load_metric, try_metric
 from tuner.data.examples import Example, Examples, batch_rows
 from tuner.data.prepared import (
     DataReport,
@@ -17,11 +17,11 @@ from tuner.data.rows import TABLE_VERSION
 
 __all__ = [
     "TABLE_VERSION",
+    "AnswerMetric",
     "DataReport",
     "EvalPrompt",
     "Example",
     "Examples",
-    "Metric",
     "PreparedData",
     "Prompt",
     "ShownRow",

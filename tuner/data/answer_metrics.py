@@ -35,7 +35,7 @@ _NOT_THE_USERS = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
 """Files whose lines in a traceback say nothing of a metric."""
 
 
-class Metric:
+class AnswerMetric:
     """A function that scores answers, by its name in the round file; higher is better."""
 
     def __init__(self, name: str, compare: Callable[[str, str], Any], *, code: str | None = None) -> None:
@@ -72,13 +72,13 @@ class Metric:
         )
 
 
-def load_metric(name: str) -> Metric:
+def load_metric(name: str) -> AnswerMetric:
     """Load the metric named in a round file with absolute paths; messages omit the file's folder.
 
     A file's neighbours can be imported by it. Raises MetricError when there is no such function.
     """
     if name == EXACT_MATCH:
-        return Metric(name, exact_match)
+        return AnswerMetric(name, exact_match)
     place, _, attribute = name.rpartition(":")
     shown = f"{Path(place).name}:{attribute}"
     advice = "write exact_match, file.py:function (relative to the round file), or module:function"
@@ -97,7 +97,7 @@ def load_metric(name: str) -> Metric:
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         there = f"; it has {', '.join(known[:8])}" if known else ""
         raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
-    return Metric(shown, found, code=_file_hash(module))
+    return AnswerMetric(shown, found, code=_file_hash(module))
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -172,7 +172,7 @@ def eval_prompts(
     return found
 
 
-def try_metric(metric: Metric, eval_prompt: EvalPrompt) -> None:
+def try_metric(metric: AnswerMetric, eval_prompt: EvalPrompt) -> None:
     """Compare a row's completion, and an empty answer, with the row. Raises MetricError."""
     for answer in (eval_prompt.reference, ""):
         metric(answer, eval_prompt.reference, place=eval_prompt.prompt.place)

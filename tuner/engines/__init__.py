@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
-from tuner.engines.pool import WorkerPool
-from tuner.engines.program import Process, ProgramWorker
+from tuner.engines.program import Process, ProgramWorker, WorkerPool
 from tuner.engines.protocol import Engine, Job, Program, Worker
 from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
 from tuner.engines.synthetic import LoraFormula, RecordedCurves

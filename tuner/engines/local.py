@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tuner.engines.devices import gpu_meter, open_nvml, visible_devices, worker_environments
-from tuner.engines.pool import WorkerPool
-from tuner.engines.program import ProgramWorker
+from tuner.engines.program import ProgramWorker, WorkerPool
 from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
 from tuner.report.format import GpuReading

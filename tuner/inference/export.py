@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.base import load_model
-from tuner.adapters.decoding import end_tokens
+from tuner.adapters.generation import end_tokens
 from tuner.errors import CheckpointError, TunerError
 from tuner.whole import written_whole
 

@@ -1,25 +1,30 @@
-"""Answers of a trial's adapter, or of the base model, to prompts."""
+"""Answers of a trial's adapter, or of the base model: to prompts, into a file, and scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from tuner.adapters import load_base
+from tuner.adapters import Pack, load_base, read_adapter
 from tuner.adapters.base import keep_differentiable, load_model
-from tuner.adapters.decoding import Decoding
-from tuner.adapters.generation import Generated, TextGenerator
-from tuner.data import Prompt
-from tuner.errors import InputError
+from tuner.adapters.evaluation import Scores, scores_of
+from tuner.adapters.generation import Decoding, Generated, TextGenerator
+from tuner.data import Examples, Prompt
+from tuner.errors import InputError, StorageError
+from tuner.whole import written_whole
 
 if TYPE_CHECKING:
-    from tuner.config import ModelSpec
+    from tuner.config import ModelSpec, RoundSpec
 
 
 class Answerer:
@@ -88,3 +93,149 @@ def load_adapted(model: ModelSpec, adapter: Path, *, device: str | None = None) 
     # In evaluation mode bitsandbytes repacks 4-bit weights, from which PEFT's DoRA reads wrong norms.
     keep_differentiable(base)
     return adapted
+
+
+_BEGINNING = b'{"row": '
+"""The first characters of every line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a row."""
+
+    row: int
+    """As `Prompt.row`."""
+    prompt: str
+    """The prompt as the model received it."""
+    answer: str | None = None
+    """With the adapter; None if it was not requested."""
+    base: str | None = None
+    """Without it; None if it was not requested."""
+    made_from: str = ""
+    """Hash of all that determines the answer: prompt, trial, options."""
+
+    def line(self) -> str:
+        """Return the answer as a line of a file."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(said, ensure_ascii=False) + "\n"
+
+
+class AnswerFile:
+    """The answer file of an interrupted run, or a new one.
+
+    A line that was cut off by a crash counts as not written. The file is unchanged until `open`.
+    """
+
+    def __init__(self, path: Path, expected: Mapping[int, str]) -> None:
+        """`expected` has `made_from` by row.
+
+        Raises InputError if the file contains anything else, so that it is not overwritten.
+        """
+        self._path = path
+        self._expected = expected
+        self._stream: IO[bytes] | None = None
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: directory {path.parent} does not exist")
+        self._lines, self._whole_bytes, self._read_bytes = self._read()
+
+    @property
+    def rows(self) -> frozenset[int]:
+        """Return the rows that have an answer."""
+        return frozenset(self._lines)
+
+    def open(self) -> None:
+        """Remove a half-written line and prepare to append.
+
+        Raises StorageError, also if another process has written since the file was read.
+        """
+        try:
+            self._stream = self._path.open("ab")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked, found = os.fstat(self._stream.fileno()), self._path.stat()
+        except BlockingIOError as error:
+            raise StorageError(f"{self._path}: another process is writing to it") from error
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot be written: {error.strerror}") from error
+        if found.st_ino != locked.st_ino or found.st_size != self._read_bytes:
+            self._stream.close()
+            raise StorageError(
+                f"{self._path}: another process has written to it in the meantime; run the same command "
+                "again to continue"
+            )
+        self._stream.truncate(self._whole_bytes)
+
+    def __enter__(self) -> AnswerFile:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, answers: Sequence[Answer]) -> None:
+        """Write answers and sync them to the disk."""
+        assert self._stream is not None
+        lines = {answer.row: answer.line().encode() for answer in answers}
+        self._stream.write(b"".join(lines.values()))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._lines |= lines
+
+    def close(self) -> None:
+        """Sort the answers by row once every row has one."""
+        if self._stream is None:
+            return
+        if list(self._lines) != sorted(self._lines) and self._lines.keys() >= self._expected.keys():
+            with written_whole(self._path) as ordered:
+                ordered.write_bytes(b"".join(line for _, line in sorted(self._lines.items())))
+        self._stream.close()
+
+    def _read(self) -> tuple[dict[int, bytes], int, int]:
+        """Return the lines by row, and the file's bytes without and with a half-written last line."""
+        try:
+            text = self._path.read_bytes()
+        except FileNotFoundError:
+            return {}, 0, 0
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be read: {error.strerror}") from error
+        *lines, rest = text.split(b"\n")
+        if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+            raise self._foreign(len(lines) + 1, "this line is not an answer")
+        found = {}
+        for number, line in enumerate(lines, start=1):
+            row, made_from = self._parsed(line, number)
+            if self._expected.get(row) != made_from:
+                raise self._foreign(number, "this line was made from another prompt, trial or options")
+            found[row] = line + b"\n"
+        return found, len(text) - len(rest), len(text)
+
+    def _parsed(self, line: bytes, number: int) -> tuple[int, str]:
+        try:
+            value: Any = json.loads(line)
+            return int(value["row"]), str(value["made_from"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._foreign(number, "this line is not an answer") from error
+
+    def _foreign(self, number: int, what: str) -> InputError:
+        return InputError(
+            f"{self._path}:{number}: {what}, so the file cannot be continued; "
+            "delete it, or pass another --output"
+        )
+
+
+PASS_TOKENS = 4096
+"""Tokens of a pass, including padding."""
+
+
+def score(spec: RoundSpec, examples: Examples, adapter: Path) -> Scores:
+    """Return the scores of a PEFT directory's adapter on examples.
+
+    Computed like the evaluations of a trial alone in its worker: on a CPU in float32 they are equal digit for
+    digit. Raises ModelError, and CheckpointError if there is no such adapter.
+    """
+    saved = read_adapter(adapter)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    pack = Pack(base, num_slots=1, max_rank=saved.config.r, modules=saved.weights)
+    pack.occupy(0, saved)
+    (scores,), _ = scores_of(pack, examples, (0,), rows=spec.evaluation.batch_size, pass_tokens=PASS_TOKENS)
+    return scores

@@ -40,13 +40,15 @@ from tuner.records.json_form import (
     from_json,
     to_json,
 )
-from tuner.records.objective import LOSS, Direction, Objective
 from tuner.records.space import (
+    LOSS,
     Choices,
     Condition,
     Dimension,
+    Direction,
     Fixed,
     Hyperparameters,
+    Objective,
     Range,
     Space,
     TimesSqrtRank,

@@ -1,4 +1,4 @@
-"""Hyperparameters and the search space: points and dimensions, by name."""
+"""What a round searches: the objective, and values, choices, ranges and conditions of hyperparameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,43 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+
+class Direction(StrEnum):
+    """Which values of a metric are better, by Optuna's names."""
+
+    MINIMIZE = "minimize"
+    MAXIMIZE = "maximize"
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A metric as the objective of a round."""
+
+    metric: str = "eval_loss"
+    """Name of the metric in the round file."""
+    direction: Direction = Direction.MINIMIZE
+    per: Literal["evaluation", "trial"] = "evaluation"
+    """Whether each evaluation has a value, which then chooses the best step, or each complete trial."""
+    is_relative_to_gained: bool = False
+    """Whether differences are relative to what the best trial gained over the base model, else to the value
+    itself. So it is of metrics that are maximised or have an upper bound."""
+
+    @property
+    def noun(self) -> str:
+        """Return its name in messages: `loss`, or the metric's name."""
+        return "loss" if self.metric == "eval_loss" else self.metric
+
+    def cost(self, value: float) -> float:
+        """Return the value with its sign set so that lower is better. The function is its own inverse."""
+        return value if self.direction == Direction.MINIMIZE else -value
+
+
+LOSS = Objective()
+"""The default: the evaluation loss."""
+
 
 Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[int, ...]
 """A hyperparameter's value. A tuple holds layer names (`target_modules`) or numbers."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, overload
 
-from tuner.records.objective import LOSS, Objective
-from tuner.records.space import Hyperparameters
+from tuner.records.space import LOSS, Hyperparameters, Objective
 from tuner.records.throughput import Throughput, added_up
 
 

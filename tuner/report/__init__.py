@@ -14,8 +14,7 @@ from tuner.report.live import View, open_view
 from tuner.report.notes import round_markdown, round_note
 from tuner.report.plots import best_steps_figure, curves_figure, learning_rate_figure
 from tuner.report.round_report import RoundReport
-from tuner.report.summary import summary
-from tuner.report.tables import plan_table, status_table, trial_page, trials_table
+from tuner.report.tables import plan_table, status_table, summary, trial_page, trials_table
 
 __all__ = [
     "RoundPlan",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tuner.errors import Mistake
 from tuner.playbook.curves import rise_after_best
-from tuner.playbook.scores import scored_before
+from tuner.playbook.results import scored_before
 from tuner.playbook.selection import beats_the_base, best_evaluation, objective_value, ranked, settled_step
 from tuner.records import LOSS, Evaluation, Objective, Throughput, Trial, TrialState
 from tuner.report.board import Board

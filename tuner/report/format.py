@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner.playbook import results
-from tuner.playbook.scores import scored_before
+from tuner.playbook.results import scored_before
 from tuner.records import AnswerScore, FinalScore, Hyperparameters, Throughput, Trial, Value
 
 NOTHING = "-"

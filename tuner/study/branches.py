@@ -31,8 +31,7 @@ from tuner.records import (
 )
 from tuner.report.format import loss
 from tuner.store import Store
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 from tuner.study.results import earlier_results, round_results
 from tuner.study.round_state import have_failed
 

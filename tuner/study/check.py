@@ -13,8 +13,7 @@ from tuner.playbook.comparison_runs import ComparisonRun, expected_runs
 from tuner.playbook.schedule import decay_lengths, evaluation_steps
 from tuner.records import Choices, Dimension, Fixed, Range
 from tuner.report.documents import RoundPlan as PlannedRound
-from tuner.study.disk import checkpoint_bytes
-from tuner.study.retention import num_kept
+from tuner.study.disk import checkpoint_bytes, num_kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from tuner.records import (
     TrialState,
 )
 from tuner.store import Store
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
 from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
-from tuner.study.final_score import scores_of
 from tuner.study.folder import StudyFolder
-from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results
+from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results, scores_of
 from tuner.study.sampling import StudyStorage
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from tuner.config import RoundFile, load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.records import RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
-from tuner.study.checkpoints import CheckpointFolder
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan
 
 REHEARSAL = "rehearsal"
 """Name of a rehearsal's folder, which is a study of its own."""

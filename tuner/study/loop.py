@@ -43,10 +43,9 @@ from tuner.records import (
 from tuner.report import View
 from tuner.store import Store
 from tuner.study.branches import ComparisonRuns
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import Continuations
-from tuner.study.plan import RoundPlan
-from tuner.study.retention import not_retained, num_carried_over, promised_trials
+from tuner.study.disk import not_retained, num_carried_over, promised_trials
+from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
 from tuner.study.sampling import RoundStudy
 

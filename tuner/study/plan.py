@@ -1,13 +1,16 @@
-"""The plan of a round: its file, its space and its stable checkpoints."""
+"""The plan of a round: its file, its space, its stable checkpoints, and where they lie."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec
 from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
-from tuner.records import Hyperparameters, RoundKind, Space
+from tuner.records import Checkpoint, CheckpointKind, Hyperparameters, RoundKind, Space, Trial
+from tuner.whole import lead
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,94 @@ class RoundPlan:
         phase.
         """
         return trunk_steps(hyperparameters, self.spec.max_train_steps, branches=self.comparison_rule)
+
+
+_VERSIONED = ("best-steps", "last", "trunk")
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """A resumable checkpoint for an assignment."""
+
+    path: Path
+    sha256: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """The directory `runs/ROUND`."""
+
+    root: Path
+
+    def trial_directory(self, number: int) -> Path:
+        """Return a trial's directory, such as `runs/round1/trial-0007`."""
+        return self.root / f"trial-{number:04d}"
+
+    def adapter(self, trial: Trial) -> Path | None:
+        """Return the link to the best step's adapter; None if there is none."""
+        link = self.trial_directory(trial.number) / "best"
+        return link if trial.checkpoint(CheckpointKind.BEST) and link.exists() else None
+
+    def resumable(self, trial: Trial) -> list[Checkpoint]:
+        """Return the checkpoints that a trial can resume from, the newest first."""
+        found = [c for c in trial.checkpoints if c.kind != CheckpointKind.BEST]
+        return sorted(found, key=lambda c: (c.step, c.kind == CheckpointKind.LAST), reverse=True)
+
+    def newest(self, trial: Trial) -> StartingPoint | None:
+        """Return the newest checkpoint of the trial that still exists."""
+        return next((point for c in self.resumable(trial) if (point := self.point(c)) is not None), None)
+
+    def point(self, checkpoint: Checkpoint) -> StartingPoint | None:
+        """Return a checkpoint as a starting point; None if its directory is missing."""
+        path = self.root / checkpoint.path
+        return StartingPoint(path, checkpoint.sha256, checkpoint.step) if path.is_dir() else None
+
+    def surplus(self, trial: Trial, *, keep_best: int) -> list[Checkpoint]:
+        """Return recorded checkpoints that a recorded successor replaces."""
+        by_age = sorted(trial.checkpoints, key=lambda c: c.step, reverse=True)
+        best = [c for c in by_age if c.kind == CheckpointKind.BEST]
+        last = [c for c in by_age if c.kind == CheckpointKind.LAST]
+        return [*best[keep_best:], *last[1:]]
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete checkpoint directories; ignore missing ones."""
+        for path in paths:
+            shutil.rmtree(self.root / path, ignore_errors=True)
+
+    def clean_up(self, trial: Trial) -> None:
+        """Delete checkpoints without a fact, and let the link `best` point where the facts say.
+
+        A crash leaves such checkpoints, and so does a trial that was pruned. Only while no worker runs it.
+        """
+        for leftover in self.leftovers(trial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        link = self.trial_directory(trial.number) / "best"
+        for unfinished in link.parent.glob(".best.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        best = trial.checkpoint(CheckpointKind.BEST)
+        if best is not None and (self.root / best.path).is_dir():
+            target = self.root / best.path
+            if link.resolve() != target.resolve():
+                lead(link, target)
+        elif not link.exists():
+            link.unlink(missing_ok=True)
+
+    def leftovers(self, trial: Trial) -> list[Path]:
+        """Return directories of checkpoints without a fact."""
+        recorded = {self.root / checkpoint.path for checkpoint in trial.checkpoints}
+        return _unrecorded(self.trial_directory(trial.number), recorded)
+
+    def size_bytes(self, trials: Sequence[Trial]) -> int:
+        """Return the disk space of trials' recorded checkpoints."""
+        return sum(checkpoint.size_bytes for trial in trials for checkpoint in trial.checkpoints)
+
+
+def _unrecorded(directory: Path, recorded: set[Path]) -> list[Path]:
+    return [
+        path
+        for kind in _VERSIONED
+        if (directory / kind).is_dir()
+        for path in (directory / kind).iterdir()
+        if path not in recorded
+    ]

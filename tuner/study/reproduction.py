@@ -38,9 +38,9 @@ from tuner.records import (
 from tuner.report import View
 from tuner.report.format import count
 from tuner.store import Store
-from tuner.study.checkpoints import CheckpointFolder, StartingPoint
 from tuner.study.continuation import continued_checkpoint
 from tuner.study.folder import StudyFolder, opened
+from tuner.study.plan import CheckpointFolder, StartingPoint
 from tuner.study.run import first_worker
 
 FOLDER = "reproduced"

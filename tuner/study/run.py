@@ -30,13 +30,12 @@ from tuner.report import View
 from tuner.report.format import count
 from tuner.report.trackers import not_installed
 from tuner.store import CachedStore, Store, exists, hold_study, open_store
-from tuner.study.checkpoints import CheckpointFolder
 from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.proposals import make_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
 from tuner.study.sampling import RoundStudy, optuna_storage

@@ -17,10 +17,9 @@ from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
 from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
-from tuner.training.commands import CommandReader
 from tuner.training.environment import keep_freed_memory
-from tuner.training.loop import train
 from tuner.training.startup import load_worker_state
+from tuner.training.worker import CommandReader, train
 
 
 def main() -> int:

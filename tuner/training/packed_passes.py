@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tuner.adapters import PackedRows
-from tuner.adapters.dropout import row_keys
 from tuner.adapters.evaluation import Scores, TokenGrid, grid, scores_of
+from tuner.adapters.frozen_linear import row_keys
 from tuner.methods.metrics import ExampleScores, values
 from tuner.records import LOSS, Evaluation
 from tuner.training.trial_run import MicroBatch, TrialRun

@@ -21,7 +21,6 @@ from tuner.methods.metrics import metric
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import Evaluation, Ready
 from tuner.training.environment import environment
-from tuner.training.generation_eval import load_generation_eval
 from tuner.training.memory_budget import (
     MARGIN,
     Packing,
@@ -29,10 +28,11 @@ from tuner.training.memory_budget import (
     explain_out_of_memory,
     fit_pass_cost,
     free_device_bytes,
+    largest_hyperparameters,
+    probe,
 )
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.probe import largest_hyperparameters, probe
-from tuner.training.worker_state import WorkerState
+from tuner.training.worker_state import WorkerState, load_generation_eval
 
 _log = logging.getLogger(__name__)
 

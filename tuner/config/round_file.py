@@ -19,7 +19,6 @@ from pydantic.json_schema import SkipJsonSchema
 
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
-from tuner.config.names import ONE_HORIZON
 from tuner.config.rules import adapter_refusals, horizon_refusals, objective_refusals, search_refusals
 from tuner.config.sections import (
     STRICT,
@@ -36,7 +35,7 @@ from tuner.config.sections import (
     WrittenHyperparameters,
     using,
 )
-from tuner.config.wording import mistake, refuse
+from tuner.config.wording import ONE_HORIZON, mistake, refuse
 from tuner.errors import shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
