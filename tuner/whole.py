@@ -1,9 +1,11 @@
-"""Files and links that appear whole or not at all, also after a power cut."""
+"""Files, directories and links that appear whole or not at all, also after a power cut."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,3 +43,31 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def published(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory that appears whole or not at all, replacing one of the same name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            synced(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        synced(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
+
+
+def digest(directory: Path) -> str:
+    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()

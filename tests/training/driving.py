@@ -20,7 +20,8 @@ from tuner.data import Examples
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, RunId, Started, Value, to_json
 from tuner.training.packed_passes import micro_step
 from tuner.training.trial_run import TrialRun
-from tuner.training.worker import CommandReader, train
+from tuner.program import CommandReader
+from tuner.training.worker import train
 from tuner.training.worker_state import WorkerState
 
 Hyperparameters = Mapping[str, Value]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.training.driving import assignment
 from tuner.records import Assignment, RunId, to_json
-from tuner.training.worker import CommandReader
+from tuner.program import CommandReader
 
 
 def lines(*written: object) -> io.StringIO:

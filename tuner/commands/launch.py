@@ -123,7 +123,9 @@ def prepared(
         "args_json_file": str(arguments),
         "output_dir": str(place.output),
         "resume_from": str(resume_from or ""),
-        "config": "" if spec.config is None else str(_written_config(spec.config, config, settings, chosen, place)),
+        "config": ""
+        if spec.config is None
+        else str(_written_config(spec.config, config, settings, chosen, place)),
     }
     run = [*spec.run, *(spec.resume if resume_from is not None else ())]
     command = tuple(part for each in run for part in _filled(each, values))
@@ -147,7 +149,8 @@ def placeholder_mistakes(spec: CommandSpec) -> Iterator[str]:
             + ", ".join(f'"${{{name}}}"' for name in _VALUES)
         )
     for name in sorted(named - {*_VALUES, "output_dir"}):
-        yield f"command.run: ${{{name}}} is unknown; expects ${{args}}, ${{args_no_hyphens}}, ${{args_json_file}}, ${{config}} or ${{output_dir}}"
+        known = ", ".join(f"${{{each}}}" for each in (*_VALUES, "output_dir"))
+        yield f"command.run: ${{{name}}} is unknown; expects one of {known}"
     if "config" in named and spec.config is None:
         yield "command.run: uses ${config}, but there is no file; add `config: FILE` under command"
     if spec.config is not None and "config" not in named:
@@ -187,9 +190,7 @@ def _options(settings: Settings, *, hyphens: str) -> Iterator[str]:
             yield f"{hyphens}{name}={value}"
 
 
-def _written_config(
-    path: str, config: Settings, settings: Settings, chosen: Tool, place: Place
-) -> Path:
+def _written_config(path: str, config: Settings, settings: Settings, chosen: Tool, place: Place) -> Path:
     """Write the configuration with the trial's values, in the format of the file."""
     kept = {name: value for name, value in config.items() if name not in chosen.replaced}
     written = _plain({**kept, **settings})

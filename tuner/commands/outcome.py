@@ -14,8 +14,10 @@ _OUT_OF_MEMORY = (
     "Cannot allocate memory", "HIP out of memory",
 )  # fmt: skip
 _OF_THE_MACHINE = (
-    "EADDRINUSE", "Address already in use", "No space left on device", "NCCL error", "NCCL timeout", "ncclSystemError",
-    "Disk quota exceeded", "Stale file handle", "CUDA error: an illegal", "Connection refused", "Connection reset",
+    "EADDRINUSE", "Address already in use", "No space left on device", "NCCL error", "NCCL timeout",
+    "ncclSystemError",
+    "Disk quota exceeded", "Stale file handle", "CUDA error: an illegal", "Connection refused",
+    "Connection reset",
 )  # fmt: skip
 _KILLED = (-9, 137)
 
@@ -75,7 +77,9 @@ def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
     if ending.last_step == max_train_steps:
         return Verdict("complete")
     if ending.completed_before:
-        where = "no evaluation" if ending.last_step is None else f"its last evaluation at step {ending.last_step}"
+        where = (
+            "no evaluation" if ending.last_step is None else f"its last evaluation at step {ending.last_step}"
+        )
         return Verdict(
             "failed", f"the command ended with exit code 0 but {where}, not at step {max_train_steps}"
         )
@@ -96,17 +100,16 @@ def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
     return Verdict(
         "unusable",
         f"the command ended with exit code 0 after step {ending.last_step}, its last evaluation, and not at "
-        f"max_train_steps ({max_train_steps}). Train for TUNER_MAX_STEPS steps, evaluate at the last one, and "
-        f"switch early stopping off: the best step is chosen afterwards{_quoted(ending.log)}",
+        f"max_train_steps ({max_train_steps}). Train for TUNER_MAX_STEPS steps, evaluate at the last one, "
+        f"and switch early stopping off: the best step is chosen afterwards{_quoted(ending.log)}",
     )
 
 
 def over_the_horizon(step: int, max_train_steps: int) -> str:
     """Return what to do about a command that trains too long."""
     return (
-        f"the command reported step {step}, but max_train_steps is {max_train_steps}: it must end at the step "
-        'in TUNER_MAX_STEPS (pass it, such as "--max_steps=${TUNER_MAX_STEPS}" in command.run). A step is one '
-        "optimizer update"
+        f"the command reported step {step}, but max_train_steps is {max_train_steps}: it must read "
+        "TUNER_MAX_STEPS from its environment and end there. A step is one optimizer update"
     )
 
 

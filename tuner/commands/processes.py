@@ -56,14 +56,16 @@ def with_token(token: str) -> Iterator[psutil.Process]:
     own = os.getuid()
     for process in psutil.process_iter():
         try:
-            if process.uids().real == own and process.status() != psutil.STATUS_ZOMBIE:
-                if process.environ().get(TOKEN) == token:
-                    yield process
+            is_ours = process.uids().real == own and process.status() != psutil.STATUS_ZOMBIE
+            if is_ours and process.environ().get(TOKEN) == token:
+                yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is not ours to read
             continue
 
 
-def end(token: str, popen: subprocess.Popen[bytes] | None = None, *, grace_seconds: float = GRACE_SECONDS) -> None:
+def end(
+    token: str, popen: subprocess.Popen[bytes] | None = None, *, grace_seconds: float = GRACE_SECONDS
+) -> None:
     """End an attempt's tree: SIGTERM, and SIGKILL for what is left after a while.
 
     torchrun's workers have sessions of their own, so that a signal to the group does not reach them.

@@ -77,7 +77,9 @@ class MetricsFile:
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise self._wrong('expects a line such as {"step": 6, "eval_loss": 1.2}, got', raw.decode(errors="replace"))
+            raise self._wrong(
+                'expects a line such as {"step": 6, "eval_loss": 1.2}, got', raw.decode(errors="replace")
+            )
         if "began_at" in said:
             return Line(None, began_at=int(said["began_at"]))
         step = said.get("step")

@@ -6,6 +6,7 @@ A tool is described in one file. `command.tool` names it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +23,8 @@ EXTRA = "extra."
 """Prefix of hyperparameters with the tool's own names."""
 UNKNOWN_SCHEDULE = "unknown"
 """The schedule of a command that tuner does not write: nothing is known of its learning rate."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 Settings: TypeAlias = Mapping[str, Any]
 """A tool's settings by its own names: of its configuration file, or as options."""
@@ -78,9 +81,20 @@ class Tool:
         """Return the hyperparameters that a round file with this tool may name."""
         rows = {name: self._row(name, written) for name in self.hyperparameters}
         for name in written:
-            if name not in rows and (self.takes_any_name or name.startswith(EXTRA)):
+            is_free = self.takes_any_name or name.startswith(EXTRA)
+            if name not in rows and is_free and _NAME.fullmatch(bare(name)):
                 rows[name] = Hyperparameter(name, None, Anything(), f"Passed to the command as {bare(name)}.")
         return rows
+
+    @property
+    def unknown_name(self) -> str:
+        """Return the message for a hyperparameter that the tool does not have."""
+        if self.takes_any_name:
+            return "is no name of an argument: letters, digits, _ and -"
+        return (
+            f"unknown with tool: {self.name}, which has {', '.join(self.hyperparameters)}; write a name of "
+            "the tool's own below extra, such as `extra: {beta: [0.1, 0.3]}`"
+        )
 
     def _row(self, name: str, written: Mapping[str, Any]) -> Hyperparameter:
         row = HYPERPARAMETERS[name]

@@ -9,7 +9,12 @@ from tuner.methods.schedules import schedule
 from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare
 from tuner.records import Value
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "lion": "lion_32bit", "lion_8bit": "lion_8bit"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "lion": "lion_32bit",
+    "lion_8bit": "lion_8bit",
+}
 """tuner's names of optimizers, and TrainingArguments'."""
 SAME_NAME = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
@@ -79,8 +84,8 @@ def batch_mistake(sizes: Sequence[Value], config: Settings, gpus: int) -> str | 
         return None
     return (
         f"{wrong[0]} is no multiple of {at_once}, the sequences of one pass ({DEVICE_BATCH} "
-        f"{at_once // max(1, gpus)} x {max(1, gpus)} device): choose multiples of {at_once}, or set a smaller "
-        f"{DEVICE_BATCH} in the configuration"
+        f"{at_once // max(1, gpus)} x {max(1, gpus)} device): choose multiples of {at_once}, or set a "
+        f"smaller {DEVICE_BATCH} in the configuration"
     )
 
 
@@ -97,7 +102,9 @@ def trainer_mistakes(
             yield Mistaken("command.run", f"sets --{name}: lengths are steps here; remove it")
     warmup = config.get("warmup_steps")
     if isinstance(warmup, float) and 0 < warmup < 1:
-        yield Mistaken("warmup_steps", f"is {warmup}, a share of the run; write warmup_steps in the round file")
+        yield Mistaken(
+            "warmup_steps", f"is {warmup}, a share of the run; write warmup_steps in the round file"
+        )
 
 
 def _mistakes(
@@ -114,6 +121,14 @@ TRANSFORMERS = Tool(
     always=("schedule", "warmup_steps", "decay_steps", "training_seed"),
     settings=trainer_settings,
     mistakes=_mistakes,
-    replaced=(*FIXED, "max_steps", "num_train_epochs", "eval_steps", "save_steps", "lr_scheduler_type", "seed"),
+    replaced=(
+        *FIXED,
+        "max_steps",
+        "num_train_epochs",
+        "eval_steps",
+        "save_steps",
+        "lr_scheduler_type",
+        "seed",
+    ),
     has_hook=True,
 )

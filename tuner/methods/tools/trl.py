@@ -48,9 +48,7 @@ def _mistakes(
         if name not in known.names:
             near = difflib.get_close_matches(name, known.names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield Mistaken(
-                shown, f"is not a name of {of} (TRL {known.version}, listed {known.date}){hint}"
-            )
+            yield Mistaken(shown, f"is not a name of {of} (TRL {known.version}, listed {known.date}){hint}")
 
 
 TRL = Tool(
