@@ -58,7 +58,7 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
         return _ended_well(ending, max_train_steps, metric)
     for sign in _OF_THE_MACHINE:
         if sign in text:
-            return Verdict("failed", f"{how}, and the log says {sign!r}{_quoted(text)}")
+            return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
     for sign in _OUT_OF_MEMORY:
         if sign in text:
             return Verdict("infeasible", f"out of memory: {_line_with(sign, text)}")
@@ -68,9 +68,9 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
         return Verdict(
             "unusable",
             f"the command ended with {how} before it reported an evaluation, as every trial would. Fix the "
-            f"command or its configuration{_quoted(text)}",
+            f"command or its configuration{quoted(text)}",
         )
-    return Verdict("failed", f"{how}{_quoted(text)}")
+    return Verdict("failed", f"{how}{quoted(text)}")
 
 
 def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
@@ -95,13 +95,13 @@ def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
             "the command ended with exit code 0 and reported nothing. Let it append lines such as "
             '{"step": 6, "eval_loss": 1.2} to the file named by TUNER_METRICS, call tuner.log(step, '
             "eval_loss=...), or name its tool in command.tool. `python -E` and `-I` keep tuner's hook "
-            f"out{_quoted(ending.log)}",
+            f"out{quoted(ending.log)}",
         )
     return Verdict(
         "unusable",
         f"the command ended with exit code 0 after step {ending.last_step}, its last evaluation, and not at "
         f"max_train_steps ({max_train_steps}). Train for TUNER_MAX_STEPS steps, evaluate at the last one, "
-        f"and switch early stopping off: the best step is chosen afterwards{_quoted(ending.log)}",
+        f"and switch early stopping off: the best step is chosen afterwards{quoted(ending.log)}",
     )
 
 
@@ -129,6 +129,7 @@ def _line_with(sign: str, text: str) -> str:
     return next(line.strip() for line in reversed(text.splitlines()) if sign in line)[:300]
 
 
-def _quoted(text: str, *, lines: int = 12) -> str:
+def quoted(text: str, *, lines: int = 12) -> str:
+    """Return the last lines of a log, to follow a message; empty if there are none."""
     last = [line for line in re.sub(r".*\r(?!\n)", "", text).splitlines() if line.strip()][-lines:]
     return "; its log ends with:\n" + "\n".join(f"    {line}" for line in last) if last else ""

@@ -102,6 +102,8 @@ class Continuations:
             spec.max_train_steps,
             checkpoint.step,
         )
+        if spec.command is not None:  # which keeps every evaluation
+            return reason
         return reason or lost_best(
             trial.evaluations,
             evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps),

@@ -172,6 +172,8 @@ def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def _state_bytes(spec: RoundSpec) -> list[int]:
     """Return the bytes of optimizer state per weight, for each optimizer that a trial can have."""
+    if spec.command is not None:
+        return [0]  # its checkpoints are measured when the first is kept
     chosen = spec.space()["optimizer"]
     assert isinstance(chosen, (Fixed, Choices))
     names = chosen.values if isinstance(chosen, Choices) else (chosen.value,)

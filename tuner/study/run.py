@@ -257,6 +257,8 @@ def loaded_objective(plan: RoundPlan) -> Objective:
     Raises InputError if the name leads nowhere, RoundFileError if the file says another direction.
     """
     written = plan.spec.objective
+    if plan.spec.command is not None:
+        return plan.spec.recorded_objective
     found = metric(written.metric).objective(written.metric)
     if written.direction not in (None, found.direction):
         key = "objective.direction"

@@ -23,7 +23,7 @@ _METHODS = ("sft", "dpo", "grpo", "kto", "reward", "rloo")
 
 def _settings(trial: TrialSettings) -> dict[str, Any]:
     values = trial.hyperparameters
-    adapter = {theirs: values[ours] for ours, theirs in _PEFT.items() if ours in values}
+    adapter: dict[str, Any] = {theirs: values[ours] for ours, theirs in _PEFT.items() if ours in values}
     if isinstance(targets := adapter.get("lora_target_modules"), str):
         adapter["lora_target_modules"] = [targets]
     return {**adapter, **trainer_settings(trial)}
