@@ -33,7 +33,7 @@ output = Path(os.environ.get("TUNER_OUTPUT_DIR", "out"))
 
 def report(step: int, **values: object) -> None:
     if "TUNER_METRICS" in os.environ and options.fault != "silent":
-        with open(os.environ["TUNER_METRICS"], "a") as file:
+        with Path(os.environ["TUNER_METRICS"]).open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

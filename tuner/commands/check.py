@@ -10,7 +10,7 @@ from pathlib import Path
 from tuner.commands.launch import missing_executable, placeholder_mistakes, read_config
 from tuner.config import CommandSpec, RoundSpec
 from tuner.errors import InputError
-from tuner.methods.tools import Mistaken, tool
+from tuner.methods.tools import Mistaken, options_of, tool
 from tuner.methods.tools.transformers import batch_mistake
 from tuner.records import Choices, Dimension, Fixed, Range, Value
 
@@ -38,9 +38,10 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
     chosen, config = tool(command.tool), read_config(command)
     space = spec.space()
     names = [name for name in spec.hyperparameters if name in space]
-    yield from chosen.mistakes(command.run, config, names, spec.run.gpus_per_worker)
+    yield from chosen.mistakes(command.run, config, names)
     if chosen.has_hook and "batch_size" in space:
-        wrong = batch_mistake(_values(space["batch_size"]), config, spec.run.gpus_per_worker)
+        said = {**config, **options_of(command.run)}
+        wrong = batch_mistake(_values(space["batch_size"]), said, spec.run.gpus_per_worker)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
 

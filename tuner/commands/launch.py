@@ -16,7 +16,7 @@ import yaml
 
 from tuner.config import CommandSpec
 from tuner.errors import InputError
-from tuner.methods.tools import Settings, Tool, TrialSettings, tool
+from tuner.methods.tools import Settings, Tool, TrialSettings, options_of, tool
 from tuner.playbook.schedule import trunk_end
 from tuner.records import Assignment, Hyperparameters, Value
 
@@ -109,7 +109,7 @@ def prepared(
             evaluate_every=assignment.evaluate_every,
             output=str(place.output),
             gpus=gpus,
-            config=config,
+            config={**config, **options_of(spec.run)},
             resume_from=None if resume_from is None else str(resume_from),
         )
     )

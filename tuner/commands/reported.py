@@ -15,6 +15,8 @@ from tuner.records import LOSS, Evaluation, Objective
 _LOSS_NAME = "eval_loss"
 _NOT_METRICS = frozenset({"step", "checkpoint", "processes", "infeasible", "train_loss", "learning_rate"})
 """Keys of a line with a meaning of their own."""
+_OF_THE_CLOCK = ("_runtime", "_per_second", "epoch")
+"""Ends of names that a Trainer reports beside its metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class MetricsFile:
 
     def _evaluation(self, step: int, said: Mapping[str, Any]) -> Evaluation | None:
         """Return the evaluation in a line; the first one of a step counts."""
-        found = {name: self._number_in(name, raw) for name, raw in said.items() if name not in _NOT_METRICS}
+        found = {name: self._number_in(name, raw) for name, raw in said.items() if _is_metric(name)}
         self.names |= found.keys()
         if (self.objective.metric not in found and _LOSS_NAME not in found) or step in self._evaluated:
             return None
@@ -136,6 +138,10 @@ class MetricsFile:
 
     def _wrong(self, what: str, read: object) -> InputError:
         return InputError(f"{self.path.name}, line {self._number}: {what} {shown(read)}")
+
+
+def _is_metric(name: str) -> bool:
+    return name not in _NOT_METRICS and not name.endswith(_OF_THE_CLOCK)
 
 
 def not_finite(evaluation: Evaluation) -> str | None:

@@ -271,6 +271,12 @@ class RoundSpec(BaseModel):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
+        with using(self.table):  # runs outside of the validator above
+            refuse("round", self._refusals())
+        return self
+
+    def _refusals(self) -> list[Refusal]:
+        """Return the conflicts between sections."""
         space = self.space()
         refusals = [
             *horizon_refusals(
@@ -295,8 +301,7 @@ class RoundSpec(BaseModel):
                 objective=self.objective,
                 run=self.run,
             )
-        refuse("round", refusals)
-        return self
+        return refusals
 
     def _beside_command(self) -> list[Refusal]:
         """Return the sections that a command takes the place of."""

@@ -59,7 +59,8 @@ Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
 def measured_by(curve: Curve, spec: RoundSpec) -> Curve:
     """Return the curve with values of the round's metric.
 
-    Takes `exp(-loss)` as the chance to predict a token first. Returns the curve itself if the loss chooses the best step.
+    Takes `exp(-loss)` as the chance to predict a token first. Returns the curve itself if the loss chooses
+    the best step.
     """
     name = spec.objective.metric
     if spec.command is not None:

@@ -68,7 +68,7 @@ def _callback(trainer):
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step in self.save_steps:
-                control.should_evaluate = control.should_save = True
+                control.should_log = control.should_evaluate = control.should_save = True
             self.before = _RandomState() if control.should_evaluate else None
             return control
 

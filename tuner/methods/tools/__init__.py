@@ -42,7 +42,7 @@ class TrialSettings:
     gpus: int
     """Number of GPUs, 0 for none."""
     config: Settings
-    """The content of the round's `command.config`; empty without one."""
+    """The content of the round's `command.config`, and the options in its command."""
     resume_from: str | None = None
     """The copy of a checkpoint that the command may read and that is its own."""
 
@@ -70,8 +70,8 @@ class Tool:
     """Whether names that are neither tuner's nor below `extra` are passed as they are."""
     settings: Callable[[TrialSettings], Settings]
     """Returns what a trial sets, by the tool's names."""
-    mistakes: Callable[[Sequence[str], Settings, Sequence[str], int], Iterator[Mistaken]]
-    """Yields what cannot work: (command, configuration, names of the hyperparameters, GPUs)."""
+    mistakes: Callable[[Sequence[str], Settings, Sequence[str]], Iterator[Mistaken]]
+    """Yields what cannot work: (command, content of the configuration, names of the hyperparameters)."""
     replaced: tuple[str, ...] = ()
     """Keys of the configuration that every trial sets itself."""
     has_hook: bool = False
@@ -112,6 +112,18 @@ def tool(name: str) -> Tool:
 def bare(name: str) -> str:
     """Return a hyperparameter's name as the command gets it: without `extra.`."""
     return name.removeprefix(EXTRA)
+
+
+def options_of(command: Sequence[str]) -> dict[str, str]:
+    """Return the options in a command: `--name=value`, `--name value` or, as a flag, `--name`."""
+    found: dict[str, str] = {}
+    for part, following in zip(command, [*command[1:], "--"], strict=True):
+        name, equals, value = part.partition("=")
+        if not name.startswith("--") or name == "--":
+            continue
+        is_flag = not equals and following.startswith(("-", "$"))
+        found[name[2:].replace("-", "_")] = value if equals else "true" if is_flag else following
+    return found
 
 
 class KnownNames(NamedTuple):

@@ -15,9 +15,7 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
     return written
 
 
-def _mistakes(
-    command: Sequence[str], config: Settings, names: Sequence[str], gpus: int
-) -> Iterator[Mistaken]:
+def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
     yield from ()
 
 

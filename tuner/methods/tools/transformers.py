@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tuner.methods.schedules import schedule
-from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare
+from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare, options_of
 from tuner.records import Value
 
 OPTIMIZERS = {
@@ -85,17 +85,15 @@ def batch_mistake(sizes: Sequence[Value], config: Settings, gpus: int) -> str | 
     return (
         f"{wrong[0]} is no multiple of {at_once}, the sequences of one pass ({DEVICE_BATCH} "
         f"{at_once // max(1, gpus)} x {max(1, gpus)} device): choose multiples of {at_once}, or set a "
-        f"smaller {DEVICE_BATCH} in the configuration"
+        f"smaller {DEVICE_BATCH} in the configuration or the command"
     )
 
 
-def trainer_mistakes(
-    command: Sequence[str], config: Settings, names: Sequence[str], gpus: int
-) -> Iterator[Mistaken]:
+def trainer_mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
     """Yield what no trial of a Trainer can use."""
-    said = {part.partition("=")[0].lstrip("-").replace("-", "_") for part in command if part.startswith("-")}
+    said = options_of(command)
     ours = {*FIXED, "max_steps", "eval_steps", "save_steps", "output_dir", "seed", "lr_scheduler_type"}
-    for name in sorted(said & ours):
+    for name in sorted(said.keys() & ours):
         yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
     for name in _OTHER_LENGTHS:
         if name in said:
@@ -107,10 +105,8 @@ def trainer_mistakes(
         )
 
 
-def _mistakes(
-    command: Sequence[str], config: Settings, names: Sequence[str], gpus: int
-) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config, names, gpus)
+def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config, names)
 
 
 TRANSFORMERS = Tool(

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tuner.methods.tools import EXTRA, Mistaken, Settings, Tool, TrialSettings, bare, known_names
+from tuner.methods.tools import EXTRA, Mistaken, Settings, Tool, TrialSettings, bare, known_names, options_of
 from tuner.methods.tools.transformers import TRANSFORMERS, trainer_mistakes, trainer_settings
 
 _PEFT: Mapping[str, str] = {
@@ -29,11 +29,9 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
     return {**adapter, **trainer_settings(trial)}
 
 
-def _mistakes(
-    command: Sequence[str], config: Settings, names: Sequence[str], gpus: int
-) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config, names, gpus)
-    uses_peft = config.get("use_peft") is True or any(part.startswith("--use_peft") for part in command)
+def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config, names)
+    uses_peft = str({**config, **options_of(command)}.get("use_peft")).lower() == "true"
     if not uses_peft:
         for name in names:
             if name in _PEFT or bare(name) in _PEFT.values():
