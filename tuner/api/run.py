@@ -120,6 +120,10 @@ def run_here(
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
+    if spec.command is not None and where.slots not in (None, 1, "auto"):
+        raise InputError(
+            f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
+        )
     run = spec.run.model_copy(
         update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
     )
@@ -171,7 +175,7 @@ def _job(
         return {
             **document(),
             "directory": str(beside),
-            "has_reported": any(trial.evaluations for trial in before),
+            "has_reported": any(e.step for trial in before for e in trial.evaluations),
             "has_completed": any(trial.state == TrialState.COMPLETE for trial in before),
         }
 

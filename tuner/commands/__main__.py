@@ -57,10 +57,6 @@ def _round(document: dict[str, Any]) -> Round:
     """Return the work that the parent's first line describes. Raises InputError if no trial can run."""
     spec = RoundSpec.model_validate(document["spec"])
     directory = Path(document["directory"])
-    if document["slots"] not in (1, "auto"):
-        raise InputError(
-            f"--slots {document['slots']}: a command trains one trial at a time; use --workers for more"
-        )
     refuse_unusable(spec, directory)
     known = document.get("base")
     return Round(

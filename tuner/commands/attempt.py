@@ -57,7 +57,7 @@ class Round:
     base: Evaluation | None = None
     """Evaluation at step 0, once a trial has made it."""
     has_reported: bool = False
-    """Whether any trial has reported an evaluation."""
+    """Whether any trial has reported an evaluation after step 0."""
     has_completed: bool = False
     """Whether any trial has reached its horizon."""
 
@@ -113,7 +113,7 @@ class Attempt:
     def run(self, stopping: Callable[[], bool]) -> None:
         """Run the command to its end, or until `stopping`.
 
-        Raises Unusable, with the attempt stopped, for a command that no trial can use.
+        Raises Unusable, without an `Ended`, for a command that no trial can use.
         """
         place = Place(Path(self.assignment.directory) / f"attempt-{self.assignment.attempt}")
         try:
@@ -143,7 +143,6 @@ class Attempt:
             self._follow(place, launch, token, stopping)
         except InputError as error:
             processes.end(token)
-            self.end("stopped")
             raise Unusable(f"trial {self.assignment.trial}: {error}") from error
         finally:
             self._clear(place)
@@ -270,7 +269,7 @@ class Attempt:
                 f"{', '.join(sorted([*made.metrics, 'eval_loss']))}, but not objective.metric "
                 f"{self.round.objective.metric}: write one of these names, or report both in one line"
             )
-        self.round.has_reported = True
+        self.round.has_reported = self.round.has_reported or made.step > 0
         self.evaluations.append(made)
         self.evaluations.sort(key=lambda each: each.step)
         if made.step == 0 and self.round.base is None:

@@ -37,7 +37,7 @@ class Ending:
     killed_for_memory: bool = False
     """Whether the system killed processes for want of memory meanwhile."""
     reported_before: bool = False
-    """Whether the round has seen this command, or another trial's, report an evaluation."""
+    """Whether this trial or another one of the round has reported an evaluation after step 0."""
     completed_before: bool = False
     """Whether a trial of this round has reached the horizon."""
 
