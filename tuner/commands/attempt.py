@@ -349,7 +349,7 @@ class Attempt:
             outcome.Ending(
                 code=popen.returncode,
                 last_step=last,
-                names=tuple(sorted(report.names)),
+                names=tuple(sorted(report.curve.names)),
                 log=tail(place.log),
                 killed_for_memory=kills is not None and now is not None and now > kills,
                 reported_before=self.round.has_reported,

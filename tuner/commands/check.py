@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuner.commands.launch import missing_executable, placeholder_mistakes, read_config
+from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
 from tuner.config import CommandSpec, RoundSpec
 from tuner.errors import InputError
 from tuner.methods.tools import Mistaken, options_of, tool
@@ -27,6 +27,9 @@ def refuse_unusable(spec: RoundSpec, directory: Path) -> None:
 def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
     """Yield what is wrong with a command, its configuration and its names. Raises InputError."""
     command = _command(spec)
+    if command.run[0] == MISSING_COMMAND:
+        yield Mistaken("command.run", "is not known of imported runs: write the command that trains a trial")
+        return
     for message in placeholder_mistakes(command):
         key, _, said = message.partition(": ")
         yield Mistaken(key, said)
@@ -40,8 +43,8 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
     names = [name for name in spec.hyperparameters if name in space]
     yield from chosen.mistakes(command.run, config, names)
     if chosen.has_hook and "batch_size" in space:
-        said = {**config, **options_of(command.run)}
-        wrong = batch_mistake(_values(space["batch_size"]), said, spec.run.gpus_per_worker)
+        options = {**config, **options_of(command.run)}
+        wrong = batch_mistake(_values(space["batch_size"]), options, spec.run.gpus_per_worker)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
 

@@ -22,6 +22,8 @@ from tuner.records import Assignment, Hyperparameters, Value
 
 HOOK = Path(__file__).parent / "hook"
 """The folder of `sitecustomize.py`, and of nothing else."""
+MISSING_COMMAND = "WRITE-THE-COMMAND"
+"""Program of a round of imported runs whose command is not known."""
 _VALUES = ("args", "args_no_hyphens", "args_json_file", "config")
 """Placeholders that carry the hyperparameters."""
 _PLACEHOLDER = re.compile(r"\$\{(\w+)\}")

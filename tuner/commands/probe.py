@@ -19,7 +19,6 @@ from tuner.records import (
     Ended,
     Evaluated,
     Event,
-    Fixed,
     Hyperparameters,
     Range,
     Saved,
@@ -134,8 +133,6 @@ def _middle(spec: RoundSpec) -> Hyperparameters:
             case Range(low=low, high=high, log=log, integer=integer):
                 middle = (low * high) ** 0.5 if log else (low + high) / 2
                 chosen[name] = round(middle) if integer else middle
-            case Fixed():
-                continue
     return chosen
 
 

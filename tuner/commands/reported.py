@@ -43,45 +43,26 @@ class Line:
 
 
 @dataclass
-class MetricsFile:
-    """The report of one attempt, read as it grows."""
+class Curve:
+    """Reads the lines of one run, in their order, as evaluations. `source` names it in messages."""
 
-    path: Path
+    source: str
     objective: Objective
     names: set[str] = field(default_factory=set)
     """Metrics seen so far."""
-    _position: int = 0
     _number: int = 0
     _evaluated: set[int] = field(default_factory=set)
     _losses: list[float] = field(default_factory=list)
     _rate: float | None = None
 
-    def new_lines(self) -> Iterator[Line]:
-        """Yield the lines since the last call; an unfinished one is left for the next.
+    def line(self, said: object) -> Line:
+        """Read the next line. Raises InputError if it cannot be read."""
+        self._number += 1
+        return self._line(said)
 
-        Raises InputError for a line that cannot be read.
-        """
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._position)
-            for raw in file:
-                if not raw.endswith(b"\n"):
-                    return
-                self._position += len(raw)
-                self._number += 1
-                if raw.strip():
-                    yield self._line(raw)
-
-    def _line(self, raw: bytes) -> Line:
-        try:
-            said = json.loads(raw)
-        except ValueError:
-            said = None
+    def _line(self, said: object) -> Line:
         if not isinstance(said, dict):
-            raise self._wrong(
-                'expects a line such as {"step": 6, "eval_loss": 1.2}, got', raw.decode(errors="replace")
-            )
+            raise self._wrong('expects a line such as {"step": 6, "eval_loss": 1.2}, got', said)
         if "began_at" in said:
             return Line(None, began_at=int(said["began_at"]))
         step = said.get("step")
@@ -137,7 +118,43 @@ class MetricsFile:
         return float(raw)
 
     def _wrong(self, what: str, read: object) -> InputError:
-        return InputError(f"{self.path.name}, line {self._number}: {what} {shown(read)}")
+        return InputError(f"{self.source}, line {self._number}: {what} {shown(read)}")
+
+
+@dataclass
+class MetricsFile:
+    """The report of one attempt, read as it grows."""
+
+    path: Path
+    objective: Objective
+    curve: Curve = field(init=False)
+    _position: int = 0
+
+    def __post_init__(self) -> None:
+        self.curve = Curve(self.path.name, self.objective)
+
+    def new_lines(self) -> Iterator[Line]:
+        """Yield the lines since the last call; an unfinished one is left for the next.
+
+        Raises InputError for a line that cannot be read.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self._position += len(raw)
+                if raw.strip():
+                    yield self.curve.line(_parsed(raw))
+
+
+def _parsed(raw: bytes) -> object:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode(errors="replace")
 
 
 def _is_metric(name: str) -> bool:
