@@ -22,9 +22,11 @@ from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import trunk_end
 from tuner.records import (
     LOSS,
+    AttemptStarted,
     Checkpoint,
     CheckpointKind,
     Direction,
+    Ended,
     Evaluated,
     Evaluation,
     Fact,
@@ -204,17 +206,19 @@ def _trial(
 ) -> tuple[list[Fact], list[str]]:
     """Return the facts of a run as a trial, and what is to be said of it. Copies its checkpoints.
 
-    tuner has run none of its steps, so it has no attempt.
+    tuner has run none of its steps: its attempt, which checkpoints need, is empty.
     """
     values = _values(plan, run)
     state, reason = _ended(run, horizon)
     name = (plan.name, number)
     facts: list[Fact] = [
         TrialAsked(Trial(plan.name, number, values)),
+        AttemptStarted(*name, 1, run.last_step, at),
         *(Evaluated(*name, 1, evaluation) for evaluation in run.evaluations),
     ]
     kept, notes = _kept(plan, run, number, values)
     facts += [Saved(*name, 1, checkpoint) for checkpoint in kept]
+    facts.append(Ended(*name, 1, run.last_step, "stopped", None, at))
     facts.append(TrialEnded(*name, state, reason, at))
     said = [f"trial {number} ({run.name}): {reason}"] if reason else []
     return facts, [*said, *notes]
