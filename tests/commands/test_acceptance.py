@@ -99,7 +99,7 @@ def test_the_study_of_trl_runs_two_rounds(tmp_path: Path) -> None:
 
 def test_torchrun_with_two_processes_resumes(tmp_path: Path) -> None:
     content = trainer()
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     content["command"] = {**content["command"], "run": [*run, *content["command"]["run"][1:]]}
     content["run"] = {"gpus_per_worker": 2}
     short = Ran(tmp_path, content)
@@ -115,7 +115,7 @@ def test_torchrun_with_two_processes_resumes(tmp_path: Path) -> None:
 def test_stopping_torchrun_leaves_no_process(tmp_path: Path) -> None:
     content = trainer(max_train_steps=100_000, evaluation={"every_steps": 50_000})
     content["hyperparameters"]["decay_steps"] = 10
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     content["command"] = {**content["command"], "run": [*run, *content["command"]["run"][1:]]}
     content["run"] = {"gpus_per_worker": 2}
     ran = Ran(tmp_path, content, stopping=lambda events: len(events) > 1)
