@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -249,9 +249,11 @@ def _write(
         objective=objective_of(record, store.trials(record.name)),
     )
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
-    plan = Promotion(record.name, to, document, text, clock())
+    url = folder.files[0].spec.storage
+    kept = text.replace(url, without_secrets(url))
+    plan = Promotion(record.name, to, document, kept, clock())
     if not any(
-        p.to_round == to and p.file_text == text and dict(p.plan) == document for p in store.promotions()
+        p.to_round == to and p.file_text == kept and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)
@@ -311,7 +313,7 @@ def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     }
     comments = {
         "search.sampler": next_round.sampler_reason,
-        "search.seed": f"pass {number}",
+        "search.seed": f"restart {number - 1}",
         "search.enqueue": f"none: {file.spec.round} has run them",
     }
     changed = {key: value for key, value in changes.items() if key != "search.enqueue" or search.enqueue}
@@ -393,7 +395,7 @@ def promotion_document(
         "evidence": list(reading.evidence),
         "hyperparameters": {
             name: {
-                "from": dimension_to_yaml(change.from_dimension),
+                "from": None if change.from_dimension is None else dimension_to_yaml(change.from_dimension),
                 "to": dimension_to_yaml(change.to_dimension),
                 "tier": str(change.tier),
                 "reason": change.reason,
@@ -409,6 +411,7 @@ def promotion_document(
         "findings": findings,
         "notes": list(next_round.notes),
         "passes": passes,
+        "restarts": passes - 1,
     }
 
 
