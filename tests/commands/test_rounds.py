@@ -70,6 +70,11 @@ def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path) -> None:
     best = status["rounds"][1]["best"]
     assert Path(best["adapter"], "state.json").is_file()
     assert "command" in tuner(tmp_path, "study", "report")
+    tuner(tmp_path, "trial", "export", "best", "--to", "out")
+    assert (tmp_path / "out" / "state.json").is_file()
+    for wish in (("trial", "generate", "best", "--prompt", "x"), ("study", "sweep", "round2.yaml")):
+        assert "runs a command" in tuner(tmp_path, *wish, code=2)
+    assert "digit for digit" in tuner(tmp_path, "trial", "reproduce", "round1/0")
 
 
 def test_a_change_of_the_script_is_refused(tmp_path: Path) -> None:
@@ -111,8 +116,7 @@ def test_a_dry_run_has_values_of_the_objective(tmp_path: Path) -> None:
     content["command"] = {"run": content["command"]["run"]}
     written(tmp_path, content)
     tuner(tmp_path, "study", "run", "round1.yaml", "--engine", "simulated")
-    (rehearsal,) = tmp_path.glob("rehearsal*")
-    (trial,) = json.loads(tuner(rehearsal, "trial", "list", "--json"))
+    (trial,) = json.loads(tuner(tmp_path / "dry-run", "trial", "list", "--json"))
     assert (trial["metric"], trial["direction"]) == ("accuracy", "maximize")
     assert 0 < trial["best_value"] < 1
 

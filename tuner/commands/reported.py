@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,3 @@ def not_finite(evaluation: Evaluation) -> str | None:
     if evaluation.objective is not None and math.isinf(loss):
         return f"evaluation loss is {loss} at step {evaluation.step}"
     return None
-
-
-def merged(earlier: Sequence[Evaluation], later: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """Return one curve: a later attempt replaces from its first step on."""
-    first = later[0].step if later else math.inf
-    return (*(evaluation for evaluation in earlier if evaluation.step < first), *later)

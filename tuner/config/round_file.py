@@ -48,7 +48,7 @@ from tuner.config.sections import (
     using,
 )
 from tuner.config.wording import ONE_HORIZON, Refusal, mistake, refuse
-from tuner.errors import shown
+from tuner.errors import InputError, shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
 from tuner.methods.registry import BUILT_IN, is_built_in
@@ -348,6 +348,17 @@ class RoundSpec(BaseModel):
     def unloaded(self) -> tuple[tuple[Chooser, str], ...]:
         """Return the plug-ins of the file whose descriptions are not known yet, as kind and name."""
         return () if self.command is not None else unloaded(self.hyperparameters, self.plug_ins)
+
+    def require_model(self, wish: str) -> None:
+        """Raise InputError if the round runs a command, whose model and rows tuner does not know.
+
+        `wish` says what needs them, such as `trial generate`.
+        """
+        if self.command is not None:
+            raise InputError(
+                f"{wish}: {self.round} runs a command, which alone knows its model and its rows; use the "
+                "checkpoint of the trial (see `tuner trial show`) with the tool that trained it"
+            )
 
     @property
     def recorded_objective(self) -> Objective:
