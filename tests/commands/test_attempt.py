@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.driving import Ran, document, spec_of, with_fault
+from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
 from tuner.commands import processes
 from tuner.commands.attempt import Round, Unusable
 from tuner.records import CheckpointKind, Evaluated, Event, Started
@@ -158,6 +158,42 @@ def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
     again = Ran(tmp_path, document(), trial=1, resume=point)
     assert again.end.outcome == "failed"
     assert "changed or damaged" in str(again.end.reason)
+
+
+def test_a_checkpoint_that_other_processes_still_write_is_kept_once_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import json, os, time\n"
+        "from pathlib import Path\n"
+        "def say(**line):\n"
+        "    with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "        file.write(json.dumps(line) + '\\n')\n"
+        "place = Path(os.environ['TUNER_OUTPUT_DIR']) / 'checkpoint-24'\n"
+        "place.mkdir(parents=True)\n"
+        "say(step=24, eval_loss=1.0)\n"
+        "(place / 'trainer_state.json').write_text(json.dumps({'global_step': 24}))\n"
+        "(place / 'rng_state_0.pth').write_text('0')\n"
+        "say(step=24, checkpoint=str(place), processes=2)\n"
+        "time.sleep(0.6)\n"
+        "(place / 'rng_state_1.pth').write_text('1')\n"
+        "time.sleep(0.4)\n"
+    )
+    content = trainer(hyperparameters={"learning_rate": 0.1, "decay_steps": 8})
+    content["command"] = {"run": [PYTHON, "slow.py", "${args}"], "tool": "transformers"}
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "complete"
+    assert (ran.directory / "best" / "rng_state_1.pth").is_file()
+
+
+def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
+    content = document()
+    spec = spec_of(tmp_path, content)
+    trial = tmp_path / "runs" / spec.round / "trial-0000"
+    trial.mkdir(parents=True)
+    (trial / "best-steps").write_text("a file where a folder belongs")
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "failed"
+    assert "best-steps" in str(ran.end.reason)
+    assert not list(processes.with_token(ran.tokens[0]))
 
 
 def test_an_objective_that_is_not_reported_names_what_is(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ class Attempt:
     """The trial's curve: what is inherited and what is reported."""
     kept_best: tuple[int, Path] | None = None
     """The best step that has a kept checkpoint, and its folder."""
+    reported: list[SavedByCommand] = field(default_factory=list)
+    """Checkpoints that are not looked at yet, or not whole: other processes may still write to them."""
     saved: dict[int, Path] = field(default_factory=dict)
     """Checkpoints of the command that are still in its output folder, by step."""
     from_step: int = 0
@@ -144,6 +146,9 @@ class Attempt:
         except InputError as error:
             processes.end(token)
             raise Unusable(f"trial {self.assignment.trial}: {error}") from error
+        except OSError as error:  # such as a full disk: the machine's fault
+            processes.end(token)
+            self.end("failed", f"{error.strerror}: {error.filename}")
         finally:
             self._clear(place)
 
@@ -242,7 +247,8 @@ class Attempt:
                 return reason
             self._progressed(line)
             if line.checkpoint is not None:
-                self._saved(line.checkpoint, place)
+                self.reported.append(line.checkpoint)
+        self.reported = [saved for saved in self.reported if not self._saved(saved, place)]
         return None
 
     def _refuse_restart(self, step: int) -> None:
@@ -282,16 +288,19 @@ class Attempt:
 
     # --- checkpoints --------------------------------------------------------------------------------
 
-    def _saved(self, saved: SavedByCommand, place: Place) -> None:
-        """Keep what is needed of a reported checkpoint, and delete the one before from the output."""
+    def _saved(self, saved: SavedByCommand, place: Place) -> bool:
+        """Keep what is needed of a reported checkpoint, and delete the one before from the output.
+
+        False if it is not whole yet.
+        """
         path = resolved(saved, output=place.output, directory=self.round.directory)
         if not is_whole(path, saved, is_trainers=self.round.is_trainers):
-            _log.warning("trial %d: %s is not whole and is not kept", self.assignment.trial, path)
-            return
+            return False
         self.saved[saved.step] = path
         if self._keep(saved.step):
             for step in [step for step in self.saved if step < saved.step]:
                 _remove(self.saved.pop(step), unless=path)
+        return True
 
     def _keep(self, step: int) -> bool:
         """Keep the command's checkpoint of a step for what it is needed; False if it is gone already."""
@@ -332,6 +341,8 @@ class Attempt:
 
     def _clear(self, place: Place) -> None:
         """Delete the checkpoints left in the output, and the copy that the command resumed from."""
+        for saved in self.reported:
+            _log.warning("trial %d: %s is not whole and is not kept", self.assignment.trial, saved.path)
         for path in self.saved.values():
             _remove(path, unless=None)
         shutil.rmtree(place.folder / "resume", ignore_errors=True)
