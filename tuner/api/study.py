@@ -331,9 +331,14 @@ class Promotion:
 
 
 def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
-    """Return the state of each round of a study, and the next command."""
+    """Return the state of each round of a study, and the next command.
+
+    While a process runs the study, it is a command that only reads.
+    """
     with opened(folder) as store:
         found = statuses(folder, store)
+        if any(status.state == "running" for status in found):
+            return found, "tuner trial list"
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
             return found, _going_on(folder, store, unfinished.round)
