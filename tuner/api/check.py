@@ -59,8 +59,11 @@ def checked(
     file = load_round(path)
     round_plan = StudyPlan(with_plug_ins(file) if probe else file)
     command = _next_command(round_plan)
-    with taken_back(round_plan.cache):
-        plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    try:
+        with taken_back(round_plan.cache):
+            plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    except (DataError, ModelError) as error:
+        raise (file.missing(str(error)) or error) from None
     return plan, remarks, command
 
 

@@ -110,6 +110,8 @@ def run_here(
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
+    except InputError as error:
+        raise (file.missing(str(error)) or error) from None
     finally:
         engine.close()
         view.close()

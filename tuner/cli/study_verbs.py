@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tuner.cli.hints import Group, one_name, round_path
+
 if TYPE_CHECKING:
     from tuner.report import RoundReport
     from tuner.study.folder import StudyFolder
 
 app = typer.Typer(
+    cls=Group,
     help="Rounds: write, check, run, promote, inspect. Start with `tuner study new --help`.",
     no_args_is_help=True,
 )
 
-RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="Round file.")]
+RoundPath = Annotated[
+    Path, typer.Argument(metavar="ROUND.yaml", help="Round file.", callback=lambda path: round_path(path))
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
 ]
@@ -230,7 +235,12 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def promote(
-    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")],
+    round_name: Annotated[
+        str | None, typer.Argument(metavar="ROUND", help="Name of the next round, the same as --to.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")
+    ] = None,
     from_round: Annotated[
         str | None,
         typer.Option("--from", metavar="ROUND", help="Round to promote from. Default: the latest."),
@@ -279,7 +289,7 @@ def promote(
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
     done = Study(_folder().directory).promote(
-        to,
+        one_name(round_name, to, name="--to"),
         from_round=from_round,
         max_train_steps=max_train_steps,
         top=top,
