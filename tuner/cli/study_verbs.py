@@ -304,25 +304,63 @@ def promote(
 
 @app.command()
 def report(
-    round_name: Annotated[
-        str | None, typer.Argument(metavar="ROUND", help="Name of the round. Default: the latest.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ROUND | STUDY STUDY]",
+            help="Name of the round, by default the latest; or the folders of two studies to compare.",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Path of the HTML page. Default: report-ROUND.html.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
 ) -> None:
-    """Report on a round, in the terminal and as one self-contained HTML page.
+    """Report on a round, in the terminal and as one self-contained HTML page; or compare two studies.
 
     Example: `tuner study report round1`
     """
-    from tuner.api.round import write_reports
+    from dataclasses import replace
 
+    from tuner.api.round import write_reports
+    from tuner.cli.printing import next_command
+    from tuner.errors import InputError
+
+    if names and len(names) > 1:
+        if markdown is not None:
+            raise InputError("--markdown: a comparison has no Markdown form; leave it out")
+        _compare(names, html)
+        return
     _folder()
-    found = _reports(Path(), Path(round_name) if round_name else None)
-    path = html or Path(f"report-{found[-1].record.name}.html")
-    write_reports(found, html=path, markdown=markdown)
-    _print_summary(found, page=path)
+    *earlier, last = _reports(Path(), Path(names[0]) if names else None)
+    path = html or Path(f"report-{last.record.name}.html")
+    typed = replace(last, next_command=next_command(last.next_command))
+    write_reports((*earlier, typed), html=path, markdown=markdown)
+    _print_summary((*earlier, last), page=path)
+
+
+def _compare(names: list[str], html: Path | None) -> None:
+    """Compare the studies of two folders. Raises InputError for another number of folders."""
+    from tuner.cli.printing import PROSE, output
+    from tuner.errors import InputError
+    from tuner.report.comparison import Compared, comparison_page, comparison_summary
+    from tuner.report.html import write_page
+
+    folders = [Path(name) for name in names]
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+        raise InputError(
+            f"{' '.join(names)}: expects one round of this study, or the folders of two studies to compare, "
+            "such as: tuner study report study-a study-b"
+        )
+    one, other = (_reports(folder, None) for folder in folders)
+    shown = [folder.resolve().name for folder in folders]
+    called = (shown[0], shown[1]) if shown[0] != shown[1] else (names[0], names[1])
+    compared = Compared(called, (one, other))
+    path = html or Path(f"comparison-{shown[0]}-{shown[1]}.html")
+    write_page(path, comparison_page(compared))
+    output(piped_width=PROSE).print(comparison_summary(compared))
+    _say(f"full comparison: {path}")
+    _next(f"tuner -C {shlex.quote(names[0])} study report")
 
 
 @app.command()
