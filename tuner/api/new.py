@@ -15,6 +15,7 @@ from tuner.api.check import PrepareWith, refuse_unusable
 from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH
 from tuner.config.sections import possible_path
+from tuner.config.settings import with_settings
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
 from tuner.errors import InputError, ModelError, TargetModulesError
@@ -42,13 +43,15 @@ def write_first_round(
     columns: Sequence[str] = (),
     split: str | None = None,
     template: str | None = None,
+    settings: Sequence[str] = (),
     prepare: PrepareWith,
     telling: Telling,
 ) -> Path:
     """Write DIR/round1.yaml, which passes `study check`; return its path.
 
-    `prepare` prepares the rows, `telling` receives the progress. Raises InputError if the file exists or
-    cannot be written, and the errors of `study check`; the file is then removed.
+    `settings` are values to write into it, as `KEY=VALUE`; `prepare` prepares the rows, `telling` receives
+    the progress. Raises InputError if the file exists or cannot be written, and the errors of `study check`;
+    the file is then removed.
     """
     path = directory / "round1.yaml"
     if path.exists():
@@ -69,7 +72,7 @@ def write_first_round(
         chat_template: str | None = None,
         target_modules: Sequence[str] = (),
     ) -> str:
-        return new_round(
+        made = new_round(
             study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
             model=_from_folder(model, directory),
             gguf_file=gguf_file,
@@ -85,6 +88,7 @@ def write_first_round(
             target_modules=target_modules,
             recipe=template,
         )
+        return with_settings(made, settings, path)[0]
 
     with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)

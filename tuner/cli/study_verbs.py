@@ -45,6 +45,15 @@ Engine = Annotated[
         "own engine as package.module:Class. Overrides run.engine.",
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Write a value into the file: hyperparameters.lora_r=16,32 (a list), "
+        "hyperparameters.learning_rate=1e-5:1e-3:log (a range) or data.max_length=1024. Repeatable.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -77,6 +86,7 @@ def new(
     template: Annotated[
         str | None, typer.Option(help="Known recipe to start from: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
+    set_: Set = None,
 ) -> None:
     """Write a commented round1.yaml that passes `study check`; the horizon is derived from the row count.
 
@@ -94,6 +104,7 @@ def new(
         columns=columns or (),
         split=split,
         template=template,
+        settings=set_ or (),
         prepare=prepared,
         telling=lambda: progress_shown(error_output()),
     )
@@ -271,6 +282,7 @@ def promote(
             "(weight_decay=1e-4:1e-1:log). Repeatable.",
         ),
     ] = None,
+    set_: Set = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
@@ -295,6 +307,7 @@ def promote(
         top=top,
         decay=kept,
         add=add or (),
+        settings=set_ or (),
         force=force,
     )
     typer.echo(dumps(done.document) if json else promotion_text(done.document))
