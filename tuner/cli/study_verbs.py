@@ -45,6 +45,13 @@ Engine = Annotated[
         "own engine as package.module:Class. Overrides run.engine.",
     ),
 ]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        help="Run this at each new best trial and at the end, with JSON on its input; overrides run.notify.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -141,6 +148,7 @@ def run(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Start or resume a round.
 
@@ -148,7 +156,7 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, notify))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -166,6 +174,7 @@ def sweep(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
 
@@ -177,7 +186,7 @@ def sweep(
     from tuner.cli.printing import next_command
     from tuner.cli.rounds import sweep_file, where_typed
 
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, notify)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -198,6 +207,7 @@ def auto(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
@@ -212,7 +222,9 @@ def auto(
 
     from tuner.cli.rounds import run_rounds, where_typed
 
-    ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
+    ended = run_rounds(
+        round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine, notify)
+    )
     if ended.last is None:
         _next(ended.command)
         return
