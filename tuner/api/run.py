@@ -13,21 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, to_json
+from tuner.records import Evaluation, Trial, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import rehearsed_file
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
+from tuner.study.dry_run import dry_run_file
+from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
 from tuner.study.plan import RoundPlan
-from tuner.study.reproduction import Rerun, reproduce
+from tuner.study.reproduction import Rerun, planned_rerun, reproduce
+from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ class Where:
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
         file = load_round(path)
-        return rehearsed_file(file) if self.engine_of(file) == "simulated" else file
+        return dry_run_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
         """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
-        if engine != "simulated" and is_rehearsal(file):
+        if engine != "simulated" and is_dry_run(file):
             raise InputError(
                 f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
@@ -94,7 +95,7 @@ def run_here(
     *,
     open_view: OpenView,
     stopping: Callable[[], bool],
-    passes: int = 1,
+    restarts: int = 0,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
@@ -106,7 +107,7 @@ def run_here(
     notifier = None
     try:
         if is_dry_run:
-            view.message(REHEARSAL_BANNER)
+            view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
             if command := where.notify or file.spec.run.notify:
@@ -115,6 +116,7 @@ def run_here(
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return engine.start(_round_job(plan, base, where))
 
+        passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
@@ -167,7 +169,7 @@ def _job(
     def document() -> dict[str, object]:
         known = base()
         return {
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
             "cache": str(cache),
             "lock": str(directory / "worker.lock"),
@@ -177,7 +179,9 @@ def _job(
     return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
 
 
-def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
+def run_again(
+    rerun: Rerun, *, view: View, stopping: Callable[[], bool], take: Take | None = None
+) -> Reproduction:
     """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
     engine = make_engine(rerun.spec.run.engine)
 
@@ -186,10 +190,27 @@ def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Repr
         return engine.start(_job(alone, directory=place, cache=cache))
 
     try:
-        return reproduce(rerun, make_worker=start, view=view, stopping=stopping)
+        return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
     finally:
         engine.close()
         view.close()
+
+
+def restored_adapter(
+    folder: StudyFolder, trial: Trial, *, open_view: Callable[[Rerun], View], stopping: Callable[[], bool]
+) -> tuple[str, Reproduction | None]:
+    """Put a trial's best adapter back; see `restored`. `open_view` shows a new run, where one is needed."""
+
+    def write_best(directory: Path, target: Path, sha256: str) -> None:
+        from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
+
+        write_best_of(directory, target, sha256=sha256)
+
+    def again(take: Take) -> Reproduction:
+        rerun = planned_rerun(folder, trial, to_step=None)
+        return run_again(rerun, view=open_view(rerun), stopping=stopping, take=take)
+
+    return restored(folder, trial, write_best=write_best, run_again=again)
 
 
 def view_of(progress: bool) -> OpenView:

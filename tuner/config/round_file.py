@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,7 @@ from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
 from tuner.config.rules import adapter_refusals, horizon_refusals, objective_refusals, search_refusals
 from tuner.config.sections import (
+    IGNORED_WHERE_INACTIVE,
     STRICT,
     CheckpointsSpec,
     Count,
@@ -33,6 +35,9 @@ from tuner.config.sections import (
     SearchSpec,
     Table,
     WrittenHyperparameters,
+    condition_of,
+    counts_with,
+    described_choice,
     using,
 )
 from tuner.config.wording import ONE_HORIZON, mistake, refuse
@@ -91,6 +96,21 @@ def absolute_storage(url: str, directory: Path) -> str:
         return url
     scheme, path, query = found.groups()
     return f"{scheme}{absolute_path(path, directory)}{query}"
+
+
+_SECRET_OPTION = re.compile(r"([?&](?:password|passfile|sslpassword|oauth_client_secret)=)[^&#]*")
+
+
+def without_secrets(url: str) -> str:
+    """The URL of a database as it may be recorded and shown; text that is no URL is not shown at all."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return "(not a database URL)"
+    account, at, place = rest.rpartition("@")
+    if at and not scheme.startswith("sqlite"):
+        user, colon, _ = account.partition(":")
+        rest = f"{user}{':***' if colon else ''}@{place}"
+    return _SECRET_OPTION.sub(r"\1***", f"{scheme}://{rest}")
 
 
 def absolute_path(path: str, directory: Path) -> str:
@@ -207,10 +227,12 @@ class RoundSpec(BaseModel):
     @classmethod
     def _database_on_disk_or_server(cls, url: str) -> str:
         if not re.fullmatch(_STORAGE, url):
-            scheme = url.partition("://")[0]
+            scheme = url.partition(":")[0]  # nothing more of it: a password may stand anywhere
+            begins = f"; this begins with {scheme!r}" if scheme.replace("+", "").isalnum() else ""
             raise mistake(
-                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE; "
-                f"this begins with {scheme!r}" + (" and names no file" if scheme.startswith("sqlite") else "")
+                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE"
+                + (begins if url != scheme else "")
+                + (" and names no file" if scheme.startswith("sqlite") else "")
             )
         return url
 
@@ -278,6 +300,20 @@ class RoundSpec(BaseModel):
             f"The search space has {points}, so the round ends after {self.num_trials} of "
             f"{self.search.trials} trials."
         )
+
+    def without_effect(self) -> Iterator[str]:
+        """Yield notes on hyperparameters of the file that no trial has, and that are not refused for it.
+
+        Files of earlier versions have a `decay_steps` beside any schedule.
+        """
+        space, table = self.space(), self.table
+        for name in self.hyperparameters:
+            if name in IGNORED_WHERE_INACTIVE and name not in space:
+                chooser = condition_of(table[name]).chosen_by
+                yield (
+                    f"hyperparameters.{name} has no effect: it {counts_with(table[name])}, but "
+                    f"{described_choice(chooser, space, table)}; remove it"
+                )
 
     @property
     def trains_alone(self) -> str | None:

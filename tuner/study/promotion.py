@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
 from tuner.config.settings import with_settings
 from tuner.config.yaml_text import one_line
 from tuner.data import TABLE_VERSION
@@ -260,9 +260,12 @@ def _write(
     )
     _state(document, settings or {})
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
-    plan = Promotion(record.name, to, document, text, clock())
+    url = folder.files[0].spec.storage
+    written = (settings or {}).get("storage", url)
+    kept = text.replace(url, without_secrets(url)).replace(written, without_secrets(written))
+    plan = Promotion(record.name, to, document, kept, clock())
     if not any(
-        p.to_round == to and p.file_text == text and dict(p.plan) == document for p in store.promotions()
+        p.to_round == to and p.file_text == kept and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)
@@ -275,7 +278,8 @@ def _state(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
         if name != key and name in document["hyperparameters"]:
             document["hyperparameters"][name] |= {"to": value, "reason": "set by --set"}
         else:
-            document["notes"] = [*document.get("notes", []), f"{key}: set by --set to {one_line(value)}"]
+            shown = without_secrets(value) if key == "storage" else one_line(value)
+            document["notes"] = [*document.get("notes", []), f"{key}: set by --set to {shown}"]
 
 
 def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | None:
@@ -332,7 +336,7 @@ def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     }
     comments = {
         "search.sampler": next_round.sampler_reason,
-        "search.seed": f"pass {number}",
+        "search.seed": f"restart {number - 1}",
         "search.enqueue": f"none: {file.spec.round} has run them",
     }
     changed = {key: value for key, value in changes.items() if key != "search.enqueue" or search.enqueue}
@@ -414,7 +418,7 @@ def promotion_document(
         "evidence": list(reading.evidence),
         "hyperparameters": {
             name: {
-                "from": dimension_to_yaml(change.from_dimension),
+                "from": None if change.from_dimension is None else dimension_to_yaml(change.from_dimension),
                 "to": dimension_to_yaml(change.to_dimension),
                 "tier": str(change.tier),
                 "reason": change.reason,
@@ -430,6 +434,7 @@ def promotion_document(
         "findings": findings,
         "notes": list(next_round.notes),
         "passes": passes,
+        "restarts": passes - 1,
     }
 
 
