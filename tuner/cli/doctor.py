@@ -86,7 +86,7 @@ def health_document(checks: Sequence[Check]) -> dict[str, Any]:
     return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks]}
 
 
-_FOR_DEVELOPERS = ("dev", "bench")
+_FOR_DEVELOPERS = ("dev", "bench", "docs")
 
 
 def check_packages() -> Iterator[Check]:

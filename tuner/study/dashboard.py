@@ -102,7 +102,7 @@ def _report(
         scored=scores_of(store),
         branches_left=num_branches_left(store, record),
         importance=importance(results),
-        is_dry_run=folder.is_rehearsal,
+        is_dry_run=folder.is_dry_run,
     )
 
 
