@@ -17,6 +17,7 @@ from tuner.commands.finished import read_runs
 from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
+from tuner.config.settings import with_settings
 from tuner.config.yaml_text import parse
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
@@ -47,13 +48,15 @@ def write_first_round(
     columns: Sequence[str] = (),
     split: str | None = None,
     template: str | None = None,
+    settings: Sequence[str] = (),
     prepare: PrepareWith,
     telling: Telling,
 ) -> Path:
     """Write DIR/round1.yaml, which passes `study check`; return its path.
 
-    `prepare` prepares the rows, `telling` receives the progress. Raises InputError if the file exists or
-    cannot be written, and the errors of `study check`; the file is then removed.
+    `settings` are values to write into it, as `KEY=VALUE`; `prepare` prepares the rows, `telling` receives
+    the progress. Raises InputError if the file exists or cannot be written, and the errors of `study check`;
+    the file is then removed.
     """
     path = directory / "round1.yaml"
     if path.exists():
@@ -74,7 +77,7 @@ def write_first_round(
         chat_template: str | None = None,
         target_modules: Sequence[str] = (),
     ) -> str:
-        return new_round(
+        made = new_round(
             study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
             model=_from_folder(model, directory),
             gguf_file=gguf_file,
@@ -90,6 +93,7 @@ def write_first_round(
             target_modules=target_modules,
             recipe=template,
         )
+        return with_settings(made, settings, path)[0]
 
     with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)
@@ -173,8 +177,11 @@ def import_finished(
     return import_runs(directory, read_runs(runs, objective_said(said)), said, clock=time.time)
 
 
-def write_first_command(directory: Path, *, tool: str, config: Path) -> Path:
-    """Write DIR/round1.yaml for a training command, and return its path. Raises InputError if it exists."""
+def write_first_command(directory: Path, *, tool: str, config: Path, settings: Sequence[str] = ()) -> Path:
+    """Write DIR/round1.yaml for a training command, and return its path.
+
+    `settings` are values to write into it, as `KEY=VALUE`. Raises InputError if the file exists.
+    """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit the file")
@@ -183,6 +190,7 @@ def write_first_command(directory: Path, *, tool: str, config: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
     text = new_command_round(study=name, tool=tool, config=_from_folder(str(config.absolute()), directory))
+    text = with_settings(text, settings, path)[0]
     path.write_text(text, encoding="utf-8")
     load_round(path)
     return path
