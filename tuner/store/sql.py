@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,10 @@ _READ_AS_KEPT = {
     ATTEMPTS: ("environment",),
 }
 """Columns of long tables whose readers convert the values themselves: one call for each would take longer."""
+
+
+_ROWS_AT_ONCE = 100
+"""Fetching rows one by one, or all at once, takes longer (docs/log.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,8 @@ class SqlStore:
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
             known = {row.number: asked_trial(row) for row in rows}
             for table, read in TRIAL_ROWS.items():
-                for row in connection.execute(self._select(table, round=round, **of)):
+                rows = connection.execute(self._select(table, round=round, **of))
+                for row in itertools.chain.from_iterable(rows.partitions(_ROWS_AT_ONCE)):
                     read(known[row.trial], row)
             return tuple(facts.trial() for facts in known.values())
 
