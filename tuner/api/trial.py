@@ -176,13 +176,15 @@ class Trial:
             texts |= {prompt.row: each.text for prompt, each in zip(batch, said, strict=True)}
         return [texts[row] for row in range(len(asked))]
 
-    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
+    def reproduce(
+        self, *, to_step: int | None = None, engine: str | None = None, progress: bool = True
+    ) -> Reproduction:
         """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs only the first steps. Raises InputError for a trial without a result, Interrupted after
+        `to_step` runs only the first steps; `engine` is where to run, None for the round's own. Raises InputError for a trial without a result, Interrupted after
         Ctrl-C.
         """
-        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
+        rerun = planned_rerun(self._study, self._recorded, to_step=to_step, engine=engine)
         view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
         with interruptible() as stopping:
             found = run_again(rerun, view=view, stopping=stopping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,13 +200,15 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
+def reproduce_trial(
+    folder: StudyFolder, name: str, *, to_step: int | None, engine: str | None, as_json: bool
+) -> bool:
     """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
     Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=engine)
     view = open_view(
         console=error_output(),
         title=f"{folder.name}/{trial.round}, trial {trial.number} again",
@@ -214,6 +217,7 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
         searched=tuple(searched(rerun.spec.space())),
     )
     limit = "" if to_step is None else f" --to-step {to_step}"
+    limit += "" if engine is None else f" --engine {shlex.quote(engine)}"
     try:
         with (
             spoken_by(view.message),

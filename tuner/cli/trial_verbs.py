@@ -83,6 +83,10 @@ def reproduce(
         int | None,
         typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where to run; overrides the round's run.engine."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a trial again by itself and compare its curve; exits with 1 if the curves disagree.
@@ -94,7 +98,7 @@ def reproduce(
     from tuner.cli.output import reproduce_trial
     from tuner.cli.printing import next_command, open_here
 
-    agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
+    agrees = reproduce_trial(open_here(), trial, to_step=to_step, engine=engine, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
     if not agrees:
