@@ -181,8 +181,8 @@ class Trial:
     ) -> Reproduction:
         """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs only the first steps; `engine` is where to run, None for the round's own. Raises InputError for a trial without a result, Interrupted after
-        Ctrl-C.
+        `to_step` runs only the first steps; `engine` is where to run, None for the round's own. Raises
+        InputError for a trial without a result, Interrupted after Ctrl-C.
         """
         rerun = planned_rerun(self._study, self._recorded, to_step=to_step, engine=engine)
         view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
