@@ -1,8 +1,10 @@
-"""Files and links that appear whole or not at all, also after a power cut."""
+"""Files and links that appear whole or not at all, also after a power cut; and whether they still are."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +34,31 @@ def lead(link: Path, target: Path) -> None:
     temporary.symlink_to(target.relative_to(link.parent))
     temporary.replace(link)
     synced(link.parent)
+
+
+def replaced_whole(target: Path, new: Path) -> None:
+    """Give a directory, built beside it under another name, its target's name; what was there is deleted.
+
+    Killed between the two renames, both are there under names that begin with a dot.
+    """
+    for path in [*new.iterdir(), new]:
+        synced(path)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    synced(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(directory: Path) -> str:
+    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
 
 
 def synced(path: Path) -> None:
