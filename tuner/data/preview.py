@@ -45,7 +45,7 @@ _SYNONYMS = (
     ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
     ("text", "content", "document", "body"),
 )
-"""Names of one thing in data sets of other tools, the most usual first."""
+"""Names of one thing in datasets of other tools, the most usual first."""
 
 
 def matching_columns(source: SourceSpec) -> dict[str, str]:

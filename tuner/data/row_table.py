@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: one memory-mapped table a data set, cached by what it was made from."""
+"""Tokenised rows on disk: one memory-mapped table a dataset, cached by what it was made from."""
 
 from __future__ import annotations
 

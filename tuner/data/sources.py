@@ -67,7 +67,7 @@ def load_folder(folder: str, *, config: str | None, split: str | None, cache: Pa
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether `save_to_disk` wrote it, as one data set or as its splits."""
+    """Whether `save_to_disk` wrote it, as one dataset or as its splits."""
     files = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
     return any(all((Path(folder) / name).is_file() for name in names) for names in files)
 
@@ -187,7 +187,7 @@ class Source:
 
 
 def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
-    """What a round file's source names: one data set, or files in the order of their names. Raises DataError.
+    """What a round file's source names: one dataset, or files in the order of their names. Raises DataError.
 
     Files are read here, row by row, so that a mistake can name its line and memory stays flat; those
     behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for
