@@ -314,7 +314,7 @@ class Tokeniser:
         return found
 
     def _pieces(self, text: str, after: _After) -> list[tuple[str, _After]]:
-        """Return the text in pieces, cut where it is too long or where the tokenizer without a space must end."""
+        """Return the text in pieces, cut where it is too long or the tokenizer without a space must end."""
         texts = _parts_of_text(text)
         pieces = [(texts[0], after), *((more, _After.TEXT) for more in texts[1:])]
         if self._next is self._first:
