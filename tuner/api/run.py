@@ -223,9 +223,17 @@ def run_again(
 
 
 def restored_adapter(
-    folder: StudyFolder, trial: Trial, *, open_view: Callable[[Rerun], View], stopping: Callable[[], bool]
+    folder: StudyFolder,
+    trial: Trial,
+    *,
+    open_view: Callable[[Rerun], View],
+    stopping: Callable[[], bool],
+    engine: str | None = None,
 ) -> tuple[str, Reproduction | None]:
-    """Put a trial's best adapter back; see `restored`. `open_view` shows a new run, where one is needed."""
+    """Put a trial's best adapter back; see `restored`.
+
+    `open_view` shows a new run, where one is needed; it runs on `engine`, by default the round's.
+    """
 
     def write_best(directory: Path, target: Path, sha256: str) -> None:
         from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
@@ -233,7 +241,7 @@ def restored_adapter(
         write_best_of(directory, target, sha256=sha256)
 
     def again(take: Take) -> Reproduction:
-        rerun = planned_rerun(folder, trial, to_step=None)
+        rerun = planned_rerun(folder, trial, to_step=None, engine=engine)
         return run_again(rerun, view=open_view(rerun), stopping=stopping, take=take)
 
     return restored(folder, trial, write_best=write_best, run_again=again)
