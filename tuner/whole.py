@@ -1,9 +1,11 @@
-"""Files and links that appear whole or not at all, also after a power cut."""
+"""Files, folders and links that appear whole or not at all, also after a power cut; are they intact?"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +36,31 @@ def lead(link: Path, target: Path) -> None:
     synced(link.parent)
 
 
+def replaced_whole(target: Path, new: Path) -> None:
+    """Give a directory, built beside it under another name, its target's name; what was there is deleted.
+
+    Killed between the two renames, both are there under names that begin with a dot.
+    """
+    for path in [*new.iterdir(), new]:
+        synced(path)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    synced(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(directory: Path) -> str:
+    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
 def synced(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -41,3 +68,18 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def published(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory that appears whole or not at all, replacing one of the same name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in temporary.rglob("*/*"):
+            synced(path)
+        replaced_whole(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import RoundSpec, load_round, with_plug_ins
 from tuner.errors import InputError, RoundFileError
@@ -30,15 +30,13 @@ OWN = "  sgd_momentum: [0.5, 0.9]\n  decay_power: 1.5\n"
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the package as an installation leaves it, on the path of this and other processes."""
-    site = tmp_path / "site"
-    info = site / "my_methods-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "my_methods.py").write_text(CODE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n")
-    registered = (
-        "[tuner.optimizers]\nsgd = my_methods:OPTIMIZER\n\n[tuner.schedules]\npower = my_methods:SCHEDULE\n"
+    site = installed(
+        tmp_path / "site",
+        "my_methods",
+        optimizers="sgd = my_methods:OPTIMIZER",
+        schedules="power = my_methods:SCHEDULE",
     )
-    (info / "entry_points.txt").write_text(registered)
+    (site / "my_methods.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     return site
@@ -106,7 +104,7 @@ def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
     path.write_text(path.read_text().replace("low: 1e-4, high: 1e-1", "low: 1e-4, high: 1e-3"))
     monkeypatch.chdir(study)
     assert run(["study", "run", "round1.yaml", "--engine", "simulated"]) == 0
-    monkeypatch.chdir(study / "rehearsal")
+    monkeypatch.chdir(study / "dry-run")
     assert run(["study", "promote", "--to", "round2", "--max-train-steps", "24"]) == 0
     entries = load_round(Path("round2.yaml")).spec.search.enqueue
     assert any("sgd_momentum" in entry for entry in entries), "promotion names what only the plug-in has"
@@ -128,7 +126,7 @@ def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
         assert run(["study", *command]) == 2
     assert sorted(Path().rglob("*")) == before
 
-    alone = tuner_in(study / "rehearsal", "study", "report", path=site.with_name("nothing"))
+    alone = tuner_in(study / "dry-run", "study", "report", path=site.with_name("nothing"))
     assert (alone.returncode, "decay_power 1.5" in alone.stdout) == (0, True), alone.stderr
 
 
@@ -212,7 +210,7 @@ def test_a_schedule_that_cannot_work_is_bad_input_and_leaves_nothing(
     for verb in (["run"], ["run", "--engine", "simulated"], ["check", "--probe"]):
         assert run(["study", *verb[:1], "round1.yaml", *verb[1:]]) == 2
         assert message in capsys.readouterr().err
-    assert [each.name for each in folder.iterdir() if each.name != "rehearsal"] == ["round1.yaml"]
+    assert [each.name for each in folder.iterdir() if each.name != "dry-run"] == ["round1.yaml"]
 
 
 def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:

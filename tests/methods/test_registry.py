@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, RoundFileError
@@ -99,14 +99,10 @@ class Later(optuna.samplers.RandomSampler):
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a sampler and a tracker."""
-    site = tmp_path / "site"
-    info = site / "plug_ins-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "plug_ins.py").write_text(PLUG_INS)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-ins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[tuner.samplers]\nladder = plug_ins:Ladder\n\n[tuner.trackers]\ndiary = plug_ins:Diary\n"
+    site = installed(
+        tmp_path / "site", "plug_ins", samplers="ladder = plug_ins:Ladder", trackers="diary = plug_ins:Diary"
     )
+    (site / "plug_ins.py").write_text(PLUG_INS)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site
@@ -189,7 +185,7 @@ def test_a_dry_run_with_a_sampler_of_optunas_goes_on_as_it_would_have(tmp_path: 
         for trials in lengths:
             write_round(tmp_path / name, trials=trials, sampler=sampler)
             tuner.Study(tmp_path / name).run("round1.yaml", engine="simulated", slots=1, progress=False)
-        found = tuner.Study(tmp_path / name / "rehearsal").round("round1")
+        found = tuner.Study(tmp_path / name / "dry-run").round("round1")
         return [trial.hyperparameters["learning_rate"] for trial in found.trials]
 
     whole = proposed("whole", 8)
@@ -201,7 +197,7 @@ def test_a_promotion_keeps_a_sampler_of_the_users(tmp_path: Path) -> None:
     write_round(tmp_path, trials=4, sampler="optuna.samplers:TPESampler")
     study = tuner.Study(tmp_path)
     study.run("round1.yaml", engine="simulated", progress=False)
-    written = tuner.Study(tmp_path / "rehearsal").promote("round2", max_train_steps=24)
+    written = tuner.Study(tmp_path / "dry-run").promote("round2", max_train_steps=24)
     assert load_round(written.path).spec.search.sampler == "optuna.samplers:TPESampler"
 
 
@@ -270,10 +266,10 @@ def test_a_sampler_that_fails_in_the_middle_leaves_a_round_that_resumes(
     said = capsys.readouterr().err
     assert "search.sampler faulty_later:Later: cannot propose a trial: RuntimeError: no quota" in said
     assert "All progress is saved. Fix the sampler; then resume with: tuner study run round1.yaml" in said
-    assert len(tuner.Study("rehearsal").round("round1").trials) == 2
+    assert len(tuner.Study("dry-run").round("round1").trials) == 2
     monkeypatch.delenv("FAILS_AFTER")
     assert run(command) == 0
-    trials = tuner.Study("rehearsal").round("round1").trials
+    trials = tuner.Study("dry-run").round("round1").trials
     assert [trial.state.is_result for trial in trials] == [True] * 4
 
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.commands.check import mistakes
+from tuner.commands.check import remarks as command_remarks
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
@@ -27,9 +29,9 @@ from tuner.records import Evaluation
 from tuner.report import check_document
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
-from tuner.study.check import planned_hours, planned_round
+from tuner.study.check import planned_commands, planned_hours, planned_round
 from tuner.study.dashboard import round_report
-from tuner.study.disk import RoundDisk, free_bytes, taken_back
+from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import base_evaluation, load_plug_ins, refuse_changed_file, refuse_uninstalled
@@ -63,8 +65,13 @@ def checked(
     if probe:
         load_plug_ins(round_plan)
         make_engine(round_plan.spec.run.engine).close()
-    with taken_back(round_plan.cache):
-        plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    if round_plan.spec.command is not None:
+        return *_command_plan(round_plan, probe=probe), command
+    try:
+        with taken_back(round_plan.cache):
+            plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    except (DataError, ModelError) as error:
+        raise (file.missing(str(error)) or error) from None
     return plan, remarks, command
 
 
@@ -81,7 +88,34 @@ def refuse_unusable(path: Path, *, prepare: PrepareWith) -> None:
     """Raise InputError if `study check` of this file would."""
     round_plan = StudyPlan(load_round(path))
     _next_command(round_plan)
+    if round_plan.spec.command is not None:
+        _command_plan(round_plan, probe=False)
+        return
     _plan(round_plan, prepare=prepare, probe=False, look=lambda data, tokenizer: None)
+
+
+def _command_plan(round_plan: StudyPlan, *, probe: bool) -> tuple[RoundPlan, list[str]]:
+    """Check a command without running it; `probe` runs a trial of it to its second evaluation."""
+    spec, file = round_plan.absolute, round_plan.file
+    found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
+    if found:
+        raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
+    said = [*command_remarks(spec), *_run_remarks(spec)]
+    plan, not_checked = _with_unchecked(planned_commands(spec), spec, probe=probe)
+    said += not_checked
+    if not probe:
+        return plan, [*said, "the command was not run; --probe runs a trial to its second evaluation"]
+    from tuner.commands.probe import probed
+
+    measured = probed(spec, file.directory)
+    hours = planned_hours(
+        spec,
+        seconds_per_step=measured.seconds_per_step,
+        seconds_per_evaluation=0.0,
+    )
+    size_of_one = measured.checkpoint_bytes
+    kept = None if size_of_one is None else checkpoints_of_commands(spec, size_of_one)
+    return replace(planned_commands(spec, checkpoint_bytes=kept), hours=hours), [*said, *measured.remarks]
 
 
 def _next_command(plan: StudyPlan) -> str:
@@ -128,17 +162,13 @@ def _plan(
     remarks += _answers(round_plan, data)
     remarks += round_plan.file.hints
     remarks += _run_remarks(spec)
-    if unchecked := [] if probe else _unchecked(spec):
-        plan = replace(plan, unchecked=unchecked)
-        remarks.append(
-            f"not checked: {', '.join(unchecked)}; `tuner study check --probe` and `tuner study run` import "
-            "and check what is not built in"
-        )
+    plan, not_checked = _with_unchecked(plan, spec, probe=probe)
+    remarks += not_checked
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
-    if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
+    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit")
     return plan, remarks
 
@@ -166,6 +196,7 @@ def _run_remarks(spec: RoundSpec) -> Iterator[str]:
         yield spec.ends_early
     if spec.trains_alone:
         yield spec.trains_alone
+    yield from spec.without_effect()
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
@@ -240,14 +271,27 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     return remarks
 
 
+def _with_unchecked(plan: RoundPlan, spec: RoundSpec, *, probe: bool) -> tuple[RoundPlan, list[str]]:
+    """Return the plan with what was not checked, and a remark on it; `probe` checks everything."""
+    unchecked = [] if probe else _unchecked(spec)
+    if not unchecked:
+        return plan, []
+    remark = (
+        f"not checked: {', '.join(unchecked)}; `tuner study check --probe` and `tuner study run` import and "
+        "check what is not built in"
+    )
+    return replace(plan, unchecked=unchecked), [remark]
+
+
 def _unchecked(spec: RoundSpec) -> list[str]:
     """Return the names that are not built in, and the hyperparameters that only they can define."""
     others: list[tuple[Kind, str]] = [
         ("sampler", spec.search.sampler),
-        ("metric", spec.objective.metric),
         ("engine", spec.run.engine),
         *(("tracker", name) for name in spec.run.report_to),
     ]
+    if spec.command is None:
+        others.insert(1, ("metric", spec.objective.metric))
     foreign = sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
     methods = [name for _, name in spec.unloaded]
     return [*methods, *foreign, *(name for kind, name in others if not is_built_in(kind, name))]

@@ -169,24 +169,26 @@ class Finished:
 
 
 def finished_trial(folder: StudyFolder, name: str) -> Finished:
-    """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason."""
-    if folder.is_rehearsal:
+    """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason,
+    and CheckpointError for a damaged adapter.
+    """
+    if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
     path = trial.name
     if trial.state != TrialState.COMPLETE:
         raise InputError(f"{name}: {path} is {trial.state}{_why(trial)}; see: tuner trial list")
     plan = folder.plan(trial.round)
-    adapter = folder.adapter(trial)
+    adapter = folder.verified_adapter(trial)
     if adapter is None:
         raise InputError(
             f"{name}: the adapter of {path} is missing from {folder.checkpoints(trial.round).root}; "
-            "export another trial, see: tuner trial list"
+            f"put it back with: tuner trial reproduce {path} --restore"
         )
     with opened(folder) as store:
         record = begun_round(store, trial.round)
-    written, spec = (as_trained(each, Path(adapter)) for each in (plan.spec, plan.absolute))
-    return Finished(trial, record, written, spec, Path(adapter))
+    written, spec = (as_trained(each, adapter) for each in (plan.spec, plan.absolute))
+    return Finished(trial, record, written, spec, adapter)
 
 
 def _why(trial: Trial) -> str:
@@ -206,6 +208,9 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
     before anything is written, TunerError if writing fails.
     """
     require_free(export.to, force=export.force, keep=study)
+    if finished.spec.command is not None:
+        _copy_checkpoint(finished, export, tell)
+        return
     converter = _converter(export)
     token = _token(export, finished)
     tokenizer = load_tokenizer(finished.spec.model)
@@ -234,6 +239,15 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tell(f"{export.gguf}: the merged model, by {converter.name}")
     if export.push is not None and token is not None:
         tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+
+
+def _copy_checkpoint(finished: Finished, export: Export, tell: Tell) -> None:
+    """Write the checkpoint of a command's trial as it is. Raises InputError for more than that."""
+    if export.merge or export.gguf is not None or export.push is not None:
+        finished.spec.require_model("--merge, --gguf and --push")
+    with appearing_whole(export.to) as directory:
+        shutil.copytree(finished.adapter, directory, dirs_exist_ok=True)
+    tell(f"{export.to}: the checkpoint of {finished.name}, as the command wrote it")
 
 
 def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
@@ -362,6 +376,7 @@ def export_recipe(
     from tuner.report.exporters import TOOLS, Recipe, recipe_file
 
     require_free(to, force=force, keep=study)
+    finished.spec.require_model(f"--as {tool_name}")
     tool, spec, trial = TOOLS[tool_name], finished.spec, finished.trial
     best = best_evaluation(trial.evaluations)
     if best is None or best.step == 0:

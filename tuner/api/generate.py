@@ -70,17 +70,18 @@ class Speaker:
 
 
 def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapter",)) -> Speaker:
-    """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter."""
+    """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter, and
+    CheckpointError for one that is damaged.
+    """
     name = f"{trial.round}/{trial.number}"
-    if folder.is_rehearsal:
+    if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
-    adapter = folder.adapter(trial)
+    adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
-    spec = folder.plan(trial.round).absolute
-    if adapter is not None:
-        spec = as_trained(spec, Path(adapter))
-    return Speaker(name, spec, load_tokenizer(spec.model), Path(adapter).resolve() if adapter else None)
+    folder.plan(trial.round).spec.require_model(f"{name} cannot be asked")
+    spec = folder.as_trained(trial, folder.plan(trial.round).absolute)
+    return Speaker(name, spec, load_tokenizer(spec.model), adapter.resolve() if adapter else None)
 
 
 def batched(
@@ -146,7 +147,7 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
     Returns None without test rows, without a trained trial, or after a successful score. A failure is
     returned, not raised: the study is complete without the score.
     """
-    if folder.is_rehearsal or not folder.plan(trial.round).spec.data.test:
+    if folder.is_dry_run or not folder.plan(trial.round).spec.data.test:
         return None
     if trial.final_score is not None or trial.state != TrialState.COMPLETE:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -12,20 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine, start_workers
-from tuner.errors import InputError, Interrupted
+from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, to_json
+from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
+from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import rehearsed_file
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
-from tuner.study.plan import RoundPlan
-from tuner.study.reproduction import Rerun, reproduce
+from tuner.study.dry_run import dry_run_file
+from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
+from tuner.study.plan import CACHE, RoundPlan
+from tuner.study.reproduction import Rerun, planned_rerun, reproduce
+from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 TRAINING = ("-m", "tuner.training")
 """Interpreter arguments of the worker program that trains packed LoRA trials."""
+COMMANDS = ("-m", "tuner.commands")
+"""Of the one whose trials are runs of a command."""
 
 Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 """Prepares a round's rows in the folder of tokenised rows; may show progress."""
@@ -54,6 +59,8 @@ class Where:
     """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
+    notify: tuple[str, ...] = ()
+    """A program and its arguments that is told the round's news; empty: as `run.notify` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
@@ -65,19 +72,20 @@ class Where:
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
-        return "" if self.engine is None else f" --engine {self.engine}"
+        engine = "" if self.engine is None else f" --engine {self.engine}"
+        return engine + (f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else "")
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
         file = load_round(path)
-        return rehearsed_file(file) if self.engine_of(file) == "simulated" else file
+        return dry_run_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
         """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
-        if engine != "simulated" and is_rehearsal(file):
+        if engine != "simulated" and is_dry_run(file):
             raise InputError(
                 f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
@@ -91,7 +99,7 @@ def run_here(
     *,
     open_view: OpenView,
     stopping: Callable[[], bool],
-    passes: int = 1,
+    restarts: int = 0,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
@@ -100,18 +108,34 @@ def run_here(
     engine = make_engine(name)
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
+    notifier = None
     try:
         if is_dry_run:
-            view.message(REHEARSAL_BANNER)
+            view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
+            if command := where.notify or file.spec.run.notify:
+                view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return start_workers(engine, _round_job(plan, base, where))
 
+        passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
+        if notifier is not None:
+            notifier.ended("complete")
+    except Interrupted as stop:
+        if notifier is not None:
+            notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        if notifier is not None:
+            notifier.ended("failed", str(error))
+        raise
+    except InputError as error:
+        raise (file.missing(str(error)) or error) from None
     finally:
         engine.close()
         view.close()
@@ -120,16 +144,26 @@ def run_here(
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
+    if spec.command is not None and where.slots not in (None, 1, "auto"):
+        raise InputError(
+            f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
+        )
     run = spec.run.model_copy(
         update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
+
+    def trials() -> Sequence[Trial]:
+        with opened(open_folder(plan.file.directory)) as store:
+            return store.trials(plan.name)
+
     return _job(
         spec.model_copy(update={"run": run}),
         directory=plan.checkpoints,
-        cache=plan.cache,
+        beside=plan.file.directory,
         base=base,
+        trials=trials,
         workers=where.workers,
         first_horizon=first,
     )
@@ -139,39 +173,80 @@ def _job(
     spec: RoundSpec,
     *,
     directory: Path,
-    cache: Path,
+    beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """Return a job for `tuner.training`, including what the parent already knows."""
+    """Return a job for the program of the round, including what the parent already knows.
+
+    `beside` is the folder of the round file.
+    """
 
     def document() -> dict[str, object]:
         known = base()
         return {
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
-            "cache": str(cache),
+            "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
         }
 
-    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
+    def document_of_command() -> dict[str, object]:
+        before = trials()
+        return {
+            **document(),
+            "directory": str(beside),
+            "has_reported": any(e.step for trial in before for e in trial.evaluations),
+            "has_completed": any(trial.state == TrialState.COMPLETE for trial in before),
+        }
+
+    program = Program(TRAINING, document) if spec.command is None else Program(COMMANDS, document_of_command)
+    return Job(spec, program, directory, workers, first_horizon)
 
 
-def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
+def run_again(
+    rerun: Rerun, *, view: View, stopping: Callable[[], bool], take: Take | None = None
+) -> Reproduction:
     """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
     engine = make_engine(rerun.spec.run.engine)
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
         alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return start_workers(engine, _job(alone, directory=place, cache=cache))
+        return start_workers(engine, _job(alone, directory=place, beside=cache.parent))
 
     try:
-        return reproduce(rerun, make_worker=start, view=view, stopping=stopping)
+        return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
     finally:
         engine.close()
         view.close()
+
+
+def restored_adapter(
+    folder: StudyFolder,
+    trial: Trial,
+    *,
+    open_view: Callable[[Rerun], View],
+    stopping: Callable[[], bool],
+    engine: str | None = None,
+) -> tuple[str, Reproduction | None]:
+    """Put a trial's best adapter back; see `restored`.
+
+    `open_view` shows a new run, where one is needed; it runs on `engine`, by default the round's.
+    """
+
+    def write_best(directory: Path, target: Path, sha256: str) -> None:
+        from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
+
+        write_best_of(directory, target, sha256=sha256)
+
+    def again(take: Take) -> Reproduction:
+        rerun = planned_rerun(folder, trial, to_step=None, engine=engine)
+        return run_again(rerun, view=open_view(rerun), stopping=stopping, take=take)
+
+    return restored(folder, trial, write_best=write_best, run_again=again)
 
 
 def view_of(progress: bool) -> OpenView:
@@ -200,6 +275,11 @@ def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
     from tuner.data import load_tokenizer, prepare
 
     return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
+
+
+def _notified_round(file: RoundFile, command: Sequence[str]) -> NotifiedRound:
+    spec = file.spec
+    return NotifiedRound(spec.study, spec.round, file.directory, spec.max_train_steps, command)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:

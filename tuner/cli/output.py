@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import typer
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
-from tuner.api.run import run_again
+from tuner.api.run import restored_adapter, run_again
 from tuner.api.study import standing
 from tuner.cli.printing import PROSE, error_output, next_command, output, prepared, spoken_by, stop_signals
 from tuner.data import PreparedData, ShownRow, printable, show_rows
@@ -19,6 +20,7 @@ from tuner.errors import Interrupted
 from tuner.playbook.reproduction import Agreement
 from tuner.records import Trial, TrialState, searched
 from tuner.report import (
+    View,
     dumps,
     open_view,
     plan_table,
@@ -34,7 +36,7 @@ from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.report.terminal import FittedTable
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, find_trial, objectives_of, trials_of
-from tuner.study.reproduction import planned_rerun
+from tuner.study.reproduction import Rerun, planned_rerun
 from tuner.study.results import scores_of
 
 if TYPE_CHECKING:
@@ -189,7 +191,7 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
-    if adapter is None:
+    if adapter is None or folder.plan(trial.round).spec.command is not None:
         return "tuner trial list"
     return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
 
@@ -199,21 +201,54 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
-    """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
-
-    Raises Interrupted, naming the command to start over with, after a signal.
-    """
+def restore_trial(folder: StudyFolder, name: str, *, engine: str | None, as_json: bool) -> None:
+    """Put a trial's best adapter back and print how. Raises what `restored` does, and Interrupted."""
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step)
-    view = open_view(
+    try:
+        with stop_signals("stopping (Ctrl-C again to quit now)") as stopping:
+            how, found = restored_adapter(
+                folder,
+                trial,
+                open_view=lambda rerun: _view_of_rerun(folder, rerun),
+                stopping=stopping,
+                engine=engine,
+            )
+    except Interrupted as stop:
+        on = "" if engine is None else f" --engine {shlex.quote(engine)}"
+        again = next_command(f"tuner trial reproduce {name} --restore{on}")
+        raise Interrupted(f"{stop}; start over with: {again}") from stop
+    if as_json:
+        run = {} if found is None else reproduction_document(folder.name, found)
+        typer.echo(dumps({"study": folder.name, "trial": trial.name, **run, "restored": how}))
+        return
+    if found is not None:
+        output(piped_width=PROSE).print(reproduction_page(folder.name, found))
+    typer.echo(how)
+
+
+def _view_of_rerun(folder: StudyFolder, rerun: Rerun) -> View:
+    trial = rerun.trial
+    return open_view(
         console=error_output(),
         title=f"{folder.name}/{trial.round}, trial {trial.number} again",
         trials_total=1,
         max_train_steps=rerun.record.max_train_steps,
         searched=tuple(searched(rerun.spec.space())),
     )
+
+
+def reproduce_trial(
+    folder: StudyFolder, name: str, *, to_step: int | None, engine: str | None, as_json: bool
+) -> bool:
+    """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
+
+    Raises Interrupted, naming the command to start over with, after a signal.
+    """
+    trial, _ = find_trial(folder, name)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=engine)
+    view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
+    limit += "" if engine is None else f" --engine {shlex.quote(engine)}"
     try:
         with (
             spoken_by(view.message),

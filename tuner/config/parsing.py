@@ -56,6 +56,24 @@ class RoundFile:
         """Return the 1-based line of a dotted key, or of its nearest parent in the file."""
         return parse(self.text).line(tuple(key.split(".")))
 
+    def missing(self, message: str) -> RoundFileError | None:
+        """Return an error whose message begins with a missing path as the mistake of the line that names it.
+
+        None if the file names no such path, or something exists there.
+        """
+        absolute = self.spec.absolute(self.directory)
+        named: list[tuple[Location, str, str]] = [
+            (("model", "path"), self.spec.model.path, absolute.model.path)
+        ]
+        for part in ("train", "eval", "test"):
+            sources = zip(getattr(self.spec.data, part), getattr(absolute.data, part), strict=True)
+            named += [(("data", part, i, "path"), a.path, b.path) for i, (a, b) in enumerate(sources)]
+        for location, written, meant in named:
+            if message.startswith((f"{written}:", f"{meant}:")) and not Path(meant).exists():
+                line = parse(self.text).line(location)
+                return RoundFileError(self.path, [Mistake(line, dotted(location), message)])
+        return None
+
 
 def load_round(path: Path) -> RoundFile:
     """Read and check a round file.
@@ -68,8 +86,11 @@ def load_round(path: Path) -> RoundFile:
 def with_plug_ins(file: RoundFile) -> RoundFile:
     """Return the file with the descriptions of the methods it names that tuner does not have, imported.
 
-    Raises InputError where one cannot be, and RoundFileError where hyperparameters are not as they say.
+    Those of a command are its own, whatever their names. Raises InputError where one cannot be imported, and
+    RoundFileError where hyperparameters are not as they say.
     """
+    if file.spec.command is not None:
+        return file
     plug_ins = loaded(file.spec.hyperparameters)
     if not plug_ins:
         return file
@@ -150,6 +171,9 @@ _STAND_INS: dict[Location, Any] = {
     ("search", "enqueue", 0): {},
     ("run", "report_to", 0): "tensorboard",
     ("max_train_steps",): 1,
+    ("command",): {"run": ["x"]},
+    ("command", "run"): ["x"],
+    ("command", "run", 0): "x",
 }
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from tuner.config import ModelSpec, RoundSpec, SourceSpec
-from tuner.methods.variants import variant_of
+from tuner.methods.variants import PLAIN, variant_of
 from tuner.methods.variants.lora import USE_RSLORA
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
@@ -48,7 +48,7 @@ class Card:
     stated_licences: Mapping[str, str] = field(default_factory=dict)
     """Licences stated by base model and data, by path."""
     hub_sources: tuple[str, ...] = ()
-    """Training data sets on the Hub."""
+    """Training datasets on the Hub."""
     test_loss: float | None = None
     """Loss on `data.test`, which was not used for any choice; None if not scored."""
 
@@ -73,6 +73,8 @@ def model_card(card: Card) -> str:
             _hyperparameters(card.trial.hyperparameters),
             "## Made by",
             f"```\n{card.command}\n```",
+            "In the study's folder, this trains the trial again and compares the curves:",
+            f"```\ntuner trial reproduce {card.trial.name}\n```",
             f"With {', '.join(f'{name} {version}' for name, version in card.versions.items())}.",
         )
         if block
@@ -108,8 +110,8 @@ def _front_matter(card: Card) -> str:
 def _tags(card: Card) -> list[str]:
     values = card.trial.hyperparameters
     tags = ["tuner", "lora"]
-    if (chosen := variant_of(values)).switch is not None:
-        tags.append(chosen.name)
+    if (chosen := variant_of(values)).name != PLAIN:
+        tags.append(chosen.name.rpartition(":")[2].lower())
     if values.get(USE_RSLORA.name):
         tags.append("rslora")
     return [*tags, *(["qlora"] if card.spec.model.quantization == "nf4" else [])]

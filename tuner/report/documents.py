@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuner.errors import Mistake
+from tuner.methods.table import seed_of
 from tuner.playbook.curves import rise_after_best
 from tuner.playbook.results import scored_before
 from tuner.playbook.selection import beats_the_base, best_evaluation, objective_value, ranked, settled_step
@@ -64,15 +65,15 @@ class RoundPlan:
 
     trials: int
     max_train_steps: int
-    epochs: float
-    """Passes over the training rows in one trial."""
-    train_rows: int
-    eval_rows: int
-    tokens: int
+    epochs: float | None = None
+    """Passes over the training rows in one trial; None for a command, as all that only the command knows."""
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    tokens: int | None = None
     """Training tokens of all trials and comparison runs together."""
-    evaluation_share: float
+    evaluation_share: float | None = None
     """Share of the work spent on evaluation, 0 to 1."""
-    checkpoint_bytes: int
+    checkpoint_bytes: int | None = None
     peak_memory_bytes: int | None = None
     """Measured by `--probe`."""
     hours: float | None = None
@@ -193,7 +194,7 @@ def trial_document(
             "state": trial.state.value,
             "reason": trial.reason,
             "hyperparameters": trial.hyperparameters,
-            "seed": trial.seed,
+            "seed": seed_of(trial.hyperparameters),
             "best_step": best.step if best else None,
             "best_eval_loss": best.eval_loss if best else None,
             "settled_step": settled_step(trial.evaluations),
@@ -205,6 +206,7 @@ def trial_document(
             "test": _test(trial, scored),
             "continues": str(trial.continues) if trial.continues else None,
             "executed_steps": trial.executed_steps,
+            "executed_steps_exact": not trial.was_killed,
             "attempts": len(trial.attempts),
             "evaluations": [
                 {

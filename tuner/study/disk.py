@@ -76,7 +76,7 @@ def num_kept(num_trials: int, keep_best_trials: int | None) -> int:
 def num_carried_over(num_trials: int, *, passes: int, promotions: Sequence[Promotion]) -> int:
     """Return how many of a round's best trials longer rounds may continue: three for `study promote`.
 
-    With `study auto --passes`, each pass takes a third of a round's number, of the trials that the passes
+    With `study auto --restarts`, each pass takes a third of a round's number, of the trials that the passes
     before have left. `passes`, or the plan of an earlier promotion, sets the number of passes.
     """
     planned = max([passes, *(int(promotion.plan.get("passes", 1)) for promotion in promotions)])
@@ -97,16 +97,16 @@ def unneeded(
     later: Sequence[RoundRecord],
     promotions: Sequence[Promotion],
     keep_best_trials: int | None,
-    is_rehearsal: bool,
+    is_dry_run: bool,
 ) -> Iterator[Unneeded]:
     """Return what `study clean` can free in a round; `later` are the rounds that started after it.
 
-    Nothing of a trial that has not ended; of a rehearsal, and of a sweep whose result is in use, everything
+    Nothing of a trial that has not ended; of a dry run, and of a sweep whose result is in use, everything
     of the others; else the `last` checkpoints, and those that the retention rule does not keep.
     """
     whole = (
         "a dry run: nothing was trained"
-        if is_rehearsal
+        if is_dry_run
         else "a sweep whose result is in use"
         if record.is_sweep and any(not other.is_sweep for other in later)
         else None
@@ -139,7 +139,7 @@ _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 """The most stable checkpoints that a trial keeps for comparison runs."""
 
 WORKING_BYTES = 16 * 2**20
-"""Space for the database and its journal, the logs and the tokenised rows of a small data set: with less, no
+"""Space for the database and its journal, the logs and the tokenised rows of a small dataset: with less, no
 round starts or resumes."""
 SAVING_BYTES = WORKING_BYTES // 2
 """With less, a running round stops. Half of the above, so that a resumed round does not stop again at once.
@@ -158,6 +158,13 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
 
+def checkpoints_of_commands(spec: RoundSpec, size_bytes: int) -> int:
+    """Return the most bytes that the checkpoints of a round of commands take; each of them has this size."""
+    kept = num_kept(spec.num_trials, spec.checkpoints.most_kept_trials)
+    resumable = 2 + _MOST_STARTS[spec.run.decay_branches]
+    return kept * (spec.checkpoints.keep_best + resumable) * size_bytes
+
+
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the most bytes of one resumable checkpoint: weights, moments, and the best adapter so far."""
     moments = max(_state_bytes(spec))
@@ -172,6 +179,8 @@ def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def _state_bytes(spec: RoundSpec) -> list[int]:
     """Return the bytes of optimizer state per weight, for each optimizer that a trial can have."""
+    if spec.command is not None:
+        return [0]  # its checkpoints are measured when the first is kept
     chosen = spec.space()["optimizer"]
     assert isinstance(chosen, (Fixed, Choices))
     names = chosen.values if isinstance(chosen, Choices) else (chosen.value,)

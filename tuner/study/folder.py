@@ -8,22 +8,38 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.config import RoundFile, load_round
+from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
+from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError
 from tuner.methods.registry import trusting_names
-from tuner.records import RoundRecord, Trial
+from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
 
-REHEARSAL = "rehearsal"
-"""Name of a rehearsal's folder, which is a study of its own."""
-REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
-"""Shown wherever a rehearsal is run or inspected."""
+DRY_RUN = "dry-run"
+"""Name of a dry run's folder, which is a study of its own."""
+FORMER_DRY_RUN = "rehearsal"
+"""Its name in earlier versions; a dry run that began there stays there."""
+DRY_RUN_BANNER = "Dry run: losses are made up by a formula, nothing was trained"
+"""Shown wherever a dry run is run or inspected."""
 
 
-def is_rehearsal(file: RoundFile) -> bool:
+def dry_run_folder(directory: Path) -> Path:
+    """Return the folder of the dry run of a study: the former one if only that is there."""
+    former, folder = directory / FORMER_DRY_RUN, directory / DRY_RUN
+    return former if is_study_folder(former) and not folder.exists() else folder
+
+
+def dry_run_banner(directory: Path) -> str:
+    """Return what to show of a dry run in this folder."""
+    if directory.name != FORMER_DRY_RUN:
+        return DRY_RUN_BANNER
+    return f"{DRY_RUN_BANNER}. Hint: dry runs are now in {DRY_RUN}/; this one stays in {FORMER_DRY_RUN}/"
+
+
+def is_dry_run(file: RoundFile) -> bool:
     """Return whether the file is in the folder of a dry run."""
-    return file.spec.run.engine == "simulated" and file.directory.name == REHEARSAL
+    return file.spec.run.engine == "simulated" and file.directory.name in (DRY_RUN, FORMER_DRY_RUN)
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,9 @@ class StudyFolder:
         return self.files[0].spec.study
 
     @property
-    def is_rehearsal(self) -> bool:
+    def is_dry_run(self) -> bool:
         """Return whether nothing in this study was trained."""
-        return is_rehearsal(self.files[0])
+        return is_dry_run(self.files[0])
 
     @property
     def storage(self) -> str:
@@ -108,6 +124,21 @@ class StudyFolder:
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
 
+    def verified_adapter(self, trial: Trial) -> Path | None:
+        """Return the same to load it. Raises CheckpointError unless its files are those recorded."""
+        return self.checkpoints(trial.round).verified_adapter(trial)
+
+    def as_trained(self, trial: Trial, spec: RoundSpec) -> RoundSpec:
+        """Return a round's file with its base at the commit of the Hub that the trial was trained on.
+
+        An intact checkpoint of the trial says which.
+        """
+        place = self.checkpoints(trial.round)
+        best = trial.checkpoint(CheckpointKind.BEST)
+        known = (c for c in (best, *place.resumable(trial)) if c is not None and place.is_intact(c))
+        found = next(known, None)
+        return spec if found is None else as_trained(spec, place.root / found.path)
+
 
 def opened(folder: StudyFolder) -> closing[Store]:
     """The study's facts, each round read at most once, closed at the end of a `with` block."""
@@ -148,6 +179,11 @@ def open_folder(directory: Path) -> StudyFolder:
     return StudyFolder(directory, tuple(files), tuple(broken), tuple(unrunnable))
 
 
+def is_study_folder(directory: Path) -> bool:
+    """Return whether a folder has a file that looks like a round."""
+    return any(map(looks_like_round, directory.glob("*.y*ml")))
+
+
 def looks_like_round(path: Path) -> bool:
     """Return whether a YAML file has the top-level keys of a round."""
     text = path.read_text(errors="replace") if path.is_file() else ""
@@ -160,7 +196,7 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         ("storage", {f.spec.absolute(directory).storage for f in files}),
     ):
         if len(values) > 1:
-            listed = ", ".join(f"{f.path.name} has {getattr(f.spec, what)}" for f in files)
+            listed = ", ".join(f"{f.path.name} has {_shown(getattr(f.spec, what))}" for f in files)
             raise InputError(f"{directory}: the rounds of a study share one {what}; here {listed}")
     names = [f.spec.round for f in files]
     twice = {name for name in names if names.count(name) > 1}
@@ -169,6 +205,11 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         raise InputError(
             f"{directory}: {culprits} all have `round: {sorted(twice)[0]}`; each round has one file"
         )
+
+
+def _shown(value: str) -> str:
+    """Return a study's name, or a database's URL without its password."""
+    return without_secrets(value) if "://" in value else value
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

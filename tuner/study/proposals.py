@@ -187,7 +187,19 @@ class RoundSampler(optuna.samplers.BaseSampler):
 
     def encoded(self, point: Hyperparameters) -> dict[str, Any]:
         """Return the point's searched values in Optuna's form."""
-        return {name: _encode(point[name]) for name in self._space if name in point}
+        return {name: encoded(point[name]) for name in self._space if name in point}
+
+    def stored(self, point: Hyperparameters) -> dict[str, Any]:
+        """Return `params` and `distributions` of a point as arguments for Optuna.
+
+        A value outside of its range, which an entry may have, is left out: Optuna refuses it.
+        """
+        params = self.encoded(point)
+        known = {name: self.distributions[name] for name in self.active(point) if name in params}
+        fitting = {
+            name: each for name, each in known.items() if each._contains(each.to_internal_repr(params[name]))
+        }
+        return {"params": {name: params[name] for name in fitting}, "distributions": fitting}
 
     def decoded(self, params: Mapping[str, Any]) -> dict[str, Value]:
         """Return a point from Optuna's form."""
@@ -488,19 +500,19 @@ def distributions(space: Mapping[str, Choices | Range]) -> dict[str, BaseDistrib
 def _distribution(dimension: Choices | Range) -> BaseDistribution:
     match dimension:
         case Choices(values=values):
-            return CategoricalDistribution([_encode(value) for value in values])
+            return CategoricalDistribution([encoded(value) for value in values])
         case Range(low=low, high=high, log=log, integer=True):
             return IntDistribution(int(low), int(high), log=log)
         case Range(low=low, high=high, log=log):
             return FloatDistribution(low, high, log=log)
 
 
-def _encode(value: Value) -> bool | int | float | str:
+def encoded(value: Value) -> bool | int | float | str:
     """Return a value as Optuna stores it: lists of module names become JSON text."""
     return json.dumps(list(value)) if isinstance(value, tuple) else value
 
 
 def _decode(dimension: Choices | Range, value: Any) -> Value:
     if isinstance(dimension, Choices):
-        return next(choice for choice in dimension.values if _encode(choice) == value)
+        return next(choice for choice in dimension.values if encoded(choice) == value)
     return value  # type: ignore[no-any-return]

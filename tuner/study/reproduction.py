@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Protocol
 
 from tuner.config import RoundSpec
-from tuner.data.pretrained import as_trained
 from tuner.engines import Worker, wait_for_former_workers
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
 from tuner.methods.optimizers import optimizer
+from tuner.methods.registry import expected, is_known
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import reproduction
 from tuner.playbook.reproduction import Reproduction
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Assignment,
+    Checkpoint,
+    CheckpointKind,
     Continuation,
     Died,
     Ended,
@@ -31,6 +33,7 @@ from tuner.records import (
     Evaluation,
     Ready,
     RoundRecord,
+    Saved,
     Started,
     Trial,
     TrialState,
@@ -84,13 +87,18 @@ class Rerun:
         return self.trial.state != TrialState.PRUNED and self.to_step == self.record.max_train_steps
 
 
-def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
-    """Return the plan of running a trial again. Raises InputError for one without a result to compare."""
+def planned_rerun(
+    folder: StudyFolder, trial: Trial, *, to_step: int | None, engine: str | None = None
+) -> Rerun:
+    """Return the plan of running a trial again, on the round's engine or another.
+
+    Raises InputError for a trial without a result to compare, or an engine that cannot train.
+    """
     name = trial.name
-    if folder.is_rehearsal:
-        raise InputError(
-            f"{folder.directory}: nothing is trained in a rehearsal, so there is nothing to reproduce"
-        )
+    if engine is not None:
+        _refuse_engine(engine)
+    if folder.is_dry_run:
+        raise InputError(f"{folder.directory}: a dry run trains nothing, so there is nothing to reproduce")
     if not trial.state.is_result or not trial.evaluations:
         why = f" ({trial.reason})" if trial.reason else ""
         raise InputError(
@@ -103,9 +111,9 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})
-        if (adapter := folder.adapter(trial)) is not None:
-            spec = as_trained(spec, Path(adapter))
+        spec = folder.as_trained(trial, spec)
         wanted = _last_step(name, trial, record, spec, to_step)
+        spec, moved = _on_engine(spec, engine)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)
     return Rerun(
@@ -116,8 +124,24 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         start=start,
         to_step=wanted,
         environments=tuple(dict(a.environment) for t in ran for a in t.attempts if a.environment),
-        remarks=remarks,
+        remarks=(*moved, *remarks),
     )
+
+
+def _refuse_engine(engine: str) -> None:
+    if not is_known("engine", engine):
+        raise InputError(f"--engine {engine}: expects {expected('engine')}")
+    if engine == "simulated":
+        raise InputError("--engine simulated: a dry run trains nothing, so there is nothing to reproduce")
+
+
+def _on_engine(spec: RoundSpec, engine: str | None) -> tuple[RoundSpec, tuple[str, ...]]:
+    """Return the file with another engine, and a remark on it."""
+    before = spec.run.engine
+    if engine in (None, before):
+        return spec, ()
+    moved = spec.model_copy(update={"run": spec.run.model_copy(update={"engine": engine})})
+    return moved, (f"It runs on the engine {engine}; its round names {before}.",)
 
 
 def _last_step(name: str, trial: Trial, record: RoundRecord, spec: RoundSpec, wanted: int | None) -> int:
@@ -170,9 +194,14 @@ def _source(store: Store, wish: Continuation) -> Trial | None:
 
 
 def reproduce(
-    rerun: Rerun, *, make_worker: SoloMaker, view: View, stopping: Callable[[], bool]
+    rerun: Rerun,
+    *,
+    make_worker: SoloMaker,
+    view: View,
+    stopping: Callable[[], bool],
+    take: Callable[[Reproduction, Path, Checkpoint], None] | None = None,
 ) -> Reproduction:
-    """Run a trial again and compare.
+    """Run a trial again and compare; `take` gets the best adapter, in its folder, before that is deleted.
 
     Raises Interrupted if `stopping` returns True, InputError if model or data can no longer be used, and
     WorkerError if the worker dies. In each case nothing of the run is left.
@@ -191,6 +220,13 @@ def reproduce(
         view.trials([shown])
         worker.start(_assignment(rerun, place))
         ran = _listen(rerun, worker, view, stopping)
+        found = _compared(rerun, ran, remarks)
+        if take is not None and ran.best is not None:
+            take(found, place, ran.best)
+    return found
+
+
+def _compared(rerun: Rerun, ran: _Ran, remarks: tuple[str, ...]) -> Reproduction:
     spec = rerun.spec
     return Reproduction(
         trial=rerun.trial,
@@ -266,6 +302,7 @@ def _rows(train: int, evaluation: int) -> str:
 class _Ran:
     evaluations: tuple[Evaluation, ...]
     environment: dict[str, str]
+    best: Checkpoint | None
     ended_as: TrialState | None = None
     reason: str | None = None
 
@@ -274,6 +311,7 @@ def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], boo
     """Collect the worker's events, up to the last evaluation that is compared or to the run's end."""
     evaluations: dict[int, Evaluation] = {}
     environment: dict[str, str] = {}
+    best: Checkpoint | None = None
     is_infeasible = rerun.trial.state == TrialState.INFEASIBLE
     while not stopping():
         for event in worker.events(1.0):
@@ -281,15 +319,17 @@ def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], boo
             match event:
                 case Started():
                     environment = dict(event.environment)
+                case Saved(checkpoint=Checkpoint(kind=CheckpointKind.BEST) as saved):
+                    best = saved
                 case Evaluated(evaluation=evaluation):
                     evaluations[evaluation.step] = evaluation
                     made = tuple(evaluations.values())
                     if is_infeasible and evaluation.step > rerun.trial.evaluations[-1].step:
-                        return _Ran(made, environment, TrialState.RUNNING)
+                        return _Ran(made, environment, best, TrialState.RUNNING)
                     if evaluation.step == rerun.to_step and not rerun.is_whole:
-                        return _Ran(made, environment)
+                        return _Ran(made, environment, best)
                 case Ended(outcome="complete" | "infeasible" as outcome, reason=reason):
-                    return _Ran(tuple(evaluations.values()), environment, TrialState(outcome), reason)
+                    return _Ran(tuple(evaluations.values()), environment, best, TrialState(outcome), reason)
                 case Ended(reason=reason):
                     raise TunerError(f"the trial could not be run again: {reason}")
                 case Died(reason=reason, is_input_error=is_input_error):

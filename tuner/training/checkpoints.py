@@ -5,11 +5,9 @@ A directory is written under a temporary name, synced and renamed. It contains o
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuner.adapters import Adapter, read_adapter, write_adapter
-from tuner.adapters.peft_files import named_tensors, weights_from
+from tuner.adapters.peft_files import CONFIG_FILE, named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
-from tuner.whole import lead, synced
+from tuner.whole import digest, lead, published
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -51,7 +49,7 @@ class Snapshot:
 def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
     """Write the best step's PEFT adapter and switch the link `best` to it."""
     target = trial / "best-steps" / f"step-{step:06d}.a{attempt}"
-    _publish(target, lambda directory: write_adapter(directory, adapter, weights))
+    published(target, lambda directory: write_adapter(directory, adapter, weights))
     lead(trial / "best", target)
     return _recorded(CheckpointKind.BEST, step, target)
 
@@ -60,7 +58,7 @@ def publish_snapshot(trial: Path, snapshot: Snapshot, *, kind: CheckpointKind, a
     """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036`."""
     name = f"step-{snapshot.step:06d}"
     target = trial / "trunk" / name if kind == CheckpointKind.TRUNK else trial / "last" / f"{name}.a{attempt}"
-    _publish(target, lambda directory: _write_snapshot(directory, snapshot))
+    published(target, lambda directory: _write_snapshot(directory, snapshot))
     return _recorded(kind, snapshot.step, target)
 
 
@@ -94,14 +92,15 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
     )
 
 
-def digest(directory: Path) -> str:
-    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
-    return total.hexdigest()
+def write_best_of(directory: Path, target: Path, *, sha256: str) -> None:
+    """Write the best adapter that a resumable checkpoint contains as a PEFT directory, into an empty one.
+
+    Raises CheckpointError as `read_snapshot` does.
+    """
+    snapshot = read_snapshot(directory, sha256=sha256)
+    write_adapter(target, snapshot.adapter, snapshot.best)
+    # As it was written then: the order of a set of modules is another in each process.
+    shutil.copyfile(directory / CONFIG_FILE, target / CONFIG_FILE)
 
 
 def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
@@ -117,24 +116,6 @@ def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
         "evaluations": [to_json(evaluation) for evaluation in snapshot.evaluations],
     }
     (directory / _STATE_FILE).write_text(json.dumps(state))
-
-
-def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Write `target` atomically, replacing one that the same trial made before."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            synced(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        synced(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
 
 
 def _recorded(kind: CheckpointKind, step: int, target: Path) -> Checkpoint:

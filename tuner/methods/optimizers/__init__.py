@@ -30,6 +30,8 @@ ADAM_EPSILON = Hyperparameter(
     Number(above=0),
     "Added to the square root of the second moment, to avoid division by zero.",
 )
+ADAM = (WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+"""The hyperparameters of AdamW, whatever the precision of its states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,9 @@ class Optimizer:
     If so, it gets one flat vector each for all A's, all B's and all magnitudes, which is faster. Otherwise
     it gets one tensor per matrix, in PEFT's shapes: A [rank, in], B [out, rank], magnitude [out].
     """
+    block_elements: int = 1
+    """If above 1, the largest tensors come first in memory, and each begins at a multiple of this many
+    elements, with zeros between."""
     amplifies_rounding: bool = False
     """Whether rounding differences between runs grow: the state has fewer than 32 bits per number, or the
     update is a sign or is computed in fewer bits."""
@@ -79,5 +84,5 @@ def adam_arguments(values: Hyperparameters) -> dict[str, Any]:
 
 def trainer_adam(optim: str) -> Callable[[Hyperparameters], Mapping[str, Any]]:
     """Return a function for the Trainer arguments of the AdamW named `optim`."""
-    rows = (WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+    rows = ADAM
     return lambda values: {"optim": optim, **{row.name: row.number(values) for row in rows}}
