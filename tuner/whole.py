@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,3 +42,18 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a directory over its files' names and contents by name."""
+    if path.is_file():
+        return _content(path)
+    total = hashlib.sha256()
+    for each in sorted(each for each in path.rglob("*") if each.is_file()):
+        total.update(f"{each.relative_to(path).as_posix()}\0{_content(each)}\n".encode())
+    return total.hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

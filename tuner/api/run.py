@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -54,6 +54,8 @@ class Where:
     """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
+    ray_address: str | None = None
+    """Cluster of the engine `ray`; None: as `run.ray_address` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
@@ -63,7 +65,8 @@ class Where:
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
-        return "" if self.engine is None else f" --engine {self.engine}"
+        address = "" if self.ray_address is None else f" --ray-address {self.ray_address}"
+        return ("" if self.engine is None else f" --engine {self.engine}") + address
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
@@ -105,7 +108,7 @@ def run_here(
             view = followed(view, file.spec.run.report_to, _followed_round(file))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return engine.start(_round_job(plan, base, where))
+            return engine.start(replace(_round_job(plan, base, where), say=view.message))
 
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
@@ -119,7 +122,11 @@ def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Wh
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
     run = spec.run.model_copy(
-        update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
+        update={
+            "slots": where.slots or spec.run.slots,
+            "engine": where.engine or spec.run.engine,
+            "ray_address": where.ray_address or spec.run.ray_address,
+        }
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
@@ -142,7 +149,15 @@ def _job(
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """Return a job for `tuner.training`, including what the parent already knows."""
+    """Return a job for `tuner.training`, including what the parent already knows.
+
+    Raises InputError for more than one GPU per worker, which it does not use.
+    """
+    if spec.run.gpus_per_worker > 1:
+        raise InputError(
+            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: packed LoRA training uses one GPU per worker; "
+            "remove this line. All GPUs are used, with a worker each"
+        )
 
     def document() -> dict[str, object]:
         known = base()
@@ -154,7 +169,7 @@ def _job(
             "base": None if known is None else to_json(known),
         }
 
-    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
+    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon, cache)
 
 
 def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
@@ -163,7 +178,7 @@ def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Repr
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
         alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return engine.start(_job(alone, directory=place, cache=cache))
+        return engine.start(replace(_job(alone, directory=place, cache=cache), say=view.message))
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping)

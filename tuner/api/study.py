@@ -157,6 +157,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -167,6 +168,7 @@ class Study:
             slots: Trials trained together; None uses the file's value.
             workers: Number of worker processes; `auto` uses every GPU.
             engine: Where to run; None uses the file's value. `simulated` is a dry run with synthetic losses.
+            ray_address: Cluster of the engine `ray`; None uses the file's value, or RAY_ADDRESS.
             seconds: Stop after this long, with all progress saved; the same call resumes.
             progress: Whether to show a bar.
 
@@ -176,7 +178,7 @@ class Study:
                 out before the base model and data are first loaded.
             TunerError: if the round cannot be completed.
         """
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         with interruptible(seconds) as stopping, stopping.returning_at_the_end(lambda: has_begun(file)):
             run_here(file, where, open_view=view_of(progress), stopping=stopping)
@@ -190,6 +192,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -199,7 +202,7 @@ class Study:
         all earlier results. Returns the last round; its `ended_because` gives the reason for the end. Unless
         interrupted, scores the best trial on `data.test`, once. Raises what `run` does.
         """
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
@@ -228,6 +231,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         progress: bool = True,
     ) -> int | None:
         """Find a first `max_train_steps`, write it into the round file, and return it.
@@ -239,7 +243,7 @@ class Study:
         """
         from tuner.api.auto import refuse_epochs, sweep_round
 
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         refuse_epochs(epochs, is_rehearsal=where.engine_of(file) == "simulated")
         with interruptible(None) as stopping:

@@ -25,12 +25,13 @@ from tuner.report import View, open_view
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def where_typed(slots: str | None, workers: str | None, engine: str | None) -> Where:
+def where_typed(slots: str | None, workers: str | None, engine: str | None, ray_address: str | None) -> Where:
     """Parse where rounds run. Raises InputError."""
     return Where(
         None if slots is None else parse_count("--slots", slots),
         parse_count("--workers", workers or "auto"),
         engine,
+        ray_address,
     )
 
 

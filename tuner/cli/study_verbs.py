@@ -36,8 +36,16 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Where workers run: local, simulated (a dry run with synthetic losses, in rehearsal/), or your "
-        "own engine as package.module:Class. Overrides run.engine.",
+        help="Where workers run: local, ray (a cluster), simulated (a dry run with synthetic losses, in "
+        "rehearsal/), or your own engine as package.module:Class. Overrides run.engine.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT|local",
+        help="Ray cluster of --engine ray; overrides run.ray_address and RAY_ADDRESS. local starts one here.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -125,6 +133,7 @@ def run(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Start or resume a round.
 
@@ -132,7 +141,7 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, ray_address))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -150,6 +159,7 @@ def sweep(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
 
@@ -161,7 +171,7 @@ def sweep(
     from tuner.cli.printing import next_command
     from tuner.cli.rounds import sweep_file, where_typed
 
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, ray_address)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -182,6 +192,7 @@ def auto(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
@@ -196,7 +207,9 @@ def auto(
 
     from tuner.cli.rounds import run_rounds, where_typed
 
-    ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
+    ended = run_rounds(
+        round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine, ray_address)
+    )
     if ended.last is None:
         _next(ended.command)
         return

@@ -36,7 +36,7 @@ from tuner.records import (
     Started,
 )
 from tuner.report.format import GpuReading
-from tuner.whole import lead
+from tuner.whole import digest, lead
 
 SLOTS = 4
 """Parallel trials if neither the file nor the command line sets a number."""
@@ -97,7 +97,7 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
     (directory / "simulated.json").write_text(content)
     if kind == CheckpointKind.BEST:
         lead(trial / "best", directory)
-    return Checkpoint(kind, step, place, len(content), hashlib.sha256(content.encode()).hexdigest())
+    return Checkpoint(kind, step, place, len(content), digest(directory))
 
 
 def keep_trunk_names(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint | None:

@@ -5,7 +5,6 @@ A directory is written under a temporary name, synced and renamed. It contains o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.peft_files import named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
-from tuner.whole import lead, synced
+from tuner.whole import digest, lead, synced
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -92,16 +91,6 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
         counters=state["counters"],
         sums={int(step): tuple(sums) for step, sums in state.get("sums", {}).items()},
     )
-
-
-def digest(directory: Path) -> str:
-    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
-    return total.hexdigest()
 
 
 def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
