@@ -37,9 +37,11 @@ class LocalCluster:
             head_node_args={**_SMALL, "num_gpus": 0, "include_dashboard": False, "_system_config": FAST},
         )
         self.address = str(self._cluster.address)
+        self.nodes: list[Any] = []
 
     def add(self, *, gpus: int = 1) -> Any:
-        return self._cluster.add_node(**_SMALL, num_gpus=gpus)
+        self.nodes.append(self._cluster.add_node(**_SMALL, num_gpus=gpus))
+        return self.nodes[-1]
 
     def lose(self, node: Any) -> None:
         """Kill a node as a power cut does."""

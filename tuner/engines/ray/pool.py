@@ -227,7 +227,8 @@ class ClusterPool:
 
     def _has_others(self) -> bool:
         nodes = [node for node in self._cluster.nodes() if node.id not in self._records.left_out]
-        return bool(self._room(nodes))
+        room = seats(nodes, gpus_per_worker=self._gpus_per_worker, workers=self._job.workers)
+        return any(room.values())
 
     def _heard(self, worker: ProgramWorker) -> Iterator[Event]:
         for event in worker.events(0.0):
@@ -249,6 +250,11 @@ class ClusterPool:
                     self._failed(seat, reason, leave_out=of_node)
                     if self._first is not None and not runs and not (is_input_error and was_ready):
                         return  # it costs nothing: another takes its place
+                    yield event
+                    if self._ready:  # many workers of a node die in a row, and others are well
+                        left = f"{len(self._ready)} of {len(self._ready) + 1} workers"
+                        yield Preparing(f"{seat.node.name}: a worker was lost, {left} go on")
+                    return
             yield event
 
     def _is_alike(self, worker: ProgramWorker, ready: Ready) -> bool:
