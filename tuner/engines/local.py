@@ -33,9 +33,15 @@ class LocalEngine:
         earlier worker does not end.
         """
         devices = visible_devices()
-        environments = worker_environments(job.workers, devices, cores=os.cpu_count() or 1)
+        per_worker = job.spec.run.gpus_per_worker
+        environments = worker_environments(
+            job.workers, devices, cores=os.cpu_count() or 1, gpus_per_worker=per_worker
+        )
+        used = devices[: len(environments) * per_worker]
+        if (idle := len(devices) % per_worker) and job.workers == "auto":
+            job.say(f"{idle} of {len(devices)} GPUs idle: run.gpus_per_worker is {per_worker}")
         if devices and self._meter is None:
-            self._meter = gpu_meter(open_nvml(), devices[: len(environments)])
+            self._meter = gpu_meter(open_nvml(), used)
         wait_for_former_workers(job.directory / "worker.lock")
         names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
         makers = [

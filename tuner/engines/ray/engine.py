@@ -98,7 +98,7 @@ class RayCluster:
         from ray._private.state import available_resources_per_node
 
         alive = [each for each in self._ray.nodes() if each["Alive"]]
-        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        free: dict[str, dict[str, float]] = available_resources_per_node()
         names = Counter(each["NodeManagerHostname"] for each in alive)
         here = self._ray.get_runtime_context().get_node_id()
         return [
