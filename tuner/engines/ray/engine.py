@@ -16,7 +16,7 @@ from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, gpus_text, se
 from tuner.engines.ray.remote import HostFailed, HostLost, Unavailable
 from tuner.errors import InputError
 from tuner.installation import install_command
-from tuner.report.format import GpuReading
+from tuner.report.format import GpuReading, count
 
 _SLICE_SECONDS = 1.0
 _FIRST_SCAN_SECONDS = 10.0
@@ -135,7 +135,7 @@ class RayCluster:
         nodes = self.nodes()
         listed = ", ".join(f"{node.name} ({gpus_text(node.gpus)})" for node in nodes)
         address = self._ray.get_runtime_context().gcs_address
-        return f"Ray cluster {address}: {len(nodes)} nodes: {listed}"
+        return f"Ray cluster {address}: {count(len(nodes), 'node')}: {listed}"
 
     def warning(self) -> str | None:
         """Return what to say about a cluster that anybody can use who reaches it."""
@@ -237,7 +237,10 @@ def _join(ray: Any, address: str) -> None:
             **options,
         )
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        raise InputError(f"ray address {address}: cannot join this cluster: {_first_line(error)}") from error
+        raise InputError(
+            f"ray address {address}: cannot join this cluster: {_first_line(error)}. If it has token "
+            "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
+        ) from error
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)  # tuner saves every trial before it ends
