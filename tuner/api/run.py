@@ -22,8 +22,8 @@ from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import rehearsed_file
-from tuner.study.folder import REHEARSAL_BANNER, is_rehearsal, open_folder, opened
+from tuner.study.dry_run import dry_run_file
+from tuner.study.folder import dry_run_banner, is_dry_run, open_folder, opened
 from tuner.study.plan import RoundPlan
 from tuner.study.reproduction import Rerun, reproduce
 from tuner.study.run import run_round
@@ -71,14 +71,14 @@ class Where:
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
         file = load_round(path)
-        return rehearsed_file(file) if self.engine_of(file) == "simulated" else file
+        return dry_run_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
         """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
-        if engine != "simulated" and is_rehearsal(file):
+        if engine != "simulated" and is_dry_run(file):
             raise InputError(
                 f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
@@ -92,7 +92,7 @@ def run_here(
     *,
     open_view: OpenView,
     stopping: Callable[[], bool],
-    passes: int = 1,
+    restarts: int = 0,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
@@ -103,13 +103,14 @@ def run_here(
     view = open_view(file, engine.gpu_readings)
     try:
         if is_dry_run:
-            view.message(REHEARSAL_BANNER)
+            view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return engine.start(replace(_round_job(plan, base, where), say=view.message))
 
+        passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
@@ -172,12 +173,24 @@ def _job(
     return Job(spec, Program(TRAINING, document), directory, workers, first_horizon, cache)
 
 
-def run_again(rerun: Rerun, *, view: View, stopping: Callable[[], bool]) -> Reproduction:
-    """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
-    engine = make_engine(rerun.spec.run.engine)
+def run_again(
+    rerun: Rerun, *, view: View, stopping: Callable[[], bool], where: Where | None = None
+) -> Reproduction:
+    """Run a trial again in one worker with one slot, by default on the round's engine.
+
+    Raises what `reproduce` does.
+    """
+    where, run = where or Where(), rerun.spec.run
+    name = where.engine or run.engine
+    if not is_known("engine", name):
+        raise InputError(f"--engine {name}: expects {expected('engine')}")
+    engine = make_engine(name)
+    address = where.ray_address or run.ray_address
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
-        alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
+        alone = spec.model_copy(
+            update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
+        )
         return engine.start(replace(_job(alone, directory=place, cache=cache), say=view.message))
 
     try:

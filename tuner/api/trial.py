@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.generate import batched, speaker
-from tuner.api.run import interruptible, run_again, shown, unsaid
+from tuner.api.run import Where, interruptible, run_again, shown, unsaid
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
 from tuner.playbook.selection import objective_value
@@ -176,16 +176,24 @@ class Trial:
             texts |= {prompt.row: each.text for prompt, each in zip(batch, said, strict=True)}
         return [texts[row] for row in range(len(asked))]
 
-    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
+    def reproduce(
+        self,
+        *,
+        to_step: int | None = None,
+        engine: str | None = None,
+        ray_address: str | None = None,
+        progress: bool = True,
+    ) -> Reproduction:
         """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs only the first steps. Raises InputError for a trial without a result, Interrupted after
+        `to_step` runs only the first steps. `engine` and `ray_address` are those of `Study.run`. Raises InputError for a trial without a result, Interrupted after
         Ctrl-C.
         """
+        where = Where(engine=engine, ray_address=ray_address)
         rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
         view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
         with interruptible() as stopping:
-            found = run_again(rerun, view=view, stopping=stopping)
+            found = run_again(rerun, view=view, stopping=stopping, where=where)
         document = reproduction_document(self._study.name, found)
         return Reproduction(found.agreement != Agreement.DIFFERS, document)
 

@@ -10,7 +10,7 @@ import typer
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
-from tuner.api.run import run_again
+from tuner.api.run import Where, run_again
 from tuner.api.study import standing
 from tuner.cli.printing import PROSE, error_output, next_command, output, prepared, spoken_by, stop_signals
 from tuner.data import PreparedData, ShownRow, printable, show_rows
@@ -199,7 +199,9 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
+def reproduce_trial(
+    folder: StudyFolder, name: str, *, to_step: int | None, where: Where, as_json: bool
+) -> bool:
     """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
     Raises Interrupted, naming the command to start over with, after a signal.
@@ -219,9 +221,9 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
             spoken_by(view.message),
             stop_signals("stopping (Ctrl-C again to quit now)") as stopping,
         ):
-            found = run_again(rerun, view=view, stopping=stopping)
+            found = run_again(rerun, view=view, stopping=stopping, where=where)
     except Interrupted as stop:
-        again = next_command(f"tuner trial reproduce {name}{limit}")
+        again = next_command(f"tuner trial reproduce {name}{limit}{where.options}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         typer.echo(dumps(reproduction_document(folder.name, found)))

@@ -83,6 +83,15 @@ def reproduce(
         int | None,
         typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to run it; overrides run.engine.")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|local", help="Ray cluster of --engine ray; overrides run.ray_address."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a trial again by itself and compare its curve; exits with 1 if the curves disagree.
@@ -93,8 +102,10 @@ def reproduce(
     """
     from tuner.cli.output import reproduce_trial
     from tuner.cli.printing import next_command, open_here
+    from tuner.cli.rounds import where_typed
 
-    agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
+    where = where_typed(None, None, engine, ray_address)
+    agrees = reproduce_trial(open_here(), trial, to_step=to_step, where=where, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
     if not agrees:
