@@ -1,8 +1,8 @@
 """What one parent serves on a Ray cluster: events a second, its share of a core, memory, checkpoint bytes.
 
 Runs a real round of a study on a real cluster of this machine, whose nodes have fake GPUs and do not see the
-parent's disk. The worker program has no torch: an evaluation takes a second and leaves checkpoints, and losses
-come from a formula. Needs the extra `ray` and, with 64 workers, about 12 GB of memory.
+parent's disk. The worker program has no torch: an evaluation takes a second and leaves checkpoints, and
+losses come from a formula. Needs the extra `ray` and, with 64 workers, about 12 GB of memory.
 
     python benchmarks/cluster.py --workers 64 --trials 1000 --checkpoint-kb 100
 """

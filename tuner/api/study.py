@@ -204,14 +204,10 @@ class Study:
         Returns the last round; its `ended_because` gives the reason for the end. Unless interrupted, scores
         the best trial on `data.test`, once. Raises what `run` does.
         """
-<<<<<<< HEAD
-        where = Where(slots, workers, engine, ray_address)
-=======
         number, hint = restarts_of(restarts, passes, spelt=("restarts=", "passes="))
         if hint is not None:
             warnings.warn(hint, DeprecationWarning, stacklevel=2)
-        where = Where(slots, workers, engine)
->>>>>>> main
+        where = Where(slots, workers, engine, ray_address)
         with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),

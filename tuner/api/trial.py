@@ -186,8 +186,8 @@ class Trial:
     ) -> Reproduction:
         """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs only the first steps. `engine` and `ray_address` are those of `Study.run`. Raises InputError for a trial without a result, Interrupted after
-        Ctrl-C.
+        `to_step` runs only the first steps; `engine` and `ray_address` are those of `Study.run`. Raises
+        InputError for a trial without a result, Interrupted after Ctrl-C.
         """
         where = Where(engine=engine, ray_address=ray_address)
         rerun = planned_rerun(self._study, self._recorded, to_step=to_step)

@@ -36,9 +36,8 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-<<<<<<< HEAD
         help="Where workers run: local, ray (a cluster), simulated (a dry run with synthetic losses, in "
-        "rehearsal/), or your own engine as package.module:Class. Overrides run.engine.",
+        "dry-run/), or your own engine as package.module:Class. Overrides run.engine.",
     ),
 ]
 RayAddress = Annotated[
@@ -47,10 +46,6 @@ RayAddress = Annotated[
         "--ray-address",
         metavar="HOST:PORT|local",
         help="Ray cluster of --engine ray; overrides run.ray_address and RAY_ADDRESS. local starts one here.",
-=======
-        help="Where workers run: local, simulated (a dry run with synthetic losses, in dry-run/), or your "
-        "own engine as package.module:Class. Overrides run.engine.",
->>>>>>> main
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -214,17 +209,11 @@ def auto(
     from tuner.api.auto import restarts_of
     from tuner.cli.rounds import run_rounds, where_typed
 
-<<<<<<< HEAD
-    ended = run_rounds(
-        round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine, ray_address)
-    )
-=======
     number, hint = restarts_of(restarts, passes, spelt=("--restarts ", "--passes "))
     if hint is not None:
         _say(hint)
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, ray_address)
     ended = run_rounds(round_file, duration=for_, restarts=number, where=where)
->>>>>>> main
     if ended.last is None:
         _next(ended.command)
         return

@@ -354,9 +354,8 @@ class RunSpec(BaseModel):
     model_config = STRICT
 
     engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
-<<<<<<< HEAD
     """Where trials run. `local`: this machine, one process per GPU. `ray`: the GPUs of a Ray cluster.
-    `simulated`: a dry run with synthetic losses, in the folder `rehearsal` beside the file. Or an engine of
+    `simulated`: a dry run with synthetic losses, in the folder `dry-run` beside the file. Or an engine of
     your own as `package.module:Class`."""
     ray_address: Text | None = None
     """Cluster that `engine: ray` joins, as `HOST:6379`; `local` starts one on this machine. Default: the
@@ -368,10 +367,6 @@ class RunSpec(BaseModel):
     send_model_up_to: Annotated[float, Field(ge=0)] = 20.0
     """Largest model or data file, in GB, that is sent to a node that does not see it, with `engine: ray`.
     Twice as much is kept on each node between rounds."""
-=======
-    """Where trials run. `local`: this machine, one process per GPU. `simulated`: a dry run with synthetic
-    losses, in the folder `dry-run` beside the file. Or an engine of your own as `package.module:Class`."""
->>>>>>> main
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
