@@ -378,9 +378,11 @@ def test_a_changed_checkpoint_is_never_a_fact(machine: Machine) -> None:
     """Damaged on its way: the attempt ends there, and nothing after it is believed."""
 
     class Damaging(Host):
-        def read_chunk(self, path: str, offset: int, size: int) -> bytes:
-            content = super().read_chunk(path, offset, size)
-            return content.replace(b"4", b"5") if "last" in path else content
+        def contents(self, path: str) -> list[tuple[str, int, bytes | None]]:
+            found = super().contents(path)
+            if "last" not in path:
+                return found
+            return [(name, size, content.replace(b"4", b"5")) for name, size, content in found if content]
 
     host = Damaging(scratch=str(machine.scratch), on_lost=lambda: None)
     worker = machine.worker(host=host)

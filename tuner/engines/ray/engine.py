@@ -251,7 +251,8 @@ _IN_GROUP = {
     "events": "events",
     "order": "orders",
     **dict.fromkeys(
-        ("read_chunk", "write_chunk", "listing", "delete", "claim", "keep", "adopt", "digest"), "files"
+        ("read_chunk", "write_chunk", "listing", "contents", "delete", "claim", "keep", "adopt", "digest"),
+        "files",
     ),
 }
 

@@ -226,6 +226,11 @@ class Host:
         self._alive()
         return self.files.listing(Path(path))
 
+    def contents(self, path: str) -> list[tuple[str, int, bytes | None]]:
+        """As `NodeFiles.contents`."""
+        self._alive()
+        return self.files.contents(Path(path))
+
     def read_chunk(self, path: str, offset: int, size: int) -> bytes:
         """Return a part of a file."""
         self._alive()

@@ -22,6 +22,8 @@ from tuner.report.format import size as readable
 from tuner.whole import digest, synced
 
 CHUNK_BYTES = 16 * 1024**2
+SMALL_BYTES = 256 * 1024
+"""Up to so many bytes of a directory come with its listing."""
 SPARE_BYTES = 1024**3
 """Free bytes that a node keeps beside what is sent to it."""
 
@@ -68,6 +70,19 @@ class NodeFiles:
         """As `Host.listing`."""
         found = sorted(path for path in directory.rglob("*") if path.is_file())
         return [(path.relative_to(directory).as_posix(), path.stat().st_size) for path in found]
+
+    def contents(self, directory: Path) -> list[tuple[str, int, bytes | None]]:
+        """Return the files under a directory with their sizes, and the content of the small ones.
+
+        So a checkpoint's JSON files come with its listing.
+        """
+        found: list[tuple[str, int, bytes | None]] = []
+        left = SMALL_BYTES
+        for name, size in self.listing(directory):
+            fits = size <= left
+            left -= size if fits else 0
+            found.append((name, size, (directory / name).read_bytes() if fits else None))
+        return found
 
     def claim(self, fingerprint: str, name: str, size_bytes: int, bound_bytes: int) -> tuple[str, str]:
         """Return `("here", PATH)` if the cache has it, `("busy", "")` while another host receives it, or
@@ -213,8 +228,12 @@ def fetch(call: Call, source: str, target: Path, *, sha256: str) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
-        for name, size in call("listing", source):
-            _fetch_file(call, f"{source}/{name}", temporary / name, size)
+        for name, size, content in call("contents", source):
+            if content is None:
+                _fetch_file(call, f"{source}/{name}", temporary / name, size)
+            else:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
         if (found := digest(temporary)) != sha256:
             raise ValueError(f"{target}: arrived with the hash {found} instead of {sha256}")
         for path in [*temporary.rglob("*"), temporary]:
