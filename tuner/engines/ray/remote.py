@@ -29,6 +29,7 @@ _SLACK_SECONDS = 20.0
 """How long a poll's answer may be under way."""
 _LONG_CALL_SECONDS = 3600.0
 _LOG_TAIL_LINES = 15
+_TRIES = 5
 
 
 class Unavailable(Exception):
@@ -302,12 +303,22 @@ class RemoteProcess:
         return line
 
     def _take(self, checkpoint: Mapping[str, Any]) -> None:
-        """Copy a checkpoint here, unless a repeated save of the same step has brought it already."""
+        """Copy a checkpoint here, unless a repeated save of the same step has brought it already.
+
+        Such a save may replace the directory while it is read, so it is read again.
+        """
         path, sha256 = checkpoint["path"], checkpoint["sha256"]
         source = f"{self.places.there[str(self.places.directory)]}/{path}"
         target = self.places.directory / path
-        if not target.is_dir() or digest(target) != sha256:
-            fetch(self.host.call, source, target, sha256=sha256)
+        for left in reversed(range(_TRIES)):
+            if target.is_dir() and digest(target) == sha256:
+                break
+            try:
+                fetch(self.host.call, source, target, sha256=sha256)
+            except (HostFailed, ValueError):
+                if not left:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
         self.host.call("delete", source)
 
     def _forget(self, ended: Mapping[str, Any]) -> None:
