@@ -256,6 +256,12 @@ def test_what_a_round_file_names(job: Job) -> None:
     assert [key for key, _ in inputs(job.spec)] == ["model.path", "data.train", "data.eval"]
 
 
+def test_a_head_that_offers_no_cpus_trains_nothing() -> None:
+    nodes = [Node("head", "head", 0, 0, is_here=True, is_for_work=False), Node("a", "a", 0, 0)]
+    assert seats(nodes, gpus_per_worker=1, workers="auto") == {"head": 0, "a": 1}
+    assert seats(nodes, gpus_per_worker=1, workers=2) == {"head": 0, "a": 2}
+
+
 @given(
     gpus=st.lists(st.integers(0, 8), min_size=1, max_size=6),
     per_worker=st.integers(1, 4),
@@ -271,3 +277,13 @@ def test_seats(gpus: list[int], per_worker: int, workers: Any) -> None:
     else:
         assert sum(room.values()) == workers
         assert max(room.values()) - min(room.values()) <= 1
+
+
+def test_workers_lost_together_are_one_failure_of_their_node() -> None:
+    records = NodeRecords()
+    for _ in range(8):
+        records.token("job")
+    assert [records.fail("a", number) for number in range(1, 9)] == [1] * 8
+    assert records.fail("b", 3) == 1
+    records.token("job")
+    assert records.fail("a", 9) == 2

@@ -109,6 +109,7 @@ class RayCluster:
                 int(each["Resources"].get("GPU", 0)),
                 int(free.get(each["NodeID"], {}).get("GPU", 0)),
                 is_here=each["NodeID"] == here,
+                is_for_work=each["Resources"].get("CPU", 0) > 0,
             )
             for each in alive
         ]

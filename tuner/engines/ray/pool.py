@@ -30,6 +30,8 @@ from tuner.report.format import GpuReading
 MAX_FAILURES = 3
 """Failures of a node's workers, without a trial that ended between them, after which it is left out."""
 _SCAN_SECONDS = 2.0
+_OPENING_AT_ONCE = 4
+"""Workers that a node opens at the same time."""
 _POLL_SECONDS = 0.02
 _TABLE = re.compile(r"[0-9a-f]{32}")
 """Name of a finished table in the folder of tokenised rows."""
@@ -45,6 +47,8 @@ class Node:
     free_gpus: int
     is_here: bool = False
     """Whether it is the parent's machine."""
+    is_for_work: bool = True
+    """Whether it offers CPUs: a head started with `--num-cpus=0` does not."""
 
 
 class Cluster(Protocol):
@@ -66,12 +70,15 @@ class Cluster(Protocol):
 def seats(nodes: Sequence[Node], *, gpus_per_worker: int, workers: int | Literal["auto"]) -> dict[str, int]:
     """Return how many workers each node has room for, by its id.
 
-    Nodes without a GPU get workers only if no node has one: one each, or as many as `workers` says in all.
+    Nodes without a GPU get workers only if no node has one, and those that offer CPUs: one each, or as many
+    as `workers` says in all.
     """
     if any(node.gpus for node in nodes):
         return {node.id: node.gpus // gpus_per_worker for node in nodes}
-    count = len(nodes) if workers == "auto" else workers
-    return {node.id: len(range(place, count, len(nodes))) for place, node in enumerate(_nearest(nodes))}
+    able = _nearest(node for node in nodes if node.is_for_work)
+    count = len(able) if workers == "auto" else workers
+    room = {node.id: len(range(place, count, len(able))) for place, node in enumerate(able)}
+    return {node.id: room.get(node.id, 0) for node in nodes}
 
 
 def _nearest(nodes: Iterable[Node]) -> list[Node]:
@@ -83,7 +90,9 @@ class NodeRecords:
     """What happened on the nodes during a run of a round, also across starts of the engine."""
 
     failures: Counter[str] = field(default_factory=Counter)
-    """Node id -> failures since a trial ended on it."""
+    """Node id -> failures since a trial ended on it. Workers that it loses at the same time are one failure."""
+    failed_at: dict[str, int] = field(default_factory=dict)
+    """Node id -> number of the newest worker at its last failure."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Node id -> why it gets no more workers."""
     lost_workers: list[str] = field(default_factory=list)
@@ -96,6 +105,13 @@ class NodeRecords:
         self.num_workers += 1
         return f"{job}.{self.session}.{self.num_workers}"
 
+    def fail(self, node: str, number: int) -> int:
+        """Count the failure of a node's worker; return the node's failures."""
+        if number > self.failed_at.get(node, 0):
+            self.failures[node] += 1
+            self.failed_at[node] = self.num_workers
+        return self.failures[node]
+
 
 class _Unlike(Exception):
     """A node differs from the others, and is left out with this message."""
@@ -107,6 +123,11 @@ class _Seat:
 
     node: Node
     token: str
+
+    @property
+    def number(self) -> int:
+        """Return the worker's number in this session."""
+        return int(self.token.rpartition(".")[2])
 
 
 class ClusterPool:
@@ -276,8 +297,10 @@ class ClusterPool:
         """Count a failure of a node; leave the node out after the last."""
         node, records = seat.node, self._records
         records.lost_workers.append(seat.token)
-        records.failures[node.id] += 1
-        if leave_out or records.failures[node.id] >= MAX_FAILURES:
+        failures = records.fail(node.id, seat.number)
+        if node.id in records.left_out:
+            return
+        if leave_out or failures >= MAX_FAILURES:
             times = "" if leave_out else f"failed {MAX_FAILURES} times: "
             records.left_out[node.id] = f"{times}{reason}"
             self._job.say(f"node {node.name} is left out: {times}{reason}")
@@ -309,7 +332,12 @@ class ClusterPool:
             room = {} if taken else self._room(nodes)
             return [node for node in _nearest(nodes) if room.get(node.id)][:1]
         room = self._room(nodes)
-        wanted = [node for node in _nearest(nodes) for _ in range(room[node.id])]
+        opening = Counter(seat.node.id for seat in self._opening)
+        wanted = [
+            node
+            for node in _nearest(nodes)
+            for _ in range(min(room[node.id], _OPENING_AT_ONCE - opening[node.id]))
+        ]
         return wanted if self._job.workers == "auto" else wanted[: max(0, self._job.workers - taken.total())]
 
     def _room(self, nodes: Sequence[Node]) -> dict[str, int]:
@@ -371,10 +399,11 @@ class ClusterPool:
             f"tuner {self._job.spec.study}/{self._job.spec.round} {node.name} {seat.token.split('.', 1)[1]}"
         )
         connection = self._cluster.connect(node, gpus=per_worker if node.gpus else 0, name=name)
-        number = seat.token.rpartition(".")[2]
         self._job.directory.mkdir(parents=True, exist_ok=True)
         host = RemoteHost(
-            connection, name=f"node {node.name}", log=self._job.directory / f"worker-{node.name}-{number}.log"
+            connection,
+            name=f"node {node.name}",
+            log=self._job.directory / f"worker-{node.name}-{seat.number}.log",
         )
         try:
             facts: NodeFacts = host.call("describe", sorted(_modules(self._job.spec)))

@@ -23,6 +23,8 @@ from tuner.whole import digest
 
 SILENCE_SECONDS = 60.0
 """A node that answers nothing for so long is lost. Its worker ends as long after, by the host's lease."""
+START_SECONDS = 300.0
+"""The same for its first answer: many hosts of a node may be starting."""
 POLL_SECONDS = 5.0
 _PAUSE_SECONDS = 0.05
 _SLACK_SECONDS = 20.0
@@ -100,6 +102,7 @@ class RemoteHost:
 
     def _poll(self) -> None:
         taken, heard_at = 0, time.monotonic()
+        patience = max(START_SECONDS, self._silence_seconds)
         while self._wanted:
             try:
                 heard: Heard = self._connection.call(
@@ -108,12 +111,12 @@ class RemoteHost:
                     min(POLL_SECONDS, self._silence_seconds / 4),
                     self._log_bytes,
                     timeout_seconds=min(
-                        POLL_SECONDS + _SLACK_SECONDS, heard_at + self._silence_seconds - time.monotonic() + 1
+                        POLL_SECONDS + _SLACK_SECONDS, heard_at + patience - time.monotonic() + 1
                     ),
                 )
             except Unavailable as error:
                 silent = time.monotonic() - heard_at
-                if silent > self._silence_seconds:
+                if silent > patience:
                     self.lost = f"{self.name} has not answered for {silent:.0f} seconds ({error})"
                     break
                 time.sleep(_PAUSE_SECONDS)
@@ -121,7 +124,7 @@ class RemoteHost:
             except (HostLost, HostFailed) as error:
                 self.lost = f"{self.name}: {error}"
                 break
-            heard_at = time.monotonic()
+            heard_at, patience = time.monotonic(), self._silence_seconds
             taken += len(heard.lines)
             self.gpus = heard.gpus
             self._write_log(heard.log)
