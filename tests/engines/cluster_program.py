@@ -24,7 +24,7 @@ def main() -> int:
     document = json.loads(sys.stdin.readline())
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=lambda: [*map(lines.put, sys.stdin), lines.put("")], daemon=True).start()
-    print(f"working in {Path.cwd()}", file=sys.stderr, flush=True)
+    print(f"working in {Path.cwd()}\ndocument {json.dumps(document)}", file=sys.stderr, flush=True)
     ready = Ready(document["slots"], "simulated", workload=document.get("workload", "the same"))
     worker = SimulatedWorker(formula, slots=document["slots"], ready=ready)
     while True:

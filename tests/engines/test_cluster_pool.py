@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -245,6 +246,48 @@ def test_a_model_that_no_node_sees_is_sent_to_each(job: Job, opened: Any, tmp_pa
     collect(pool, until=ready)
     (copy,) = (tmp_path / "a" / "files").glob("*/base/weights")
     assert copy.read_bytes() == b"weights"
+
+
+class Offline(Apart):
+    """A node without the Hub, and without the model in its cache."""
+
+    def hub_commit(self, model: str, revision: str | None) -> str | None:
+        self._alive()
+
+    def reaches_hub(self) -> bool:
+        self._alive()
+        return False
+
+
+def test_a_model_of_the_hub_goes_to_a_node_that_cannot_get_it(
+    job: Job, opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the parent's cache, at its commit; its worker is told the place, and what the user calls it."""
+    from huggingface_hub import constants
+
+    commit, cache = "0" * 40, tmp_path / "parent" / "hub"
+    snapshot = cache / "models--org--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--org--base" / "refs").mkdir()
+    (cache / "models--org--base" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    spec = job.spec.model_copy(update={"model": job.spec.model.model_copy(update={"path": "org/base"})})
+    program = Program(PROGRAM, lambda: {"slots": 1, "spec": spec.model_dump(mode="json")})
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = Offline
+    pool = opened(machines, spec=spec, program=program)
+    collect(pool, until=ready)
+    (sent,) = (tmp_path / "a" / "files").glob("*/*/config.json")
+    (log,) = job.directory.glob("worker-a-*.log")
+    document = json.loads(log.read_text().partition("document ")[2])
+    assert document["spec"]["model"]["path"] == str(sent.parent)
+    assert document["spec"]["model"]["revision"] == commit
+    assert document["paths"] == {str(sent.parent): "org/base", **others(document)}
+
+
+def others(document: dict[str, Any]) -> dict[str, str]:
+    return {there: here for there, here in document["paths"].items() if here != "org/base"}
 
 
 def test_a_round_keeps_its_token(job: Job) -> None:

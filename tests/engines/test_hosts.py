@@ -81,7 +81,7 @@ class Wire:
         return answer
 
     def end(self) -> None:
-        if not self.is_dead:
+        if not self.is_dead and not self.is_silent:  # a cut cable carries no order to end
             self.is_dead = True
             self.host._kill()
 
@@ -134,6 +134,7 @@ class Machine:
 
     def close(self) -> None:
         for wire in self.wires:
+            wire.is_silent = False
             wire.end()
 
 
@@ -286,6 +287,28 @@ def test_a_silent_node_is_lost_and_its_worker_ends_by_its_lease(machine: Machine
     assert "has not answered for" in died(worker).reason
     assert machine.lost.wait(10)
     assert is_gone(pid)
+
+
+def test_an_old_node_that_comes_back_onto_a_shared_disk_replaces_nothing(machine: Machine) -> None:
+    """Given up and cut off, its worker trains on and saves, beside the next attempt of the same trial."""
+    old = machine.worker(is_shared=True, silence_seconds=1.0, document={"pause": 0.05})
+    started(old, machine, steps=400)
+    machine.wires[0].is_silent = True
+    assert died(old).trials == (0,)
+    new = machine.worker(is_shared=True)
+    wait_until_ready(new)
+    new.start(replace(assignment(machine.directory, 0, steps=40), attempt=2))
+    kept = saved(collect(new, until=lambda seen: ended(seen) == {0}))
+    time.sleep(1.0)
+    running = machine.hosts[0]
+    assert running._code is None, "the old worker still runs"
+    names = {path.name for path in (machine.directory / "trial-0000").rglob("step-*")}
+    assert any(name.endswith(".a1") for name in names)
+    for checkpoint in kept:
+        assert checkpoint.path.endswith(".a2")
+        assert digest(machine.directory / checkpoint.path) == checkpoint.sha256
+    assert not (machine.directory / "trial-0000" / "best").exists(), "no worker switches the link"
+    new.close()
 
 
 def test_a_host_without_a_parent_lets_its_worker_end_then_kills_it(machine: Machine) -> None:

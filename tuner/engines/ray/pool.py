@@ -90,7 +90,7 @@ class NodeRecords:
     """What happened on the nodes during a run of a round, also across starts of the engine."""
 
     failures: Counter[str] = field(default_factory=Counter)
-    """Node id -> failures since a trial ended on it. Workers that it loses at the same time are one failure."""
+    """Node id -> failures since a trial ended on it; workers lost at the same time are one failure."""
     failed_at: dict[str, int] = field(default_factory=dict)
     """Node id -> number of the newest worker at its last failure."""
     left_out: dict[str, str] = field(default_factory=dict)
