@@ -1,9 +1,10 @@
-"""Files and links that appear whole or not at all, also after a power cut."""
+"""Files and links that appear whole or not at all, also after a power cut; and whether they still are."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,13 +36,19 @@ def lead(link: Path, target: Path) -> None:
     synced(link.parent)
 
 
-def synced(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def replaced_whole(target: Path, new: Path) -> None:
+    """Give a directory, built beside it under another name, its target's name; what was there is deleted.
+
+    Killed between the two renames, both are there under names that begin with a dot.
+    """
+    for path in [*new.iterdir(), new]:
+        synced(path)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    synced(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(path: Path) -> str:
@@ -57,3 +64,12 @@ def digest(path: Path) -> str:
 def _content(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

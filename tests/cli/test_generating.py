@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.data.tiny import write_jsonl
 from tests.studies import QUICKSTART, round_file
-from tests.study.rehearsal import rehearse, trials
+from tests.study.rehearsal import adopt, rehearse, trials
 from tuner.cli import run
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
@@ -44,6 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         link = directory / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
         if trial.state == TrialState.COMPLETE:
             write_adapter(link.resolve(), seed=trial.number)
+            adopt(directory, trial)
     return directory
 
 
@@ -248,6 +249,7 @@ def test_a_token_that_the_embedding_lacks(
     for trial in trials(study):
         link = study / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
         write_adapter(link.resolve(), seed=0)
+        adopt(study, trial)
     round_file(study, base=tmp_path / "base")
     rows = [{"prompt": prompt} for prompt in ("Where?", "Where is harbour_town?")]
     questions = write_jsonl(tmp_path / "questions.jsonl", rows)

@@ -301,6 +301,15 @@ class StoreContract:
         store.record(replace(ENDED, step=3))
         assert store.trials("round1")[0].attempts[0].to_step == 12
 
+    @pytest.mark.parametrize("kind", list(CheckpointKind))
+    def test_a_checkpoint_proves_that_its_step_was_run(self, store: Store, kind: CheckpointKind) -> None:
+        """Whatever a kill has hidden between it and the last progress; an earlier one proves nothing."""
+        store.record(RoundBegun(ROUND), TrialAsked(TRIAL), STARTED, Progressed("round1", 7, 1, 12))
+        for step in (15, 10):
+            store.record(Saved("round1", 7, 1, Checkpoint(kind, step, f"{kind}-{step}", 1, "x")))
+            found = store.trial("round1", 7)
+            assert (found.attempts[0].to_step, found.executed_steps) == (15, 15)
+
     def test_evaluations_come_by_step_and_the_last_said_counts(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(TRIAL))
         for step, loss in ((10, 1.0), (0, 2.0), (5, 1.5), (10, 0.5)):

@@ -29,7 +29,7 @@ from . import synthetic
 TRIAL_KEYS = [
     "number", "round", "state", "reason", "hyperparameters", "seed", "best_step", "best_eval_loss",
     "settled_step", "metric", "direction", "best_value", "adapter", "answers", "test", "continues",
-    "executed_steps", "attempts", "evaluations",
+    "executed_steps", "executed_steps_exact", "attempts", "evaluations",
 ]  # fmt: skip
 STATES = ["waiting", "running", "complete", "pruned", "infeasible", "failed"]
 

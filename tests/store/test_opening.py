@@ -161,8 +161,8 @@ def test_one_form_for_each_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert normal_url(f"sqlite+pysqlite:///{tmp_path}/tuner.db") == f"sqlite:///{tmp_path}/tuner.db"
     for scheme in ("postgres", "postgresql", "postgresql+psycopg"):
         assert (
-            normal_url(f"{scheme}://me:p%40ss@host:5/db?a=b")
-            == "postgresql+psycopg://me:p%40ss@host:5/db?a=b"
+            normal_url(f"{scheme}://me:p%40ss@host:5/db?sslmode=require")
+            == "postgresql+psycopg://me:p%40ss@host:5/db?sslmode=require"
         )
 
 

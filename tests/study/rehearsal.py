@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from tests.studies import formula, round_file, silent_view
 from tuner.config import RoundFile
 from tuner.engines import SimulatedWorker, Worker
 from tuner.records import (
+    CheckpointKind,
     Fact,
     RoundBegun,
     RoundRecord,
+    Saved,
     Trial,
 )
 from tuner.report import View
@@ -23,6 +25,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.loop import RoundLoop
 from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.sampling import Proposal, RoundStudy, optuna_storage
+from tuner.whole import digest
 
 
 class Crash(BaseException):
@@ -115,6 +118,17 @@ def rehearse(
             stopping=stopping,
         ).run()
     return burning
+
+
+def adopt(directory: Path, trial: Trial) -> None:
+    """Record the files that somebody has put into the place of a trial's best adapter."""
+    plan = RoundPlan(round_file(directory))
+    best = trial.checkpoint(CheckpointKind.BEST)
+    assert best is not None
+    found = replace(best, sha256=digest(plan.checkpoints / best.path))
+    store = open_store(plan.absolute.storage, study=plan.spec.study)
+    store.record(Saved(trial.round, trial.number, trial.attempts[-1].number, found))
+    store.close()
 
 
 def trials(directory: Path, **changes: Any) -> tuple[Trial, ...]:

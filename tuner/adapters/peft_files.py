@@ -14,6 +14,7 @@ from tuner.adapters.initial import Adapter
 from tuner.errors import CheckpointError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _A, _B, _MAGNITUDE = _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 """PEFT's names for the entries of a module's tuple; the last with DoRA only."""

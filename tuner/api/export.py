@@ -169,7 +169,9 @@ class Finished:
 
 
 def finished_trial(folder: StudyFolder, name: str) -> Finished:
-    """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason."""
+    """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason,
+    and CheckpointError for a damaged adapter.
+    """
     if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
@@ -177,16 +179,16 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     if trial.state != TrialState.COMPLETE:
         raise InputError(f"{name}: {path} is {trial.state}{_why(trial)}; see: tuner trial list")
     plan = folder.plan(trial.round)
-    adapter = folder.adapter(trial)
+    adapter = folder.verified_adapter(trial)
     if adapter is None:
         raise InputError(
             f"{name}: the adapter of {path} is missing from {folder.checkpoints(trial.round).root}; "
-            "export another trial, see: tuner trial list"
+            f"put it back with: tuner trial reproduce {path} --restore"
         )
     with opened(folder) as store:
         record = begun_round(store, trial.round)
-    written, spec = (as_trained(each, Path(adapter)) for each in (plan.spec, plan.absolute))
-    return Finished(trial, record, written, spec, Path(adapter))
+    written, spec = (as_trained(each, adapter) for each in (plan.spec, plan.absolute))
+    return Finished(trial, record, written, spec, adapter)
 
 
 def _why(trial: Trial) -> str:

@@ -70,17 +70,17 @@ class Speaker:
 
 
 def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapter",)) -> Speaker:
-    """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter."""
+    """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter, and
+    CheckpointError for one that is damaged.
+    """
     name = f"{trial.round}/{trial.number}"
     if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
-    adapter = folder.adapter(trial)
+    adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
-    spec = folder.plan(trial.round).absolute
-    if adapter is not None:
-        spec = as_trained(spec, Path(adapter))
-    return Speaker(name, spec, load_tokenizer(spec.model), Path(adapter).resolve() if adapter else None)
+    spec = folder.as_trained(trial, folder.plan(trial.round).absolute)
+    return Speaker(name, spec, load_tokenizer(spec.model), adapter.resolve() if adapter else None)
 
 
 def batched(

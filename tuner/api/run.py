@@ -12,20 +12,21 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins
+from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError, Interrupted
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, to_json
+from tuner.records import Evaluation, Trial, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import dry_run_file
-from tuner.study.folder import dry_run_banner, is_dry_run, open_folder, opened
+from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
 from tuner.study.plan import RoundPlan
-from tuner.study.reproduction import Rerun, reproduce
+from tuner.study.reproduction import Rerun, planned_rerun, reproduce
+from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _job(
     def document() -> dict[str, object]:
         known = base()
         return {
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
             "cache": str(cache),
             "lock": str(directory / "worker.lock"),
@@ -174,7 +175,12 @@ def _job(
 
 
 def run_again(
-    rerun: Rerun, *, view: View, stopping: Callable[[], bool], where: Where | None = None
+    rerun: Rerun,
+    *,
+    view: View,
+    stopping: Callable[[], bool],
+    where: Where | None = None,
+    take: Take | None = None,
 ) -> Reproduction:
     """Run a trial again in one worker with one slot, by default on the round's engine.
 
@@ -194,10 +200,32 @@ def run_again(
         return engine.start(replace(_job(alone, directory=place, cache=cache), say=view.message))
 
     try:
-        return reproduce(rerun, make_worker=start, view=view, stopping=stopping)
+        return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
     finally:
         engine.close()
         view.close()
+
+
+def restored_adapter(
+    folder: StudyFolder,
+    trial: Trial,
+    *,
+    open_view: Callable[[Rerun], View],
+    stopping: Callable[[], bool],
+    where: Where | None = None,
+) -> tuple[str, Reproduction | None]:
+    """Put a trial's best adapter back; see `restored`. `open_view` shows a new run, where one is needed."""
+
+    def write_best(directory: Path, target: Path, sha256: str) -> None:
+        from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
+
+        write_best_of(directory, target, sha256=sha256)
+
+    def again(take: Take) -> Reproduction:
+        rerun = planned_rerun(folder, trial, to_step=None)
+        return run_again(rerun, view=open_view(rerun), stopping=stopping, where=where, take=take)
+
+    return restored(folder, trial, write_best=write_best, run_again=again)
 
 
 def view_of(progress: bool) -> OpenView:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.generate import batched, speaker
-from tuner.api.run import Where, interruptible, run_again, shown, unsaid
+from tuner.api.run import Where, interruptible, restored_adapter, run_again, shown, unsaid
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
 from tuner.playbook.selection import objective_value
 from tuner.records import Evaluation, Hyperparameters, TrialState
 from tuner.records import Trial as RecordedTrial
+from tuner.report import View
 from tuner.report.reproduction import reproduction_document
 from tuner.study.folder import StudyFolder
-from tuner.study.reproduction import planned_rerun
+from tuner.study.reproduction import Rerun, planned_rerun
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -196,6 +197,20 @@ class Trial:
             found = run_again(rerun, view=view, stopping=stopping, where=where)
         document = reproduction_document(self._study.name, found)
         return Reproduction(found.agreement != Agreement.DIFFERS, document)
+
+    def restore(self, *, progress: bool = True) -> str:
+        """Put a damaged or missing best adapter back, from a checkpoint or by training again; return how.
+
+        Raises InputError for a trial without a recorded adapter, StorageError while a round of the study
+        runs, TunerError if the trial cannot be reproduced, Interrupted after Ctrl-C.
+        """
+
+        def view(rerun: Rerun) -> View:
+            return shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
+
+        with interruptible() as stopping:
+            how, _ = restored_adapter(self._study, self._recorded, open_view=view, stopping=stopping)
+        return how
 
     def load(self, *, device: str | None = None) -> PeftModel:
         """Return the base model with the trial's best adapter, ready to generate.

@@ -10,7 +10,7 @@ import typer
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
-from tuner.api.run import Where, run_again
+from tuner.api.run import Where, restored_adapter, run_again
 from tuner.api.study import standing
 from tuner.cli.printing import PROSE, error_output, next_command, output, prepared, spoken_by, stop_signals
 from tuner.data import PreparedData, ShownRow, printable, show_rows
@@ -19,6 +19,7 @@ from tuner.errors import Interrupted
 from tuner.playbook.reproduction import Agreement
 from tuner.records import Trial, TrialState, searched
 from tuner.report import (
+    View,
     dumps,
     open_view,
     plan_table,
@@ -34,7 +35,7 @@ from tuner.report.round_report import SAID_BY_THE_EVIDENCE
 from tuner.report.terminal import FittedTable
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, find_trial, objectives_of, trials_of
-from tuner.study.reproduction import planned_rerun
+from tuner.study.reproduction import Rerun, planned_rerun
 from tuner.study.results import scores_of
 
 if TYPE_CHECKING:
@@ -199,6 +200,41 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
+def restore_trial(folder: StudyFolder, name: str, *, where: Where, as_json: bool) -> None:
+    """Put a trial's best adapter back and print how. Raises what `restored` does, and Interrupted."""
+    trial, _ = find_trial(folder, name)
+    try:
+        with stop_signals("stopping (Ctrl-C again to quit now)") as stopping:
+            how, found = restored_adapter(
+                folder,
+                trial,
+                open_view=lambda rerun: _view_of_rerun(folder, rerun),
+                stopping=stopping,
+                where=where,
+            )
+    except Interrupted as stop:
+        again = next_command(f"tuner trial reproduce {name} --restore{where.options}")
+        raise Interrupted(f"{stop}; start over with: {again}") from stop
+    if as_json:
+        run = {} if found is None else reproduction_document(folder.name, found)
+        typer.echo(dumps({"study": folder.name, "trial": trial.name, **run, "restored": how}))
+        return
+    if found is not None:
+        output(piped_width=PROSE).print(reproduction_page(folder.name, found))
+    typer.echo(how)
+
+
+def _view_of_rerun(folder: StudyFolder, rerun: Rerun) -> View:
+    trial = rerun.trial
+    return open_view(
+        console=error_output(),
+        title=f"{folder.name}/{trial.round}, trial {trial.number} again",
+        trials_total=1,
+        max_train_steps=rerun.record.max_train_steps,
+        searched=tuple(searched(rerun.spec.space())),
+    )
+
+
 def reproduce_trial(
     folder: StudyFolder, name: str, *, to_step: int | None, where: Where, as_json: bool
 ) -> bool:
@@ -208,13 +244,7 @@ def reproduce_trial(
     """
     trial, _ = find_trial(folder, name)
     rerun = planned_rerun(folder, trial, to_step=to_step)
-    view = open_view(
-        console=error_output(),
-        title=f"{folder.name}/{trial.round}, trial {trial.number} again",
-        trials_total=1,
-        max_train_steps=rerun.record.max_train_steps,
-        searched=tuple(searched(rerun.spec.space())),
-    )
+    view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
     try:
         with (

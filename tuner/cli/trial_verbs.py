@@ -92,19 +92,36 @@ def reproduce(
             metavar="HOST:PORT|local", help="Ray cluster of --engine ray; overrides run.ray_address."
         ),
     ] = None,
+    restore: Annotated[
+        bool,
+        typer.Option(
+            "--restore",
+            help="Put a damaged or missing best adapter back: from a checkpoint that has it, else from this "
+            "run if its curve agrees.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a trial again by itself and compare its curve; exits with 1 if the curves disagree.
 
-    The study is not changed: no trial is added, and the run's files are deleted at the end.
+    The study is not changed: no trial is added, and the run's files are deleted at the end. Only `--restore`
+    writes: the adapter of the best step.
 
     Example: `tuner trial reproduce best --to-step 20`
     """
-    from tuner.cli.output import reproduce_trial
+    from tuner.cli.output import reproduce_trial, restore_trial
     from tuner.cli.printing import next_command, open_here
     from tuner.cli.rounds import where_typed
+    from tuner.errors import InputError
 
+    if restore and to_step is not None:
+        raise InputError("--restore needs the whole run; remove --to-step")
     where = where_typed(None, None, engine, ray_address)
+    if restore:
+        restore_trial(open_here(), trial, where=where, as_json=json)
+        if not json:
+            typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
+        return
     agrees = reproduce_trial(open_here(), trial, to_step=to_step, where=where, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)

@@ -5,7 +5,7 @@ from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.editing import DELETE, edit_round, refused_changes
 from tuner.config.new_round import RECIPES, new_round
 from tuner.config.parsing import RoundFile, load_round, read_round, with_plug_ins
-from tuner.config.round_file import RoundSpec
+from tuner.config.round_file import RoundSpec, without_secrets
 from tuner.config.sections import (
     AnswersSpec,
     CheckpointsSpec,
@@ -40,4 +40,5 @@ __all__ = [
     "read_round",
     "refused_changes",
     "with_plug_ins",
+    "without_secrets",
 ]

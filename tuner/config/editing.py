@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.parsing import RoundFile
-from tuner.config.round_file import RoundSpec
+from tuner.config.round_file import RoundSpec, without_secrets
 from tuner.config.yaml_text import Entry, Layout, Section, YamlError, one_line, parse, plain
 from tuner.errors import InputError, Mistake
 
@@ -206,6 +206,7 @@ def _by_key(spec: RoundSpec) -> dict[str, Any]:
             values.update({f"{name}.{key}": item for key, item in value.items()})
         else:
             values[name] = value
+    values["storage"] = without_secrets(spec.storage)  # another password is no change
     for name, dimension in spec.space().items():
         values[f"hyperparameters.{name}"] = dimension_to_yaml(dimension)
     return values

@@ -98,6 +98,21 @@ def absolute_storage(url: str, directory: Path) -> str:
     return f"{scheme}{absolute_path(path, directory)}{query}"
 
 
+_SECRET_OPTION = re.compile(r"([?&](?:password|passfile|sslpassword|oauth_client_secret)=)[^&#]*")
+
+
+def without_secrets(url: str) -> str:
+    """The URL of a database as it may be recorded and shown; text that is no URL is not shown at all."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return "(not a database URL)"
+    account, at, place = rest.rpartition("@")
+    if at and not scheme.startswith("sqlite"):
+        user, colon, _ = account.partition(":")
+        rest = f"{user}{':***' if colon else ''}@{place}"
+    return _SECRET_OPTION.sub(r"\1***", f"{scheme}://{rest}")
+
+
 def absolute_path(path: str, directory: Path) -> str:
     """`~` expanded, `..` resolved by name, links left alone."""
     return os.path.normpath(directory.absolute() / Path(path).expanduser())
@@ -212,10 +227,12 @@ class RoundSpec(BaseModel):
     @classmethod
     def _database_on_disk_or_server(cls, url: str) -> str:
         if not re.fullmatch(_STORAGE, url):
-            scheme = url.partition("://")[0]
+            scheme = url.partition(":")[0]  # nothing more of it: a password may stand anywhere
+            begins = f"; this begins with {scheme!r}" if scheme.replace("+", "").isalnum() else ""
             raise mistake(
-                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE; "
-                f"this begins with {scheme!r}" + (" and names no file" if scheme.startswith("sqlite") else "")
+                "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE"
+                + (begins if url != scheme else "")
+                + (" and names no file" if scheme.startswith("sqlite") else "")
             )
         return url
 

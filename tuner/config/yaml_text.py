@@ -6,6 +6,7 @@ import datetime
 import io
 import re
 import sys
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
@@ -21,16 +22,9 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ruamel.yaml.tokens import DirectiveToken, DocumentEndToken, DocumentStartToken, ScalarToken, Token
 
 from tuner.config.wording import Location
+from tuner.config.yaml_limits import YamlError, refuse_costly
 
-
-class YamlError(ValueError):
-    """Text that is not YAML, or YAML that is not plain data."""
-
-    def __init__(self, message: str, line: int | None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.line = line
-        """1-based, where one can be named."""
+__all__ = ["Layout", "Parsed", "Section", "YamlError", "one_line", "parse", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +46,14 @@ class Parsed:
 def parse(text: str) -> Parsed:
     """Read one YAML document. Raises YamlError with the line."""
     try:
-        node = YAML(typ="rt", pure=True).load(text)
-    except (YAMLError, ValueError) as error:
+        refuse_costly(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            node = YAML(typ="rt", pure=True).load(text)
+    except YamlError:
+        raise
+    except (YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        # ruamel's constructors raise these for scalars that only look like a number, a date or a merge.
         raise _explained(error, text) from None
     lines: dict[Location, int] = {}
     return Parsed(_converted(node, (), lines, ()), lines)
@@ -110,7 +110,7 @@ def _converted(node: Any, at: Location, lines: dict[Location, int], above: tuple
         case bool() | ScalarBoolean():
             return bool(node)
         case int():
-            return int(node)
+            return _finite(node, line)
         case float():
             return float(node)
         case datetime.date():
@@ -119,6 +119,14 @@ def _converted(node: Any, at: Location, lines: dict[Location, int], above: tuple
             raise YamlError(
                 "expects plain text, numbers, lists or `key: value` lines, without YAML tags", line
             )
+
+
+def _finite(number: int, line: int | None) -> int:
+    try:
+        float(number)
+    except OverflowError:
+        raise YamlError("a whole number of more than 308 digits", line) from None
+    return int(number)
 
 
 def _lines(node: CommentedMap | CommentedSeq, at: Location) -> dict[Location, int]:
@@ -146,12 +154,12 @@ def _escaped(value: Any) -> Any:
             return value
 
 
-def _explained(error: YAMLError | ValueError, text: str) -> YamlError:
+def _explained(error: Exception, text: str) -> YamlError:
     if isinstance(error, ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return YamlError(f"contains the character {text[error.position]!r}, which YAML does not allow", line)
     if not isinstance(error, MarkedYAMLError):
-        return YamlError(f"is not YAML: {error}", None)
+        return YamlError(f"is not YAML: {' '.join(str(error).split()) or type(error).__name__}", None)
     mark = error.problem_mark or error.context_mark
     row = None if mark is None else mark.line + 1
     problem = str(error.problem or error.context)

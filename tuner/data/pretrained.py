@@ -117,9 +117,10 @@ def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
     A branch moves on: what it has today may be another base.
     """
     try:
-        known = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("revision")
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return spec  # whoever loads the adapter says what is wrong with it
+    known = config.get("revision") if isinstance(config, dict) else None
     if not isinstance(known, str):
         return spec
     return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": known})})

@@ -150,8 +150,8 @@ class Saved(AttemptFact):
     checkpoint: Checkpoint
 
     def change(self, trial: TrialFacts) -> None:
-        """As `TrialFact` says."""
-        self.of(trial)
+        """As `TrialFact` says. A checkpoint proves that its step was run."""
+        self.reach(trial, self.checkpoint.step)
         key = (self.checkpoint.kind, self.checkpoint.step)
         known = trial.checkpoints.get(key)
         if known is None or (known.attempt, known.is_removed) <= (self.attempt, False):

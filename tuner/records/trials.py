@@ -296,8 +296,16 @@ class Trial:
 
     @property
     def executed_steps(self) -> int:
-        """Steps really run, those repeated after a crash included, those inherited not."""
+        """Steps really run, those repeated after a crash included, those inherited not.
+
+        Never less than events and checkpoints prove; see `was_killed`.
+        """
         return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether an attempt ended without a word, so that up to a second of its steps is unknown."""
+        return any(attempt.outcome in ("interrupted", "died") for attempt in self.attempts)
 
     def checkpoint(self, kind: CheckpointKind, step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint of a kind, or the one at a step."""

@@ -216,6 +216,7 @@ def trial_document(
             "test": _test(trial, scored),
             "continues": str(trial.continues) if trial.continues else None,
             "executed_steps": trial.executed_steps,
+            "executed_steps_exact": not trial.was_killed,
             "attempts": len(trial.attempts),
             "evaluations": [
                 {

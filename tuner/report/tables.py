@@ -170,7 +170,8 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
     if trial.continues is not None:
         facts["continues"] = str(trial.continues)
     attempts = format.count(len(trial.attempts), "attempt")
-    facts["executed"] = f"{format.count(trial.executed_steps, 'step')} in {attempts}"
+    unknown = "; up to a second of a killed attempt is unknown" if trial.was_killed else ""
+    facts["executed"] = f"{format.count(trial.executed_steps, 'step')} in {attempts}{unknown}"
     return facts
 
 

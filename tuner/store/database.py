@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, inspect, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
@@ -26,25 +28,70 @@ RUN_LOCKS, UPGRADE_LOCKS = 0x74756E65, 0x74756E66
 _REFUSALS = ("42501", "25006")
 """PostgreSQL's codes for missing rights and for a server that only reads; SQLAlchemy takes them for bugs."""
 
+_SECRET_OPTIONS = ("password", "passfile", "sslpassword", "sslkey", "oauth_client_secret")
+_SQLITE_OPTIONS = frozenset(
+    ("timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements", "uri", "mode")
+)
+
 _FORMS = "sqlite:///FILE.db or postgresql+psycopg://USER@HOST/DATABASE"
 
 
 def parse_url(text: str) -> URL:
-    """Return the canonical URL: with its driver, and an absolute path for a file. Raises StorageError."""
+    """Return the canonical URL: with its driver, and an absolute path for a file. Raises StorageError.
+
+    No message contains what may be a password, which can stand anywhere in text that is no URL.
+    """
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
-        shown = re.sub(r":[^:/@]*@", ":***@", text)
-        raise StorageError(f"storage: {shown!r} is not a database URL; write {_FORMS}") from error
+        raise StorageError(
+            f"storage: {_harmless(text)!r} is not a database URL; write {_FORMS}"
+        ) from error.__cause__
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite":
-            if not url.database or url.database.startswith((":memory:", "file:")):
-                raise StorageError(f"storage: {text!r} names no file; write sqlite:///FILE.db")
+            if not url.database or url.database.startswith((":memory:", "file:")) or url.host:
+                raise StorageError("storage: the URL names no file; write sqlite:///FILE.db")
+            _refuse_options(url, _SQLITE_OPTIONS)
             return url.set(drivername="sqlite", database=os.path.abspath(url.database))  # noqa: PTH100
         case "postgresql" | "postgres" | "postgresql+psycopg":
+            _refuse_options(url, _postgres_options())
             return url.set(drivername="postgresql+psycopg")
         case scheme:
             raise StorageError(f"storage: database type {scheme!r} is not supported; write {_FORMS}")
+
+
+def _harmless(text: str) -> str:
+    """Return text that is no URL without all that may be a secret."""
+    return re.sub(r"(?i)(password\w*=).*", r"\1***", re.sub(r":.*@", ":***@", text, flags=re.DOTALL))
+
+
+def _refuse_options(url: URL, known: frozenset[str]) -> None:
+    """Raise StorageError for options that the driver does not have, and would fail on much later."""
+    unknown = sorted(name for name in url.query if name not in known)
+    if known and unknown:
+        raise StorageError(
+            f"storage: the URL's option {unknown[0]!r} does not exist; there are {', '.join(sorted(known))}"
+        )
+
+
+@cache
+def _postgres_options() -> frozenset[str]:
+    """What a connection to PostgreSQL can be told; nothing where the driver is missing."""
+    try:
+        from psycopg.pq import Conninfo
+    except ImportError:
+        return frozenset()
+    return frozenset(option.keyword.decode() for option in Conninfo.get_defaults())
+
+
+def shown_url(url: str | URL) -> str:
+    """Return a URL without its secrets, to show, record or log; text that is no URL is not shown at all."""
+    try:
+        url = make_url(url)
+    except (ArgumentError, ValueError):
+        return _harmless(str(url))
+    secret = {name: "***" for name in url.query if name in _SECRET_OPTIONS}
+    return url.update_query_dict(secret).render_as_string(hide_password=True)
 
 
 def normal_url(url: str) -> str:
@@ -81,6 +128,15 @@ def exists(url: str) -> bool:
         engine.dispose()
 
 
+def _without_secrets(url: URL, text: str) -> str:
+    """Return a driver's message without the secrets of the URL, should it quote any."""
+    secrets = {url.password, *(url.query.get(name) for name in _SECRET_OPTIONS)}
+    for secret in secrets:
+        if isinstance(secret, str) and len(secret) > 2:
+            text = text.replace(secret, "***").replace(quote_plus(secret), "***")
+    return text
+
+
 def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args: Any) -> Engine:
     """Return an engine, not connected yet. Raises StorageError if the driver is missing."""
     if is_sqlite(url):
@@ -99,7 +155,7 @@ def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args
         return create_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=chosen)
     except ImportError as error:
         raise StorageError(
-            f"storage: {url.render_as_string()} needs a driver that is not installed ({error}); "
+            f"storage: {shown_url(url)} needs a driver that is not installed ({error}); "
             f"{install_command('postgres')}"
         ) from error
 
@@ -189,7 +245,8 @@ def explained(url: URL) -> Iterator[None]:
 
 
 def _refusal(url: URL, reason: str) -> StorageError:
-    place = str(database_file(url)) if is_sqlite(url) else url.render_as_string(hide_password=True)
+    place = str(database_file(url)) if is_sqlite(url) else shown_url(url)
+    reason = _without_secrets(url, reason)
     advice = ""
     if "not a database" in reason:
         advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"

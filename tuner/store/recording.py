@@ -434,6 +434,7 @@ def _tokens(content: bytes) -> tuple[int, ...]:
 @_writes(Saved)
 def _save_checkpoint(to: Recorder, fact: Saved) -> None:
     to.insert(CHECKPOINTS, {**_flat(fact, CHECKPOINTS), "removed": False}, where=_is_newer)
+    to.change(ATTEMPTS, _of_attempt(fact), raised={"to_step": fact.checkpoint.step})
 
 
 def _is_newer(said: Any) -> ColumnElement[bool]:

@@ -34,6 +34,7 @@ from tuner.store.database import (
     open_engine,
     parse_url,
     reading,
+    shown_url,
     whole_or_absent,
     writing,
 )
@@ -77,7 +78,7 @@ def revision(url: str) -> Revision:
     Raises StorageError for a database that cannot be reached or read.
     """
     target = parse_url(url)
-    place = str(target.database) if is_sqlite(target) else target.render_as_string()
+    place = str(target.database) if is_sqlite(target) else shown_url(target)
     there = exists(url)
     engine = create_engine("sqlite://", creator=lambda: _read_only(target)) if is_sqlite(target) else None
     engine = engine or open_engine(target)

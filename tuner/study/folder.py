@@ -8,9 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.config import RoundFile, load_round
+from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
+from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError
-from tuner.records import RoundRecord, Trial
+from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
 
@@ -120,6 +121,21 @@ class StudyFolder:
         link = self.checkpoints(trial.round).adapter(trial)
         return None if link is None else str(link)
 
+    def verified_adapter(self, trial: Trial) -> Path | None:
+        """Return the same to load it. Raises CheckpointError unless its files are those recorded."""
+        return self.checkpoints(trial.round).verified_adapter(trial)
+
+    def as_trained(self, trial: Trial, spec: RoundSpec) -> RoundSpec:
+        """Return a round's file with its base at the commit of the Hub that the trial was trained on.
+
+        An intact checkpoint of the trial says which.
+        """
+        place = self.checkpoints(trial.round)
+        best = trial.checkpoint(CheckpointKind.BEST)
+        known = (c for c in (best, *place.resumable(trial)) if c is not None and place.is_intact(c))
+        found = next(known, None)
+        return spec if found is None else as_trained(spec, place.root / found.path)
+
 
 def opened(folder: StudyFolder) -> closing[Store]:
     """The study's facts, each round read at most once, closed at the end of a `with` block."""
@@ -171,7 +187,7 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         ("storage", {f.spec.absolute(directory).storage for f in files}),
     ):
         if len(values) > 1:
-            listed = ", ".join(f"{f.path.name} has {getattr(f.spec, what)}" for f in files)
+            listed = ", ".join(f"{f.path.name} has {_shown(getattr(f.spec, what))}" for f in files)
             raise InputError(f"{directory}: the rounds of a study share one {what}; here {listed}")
     names = [f.spec.round for f in files]
     twice = {name for name in names if names.count(name) > 1}
@@ -180,6 +196,11 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         raise InputError(
             f"{directory}: {culprits} all have `round: {sorted(twice)[0]}`; each round has one file"
         )
+
+
+def _shown(value: str) -> str:
+    """Return a study's name, or a database's URL without its password."""
+    return without_secrets(value) if "://" in value else value
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from tuner.engines import Worker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
@@ -27,6 +28,7 @@ from tuner.records import (
     Evaluated,
     Evaluation,
     Event,
+    Hyperparameters,
     Measured,
     Outcome,
     Preparing,
@@ -46,10 +48,15 @@ from tuner.store import Store
 from tuner.study.branches import ComparisonRuns
 from tuner.study.continuation import Continuations
 from tuner.study.disk import not_retained, num_carried_over, promised_trials
+from tuner.study.optuna_rows import RowsChanged
 from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
-from tuner.study.sampling import RoundStudy
+from tuner.study.sampling import Proposal, RoundStudy
 
+T = TypeVar("T")
+
+MAX_RENEWALS = 3
+"""How often Optuna's rows are made anew for one question, should somebody change them each time."""
 MAX_STILLBORN = 3
 """Workers in a row that may die before they are ready."""
 
@@ -103,6 +110,7 @@ class RoundLoop:
                 stillborn = _count_stillborn(stillborn, event)
             self.view.trials(self.state.changed())
         self._close()
+        self._through_optuna(lambda: self.round_study.refuse_changed(self.state.trials))
 
     # --- what to run next -------------------------------------------------------------------------
 
@@ -126,7 +134,7 @@ class RoundLoop:
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
-        proposal = self.round_study.propose(ordinal, trials, again=again)
+        proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
         continues: Continuation | None
         why_not: str | None
@@ -149,6 +157,12 @@ class RoundLoop:
         if why_not is not None:
             self.view.message(f"trial {trial.number}  {why_not}")
         return trial
+
+    def _proposed(self, ordinal: int, trials: Sequence[Trial], again: Hyperparameters | None) -> Proposal:
+        proposal = self.round_study.propose(ordinal, trials, again=again)
+        if proposal.optuna_trial in {trial.optuna_trial for trial in trials}:
+            raise RowsChanged(f"Optuna's trial {proposal.optuna_trial} was deleted")
+        return proposal
 
     def _assign(self, trial: Trial) -> Assignment:
         """Assign the trial's next attempt, from its newest valid checkpoint."""
@@ -213,7 +227,11 @@ class RoundLoop:
                 self.state.record(replace(event, round=self.plan.name))
             case Evaluated(trial=trial, evaluation=evaluation):
                 self.state.record(event)
-                self.round_study.report(self.state.trial(trial), evaluation, self._planned_steps())
+                self._through_optuna(
+                    lambda: self.round_study.report(
+                        self.state.trial(trial), evaluation, self._planned_steps()
+                    )
+                )
                 if self._prune(self.state.trial(trial)):
                     self.worker.stop(event.run)
             case Saved(trial=trial, checkpoint=Checkpoint(kind=kind)):
@@ -331,7 +349,22 @@ class RoundLoop:
             )
 
     def _tell(self, number: int) -> None:
-        self.round_study.tell(self.state.trial(number), max_train_steps=self.plan.spec.max_train_steps)
+        steps = self.plan.spec.max_train_steps
+        self._through_optuna(lambda: self.round_study.tell(self.state.trial(number), max_train_steps=steps))
+
+    def _through_optuna(self, act: Callable[[], T]) -> T:
+        """Ask or tell Optuna; where somebody changed its rows, make them anew from the facts first."""
+        for _ in range(MAX_RENEWALS):
+            try:
+                return act()
+            except RowsChanged as changed:
+                aside = self.round_study.made_anew(self.state.trials, at=self.clock())
+                kept = f"set aside as {aside!r}" if aside else "missing"
+                self.view.message(
+                    f"warning: somebody else changed Optuna's rows of {self.plan.name}: {changed}. Its "
+                    f"Optuna study was {kept}, and is made anew from tuner's facts"
+                )
+        return act()
 
     def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
         """Delete checkpoints that a recorded successor replaces."""
@@ -370,7 +403,8 @@ class RoundLoop:
                 self._end_attempt(trial, "interrupted", None)
             # It died between the evaluation and the decision that follows from it.
             self._prune(self.state.trial(trial.number))
-        self.round_study.recover(self.state.trials, max_train_steps=self.plan.spec.max_train_steps)
+        steps = self.plan.spec.max_train_steps
+        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
         for trial in self.state.trials:
             if trial.state.is_final:
                 self.folder.clean_up(trial)

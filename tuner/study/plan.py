@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec
+from tuner.errors import CheckpointError
 from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
 from tuner.records import Checkpoint, CheckpointKind, Hyperparameters, RoundKind, Space, Trial
-from tuner.whole import lead
+from tuner.whole import digest, lead
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,26 @@ class CheckpointFolder:
         """Return the link to the best step's adapter; None if there is none."""
         link = self.trial_directory(trial.number) / "best"
         return link if trial.checkpoint(CheckpointKind.BEST) and link.exists() else None
+
+    def verified_adapter(self, trial: Trial) -> Path | None:
+        """Return the link to the best step's adapter, to load it; None if there is none.
+
+        Raises CheckpointError if its files are not those that were recorded.
+        """
+        link, best = self.adapter(trial), trial.checkpoint(CheckpointKind.BEST)
+        if link is None or best is None:
+            return None
+        if digest(link.resolve()) != best.sha256:
+            raise CheckpointError(
+                f"{link}: the adapter of {trial.name} was changed or damaged after it was saved: its SHA-256 "
+                f"is not the recorded one. Put it back with: tuner trial reproduce {trial.name} --restore"
+            )
+        return link
+
+    def is_intact(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint's files are those that were recorded."""
+        path = self.root / checkpoint.path
+        return path.is_dir() and digest(path) == checkpoint.sha256
 
     def resumable(self, trial: Trial) -> list[Checkpoint]:
         """Return the checkpoints that a trial can resume from, the newest first."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins
+from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -248,9 +248,11 @@ def _write(
         objective=objective_of(record, store.trials(record.name)),
     )
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
-    plan = Promotion(record.name, to, document, text, clock())
+    url = folder.files[0].spec.storage
+    kept = text.replace(url, without_secrets(url))
+    plan = Promotion(record.name, to, document, kept, clock())
     if not any(
-        p.to_round == to and p.file_text == text and dict(p.plan) == document for p in store.promotions()
+        p.to_round == to and p.file_text == kept and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)

@@ -184,6 +184,18 @@ class RoundSampler(optuna.samplers.BaseSampler):
         """Return the point's searched values in Optuna's form."""
         return {name: _encode(point[name]) for name in self._space if name in point}
 
+    def stored(self, point: Hyperparameters) -> dict[str, Any]:
+        """Return `params` and `distributions` of a point as arguments for Optuna.
+
+        A value outside of its range, which an entry may have, is left out: Optuna refuses it.
+        """
+        params = self.encoded(point)
+        known = {name: self.distributions[name] for name in self.active(point) if name in params}
+        fitting = {
+            name: each for name, each in known.items() if each._contains(each.to_internal_repr(params[name]))
+        }
+        return {"params": {name: params[name] for name in fitting}, "distributions": fitting}
+
     def decoded(self, params: Mapping[str, Any]) -> dict[str, Value]:
         """Return a point from Optuna's form."""
         return {name: _decode(d, params[name]) for name, d in self._space.items() if name in params}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 from tuner.config import RoundSpec
-from tuner.data.pretrained import as_trained
 from tuner.engines import Worker, wait_for_former_workers
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
 from tuner.methods.optimizers import optimizer
@@ -24,6 +23,8 @@ from tuner.playbook.reproduction import Reproduction
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
     Assignment,
+    Checkpoint,
+    CheckpointKind,
     Continuation,
     Died,
     Ended,
@@ -31,6 +32,7 @@ from tuner.records import (
     Evaluation,
     Ready,
     RoundRecord,
+    Saved,
     Started,
     Trial,
     TrialState,
@@ -101,8 +103,7 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})
-        if (adapter := folder.adapter(trial)) is not None:
-            spec = as_trained(spec, Path(adapter))
+        spec = folder.as_trained(trial, spec)
         wanted = _last_step(name, trial, record, spec, to_step)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)
@@ -168,9 +169,14 @@ def _source(store: Store, wish: Continuation) -> Trial | None:
 
 
 def reproduce(
-    rerun: Rerun, *, make_worker: SoloMaker, view: View, stopping: Callable[[], bool]
+    rerun: Rerun,
+    *,
+    make_worker: SoloMaker,
+    view: View,
+    stopping: Callable[[], bool],
+    take: Callable[[Reproduction, Path, Checkpoint], None] | None = None,
 ) -> Reproduction:
-    """Run a trial again and compare.
+    """Run a trial again and compare; `take` gets the best adapter, in its folder, before that is deleted.
 
     Raises Interrupted if `stopping` returns True, InputError if model or data can no longer be used, and
     WorkerError if the worker dies. In each case nothing of the run is left.
@@ -189,6 +195,13 @@ def reproduce(
         view.trials([shown])
         worker.start(_assignment(rerun, place))
         ran = _listen(rerun, worker, view, stopping)
+        found = _compared(rerun, ran, remarks)
+        if take is not None and ran.best is not None:
+            take(found, place, ran.best)
+    return found
+
+
+def _compared(rerun: Rerun, ran: _Ran, remarks: tuple[str, ...]) -> Reproduction:
     spec = rerun.spec
     return Reproduction(
         trial=rerun.trial,
@@ -264,6 +277,7 @@ def _rows(train: int, evaluation: int) -> str:
 class _Ran:
     evaluations: tuple[Evaluation, ...]
     environment: dict[str, str]
+    best: Checkpoint | None
     ended_as: TrialState | None = None
     reason: str | None = None
 
@@ -272,6 +286,7 @@ def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], boo
     """Collect the worker's events, up to the last evaluation that is compared or to the run's end."""
     evaluations: dict[int, Evaluation] = {}
     environment: dict[str, str] = {}
+    best: Checkpoint | None = None
     is_infeasible = rerun.trial.state == TrialState.INFEASIBLE
     while not stopping():
         for event in worker.events(1.0):
@@ -279,15 +294,17 @@ def _listen(rerun: Rerun, worker: Worker, view: View, stopping: Callable[[], boo
             match event:
                 case Started():
                     environment = dict(event.environment)
+                case Saved(checkpoint=Checkpoint(kind=CheckpointKind.BEST) as saved):
+                    best = saved
                 case Evaluated(evaluation=evaluation):
                     evaluations[evaluation.step] = evaluation
                     made = tuple(evaluations.values())
                     if is_infeasible and evaluation.step > rerun.trial.evaluations[-1].step:
-                        return _Ran(made, environment, TrialState.RUNNING)
+                        return _Ran(made, environment, best, TrialState.RUNNING)
                     if evaluation.step == rerun.to_step and not rerun.is_whole:
-                        return _Ran(made, environment)
+                        return _Ran(made, environment, best)
                 case Ended(outcome="complete" | "infeasible" as outcome, reason=reason):
-                    return _Ran(tuple(evaluations.values()), environment, TrialState(outcome), reason)
+                    return _Ran(tuple(evaluations.values()), environment, best, TrialState(outcome), reason)
                 case Ended(reason=reason):
                     raise TunerError(f"the trial could not be run again: {reason}")
                 case Died(reason=reason, is_input_error=is_input_error):

@@ -220,8 +220,8 @@ def scores_of(store: Store) -> tuple[Trial, ...]:
 def _adapter_to_score(folder: StudyFolder, trial: Trial) -> Path:
     if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains no model, so there is nothing to score")
-    adapter = folder.adapter(trial)
-    if trial.state != TrialState.COMPLETE or adapter is None:
+    adapter = folder.verified_adapter(trial) if trial.state == TrialState.COMPLETE else None
+    if adapter is None:
         why = f"is {trial.state}" if trial.state != TrialState.COMPLETE else "has no adapter any more"
         raise InputError(f"{trial.name} {why}; data.test is for the trial you settle on: tuner trial list")
-    return Path(adapter)
+    return adapter

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
-from tuner.config import RoundFile, RoundSpec, refused_changes
+from tuner.config import RoundFile, RoundSpec, refused_changes, without_secrets
 from tuner.engines import Worker
 from tuner.errors import (
     InputError,
@@ -296,6 +296,7 @@ def _begin(
 
 
 def _recorded_spec(spec: RoundSpec, objective: Objective) -> dict[str, Any]:
-    """The file as JSON, with the metric's own direction where it leaves that out."""
+    """The file as JSON, with the metric's own direction where it leaves that out, and no password."""
     document = spec.model_dump(mode="json")
-    return {**document, "objective": {**document["objective"], "direction": objective.direction.value}}
+    objective_now = {**document["objective"], "direction": objective.direction.value}
+    return {**document, "objective": objective_now, "storage": without_secrets(spec.storage)}

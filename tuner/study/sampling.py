@@ -23,12 +23,21 @@ from tuner.playbook.observations import Outcome
 from tuner.playbook.selection import objective_value
 from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Space, Trial, TrialState, Value
 from tuner.store import normal_url
+from tuner.study.optuna_rows import (
+    OPEN,
+    Expected,
+    RowsChanged,
+    difference,
+    filled,
+    noticing,
+    set_aside,
+    told,
+    told_of,
+)
 from tuner.study.proposals import RoundSampler
 
 MAX_REPORTS = 20
 """Evaluations of a trial that Optuna is shown: 10,000 trials with 100 each made the first `ask` take 36 s."""
-
-_OPEN = (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)
 
 
 @dataclass(frozen=True)
@@ -61,24 +70,32 @@ class RoundStudy:
         self._search = search
         self._objective = objective
         self._storage = storage
+        self._name = name
+        self._max_train_steps = max_train_steps
         self.sampler = RoundSampler(
             space, search, max_train_steps=max_train_steps, earlier=earlier, objective=objective
         )
-        self.study = optuna.create_study(
-            storage=storage,
-            study_name=name,
+        self.study = self._opened()
+
+    def _opened(self) -> optuna.Study:
+        """Open the round's Optuna study, or create it."""
+        objective = self._objective
+        study = optuna.create_study(
+            storage=self._storage,
+            study_name=self._name,
             direction=objective.direction.value,
             load_if_exists=True,
             sampler=self.sampler,
         )
-        if is_built_in("sampler", search.sampler):
+        if is_built_in("sampler", self._search.sampler):
             # Optuna's cache reads all trials before the first answer, and these samplers look at none.
-            self.study._storage = storage
+            study._storage = self._storage
         if objective != LOSS:
             name = "answer score" if objective.per == "trial" else objective.metric
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.study.set_metric_names([name])  # what the dashboard calls a trial's value
+                study.set_metric_names([name])  # what the dashboard calls a trial's value
+        return study
 
     def close(self) -> None:
         """Let go of the database."""
@@ -99,9 +116,14 @@ class RoundStudy:
         """Ask for the round's proposal number `ordinal`, from 0; the enqueued ones come first.
 
         `trials` are all of the round so far, whose points are not proposed again. `again` repeats the
-        hyperparameters of a failed trial instead. Makes a running trial in Optuna's study.
+        hyperparameters of a failed trial instead. Makes a running trial in Optuna's study. Raises RowsChanged
+        where Optuna's rows do not allow it.
         """
         self.sampler.follow(ordinal, trials, again=again)
+        with noticing():
+            return self._proposed()
+
+    def _proposed(self) -> Proposal:
         asked = self._ask_new()
         params: dict[str, Any] = {}
         # Which names a trial has may depend on the values of others: those are asked in a further step.
@@ -123,20 +145,51 @@ class RoundStudy:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
 
         Nothing of a per-trial objective: Optuna takes the last value that was shown of a pruned trial, which
-        is how infeasible ones are told, for the trial's own, and would list a loss among the scores.
+        is how infeasible ones are told, for the trial's own, and would list a loss among the scores. Raises
+        RowsChanged as `tell` does.
         """
         assert trial.optuna_trial is not None
         if self._objective.per == "trial":
             return
         if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.value):
             return
-        if evaluation.step not in self._frozen(trial).intermediate_values:
-            self._handle(trial).report(evaluation.value, evaluation.step)
+        with noticing():
+            frozen = self._frozen(trial)
+            self._refuse_changed(trial, frozen)
+            if evaluation.step not in frozen.intermediate_values:
+                self._handle(trial).report(evaluation.value, evaluation.step)
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
-        """Tell Optuna how a trial ended. Telling it again changes nothing."""
-        if self._frozen(trial).state in _OPEN:
-            self._tell(trial, max_train_steps)
+        """Tell Optuna how a trial ended. Telling it again changes nothing.
+
+        Raises RowsChanged where somebody else has ended, changed or deleted Optuna's trial.
+        """
+        with noticing():
+            frozen = self._frozen(trial)
+            self._refuse_changed(trial, frozen)
+            if frozen.state in OPEN:
+                self._tell(trial, max_train_steps)
+
+    def _refuse_changed(self, trial: Trial, frozen: optuna.trial.FrozenTrial) -> None:
+        if (what := self._expected(trial).differs(told_of(frozen))) is not None:
+            raise RowsChanged(what)
+
+    def _expected(self, trial: Trial) -> Expected:
+        """What Optuna has, or will have, of a trial."""
+        match trial.state:
+            case TrialState.COMPLETE:
+                return Expected(trial, (optuna.trial.TrialState.COMPLETE, self._value(trial)))
+            case TrialState.INFEASIBLE if self._is_penalised:
+                return Expected(trial, (optuna.trial.TrialState.COMPLETE, None), is_any_value=True)
+            case TrialState.FAILED:
+                return Expected(trial, (optuna.trial.TrialState.FAIL, None))
+            case _:
+                return Expected(trial, (optuna.trial.TrialState.PRUNED, None))
+
+    @property
+    def _is_penalised(self) -> bool:
+        """Whether an infeasible trial is told as `gp` itself is: a penalty and a violated constraint."""
+        return self._search.sampler == "gp" and self._objective == LOSS
 
     def _tell(self, trial: Trial, max_train_steps: int) -> None:
         handle = self._handle(trial)
@@ -148,8 +201,7 @@ class RoundStudy:
         match trial.state:
             case TrialState.COMPLETE:
                 self.study.tell(handle, self._value(trial))
-            case TrialState.INFEASIBLE if self._search.sampler == "gp" and self._objective == LOSS:
-                # As `gp` itself is told: a penalty and a violated constraint.
+            case TrialState.INFEASIBLE if self._is_penalised:
                 self.study.tell(handle, self._penalty())
             case TrialState.INFEASIBLE | TrialState.PRUNED:
                 self.study.tell(handle, state=optuna.trial.TrialState.PRUNED)
@@ -167,15 +219,68 @@ class RoundStudy:
     def recover(self, trials: Sequence[Trial], *, max_train_steps: int) -> None:
         """After a crash: end what Optuna has and the facts do not, and tell what was not told.
 
-        Only trials that Optuna has as open are read.
+        Only trials that Optuna has as open are read as a whole. Raises RowsChanged where Optuna's trials are
+        not those of the facts.
         """
         known = {trial.optuna_trial: trial for trial in trials}
-        for frozen in self._storage.get_all_trials(self.study._study_id, deepcopy=False, states=_OPEN):
-            trial = known.get(frozen.number)
-            if trial is None:
-                self._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.FAIL)
-            elif trial.state.is_final:
-                self._tell(trial, max_train_steps)
+        with noticing():
+            self.refuse_changed(trials)
+            for frozen in self._storage.get_all_trials(self.study._study_id, deepcopy=False, states=OPEN):
+                trial = known.get(frozen.number)
+                if trial is None:
+                    self._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.FAIL)
+                elif trial.state.is_final:
+                    self._tell(trial, max_train_steps)
+
+    def refuse_changed(self, trials: Sequence[Trial]) -> None:
+        """Raise RowsChanged where Optuna's trials are not those of the facts."""
+        expected = [self._expected(trial) for trial in trials if trial.optuna_trial is not None]
+        with noticing():
+            self._storage.get_study_name_from_id(self.study._study_id)
+            what = difference(told(self._storage, self.study._study_id), expected)
+        if what is not None:
+            raise RowsChanged(what)
+
+    def made_anew(self, trials: Sequence[Trial], *, at: float) -> str | None:
+        """Set the Optuna study aside, dated by `at`, and make it anew from the facts, with the same numbers.
+
+        Returns the name of the one set aside; None where it was missing.
+        """
+        notes = self._notes()
+        aside = set_aside(self._storage, self._name, at=at)
+        self.study = self._opened()
+        mine = sorted((trial for trial in trials if trial.optuna_trial is not None), key=_optuna_number)
+        rows = [(_optuna_number(trial), self._row(trial)) for trial in mine]
+        filled(self.study, rows, system_attrs=notes)
+        for trial in mine:
+            if trial.state.is_final:
+                self._tell(trial, self._max_train_steps)
+        return aside
+
+    def _row(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial as it is while it runs; it is told afterwards."""
+        planned = [evaluation.step for evaluation in trial.evaluations]
+        shown = shown_steps(planned) if self._objective.per != "trial" else frozenset()
+        values = {e.step: e.value for e in trial.evaluations if e.step in shown and math.isfinite(e.value)}
+        return optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            **self.sampler.stored(trial.hyperparameters),
+            intermediate_values=values,
+        )
+
+    def _notes(self) -> dict[int, dict[str, Any]]:
+        """What an imported sampler noted on its trials, by number."""
+        if is_built_in("sampler", self._search.sampler):
+            return {}
+        try:
+            found = self._storage.get_all_trials(self.study._study_id, deepcopy=False)
+        except KeyError:
+            return {}
+        ours = ("constraints", "fixed_params")
+        return {
+            trial.number: {k: v for k, v in trial.system_attrs.items() if not k.startswith(ours)}
+            for trial in found
+        }
 
     def _handle(self, trial: Trial) -> optuna.Trial:
         return optuna.Trial(self.study, self._trial_id(trial))
@@ -196,6 +301,11 @@ class RoundStudy:
     def _penalty(self) -> float:
         losses = [t.value for t in self.study.get_trials(deepcopy=False) if t.value is not None]
         return max(losses, default=10.0)
+
+
+def _optuna_number(trial: Trial) -> int:
+    assert trial.optuna_trial is not None
+    return trial.optuna_trial
 
 
 def shown_steps(planned: Sequence[int]) -> frozenset[int]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuner.adapters import Adapter, read_adapter, write_adapter
-from tuner.adapters.peft_files import named_tensors, weights_from
+from tuner.adapters.peft_files import CONFIG_FILE, named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
 from tuner.whole import digest, synced
@@ -93,6 +93,17 @@ def read_snapshot(directory: Path, *, sha256: str | None) -> Snapshot:
         counters=state["counters"],
         sums={int(step): tuple(sums) for step, sums in state.get("sums", {}).items()},
     )
+
+
+def write_best_of(directory: Path, target: Path, *, sha256: str) -> None:
+    """Write the best adapter that a resumable checkpoint contains as a PEFT directory, into an empty one.
+
+    Raises CheckpointError as `read_snapshot` does.
+    """
+    snapshot = read_snapshot(directory, sha256=sha256)
+    write_adapter(target, snapshot.adapter, snapshot.best)
+    # As it was written then: the order of a set of modules is another in each process.
+    shutil.copyfile(directory / CONFIG_FILE, target / CONFIG_FILE)
 
 
 def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
