@@ -313,8 +313,9 @@ def test_a_running_trial_says_where_it_runs() -> None:
         for number, attempt in enumerate(attempts)
     ]
     ended = Trial("round1", 2, {}, TrialState.COMPLETE, attempts=attempts[:1])
+    trials = [*running, ended]
     status = round_status(
-        "round1", max_train_steps=60, trials=[*running, ended], promised=3, is_running=True, adapters={}, now=9.0
+        "round1", max_train_steps=60, trials=trials, promised=3, is_running=True, adapters={}, now=9.0
     )
     (shown,) = status_document("alpaca", [status])["rounds"]
     assert shown["running"] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine
-from tuner.errors import InputError, Interrupted
+from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, Trial, to_json
+from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
+from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import dry_run_file
 from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 TRAINING = ("-m", "tuner.training")
 """Interpreter arguments of the worker program that trains packed LoRA trials."""
+COMMANDS = ("-m", "tuner.commands")
+"""Of the one whose trials are runs of a command."""
 
 Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 """Prepares a round's rows in the folder of tokenised rows; may show progress."""
@@ -57,6 +61,8 @@ class Where:
     """None: as `run.engine` says."""
     ray_address: str | None = None
     """Cluster of the engine `ray`; None: as `run.ray_address` says."""
+    notify: tuple[str, ...] = ()
+    """A program and its arguments that is told the round's news; empty: as `run.notify` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
@@ -66,8 +72,10 @@ class Where:
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
+        engine = "" if self.engine is None else f" --engine {self.engine}"
         address = "" if self.ray_address is None else f" --ray-address {self.ray_address}"
-        return ("" if self.engine is None else f" --engine {self.engine}") + address
+        notify = f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else ""
+        return engine + address + notify
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
@@ -102,11 +110,14 @@ def run_here(
     engine = make_engine(name)
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
+    notifier = None
     try:
         if is_dry_run:
             view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
+            if command := where.notify or file.spec.run.notify:
+                view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return engine.start(replace(_round_job(plan, base, where), say=view.message))
@@ -115,6 +126,18 @@ def run_here(
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
+        if notifier is not None:
+            notifier.ended("complete")
+    except Interrupted as stop:
+        if notifier is not None:
+            notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        if notifier is not None:
+            notifier.ended("failed", str(error))
+        raise
+    except InputError as error:
+        raise (file.missing(str(error)) or error) from None
     finally:
         engine.close()
         view.close()
@@ -123,6 +146,10 @@ def run_here(
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
+    if spec.command is not None and where.slots not in (None, 1, "auto"):
+        raise InputError(
+            f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
+        )
     run = spec.run.model_copy(
         update={
             "slots": where.slots or spec.run.slots,
@@ -132,11 +159,17 @@ def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Wh
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
+
+    def trials() -> Sequence[Trial]:
+        with opened(open_folder(plan.file.directory)) as store:
+            return store.trials(plan.name)
+
     return _job(
         spec.model_copy(update={"run": run}),
         directory=plan.checkpoints,
-        cache=plan.cache,
+        beside=plan.file.directory,
         base=base,
+        trials=trials,
         workers=where.workers,
         first_horizon=first,
     )
@@ -146,16 +179,17 @@ def _job(
     spec: RoundSpec,
     *,
     directory: Path,
-    cache: Path,
+    beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """Return a job for `tuner.training`, including what the parent already knows.
+    """Return a job for the program of the round, including what the parent already knows.
 
-    Raises InputError for more than one GPU per worker, which it does not use.
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than it uses.
     """
-    if spec.run.gpus_per_worker > 1:
+    if spec.run.gpus_per_worker > 1 and spec.command is None:
         raise InputError(
             f"run.gpus_per_worker: {spec.run.gpus_per_worker}: packed LoRA training uses one GPU per worker; "
             "remove this line. All GPUs are used, with a worker each"
@@ -166,12 +200,22 @@ def _job(
         return {
             "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
-            "cache": str(cache),
+            "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
         }
 
-    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon, cache)
+    def document_of_command() -> dict[str, object]:
+        before = trials()
+        return {
+            **document(),
+            "directory": str(beside),
+            "has_reported": any(e.step for trial in before for e in trial.evaluations),
+            "has_completed": any(trial.state == TrialState.COMPLETE for trial in before),
+        }
+
+    program = Program(TRAINING, document) if spec.command is None else Program(COMMANDS, document_of_command)
+    return Job(spec, program, directory, workers, first_horizon, beside / CACHE)
 
 
 def run_again(
@@ -197,7 +241,7 @@ def run_again(
         alone = spec.model_copy(
             update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
         )
-        return engine.start(replace(_job(alone, directory=place, cache=cache), say=view.message))
+        return engine.start(replace(_job(alone, directory=place, beside=cache.parent), say=view.message))
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
@@ -254,6 +298,11 @@ def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
     from tuner.data import load_tokenizer, prepare
 
     return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
+
+
+def _notified_round(file: RoundFile, command: Sequence[str]) -> NotifiedRound:
+    spec = file.spec
+    return NotifiedRound(spec.study, spec.round, file.directory, spec.max_train_steps, command)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:

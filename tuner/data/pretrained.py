@@ -114,8 +114,10 @@ def loaded_commit(model: ModelSpec) -> str | None:
 def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
     """The round file with its base at the Hub's commit that an adapter, a PEFT directory, was trained on.
 
-    A branch moves on: what it has today may be another base.
+    A branch moves on: what it has today may be another base. A round that runs a command has none.
     """
+    if spec.command is not None:
+        return spec
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -53,6 +53,8 @@ class RayEngine:
             raise InputError(
                 f"run.gpus_per_worker: {per_worker}: no node of the cluster has more than {most}"
             )
+        if not per_worker:
+            return
         if most == 0 and per_worker > 1 and nodes:
             raise InputError(f"run.gpus_per_worker: {per_worker}: no node of the cluster has a GPU")
         for node in nodes:

@@ -73,7 +73,7 @@ def seats(nodes: Sequence[Node], *, gpus_per_worker: int, workers: int | Literal
     Nodes without a GPU get workers only if no node has one, and those that offer CPUs: one each, or as many
     as `workers` says in all.
     """
-    if any(node.gpus for node in nodes):
+    if gpus_per_worker and any(node.gpus for node in nodes):
         return {node.id: node.gpus // gpus_per_worker for node in nodes}
     able = _nearest(node for node in nodes if node.is_for_work)
     count = len(able) if workers == "auto" else workers
@@ -348,7 +348,8 @@ class ClusterPool:
         room = {}
         for node in nodes:
             free = total[node.id] - taken[node.id]
-            room[node.id] = max(0, min(free, node.free_gpus // per_worker) if node.gpus else free)
+            has_gpus = per_worker > 0 and node.gpus > 0
+            room[node.id] = max(0, min(free, node.free_gpus // per_worker) if has_gpus else free)
         return room
 
     def _tell_changes(self, nodes: Sequence[Node]) -> None:
@@ -425,6 +426,11 @@ class ClusterPool:
     def _places(self, host: RemoteHost, token: str) -> tuple[Places, str | None]:
         """Send the worker what it does not see; return where it has it, and the model's commit."""
         spec, there = self._job.spec, dict[str, str]()
+        study = None if self._job.cache is None else self._job.cache.parent
+        if spec.command is not None and study is not None and not is_seen(host.call, study):
+            raise _Unlike(
+                f"it does not see {study}: a training command needs its folder on a disk that all nodes share"
+            )
 
         def say(doing: str) -> None:
             self._said.put(Preparing(f"{host.name}: {doing}"))
