@@ -226,16 +226,9 @@ def run_again(
     where: Where | None = None,
     take: Take | None = None,
 ) -> Reproduction:
-    """Run a trial again in one worker with one slot, by default on the round's engine.
-
-    Raises what `reproduce` does.
-    """
-    where, run = where or Where(), rerun.spec.run
-    name = where.engine or run.engine
-    if not is_known("engine", name):
-        raise InputError(f"--engine {name}: expects {expected('engine')}")
-    engine = make_engine(name)
-    address = where.ray_address or run.ray_address
+    """Run a trial again in one worker with one slot, on the engine of its plan. Raises what `reproduce` does."""
+    engine = make_engine(rerun.spec.run.engine)
+    address = (where and where.ray_address) or rerun.spec.run.ray_address
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
         alone = spec.model_copy(
@@ -258,7 +251,10 @@ def restored_adapter(
     stopping: Callable[[], bool],
     where: Where | None = None,
 ) -> tuple[str, Reproduction | None]:
-    """Put a trial's best adapter back; see `restored`. `open_view` shows a new run, where one is needed."""
+    """Put a trial's best adapter back; see `restored`.
+
+    `open_view` shows a new run, where one is needed; it runs as `where` says, by default as the round.
+    """
 
     def write_best(directory: Path, target: Path, sha256: str) -> None:
         from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
@@ -266,7 +262,8 @@ def restored_adapter(
         write_best_of(directory, target, sha256=sha256)
 
     def again(take: Take) -> Reproduction:
-        rerun = planned_rerun(folder, trial, to_step=None)
+        engine = None if where is None else where.engine
+        rerun = planned_rerun(folder, trial, to_step=None, engine=engine)
         return run_again(rerun, view=open_view(rerun), stopping=stopping, where=where, take=take)
 
     return restored(folder, trial, write_best=write_best, run_again=again)

@@ -191,15 +191,19 @@ class Trial:
         InputError for a trial without a result, Interrupted after Ctrl-C.
         """
         where = Where(engine=engine, ray_address=ray_address)
-        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
+        rerun = planned_rerun(self._study, self._recorded, to_step=to_step, engine=engine)
         view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
         with interruptible() as stopping:
             found = run_again(rerun, view=view, stopping=stopping, where=where)
         document = reproduction_document(self._study.name, found)
         return Reproduction(found.agreement != Agreement.DIFFERS, document)
 
-    def restore(self, *, progress: bool = True) -> str:
+    def restore(
+        self, *, engine: str | None = None, ray_address: str | None = None, progress: bool = True
+    ) -> str:
         """Put a damaged or missing best adapter back, from a checkpoint or by training again; return how.
+
+        `engine` and `ray_address` say where to train, None as the round does.
 
         Raises InputError for a trial without a recorded adapter, StorageError while a round of the study
         runs, TunerError if the trial cannot be reproduced, Interrupted after Ctrl-C.
@@ -208,8 +212,11 @@ class Trial:
         def view(rerun: Rerun) -> View:
             return shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
 
+        where = Where(engine=engine, ray_address=ray_address)
         with interruptible() as stopping:
-            how, _ = restored_adapter(self._study, self._recorded, open_view=view, stopping=stopping)
+            how, _ = restored_adapter(
+                self._study, self._recorded, open_view=view, stopping=stopping, where=where
+            )
         return how
 
     def load(self, *, device: str | None = None) -> PeftModel:

@@ -243,7 +243,7 @@ def reproduce_trial(
     Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=where.engine)
     view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
     try:

@@ -88,7 +88,7 @@ def reproduce(
         typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where to run it; overrides run.engine.")
+        str | None, typer.Option(metavar="NAME", help="Where to run; overrides the round's run.engine.")
     ] = None,
     ray_address: Annotated[
         str | None,
