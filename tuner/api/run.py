@@ -226,7 +226,7 @@ def run_again(
     where: Where | None = None,
     take: Take | None = None,
 ) -> Reproduction:
-    """Run a trial again in one worker with one slot, on the engine of its plan. Raises what `reproduce` does."""
+    """Run a trial again in one worker with one slot, on its plan's engine. Raises what `reproduce` does."""
     engine = make_engine(rerun.spec.run.engine)
     address = (where and where.ray_address) or rerun.spec.run.ray_address
 
