@@ -139,7 +139,7 @@ _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 """The most stable checkpoints that a trial keeps for comparison runs."""
 
 WORKING_BYTES = 16 * 2**20
-"""Space for the database and its journal, the logs and the tokenised rows of a small data set: with less, no
+"""Space for the database and its journal, the logs and the tokenised rows of a small dataset: with less, no
 round starts or resumes."""
 SAVING_BYTES = WORKING_BYTES // 2
 """With less, a running round stops. Half of the above, so that a resumed round does not stop again at once.
