@@ -75,7 +75,9 @@ def test_a_trial_of_llamafactory_is_written_in_its_names(tmp_path: Path) -> None
     document = {
         "study": "s", "round": "r", "max_train_steps": 60,
         "command": {"run": ["python", "${config}"], "tool": "llamafactory", "config": "sft.yaml"},
-        "hyperparameters": {"lora_r": 8, "target_modules": [["q_proj", "v_proj"]], "extra": {"pref_beta": 0.1}},
+        "hyperparameters": {
+            "lora_r": 8, "target_modules": ["q_proj", "v_proj"], "extra": {"pref_beta": 0.1},
+        },
     }  # fmt: skip
     spec = read_round(yaml.safe_dump(document), tmp_path / "r.yaml").spec.absolute(tmp_path)
     assert list(mistakes(spec, tmp_path)) == []
