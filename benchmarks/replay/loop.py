@@ -59,6 +59,7 @@ class LoopRound:
     checkpoints: CheckpointsSpec
     run: RunSpec
     is_sweep: bool = False
+    command: None = None
 
 
 WORKLOAD = "replay"

@@ -28,9 +28,9 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "variant": ("lora", "dora"),
     "metric": ("eval_loss", "token_accuracy", "answers"),
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
-    "engine": ("local", "simulated"),
+    "engine": ("local", "ray", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
-    "tool": ("none", "transformers", "trl"),
+    "tool": ("none", "transformers", "trl", "llamafactory"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""
