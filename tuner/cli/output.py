@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
-    if adapter is None:
+    if adapter is None or folder.plan(trial.round).spec.command is not None:
         return "tuner trial list"
     return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
 
@@ -200,16 +201,21 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def restore_trial(folder: StudyFolder, name: str, *, as_json: bool) -> None:
+def restore_trial(folder: StudyFolder, name: str, *, engine: str | None, as_json: bool) -> None:
     """Put a trial's best adapter back and print how. Raises what `restored` does, and Interrupted."""
     trial, _ = find_trial(folder, name)
     try:
         with stop_signals("stopping (Ctrl-C again to quit now)") as stopping:
             how, found = restored_adapter(
-                folder, trial, open_view=lambda rerun: _view_of_rerun(folder, rerun), stopping=stopping
+                folder,
+                trial,
+                open_view=lambda rerun: _view_of_rerun(folder, rerun),
+                stopping=stopping,
+                engine=engine,
             )
     except Interrupted as stop:
-        again = next_command(f"tuner trial reproduce {name} --restore")
+        on = "" if engine is None else f" --engine {shlex.quote(engine)}"
+        again = next_command(f"tuner trial reproduce {name} --restore{on}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         run = {} if found is None else reproduction_document(folder.name, found)
@@ -231,15 +237,18 @@ def _view_of_rerun(folder: StudyFolder, rerun: Rerun) -> View:
     )
 
 
-def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
+def reproduce_trial(
+    folder: StudyFolder, name: str, *, to_step: int | None, engine: str | None, as_json: bool
+) -> bool:
     """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
     Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=engine)
     view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
+    limit += "" if engine is None else f" --engine {shlex.quote(engine)}"
     try:
         with (
             spoken_by(view.message),

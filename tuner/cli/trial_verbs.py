@@ -87,6 +87,10 @@ def reproduce(
         int | None,
         typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where to run; overrides the round's run.engine."),
+    ] = None,
     restore: Annotated[
         bool,
         typer.Option(
@@ -111,11 +115,11 @@ def reproduce(
     if restore and to_step is not None:
         raise InputError("--restore needs the whole run; remove --to-step")
     if restore:
-        restore_trial(open_here(), trial, as_json=json)
+        restore_trial(open_here(), trial, engine=engine, as_json=json)
         if not json:
             typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
         return
-    agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
+    agrees = reproduce_trial(open_here(), trial, to_step=to_step, engine=engine, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
     if not agrees:

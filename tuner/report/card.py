@@ -48,7 +48,7 @@ class Card:
     stated_licences: Mapping[str, str] = field(default_factory=dict)
     """Licences stated by base model and data, by path."""
     hub_sources: tuple[str, ...] = ()
-    """Training data sets on the Hub."""
+    """Training datasets on the Hub."""
     test_loss: float | None = None
     """Loss on `data.test`, which was not used for any choice; None if not scored."""
 
