@@ -1,11 +1,11 @@
-"""Files and links that appear whole or not at all, also after a power cut; and whether they still are."""
+"""Files, folders and links that appear whole or not at all, also after a power cut; are they intact?"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -68,3 +68,18 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def published(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory that appears whole or not at all, replacing one of the same name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in temporary.rglob("*/*"):
+            synced(path)
+        replaced_whole(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name

@@ -17,10 +17,11 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Examples
+from tuner.program import CommandReader
 from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, RunId, Started, Value, to_json
 from tuner.training.packed_passes import micro_step
 from tuner.training.trial_run import TrialRun
-from tuner.training.worker import CommandReader, train
+from tuner.training.worker import train
 from tuner.training.worker_state import WorkerState
 
 Hyperparameters = Mapping[str, Value]

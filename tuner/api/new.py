@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import Any, get_args
 from pydantic_core import PydanticCustomError
 
 from tuner.api.check import PrepareWith, refuse_unusable
+from tuner.commands.finished import read_runs
 from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
-from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH
+from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
+from tuner.config.yaml_text import parse
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
 from tuner.errors import InputError, ModelError, TargetModulesError
+from tuner.records import Value
 from tuner.report.format import count
 from tuner.study.disk import taken_back
+from tuner.study.imported import Imported, Said, import_runs, objective_said
 from tuner.study.plan import RoundPlan
 
 Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
@@ -148,6 +153,48 @@ def _eval_fraction(file: RoundFile, telling: Telling) -> float:
         )
 
 
+def import_finished(
+    directory: Path,
+    runs: Sequence[Path],
+    *,
+    round: str,
+    metric: str,
+    direction: str | None,
+    max_train_steps: int | None,
+    hyperparameters: Mapping[str, Value],
+    command: str | None,
+    tool: str,
+    config: str | None,
+) -> Imported:
+    """Make a round of finished runs, as `Study.from_runs` says. Raises InputError."""
+    said = Said(
+        round=round,
+        metric=metric,
+        direction=direction,
+        max_train_steps=max_train_steps,
+        command=command,
+        tool=tool,
+        config=None if config is None else Path(config),
+        values=hyperparameters,
+    )
+    return import_runs(directory, read_runs(runs, objective_said(said)), said, clock=time.time)
+
+
+def write_first_command(directory: Path, *, tool: str, config: Path) -> Path:
+    """Write DIR/round1.yaml for a training command, and return its path. Raises InputError if it exists."""
+    path = directory / "round1.yaml"
+    if path.exists():
+        raise InputError(f"{path}: exists; choose another folder, or edit the file")
+    if not config.is_file():
+        raise InputError(f"--config {config}: there is no such file")
+    directory.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
+    text = new_command_round(study=name, tool=tool, config=_from_folder(str(config.absolute()), directory))
+    path.write_text(text, encoding="utf-8")
+    load_round(path)
+    return path
+
+
 def _model(path: str) -> tuple[str, str | None]:
     """Return a model's path, and the name of its GGUF file if it has one. Raises ModelError."""
     place = Path(path)
@@ -195,3 +242,14 @@ def _from_folder(path: str, directory: Path) -> str:
     """Make a local path or pattern relative to the study's folder; return a Hub id or a URL unchanged."""
     is_path = "://" not in path and (Path(path).exists() or set("*?[") & set(path))
     return os.path.relpath(path, directory) if is_path else path
+
+
+def values_of(options: Sequence[str]) -> dict[str, Any]:
+    """Return the hyperparameters of `--set NAME=VALUE`, read as in a round file. Raises InputError."""
+    found: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not name or not equals:
+            raise InputError(f"--set {option}: expects NAME=VALUE, such as schedule=linear")
+        found[name] = parse(f"value: {text}").document["value"]
+    return found

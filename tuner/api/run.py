@@ -17,14 +17,14 @@ from tuner.engines import Job, Program, Worker, make_engine
 from tuner.errors import InputError, Interrupted
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, Trial, to_json
+from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import dry_run_file
 from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 TRAINING = ("-m", "tuner.training")
 """Interpreter arguments of the worker program that trains packed LoRA trials."""
+COMMANDS = ("-m", "tuner.commands")
+"""Of the one whose trials are runs of a command."""
 
 Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 """Prepares a round's rows in the folder of tokenised rows; may show progress."""
@@ -120,16 +122,26 @@ def run_here(
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
+    if spec.command is not None and where.slots not in (None, 1, "auto"):
+        raise InputError(
+            f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
+        )
     run = spec.run.model_copy(
         update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
+
+    def trials() -> Sequence[Trial]:
+        with opened(open_folder(plan.file.directory)) as store:
+            return store.trials(plan.name)
+
     return _job(
         spec.model_copy(update={"run": run}),
         directory=plan.checkpoints,
-        cache=plan.cache,
+        beside=plan.file.directory,
         base=base,
+        trials=trials,
         workers=where.workers,
         first_horizon=first,
     )
@@ -139,24 +151,38 @@ def _job(
     spec: RoundSpec,
     *,
     directory: Path,
-    cache: Path,
+    beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """Return a job for `tuner.training`, including what the parent already knows."""
+    """Return a job for the program of the round, including what the parent already knows.
+
+    `beside` is the folder of the round file.
+    """
 
     def document() -> dict[str, object]:
         known = base()
         return {
             "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
-            "cache": str(cache),
+            "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
         }
 
-    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
+    def document_of_command() -> dict[str, object]:
+        before = trials()
+        return {
+            **document(),
+            "directory": str(beside),
+            "has_reported": any(e.step for trial in before for e in trial.evaluations),
+            "has_completed": any(trial.state == TrialState.COMPLETE for trial in before),
+        }
+
+    program = Program(TRAINING, document) if spec.command is None else Program(COMMANDS, document_of_command)
+    return Job(spec, program, directory, workers, first_horizon)
 
 
 def run_again(
@@ -167,7 +193,7 @@ def run_again(
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
         alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return engine.start(_job(alone, directory=place, cache=cache))
+        return engine.start(_job(alone, directory=place, beside=cache.parent))
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)

@@ -83,6 +83,54 @@ class Study:
         )
         return cls(directory)
 
+    @classmethod
+    def from_runs(
+        cls,
+        directory: str | os.PathLike[str],
+        runs: Sequence[str | os.PathLike[str]],
+        *,
+        round: str = "imported",
+        metric: str = "eval_loss",
+        direction: str | None = None,
+        max_train_steps: int | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        command: str | None = None,
+        tool: str = "none",
+        config: str | None = None,
+    ) -> Study:
+        """Make a round of finished runs that tuner did not start, and open the study.
+
+        Args:
+            directory: The study's folder, created if missing. The runs' own folders are only read.
+            runs: Folders of Hugging Face's Trainer, or folders of such folders; JSON lines; CSV files.
+            round: Name of the new round.
+            metric: The metric that ranks the runs.
+            direction: `minimize` or `maximize`; required unless the metric is the loss.
+            max_train_steps: The horizon; None takes that of most runs. Runs with another are left out.
+            hyperparameters: What the files do not say and is the same for all runs, such as `schedule`.
+            command: The command that trains a trial, for longer rounds.
+            tool: Its `command.tool`.
+            config: Its `command.config`.
+
+        Raises:
+            InputError: if a run cannot be read, or the round exists; nothing is changed.
+        """
+        from tuner.api.new import import_finished
+
+        import_finished(
+            Path(directory),
+            [Path(run) for run in runs],
+            round=round,
+            metric=metric,
+            direction=direction,
+            max_train_steps=max_train_steps,
+            hyperparameters=hyperparameters or {},
+            command=command,
+            tool=tool,
+            config=config,
+        )
+        return cls(directory)
+
     def _folder(self) -> StudyFolder:
         return open_folder(self._directory)
 

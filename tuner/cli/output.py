@@ -191,7 +191,7 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
-    if adapter is None:
+    if adapter is None or folder.plan(trial.round).spec.command is not None:
         return "tuner trial list"
     return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
 

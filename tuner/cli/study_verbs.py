@@ -46,8 +46,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @app.command()
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new study.")],
-    model: Annotated[str, typer.Option(help="Directory or Hub id of the base model.")],
-    data: Annotated[str, typer.Option(help="File or Hub id of the training rows.")],
+    model: Annotated[str | None, typer.Option(help="Directory or Hub id of the base model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File or Hub id of the training rows.")] = None,
     eval_data: Annotated[
         str | None,
         typer.Option(
@@ -72,14 +72,38 @@ def new(
     template: Annotated[
         str | None, typer.Option(help="Known recipe to start from: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOOL",
+            help="Train by a command of your own, with this tool: trl, transformers or none. Takes --config "
+            "in place of --model and --data.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --command: the tool's configuration.")
+    ] = None,
 ) -> None:
     """Write a commented round1.yaml that passes `study check`; the horizon is derived from the row count.
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
-    from tuner.api.new import write_first_round
+    from tuner.api.new import write_first_command, write_first_round
     from tuner.cli.printing import error_output, prepared, progress_shown
 
+    if command is not None:
+        if config is None or model is not None or data is not None:
+            from tuner.errors import InputError
+
+            raise InputError("--command requires --config FILE, and neither --model nor --data")
+        path = write_first_command(directory, tool=command, config=config)
+        _say(f"wrote {path}")
+        _next(f"tuner study check {shlex.quote(str(path))}")
+        return
+    if model is None or data is None:
+        from tuner.errors import InputError
+
+        raise InputError("pass --model and --data, or --command and --config")
     path = write_first_round(
         directory,
         model=model,
@@ -94,6 +118,67 @@ def new(
     )
     _say(f"wrote {path}")
     _next(f"tuner study check {shlex.quote(str(path))}")
+
+
+@app.command("import")
+def import_(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS",
+            help="Folders of Trainer runs, or folders of such folders; files of JSON lines; CSV files.",
+        ),
+    ],
+    round_name: Annotated[str, typer.Option("--round", metavar="NAME", help="The new round.")] = "imported",
+    metric: Annotated[str, typer.Option(help="The metric that ranks the runs.")] = "eval_loss",
+    direction: Annotated[
+        str | None, typer.Option(help="minimize or maximize; required unless the metric is eval_loss.")
+    ] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option(min=1, help="The horizon. Default: that of most runs.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="What the files do not say, such as schedule=linear, decay_steps=20 or warmup_steps=2. "
+            "Repeatable.",
+        ),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="The command that trains a trial, for longer rounds.")
+    ] = None,
+    tool: Annotated[str, typer.Option(help="Its tool: trl, transformers or none.")] = "none",
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="The tool's configuration.")] = None,
+) -> None:
+    """Make a round of finished runs that tuner did not start: best steps, a verdict and a suggestion.
+
+    The runs are only read. What they do not say, such as the schedule, stays unknown.
+
+    Example: `tuner study import outputs/ --set schedule=linear --set decay_steps=20`
+    """
+    from tuner.api.new import import_finished, values_of
+
+    made = import_finished(
+        Path(),
+        runs,
+        round=round_name,
+        metric=metric,
+        direction=direction,
+        max_train_steps=max_train_steps,
+        hyperparameters=values_of(set_ or []),
+        command=command,
+        tool=tool,
+        config=config,
+    )
+    for number, name in enumerate(made.runs):
+        _say(f"trial {number}: {name}")
+    for remark in made.remarks:
+        _say(remark)
+    if made.unknown:
+        _say(f"unknown: {', '.join(made.unknown)}; --set and --command give them")
+    _print_summary(_reports(Path(), made.file), directory=Path())
 
 
 @app.command()

@@ -232,3 +232,39 @@ storage: sqlite:///tuner.db  # beside this file; or postgresql+psycopg://...
 def _two_digits(number: float) -> int:
     """Return the number rounded to two significant digits."""
     return int(float(f"{number:.2g}"))
+
+
+_COMMANDS = {"trl": '[trl, dpo, --config, "${config}"]', "transformers": '[python, train.py, "${config}"]'}
+_OWN_COMMAND = '[python, train.py, --config, "${config}", "${args}"]'
+_COMMAND_ROUND = """\
+study: {study}
+round: round1
+goal: A first round
+command:
+  run: {run}  # what trains one trial; a list, no shell
+  tool: {tool}  # trl, transformers, or none for a script of your own
+  config: {config}  # copied for each trial, with the trial's values
+max_train_steps: 60  # optimizer steps of every trial; never searched
+hyperparameters:
+  learning_rate: {{low: 1e-6, high: 1e-3, log: true}}
+{more}search: {{trials: 8}}
+evaluation: {{every_steps: 5}}
+objective: {{metric: eval_loss}}  # or another metric that the command reports, with its direction
+run: {{gpus_per_worker: 1}}  # GPUs of one trial; 0 without
+"""
+_WRITTEN_SCHEDULE = """\
+  schedule: linear  # the peak rate, then a decay: longer rounds resume before it
+  decay_steps: 24
+  # extra: {beta: [0.05, 0.1, 0.3]}  # names of the tool's own
+"""
+
+
+def new_command_round(*, study: str, tool: str, config: str) -> str:
+    """Return the commented text of a first round file for a training command."""
+    return _COMMAND_ROUND.format(
+        study=one_line(study),
+        run=_COMMANDS.get(tool, _OWN_COMMAND),
+        tool=one_line(tool),
+        config=one_line(config),
+        more="" if tool == "none" else _WRITTEN_SCHEDULE,
+    )

@@ -131,6 +131,9 @@ _STAND_INS: dict[Location, Any] = {
     ("search", "enqueue", 0): {},
     ("run", "report_to", 0): "tensorboard",
     ("max_train_steps",): 1,
+    ("command",): {"run": ["x"]},
+    ("command", "run"): ["x"],
+    ("command", "run", 0): "x",
 }
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
 

@@ -114,8 +114,10 @@ def loaded_commit(model: ModelSpec) -> str | None:
 def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
     """Return the round file with the base model at the Hub commit that an adapter was trained on.
 
-    A branch moves on: what it has today may be another base.
+    A branch moves on: what it has today may be another base. A round that runs a command has none.
     """
+    if spec.command is not None:
+        return spec
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from tuner.errors import InputError
 
-Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker"]
+Kind: TypeAlias = Literal[
+    "optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker", "tool"
+]
 Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
@@ -25,6 +27,7 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
     "engine": ("local", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
+    "tool": ("none", "transformers", "trl"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""

@@ -65,15 +65,15 @@ class RoundPlan:
 
     trials: int
     max_train_steps: int
-    epochs: float
-    """Passes over the training rows in one trial."""
-    train_rows: int
-    eval_rows: int
-    tokens: int
+    epochs: float | None = None
+    """Passes over the training rows in one trial; None for a command, as all that only the command knows."""
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    tokens: int | None = None
     """Training tokens of all trials and comparison runs together."""
-    evaluation_share: float
+    evaluation_share: float | None = None
     """Share of the work spent on evaluation, 0 to 1."""
-    checkpoint_bytes: int
+    checkpoint_bytes: int | None = None
     peak_memory_bytes: int | None = None
     """Measured by `--probe`."""
     hours: float | None = None

@@ -219,17 +219,14 @@ class _Curve:
 def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> RenderableType:
     """Render the plan of `study check`, then remarks on the data."""
     work = f"{format.count(plan.trials, 'trial')} x {format.count(plan.max_train_steps, 'step')}"
-    share = format.percent(plan.evaluation_share)
     facts = {
         "work": f"{work} = {plan.trials * plan.max_train_steps:,}",
         **_branches(plan),
-        "each trial sees": f"{format.number(plan.epochs)} epochs of {format.count(plan.train_rows, 'row')}",
-        **_token_lengths(plan),
-        "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
-        "training tokens": f"{plan.tokens:,}",
+        **_rows_seen(plan),
         **({} if plan.metric == LOSS.metric else {"objective": _objective(plan)}),
-        "checkpoints": f"up to {format.size(plan.checkpoint_bytes)} on disk",
     }
+    if plan.checkpoint_bytes is not None:
+        facts["checkpoints"] = f"up to {format.size(plan.checkpoint_bytes)} on disk"
     if plan.peak_memory_bytes is not None:
         facts["peak memory"] = format.size(plan.peak_memory_bytes)
     if plan.hours is not None:
@@ -239,6 +236,19 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
 
 def _objective(plan: RoundPlan) -> str:
     return plan.metric if plan.direction is None else f"{plan.direction} {plan.metric}"
+
+
+def _rows_seen(plan: RoundPlan) -> dict[str, str]:
+    """Return what a trial trains and is evaluated on; nothing for a command, which alone knows."""
+    if plan.epochs is None or plan.evaluation_share is None:
+        return {}
+    share, rows = format.percent(plan.evaluation_share), format.count(plan.train_rows or 0, "row")
+    return {
+        "each trial sees": f"{format.number(plan.epochs)} epochs of {rows}",
+        **_token_lengths(plan),
+        "evaluation": f"{format.count(plan.eval_rows or 0, 'row')}, {share} of the work",
+        "training tokens": f"{plan.tokens or 0:,}",
+    }
 
 
 def _token_lengths(plan: RoundPlan) -> dict[str, str]:

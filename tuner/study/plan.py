@@ -13,6 +13,9 @@ from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
 from tuner.records import Checkpoint, CheckpointKind, Hyperparameters, RoundKind, Space, Trial
 from tuner.whole import digest, lead
 
+CACHE = ".tuner-cache"
+"""Folder of tokenised rows beside the round file."""
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -54,7 +57,7 @@ class RoundPlan:
     @property
     def cache(self) -> Path:
         """Return the directory beside the file where tokenised rows are kept between runs."""
-        return self.file.directory / ".tuner-cache"
+        return self.file.directory / CACHE
 
     @property
     def comparison_rule(self) -> ComparisonRule:

@@ -267,6 +267,8 @@ def loaded_objective(plan: RoundPlan) -> Objective:
     Raises InputError if the name leads nowhere, RoundFileError if the file says another direction.
     """
     written = plan.spec.objective
+    if plan.spec.command is not None:
+        return plan.spec.recorded_objective
     found = metric(written.metric).objective(written.metric)
     if written.direction not in (None, found.direction):
         key = "objective.direction"
@@ -281,6 +283,12 @@ def _begin(
     """Record that the round has started, or the file's allowed changes."""
     begun = store.round(plan.name)
     if begun is not None and begun.workload != ready.workload:
+        if plan.spec.command is not None:
+            raise InputError(
+                f"{plan.file.path.name}: the command is not the one that {plan.name} started with (its "
+                "arguments, its configuration, a script that it names, or run.gpus_per_worker changed): its "
+                "trials would not be comparable. Restore it, or start another round"
+            )
         raise InputError(
             f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
             "files at these paths changed, this version of tuner reads some rows differently, see the "
