@@ -5,6 +5,7 @@ Run from the repository's root: `python studies/dpo-trl/prepare.py`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def pairs(path: Path, count: int) -> list[dict[str, str]]:
             "chosen": row["output"],
             "rejected": other["output"],
         }
-        for row, other in zip(rows, rows[1:], strict=False)
+        for row, other in itertools.pairwise(rows)
         if row["output"] != other["output"]
     ]
 

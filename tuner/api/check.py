@@ -63,8 +63,11 @@ def checked(
     command = _next_command(round_plan)
     if round_plan.spec.command is not None:
         return *_command_plan(round_plan, probe=probe), command
-    with taken_back(round_plan.cache):
-        plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    try:
+        with taken_back(round_plan.cache):
+            plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    except (DataError, ModelError) as error:
+        raise (file.missing(str(error)) or error) from None
     return plan, remarks, command
 
 

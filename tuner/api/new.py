@@ -18,6 +18,7 @@ from tuner.commands.finished import read_runs
 from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
+from tuner.config.settings import with_settings
 from tuner.config.yaml_text import parse
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
@@ -48,13 +49,15 @@ def write_first_round(
     columns: Sequence[str] = (),
     split: str | None = None,
     template: str | None = None,
+    settings: Sequence[str] = (),
     prepare: PrepareWith,
     telling: Telling,
 ) -> Path:
     """Write DIR/round1.yaml, which passes `study check`; return its path.
 
-    `prepare` prepares the rows, `telling` receives the progress. Raises InputError if the file exists or
-    cannot be written, and the errors of `study check`; the file is then removed.
+    `settings` are values to write into it, as `KEY=VALUE`; `prepare` prepares the rows, `telling` receives
+    the progress. Raises InputError if the file exists or cannot be written, and the errors of `study check`;
+    the file is then removed.
     """
     path = directory / "round1.yaml"
     if path.exists():
@@ -68,7 +71,11 @@ def write_first_round(
     source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named, split=split)
     found, train_rows = survey(source, recognised=format is None)
     source = source.model_copy(update={"format": found})
-    text = partial(_text, directory, base, source, train_rows, eval_data, template)
+    made = partial(_text, directory, base, source, train_rows, eval_data, template)
+
+    def text(**known: Any) -> str:
+        return with_settings(made(**known), settings, path)[0]
+
     with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)
         file = _written(path, text(max_length=MAX_LENGTH))
@@ -180,8 +187,11 @@ def import_finished(
     return import_runs(directory, read_runs(runs, objective_said(said)), said, clock=time.time)
 
 
-def write_first_command(directory: Path, *, tool: str, config: Path) -> Path:
-    """Write DIR/round1.yaml for a training command, and return its path. Raises InputError if it exists."""
+def write_first_command(directory: Path, *, tool: str, config: Path, settings: Sequence[str] = ()) -> Path:
+    """Write DIR/round1.yaml for a training command, and return its path.
+
+    `settings` are values to write into it, as `KEY=VALUE`. Raises InputError if the file exists.
+    """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit the file")
@@ -190,6 +200,7 @@ def write_first_command(directory: Path, *, tool: str, config: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
     text = new_command_round(study=name, tool=tool, config=_from_folder(str(config.absolute()), directory))
+    text = with_settings(text, settings, path)[0]
     path.write_text(text, encoding="utf-8")
     load_round(path)
     return path

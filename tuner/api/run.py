@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, make_engine
-from tuner.errors import InputError, Interrupted
+from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
 from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
+from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import dry_run_file
 from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
@@ -57,6 +59,8 @@ class Where:
     """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
+    notify: tuple[str, ...] = ()
+    """A program and its arguments that is told the round's news; empty: as `run.notify` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
@@ -66,7 +70,8 @@ class Where:
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
-        return "" if self.engine is None else f" --engine {self.engine}"
+        engine = "" if self.engine is None else f" --engine {self.engine}"
+        return engine + (f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else "")
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
@@ -101,11 +106,14 @@ def run_here(
     engine = make_engine(name)
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
+    notifier = None
     try:
         if is_dry_run:
             view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
+            if command := where.notify or file.spec.run.notify:
+                view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return engine.start(_round_job(plan, base, where))
@@ -114,6 +122,18 @@ def run_here(
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
+        if notifier is not None:
+            notifier.ended("complete")
+    except Interrupted as stop:
+        if notifier is not None:
+            notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        if notifier is not None:
+            notifier.ended("failed", str(error))
+        raise
+    except InputError as error:
+        raise (file.missing(str(error)) or error) from None
     finally:
         engine.close()
         view.close()
@@ -253,6 +273,11 @@ def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
     from tuner.data import load_tokenizer, prepare
 
     return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
+
+
+def _notified_round(file: RoundFile, command: Sequence[str]) -> NotifiedRound:
+    spec = file.spec
+    return NotifiedRound(spec.study, spec.round, file.directory, spec.max_train_steps, command)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:

@@ -54,6 +54,7 @@ class Study:
         eval_data: str | None = None,
         format: str | None = None,
         template: str | None = None,
+        settings: Sequence[str] = (),
     ) -> Study:
         """Write a commented round1.yaml into a new folder, and open the study.
 
@@ -64,6 +65,7 @@ class Study:
             eval_data: Evaluation rows; None holds out some of the training rows.
             format: Format of the rows; None detects it from the columns.
             template: A known recipe to start from: `alpaca-qlora`.
+            settings: Values to write into the file, such as `hyperparameters.lora_r=16,32`.
 
         Raises:
             InputError: if the file exists, or would not pass `check`.
@@ -78,6 +80,7 @@ class Study:
             eval_data=eval_data,
             format=format,
             template=template,
+            settings=settings,
             prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
             telling=lambda: nullcontext(unsaid),
         )
@@ -314,6 +317,7 @@ class Study:
         top: int | None = None,
         decay: Literal["share", "steps"] = "share",
         add: Sequence[str] = (),
+        settings: Sequence[str] = (),
         force: bool = False,
     ) -> Promotion:
         """Read a round, write the next round's file, and return both.
@@ -325,13 +329,14 @@ class Study:
             top: Number of best trials to carry over.
             decay: What to keep of a linear decay: its share of the run or its length in steps.
             add: Hyperparameters to search in addition, such as `lora_dropout=0,0.05`.
+            settings: Values to write into the file, such as `hyperparameters.lora_r=16,32`.
             force: Whether to overwrite a different file.
 
         Raises:
             InputError: if the file exists or an argument cannot be used.
             TunerError: if the round suggests no horizon and none is given.
         """
-        overrides = Overrides(max_train_steps, top, decay, tuple(add))
+        overrides = Overrides(max_train_steps, top, decay, tuple(add), tuple(settings))
         done = promote_held(self._folder(), to=to, from_round=from_round, overrides=overrides, force=force)
         return Promotion(done.path, done.document)
 
@@ -384,9 +389,14 @@ class Promotion:
 
 
 def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
-    """Return the state of each round of a study, and the next command."""
+    """Return the state of each round of a study, and the next command.
+
+    While a process runs the study, it is a command that only reads.
+    """
     with opened(folder) as store:
         found = statuses(folder, store)
+        if any(status.state == "running" for status in found):
+            return found, "tuner trial list"
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
             return found, _going_on(folder, store, unfinished.round)

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tuner.cli.hints import Group, one_name, round_path
+
 if TYPE_CHECKING:
     from tuner.report import RoundReport
     from tuner.study.folder import StudyFolder
 
 app = typer.Typer(
+    cls=Group,
     help="Rounds: write, check, run, promote, inspect. Start with `tuner study new --help`.",
     no_args_is_help=True,
 )
 
-RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="Round file.")]
+RoundPath = Annotated[
+    Path, typer.Argument(metavar="ROUND.yaml", help="Round file.", callback=lambda path: round_path(path))
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
 ]
@@ -38,6 +43,22 @@ Engine = Annotated[
         metavar="NAME",
         help="Where workers run: local, simulated (a dry run with synthetic losses, in dry-run/), or your "
         "own engine as package.module:Class. Overrides run.engine.",
+    ),
+]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        help="Run this at each new best trial and at the end, with JSON on its input; overrides run.notify.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Write a value into the file: hyperparameters.lora_r=16,32 (a list), "
+        "hyperparameters.learning_rate=1e-5:1e-3:log (a range) or data.max_length=1024. Repeatable.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -83,6 +104,7 @@ def new(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --command: the tool's configuration.")
     ] = None,
+    set_: Set = None,
 ) -> None:
     """Write a commented round1.yaml that passes `study check`; the horizon is derived from the row count.
 
@@ -96,7 +118,7 @@ def new(
             from tuner.errors import InputError
 
             raise InputError("--command requires --config FILE, and neither --model nor --data")
-        path = write_first_command(directory, tool=command, config=config)
+        path = write_first_command(directory, tool=command, config=config, settings=set_ or ())
         _say(f"wrote {path}")
         _next(f"tuner study check {shlex.quote(str(path))}")
         return
@@ -113,6 +135,7 @@ def new(
         columns=columns or (),
         split=split,
         template=template,
+        settings=set_ or (),
         prepare=prepared,
         telling=lambda: progress_shown(error_output()),
     )
@@ -210,6 +233,7 @@ def run(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Start or resume a round.
 
@@ -217,7 +241,7 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, notify))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -235,6 +259,7 @@ def sweep(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
 
@@ -246,7 +271,7 @@ def sweep(
     from tuner.cli.printing import next_command
     from tuner.cli.rounds import sweep_file, where_typed
 
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, notify)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -268,6 +293,7 @@ def auto(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    notify: Notify = None,
 ) -> None:
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
@@ -286,7 +312,7 @@ def auto(
     number, hint = restarts_of(restarts, passes, spelt=("--restarts ", "--passes "))
     if hint is not None:
         _say(hint)
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, notify)
     ended = run_rounds(round_file, duration=for_, restarts=number, where=where)
     if ended.last is None:
         _next(ended.command)
@@ -321,7 +347,12 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def promote(
-    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")],
+    round_name: Annotated[
+        str | None, typer.Argument(metavar="ROUND", help="Name of the next round, the same as --to.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")
+    ] = None,
     from_round: Annotated[
         str | None,
         typer.Option("--from", metavar="ROUND", help="Round to promote from. Default: the latest."),
@@ -352,6 +383,7 @@ def promote(
             "(weight_decay=1e-4:1e-1:log). Repeatable.",
         ),
     ] = None,
+    set_: Set = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
@@ -370,12 +402,13 @@ def promote(
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
     done = Study(_folder().directory).promote(
-        to,
+        one_name(round_name, to, name="--to"),
         from_round=from_round,
         max_train_steps=max_train_steps,
         top=top,
         decay=kept,
         add=add or (),
+        settings=set_ or (),
         force=force,
     )
     typer.echo(dumps(done.document) if json else promotion_text(done.document))
@@ -385,25 +418,63 @@ def promote(
 
 @app.command()
 def report(
-    round_name: Annotated[
-        str | None, typer.Argument(metavar="ROUND", help="Name of the round. Default: the latest.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ROUND | STUDY STUDY]",
+            help="Name of the round, by default the latest; or the folders of two studies to compare.",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Path of the HTML page. Default: report-ROUND.html.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
 ) -> None:
-    """Report on a round, in the terminal and as one self-contained HTML page.
+    """Report on a round, in the terminal and as one self-contained HTML page; or compare two studies.
 
     Example: `tuner study report round1`
     """
-    from tuner.api.round import write_reports
+    from dataclasses import replace
 
+    from tuner.api.round import write_reports
+    from tuner.cli.printing import next_command
+    from tuner.errors import InputError
+
+    if names and len(names) > 1:
+        if markdown is not None:
+            raise InputError("--markdown: a comparison has no Markdown form; leave it out")
+        _compare(names, html)
+        return
     _folder()
-    found = _reports(Path(), Path(round_name) if round_name else None)
-    path = html or Path(f"report-{found[-1].record.name}.html")
-    write_reports(found, html=path, markdown=markdown)
-    _print_summary(found, page=path)
+    *earlier, last = _reports(Path(), Path(names[0]) if names else None)
+    path = html or Path(f"report-{last.record.name}.html")
+    typed = replace(last, next_command=next_command(last.next_command))
+    write_reports((*earlier, typed), html=path, markdown=markdown)
+    _print_summary((*earlier, last), page=path)
+
+
+def _compare(names: list[str], html: Path | None) -> None:
+    """Compare the studies of two folders. Raises InputError for another number of folders."""
+    from tuner.cli.printing import PROSE, output
+    from tuner.errors import InputError
+    from tuner.report.comparison import Compared, comparison_page, comparison_summary
+    from tuner.report.html import write_page
+
+    folders = [Path(name) for name in names]
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+        raise InputError(
+            f"{' '.join(names)}: expects one round of this study, or the folders of two studies to compare, "
+            "such as: tuner study report study-a study-b"
+        )
+    one, other = (_reports(folder, None) for folder in folders)
+    shown = [folder.resolve().name for folder in folders]
+    called = (shown[0], shown[1]) if shown[0] != shown[1] else (names[0], names[1])
+    compared = Compared(called, (one, other))
+    path = html or Path(f"comparison-{shown[0]}-{shown[1]}.html")
+    write_page(path, comparison_page(compared))
+    output(piped_width=PROSE).print(comparison_summary(compared))
+    _say(f"full comparison: {path}")
+    _next(f"tuner -C {shlex.quote(names[0])} study report")
 
 
 @app.command()

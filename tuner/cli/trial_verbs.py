@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Trials: list, show, use, share. Start with `tuner trial list`.", no_args_is_help=True)
+from tuner.cli.hints import Group
+
+app = typer.Typer(
+    cls=Group, help="Trials: list, show, use, share. Start with `tuner trial list`.", no_args_is_help=True
+)
 
 TrialName = Annotated[str, typer.Argument(metavar="T", help="round1/7, 7 (in the latest round), or best.")]
 

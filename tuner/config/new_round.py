@@ -184,7 +184,7 @@ def new_round(
         evaluation=one_line(
             {"every_steps": every_steps, "batch_size": 16, "max_examples": chosen.max_examples}
         ),
-        run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump()),
+        run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump(exclude={"notify"})),
         production_epochs=lengths.epochs(lengths.production_steps),
     )
     read_round(text, Path(f"{round_name}.yaml"))

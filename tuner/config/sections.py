@@ -413,6 +413,11 @@ class RunSpec(BaseModel):
     """Experiment trackers that get each trial as a run, with its curve, while it runs. Each is an extra;
     `tuner doctor` shows the command that installs it."""
 
+    notify: list[Annotated[str, Field(min_length=1)]] = []
+    """A program and its arguments, run without a shell when a trial is the new best and when the round ends,
+    stops or fails; it gets a JSON document on its standard input and has 30 seconds. Its failure does not
+    affect the round. Empty: nothing is run."""
+
     @field_validator("decay_branches", mode="before")
     @classmethod
     def _auto_or_yes_or_no(cls, rule: object) -> object:

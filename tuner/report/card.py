@@ -73,6 +73,8 @@ def model_card(card: Card) -> str:
             _hyperparameters(card.trial.hyperparameters),
             "## Made by",
             f"```\n{card.command}\n```",
+            "In the study's folder, this trains the trial again and compares the curves:",
+            f"```\ntuner trial reproduce {card.trial.name}\n```",
             f"With {', '.join(f'{name} {version}' for name, version in card.versions.items())}.",
         )
         if block

@@ -281,9 +281,10 @@ _SEVERITY_STYLES = {"problem": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> RenderableType:
-    """Render the conclusion, its evidence, the leading trials, findings, caveats and the next command.
+    """Render the conclusion, its evidence, the leading trials, findings, caveats and the next step.
 
-    `earlier` are the study's earlier rounds, in order.
+    The next command is the caller's to print, after everything else. `earlier` are the study's earlier
+    rounds, in order.
     """
     caution = advice.progress(report)
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None
@@ -302,7 +303,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         *([_headed("What else stands out", _findings(report))] if report.findings else []),
         *([_headed("Throughput", _throughput(report))] if report.record.throughput else []),
         _headed("Holds for", Text(", ".join(f"{name} {value}" for name, value in report.fixed.items()))),
-        _headed("Next", Group(Text(advice.next_step(report)), Text(report.next_command, style="bold"))),
+        _headed("Next", Text(advice.next_step(report))),
     )
 
 
