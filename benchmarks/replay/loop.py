@@ -60,6 +60,7 @@ class LoopRound:
     run: RunSpec
     is_sweep: bool = False
     command: None = None
+    """As of a round that trains a base model."""
 
 
 WORKLOAD = "replay"

@@ -236,9 +236,8 @@ def run_again(
         alone = spec.model_copy(
             update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
         )
-        return start_workers(
-            engine, replace(_job(alone, directory=place, beside=cache.parent), say=view.message)
-        )
+        job = replace(_job(alone, directory=place, beside=cache.parent), say=view.message)
+        return start_workers(engine, job)
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
