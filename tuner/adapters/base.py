@@ -70,7 +70,8 @@ class Base:
         """
         if not self.model.supports_gradient_checkpointing or self.model.is_gradient_checkpointing:
             return False
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The base model has no dropout of its own, and that of adapters is drawn from counters.
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 # transformers checks only the layer's own flag; its submodules stay without dropout.
