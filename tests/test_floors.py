@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "tuner"
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "optuna", "optuna_dashboard",
-    "sqlalchemy", "alembic", "pandas", "plotly", "scipy", "numpy", "pydantic", "ruamel.yaml", "rich", "typer",
+    "ray", "sqlalchemy", "alembic", "pandas", "plotly", "scipy", "numpy", "pydantic", "ruamel.yaml", "rich",
+    "typer",
 )  # fmt: skip
 
 NUMPY = {"numpy", "scipy"}

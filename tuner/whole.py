@@ -51,14 +51,19 @@ def replaced_whole(target: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def digest(directory: Path) -> str:
-    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a directory over its files' names and contents by name."""
+    if path.is_file():
+        return _content(path)
     total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    for each in sorted(each for each in path.rglob("*") if each.is_file()):
+        total.update(f"{each.relative_to(path).as_posix()}\0{_content(each)}\n".encode())
     return total.hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def synced(path: Path) -> None:

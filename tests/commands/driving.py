@@ -15,6 +15,7 @@ from tuner.config import RoundSpec, read_round
 from tuner.playbook.comparison_runs import trunk_steps
 from tuner.records import Assignment, CheckpointKind, Ended, Evaluated, Event, Saved, complete_hyperparameters
 from tuner.study.plan import CheckpointFolder
+from tuner.whole import lead
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -108,8 +109,14 @@ class Ran:
         )
         self.place = self.directory / f"attempt-{attempt}"
         self.tokens: list[str] = []
-        self.running = Attempt(self.work, assignment, self.events.append, on_start=self.tokens.append)
+        self.running = Attempt(self.work, assignment, self._take, on_start=self.tokens.append)
         self.running.run(lambda: stopping(self.events))
+
+    def _take(self, event: Event) -> None:
+        """Switch the link `best` as the process that records an adapter does."""
+        self.events.append(event)
+        if isinstance(event, Saved) and event.checkpoint.kind == CheckpointKind.BEST:
+            lead(self.directory / "best", self.directory.parent / event.checkpoint.path)
 
     @property
     def end(self) -> Ended:

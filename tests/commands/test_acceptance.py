@@ -75,6 +75,7 @@ def test_trl_goes_on_as_from_scratch_to_the_digit(tmp_path: Path, method: str, e
     assert list(scratch.curve)[-1] == 32
 
 
+@pytest.mark.timeout(1500)
 def test_the_study_of_trl_runs_two_rounds(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     import shutil

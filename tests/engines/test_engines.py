@@ -16,8 +16,17 @@ from tests.contracts.worker import assignment, collect, ended
 from tests.studies import installed, round_file, write_round
 from tests.studies import tuner as command
 from tuner.config import load_round
-from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
-from tuner.errors import InputError, RoundFileError
+from tuner.engines import (
+    Engine,
+    Job,
+    LocalEngine,
+    LoraFormula,
+    Program,
+    SimulatedEngine,
+    make_engine,
+    worker_environments,
+)
+from tuner.errors import InputError, RoundFileError, WorkerError
 from tuner.methods import registry
 from tuner.records import Died, Evaluated, Ready
 
@@ -61,6 +70,12 @@ class Replayed:
 class NotAnEngine:
     pass
 '''
+FAULTY = """
+
+class NoRoute(Replayed):
+    def start(self, job):
+        raise RuntimeError("no route to host")
+"""
 
 
 @pytest.fixture
@@ -93,6 +108,14 @@ class TestLocalEngine(EngineContract):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         with pytest.raises(InputError, match="--workers 3: this machine has 2 GPU"):
             engine.start(replace(job, workers=3))
+
+    def test_gpus_per_worker_makes_groups_and_says_what_is_idle(self) -> None:
+        three = worker_environments("auto", ("0", "1", "2"), cores=8, gpus_per_worker=2)
+        assert three == [{"CUDA_VISIBLE_DEVICES": "0,1"}]
+        with pytest.raises(InputError, match=r"run.gpus_per_worker: 2: this machine has 1 GPU"):
+            worker_environments("auto", ("0",), cores=8, gpus_per_worker=2)
+        with pytest.raises(InputError, match=r"--workers 2: .* each worker needs 2"):
+            worker_environments(2, ("0", "1", "2"), cores=8, gpus_per_worker=2)
 
     def test_the_document_is_asked_for_at_each_start(self, engine: Engine, job: Job) -> None:
         asked = []
@@ -142,7 +165,7 @@ class TestSimulatedEngine(EngineContract):
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers one engine; others are found by their path."""
     site = installed(tmp_path / "site", "engine_plug_ins", engines="replayed = engine_plug_ins:Replayed")
-    (site / "engine_plug_ins.py").write_text(PLUG_INS)
+    (site / "engine_plug_ins.py").write_text(PLUG_INS + FAULTY)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     yield site
@@ -167,7 +190,7 @@ def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) ->
     write_round(tmp_path / "study", run='run: {engine: "engine_plug_ins:NotAnEngine"}')
     found = tuner.Study(tmp_path / "study").check("round1.yaml")
     assert found["ok"]
-    assert any("engine_plug_ins:NotAnEngine is not checked here" in said for said in found["remarks"])
+    assert any("not checked: engine_plug_ins:NotAnEngine" in said for said in found["remarks"])
     assert "engine_plug_ins" not in sys.modules
 
 
@@ -191,7 +214,8 @@ def test_a_wrong_name_on_the_command_line_is_bad_input(package: Path, tmp_path: 
     done = command("study", verb, "round1.yaml", "--engine", "replaid", directory=study)
     assert done.returncode == 2
     assert (
-        "--engine replaid: expects one of local, simulated, replayed, or package.module:Name" in done.stderr
+        "--engine replaid: expects one of local, ray, simulated, replayed, or package.module:Name"
+        in done.stderr
     )
     assert "engine_plug_ins" not in sys.modules
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
@@ -223,11 +247,44 @@ def test_what_is_no_engine_is_bad_input_and_leaves_nothing(
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
 
 
+def test_an_error_of_an_engine_is_told_with_its_line(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_round(tmp_path / "study")
+    said = r"NoRoute could not start the workers: RuntimeError: no route to host \(.*engine_plug_ins.py:\d+\)"
+    with pytest.raises(WorkerError, match=said):
+        tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:NoRoute", progress=False)
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
+
+
 def test_the_names_are_those_built_in_and_those_registered(package: Path) -> None:
-    assert registry.names("engine") == ("local", "simulated", "replayed")
+    assert registry.names("engine") == ("local", "ray", "simulated", "replayed")
     for name in registry.BUILT_IN["engine"]:
-        assert type(make_engine(name)).__module__ == f"tuner.engines.{name}"
+        assert type(make_engine(name)).__module__.startswith(f"tuner.engines.{name}")
 
 
 def test_a_plug_in_is_short() -> None:
     assert len(PLUG_INS.splitlines()) <= 40
+
+
+def test_packed_training_takes_one_gpu_per_worker(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    write_round(study, run="run: {gpus_per_worker: 2}")
+    done = command("study", "run", "round1.yaml", directory=study)
+    assert done.returncode == 2
+    assert "run.gpus_per_worker: 2: packed LoRA training uses one GPU per worker" in done.stderr
+    assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_a_cluster_without_an_address_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    study = tmp_path / "study"
+    write_round(study)
+    for arguments, message in [
+        ((), "Pass --ray-address HOST:6379"),
+        (("--ray-address", "ray://head:10001"), "run tuner on a machine of the cluster"),
+    ]:
+        done = command("study", "run", "round1.yaml", "--engine", "ray", *arguments, directory=study)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert [path.name for path in study.iterdir()] == ["round1.yaml"]

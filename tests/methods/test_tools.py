@@ -69,6 +69,27 @@ def test_a_trial_of_trl_is_written_in_its_names(tmp_path: Path) -> None:
     assert settings(spec, resume_from="there")["resume_from_checkpoint"] == "there"
 
 
+def test_a_trial_of_llamafactory_is_written_in_its_names(tmp_path: Path) -> None:
+    changes = {"finetuning_type": "lora", "val_size": 0.1}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({"dataset": "demo", **changes}))
+    document = {
+        "study": "s", "round": "r", "max_train_steps": 60,
+        "command": {"run": ["python", "${config}"], "tool": "llamafactory", "config": "sft.yaml"},
+        "hyperparameters": {
+            "lora_r": 8, "target_modules": ["q_proj", "v_proj"], "extra": {"pref_beta": 0.1},
+        },
+    }  # fmt: skip
+    spec = read_round(yaml.safe_dump(document), tmp_path / "r.yaml").spec.absolute(tmp_path)
+    assert list(mistakes(spec, tmp_path)) == []
+    made = settings(spec)
+    assert (made["lora_rank"], made["lora_target"], made["pref_beta"]) == (8, "q_proj,v_proj", 0.1)
+    assert made["lr_scheduler_kwargs"]["num_stable_steps"] == 60 - 24 - 5
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({"dataset": "demo", "finetuning_type": "full"}))
+    said = [f"{name}: {message}" for name, message in mistakes(spec, tmp_path)]
+    assert any("lora_r: has no effect" in each for each in said)
+    assert any("evaluates nothing" in each for each in said)
+
+
 @pytest.mark.parametrize(
     ("hyperparameters", "changes", "said"),
     [
@@ -155,4 +176,4 @@ def test_the_lists_of_names_are_dated_and_as_the_installed_version_has_them() ->
     assert known.date.startswith("20")
     assert {"beta", "learning_rate", "use_peft"} <= known.names
     document = json.loads((Path(__file__).parents[2] / "tuner/methods/tools/known_names.json").read_text())
-    assert set(document) == {"trl"}
+    assert set(document) == {"trl", "llamafactory"}

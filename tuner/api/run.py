@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
-from tuner.engines import Job, Program, Worker, make_engine
+from tuner.engines import Job, Program, Worker, make_engine, start_workers
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
@@ -59,19 +59,25 @@ class Where:
     """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
+    ray_address: str | None = None
+    """Cluster of the engine `ray`; None: as `run.ray_address` says."""
     notify: tuple[str, ...] = ()
     """A program and its arguments that is told the round's news; empty: as `run.notify` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
-            if number not in (None, "auto") and (isinstance(number, (bool, str)) or number < 1):
+            if number not in (None, "auto") and (type(number) is not int or number < 1):
                 raise InputError(f"{name}={number!r}: expects auto or a whole number of at least 1")
+        if self.engine is not None and not isinstance(self.engine, str):
+            raise InputError(f"engine={self.engine!r}: expects a name, {expected('engine')}")
 
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
         engine = "" if self.engine is None else f" --engine {self.engine}"
-        return engine + (f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else "")
+        address = "" if self.ray_address is None else f" --ray-address {self.ray_address}"
+        notify = f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else ""
+        return engine + address + notify
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
@@ -116,7 +122,7 @@ def run_here(
                 view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return engine.start(_round_job(plan, base, where))
+            return start_workers(engine, replace(_round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
@@ -147,7 +153,11 @@ def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Wh
             f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
         )
     run = spec.run.model_copy(
-        update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
+        update={
+            "slots": where.slots or spec.run.slots,
+            "engine": where.engine or spec.run.engine,
+            "ray_address": where.ray_address or spec.run.ray_address,
+        }
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
@@ -179,8 +189,13 @@ def _job(
 ) -> Job:
     """Return a job for the program of the round, including what the parent already knows.
 
-    `beside` is the folder of the round file.
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than it uses.
     """
+    if spec.run.gpus_per_worker > 1 and spec.command is None:
+        raise InputError(
+            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: packed LoRA training uses one GPU per worker; "
+            "remove this line. All GPUs are used, with a worker each"
+        )
 
     def document() -> dict[str, object]:
         known = base()
@@ -202,18 +217,27 @@ def _job(
         }
 
     program = Program(TRAINING, document) if spec.command is None else Program(COMMANDS, document_of_command)
-    return Job(spec, program, directory, workers, first_horizon)
+    return Job(spec, program, directory, workers, first_horizon, beside / CACHE)
 
 
 def run_again(
-    rerun: Rerun, *, view: View, stopping: Callable[[], bool], take: Take | None = None
+    rerun: Rerun,
+    *,
+    view: View,
+    stopping: Callable[[], bool],
+    where: Where | None = None,
+    take: Take | None = None,
 ) -> Reproduction:
-    """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
+    """Run a trial again in one worker with one slot, on its plan's engine. Raises what `reproduce` does."""
     engine = make_engine(rerun.spec.run.engine)
+    address = (where and where.ray_address) or rerun.spec.run.ray_address
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
-        alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return engine.start(_job(alone, directory=place, beside=cache.parent))
+        alone = spec.model_copy(
+            update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
+        )
+        job = replace(_job(alone, directory=place, beside=cache.parent), say=view.message)
+        return start_workers(engine, job)
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
@@ -228,11 +252,11 @@ def restored_adapter(
     *,
     open_view: Callable[[Rerun], View],
     stopping: Callable[[], bool],
-    engine: str | None = None,
+    where: Where | None = None,
 ) -> tuple[str, Reproduction | None]:
     """Put a trial's best adapter back; see `restored`.
 
-    `open_view` shows a new run, where one is needed; it runs on `engine`, by default the round's.
+    `open_view` shows a new run, where one is needed; it runs as `where` says, by default as the round.
     """
 
     def write_best(directory: Path, target: Path, sha256: str) -> None:
@@ -241,8 +265,9 @@ def restored_adapter(
         write_best_of(directory, target, sha256=sha256)
 
     def again(take: Take) -> Reproduction:
+        engine = None if where is None else where.engine
         rerun = planned_rerun(folder, trial, to_step=None, engine=engine)
-        return run_again(rerun, view=open_view(rerun), stopping=stopping, take=take)
+        return run_again(rerun, view=open_view(rerun), stopping=stopping, where=where, take=take)
 
     return restored(folder, trial, write_best=write_best, run_again=again)
 
@@ -333,6 +358,8 @@ def interruptible(
     `answer` writes to. `second` handles the next signal; None leaves the signal to the previous handler.
     Handlers are set on the main thread only and restored at the end; other threads only have the time limit.
     """
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+        raise InputError(f"seconds={seconds!r}: expects a number of at least 0")
     stopping = Stopping(None if seconds is None else time.monotonic() + seconds)
     if threading.current_thread() is not threading.main_thread():
         yield stopping

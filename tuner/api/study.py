@@ -14,6 +14,7 @@ from tuner.api.auto import Automatic, restarts_of
 from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
 from tuner.api.run import Where, has_begun, interruptible, prepared_quietly, run_here, unsaid, view_of
 from tuner.api.trial import Trial
+from tuner.errors import InputError
 from tuner.playbook.restarts import Enough
 from tuner.playbook.sweep import FirstHorizon
 from tuner.report import status_document
@@ -208,6 +209,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -218,6 +220,7 @@ class Study:
             slots: Trials trained together; None uses the file's value.
             workers: Number of worker processes; `auto` uses every GPU.
             engine: Where to run; None uses the file's value. `simulated` is a dry run with synthetic losses.
+            ray_address: Cluster of the engine `ray`; None uses the file's value, or RAY_ADDRESS.
             seconds: Stop after this long, with all progress saved; the same call resumes.
             progress: Whether to show a bar.
 
@@ -227,7 +230,7 @@ class Study:
                 out before the base model and data are first loaded.
             TunerError: if the round cannot be completed.
         """
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         with interruptible(seconds) as stopping, stopping.returning_at_the_end(lambda: has_begun(file)):
             run_here(file, where, open_view=view_of(progress), stopping=stopping)
@@ -242,6 +245,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -255,7 +259,7 @@ class Study:
         number, hint = restarts_of(restarts, passes, spelt=("restarts=", "passes="))
         if hint is not None:
             warnings.warn(hint, DeprecationWarning, stacklevel=2)
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
@@ -284,6 +288,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         progress: bool = True,
     ) -> int | None:
         """Find a first `max_train_steps`, write it into the round file, and return it.
@@ -295,7 +300,7 @@ class Study:
         """
         from tuner.api.auto import refuse_epochs, sweep_round
 
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         refuse_epochs(epochs, is_dry_run=where.engine_of(file) == "simulated")
         with interruptible(None) as stopping:
@@ -336,6 +341,8 @@ class Study:
             InputError: if the file exists or an argument cannot be used.
             TunerError: if the round suggests no horizon and none is given.
         """
+        if isinstance(add, str):
+            raise InputError(f"add={add!r}: expects a list of texts; pass [{add!r}]")
         overrides = Overrides(max_train_steps, top, decay, tuple(add), tuple(settings))
         done = promote_held(self._folder(), to=to, from_round=from_round, overrides=overrides, force=force)
         return Promotion(done.path, done.document)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import typer
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
-from tuner.api.run import restored_adapter, run_again
+from tuner.api.run import Where, restored_adapter, run_again
 from tuner.api.study import standing
 from tuner.cli.printing import PROSE, error_output, next_command, output, prepared, spoken_by, stop_signals
 from tuner.data import PreparedData, ShownRow, printable, show_rows
@@ -201,7 +200,7 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def restore_trial(folder: StudyFolder, name: str, *, engine: str | None, as_json: bool) -> None:
+def restore_trial(folder: StudyFolder, name: str, *, where: Where, as_json: bool) -> None:
     """Put a trial's best adapter back and print how. Raises what `restored` does, and Interrupted."""
     trial, _ = find_trial(folder, name)
     try:
@@ -211,11 +210,10 @@ def restore_trial(folder: StudyFolder, name: str, *, engine: str | None, as_json
                 trial,
                 open_view=lambda rerun: _view_of_rerun(folder, rerun),
                 stopping=stopping,
-                engine=engine,
+                where=where,
             )
     except Interrupted as stop:
-        on = "" if engine is None else f" --engine {shlex.quote(engine)}"
-        again = next_command(f"tuner trial reproduce {name} --restore{on}")
+        again = next_command(f"tuner trial reproduce {name} --restore{where.options}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         run = {} if found is None else reproduction_document(folder.name, found)
@@ -238,25 +236,24 @@ def _view_of_rerun(folder: StudyFolder, rerun: Rerun) -> View:
 
 
 def reproduce_trial(
-    folder: StudyFolder, name: str, *, to_step: int | None, engine: str | None, as_json: bool
+    folder: StudyFolder, name: str, *, to_step: int | None, where: Where, as_json: bool
 ) -> bool:
     """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
     Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step, engine=engine)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=where.engine)
     view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
-    limit += "" if engine is None else f" --engine {shlex.quote(engine)}"
     try:
         with (
             spoken_by(view.message),
             stop_signals("stopping (Ctrl-C again to quit now)") as stopping,
         ):
-            found = run_again(rerun, view=view, stopping=stopping)
+            found = run_again(rerun, view=view, stopping=stopping, where=where)
     except Interrupted as stop:
-        again = next_command(f"tuner trial reproduce {name}{limit}")
+        again = next_command(f"tuner trial reproduce {name}{limit}{where.options}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         typer.echo(dumps(reproduction_document(folder.name, found)))

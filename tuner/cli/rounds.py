@@ -26,13 +26,18 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def where_typed(
-    slots: str | None, workers: str | None, engine: str | None, notify: str | None = None
+    slots: str | None,
+    workers: str | None,
+    engine: str | None,
+    ray_address: str | None,
+    notify: str | None = None,
 ) -> Where:
     """Parse where rounds run. Raises InputError."""
     return Where(
         None if slots is None else parse_count("--slots", slots),
         parse_count("--workers", workers or "auto"),
         engine,
+        ray_address,
         parse_command("--notify", notify),
     )
 

@@ -41,8 +41,16 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Where workers run: local, simulated (a dry run with synthetic losses, in dry-run/), or your "
-        "own engine as package.module:Class. Overrides run.engine.",
+        help="Where workers run: local, ray (a cluster), simulated (a dry run with synthetic losses, in "
+        "dry-run/), or your own engine as package.module:Class. Overrides run.engine.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT|local",
+        help="Ray cluster of --engine ray; overrides run.ray_address and RAY_ADDRESS. local starts one here.",
     ),
 ]
 Notify = Annotated[
@@ -233,6 +241,7 @@ def run(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
     notify: Notify = None,
 ) -> None:
     """Start or resume a round.
@@ -241,7 +250,7 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, notify))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, ray_address, notify))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -259,6 +268,7 @@ def sweep(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
     notify: Notify = None,
 ) -> None:
     """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
@@ -271,7 +281,7 @@ def sweep(
     from tuner.cli.printing import next_command
     from tuner.cli.rounds import sweep_file, where_typed
 
-    where = where_typed(slots, workers, engine, notify)
+    where = where_typed(slots, workers, engine, ray_address, notify)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -293,6 +303,7 @@ def auto(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
     notify: Notify = None,
 ) -> None:
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
@@ -312,7 +323,7 @@ def auto(
     number, hint = restarts_of(restarts, passes, spelt=("--restarts ", "--passes "))
     if hint is not None:
         _say(hint)
-    where = where_typed(slots, workers, engine, notify)
+    where = where_typed(slots, workers, engine, ray_address, notify)
     ended = run_rounds(round_file, duration=for_, restarts=number, where=where)
     if ended.last is None:
         _next(ended.command)
@@ -530,6 +541,8 @@ def _folder() -> StudyFolder:
     folder = open_here()
     for error in folder.broken:
         _say(f"skipped, since it has mistakes: {error}")
+    for error in folder.unrunnable:
+        _say(f"cannot run here: {error}")
     return folder
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tuner.commands.reported import SavedByCommand
 from tuner.errors import CheckpointError, InputError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
-from tuner.whole import digest, lead, published
+from tuner.whole import digest, published
 
 _CURVE_FILE = "curve.json"
 _STATE_FILE = "trainer_state.json"
@@ -80,10 +80,9 @@ class Keeper:
     attempt: int
 
     def keep_best(self, source: Path, step: int) -> Checkpoint:
-        """Keep the best step's checkpoint, and let the link `best` lead to it."""
+        """Keep the best step's checkpoint; whoever records it switches the link `best` to it."""
         target = self.trial / "best-steps" / f"step-{step:06d}.a{self.attempt}"
         published(target, lambda folder: _copy(source, folder))
-        lead(self.trial / "best", target)
         return self._recorded(CheckpointKind.BEST, step, target)
 
     def keep_resumable(
@@ -99,12 +98,8 @@ class Keeper:
 
         `best` is the best step so far and its kept checkpoint.
         """
-        name = f"step-{step:06d}"
-        target = (
-            self.trial / "trunk" / name
-            if kind == CheckpointKind.TRUNK
-            else self.trial / "last" / f"{name}.a{self.attempt}"
-        )
+        kinds = "trunk" if kind == CheckpointKind.TRUNK else "last"
+        target = self.trial / kinds / f"step-{step:06d}.a{self.attempt}"
         curve = {
             "step": step,
             "file": source.name if source.is_file() else None,

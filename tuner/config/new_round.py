@@ -234,7 +234,11 @@ def _two_digits(number: float) -> int:
     return int(float(f"{number:.2g}"))
 
 
-_COMMANDS = {"trl": '[trl, dpo, --config, "${config}"]', "transformers": '[python, train.py, "${config}"]'}
+_COMMANDS = {
+    "llamafactory": '[llamafactory-cli, train, "${config}"]',
+    "trl": '[trl, dpo, --config, "${config}"]',
+    "transformers": '[python, train.py, "${config}"]',
+}
 _OWN_COMMAND = '[python, train.py, --config, "${config}", "${args}"]'
 _COMMAND_ROUND = """\
 study: {study}

@@ -378,8 +378,17 @@ class RunSpec(BaseModel):
     model_config = STRICT
 
     engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
-    """Where trials run. `local`: this machine, one process per GPU. `simulated`: a dry run with synthetic
-    losses, in the folder `dry-run` beside the file. Or an engine of your own as `package.module:Class`."""
+    """Where trials run. `local`: this machine, one process per GPU. `ray`: the GPUs of a Ray cluster.
+    `simulated`: a dry run with synthetic losses, in the folder `dry-run` beside the file. Or an engine of
+    your own as `package.module:Class`."""
+    ray_address: Text | None = None
+    """Cluster that `engine: ray` joins, as `HOST:6379`; `local` starts one on this machine. Default: the
+    variable RAY_ADDRESS. `tuner` itself must run on a machine of the cluster."""
+    resources_patience: Annotated[float, Field(gt=0)] = 30.0
+    """Minutes to wait for a free GPU with `engine: ray` before the round stops."""
+    send_model_up_to: Annotated[float, Field(ge=0)] = 20.0
+    """Largest model or data file, in GB, that is sent to a node that does not see it, with `engine: ray`.
+    Twice as much is kept on each node between rounds."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),

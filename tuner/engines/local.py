@@ -40,6 +40,8 @@ class LocalEngine:
         if not per_worker:
             environments = [{**each, "CUDA_VISIBLE_DEVICES": ""} for each in environments]
         used = devices[: len(environments) * per_worker]
+        if per_worker and (idle := len(devices) % per_worker) and job.workers == "auto":
+            job.say(f"{idle} of {len(devices)} GPUs idle: run.gpus_per_worker is {per_worker}")
         if devices and self._meter is None:
             self._meter = gpu_meter(open_nvml(), used)
         wait_for_former_workers(job.directory / "worker.lock")

@@ -41,7 +41,7 @@ from tuner.records import (
     Started,
 )
 from tuner.report.format import GpuReading
-from tuner.whole import digest, lead
+from tuner.whole import digest
 
 SLOTS = 4
 """Parallel trials if neither the file nor the command line sets a number."""
@@ -53,7 +53,7 @@ A loss that is not finite, or too high for too long, makes the trial infeasible,
 """
 
 Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
-"""Saves a checkpoint of a step, or None. The path is named like a real one: `step-000036`, or with `.a1`."""
+"""Saves a checkpoint of a step, or None. The path is named like a real one: `step-000036.a1`."""
 
 
 def measured_by(curve: Curve, spec: RoundSpec) -> Curve:
@@ -111,7 +111,7 @@ class _Run:
 
 
 def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint:
-    """Save a directory named and linked like a real checkpoint, with its step and no weights."""
+    """Save a directory named like a real checkpoint, with its step and no weights."""
     trial = Path(assignment.directory)
     place = simulated_path(assignment, kind, step)
     directory = trial.parent / place
@@ -119,8 +119,6 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
     directory.mkdir(parents=True)
     content = json.dumps({"simulated": True, "step": step})
     (directory / "simulated.json").write_text(content)
-    if kind == CheckpointKind.BEST:
-        lead(trial / "best", directory)
     return Checkpoint(kind, step, place, len(content), digest(directory))
 
 
@@ -135,8 +133,7 @@ def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> s
     """Return the real worker's path, relative to the round's checkpoint directory."""
     trial = Path(assignment.directory).name
     folder = {CheckpointKind.BEST: "best-steps", CheckpointKind.LAST: "last", CheckpointKind.TRUNK: "trunk"}
-    attempt = "" if kind == CheckpointKind.TRUNK else f".a{assignment.attempt}"
-    return f"{trial}/{folder[kind]}/step-{step:06d}{attempt}"
+    return f"{trial}/{folder[kind]}/step-{step:06d}.a{assignment.attempt}"
 
 
 class SimulatedEngine:

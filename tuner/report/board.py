@@ -27,7 +27,7 @@ from tuner.records import (
     TrialState,
 )
 from tuner.report import format
-from tuner.report.format import GpuReading, gpu_line
+from tuner.report.format import GpuReading, gpu_line, place
 from tuner.report.terminal import UNICODE, Column, FittedTable, Marks, column, sparkline
 
 
@@ -43,6 +43,8 @@ class Row:
     train_loss: float | None = None
     by_step: dict[int, Evaluation] = field(default_factory=dict)
     answers: AnswerScore | None = None
+    place: str = ""
+    """Where it ran last, if that is not this machine."""
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -90,6 +92,7 @@ class Board:
                 self._started_at = now if self._started_at is None else self._started_at
                 row = self._row(event.trial)
                 row.state, row.step = TrialState.RUNNING, event.step
+                row.place = place(event.environment)
             case Progressed():
                 row = self._advance(event.trial, event.step)
                 row.train_loss = event.train_loss
@@ -280,6 +283,7 @@ def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: 
         column("eval", [_last_loss(row) for row in rows], rank=5),
         Column(_best_header(rows), tuple(_best_cell(row, is_leader=row is best) for row in rows), rank=2),
         Column("state", states, rank=4, is_number=False),
+        *([column("where", [row.place for row in rows], rank=8)] if any(row.place for row in rows) else []),
     ]
 
 

@@ -57,6 +57,8 @@ class RoundStatus:
     """Seconds until every trial has ended, at the pace so far; None without a pace, and at the end."""
     objective: Objective = LOSS
     """What ranks its trials."""
+    running: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Running trials, each with where it runs: `node` and `gpu`, empty on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class RoundPlan:
     direction: str | None = LOSS.direction.value
     """minimize or maximize; None for a custom metric, which is not loaded here."""
     unchecked: Sequence[str] = ()
-    """Not checked: custom methods and the hyperparameters that only they define."""
+    """Not checked: names that are not built in, and the hyperparameters that only they define."""
 
 
 def round_status(
@@ -129,6 +131,14 @@ def round_status(
             trials, promised=promised, max_train_steps=max_train_steps, now=now if is_running else None
         ),
         objective=objective,
+        running={
+            trial.number: {name: env[name] for name in ("node", "gpu") if name in env}
+            for trial in trials
+            if trial.state == TrialState.RUNNING and trial.attempts
+            for env in [trial.attempts[-1].environment]
+        }
+        if is_running
+        else {},
     )
 
 
@@ -272,6 +282,10 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "metric": status.objective.metric,
                     "direction": status.objective.direction.value,
                     "best": asdict(status.best) if status.best else None,
+                    "running": [
+                        {"trial": trial, "node": where.get("node"), "gpu": where.get("gpu")}
+                        for trial, where in status.running.items()
+                    ],
                     "branches_left": status.branches_left,
                     "seconds_left": status.seconds_left,
                     "overfitting": [

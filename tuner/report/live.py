@@ -142,6 +142,8 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
         case Started():
             chosen = format.settings(board.rows[event.trial].hyperparameters, searched)
             verb = f"resumes from step {event.step}" if event.step else "starts"
+            if where := format.place(event.environment):
+                verb = f"{verb} on {where}"
             return f"trial {event.trial}  {verb}  {chosen}".rstrip()
         case Evaluated(evaluation=evaluation):
             step = f"step {evaluation.step}/{board.max_train_steps}"

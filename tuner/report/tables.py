@@ -55,6 +55,8 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     if last is not None and last.best is not None:
         where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is missing"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
+    running = [(s.round, trial, format.place(at)) for s in rounds for trial, at in s.running.items()]
+    lines += [Text(f"{name}/{trial} runs on {place}") for name, trial, place in running if place]
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
     lines += [Text(f"{s.round}: comparison runs left: {s.branches_left}") for s in rounds if s.branches_left]
     lines += [

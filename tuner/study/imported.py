@@ -44,7 +44,7 @@ from tuner.records import (
 from tuner.report.format import count
 from tuner.store import hold_study, open_store
 from tuner.study.plan import RoundPlan
-from tuner.whole import written_whole
+from tuner.whole import lead, written_whole
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ def _kept(
     if best is not None and best.step in run.checkpoints:
         checkpoint = keeper.keep_best(run.checkpoints[best.step], best.step)
         best_folder = best.step, plan.checkpoints / checkpoint.path
+        lead(keeper.trial / "best", best_folder[1])
         kept.append(checkpoint)
     elif best is not None:
         notes.append(f"trial {number} ({run.name}) has no checkpoint of its best step {best.step}")

@@ -20,6 +20,7 @@ from tuner.records import (
     Assignment,
     AttemptStarted,
     Checkpoint,
+    CheckpointKind,
     CheckpointsRemoved,
     Continuation,
     Died,
@@ -49,6 +50,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.disk import not_retained, num_carried_over, promised_trials
 from tuner.study.optuna_rows import RowsChanged
 from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
+from tuner.study.proposals import SamplerStopped
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
 from tuner.study.sampling import Proposal, RoundStudy
 
@@ -133,7 +135,11 @@ class RoundLoop:
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
-        proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
+        try:
+            proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
+        except SamplerStopped as error:
+            self._close()
+            raise RoundStopped(f"{error}. All progress is saved. Fix the sampler") from error
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
         continues: Continuation | None
         why_not: str | None
@@ -233,9 +239,11 @@ class RoundLoop:
                 )
                 if self._prune(self.state.trial(trial)):
                     self.worker.stop(event.run)
-            case Saved(trial=trial):
+            case Saved(trial=trial, checkpoint=Checkpoint(kind=kind)):
                 before = self.state.trial(trial).checkpoints
                 self.state.record(event)
+                if kind == CheckpointKind.BEST:
+                    self.folder.switch_best(self.state.trial(trial))
                 self._remove_superseded(self.state.trial(trial), before)
             case Ended():
                 event = self._as_decided(event)

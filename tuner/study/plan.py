@@ -154,13 +154,17 @@ class CheckpointFolder:
         link = self.trial_directory(trial.number) / "best"
         for unfinished in link.parent.glob(".best.*.tmp"):
             unfinished.unlink(missing_ok=True)
-        best = trial.checkpoint(CheckpointKind.BEST)
+        self.switch_best(trial)
+        if not link.exists():
+            link.unlink(missing_ok=True)
+
+    def switch_best(self, trial: Trial) -> None:
+        """Let the link `best` lead to the recorded adapter, if that is on disk. Workers never do."""
+        best, link = trial.checkpoint(CheckpointKind.BEST), self.trial_directory(trial.number) / "best"
         if best is not None and (self.root / best.path).is_dir():
             target = self.root / best.path
             if link.resolve() != target.resolve():
                 lead(link, target)
-        elif not link.exists():
-            link.unlink(missing_ok=True)
 
     def leftovers(self, trial: Trial) -> list[Path]:
         """Return directories of checkpoints without a fact."""

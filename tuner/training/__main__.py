@@ -48,6 +48,7 @@ def main() -> int:
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,
                 say=say_what_it_does,
+                names=document.get("paths", {}),
             )
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))

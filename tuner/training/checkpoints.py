@@ -20,7 +20,7 @@ from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.peft_files import CONFIG_FILE, named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
-from tuner.whole import digest, lead, published
+from tuner.whole import digest, published
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -47,17 +47,19 @@ class Snapshot:
 
 
 def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
-    """Write the best step's PEFT adapter and switch the link `best` to it."""
+    """Write the best step's PEFT adapter; whoever records it switches the link `best` to it."""
     target = trial / "best-steps" / f"step-{step:06d}.a{attempt}"
     published(target, lambda directory: write_adapter(directory, adapter, weights))
-    lead(trial / "best", target)
     return _recorded(CheckpointKind.BEST, step, target)
 
 
 def publish_snapshot(trial: Path, snapshot: Snapshot, *, kind: CheckpointKind, attempt: int) -> Checkpoint:
-    """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036`."""
-    name = f"step-{snapshot.step:06d}"
-    target = trial / "trunk" / name if kind == CheckpointKind.TRUNK else trial / "last" / f"{name}.a{attempt}"
+    """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036.a1`.
+
+    Another attempt's is never replaced: a node that was cut off may still run one.
+    """
+    folder = "trunk" if kind == CheckpointKind.TRUNK else "last"
+    target = trial / folder / f"step-{snapshot.step:06d}.a{attempt}"
     published(target, lambda directory: _write_snapshot(directory, snapshot))
     return _recorded(kind, snapshot.step, target)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,11 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.methods.metrics import metric
+from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
 from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Evaluation, Ready, Space
+from tuner.records import Evaluation, Ready, Space, corners
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
@@ -34,6 +35,7 @@ from tuner.training.memory_budget import (
     largest_hyperparameters,
     probe,
 )
+from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
 from tuner.training.worker_state import WorkerState, load_generation_eval
 
@@ -53,16 +55,19 @@ def load_worker_state(
     slots: int | Literal["auto"],
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
-    `say` receives progress messages. Raises InputError if model, data or metric cannot be used.
+    `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
+    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
     """
     chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots)
+    state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
     if spec.evaluation.answers is not None:
         state.generation_eval = load_generation_eval(
@@ -96,9 +101,13 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
 
     With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
-    be used, or does not fit into memory with the slots.
+    be used, or does not fit into memory with the slots; InputError for a custom optimizer that does not work.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    for kind, name in named(spec.hyperparameters):
+        if kind == "optimizer":
+            for trial in corners(spec.space(), {kind: name}):
+                refuse_bad_optimizer(trial, device=device)
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
