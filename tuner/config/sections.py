@@ -427,6 +427,15 @@ class RunSpec(BaseModel):
     stops or fails; it gets a JSON document on its standard input and has 30 seconds. Its failure does not
     affect the round. Empty: nothing is run."""
 
+    @field_validator("notify", mode="before")
+    @classmethod
+    def _program_and_arguments(cls, command: object) -> object:
+        if not isinstance(command, list) or not all(isinstance(word, str) and word for word in command):
+            raise mistake(
+                f"expects a program and its arguments, such as [python, tell.py], got {shown(command)}"
+            )
+        return command
+
     @field_validator("decay_branches", mode="before")
     @classmethod
     def _auto_or_yes_or_no(cls, rule: object) -> object:
