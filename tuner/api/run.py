@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from tuner.study.plan import RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
+from tuner.whole import keep_others_out
 
 if TYPE_CHECKING:
     from tuner.data import PreparedData
@@ -99,6 +101,7 @@ def run_here(
     engine = make_engine(name)
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
+    umask = keep_others_out()
     try:
         if is_dry_run:
             view.message(REHEARSAL_BANNER)
@@ -112,6 +115,7 @@ def run_here(
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
     finally:
+        os.umask(umask)
         engine.close()
         view.close()
 

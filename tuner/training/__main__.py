@@ -20,10 +20,12 @@ from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to
 from tuner.training.environment import keep_freed_memory
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import CommandReader, train
+from tuner.whole import keep_others_out
 
 
 def main() -> int:
     """Set up, send `Ready`, and train until told to close."""
+    keep_others_out()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
