@@ -101,6 +101,18 @@ def write_round(directory: Path, **changes: Any) -> Path:
     return path
 
 
+def installed(site: Path, name: str, **entry_points: str) -> Path:
+    """Let a package look installed in a folder on the path; `samplers="ladder = plug_ins:Ladder"` registers
+    a name.
+    """
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    sections = (f"[tuner.{group}]\n{line}\n" for group, line in entry_points.items())
+    (info / "entry_points.txt").write_text("\n".join(sections))
+    return site
+
+
 def round_file(directory: Path, **changes: Any) -> RoundFile:
     """The same, loaded."""
     return load_round(write_round(directory, **changes))

@@ -30,7 +30,7 @@ MULTIPLE = 3
 
 
 def tuner_passes(ledger: Ledger) -> None:
-    """What `study auto --passes` does: a round at the first horizon; longer ones that carry over the best
+    """What `study auto --restarts` does: a round at the first horizon; longer ones that carry over the best
     third of what shorter ones left behind; then the first horizon again, sampled by `tpe` from all
     rounds so far. Horizons are three times the last, up to full length."""
     _Study(ledger).run()

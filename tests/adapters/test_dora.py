@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import tiny
+from tests.adapters.plain_dropout import dropout_mask
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter, read_adapter, write_adapter
 from tuner.adapters.dora import weight_norm
-from tuner.adapters.frozen_linear import dropout_mask, row_keys
+from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.errors import ModelError
 

@@ -4,11 +4,73 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tuner.adapters.frozen_linear import dropout_mask, row_keys
+from tests.adapters import plain_dropout
+from tuner.adapters.frozen_linear import dropout, dropout_threshold, module_keys, row_keys, token_keys
 
 ROWS = torch.arange(6)
 SEEDS = st.integers(0, 2**40)
+
+
+def packed(x: Tensor, keys: Tensor, *, module: int, rates: list[float]) -> Tensor:
+    """Dropout of x [rows, length, width] in one call, an equal number of rows for each rate."""
+    modules = module_keys([5, module], device=x.device)
+    of_tokens = token_keys(keys, modules, length=x.shape[1])[1]
+    thresholds = torch.tensor([dropout_threshold(rate) for rate in rates], dtype=torch.int32)
+    shares = torch.tensor([1 - rate for rate in rates])
+    shaped = (each[:, None, None] for each in (thresholds, shares))
+    return dropout(x, of_tokens.view(len(rates), -1), *shaped)
+
+
+def dropout_mask(keys: Tensor, *, module: int, length: int, width: int, rate: float) -> Tensor:
+    """Which inputs are kept, in a call for one rate."""
+    ones = torch.ones(len(keys), length, width)
+    return packed(ones, keys, module=module, rates=[rate]) != 0
+
+
+@given(
+    seed=SEEDS,
+    step=st.integers(1, 10**6),
+    module=st.integers(0, 2**32 - 1),
+    rates=st.lists(st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 0.999]), min_size=1, max_size=4),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 9),
+    width=st.sampled_from([1, 5, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_all_slots_at_once_have_the_bits_of_each_alone(
+    seed: int,
+    step: int,
+    module: int,
+    rates: list[float],
+    rows: int,
+    length: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    """Outputs and gradients, also of infinities and of what is dropped: where(mask, x, 0) / (1 - rate)."""
+    num_rows = rows * len(rates)
+    keys = row_keys(
+        torch.arange(num_rows) // rows + seed, torch.full((num_rows,), step), torch.arange(num_rows) % rows
+    )
+    draw = torch.Generator().manual_seed(seed)
+    x, gradient = (torch.randn(num_rows, length, width, generator=draw).to(dtype) for _ in range(2))
+    x.view(-1)[0], x.view(-1)[-1] = float("inf"), float("nan")
+    mine, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    outputs, parts = packed(mine, keys, module=module, rates=rates), []
+    for number, rate in enumerate(rates):
+        of_trial = row_keys(seed + number, step, torch.arange(rows))
+        mask = plain_dropout.dropout_mask(of_trial, module=module, length=length, width=width, rate=rate)
+        part = plain[number * rows : (number + 1) * rows]
+        parts.append(torch.where(mask, part, part.new_zeros(())) / (1 - rate) if rate else part)
+    expected = torch.cat(parts)
+    outputs.backward(gradient)
+    expected.backward(gradient)
+    assert mine.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(outputs.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(mine.grad, plain.grad)
 
 
 @given(seed=SEEDS, step=st.integers(1, 10**6), rows=st.permutations(range(6)), length=st.integers(1, 9))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.adapters.plain_dropout import dropout_mask
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
 from tuner.adapters import pack as pack_module
-from tuner.adapters.frozen_linear import dropout_mask, row_keys
+from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
 

@@ -79,6 +79,7 @@ def test_keys_and_configuration_are_as_peft_writes_them(
     "changes",
     [
         {"lora_init": "orthogonal", "lora_r": 4},
+        {"lora_init": "eva"},
         {"target_modules": r".*layers\.(0|1)\..*(q|down)_proj"},
         {"layers_to_transform": (1,)},
         {"layers_to_transform": (0,), "target_modules": ("q_proj", "v_proj"), "use_dora": True},

@@ -127,7 +127,7 @@ def test_what_can_be_freed_is_counted_before_it_is_freed(study):
 def test_a_sweep_writes_the_first_horizon(tmp_path):
     path = write_round(tmp_path, trials=2, run="run: {production_steps: 64}")
     found = tuner.Study(tmp_path).sweep("round1.yaml", engine="simulated", progress=False)
-    text = (tmp_path / "rehearsal" / path.name).read_text()
+    text = (tmp_path / "dry-run" / path.name).read_text()
     assert f"max_train_steps: {found or 6}" in text
 
 
@@ -177,12 +177,12 @@ def test_a_round_is_a_sweep_by_what_it_does_and_not_by_its_name(tmp_path, capsys
     path = write_round(tmp_path, trials=3)
     path.write_text(path.read_text().replace("round: round1", "round: sweep-60"))
     tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
-    study = tuner.Study(tmp_path / "rehearsal")
+    study = tuner.Study(tmp_path / "dry-run")
     assert [(each["round"], each["state"]) for each in study.status()["rounds"]] == [("sweep-60", "complete")]
     assert study.best.round == study.round().name == "sweep-60"
     assert study.round("sweep-60").report().startswith("#")
     assert study.promote("round2", max_train_steps=24).document["from"] == "sweep-60"
-    monkeypatch.chdir(tmp_path / "rehearsal")
+    monkeypatch.chdir(tmp_path / "dry-run")
     assert run(["study", "status"]) == 0
     assert "sweep-60" in capsys.readouterr().out
 
@@ -213,8 +213,8 @@ def test_an_interrupt_saves_and_raises(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt() -> None:
-        database = tmp_path / "rehearsal" / "tuner.db"
-        while not database.exists() or not tuner.Study(tmp_path / "rehearsal").rounds:
+        database = tmp_path / "dry-run" / "tuner.db"
+        while not database.exists() or not tuner.Study(tmp_path / "dry-run").rounds:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -222,7 +222,7 @@ def test_an_interrupt_saves_and_raises(tmp_path):
     with pytest.raises(Interrupted, match="all progress is saved"):
         tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
-    assert tuner.Study(tmp_path / "rehearsal").round("round1").state == "open"
+    assert tuner.Study(tmp_path / "dry-run").round("round1").state == "open"
 
 
 def test_off_the_main_thread_no_signal_is_touched(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.methods.table import seed_of
 from tuner.playbook import Diagnosis
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -278,7 +279,7 @@ def test_repeats_in_one_round_have_seeds_of_their_own() -> None:
     repeated = [entry("cosine", 2000, offset=o) for o in (0.1, 0.0, 0.2)]
     found = cases_of(entry("cosine", 1000), *repeated, entry("cosine", 4000))
     alone, compared, after = (case for case in found if case.kind == "several trials")
-    assert [trial.seed for trial in alone.results.trials] == [0, 1, 2]
+    assert [seed_of(trial.hyperparameters) for trial in alone.results.trials] == [0, 1, 2]
     assert compared.results.branches[0].trial == 1
     assert same_configuration(after.earlier[0].trials[0], after.results.trials[1])
 

@@ -95,8 +95,8 @@ def test_check_says_what_answering_means_and_tries_the_metric(study: Path, tmp_p
     assert not (tmp_path / "tuner.db").exists()
 
 
-def test_a_round_ranked_by_answers_is_not_rehearsed(study: Path) -> None:
+def test_a_round_ranked_by_answers_has_no_dry_run(study: Path) -> None:
     done = tuner("study", "run", "round1.yaml", "--engine", "simulated", directory=study)
     assert done.returncode == 2
     assert "evaluation.answers.objective: a dry run trains no model" in done.stderr
-    assert not (study / "rehearsal").exists()
+    assert not (study / "dry-run").exists()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import tuner
 from tests.studies import write_round
 from tuner.cli import run
 from tuner.config import read_round
@@ -51,7 +52,7 @@ def curves(capsys: pytest.CaptureFixture[str], study: Path) -> Any:
     """Everything of all trials but what interruptions may change."""
     capsys.readouterr()
     try:
-        assert run(["-C", "rehearsal", "trial", "list", "--json"]) == 0
+        assert run(["-C", "dry-run", "trial", "list", "--json"]) == 0
     finally:
         os.chdir(study)
     trials = json.loads(capsys.readouterr().out)
@@ -63,7 +64,7 @@ def curves(capsys: pytest.CaptureFixture[str], study: Path) -> Any:
 def by_hand(study: Path, *commands: tuple[str, ...]) -> None:
     for command in commands:
         try:
-            assert run(["-C", "rehearsal", *command] if command[1] == "promote" else list(command)) == 0
+            assert run(["-C", "dry-run", *command] if command[1] == "promote" else list(command)) == 0
         finally:
             os.chdir(study)
 
@@ -75,21 +76,21 @@ def test_rounds_are_run_and_promoted_as_by_hand_until_the_production_length(
     said = capsys.readouterr()
     assert "enough after round3: run.production_steps, 90, does not allow longer runs" in said.err
     assert "tiny/round3" in said.out
-    assert said.err.splitlines()[-1].startswith("next: tuner -C rehearsal trial show best")
-    automatic, trials = round_files(study / "rehearsal"), curves(capsys, study)
+    assert said.err.splitlines()[-1].startswith("next: tuner -C dry-run trial show best")
+    automatic, trials = round_files(study / "dry-run"), curves(capsys, study)
     assert list(automatic) == ROUND_FILES
     assert "max_train_steps: 90" in automatic["round3.yaml"]
 
-    (study / "rehearsal").rename(tmp_path / "automatic")
+    (study / "dry-run").rename(tmp_path / "automatic")
     by_hand(
         study,
         ("study", "run", "round1.yaml", "--engine", "simulated"),
         ("study", "promote", "--to", "round2"),
-        ("study", "run", "rehearsal/round2.yaml"),
+        ("study", "run", "dry-run/round2.yaml"),
         ("study", "promote", "--to", "round3"),
-        ("study", "run", "rehearsal/round3.yaml"),
+        ("study", "run", "dry-run/round3.yaml"),
     )
-    assert round_files(study / "rehearsal") == automatic
+    assert round_files(study / "dry-run") == automatic
     assert curves(capsys, study) == trials
 
 
@@ -104,7 +105,7 @@ def test_run_again_it_says_the_same_and_changes_nothing(
     assert "tiny/round1:" not in again.err
     assert again.err.splitlines()[-2:] == said.err.splitlines()[-2:]
     assert curves(capsys, study) == trials
-    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+    assert list(round_files(study / "dry-run")) == ROUND_FILES
 
 
 @pytest.mark.slow
@@ -113,41 +114,41 @@ def test_a_promotion_cut_in_two_is_finished_and_one_made_by_hand_is_gone_on_from
 ) -> None:
     first = ("study", "run", "round1.yaml", "--engine", "simulated")
     by_hand(study, first, ("study", "promote", "--to", "longer"))
-    longer = (study / "rehearsal" / "longer.yaml").read_text()
+    longer = (study / "dry-run" / "longer.yaml").read_text()
     assert run(list(AUTO)) == 0
-    assert list(round_files(study / "rehearsal")) == ["longer-2.yaml", "longer.yaml", "round1.yaml"]
+    assert list(round_files(study / "dry-run")) == ["longer-2.yaml", "longer.yaml", "round1.yaml"]
 
-    (study / "rehearsal").rename(tmp_path / "before")
+    (study / "dry-run").rename(tmp_path / "before")
     by_hand(study, first)
-    (study / "rehearsal" / "round2.yaml").write_text(longer.replace("round: longer", "round: round2"))
+    (study / "dry-run" / "round2.yaml").write_text(longer.replace("round: longer", "round: round2"))
     assert run(list(AUTO)) == 0, capsys.readouterr().err
-    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+    assert list(round_files(study / "dry-run")) == ROUND_FILES
 
 
 def test_a_file_in_the_way_is_refused_and_kept(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_hand(study, ("study", "run", "round1.yaml", "--engine", "simulated"))
-    mine = (study / "rehearsal" / "round1.yaml").read_text().replace("round: round1", "round: round2")
-    (study / "rehearsal" / "round2.yaml").write_text(mine)
+    mine = (study / "dry-run" / "round1.yaml").read_text().replace("round: round1", "round: round2")
+    (study / "dry-run" / "round2.yaml").write_text(mine)
     assert run(list(AUTO)) == 2
     assert "exists with other content" in capsys.readouterr().err
-    assert (study / "rehearsal" / "round2.yaml").read_text() == mine
+    assert (study / "dry-run" / "round2.yaml").read_text() == mine
 
 
 @pytest.mark.slow
 def test_a_time_that_is_over_is_no_failure_and_the_same_command_goes_on(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*AUTO[:3], "--for", "0.001s 0s", "--passes", "2", *AUTO[3:]]
+    command = [*AUTO[:3], "--for", "0.001s 0s", "--restarts", "1", *AUTO[3:]]
     assert run(command) == 0
     said = capsys.readouterr()
     assert "time limit of 0.001s 0s reached" in said.err
     assert said.err.splitlines()[-1] == "next: tuner " + shlex.join(command)
     assert "Nothing to conclude yet" in said.out
     os.chdir(study.parent)
-    assert run(["study", "auto", f"{study.name}/rehearsal/round1.yaml"]) == 0
-    following = f"next: tuner -C {study.name}/rehearsal trial show best"
+    assert run(["study", "auto", f"{study.name}/dry-run/round1.yaml"]) == 0
+    following = f"next: tuner -C {study.name}/dry-run trial show best"
     assert capsys.readouterr().err.splitlines()[-1].startswith(following)
-    assert list(round_files(study / "rehearsal")) == ROUND_FILES
+    assert list(round_files(study / "dry-run")) == ROUND_FILES
 
 
 class Interrupting(io.StringIO):
@@ -168,20 +169,18 @@ def test_interrupted_between_two_rounds_it_has_promoted_its_own_and_begun_no_oth
 ) -> None:
     """Another round, run by hand since, is none of its own."""
     by_hand(study, ("study", "run", "round1.yaml", "--engine", "simulated"))
-    text = (study / "rehearsal" / "round1.yaml").read_text()
+    text = (study / "dry-run" / "round1.yaml").read_text()
     other = text.replace("round: round1", "round: other").replace("trials: 4", "trials: 1")
-    (study / "rehearsal" / "other.yaml").write_text(
-        other.replace("max_train_steps: 20", "max_train_steps: 60")
-    )
-    by_hand(study, ("study", "run", "rehearsal/other.yaml"))
-    for passes in ((), ("--passes", "2")):
+    (study / "dry-run" / "other.yaml").write_text(other.replace("max_train_steps: 20", "max_train_steps: 60"))
+    by_hand(study, ("study", "run", "dry-run/other.yaml"))
+    for restarts in ((), ("--restarts", "1")):
         with redirect_stdout(Interrupting("wrote ")) as said:
-            assert run([*AUTO[:3], *passes, *AUTO[3:]]) == 130
+            assert run([*AUTO[:3], *restarts, *AUTO[3:]]) == 130
         assert "tiny: round1 -> round2, 20 -> 60 steps (too_short)" in said.getvalue()
-        goes_on = shlex.join(["tuner", *AUTO[:3], *passes, *AUTO[3:]])
+        goes_on = shlex.join(["tuner", *AUTO[:3], *restarts, *AUTO[3:]])
         where_it_is = f"round1 is complete and round2.yaml is written; resume with: {goes_on}"
         assert where_it_is in capsys.readouterr().err
-        (study / "rehearsal" / "round2.yaml").unlink()
+        (study / "dry-run" / "round2.yaml").unlink()
     assert {trial["round"] for trial in curves(capsys, study)} == {"round1", "other"}
 
 
@@ -193,22 +192,22 @@ def test_a_round_that_teaches_no_horizon_ends_it_with_1(
     assert run(list(AUTO)) == 1
     said = capsys.readouterr()
     assert "enough after round1: no trial is complete" in said.err
-    assert list(round_files(study / "rehearsal")) == ["round1.yaml"]
+    assert list(round_files(study / "dry-run")) == ["round1.yaml"]
 
 
 @pytest.mark.slow
-def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
+def test_restarts_come_back_to_the_first_horizon_with_what_was_learned(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = study / "round1.yaml"
     path.write_text(
         path.read_text().replace("trials: 4", "trials: 5") + "checkpoints: {keep_best_trials: 1}\n"
     )
-    command = [*AUTO, "--passes", "2"]
+    command = [*AUTO, "--restarts", "1"]
     assert run(command) == 0
     said = capsys.readouterr()
     assert "enough after round6: " in said.err
-    files = round_files(study / "rehearsal")
+    files = round_files(study / "dry-run")
     specs = {name: read_round(text, study / name).spec for name, text in files.items()}
     assert [(s.max_train_steps, s.search.trials) for s in specs.values()] == 2 * [(20, 5), (60, 2), (90, 1)]
     anew = specs["round4.yaml"]
@@ -216,7 +215,7 @@ def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
     assert anew.space() == specs["round1.yaml"].space()
     assert "learns from the trials of all rounds" in files["round4.yaml"]
     # What leads is of either pass; whatever it is, its trunk was kept, and it goes on from there.
-    kept = list((study / "rehearsal" / "runs" / "round1").glob("trial-*/trunk/*"))
+    kept = list((study / "dry-run" / "runs" / "round1").glob("trial-*/trunk/*"))
     assert len(kept) == 8  # two passes, each with two of five, at both steps that were planned
     trials = curves(capsys, study)
     assert all(t["continues"] for t in trials if t["round"] not in ("round1", "round4"))
@@ -226,13 +225,19 @@ def test_passes_come_back_to_the_first_horizon_with_what_was_learned(
 
     assert run(command) == 0
     assert "enough after round6: " in capsys.readouterr().err
-    assert round_files(study / "rehearsal") == files
+    assert run([*AUTO, "--passes", "2"]) == 0
+    assert "hint: --passes 2 is now --restarts 1" in capsys.readouterr().err
+    with pytest.warns(DeprecationWarning, match="passes=2 is now restarts=1"):
+        assert tuner.Study(study / "dry-run").auto("round1.yaml", passes=2, progress=False).name == "round6"
+    assert round_files(study / "dry-run") == files
 
 
 def test_bad_options_are_refused_before_anything(study: Path) -> None:
     for wrong in (
         ["--for", "soon"],
         ["--passes", "0"],
+        ["--restarts", "-1"],
+        ["--restarts", "1", "--passes", "2"],
         ["--slots", "none"],
         ["--workers", "0"],
         ["--engine", "steam"],
@@ -246,8 +251,8 @@ def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(list(AUTO)) == 0
-    files, trials = round_files(study / "rehearsal"), curves(capsys, study)
-    (study / "rehearsal").rename(tmp_path / "undisturbed")
+    files, trials = round_files(study / "dry-run"), curves(capsys, study)
+    (study / "dry-run").rename(tmp_path / "undisturbed")
 
     code, said = _stopped_at("trial 2  step 5/", signal.SIGINT, study)
     assert code == 130
@@ -256,7 +261,7 @@ def test_interrupted_and_killed_anywhere_it_comes_to_the_same_end(
         code, _ = _stopped_at(line, signal.SIGKILL, study)
         assert code == -signal.SIGKILL
     assert run(list(AUTO)) == 0
-    assert round_files(study / "rehearsal") == files
+    assert round_files(study / "dry-run") == files
     assert curves(capsys, study) == trials
 
 

@@ -78,7 +78,7 @@ def test_mistakes_in_the_file(
 def test_a_tool_to_report_to_that_is_not_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """A rehearsal is shown nowhere, and needs none."""
+    """A dry run is shown nowhere, and needs none."""
     missing = not_installed(["tensorboard", "wandb", "mlflow", "trackio"])
     if not missing:
         pytest.skip("needs an environment without one of tensorboard, wandb, mlflow and trackio")
@@ -273,9 +273,11 @@ def test_what_only_the_worker_sees(
 def test_check_accepts_a_good_round_and_records_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_round(tmp_path)
+    path = write_round(tmp_path, schedule="cosine")
     assert run(["study", "check", str(path), "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)["plan"]
+    document = json.loads(capsys.readouterr().out)
+    plan = document["plan"]
+    assert any("decay_steps has no effect" in remark for remark in document["remarks"])
     assert (plan["trials"], plan["max_train_steps"]) == (3, 8)
     assert plan["eval_rows"] == 8
     assert plan["checkpoint_bytes"] > 0

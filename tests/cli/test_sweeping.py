@@ -22,7 +22,7 @@ def swept(directory: Path, *, production_steps: int = 80, **changes: object) -> 
 
 
 @pytest.mark.slow
-def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
+def test_a_dry_run_says_what_it_found_and_ends_with_the_next_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = swept(tmp_path, base="no/model", data="no/data", steps=20, every=5)
@@ -32,7 +32,7 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     assert run([*command, "--for", "0.001s 0s"]) == 0
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == "next: tuner study sweep round1.yaml --for '0.001s 0s' --engine simulated"
-    monkeypatch.chdir(tmp_path / "rehearsal")
+    monkeypatch.chdir(tmp_path / "dry-run")
     assert run(["study", "run", "sweep-20.yaml", "--for", "0.001s"]) == 0
     capsys.readouterr()
     assert run(["study", "status"]) == 0
@@ -44,23 +44,23 @@ def test_a_rehearsal_says_what_it_found_and_ends_with_the_next_command(
     said = capsys.readouterr()
     assert "compute-bound" in said.out
     assert said.out.splitlines()[-1].endswith("max_train_steps 20 -> 10")
-    assert said.err.splitlines()[-1] == "next: tuner -C rehearsal study run round1.yaml"
+    assert said.err.splitlines()[-1] == "next: tuner -C dry-run study run round1.yaml"
     assert path.read_text() == before
-    assert "max_train_steps: 10  # study sweep: about 10%" in (tmp_path / "rehearsal/round1.yaml").read_text()
+    assert "max_train_steps: 10  # study sweep: about 10%" in (tmp_path / "dry-run/round1.yaml").read_text()
 
-    monkeypatch.chdir(tmp_path / "rehearsal")
+    monkeypatch.chdir(tmp_path / "dry-run")
     assert run(["study", "run", "round1.yaml"]) == 0
     capsys.readouterr()
     assert run(["study", "status", "--json"]) == 0
     rounds = json.loads(capsys.readouterr().out)["rounds"]
     assert [r["round"] for r in rounds] == ["sweep-20", "sweep-40", "sweep-80", "round1"]
-    begun = (tmp_path / "rehearsal/round1.yaml").read_text()
+    begun = (tmp_path / "dry-run/round1.yaml").read_text()
     monkeypatch.chdir(tmp_path.parent)
-    assert run(["study", "sweep", f"{tmp_path.name}/rehearsal/round1.yaml"]) == 0
+    assert run(["study", "sweep", f"{tmp_path.name}/dry-run/round1.yaml"]) == 0
     said = capsys.readouterr()
     assert "has started, so round1.yaml keeps 10 steps" in said.out
-    assert said.err.splitlines()[-1] == f"next: tuner -C {tmp_path.name}/rehearsal study run round1.yaml"
-    assert (tmp_path / "rehearsal/round1.yaml").read_text() == begun
+    assert said.err.splitlines()[-1] == f"next: tuner -C {tmp_path.name}/dry-run study run round1.yaml"
+    assert (tmp_path / "dry-run/round1.yaml").read_text() == begun
 
 
 def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(
@@ -103,7 +103,7 @@ def test_epochs_are_the_longest_run_and_are_shown_and_written_as_steps(
     spec = load_round(path).spec
     assert (spec.run.production_steps, spec.max_train_steps) == (316, 32)
     assert "{production_steps: 316}  # production_steps: 1.5 x 421 rows" in path.read_text()
-    for folder in ("rehearsal", "rehearsed"):
+    for folder in ("dry-run", "again"):
         write_round(tmp_path / folder, run="run: {engine: simulated, production_steps: 80}\n")
         assert run(["study", "sweep", f"{folder}/round1.yaml", "--epochs", "3"]) == 2
         assert "--epochs: a dry run does not open the data" in capsys.readouterr().err

@@ -36,8 +36,9 @@ def values(kind: Kind) -> st.SearchStrategy[Value]:
             return st.booleans()
         case OneOf(names=names):
             return st.sampled_from(names)
-        case Method(kind=method):
-            return st.sampled_from((*BUILT_IN[method], "package.module:Name"))
+        case Method(kind=method, refused=refused):
+            names = [name for name in BUILT_IN[method] if name not in dict(refused)]
+            return st.sampled_from((*names, "package.module:Name"))
         case Modules():
             names = st.lists(LAYER_NAMES, min_size=1, max_size=4, unique=True).map(tuple)
             return st.just(ALL_LINEAR) | names | st.sampled_from(REGEXES)

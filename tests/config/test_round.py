@@ -76,6 +76,7 @@ def test_the_space_begins_in_the_order_of_the_file():
         "muon_nesterov",
         "muon_rate",
         "layers_to_transform",
+        "variant",
     }
     assert set(space) == set(HYPERPARAMETERS) - others, (
         "what other optimizers know, and what is not written, has no place in it"

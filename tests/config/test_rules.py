@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from tests.config.rounds import FULL, MINIMAL, mistake_in, mistakes_in, spec_of, with_hyperparameters
+from tests.studies import round_file
 from tuner.records import num_points
 
 
@@ -322,3 +325,21 @@ def test_an_entry_names_what_counts_with_its_optimizer(entry, message):
 def test_decay_steps_beside_another_schedule_are_let_pass_and_in_no_trial(schedule):
     spec = spec_of(with_hyperparameters(schedule=schedule, decay_steps="20"))
     assert "decay_steps" not in spec.space()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "notes"),
+    [
+        ("cosine", ["hyperparameters.decay_steps has no effect: it applies only to schedule: linear"]),
+        ("[linear, cosine]", []),
+        ("linear", []),
+    ],
+)
+def test_a_decay_beside_another_schedule_is_said_to_have_no_effect(
+    tmp_path: Path, schedule: str, notes: list[str]
+) -> None:
+    found = list(round_file(tmp_path, schedule=schedule).spec.without_effect())
+    assert len(found) == len(notes)
+    for said, expected in zip(found, notes, strict=True):
+        assert said.startswith(expected)
+        assert said.endswith("remove it")

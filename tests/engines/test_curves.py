@@ -1,4 +1,4 @@
-"""What a simulated worker replays: a table of recorded runs, and a made-up surface for rehearsals."""
+"""What a simulated worker replays: a table of recorded runs, and a made-up surface for dry runs."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_rate_far_too_high_diverges_and_another_study_has_another_surface() ->
     assert again(run(), 60, 60) == FORMULA(run(), 60, 60)  # type: ignore[arg-type]
 
 
-def test_a_rehearsed_run_diverges_in_the_worker_too() -> None:
+def test_a_simulated_run_diverges_in_the_worker_too() -> None:
     worker = SimulatedWorker(FORMULA, slots=1, keep=keep_trunk_names)
     wild = replace(assignment(Path("runs"), 0), hyperparameters=run(learning_rate=1.0))  # type: ignore[arg-type]
     worker.start(wild)

@@ -13,7 +13,7 @@ import pytest
 import tuner
 from tests.contracts.engine import EngineContract, started
 from tests.contracts.worker import assignment, collect, ended
-from tests.studies import round_file, write_round
+from tests.studies import installed, round_file, write_round
 from tests.studies import tuner as command
 from tuner.config import load_round
 from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
@@ -141,12 +141,8 @@ class TestSimulatedEngine(EngineContract):
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers one engine; others are found by their path."""
-    site = tmp_path / "site"
-    info = site / "engine_plug_ins-1.0.dist-info"
-    info.mkdir(parents=True)
+    site = installed(tmp_path / "site", "engine_plug_ins", engines="replayed = engine_plug_ins:Replayed")
     (site / "engine_plug_ins.py").write_text(PLUG_INS)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-plug-ins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[tuner.engines]\nreplayed = engine_plug_ins:Replayed\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     yield site
@@ -159,7 +155,7 @@ def test_an_engine_of_an_installed_package_runs_a_whole_round(package: Path, tmp
     done = command("study", "run", "round1.yaml", "--engine", "replayed", directory=study)
     assert done.returncode == 0, done.stderr
     assert "worker ready: replayed, 2 slots" in done.stderr
-    assert not (study / "rehearsal").exists()
+    assert not (study / "dry-run").exists()
     trials = tuner.Study(study).round("round1").trials
     assert [trial.state for trial in trials] == ["complete"] * 3
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Metrics as objectives: built in and from an installed package, in rounds that are trained and rehearsed."""
+"""Metrics as objectives, built in and from an installed package: trained rounds and dry runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 import tuner
 from tests.contracts.metric import MetricContract
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, MetricError, RoundFileError
@@ -45,12 +45,8 @@ LATER = Metric(Direction.MAXIMIZE, "One for each trial.", per="trial")
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a metric."""
-    site = tmp_path / "site"
-    info = site / "worst-1.0.dist-info"
-    info.mkdir(parents=True)
+    site = installed(tmp_path / "site", "worst", metrics="worst_quarter = worst_loss:WORST")
     (site / "worst_loss.py").write_text(PLUG_IN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: worst\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[tuner.metrics]\nworst_quarter = worst_loss:WORST\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site
@@ -187,7 +183,7 @@ def directions(study: Path) -> list[str]:
     return [optuna.load_study(study_name=name, storage=storage).direction.name for name in names]
 
 
-def test_two_rounds_are_rehearsed_by_token_accuracy(
+def test_a_dry_run_of_two_rounds_by_token_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_round(
@@ -196,16 +192,16 @@ def test_two_rounds_are_rehearsed_by_token_accuracy(
         run="objective: {metric: token_accuracy}",
     )  # fmt: skip
     tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
-    study = tuner.Study(tmp_path / "rehearsal")
+    study = tuner.Study(tmp_path / "dry-run")
     study.promote("round2")
-    assert "objective: {metric: token_accuracy}" in (tmp_path / "rehearsal" / "round2.yaml").read_text()
+    assert "objective: {metric: token_accuracy}" in (tmp_path / "dry-run" / "round2.yaml").read_text()
     study.run("round2.yaml", progress=False)
-    assert directions(tmp_path / "rehearsal") == ["MAXIMIZE", "MAXIMIZE"]
+    assert directions(tmp_path / "dry-run") == ["MAXIMIZE", "MAXIMIZE"]
 
     def document(*arguments: str) -> object:
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
-        assert run(["-C", "rehearsal", *arguments, "--json"]) == 0
+        assert run(["-C", "dry-run", *arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     trials = document("trial", "list")
@@ -234,9 +230,9 @@ def test_two_rounds_are_rehearsed_by_token_accuracy(
 def test_a_trial_does_not_go_on_from_one_that_another_metric_chose_the_best_step_of(tmp_path: Path) -> None:
     write_round(tmp_path, steps=40, every=4, trials=3, decay_steps=10, learning_rate="[1e-4, 2e-4, 3e-4]")
     tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
-    study = tuner.Study(tmp_path / "rehearsal")
+    study = tuner.Study(tmp_path / "dry-run")
     study.promote("round2", max_train_steps=80)
-    path = tmp_path / "rehearsal" / "round2.yaml"
+    path = tmp_path / "dry-run" / "round2.yaml"
     path.write_text(path.read_text() + "objective: {metric: token_accuracy}\n")
     study.run("round2.yaml", progress=False)
     reasons = [trial.reason for trial in study.round("round2").trials]
@@ -279,7 +275,7 @@ def test_what_a_metric_of_a_module_came_to_is_read_without_it(
     tuner.Study(study).run("round1.yaml", engine="simulated", progress=False)
     monkeypatch.setitem(sys.modules, "worst_loss", None)  # as where it is not installed
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(study / "rehearsal")
+    monkeypatch.chdir(study / "dry-run")
     for verb in (["study", "status"], ["trial", "list"], ["trial", "show", "best"], ["study", "report"]):
         assert run(verb) == 0
         assert "worst_loss:WORST" in capsys.readouterr().out

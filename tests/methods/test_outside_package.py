@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 
 LAB = Path(__file__).parent / "lab"
 ENTRY_POINTS = {
@@ -20,19 +20,15 @@ ENTRY_POINTS = {
     "samplers": "ladder = lab.sampler:Ladder",
     "trackers": "diary = lab.tracker:Diary",
     "engines": "announced = lab.engine:Announced",
+    "variants": "scaled = lab.variant:SCALED",
 }
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the package and what an installation says of it, on the path."""
-    site = tmp_path / "site"
-    info = site / "lab-1.0.dist-info"
-    info.mkdir(parents=True)
+    site = installed(tmp_path / "site", "lab", **ENTRY_POINTS)
     shutil.copytree(LAB, site / "lab")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\nVersion: 1.0\n")
-    sections = (f"[tuner.{group}]\n{line}\n" for group, line in ENTRY_POINTS.items())
-    (info / "entry_points.txt").write_text("\n".join(sections))
     monkeypatch.syspath_prepend(str(site))
     return site
 
@@ -50,7 +46,7 @@ def test_a_round_uses_all_of_them(site: Path, tmp_path: Path) -> None:
         study, optimizer="[sgd, adamw]", schedule="power", sampler="ladder", trials=4, steps=6, every=3,
         run="run: {report_to: [diary], slots: 1, engine: announced}",
     )  # fmt: skip
-    own = "  sgd_momentum: [0.5, 0.9]\n  decay_power: 1.5\n"
+    own = "  sgd_momentum: [0.5, 0.9]\n  decay_power: 1.5\n  variant: [lora, scaled]\n  scaled_by: 2.0\n"
     text = path.read_text().replace("search:\n", f"{own}search:\n") + "\nobjective: {metric: worst_quarter}\n"
     path.write_text(text)
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{site}:{Path.cwd()}"}
@@ -62,6 +58,14 @@ def test_a_round_uses_all_of_them(site: Path, tmp_path: Path) -> None:
     assert len(trials) == 4
     assert {trial.hyperparameters["optimizer"] for trial in trials} == {"sgd", "adamw"}
     for trial in trials:
+        is_scaled = trial.hyperparameters["variant"] == "scaled"
+        assert ("scaled_by" in trial.hyperparameters) == is_scaled
+        written = json.loads((Path(str(trial.adapter)) / "adapter_config.json").read_text())
+        alpha = 2.0 * float(trial.hyperparameters["lora_r"]) if is_scaled else 16.0
+        assert (written["lora_alpha"], written["init_lora_weights"]) == (
+            alpha,
+            "gaussian" if is_scaled else True,
+        )
         assert ("sgd_momentum" in trial.hyperparameters) == (trial.hyperparameters["optimizer"] == "sgd")
         peak, last = float(trial.hyperparameters["learning_rate"]), trial.evaluations[-1]
         assert last.learning_rate == pytest.approx(peak * (1 / 5) ** 1.5), "by `power`, before the last step"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import RoundSpec, load_round, with_plug_ins
 from tuner.errors import InputError, RoundFileError
@@ -29,15 +29,13 @@ OWN = "  sgd_momentum: [0.5, 0.9]\n  decay_power: 1.5\n"
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the package as an installation leaves it, on the path of this and other processes."""
-    site = tmp_path / "site"
-    info = site / "my_methods-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "my_methods.py").write_text(CODE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n")
-    registered = (
-        "[tuner.optimizers]\nsgd = my_methods:OPTIMIZER\n\n[tuner.schedules]\npower = my_methods:SCHEDULE\n"
+    site = installed(
+        tmp_path / "site",
+        "my_methods",
+        optimizers="sgd = my_methods:OPTIMIZER",
+        schedules="power = my_methods:SCHEDULE",
     )
-    (info / "entry_points.txt").write_text(registered)
+    (site / "my_methods.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     return site

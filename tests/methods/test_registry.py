@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.studies import ENVIRONMENT, write_round
+from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.errors import InputError, RoundFileError
@@ -66,14 +66,10 @@ class Diary:
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a sampler and a tracker."""
-    site = tmp_path / "site"
-    info = site / "plug_ins-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "plug_ins.py").write_text(PLUG_INS)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-ins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[tuner.samplers]\nladder = plug_ins:Ladder\n\n[tuner.trackers]\ndiary = plug_ins:Diary\n"
+    site = installed(
+        tmp_path / "site", "plug_ins", samplers="ladder = plug_ins:Ladder", trackers="diary = plug_ins:Diary"
     )
+    (site / "plug_ins.py").write_text(PLUG_INS)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site
@@ -125,7 +121,7 @@ def test_a_dry_run_with_a_sampler_of_optunas_goes_on_as_it_would_have(tmp_path: 
         for trials in lengths:
             write_round(tmp_path / name, trials=trials, sampler=sampler)
             tuner.Study(tmp_path / name).run("round1.yaml", engine="simulated", slots=1, progress=False)
-        found = tuner.Study(tmp_path / name / "rehearsal").round("round1")
+        found = tuner.Study(tmp_path / name / "dry-run").round("round1")
         return [trial.hyperparameters["learning_rate"] for trial in found.trials]
 
     whole = proposed("whole", 8)
@@ -137,7 +133,7 @@ def test_a_promotion_keeps_a_sampler_of_the_users(tmp_path: Path) -> None:
     write_round(tmp_path, trials=4, sampler="optuna.samplers:TPESampler")
     study = tuner.Study(tmp_path)
     study.run("round1.yaml", engine="simulated", progress=False)
-    written = tuner.Study(tmp_path / "rehearsal").promote("round2", max_train_steps=24)
+    written = tuner.Study(tmp_path / "dry-run").promote("round2", max_train_steps=24)
     assert load_round(written.path).spec.search.sampler == "optuna.samplers:TPESampler"
 
 

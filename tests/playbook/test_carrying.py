@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from tests.playbook.strategies import heavy, rounds
 from tests.playbook.test_promotion import SPACE, a_trial, eight, plan, results_of
 from tuner.errors import InputError
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import RoundResults, plan_next_round, read_round
 from tuner.playbook.edges import Edge
 from tuner.playbook.promotion import num_carried_over
 from tuner.playbook.selection import beats_the_base
 from tuner.records import (
     Choices,
+    Condition,
     Evaluation,
     Fixed,
     Range,
@@ -126,6 +128,14 @@ def test_a_range_is_widened_on_the_side_of_the_best_trial_alone(name, values, di
 )
 def test_a_list_gets_its_next_value_and_is_not_fixed(name, values, dimension, expected):
     assert plan(with_best_at(name, values, dimension), 120).space[name] == expected
+
+
+@pytest.mark.parametrize(("initialisation", "ranks"), [("orthogonal", {2, 4}), ("gaussian", {1, 2, 4})])
+def test_a_list_of_ranks_stays_even_where_the_initialisation_needs_it(initialisation, ranks):
+    space = {**SPACE, "lora_r": Choices((2, 4, 8)), "lora_init": Fixed(initialisation)}
+    trials = [a_trial(i, space, lora_r=2 if i < 3 else 4) for i in range(5)]
+    promoted = plan(results_of(*trials, space=space, limits=LIMITS), 120).space["lora_r"]
+    assert set(promoted.values) == ranks
 
 
 def test_warmup_and_decay_are_widened_only_as_far_as_the_horizon_has_room():
@@ -309,6 +319,29 @@ def test_what_was_narrowed_comes_back_where_the_earlier_order_did_not_hold():
     assert promoted.space["weight_decay"] == Fixed(0.0)
     assert "learning_rate, lora_r" in finding.message
     assert "stays fixed" in finding.message
+
+
+def test_an_optimizer_that_comes_back_brings_its_own_hyperparameters():
+    """As they were searched, or fixed at another value than the default."""
+    muon, lion = Condition("optimizer", ("muon",)), Condition("optimizer", ("lion",))
+    first, second = overturned()
+    own = {
+        "muon_momentum": Range(0.8, 0.99, only_with=muon),
+        "lion_beta1": Fixed(0.5, only_with=lion),
+        "lion_beta2": Fixed(HYPERPARAMETERS["lion_beta2"].default, only_with=lion),
+    }
+    wide = {**first.space, "optimizer": Choices(("adamw", "muon", "lion")), **own}
+    promoted = plan(
+        replace(second, space={**second.space, "optimizer": Fixed("adamw")}),
+        earlier=[replace(first, space=wide)],
+    )
+    assert promoted.space["optimizer"] == wide["optimizer"]
+    assert promoted.space["muon_momentum"] == own["muon_momentum"]
+    assert promoted.space["lion_beta1"] == own["lion_beta1"]
+    assert "lion_beta2" not in promoted.changes
+    assert promoted.changes["muon_momentum"].from_dimension is None
+    (finding,) = [f for f in promoted.findings if f.rule == "agreement"]
+    assert "optimizer, muon_momentum, lion_beta1" in finding.message
 
 
 def test_where_all_was_fixed_before_as_well_the_finding_says_why_nothing_comes_back():

@@ -89,7 +89,7 @@ def dry_run(directory: Path) -> list[dict[str, Any]]:
     """Rounds of the quickstart's file with made-up losses, promoted until it is enough."""
     copy_quickstart(directory)
     tuner.Study(directory).auto("round1.yaml", engine="simulated", progress=False)
-    return [measured(each) for each in tuner.Study(directory / "rehearsal").rounds]
+    return [measured(each) for each in tuner.Study(directory / "dry-run").rounds]
 
 
 def train_quickstart(directory: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.methods.table import seed_of
 from tuner.records import (
     Attempt,
     Checkpoint,
@@ -56,7 +57,7 @@ def test_a_trial_counts_repeated_steps_and_finds_its_newest_checkpoint() -> None
         attempts=(Attempt(1, 0, 30, 0.0), Attempt(2, 25, 60, 1.0)),
         checkpoints=tuple(Checkpoint(CheckpointKind.TRUNK, step, "", 1, "") for step in (36, 48, 24)),
     )
-    assert (trial.seed, trial.executed_steps) == (7, 65)
+    assert (seed_of(trial.hyperparameters), trial.executed_steps) == (7, 65)
     assert trial.checkpoint(CheckpointKind.TRUNK) == trial.checkpoints[1]
     assert trial.checkpoint(CheckpointKind.TRUNK, 24) == trial.checkpoints[2]
     assert trial.checkpoint(CheckpointKind.BEST) is None

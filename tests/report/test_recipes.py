@@ -255,6 +255,9 @@ def test_what_a_tool_cannot_say_is_written_down() -> None:
     assert "lora_init gaussian" in llamafactory
     assert "lora_init" not in axolotl
     assert other["peft_init_lora_weights"] == "gaussian"
+    said, document = written("axolotl", lora_init="eva")
+    assert "lora_init eva: the tool uses PEFT's default" in said
+    assert "peft_init_lora_weights" not in document
     for said in (trl, llamafactory, axolotl):
         assert "lora_alpha is 11.3, rounded to 11." in said
         assert "warmup_stable_decay" in said

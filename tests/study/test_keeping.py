@@ -104,7 +104,7 @@ def test_how_many_trials_need_room() -> None:
 def cleaned(name: str = "round1", *, later: tuple[str, ...] = (), **more: Any) -> dict[int, tuple[str, str]]:
     kinds = {n: RoundKind.SWEEP if n.startswith("sweep") else RoundKind.SEARCH for n in (name, *later)}
     record, *after = [RoundRecord(n, 8, {}, begun_at=0.0, kind=kind) for n, kind in kinds.items()]
-    options = {"promotions": (), "keep_best_trials": None, "is_rehearsal": False} | more
+    options = {"promotions": (), "keep_best_trials": None, "is_dry_run": False} | more
     running = ended(9, 1.0, TrialState.RUNNING)
     found = unneeded(record, [*FIVE[:2], running], later=after, **options)
     return {u.trial.number: ("".join(c.kind[0] for c in u.checkpoints), u.reason) for u in found}
@@ -116,7 +116,7 @@ def test_clean_frees_by_what_came_after() -> None:
     assert cleaned("sweep-8", later=("sweep-16",)) == cleaned()
     answered = cleaned("sweep-8", later=("sweep-16", "round1"))
     assert answered == dict.fromkeys((0, 1), ("blt", "a sweep whose result is in use"))
-    assert {kinds for kinds, _ in cleaned(is_rehearsal=True).values()} == {"blt"}
+    assert {kinds for kinds, _ in cleaned(is_dry_run=True).values()} == {"blt"}
 
 
 def kept(directory: Path) -> tuple[set[int], set[int]]:
@@ -146,20 +146,20 @@ def test_a_round_keeps_its_best_trials_files_whatever_crashes(tmp_path: Path) ->
         assert on_disk == {c.path for trial in trials(directory, **LIMITED) for c in trial.checkpoints}
 
 
-def test_clean_takes_a_limit_that_came_later_and_frees_a_rehearsal(
+def test_clean_takes_a_limit_that_came_later_and_frees_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rehearse(tmp_path, **SHORT)
-    rehearse(tmp_path / "rehearsal", **SHORT)
-    (tmp_path / "rehearsal" / "round1.yaml").open("a").write("run: {engine: simulated}\n")
+    rehearse(tmp_path / "dry-run", **SHORT)
+    (tmp_path / "dry-run" / "round1.yaml").open("a").write("run: {engine: simulated}\n")
     assert len(kept(tmp_path)[0]) == SHORT["trials"]
     write_round(tmp_path, **LIMITED)
     for arguments, said in (([], "can be freed"), (["--yes"], "freed:")):
         assert run(["study", "clean", *arguments]) == 0
         shown = capsys.readouterr().out
         assert "(not among the best 1)" in shown
-        assert "rehearsal/round1/0: " in shown
+        assert "dry-run/round1/0: " in shown
         assert said in shown
     assert kept(tmp_path) == expected(tmp_path)
-    assert not list((tmp_path / "rehearsal").rglob("simulated.json"))
+    assert not list((tmp_path / "dry-run").rglob("simulated.json"))

@@ -127,7 +127,7 @@ def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(tmp_path: Path, at:
     assert died.returncode == -signal.SIGKILL
     done = tuner(*command, directory=directories[1])
     assert done.returncode == 0, done.stderr
-    undisturbed, killed = (curves(trials_of(directory / "rehearsal")) for directory in directories)
+    undisturbed, killed = (curves(trials_of(directory / "dry-run")) for directory in directories)
     assert len(undisturbed) == CHANGES["trials"]
     assert killed == undisturbed
 
@@ -174,7 +174,7 @@ def test_sigterm_saves_and_names_the_command_that_goes_on(
 def test_promote_killed_between_file_and_fact_is_finished_by_promoting_again(tmp_path: Path) -> None:
     write_round(tmp_path, **CHANGES)
     assert tuner(*RUN, "--engine", "simulated", directory=tmp_path).returncode == 0
-    directory = tmp_path / "rehearsal"
+    directory = tmp_path / "dry-run"
     command = ("study", "promote", "--to", "round2", "--max-train-steps", "20")
     died = run_dying(directory, "tuner.store.sql.SqlStore.record:1", PARENT, *command)
     assert died.returncode == -signal.SIGKILL

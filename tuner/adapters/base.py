@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
+from tuner.adapters.host import one_example_a_row
 from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.data.pretrained import hub_advice, where_to_look
 from tuner.errors import ModelError
@@ -102,14 +103,16 @@ class Base:
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(pick)
         try:
-            self.model(input_ids=input_ids, use_cache=False)
+            with one_example_a_row():
+                self.model(input_ids=input_ids, use_cache=False)
         finally:
             hook.remove()
         return picked[0]
 
     def _last_hidden(self, input_ids: Tensor) -> Tensor:
         """Return the output of the layers for `input_ids`: [rows, length, width]."""
-        hidden: Tensor = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        with one_example_a_row():
+            hidden: Tensor = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tuner.adapters.host import read, send
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.data import Example, Examples
 
@@ -23,6 +25,8 @@ class TokenGrid:
     """[targets] row of each target token."""
     columns: Tensor
     """[targets] column of each target token."""
+    more: tuple[Tensor, ...] = ()
+    """What was sent with them."""
 
     def sum_by_row(self, nll: Tensor) -> Tensor:
         """Add up per-token values [targets] row by row, in float64: [rows]."""
@@ -30,8 +34,14 @@ class TokenGrid:
         return total.index_add_(0, self.rows, nll.detach().double())
 
 
-def grid(examples: Sequence[Sequence[Example]], *, device: torch.device, pad: int = 0) -> TokenGrid:
-    """Lay the examples of each slot side by side.
+def grid(
+    examples: Sequence[Sequence[Example]],
+    *,
+    device: torch.device,
+    pad: int = 0,
+    more: Sequence[NDArray[np.generic]] = (),
+) -> TokenGrid:
+    """Lay the examples of each slot side by side, and send them to the device in one copy with `more`.
 
     Slots with fewer rows than the largest are filled with rows of one token and no target, so that
     the number of rows is the same for each.
@@ -46,11 +56,8 @@ def grid(examples: Sequence[Sequence[Example]], *, device: torch.device, pad: in
             ids[row, : len(example.input_ids)] = example.input_ids
             target[row, : len(example.input_ids)] = example.is_target
     rows, columns = np.nonzero(target)
-    return TokenGrid(
-        input_ids=torch.from_numpy(ids).to(device),
-        rows=torch.from_numpy(rows).to(device),
-        columns=torch.from_numpy(columns).to(device),
-    )
+    input_ids, at_rows, at_columns, *others = send([ids, rows, columns, *more], device)
+    return TokenGrid(input_ids, at_rows, at_columns, tuple(others))
 
 
 def rows_by_length(examples: Examples, *, rows: int) -> list[list[int]]:
@@ -79,7 +86,7 @@ def scores_of(
     tokens, including padding; running out of memory halves the tokens, and the reduced number is returned.
     """
     width = max(1, len(slots))
-    sums, correct = (torch.zeros(width, len(examples), dtype=torch.float64) for _ in range(2))
+    parts: list[tuple[range, list[int], Tensor]] = []  # on the device until the last pass has begun
     waiting = [(range(width), part) for part in rows_by_length(examples, rows=rows)]
     while waiting:
         numbers, part = waiting.pop(0)
@@ -98,11 +105,13 @@ def scores_of(
             pass_tokens = tokens_in_pass // 2
             waiting.insert(0, (numbers, part))
             continue
-        for total, values in ((sums, nll), (correct, is_first)):
-            by_row = tokens.sum_by_row(values).view(len(numbers), -1).cpu()
-            total[numbers.start : numbers.stop, part] = by_row
-    counts = correct.long().tolist()
-    return [Scores(tuple(s), tuple(c)) for s, c in zip(sums.tolist(), counts, strict=True)], pass_tokens
+        of_rows = torch.stack([tokens.sum_by_row(values) for values in (nll, is_first)])
+        parts.append((numbers, part, of_rows))
+    sums = np.zeros((2, width, len(examples)))
+    for (numbers, part, _), values in zip(parts, read([of_rows for *_, of_rows in parts]), strict=True):
+        sums[:, numbers.start : numbers.stop, part] = np.reshape(values, (2, len(numbers), len(part)))
+    found = zip(sums[0].tolist(), sums[1].astype(int).tolist(), strict=True)
+    return [Scores(tuple(nll), tuple(correct)) for nll, correct in found], pass_tokens
 
 
 def _halves(numbers: range, rows: list[int]) -> list[tuple[range, list[int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -155,34 +155,82 @@ def token_scores(
     return torch.cat(nll), torch.cat(is_first)
 
 
-_MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B
+_MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - 2**32
 """Multipliers of the `lowbias32` hash (C. Wellons, "Prospecting for Hash Functions", 2018; public domain)."""
-_MASK = 0xFFFFFFFF
+_SIGN = -(2**31)
+"""Turns unsigned 32-bit order into signed order."""
 
 
-def row_keys(seed: int, step: int, rows: Tensor) -> Tensor:
-    """Return a 32-bit key per row [rows], from the trial's seed, the step and the row's batch position."""
-    key = _hash(torch.tensor(seed & _MASK, dtype=torch.int64, device=rows.device))
-    key = _hash(key ^ (step & _MASK))
-    return _hash(key ^ rows.to(torch.int64))
+def row_keys(seed: int | Tensor, step: int | Tensor, rows: Tensor) -> Tensor:
+    """Return a 32-bit key per row [rows], from the trial's seed, the step and the row's batch position.
 
-
-def dropout_mask(keys: Tensor, *, module: int, length: int, width: int, rate: float) -> Tensor:
-    """Return which inputs of a module are kept: bool [rows, length, width], True with probability 1 - rate.
-
-    `keys` are from `row_keys`; `module` is a 32-bit key of the module's path.
+    `seed` and `step` may be int64 tensors [rows].
     """
-    per_module = _hash(keys ^ _hash(torch.tensor(module, dtype=torch.int64, device=keys.device)))
-    tokens = torch.arange(length, device=keys.device)
-    per_token = _hash(per_module[:, None] ^ tokens[None, :])
-    channels = torch.arange(width, device=keys.device)
-    draws = _hash(per_token[:, :, None] ^ channels[None, None, :])
-    return draws >= round(rate * 2**32)
+    key = _hash(torch.as_tensor(seed, dtype=torch.int64).to(torch.int32))
+    key = _hash(key ^ torch.as_tensor(step, dtype=torch.int64).to(torch.int32))
+    return _hash(key.to(rows.device) ^ rows.to(torch.int32))
+
+
+def module_keys(keys: Iterable[int], *, device: torch.device) -> Tensor:
+    """Return the hashes of unsigned 32-bit keys of modules: int32 [modules]."""
+    return _hash(torch.tensor(list(keys), dtype=torch.int64).to(torch.int32).to(device))
+
+
+def token_keys(rows: Tensor, modules: Tensor, *, length: int) -> Tensor:
+    """Return a key per module and token [modules, rows, length], from `row_keys` and `module_keys`."""
+    per_row = _hash(rows.to(torch.int32)[None, :] ^ modules[:, None])
+    return _hash(per_row[:, :, None] ^ torch.arange(length, dtype=torch.int32, device=rows.device))
+
+
+def dropout_threshold(rate: float) -> int:
+    """Return the signed 32-bit number that a share of `rate` of all draws lies below."""
+    return min(round(rate * 2**32), 2**32 - 1) + _SIGN
+
+
+def dropout(x: Tensor, keys: Tensor, thresholds: Tensor, kept_shares: Tensor) -> Tensor:
+    """Return x / (1 - rate), and zero where the draw for a token and channel is below the threshold.
+
+    For many slots at once, each with a rate of its own: `x` is [..., width] with the tokens of one slot after
+    the other, `keys` [slots, tokens] are from `token_keys`, `thresholds` from `dropout_threshold` and
+    `kept_shares`, which are 1 - rate, are [slots, 1, 1].
+    """
+    return _Dropout.apply(x, keys, thresholds, kept_shares)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, thresholds: Tensor, kept_shares: Tensor) -> Tensor:
+        channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        draws = _hash(keys[:, :, None] ^ channels).bitwise_xor_(_SIGN)
+        is_kept = draws >= thresholds
+        ctx.save_for_backward(is_kept, kept_shares)
+        return _keep(x, is_kept, kept_shares)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _keep(outputs[0], *ctx.saved_tensors), None, None, None
+
+
+def _keep(x: Tensor, is_kept: Tensor, kept_shares: Tensor) -> Tensor:
+    """Divide what is kept, and clear the bits of the rest.
+
+    The division is in float32 and rounded, as one by a number is: bfloat16 would differ from it. On a CPU,
+    `torch.where` takes ten times as long as the bits, since its branch depends on chance.
+    """
+    kept = (x.reshape(is_kept.shape) / kept_shares).to(x.dtype)
+    bits = _BITS[x.element_size()]
+    kept.view(bits).bitwise_and_(is_kept.to(bits).neg_())
+    return kept.view(x.shape)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _hash(value: Tensor) -> Tensor:
-    """Mix 32 bits in int64 arithmetic: products wrap, and the low 32 bits stay right."""
-    value = value & _MASK
-    value = ((value ^ (value >> 16)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 15)) * _MIX_2) & _MASK
-    return value ^ (value >> 16)
+    """Mix 32 bits in place. Products wrap; what a shift of a negative number fills in is masked."""
+    shifted = (value >> 16).bitwise_and_(0xFFFF)
+    value.bitwise_xor_(shifted).mul_(_MIX_1)
+    shifted = torch.bitwise_right_shift(value, 15, out=shifted).bitwise_and_(0x1FFFF)
+    value.bitwise_xor_(shifted).mul_(_MIX_2)
+    shifted = torch.bitwise_right_shift(value, 16, out=shifted).bitwise_and_(0xFFFF)
+    return value.bitwise_xor_(shifted)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -55,6 +55,8 @@ def lora_config(
 ) -> LoraConfig:
     """Return PEFT's configuration of a trial's adapter."""
     arguments = adapter_arguments(hyperparameters)
+    if arguments.get("init_lora_weights") == "eva":
+        arguments["eva_config"] = EvaConfig(rho=1.0)  # no other ranks: a pack computes layers of one rank
     layers = arguments.pop("layers_to_transform", None)
     config = LoraConfig(
         **arguments, task_type="CAUSAL_LM", base_model_name_or_path=base_path, revision=revision
@@ -66,7 +68,8 @@ def lora_config(
 def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """Return the A and B that PEFT would start from after `torch.manual_seed(seed)`.
 
-    DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them. Leaves `meta_model` and the
+    DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them; EVA's A needs training rows:
+    `eva.with_eva` sets it. Leaves `meta_model` and the
     global random state unchanged. Raises ModelError if `target_modules` matches nothing in the model, the
     output head or a layer that is not linear, or if a layer of `layers_to_transform` does not exist.
     """
@@ -78,6 +81,7 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        warnings.filterwarnings("ignore", message="lora with eva initialization")
         torch.manual_seed(seed)
         try:
             wrapped = get_peft_model(meta_model, config)

@@ -26,7 +26,7 @@ from tuner.store import hold_study
 from tuner.study.check import mean
 from tuner.study.dashboard import next_name
 from tuner.study.disk import taken_back
-from tuner.study.folder import is_rehearsal, open_folder, opened
+from tuner.study.folder import is_dry_run, open_folder, opened
 from tuner.study.lookup import begun_round, find_trial
 from tuner.study.plan import RoundPlan
 from tuner.study.promotion import (
@@ -68,11 +68,11 @@ def sweep_round(
     return answer
 
 
-def refuse_epochs(epochs: float | None, *, is_rehearsal: bool) -> None:
+def refuse_epochs(epochs: float | None, *, is_dry_run: bool) -> None:
     """Raise InputError for an impossible number of epochs."""
     if epochs is not None and not 0 < epochs <= MOST_EPOCHS:
         raise InputError(f"--epochs {epochs:g}: expects a number above 0, and at most {MOST_EPOCHS:,}")
-    if epochs is not None and is_rehearsal:
+    if epochs is not None and is_dry_run:
         raise InputError(
             "--epochs: a dry run does not open the data to count its rows; set run.production_steps instead"
         )
@@ -107,7 +107,7 @@ def _run(found: RoundFile, run: Callable[[RoundFile], None]) -> None:
 def _answer_at_once(file: RoundFile, prepare: Prepare) -> ComputeBound | None:
     """Return the estimate from the number of training rows; none in a dry run, which opens no data."""
     planned = RoundPlan(read_round(first_sweep(file), file.path))
-    if is_rehearsal(file):
+    if is_dry_run(file):
         return None
     spec = planned.absolute
     with taken_back(planned.cache):
@@ -151,8 +151,8 @@ class Automatic:
     promoted: Callable[[Mapping[str, Any]], None]
     """Called with the JSON document of each promotion."""
     stopping: Callable[[], bool]
-    passes: int = 1
-    """How often to start from the shortest horizon."""
+    restarts: int = 0
+    """How often to restart from the shortest horizon."""
     has_deadline: bool = False
     """Whether the caller limits the time."""
     last: RoundFile | None = None
@@ -173,8 +173,8 @@ class Automatic:
                     self.last = file
             follows = _next_horizon(file, has_deadline=self.has_deadline)
             written: PromotedRound | str | None = None
-            if self.passes > 1:
-                written = self._next_in_passes(file)
+            if self.restarts > 0:
+                written = self._next_with_restarts(file)
             elif not isinstance(follows, Enough):
                 written = self._promote(file, follows)
             if not isinstance(written, PromotedRound):
@@ -204,7 +204,7 @@ class Automatic:
             overrides=Overrides(max_train_steps, reason=f"at most {MAX_GROWTH} times the first horizon"),
         )
 
-    def _next_in_passes(self, file: RoundFile) -> PromotedRound | str:
+    def _next_with_restarts(self, file: RoundFile) -> PromotedRound | str:
         """Write the next round's file and return it, or return why there is none."""
         name, folder = file.spec.round, open_folder(file.directory)
         with hold_study(folder.directory, folder.storage, folder.name), opened(folder) as store:
@@ -214,9 +214,28 @@ class Automatic:
                 first=self.first.spec.round,
                 last=name,
                 to=next_name(name),
-                passes=self.passes,
+                passes=self.restarts + 1,
                 clock=time.time,
             )
+
+
+def restarts_of(
+    restarts: int | None, passes: int | None, *, spelt: tuple[str, str] = ("restarts=", "passes=")
+) -> tuple[int, str | None]:
+    """Return the number of restarts, and a hint if it was given by its former spelling, `passes`.
+
+    `spelt` are the two names as the caller types them. Raises InputError for both, or a number that is too
+    small.
+    """
+    new, former = spelt
+    if restarts is not None and passes is not None:
+        raise InputError(f"{former}{passes}: was renamed; pass {new}{restarts} only")
+    for name, number, least in ((new, restarts, 0), (former, passes, 1)):
+        if number is not None and number < least:
+            raise InputError(f"{name}{number}: expects at least {least}")
+    if passes is None:
+        return restarts or 0, None
+    return passes - 1, f"hint: {former}{passes} is now {new}{passes - 1}"
 
 
 def refuse_sweep(file: RoundFile) -> None:

@@ -162,6 +162,7 @@ def _run_remarks(spec: RoundSpec) -> Iterator[str]:
         yield spec.ends_early
     if spec.trains_alone:
         yield spec.trains_alone
+    yield from spec.without_effect()
     if not is_built_in("engine", spec.run.engine):
         yield f"run.engine: {spec.run.engine} is not checked here; `tuner study run` imports it"
 

@@ -8,7 +8,7 @@ from tuner.records import CheckpointsRemoved
 from tuner.report.format import size
 from tuner.store import hold_study
 from tuner.study.disk import unneeded
-from tuner.study.folder import REHEARSAL, StudyFolder, open_folder, opened
+from tuner.study.folder import DRY_RUN, FORMER_DRY_RUN, StudyFolder, open_folder, opened
 
 
 def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
@@ -16,25 +16,27 @@ def clean_study(folder: StudyFolder, *, delete: bool, tell: Tell) -> int:
 
     Returns the total number of bytes.
     """
-    rehearsal = _rehearsal(folder)
-    if not folder.has_begun and rehearsal is None:
+    dry_runs = _dry_runs(folder)
+    if not folder.has_begun and not dry_runs:
         tell("nothing to free: no round has started")
         return 0
     freed = _clean(folder, delete=delete, tell=tell) if folder.has_begun else 0
-    if rehearsal is not None:
-        freed += _clean(rehearsal, delete=delete, tell=tell, prefix=f"{REHEARSAL}/")
+    for each in dry_runs:
+        freed += _clean(each, delete=delete, tell=tell, prefix=f"{each.directory.name}/")
     tell("only a round of the same horizon could resume from these; best adapters and trunks are kept")
     tell(f"{'freed' if delete else 'can be freed'}: {size(freed)}")
     return freed
 
 
-def _rehearsal(folder: StudyFolder) -> StudyFolder | None:
-    """Return the study's dry run, if one has a round that has started."""
-    try:
-        found = open_folder(folder.directory / REHEARSAL)
-    except InputError:
-        return None
-    return found if found.has_begun else None
+def _dry_runs(folder: StudyFolder) -> list[StudyFolder]:
+    """Return the study's dry runs that have a round that has started."""
+    found = []
+    for name in (DRY_RUN, FORMER_DRY_RUN):
+        try:
+            found.append(open_folder(folder.directory / name))
+        except InputError:
+            continue
+    return [each for each in found if each.has_begun]
 
 
 def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -> int:
@@ -50,7 +52,7 @@ def _clean(folder: StudyFolder, *, delete: bool, tell: Tell, prefix: str = "") -
                 later=rounds[at + 1 :],
                 promotions=store.promotions(),
                 keep_best_trials=file.spec.checkpoints.most_kept_trials if file else None,
-                is_rehearsal=folder.is_rehearsal,
+                is_dry_run=folder.is_dry_run,
             )
             for each in found:
                 number = each.trial.number

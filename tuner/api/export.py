@@ -172,7 +172,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     """Return the complete trial with this name. Raises InputError for an incomplete one, with the reason,
     and CheckpointError for a damaged adapter.
     """
-    if folder.is_rehearsal:
+    if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     trial, _ = find_trial(folder, name)
     path = trial.name

@@ -74,7 +74,7 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
     CheckpointError for one that is damaged.
     """
     name = f"{trial.round}/{trial.number}"
-    if folder.is_rehearsal:
+    if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
@@ -146,7 +146,7 @@ def score_at_the_end(folder: StudyFolder, trial: Trial, *, prepare: Prepare, tel
     Returns None without test rows, without a trained trial, or after a successful score. A failure is
     returned, not raised: the study is complete without the score.
     """
-    if folder.is_rehearsal or not folder.plan(trial.round).spec.data.test:
+    if folder.is_dry_run or not folder.plan(trial.round).spec.data.test:
         return None
     if trial.final_score is not None or trial.state != TrialState.COMPLETE:
         return None

@@ -23,8 +23,8 @@ from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
 from tuner.report.trackers import FollowedRound, followed
-from tuner.study.dry_run import rehearsed_file
-from tuner.study.folder import REHEARSAL_BANNER, StudyFolder, is_rehearsal, open_folder, opened
+from tuner.study.dry_run import dry_run_file
+from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
 from tuner.study.plan import RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
@@ -71,14 +71,14 @@ class Where:
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
         file = load_round(path)
-        return rehearsed_file(file) if self.engine_of(file) == "simulated" else file
+        return dry_run_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
         """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
-        if engine != "simulated" and is_rehearsal(file):
+        if engine != "simulated" and is_dry_run(file):
             raise InputError(
                 f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
@@ -92,7 +92,7 @@ def run_here(
     *,
     open_view: OpenView,
     stopping: Callable[[], bool],
-    passes: int = 1,
+    restarts: int = 0,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
@@ -104,13 +104,14 @@ def run_here(
     umask = keep_others_out()
     try:
         if is_dry_run:
-            view.message(REHEARSAL_BANNER)
+            view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
             return engine.start(_round_job(plan, base, where))
 
+        passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuner.api.auto import Automatic
+from tuner.api.auto import Automatic, restarts_of
 from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
 from tuner.api.run import Where, has_begun, interruptible, prepared_quietly, run_here, unsaid, view_of
 from tuner.api.trial import Trial
@@ -186,7 +186,8 @@ class Study:
         self,
         round_file: str | os.PathLike[str],
         *,
-        passes: int = 1,
+        restarts: int | None = None,
+        passes: int | None = None,
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
@@ -195,20 +196,24 @@ class Study:
     ) -> Round:
         """Run a round, promote it and run the next, until longer rounds bring no more gain.
 
-        The arguments are those of `run`; `passes` is how often to start from the shortest horizon, reusing
-        all earlier results. Returns the last round; its `ended_because` gives the reason for the end. Unless
-        interrupted, scores the best trial on `data.test`, once. Raises what `run` does.
+        The arguments are those of `run`; `restarts` is how often to restart from the shortest horizon,
+        reusing all earlier results (default 0). `passes=N`, its former spelling, means `restarts=N - 1`.
+        Returns the last round; its `ended_because` gives the reason for the end. Unless interrupted, scores
+        the best trial on `data.test`, once. Raises what `run` does.
         """
+        number, hint = restarts_of(restarts, passes, spelt=("restarts=", "passes="))
+        if hint is not None:
+            warnings.warn(hint, DeprecationWarning, stacklevel=2)
         where = Where(slots, workers, engine)
         with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
                 run=lambda file: run_here(
-                    file, where, open_view=view_of(progress), stopping=stopping, passes=passes
+                    file, where, open_view=view_of(progress), stopping=stopping, restarts=number
                 ),
                 promoted=lambda document: None,
                 stopping=stopping,
-                passes=passes,
+                restarts=number,
                 has_deadline=seconds is not None,
             )
             enough: Enough | None = None
@@ -241,7 +246,7 @@ class Study:
 
         where = Where(slots, workers, engine)
         file = where.file(self._path(round_file))
-        refuse_epochs(epochs, is_rehearsal=where.engine_of(file) == "simulated")
+        refuse_epochs(epochs, is_dry_run=where.engine_of(file) == "simulated")
         with interruptible(None) as stopping:
             answer = sweep_round(
                 file,

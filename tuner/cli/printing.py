@@ -48,11 +48,11 @@ def next_command(command: str, *, directory: Path | None = None) -> str:
 
 def open_here() -> StudyFolder:
     """Open the study of the current folder; note on standard error if it is a dry run."""
-    from tuner.study.folder import REHEARSAL_BANNER, open_folder
+    from tuner.study.folder import dry_run_banner, open_folder
 
     folder = open_folder(Path())
-    if folder.is_rehearsal:
-        typer.echo(REHEARSAL_BANNER, err=True)
+    if folder.is_dry_run:
+        typer.echo(dry_run_banner(folder.directory), err=True)
     return folder
 
 

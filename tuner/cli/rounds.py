@@ -68,7 +68,7 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Stopping]:
             raise RoundStopped(f"{stop}; then resume with: {again}") from stop
 
 
-def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], passes: int = 1) -> None:
+def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], restarts: int = 0) -> None:
     """Start or resume a round, shown live on standard error. Raises what `run_round` does."""
     with ExitStack() as while_shown:
 
@@ -77,7 +77,7 @@ def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], pa
             while_shown.enter_context(spoken_by(view.message))
             return view
 
-        run_here(file, where, open_view=shown, stopping=stopping, passes=passes)
+        run_here(file, where, open_view=shown, stopping=stopping, restarts=restarts)
 
 
 def _live_view(file: RoundFile, gpus: Gpus) -> View:
@@ -125,25 +125,25 @@ class Ended:
     """Note on `data.test`, besides its score."""
 
 
-def run_rounds(path: Path, *, duration: str | None, passes: int = 1, where: Where) -> Ended:
+def run_rounds(path: Path, *, duration: str | None, restarts: int = 0, where: Where) -> Ended:
     """Run the latest round descended from a file, promote it and run the next, until no more is needed.
 
-    With several passes, the search then restarts from the first horizon. Raises Interrupted, naming the
+    With restarts, the search then begins again at the first horizon. Raises Interrupted, naming the
     command to resume with, after a signal, and InputError for a round of a sweep.
     """
     refuse_sweep(load_round(path))
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
-    again = "" if passes == 1 else f" --passes {passes}"
+    again = "" if restarts == 0 else f" --restarts {restarts}"
     ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
     rounds: Automatic | None = None
     enough: Enough | None = None
     with interruptible(ended.command, duration=duration) as stopping:
         rounds = Automatic(
             first=where.file(path),
-            run=lambda file: run_shown(file, where, stopping=stopping, passes=passes),
+            run=lambda file: run_shown(file, where, stopping=stopping, restarts=restarts),
             promoted=_say,
             stopping=stopping,
-            passes=passes,
+            restarts=restarts,
             has_deadline=duration is not None,
         )
         enough = rounds.run_until_enough()
@@ -174,7 +174,7 @@ def sweep_file(
     length = "" if epochs is None else f" --epochs {epochs:g}"
     limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     command = f"tuner study sweep {shlex.quote(str(path))}{length}{limit}{where.options}"
-    refuse_epochs(epochs, is_rehearsal=(where.engine or load_round(path).spec.run.engine) == "simulated")
+    refuse_epochs(epochs, is_dry_run=(where.engine or load_round(path).spec.run.engine) == "simulated")
     answered: Path | None = None
     with interruptible(command, duration=duration) as stopping:
         file = where.file(path)

@@ -36,7 +36,7 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Where workers run: local, simulated (a dry run with synthetic losses, in rehearsal/), or your "
+        help="Where workers run: local, simulated (a dry run with synthetic losses, in dry-run/), or your "
         "own engine as package.module:Class. Overrides run.engine.",
     ),
 ]
@@ -171,14 +171,15 @@ def sweep(
 def auto(
     round_file: RoundPath,
     for_: For = None,
-    passes: Annotated[
-        int,
+    restarts: Annotated[
+        int | None,
         typer.Option(
-            metavar="N",
-            min=1,
-            help="How often to restart from the shortest horizon, reusing all earlier results.",
+            metavar="R",
+            min=0,
+            help="How often to restart from the shortest horizon, reusing all earlier results. Default: 0.",
         ),
-    ] = 1,
+    ] = None,
+    passes: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
@@ -186,7 +187,7 @@ def auto(
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
     Stops when the report says that more steps would not help or cannot tell, at `run.production_steps`, or
-    after `--for`. Writes each file as `study promote` does. With `--passes`, longer rounds carry over a
+    after `--for`. Writes each file as `study promote` does. With `--restarts`, longer rounds carry over a
     third of the trials and add none, then the search restarts from the shortest horizon. Unless stopped by
     `--for`, scores the best trial on `data.test`, once.
 
@@ -194,9 +195,14 @@ def auto(
     """
     from dataclasses import replace
 
+    from tuner.api.auto import restarts_of
     from tuner.cli.rounds import run_rounds, where_typed
 
-    ended = run_rounds(round_file, duration=for_, passes=passes, where=where_typed(slots, workers, engine))
+    number, hint = restarts_of(restarts, passes, spelt=("--restarts ", "--passes "))
+    if hint is not None:
+        _say(hint)
+    where = where_typed(slots, workers, engine)
+    ended = run_rounds(round_file, duration=for_, restarts=number, where=where)
     if ended.last is None:
         _next(ended.command)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +22,7 @@ from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
 from tuner.config.rules import adapter_refusals, horizon_refusals, objective_refusals, search_refusals
 from tuner.config.sections import (
+    IGNORED_WHERE_INACTIVE,
     STRICT,
     CheckpointsSpec,
     Count,
@@ -33,6 +35,9 @@ from tuner.config.sections import (
     SearchSpec,
     Table,
     WrittenHyperparameters,
+    condition_of,
+    counts_with,
+    described_choice,
     using,
 )
 from tuner.config.wording import ONE_HORIZON, mistake, refuse
@@ -295,6 +300,20 @@ class RoundSpec(BaseModel):
             f"The search space has {points}, so the round ends after {self.num_trials} of "
             f"{self.search.trials} trials."
         )
+
+    def without_effect(self) -> Iterator[str]:
+        """Yield notes on hyperparameters of the file that no trial has, and that are not refused for it.
+
+        Files of earlier versions have a `decay_steps` beside any schedule.
+        """
+        space, table = self.space(), self.table
+        for name in self.hyperparameters:
+            if name in IGNORED_WHERE_INACTIVE and name not in space:
+                chooser = condition_of(table[name]).chosen_by
+                yield (
+                    f"hyperparameters.{name} has no effect: it {counts_with(table[name])}, but "
+                    f"{described_choice(chooser, space, table)}; remove it"
+                )
 
     @property
     def trains_alone(self) -> str | None:

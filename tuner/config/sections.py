@@ -355,7 +355,7 @@ class RunSpec(BaseModel):
 
     engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
     """Where trials run. `local`: this machine, one process per GPU. `simulated`: a dry run with synthetic
-    losses, in the folder `rehearsal` beside the file. Or an engine of your own as `package.module:Class`."""
+    losses, in the folder `dry-run` beside the file. Or an engine of your own as `package.module:Class`."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),

@@ -148,7 +148,7 @@ def _workload(job: Job) -> str:
     """Return a fingerprint of the file's model and data settings, without opening either."""
     said = job.spec.model_dump(mode="json", include={"model", "data"})
     fingerprint = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return f"rehearsal-{fingerprint[:16]}"
+    return f"rehearsal-{fingerprint[:16]}"  # as in databases of earlier versions, where it is compared
 
 
 class SimulatedWorker:

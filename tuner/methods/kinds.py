@@ -152,23 +152,30 @@ class OneOf:
 class Method:
     """The name of a method: built in, registered by an installed package, or `package.module:Name`."""
 
-    kind: Literal["optimizer", "schedule"]
+    kind: Literal["optimizer", "schedule", "variant"]
+    refused: tuple[tuple[str, str], ...] = ()
+    """Names that are chosen in another way, and which."""
 
     @property
     def allowed(self) -> str:
         """Return the known names and the form of a path."""
-        return one_of((*registry.names(self.kind), "package.module:Name"))
+        return one_of((*self._names(registry.names(self.kind)), "package.module:Name"))
 
     def parse(self, raw: Any) -> str:
         """Parse a name without importing anything."""
+        if isinstance(raw, str) and raw in dict(self.refused):
+            raise ValueError(refusal(self.allowed, raw, dict(self.refused)[raw]))
         if not isinstance(raw, str) or not registry.is_known(self.kind, raw):
-            raise UnknownName(registry.names(self.kind), raw, allowed=self.allowed)
+            raise UnknownName(self._names(registry.names(self.kind)), raw, allowed=self.allowed)
         return raw
 
     def schema(self) -> dict[str, Any]:
         """Return an `enum` of the built-in names (for completion in editors), or a path."""
         path = {"type": "string", "pattern": f"^{registry.PATH}$"}
-        return {"anyOf": [{"enum": list(registry.BUILT_IN[self.kind])}, path]}
+        return {"anyOf": [{"enum": list(self._names(registry.BUILT_IN[self.kind]))}, path]}
+
+    def _names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if name not in dict(self.refused))
 
 
 @dataclass(frozen=True, slots=True)

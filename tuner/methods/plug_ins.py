@@ -12,17 +12,18 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from tuner.errors import InputError
-from tuner.methods import kinds
+from tuner.methods import kinds, variants
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.optimizers import Optimizer, optimizer
 from tuner.methods.registry import imported, is_built_in, is_known, stand_in
 from tuner.methods.schedules import Schedule, not_imported
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.variants import Variant
 from tuner.records import Condition
 
-Chooser: TypeAlias = Literal["optimizer", "schedule"]
+Chooser: TypeAlias = Literal["optimizer", "schedule", "variant"]
 """A hyperparameter whose values are names of methods of the kind of the same name."""
-CHOOSERS: tuple[Chooser, ...] = ("optimizer", "schedule")
+CHOOSERS: tuple[Chooser, ...] = ("optimizer", "schedule", "variant")
 _KINDS = {kind.__name__: kind for kind in (kinds.Number, kinds.Integer, kinds.Flag, kinds.OneOf)}
 _UNKNOWN_STATE_BYTES = 8
 """Assumed for an optimizer that is not loaded; the value of AdamW."""
@@ -41,6 +42,10 @@ class PlugIn:
     amplifies_rounding: bool = True
     has_stable_phase: bool = False
     """For a schedule: whether the rate before the decay is the same at every horizon."""
+    title: str = ""
+    """For a variant: its name in messages."""
+    packs: bool = True
+    weights_per_output: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form that is recorded."""
@@ -56,15 +61,23 @@ class PlugIn:
         return cls(**{**values, "hyperparameters": rows})
 
     def stand_in(self) -> None:
-        """Use the recorded description of a schedule, so that reports need no import."""
-        if self.kind == "schedule":
-            stand_in(
-                self.kind,
-                self.name,
-                not_imported(
-                    self.name, has_stable_phase=self.has_stable_phase, hyperparameters=self.hyperparameters
-                ),
-            )
+        """Use the recorded description of a schedule or variant, so that reports need no import."""
+        own = self.hyperparameters
+        match self.kind:
+            case "schedule":
+                phase = self.has_stable_phase
+                known: object = not_imported(self.name, has_stable_phase=phase, hyperparameters=own)
+            case "variant":
+                known = variants.not_imported(
+                    self.name,
+                    title=self.title,
+                    packs=self.packs,
+                    weights_per_output=self.weights_per_output,
+                    hyperparameters=own,
+                )
+            case "optimizer":
+                return
+        stand_in(self.kind, self.name, known)
 
 
 def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
@@ -98,9 +111,14 @@ def loaded(written: Mapping[str, Any]) -> tuple[PlugIn, ...]:
 
 
 def _load(kind: Chooser, name: str) -> PlugIn:
-    method: Optimizer | Schedule = (
-        imported(kind, name, Optimizer) if kind == "optimizer" else imported(kind, name, Schedule)
-    )
+    method: Optimizer | Schedule | Variant
+    match kind:
+        case "optimizer":
+            method = imported(kind, name, Optimizer)
+        case "schedule":
+            method = imported(kind, name, Schedule)
+        case "variant":
+            method = _checked(imported(kind, name, Variant), name)
     for row in method.hyperparameters:
         if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
             raise InputError(
@@ -110,7 +128,28 @@ def _load(kind: Chooser, name: str) -> PlugIn:
             )
     if isinstance(method, Optimizer):
         return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
-    return PlugIn(kind, name, method.hyperparameters, has_stable_phase=method.has_stable_phase)
+    if isinstance(method, Schedule):
+        return PlugIn(kind, name, method.hyperparameters, has_stable_phase=method.has_stable_phase)
+    return PlugIn(
+        kind,
+        name,
+        method.hyperparameters,
+        title=method.title,
+        packs=method.packs,
+        weights_per_output=method.weights_per_output,
+    )
+
+
+def _checked(variant: Variant, name: str) -> Variant:
+    """Return the variant. Raises InputError if its arguments at all defaults cannot be followed."""
+    if variant.switch is not None:
+        raise InputError(
+            f"variant {name}: declares the switch {variant.switch}; remove it: `variant: {name}` selects it"
+        )
+    rows = (*HYPERPARAMETERS.values(), *variant.hyperparameters)
+    defaults = {row.name: row.default for row in rows if row.default is not None}
+    variants.refuse_arguments(variant, variant.config(defaults))
+    return variant
 
 
 def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> int:

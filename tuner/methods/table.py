@@ -11,7 +11,7 @@ from tuner.methods.kinds import Integer, Method, Number
 from tuner.methods.optimizers import Optimizer, optimizer
 from tuner.methods.registry import BUILT_IN, is_built_in
 from tuner.methods.schedules import WARMUP_STEPS, Schedule, schedule
-from tuner.methods.variants import variant
+from tuner.methods.variants import CHOOSER, PLAIN, switched, variant
 from tuner.records import Condition, Hyperparameters, Value
 
 _LEARNING_RATE = Hyperparameter(
@@ -43,6 +43,14 @@ _SCHEDULE = Hyperparameter(
     "the last decay_steps. cosine: half a cosine to 0. inverse_sqrt: the inverse square root of the step.",
     tier=Tier.UNLIKELY,
 )
+_VARIANT = Hyperparameter(
+    CHOOSER,
+    PLAIN,
+    Method("variant", refused=tuple((each.name, f"write {each.switch}: true") for each in switched())),
+    "Variant of LoRA. lora: LoRA itself, or DoRA with use_dora; or your own, by name.",
+    tier=Tier.LIKELY,
+    only_if_written=True,
+)
 _MAX_GRAD_NORM = Hyperparameter(
     "max_grad_norm",
     1.0,
@@ -67,6 +75,7 @@ def _rows() -> Iterator[Hyperparameter]:
     yield WARMUP_STEPS
     yield _SCHEDULE
     yield from conditional(_SCHEDULE.name, schedules)
+    yield _VARIANT
     for name in BUILT_IN["variant"]:
         yield from variant(name).hyperparameters
     yield from (_MAX_GRAD_NORM, _TRAINING_SEED)
@@ -101,6 +110,11 @@ def _counts(row: Hyperparameter | None, values: Hyperparameters) -> bool:
     # Which hyperparameters apply to a plug-in is known only to its description; its trials have no others.
     is_foreign = isinstance(kind, Method) and not is_built_in(kind.kind, str(chosen))
     return is_foreign or chosen in row.only_with.values
+
+
+def seed_of(values: Hyperparameters) -> int:
+    """Return a trial's seed of initialisation, data order and dropout."""
+    return int(_TRAINING_SEED.number(values))
 
 
 def tier_of(name: str) -> Tier:

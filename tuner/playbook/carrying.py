@@ -10,6 +10,8 @@ from functools import cached_property
 from tuner.methods.hyperparameters import Tier
 from tuner.methods.schedules import WARMUP_STEPS, DecayRule, warmup_length
 from tuner.methods.table import counting
+from tuner.methods.variants.initialisations import needs_even_ranks
+from tuner.methods.variants.lora import LORA_INIT, LORA_R
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.results import RoundResults, percent
 from tuner.playbook.schedule import decay_lengths, schedules_of
@@ -17,6 +19,7 @@ from tuner.playbook.spaces import (
     as_listed,
     beyond_edge,
     capped,
+    even,
     higher_rates,
     log_spaced,
     moved_rate,
@@ -44,7 +47,8 @@ _RATE = "learning_rate"
 class HyperparameterChange:
     """How one hyperparameter changes from a round to the next, if at all."""
 
-    from_dimension: Dimension
+    from_dimension: Dimension | None
+    """None if the round did not have it, since no trial used the method that it belongs to."""
     to_dimension: Dimension
     tier: Tier
     reason: str
@@ -79,7 +83,15 @@ class Carrying:
         Rule: Deep Learning Tuning Playbook, "Round 1: Many short training runs" (what is likely to transfer);
         what is done with each tier is this project's decision.
         """
-        return {name: self._change(name, dimension) for name, dimension in self.results.space.items()}
+        changes = {name: self._change(name, dimension) for name, dimension in self.results.space.items()}
+        return changes | {
+            name: HyperparameterChange(
+                None, dimension, self.results.tier_of(name), f"searched again with {chooser}"
+            )
+            for name, dimension in self.reopened.items()
+            if name not in changes
+            and (chooser := dimension.only_with.chosen_by if dimension.only_with else "")
+        }
 
     def point(self, incumbent: Trial) -> dict[str, Value]:
         """Return all hyperparameters of an incumbent in the next round, with its decay rescaled."""
@@ -175,7 +187,15 @@ class Carrying:
             if room <= longest(base):
                 return new
             wide = capped(wide, room)
+        if name == LORA_R.name and self._needs_even_ranks:
+            wide = even(wide)
         return new if wide == before else reaching(base, wide, edge.side)
+
+    @cached_property
+    def _needs_even_ranks(self) -> bool:
+        """Return whether an initialisation of the next round refuses odd ranks."""
+        old = self.results.space.get(LORA_INIT.name)
+        return old is not None and needs_even_ranks(self._change(LORA_INIT.name, old).to_dimension)
 
     def _room(self, name: str) -> float:
         """Return the steps that warmup and decay leave for one of them at its longest."""

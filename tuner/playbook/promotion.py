@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tuner.errors import InputError, TunerError
 from tuner.methods.schedules import DecayRule
+from tuner.methods.table import seed_of
 from tuner.playbook.carrying import Carrying, HyperparameterChange, longest
 from tuner.playbook.edges import Edge, number
 from tuner.playbook.horizon import Diagnosis
@@ -254,8 +255,8 @@ def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, 
         limit = max(spread, paired_standard_error(second, first) or 0.0)
     if behind > limit:
         return ()
-    used = {trial.seed for trial in results.trials}
-    fresh = (seed for seed in itertools.count(winner.seed + 1) if seed not in used)
+    used = {seed_of(trial.hyperparameters) for trial in results.trials}
+    fresh = (seed for seed in itertools.count(seed_of(winner.hyperparameters) + 1) if seed not in used)
     return next(fresh), next(fresh)
 
 

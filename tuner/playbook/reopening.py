@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from tuner.methods.hyperparameters import Tier
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook.carrying import longest
 from tuner.playbook.curves import FITTED_TRAIN_LOSS, train_losses
 from tuner.playbook.edges import number
@@ -209,17 +210,31 @@ def overturned_order(
 def reopened_space(results: RoundResults, overturned: OverturnedOrder) -> dict[str, Dimension]:
     """Return the dimensions that the earlier round searched and promotion then narrowed or fixed.
 
-    Only of tiers that might transfer or are likely to; warmup and initialisation stay. Rule: this project's
+    Only of tiers that might transfer or are likely to; warmup and initialisation stay. With the optimizers
+    that are searched again come their own hyperparameters, as they were. Rule: this project's
     decision, "agreement".
     """
     before = overturned.earlier.space
-    return {
+    reopened = {
         name: before[name]
         for name, now in results.space.items()
         if results.tier_of(name) in (Tier.MIGHT, Tier.LIKELY)
         and isinstance(before.get(name), (Choices, Range))
         and before[name] != now
     }
+    return reopened | {
+        name: dimension
+        for name, dimension in before.items()
+        if name not in results.space
+        and dimension.only_with is not None
+        and dimension.only_with.chosen_by in reopened
+        and not _is_default(name, dimension)
+    }
+
+
+def _is_default(name: str, dimension: Dimension) -> bool:
+    row = HYPERPARAMETERS.get(name)
+    return isinstance(dimension, Fixed) and row is not None and row.default == dimension.value
 
 
 def reopening_findings(

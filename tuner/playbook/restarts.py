@@ -223,5 +223,5 @@ def plan_restart(
         sampler_reason="learns from the trials of all rounds",
         proposed_seeds=(),
         findings=reading.findings,
-        notes=(f"This round starts pass {number}, with the horizon and the search space of {first.name}.",),
+        notes=(f"Restart {number - 1}: this round has the horizon and the search space of {first.name}.",),
     )

@@ -158,6 +158,17 @@ def capped(dimension: Dimension, highest: float) -> Dimension:
             return dimension
 
 
+def even(dimension: Dimension) -> Dimension:
+    """Remove the odd numbers of a list; return it unchanged if nothing else would be left.
+
+    Rule: PEFT's orthogonal initialisation is defined for even ranks only.
+    """
+    if not isinstance(dimension, Choices):
+        return dimension
+    kept = [value for value in dimension.values if not (isinstance(value, int) and value % 2)]
+    return as_listed(dimension, kept) if kept else dimension
+
+
 def higher_rates(old: Dimension, limits: Limits) -> Dimension:
     """Return the learning rates with ten times the upper bound and the same lower one.
 

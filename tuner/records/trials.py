@@ -295,13 +295,6 @@ class Trial:
         return f"{self.round}/{self.number}"
 
     @property
-    def seed(self) -> int:
-        """The seed of initialisation, data order and dropout."""
-        seed = self.hyperparameters.get("training_seed", 0)
-        assert isinstance(seed, (int, float))
-        return int(seed)
-
-    @property
     def executed_steps(self) -> int:
         """Steps really run, those repeated after a crash included, those inherited not.
 

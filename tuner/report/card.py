@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from tuner.config import ModelSpec, RoundSpec, SourceSpec
-from tuner.methods.variants import variant_of
+from tuner.methods.variants import PLAIN, variant_of
 from tuner.methods.variants.lora import USE_RSLORA
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
@@ -108,8 +108,8 @@ def _front_matter(card: Card) -> str:
 def _tags(card: Card) -> list[str]:
     values = card.trial.hyperparameters
     tags = ["tuner", "lora"]
-    if (chosen := variant_of(values)).switch is not None:
-        tags.append(chosen.name)
+    if (chosen := variant_of(values)).name != PLAIN:
+        tags.append(chosen.name.rpartition(":")[2].lower())
     if values.get(USE_RSLORA.name):
         tags.append("rslora")
     return [*tags, *(["qlora"] if card.spec.model.quantization == "nf4" else [])]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuner.errors import Mistake
+from tuner.methods.table import seed_of
 from tuner.playbook.curves import rise_after_best
 from tuner.playbook.results import scored_before
 from tuner.playbook.selection import beats_the_base, best_evaluation, objective_value, ranked, settled_step
@@ -193,7 +194,7 @@ def trial_document(
             "state": trial.state.value,
             "reason": trial.reason,
             "hyperparameters": trial.hyperparameters,
-            "seed": trial.seed,
+            "seed": seed_of(trial.hyperparameters),
             "best_step": best.step if best else None,
             "best_eval_loss": best.eval_loss if best else None,
             "settled_step": settled_step(trial.evaluations),

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tuner.methods.table import seed_of
 from tuner.playbook.selection import best_evaluation, settled_step
 from tuner.records import LOSS, Trial, TrialState
 from tuner.report import advice, format, terminal
@@ -148,7 +149,7 @@ def trial_page(
 
 def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> dict[str, str]:
     best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
-    facts = {"seed": str(trial.seed)}
+    facts = {"seed": str(seed_of(trial.hyperparameters))}
     if best is not None:
         share = format.percent(best.step / max_train_steps)
         if best.objective is not None:

@@ -76,7 +76,7 @@ def num_kept(num_trials: int, keep_best_trials: int | None) -> int:
 def num_carried_over(num_trials: int, *, passes: int, promotions: Sequence[Promotion]) -> int:
     """Return how many of a round's best trials longer rounds may continue: three for `study promote`.
 
-    With `study auto --passes`, each pass takes a third of a round's number, of the trials that the passes
+    With `study auto --restarts`, each pass takes a third of a round's number, of the trials that the passes
     before have left. `passes`, or the plan of an earlier promotion, sets the number of passes.
     """
     planned = max([passes, *(int(promotion.plan.get("passes", 1)) for promotion in promotions)])
@@ -97,16 +97,16 @@ def unneeded(
     later: Sequence[RoundRecord],
     promotions: Sequence[Promotion],
     keep_best_trials: int | None,
-    is_rehearsal: bool,
+    is_dry_run: bool,
 ) -> Iterator[Unneeded]:
     """Return what `study clean` can free in a round; `later` are the rounds that started after it.
 
-    Nothing of a trial that has not ended; of a rehearsal, and of a sweep whose result is in use, everything
+    Nothing of a trial that has not ended; of a dry run, and of a sweep whose result is in use, everything
     of the others; else the `last` checkpoints, and those that the retention rule does not keep.
     """
     whole = (
         "a dry run: nothing was trained"
-        if is_rehearsal
+        if is_dry_run
         else "a sweep whose result is in use"
         if record.is_sweep and any(not other.is_sweep for other in later)
         else None

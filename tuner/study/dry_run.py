@@ -1,6 +1,6 @@
 """Dry runs of a round, in a separate folder, so that no real round changes.
 
-The folder `rehearsal/` beside the round file is a study like any other, with its own files, database and
+The folder `dry-run/` beside the round file is a study like any other, with its own files, database and
 checkpoints; its files have `run.engine: simulated`, and every command works in it.
 """
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from tuner.config import RoundFile, edit_round, read_round
 from tuner.errors import InputError, RoundFileError
-from tuner.study.folder import REHEARSAL, is_rehearsal
+from tuner.study.folder import dry_run_folder, is_dry_run
 from tuner.study.plan import RoundPlan
 from tuner.study.run import refuse_changed_file
 
 
-def rehearsed_file(file: RoundFile) -> RoundFile:
-    """Return the round's copy under `rehearsal/`, written if it differs; a file of a dry run is returned
+def dry_run_file(file: RoundFile) -> RoundFile:
+    """Return the round's copy under `dry-run/`, written if it differs; a file of a dry run is returned
     unchanged.
 
     Raises InputError if the copy cannot be written, or if the dry run started with another file.
     """
-    if is_rehearsal(file):
+    if is_dry_run(file):
         return file
-    path = file.directory / REHEARSAL / file.path.name
+    path = dry_run_folder(file.directory) / file.path.name
     text = edit_round(file.text, _changes(file), {"run.engine": "a dry run: nothing is trained"})
     copy = read_round(text, path)
     try:

@@ -15,15 +15,30 @@ from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
 
-REHEARSAL = "rehearsal"
-"""Name of a rehearsal's folder, which is a study of its own."""
-REHEARSAL_BANNER = "REHEARSAL: losses are made up by a formula, nothing is trained"
-"""Shown wherever a rehearsal is run or inspected."""
+DRY_RUN = "dry-run"
+"""Name of a dry run's folder, which is a study of its own."""
+FORMER_DRY_RUN = "rehearsal"
+"""Its name in earlier versions; a dry run that began there stays there."""
+DRY_RUN_BANNER = "Dry run: losses are made up by a formula, nothing was trained"
+"""Shown wherever a dry run is run or inspected."""
 
 
-def is_rehearsal(file: RoundFile) -> bool:
+def dry_run_folder(directory: Path) -> Path:
+    """Return the folder of the dry run of a study: the former one if only that is there."""
+    former, folder = directory / FORMER_DRY_RUN, directory / DRY_RUN
+    return former if is_study_folder(former) and not folder.exists() else folder
+
+
+def dry_run_banner(directory: Path) -> str:
+    """Return what to show of a dry run in this folder."""
+    if directory.name != FORMER_DRY_RUN:
+        return DRY_RUN_BANNER
+    return f"{DRY_RUN_BANNER}. Hint: dry runs are now in {DRY_RUN}/; this one stays in {FORMER_DRY_RUN}/"
+
+
+def is_dry_run(file: RoundFile) -> bool:
     """Return whether the file is in the folder of a dry run."""
-    return file.spec.run.engine == "simulated" and file.directory.name == REHEARSAL
+    return file.spec.run.engine == "simulated" and file.directory.name in (DRY_RUN, FORMER_DRY_RUN)
 
 
 @dataclass(frozen=True)
@@ -42,9 +57,9 @@ class StudyFolder:
         return self.files[0].spec.study
 
     @property
-    def is_rehearsal(self) -> bool:
+    def is_dry_run(self) -> bool:
         """Return whether nothing in this study was trained."""
-        return is_rehearsal(self.files[0])
+        return is_dry_run(self.files[0])
 
     @property
     def storage(self) -> str:
@@ -153,6 +168,11 @@ def open_folder(directory: Path) -> StudyFolder:
         )
     _refuse_mixed(directory, files)
     return StudyFolder(directory, tuple(files), tuple(broken))
+
+
+def is_study_folder(directory: Path) -> bool:
+    """Return whether a folder has a file that looks like a round."""
+    return any(map(looks_like_round, directory.glob("*.y*ml")))
 
 
 def looks_like_round(path: Path) -> bool:

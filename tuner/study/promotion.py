@@ -312,7 +312,7 @@ def _restart_text(file: RoundFile, next_round: NextRound, number: int) -> str:
     }
     comments = {
         "search.sampler": next_round.sampler_reason,
-        "search.seed": f"pass {number}",
+        "search.seed": f"restart {number - 1}",
         "search.enqueue": f"none: {file.spec.round} has run them",
     }
     changed = {key: value for key, value in changes.items() if key != "search.enqueue" or search.enqueue}
@@ -394,7 +394,7 @@ def promotion_document(
         "evidence": list(reading.evidence),
         "hyperparameters": {
             name: {
-                "from": dimension_to_yaml(change.from_dimension),
+                "from": None if change.from_dimension is None else dimension_to_yaml(change.from_dimension),
                 "to": dimension_to_yaml(change.to_dimension),
                 "tier": str(change.tier),
                 "reason": change.reason,
@@ -410,6 +410,7 @@ def promotion_document(
         "findings": findings,
         "notes": list(next_round.notes),
         "passes": passes,
+        "restarts": passes - 1,
     }
 
 

@@ -89,10 +89,8 @@ class Rerun:
 def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
     """Return the plan of running a trial again. Raises InputError for one without a result to compare."""
     name = trial.name
-    if folder.is_rehearsal:
-        raise InputError(
-            f"{folder.directory}: nothing is trained in a rehearsal, so there is nothing to reproduce"
-        )
+    if folder.is_dry_run:
+        raise InputError(f"{folder.directory}: a dry run trains nothing, so there is nothing to reproduce")
     if not trial.state.is_result or not trial.evaluations:
         why = f" ({trial.reason})" if trial.reason else ""
         raise InputError(

@@ -218,7 +218,7 @@ def scores_of(store: Store) -> tuple[Trial, ...]:
 
 
 def _adapter_to_score(folder: StudyFolder, trial: Trial) -> Path:
-    if folder.is_rehearsal:
+    if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains no model, so there is nothing to score")
     adapter = folder.verified_adapter(trial) if trial.state == TrialState.COMPLETE else None
     if adapter is None:

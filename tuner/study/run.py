@@ -168,7 +168,7 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
 def refuse_uninstalled(plan: RoundPlan) -> None:
     """Refuse a user's sampler or trackers that are not installed.
 
-    A rehearsal uses no trackers. Raises RoundFileError, and InputError for a sampler.
+    A dry run uses no trackers. Raises RoundFileError, and InputError for a sampler.
     """
     if not is_built_in("sampler", plan.spec.search.sampler):
         make_sampler(plan.spec.search, seed=0)

@@ -14,7 +14,7 @@ import torch
 
 from tuner.config import RoundSpec
 from tuner.errors import ModelError
-from tuner.methods.variants import possible_variants
+from tuner.methods.variants import CHOOSER, known_variant, possible_variants
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
 from tuner.training.packed_passes import example_scores, forward_backward, micro_step
 from tuner.training.trial_run import MicroBatch, TrialRun
@@ -198,6 +198,8 @@ def largest_hyperparameters(space: Space) -> dict[str, Value]:
                 values[name] = value
             case Choices(values=choices) if name in ("lora_r", "batch_size", *switches):
                 values[name] = max(choices)
+            case Choices(values=choices) if name == CHOOSER:
+                values[name] = max(choices, key=lambda each: known_variant(str(each)).weights_per_output)
             case Choices(values=choices):
                 values[name] = choices[0]
             case Range(high=high, integer=integer):

@@ -7,6 +7,7 @@ identical to those of a trial alone, to the digit, in any slot.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,9 @@ class TrialOptimizer:
         flats, views, self._flat_gradients, gradients = [], [], [], []
         for part_name, part in zip(_PARTS, zip(*(start[name] for name in names), strict=True), strict=False):
             transposed = part_name == "B" and method.is_elementwise
-            flat, part_views = _flatten(part, device, transposed=transposed)
-            flat_gradient, part_gradients = _flatten(
-                [torch.zeros_like(view) for view in part_views], device, transposed=transposed
-            )
+            flatten = partial(_flatten, device=device, transposed=transposed, multiple=method.block_elements)
+            flat, part_views = flatten(part)
+            flat_gradient, part_gradients = flatten([torch.zeros_like(view) for view in part_views])
             flats.append(flat)
             views.append(part_views)
             self._flat_gradients.append(flat_gradient)
@@ -126,13 +126,25 @@ class TrialOptimizer:
 
 
 def _flatten(
-    tensors: Sequence[Tensor], device: torch.device, *, transposed: bool
+    tensors: Sequence[Tensor], *, device: torch.device, transposed: bool, multiple: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Copy the tensors into one float32 vector; return it and a view of each in its own shape."""
+    """Copy the tensors into one float32 vector; return it and a view of each in its own shape.
+
+    With a `multiple` above 1, the largest come first and each begins at a multiple of it, with zeros between.
+    """
     laid = [tensor.t() if transposed else tensor for tensor in tensors]
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in laid]).to(device).clone()
-    parts = torch.split(flat, [tensor.numel() for tensor in laid])
-    views = [part.view(tensor.shape) for part, tensor in zip(parts, laid, strict=True)]
+    order = list(range(len(laid)))
+    if multiple > 1:
+        order.sort(key=lambda number: -laid[number].numel())
+    places, end = {}, 0
+    for number in order:
+        start = -(-end // multiple) * multiple
+        end = start + laid[number].numel()
+        places[number] = slice(start, end)
+    flat = torch.zeros(end, device=device)
+    views = [flat[places[number]].view(tensor.shape) for number, tensor in enumerate(laid)]
+    for view, tensor in zip(views, laid, strict=True):
+        view.copy_(tensor)
     return flat, [view.t() if transposed else view for view in views]
 
 

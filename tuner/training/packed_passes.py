@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tuner.adapters import PackedRows
-from tuner.adapters.evaluation import Scores, TokenGrid, grid, scores_of
+from tuner.adapters.evaluation import Scores, grid, scores_of
 from tuner.adapters.frozen_linear import row_keys
+from tuner.adapters.host import read
 from tuner.methods.metrics import ExampleScores, values
 from tuner.records import LOSS, Evaluation
 from tuner.training.trial_run import MicroBatch, TrialRun
@@ -29,8 +32,12 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
     whole = {s: run for s, run in runs.items() if not run.micro_batches and run.reason_infeasible is None}
     if not whole:
         return
-    norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()]).tolist()
-    for run, norm in zip(whole.values(), norms, strict=True):
+    norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()])
+    found = read([norms, *(torch.stack(run.unread_losses) for run in whole.values() if run.unread_losses)])
+    losses = iter(found[1:])
+    for run, norm in zip(whole.values(), found[0], strict=True):
+        if run.unread_losses:
+            run.read_losses(next(losses))
         try:
             run.finish_update(norm)
         except torch.OutOfMemoryError:  # the first update makes the optimizer's moments
@@ -57,7 +64,7 @@ def forward_backward(
         losses = _pass(state, runs, group, slots)
         if losses is not None:
             state.pack.collect({slot: runs[slot].optimizer.gradients for slot in slots})
-            for slot, loss in zip(slots, losses, strict=True):
+            for slot, loss in zip(slots, losses.unbind(), strict=True):
                 runs[slot].add_loss(loss)
             continue
         torch.cuda.empty_cache()
@@ -76,29 +83,32 @@ def forward_backward(
 
 def _pass(
     state: WorkerState, runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...]
-) -> list[float] | None:
+) -> Tensor | None:
     """Run forward and backward; return each slot's summed negative log-likelihood, None if out of memory.
 
-    A separate function, so that a failed pass holds no memory when its rows are tried again.
+    The sums [slots] stay on the device. A separate function, so that a failed pass holds no memory when its
+    rows are tried again.
     """
     state.pack.zero_gradients()
+    height = max(len(group[slot].rows) for slot in slots)
+    shares = np.array([1.0 / max(1, runs[slot].targets_per_update) for slot in slots], np.float32)
+    keys = _dropout_keys(runs, group, slots, height)
     try:
         tokens = grid(
-            [[state.train[row] for row in group[slot].rows] for slot in slots], device=state.base.device
+            [[state.train[row] for row in group[slot].rows] for slot in slots],
+            device=state.base.device,
+            more=[shares] if keys is None else [shares, keys],
         )
-        height = tokens.input_ids.shape[0] // len(slots)
         state.meter.count_pass(
             micro_steps=len(slots),
             tokens=int(sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)),
             padded_tokens=tokens.input_ids.numel(),
         )
-        share = torch.tensor(
-            [1.0 / max(1, runs[slot].targets_per_update) for slot in slots], device=state.base.device
-        )
-        with state.pack.holding(_packed(runs, group, slots, tokens)):
+        share, *of_rows = tokens.more
+        with state.pack.holding(PackedRows(slots, *of_rows)):
             nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
             torch.autograd.backward((nll * share[tokens.rows // height]).sum())
-        return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).tolist()
+        return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1)
     except torch.OutOfMemoryError:
         return None
 
@@ -196,14 +206,15 @@ def _grid_tokens(micro_batches: Iterable[MicroBatch], lengths: np.ndarray) -> in
     return len(parts) * tallest * longest
 
 
-def _packed(
-    runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...], tokens: TokenGrid
-) -> PackedRows:
+def _dropout_keys(
+    runs: Mapping[int, TrialRun], group: Mapping[int, MicroBatch], slots: tuple[int, ...], height: int
+) -> NDArray[np.int32] | None:
+    """Return the keys of the rows of a grid [slots * height]; None if no trial has dropout."""
     if not any(runs[slot].adapter.config.lora_dropout for slot in slots):
-        return PackedRows(slots)
-    height = tokens.input_ids.shape[0] // len(slots)
-    keys = torch.zeros(len(slots), height, dtype=torch.int64, device=tokens.input_ids.device)
+        return None
+    seeds, steps, rows = np.zeros((3, len(slots), height), dtype=np.int64)
     for number, slot in enumerate(slots):
-        places = torch.tensor(group[slot].places, device=keys.device)
-        keys[number, : len(places)] = row_keys(runs[slot].seed, runs[slot].step + 1, places)
-    return PackedRows(slots, keys.view(-1))
+        seeds[number], steps[number] = runs[slot].seed, runs[slot].step + 1
+        rows[number, : len(group[slot].places)] = group[slot].places
+    keys: NDArray[np.int32] = row_keys(*(torch.from_numpy(each) for each in (seeds, steps, rows))).numpy()
+    return keys.reshape(-1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
@@ -18,8 +19,10 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.methods.metrics import metric
+from tuner.methods.table import seed_of
+from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Evaluation, Ready
+from tuner.records import Evaluation, Ready, Space
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
@@ -96,46 +99,71 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     be used, or does not fit into memory with the slots.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    space = spec.space()
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
     base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
-    meta_model = meta_copy(base, base_path=spec.model.path)
-    modules = targeted_modules(meta_model, space)
-    refuse_unlike_linear(base, modules)
-    max_rank = int(max(values_of(space["lora_r"])))
-
-    def state_with(num_slots: int, pass_tokens: int) -> WorkerState:
-        return WorkerState(
-            base=base,
-            meta_model=meta_model,
-            pack=Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules),
-            train=data.train,
-            evaluation=data.evaluation,
-            base_path=spec.model.path,
-            revision=loaded_commit(spec.model) or spec.model.revision,
-            evaluation_rows=spec.evaluation.batch_size,
-            micro_tokens=max(1, pass_tokens // num_slots),
-            pass_tokens=pass_tokens,
-            evaluation_tokens=pass_tokens,
-        )
-
-    pass_tokens = PASS_TOKENS[device.type]
     with explain_out_of_memory(slots):
-        if slots != "auto":
-            state = state_with(slots, pass_tokens)
-            if spec.trains_alone:
-                # Refuses a base model that DoRA cannot read.
-                state.new_adapter(largest_hyperparameters(space), seed=0)
-            return state
-        if device.type == "cpu":
-            return state_with(1, pass_tokens)
-        alone = state_with(1, pass_tokens)
-        packing = packing_for(alone, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
-        alone.pack.close()
-        return state_with(packing.slots, packing.pass_tokens)
+        state = _packed(spec, data, base, slots=slots)
+        _refuse_adapters(state, spec.space())
+    return state
+
+
+def _packed(spec: RoundSpec, data: PreparedData, base: Base, *, slots: int | Literal["auto"]) -> WorkerState:
+    """Put a pack on the base model, with slots as `arrange` says."""
+    device = base.device
+    packing = Packing(1 if slots == "auto" else slots, PASS_TOKENS[device.type])
+    meta_model = meta_copy(base, base_path=spec.model.path)
+    modules = targeted_modules(meta_model, spec.space())
+    refuse_unlike_linear(base, modules)
+    state = _state(spec, data, base, meta_model, modules, packing)
+    if slots != "auto" or device.type == "cpu":
+        return state
+    packing = packing_for(state, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
+    state.pack.close()
+    return _state(spec, data, base, meta_model, modules, packing)
+
+
+def _state(
+    spec: RoundSpec,
+    data: PreparedData,
+    base: Base,
+    meta_model: PreTrainedModel,
+    modules: Collection[str],
+    packing: Packing,
+) -> WorkerState:
+    max_rank = int(max(values_of(spec.space()["lora_r"])))
+    return WorkerState(
+        base=base,
+        meta_model=meta_model,
+        pack=Pack(base, num_slots=packing.slots, max_rank=max_rank, modules=modules),
+        train=data.train,
+        evaluation=data.evaluation,
+        base_path=spec.model.path,
+        revision=loaded_commit(spec.model) or spec.model.revision,
+        evaluation_rows=spec.evaluation.batch_size,
+        micro_tokens=max(1, packing.pass_tokens // packing.slots),
+        pass_tokens=packing.pass_tokens,
+        evaluation_tokens=packing.pass_tokens,
+    )
+
+
+def _refuse_adapters(state: WorkerState, space: Space) -> None:
+    """Make adapters that the base model may not allow now, so that no trial fails for them.
+
+    DoRA reads the base model's weights, EVA's rank is at most a layer's width, and a plug-in may be wrong.
+    Raises ModelError or InputError.
+    """
+    values = largest_hyperparameters(space)
+    seed = seed_of(values)
+    if not all(each.packs for each in possible_variants(space)):
+        state.new_adapter(values, seed=seed)
+    for name in variant_names(space):
+        if name != PLAIN:
+            state.new_adapter({**values, CHOOSER: name}, seed=seed)
+    if space["lora_init"].contains("eva"):
+        state.new_adapter({**values, "lora_init": "eva"}, seed=seed)
 
 
 def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tuner.adapters import Adapter
+from tuner.adapters.host import read
 from tuner.data import batch_rows
-from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.table import seed_of
 from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
@@ -76,6 +77,8 @@ class TrialRun:
         """Of the last update in this attempt, in nats per target token."""
         self.optimizer = TrialOptimizer(start.weights, assignment.hyperparameters, device=device)
         self.micro_batches: deque[MicroBatch] = deque()
+        self.unread_losses: list[Tensor] = []
+        """Of the update's micro-batches, still on the device."""
         self._update_nll = 0.0
         self._update_targets = 0
         self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
@@ -88,7 +91,7 @@ class TrialRun:
     @property
     def seed(self) -> int:
         """Return the seed of initialisation, data order and dropout."""
-        return int(HYPERPARAMETERS["training_seed"].number(self.assignment.hyperparameters))
+        return seed_of(self.assignment.hyperparameters)
 
     @property
     def best_step(self) -> int | None:
@@ -143,17 +146,29 @@ class TrialRun:
         self.micro_batches = deque(cut(rows, lengths, micro_tokens=micro_tokens))
         self._update_targets = int(num_targets[list(rows)].sum())
         self._update_nll = 0.0
+        self.unread_losses.clear()
         self.optimizer.zero_gradients()
 
-    def add_loss(self, nll: float) -> None:
-        """Count a micro-batch's negative log-likelihood."""
-        self._update_nll += nll
+    def add_loss(self, nll: float | Tensor) -> None:
+        """Count a micro-batch's negative log-likelihood; a tensor is kept for `read_losses`."""
+        if isinstance(nll, Tensor):
+            self.unread_losses.append(nll)
+        else:
+            self._update_nll += nll
+
+    def read_losses(self, values: Sequence[float]) -> None:
+        """Count the values of `unread_losses`."""
+        self.unread_losses.clear()
+        for value in values:
+            self.add_loss(value)
 
     def finish_update(self, norm: float) -> float:
         """Step the optimizer; returns the update's train loss, in nats per target token.
 
         `norm` is the gradient's, from `TrialOptimizer.gradient_norm`.
         """
+        if self.unread_losses:
+            self.read_losses(*read([torch.stack(self.unread_losses)]))
         factor = multiplier(self.step, self.assignment.hyperparameters, self.assignment.max_train_steps)
         rate, clipped = self.optimizer.step(factor, norm=norm)
         self.step += 1

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from tuner.errors import TunerError
-from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.table import seed_of
 from tuner.playbook import is_diverged
 from tuner.records import (
     Answered,
@@ -226,7 +226,7 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
             run.restore(snapshot)
             run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
         else:
-            start = state.new_adapter(assignment.hyperparameters, seed=_seed(assignment))
+            start = state.new_adapter(assignment.hyperparameters, seed=seed_of(assignment.hyperparameters))
             run = TrialRun(assignment, start, device=state.base.device)
         state.pack.occupy(slot, run.adapter)
         state.pack.load({slot: run.optimizer.weights})
@@ -317,7 +317,3 @@ def _saved(run: TrialRun, checkpoint: Checkpoint) -> Saved:
 
 def _name(run: TrialRun) -> tuple[str, int, int]:
     return run.assignment.round, run.assignment.trial, run.assignment.attempt
-
-
-def _seed(assignment: Assignment) -> int:
-    return int(HYPERPARAMETERS["training_seed"].number(assignment.hyperparameters))

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
+from tuner.adapters.eva import with_eva
 from tuner.adapters.generation import Decoding, TextGenerator, batches
 from tuner.adapters.initial import lora_config
 from tuner.adapters.pack import MasterTensors
@@ -180,8 +182,23 @@ class WorkerState:
     meter: Meter = field(default_factory=Meter)
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
+    _eva: dict[tuple[int | str, ...], Mapping[str, Tensor]] = field(default_factory=dict)
 
     def new_adapter(self, hyperparameters: Hyperparameters, *, seed: int) -> Adapter:
         """Return a new adapter with PEFT's initialisation. Raises ModelError if it cannot be made."""
         config = lora_config(hyperparameters, base_path=self.base_path, revision=self.revision)
-        return self.pack.with_magnitudes(initial_adapter(self.meta_model, config, seed=seed))
+        start = initial_adapter(self.meta_model, config, seed=seed)
+        if config.init_lora_weights == "eva":
+            start = self._with_eva(start, seed=seed)
+        return self.pack.with_magnitudes(start)
+
+    def _with_eva(self, start: Adapter, *, seed: int) -> Adapter:
+        """Set EVA's A, which trials of one rank, seed and set of layers share."""
+        key = (seed, start.config.r, *sorted(start.weights))
+        if key not in self._eva:
+            made = with_eva(start, self.base, self.train, seed=seed)
+            self._eva[key] = {name: a for name, (a, *_) in made.weights.items()}
+        weights = {
+            name: (self._eva[key][name].clone(), *others) for name, (_, *others) in start.weights.items()
+        }
+        return Adapter(start.config, weights)

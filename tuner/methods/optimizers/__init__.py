@@ -54,6 +54,9 @@ class Optimizer:
     If so, it gets one flat vector each for all A's, all B's and all magnitudes, which is faster. Otherwise
     it gets one tensor per matrix, in PEFT's shapes: A [rank, in], B [out, rank], magnitude [out].
     """
+    block_elements: int = 1
+    """If above 1, the largest tensors come first in memory, and each begins at a multiple of this many
+    elements, with zeros between."""
     amplifies_rounding: bool = False
     """Whether rounding differences between runs grow: the state has fewer than 32 bits per number, or the
     update is a sign or is computed in fewer bits."""

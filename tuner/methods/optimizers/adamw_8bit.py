@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tuner.methods.optimizers import (
@@ -18,20 +20,168 @@ from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+BLOCK_ELEMENTS = 256
+"""Elements that bitsandbytes quantises together. None belong to two tensors: each begins at a multiple."""
+_ELEMENTS_A_VALUE = {"state1": 1, "state2": 1, "absmax1": BLOCK_ELEMENTS, "absmax2": BLOCK_ELEMENTS}
+"""Of bitsandbytes' state of a tensor; the rest is the same for all tensors."""
 
 
 def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
-    """Build per tensor: bitsandbytes quantises blocks of 256 in a tensor and keeps small tensors in 32
-    bits."""
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(groups, **adam_arguments(values))  # type: ignore[no-any-return]
+    return without_waiting(AdamW8bit)(groups, **adam_arguments(values))  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Stretch:
+    """Parameters one after the other in memory, with at most a block of zeros between two."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    weights: Tensor
+    gradients: Tensor
+    """[elements], the zeros included."""
+    state: dict[str, Any]
+    """As bitsandbytes' state of one tensor."""
+    views: list[Tensor]
+    """`state1` of each parameter."""
+
+
+@cache
+def without_waiting(library: type) -> type:
+    """Return an optimizer with the updates of one of bitsandbytes', in one call for adjacent tensors.
+
+    The library updates tensor by tensor and waits for the device after each. Its own state per tensor stays,
+    as views. Small tensors keep 32-bit states there, so a stretch has tensors of one kind.
+    """
+    import torch
+    from bitsandbytes import functional
+
+    class Flat(library):  # type: ignore[misc]
+        _stretches: list[_Stretch] = []  # noqa: RUF012
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            """Update all parameters, which have gradients."""
+            assert closure is None
+            if not self._stretches or any(map(self._is_replaced, self._stretches)):
+                self._stretches = [
+                    self._laid(number, list(part))
+                    for number, group in enumerate(self.param_groups)
+                    for part in _adjacent(group["params"], self.args.min_8bit_size)
+                ]
+            for stretch in self._stretches:
+                self._update(stretch)
+
+        def _is_replaced(self, stretch: _Stretch) -> bool:
+            """Return whether a checkpoint's state has taken the place of views."""
+            pairs = zip(stretch.parameters, stretch.views, strict=True)
+            return any(self.state[parameter].get("state1") is not view for parameter, view in pairs)
+
+        def _laid(self, number: int, parameters: list[Tensor]) -> _Stretch:
+            group = self.param_groups[number]
+            first = parameters[0]
+            assert first.grad is not None and first.is_contiguous()  # noqa: PT018
+            starts = [int(parameter.storage_offset() - first.storage_offset()) for parameter in parameters]
+            size = starts[-1] + parameters[-1].numel()
+            state: dict[str, Any] = {}
+            for parameter, start in zip(parameters, starts, strict=True):
+                own = self.state[parameter]
+                if not own:
+                    self.init_state(group, parameter, number, 0)
+                for key, value in own.items():
+                    if key not in _ELEMENTS_A_VALUE:
+                        state[key] = value
+                        continue
+                    elements = _ELEMENTS_A_VALUE[key]
+                    if key not in state:
+                        # What lies between tensors is zero: the code 0 is the lowest number of the map.
+                        is_code = value.dtype == torch.uint8
+                        zero = int(own[f"qmap{key[-1]}"].abs().argmin()) if is_code else 0
+                        state[key] = value.new_full((-(-size // elements),), zero)
+                    begin = start // elements
+                    own[key] = state[key][begin : begin + value.numel()].view(value.shape).copy_(value)
+            weights, gradients = (
+                part.as_strided((size,), (1,), part.storage_offset()) for part in (first.data, first.grad)
+            )
+            views = [self.state[parameter]["state1"] for parameter in parameters]
+            return _Stretch(group, parameters, weights, gradients, state, views)
+
+        def _update(self, stretch: _Stretch) -> None:
+            group, state = stretch.group, stretch.state
+            state["step"] += 1
+            for parameter in stretch.parameters:
+                self.state[parameter]["step"] = state["step"]
+            (beta1, beta2), decay, rate = group["betas"], group["weight_decay"], group["lr"]
+            update = self.optimizer_name, stretch.gradients, stretch.weights, state["state1"]
+            if state["state1"].dtype == torch.float32:
+                functional.optimizer_update_32bit(
+                    *update,
+                    beta1,
+                    group["eps"],
+                    state["step"],
+                    rate,
+                    state.get("state2"),
+                    beta2,
+                    weight_decay=decay,
+                )
+                return
+            functional.optimizer_update_8bit_blockwise(
+                *update,
+                state.get("state2"),
+                beta1,
+                beta2,
+                0.0,
+                0.0,
+                group["eps"],
+                state["step"],
+                rate,
+                state["qmap1"],
+                state.get("qmap2"),
+                state["absmax1"],
+                state.get("absmax2"),
+                decay,
+            )
+
+    return Flat
+
+
+def _adjacent(parameters: Sequence[Tensor], quantised_from: int) -> list[list[Tensor]]:
+    """Cut parameters, in the order of their places in memory, into stretches that one call can update."""
+    stretches: list[list[Tensor]] = []
+    for one in sorted(parameters, key=lambda each: (each.data_ptr(), each.numel())):
+        last = stretches[-1][-1] if stretches else None
+        if (
+            last is not None
+            and one.grad is not None
+            and last.grad is not None
+            and (one.numel() < quantised_from) == (last.numel() < quantised_from)
+            and _follows(last, one)
+            and _follows(last.grad, one.grad)
+            and one.storage_offset() - last.storage_offset()
+            == one.grad.storage_offset() - last.grad.storage_offset()
+            and (one.storage_offset() - stretches[-1][0].storage_offset()) % BLOCK_ELEMENTS == 0
+        ):
+            stretches[-1].append(one)
+        else:
+            stretches.append([one])
+    return stretches
+
+
+def _follows(last: Tensor, one: Tensor) -> bool:
+    """Return whether a tensor begins less than a block after the end of another, in the same memory."""
+    gap = one.storage_offset() - last.storage_offset() - last.numel()
+    same = one.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    return same and 0 <= gap < BLOCK_ELEMENTS and one.is_contiguous() and last.is_contiguous()
 
 
 ADAMW_8BIT = Optimizer(
     name="adamw_8bit",
     hyperparameters=(WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON),
     state_bytes=2,
+    block_elements=BLOCK_ELEMENTS,
     build=_build,
     amplifies_rounding=True,
     trainer_arguments=trainer_adam("adamw_8bit"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Number
 from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer
+from tuner.methods.optimizers.adamw_8bit import without_waiting
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def trainer_lion(optim: str, values: Hyperparameters) -> dict[str, Any]:
 def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.optim.Optimizer:
     from bitsandbytes.optim import Lion
 
-    return Lion(groups, **lion_arguments(values))  # type: ignore[no-any-return]
+    return without_waiting(Lion)(groups, **lion_arguments(values))  # type: ignore[no-any-return]
 
 
 LION = Optimizer(

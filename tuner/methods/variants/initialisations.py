@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tuner.records import Hyperparameters
+from tuner.records import Dimension, Hyperparameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class Initialisation:
     """Whether B starts at 0, so that step 0 equals the base model exactly."""
     even_rank: bool = False
     """Whether PEFT refuses odd ranks."""
+    reads_rows: bool = False
+    """Whether A is computed from what the layers read of training rows, which takes passes over the base."""
 
 
 _BUILT_IN = (
@@ -36,6 +38,13 @@ _BUILT_IN = (
         zero_b=False,
         even_rank=True,
     ),
+    Initialisation(
+        name="eva",
+        peft="eva",
+        meaning="A from the principal components of each layer's inputs at the trial's first training rows "
+        "(arXiv:2410.07170, with rho = 1: every layer keeps its rank), and zero B",
+        reads_rows=True,
+    ),
 )
 INITIALISATIONS: Mapping[str, Initialisation] = MappingProxyType({each.name: each for each in _BUILT_IN})
 """By name, the default first."""
@@ -45,13 +54,24 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("pissa", "olora", "loftq", "corda", "lora_ga"), _CHANGES_THE_BASE),
         "mica": "it trains only A, but tuner trains both A and B",
-        "eva": "not supported yet: it needs activations of training rows",
     }
 )
 """PEFT's unsupported values of `init_lora_weights`, also with suffixes such as pissa_niter_16; and why."""
 
 
+def needs_even_ranks(initialisation: Dimension) -> bool:
+    """Return whether PEFT refuses odd ranks for a value of this dimension of `lora_init`."""
+    return any(each.even_rank and initialisation.contains(name) for name, each in INITIALISATIONS.items())
+
+
+def refusal_of(name: str) -> str | None:
+    """Return why a value of `init_lora_weights` is not supported; None if it is."""
+    return next((why for each, why in REFUSED.items() if name == each or name.startswith(f"{each}_")), None)
+
+
 def starts_with_zero_b(values: Hyperparameters) -> bool:
-    """Return whether a trial's evaluation at step 0 equals the base model's exactly."""
+    """Return whether a trial's evaluation at step 0 is known to equal the base model's exactly."""
+    if values.get("variant", "lora") != "lora":
+        return False
     chosen = INITIALISATIONS.get(str(values.get("lora_init", "default")))
     return chosen is None or chosen.zero_b

@@ -12,6 +12,8 @@ import yaml
 
 from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.schedules import warmup_length
+from tuner.methods.variants import CHOOSER, PLAIN
+from tuner.methods.variants.initialisations import INITIALISATIONS
 from tuner.report.exporters.exporter import Recipe, optimization, trainer_arguments, without
 
 ROWS = "rows"
@@ -72,6 +74,11 @@ def _always(recipe: Recipe) -> Iterator[str]:
         yield (
             f"The optimizer {recipe.optimizer}: transformers' Trainer does not have it, and without `optim` "
             "the tool uses AdamW. In Python, pass the optimizer to the trainer (`optimizers=`)."
+        )
+    if (own := recipe.hyperparameters.get(CHOOSER, PLAIN)) != PLAIN:
+        yield (
+            f"The variant {own}: the tool does not have it and trains plain LoRA; the adapter's "
+            "adapter_config.json has its arguments of peft.LoraConfig."
         )
     if recipe.alpha != recipe.number("lora_alpha"):
         yield f"lora_alpha is {recipe.number('lora_alpha')!r}, rounded to {recipe.alpha}."
@@ -208,7 +215,8 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
     model, ratio, targets = recipe.model, recipe.number("loraplus_ratio"), recipe.targets
     scheduler, arguments = recipe.scheduler
     optimizer = optimization(recipe)
-    initialisation = recipe.hyperparameters["lora_init"]
+    initialisation = INITIALISATIONS[str(recipe.hyperparameters["lora_init"])]
+    is_plain = initialisation.peft is True or initialisation.reads_rows
     is_bfloat16 = model.dtype == "bfloat16"
     return without(
         {
@@ -229,7 +237,7 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
             "peft_layers_to_transform": list(recipe.layers) if recipe.layers else None,
             "peft_use_rslora": recipe.flag("use_rslora") or None,
             "peft_use_dora": recipe.is_dora or None,
-            "peft_init_lora_weights": initialisation if initialisation != "default" else None,
+            "peft_init_lora_weights": None if is_plain else initialisation.peft,
             "loraplus_lr_ratio": ratio if ratio != 1 else None,
             "datasets": [_parquet("train")],
             "test_datasets": [_parquet("test")],
@@ -254,6 +262,12 @@ def _axolotl(recipe: Recipe) -> dict[str, Any]:
     )
 
 
+def _axolotl_cannot(recipe: Recipe) -> Iterator[str]:
+    yield from _no_gguf(recipe)
+    if INITIALISATIONS[str(recipe.hyperparameters["lora_init"])].reads_rows:
+        yield from _no_initialisation(recipe)
+
+
 def _parquet(split: str) -> Mapping[str, Any]:
     """Return a split of tokenised rows, without a type: with one, Axolotl would tokenise them."""
     return {"path": f"{ROWS}/{split}.parquet", "ds_type": "parquet", "split": "train", "type": None}
@@ -267,7 +281,7 @@ TOOLS: Mapping[str, Tool] = {
         rows_on_disk=False,
         held_out="test",
         settings=_axolotl,
-        cannot=_no_gguf,
+        cannot=_axolotl_cannot,
     ),
     "llamafactory": Tool(
         name="LLaMA-Factory",

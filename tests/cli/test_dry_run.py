@@ -1,4 +1,4 @@
-"""`study run --engine simulated`: a whole study rehearsed, and the real one untouched."""
+"""`study run --engine simulated`: a dry run of a whole study, which leaves the real one alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.studies import write_round
 from tuner.cli import run
 
-BANNER = "REHEARSAL"
+BANNER = "Dry run: losses are made up by a formula, nothing was trained"
 
 
 def write(directory: Path, *, steps: int = 40) -> None:
@@ -51,7 +51,7 @@ def files(directory: Path) -> set[str]:
     return {path.relative_to(directory).parts[0] for path in directory.rglob("*")}
 
 
-def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
+def test_a_dry_run_of_two_rounds_and_nothing_real_is_touched(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def does(*arguments: str) -> tuple[str, str]:
@@ -64,16 +64,16 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     assert BANNER in err
     assert "seconds simulated" in err
     assert "synthetic losses" in out
-    assert err.rstrip().endswith("next: tuner -C rehearsal study promote --to round2")
-    assert files(study) == {"round1.yaml", "rehearsal"}
+    assert err.rstrip().endswith("next: tuner -C dry-run study promote --to round2")
+    assert files(study) == {"round1.yaml", "dry-run"}
     assert (study / "round1.yaml").read_text() == before
 
-    out, err = does("-C", "rehearsal", "study", "promote", "--to", "round2")
+    out, err = does("-C", "dry-run", "study", "promote", "--to", "round2")
     assert err.startswith(BANNER)
-    assert err.rstrip().endswith("next: tuner -C rehearsal study run round2.yaml")
-    out, err = does("-C", "rehearsal", "study", "run", "round2.yaml")
+    assert err.rstrip().endswith("next: tuner -C dry-run study run round2.yaml")
+    out, err = does("-C", "dry-run", "study", "run", "round2.yaml")
     assert BANNER in err
-    trials = documents(does("-C", "rehearsal", "trial", "list", "--json")[0])
+    trials = documents(does("-C", "dry-run", "trial", "list", "--json")[0])
     carried = [trial for trial in trials if trial["continues"]]
     assert len(carried) == 3
     assert all(trial["executed_steps"] < trial["evaluations"][-1]["step"] for trial in carried)
@@ -82,63 +82,63 @@ def test_two_rounds_are_rehearsed_and_nothing_real_is_touched(
     out, err = does("study", "status", "--json")
     assert BANNER not in err
     assert documents(out)["rounds"][0]["state"] == "open"
-    out, err = does("-C", "rehearsal", "study", "report")
+    out, err = does("-C", "dry-run", "study", "report")
     assert BANNER in err
-    page = (study / "rehearsal" / "report-round2.html").read_text()
+    page = (study / "dry-run" / "report-round2.html").read_text()
     assert "synthetic losses" in page
     for text in (out, page):
         assert "How the study went" in text
         assert "3 of round1" in text
         assert "The rank correlation of their losses" in " ".join(text.split())
-        assert "Throughput" not in text, "a rehearsal measures nothing"
-    first, _ = does("-C", "rehearsal", "study", "report", "round1")
+        assert "Throughput" not in text, "a dry run measures nothing"
+    first, _ = does("-C", "dry-run", "study", "report", "round1")
     assert "How the study went" not in first
 
 
-def test_a_rehearsal_is_repeatable_and_run_again_changes_nothing(
+def test_a_dry_run_is_repeatable_and_run_again_changes_nothing(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def curves() -> Any:
-        tuner("-C", "rehearsal", "trial", "list", "--json", within=study, monkeypatch=monkeypatch)
+        tuner("-C", "dry-run", "trial", "list", "--json", within=study, monkeypatch=monkeypatch)
         trials = documents(capsys.readouterr().out)
         return [(t["hyperparameters"], t["state"], t["evaluations"], t["executed_steps"]) for t in trials]
 
-    def rehearse() -> None:
+    def again() -> None:
         arguments = ("study", "run", "round1.yaml", "--engine", "simulated", "--slots", "2")
         assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
         capsys.readouterr()
 
-    rehearse()
+    again()
     first = curves()
     assert len(first) == 6
-    rehearse()
+    again()
     assert curves() == first
-    (study / "rehearsal").rename(tmp_path / "elsewhere")
-    rehearse()
+    (study / "dry-run").rename(tmp_path / "elsewhere")
+    again()
     assert curves() == first
 
 
-def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_rehearsal_alone(
+def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_dry_run_alone(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("study", "run", "round1.yaml", "--engine", "simulated")
     assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
-    copy = (study / "rehearsal" / "round1.yaml").read_text()
+    copy = (study / "dry-run" / "round1.yaml").read_text()
     write(study, steps=60)
     capsys.readouterr()
     assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 2
     said = capsys.readouterr().err
     assert "max_train_steps" in said
     assert "delete" in said
-    assert (study / "rehearsal" / "round1.yaml").read_text() == copy
+    assert (study / "dry-run" / "round1.yaml").read_text() == copy
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("study", "run", "round1.yaml", "--engine", "ray3"), "local, simulated"),
-        (("study", "run", "rehearsal/round1.yaml", "--engine", "local"), "this file belongs to a dry run"),
-        (("-C", "rehearsal", "trial", "generate", "best", "--prompt", "x"), "nothing is trained"),
+        (("study", "run", "dry-run/round1.yaml", "--engine", "local"), "this file belongs to a dry run"),
+        (("-C", "dry-run", "trial", "generate", "best", "--prompt", "x"), "a dry run trains nothing"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -157,7 +157,7 @@ def test_what_cannot_be_done_is_refused(
     assert words in capsys.readouterr().err
 
 
-def test_a_file_that_says_simulated_is_rehearsed_without_torch(study: Path) -> None:
+def test_a_file_that_says_simulated_needs_no_torch(study: Path) -> None:
     path = study / "round1.yaml"
     path.write_text(path.read_text() + "run: {engine: simulated}\n")
     code = (
@@ -168,7 +168,45 @@ def test_a_file_that_says_simulated_is_rehearsed_without_torch(study: Path) -> N
         [sys.executable, "-c", code], cwd=study, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert files(study) == {"round1.yaml", "dry-run"}
+
+
+def test_a_dry_run_of_an_earlier_version_stays_in_its_folder(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which was called rehearsal; a folder of that name with something else in it is left alone."""
+
+    def does(*arguments: str) -> str:
+        assert tuner(*arguments, within=study, monkeypatch=monkeypatch) == 0
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    (study / "rehearsal").mkdir()
+    (study / "rehearsal" / "notes.yaml").write_text("songs: [1, 2]\n")
+    does("study", "run", "round1.yaml", "--engine", "simulated")
+    (study / "rehearsal" / "notes.yaml").unlink()
+    (study / "rehearsal").rmdir()
+    (study / "dry-run").rename(study / "rehearsal")
+
+    said = does("study", "run", "round1.yaml", "--engine", "simulated")
+    assert "Hint: dry runs are now in dry-run/; this one stays in rehearsal/" in said
+    assert said.rstrip().endswith("next: tuner -C rehearsal study promote --to round2")
     assert files(study) == {"round1.yaml", "rehearsal"}
+    assert BANNER in does("-C", "rehearsal", "study", "status")
+    does("-C", "rehearsal", "study", "promote", "--to", "round2", "--max-train-steps", "80")
+    assert "rehearsal/round1/" in does("study", "clean")
+    assert (
+        tuner(
+            "study",
+            "run",
+            "rehearsal/round1.yaml",
+            "--engine",
+            "local",
+            within=study,
+            monkeypatch=monkeypatch,
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("sampler", ["quasi-random", "grid"])
@@ -176,7 +214,7 @@ def test_a_round_without_points_for_all_its_trials_ends_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sampler: str
 ) -> None:
     write_round(tmp_path, learning_rate="1e-3", trials=6, sampler=sampler, run="run: {engine: simulated}")
-    directory = tmp_path / "rehearsal"
+    directory = tmp_path / "dry-run"
 
     def does(*arguments: str) -> tuple[str, str]:
         assert tuner(*arguments, within=tmp_path, monkeypatch=monkeypatch) == 0, capsys.readouterr().err
@@ -204,9 +242,9 @@ def test_comparison_runs_may_be_asked_for_at_any_time(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A finished round is open again until they have run, and one that began without stays as it was."""
-    file = study / "rehearsal" / "round1.yaml"
+    file = study / "dry-run" / "round1.yaml"
 
-    def does(*arguments: str, within: str = "rehearsal") -> tuple[str, str]:
+    def does(*arguments: str, within: str = "dry-run") -> tuple[str, str]:
         assert tuner("-C", within, *arguments, within=study, monkeypatch=monkeypatch) == 0
         said = capsys.readouterr()
         return said.out, said.err
