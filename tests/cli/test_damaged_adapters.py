@@ -143,6 +143,6 @@ def test_it_is_trained_again_where_no_checkpoint_has_it(study: Path) -> None:
 def test_a_trial_without_an_adapter_has_none_to_restore(tmp_path: Path) -> None:
     write_round(tmp_path, trials=1, learning_rate="9e-2")
     assert tuner("study", "run", "round1.yaml", "--engine", "simulated", directory=tmp_path).returncode == 0
-    done = tuner("trial", "reproduce", "0", "--restore", "--to-step", "2", directory=tmp_path / "rehearsal")
+    done = tuner("trial", "reproduce", "0", "--restore", "--to-step", "2", directory=tmp_path / "dry-run")
     assert done.returncode == 2
     assert "remove --to-step" in done.stderr

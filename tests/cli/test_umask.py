@@ -26,7 +26,7 @@ def test_what_a_run_makes(tmp_path: Path, umask: int, forbidden: int) -> None:
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
-    made = [path for path in (tmp_path / "rehearsal").rglob("*") if not path.is_symlink()]
+    made = [path for path in (tmp_path / "dry-run").rglob("*") if not path.is_symlink()]
     assert len(made) > 10
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in made}
     assert [path for path, mode in modes.items() if mode & forbidden] == []

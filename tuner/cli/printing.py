@@ -136,8 +136,13 @@ def progress_shown(
 
 
 def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
-    """Stop gracefully on the first Ctrl-C or SIGTERM and print `answer`; the second ends the process."""
-    from tuner.api.run import interruptible
+    """Stop gracefully on the first Ctrl-C, SIGTERM or SIGHUP and print `answer`; the second ends everything.
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    return interruptible(seconds, signals=signals, answer=lambda: say(answer), second=signal.SIG_DFL)
+    SIGHUP says that the terminal is gone; where it is ignored, as under nohup, it stays so.
+    """
+    from tuner.api.run import end_now, interruptible
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return interruptible(seconds, signals=signals, answer=lambda: say(answer), second=end_now)

@@ -20,12 +20,14 @@ from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to
 from tuner.training.environment import keep_freed_memory
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import CommandReader, train
+from tuner.training.worker_state import Pulse
 from tuner.whole import keep_others_out
 
 
 def main() -> int:
     """Set up, send `Ready`, and train until told to close."""
     keep_others_out()
+    os.environ.setdefault("TQDM_DISABLE", "1")
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
@@ -62,6 +64,9 @@ def main() -> int:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
         say(ready)
+        state.pulse = Pulse(say, loading_seconds=spec.run.loading_seconds)
+        # Every pass of training, evaluation and generation goes through it once.
+        state.base.model.get_input_embeddings().register_forward_pre_hook(lambda *_: state.pulse.on_pass())
         try:
             train(state, commands, say)
         except TunerError as error:
