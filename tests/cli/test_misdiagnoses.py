@@ -100,7 +100,7 @@ def test_a_database_that_is_gone_while_its_checkpoints_are_there(study: Path, ve
 
 def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_path: Path) -> None:
     """Two are kept until the trial ends, and one afterwards."""
-    changes = {"trials": 1, "steps": 12, "every": 2, "learning_rate": "1e-3", "lora_r": 2}
+    changes = {"trials": 1, "steps": 12, "every": 2, "learning_rate": "1e-3", "lora_r": 2, "decay_steps": 11}
     seen: list[Event] = []
 
     class Watched(SimulatedWorker):
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_pa
         """As the real worker does where the hash is another."""
 
         def start(self, assignment) -> None:
-            if assignment.resume_from and f"step-{newest:06d}" in assignment.resume_from:
+            if assignment.resume_from and f"/last/step-{newest:06d}" in assignment.resume_from:
                 name = (assignment.round, assignment.trial, assignment.attempt)
                 self._refused.append(Ended(*name, 0, "failed", "the checkpoint was changed or damaged"))
                 return
