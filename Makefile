@@ -2,6 +2,9 @@
 # make check test   must pass before a change lands
 # make smollm2 ROWS=alpaca.json   create model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
+# make docs         build the documentation into build/site, without the network
+# make pictures     make the pictures of the documentation from the quickstart study; needs Chromium
+# make image        build the container image with buildah or docker
 # make fix          format, apply lint fixes, and regenerate docs/reference
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +14,7 @@ CLI_DOCS := $(BIN)/typer tuner.cli utils docs --name tuner --title 'The commands
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart smollm2 bench check test fix clean
+.PHONY: setup docs pictures image quickstart smollm2 bench check test fix clean
 
 setup: $(VENV)/.installed
 
@@ -19,6 +22,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# In an environment of its own: contributors who do not build the site need not install it.
+$(VENV)/docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --constraint constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
+	touch $@
+
+docs: setup $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
+	@echo 'wrote build/site/index.html'
+
+pictures: setup
+	$(BIN)/python docs/pictures.py
+
+image:
+	$(or $(shell command -v buildah),$(shell command -v docker)) build --file docker/Dockerfile --tag tuner .
 
 quickstart: setup
 	$(TUNER) -C studies/quickstart study run round1.yaml

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "tuner"
 
 HEAVY = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "optuna", "optuna_dashboard",
-    "sqlalchemy", "alembic", "pandas", "plotly", "scipy", "numpy", "pydantic", "ruamel.yaml", "rich", "typer",
+    "ray", "sqlalchemy", "alembic", "pandas", "plotly", "scipy", "numpy", "pydantic", "ruamel.yaml", "rich",
+    "typer",
 )  # fmt: skip
 
 NUMPY = {"numpy", "scipy"}
@@ -30,11 +31,13 @@ MAY_LOAD: dict[str, set[str]] = {
     "whole": set(),
     "records": set(),
     "methods": set(),
+    "program": set(),
     "playbook": NUMPY,
     "config": FILES,
     "data": FILES,
     "report": FILES | {"rich"},
     "store": FILES | STORE,
+    "commands": FILES,
     "engines": FILES | {"rich"},
     "study": OPTUNA,
     "api": OPTUNA,
@@ -45,6 +48,8 @@ MAY_LOAD: dict[str, set[str]] = {
 }
 """What a room may have loaded when all of its modules are imported, by floors from below; torch comes last,
 so that no room above it owes it to another."""
+NOT_IMPORTED = ("env.py", "sitecustomize.py")
+"""Alembic runs the one, Python at its start in a command the other."""
 WITH_TORCH = ("adapters", "training", "inference")
 
 IMPORT_ALL = """
@@ -105,7 +110,7 @@ def modules(room: str) -> list[str]:
         return ["tuner"]
     if not (PACKAGE / room).is_dir():
         return [f"tuner.{room}"]
-    found = [path for path in (PACKAGE / room).rglob("*.py") if path.name != "env.py"]
+    found = [path for path in (PACKAGE / room).rglob("*.py") if path.name not in NOT_IMPORTED]
     parts = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in sorted(found)]
     return [".".join(part for part in each if part != "__init__") for each in parts]
 

@@ -1,11 +1,11 @@
-"""Files and links that appear whole or not at all, also after a power cut; and whether they still are."""
+"""Files, folders and links that appear whole or not at all, also after a power cut; are they intact?"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,14 +51,19 @@ def replaced_whole(target: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def digest(directory: Path) -> str:
-    """Return the SHA-256 of a directory, over its files' names and contents in the order of names."""
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a directory over its files' names and contents by name."""
+    if path.is_file():
+        return _content(path)
     total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    for each in sorted(each for each in path.rglob("*") if each.is_file()):
+        total.update(f"{each.relative_to(path).as_posix()}\0{_content(each)}\n".encode())
     return total.hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_others_out() -> int:
@@ -78,3 +83,18 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def published(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory that appears whole or not at all, replacing one of the same name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in temporary.rglob("*/*"):
+            synced(path)
+        replaced_whole(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name

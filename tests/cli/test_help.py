@@ -14,6 +14,7 @@ from typer.main import get_command
 from tests.studies import round_file
 from tests.study.rehearsal import rehearse
 from tuner.cli import app, run
+from tuner.store import hold_study
 
 
 def verbs() -> dict[str, Any]:
@@ -116,3 +117,15 @@ def test_a_pipe_gets_every_column_and_a_narrow_terminal_is_told_what_is_missing(
     missing = [name for name in names if name not in shown]
     assert missing
     assert f"too narrow to show {', '.join(missing)}: widen the window, or use --json" in narrow.err
+
+
+def test_while_a_round_runs_status_names_no_command_that_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearse(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with hold_study(tmp_path, f"sqlite:///{tmp_path / 'tuner.db'}", "tiny"):
+        assert run(["study", "status"]) == 0
+        following = capsys.readouterr().err.splitlines()[-1].removeprefix("next: tuner ")
+        assert following == "trial list"
+        assert run(shlex.split(following)) == 0

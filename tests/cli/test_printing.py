@@ -22,6 +22,7 @@ from tuner.cli import printing
 from tuner.cli.rounds import stop_signals
 from tuner.records import Started
 from tuner.report import open_view
+from tuner.report.terminal import FittedTable, column
 
 ROOT = Path(__file__).parents[2]
 ANSWER = "stopping: saving all trials"
@@ -77,6 +78,12 @@ def test_a_console_prints_text_as_it_is(text: str, capsys: pytest.CaptureFixture
     assert tuple(capsys.readouterr()) == (f"{text}\n", f"{text}\n")
 
 
+def test_a_pipe_gets_no_blanks_at_the_ends_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    table = FittedTable([column("words", ["a", "longer  words"], rank=0, min_width=3)])
+    printing.output().print(table)
+    assert capsys.readouterr().out == "words\na\nlonger  words\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_answer_to_a_signal_is_seen_beside_a_live_view(number: int) -> None:
     out = io.StringIO()
@@ -129,6 +136,7 @@ def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
     written += read_until(ours, None, seconds=90)
     assert process.wait(60) == 130, Screen(written).text
     seen = Screen(written).text
+    assert "^C" not in written, "an echoed key would shift the lines of the table"
     assert "stopping: saving all trials (Ctrl-C again to quit now)" in seen
     assert "resume with: tuner study run round1.yaml" in re.sub(r"\s+", " ", seen)
 

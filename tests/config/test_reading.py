@@ -167,9 +167,9 @@ def test_single_mistakes(old, new, line, key, message):
         ("checkpoints: {keep_best_trials: every}", "checkpoints.keep_best_trials", "got 'every'"),
         ("run: {slots: many}", "run.slots", "auto or a whole number of at least 1, got 'many'"),
         (
-            "run: {engine: ray}",
+            "run: {engine: rey}",
             "run.engine",
-            "expects one of local, simulated, or package.module:Name, got 'ray'",
+            "expects one of local, ray, simulated, or package.module:Name, got 'rey'",
         ),
         ("run: {pruner: hyperband}", "run.pruner", "expects none, median or halving"),
         ("run: {report_to: [tensorbord]}", "run.report_to[0]", "did you mean tensorboard?"),

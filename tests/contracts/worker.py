@@ -138,7 +138,7 @@ class WorkerContract:
             if isinstance(e, Ended)
         )
         assert last.outcome == "failed"
-        assert "gone" in str(last.reason)
+        assert "step-000004" in str(last.reason)
         assert ready_worker.capacity() == 2
 
     def test_a_trial_that_diverges_is_infeasible_with_a_reason(

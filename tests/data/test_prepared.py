@@ -516,7 +516,7 @@ def test_a_data_set_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nobody/no-such-set: no local file .* the Hub cannot be reached"):
         load_rows("nobody/no-such-set", config=None, split="train", cache=None)
     assert time.monotonic() - begun < 15, "its client would try for 23 seconds"
-    assert not datasets.config.HF_HUB_OFFLINE, "for this data set alone"
+    assert not datasets.config.HF_HUB_OFFLINE, "for this dataset alone"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ from tests.contracts.worker import assignment, collect, ended
 from tests.studies import installed, round_file, write_round
 from tests.studies import tuner as command
 from tuner.config import load_round
-from tuner.engines import Engine, Job, LocalEngine, LoraFormula, Program, SimulatedEngine, make_engine
+from tuner.engines import (
+    Engine,
+    Job,
+    LocalEngine,
+    LoraFormula,
+    Program,
+    SimulatedEngine,
+    make_engine,
+    worker_environments,
+)
 from tuner.errors import InputError, RoundFileError
 from tuner.methods import registry
 from tuner.records import Died, Evaluated, Ready
@@ -93,6 +102,14 @@ class TestLocalEngine(EngineContract):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         with pytest.raises(InputError, match="--workers 3: this machine has 2 GPU"):
             engine.start(replace(job, workers=3))
+
+    def test_gpus_per_worker_makes_groups_and_says_what_is_idle(self) -> None:
+        three = worker_environments("auto", ("0", "1", "2"), cores=8, gpus_per_worker=2)
+        assert three == [{"CUDA_VISIBLE_DEVICES": "0,1"}]
+        with pytest.raises(InputError, match=r"run.gpus_per_worker: 2: this machine has 1 GPU"):
+            worker_environments("auto", ("0",), cores=8, gpus_per_worker=2)
+        with pytest.raises(InputError, match=r"--workers 2: .* each worker needs 2"):
+            worker_environments(2, ("0", "1", "2"), cores=8, gpus_per_worker=2)
 
     def test_the_document_is_asked_for_at_each_start(self, engine: Engine, job: Job) -> None:
         asked = []
@@ -191,7 +208,8 @@ def test_a_wrong_name_on_the_command_line_is_bad_input(package: Path, tmp_path: 
     done = command("study", verb, "round1.yaml", "--engine", "replaid", directory=study)
     assert done.returncode == 2
     assert (
-        "--engine replaid: expects one of local, simulated, replayed, or package.module:Name" in done.stderr
+        "--engine replaid: expects one of local, ray, simulated, replayed, or package.module:Name"
+        in done.stderr
     )
     assert "engine_plug_ins" not in sys.modules
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
@@ -224,10 +242,33 @@ def test_what_is_no_engine_is_bad_input_and_leaves_nothing(
 
 
 def test_the_names_are_those_built_in_and_those_registered(package: Path) -> None:
-    assert registry.names("engine") == ("local", "simulated", "replayed")
+    assert registry.names("engine") == ("local", "ray", "simulated", "replayed")
     for name in registry.BUILT_IN["engine"]:
-        assert type(make_engine(name)).__module__ == f"tuner.engines.{name}"
+        assert type(make_engine(name)).__module__.startswith(f"tuner.engines.{name}")
 
 
 def test_a_plug_in_is_short() -> None:
     assert len(PLUG_INS.splitlines()) <= 40
+
+
+def test_packed_training_takes_one_gpu_per_worker(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    write_round(study, run="run: {gpus_per_worker: 2}")
+    done = command("study", "run", "round1.yaml", directory=study)
+    assert done.returncode == 2
+    assert "run.gpus_per_worker: 2: packed LoRA training uses one GPU per worker" in done.stderr
+    assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_a_cluster_without_an_address_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    study = tmp_path / "study"
+    write_round(study)
+    for arguments, message in [
+        ((), "Pass --ray-address HOST:6379"),
+        (("--ray-address", "ray://head:10001"), "run tuner on a machine of the cluster"),
+    ]:
+        done = command("study", "run", "round1.yaml", "--engine", "ray", *arguments, directory=study)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert [path.name for path in study.iterdir()] == ["round1.yaml"]

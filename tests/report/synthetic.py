@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tuner.playbook.reading import read_round
 from tuner.playbook.results import RoundResults
@@ -20,6 +21,7 @@ from tuner.records import (
     Throughput,
     Trial,
     TrialState,
+    Value,
 )
 from tuner.report.round_report import RoundReport
 
@@ -148,6 +150,7 @@ def report(
     promised: int = 8,
     earlier: Sequence[RoundReport] = (),
     throughputs: Sequence[Throughput] = (),
+    space: Space = SPACE,
 ) -> RoundReport:
     """A round of the formula as a report, read by the playbook."""
     ran = (
@@ -157,7 +160,7 @@ def report(
         name=round,
         max_train_steps=max_train_steps,
         evaluate_every=5,
-        space=SPACE,
+        space=space,
         trials=ran,
         train_rows=400,
         production_steps=2000,
@@ -227,3 +230,47 @@ def shaped_report(shape: Callable[[int], float], *, num_trials: int = 5, promise
         for number in range(num_trials)
     ]
     return report(trials_of_round=ran, promised=promised)
+
+
+def with_hyperparameters(trial: Trial, changed: Mapping[str, Value]) -> Trial:
+    """The trial with other values."""
+    return replace(trial, hyperparameters={**trial.hyperparameters, **changed})
+
+
+def many_trials(count: int, *, max_train_steps: int = 60) -> list[Trial]:
+    """Trials at random points of six hyperparameters; the highest rates diverge."""
+    draw = random.Random(1)
+    made = []
+    for number in range(count):
+        rate = 10 ** draw.uniform(-5, -2.5)
+        one = trial(number, rate, rank=draw.choice((8, 16, 32)), max_train_steps=max_train_steps)
+        if rate > 2.2e-3:
+            reason = "evaluation loss is nan at step 20"
+            lost, evaluations = TrialState.INFEASIBLE, diverging(rate)
+            one = replace(one, state=lost, reason=reason, evaluations=evaluations)
+        values = {
+            "weight_decay": draw.uniform(0, 0.1),
+            "schedule": draw.choice(("linear", "cosine")),
+            "target_modules": draw.choice(("all-linear", ("q_proj", "v_proj"))),
+            "lora_dropout": draw.choice((0.0, 0.05, 0.1)),
+        }
+        made.append(with_hyperparameters(one, values))
+    return made
+
+
+WIDE_SPACE: Space = {
+    **SPACE,
+    "weight_decay": Range(0, 0.1),
+    "schedule": Choices(("linear", "cosine")),
+    "target_modules": Choices(("all-linear", ("q_proj", "v_proj"))),
+    "lora_dropout": Choices((0.0, 0.05, 0.1)),
+}
+"""Of `many_trials`."""
+
+
+def large_report(count: int = 200) -> RoundReport:
+    """A round of many trials over six hyperparameters."""
+    return replace(
+        report(trials_of_round=many_trials(count), promised=count, space=WIDE_SPACE),
+        importance={"learning_rate": 0.61, "lora_r": 0.2, "weight_decay": 0.1, "schedule": 0.09},
+    )

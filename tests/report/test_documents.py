@@ -118,6 +118,7 @@ class TestStatus:
             "metric",
             "direction",
             "best",
+            "running",
             "branches_left",
             "seconds_left",
             "overfitting",
@@ -299,3 +300,28 @@ def test_check_document() -> None:
         "plan": None,
         "remarks": [],
     }
+
+
+def test_a_running_trial_says_where_it_runs() -> None:
+    """On a cluster node and GPU, on this machine neither; one that has ended is not listed."""
+    attempts = [
+        Attempt(1, 0, 10, 0.0, environment={"node": "gpu-7", "gpu": "0", "device": "NVIDIA H100"}),
+        Attempt(1, 0, 10, 0.0, environment={"device": "cpu"}),
+    ]
+    running = [
+        Trial("round1", number, {}, TrialState.RUNNING, attempts=(attempt,))
+        for number, attempt in enumerate(attempts)
+    ]
+    ended = Trial("round1", 2, {}, TrialState.COMPLETE, attempts=attempts[:1])
+    trials = [*running, ended]
+    status = round_status(
+        "round1", max_train_steps=60, trials=trials, promised=3, is_running=True, adapters={}, now=9.0
+    )
+    (shown,) = status_document("alpaca", [status])["rounds"]
+    assert shown["running"] == [
+        {"trial": 0, "node": "gpu-7", "gpu": "0"},
+        {"trial": 1, "node": None, "gpu": None},
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(status_table("alpaca", [status]))
+    assert "round1/0 runs on gpu-7 GPU 0" in console.file.getvalue()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 import time
 
 import pytest
@@ -149,7 +150,8 @@ class TestOnATerminal:
         assert len(last.splitlines()) >= 11, "all trials are shown at the end, whatever the height"
         assert all(len(line) <= width for line in last.splitlines() if "\x1b" not in line)
         if width >= 80:
-            assert [line.split()[0] for line in last.splitlines()[2:10]] == list("01234567")
+            numbers = [line.split()[0] for line in last.splitlines() if line.split()[:1] != ["trial"]]
+            assert [n for n in numbers if n in "01234567"][:8] == list("65432107"), "the best first"
             assert "8 of 8 trials" in last
             assert "infeasible: evaluation loss is nan at step 20" in out.getvalue()
 
@@ -187,19 +189,45 @@ class TestBoardTable:
         lines = self.drawn(self.board()).splitlines()
         head = ["trial", "learning_rate", "lora_r", "curve", "step", "train", "eval", "best", "state"]
         assert lines[1].split() == head
-        assert "2.7e-3" not in lines[9]
-        assert lines[9].split()[0:3] == ["7", "0.0027", "32"]
-        assert lines[9].split()[-2:] == ["2.1000@5", "infeasible"]
-        assert lines[10].split()[-5:] == ["7/60", "1.7500", "-", "-", "running"]
+        assert "2.7e-3" not in lines[10]
+        assert lines[10].split()[0:3] == ["7", "0.0027", "32"], "infeasible trials come last"
+        assert lines[10].split()[-2:] == ["2.1000@5", "infeasible"]
+        assert lines[9].split()[-5:] == ["7/60", "1.7500", "-", "-", "running"]
         assert "8 of 16 trials" in lines[-1]
         assert "0.233 steps/s" in lines[-1]
 
     @pytest.mark.parametrize(
         ("width", "shown"),
-        [(70, {"trial", "step", "best", "learning_rate", "state", "eval"}), (20, {"trial", "step"})],
+        [
+            (66, {"trial", "step", "best", "learning_", "rate", "lora_", "r", "state", "eval"}),
+            (20, {"trial", "step"}),
+        ],
     )
     def test_a_narrow_terminal_keeps_what_matters_most(self, width: int, shown: set[str]) -> None:
-        assert set(self.drawn(self.board(), width=width).splitlines()[1].split()) == shown
+        head = re.split(r"\n +6 ", self.drawn(self.board(), width=width))[0].splitlines()[1:]
+        assert set(" ".join(head).split()) == shown
+
+    @pytest.mark.parametrize("width", [60, 80, 100])
+    def test_every_searched_hyperparameter_is_seen(self, width: int) -> None:
+        """At 80 columns each has its own; on a narrower terminal, a line names those of the best trial."""
+        names = ["learning_rate", "lora_r", "lora_alpha", "warmup_steps", "weight_decay", "lora_dropout"]
+        board = self.board()
+        for row in board.rows.values():
+            row.hyperparameters = {name: 0.123 + n for n, name in enumerate(names)}
+        console = Console(file=io.StringIO(), width=width, record=True, force_terminal=False)
+        console.print(board_table(board, title="", searched=names, now=30.0, max_rows=None))
+        seen = console.export_text()
+        assert all(f"{0.123 + n:.3g}" in seen for n in range(len(names)))
+        assert ("trial 6: " in seen) == (width < 80)
+
+    def test_curves_share_a_scale(self) -> None:
+        """A trial that stays at 4.2 does not look like one that falls to 1.9."""
+        board = Board(trials_total=2, max_train_steps=10)
+        for number, last in enumerate((1.9, 4.2)):
+            evaluations = [synthetic.evaluation(0, 4.6), synthetic.evaluation(10, last)]
+            board.sync([synthetic.trial(number, 1e-4, evaluations=evaluations)])
+        low, high = (line.split()[3][-1] for line in self.drawn(board).splitlines()[2:4])
+        assert (low, high) == (UNICODE.levels[0], UNICODE.levels[6])
 
     def test_a_low_terminal_keeps_what_runs_and_the_best(self) -> None:
         text = self.drawn(self.board(), max_rows=2)

@@ -84,7 +84,7 @@ class TestLearningRates:
         assert len(found["complete"]["x"]) == 6
         assert found["infeasible"]["x"] == [2.7e-3]
         assert found["infeasible"]["y"][0] > max(found["complete"]["y"])
-        assert found["infeasible"]["customdata"] == ["evaluation loss is nan at step 20"]
+        assert found["infeasible"]["customdata"] == [["7", "evaluation loss is nan at step 20"]]
 
     def test_only_infeasible_trials(self) -> None:
         assert list(traces(learning_rate_figure(synthetic.trials()[7:]))) == ["infeasible"]

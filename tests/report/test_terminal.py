@@ -17,18 +17,21 @@ def evaluations(*losses: float, every: int = 5) -> list[synthetic.Evaluation]:
 
 class TestSparkline:
     def test_the_lowest_loss_is_the_lowest_mark(self) -> None:
-        line = sparkline(evaluations(3.0, 2.0, 1.0), step=10, max_train_steps=10, width=2)
+        line = sparkline(evaluations(3.0, 2.0, 1.0), step=10, max_train_steps=10, scale=(1.0, 3.0), width=2)
         assert line == UNICODE.levels[4] + UNICODE.levels[0]
 
     def test_what_is_still_to_come_is_marked(self) -> None:
-        line = sparkline(evaluations(3.0, 2.0), step=5, max_train_steps=20, width=8)
+        line = sparkline(evaluations(3.0, 2.0), step=5, max_train_steps=20, scale=(2.0, 3.0), width=8)
         assert line[2:] == UNICODE.ahead * 6
 
     def test_a_loss_that_is_not_finite(self) -> None:
-        assert sparkline(evaluations(1.0, math.nan), step=10, max_train_steps=10, width=2)[-1] == "×"
+        assert (
+            sparkline(evaluations(1.0, math.nan), step=10, max_train_steps=10, scale=(1.0, 1.0), width=2)[-1]
+            == "×"
+        )
 
     def test_before_the_first_evaluation(self) -> None:
-        assert sparkline([], step=0, max_train_steps=60, width=4) == UNICODE.ahead * 4
+        assert sparkline([], step=0, max_train_steps=60, scale=(0.0, 0.0), width=4) == UNICODE.ahead * 4
 
     @given(
         st.lists(st.floats(width=32), max_size=20),
@@ -37,7 +40,9 @@ class TestSparkline:
         st.integers(1, 30),
     )
     def test_always_as_wide_as_asked(self, losses: list[float], step: int, steps: int, width: int) -> None:
-        line = sparkline(evaluations(*losses), step=step, max_train_steps=steps, width=width, marks=ASCII)
+        line = sparkline(
+            evaluations(*losses), step=step, max_train_steps=steps, scale=(0.5, 2.0), width=width, marks=ASCII
+        )
         assert len(line) == width
         assert line.isascii()
 

@@ -91,7 +91,7 @@ def curves(trials: list[dict[str, Any]]) -> list[Any]:
     [
         ("tuner.store.sql.SqlStore.record:9", PARENT),  # between an evaluation and its record
         ("rename:6", WORKER),  # a checkpoint written, not yet under its name
-        ("symlink:3", WORKER),  # the best adapter in place, its link not yet switched
+        ("symlink:3", PARENT),  # the best adapter recorded, its link not yet switched
     ],
 )
 def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(

@@ -32,9 +32,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def planned(study: Path, number: int, *, to_step: int | None = None, **changes: Any) -> Rerun:
+def planned(
+    study: Path, number: int, *, to_step: int | None = None, engine: str | None = None, **changes: Any
+) -> Rerun:
     trial = replace(trials(study)[number], **changes)
-    return planned_rerun(open_folder(study), trial, to_step=to_step)
+    return planned_rerun(open_folder(study), trial, to_step=to_step, engine=engine)
 
 
 def again(
@@ -64,6 +66,14 @@ def test_a_trial_is_reproduced_and_the_study_stays_as_it_was(study: Path) -> Non
     assert [pair.step for pair in found.pairs] == [0, 2, 4, 6, 8]
     assert "round1/0 is reproduced digit for digit: 5 evaluations up to step 8" in said(found)
     assert (repr(trials(study)), sorted(study.rglob("*"))) == before
+
+
+def test_another_engine_is_used_and_said(study: Path) -> None:
+    """By its path: nothing imports it before it runs."""
+    rerun = planned(study, 0, engine="my_cluster:Engine")
+    assert rerun.spec.run.engine == "my_cluster:Engine"
+    assert rerun.remarks == ("It runs on the engine my_cluster:Engine; its round names local.",)
+    assert planned(study, 0, engine="local").remarks == ()
 
 
 def test_an_infeasible_trial_ends_again(study: Path) -> None:
@@ -151,6 +161,8 @@ class TestContinued:
         ({"state": TrialState.WAITING}, "round1/0 is waiting"),
         ({"to_step": 1}, "--to-step 1: .* from step 2"),
         ({"to_step": 9}, "--to-step 9: .* to step 8"),
+        ({"engine": "steam"}, "--engine steam: expects one of local"),
+        ({"engine": "simulated"}, "--engine simulated: a dry run trains nothing"),
     ],
 )
 def test_what_cannot_be_reproduced(study: Path, changes: dict[str, Any], message: str) -> None:

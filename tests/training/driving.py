@@ -17,11 +17,25 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Examples
-from tuner.records import Assignment, Ended, Evaluated, Evaluation, Event, RunId, Started, Value, to_json
+from tuner.program import CommandReader
+from tuner.records import (
+    Assignment,
+    CheckpointKind,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Event,
+    RunId,
+    Saved,
+    Started,
+    Value,
+    to_json,
+)
 from tuner.training.packed_passes import micro_step
 from tuner.training.trial_run import TrialRun
-from tuner.training.worker import CommandReader, train
+from tuner.training.worker import train
 from tuner.training.worker_state import WorkerState
+from tuner.whole import lead
 
 Hyperparameters = Mapping[str, Value]
 Say = Callable[[Event], None]
@@ -220,13 +234,18 @@ def run_loop(
     events = [] if heard is None else heard
     reading, writing = os.pipe()
     with os.fdopen(reading) as lines, os.fdopen(writing, "w", buffering=1) as written:
+        directories: dict[int, Path] = {}
 
         def start(assigned: Assignment) -> None:
             open_ends.add(assigned.trial)
+            directories[assigned.trial] = Path(assigned.directory)
             written.write(json.dumps({"order": "start", "assignment": to_json(assigned)}) + "\n")
 
         def say(event: Event) -> None:
             events.append(event)
+            if isinstance(event, Saved) and event.checkpoint.kind == CheckpointKind.BEST:
+                directory = directories[event.trial]
+                lead(directory / "best", directory.parent / event.checkpoint.path)
             if isinstance(event, Ended):
                 open_ends.remove(event.trial)
                 if waiting:

@@ -15,7 +15,8 @@ from tests.training.driving import begin, worker_state
 from tuner.adapters import Adapter
 from tuner.errors import CheckpointError
 from tuner.records import CheckpointKind, Evaluation
-from tuner.training.checkpoints import Snapshot, digest, publish_best, publish_snapshot, read_snapshot
+from tuner.training.checkpoints import Snapshot, publish_best, publish_snapshot, read_snapshot
+from tuner.whole import digest, lead
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ class TestSnapshot:
     def test_without_best_and_without_moments(self, adapter: Adapter, tmp_path: Path) -> None:
         bare = Snapshot(step=0, adapter=adapter, optimizer={}, evaluations=(), best=None, counters={})
         kept = publish_snapshot(tmp_path / "trial-0000", bare, kind=CheckpointKind.TRUNK, attempt=1)
-        assert kept.path == "trial-0000/trunk/step-000000"
+        assert kept.path == "trial-0000/trunk/step-000000.a1"
         read = read_snapshot(tmp_path / kept.path, sha256=kept.sha256)
         assert (read.best, dict(read.optimizer), read.evaluations) == (None, {}, ())
 
@@ -125,10 +126,12 @@ class TestPublishing:
         assert read_snapshot(tmp_path / kept.path, sha256=kept.sha256).step == snapshot.step
         assert not list(tmp_path.rglob("*.tmp"))
 
-    def test_replaces_its_own_and_what_a_crash_left(self, snapshot: Snapshot, tmp_path: Path) -> None:
+    def test_replaces_its_own_and_no_other_attempts(self, snapshot: Snapshot, tmp_path: Path) -> None:
         first = publish_snapshot(tmp_path / "t", snapshot, kind=CheckpointKind.TRUNK, attempt=1)
         second = publish_snapshot(tmp_path / "t", snapshot, kind=CheckpointKind.TRUNK, attempt=2)
-        assert first.path == second.path
+        assert publish_snapshot(tmp_path / "t", snapshot, kind=CheckpointKind.TRUNK, attempt=2) == second
+        assert [Path(each.path).name for each in (first, second)] == ["step-000006.a1", "step-000006.a2"]
+        assert read_snapshot(tmp_path / first.path, sha256=first.sha256).step == snapshot.step
         assert read_snapshot(tmp_path / second.path, sha256=second.sha256).step == snapshot.step
 
 
@@ -137,6 +140,7 @@ class TestBest:
         trial = tmp_path / "trial-0000"
         for step, attempt in ((3, 1), (6, 1), (6, 2)):
             kept = publish_best(trial, adapter, adapter.weights, step=step, attempt=attempt)
+            lead(trial / "best", tmp_path / kept.path)
             assert kept.path == f"trial-0000/best-steps/step-{step:06d}.a{attempt}"
             assert (trial / "best").is_symlink()
             assert (trial / "best").resolve() == (tmp_path / kept.path).resolve()
@@ -145,6 +149,7 @@ class TestBest:
 
     def test_link_moves_with_the_study(self, adapter: Adapter, tmp_path: Path) -> None:
         kept = publish_best(tmp_path / "a" / "trial-0000", adapter, adapter.weights, step=3, attempt=1)
+        lead(tmp_path / "a" / "trial-0000" / "best", tmp_path / "a" / kept.path)
         shutil.move(tmp_path / "a", tmp_path / "b")
         assert digest(tmp_path / "b" / "trial-0000" / "best") == kept.sha256
 
@@ -155,14 +160,17 @@ class TestBest:
         """Before the new link is made, and before it takes the old one's place."""
         trial = tmp_path / "trial-0000"
         before = publish_best(trial, adapter, adapter.weights, step=3, attempt=1)
+        lead(trial / "best", tmp_path / before.path)
+        between = publish_best(trial, adapter, adapter.weights, step=6, attempt=1)
         with monkeypatch.context() as patch:
             patch.setattr(Path, call, _power_cut)
             with pytest.raises(InterruptedError):
-                publish_best(trial, adapter, adapter.weights, step=6, attempt=1)
+                lead(trial / "best", tmp_path / between.path)
         assert files_under(trial / "best-steps" / "step-000006.a1") == files_under(trial / "best")
         assert (trial / "best").resolve().name == "step-000003.a1"
         assert digest(trial / "best") == before.sha256
         after = publish_best(trial, adapter, adapter.weights, step=6, attempt=2)
+        lead(trial / "best", tmp_path / after.path)
         assert digest(trial / "best") == after.sha256
         assert not list(trial.glob(".*"))
 

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 
 from tests.training.driving import assignment
+from tuner.program import CommandReader
 from tuner.records import Assignment, RunId, to_json
-from tuner.training.worker import CommandReader
 
 
 def lines(*written: object) -> io.StringIO:

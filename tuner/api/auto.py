@@ -52,6 +52,7 @@ def sweep_round(
     `tell` receives what was found and written. Raises TunerError if the sweep gives no result, and what
     running raises.
     """
+    file.spec.require_model("study sweep fits training rows")
     if epochs is not None:
         file = _with_epochs(file, epochs, prepare, tell)
     answer: SweepDecision | None = _answer_at_once(file, prepare)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.commands.check import mistakes
+from tuner.commands.check import remarks as command_remarks
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
@@ -27,9 +29,9 @@ from tuner.report import check_document
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
 from tuner.store import refuse_damaged
-from tuner.study.check import planned_hours, planned_round
+from tuner.study.check import planned_commands, planned_hours, planned_round
 from tuner.study.dashboard import round_report
-from tuner.study.disk import RoundDisk, free_bytes, taken_back
+from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import (
@@ -69,8 +71,13 @@ def checked(
     file = load_round(path)
     round_plan = StudyPlan(with_plug_ins(file) if probe else file)
     command = _next_command(round_plan)
-    with taken_back(round_plan.cache):
-        plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    if round_plan.spec.command is not None:
+        return *_command_plan(round_plan, probe=probe), command
+    try:
+        with taken_back(round_plan.cache):
+            plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
+    except (DataError, ModelError) as error:
+        raise (file.missing(str(error)) or error) from None
     return plan, remarks, command
 
 
@@ -87,7 +94,33 @@ def refuse_unusable(path: Path, *, prepare: PrepareWith) -> None:
     """Raise InputError if `study check` of this file would."""
     round_plan = StudyPlan(load_round(path))
     _next_command(round_plan)
+    if round_plan.spec.command is not None:
+        _command_plan(round_plan, probe=False)
+        return
     _plan(round_plan, prepare=prepare, probe=False, look=lambda data, tokenizer: None)
+
+
+def _command_plan(round_plan: StudyPlan, *, probe: bool) -> tuple[RoundPlan, list[str]]:
+    """Check a command without running it; `probe` runs a trial of it to its second evaluation."""
+    spec, file = round_plan.absolute, round_plan.file
+    found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
+    if found:
+        raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
+    said = [*command_remarks(spec), *_run_remarks(spec)]
+    plan = planned_commands(spec)
+    if not probe:
+        return plan, [*said, "the command was not run; --probe runs a trial to its second evaluation"]
+    from tuner.commands.probe import probed
+
+    measured = probed(spec, file.directory)
+    hours = planned_hours(
+        spec,
+        seconds_per_step=measured.seconds_per_step,
+        seconds_per_evaluation=0.0,
+    )
+    size_of_one = measured.checkpoint_bytes
+    kept = None if size_of_one is None else checkpoints_of_commands(spec, size_of_one)
+    return replace(planned_commands(spec, checkpoint_bytes=kept), hours=hours), [*said, *measured.remarks]
 
 
 def _next_command(plan: StudyPlan) -> str:
@@ -147,7 +180,7 @@ def _plan(
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
-    if (free := free_bytes(round_plan.checkpoints)) < plan.checkpoint_bytes:
+    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
         remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit")
     return plan, remarks
 

@@ -208,6 +208,9 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
     before anything is written, TunerError if writing fails.
     """
     require_free(export.to, force=export.force, keep=study)
+    if finished.spec.command is not None:
+        _copy_checkpoint(finished, export, tell)
+        return
     converter = _converter(export)
     token = _token(export, finished)
     tokenizer = load_tokenizer(finished.spec.model)
@@ -236,6 +239,15 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tell(f"{export.gguf}: the merged model, by {converter.name}")
     if export.push is not None and token is not None:
         tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+
+
+def _copy_checkpoint(finished: Finished, export: Export, tell: Tell) -> None:
+    """Write the checkpoint of a command's trial as it is. Raises InputError for more than that."""
+    if export.merge or export.gguf is not None or export.push is not None:
+        finished.spec.require_model("--merge, --gguf and --push")
+    with appearing_whole(export.to) as directory:
+        shutil.copytree(finished.adapter, directory, dirs_exist_ok=True)
+    tell(f"{export.to}: the checkpoint of {finished.name}, as the command wrote it")
 
 
 def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
@@ -364,6 +376,7 @@ def export_recipe(
     from tuner.report.exporters import TOOLS, Recipe, recipe_file
 
     require_free(to, force=force, keep=study)
+    finished.spec.require_model(f"--as {tool_name}")
     tool, spec, trial = TOOLS[tool_name], finished.spec, finished.trial
     best = best_evaluation(trial.evaluations)
     if best is None or best.step == 0:

@@ -79,6 +79,7 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
     adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
+    folder.plan(trial.round).spec.require_model(f"{name} cannot be asked")
     spec = folder.as_trained(trial, folder.plan(trial.round).absolute)
     return Speaker(name, spec, load_tokenizer(spec.model), adapter.resolve() if adapter else None)
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic_core import PydanticCustomError
 
 from tuner.api.check import PrepareWith, refuse_unusable
+from tuner.commands.finished import read_runs
 from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
-from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH
+from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
+from tuner.config.settings import with_settings
+from tuner.config.yaml_text import parse
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
 from tuner.errors import InputError, ModelError, TargetModulesError
+from tuner.records import Value
 from tuner.report.format import count
 from tuner.study.disk import taken_back
+from tuner.study.imported import Imported, Said, import_runs, objective_said
 from tuner.study.plan import RoundPlan
 
 Telling = Callable[[], AbstractContextManager[Callable[[str], None]]]
@@ -42,18 +49,20 @@ def write_first_round(
     columns: Sequence[str] = (),
     split: str | None = None,
     template: str | None = None,
+    settings: Sequence[str] = (),
     prepare: PrepareWith,
     telling: Telling,
 ) -> Path:
     """Write DIR/round1.yaml, which passes `study check`; return its path.
 
-    `prepare` prepares the rows, `telling` receives the progress. Raises InputError if the file exists or
-    cannot be written, and the errors of `study check`; the file is then removed.
+    `settings` are values to write into it, as `KEY=VALUE`; `prepare` prepares the rows, `telling` receives
+    the progress. Raises InputError if the file exists or cannot be written, and the errors of `study check`;
+    the file is then removed.
     """
     path = directory / "round1.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; choose another folder, or edit the file")
-    model, gguf_file = _model(_local("--model", model))
+    base = _model(_local("--model", model))
     data = _local("--data", data)
     eval_data = None if eval_data is None else _local("--eval", eval_data)
     named = dict(_named(option) for option in columns)
@@ -62,48 +71,58 @@ def write_first_round(
     source = SourceSpec(path=data, format=_known(format) if format else "alpaca", columns=named, split=split)
     found, train_rows = survey(source, recognised=format is None)
     source = source.model_copy(update={"format": found})
+    made = partial(_text, directory, base, source, train_rows, eval_data, template)
 
-    def text(
-        max_length: int = MAX_LENGTH,
-        eval_fraction: float | None = None,
-        chat_template: str | None = None,
-        target_modules: Sequence[str] = (),
-    ) -> str:
-        return new_round(
-            study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
-            model=_from_folder(model, directory),
-            gguf_file=gguf_file,
-            data=_from_folder(data, directory),
-            eval=None if eval_data is None else _from_folder(eval_data, directory),
-            format=found,
-            columns=matching_columns(source),
-            train_rows=train_rows,
-            max_length=max_length,
-            eval_fraction=eval_fraction,
-            split=split,
-            template=chat_template,
-            target_modules=target_modules,
-            recipe=template,
-        )
+    def text(**known: Any) -> str:
+        return with_settings(made(**known), settings, path)[0]
 
     with taken_back(directory, directory / ".tuner-cache"), ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)
-        file = _written(path, text())
-        max_length = _max_length(file)
+        file = _written(path, text(max_length=MAX_LENGTH))
         needs_template = found in _OF_TURNS and not load_tokenizer(_model_of(file)).chat_template
-        chat_template = _TEMPLATE_OF_TURNS if needs_template else None
-        file = _written(path, text(max_length, None, chat_template))
-        share = None if eval_data is not None else _eval_fraction(file, telling)
-        _written(path, text(max_length, share, chat_template))
+        # What is known only of model and tokenizer; the rows are counted with it.
+        known: dict[str, Any] = {
+            "max_length": _max_length(file),
+            "template": _TEMPLATE_OF_TURNS if needs_template else None,
+        }
+        if eval_data is None:
+            known["eval_fraction"] = _eval_fraction(_written(path, text(**known)), telling)
+        _written(path, text(**known))
         try:
             refuse_unusable(path, prepare=prepare)
         except TargetModulesError as error:
             if not error.fitting:
                 raise
-            _written(path, text(max_length, share, chat_template, error.fitting))
+            _written(path, text(**known, target_modules=error.fitting))
             refuse_unusable(path, prepare=prepare)
         undo.pop_all()
     return path
+
+
+def _text(
+    directory: Path,
+    base: tuple[str, str | None],
+    source: SourceSpec,
+    train_rows: int,
+    eval_data: str | None,
+    recipe: str | None,
+    **known: Any,
+) -> str:
+    """Return the file's text; `known` are arguments of `new_round` that depend on model and tokenizer."""
+    path, gguf_file = base
+    return new_round(
+        study=re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study",
+        model=_from_folder(path, directory),
+        gguf_file=gguf_file,
+        data=_from_folder(source.path, directory),
+        eval=None if eval_data is None else _from_folder(eval_data, directory),
+        format=source.format,
+        columns=matching_columns(source),
+        train_rows=train_rows,
+        split=source.split,
+        recipe=recipe,
+        **known,
+    )
 
 
 def _model_of(file: RoundFile) -> ModelSpec:
@@ -139,6 +158,52 @@ def _eval_fraction(file: RoundFile, telling: Telling) -> float:
             least=EVAL_FRACTION,
             wanted_rows=_WANTED_ROWS,
         )
+
+
+def import_finished(
+    directory: Path,
+    runs: Sequence[Path],
+    *,
+    round: str,
+    metric: str,
+    direction: str | None,
+    max_train_steps: int | None,
+    hyperparameters: Mapping[str, Value],
+    command: str | None,
+    tool: str,
+    config: str | None,
+) -> Imported:
+    """Make a round of finished runs, as `Study.from_runs` says. Raises InputError."""
+    said = Said(
+        round=round,
+        metric=metric,
+        direction=direction,
+        max_train_steps=max_train_steps,
+        command=command,
+        tool=tool,
+        config=None if config is None else Path(config),
+        values=hyperparameters,
+    )
+    return import_runs(directory, read_runs(runs, objective_said(said)), said, clock=time.time)
+
+
+def write_first_command(directory: Path, *, tool: str, config: Path, settings: Sequence[str] = ()) -> Path:
+    """Write DIR/round1.yaml for a training command, and return its path.
+
+    `settings` are values to write into it, as `KEY=VALUE`. Raises InputError if the file exists.
+    """
+    path = directory / "round1.yaml"
+    if path.exists():
+        raise InputError(f"{path}: exists; choose another folder, or edit the file")
+    if not config.is_file():
+        raise InputError(f"--config {config}: there is no such file")
+    directory.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.") or "study"
+    text = new_command_round(study=name, tool=tool, config=_from_folder(str(config.absolute()), directory))
+    text = with_settings(text, settings, path)[0]
+    path.write_text(text, encoding="utf-8")
+    load_round(path)
+    return path
 
 
 def _model(path: str) -> tuple[str, str | None]:
@@ -188,3 +253,14 @@ def _from_folder(path: str, directory: Path) -> str:
     """Make a local path or pattern relative to the study's folder; return a Hub id or a URL unchanged."""
     is_path = "://" not in path and (Path(path).exists() or set("*?[") & set(path))
     return os.path.relpath(path, directory) if is_path else path
+
+
+def values_of(options: Sequence[str]) -> dict[str, Any]:
+    """Return the hyperparameters of `--set NAME=VALUE`, read as in a round file. Raises InputError."""
+    found: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not name or not equals:
+            raise InputError(f"--set {option}: expects NAME=VALUE, such as schedule=linear")
+        found[name] = parse(f"value: {text}").document["value"]
+    return found

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
 from tuner.engines import Job, Program, Worker, end_all_processes, make_engine
-from tuner.errors import InputError, Interrupted
+from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
-from tuner.records import Evaluation, Trial, to_json
+from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
 from tuner.report.live import ProgressBar, Silence
+from tuner.report.notify import NotifiedRound, Notifier
 from tuner.report.trackers import FollowedRound, followed
 from tuner.study.dry_run import dry_run_file
 from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_folder, opened
-from tuner.study.plan import RoundPlan
+from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 TRAINING = ("-m", "tuner.training")
 """Interpreter arguments of the worker program that trains packed LoRA trials."""
+COMMANDS = ("-m", "tuner.commands")
+"""Of the one whose trials are runs of a command."""
 
 Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 """Prepares a round's rows in the folder of tokenised rows; may show progress."""
@@ -58,6 +62,10 @@ class Where:
     """Number of worker processes; auto uses every GPU, or one process without a GPU."""
     engine: str | None = None
     """None: as `run.engine` says."""
+    ray_address: str | None = None
+    """Cluster of the engine `ray`; None: as `run.ray_address` says."""
+    notify: tuple[str, ...] = ()
+    """A program and its arguments that is told the round's news; empty: as `run.notify` says."""
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
@@ -67,7 +75,10 @@ class Where:
     @property
     def options(self) -> str:
         """Options to repeat in a command that resumes."""
-        return "" if self.engine is None else f" --engine {self.engine}"
+        engine = "" if self.engine is None else f" --engine {self.engine}"
+        address = "" if self.ray_address is None else f" --ray-address {self.ray_address}"
+        notify = f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else ""
+        return engine + address + notify
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""
@@ -103,19 +114,34 @@ def run_here(
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
     umask = keep_others_out()
+    notifier = None
     try:
         if is_dry_run:
             view.message(dry_run_banner(file.directory))
         else:
             view = followed(view, file.spec.run.report_to, _followed_round(file))
+            if command := where.notify or file.spec.run.notify:
+                view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return engine.start(_round_job(plan, base, where))
+            return engine.start(replace(_round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
         if is_dry_run:
             view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
+        if notifier is not None:
+            notifier.ended("complete")
+    except Interrupted as stop:
+        if notifier is not None:
+            notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        if notifier is not None:
+            notifier.ended("failed", str(error))
+        raise
+    except InputError as error:
+        raise (file.missing(str(error)) or error) from None
     finally:
         os.umask(umask)
         engine.close()
@@ -125,16 +151,30 @@ def run_here(
 def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
+    if spec.command is not None and where.slots not in (None, 1, "auto"):
+        raise InputError(
+            f"--slots {where.slots}: a command trains one trial at a time; use --workers for more"
+        )
     run = spec.run.model_copy(
-        update={"slots": where.slots or spec.run.slots, "engine": where.engine or spec.run.engine}
+        update={
+            "slots": where.slots or spec.run.slots,
+            "engine": where.engine or spec.run.engine,
+            "ray_address": where.ray_address or spec.run.ray_address,
+        }
     )
     with opened(open_folder(plan.file.directory)) as store:
         first = next((record.max_train_steps for record in store.rounds()), spec.max_train_steps)
+
+    def trials() -> Sequence[Trial]:
+        with opened(open_folder(plan.file.directory)) as store:
+            return store.trials(plan.name)
+
     return _job(
         spec.model_copy(update={"run": run}),
         directory=plan.checkpoints,
-        cache=plan.cache,
+        beside=plan.file.directory,
         base=base,
+        trials=trials,
         workers=where.workers,
         first_horizon=first,
     )
@@ -144,35 +184,62 @@ def _job(
     spec: RoundSpec,
     *,
     directory: Path,
-    cache: Path,
+    beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
 ) -> Job:
-    """Return a job for `tuner.training`, including what the parent already knows."""
+    """Return a job for the program of the round, including what the parent already knows.
+
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than it uses.
+    """
+    if spec.run.gpus_per_worker > 1 and spec.command is None:
+        raise InputError(
+            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: packed LoRA training uses one GPU per worker; "
+            "remove this line. All GPUs are used, with a worker each"
+        )
 
     def document() -> dict[str, object]:
         known = base()
         return {
             "spec": spec.model_dump(mode="json") | {"storage": without_secrets(spec.storage)},
             "slots": spec.run.slots,
-            "cache": str(cache),
+            "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
         }
 
-    return Job(spec, Program(TRAINING, document), directory, workers, first_horizon)
+    def document_of_command() -> dict[str, object]:
+        before = trials()
+        return {
+            **document(),
+            "directory": str(beside),
+            "has_reported": any(e.step for trial in before for e in trial.evaluations),
+            "has_completed": any(trial.state == TrialState.COMPLETE for trial in before),
+        }
+
+    program = Program(TRAINING, document) if spec.command is None else Program(COMMANDS, document_of_command)
+    return Job(spec, program, directory, workers, first_horizon, beside / CACHE)
 
 
 def run_again(
-    rerun: Rerun, *, view: View, stopping: Callable[[], bool], take: Take | None = None
+    rerun: Rerun,
+    *,
+    view: View,
+    stopping: Callable[[], bool],
+    where: Where | None = None,
+    take: Take | None = None,
 ) -> Reproduction:
-    """Run a trial again in one worker with one slot, on the round's engine. Raises what `reproduce` does."""
+    """Run a trial again in one worker with one slot, on its plan's engine. Raises what `reproduce` does."""
     engine = make_engine(rerun.spec.run.engine)
+    address = (where and where.ray_address) or rerun.spec.run.ray_address
 
     def start(spec: RoundSpec, *, cache: Path, place: Path) -> Worker:
-        alone = spec.model_copy(update={"run": spec.run.model_copy(update={"slots": 1})})
-        return engine.start(_job(alone, directory=place, cache=cache))
+        alone = spec.model_copy(
+            update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
+        )
+        return engine.start(replace(_job(alone, directory=place, beside=cache.parent), say=view.message))
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
@@ -182,9 +249,17 @@ def run_again(
 
 
 def restored_adapter(
-    folder: StudyFolder, trial: Trial, *, open_view: Callable[[Rerun], View], stopping: Callable[[], bool]
+    folder: StudyFolder,
+    trial: Trial,
+    *,
+    open_view: Callable[[Rerun], View],
+    stopping: Callable[[], bool],
+    where: Where | None = None,
 ) -> tuple[str, Reproduction | None]:
-    """Put a trial's best adapter back; see `restored`. `open_view` shows a new run, where one is needed."""
+    """Put a trial's best adapter back; see `restored`.
+
+    `open_view` shows a new run, where one is needed; it runs as `where` says, by default as the round.
+    """
 
     def write_best(directory: Path, target: Path, sha256: str) -> None:
         from tuner.training.checkpoints import write_best_of  # loads torch: only where there is a copy
@@ -192,8 +267,9 @@ def restored_adapter(
         write_best_of(directory, target, sha256=sha256)
 
     def again(take: Take) -> Reproduction:
-        rerun = planned_rerun(folder, trial, to_step=None)
-        return run_again(rerun, view=open_view(rerun), stopping=stopping, take=take)
+        engine = None if where is None else where.engine
+        rerun = planned_rerun(folder, trial, to_step=None, engine=engine)
+        return run_again(rerun, view=open_view(rerun), stopping=stopping, where=where, take=take)
 
     return restored(folder, trial, write_best=write_best, run_again=again)
 
@@ -224,6 +300,11 @@ def prepared_quietly(spec: RoundSpec, cache: Path) -> PreparedData:
     from tuner.data import load_tokenizer, prepare
 
     return prepare(spec, load_tokenizer(spec.model), cache, unsaid)
+
+
+def _notified_round(file: RoundFile, command: Sequence[str]) -> NotifiedRound:
+    spec = file.spec
+    return NotifiedRound(spec.study, spec.round, file.directory, spec.max_train_steps, command)
 
 
 def _followed_round(file: RoundFile) -> FollowedRound:

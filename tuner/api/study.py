@@ -54,6 +54,7 @@ class Study:
         eval_data: str | None = None,
         format: str | None = None,
         template: str | None = None,
+        settings: Sequence[str] = (),
     ) -> Study:
         """Write a commented round1.yaml into a new folder, and open the study.
 
@@ -64,6 +65,7 @@ class Study:
             eval_data: Evaluation rows; None holds out some of the training rows.
             format: Format of the rows; None detects it from the columns.
             template: A known recipe to start from: `alpaca-qlora`.
+            settings: Values to write into the file, such as `hyperparameters.lora_r=16,32`.
 
         Raises:
             InputError: if the file exists, or would not pass `check`.
@@ -78,8 +80,57 @@ class Study:
             eval_data=eval_data,
             format=format,
             template=template,
+            settings=settings,
             prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
             telling=lambda: nullcontext(unsaid),
+        )
+        return cls(directory)
+
+    @classmethod
+    def from_runs(
+        cls,
+        directory: str | os.PathLike[str],
+        runs: Sequence[str | os.PathLike[str]],
+        *,
+        round: str = "imported",
+        metric: str = "eval_loss",
+        direction: str | None = None,
+        max_train_steps: int | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        command: str | None = None,
+        tool: str = "none",
+        config: str | None = None,
+    ) -> Study:
+        """Make a round of finished runs that tuner did not start, and open the study.
+
+        Args:
+            directory: The study's folder, created if missing. The runs' own folders are only read.
+            runs: Folders of Hugging Face's Trainer, or folders of such folders; JSON lines; CSV files.
+            round: Name of the new round.
+            metric: The metric that ranks the runs.
+            direction: `minimize` or `maximize`; required unless the metric is the loss.
+            max_train_steps: The horizon; None takes that of most runs. Runs with another are left out.
+            hyperparameters: What the files do not say and is the same for all runs, such as `schedule`.
+            command: The command that trains a trial, for longer rounds.
+            tool: Its `command.tool`.
+            config: Its `command.config`.
+
+        Raises:
+            InputError: if a run cannot be read, or the round exists; nothing is changed.
+        """
+        from tuner.api.new import import_finished
+
+        import_finished(
+            Path(directory),
+            [Path(run) for run in runs],
+            round=round,
+            metric=metric,
+            direction=direction,
+            max_train_steps=max_train_steps,
+            hyperparameters=hyperparameters or {},
+            command=command,
+            tool=tool,
+            config=config,
         )
         return cls(directory)
 
@@ -157,6 +208,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -167,6 +219,7 @@ class Study:
             slots: Trials trained together; None uses the file's value.
             workers: Number of worker processes; `auto` uses every GPU.
             engine: Where to run; None uses the file's value. `simulated` is a dry run with synthetic losses.
+            ray_address: Cluster of the engine `ray`; None uses the file's value, or RAY_ADDRESS.
             seconds: Stop after this long, with all progress saved; the same call resumes.
             progress: Whether to show a bar.
 
@@ -176,7 +229,7 @@ class Study:
                 out before the base model and data are first loaded.
             TunerError: if the round cannot be completed.
         """
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         with interruptible(seconds) as stopping, stopping.returning_at_the_end(lambda: has_begun(file)):
             run_here(file, where, open_view=view_of(progress), stopping=stopping)
@@ -191,6 +244,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         seconds: float | None = None,
         progress: bool = True,
     ) -> Round:
@@ -204,7 +258,7 @@ class Study:
         number, hint = restarts_of(restarts, passes, spelt=("restarts=", "passes="))
         if hint is not None:
             warnings.warn(hint, DeprecationWarning, stacklevel=2)
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         with interruptible(seconds) as stopping:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
@@ -233,6 +287,7 @@ class Study:
         slots: Count | None = None,
         workers: Count = "auto",
         engine: str | None = None,
+        ray_address: str | None = None,
         progress: bool = True,
     ) -> int | None:
         """Find a first `max_train_steps`, write it into the round file, and return it.
@@ -244,7 +299,7 @@ class Study:
         """
         from tuner.api.auto import refuse_epochs, sweep_round
 
-        where = Where(slots, workers, engine)
+        where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         refuse_epochs(epochs, is_dry_run=where.engine_of(file) == "simulated")
         with interruptible(None) as stopping:
@@ -266,6 +321,7 @@ class Study:
         top: int | None = None,
         decay: Literal["share", "steps"] = "share",
         add: Sequence[str] = (),
+        settings: Sequence[str] = (),
         force: bool = False,
     ) -> Promotion:
         """Read a round, write the next round's file, and return both.
@@ -277,13 +333,14 @@ class Study:
             top: Number of best trials to carry over.
             decay: What to keep of a linear decay: its share of the run or its length in steps.
             add: Hyperparameters to search in addition, such as `lora_dropout=0,0.05`.
+            settings: Values to write into the file, such as `hyperparameters.lora_r=16,32`.
             force: Whether to overwrite a different file.
 
         Raises:
             InputError: if the file exists or an argument cannot be used.
             TunerError: if the round suggests no horizon and none is given.
         """
-        overrides = Overrides(max_train_steps, top, decay, tuple(add))
+        overrides = Overrides(max_train_steps, top, decay, tuple(add), tuple(settings))
         done = promote_held(self._folder(), to=to, from_round=from_round, overrides=overrides, force=force)
         return Promotion(done.path, done.document)
 
@@ -336,9 +393,14 @@ class Promotion:
 
 
 def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
-    """Return the state of each round of a study, and the next command."""
+    """Return the state of each round of a study, and the next command.
+
+    While a process runs the study, it is a command that only reads.
+    """
     with opened(folder) as store:
         found = statuses(folder, store)
+        if any(status.state == "running" for status in found):
+            return found, "tuner trial list"
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
             return found, _going_on(folder, store, unfinished.round)

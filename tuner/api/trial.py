@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.generate import batched, speaker
-from tuner.api.run import interruptible, restored_adapter, run_again, shown, unsaid
+from tuner.api.run import Where, interruptible, restored_adapter, run_again, shown, unsaid
 from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.reproduction import Agreement
 from tuner.playbook.selection import objective_value
@@ -177,21 +177,33 @@ class Trial:
             texts |= {prompt.row: each.text for prompt, each in zip(batch, said, strict=True)}
         return [texts[row] for row in range(len(asked))]
 
-    def reproduce(self, *, to_step: int | None = None, progress: bool = True) -> Reproduction:
+    def reproduce(
+        self,
+        *,
+        to_step: int | None = None,
+        engine: str | None = None,
+        ray_address: str | None = None,
+        progress: bool = True,
+    ) -> Reproduction:
         """Run the trial again by itself and return whether its curve agrees; the study is not changed.
 
-        `to_step` runs only the first steps. Raises InputError for a trial without a result, Interrupted after
-        Ctrl-C.
+        `to_step` runs only the first steps; `engine` and `ray_address` are those of `Study.run`. Raises
+        InputError for a trial without a result, Interrupted after Ctrl-C.
         """
-        rerun = planned_rerun(self._study, self._recorded, to_step=to_step)
+        where = Where(engine=engine, ray_address=ray_address)
+        rerun = planned_rerun(self._study, self._recorded, to_step=to_step, engine=engine)
         view = shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
         with interruptible() as stopping:
-            found = run_again(rerun, view=view, stopping=stopping)
+            found = run_again(rerun, view=view, stopping=stopping, where=where)
         document = reproduction_document(self._study.name, found)
         return Reproduction(found.agreement != Agreement.DIFFERS, document)
 
-    def restore(self, *, progress: bool = True) -> str:
+    def restore(
+        self, *, engine: str | None = None, ray_address: str | None = None, progress: bool = True
+    ) -> str:
         """Put a damaged or missing best adapter back, from a checkpoint or by training again; return how.
+
+        `engine` and `ray_address` say where to train, None as the round does.
 
         Raises InputError for a trial without a recorded adapter, StorageError while a round of the study
         runs, TunerError if the trial cannot be reproduced, Interrupted after Ctrl-C.
@@ -200,8 +212,11 @@ class Trial:
         def view(rerun: Rerun) -> View:
             return shown(progress, f"{self.name} again", 1, rerun.record.max_train_steps)
 
+        where = Where(engine=engine, ray_address=ray_address)
         with interruptible() as stopping:
-            how, _ = restored_adapter(self._study, self._recorded, open_view=view, stopping=stopping)
+            how, _ = restored_adapter(
+                self._study, self._recorded, open_view=view, stopping=stopping, where=where
+            )
         return how
 
     def load(self, *, device: str | None = None) -> PeftModel:

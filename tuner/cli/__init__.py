@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.cli import printing, study_verbs, trial_verbs
+from tuner.cli.hints import Group
 from tuner.errors import InputError, TunerError
 from tuner.whole import keep_others_out
 
@@ -23,6 +24,7 @@ _UsageError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="tuner",
+    cls=Group,
     help="Find hyperparameters for LoRA fine-tuning in rounds, and learn how long to train.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

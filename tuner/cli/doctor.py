@@ -33,13 +33,15 @@ class Health(StrEnum):
     """Effect of a check's result on a run."""
 
     OK = "ok"
+    ABSENT = "absent"
+    """An extra that is not installed; a run does without unless its file asks for it."""
     WARNING = "warning"
     """A run is slower or more limited."""
     PROBLEM = "problem"
     """A run would fail."""
 
 
-_STYLES = {Health.OK: "green", Health.WARNING: "yellow", Health.PROBLEM: "bold red"}
+_STYLES = {Health.OK: "green", Health.ABSENT: "dim", Health.WARNING: "yellow", Health.PROBLEM: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,12 @@ def health_table(checks: Sequence[Check]) -> RenderableType:
         said = Text(check.found + advice)
         table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), said)
     counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}
-    found = [f"{number} {health}" + "s" * (number != 1) for health, number in counts.items() if number]
-    found = [text.replace("oks", "ok") for text in found]
+    nouns = {Health.WARNING: "warning", Health.PROBLEM: "problem"}
+    found = [
+        count(number, nouns[health]) if health in nouns else f"{number} {health}"
+        for health, number in counts.items()
+        if number
+    ]
     return Group(table, Text(", ".join(found)))
 
 
@@ -80,7 +86,7 @@ def health_document(checks: Sequence[Check]) -> dict[str, Any]:
     return {"ok": is_healthy(checks), "checks": [asdict(check) for check in checks]}
 
 
-_FOR_DEVELOPERS = ("dev", "bench")
+_FOR_DEVELOPERS = ("dev", "bench", "docs")
 
 
 def check_packages() -> Iterator[Check]:
@@ -128,7 +134,9 @@ def _extra(extra: str, its: list[Requirement]) -> Check:
     name = f"extra {extra}"
     if not missing:
         return Check(name, "installed: " + ", ".join(f"{r.name} {_installed(r.name)}" for r in its))
-    return Check(name, f"not installed ({', '.join(missing)}); install with: {install_command(extra)}")
+    return Check(
+        name, f"not installed ({', '.join(missing)}); install with: {install_command(extra)}", Health.ABSENT
+    )
 
 
 def _installed(name: str) -> str | None:

@@ -10,7 +10,7 @@ import typer
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
-from tuner.api.run import restored_adapter, run_again
+from tuner.api.run import Where, restored_adapter, run_again
 from tuner.api.study import standing
 from tuner.cli.printing import PROSE, error_output, next_command, output, prepared, spoken_by, stop_signals
 from tuner.data import PreparedData, ShownRow, printable, show_rows
@@ -190,7 +190,7 @@ def print_trial(folder: StudyFolder, name: str, *, test: bool, as_json: bool) ->
         typer.echo(dumps(trial_document(trial, adapter=adapter, scored=scored, objective=objective)))
     else:
         output().print(trial_page(trial, max_train_steps=max_train_steps, adapter=adapter, scored=scored))
-    if adapter is None:
+    if adapter is None or folder.plan(trial.round).spec.command is not None:
         return "tuner trial list"
     return f'tuner trial generate {trial.round}/{trial.number} --prompt "..."'
 
@@ -200,16 +200,20 @@ def _scored(folder: StudyFolder) -> tuple[Trial, ...]:
         return scores_of(store)
 
 
-def restore_trial(folder: StudyFolder, name: str, *, as_json: bool) -> None:
+def restore_trial(folder: StudyFolder, name: str, *, where: Where, as_json: bool) -> None:
     """Put a trial's best adapter back and print how. Raises what `restored` does, and Interrupted."""
     trial, _ = find_trial(folder, name)
     try:
         with stop_signals("stopping (Ctrl-C again to quit now)") as stopping:
             how, found = restored_adapter(
-                folder, trial, open_view=lambda rerun: _view_of_rerun(folder, rerun), stopping=stopping
+                folder,
+                trial,
+                open_view=lambda rerun: _view_of_rerun(folder, rerun),
+                stopping=stopping,
+                where=where,
             )
     except Interrupted as stop:
-        again = next_command(f"tuner trial reproduce {name} --restore")
+        again = next_command(f"tuner trial reproduce {name} --restore{where.options}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         run = {} if found is None else reproduction_document(folder.name, found)
@@ -231,13 +235,15 @@ def _view_of_rerun(folder: StudyFolder, rerun: Rerun) -> View:
     )
 
 
-def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_json: bool) -> bool:
+def reproduce_trial(
+    folder: StudyFolder, name: str, *, to_step: int | None, where: Where, as_json: bool
+) -> bool:
     """Run a trial again, shown live on standard error; print the comparison and return whether it agrees.
 
     Raises Interrupted, naming the command to start over with, after a signal.
     """
     trial, _ = find_trial(folder, name)
-    rerun = planned_rerun(folder, trial, to_step=to_step)
+    rerun = planned_rerun(folder, trial, to_step=to_step, engine=where.engine)
     view = _view_of_rerun(folder, rerun)
     limit = "" if to_step is None else f" --to-step {to_step}"
     try:
@@ -245,9 +251,9 @@ def reproduce_trial(folder: StudyFolder, name: str, *, to_step: int | None, as_j
             spoken_by(view.message),
             stop_signals("stopping (Ctrl-C again to quit now)") as stopping,
         ):
-            found = run_again(rerun, view=view, stopping=stopping)
+            found = run_again(rerun, view=view, stopping=stopping, where=where)
     except Interrupted as stop:
-        again = next_command(f"tuner trial reproduce {name}{limit}")
+        again = next_command(f"tuner trial reproduce {name}{limit}{where.options}")
         raise Interrupted(f"{stop}; start over with: {again}") from stop
     if as_json:
         typer.echo(dumps(reproduction_document(folder.name, found)))

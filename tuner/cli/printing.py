@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -65,7 +66,22 @@ def warn_of_code(model: ModelSpec) -> None:
 def output(*, piped_width: int = WIDEST) -> Console:
     """Return a console for standard output. `COLUMNS` overrides its width, as in most programs."""
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return _console(width=None if has_width else piped_width)
+    file = None if sys.stdout.isatty() else _Trimmed(sys.stdout)
+    return _console(width=None if has_width else piped_width, file=file)
+
+
+class _Trimmed:
+    """A stream without the blanks that tables put at the ends of lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write whole lines."""
+        return self._stream.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def error_output() -> Console:
@@ -141,8 +157,13 @@ def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextMa
     SIGHUP says that the terminal is gone; where it is ignored, as under nohup, it stays so.
     """
     from tuner.api.run import end_now, interruptible
+    from tuner.report.live import show_keys
+
+    def reply() -> None:
+        say(answer)
+        show_keys()  # the second signal may end the process as it stands
 
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)
-    return interruptible(seconds, signals=signals, answer=lambda: say(answer), second=end_now)
+    return interruptible(seconds, signals=signals, answer=reply, second=end_now)

@@ -25,12 +25,20 @@ from tuner.report import View, open_view
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def where_typed(slots: str | None, workers: str | None, engine: str | None) -> Where:
+def where_typed(
+    slots: str | None,
+    workers: str | None,
+    engine: str | None,
+    ray_address: str | None,
+    notify: str | None = None,
+) -> Where:
     """Parse where rounds run. Raises InputError."""
     return Where(
         None if slots is None else parse_count("--slots", slots),
         parse_count("--workers", workers or "auto"),
         engine,
+        ray_address,
+        parse_command("--notify", notify),
     )
 
 
@@ -98,6 +106,14 @@ def parse_duration(text: str) -> float:
     if not seconds or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
         raise InputError(f"--for {text!r}: expects a time such as 90s, 30m, 2h or 1h30m")
     return seconds
+
+
+def parse_command(option: str, text: str | None) -> tuple[str, ...]:
+    """Split a command line into a program and its arguments, as a shell does. Raises InputError."""
+    try:
+        return tuple(shlex.split(text or ""))
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: cannot be read: {error}") from None
 
 
 def parse_count(option: str, text: str) -> int | Literal["auto"]:

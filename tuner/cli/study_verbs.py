@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tuner.cli.hints import Group, one_name, round_path
+
 if TYPE_CHECKING:
     from tuner.report import RoundReport
     from tuner.study.folder import StudyFolder
 
 app = typer.Typer(
+    cls=Group,
     help="Rounds: write, check, run, promote, inspect. Start with `tuner study new --help`.",
     no_args_is_help=True,
 )
 
-RoundPath = Annotated[Path, typer.Argument(metavar="ROUND.yaml", help="Round file.")]
+RoundPath = Annotated[
+    Path, typer.Argument(metavar="ROUND.yaml", help="Round file.", callback=lambda path: round_path(path))
+]
 For = Annotated[
     str | None, typer.Option("--for", metavar="TIME", help="Stop after this long, such as 90m or 2h.")
 ]
@@ -36,8 +41,32 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Where workers run: local, simulated (a dry run with synthetic losses, in dry-run/), or your "
-        "own engine as package.module:Class. Overrides run.engine.",
+        help="Where workers run: local, ray (a cluster), simulated (a dry run with synthetic losses, in "
+        "dry-run/), or your own engine as package.module:Class. Overrides run.engine.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT|local",
+        help="Ray cluster of --engine ray; overrides run.ray_address and RAY_ADDRESS. local starts one here.",
+    ),
+]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        help="Run this at each new best trial and at the end, with JSON on its input; overrides run.notify.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Write a value into the file: hyperparameters.lora_r=16,32 (a list), "
+        "hyperparameters.learning_rate=1e-5:1e-3:log (a range) or data.max_length=1024. Repeatable.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -46,8 +75,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @app.command()
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new study.")],
-    model: Annotated[str, typer.Option(help="Directory or Hub id of the base model.")],
-    data: Annotated[str, typer.Option(help="File or Hub id of the training rows.")],
+    model: Annotated[str | None, typer.Option(help="Directory or Hub id of the base model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File or Hub id of the training rows.")] = None,
     eval_data: Annotated[
         str | None,
         typer.Option(
@@ -72,14 +101,39 @@ def new(
     template: Annotated[
         str | None, typer.Option(help="Known recipe to start from: alpaca-qlora (4 bits, on a GPU).")
     ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOOL",
+            help="Train by a command of your own, with this tool: trl, transformers or none. Takes --config "
+            "in place of --model and --data.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --command: the tool's configuration.")
+    ] = None,
+    set_: Set = None,
 ) -> None:
     """Write a commented round1.yaml that passes `study check`; the horizon is derived from the row count.
 
     Example: `tuner study new alpaca --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl`
     """
-    from tuner.api.new import write_first_round
+    from tuner.api.new import write_first_command, write_first_round
     from tuner.cli.printing import error_output, prepared, progress_shown
 
+    if command is not None:
+        if config is None or model is not None or data is not None:
+            from tuner.errors import InputError
+
+            raise InputError("--command requires --config FILE, and neither --model nor --data")
+        path = write_first_command(directory, tool=command, config=config, settings=set_ or ())
+        _say(f"wrote {path}")
+        _next(f"tuner study check {shlex.quote(str(path))}")
+        return
+    if model is None or data is None:
+        from tuner.errors import InputError
+
+        raise InputError("pass --model and --data, or --command and --config")
     path = write_first_round(
         directory,
         model=model,
@@ -89,11 +143,73 @@ def new(
         columns=columns or (),
         split=split,
         template=template,
+        settings=set_ or (),
         prepare=prepared,
         telling=lambda: progress_shown(error_output()),
     )
     _say(f"wrote {path}")
     _next(f"tuner study check {shlex.quote(str(path))}")
+
+
+@app.command("import")
+def import_(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS",
+            help="Folders of Trainer runs, or folders of such folders; files of JSON lines; CSV files.",
+        ),
+    ],
+    round_name: Annotated[str, typer.Option("--round", metavar="NAME", help="The new round.")] = "imported",
+    metric: Annotated[str, typer.Option(help="The metric that ranks the runs.")] = "eval_loss",
+    direction: Annotated[
+        str | None, typer.Option(help="minimize or maximize; required unless the metric is eval_loss.")
+    ] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option(min=1, help="The horizon. Default: that of most runs.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="What the files do not say, such as schedule=linear, decay_steps=20 or warmup_steps=2. "
+            "Repeatable.",
+        ),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="The command that trains a trial, for longer rounds.")
+    ] = None,
+    tool: Annotated[str, typer.Option(help="Its tool: trl, transformers or none.")] = "none",
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="The tool's configuration.")] = None,
+) -> None:
+    """Make a round of finished runs that tuner did not start: best steps, a verdict and a suggestion.
+
+    The runs are only read. What they do not say, such as the schedule, stays unknown.
+
+    Example: `tuner study import outputs/ --set schedule=linear --set decay_steps=20`
+    """
+    from tuner.api.new import import_finished, values_of
+
+    made = import_finished(
+        Path(),
+        runs,
+        round=round_name,
+        metric=metric,
+        direction=direction,
+        max_train_steps=max_train_steps,
+        hyperparameters=values_of(set_ or []),
+        command=command,
+        tool=tool,
+        config=config,
+    )
+    for number, name in enumerate(made.runs):
+        _say(f"trial {number}: {name}")
+    for remark in made.remarks:
+        _say(remark)
+    if made.unknown:
+        _say(f"unknown: {', '.join(made.unknown)}; --set and --command give them")
+    _print_summary(_reports(Path(), made.file), directory=Path())
 
 
 @app.command()
@@ -125,6 +241,8 @@ def run(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
+    notify: Notify = None,
 ) -> None:
     """Start or resume a round.
 
@@ -132,7 +250,7 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine))
+    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, ray_address, notify))
     if ran is None:
         _next(f"tuner study run {shlex.quote(str(round_file))}")
     else:
@@ -150,6 +268,8 @@ def sweep(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
+    notify: Notify = None,
 ) -> None:
     """Find a first max_train_steps from how fast a constant learning rate fits the training rows.
 
@@ -161,7 +281,7 @@ def sweep(
     from tuner.cli.printing import next_command
     from tuner.cli.rounds import sweep_file, where_typed
 
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, ray_address, notify)
     command, file = sweep_file(round_file, duration=for_, where=where, epochs=epochs)
     directory = None if file is None else _folder_of(round_file, file)
     _say(f"next: {next_command(command, directory=directory)}")
@@ -183,6 +303,8 @@ def auto(
     slots: Slots = None,
     workers: Workers = None,
     engine: Engine = None,
+    ray_address: RayAddress = None,
+    notify: Notify = None,
 ) -> None:
     """Run a round, promote it and run the next, until longer rounds bring no more gain; or resume.
 
@@ -201,7 +323,7 @@ def auto(
     number, hint = restarts_of(restarts, passes, spelt=("--restarts ", "--passes "))
     if hint is not None:
         _say(hint)
-    where = where_typed(slots, workers, engine)
+    where = where_typed(slots, workers, engine, ray_address, notify)
     ended = run_rounds(round_file, duration=for_, restarts=number, where=where)
     if ended.last is None:
         _next(ended.command)
@@ -236,7 +358,12 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def promote(
-    to: Annotated[str, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")],
+    round_name: Annotated[
+        str | None, typer.Argument(metavar="ROUND", help="Name of the next round, the same as --to.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="ROUND", help="Name of the next round; the file is ROUND.yaml.")
+    ] = None,
     from_round: Annotated[
         str | None,
         typer.Option("--from", metavar="ROUND", help="Round to promote from. Default: the latest."),
@@ -267,6 +394,7 @@ def promote(
             "(weight_decay=1e-4:1e-1:log). Repeatable.",
         ),
     ] = None,
+    set_: Set = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
@@ -285,12 +413,13 @@ def promote(
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
     done = Study(_folder().directory).promote(
-        to,
+        one_name(round_name, to, name="--to"),
         from_round=from_round,
         max_train_steps=max_train_steps,
         top=top,
         decay=kept,
         add=add or (),
+        settings=set_ or (),
         force=force,
     )
     typer.echo(dumps(done.document) if json else promotion_text(done.document))
@@ -300,25 +429,63 @@ def promote(
 
 @app.command()
 def report(
-    round_name: Annotated[
-        str | None, typer.Argument(metavar="ROUND", help="Name of the round. Default: the latest.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ROUND | STUDY STUDY]",
+            help="Name of the round, by default the latest; or the folders of two studies to compare.",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Path of the HTML page. Default: report-ROUND.html.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the report as Markdown.")] = None,
 ) -> None:
-    """Report on a round, in the terminal and as one self-contained HTML page.
+    """Report on a round, in the terminal and as one self-contained HTML page; or compare two studies.
 
     Example: `tuner study report round1`
     """
-    from tuner.api.round import write_reports
+    from dataclasses import replace
 
+    from tuner.api.round import write_reports
+    from tuner.cli.printing import next_command
+    from tuner.errors import InputError
+
+    if names and len(names) > 1:
+        if markdown is not None:
+            raise InputError("--markdown: a comparison has no Markdown form; leave it out")
+        _compare(names, html)
+        return
     _folder()
-    found = _reports(Path(), Path(round_name) if round_name else None)
-    path = html or Path(f"report-{found[-1].record.name}.html")
-    write_reports(found, html=path, markdown=markdown)
-    _print_summary(found, page=path)
+    *earlier, last = _reports(Path(), Path(names[0]) if names else None)
+    path = html or Path(f"report-{last.record.name}.html")
+    typed = replace(last, next_command=next_command(last.next_command))
+    write_reports((*earlier, typed), html=path, markdown=markdown)
+    _print_summary((*earlier, last), page=path)
+
+
+def _compare(names: list[str], html: Path | None) -> None:
+    """Compare the studies of two folders. Raises InputError for another number of folders."""
+    from tuner.cli.printing import PROSE, output
+    from tuner.errors import InputError
+    from tuner.report.comparison import Compared, comparison_page, comparison_summary
+    from tuner.report.html import write_page
+
+    folders = [Path(name) for name in names]
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+        raise InputError(
+            f"{' '.join(names)}: expects one round of this study, or the folders of two studies to compare, "
+            "such as: tuner study report study-a study-b"
+        )
+    one, other = (_reports(folder, None) for folder in folders)
+    shown = [folder.resolve().name for folder in folders]
+    called = (shown[0], shown[1]) if shown[0] != shown[1] else (names[0], names[1])
+    compared = Compared(called, (one, other))
+    path = html or Path(f"comparison-{shown[0]}-{shown[1]}.html")
+    write_page(path, comparison_page(compared))
+    output(piped_width=PROSE).print(comparison_summary(compared))
+    _say(f"full comparison: {path}")
+    _next(f"tuner -C {shlex.quote(names[0])} study report")
 
 
 @app.command()

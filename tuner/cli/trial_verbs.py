@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Trials: list, show, use, share. Start with `tuner trial list`.", no_args_is_help=True)
+from tuner.cli.hints import Group
+
+app = typer.Typer(
+    cls=Group, help="Trials: list, show, use, share. Start with `tuner trial list`.", no_args_is_help=True
+)
 
 TrialName = Annotated[str, typer.Argument(metavar="T", help="round1/7, 7 (in the latest round), or best.")]
 
@@ -83,6 +87,15 @@ def reproduce(
         int | None,
         typer.Option(min=1, metavar="N", help="Run only the first N steps; the schedule is unchanged."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to run; overrides the round's run.engine.")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|local", help="Ray cluster of --engine ray; overrides run.ray_address."
+        ),
+    ] = None,
     restore: Annotated[
         bool,
         typer.Option(
@@ -102,16 +115,18 @@ def reproduce(
     """
     from tuner.cli.output import reproduce_trial, restore_trial
     from tuner.cli.printing import next_command, open_here
+    from tuner.cli.rounds import where_typed
     from tuner.errors import InputError
 
     if restore and to_step is not None:
         raise InputError("--restore needs the whole run; remove --to-step")
+    where = where_typed(None, None, engine, ray_address)
     if restore:
-        restore_trial(open_here(), trial, as_json=json)
+        restore_trial(open_here(), trial, where=where, as_json=json)
         if not json:
             typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
         return
-    agrees = reproduce_trial(open_here(), trial, to_step=to_step, as_json=json)
+    agrees = reproduce_trial(open_here(), trial, to_step=to_step, where=where, as_json=json)
     if not json:
         typer.echo(f"next: {next_command(f'tuner trial show {trial}')}", err=True)
     if not agrees:

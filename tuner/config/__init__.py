@@ -1,5 +1,6 @@
 """Round files: reading and checking them, with the line of each mistake, and writing them."""
 
+from tuner.config.command_section import CommandSpec
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.editing import DELETE, edit_round, refused_changes
@@ -23,6 +24,7 @@ __all__ = [
     "RECIPES",
     "AnswersSpec",
     "CheckpointsSpec",
+    "CommandSpec",
     "DataSpec",
     "EvaluationSpec",
     "ModelSpec",

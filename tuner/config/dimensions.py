@@ -193,7 +193,7 @@ _CONTINUES = {
 def hyperparameters_schema() -> dict[str, Any]:
     """Return the schema of an object whose properties are a scalar, a list or a range each."""
     properties = {name: _dimension_schema(row) for name, row in HYPERPARAMETERS.items()}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    return {"type": "object", "properties": properties}
 
 
 def enqueue_schema() -> dict[str, Any]:
@@ -202,7 +202,6 @@ def enqueue_schema() -> dict[str, Any]:
     point = {
         "type": "object",
         "properties": {**properties, "continues": _CONTINUES},
-        "additionalProperties": False,
     }
     return {"type": "array", "items": point}
 

@@ -169,7 +169,14 @@ def _column(layout: Layout, entry: Entry) -> int:
     return entry.start - layout.line_start(entry.start)
 
 
-_MAY_CHANGE = ("goal", "search.trials", "evaluation.batch_size", "checkpoints.keep_best_trials", "run")
+_MAY_CHANGE = (
+    "goal",
+    "search.trials",
+    "evaluation.batch_size",
+    "checkpoints.keep_best_trials",
+    "run",
+    "command.silence_minutes",
+)
 """Keys, or whole sections, that do not change results of trials."""
 _FOLLOWS_HORIZON = ("evaluation.every_steps", "hyperparameters.warmup_steps", "hyperparameters.decay_steps")
 """Keys whose defaults are parts of max_train_steps."""
@@ -187,13 +194,13 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
     lines = parse(now.text)
     horizon_changed = then["max_train_steps"] != today["max_train_steps"]
     mistakes = []
-    for key in today:
+    for key in {**today, **then}:
         place = tuple(key.split("."))
         follows = horizon_changed and key in _FOLLOWS_HORIZON and place not in lines.lines
         may_change = key in _MAY_CHANGE or place[0] in _MAY_CHANGE
-        is_own = key == "objective.direction" and today[key] is None  # what the metric says itself
-        if then[key] != today[key] and not follows and not may_change and not is_own:
-            message = _message(written_then[key], written_today[key])
+        is_own = key == "objective.direction" and today.get(key) is None  # what the metric says itself
+        if then.get(key) != today.get(key) and not follows and not may_change and not is_own:
+            message = _message(written_then.get(key), written_today.get(key))
             mistakes.append(Mistake(lines.line(place), key, message))
     return sorted(mistakes, key=lambda mistake: mistake.line or 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,9 @@ def new_round(
     if chosen.max_train_steps is not None:
         lengths = replace(lengths, max_train_steps=chosen.max_train_steps)
     every_steps = chosen.every_steps or max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT))
-    held_out = []
     named: dict[str, Any] = {"columns": dict(columns)} if columns else {}
     named |= {"template": template} if template else {}
-    if eval is not None:
-        source = one_line([{"path": eval, "format": format, **named}])
-        held_out.append(f"eval: {source}  # held-out rows; their loss chooses the best step")
-    if eval_fraction is not None:
-        share = f"eval_fraction: {one_line(eval_fraction)}"
-        held_out.append(
-            f"{share}  # share of train held out to choose the best step; or give files under eval"
-        )
+    held_out = _held_out(None if eval is None else {"path": eval, "format": format, **named}, eval_fraction)
     text = _TEMPLATE.format(
         study=one_line(study),
         round=one_line(round_name),
@@ -192,11 +184,20 @@ def new_round(
         evaluation=one_line(
             {"every_steps": every_steps, "batch_size": 16, "max_examples": chosen.max_examples}
         ),
-        run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump()),
+        run=one_line(RunSpec(production_steps=lengths.production_steps).model_dump(exclude={"notify"})),
         production_epochs=lengths.epochs(lengths.production_steps),
     )
     read_round(text, Path(f"{round_name}.yaml"))
     return text
+
+
+def _held_out(source: Mapping[str, Any] | None, fraction: float | None) -> Iterator[str]:
+    """Yield the lines of the evaluation rows."""
+    if source is not None:
+        yield f"eval: {one_line([source])}  # held-out rows; their loss chooses the best step"
+    if fraction is not None:
+        share = f"eval_fraction: {one_line(fraction)}"
+        yield f"{share}  # share of train held out to choose the best step; or give files under eval"
 
 
 _TEMPLATE = """\
@@ -231,3 +232,43 @@ storage: sqlite:///tuner.db  # beside this file; or postgresql+psycopg://...
 def _two_digits(number: float) -> int:
     """Return the number rounded to two significant digits."""
     return int(float(f"{number:.2g}"))
+
+
+_COMMANDS = {
+    "llamafactory": '[llamafactory-cli, train, "${config}"]',
+    "trl": '[trl, dpo, --config, "${config}"]',
+    "transformers": '[python, train.py, "${config}"]',
+}
+_OWN_COMMAND = '[python, train.py, --config, "${config}", "${args}"]'
+_COMMAND_ROUND = """\
+study: {study}
+round: round1
+goal: A first round
+command:
+  run: {run}  # what trains one trial; a list, no shell
+  tool: {tool}  # trl, transformers, or none for a script of your own
+  config: {config}  # copied for each trial, with the trial's values
+max_train_steps: 60  # optimizer steps of every trial; never searched
+hyperparameters:
+  learning_rate: {{low: 1e-6, high: 1e-3, log: true}}
+{more}search: {{trials: 8}}
+evaluation: {{every_steps: 5}}
+objective: {{metric: eval_loss}}  # or another metric that the command reports, with its direction
+run: {{gpus_per_worker: 1}}  # GPUs of one trial; 0 without
+"""
+_WRITTEN_SCHEDULE = """\
+  schedule: linear  # the peak rate, then a decay: longer rounds resume before it
+  decay_steps: 24
+  # extra: {beta: [0.05, 0.1, 0.3]}  # names of the tool's own
+"""
+
+
+def new_command_round(*, study: str, tool: str, config: str) -> str:
+    """Return the commented text of a first round file for a training command."""
+    return _COMMAND_ROUND.format(
+        study=one_line(study),
+        run=_COMMANDS.get(tool, _OWN_COMMAND),
+        tool=one_line(tool),
+        config=one_line(config),
+        more="" if tool == "none" else _WRITTEN_SCHEDULE,
+    )

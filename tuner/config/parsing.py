@@ -54,6 +54,24 @@ class RoundFile:
         """Return the 1-based line of a dotted key, or of its nearest parent in the file."""
         return parse(self.text).line(tuple(key.split(".")))
 
+    def missing(self, message: str) -> RoundFileError | None:
+        """Return an error whose message begins with a missing path as the mistake of the line that names it.
+
+        None if the file names no such path, or something exists there.
+        """
+        absolute = self.spec.absolute(self.directory)
+        named: list[tuple[Location, str, str]] = [
+            (("model", "path"), self.spec.model.path, absolute.model.path)
+        ]
+        for part in ("train", "eval", "test"):
+            sources = zip(getattr(self.spec.data, part), getattr(absolute.data, part), strict=True)
+            named += [(("data", part, i, "path"), a.path, b.path) for i, (a, b) in enumerate(sources)]
+        for location, written, meant in named:
+            if message.startswith((f"{written}:", f"{meant}:")) and not Path(meant).exists():
+                line = parse(self.text).line(location)
+                return RoundFileError(self.path, [Mistake(line, dotted(location), message)])
+        return None
+
 
 def load_round(path: Path) -> RoundFile:
     """Read and check a round file.
@@ -131,6 +149,9 @@ _STAND_INS: dict[Location, Any] = {
     ("search", "enqueue", 0): {},
     ("run", "report_to", 0): "tensorboard",
     ("max_train_steps",): 1,
+    ("command",): {"run": ["x"]},
+    ("command", "run"): ["x"],
+    ("command", "run", 0): "x",
 }
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
 

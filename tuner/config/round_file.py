@@ -18,9 +18,16 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
+from tuner.config.command_section import CommandSpec, command_refusals, flattened, flattened_enqueue
 from tuner.config.data_section import DataSpec, SourceSpec
 from tuner.config.dimensions import complete_space
-from tuner.config.rules import adapter_refusals, horizon_refusals, objective_refusals, search_refusals
+from tuner.config.rules import (
+    adapter_refusals,
+    direction_refusals,
+    horizon_refusals,
+    objective_refusals,
+    search_refusals,
+)
 from tuner.config.sections import (
     IGNORED_WHERE_INACTIVE,
     STRICT,
@@ -40,11 +47,13 @@ from tuner.config.sections import (
     described_choice,
     using,
 )
-from tuner.config.wording import ONE_HORIZON, mistake, refuse
-from tuner.errors import shown
+from tuner.config.wording import ONE_HORIZON, Refusal, mistake, refuse
+from tuner.errors import InputError, shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
-from tuner.methods.registry import is_built_in
+from tuner.methods.registry import BUILT_IN, is_built_in
+from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.tools import Tool, tool
 from tuner.methods.variants import possible_variants
 from tuner.records import Direction, Objective, Space, num_points
 
@@ -118,6 +127,12 @@ def absolute_path(path: str, directory: Path) -> str:
     return os.path.normpath(directory.absolute() / Path(path).expanduser())
 
 
+def _tool_of(command: Any) -> Tool:
+    """Return the tool that a file's command names; the least particular one where it cannot be read."""
+    name = command.get("tool", "none") if isinstance(command, dict) else "none"
+    return tool(name if name in BUILT_IN["tool"] else "none")
+
+
 def _exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110  Path.exists raises for a name that is too long
 
@@ -139,12 +154,36 @@ def _nothing(plug_ins: object) -> bool:
     return not plug_ins
 
 
+NO_MODEL = ModelSpec.model_construct(path="")
+"""The base model of a round that runs a command, which alone knows it."""
+NO_DATA = DataSpec.model_construct(train=[], eval_fraction=0.5)
+"""The rows of such a round."""
+
+
+def _is_none(section: object) -> bool:
+    return section is NO_MODEL or section is NO_DATA
+
+
+def _schema(schema: dict[str, Any]) -> None:
+    """Let `command` take the place of model and data, and of the table of hyperparameters."""
+    schema["required"] = [name for name in schema["required"] if name not in ("evaluation", "model", "data")]
+    names = {"propertyNames": {"enum": list(HYPERPARAMETERS)}}
+    points = {"propertyNames": {"enum": [*HYPERPARAMETERS, "continues"]}}
+    schema["if"] = {"required": ["command"]}
+    schema["then"] = {"not": {"anyOf": [{"required": ["model"]}, {"required": ["data"]}]}}
+    schema["else"] = {
+        "required": ["model", "data"],
+        "properties": {
+            "hyperparameters": names,
+            "search": {"properties": {"enqueue": {"items": points}}},
+        },
+    }
+
+
 class RoundSpec(BaseModel):
     """One round: an Optuna study in which every trial trains for the same number of steps."""
 
-    model_config = STRICT | ConfigDict(
-        json_schema_extra=lambda schema: schema["required"].remove("evaluation")
-    )
+    model_config = STRICT | ConfigDict(json_schema_extra=_schema)
 
     study: Name
     """Name of the study that all rounds in this folder belong to."""
@@ -154,10 +193,12 @@ class RoundSpec(BaseModel):
     """Purpose of the round, shown in reports."""
     kind: Literal["search", "sweep"] = "search"
     """`sweep`: a round written by `study sweep`, which is never promoted or compared with other rounds."""
-    model: ModelSpec
+    model: Annotated[ModelSpec, Field(exclude_if=_is_none)]
     """The frozen base."""
-    data: DataSpec
+    data: Annotated[DataSpec, Field(exclude_if=_is_none)]
     """Training, evaluation and test rows."""
+    command: Annotated[CommandSpec | None, Field(exclude_if=_nothing)] = None
+    """A training command of your own, in place of `model` and `data`."""
     max_train_steps: Count
     """Number of optimizer steps of every trial. One number; it is never searched."""
     hyperparameters: WrittenHyperparameters = {}
@@ -187,12 +228,26 @@ class RoundSpec(BaseModel):
         """Check hyperparameters against the table with those of the plug-ins, as far as known."""
         if not isinstance(document, dict):
             return handler(document)
+        if document.get("command") is not None:
+            return cls._with_command(document, handler)
         recorded = document.get("plug_ins", ())
         for plug_in in recorded:
             PlugIn.from_json(plug_in).stand_in()
         written = document.get("hyperparameters")
         with using(table_for(written if isinstance(written, dict) else {}, recorded)):
             return handler(document)
+
+    @classmethod
+    def _with_command(cls, document: dict[str, Any], handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Check a round that runs a command against the names of its tool."""
+        chosen = _tool_of(document["command"])
+        written = flattened(document.get("hyperparameters", {}))
+        flat = {"model": NO_MODEL, "data": NO_DATA, **document, "hyperparameters": written}
+        if "search" in document:
+            flat["search"] = flattened_enqueue(document["search"])
+        table = chosen.table(written if isinstance(written, dict) else {})
+        with using(table, unknown=chosen.unknown_name):
+            return handler(flat)
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +299,12 @@ class RoundSpec(BaseModel):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
+        with using(self.table):  # runs outside of the validator above
+            refuse("round", self._refusals())
+        return self
+
+    def _refusals(self) -> list[Refusal]:
+        """Return the conflicts between sections."""
         space = self.space()
         refusals = [
             *horizon_refusals(
@@ -253,12 +314,30 @@ class RoundSpec(BaseModel):
                 space=space,
                 written=self.hyperparameters,
             ),
-            *adapter_refusals(space),
             *search_refusals(self.round, search=self.search, space=space),
-            *objective_refusals(self.objective, evaluation=self.evaluation, run=self.run),
         ]
-        refuse("round", refusals)
-        return self
+        if self.command is None:
+            refusals += adapter_refusals(space)
+            refusals += objective_refusals(self.objective, evaluation=self.evaluation, run=self.run)
+        else:
+            refusals += self._beside_command()
+            refusals += direction_refusals(self.objective)
+            refusals += command_refusals(
+                self.command,
+                space=space,
+                evaluation=self.evaluation,
+                objective=self.objective,
+                run=self.run,
+            )
+        return refusals
+
+    def _beside_command(self) -> list[Refusal]:
+        """Return the sections that a command takes the place of."""
+        message = "the command has its own; remove this section, or remove command"
+        written = {"model": self.model is not NO_MODEL, "data": self.data is not NO_DATA}
+        return [
+            Refusal((name,), message, rests_on=("command",)) for name, is_there in written.items() if is_there
+        ]
 
     def space(self) -> Space:
         """Return all hyperparameters: the file's in its order, then the fixed defaults."""
@@ -266,13 +345,26 @@ class RoundSpec(BaseModel):
 
     @property
     def table(self) -> Table:
-        """Return all hyperparameters that the file may name: tuner's and those of its plug-ins."""
+        """Return all hyperparameters that the file may name: tuner's and those of plug-ins or the tool."""
+        if self.command is not None:
+            return tool(self.command.tool).table(self.hyperparameters)
         return table_for(self.hyperparameters, self.plug_ins)
 
     @property
     def unloaded(self) -> tuple[tuple[Chooser, str], ...]:
         """Return the plug-ins of the file whose descriptions are not known yet, as kind and name."""
-        return unloaded(self.hyperparameters, self.plug_ins)
+        return () if self.command is not None else unloaded(self.hyperparameters, self.plug_ins)
+
+    def require_model(self, wish: str) -> None:
+        """Raise InputError if the round runs a command, whose model and rows tuner does not know.
+
+        `wish` says what needs them, such as `trial generate`.
+        """
+        if self.command is not None:
+            raise InputError(
+                f"{wish}: {self.round} runs a command, which alone knows its model and its rows; use the "
+                "checkpoint of the trial (see `tuner trial show`) with the tool that trained it"
+            )
 
     @property
     def recorded_objective(self) -> Objective:
@@ -325,6 +417,8 @@ class RoundSpec(BaseModel):
     def trains_alone(self) -> str | None:
         """Return why workers have only one slot whatever `run.slots` is; None if trials can share a
         worker."""
+        if self.command is not None:
+            return None
         alone = [each.title for each in possible_variants(self.space()) if not each.packs]
         return f"{alone[0]} trains one trial at a time: a worker has one slot" if alone else None
 
@@ -341,6 +435,18 @@ class RoundSpec(BaseModel):
             return absolute_source(source.path, directory, is_plain_text=source.split_on is not None)
 
         data, checkpoints, answers = self.data, self.checkpoints, self.evaluation.answers
+        command = self.command
+        if command is not None:
+            config = None if command.config is None else absolute_path(command.config, directory)
+            return self.model_copy(
+                update={
+                    "command": command.model_copy(update={"config": config}),
+                    "checkpoints": checkpoints.model_copy(
+                        update={"directory": absolute_path(checkpoints.directory, directory)}
+                    ),
+                    "storage": absolute_storage(self.storage, directory),
+                }
+            )
         if answers is not None:
             answers = answers.model_copy(update={"metric": absolute_metric(answers.metric, directory)})
         return self.model_copy(

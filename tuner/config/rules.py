@@ -16,12 +16,13 @@ from tuner.config.sections import (
     counts_with,
     described_choice,
     table_in_use,
+    written_at,
 )
-from tuner.config.wording import Refusal
-from tuner.errors import shown
+from tuner.config.wording import Refusal, meant_value
+from tuner.errors import refusal, shown
 from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.metrics import metric
-from tuner.methods.registry import is_built_in
+from tuner.methods.registry import expected, is_built_in, is_known, names
 from tuner.methods.variants.initialisations import INITIALISATIONS
 from tuner.records import (
     Choices,
@@ -65,7 +66,11 @@ def objective_refusals(
     objective: ObjectiveSpec, *, evaluation: EvaluationSpec, run: RunSpec
 ) -> Iterator[Refusal]:
     """Yield what conflicts with the objective."""
-    yield from _direction_refusals(objective)
+    if not is_known("metric", objective.metric):
+        wrong = refusal(expected("metric"), objective.metric, meant_value(objective.metric, names("metric")))
+        yield Refusal(("objective", "metric"), wrong)
+        return
+    yield from direction_refusals(objective)
     if objective.metric != "answers":
         if evaluation.answers is not None and evaluation.answers.objective:
             message = f"is true, but objective.metric is {objective.metric}; remove one of the two"
@@ -135,7 +140,7 @@ def _values(dimension: Dimension | None) -> tuple[Value, ...]:
             return ()
 
 
-def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
+def direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
     """Yield a direction that contradicts the metric. A user's metric is checked when it is loaded."""
     if objective.direction is None or not is_built_in("metric", objective.metric):
         return
@@ -151,7 +156,8 @@ def _direction_refusals(objective: ObjectiveSpec) -> Iterator[Refusal]:
 def _schedule_refusals(max_train_steps: int, space: Space, written: Collection[str]) -> Iterator[Refusal]:
     """Yield warmup and decay that do not fit into the horizon at their largest values."""
     lengths = [name for name, row in table_in_use().items() if row.in_decay == "length" and name in space]
-    warmup, decay = largest(space["warmup_steps"]), sum(largest(space[name]) for name in lengths)
+    warmup = largest(space["warmup_steps"]) if "warmup_steps" in space else 0
+    decay = sum(largest(space[name]) for name in lengths)
     parts = [name for name in (*lengths, "warmup_steps") if name in written]
     rests_on = (
         _HORIZON,
@@ -182,7 +188,7 @@ def search_refusals(round_name: str, *, search: SearchSpec, space: Space) -> Ite
         for name, dimension in space.items():
             if isinstance(dimension, Range):
                 message = "is a range, but the grid sampler requires lists; write a list, or use quasi-random"
-                yield Refusal(("hyperparameters", name), message, rests_on=("search.sampler",))
+                yield Refusal(("hyperparameters", *written_at(name)), message, rests_on=("search.sampler",))
     if len(search.enqueue) > search.trials:
         message = f"has {len(search.enqueue)} entries, but search.trials is {search.trials}"
         yield Refusal(("search", "enqueue"), message, rests_on=("search.trials",))

@@ -34,6 +34,7 @@ from tuner.records import Condition, Dimension, Fixed, Space, possible
 
 Table: TypeAlias = Mapping[str, Hyperparameter]
 _TABLE: ContextVar[Table] = ContextVar("table", default=HYPERPARAMETERS)
+_UNKNOWN: ContextVar[str | None] = ContextVar("unknown", default=None)
 
 
 def table_in_use() -> Table:
@@ -42,13 +43,29 @@ def table_in_use() -> Table:
 
 
 @contextmanager
-def using(table: Table) -> Iterator[None]:
-    """Check files against this table (tuner's own plus those of plug-ins) within the block."""
-    token = _TABLE.set(table)
+def using(table: Table, *, unknown: str | None = None) -> Iterator[None]:
+    """Check files against this table (tuner's own plus those of plug-ins) within the block.
+
+    `unknown` is the message for another name; None suggests one of tuner's.
+    """
+    token, message = _TABLE.set(table), _UNKNOWN.set(unknown)
     try:
         yield
     finally:
         _TABLE.reset(token)
+        _UNKNOWN.reset(message)
+
+
+def written_at(name: str) -> tuple[str, ...]:
+    """Return where a hyperparameter is written below `hyperparameters`: `extra.beta` is under `extra`."""
+    return tuple(name.split(".", 1))
+
+
+def _unknown(place: tuple[str | int, ...]) -> Refusal:
+    message = _UNKNOWN.get()
+    if message is None:
+        return Refusal(place, "unknown hyperparameter", type=UNKNOWN_KEY)
+    return Refusal(place, message)
 
 
 STRICT = ConfigDict(
@@ -155,12 +172,12 @@ def _hyperparameter_refusals(written: dict[str, Any], table: Table) -> Iterator[
     space: dict[str, Dimension] = {}
     for name, raw in written.items():
         if name not in table:
-            yield Refusal((name,), "unknown hyperparameter", type=UNKNOWN_KEY)
+            yield _unknown(written_at(name))
             continue
         try:
             space[name] = read_dimension(table[name], raw)
         except ValueError as error:
-            yield Refusal((name,), str(error))
+            yield Refusal(written_at(name), str(error))
     for name, row in table.items():
         if row.default is not None and name not in written:
             space[name] = Fixed(row.default)
@@ -243,7 +260,7 @@ def _entry_refusals(position: int, entry: dict[str, Any]) -> Iterator[Refusal]:
             if not (isinstance(raw, str) and TRIAL_PATH.fullmatch(raw)):
                 yield Refusal((position, name), f"expects ROUND/TRIAL such as round1/3, got {shown(raw)}")
         elif name not in table_in_use():
-            yield Refusal((position, name), "unknown hyperparameter", type=UNKNOWN_KEY)
+            yield _unknown((position, *written_at(name)))
         else:
             try:
                 _enqueued(name, raw)
@@ -302,18 +319,25 @@ class EvaluationSpec(BaseModel):
     """Score generated answers of every complete trial. Off when left out."""
 
 
+_METRIC_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"enum": list(BUILT_IN["metric"])}, {"type": "string", "minLength": 1}]}
+)
+
+
 class ObjectiveSpec(BaseModel):
     """The metric that ranks trials and that the sampler optimizes."""
 
     model_config = STRICT
 
-    metric: Annotated[str, AfterValidator(_known("metric")), _named("metric")] = "eval_loss"
+    metric: Annotated[Text, _METRIC_SCHEMA] = "eval_loss"
     """`eval_loss`: the evaluation loss. `token_accuracy`: the share of target tokens that are the model's top
     prediction. `answers`: the mean score of `evaluation.answers`; it ranks trials, while best steps and
     horizons still use the loss. Or a metric of your own as `package.module:NAME`. If the metric is measured
-    at each evaluation, the best step, the gain of a doubling, the noise and `run.pruner` use it too."""
+    at each evaluation, the best step, the gain of a doubling, the noise and `run.pruner` use it too. With
+    `command`: any name that the command reports."""
     direction: Literal["minimize", "maximize"] | None = None
-    """Which values are better. Defaults to the metric's own direction; if given, it must match."""
+    """Which values are better. Defaults to the metric's own direction; if given, it must match. Required for
+    a metric that only a command reports."""
 
 
 class CheckpointsSpec(BaseModel):
@@ -375,8 +399,17 @@ class RunSpec(BaseModel):
     model_config = STRICT
 
     engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
-    """Where trials run. `local`: this machine, one process per GPU. `simulated`: a dry run with synthetic
-    losses, in the folder `dry-run` beside the file. Or an engine of your own as `package.module:Class`."""
+    """Where trials run. `local`: this machine, one process per GPU. `ray`: the GPUs of a Ray cluster.
+    `simulated`: a dry run with synthetic losses, in the folder `dry-run` beside the file. Or an engine of
+    your own as `package.module:Class`."""
+    ray_address: Text | None = None
+    """Cluster that `engine: ray` joins, as `HOST:6379`; `local` starts one on this machine. Default: the
+    variable RAY_ADDRESS. `tuner` itself must run on a machine of the cluster."""
+    resources_patience: Annotated[float, Field(gt=0)] = 30.0
+    """Minutes to wait for a free GPU with `engine: ray` before the round stops."""
+    send_model_up_to: Annotated[float, Field(ge=0)] = 20.0
+    """Largest model or data file, in GB, that is sent to a node that does not see it, with `engine: ray`.
+    Twice as much is kept on each node between rounds."""
     slots: Annotated[
         Literal["auto"] | int,
         WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
@@ -384,6 +417,9 @@ class RunSpec(BaseModel):
     """Number of trials that train together in one pass over the base model. `auto`: on a GPU, as many as are
     efficient and fit into memory, measured with a few probe passes; on a CPU, one, which is bit-exact. If
     `use_dora` can be true, it is always one."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 1
+    """GPUs of a worker process, which a `command` may use together; 0 for none. tuner's own trainer uses
+    one."""
     production_steps: Count | None = None
     """The longest run you can afford, in steps; no suggested horizon is longer."""
     worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005
@@ -407,6 +443,10 @@ class RunSpec(BaseModel):
     """Experiment trackers that get each trial as a run, with its curve, while it runs. Each is an extra;
     `tuner doctor` shows the command that installs it."""
 
+    notify: list[Annotated[str, Field(min_length=1)]] = []
+    """A program and its arguments, run without a shell when a trial is the new best and when the round ends,
+    stops or fails; it gets a JSON document on its standard input and has 30 seconds. Its failure does not
+    affect the round. Empty: nothing is run."""
     loading_timeout: Annotated[str, AfterValidator(_lasting)] = "30m"
     """How long a worker may be silent while it downloads, loads, quantises or compiles, such as `90s`, `30m`
     or `2h`. A pass may take ten times as long as the slowest one so far, and at least two minutes. A worker

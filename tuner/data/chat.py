@@ -62,7 +62,7 @@ _CLOCK = (
 
 @functools.cache
 def with_fixed_date(template: str) -> str:
-    """The template with its only clock, `strftime_now`, hidden by a macro that knows one day.
+    """Return the template with its clock, `strftime_now`, replaced by a macro with a fixed date.
 
     With a clock, a run that is resumed tomorrow would train on other tokens, and inference would send others
     than were trained. A template that takes a date, as Llama 3's take `date_string`, still takes it.
@@ -102,7 +102,7 @@ class Chat:
         """Kinds of conversation of which nothing is lost."""
 
     def segments(self, conversation: Conversation, place: str) -> tuple[Segment, ...]:
-        """The conversation: a target for each assistant turn but one that opens it.
+        """Return the conversation; each assistant turn is a target, except one that opens it.
 
         A turn that is empty or that the row says not to learn is rendered, and no loss sees it. Raises
         DataError, also where the template leaves a text of the row out.
@@ -198,7 +198,7 @@ class Chat:
         return end if whole.endswith(text[end:]) and without.endswith(text[end:]) else -1
 
     def _before_token(self, text: str, position: int) -> int:
-        """The position, or where the token begins that it is within."""
+        """Return the position, or the start of the token that contains it."""
         for token in self._tokenizer.get_added_vocab():
             if (at := text.find(token, max(0, position - len(token) + 1))) != -1 and at < position:
                 return at
@@ -283,7 +283,7 @@ class Chat:
         return text
 
     def _template(self, conversation: Conversation) -> str:
-        """Jinja; some tokenizers have another for conversations with tools."""
+        """Return the Jinja template; some tokenizers have a separate one for conversations with tools."""
         if self._named is not None:
             return self._named
         return with_fixed_date(self._tokenizer.get_chat_template(tools=conversation.tools))
@@ -335,7 +335,7 @@ def asked(instruction: str, input: str) -> Message:
 
 
 def _spots(conversation: Conversation) -> Iterator[_Spot]:
-    """Every text that a template may leave out; the assistant's contents are looked for as turns."""
+    """Return every text that a template may leave out, besides the assistant's, which are its turns."""
     if conversation.tools is not None:
         yield -1, "tools"
     for index, message in enumerate(conversation.messages):

@@ -17,7 +17,7 @@ class Opening(Enum):
     """What stands before a row's text."""
 
     TEXT = auto()
-    """What the tokenizer itself puts before a text, such as BOS."""
+    """Return what the tokenizer itself puts before a text, such as BOS."""
     TEMPLATE = auto()
     """The same, written out as a chat template has it: some tokenizers then put no space before the text."""
     WRITTEN = auto()
@@ -169,7 +169,7 @@ class Examples(Sequence[Example]):
         return Example(table.tokens[start:end], table.targets[start:end])
 
     def written(self, index: int) -> list[int]:
-        """Which tokens of a row are special ones that the row says itself, not its template."""
+        """Return the positions of special tokens in the row's own text, not those of its template."""
         table, start, end = self._span(index)
         first, last = np.searchsorted(table.written, [start, end])
         found: list[int] = (table.written[first:last] - start).tolist()
@@ -191,13 +191,13 @@ class Examples(Sequence[Example]):
         return sorted(index for _, index in sorted(in_turn)[:count])
 
     def _span(self, index: int) -> tuple[TokenTable, int, int]:
-        """A row's table, and where in it the row's tokens begin and end."""
+        """Return a row's table, and the start and end of the row's tokens in it."""
         pick, at = self._at(index)
         table, rows = self._picks[pick]
         return table, int(table.offsets[rows[at]]), int(table.offsets[rows[at] + 1])
 
     def _at(self, index: int) -> tuple[int, int]:
-        """Which table, and which of the rows picked from it."""
+        """Return the number of the table, and the row's number among those picked from it."""
         index = range(len(self))[index]
         pick = int(np.searchsorted(self._ends, index, side="right"))
         return pick, index - int(self._ends[pick]) + len(self._picks[pick][1])

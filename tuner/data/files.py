@@ -234,7 +234,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _not_found(name: str, error: FileNotFoundError) -> str:
-    """What is meant: packages say that nothing was found of a server that does not answer, too."""
+    """Return the right error: packages report `not found` for a server that does not answer, too."""
     cause = error.__cause__
     refused = getattr(cause, "status", 404) != 404
     if refused or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):

@@ -154,7 +154,7 @@ def _called(columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _with_unread_columns(chosen: RowFormat) -> RowFormat:
-    """The format, remarking on columns with a value that other formats read."""
+    """Return the format with a remark on columns that only other formats read."""
     unread = tuple(name for name in _READ_ELSEWHERE if name not in (*chosen.needed, *chosen.optional))
     own = chosen.remarks
 
@@ -168,7 +168,7 @@ def _with_unread_columns(chosen: RowFormat) -> RowFormat:
 
 
 def _alpaca(called: Mapping[str, str], chat: Chat) -> RowFormat:
-    """Stanford's text; with the system's or earlier turns, the template of that name."""
+    """Return the Alpaca format; rows with a system text or earlier turns use the template of that name."""
 
     def segments(row: Row) -> tuple[Segment, ...]:
         if earlier := _earlier(row, called):
@@ -215,7 +215,7 @@ def _alpaca_asks(called: Mapping[str, str]) -> Callable[[str, str], Mapping[str,
 def _with_system_column(
     called: Mapping[str, str], messages: str | None = None
 ) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
-    """`messages` is the column of the turns, which may begin with the system's."""
+    """Return a conversation with a system column; `messages` is the column of the turns."""
 
     def with_system(values: Mapping[str, Any], system: str) -> Mapping[str, Any]:
         own = values.get(called["system"])
@@ -249,17 +249,17 @@ def _alpaca_columns(called: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[s
 
 
 def _named(called: Mapping[str, str], *columns: str) -> tuple[str, ...]:
-    """What these columns are called, those that are looked for."""
+    """Return the names of these columns in the file."""
     return tuple(called[column] for column in columns if called[column] != _NOWHERE)
 
 
 def _earlier(row: Row, called: Mapping[str, str]) -> tuple[Message, ...]:
-    """The messages before a row's instruction."""
+    """Return the messages before a row's instruction."""
     return (*read_system(row, called["system"]), *read_history(row, called["history"]))
 
 
 def _alpaca_question(row: Row, called: Mapping[str, str]) -> tuple[str, str]:
-    """Instruction and input, which is empty where there is none."""
+    """Return instruction and input; the input is empty if there is none."""
     given = row.values.get(called["input"])
     instruction = _string(row, called["instruction"])
     return instruction, "" if given is None else _string(row, called["input"])
@@ -282,7 +282,7 @@ def _completion(called: Mapping[str, str]) -> RowFormat:
 
 
 def _answer(text: str) -> Segment:
-    """What a row answers; no loss sees an empty answer, nor the end after it."""
+    """Return the row's answer; an empty answer and the EOS after it are never targets."""
     says = bool(text.strip())
     return Segment(text, is_target=says, is_masked=not says)
 
@@ -300,7 +300,7 @@ def _text(called: Mapping[str, str]) -> RowFormat:
 
 
 def _conversation(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
-    """Rows as a chat template writes them, whichever format they are in."""
+    """Return rows of any format as a chat template renders them."""
     return _alpaca_turns(called, chat) if name == "alpaca" else _turns(name, called, chat)
 
 
@@ -320,7 +320,7 @@ def _alpaca_turns(called: Mapping[str, str], chat: Chat) -> RowFormat:
 
 
 def _turns(name: str, called: Mapping[str, str], chat: Chat) -> RowFormat:
-    """Rows with a column of messages, or of ShareGPT's turns."""
+    """Return rows with a column of messages, or of ShareGPT's turns."""
     has_messages = name == "messages"
     column = called["messages" if has_messages else "conversations"]
     optional = _named(called, "tools") if has_messages else _named(called, "system", "tools")
@@ -358,7 +358,7 @@ def _templated(
     asks: Callable[[str, str], Mapping[str, Any]],
     with_system: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
 ) -> RowFormat:
-    """`asking` is what of a row's conversation comes before its last answer."""
+    """Return a format in a chat template; `asking` returns a conversation up to its last answer."""
     needed, optional = columns
 
     def question(row: Row) -> tuple[Segment, ...]:

@@ -64,7 +64,7 @@ def not_a_row(value: Any, following: Iterator[tuple[int, str]]) -> str:
 
 
 def _objects(value: Any) -> str:
-    """Of an object over several lines, which may be one that holds the rows."""
+    """Read an object over several lines, which may be the one that contains the rows."""
     lists = [key for key, held in value.items() if _are_rows(held)] if isinstance(value, dict) else []
     if len(lists) == 1 and not _is_message(value[lists[0]][0]):
         return (
@@ -157,11 +157,11 @@ class _Text:
         self._ended = False
 
     def error(self, what: str) -> DataError:
-        """The error to raise when something is wrong with the row, or right behind it."""
+        """Return the error for a mistake in the row, or directly after it."""
         return DataError(f"{self._file.name}: row {self.row}: {what}")
 
     def peek(self) -> str:
-        """The next character that is not white space, or "" at the end."""
+        """Return the next character that is not white space, or "" at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None
@@ -173,13 +173,13 @@ class _Text:
         return self._text[self._at : self._at + 1]
 
     def take(self) -> str:
-        """`peek`, and go past it."""
+        """Return `peek`, and go past it."""
         character = self.peek()
         self._at += len(character)
         return character
 
     def object(self) -> dict[str, Any]:
-        """The object that begins here; only an object says itself where it ends."""
+        """Return the object that begins here; its end is known only after parsing it."""
         begins = self.peek()
         if begins != "{":
             found = repr(begins) if begins else "nothing (is the file cut off?)"

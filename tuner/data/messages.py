@@ -69,11 +69,11 @@ class Conversation:
     tools: Sequence[Any] | None = None
 
     def answered(self, content: str) -> Conversation:
-        """The same with an answer of the assistant."""
+        """Return the conversation with an answer of the assistant added."""
         return self.followed_by(Message("assistant", content))
 
     def followed_by(self, message: Message) -> Conversation:
-        """The same with one message more."""
+        """Return the conversation with one more message."""
         return replace(self, messages=(*self.messages, message))
 
     def asking(self) -> Conversation:
@@ -83,11 +83,11 @@ class Conversation:
 
     @property
     def said(self) -> str:
-        """Its texts without what a template writes around them."""
+        """Return its texts without what a template writes around them."""
         return " ".join(" ".join((*message.reasoning.values(), message.content)) for message in self.messages)
 
     def remarks(self) -> Iterator[str]:
-        """What is read otherwise than the row says it, or not learned."""
+        """Yield remarks on what is read differently than written, or not learned."""
         for message in self.messages:
             yield from message.remarks
         answers = [m for m in self.messages[1:] if m.role == "assistant" and m.is_learned]
@@ -108,7 +108,7 @@ def read_messages(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def read_tools(row: Row, column: str) -> Sequence[Any] | None:
-    """What a row's messages may call, a list or its JSON; None where there is nothing. Raises DataError."""
+    """Return a row's tools, given as a list or as JSON; None if there are none. Raises DataError."""
     tools = _from_json(row, column)
     if tools is None:
         return None
@@ -137,7 +137,7 @@ def read_history(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def read_system(row: Row, column: str) -> tuple[Message, ...]:
-    """The message that a column with the system's text is; none without text. Raises DataError."""
+    """Return the system column as a message; none if it has no text. Raises DataError."""
     system = row.values.get(column)
     if system is None:
         return ()
@@ -160,7 +160,7 @@ def listed(row: Row, column: str) -> list[Any]:
 def message_of(
     row: Row, index: int, turn: Mapping[str, Any], role: str, content: str, *remarks: str
 ) -> Message:
-    """A message with what its other keys say. Raises DataError for what would be lost without a word."""
+    """Return a message with its other keys. Raises DataError for keys that would be silently lost."""
     if refused := [key for key in _REFUSED if turn.get(key)]:
         raise DataError(
             f"{row.place}: message {index} has {refused[0]!r}, which is not rendered; write the "
@@ -233,7 +233,7 @@ def _is_learned(row: Row, index: int, turn: Mapping[str, Any], key: str) -> bool
 
 
 def _from_json(row: Row, column: str) -> Any:
-    """A column's value, parsed where it is text; None where it is empty. Raises DataError."""
+    """Return a column's value, parsed if it is text; None if it is empty. Raises DataError."""
     value = row.values.get(column)
     if isinstance(value, str) and value.strip():
         try:
@@ -249,7 +249,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def conversation(row: Row, *, column: str, system_column: str) -> tuple[Message, ...]:
-    """The row's messages, the system column's text first where there is one.
+    """Return the row's messages, beginning with the system column's text if there is one.
 
     A conversation that opens with the model keeps that turn, as something that was said, not as something
     to learn. Raises DataError.

@@ -30,7 +30,7 @@ class Windows:
 
 
 def spans(num_tokens: int, *, room: int, overlap: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first new token, end) of each example that a text of so many tokens is cut into.
+    """Yield (begin, first new token, end) of each example that a text of this many tokens is cut into.
 
     All but the last have `room` tokens; each begins `overlap` tokens before the one before it ends.
     """
@@ -50,7 +50,7 @@ _Record = tuple[int, str]
 
 
 def plain_text_rows(file: LocalFile, spec: SourceSpec) -> Iterator[Row]:
-    """Rows with the column text, as `split_on` and `group_records` say. Raises DataError."""
+    """Yield rows with the column `text`, by `split_on` and `group_records`. Raises DataError."""
     assert spec.split_on is not None
     together = spec.group_records if isinstance(spec.group_records, int) else 1
     between = ":" if has_lines(spec) else ": row "
@@ -79,14 +79,14 @@ def _records(file: LocalFile, spec: SourceSpec) -> Iterator[_Record]:
 
 
 def _lines(file: DataFile) -> Iterator[_Record]:
-    """Lines that have text, without their ends."""
+    """Yield lines that have text, without their line ends."""
     for number, line in file.lines():
         if line.strip():
             yield number, line.rstrip("\r\n")
 
 
 def _paragraphs(file: DataFile) -> Iterator[_Record]:
-    """Lines up to one without text."""
+    """Yield paragraphs: lines up to an empty one."""
     begins, text = 0, io.StringIO()  # a list of short lines would take many times their length
     for number, line in file.lines():
         if not line.strip():
@@ -107,7 +107,7 @@ def _paragraphs(file: DataFile) -> Iterator[_Record]:
 
 
 def _pieces(file: DataFile, num_bytes: int) -> Iterator[_Record]:
-    """Pieces of that many bytes; the bytes of a character that would be cut begin the next one."""
+    """Yield pieces of this many bytes; a character that would be cut goes to the next piece."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number = 0
     while True:

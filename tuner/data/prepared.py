@@ -89,11 +89,11 @@ class DataReport:
 
     @property
     def splits(self) -> Mapping[str, SplitReport]:
-        """By the names of the round file."""
+        """Return the reports by split, with the names of the round file."""
         return {"train": self.train, "eval": self.evaluation, "test": self.test}
 
     def left_out(self, max_length: int) -> list[str]:
-        """What is not trained or evaluated on as it was read, a sentence for each split and reason."""
+        """Return what is cut or left out, a sentence for each split and reason."""
         said = []
         for name, split in self.splits.items():
             if split.truncated:
@@ -205,7 +205,7 @@ def _reported(
 
 
 def _overlaps(parts: Mapping[str, Parts], *, allowed: bool) -> tuple[Overlap, ...]:
-    """Of eval with train, test with train, and test with eval. Raises DataError unless allowed."""
+    """Return the overlaps of train, eval and test with each other. Raises DataError unless allowed."""
     pairs = (("eval", "train"), ("test", "train"), ("test", "eval"))
     found = tuple(overlap(name, parts[name], other, parts[other]) for name, other in pairs)
     if not allowed:
@@ -223,7 +223,7 @@ def share_for_evaluation(
     least: float,
     wanted_rows: int,
 ) -> float:
-    """An `eval_fraction`, `least` or more, that holds out so many of the training rows that are kept.
+    """Return an `eval_fraction` of at least `least` that holds out this many training rows.
 
     Of few rows it is three tenths. Raises DataError as `prepare`, and where the rows cannot be parted.
     """
@@ -246,7 +246,7 @@ def share_for_evaluation(
 def _parts(
     sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, asks: bool
 ) -> list[Part]:
-    """One for each file; `asks` says that their completions are to be told from their prompts."""
+    """Return a part for each file; `asks` says whether completions are separated from prompts."""
     parts = []
     by_turns = replace(recipe, loss_on="completion")
     with downloads(recipe.cache) as copies:
@@ -278,7 +278,7 @@ def _mix(parts: Parts) -> dict[str, float]:
 
 
 def _remarks(parts: Parts) -> tuple[str, ...]:
-    """Each once, however many files it is said of."""
+    """Return each remark once, for all files together."""
     found: dict[str, tuple[int, str]] = {}
     for part in parts:
         for said, remark in part.table.remarks.items():
@@ -334,7 +334,7 @@ def _report(parts: Parts, split: Examples, *, overlap: int = 0) -> SplitReport:
 
 
 def _full_lengths(part: Part) -> NDArray[np.int64]:
-    """Of the rows that are not empty."""
+    """Return the full lengths of rows that are not empty."""
     rows = part.rows[part.table.fates[part.rows] != Fate.EMPTY]
     lengths: NDArray[np.int64] = part.table.full_lengths[rows]
     return lengths

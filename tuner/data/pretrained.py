@@ -25,7 +25,7 @@ _PAUSES_SECONDS = (0.0, 1.0, 2.0)
 
 
 def where_to_look(path: str) -> dict[str, Any]:
-    """What `from_pretrained` is told besides: the local cache alone, where the Hub is out of reach."""
+    """Return arguments of `from_pretrained`: only the local cache, if the Hub cannot be reached."""
     return {"local_files_only": True} if is_out_of_reach(path) else {}
 
 
@@ -57,7 +57,7 @@ def can_be_resolved(endpoint: str) -> bool:
 
 
 def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory, a Hub id or a GGUF file; its model path is absolute or an id.
+    """Load the tokenizer of a local directory, a Hub id or a GGUF file.
 
     It is a fast one and has an EOS token; it may lack a pad token, since nothing here pads with it.
     Raises ModelError with what to do.
@@ -101,7 +101,7 @@ def _require_directory(model: ModelSpec) -> None:
 
 
 def loaded_commit(model: ModelSpec) -> str | None:
-    """The Hub's commit that was loaded, of a model that has been; None for a directory."""
+    """Return the Hub commit of a model that was loaded; None for a directory."""
     from huggingface_hub import try_to_load_from_cache
     from transformers.utils.hub import extract_commit_hash
 
@@ -112,10 +112,12 @@ def loaded_commit(model: ModelSpec) -> str | None:
 
 
 def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
-    """The round file with its base at the Hub's commit that an adapter, a PEFT directory, was trained on.
+    """Return the round file with the base model at the Hub commit that an adapter was trained on.
 
-    A branch moves on: what it has today may be another base.
+    A branch moves on: what it has today may be another base. A round that runs a command has none.
     """
+    if spec.command is not None:
+        return spec
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,7 +129,7 @@ def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:
 
 
 def hub_advice(model: ModelSpec, error: BaseException) -> str | None:
-    """What to do about a model that the Hub does not give; None where the error is another."""
+    """Return advice for a model that the Hub does not provide; None for any other error."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,

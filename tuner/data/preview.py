@@ -35,7 +35,7 @@ _COLUMNS = {
 
 
 def recognise(columns: tuple[str, ...]) -> str | None:
-    """The format that rows with these columns are in; None when there is none."""
+    """Return the format of rows with these columns; None if no format has them."""
     return next((name for name, needed in _COLUMNS.items() if set(needed) <= set(columns)), None)
 
 
@@ -45,11 +45,11 @@ _SYNONYMS = (
     ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
     ("text", "content", "document", "body"),
 )
-"""Names of one thing in data sets of other tools, the most usual first."""
+"""Names of one thing in datasets of other tools, the most usual first."""
 
 
 def matching_columns(source: SourceSpec) -> dict[str, str]:
-    """What a source's format finds under other names in its first row, as `columns` says it.
+    """Return the `columns` of a source whose first row has other column names than its format.
 
     Raises DataError when there is no row, or a column has no match.
     """
@@ -75,13 +75,13 @@ def matching_columns(source: SourceSpec) -> dict[str, str]:
 
 
 def _every_row() -> RowFormat:
-    """A format that reads each column that any format recognises, or all."""
+    """Return a format that reads each column that any format recognises, or all."""
     every = tuple(column for columns in _COLUMNS.values() for column in columns)
     return RowFormat("any", every, (), lambda _: (), (), lambda _: (), _nothing)
 
 
 def survey(source: SourceSpec, *, recognised: bool) -> tuple[str, int]:
-    """The format of a source, by its first row, and how many rows it has.
+    """Return the format of a source, by its first row, and its number of rows.
 
     With `recognised` false the format is the source's own word. Raises DataError when there is no
     row, or one whose columns no format has.
@@ -136,7 +136,7 @@ class ShownRow:
 
 
 def show_rows(examples: Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ShownRow]:
-    """The first of each file, decoded from the very tokens that are trained on, special tokens visible."""
+    """Return the first rows of each file, decoded from the training tokens, with special tokens visible."""
     shown = []
     for index in examples.from_each(count):
         example, written = examples[index], examples.written(index)
@@ -147,7 +147,7 @@ def show_rows(examples: Examples, tokenizer: PreTrainedTokenizerBase, count: int
 
 
 def printable(text: str) -> str:
-    """The text, with control characters written out: a terminal would take them for commands."""
+    """Return the text with control characters escaped, since a terminal would execute them."""
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else _escaped(character)
         for character in text
@@ -161,7 +161,7 @@ def _escaped(character: str) -> str:
 def _pieces(
     example: Example, written: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
-    """Each piece as it reads after those before it: decoded alone, some tokenizers drop its first space."""
+    """Return each piece as decoded after those before it: alone, some tokenizers drop its first space."""
     breaks = {int(at) + 1 for at in np.flatnonzero(np.diff(example.is_target))}
     around = {at + side for at in written for side in (0, 1)} - {0}
     ends = sorted(breaks | around | {len(example.input_ids)})
@@ -206,7 +206,7 @@ def write_parquet(splits: Mapping[str, Examples], directory: Path) -> None:
 
 
 def write_to_disk(splits: Mapping[str, Examples], directory: Path) -> None:
-    """The same as a `datasets.DatasetDict` that `load_from_disk` loads."""
+    """Write a `datasets.DatasetDict`, which `load_from_disk` loads."""
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -230,7 +230,7 @@ def _columns(rows: Sequence[Example]) -> Mapping[str, list[Any]]:
 
 
 def stated_licence(path: str, *, kind: Literal["model", "dataset"]) -> str | None:
-    """The `license` in a directory's README.md, or in that of a Hub id in the local cache; else None."""
+    """Return the `license` in the README.md of a directory, or of a cached Hub id; else None."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from yaml import YAMLError

@@ -46,7 +46,7 @@ def render_prompt(
     system: str = "",
     template: str | None = None,
 ) -> Prompt:
-    """The training prompt of a format, with the source's `template`: a row's, up to its answer.
+    """Return the training prompt of a format and `template`: the text of a row up to its answer.
 
     `messages` and `sharegpt` are a conversation of one user's message; `completion` and `text` take the
     instruction as it is, and no `system`. Where a format has no place of its own for it, the input follows
@@ -60,7 +60,7 @@ def render_prompt(
 def read_prompts(
     path: Path, source: SourceSpec, tokenizer: PreTrainedTokenizerBase, *, system: str = ""
 ) -> list[Prompt]:
-    """The prompts of a file, in its order.
+    """Return the prompts of a file, in its order.
 
     A row is one of the training rows of `source`, with or without its answer (of a conversation, the last
     turn of the assistant), or has `prompt`, and perhaps `context` and `system`, as `render_prompt` takes
@@ -102,14 +102,14 @@ def token_beyond(
 
 
 def _conversations(source: SourceSpec, tokenizer: PreTrainedTokenizerBase) -> list[RowFormat]:
-    """The formats of conversations, in the template of the training rows; none where these have no turns."""
+    """Return the conversation formats in the template of the training rows; none if these have no turns."""
     if source.format in ("completion", "text"):
         return []
     return [row_format(name, tokenizer, template=template_name(source)) for name in ("messages", "sharegpt")]
 
 
 def _whole_conversation(rows: list[Row], path: Path, formats: Sequence[RowFormat]) -> list[Row]:
-    """The rows; one with all of them where each is a message."""
+    """Return the rows; a single one if each row is a message."""
     asking = {column for each in formats for column in each.asking}
     are_messages = all({"role", "content"} <= row.values.keys() - asking for row in rows)
     if not rows or not are_messages or len(formats) == 1:
@@ -139,7 +139,7 @@ def _with_system(row: Row, chosen: RowFormat, system: str) -> Row:
 
 
 def _asking(row: Row, formats: Sequence[RowFormat]) -> tuple[Row, RowFormat]:
-    """The row as one of a format. Raises DataError where it asks nothing."""
+    """Return the row in a format. Raises DataError if it has no prompt."""
     for each in formats:
         if all(column in row.values for column in each.asking):
             return row, each
@@ -158,7 +158,7 @@ def _asking(row: Row, formats: Sequence[RowFormat]) -> tuple[Row, RowFormat]:
 
 
 def _text(row: Row, column: str) -> str:
-    """Empty where an optional column is not there."""
+    """Return the text of an optional column, empty if it is missing."""
     value = row.values.get(column)
     if column != "prompt" and value is None:
         return ""
@@ -175,7 +175,7 @@ def _tokeniser(tokenizer: PreTrainedTokenizerBase) -> Tokeniser:
 def chat_template_of(
     sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase
 ) -> str | dict[str, str] | None:
-    """Jinja that renders messages as the rows of all these sources do; None where the tokenizer's own does.
+    """Return a chat template that renders messages like the training rows; None if it is the tokenizer's own.
 
     That is the named template around the turns, `alpaca` for that format, after what the tokenizer puts
     before a text; or the tokenizer's own with the date that it was trained with. None is also said where rows
@@ -203,7 +203,7 @@ def renders_prompts_of(sources: Sequence[SourceSpec]) -> bool:
 
 
 def template_name(source: SourceSpec) -> str:
-    """What renders a source's prompts: a named template, `tokenizer` for its own, a format without turns."""
+    """Return what renders a source's prompts: a template, `tokenizer` for its own, or a format."""
     if source.format in ("completion", "text"):
         return source.format
     return source.template or ("alpaca" if source.format == "alpaca" else "tokenizer")

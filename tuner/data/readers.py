@@ -20,7 +20,7 @@ _PARQUET_BATCH_ROWS = 256
 
 
 def reader_of(file: LocalFile) -> Reader:
-    """What reads this kind of file, by its ending. Raises DataError for an unknown one."""
+    """Return the reader of a file, by its suffix. Raises DataError for an unknown one."""
     name = file.path.name.lower()
     packed = name.endswith(".gz")
     ending = name.removesuffix(".gz").rpartition(".")[2]
@@ -47,7 +47,7 @@ def has_lines(file: LocalFile) -> bool:
 
 
 def columns_to_read(found: list[str], row_format: RowFormat) -> list[str]:
-    """Those the format reads; all when one it needs is missing, so that the message can list them."""
+    """Return the columns that the format reads; all if a required one is missing, for the message."""
     if any(column not in found for column in row_format.needed):
         return found
     wanted = row_format.needed + row_format.optional + row_format.unread
@@ -151,5 +151,5 @@ def _parquet(file: LocalFile, row_format: RowFormat) -> Iterator[Row]:
 
 
 def _announced_bytes(metadata: Any) -> int:
-    """What the pages of a Parquet file unpack to, as its own index says; equal values may repeat in them."""
+    """Return the unpacked size of a Parquet file's pages by its own index; equal values may repeat."""
     return sum(metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: one memory-mapped table a data set, cached by what it was made from."""
+"""Tokenised rows on disk: one memory-mapped table a dataset, cached by what it was made from."""
 
 from __future__ import annotations
 
@@ -119,13 +119,13 @@ class TableWriter:
         self._columns["numbers"].append(number)
 
     def remark(self, said: str, *, number: int) -> None:
-        """Count a row for what there is to say of it."""
+        """Count a row for a remark."""
         before = self._remarks.get(said, Remark(0, number))
         self._remarks[said] = replace(before, num_rows=before.num_rows + 1)
 
 
 def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
-    """The table in a directory, or None where there is none or it is not what was written."""
+    """Read the table in a directory; None if it is missing or not what was written."""
     try:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         hashes = index["sha256"]
@@ -197,7 +197,7 @@ _LOCKED_AFTER_SECONDS = 60.0
 def cached_table(
     cache: Path | None, made_from: Mapping[str, Any], build: Callable[[TableWriter], None]
 ) -> RowTable:
-    """The table that `build` writes, or the one it wrote before from the same.
+    """Return the table that `build` writes, or the cached one with the same ingredients.
 
     `made_from` holds everything that the table depends on, as JSON values. An entry appears under its
     name only when it is complete; one that is damaged is built again. Without a cache the table is in
@@ -223,7 +223,7 @@ def cached_table(
 
 @contextmanager
 def _unfinished(cache: Path | None) -> Iterator[Path]:
-    """A directory to build in, which is gone at the end; locked, so that it is known whether anyone does."""
+    """Yield a temporary directory to build in, locked while it is in use."""
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache) as directory:
         descriptor = os.open(directory, os.O_RDONLY)
         try:

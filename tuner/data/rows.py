@@ -43,7 +43,7 @@ class Recipe:
 
 
 def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable:
-    """The table of a source. Raises DataError, for a source without rows too, and StorageError."""
+    """Return the table of a source. Raises StorageError, and DataError, also for a source without rows."""
     made_from = ingredients(source, row_format, recipe)
     table = cached_table(recipe.cache, made_from, lambda writer: _write(source, row_format, recipe, writer))
     if not len(table.fates):
@@ -52,7 +52,7 @@ def tokenised(source: Source, row_format: RowFormat, recipe: Recipe) -> RowTable
 
 
 def ingredients(source: Source, row_format: RowFormat, recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides about the table, as JSON values: the key under which it is kept.
+    """Return everything that determines the table, as JSON values: its cache key.
 
     What a source does not say is not in it, so that a key of the round file that is new leaves the tables of
     files without it where they are.
@@ -95,7 +95,7 @@ def _write(source: Source, row_format: RowFormat, recipe: Recipe, writer: TableW
 
 
 def _write_windows(batches: Iterator[_Batch], windows: Windows, recipe: Recipe, writer: TableWriter) -> None:
-    """Examples of one text all get the hash of the whole, so that they are held out, or not, together."""
+    """Write the examples of long texts; those of one text share its hash, so they are held out together."""
     waiting: deque[tuple[int, str]] = deque()
     special = recipe.special
 
@@ -161,7 +161,7 @@ def refuse_half_characters(row: Row, segments: tuple[Segment, ...]) -> None:
 
 
 def likeness(text: str) -> str:
-    """What is left of a text without its case, its white space and its choice among equal Unicode forms."""
+    """Return the text without case, white space and differences of Unicode form."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())

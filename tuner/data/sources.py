@@ -38,7 +38,7 @@ _KINDS = {
 
 
 def load_folder(folder: str, *, config: str | None, split: str | None, cache: Path | None) -> Any:
-    """What `load_rows` gives for a folder of files of one kind, or whose README.md says what to read.
+    """Load the rows of a folder with files of one kind, or whose README.md says what to read.
 
     A folder that `save_to_disk` wrote is mapped where it lies. Raises DataError, for a folder too that is
     anything else, such as a home folder.
@@ -67,7 +67,7 @@ def load_folder(folder: str, *, config: str | None, split: str | None, cache: Pa
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether `save_to_disk` wrote it, as one data set or as its splits."""
+    """Whether `save_to_disk` wrote it, as one dataset or as its splits."""
     files = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
     return any(all((Path(folder) / name).is_file() for name in names) for names in files)
 
@@ -105,7 +105,7 @@ def _chosen(splits: Mapping[str, Any], split: str | None, folder: str) -> Any:
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    """All that can be seen in a folder: `datasets` leaves hidden names out too."""
+    """Return the visible entries of a folder: `datasets` ignores hidden ones, too."""
     with os.scandir(folder) as found:
         listed = list(islice((entry for entry in found if not entry.name.startswith(".")), _MOST_ENTRIES + 1))
     yield from sorted(listed, key=lambda entry: entry.name)
@@ -116,7 +116,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def load_rows(path: str, *, config: str | None, split: str | None, cache: Path | None) -> Any:
-    """A `datasets.Dataset`, memory-mapped; in the user's own Hub cache where `cache` is None.
+    """Load a memory-mapped `datasets.Dataset`; it is cached in the user's Hub cache if `cache` is None.
 
     No split is `train`. Raises DataError.
     """
@@ -147,7 +147,7 @@ def load_rows(path: str, *, config: str | None, split: str | None, cache: Path |
 
 @contextmanager
 def _the_cache_alone() -> Iterator[None]:
-    """`datasets` as with HF_HUB_OFFLINE, which it reads when it is imported."""
+    """Set `datasets` offline, as HF_HUB_OFFLINE does when it is imported."""
     import datasets
 
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
@@ -182,12 +182,12 @@ class Source:
     """The rows in order. Raises DataError."""
 
     def place(self, number: int) -> str:
-        """A row's place as messages show it."""
+        """Return a row's place as messages show it."""
         return f"{self.name}:{number}" if self.has_lines else f"{self.name}: row {number}"
 
 
 def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
-    """What a round file's source names: one data set, or files in the order of their names. Raises DataError.
+    """Open what a source names: one dataset, or files in the order of their names. Raises DataError.
 
     Files are read here, row by row, so that a mistake can name its line and memory stays flat; those
     behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for

@@ -56,14 +56,14 @@ class Marks:
         return bool(self._swallowing) and text.rstrip().endswith(self._swallowing)
 
     def first_in(self, text: str) -> int:
-        """Where the first begins, with the white space that belongs to it; the text's length without any."""
+        """Return where the first begins, including its white space; the text's length if there is none."""
         may_have_one = any(initial in text for initial in self._initials)
         found = self._pattern.search(text) if self._pattern and may_have_one else None
         return found.start() if found else len(text)
 
 
 def _is_cut_out(tokenizer: Tokenizer, token: Mapping[str, Any]) -> bool:
-    """Within a word, too; one that is looked for after normalisation may be spelled there."""
+    """Return whether it is cut out within a word, too, and before normalisation."""
     if token["single_word"] or not token["content"]:
         return False
     content: str = token["content"]
@@ -102,7 +102,7 @@ class SpecialTokens:
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def written(self, row: Row, row_format: RowFormat, segments: tuple[Segment, ...]) -> list[_Found]:
-        """The special tokens of a row's text, in order; none where the row says none.
+        """Return the special tokens in a row's text, in order.
 
         The row is rendered again with others in their place, and what then stands where they stood is what
         the row says. A template that looks for a token renders another text; then nothing is said of the row.
@@ -121,11 +121,11 @@ class SpecialTokens:
         return list(self._found(text, row_format.opening))
 
     def written_in_plain(self, text: str) -> list[_Found]:
-        """The same of a row that is nothing but its text."""
+        """Return the special tokens of a row without a template, in order."""
         return [] if _STAND_IN.search(text) else list(self._found(self._stood_in(text), Opening.TEXT))
 
     def remarks(self, found: Sequence[_Found]) -> Iterator[str]:
-        """What there is to say of a row, the same words for each such row."""
+        """Yield remarks on a row, in the same words for each such row."""
         for id in sorted({token.id for token in found if token.is_written}):
             yield (
                 f"the special token {self._texts[id]!r} is in what rows say, and the model reads the token, "
@@ -135,7 +135,7 @@ class SpecialTokens:
     def positions(
         self, ids: NDArray[np.int32], found: Sequence[_Found], opening: Opening
     ) -> NDArray[np.int64]:
-        """Which of an example's tokens are those that the row says."""
+        """Return the positions of an example's tokens that are special tokens of the row's text."""
         if not any(token.is_written for token in found):
             return np.zeros(0, np.int64)
         special = self._of(ids, opening)
@@ -146,20 +146,20 @@ class SpecialTokens:
         return np.array([at for at, other in pairs if other is not None and other.is_written], np.int64)
 
     def positions_in_plain(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
-        """The same of a piece of texts that are nothing but their rows."""
+        """Return these positions in a piece of rows without a template."""
         special = self._of(ids, Opening.TEXT)
         if special and special[-1] == len(ids) - 1 and ids[-1] == self._eos:
             special = special[:-1]
         return np.array(special, np.int64)
 
     def _of(self, ids: NDArray[np.int32], opening: Opening) -> list[int]:
-        """Positions of special tokens after what the tokenizer puts before a text."""
+        """Return positions of special tokens, without those that the tokenizer puts before a text."""
         begins = 0 if opening is Opening.WRITTEN else len(self._beginning)
         found: list[int] = (np.flatnonzero(np.isin(ids[begins:], list(self._texts))) + begins).tolist()
         return found
 
     def _found(self, text: str, opening: Opening) -> Iterator[_Found]:
-        """Those of a text with stand-ins."""
+        """Return the special tokens of a text with placeholders."""
         opened = -1 if opening is Opening.WRITTEN else 0
         for match in self._either.finditer(text):
             id = int(match[1]) if match[1] is not None else self._ids[match[0]]
@@ -172,7 +172,7 @@ class SpecialTokens:
             yield _Found(id, is_written=match[1] is not None and not opens and not ends)
 
     def _stood_in(self, value: Any) -> Any:
-        """A value with stand-ins for the special tokens in it; itself where there are none."""
+        """Return a value with placeholders for special tokens; itself if it has none."""
         match value:
             case str():
                 if self._pattern.search(value) is None:

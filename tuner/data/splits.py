@@ -40,16 +40,16 @@ class Part:
     asked for."""
 
     def kept(self) -> Part:
-        """Without the rows that were dropped."""
+        """Return the part without rows that were dropped."""
         fates = self.table.fates[self.rows]
         return replace(self, rows=self.rows[(fates == Fate.KEPT) | (fates == Fate.TRUNCATED)])
 
     def digests(self) -> NDArray[np.uint64]:
-        """[rows, 2] of the rows' text hashes."""
+        """Return [rows, 2] of the rows' text hashes."""
         return self.table.digests[self.rows]
 
     def place(self, index: int) -> str:
-        """Where the index-th of the rows was read."""
+        """Return where a row was read."""
         return self.source.place(int(self.table.numbers[self.rows[index]]))
 
 
@@ -57,7 +57,7 @@ Parts = Sequence[Part]
 
 
 def divide(parts: Parts, eval_fraction: float) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows: a row is held out when the hash of its text says so.
+    """Divide rows into training and held-out ones, by the hash of their texts.
 
     Of rows that are alike but not equal, the hash of one speaks for all, so that they stay together.
     """
@@ -70,7 +70,7 @@ def divide(parts: Parts, eval_fraction: float) -> tuple[list[Part], list[Part]]:
 
 
 def places(parts: Parts) -> NDArray[np.float64]:
-    """Where each row stands between 0 and 1: a row below `eval_fraction` is held out."""
+    """Return a number in [0, 1) for each row: rows below `eval_fraction` are held out."""
     found = np.concatenate([_position(part.digests()[:, 0]) for part in parts])
     likenesses = _halves(parts, "likenesses", 0)
     order = np.lexsort((_halves(parts, "digests", 1), likenesses))
@@ -83,7 +83,7 @@ def places(parts: Parts) -> NDArray[np.float64]:
 
 
 def share_to_hold_out(places: NDArray[np.float64], *, least: float, wanted_rows: int) -> float | None:
-    """The smallest share, `least` or more, that holds out so many rows, or three tenths of fewer.
+    """Return the smallest share, at least `least`, that holds out this many rows, or 30% of too few.
 
     Fewer rows, or a smaller share, where else none would be left; None where all rows stand in one place.
     """
@@ -98,7 +98,7 @@ def share_to_hold_out(places: NDArray[np.float64], *, least: float, wanted_rows:
 
 
 def sample(parts: Parts, max_examples: int | None) -> list[Part]:
-    """At most that many rows, those with the smallest hashes, in file order.
+    """Return at most this many rows, those with the smallest hashes, in file order.
 
     So a larger sample contains a smaller one, and a row added to the file displaces one at most.
     """
@@ -114,7 +114,7 @@ def sample(parts: Parts, max_examples: int | None) -> list[Part]:
 
 
 def weigh(part: Part, weight: float) -> Part:
-    """Each row as many times an epoch as the weight says.
+    """Repeat rows per epoch by their weight.
 
     Of a fraction, the rows whose hash falls in it have one more: 2 is every row twice, 0.25 a fixed
     quarter of the rows, 1.5 every row once and half of them again.
@@ -168,7 +168,7 @@ def refuse_overlap(found: Overlap, *, has_test: bool) -> None:
 
 
 def duplicates(parts: Parts) -> int:
-    """Rows whose text another row before them has; the examples of one long text are no duplicates."""
+    """Count rows with the text of an earlier row; the examples of one long text are not duplicates."""
     first_halves = _halves(parts, "digests", 0)
     first_halves.sort()
     return int((np.diff(first_halves) == 0).sum()) - pieces(parts)
@@ -187,7 +187,7 @@ def _goes_on(table: RowTable) -> NDArray[np.bool_]:
 
 
 def examples(parts: Parts) -> Examples:
-    """The parts' rows, one part after the other."""
+    """Return the parts' rows, one part after the other."""
     return Examples([(part.table.tokens, part.rows) for part in parts], [part.place for part in parts])
 
 
@@ -195,7 +195,7 @@ _Kind = Literal["digests", "likenesses"]
 
 
 def _halves(parts: Parts, kind: _Kind, half: int) -> NDArray[np.uint64]:
-    """[rows] of one half of each hash: halves of two rows are equal by chance once in 2**64."""
+    """Return [rows] of one half of each hash: halves of two rows are equal by chance once in 2**64."""
     return np.concatenate([np.zeros(0, np.uint64), *(block[:, half] for block in _blocks(parts, kind))])
 
 
@@ -204,7 +204,7 @@ def _both_halves(parts: Parts, kind: _Kind) -> NDArray[np.uint64]:
 
 
 def _blocks(parts: Parts, kind: _Kind) -> Iterator[NDArray[np.uint64]]:
-    """[rows, 2] of the hashes, some rows at a time: they stay in the files that they are mapped from."""
+    """Yield [rows, 2] of the hashes, some rows at a time, since they are memory-mapped."""
     for part in parts:
         hashes: NDArray[np.uint64] = getattr(part.table, kind)
         for begin in range(0, len(part.rows), _ROWS_AT_ONCE):

@@ -112,7 +112,7 @@ class Tokeniser:
 
     @property
     def beginning(self) -> list[int]:
-        """What the tokenizer itself puts before a text, such as BOS."""
+        """Return what the tokenizer itself puts before a text, such as BOS."""
         return self._beginning
 
     def prompt(self, segments: Sequence[Segment], opening: Opening) -> list[int]:
@@ -156,7 +156,7 @@ class Tokeniser:
     def _runs(
         self, segments: Sequence[Segment], opening: Opening, *, loss_on: Literal["completion", "all"]
     ) -> list[_Run]:
-        """Segments joined to what has to be tokenised at once.
+        """Join segments that must be tokenised at once.
 
         A cut is where a target begins, and wherever it changes no token: beside a mark.
         """
@@ -183,7 +183,7 @@ class Tokeniser:
     def _encoded(
         self, runs: Sequence[_Run], *, loss_on: Literal["completion", "all"]
     ) -> Iterator[tuple[Sequence[int], bytes]]:
-        """For each run its ids, and for each of these whether it is learned."""
+        """Return the ids of each run, and whether each id is a target."""
         whole = iter(self._ids([(run.text, run.after) for run in runs if len(run.parts) == 1]))
         for run in runs:
             if len(run.parts) == 1:
@@ -195,7 +195,7 @@ class Tokeniser:
     def _encoded_by_parts(
         self, run: _Run, *, loss_on: Literal["completion", "all"]
     ) -> tuple[Sequence[int], bytes]:
-        """A token belongs to the part that it begins in; with text in it that no loss may see, to that."""
+        """Encode runs; a token belongs to the part where it begins, or to a masked part that it contains."""
         ids, begins, ends, position = array("i"), array("q"), array("q"), 0
         for text, after in self._pieces(run.text, run.after):
             encoding = self._by_context[after].encode(text, add_special_tokens=False)
@@ -241,7 +241,7 @@ class Tokeniser:
             yield range(first, position), self._windows(ids, windows, room, has_text=has_text)
 
     def _opening(self, text: str, as_next: Sequence[int]) -> Sequence[int]:
-        """Ids of a text that begins an example, given those that it has further on."""
+        """Return the ids of a text at the start of an example, given its ids elsewhere."""
         [plain] = self._without_bos([Segment(text, is_target=True)])
         if self._next is self._first and plain.text == text:
             return as_next
@@ -266,12 +266,12 @@ class Tokeniser:
         return bool(text.replace(self._end_text, "").replace(self._bos_text or self._end_text, "").strip())
 
     def _text_of_bos(self, bos: object) -> str | None:
-        """How a text writes the BOS that the tokenizer puts before it; None where it puts none."""
+        """Return the text of the BOS that the tokenizer puts before a text; None if it puts none."""
         ids = self._first.encode(str(bos), add_special_tokens=False).ids if bos is not None else []
         return str(bos) if len(ids) == 1 and ids[0] in self._beginning else None
 
     def _without_bos(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """The segments of an example without the BOS that the first of them begins with."""
+        """Return the segments of an example without the BOS at their start."""
         if self._bos_text is None:
             return segments
         at = next((index for index, segment in enumerate(segments) if segment.text), None)
@@ -289,7 +289,7 @@ class Tokeniser:
         return bool(self._first.encode(f"{mark}a", add_special_tokens=False).ids[-len(plain) :] == plain)
 
     def _find_beginning(self) -> list[int]:
-        """What the tokenizer itself puts before a whole text, such as BOS."""
+        """Return what the tokenizer itself puts before a whole text, such as BOS."""
         whole: list[int] = self._first.encode("a", add_special_tokens=True).ids
         plain: list[int] = self._first.encode("a", add_special_tokens=False).ids
         for at in range(len(whole) - len(plain) + 1):
@@ -298,7 +298,7 @@ class Tokeniser:
         raise ModelError("the tokenizer has no tokens for the letter a; is the file damaged?")
 
     def _ids(self, texts: Sequence[tuple[str, _After]]) -> list[Sequence[int]]:
-        """Ids of texts, each with what stands before it."""
+        """Return the ids of texts, each with what precedes it."""
         if self._next is self._first and all(len(text) <= _MOST_CHARACTERS for text, _ in texts):
             encodings = self._first.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
@@ -314,7 +314,7 @@ class Tokeniser:
         return found
 
     def _pieces(self, text: str, after: _After) -> list[tuple[str, _After]]:
-        """A text, cut where it is too long, and where the tokenizer that puts no space has to end."""
+        """Return the text in pieces, cut where it is too long or the tokenizer without a space must end."""
         texts = _parts_of_text(text)
         pieces = [(texts[0], after), *((more, _After.TEXT) for more in texts[1:])]
         if self._next is self._first:

@@ -9,6 +9,7 @@ from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
 from tuner.engines.program import Process, ProgramWorker, WorkerPool, end_all_processes
 from tuner.engines.protocol import Engine, Job, Program, Worker
+from tuner.engines.ray.engine import RayEngine
 from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
 from tuner.engines.synthetic import LoraFormula, RecordedCurves
 from tuner.errors import InputError
@@ -23,6 +24,7 @@ __all__ = [
     "Process",
     "Program",
     "ProgramWorker",
+    "RayEngine",
     "RecordedCurves",
     "SimulatedEngine",
     "SimulatedWorker",
@@ -38,7 +40,7 @@ __all__ = [
     "worker_environments",
 ]
 
-_BUILT_IN = {"local": LocalEngine, "simulated": SimulatedEngine}
+_BUILT_IN = {"local": LocalEngine, "ray": RayEngine, "simulated": SimulatedEngine}
 
 
 def make_engine(name: str) -> Engine:

@@ -34,20 +34,27 @@ def worker_environments(
     devices: Sequence[str],
     *,
     cores: int,
+    gpus_per_worker: int = 1,
     environment: Mapping[str, str] = os.environ,
 ) -> list[dict[str, str]]:
-    """Return each worker's additional environment: its GPU, or its share of the cores.
+    """Return each worker's additional environment: its GPUs, or its share of the cores.
 
-    `auto` is one worker per GPU, or one without GPUs. Raises InputError if there are fewer GPUs than workers.
+    `auto` is one worker per `gpus_per_worker` GPUs, or one without GPUs. Raises InputError if there are too
+    few GPUs.
     """
-    count = max(1, len(devices)) if wanted == "auto" else wanted
-    if devices and count > len(devices):
+    room = len(devices) // gpus_per_worker
+    if not room and gpus_per_worker > 1:
+        raise InputError(f"run.gpus_per_worker: {gpus_per_worker}: this machine has {len(devices)} GPU(s)")
+    count = max(1, room) if wanted == "auto" else wanted
+    if devices and count > room:
+        needs = "one" if gpus_per_worker == 1 else str(gpus_per_worker)
         raise InputError(
-            f"--workers {count}: this machine has {len(devices)} GPU(s), and each worker needs one; "
+            f"--workers {count}: this machine has {len(devices)} GPU(s), and each worker needs {needs}; "
             f"use --slots to train more trials on a GPU"
         )
     if devices:
-        return [{"CUDA_VISIBLE_DEVICES": device} for device in devices[:count]]
+        groups = [devices[at * gpus_per_worker :][:gpus_per_worker] for at in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
     if count == 1 or "OMP_NUM_THREADS" in environment:
         return [{} for _ in range(count)]
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]

@@ -35,10 +35,18 @@ class LocalEngine:
         Waits for workers of an earlier run. Raises InputError for more workers than GPUs, WorkerError if an
         earlier worker does not end.
         """
-        devices = visible_devices()
-        environments = worker_environments(job.workers, devices, cores=os.cpu_count() or 1)
+        per_worker = job.spec.run.gpus_per_worker
+        devices = visible_devices() if per_worker else ()
+        environments = worker_environments(
+            job.workers, devices, cores=os.cpu_count() or 1, gpus_per_worker=max(1, per_worker)
+        )
+        if not per_worker:
+            environments = [{**each, "CUDA_VISIBLE_DEVICES": ""} for each in environments]
+        used = devices[: len(environments) * per_worker]
+        if per_worker and (idle := len(devices) % per_worker) and job.workers == "auto":
+            job.say(f"{idle} of {len(devices)} GPUs idle: run.gpus_per_worker is {per_worker}")
         if devices and self._meter is None:
-            self._meter = gpu_meter(open_nvml(), devices[: len(environments)])
+            self._meter = gpu_meter(open_nvml(), used)
         wait_for_former_workers(job.directory / "worker.lock")
         names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
         makers = [

@@ -42,6 +42,10 @@ class Job:
     """Maximum number of workers; `auto` is one per device."""
     first_horizon: int = 1
     """`max_train_steps` of the study's first round: sets the pace of synthetic losses."""
+    cache: Path | None = None
+    """Folder of tokenised rows on this machine; None if the program keeps none."""
+    say: Callable[[str], None] = lambda _: None
+    """Receives messages for the user, such as which machines are used; call it in the main thread only."""
 
 
 class Worker(Protocol):

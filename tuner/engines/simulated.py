@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +14,12 @@ from typing import TypeAlias
 
 import numpy as np
 
+from tuner.config import RoundSpec
 from tuner.engines.protocol import Job, Worker
 from tuner.engines.synthetic import LoraFormula
 from tuner.errors import CheckpointError
 from tuner.methods.metrics import ExampleScores, metric, values
+from tuner.methods.tools import UNKNOWN_SCHEDULE
 from tuner.playbook import best_evaluation, is_diverged
 from tuner.playbook.schedule import evaluation_steps
 from tuner.records import (
@@ -24,11 +27,13 @@ from tuner.records import (
     Assignment,
     Checkpoint,
     CheckpointKind,
+    Direction,
     Ended,
     Evaluated,
     Evaluation,
     Event,
     Hyperparameters,
+    Objective,
     Outcome,
     Ready,
     RunId,
@@ -36,7 +41,7 @@ from tuner.records import (
     Started,
 )
 from tuner.report.format import GpuReading
-from tuner.whole import digest, lead
+from tuner.whole import digest
 
 SLOTS = 4
 """Parallel trials if neither the file nor the command line sets a number."""
@@ -48,14 +53,18 @@ A loss that is not finite, or too high for too long, makes the trial infeasible,
 """
 
 Keep: TypeAlias = Callable[[Assignment, CheckpointKind, int], Checkpoint | None]
-"""Saves a checkpoint of a step, or None. The path is named like a real one: `step-000036`, or with `.a1`."""
+"""Saves a checkpoint of a step, or None. The path is named like a real one: `step-000036.a1`."""
 
 
-def measured_by(curve: Curve, name: str) -> Curve:
-    """Return the curve with values of a metric, taking `exp(-loss)` as the chance to predict a token first.
+def measured_by(curve: Curve, spec: RoundSpec) -> Curve:
+    """Return the curve with values of the round's metric.
 
-    Returns the curve itself if the loss chooses the best step.
+    Takes `exp(-loss)` as the chance to predict a token first. Returns the curve itself if the loss chooses
+    the best step.
     """
+    name = spec.objective.metric
+    if spec.command is not None:
+        return _as_reported(curve, spec.recorded_objective)
     chosen = metric(name)
     objective = chosen.objective(name)
     if objective == LOSS or objective.per == "trial":
@@ -67,6 +76,21 @@ def measured_by(curve: Curve, name: str) -> Curve:
         tokens = np.asarray(made.example_tokens or (1,))
         examples = ExampleScores(nll, tokens, tokens * np.exp(-nll / tokens))
         return replace(made, metrics=values(name, chosen, examples), objective=objective)
+
+    return evaluation
+
+
+def _as_reported(curve: Curve, objective: Objective) -> Curve:
+    """Return the curve of a command: without the losses of single examples, at a rate that is known."""
+
+    def evaluation(hyperparameters: Hyperparameters, step: int, horizon: int) -> Evaluation:
+        known = {"schedule": "constant"} if hyperparameters.get("schedule") == UNKNOWN_SCHEDULE else {}
+        made = curve({**hyperparameters, **known}, step, horizon)
+        made = replace(made, example_nll=(), example_tokens=())
+        if objective == LOSS:
+            return made
+        value = made.eval_loss if objective.direction == Direction.MINIMIZE else math.exp(-made.eval_loss)
+        return replace(made, metrics={objective.metric: value}, objective=objective)
 
     return evaluation
 
@@ -87,7 +111,7 @@ class _Run:
 
 
 def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Checkpoint:
-    """Save a directory named and linked like a real checkpoint, with its step and no weights."""
+    """Save a directory named like a real checkpoint, with its step and no weights."""
     trial = Path(assignment.directory)
     place = simulated_path(assignment, kind, step)
     directory = trial.parent / place
@@ -95,8 +119,6 @@ def keep_on_disk(assignment: Assignment, kind: CheckpointKind, step: int) -> Che
     directory.mkdir(parents=True)
     content = json.dumps({"simulated": True, "step": step})
     (directory / "simulated.json").write_text(content)
-    if kind == CheckpointKind.BEST:
-        lead(trial / "best", directory)
     return Checkpoint(kind, step, place, len(content), digest(directory))
 
 
@@ -111,8 +133,7 @@ def simulated_path(assignment: Assignment, kind: CheckpointKind, step: int) -> s
     """Return the real worker's path, relative to the round's checkpoint directory."""
     trial = Path(assignment.directory).name
     folder = {CheckpointKind.BEST: "best-steps", CheckpointKind.LAST: "last", CheckpointKind.TRUNK: "trunk"}
-    attempt = "" if kind == CheckpointKind.TRUNK else f".a{assignment.attempt}"
-    return f"{trial}/{folder[kind]}/step-{step:06d}{attempt}"
+    return f"{trial}/{folder[kind]}/step-{step:06d}.a{assignment.attempt}"
 
 
 class SimulatedEngine:
@@ -128,7 +149,7 @@ class SimulatedEngine:
         slots = 1 if job.spec.trains_alone else wanted if isinstance(wanted, int) else SLOTS
         ready = Ready(slots, "simulated", workload=_workload(job))
         formula = LoraFormula(job.spec.study, pace_steps=max(1, job.first_horizon))
-        curve = measured_by(formula, job.spec.objective.metric)
+        curve = measured_by(formula, job.spec)
         self._workers.append(SimulatedWorker(curve, slots=slots, ready=ready))
         return self._workers[-1]
 
@@ -146,7 +167,7 @@ class SimulatedEngine:
 
 def _workload(job: Job) -> str:
     """Return a fingerprint of the file's model and data settings, without opening either."""
-    said = job.spec.model_dump(mode="json", include={"model", "data"})
+    said = job.spec.model_dump(mode="json", include={"model", "data", "command"})
     fingerprint = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return f"rehearsal-{fingerprint[:16]}"  # as in databases of earlier versions, where it is compared
 

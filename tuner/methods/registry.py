@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from tuner.errors import InputError
 
-Kind: TypeAlias = Literal["optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker"]
+Kind: TypeAlias = Literal[
+    "optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker", "tool"
+]
 Described = TypeVar("Described")
 
 BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
@@ -23,8 +25,9 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "variant": ("lora", "dora"),
     "metric": ("eval_loss", "token_accuracy", "answers"),
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
-    "engine": ("local", "simulated"),
+    "engine": ("local", "ray", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
+    "tool": ("none", "transformers", "trl", "llamafactory"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""

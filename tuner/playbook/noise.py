@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -113,9 +114,10 @@ def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) ->
     """
     if other.objective is not None:
         return [math.inf] * len(evaluations)
-    tokens = np.asarray(other.example_tokens, dtype=np.float64)
-    alike = [e.example_tokens == other.example_tokens for e in evaluations]
-    if len(tokens) < 2 or not all(alike) or (total := float(tokens.sum())) <= 0:
+    tokens, total = _tokens(other.example_tokens)
+    own = other.example_tokens  # held once for a round: mostly the same object
+    alike = all(e.example_tokens is own or e.example_tokens == own for e in evaluations)
+    if len(tokens) < 2 or not alike or total <= 0:
         return [math.inf] * len(evaluations)
     packed = [e.example_nll.content for e in evaluations if isinstance(e.example_nll, Packed)]
     losses = (
@@ -124,11 +126,18 @@ def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) ->
         else np.array([np.asarray(e.example_nll) for e in evaluations])
     )
     differences = losses - np.asarray(other.example_nll)
-    residuals = differences - np.outer(differences.sum(axis=1) / total, tokens)
+    residuals = differences - (differences.sum(axis=1) / total)[:, None] * tokens
     variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
     # A little more than the error itself, whose last digits depend on the order of the sums.
     bounds = (1 + 1e-6) * np.sqrt(variances)
     return [bound if math.isfinite(bound) else math.inf for bound in bounds.tolist()]
+
+
+@lru_cache(maxsize=64)
+def _tokens(example_tokens: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """Return the examples' numbers of tokens, and their sum."""
+    tokens = np.asarray(example_tokens, dtype=np.float64)
+    return tokens, float(tokens.sum())
 
 
 def loss_error(evaluation: Evaluation) -> float | None:

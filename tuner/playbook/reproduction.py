@@ -128,11 +128,17 @@ def tolerance(*, dtype: str, quantization: str, amplifies_rounding: bool) -> flo
     return TOLERANCE_8BIT_OPTIMIZER if amplifies_rounding else TOLERANCE
 
 
+PLACE = frozenset({"node", "gpu", "worker"})
+"""Of an environment: where the attempt ran, which is no part of what it computed with."""
+
+
 def changed(recorded: Sequence[Mapping[str, str]], again: Mapping[str, str]) -> tuple[Changed, ...]:
     """Return what differs between the environments of a trial's attempts and that of the second run.
 
-    Rule: this project's decision: a difference in any attempt is reported.
+    Rule: this project's decision: a difference in any attempt is reported, but not another machine, GPU or
+    process of the same kind.
     """
+    again = {name: value for name, value in again.items() if name not in PLACE}
     if not recorded:
         return tuple(Changed(name, None, value) for name, value in again.items())
     then = {name: dict.fromkeys(env.get(name, "-") for env in recorded) for name in again}

@@ -14,6 +14,7 @@ from tuner.playbook.noise import (
     SIGNIFICANT,
     Scale,
     difference_error,
+    is_number,
     largest_differences,
     measured,
     significant_among,
@@ -31,7 +32,9 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
     checkpoint": run to the fixed horizon, then choose among all.
     """
-    return min(measured(evaluations), key=lambda evaluation: (evaluation.cost, evaluation.step), default=None)
+    known = tuple(evaluations)
+    costs = [(cost, e.step, at) for at, e in enumerate(known) if is_number(cost := e.cost)]
+    return known[min(costs)[-1]] if costs else None
 
 
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
@@ -42,16 +45,18 @@ def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
     evaluation.
     """
     by_step = sorted(measured(evaluations), key=attrgetter("step"))
-    best = min(by_step, key=attrgetter("cost"), default=None)  # the earlier of equals
-    if best is None:
+    if not by_step:
         return None
+    costs = [evaluation.cost for evaluation in by_step]
+    lowest = min(costs)
+    best = by_step[costs.index(lowest)]  # the earlier of equals
     bounds = largest_differences(by_step, best)
     return next(
         evaluation.step
-        for evaluation, bound in zip(by_step, bounds, strict=True)
+        for evaluation, cost, bound in zip(by_step, costs, bounds, strict=True)
         if evaluation is best
         or (
-            (worse := evaluation.cost - best.cost) <= bound
+            (worse := cost - lowest) <= bound
             and worse <= (difference_error(evaluations, evaluation, best) or 0.0)
         )
     )

@@ -74,7 +74,7 @@ class Fixed(Conditional):
     value: Value
 
     def contains(self, value: Value) -> bool:
-        """Whether a trial may have this value."""
+        """Return whether a trial may have this value."""
         return value == self.value
 
 
@@ -89,7 +89,7 @@ class Choices(Conditional):
             raise ValueError("a list of choices must not be empty")
 
     def contains(self, value: Value) -> bool:
-        """Whether a trial may have this value."""
+        """Return whether a trial may have this value."""
         return value in self.values
 
 
@@ -111,7 +111,7 @@ class Range(Conditional):
             raise ValueError(f"a logarithmic range needs low > 0; got {self.low}")
 
     def contains(self, value: Value) -> bool:
-        """Whether a trial may have this value."""
+        """Return whether a trial may have this value."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         return self.low <= value <= self.high and (not self.integer or float(value).is_integer())

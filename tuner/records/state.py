@@ -58,14 +58,14 @@ class Fact(Said, ABC):
     @property
     @abstractmethod
     def subject(self) -> str:
-        """What has to be recorded before the fact can be."""
+        """Return what must be recorded before the fact."""
 
     @abstractmethod
     def apply(self, state: StudyState) -> None:
         """Change the state. Raises FactError where the fact cannot follow from it."""
 
     def not_recorded(self) -> FactError:
-        """The error of a fact whose subject is unknown."""
+        """Return the error for a fact whose subject is unknown."""
         return FactError(f"{type(self).__name__}: {self.subject} is not recorded")
 
 
@@ -126,7 +126,7 @@ class AttemptFact(TrialFact):
 
     @property
     def run(self) -> RunId:
-        """Whose attempt it is."""
+        """Return what the attempt runs."""
         return RunId(self.round, self.trial, self.horizon)
 
     @property
@@ -146,7 +146,7 @@ class AttemptFact(TrialFact):
             raise FactError(f"{type(self).__name__}: {self.run} is a comparison run: record BranchAdvanced")
 
     def of(self, trial: TrialFacts) -> Attempt:
-        """The attempt that it is about. Raises FactError where it is unknown."""
+        """Return the attempt that it is about. Raises FactError if it is unknown."""
         if self.attempt not in trial.attempts:
             raise self.not_recorded()
         return trial.attempts[self.attempt]
@@ -194,7 +194,7 @@ class TrialFacts:
 
     @classmethod
     def of(cls, trial: Trial) -> TrialFacts:
-        """What is known of a trial that stands as it is; of removed checkpoints nothing."""
+        """Return what is known of a trial, without removed checkpoints."""
         newest = max((attempt.number for attempt in trial.attempts), default=1)
         is_final = trial.state.is_final
         return cls(
@@ -211,7 +211,7 @@ class TrialFacts:
         )
 
     def copy(self) -> TrialFacts:
-        """The same, to be changed."""
+        """Return a copy to change."""
         return replace(
             self,
             attempts=dict(self.attempts),
@@ -222,7 +222,7 @@ class TrialFacts:
         )
 
     def trial(self) -> Trial:
-        """The trial as it stands."""
+        """Return the trial."""
         if self._trial is None:
             self._trial = self._assembled()
         return self._trial
@@ -248,7 +248,7 @@ class TrialFacts:
 
 
 def as_asked(trial: Trial) -> Trial:
-    """Of a trial what is recorded when it is asked."""
+    """Return the fields of a trial that are recorded when it is asked."""
     return Trial(
         trial.round,
         trial.number,
@@ -259,7 +259,7 @@ def as_asked(trial: Trial) -> Trial:
 
 
 def state_of(ended_as: TrialState | None, attempts: Iterable[Attempt]) -> TrialState:
-    """Where a trial stands: as it ended, or running while its latest attempt is open."""
+    """Return a trial's state: as it ended, or running while its latest attempt is open."""
     if ended_as is not None:
         return ended_as
     latest = max(attempts, key=attrgetter("number"), default=None)
@@ -282,11 +282,11 @@ class RoundFacts:
     """Once it was assembled."""
 
     def copy(self) -> RoundFacts:
-        """The same, to be changed, with the same trials."""
+        """Return a copy to change, with the same trials."""
         return replace(self, throughputs=dict(self.throughputs), branches=dict(self.branches), _record=None)
 
     def record(self) -> RoundRecord:
-        """The round as it stands."""
+        """Return the round."""
         if self._record is None:
             self._record = replace(
                 self.begun,
@@ -318,11 +318,11 @@ class StudyState:
             self._undo.clear()
 
     def round(self, name: str) -> RoundFacts | None:
-        """A round, to be changed; None where it has not begun."""
+        """Return a round to change; None if it has not begun."""
         return None if name not in self.rounds else self.put(self.rounds, name, self.rounds[name].copy())
 
     def trial(self, round: str, number: int) -> TrialFacts | None:
-        """A trial, to be changed; None where it was never asked."""
+        """Return a trial to change; None if it was never asked."""
         trials = self.rounds[round].trials if round in self.rounds else {}
         return None if number not in trials else self.put(trials, number, trials[number].copy())
 
@@ -340,17 +340,17 @@ class StudyState:
 
 
 def plain_json(document: Mapping[str, Any]) -> Any:
-    """A document as it comes back from a database, and apart from what was given."""
+    """Return a copy of a document as a database would return it."""
     return json.loads(json.dumps(document))
 
 
 def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters as they come back from a database."""
+    """Return hyperparameters as a database would return them."""
     return hyperparameters_from_json(plain_json(values))
 
 
 def storable_text(text: str) -> str:
-    """The text with a replacement for NUL, which PostgreSQL refuses, and for halves of surrogate pairs.
+    """Return the text with NUL, which PostgreSQL refuses, and lone surrogates replaced.
 
     A worker's last words may hold any byte, and why a trial died must not be lost for one of them.
     """

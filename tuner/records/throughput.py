@@ -31,34 +31,34 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens trained on in a second of training; None without any."""
+        """Return the training tokens per second of training; None before any."""
         return _ratio(self.tokens, self.training_seconds)
 
     @property
     def trial_steps_per_second(self) -> float | None:
-        """Updates of all trials in a second of training; None without any."""
+        """Return the updates of all trials per second of training; None before any."""
         return _ratio(self.trial_steps, self.training_seconds)
 
     @property
     def packing_factor(self) -> float | None:
-        """Trials that share a training pass, on average; None without a pass."""
+        """Return the average number of trials in a training pass; None before any."""
         return _ratio(self.micro_steps, self.passes)
 
     @property
     def padding_share(self) -> float | None:
-        """Share of the computed tokens that is padding, in [0, 1]; None without a pass."""
+        """Return the share of padding among computed tokens, in [0, 1]; None before any pass."""
         real = _ratio(self.tokens, self.padded_tokens)
         return None if real is None else 1.0 - real
 
     @property
     def evaluation_share(self) -> float | None:
-        """Share of the measured seconds that evaluation took, in [0, 1]; None where none were."""
+        """Return evaluation's share of the measured seconds, in [0, 1]; None before any."""
         measured = self.training_seconds + self.evaluating_seconds + self.saving_seconds
         return _ratio(self.evaluating_seconds, measured)
 
 
 def added_up(parts: Iterable[Throughput]) -> Throughput | None:
-    """What several worker processes have done together; None where there was none."""
+    """Return the sums over several worker processes; None if there were none."""
     sessions = tuple(parts)
     if not sessions:
         return None

@@ -27,12 +27,12 @@ class TrialState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the trial will never run again."""
+        """Return whether the trial will never run again."""
         return self not in (TrialState.WAITING, TrialState.RUNNING)
 
     @property
     def is_result(self) -> bool:
-        """Whether the trial counts towards `search.trials`."""
+        """Return whether the trial counts towards `search.trials`."""
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.INFEASIBLE)
 
 
@@ -105,14 +105,14 @@ class Evaluation:
 
     @property
     def value(self) -> float:
-        """The objective's value: the loss unless the round names another metric; NaN where it is missing."""
+        """Return the objective's value: the loss, or the metric that the round names; NaN if missing."""
         if self.objective is None:
             return self.eval_loss
         return self.metrics.get(self.objective.metric, math.nan)
 
     @property
     def cost(self) -> float:
-        """The same with the sign that makes lower better."""
+        """Return the value with the sign that makes lower better."""
         return self.eval_loss if self.objective is None else self.objective.cost(self.value)
 
     def with_cost(self, cost: float) -> Evaluation:
@@ -133,7 +133,7 @@ class Evaluation:
 
     @property
     def token_accuracy(self) -> float | None:
-        """Share of the target tokens that are predicted first, in [0, 1]; None where it was not counted."""
+        """Return the share of target tokens that rank first, in [0, 1]; None if it was not counted."""
         if self.correct_tokens is None or not sum(self.example_tokens):
             return None
         return self.correct_tokens / sum(self.example_tokens)
@@ -196,7 +196,7 @@ class Continuation:
 
     @classmethod
     def parse(cls, text: str) -> Continuation:
-        """The inverse of `str`. Raises ValueError."""
+        """Invert `str`. Raises ValueError."""
         path, _, step = text.rpartition("@")
         round_name, _, trial = path.rpartition("/")
         if not round_name:
@@ -291,12 +291,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Such as `round1/7`."""
+        """Return its name, such as `round1/7`."""
         return f"{self.round}/{self.number}"
 
     @property
     def executed_steps(self) -> int:
-        """Steps really run, those repeated after a crash included, those inherited not.
+        """Return the steps run, including those repeated after a crash and without inherited ones.
 
         Never less than events and checkpoints prove; see `was_killed`.
         """
@@ -308,7 +308,7 @@ class Trial:
         return any(attempt.outcome in ("interrupted", "died") for attempt in self.attempts)
 
     def checkpoint(self, kind: CheckpointKind, step: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint of a kind, or the one at a step."""
+        """Return the newest checkpoint of a kind, or the one at a step."""
         found = [c for c in self.checkpoints if c.kind == kind and step in (None, c.step)]
         return max(found, key=lambda c: c.step, default=None)
 
@@ -338,7 +338,7 @@ class Branch:
 
     @property
     def executed_steps(self) -> int:
-        """Steps really run, those repeated after a crash included."""
+        """Return the steps run, including those repeated after a crash."""
         return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
 
 
@@ -376,7 +376,7 @@ class RoundRecord:
 
     @property
     def throughput(self) -> Throughput | None:
-        """Of all of them together; None where nothing was measured."""
+        """Return the throughput of all workers together; None if nothing was measured."""
         return added_up(self.throughputs)
 
     @property

@@ -12,8 +12,9 @@ from tuner.report.documents import (
 from tuner.report.html import write_html
 from tuner.report.live import View, open_view
 from tuner.report.notes import round_markdown, round_note
-from tuner.report.plots import best_steps_figure, curves_figure, learning_rate_figure
+from tuner.report.plots import best_steps_figure, curves_figure
 from tuner.report.round_report import RoundReport
+from tuner.report.space_plots import learning_rate_figure
 from tuner.report.tables import plan_table, status_table, summary, trial_page, trials_table
 
 __all__ = [

@@ -302,7 +302,11 @@ def setting(report: RoundReport) -> dict[str, str]:
     """Return what was run, by name: base model, data, horizon and cost."""
     model = report.record.spec.get("model", {})
     facts = {"model": _model(model) if model else ""}
-    facts["data"] = f"{report.record.train_rows:,} training rows, {report.record.eval_rows:,} for evaluation"
+    if "command" in report.record.spec:
+        facts["command"] = " ".join(report.record.spec["command"]["run"])
+    else:
+        rows = f"{report.record.train_rows:,} training rows, {report.record.eval_rows:,} for evaluation"
+        facts["data"] = rows
     epochs = _epochs(report)
     facts["each trial"] = format.count(report.max_train_steps, "step") + (
         f" ({format.number(epochs)} epochs), evaluated every {report.results.evaluate_every}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from tuner.playbook.selection import best_evaluation
@@ -27,7 +27,7 @@ from tuner.records import (
     TrialState,
 )
 from tuner.report import format
-from tuner.report.format import GpuReading, gpu_line
+from tuner.report.format import GpuReading, gpu_line, place
 from tuner.report.terminal import UNICODE, Column, FittedTable, Marks, column, sparkline
 
 
@@ -43,6 +43,8 @@ class Row:
     train_loss: float | None = None
     by_step: dict[int, Evaluation] = field(default_factory=dict)
     answers: AnswerScore | None = None
+    place: str = ""
+    """Where it ran last, if that is not this machine."""
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -90,6 +92,7 @@ class Board:
                 self._started_at = now if self._started_at is None else self._started_at
                 row = self._row(event.trial)
                 row.state, row.step = TrialState.RUNNING, event.step
+                row.place = place(event.environment)
             case Progressed():
                 row = self._advance(event.trial, event.step)
                 row.train_loss = event.train_loss
@@ -199,14 +202,32 @@ def board_table(
     With `max_rows` None, shows every trial.
     """
     rows = _rows_to_show(board, max_rows)
+    table = FittedTable(_columns(board, rows, searched, marks), folds=True)
     return Group(
         Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
-        FittedTable(_columns(board, rows, searched, marks)),
+        table,
         *_left_out(board, rows),
+        _HiddenSettings(table, board.best, searched),
         FittedTable(_progress(board, now=now, marks=marks), has_header=False),
         *_preparing(board),
         *(Text(gpu_line(gpu), style="dim", no_wrap=True, overflow="ellipsis") for gpu in gpus),
     )
+
+
+@dataclass(frozen=True)
+class _HiddenSettings:
+    """The best trial's hyperparameters that have no column, because the terminal is too narrow for all."""
+
+    table: FittedTable
+    best: Row | None
+    searched: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        hidden = set(self.table.left_out(options.max_width)) & set(self.searched)
+        if self.best is not None and hidden:
+            names = [name for name in self.searched if name in hidden]
+            said = f"trial {self.best.number}: {format.settings(self.best.hyperparameters, names)}"
+            yield Text(said, style="dim")
 
 
 def _preparing(board: Board) -> list[Text]:
@@ -216,17 +237,20 @@ def _preparing(board: Board) -> list[Text]:
 
 
 def _rows_to_show(board: Board, max_rows: int | None) -> list[Row]:
-    """Return all rows by number, or the most interesting: running, best, then latest."""
-    rows = sorted(board.rows.values(), key=lambda row: row.number)
+    """Return all rows, the best first, or the most interesting: the best, running ones, then the others."""
+    rows = sorted(board.rows.values(), key=_place)
     if max_rows is None or len(rows) <= max_rows:
         return rows
+    best = board.best if max_rows > 1 else None
+    shown = sorted(rows, key=lambda row: (row is not best, row.state is not TrialState.RUNNING))[:max_rows]
+    return sorted(shown, key=_place)
 
-    def interest(row: Row) -> tuple[bool, bool, bool, int]:
-        is_running, is_best = row.state is TrialState.RUNNING, row is board.best
-        return is_running, is_best, row.state is not TrialState.WAITING, row.number
 
-    shown = sorted(rows, key=interest, reverse=True)[:max_rows]
-    return sorted(shown, key=lambda row: row.number)
+def _place(row: Row) -> tuple[int, tuple[float, float, int]]:
+    """Return a sort key: the best first, then trials not yet evaluated, then infeasible and failed ones."""
+    if row.state in (TrialState.INFEASIBLE, TrialState.FAILED):
+        return 2, (0.0, 0.0, row.number)
+    return (1, (0.0, 0.0, row.number)) if row.best is None else (0, _merit(row))
 
 
 def _left_out(board: Board, shown: Sequence[Row]) -> list[Text]:
@@ -240,12 +264,15 @@ def _left_out(board: Board, shown: Sequence[Row]) -> list[Text]:
 
 def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: Marks) -> list[Column]:
     """Return all columns from left to right."""
-    best, steps = board.best, board.max_train_steps
+    best, steps, scale = board.best, board.max_train_steps, _scale(board)
     chosen = [
-        column(name, [format.value(row.hyperparameters.get(name)) for row in rows], rank=rank)
-        for name, rank in zip(searched, [3, *[8] * len(searched)], strict=False)
+        column(name, [format.value(row.hyperparameters.get(name)) for row in rows], rank=3)
+        for name in searched
     ]
-    lines = [sparkline(row.evaluations, step=row.step, max_train_steps=steps, marks=marks) for row in rows]
+    lines = [
+        sparkline(row.evaluations, step=row.step, max_train_steps=steps, scale=scale, marks=marks)
+        for row in rows
+    ]
     states = tuple(Text(row.state, style=STATE_STYLES[row.state]) for row in rows)
     return [
         column("trial", [str(row.number) for row in rows], rank=0),
@@ -256,7 +283,19 @@ def _columns(board: Board, rows: Sequence[Row], searched: Sequence[str], marks: 
         column("eval", [_last_loss(row) for row in rows], rank=5),
         Column(_best_header(rows), tuple(_best_cell(row, is_leader=row is best) for row in rows), rank=2),
         Column("state", states, rank=4, is_number=False),
+        *([column("where", [row.place for row in rows], rank=8)] if any(row.place for row in rows) else []),
     ]
+
+
+def _scale(board: Board) -> tuple[float, float]:
+    """Return the losses that all curves are drawn between: the lowest, and the first, the base model's.
+
+    A divergence does not flatten the other curves.
+    """
+    runs = [row.evaluations for row in board.rows.values() if row.by_step]
+    losses = [e.eval_loss for run in runs for e in run if math.isfinite(e.eval_loss)]
+    first = [run[0].eval_loss for run in runs if math.isfinite(run[0].eval_loss)]
+    return min(losses, default=0.0), max(first, default=0.0)
 
 
 def _train_loss(row: Row) -> str:

@@ -48,7 +48,7 @@ class Card:
     stated_licences: Mapping[str, str] = field(default_factory=dict)
     """Licences stated by base model and data, by path."""
     hub_sources: tuple[str, ...] = ()
-    """Training data sets on the Hub."""
+    """Training datasets on the Hub."""
     test_loss: float | None = None
     """Loss on `data.test`, which was not used for any choice; None if not scored."""
 
@@ -73,6 +73,8 @@ def model_card(card: Card) -> str:
             _hyperparameters(card.trial.hyperparameters),
             "## Made by",
             f"```\n{card.command}\n```",
+            "In the study's folder, this trains the trial again and compares the curves:",
+            f"```\ntuner trial reproduce {card.trial.name}\n```",
             f"With {', '.join(f'{name} {version}' for name, version in card.versions.items())}.",
         )
         if block

@@ -57,6 +57,8 @@ class RoundStatus:
     """Seconds until every trial has ended, at the pace so far; None without a pace, and at the end."""
     objective: Objective = LOSS
     """What ranks its trials."""
+    running: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Running trials, each with where it runs: `node` and `gpu`, empty on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,15 @@ class RoundPlan:
 
     trials: int
     max_train_steps: int
-    epochs: float
-    """Passes over the training rows in one trial."""
-    train_rows: int
-    eval_rows: int
-    tokens: int
+    epochs: float | None = None
+    """Passes over the training rows in one trial; None for a command, as all that only the command knows."""
+    train_rows: int | None = None
+    eval_rows: int | None = None
+    tokens: int | None = None
     """Training tokens of all trials and comparison runs together."""
-    evaluation_share: float
+    evaluation_share: float | None = None
     """Share of the work spent on evaluation, 0 to 1."""
-    checkpoint_bytes: int
+    checkpoint_bytes: int | None = None
     peak_memory_bytes: int | None = None
     """Measured by `--probe`."""
     hours: float | None = None
@@ -129,6 +131,14 @@ def round_status(
             trials, promised=promised, max_train_steps=max_train_steps, now=now if is_running else None
         ),
         objective=objective,
+        running={
+            trial.number: {name: env[name] for name in ("node", "gpu") if name in env}
+            for trial in trials
+            if trial.state == TrialState.RUNNING and trial.attempts
+            for env in [trial.attempts[-1].environment]
+        }
+        if is_running
+        else {},
     )
 
 
@@ -272,6 +282,10 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "metric": status.objective.metric,
                     "direction": status.objective.direction.value,
                     "best": asdict(status.best) if status.best else None,
+                    "running": [
+                        {"trial": trial, "node": where.get("node"), "gpu": where.get("gpu")}
+                        for trial, where in status.running.items()
+                    ],
                     "branches_left": status.branches_left,
                     "seconds_left": status.seconds_left,
                     "overfitting": [

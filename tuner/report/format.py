@@ -142,6 +142,12 @@ class GpuReading:
     """Recent utilisation, 0 to 1; None if the driver does not report it."""
 
 
+def place(environment: Mapping[str, str]) -> str:
+    """Return where an attempt runs, from its environment: `node1 GPU 0`; empty on this machine."""
+    gpu = f" GPU {environment['gpu']}" if "gpu" in environment else ""
+    return f"{environment['node']}{gpu}" if "node" in environment else ""
+
+
 def gpu_line(reading: GpuReading) -> str:
     """`GPU 0  61.3 GB of 150 GB (41%), 97% busy  NVIDIA H200`."""
     share = percent(reading.used_bytes / reading.total_bytes) if reading.total_bytes else "?"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -31,8 +34,11 @@ from tuner.report.terminal import marks_for
 PREPARING_EVERY_SECONDS = 30
 """Between lines of plain output on the progress of preparing."""
 _REFRESHES_PER_SECOND = 4
-_LINES_AROUND_ROWS = 6
-"""Terminal lines not available to table rows: header, progress, hidden rows, prompt."""
+_LOCAL_MODES = 3
+"""Index among the attributes of a terminal."""
+_LINES_AROUND_ROWS = 8
+"""Terminal lines not available to table rows: title, a header of up to three lines, progress, what is hidden,
+prompt."""
 
 
 class View(Protocol):
@@ -136,6 +142,8 @@ def _line(event: Event, board: Board, searched: Sequence[str]) -> str | None:
         case Started():
             chosen = format.settings(board.rows[event.trial].hyperparameters, searched)
             verb = f"resumes from step {event.step}" if event.step else "starts"
+            if where := format.place(event.environment):
+                verb = f"{verb} on {where}"
             return f"trial {event.trial}  {verb}  {chosen}".rstrip()
         case Evaluated(evaluation=evaluation):
             step = f"step {evaluation.step}/{board.max_train_steps}"
@@ -190,6 +198,7 @@ class _LiveView:
             refresh_per_second=_REFRESHES_PER_SECOND,
             redirect_stdout=False,
         )
+        hide_keys()
         self._live.start()
 
     def event(self, event: Event) -> None:
@@ -214,6 +223,7 @@ class _LiveView:
             self._is_closed = True
             self._board.preparing = None
         self._live.stop()
+        show_keys()
 
     def _draw(self) -> RenderableType:
         readings = () if self._gpus is None or self._is_closed else tuple(self._gpus())
@@ -229,6 +239,37 @@ class _LiveView:
                 gpus=readings,
                 marks=marks_for(self._console.options.ascii_only),
             )
+
+
+_shown_keys: list[Any] = []
+"""The attributes of standard input's terminal while its keys are not shown."""
+
+
+def hide_keys() -> None:
+    """Stop the terminal from showing typed keys: an echoed ^C or line break shifts the lines of a live view.
+
+    Does nothing without a terminal, and in the background, where a change would stop the process.
+    """
+    try:
+        keyboard = sys.stdin.fileno()
+        if _shown_keys or os.tcgetpgrp(keyboard) != os.getpgrp():
+            return
+        before = termios.tcgetattr(keyboard)
+        hidden = list(before)
+        hidden[_LOCAL_MODES] = before[_LOCAL_MODES] & ~termios.ECHO
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, hidden)
+    except (OSError, ValueError, AttributeError, termios.error):  # no terminal, or no standard input
+        return
+    _shown_keys.append(before)
+
+
+def show_keys() -> None:
+    """Let the terminal show typed keys again, and its cursor."""
+    if not _shown_keys:
+        return
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, _shown_keys.pop())
+    sys.stderr.write("\x1b[?25h")
+    sys.stderr.flush()
 
 
 class ProgressBar:

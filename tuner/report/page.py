@@ -20,7 +20,7 @@ body {
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   -webkit-text-size-adjust: 100%;
 }
-main { max-width: 58rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2rem); }
+main { max-width: 72rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2rem); }
 h1, h2, h3 { line-height: 1.2; letter-spacing: -0.015em; text-wrap: balance; }
 h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); margin: 0.2rem 0 1.25rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 0.75rem; }
@@ -75,17 +75,35 @@ th, td {
   padding: 0.45rem 0.8rem; border-top: 1px solid var(--line);
   text-align: left; vertical-align: top; white-space: nowrap;
 }
-thead th { border-top: 0; color: var(--quiet); font-weight: 500; font-size: 0.8rem; }
+thead th {
+  border-top: 0; white-space: normal; vertical-align: bottom;
+  color: var(--quiet); font-weight: 500; font-size: 0.8rem;
+}
 td.number, th.number { text-align: right; }
 td.words { white-space: normal; min-width: min(18rem, 50vw); overflow-wrap: anywhere; }
 .whole td, .whole th { white-space: normal; overflow-wrap: anywhere; }
 .whole td.number { white-space: nowrap; }
-.whole td.words { min-width: 0; width: 45%; }
+.whole td.words { min-width: 0; }
+.compared td { white-space: normal; overflow-wrap: anywhere; width: 34%; }
+.wide + p { margin-top: 0.9rem; }
+tr.said td { border-top: 0; padding-top: 0; color: var(--text); font-weight: 600; }
 tr.best td { font-weight: 600; background: var(--accent-soft); }
 tr.lost td { color: var(--quiet); }
 figure { margin: 0 0 1.75rem; }
 figcaption { color: var(--quiet); font-size: 0.9rem; max-width: 42rem; margin-bottom: 0.25rem; }
-.plot { width: 100%; }
+.plot { width: 100%; min-height: 6rem; }
+.scroll { overflow-x: auto; }
+.scroll .plot { min-width: 34rem; }
+.grid {
+  display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
+}
+.grid figure { min-width: 0; }
+.banner {
+  margin: 0; max-width: none; padding: 0.7rem clamp(1rem, 4vw, 2rem); text-align: center;
+  background: var(--warning); color: #fff;
+}
+details { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--accent); margin-bottom: 0.75rem; }
 .facts {
   display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1.25rem; margin: 0; font-size: 0.9rem;
 }
@@ -106,27 +124,56 @@ footer { margin-top: 4rem; color: var(--quiet); font-size: 0.85rem; }
   .facts dd { margin-bottom: 0.5rem; }
 }
 @media print {
-  main { max-width: none; }
-  .wide { overflow: visible; }
-  figure, .finding { break-inside: avoid; }
+  :root {
+    --page: #ffffff; --card: #ffffff; --line: #cccccc; --text: #000000; --quiet: #444444; --accent: #1f6fd6;
+    --accent-soft: #ffffff; --code: #f4f4f4; --problem: #c9372c; --warning: #b4690e; --info: #5b6b82;
+  }
+  body { font-size: 10pt; }
+  main { max-width: none; padding: 0; }
+  h2, h3 { break-after: avoid; }
+  .wide, .scroll { overflow: visible; }
+  .next { border: 1px solid var(--line); }
+  th, td { white-space: normal; padding: 0.2rem 0.4rem; }
+  td.words { min-width: 0; }
+  figure, .finding, tr, .tiles { break-inside: avoid; }
+  .grid { display: block; }
+  details { display: none; }
+  article + article { break-before: page; }
 }
 """
 
 SCRIPT = """
-const plots = [...document.querySelectorAll(".plot")];
-const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
-for (const plot of plots) {
-  const { data, layout } = JSON.parse(plot.querySelector("script").textContent);
-  plot.textContent = "";
-  Plotly.newPlot(plot, data, { ...layout, dragmode }, { responsive: true, displayModeBar: false });
-}
+const dark = matchMedia("(prefers-color-scheme: dark)");
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const paint = () => plots.forEach(plot => Plotly.relayout(plot, {
+const paint = () => document.querySelectorAll(".plot.drawn").forEach(plot => Plotly.relayout(plot, {
   "font.color": color("--quiet"),
   "hoverlabel.bgcolor": color("--card"),
   "hoverlabel.bordercolor": color("--line"),
   "hoverlabel.font.color": color("--text"),
 }));
-paint();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+const draw = () => {
+  const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
+  for (const plot of document.querySelectorAll(".plot")) {
+    const { data, layout } = JSON.parse(plot.querySelector("script").textContent);
+    plot.textContent = "";
+    plot.classList.add("drawn");
+    Plotly.newPlot(plot, data, { ...layout, dragmode }, { responsive: true, displayModeBar: false });
+  }
+  paint();
+  dark.addEventListener("change", paint);
+  const resize = () => document.querySelectorAll(".plot.drawn").forEach(plot => Plotly.Plots.resize(plot));
+  addEventListener("beforeprint", resize);
+  addEventListener("afterprint", resize);
+  document.documentElement.dataset.drawn = "yes";
+};
+const unpack = async () => {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), c => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const library = document.createElement("script");
+  library.textContent = await new Response(stream).text();
+  document.head.append(library);
+  draw();
+};
+if ("DecompressionStream" in window) unpack();
+else document.querySelectorAll(".plot").forEach(plot => { plot.textContent = "This browser is too old."; });
 """

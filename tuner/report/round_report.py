@@ -103,6 +103,10 @@ class RoundReport:
     """Why `study auto` runs no further round; None if it did not end the study."""
     branches_left: int = 0
     """Comparison runs that are still due."""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """Share of each searched hyperparameter in the differences between trials; empty for too few trials."""
+    is_dry_run: bool = False
+    """Whether the losses come from a formula and nothing was trained."""
 
     @property
     def name(self) -> str:

@@ -55,6 +55,8 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     if last is not None and last.best is not None:
         where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is missing"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
+    running = [(s.round, trial, format.place(at)) for s in rounds for trial, at in s.running.items()]
+    lines += [Text(f"{name}/{trial} runs on {place}") for name, trial, place in running if place]
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
     lines += [Text(f"{s.round}: comparison runs left: {s.branches_left}") for s in rounds if s.branches_left]
     lines += [
@@ -219,17 +221,14 @@ class _Curve:
 def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> RenderableType:
     """Render the plan of `study check`, then remarks on the data."""
     work = f"{format.count(plan.trials, 'trial')} x {format.count(plan.max_train_steps, 'step')}"
-    share = format.percent(plan.evaluation_share)
     facts = {
         "work": f"{work} = {plan.trials * plan.max_train_steps:,}",
         **_branches(plan),
-        "each trial sees": f"{format.number(plan.epochs)} epochs of {format.count(plan.train_rows, 'row')}",
-        **_token_lengths(plan),
-        "evaluation": f"{format.count(plan.eval_rows, 'row')}, {share} of the work",
-        "training tokens": f"{plan.tokens:,}",
+        **_rows_seen(plan),
         **({} if plan.metric == LOSS.metric else {"objective": _objective(plan)}),
-        "checkpoints": f"up to {format.size(plan.checkpoint_bytes)} on disk",
     }
+    if plan.checkpoint_bytes is not None:
+        facts["checkpoints"] = f"up to {format.size(plan.checkpoint_bytes)} on disk"
     if plan.peak_memory_bytes is not None:
         facts["peak memory"] = format.size(plan.peak_memory_bytes)
     if plan.hours is not None:
@@ -239,6 +238,19 @@ def plan_table(plan: RoundPlan, *, title: str, remarks: Sequence[str] = ()) -> R
 
 def _objective(plan: RoundPlan) -> str:
     return plan.metric if plan.direction is None else f"{plan.direction} {plan.metric}"
+
+
+def _rows_seen(plan: RoundPlan) -> dict[str, str]:
+    """Return what a trial trains and is evaluated on; nothing for a command, which alone knows."""
+    if plan.epochs is None or plan.evaluation_share is None:
+        return {}
+    share, rows = format.percent(plan.evaluation_share), format.count(plan.train_rows or 0, "row")
+    return {
+        "each trial sees": f"{format.number(plan.epochs)} epochs of {rows}",
+        **_token_lengths(plan),
+        "evaluation": f"{format.count(plan.eval_rows or 0, 'row')}, {share} of the work",
+        "training tokens": f"{plan.tokens or 0:,}",
+    }
 
 
 def _token_lengths(plan: RoundPlan) -> dict[str, str]:
@@ -271,9 +283,10 @@ _SEVERITY_STYLES = {"problem": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> RenderableType:
-    """Render the conclusion, its evidence, the leading trials, findings, caveats and the next command.
+    """Render the conclusion, its evidence, the leading trials, findings, caveats and the next step.
 
-    `earlier` are the study's earlier rounds, in order.
+    The next command is the caller's to print, after everything else. `earlier` are the study's earlier
+    rounds, in order.
     """
     caution = advice.progress(report)
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None
@@ -292,7 +305,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         *([_headed("What else stands out", _findings(report))] if report.findings else []),
         *([_headed("Throughput", _throughput(report))] if report.record.throughput else []),
         _headed("Holds for", Text(", ".join(f"{name} {value}" for name, value in report.fixed.items()))),
-        _headed("Next", Group(Text(advice.next_step(report)), Text(report.next_command, style="bold"))),
+        _headed("Next", Text(advice.next_step(report))),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
@@ -34,8 +35,19 @@ class Column:
     @property
     def width(self) -> int:
         """Width in characters."""
-        whole = max([len(self.name), *(cell.cell_len for cell in self.cells)])
+        whole = max([*map(len, self.name.splitlines()), *(cell.cell_len for cell in self.cells)], default=0)
         return whole if self.min_width is None else min(whole, self.min_width)
+
+    @property
+    def folded(self) -> Column:
+        """The same column with its name broken after underscores, no wider than its cells where possible."""
+        room = max((cell.cell_len for cell in self.cells), default=0)
+        lines = [""]
+        for part in re.findall(r"[^_]+_*|_+", self.name):
+            if lines[-1] and len(lines[-1]) + len(part) > room:
+                lines.append("")
+            lines[-1] += part
+        return replace(self, name="\n".join(lines))
 
 
 def column(name: str, texts: Sequence[str], *, rank: int, min_width: int | None = None) -> Column:
@@ -44,20 +56,35 @@ def column(name: str, texts: Sequence[str], *, rank: int, min_width: int | None 
 
 
 class FittedTable:
-    """A table with as many columns as fit the console; at least the first by rank."""
+    """A table with as many columns as fit the console; at least the first by rank.
+
+    With `folds`, names are broken over several lines before a column is dropped.
+    """
 
     def __init__(
-        self, columns: Sequence[Column], *, row_styles: Sequence[str] = (), has_header: bool = True
+        self,
+        columns: Sequence[Column],
+        *,
+        row_styles: Sequence[str] = (),
+        has_header: bool = True,
+        folds: bool = False,
     ) -> None:
         self._columns, self._row_styles, self._has_header = tuple(columns), tuple(row_styles), has_header
+        self._folds = folds
 
     def left_out(self, width: int) -> tuple[str, ...]:
         """Return the names of columns that do not fit a console of this width."""
+        shown = {column.name.replace("\n", "") for column in self._shown(width)}
+        return tuple(column.name for column in self._columns if column.name not in shown)
+
+    def _shown(self, width: int) -> tuple[Column, ...]:
         shown = fitting(self._columns, width)
-        return tuple(c.name for c in self._columns if all(c is not other for other in shown))
+        if self._folds and len(shown) < len(self._columns):
+            return fitting([column.folded for column in self._columns], width)
+        return shown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = fitting(self._columns, options.max_width)
+        shown = self._shown(options.max_width)
         table = Table(
             box=None,
             pad_edge=False,
@@ -121,16 +148,17 @@ def sparkline(
     *,
     step: int,
     max_train_steps: int,
+    scale: tuple[float, float],
     width: int = 12,
     marks: Marks = UNICODE,
 ) -> str:
     """Draw a run in `width` characters: its length is the progress, its height the loss.
 
     Each character shows the last evaluation in its part of the run, or the previous one if it has none;
-    the part after `step` is still to come.
+    the part after `step` is still to come. `scale` are the losses of the lowest and the highest character,
+    the same for all runs that are to be compared; a loss outside of it is drawn at the edge.
     """
-    finite = [e.eval_loss for e in evaluations if math.isfinite(e.eval_loss)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    low, high = scale
     line, reached = "", math.ceil(width * min(step, max_train_steps) / max(1, max_train_steps))
     for cell in range(1, width + 1):
         seen = [e.eval_loss for e in evaluations if e.step * width <= cell * max_train_steps]
@@ -139,7 +167,7 @@ def sparkline(
         elif not math.isfinite(seen[-1]):
             line += marks.not_finite
         else:
-            share = (seen[-1] - low) / (high - low) if high > low else 0.0
+            share = min(1.0, max(0.0, (seen[-1] - low) / (high - low))) if high > low else 0.0
             line += marks.levels[round(share * (len(marks.levels) - 1))]
     return line
 

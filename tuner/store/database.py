@@ -76,7 +76,7 @@ def _refuse_options(url: URL, known: frozenset[str]) -> None:
 
 @cache
 def _postgres_options() -> frozenset[str]:
-    """What a connection to PostgreSQL can be told; nothing where the driver is missing."""
+    """Return the options of a PostgreSQL connection; none if the driver is not installed."""
     try:
         from psycopg.pq import Conninfo
     except ImportError:

@@ -96,7 +96,7 @@ def _hold_file(url: URL, study: str, subject: str) -> Callable[[], None]:
 
 
 def _said_in(path: Path) -> tuple[str, str]:
-    """Which process holds the file, and for which study; empty before it has said so, or after it let go."""
+    """Return which process holds the file, and for which study; empty if none has written it."""
     try:
         holder, _, study = path.read_text().partition("\n")
     except FileNotFoundError:

@@ -131,7 +131,7 @@ def _reads(table: Table, rows: dict[Table, Read] = TRIAL_ROWS) -> Callable[[Read
 
 
 def _flat(fact: Fact, table: Table) -> dict[str, Any]:
-    """The values of a fact's fields, and of the records in them, that the table has columns for."""
+    """Return the values of a fact's fields, and of records in them, for which the table has columns."""
     values: dict[str, Any] = {}
     for each in fields(fact):  # type: ignore[arg-type]  # every fact is a dataclass
         value = getattr(fact, each.name)
@@ -145,7 +145,7 @@ def _flat(fact: Fact, table: Table) -> dict[str, Any]:
 
 
 def _fact(kind: type[F], row: Mapping[str, Any]) -> Any:
-    """The fact that a row keeps."""
+    """Return the fact that a row was written from."""
     hints, values = get_type_hints(kind), dict(row)
     for name, hint in hints.items():
         if is_dataclass(hint):
@@ -178,7 +178,7 @@ class Recorder:
         return self.first(TRIALS, round=fact.round, number=fact.trial) is not None
 
     def first(self, table: Table, **key: Any) -> Row[Any] | None:
-        """The row of a key."""
+        """Return the row with this key."""
         statement = _selected(table, tuple(key))
         return self.connection.execute(statement, _keyed(self.study, key)).first()
 
@@ -315,7 +315,7 @@ def _end_trial(to: Recorder, fact: TrialEnded) -> None:
 
 
 def asked_trial(row: Row[Any]) -> TrialFacts:
-    """What the row of a trial says."""
+    """Return what the row of a trial records."""
     return TrialFacts(
         Trial(
             row.round,
@@ -382,7 +382,7 @@ def _attempt(known: TrialFacts, row: Row[Any]) -> None:
 
 @lru_cache(maxsize=1024)
 def _environment(text: str) -> dict[str, str]:
-    """Most attempts of a round have the same one."""
+    """Parse an environment; most attempts of a round share one."""
     found: dict[str, str] = json.loads(text)
     return found
 
@@ -421,13 +421,13 @@ def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
 
 @lru_cache(maxsize=64)
 def _objective(content: str) -> Objective:
-    """Those of a round are one, held once."""
+    """Parse an objective; all evaluations of a round share one."""
     return from_json(Objective, json.loads(content))
 
 
 @lru_cache(maxsize=1024)
 def _tokens(content: bytes) -> tuple[int, ...]:
-    """Evaluations of a round have the same ones, held once."""
+    """Unpack token counts; all evaluations of a round share them."""
     return numbers(content, "i")
 
 

@@ -40,11 +40,11 @@ class ExactFloat(TypeDecorator[float]):
     cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
-        """Replaces that of Double, which would turn the text back into a float."""
+        """Replace the processor of Double, which would turn the text back into a float."""
         return _nan_as_text if dialect.name == "sqlite" else super().bind_processor(dialect)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> float | None:
-        """A float again, from a float or from the text `nan`."""
+        """Return a float, from a float or from the text `nan`."""
         return None if value is None else float(value)
 
 
@@ -63,18 +63,18 @@ class Numbers(TypeDecorator[tuple[Any, ...]]):
         self.code = code
 
     def process_bind_param(self, value: tuple[Any, ...] | Packed | None, dialect: Dialect) -> bytes | None:
-        """The numbers as bytes."""
+        """Return the numbers as bytes."""
         if isinstance(value, Packed):
             return value.content
         return None if value is None else struct.pack(f"<{len(value)}{self.code}", *value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> tuple[Any, ...] | None:
-        """The numbers again."""
+        """Return the numbers."""
         return None if value is None else numbers(value, self.code)
 
 
 def numbers(content: bytes, code: str) -> tuple[Any, ...]:
-    """The numbers of a column of type `Numbers`."""
+    """Return the numbers of a column of type `Numbers`."""
     return struct.unpack(f"<{len(content) // struct.calcsize('<' + code)}{code}", content)
 
 
@@ -85,11 +85,11 @@ class JsonText(TypeDecorator[Any]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str:
-        """Compact text, in ASCII."""
+        """Return compact JSON, in ASCII."""
         return json.dumps(value, separators=(",", ":"))
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """The document again."""
+        """Return the document."""
         return json.loads(value)
 
 
@@ -103,7 +103,7 @@ class OptionalJson(JsonText):
         return super().process_bind_param(value, dialect) if value else None  # type: ignore[return-value]
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """The document again."""
+        """Return the document."""
         return None if value is None else super().process_result_value(value, dialect)
 
 
@@ -114,7 +114,7 @@ class FreeText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """Without what a database refuses."""
+        """Return the text without what a database refuses."""
         return None if value is None else storable_text(value)
 
 

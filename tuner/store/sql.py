@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -60,6 +61,10 @@ _READ_AS_KEPT = {
 """Columns of long tables whose readers convert the values themselves: one call for each would take longer."""
 
 
+_ROWS_AT_ONCE = 100
+"""Fetching rows one by one, or all at once, takes longer (docs/log.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Revision:
     """The schema revision of a database."""
@@ -75,7 +80,7 @@ class Revision:
 
 
 def revision(url: str) -> Revision:
-    """How far the tables at a URL have come. Changes nothing.
+    """Return the schema revision of the tables at a URL. Changes nothing.
 
     Raises StorageError for a database that cannot be reached or read.
     """
@@ -109,7 +114,7 @@ def refuse_damaged(url: str) -> None:
 
 
 def _read_only(target: URL) -> sqlite3.Connection:
-    """A connection that leaves no file behind: one that may not write cannot take its journal away again."""
+    """Connect without leaving files behind: a read-only connection cannot delete its own journal."""
     file = database_file(target)
     mode = "mode=ro" if Path(f"{file}-wal").exists() else "immutable=1"
     return sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True)
@@ -186,14 +191,15 @@ class SqlStore:
         return found[0]
 
     def _read(self, round: str, number: int | None = None) -> tuple[Trial, ...]:
-        """The round's trials, or the one of a number."""
+        """Return the round's trials, or the one with a number."""
         asked: dict[str, Any] = {} if number is None else {"number": number}
         of: dict[str, Any] = {} if number is None else {"trial": number}
         with explained(self._url), reading(self._engine) as connection, _uncollected():
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
             known = {row.number: asked_trial(row) for row in rows}
             for table, read in TRIAL_ROWS.items():
-                for row in connection.execute(self._select(table, round=round, **of)):
+                rows = connection.execute(self._select(table, round=round, **of))
+                for row in itertools.chain.from_iterable(rows.partitions(_ROWS_AT_ONCE)):
                     read(known[row.trial], row)
             return tuple(facts.trial() for facts in known.values())
 
@@ -210,14 +216,14 @@ class SqlStore:
     def _rows(
         self, connection: Connection, table: Table, *order: ColumnElement[Any], **equal: Any
     ) -> list[dict[str, Any]]:
-        """The study's rows without its name."""
+        """Return the study's rows without the column of its name."""
         found = connection.execute(self._select(table, *order, omitted=("study",), **equal))
         return [dict(row._mapping) for row in found]
 
     def _select(
         self, table: Table, *order: ColumnElement[Any], omitted: Sequence[str] = (), **equal: Any
     ) -> Select[Any]:
-        """The study's rows with these values."""
+        """Select the study's rows with these values."""
         raw = _READ_AS_KEPT.get(table, ())
         columns = [
             type_coerce(column, _AS_KEPT).label(column.name) if column.name in raw else column

@@ -44,7 +44,7 @@ def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
     # A trial that continues another may have no checkpoint at the start of its comparison run.
     continue_others = any("continues" in entry for entry in spec.search.enqueue)
     kept = 0 if continue_others else num_kept(trials, spec.checkpoints.most_kept_trials)
-    lengths = ("warmup_steps", *decay_lengths(space))
+    lengths = [name for name in ("warmup_steps", *decay_lengths(space)) if name in space]
     ends = itertools.product(*(_ends(space[name]) for name in lengths))
     for schedule, values in itertools.product(_values(space["schedule"]), ends):
         yield expected_runs(
@@ -54,6 +54,20 @@ def _expected_runs(spec: RoundSpec) -> Iterator[tuple[ComparisonRun, ...]]:
             rule=spec.run.decay_branches,
             num_kept=kept,
         )
+
+
+def planned_commands(spec: RoundSpec, *, checkpoint_bytes: int | None = None) -> PlannedRound:
+    """Return the plan of a round that runs a command, as far as it is known without one."""
+    work = planned_work(spec)
+    return PlannedRound(
+        trials=spec.num_trials,
+        max_train_steps=spec.max_train_steps,
+        checkpoint_bytes=checkpoint_bytes,
+        branches=work.branches,
+        branch_steps=work.branch_steps,
+        metric=spec.objective.metric,
+        direction=spec.recorded_objective.direction.value,
+    )
 
 
 def planned_round(spec: RoundSpec, data: PreparedData, *, adapter_weights: int) -> PlannedRound:

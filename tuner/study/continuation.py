@@ -61,6 +61,8 @@ class Continuations:
         if trial.state != TrialState.COMPLETE:
             return f"that trial is {trial.state}"
         if record.workload != self.workload:
+            if self.plan.spec.command is not None:
+                return "the command, its configuration, a script that it names or run.gpus_per_worker changed"
             return (
                 "model, data, evaluation set or length changed since then, or this version of tuner reads "
                 "some rows differently (see the changelog)"
@@ -102,6 +104,8 @@ class Continuations:
             spec.max_train_steps,
             checkpoint.step,
         )
+        if spec.command is not None:  # which keeps every evaluation
+            return reason
         return reason or lost_best(
             trial.evaluations,
             evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps),

@@ -21,6 +21,7 @@ from tuner.records import RoundRecord
 from tuner.report import RoundReport, best_steps_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
+from tuner.study.importance import importance
 from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results, scores_of
 from tuner.study.sampling import StudyStorage
 
@@ -158,6 +159,8 @@ def _report(
         environment=environment(),
         scored=scores_of(store),
         branches_left=num_branches_left(store, record),
+        importance=importance(results),
+        is_dry_run=folder.is_dry_run,
     )
 
 

@@ -139,7 +139,7 @@ _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 """The most stable checkpoints that a trial keeps for comparison runs."""
 
 WORKING_BYTES = 16 * 2**20
-"""Space for the database and its journal, the logs and the tokenised rows of a small data set: with less, no
+"""Space for the database and its journal, the logs and the tokenised rows of a small dataset: with less, no
 round starts or resumes."""
 SAVING_BYTES = WORKING_BYTES // 2
 """With less, a running round stops. Half of the above, so that a resumed round does not stop again at once.
@@ -158,6 +158,13 @@ def checkpoint_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     return kept * (best + resumable * resumable_bytes(spec, adapter_weights))
 
 
+def checkpoints_of_commands(spec: RoundSpec, size_bytes: int) -> int:
+    """Return the most bytes that the checkpoints of a round of commands take; each of them has this size."""
+    kept = num_kept(spec.num_trials, spec.checkpoints.most_kept_trials)
+    resumable = 2 + _MOST_STARTS[spec.run.decay_branches]
+    return kept * (spec.checkpoints.keep_best + resumable) * size_bytes
+
+
 def resumable_bytes(spec: RoundSpec, adapter_weights: int) -> int:
     """Return the most bytes of one resumable checkpoint: weights, moments, and the best adapter so far."""
     moments = max(_state_bytes(spec))
@@ -172,6 +179,8 @@ def least_trial_bytes(spec: RoundSpec, adapter_weights: int) -> int:
 
 def _state_bytes(spec: RoundSpec) -> list[int]:
     """Return the bytes of optimizer state per weight, for each optimizer that a trial can have."""
+    if spec.command is not None:
+        return [0]  # its checkpoints are measured when the first is kept
     chosen = spec.space()["optimizer"]
     assert isinstance(chosen, (Fixed, Choices))
     names = chosen.values if isinstance(chosen, Choices) else (chosen.value,)

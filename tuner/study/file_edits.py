@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tuner.config import HYPERPARAMETERS, RoundFile
 from tuner.config.dimensions import read_dimension
-from tuner.config.yaml_text import YamlError, parse
+from tuner.config.settings import typed_values
+from tuner.config.yaml_text import YamlError
 from tuner.errors import InputError
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.records import Choices, Dimension, Fixed, TimesSqrtRank
@@ -61,22 +61,11 @@ def _allowed() -> set[str]:
 
 def _dimension(text: str, row: Hyperparameter, values: str) -> Dimension:
     try:
-        return read_dimension(row, _raw_range(values) if ":" in values else _yaml(f"[{values}]"))
+        return read_dimension(row, typed_values(values))
     except YamlError as error:
         raise _refused(text, f"{values} cannot be read: {error}") from None
     except ValueError as error:
         raise _refused(text, f"{row.name}: {error}; each value is {row.allowed}") from None
-
-
-def _raw_range(values: str) -> dict[str, Any]:
-    low, high, *scale = (part.strip() for part in values.split(":"))
-    if scale not in ([], ["log"]):
-        raise ValueError(f"expects LOW:HIGH or LOW:HIGH:log, got {values}")
-    return {"low": _yaml(low), "high": _yaml(high), "log": bool(scale)}
-
-
-def _yaml(text: str) -> Any:
-    return parse(f"value: {text}").document["value"]
 
 
 def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimension) -> None:

@@ -20,6 +20,7 @@ from tuner.records import (
     Assignment,
     AttemptStarted,
     Checkpoint,
+    CheckpointKind,
     CheckpointsRemoved,
     Continuation,
     Died,
@@ -245,9 +246,11 @@ class RoundLoop:
                 )
                 if self._prune(self.state.trial(trial)):
                     self.worker.stop(event.run)
-            case Saved(trial=trial):
+            case Saved(trial=trial, checkpoint=Checkpoint(kind=kind)):
                 before = self.state.trial(trial).checkpoints
                 self.state.record(event)
+                if kind == CheckpointKind.BEST:
+                    self.folder.switch_best(self.state.trial(trial))
                 self._remove_superseded(self.state.trial(trial), before)
             case Ended():
                 event = self._as_decided(event)

@@ -13,6 +13,9 @@ from tuner.playbook.comparison_runs import ComparisonRule, trunk_steps
 from tuner.records import Checkpoint, CheckpointKind, Hyperparameters, RoundKind, Space, Trial
 from tuner.whole import digest, lead
 
+CACHE = ".tuner-cache"
+"""Folder of tokenised rows beside the round file."""
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -54,7 +57,7 @@ class RoundPlan:
     @property
     def cache(self) -> Path:
         """Return the directory beside the file where tokenised rows are kept between runs."""
-        return self.file.directory / ".tuner-cache"
+        return self.file.directory / CACHE
 
     @property
     def comparison_rule(self) -> ComparisonRule:
@@ -152,13 +155,17 @@ class CheckpointFolder:
         link = self.trial_directory(trial.number) / "best"
         for unfinished in link.parent.glob(".best.*.tmp"):
             unfinished.unlink(missing_ok=True)
-        best = trial.checkpoint(CheckpointKind.BEST)
+        self.switch_best(trial)
+        if not link.exists():
+            link.unlink(missing_ok=True)
+
+    def switch_best(self, trial: Trial) -> None:
+        """Let the link `best` lead to the recorded adapter, if that is on disk. Workers never do."""
+        best, link = trial.checkpoint(CheckpointKind.BEST), self.trial_directory(trial.number) / "best"
         if best is not None and (self.root / best.path).is_dir():
             target = self.root / best.path
             if link.resolve() != target.resolve():
                 lead(link, target)
-        elif not link.exists():
-            link.unlink(missing_ok=True)
 
     def leftovers(self, trial: Trial) -> list[Path]:
         """Return directories of checkpoints without a fact."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
+from tuner.config.settings import with_settings
+from tuner.config.yaml_text import one_line
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError
 from tuner.methods.schedules import DecayRule
@@ -62,6 +64,8 @@ class Overrides:
     decay: DecayRule = "share"
     add: tuple[str, ...] = ()
     """What to search in addition, as `NAME=VALUES` or `NAME=LOW:HIGH[:log]`."""
+    settings: tuple[str, ...] = ()
+    """Values to write into the file, as `KEY=VALUE`."""
     reason: str = "set by --max-train-steps"
     """Why the horizon is not the suggested one, for the comment beside it."""
 
@@ -113,8 +117,14 @@ def promote(
     )
     next_round = each_point_once(planned)
     next_round = replace(next_round, notes=(*next_round.notes, *_read_otherwise(results)))
-    text = round_text(file, next_round, reading, overrides)
-    return _write(folder, store, record, next_round, reading, text, force=force, clock=clock)
+    text, values = with_settings(
+        round_text(file, next_round, reading, overrides),
+        overrides.settings,
+        folder.directory / f"{to}.yaml",
+        comment="set by --set",
+        refused=("max_train_steps",),
+    )
+    return _write(folder, store, record, next_round, reading, text, force=force, clock=clock, settings=values)
 
 
 def promote_held(
@@ -141,6 +151,7 @@ def promote_held(
 def _read_otherwise(results: RoundResults) -> Iterator[str]:
     """Return a warning if a version that read some rows otherwise has trained the round."""
     ran = [a.environment for trial in results.trials for a in trial.attempts if a.environment]
+    ran = [environment for environment in ran if "tool" not in environment]  # a command reads its own rows
     if any(environment.get("rows") != str(TABLE_VERSION) for environment in ran):
         yield (
             f"a version of tuner that read some rows differently trained {results.name} (see the changelog): "
@@ -234,8 +245,9 @@ def _write(
     force: bool,
     clock: Callable[[], float],
     passes: int = 1,
+    settings: Mapping[str, Any] | None = None,
 ) -> PromotedRound:
-    """Write the file, then record the plan behind it."""
+    """Write the file, then record the plan behind it; `settings` were written over the plan's values."""
     to = next_round.to_round
     path = folder.directory / f"{to}.yaml"
     document = promotion_document(
@@ -247,15 +259,28 @@ def _write(
         passes=passes,
         objective=objective_of(record, store.trials(record.name)),
     )
+    _state(document, settings or {})
     write_round_file(path, text, force=force, advice="--force overwrites it, or choose another --to")
     url = folder.files[0].spec.storage
-    kept = text.replace(url, without_secrets(url))
+    written = (settings or {}).get("storage", url)
+    kept = text.replace(url, without_secrets(url)).replace(written, without_secrets(written))
     plan = Promotion(record.name, to, document, kept, clock())
     if not any(
         p.to_round == to and p.file_text == kept and dict(p.plan) == document for p in store.promotions()
     ):
         store.record(PromotionPlanned(plan))
     return PromotedRound(path, next_round, reading, document)
+
+
+def _state(document: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Add what `--set` wrote to the document of a promotion."""
+    for key, value in settings.items():
+        name = key.removeprefix("hyperparameters.")
+        if name != key and name in document["hyperparameters"]:
+            document["hyperparameters"][name] |= {"to": value, "reason": "set by --set"}
+        else:
+            shown = without_secrets(value) if key == "storage" else one_line(value)
+            document["notes"] = [*document.get("notes", []), f"{key}: set by --set to {shown}"]
 
 
 def promoted_from(folder: StudyFolder, store: Store, round_name: str) -> str | None:

@@ -182,7 +182,7 @@ class RoundSampler(optuna.samplers.BaseSampler):
 
     def encoded(self, point: Hyperparameters) -> dict[str, Any]:
         """Return the point's searched values in Optuna's form."""
-        return {name: _encode(point[name]) for name in self._space if name in point}
+        return {name: encoded(point[name]) for name in self._space if name in point}
 
     def stored(self, point: Hyperparameters) -> dict[str, Any]:
         """Return `params` and `distributions` of a point as arguments for Optuna.
@@ -462,19 +462,19 @@ def distributions(space: Mapping[str, Choices | Range]) -> dict[str, BaseDistrib
 def _distribution(dimension: Choices | Range) -> BaseDistribution:
     match dimension:
         case Choices(values=values):
-            return CategoricalDistribution([_encode(value) for value in values])
+            return CategoricalDistribution([encoded(value) for value in values])
         case Range(low=low, high=high, log=log, integer=True):
             return IntDistribution(int(low), int(high), log=log)
         case Range(low=low, high=high, log=log):
             return FloatDistribution(low, high, log=log)
 
 
-def _encode(value: Value) -> bool | int | float | str:
+def encoded(value: Value) -> bool | int | float | str:
     """Return a value as Optuna stores it: lists of module names become JSON text."""
     return json.dumps(list(value)) if isinstance(value, tuple) else value
 
 
 def _decode(dimension: Choices | Range, value: Any) -> Value:
     if isinstance(dimension, Choices):
-        return next(choice for choice in dimension.values if _encode(choice) == value)
+        return next(choice for choice in dimension.values if encoded(choice) == value)
     return value  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from tuner.config import RoundSpec
 from tuner.engines import Worker, wait_for_former_workers
 from tuner.errors import InputError, Interrupted, TunerError, WorkerError
 from tuner.methods.optimizers import optimizer
+from tuner.methods.registry import expected, is_known
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import reproduction
 from tuner.playbook.reproduction import Reproduction
@@ -86,9 +87,16 @@ class Rerun:
         return self.trial.state != TrialState.PRUNED and self.to_step == self.record.max_train_steps
 
 
-def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> Rerun:
-    """Return the plan of running a trial again. Raises InputError for one without a result to compare."""
+def planned_rerun(
+    folder: StudyFolder, trial: Trial, *, to_step: int | None, engine: str | None = None
+) -> Rerun:
+    """Return the plan of running a trial again, on the round's engine or another.
+
+    Raises InputError for a trial without a result to compare, or an engine that cannot train.
+    """
     name = trial.name
+    if engine is not None:
+        _refuse_engine(engine)
     if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so there is nothing to reproduce")
     if not trial.state.is_result or not trial.evaluations:
@@ -105,6 +113,7 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         spec = spec.model_copy(update={"evaluation": evaluation})
         spec = folder.as_trained(trial, spec)
         wanted = _last_step(name, trial, record, spec, to_step)
+        spec, moved = _on_engine(spec, engine)
         start, remarks = _start(trial, store, Path(spec.checkpoints.directory), to_step=wanted)
         ran = _ran_by(trial, store, from_step=start.step if start else 0)
     return Rerun(
@@ -115,8 +124,24 @@ def planned_rerun(folder: StudyFolder, trial: Trial, *, to_step: int | None) -> 
         start=start,
         to_step=wanted,
         environments=tuple(dict(a.environment) for t in ran for a in t.attempts if a.environment),
-        remarks=remarks,
+        remarks=(*moved, *remarks),
     )
+
+
+def _refuse_engine(engine: str) -> None:
+    if not is_known("engine", engine):
+        raise InputError(f"--engine {engine}: expects {expected('engine')}")
+    if engine == "simulated":
+        raise InputError("--engine simulated: a dry run trains nothing, so there is nothing to reproduce")
+
+
+def _on_engine(spec: RoundSpec, engine: str | None) -> tuple[RoundSpec, tuple[str, ...]]:
+    """Return the file with another engine, and a remark on it."""
+    before = spec.run.engine
+    if engine in (None, before):
+        return spec, ()
+    moved = spec.model_copy(update={"run": spec.run.model_copy(update={"engine": engine})})
+    return moved, (f"It runs on the engine {engine}; its round names {before}.",)
 
 
 def _last_step(name: str, trial: Trial, record: RoundRecord, spec: RoundSpec, wanted: int | None) -> int:

@@ -83,14 +83,8 @@ def run_round(
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [base_evaluation(earlier)]
-            for hint in plan.file.hints:
-                view.message(hint)
-            if plan.spec.ends_early is not None:
-                view.message(plan.spec.ends_early)
-            if plan.spec.trains_alone:
-                view.message(plan.spec.trains_alone)
-            if plan.spec.model.trust_remote_code:
-                view.message(f"warning: {plan.spec.model.warning_of_code}")
+            for note in _notes(plan):
+                view.message(note)
             worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
@@ -102,17 +96,7 @@ def run_round(
             _begin(plan, store, ready, clock, objective)
         watch = DiskWatch(disk, ready)
         with _outside_failures(watch):
-            record = store.round(plan.name)
-            assert record is not None
-            round_study = RoundStudy(
-                optuna_storage(storage),
-                f"{plan.spec.study}/{plan.name}",
-                plan.space,
-                plan.spec.search,
-                max_train_steps=plan.spec.max_train_steps,
-                earlier=earlier_outcomes(store, record),
-                objective=objective,
-            )
+            round_study = _round_study(plan, store, objective)
             in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
@@ -130,6 +114,32 @@ def run_round(
             ended = store.round(plan.name)
             assert ended is not None
             write_pages(round_study.study, round_report(folder, store, ended))
+
+
+def _notes(plan: RoundPlan) -> Iterator[str]:
+    """Yield what to know of a round before it runs."""
+    yield from plan.file.hints
+    if plan.spec.ends_early is not None:
+        yield plan.spec.ends_early
+    if plan.spec.trains_alone:
+        yield plan.spec.trains_alone
+    if plan.spec.model.trust_remote_code:
+        yield f"warning: {plan.spec.model.warning_of_code}"
+
+
+def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundStudy:
+    """Open the round's Optuna study."""
+    record = store.round(plan.name)
+    assert record is not None
+    return RoundStudy(
+        optuna_storage(plan.absolute.storage),
+        f"{plan.spec.study}/{plan.name}",
+        plan.space,
+        plan.spec.search,
+        max_train_steps=plan.spec.max_train_steps,
+        earlier=earlier_outcomes(store, record),
+        objective=objective,
+    )
 
 
 @contextmanager
@@ -274,6 +284,8 @@ def loaded_objective(plan: RoundPlan) -> Objective:
     Raises InputError if the name leads nowhere, RoundFileError if the file says another direction.
     """
     written = plan.spec.objective
+    if plan.spec.command is not None:
+        return plan.spec.recorded_objective
     found = metric(written.metric).objective(written.metric)
     if written.direction not in (None, found.direction):
         key = "objective.direction"
@@ -307,7 +319,13 @@ def _begin(
 
 
 def other_workload(plan: RoundPlan) -> InputError:
-    """Return the error of a model, or data, that the round did not start with."""
+    """Return the error of a model, data or command that the round did not start with."""
+    if plan.spec.command is not None:
+        return InputError(
+            f"{plan.file.path.name}: the command is not the one that {plan.name} started with (its "
+            "arguments, its configuration, a script that it names, or run.gpus_per_worker changed): its "
+            "trials would not be comparable. Restore it, or start another round"
+        )
     return InputError(
         f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
         "files at these paths changed, this version of tuner reads some rows differently, see the "

@@ -7,7 +7,6 @@ error, which the parent keeps as the worker's log.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import sys
@@ -16,10 +15,11 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
-from tuner.records import Died, Event, Preparing, evaluation_from_json, event_to_json
+from tuner.program import CommandReader, event_writer
+from tuner.records import Died, Preparing, evaluation_from_json
 from tuner.training.environment import keep_freed_memory
 from tuner.training.startup import load_worker_state
-from tuner.training.worker import CommandReader, train
+from tuner.training.worker import train
 from tuner.training.worker_state import Pulse
 from tuner.whole import keep_others_out
 
@@ -28,14 +28,8 @@ def main() -> int:
     """Set up, send `Ready`, and train until told to close."""
     keep_others_out()
     os.environ.setdefault("TQDM_DISABLE", "1")
-    events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    say = event_writer()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-
-    def say(event: Event) -> None:
-        events.write(json.dumps(event_to_json(event)) + "\n")
-        events.flush()
-
     keep_freed_memory()
     commands = CommandReader(sys.stdin)
 
@@ -59,6 +53,7 @@ def main() -> int:
                 slots=document["slots"],
                 base_evaluation=evaluation_from_json(known) if known else None,
                 say=say_what_it_does,
+                names=document.get("paths", {}),
             )
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))

@@ -6,9 +6,8 @@ A directory is written under a temporary name, synced and renamed. It contains o
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tuner.adapters import Adapter, read_adapter, write_adapter
 from tuner.adapters.peft_files import CONFIG_FILE, named_tensors, weights_from
 from tuner.errors import CheckpointError
 from tuner.records import Checkpoint, CheckpointKind, Evaluation, evaluation_from_json, to_json
-from tuner.whole import digest, lead, synced
+from tuner.whole import digest, published
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST_FILE = "best.safetensors"
@@ -48,18 +47,20 @@ class Snapshot:
 
 
 def publish_best(trial: Path, adapter: Adapter, weights: Weights, *, step: int, attempt: int) -> Checkpoint:
-    """Write the best step's PEFT adapter and switch the link `best` to it."""
+    """Write the best step's PEFT adapter; whoever records it switches the link `best` to it."""
     target = trial / "best-steps" / f"step-{step:06d}.a{attempt}"
-    _publish(target, lambda directory: write_adapter(directory, adapter, weights))
-    lead(trial / "best", target)
+    published(target, lambda directory: write_adapter(directory, adapter, weights))
     return _recorded(CheckpointKind.BEST, step, target)
 
 
 def publish_snapshot(trial: Path, snapshot: Snapshot, *, kind: CheckpointKind, attempt: int) -> Checkpoint:
-    """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036`."""
-    name = f"step-{snapshot.step:06d}"
-    target = trial / "trunk" / name if kind == CheckpointKind.TRUNK else trial / "last" / f"{name}.a{attempt}"
-    _publish(target, lambda directory: _write_snapshot(directory, snapshot))
+    """Write a resumable checkpoint: `last/step-000015.a1` or `trunk/step-000036.a1`.
+
+    Another attempt's is never replaced: a node that was cut off may still run one.
+    """
+    folder = "trunk" if kind == CheckpointKind.TRUNK else "last"
+    target = trial / folder / f"step-{snapshot.step:06d}.a{attempt}"
+    published(target, lambda directory: _write_snapshot(directory, snapshot))
     return _recorded(kind, snapshot.step, target)
 
 
@@ -117,24 +118,6 @@ def _write_snapshot(directory: Path, snapshot: Snapshot) -> None:
         "evaluations": [to_json(evaluation) for evaluation in snapshot.evaluations],
     }
     (directory / _STATE_FILE).write_text(json.dumps(state))
-
-
-def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Write `target` atomically, replacing one that the same trial made before."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            synced(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        synced(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
 
 
 def _recorded(kind: CheckpointKind, step: int, target: Path) -> Checkpoint:

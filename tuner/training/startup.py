@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -53,16 +53,19 @@ def load_worker_state(
     slots: int | Literal["auto"],
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
-    `say` receives progress messages. Raises InputError if model, data or metric cannot be used.
+    `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
+    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
     """
     chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots)
+    state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
     if spec.evaluation.answers is not None:
         state.generation_eval = load_generation_eval(

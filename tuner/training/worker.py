@@ -1,22 +1,18 @@
-"""A worker's loop: commands from its parent, passes of all slots, events."""
+"""The training loop: trials in slots, one packed micro-step after another."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 
 from tuner.errors import TunerError
 from tuner.methods.table import seed_of
 from tuner.playbook import is_diverged
+from tuner.program import CommandReader
 from tuner.records import (
     Answered,
     Assignment,
@@ -28,69 +24,13 @@ from tuner.records import (
     Measured,
     Outcome,
     Progressed,
-    RunId,
     Saved,
     Started,
-    assignment_from_json,
-    from_json,
 )
 from tuner.training.checkpoints import read_snapshot
 from tuner.training.packed_passes import evaluate, micro_step
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
-
-
-class CommandReader:
-    """Assignments to start, trials to stop, and whether to close."""
-
-    def __init__(self, lines: TextIO, *, on_parent_gone: Callable[[], None] = lambda: os._exit(1)) -> None:
-        self.closed = False
-        self.unwanted: set[RunId] = set()
-        """Runs to save and remove."""
-        self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
-        self._lines = lines
-        self._on_parent_gone = on_parent_gone
-
-    def read_document(self) -> dict[str, Any]:
-        """Read the first line, which describes the work. Call before `listen`."""
-        line = self._lines.readline()
-        if not line:
-            self._on_parent_gone()
-        document: dict[str, Any] = json.loads(line)
-        return document
-
-    def listen(self) -> None:
-        """Start reading commands in the background."""
-        threading.Thread(target=self._read, daemon=True, name="commands").start()
-
-    def assignments(self, *, wait: bool) -> Iterator[Assignment]:
-        """Yield the assignments received so far; with `wait`, block until there is one or `close` arrives."""
-        while True:
-            try:
-                assignment = self._assignments.get(block=wait)
-            except queue.Empty:
-                return
-            if assignment is None:
-                return
-            wait = False
-            yield assignment
-
-    def _read(self) -> None:
-        for line in self._lines:
-            command = json.loads(line)
-            match command["order"]:
-                case "start":
-                    assignment = assignment_from_json(command["assignment"])
-                    self.unwanted.discard(assignment.run)
-                    self._assignments.put(assignment)
-                case "stop":
-                    self.unwanted.add(from_json(RunId, command["run"]))
-                case "close":
-                    self.closed = True
-                    self._assignments.put(None)
-                    return
-        self._on_parent_gone()
-
 
 _log = logging.getLogger(__name__)
 

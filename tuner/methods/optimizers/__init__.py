@@ -30,6 +30,8 @@ ADAM_EPSILON = Hyperparameter(
     Number(above=0),
     "Added to the square root of the second moment, to avoid division by zero.",
 )
+ADAM = (WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+"""The hyperparameters of AdamW, whatever the precision of its states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,5 +84,5 @@ def adam_arguments(values: Hyperparameters) -> dict[str, Any]:
 
 def trainer_adam(optim: str) -> Callable[[Hyperparameters], Mapping[str, Any]]:
     """Return a function for the Trainer arguments of the AdamW named `optim`."""
-    rows = (WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON)
+    rows = ADAM
     return lambda values: {"optim": optim, **{row.name: row.number(values) for row in rows}}

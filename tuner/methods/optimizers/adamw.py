@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tuner.methods.optimizers import (
-    ADAM_BETA1,
-    ADAM_BETA2,
-    ADAM_EPSILON,
-    WEIGHT_DECAY,
-    Optimizer,
-    adam_arguments,
-    trainer_adam,
-)
+from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -28,7 +20,7 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
 
 ADAMW = Optimizer(
     name="adamw",
-    hyperparameters=(WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON),
+    hyperparameters=ADAM,
     state_bytes=8,
     build=_build,
     is_elementwise=True,

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tuner.methods.optimizers import (
-    ADAM_BETA1,
-    ADAM_BETA2,
-    ADAM_EPSILON,
-    WEIGHT_DECAY,
-    Optimizer,
-    adam_arguments,
-    trainer_adam,
-)
+from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -179,7 +171,7 @@ def _follows(last: Tensor, one: Tensor) -> bool:
 
 ADAMW_8BIT = Optimizer(
     name="adamw_8bit",
-    hyperparameters=(WEIGHT_DECAY, ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON),
+    hyperparameters=ADAM,
     state_bytes=2,
     block_elements=BLOCK_ELEMENTS,
     build=_build,

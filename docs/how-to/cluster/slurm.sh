@@ -1,0 +1,40 @@
+#!/bin/bash
+# A round on the nodes of a Slurm job: sbatch --nodes=4 slurm.sh /home/me/study round1.yaml
+# The environment with tuner[ray] has to be at the same path on all nodes; the study's folder only on the first.
+#SBATCH --job-name=tuner
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+# Five minutes before its time is up, the job saves all trials. Submit it again to resume.
+set -euo pipefail
+study=$1 round=$2
+
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+port=$((20000 + SLURM_JOB_ID % 10000))
+address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}'):$port
+
+srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
+    ray start --head --node-ip-address="${address%:*}" --port="$port" --include-dashboard=false --block &
+until ray health-check --address "$address" 2> /dev/null; do sleep 2; done
+if ((${#nodes[@]} > 1)); then
+    rest=$(IFS=,; echo "${nodes[*]:1}")
+    # --no-kill and -K0: a node that fails takes neither the others nor the round with it.
+    srun --overlap --no-kill --kill-on-bad-exit=0 --nodes=$((${#nodes[@]} - 1)) --ntasks-per-node=1 \
+        --nodelist="$rest" ray start --address="$address" --block &
+fi
+
+tuner -C "$study" study run "$round" --engine ray --ray-address "$address" &
+run=$!
+trap 'kill -TERM $run' TERM
+code=0
+wait $run || code=$?
+# A signal ends the first `wait`; the second one is for the trials that are being saved.
+if kill -0 $run 2> /dev/null; then wait $run || code=$?; fi
+exit $code

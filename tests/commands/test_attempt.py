@@ -1,0 +1,232 @@
+"""Attempts of a plain script: its curve, its checkpoints, and what each kind of end comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
+from tuner.commands import processes
+from tuner.commands.attempt import Round, Unusable
+from tuner.records import CheckpointKind, Evaluated, Event, Started
+
+
+def test_a_script_runs_to_the_horizon_and_its_checkpoints_are_kept(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, document())
+    assert (ran.end.outcome, ran.end.step) == ("complete", 24)
+    assert list(ran.curve) == [0, 4, 8, 12, 16, 20, 24]
+    best = min(ran.curve, key=lambda step: ran.curve[step])
+    assert ran.saved(CheckpointKind.BEST)[-1].step == best
+    assert json.loads((ran.directory / "best" / "state.json").read_text())["step"] == best
+    assert [c.step for c in ran.saved(CheckpointKind.TRUNK)] == [16]
+    assert [c.step for c in ran.saved(CheckpointKind.LAST)][-1] == 24
+    assert list(ran.place.joinpath("output").iterdir()) == []
+    evaluation = [e.evaluation for e in ran.events if isinstance(e, Evaluated)][-1]
+    assert evaluation.metrics["accuracy"] == 1 / evaluation.eval_loss
+    assert evaluation.train_loss is not None
+    assert evaluation.learning_rate == pytest.approx(0.05 / 8)
+
+
+def test_resuming_equals_a_run_from_scratch_to_the_digit(tmp_path: Path) -> None:
+    short = Ran(tmp_path, document())
+    longer = document(hyperparameters={"learning_rate": 0.05, "schedule": "linear", "decay_steps": 16})
+    point = short.point(CheckpointKind.TRUNK)
+    resumed = Ran(tmp_path, longer, trial=1, resume=point, steps=48)
+    scratch = Ran(tmp_path, longer, trial=2, steps=48)
+    assert [e.step for e in resumed.events if isinstance(e, Started)] == [16]
+    assert resumed.curve == scratch.curve
+    assert list(resumed.curve)[-1] == 48
+    reported = (resumed.place / "metrics.jsonl").read_text()
+    assert '"step": 12' not in reported
+
+
+def test_a_killed_command_fails_the_attempt_and_the_next_resumes(tmp_path: Path) -> None:
+    whole = Ran(tmp_path / "whole", document())
+
+    def kill_at(events: list[Event]) -> bool:
+        if any(isinstance(e, Evaluated) and e.evaluation.step == 8 for e in events):
+            for process in processes.with_token(killed_tokens(tmp_path / "killed")[0]):
+                process.send_signal(signal.SIGKILL)
+        return False
+
+    values = {**document()["hyperparameters"], "pause": 0.05}
+    killed = Ran(tmp_path / "killed", document(hyperparameters=values), stopping=kill_at)
+    assert killed.end.outcome == "failed"
+    assert "signal 9" in str(killed.end.reason)
+    point = killed.point(CheckpointKind.LAST)
+    assert point.step >= 4
+    again = Ran(tmp_path / "killed", document(hyperparameters=values), attempt=2, resume=point)
+    assert again.end.outcome == "complete"
+    assert again.curve == whole.curve
+
+
+def killed_tokens(folder: Path) -> list[str]:
+    return [path.read_text() for path in folder.rglob("token")]
+
+
+def test_stopping_ends_the_tree_even_if_it_ignores_sigterm(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(processes.end, "__kwdefaults__", {"grace_seconds": 0.3})
+    (tmp_path / "stubborn.py").write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"
+        "subprocess.Popen([sys.executable, '-c', child], start_new_session=True)\n"
+        "open(os.environ['TUNER_METRICS'], 'a').write('{\"step\": 0, \"eval_loss\": 1.0}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    content = document(script="stubborn.py") | {"hyperparameters": {"learning_rate": 0.1}}
+    content["command"] = {"run": content["command"]["run"]}
+    ran = Ran(tmp_path, content, stopping=lambda events: any(isinstance(e, Evaluated) for e in events))
+    assert ran.end.outcome == "stopped"
+    assert not list(processes.with_token(ran.tokens[0]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "said"),
+    [
+        ("nan", "infeasible", "evaluation loss is nan at step 8"),
+        ("out of memory", "infeasible", "CUDA out of memory"),
+        ("port", "failed", "EADDRINUSE"),
+    ],
+)
+def test_what_a_fault_comes_to(tmp_path: Path, fault: str, outcome: str, said: str) -> None:
+    ran = Ran(tmp_path, without_resume(with_fault(fault)))
+    assert ran.end.outcome == outcome
+    assert said in str(ran.end.reason)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("silent", "TUNER_METRICS"),
+        ("early", "TUNER_MAX_STEPS"),
+        ("crash", "ImportError: no such thing"),
+        ("too long", "max_train_steps is 24"),
+        ("elsewhere", "not inside TUNER_OUTPUT_DIR"),
+    ],
+)
+def test_what_no_trial_could_do_better_ends_the_round_with_what_to_do(
+    tmp_path: Path, fault: str, said: str
+) -> None:
+    with pytest.raises(Unusable, match="trial 0: ") as caught:
+        Ran(tmp_path, without_resume(with_fault(fault)))
+    assert said in str(caught.value)
+
+
+def test_a_script_that_starts_over_instead_of_resuming_is_found_out(tmp_path: Path) -> None:
+    short = Ran(tmp_path, document())
+    values = {**document()["hyperparameters"], "fault": "starts over"}
+    with pytest.raises(Unusable, match="from step 16, but reported step 0"):
+        Ran(
+            tmp_path,
+            document(hyperparameters=values),
+            trial=1,
+            resume=short.point(CheckpointKind.TRUNK),
+            steps=48,
+        )
+
+
+def test_an_early_end_is_the_machines_once_a_trial_was_complete(tmp_path: Path) -> None:
+    content = without_resume(with_fault("early"))
+    spec = spec_of(tmp_path, content)
+    work = Round(spec, tmp_path, spec.recorded_objective, {}, has_reported=True, has_completed=True)
+    assert Ran(tmp_path, content, work=work).end.outcome == "failed"
+
+
+def test_silence_ends_an_attempt(tmp_path: Path) -> None:
+    content = without_resume(with_fault("hangs"))
+    spec = spec_of(tmp_path, content)
+    assert spec.command is not None
+    brief = spec.command.model_copy(update={"silence_minutes": 1 / 60})
+    work = Round(spec.model_copy(update={"command": brief}), tmp_path, spec.recorded_objective, {})
+    began = time.monotonic()
+    ran = Ran(tmp_path, content, work=work)
+    assert ran.end.outcome == "failed"
+    assert "no metric and no line" in str(ran.end.reason)
+    assert time.monotonic() - began < 20
+
+
+def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
+    short = Ran(tmp_path, document())
+    point = short.point(CheckpointKind.TRUNK)
+    (point.path / "checkpoint" / "state.json").write_text("{}")
+    again = Ran(tmp_path, document(), trial=1, resume=point)
+    assert again.end.outcome == "failed"
+    assert "changed or damaged" in str(again.end.reason)
+
+
+def test_a_checkpoint_that_other_processes_still_write_is_kept_once_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import json, os, time\n"
+        "from pathlib import Path\n"
+        "def say(**line):\n"
+        "    with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "        file.write(json.dumps(line) + '\\n')\n"
+        "place = Path(os.environ['TUNER_OUTPUT_DIR']) / 'checkpoint-24'\n"
+        "place.mkdir(parents=True)\n"
+        "say(step=24, eval_loss=1.0)\n"
+        "(place / 'trainer_state.json').write_text(json.dumps({'global_step': 24}))\n"
+        "(place / 'rng_state_0.pth').write_text('0')\n"
+        "say(step=24, checkpoint=str(place), processes=2)\n"
+        "time.sleep(0.6)\n"
+        "(place / 'rng_state_1.pth').write_text('1')\n"
+        "time.sleep(0.4)\n"
+    )
+    content = trainer(hyperparameters={"learning_rate": 0.1, "decay_steps": 8})
+    content["command"] = {"run": [PYTHON, "slow.py", "${args}"], "tool": "transformers"}
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "complete"
+    assert (ran.directory / "best" / "rng_state_1.pth").is_file()
+
+
+def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
+    content = document()
+    spec = spec_of(tmp_path, content)
+    trial = tmp_path / "runs" / spec.round / "trial-0000"
+    trial.mkdir(parents=True)
+    (trial / "best-steps").write_text("a file where a folder belongs")
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "failed"
+    assert "best-steps" in str(ran.end.reason)
+    assert not list(processes.with_token(ran.tokens[0]))
+
+
+def test_an_objective_that_is_not_reported_names_what_is(tmp_path: Path) -> None:
+    content = document(objective={"metric": "f1", "direction": "maximize"})
+    with pytest.raises(Unusable, match=r"accuracy, eval_loss, but not objective\.metric f1"):
+        Ran(tmp_path, content)
+
+
+def test_the_environment_is_clean_and_documented(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)
+    monkeypatch.setenv("TUNER_RESUME_FROM", "/elsewhere")
+    monkeypatch.setenv("RANK", "3")
+    (tmp_path / "show.py").write_text(
+        "import json, os, tuner\n"
+        "from pathlib import Path\n"
+        "Path('seen.json').write_text(json.dumps(dict(os.environ)))\n"
+        "tuner.log(0, eval_loss=2.0)\n"
+        "tuner.log(int(os.environ['TUNER_MAX_STEPS']), eval_loss=1.0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + str(Path(__file__).parents[2]))
+    content = without_resume(document(script="show.py"))
+    ran = Ran(tmp_path, content)
+    assert ran.curve == {0: 2.0, 24: 1.0}
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert "" not in seen["PYTHONPATH"].split(os.pathsep)
+    assert "RANK" not in seen
+    assert "TUNER_RESUME_FROM" not in seen
+    assert seen["TUNER_STABLE_STEP"] == "16"
+    assert json.loads(Path(seen["TUNER_HYPERPARAMETERS"]).read_text())["learning_rate"] == 0.05
+    for name in ("TRIAL_DIR", "OUTPUT_DIR", "METRICS"):
+        assert seen[f"TUNER_{name}"].startswith(str(tmp_path))
+    assert (seen["TUNER_EVALUATE_EVERY"], seen["TUNER_SEED"]) == ("4", "0")
+
+
+def without_resume(content: dict) -> dict:
+    return content | {"command": {"run": content["command"]["run"]}}

@@ -1,0 +1,169 @@
+"""Runs that tuner did not start: Trainer folders, JSON lines and tables become a round with a verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import studies
+from tuner.commands.finished import read_runs
+from tuner.errors import InputError
+from tuner.records import LOSS, Direction, Objective
+
+T = 24
+ACCURACY = Objective("eval_accuracy", Direction.MAXIMIZE)
+
+
+def loss(step: int, rate: float) -> float:
+    return 1.0 + math.exp(-step * rate * 100) + 0.002 * (step % 3)
+
+
+def trainer_folder(
+    folder: Path,
+    rate: float,
+    *,
+    steps: int = T,
+    ended: int | None = None,
+    checkpoints: tuple[int, ...] = (16, T),
+) -> Path:
+    """What a run of TRL leaves behind, without weights."""
+    history: list[dict[str, Any]] = []
+    for step in range(4, (ended or steps) + 1, 4):
+        history.append(
+            {"step": step, "loss": loss(step, rate), "learning_rate": rate if step <= 16 else rate / 2}
+        )
+        history.append(
+            {"step": step, "eval_loss": loss(step, rate), "eval_accuracy": step / 100, "eval_runtime": 0.1}
+        )
+    history.append({"step": ended or steps, "train_runtime": 1.0, "train_loss": 1.0})
+    history.append({"step": ended or steps, "eval_loss": 99.0})
+    for step in checkpoints:
+        place = folder / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        state = {
+            "global_step": step,
+            "max_steps": steps,
+            "log_history": history if step == max(checkpoints) else [],
+        }
+        (place / "trainer_state.json").write_text(json.dumps(state))
+        (place / "adapter_config.json").write_text(
+            json.dumps(
+                {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["v_proj", "q_proj"]}
+            )
+        )
+        for name in ("optimizer.pt", "scheduler.pt", "training_args.bin"):
+            (place / name).write_bytes(b"a pickle that is never loaded")
+    return folder
+
+
+def content(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def tuner(folder: Path, *arguments: str, code: int = 0) -> str:
+    done = studies.tuner(*arguments, directory=folder)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if "--json" in arguments else done.stdout + done.stderr
+
+
+def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path) -> None:
+    rates = [0.0003, 0.0005, 0.001, 0.002, 0.003, 0.004]
+    for number, rate in enumerate(rates):
+        trainer_folder(tmp_path / "outputs" / f"run-{number}", rate)
+    trainer_folder(tmp_path / "outputs" / "run-6", 0.003, ended=16, checkpoints=(8, 16))
+    trainer_folder(tmp_path / "outputs" / "run-7", 0.003, steps=40, checkpoints=(16, 40))
+    before = content(tmp_path / "outputs")
+    (tmp_path / "study").mkdir()
+    given = ("--set", "schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
+    said = tuner(tmp_path / "study", "study", "import", "../outputs", *given)
+    assert content(tmp_path / "outputs") == before
+    assert "run-7 is left out: it trains for 40 steps" in said
+    assert "run-6): ended at step 16 of 24" in said
+    assert "unknown: command, training_seed" in said
+    trials = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert [trial["state"] for trial in trials] == ["complete"] * 6 + ["pruned"]
+    assert [trial["best_step"] for trial in trials[:3]] == [T, T, T]
+    assert [trial["hyperparameters"]["learning_rate"] for trial in trials[:6]] == rates
+    assert trials[0]["hyperparameters"]["target_modules"] == ["q_proj", "v_proj"]
+    assert trials[0]["executed_steps"] == 0
+    status = json.loads(tuner(tmp_path / "study", "study", "status", "--json"))
+    assert status["rounds"][0]["state"] == "complete"
+    assert Path(status["rounds"][0]["best"]["adapter"], "adapter_config.json").is_file()
+    promoted = json.loads(tuner(tmp_path / "study", "study", "promote", "--to", "round2", "--json"))
+    assert promoted["diagnosis"]
+    assert promoted["continues"]
+    refused = tuner(tmp_path / "study", "study", "check", "round2.yaml", code=2)
+    assert "write the command that trains a trial" in refused
+
+
+def test_what_is_not_said_stays_unknown(tmp_path: Path) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    tuner(tmp_path / "study", "study", "import", "../run")
+    (trial,) = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert trial["hyperparameters"]["schedule"] == "unknown"
+    assert "warmup_steps" not in trial["hyperparameters"]
+    assert "batch_size" not in trial["hyperparameters"]
+    again = tuner(tmp_path / "study", "study", "import", "../run", code=2)
+    assert "exists; name another round" in again
+
+
+def test_nothing_counts_after_the_end_of_training_and_the_first_evaluation_of_a_step_does(
+    tmp_path: Path,
+) -> None:
+    (run,) = read_runs([trainer_folder(tmp_path / "run", 0.001)], LOSS)
+    assert run.evaluations[-1].eval_loss == loss(T, 0.001)
+    assert run.max_train_steps == T
+    assert sorted(run.checkpoints) == [16, T]
+    assert run.evaluations[0].metrics == {"eval_accuracy": 0.04}
+
+
+def test_json_lines_and_tables(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(
+        '{"hyperparameters": {"learning_rate": 0.1, "width": 8}}\n'
+        '{"step": 5, "eval_loss": 2.0, "eval_accuracy": 0.5}\n'
+        '{"step": 10, "eval_loss": 1.0, "eval_accuracy": 0.7}\n'
+    )
+    (run,) = read_runs([lines], ACCURACY)
+    assert [evaluation.value for evaluation in run.evaluations] == [0.5, 0.7]
+    assert run.hyperparameters == {"learning_rate": 0.1, "width": 8}
+
+    table = tmp_path / "runs.csv"
+    table.write_text(
+        "run,step,eval_loss,width,lr\na,5,2.0,8,0.1\na,10,1.5,8,0.1\nb,5,1.9,16,0.1\nb,10,1.2,16,0.1\n"
+    )
+    a, b = read_runs([table], LOSS)
+    assert [evaluation.eval_loss for evaluation in b.evaluations] == [1.9, 1.2]
+    assert (a.hyperparameters["width"], b.hyperparameters["width"]) == (8, 16)
+
+    wandb = tmp_path / "wandb.csv"
+    wandb.write_text(
+        '"train/global_step","one - eval/loss","one - eval/loss__MIN","two - eval/loss"\n'
+        "5,2.0,2.0,\n10,1.5,1.5,1.4\n"
+    )
+    one, two = read_runs([wandb], LOSS)
+    assert [evaluation.step for evaluation in one.evaluations] == [5, 10]
+    assert [evaluation.eval_loss for evaluation in two.evaluations] == [1.4]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "step 5\n", "line 1: is not JSON"),
+        ("a.jsonl", '{"step": 5, "loss": 1.0}\n', "no evaluation of eval_loss"),
+        ("a.csv", "loss\n1\n", "has no column step"),
+    ],
+)
+def test_what_cannot_be_read_says_where(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_runs([tmp_path / name], LOSS)
+    with pytest.raises(InputError, match=r"trainer_state\.json"):
+        read_runs([tmp_path], LOSS)

@@ -1,0 +1,94 @@
+"""The hook in scripts with transformers' Trainer that nobody prepared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.driving import Ran, trainer
+from tuner.commands.launch import HOOK
+from tuner.records import CheckpointKind, Evaluated
+
+
+def test_going_on_equals_a_run_from_scratch_to_the_digit_on_another_grid(tmp_path: Path) -> None:
+    short = Ran(tmp_path, trainer())
+    assert short.end.outcome == "complete"
+    assert list(short.curve) == [0, 4, 8, 12, 15, 16, 20, 24]
+    values = {**trainer()["hyperparameters"], "decay_steps": 15}
+    longer = trainer(hyperparameters=values, evaluation={"every_steps": 5})
+    resumed = Ran(tmp_path, longer, work=None, trial=1, resume=short.point(CheckpointKind.TRUNK), steps=40)
+    scratch = Ran(tmp_path, longer, trial=2, steps=40)
+    later = [step for step in scratch.curve if step > 15]
+    assert later == [20, 25, 30, 35, 40]
+    for step in (0, 15, *later):
+        assert resumed.curve[step] == scratch.curve[step]
+    made = {e.evaluation.step: e.evaluation for e in resumed.events if isinstance(e, Evaluated)}
+    again = {e.evaluation.step: e.evaluation for e in scratch.events if isinstance(e, Evaluated)}
+    assert all(made[step] == again[step] for step in later)
+    assert "eval_error" in made[40].metrics
+    assert not any("runtime" in name or "epoch" in name for name in made[40].metrics)
+    options = json.loads((scratch.place / "arguments.json").read_text())
+    assert options["gradient_accumulation_steps"] == 2
+    assert options["lr_scheduler_kwargs"]["decay_type"] == "linear"
+
+    # a checkpoint without its optimizer is no start
+    point = short.point(CheckpointKind.TRUNK)
+    (point.path / "checkpoint" / "optimizer.pt").unlink()
+    unhashed = type(point)(point.path, None, point.step)
+    refused = Ran(tmp_path, longer, trial=3, resume=unhashed, steps=40)
+    assert refused.end.outcome == "failed"
+    assert "no optimizer" in str(refused.end.reason)
+
+
+def test_the_folder_holds_one_module_for_old_pythons() -> None:
+    assert [path.name for path in HOOK.iterdir() if path.name != "__pycache__"] == ["sitecustomize.py"]
+    tree = ast.parse((HOOK / "sitecustomize.py").read_text(), feature_version=(3, 8))
+    top = {
+        name.name.partition(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert top <= sys.stdlib_module_names
+
+
+def run(code: str, *, path: list[Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    places = os.pathsep.join(map(str, path))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": places, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_loads_the_sitecustomize_that_it_hides(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('theirs')")
+    done = run("print('main')", path=[HOOK, tmp_path], TUNER_METRICS=str(tmp_path / "m"))
+    assert done.stdout.split() == ["theirs", "main"]
+    assert done.stderr == ""
+
+
+def test_it_swallows_nothing_and_needs_no_trial(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("raise RuntimeError('theirs')")
+    done = run("print('main')", path=[HOOK, tmp_path], TUNER_METRICS=str(tmp_path / "m"), PYTHONVERBOSE="")
+    assert "theirs" in done.stderr
+    quiet = run(
+        "import sys; print([f for f in sys.meta_path if 'Finder' == f.__class__.__name__[1:]])", path=[HOOK]
+    )
+    assert quiet.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("option", ["-E", "-I"])
+def test_python_options_that_disable_it_are_known(option: str) -> None:
+    done = subprocess.run(
+        [sys.executable, option, "-c", "import sys; print('sitecustomize' in sys.modules)"],
+        env={**os.environ, "PYTHONPATH": str(HOOK)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() in ("False", "True")

@@ -1,0 +1,332 @@
+"""The workers of a cluster as one, without Ray: which nodes get workers, and which are left out and why."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.contracts.worker import assignment, collect, ended, losses, saved
+from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
+from tests.studies import round_file
+from tuner.engines import Job, Program
+from tuner.engines.ray.host import Host, NodeFacts
+from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, inputs, job_token, seats
+from tuner.engines.ray.remote import Connection
+from tuner.errors import RoundStopped
+from tuner.records import Died, Event, Ready, Started
+
+
+class Machines:
+    """A cluster within this process: each node has a scratch folder of its own and sees no other disk."""
+
+    def __init__(self, tmp_path: Path, *names: str, gpus: int = 1) -> None:
+        self.tmp_path = tmp_path
+        self.alive = {name: Node(name, name, gpus, gpus) for name in names}
+        self.kinds: dict[str, type[Host]] = {}
+        self.wires: list[tuple[str, Wire]] = []
+        self.requested: list[int] = []
+        Apart.hidden = str(tmp_path / "parent")
+
+    def nodes(self) -> list[Node]:
+        taken = [name for name, wire in self.wires if not wire.is_dead]
+        return [replace(node, free_gpus=node.gpus - taken.count(name)) for name, node in self.alive.items()]
+
+    def connect(self, node: Node, *, gpus: int, name: str) -> Connection:
+        kind = self.kinds.get(node.id, Apart)
+        host = kind(scratch=str(self.tmp_path / node.id), on_lost=lambda: None)
+        self.wires.append((node.id, Wire(host)))
+        return self.wires[-1][1]
+
+    def request(self, workers: int, *, gpus: int) -> None:
+        self.requested.append(workers)
+
+    def lose(self, name: str) -> None:
+        del self.alive[name]
+        for at, wire in self.wires:
+            if at == name:
+                wire.end()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def job(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    file = round_file(tmp_path / "parent", run="run: {slots: 1, resources_patience: 0.05}")
+    document = {"slots": 1, "pause": 0.01}
+    directory, cache = tmp_path / "parent" / "runs", tmp_path / "parent" / "cache"
+    spec = file.spec.absolute(tmp_path / "parent")
+    return Job(spec, Program(PROGRAM, lambda: document), directory, say=said.append, cache=cache)
+
+
+@pytest.fixture
+def opened(job: Job) -> Iterator[Callable[[Machines], ClusterPool]]:
+    pools: list[ClusterPool] = []
+
+    def pool_of(machines: Machines, **changes: Any) -> ClusterPool:
+        pools.append(ClusterPool(replace(job, **changes), machines, NodeRecords()))
+        return pools[-1]
+
+    yield pool_of
+    for pool in pools:
+        pool.close()
+
+
+def ready(events: list[Event], count: int = 1) -> bool:
+    return sum(isinstance(event, Ready) for event in events) >= count
+
+
+def after(pool: ClusterPool, holds: Callable[[], bool], *, seconds: float = 20) -> list[Event]:
+    """Events until something is true of the world."""
+    deadline, events = time.monotonic() + seconds, []
+    while not holds():
+        assert time.monotonic() < deadline, events
+        events += pool.events(0.2)
+    return events
+
+
+def test_the_second_worker_opens_with_the_first_trial_and_both_run(
+    job: Job, opened: Any, tmp_path: Path
+) -> None:
+    pool = opened(Machines(tmp_path, "a", "b"))
+    collect(pool, until=ready)
+    assert pool.capacity() == 1
+    pool.start(assignment(job.directory, 0, steps=5000))
+    events = collect(pool, until=ready)
+    pool.start(assignment(job.directory, 1, steps=20))
+    events += collect(pool, until=lambda seen: ended(seen) == {1})
+    pool.stop(assignment(job.directory, 0).run)
+    events += collect(pool, until=lambda seen: ended(seen) == {0})
+    assert {e.environment["node"] for e in events if isinstance(e, Started)} == {"a", "b"}
+    assert all((job.directory / c.path).is_dir() for c in saved(events))
+    assert pool.capacity() == 2
+
+
+def test_no_more_workers_than_the_command_says(job: Job, opened: Any, tmp_path: Path) -> None:
+    machines = Machines(tmp_path, "a", "b", "c")
+    pool = opened(machines, workers=2)
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 0, steps=5000))
+    collect(pool, until=ready)
+    pool.events(5.0)
+    assert len(machines.wires) == 2
+
+
+def test_a_lost_nodes_trial_is_said_once_and_a_new_node_gets_a_worker(
+    job: Job, opened: Any, tmp_path: Path, said: list[str]
+) -> None:
+    machines = Machines(tmp_path, "a", "b")
+    pool = opened(machines)
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 0, steps=5000))
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 1, steps=5000))
+    events = collect(pool, until=lambda seen: len(losses(seen, 1)) > 3)
+    machines.lose("b")
+    machines.alive["c"] = Node("c", "c", 1, 1)
+    events += collect(pool, until=ready)
+    assert [e.trials for e in events if isinstance(e, Died)] == [(1,)]
+    assert "node c joined: 1 GPU" in said
+    assert "node b left the cluster" in said
+
+
+class OtherTorch(Apart):
+    def describe(self, modules: Any = ()) -> NodeFacts:
+        facts = super().describe(modules)
+        return replace(facts, versions={**facts.versions, "torch": "1.0"})
+
+
+def test_a_node_with_another_version_is_left_out_with_what_differs(
+    opened: Any, tmp_path: Path, said: list[str]
+) -> None:
+    machines = Machines(tmp_path, "a", "b")
+    machines.kinds["a"] = OtherTorch
+    pool = opened(machines)
+    events = collect(pool, until=ready)
+    assert not [e for e in events if isinstance(e, Died)]
+    (left_out,) = said
+    assert left_out.startswith("node a is left out: it has torch 1.0 instead of ")
+    assert [name for name, wire in machines.wires if not wire.is_dead] == ["b"]
+
+
+def test_a_cluster_of_other_versions_alone_is_bad_input(opened: Any, tmp_path: Path) -> None:
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = OtherTorch
+    pool = opened(machines)
+    events = collect(pool, until=lambda seen: any(isinstance(e, Died) for e in seen))
+    (died,) = (e for e in events if isinstance(e, Died))
+    assert died.is_input_error
+    assert "torch 1.0 instead of" in died.reason
+
+
+def test_a_node_with_another_workload_is_left_out(
+    job: Job, opened: Any, tmp_path: Path, said: list[str]
+) -> None:
+    """Another model behind the same path: only its worker can know."""
+    documents = iter([{"workload": "ours"}, {"workload": "another"}, *[{"workload": "ours"}] * 9])
+    program = Program(PROGRAM, lambda: {"slots": 1, "pause": 0.01, **next(documents)})
+    machines = Machines(tmp_path, "a", "b")
+    pool = opened(machines, program=program)
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 0, steps=20_000))
+    events = after(pool, lambda: any("another workload" in text for text in said))
+    assert not ready(events)
+    assert pool.capacity() == 0
+
+
+class Broken(Apart):
+    def launch(self, arguments: Any, environment: Any, token: str) -> None:
+        super().launch(("-c", "raise SystemExit('the driver is too old')"), environment, token)
+
+
+def test_a_node_that_fails_three_times_is_left_out_and_costs_no_trial(
+    job: Job, opened: Any, tmp_path: Path, said: list[str]
+) -> None:
+    machines = Machines(tmp_path, "a", "b")
+    machines.kinds["b"] = Broken
+    pool = opened(machines)
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 0, steps=20_000))
+    events = after(pool, lambda: any("left out" in text for text in said), seconds=60)
+    assert not [e for e in events if isinstance(e, Died)]
+    assert [name for name, _ in machines.wires].count("b") == 3
+    assert any("node b is left out: failed 3 times" in text and "too old" in text for text in said)
+
+
+def test_without_a_gpu_it_waits_then_stops(opened: Any, tmp_path: Path) -> None:
+    machines = Machines(tmp_path, "a")
+    machines.wires.append(("a", Wire(Apart(scratch=str(tmp_path / "x"), on_lost=lambda: None))))  # taken
+    pool = opened(machines)
+    with pytest.raises(RoundStopped, match=r"a 0 of 1 GPU free.*waited 0.05 minutes"):
+        after(pool, lambda: False)
+    assert machines.requested[0] == 1
+    machines.wires[0][1].end()
+
+
+def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: Any, tmp_path: Path) -> None:
+    """The first worker's node has made a table; the second's gets it before its worker starts."""
+    table, content = "0123456789abcdef" * 2, b"tokens"
+    pool = opened(Machines(tmp_path, "a", "b"))
+
+    def on(node: str) -> list[Path]:
+        return list((tmp_path / node / "tables").glob(f"*/{table}/tokens.npy"))
+
+    after(pool, lambda: bool(list((tmp_path / "a" / "tables").glob("*"))))
+    (tables,) = (tmp_path / "a" / "tables").glob("*")
+    (tables / table).mkdir()
+    (tables / table / "tokens.npy").write_bytes(content)
+    (tables / "unfinished").mkdir()
+    collect(pool, until=ready)
+    pool.start(assignment(job.directory, 0, steps=20_000))
+    collect(pool, until=ready)
+    assert job.cache is not None
+    assert [path.name for path in job.cache.iterdir()] == [table]
+    (copy,) = on("b")
+    assert copy.read_bytes() == content
+
+
+def test_a_model_that_no_node_sees_is_sent_to_each(job: Job, opened: Any, tmp_path: Path) -> None:
+    spec = job.spec
+    model = tmp_path / "parent" / "base"
+    model.mkdir(parents=True)
+    (model / "weights").write_bytes(b"weights")
+    moved = spec.model_copy(update={"model": spec.model.model_copy(update={"path": str(model)})})
+    pool = opened(Machines(tmp_path, "a"), spec=moved)
+    collect(pool, until=ready)
+    (copy,) = (tmp_path / "a" / "files").glob("*/base/weights")
+    assert copy.read_bytes() == b"weights"
+
+
+class Offline(Apart):
+    """A node without the Hub, and without the model in its cache."""
+
+    def hub_commit(self, model: str, revision: str | None) -> str | None:
+        self._alive()
+
+    def reaches_hub(self) -> bool:
+        self._alive()
+        return False
+
+
+def test_a_model_of_the_hub_goes_to_a_node_that_cannot_get_it(
+    job: Job, opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the parent's cache, at its commit; its worker is told the place, and what the user calls it."""
+    from huggingface_hub import constants
+
+    commit, cache = "0" * 40, tmp_path / "parent" / "hub"
+    snapshot = cache / "models--org--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (cache / "models--org--base" / "refs").mkdir()
+    (cache / "models--org--base" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    spec = job.spec.model_copy(update={"model": job.spec.model.model_copy(update={"path": "org/base"})})
+    program = Program(PROGRAM, lambda: {"slots": 1, "spec": spec.model_dump(mode="json")})
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = Offline
+    pool = opened(machines, spec=spec, program=program)
+    collect(pool, until=ready)
+    (sent,) = (tmp_path / "a" / "files").glob("*/*/config.json")
+    (log,) = job.directory.glob("worker-a-*.log")
+    document = json.loads(log.read_text().partition("document ")[2])
+    assert document["spec"]["model"]["path"] == str(sent.parent)
+    assert document["spec"]["model"]["revision"] == commit
+    assert document["paths"] == {str(sent.parent): "org/base", **others(document)}
+
+
+def others(document: dict[str, Any]) -> dict[str, str]:
+    return {there: here for there, here in document["paths"].items() if here != "org/base"}
+
+
+def test_a_round_keeps_its_token(job: Job) -> None:
+    assert job_token(job.directory) == job_token(job.directory)
+    assert len(job_token(job.directory)) == 16
+
+
+def test_what_a_round_file_names(job: Job) -> None:
+    assert [key for key, _ in inputs(job.spec)] == ["model.path", "data.train", "data.eval"]
+
+
+def test_a_head_that_offers_no_cpus_trains_nothing() -> None:
+    nodes = [Node("head", "head", 0, 0, is_here=True, is_for_work=False), Node("a", "a", 0, 0)]
+    assert seats(nodes, gpus_per_worker=1, workers="auto") == {"head": 0, "a": 1}
+    assert seats(nodes, gpus_per_worker=1, workers=2) == {"head": 0, "a": 2}
+
+
+@given(
+    gpus=st.lists(st.integers(0, 8), min_size=1, max_size=6),
+    per_worker=st.integers(0, 4),
+    workers=st.one_of(st.just("auto"), st.integers(1, 9)),
+)
+def test_seats(gpus: list[int], per_worker: int, workers: Any) -> None:
+    nodes = [Node(str(at), str(at), count, count) for at, count in enumerate(gpus)]
+    room = seats(nodes, gpus_per_worker=per_worker, workers=workers)
+    if any(gpus) and per_worker:
+        assert room == {node.id: node.gpus // per_worker for node in nodes}
+    elif workers == "auto":
+        assert set(room.values()) == {1}
+    else:
+        assert sum(room.values()) == workers
+        assert max(room.values()) - min(room.values()) <= 1
+
+
+def test_workers_lost_together_are_one_failure_of_their_node() -> None:
+    records = NodeRecords()
+    for _ in range(8):
+        records.token("job")
+    assert [records.fail("a", number) for number in range(1, 9)] == [1] * 8
+    assert records.fail("b", 3) == 1
+    records.token("job")
+    assert records.fail("a", 9) == 2

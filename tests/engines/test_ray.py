@@ -1,0 +1,217 @@
+"""The engine `ray` on a real cluster of this machine: its contract, and nodes that join and are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.contracts.engine import EngineContract, started
+from tests.contracts.worker import assignment, collect, ended, losses, saved
+from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
+from tests.studies import round_file
+from tuner.engines import Engine, Job, Program, RayEngine
+from tuner.engines.ray.engine import address_of
+from tuner.engines.ray.host import WORKER_TOKEN
+from tuner.errors import InputError, RoundStopped
+from tuner.records import Died, Event, Ready, Started
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+PROGRAM = ("-m", "tests.engines.cluster_program")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def job(cluster: LocalCluster, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = round_file(tmp_path, run=f"run: {{slots: 1, ray_address: '{cluster.address}'}}")
+    document = {"slots": 1, "pause": 0.01}
+    return Job(
+        file.spec.absolute(tmp_path),
+        Program(PROGRAM, lambda: document),
+        tmp_path / "runs",
+        1,
+        say=said.append,
+    )
+
+
+def with_run(job: Job, **changes: Any) -> Job:
+    """The job with other keys of `run`."""
+    return replace(job, spec=job.spec.model_copy(update={"run": job.spec.run.model_copy(update=changes)}))
+
+
+def ready(events: list[Event], count: int = 1) -> bool:
+    return sum(isinstance(event, Ready) for event in events) == count
+
+
+class TestRayEngine(EngineContract):
+    @pytest.fixture
+    def engine(self) -> Iterator[Engine]:
+        engine = RayEngine()
+        yield engine
+        engine.close()
+
+
+class TestWithoutASharedDisk(EngineContract):
+    @pytest.fixture
+    def engine(self) -> Iterator[Engine]:
+        engine = BlindEngine()
+        yield engine
+        engine.close()
+
+    def test_its_checkpoints_are_here_and_not_on_the_node(self, engine: Engine, job: Job) -> None:
+        with started(engine, job) as worker:
+            collect(worker, until=ready)
+            worker.start(assignment(job.directory, 0))
+            events = collect(worker, until=lambda seen: ended(seen) == {0})
+        for checkpoint in saved(events):
+            assert (job.directory / checkpoint.path / "simulated.json").is_file()
+        logs = list(job.directory.glob("worker-*.log"))
+        assert len(logs) == 1
+        assert "/work/" in logs[0].read_text(), "it worked in a folder of its node"
+
+
+def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
+    cluster: LocalCluster, job: Job, said: list[str]
+) -> None:
+    """The third worker runs on a new node; its trial resumes elsewhere when that node is lost."""
+    engine = BlindEngine()
+    with started(engine, replace(job, workers="auto")) as worker:
+        collect(worker, until=ready)
+        assert any("3 nodes" in message and "(1 GPU)" in message for message in said)
+        worker.start(assignment(job.directory, 0, steps=4000))
+        collect(worker, until=ready)
+        worker.start(assignment(job.directory, 1, steps=4000))
+        node = cluster.add()
+        collect(worker, until=ready)
+        assert any("joined: 1 GPU" in message for message in said)
+        worker.start(assignment(job.directory, 2, steps=300))
+        seen = collect(worker, until=lambda events: len(losses(events, 2)) >= 20)
+        where = {e.trial: e.environment["node"] for e in seen if isinstance(e, Started)}
+        cluster.lose(node)
+        seen += collect(worker, until=lambda events: any(isinstance(e, Died) for e in events), seconds=60)
+        (died,) = (e for e in seen if isinstance(e, Died))
+        assert died.trials == (2,)
+        last = [c for c in saved([e for e in seen if getattr(e, "trial", 0) == 2]) if c.kind == "last"][-1]
+        worker.stop(assignment(job.directory, 0).run)
+        seen += collect(worker, until=lambda events: ended(events) == {0})
+        worker.start(
+            replace(
+                assignment(job.directory, 2, steps=300),
+                attempt=2,
+                resume_from=str(job.directory / last.path),
+                resume_sha256=last.sha256,
+            )
+        )
+        rest = collect(worker, until=lambda events: ended(events) == {2})
+        (again,) = (e for e in rest if isinstance(e, Started))
+        assert again.step == last.step > 0
+        assert again.environment["node"] != where[2]
+        assert list(losses(rest, 2)) == list(range(0, 301, 2))
+    engine.close()
+
+
+def test_more_gpus_for_a_worker_than_a_node_has_is_bad_input(job: Job) -> None:
+    engine = RayEngine()
+    with pytest.raises(InputError, match=r"run.gpus_per_worker: 3: no node of the cluster has more than 1"):
+        engine.start(with_run(job, gpus_per_worker=3))
+    engine.close()
+
+
+def test_it_waits_for_a_gpu_as_long_as_the_file_says(job: Job) -> None:
+    other = RayEngine()
+    with started(other, replace(job, workers="auto")) as holder:
+        collect(holder, until=ready)
+        holder.start(assignment(job.directory, 0, steps=10_000))
+        collect(holder, until=ready)
+        engine = RayEngine()
+        worker = engine.start(with_run(job, resources_patience=0.05))
+        with pytest.raises(RoundStopped, match=r"no node has 1 GPU free .*run.resources_patience"):
+            collect(worker, until=ready)
+        worker.close()
+        engine.close()
+    other.close()
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from tests.contracts.worker import assignment, collect
+from tests.studies import round_file
+from tuner.engines import Job, Program, RayEngine
+from tuner.records import Evaluated, Ready
+
+place, address = Path(sys.argv[1]), sys.argv[2]
+file = round_file(place, run=f"run: {{slots: 1, ray_address: '{address}'}}")
+program = Program(("-m", "tests.engines.cluster_program"), lambda: {"slots": 1, "pause": 0.05})
+worker = RayEngine().start(Job(file.spec.absolute(place), program, place / "runs", 1))
+collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
+worker.start(assignment(place / "runs", 0, steps=10_000))
+collect(worker, until=lambda seen: any(isinstance(e, Evaluated) for e in seen))
+print("running", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_killed_driver_leaves_nothing_on_the_nodes(cluster: LocalCluster, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), cluster.address],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "running\n"
+        token = (tmp_path / "runs" / ".cluster").read_text()
+        assert len(workers_of(token)) == 1
+        driver.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while workers_of(token) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers_of(token)
+
+
+def workers_of(token: str) -> list[int]:
+    """Processes of a round, wherever they were started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(WORKER_TOKEN, "").startswith(token):
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "auto", None])
+def test_an_address_that_names_no_cluster_is_bad_input(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match=r"HOST:6379"):
+        address_of(address)
+
+
+def test_the_address_is_the_options_then_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert address_of(None) == "head:6379"
+    assert address_of("other:6379") == "other:6379"

@@ -1,0 +1,179 @@
+"""Tools of commands: what a trial sets by the tool's names, and what cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuner.commands.check import mistakes, remarks
+from tuner.config import read_round
+from tuner.errors import InputError, RoundFileError
+from tuner.methods.registry import BUILT_IN
+from tuner.methods.tools import TrialSettings, known_names, options_of, tool
+from tuner.records import complete_hyperparameters
+
+DPO = ["trl", "dpo", "--config", "${config}"]
+CONFIG = {
+    "model_name_or_path": "base", "dataset_name": "rows", "use_peft": True, "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "cosine", "eval_strategy": "no", "save_total_limit": 2,
+}  # fmt: skip
+
+
+def round_of(folder: Path, hyperparameters: dict[str, Any], **command: Any) -> Any:
+    (folder / "dpo.yaml").write_text(yaml.safe_dump(CONFIG | command.pop("config_changes", {})))
+    document = {
+        "study": "s", "round": "r",
+        "command": {"run": DPO, "tool": "trl", "config": "dpo.yaml"} | command,
+        "max_train_steps": 60, "hyperparameters": hyperparameters, "evaluation": {"every_steps": 6},
+    }  # fmt: skip
+    return read_round(yaml.safe_dump(document), folder / "r.yaml").spec.absolute(folder)
+
+
+def settings(spec: Any, **more: Any) -> dict[str, Any]:
+    chosen = tool(spec.command.tool)
+    values = complete_hyperparameters(spec.space(), {})
+    given = {"config": CONFIG, "gpus": 2, "output": "out"} | more
+    return dict(chosen.settings(TrialSettings(values, spec.max_train_steps, 6, **given)))
+
+
+def test_a_trial_of_trl_is_written_in_its_names(tmp_path: Path) -> None:
+    spec = round_of(
+        tmp_path,
+        {
+            "learning_rate": 1e-5, "lora_r": 8, "target_modules": "all-linear", "batch_size": 16,
+            "optimizer": "adamw",
+            "warmup_steps": 3, "schedule": "linear", "decay_steps": 24, "extra": {"beta": 0.1},
+        },
+    )  # fmt: skip
+    made = settings(spec)
+    assert made["learning_rate"] == 1e-5
+    assert made["lora_target_modules"] == ["all-linear"]
+    assert made["gradient_accumulation_steps"] == 2
+    assert (made["optim"], made["beta"], made["max_steps"]) == ("adamw_torch", 0.1, 60)
+    assert (made["lr_scheduler_type"], made["warmup_steps"]) == ("warmup_stable_decay", 3)
+    assert made["lr_scheduler_kwargs"] == {
+        "num_stable_steps": 33,
+        "num_decay_steps": 24,
+        "decay_type": "linear",
+    }
+    assert (made["save_total_limit"], made["save_only_model"], made["load_best_model_at_end"]) == (
+        None,
+        False,
+        False,
+    )
+    assert "resume_from_checkpoint" not in made
+    assert settings(spec, resume_from="there")["resume_from_checkpoint"] == "there"
+
+
+def test_a_trial_of_llamafactory_is_written_in_its_names(tmp_path: Path) -> None:
+    changes = {"finetuning_type": "lora", "val_size": 0.1}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({"dataset": "demo", **changes}))
+    document = {
+        "study": "s", "round": "r", "max_train_steps": 60,
+        "command": {"run": ["python", "${config}"], "tool": "llamafactory", "config": "sft.yaml"},
+        "hyperparameters": {
+            "lora_r": 8, "target_modules": ["q_proj", "v_proj"], "extra": {"pref_beta": 0.1},
+        },
+    }  # fmt: skip
+    spec = read_round(yaml.safe_dump(document), tmp_path / "r.yaml").spec.absolute(tmp_path)
+    assert list(mistakes(spec, tmp_path)) == []
+    made = settings(spec)
+    assert (made["lora_rank"], made["lora_target"], made["pref_beta"]) == (8, "q_proj,v_proj", 0.1)
+    assert made["lr_scheduler_kwargs"]["num_stable_steps"] == 60 - 24 - 5
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({"dataset": "demo", "finetuning_type": "full"}))
+    said = [f"{name}: {message}" for name, message in mistakes(spec, tmp_path)]
+    assert any("lora_r: has no effect" in each for each in said)
+    assert any("evaluates nothing" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "changes", "said"),
+    [
+        (
+            {"lora_r": 8},
+            {"use_peft": False},
+            "hyperparameters.lora_r: has no effect without `use_peft: true`",
+        ),
+        ({"extra": {"betta": 0.1}}, {}, "hyperparameters.extra.betta: is not a name of trl dpo"),
+        ({}, {"learning_rte": 1e-3}, "learning_rte: is not a name of trl dpo"),
+        ({"batch_size": [8, 12]}, {"per_device_train_batch_size": 8}, "12 is no multiple of 8"),
+        ({}, {"warmup_steps": 0.1}, "warmup_steps: is 0.1, a share of the run"),
+    ],
+)
+def test_what_cannot_work_is_said_before_it_runs(
+    tmp_path: Path, hyperparameters: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    spec = round_of(tmp_path, hyperparameters, config_changes=changes)
+    found = [f"{name}: {message}" for name, message in mistakes(spec, tmp_path)]
+    assert any(said in each for each in found), found
+
+
+def test_what_the_round_file_replaces_is_said(tmp_path: Path) -> None:
+    (said,) = remarks(round_of(tmp_path, {}))
+    assert "lr_scheduler_type" in said
+    assert "save_total_limit" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ({"run": ["trl", "dpo"]}, "no hyperparameter reaches the command"),
+        ({"run": ["trl", "dpo", "${args}"]}, "command.config: is not used"),
+        ({"run": ["trl", "dpo", "${confg}", "${config}"]}, "${confg} is unknown"),
+        ({"run": ["no-such-program", "${config}"]}, "no-such-program cannot be found"),
+        ({"run": ["python", "absent.py", "${config}"]}, "there is no file"),
+        ({"run": ["trl", "dpo", "--max_steps=9", "${config}"]}, "sets --max_steps"),
+    ],
+)
+def test_commands_that_cannot_run(tmp_path: Path, command: dict[str, Any], said: str) -> None:
+    spec = round_of(tmp_path, {}, **command)
+    assert any(said in f"{name}: {message}" for name, message in mistakes(spec, tmp_path))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "{1: 2}"])
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    spec = round_of(tmp_path, {})
+    (tmp_path / "dpo.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"command\.config"):
+        list(mistakes(spec, tmp_path))
+
+
+def test_an_unknown_hyperparameter_names_extra(tmp_path: Path) -> None:
+    with pytest.raises(RoundFileError, match=r"beta: unknown with tool: trl.*extra"):
+        round_of(tmp_path, {"beta": 0.1})
+
+
+def test_without_a_tool_any_name_may_be_searched_and_reaches_the_command() -> None:
+    chosen = tool("none")
+    table = chosen.table({"hidden": [8, 16], "extra.deep": True, "not a name": 1})
+    assert {"hidden", "extra.deep"} <= table.keys()
+    assert "not a name" not in table
+    made = chosen.settings(
+        TrialSettings({"hidden": 8, "extra.deep": True, "schedule": "unknown"}, 9, 3, "o", 0, {})
+    )
+    assert made == {"hidden": 8, "deep": True}
+
+
+def test_options_in_a_command() -> None:
+    command = ["trl", "dpo", "--beta=0.1", "--use_peft", "--lora-r", "8", "${args}", "--flag"]
+    assert options_of(command) == {"beta": "0.1", "use_peft": "true", "lora_r": "8", "flag": "true"}
+
+
+@pytest.mark.parametrize("name", BUILT_IN["tool"])
+def test_every_tool_is_described(name: str) -> None:
+    found = tool(name)
+    assert found.name == name
+    assert found.meaning.endswith(".")
+    assert set(found.always) <= set(found.hyperparameters)
+
+
+def test_the_lists_of_names_are_dated_and_as_the_installed_version_has_them() -> None:
+    known = known_names("trl", "trainer", "common", "dpo")
+    assert known.date.startswith("20")
+    assert {"beta", "learning_rate", "use_peft"} <= known.names
+    document = json.loads((Path(__file__).parents[2] / "tuner/methods/tools/known_names.json").read_text())
+    assert set(document) == {"trl", "llamafactory"}

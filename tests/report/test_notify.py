@@ -1,0 +1,123 @@
+"""`run.notify`: what the command is told, and that nothing it does touches the round."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.studies import round_file
+from tuner.api.run import Where
+from tuner.cli import run
+from tuner.records import Ended, Trial, TrialState
+from tuner.report import open_view
+from tuner.report.notify import NotifiedRound, Notifier
+
+from . import synthetic
+
+KEEP = "import sys; open('told.jsonl', 'a').write(sys.stdin.read() + '\\n')"
+
+
+def notifier(tmp_path: Path, code: str, *, patience_seconds: float = 10) -> tuple[Notifier, io.StringIO]:
+    out = io.StringIO()
+    view = open_view(
+        console=Console(file=out, force_terminal=False), title="s/r", trials_total=8, max_train_steps=60
+    )
+    command = (sys.executable, "-c", code) if code else ("no-such-program",)
+    told = NotifiedRound("s", "r", tmp_path, 60, command)
+    return Notifier(view, told, patience_seconds=patience_seconds), out
+
+
+def told(tmp_path: Path) -> list[dict[str, object]]:
+    path = tmp_path / "told.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def waiting(trial: Trial) -> Trial:
+    return replace(trial, state=TrialState.WAITING, evaluations=(), attempts=())
+
+
+def test_new_best_trials_and_the_end_are_told(tmp_path: Path) -> None:
+    view, _ = notifier(tmp_path, KEEP)
+    trials = synthetic.trials()
+    view.trials([waiting(trial) for trial in trials])
+    for trial in (trials[1], trials[0], trials[6], trials[7]):
+        view.event(Ended("r", trial.number, 1, 60, "complete"))
+        view.trials([trial])
+    view.ended("complete")
+    view.close()
+    documents = told(tmp_path)
+    assert [(d["event"], d["best"]["trial"]) for d in documents] == [  # type: ignore[index]
+        ("best", 1),
+        ("best", 6),
+        ("complete", 6),
+    ], "trial 0 is worse than trial 1, and trial 7 infeasible"
+    last = documents[-1]
+    assert last["trials"] == {"complete": 3, "waiting": 4, "infeasible": 1}
+    assert last["message"] == "s/r: complete; best: trial 6, 1.3734 at step 60"
+    assert (last["study"], last["round"], last["directory"]) == ("s", "r", str(tmp_path))
+
+
+def test_what_an_earlier_run_found_is_no_news(tmp_path: Path) -> None:
+    view, _ = notifier(tmp_path, KEEP)
+    view.trials(synthetic.trials())
+    view.ended("complete")
+    view.close()
+    assert told(tmp_path) == [], "nothing ran"
+
+
+@pytest.mark.parametrize("event", ["stopped", "failed"])
+def test_why_a_round_stopped(event: str, tmp_path: Path) -> None:
+    view, _ = notifier(tmp_path, KEEP)
+    view.trials([waiting(synthetic.trial(0, 1e-4))])
+    view.ended(event, "no disk: 3 bytes left")
+    view.close()
+    assert [(d["event"], d["message"], d["best"]) for d in told(tmp_path)] == [
+        (event, "s/r: no disk: 3 bytes left", None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("", "run.notify: no-such-program cannot be run: No such file or directory"),
+        ("import sys; sys.exit('[red]nobody')", "failed with exit code 1: [red]nobody"),
+        ("raise SystemExit(7)", "failed with exit code 7."),
+    ],
+)
+def test_a_command_that_fails_is_a_message(code: str, said: str, tmp_path: Path) -> None:
+    view, out = notifier(tmp_path, code)
+    view.trials([waiting(synthetic.trial(0, 1e-4))])
+    view.ended("failed", "x")
+    view.close()
+    assert said in out.getvalue()
+    assert "The round is not affected" in out.getvalue()
+
+
+def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    view, out = notifier(tmp_path, code, patience_seconds=0.5)
+    begun = time.monotonic()
+    view.ended("failed", "x")
+    view.close()
+    assert time.monotonic() - begun < 10
+    assert "took more than 0 seconds and was ended" in out.getvalue()
+
+
+def test_the_option_is_repeated_in_the_command_that_resumes() -> None:
+    assert Where(notify=("sh", "-c", "cat > x")).options == """ --notify 'sh -c '"'"'cat > x'"'"''"""
+
+
+def test_neither_check_nor_a_dry_run_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    round_file(tmp_path, run="run: {notify: [touch, told.jsonl]}")
+    run(["study", "check", "round1.yaml"])
+    assert run(["study", "run", "round1.yaml", "--engine", "simulated"]) == 0
+    assert run(["study", "run", "round1.yaml", "--notify", "'"]) == 2
+    assert not list(tmp_path.rglob("told.jsonl"))

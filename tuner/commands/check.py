@@ -1,0 +1,101 @@
+"""What of a command can be checked without running it, and the fingerprint of its workload."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
+from tuner.config import CommandSpec, RoundSpec
+from tuner.errors import InputError
+from tuner.methods.tools import Mistaken, options_of, tool
+from tuner.methods.tools.transformers import batch_mistake
+from tuner.records import Choices, Dimension, Fixed, Range, Value
+
+_CODE = (".py", ".sh", ".yaml", ".yml", ".json", ".toml")
+
+
+def refuse_unusable(spec: RoundSpec, directory: Path) -> None:
+    """Raise InputError with everything that keeps the trials of a round from running. Starts nothing."""
+    found = [f"{name}: {message}" if name else message for name, message in mistakes(spec, directory)]
+    if found:
+        raise InputError("\n".join(found))
+
+
+def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
+    """Yield what is wrong with a command, its configuration and its names. Raises InputError."""
+    command = _command(spec)
+    if command.run[0] == MISSING_COMMAND:
+        yield Mistaken("command.run", "is not known of imported runs: write the command that trains a trial")
+        return
+    for message in placeholder_mistakes(command):
+        key, _, said = message.partition(": ")
+        yield Mistaken(key, said)
+    if (missing := missing_executable(command.run, directory)) is not None:
+        yield Mistaken("command.run", f"{missing} cannot be found; install it, or give its path")
+    for part in command.run[1:]:
+        if part.endswith(".py") and "$" not in part and not (directory / part).is_file():
+            yield Mistaken("command.run", f"there is no file {directory / part}")
+    chosen, config = tool(command.tool), read_config(command)
+    space = spec.space()
+    names = [name for name in spec.hyperparameters if name in space]
+    yield from chosen.mistakes(command.run, config, names)
+    if chosen.has_hook and "batch_size" in space:
+        options = {**config, **options_of(command.run)}
+        wrong = batch_mistake(_values(space["batch_size"]), options, spec.run.gpus_per_worker)
+        if wrong is not None:
+            yield Mistaken("hyperparameters.batch_size", wrong)
+
+
+def remarks(spec: RoundSpec) -> Iterator[str]:
+    """Yield what `study check` says of a command: what is replaced, and what cannot be known."""
+    command = _command(spec)
+    chosen, config = tool(command.tool), read_config(command)
+    replaced = [name for name in chosen.replaced if config.get(name) is not None]
+    if replaced and command.config is not None:
+        yield f"{Path(command.config).name}: every trial sets {', '.join(replaced)} itself, by the round file"
+    if not chosen.has_hook and not command.resume:
+        yield (
+            "there is no command.resume, so an interrupted trial and trials of longer rounds start over from "
+            "step 0"
+        )
+    if "schedule" in spec.space() and spec.space()["schedule"] == Fixed("unknown"):
+        yield (
+            "the command's schedule is unknown, so trials of longer rounds start over; name it if it is one "
+            "of tuner's"
+        )
+
+
+def workload(spec: RoundSpec, directory: Path) -> str:
+    """Return the fingerprint of what is held fixed: command, configuration, scripts and number of GPUs."""
+    command = _command(spec)
+    total = hashlib.sha256()
+    chosen, config = tool(command.tool), read_config(command)
+    fixed = {name: value for name, value in config.items() if name not in chosen.replaced}
+    said = [command.run, command.tool, fixed, spec.run.gpus_per_worker]
+    total.update(json.dumps(said, sort_keys=True, default=str).encode())
+    for part in command.run:
+        path = directory / part
+        if path.suffix in _CODE and path.is_file():
+            total.update(path.read_bytes())
+    return f"command-{total.hexdigest()[:32]}"
+
+
+def _command(spec: RoundSpec) -> CommandSpec:
+    assert spec.command is not None
+    return spec.command
+
+
+def _values(dimension: Dimension) -> tuple[Value, ...]:
+    """Return the values of a dimension; of a range its whole numbers, as far as they matter."""
+    match dimension:
+        case Fixed(value=value):
+            return (value,)
+        case Choices(values=values):
+            return values
+        case Range(low=low, high=high):
+            return tuple(range(int(low), int(high) + 1))[:2]
+        case _:
+            return ()

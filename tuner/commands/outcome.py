@@ -1,0 +1,135 @@
+"""What came of a command: complete, infeasible, failed, or not usable in this round at all.
+
+Never by the exit code alone: exit 0 may come early, and a run whose loss is NaN goes to its end.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_OUT_OF_MEMORY = (
+    "OutOfMemoryError", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory",
+    "Cannot allocate memory", "HIP out of memory",
+)  # fmt: skip
+_OF_THE_MACHINE = (
+    "EADDRINUSE", "Address already in use", "No space left on device", "NCCL error", "NCCL timeout",
+    "ncclSystemError",
+    "Disk quota exceeded", "Stale file handle", "CUDA error: an illegal", "Connection refused",
+    "Connection reset",
+)  # fmt: skip
+_KILLED = (-9, 137)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended by itself."""
+
+    code: int
+    """Exit code, negative for a signal."""
+    last_step: int | None
+    """Of the last evaluation; None if there was none."""
+    names: tuple[str, ...]
+    """Metrics it reported."""
+    log: str
+    """The end of its log."""
+    killed_for_memory: bool = False
+    """Whether the system killed processes for want of memory meanwhile."""
+    reported_before: bool = False
+    """Whether this trial or another one of the round has reported an evaluation after step 0."""
+    completed_before: bool = False
+    """Whether a trial of this round has reached the horizon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an attempt's end means."""
+
+    outcome: Literal["complete", "infeasible", "failed", "unusable"]
+    """`unusable`: every trial would end so; the round stops and says what to do."""
+    reason: str = ""
+
+
+def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
+    """Return what an attempt that ended by itself came to."""
+    text, how = ending.log, _exit(ending.code)
+    if ending.code == 0:
+        return _ended_well(ending, max_train_steps, metric)
+    for sign in _OF_THE_MACHINE:
+        if sign in text:
+            return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
+    for sign in _OUT_OF_MEMORY:
+        if sign in text:
+            return Verdict("infeasible", f"out of memory: {_line_with(sign, text)}")
+    if ending.code in _KILLED and ending.killed_for_memory:
+        return Verdict("infeasible", "out of memory: the system killed the command")
+    if ending.code > 0 and ending.code not in (137, 143) and not ending.reported_before:
+        return Verdict(
+            "unusable",
+            f"the command ended with {how} before it reported an evaluation, as every trial would. Fix the "
+            f"command or its configuration{quoted(text)}",
+        )
+    return Verdict("failed", f"{how}{quoted(text)}")
+
+
+def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
+    if ending.last_step == max_train_steps:
+        return Verdict("complete")
+    if ending.completed_before:
+        where = (
+            "no evaluation" if ending.last_step is None else f"its last evaluation at step {ending.last_step}"
+        )
+        return Verdict(
+            "failed", f"the command ended with exit code 0 but {where}, not at step {max_train_steps}"
+        )
+    if ending.last_step is None and ending.names:
+        return Verdict(
+            "unusable",
+            f"the command reported {', '.join(ending.names)}, but neither eval_loss nor objective.metric "
+            f"{metric}: write one of these names in the round file",
+        )
+    if ending.last_step is None:
+        return Verdict(
+            "unusable",
+            "the command ended with exit code 0 and reported nothing. Let it append lines such as "
+            '{"step": 6, "eval_loss": 1.2} to the file named by TUNER_METRICS, call tuner.log(step, '
+            "eval_loss=...), or name its tool in command.tool. `python -E` and `-I` keep tuner's hook "
+            f"out{quoted(ending.log)}",
+        )
+    return Verdict(
+        "unusable",
+        f"the command ended with exit code 0 after step {ending.last_step}, its last evaluation, and not at "
+        f"max_train_steps ({max_train_steps}). Train for TUNER_MAX_STEPS steps, evaluate at the last one, "
+        f"and switch early stopping off: the best step is chosen afterwards{quoted(ending.log)}",
+    )
+
+
+def over_the_horizon(step: int, max_train_steps: int) -> str:
+    """Return what to do about a command that trains too long."""
+    return (
+        f"the command reported step {step}, but max_train_steps is {max_train_steps}: it must read "
+        "TUNER_MAX_STEPS from its environment and end there. A step is one optimizer update"
+    )
+
+
+def restarted(step: int, from_step: int) -> str:
+    """Return what to do about a command that did not resume."""
+    return (
+        f"the command was to resume from step {from_step}, but reported step {step}: it started over. Let it "
+        "resume from TUNER_RESUME_FROM, or remove command.resume, so that trials start over"
+    )
+
+
+def _exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _line_with(sign: str, text: str) -> str:
+    return next(line.strip() for line in reversed(text.splitlines()) if sign in line)[:300]
+
+
+def quoted(text: str, *, lines: int = 12) -> str:
+    """Return the last lines of a log, to follow a message; empty if there are none."""
+    last = [line for line in re.sub(r".*\r(?!\n)", "", text).splitlines() if line.strip()][-lines:]
+    return "; its log ends with:\n" + "\n".join(f"    {line}" for line in last) if last else ""

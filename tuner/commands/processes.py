@@ -1,0 +1,112 @@
+"""A command's processes: started in a session, found by their token, and ended as a whole tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+TOKEN = "TUNER_TOKEN"
+"""Variable that every process of an attempt inherits, whatever session it starts."""
+GRACE_SECONDS = 15.0
+"""Between SIGTERM and SIGKILL."""
+_POLL_SECONDS = 0.05
+
+
+def new_token() -> str:
+    """Return a token that names this worker process, which starts the attempt."""
+    me = psutil.Process()
+    return f"{me.pid}-{me.create_time():.2f}-{secrets.token_hex(8)}"
+
+
+def is_orphaned(token: str) -> bool:
+    """Return whether the worker process that made the token is gone."""
+    pid, started, _ = token.split("-")
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != started
+    except psutil.NoSuchProcess:
+        return True
+
+
+def start(
+    command: Sequence[str], *, directory: Path, environment: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own; its output goes to the log. Raises OSError."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=directory,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def with_token(token: str) -> Iterator[psutil.Process]:
+    """Yield the living processes of this user whose environment has the token."""
+    own = os.getuid()
+    for process in psutil.process_iter():
+        try:
+            is_ours = process.uids().real == own and process.status() != psutil.STATUS_ZOMBIE
+            if is_ours and process.environ().get(TOKEN) == token:
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is not ours to read
+            continue
+
+
+def end(
+    token: str, popen: subprocess.Popen[bytes] | None = None, *, grace_seconds: float = GRACE_SECONDS
+) -> None:
+    """End an attempt's tree: SIGTERM, and SIGKILL for what is left after a while.
+
+    torchrun's workers have sessions of their own, so that a signal to the group does not reach them.
+    """
+    if popen is not None and popen.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGTERM)
+    elif popen is None:
+        _signal(token, signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while _is_alive(token, popen) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    while _is_alive(token, popen):  # again, for one that was just being forked
+        _signal(token, signal.SIGKILL)
+        if popen is not None and popen.poll() is None:
+            popen.kill()
+        time.sleep(_POLL_SECONDS)
+
+
+def end_orphans(tokens: Sequence[str]) -> int:
+    """End what a killed worker process left running; returns the number of such attempts."""
+    left = [token for token in tokens if is_orphaned(token) and any(with_token(token))]
+    for token in left:
+        end(token)
+    return len(left)
+
+
+def _is_alive(token: str, popen: subprocess.Popen[bytes] | None) -> bool:
+    return (popen is not None and popen.poll() is None) or any(with_token(token))
+
+
+def _signal(token: str, number: signal.Signals) -> None:
+    for process in with_token(token):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def out_of_memory_kills() -> int | None:
+    """Return how many processes the system has killed for want of memory; None if it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

@@ -1,0 +1,89 @@
+"""`--set KEY=VALUE`: values from the command line, written into a round file as a person would."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner.config.editing import edit_round
+from tuner.config.parsing import read_round
+from tuner.config.yaml_text import YamlError, parse
+from tuner.errors import InputError, RoundFileError
+
+EXAMPLE = "--set hyperparameters.lora_r=16,32 or --set data.max_length=1024"
+_TEXT_KEYS = frozenset({"goal"})
+"""Keys whose commas are part of a sentence."""
+_PLACE = "hyperparameters."
+
+
+def typed_values(text: str) -> Any:
+    """Return what `a,b` or `low:high[:log]` means in a round file: a list, or the keys of a range.
+
+    Raises YamlError, or ValueError for a range that is no range.
+    """
+    if ":" not in text:
+        return _yaml(f"[{text}]")
+    low, high, *scale = (part.strip() for part in text.split(":"))
+    if scale not in ([], ["log"]):
+        raise ValueError(f"expects LOW:HIGH or LOW:HIGH:log, got {text}")
+    return {"low": _yaml(low), "high": _yaml(high), "log": bool(scale)}
+
+
+def with_settings(
+    text: str, given: Sequence[str], path: Path, *, comment: str | None = None, refused: Collection[str] = ()
+) -> tuple[str, dict[str, Any]]:
+    """Return the text of a round file with `KEY=VALUE` set in it, and the values by key.
+
+    Each line keeps its comment unless there is a new one. Keys of `refused` have options of their own. Raises
+    InputError, with an example, for what cannot be read or is not allowed.
+    """
+    values: dict[str, Any] = {}
+    for setting in given:
+        key, has_value, written = (part.strip() for part in setting.partition("="))
+        if not has_value or not key or not written:
+            raise _refusal(setting, "expects KEY=VALUE")
+        if key in refused or key in ("study", "round"):
+            option = f"; use --{key.replace('_', '-')}" if key in refused else ""
+            raise _refusal(setting, f"{key} cannot be set{option}")
+        if key in values:
+            raise _refusal(setting, f"{key} is set twice; write all of its values in one --set")
+        try:
+            values[key] = _value(key, written)
+            text = edit_round(text, {key: values[key]}, {} if comment is None else {key: comment})
+        except YamlError as error:
+            raise _refusal(setting, f"{written} cannot be read: {error}") from None
+        except ValueError as error:
+            raise _refusal(setting, str(error)) from None
+    if given:
+        _refuse_mistakes(text, given, path)
+    return text, values
+
+
+def _refuse_mistakes(text: str, given: Sequence[str], path: Path) -> None:
+    """Raise InputError for the first setting that is not allowed beside the rest of the file."""
+    try:
+        read_round(text, path)
+    except RoundFileError as error:
+        for setting in given:
+            key = setting.partition("=")[0].strip()
+            said = [f"{m.key}: {m.message}" for m in error.mistakes if m.key.startswith(key)]
+            if said:
+                raise _refusal(setting, "; ".join(said)) from None
+        said = [f"{mistake.key}: {mistake.message}" for mistake in error.mistakes]
+        raise _refusal(" --set ".join(given), "; ".join(said)) from None
+
+
+def _value(key: str, written: str) -> Any:
+    is_one = written[0] in "[{'\"" or key in _TEXT_KEYS
+    if not is_one and key.startswith(_PLACE) and (":" in written or "," in written):
+        return typed_values(written)
+    return _yaml(f"[{written}]" if not is_one and "," in written else written)
+
+
+def _yaml(text: str) -> Any:
+    return parse(f"value: {text}").document["value"]
+
+
+def _refusal(setting: str, why: str) -> InputError:
+    return InputError(f"--set {setting}: {why}. Example: {EXAMPLE}")

@@ -1,0 +1,274 @@
+"""The only module that imports Ray: the cluster, its nodes, and hosts as actors on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner.engines.protocol import Job, Worker
+from tuner.engines.ray.host import Host
+from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.remote import HostFailed, HostLost, Unavailable
+from tuner.errors import InputError
+from tuner.installation import install_command
+from tuner.report.format import GpuReading, count
+
+_SLICE_SECONDS = 1.0
+_FIRST_SCAN_SECONDS = 10.0
+
+
+class RayEngine:
+    """A Ray cluster: a worker for each GPU of each node, or as many as the job allows."""
+
+    host: type[Host] = Host
+    """What runs beside a worker."""
+
+    def __init__(self) -> None:
+        self._cluster: RayCluster | None = None
+        self._pool: ClusterPool | None = None
+        self._records = NodeRecords()
+
+    def start(self, job: Job) -> Worker:
+        """Join the cluster and open the first worker; the others open with the first trial.
+
+        Raises InputError without an address, or if no node has enough GPUs.
+        """
+        if self._cluster is None:
+            self._cluster = RayCluster(job.spec.run.ray_address, self.host)
+            job.say(self._cluster.description())
+            if (warning := self._cluster.warning()) is not None:
+                job.say(warning)
+        self._refuse_impossible(job, self._cluster.nodes())
+        self._pool = ClusterPool(job, self._cluster, self._records)
+        return self._pool
+
+    def _refuse_impossible(self, job: Job, nodes: Sequence[Node]) -> None:
+        per_worker, most = job.spec.run.gpus_per_worker, max((node.gpus for node in nodes), default=0)
+        if 0 < most < per_worker:
+            raise InputError(
+                f"run.gpus_per_worker: {per_worker}: no node of the cluster has more than {most}"
+            )
+        if not per_worker:
+            return
+        if most == 0 and per_worker > 1 and nodes:
+            raise InputError(f"run.gpus_per_worker: {per_worker}: no node of the cluster has a GPU")
+        for node in nodes:
+            if idle := node.gpus % per_worker:
+                rule = f"run.gpus_per_worker is {per_worker}"
+                job.say(f"node {node.name}: {gpus_text(idle)} of {node.gpus} stays idle: {rule}")
+        room = sum(seats(nodes, gpus_per_worker=per_worker, workers="auto").values())
+        if job.workers != "auto" and most and job.workers > room:
+            job.say(
+                f"--workers {job.workers}: the cluster has room for {room} now; more start when nodes join"
+            )
+
+    def gpu_readings(self) -> Sequence[GpuReading]:
+        """Return the readings of the GPUs in use, on all nodes."""
+        return () if self._pool is None else self._pool.gpu_readings()
+
+    def now(self) -> float:
+        """Return the time of this machine's clock."""
+        return time.time()
+
+    def close(self) -> None:
+        """Leave the cluster; end it if `local` started it."""
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+
+
+class RayCluster:
+    """A cluster that this process has joined."""
+
+    def __init__(self, address: str | None, host: type[Host]) -> None:
+        self.address = address_of(address)
+        self._host = host
+        ray = _ray()
+        self._joined = not ray.is_initialized()
+        if self._joined:
+            _join(ray, self.address)
+        self._actor = _actor_class(ray, host)
+        self._ray = ray
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes that are alive, with the GPUs that nobody has taken."""
+        from ray._private.state import available_resources_per_node
+
+        alive = [each for each in self._ray.nodes() if each["Alive"]]
+        free: dict[str, dict[str, float]] = available_resources_per_node()
+        names = Counter(each["NodeManagerHostname"] for each in alive)
+        here = self._ray.get_runtime_context().get_node_id()
+        return [
+            Node(
+                each["NodeID"],
+                each["NodeManagerHostname"]
+                + (f"-{each['NodeID'][:4]}" if names[each["NodeManagerHostname"]] > 1 else ""),
+                int(each["Resources"].get("GPU", 0)),
+                int(free.get(each["NodeID"], {}).get("GPU", 0)),
+                is_here=each["NodeID"] == here,
+                is_for_work=each["Resources"].get("CPU", 0) > 0,
+            )
+            for each in alive
+        ]
+
+    def connect(self, node: Node, *, gpus: int, name: str) -> ActorConnection:
+        """Start a host on exactly this node."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = self._actor.options(
+            name=name,
+            num_gpus=gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        ).remote()
+        return ActorConnection(self._ray, actor)
+
+    def request(self, workers: int, *, gpus: int) -> None:
+        """Ask the autoscaler; a cluster without one ignores it."""
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[{"GPU": gpus}] * workers)
+
+    def description(self) -> str:
+        """Return which cluster this is, with its nodes and GPUs."""
+        nodes = self.nodes()
+        listed = ", ".join(f"{node.name} ({gpus_text(node.gpus)})" for node in nodes)
+        address = self._ray.get_runtime_context().gcs_address
+        return f"Ray cluster {address}: {count(len(nodes), 'node')}: {listed}"
+
+    def warning(self) -> str | None:
+        """Return what to say about a cluster that anybody can use who reaches it."""
+        if self.address == "local" or os.environ.get("RAY_AUTH_MODE") == "token":
+            return None
+        return (
+            "warning: this cluster has no token authentication (RAY_AUTH_MODE=token): whoever reaches its "
+            "ports can run code on every node. See docs/how-to/cluster.md"
+        )
+
+    def close(self) -> None:
+        """Leave the cluster if this process joined it here."""
+        if self._joined:
+            self._ray.shutdown()
+
+
+class ActorConnection:
+    """Calls of a host that runs in an actor."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray = ray
+        self._actor = actor
+        self._ended = False
+
+    def call(self, method: str, *arguments: Any, timeout_seconds: float) -> Any:
+        """As in `Connection`."""
+        errors = self._ray.exceptions
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            answer = getattr(self._actor, method).remote(*arguments)
+            while not self._ended:
+                try:
+                    return self._ray.get(
+                        answer, timeout=max(0.0, min(_SLICE_SECONDS, deadline - time.monotonic()))
+                    )
+                except errors.GetTimeoutError:
+                    if time.monotonic() > deadline:
+                        raise Unavailable(f"no answer within {timeout_seconds:.0f} seconds") from None
+        except (errors.ActorDiedError, errors.ActorUnschedulableError) as error:
+            raise HostLost(_first_line(error)) from error
+        except errors.RayTaskError as error:
+            raise HostFailed(str(error.cause) if error.cause else _first_line(error)) from error
+        except errors.RayError as error:
+            raise Unavailable(_first_line(error)) from error
+        raise HostLost("it was ended")
+
+    def end(self) -> None:
+        """As in `Connection`."""
+        if not self._ended:
+            self._ended = True
+            self._ray.kill(self._actor)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def address_of(written: str | None) -> str:
+    """Return the address of the cluster to join. Raises InputError without one, or for one of Ray Client."""
+    address = written or os.environ.get("RAY_ADDRESS")
+    if not address or address == "auto":
+        raise InputError(
+            "engine ray: which cluster? Pass --ray-address HOST:6379, write run.ray_address, or set "
+            "RAY_ADDRESS; `local` starts one on this machine"
+        )
+    if address.startswith("ray://"):
+        raise InputError(
+            f"ray address {address}: run tuner on a machine of the cluster and pass HOST:6379: a connection "
+            "through Ray Client ends the round when it breaks"
+        )
+    return address
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise InputError(
+            f"engine ray: Ray is not installed; install it with: {install_command('ray')}"
+        ) from error
+    return ray
+
+
+def _join(ray: Any, address: str) -> None:
+    """Join or start a cluster; tuner's own code goes along, so that nodes run this version."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = os.fspath(Path(__file__).parents[2])
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            namespace="tuner",
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"py_modules": [code], "excludes": ["**/__pycache__"]},
+            **options,
+        )
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"ray address {address}: cannot join this cluster: {_first_line(error)}. If it has token "
+            "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
+        ) from error
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)  # tuner saves every trial before it ends
+
+
+_GROUPS = {"events": 1, "orders": 1, "files": 4}
+_IN_GROUP = {
+    "events": "events",
+    "order": "orders",
+    **dict.fromkeys(
+        ("read_chunk", "write_chunk", "listing", "contents", "delete", "claim", "keep", "adopt", "digest"),
+        "files",
+    ),
+}
+
+
+def _actor_class(ray: Any, host: type[Host]) -> Any:
+    """Return the actor class of a host: calls of one kind keep their order, and a poll waits for no file."""
+
+    def grouped(method: str, group: str) -> Any:
+        def call(self: Any, *arguments: Any) -> Any:
+            return getattr(host, method)(self, *arguments)
+
+        return ray.method(concurrency_group=group)(call)
+
+    methods = {method: grouped(method, group) for method, group in _IN_GROUP.items()}
+    actor = type("TunerHost", (host,), methods)
+    return ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups=_GROUPS)(actor)

@@ -1,0 +1,130 @@
+"""A script that trains with Hugging Face's Trainer and reads TrainingArguments as options or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tuner.methods.schedules import schedule
+from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare, options_of
+from tuner.records import Value
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "lion": "lion_32bit",
+    "lion_8bit": "lion_8bit",
+}
+"""tuner's names of optimizers, and TrainingArguments'."""
+SAME_NAME = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
+    "max_grad_norm",
+)  # fmt: skip
+OF_THE_SCHEDULE = ("schedule", "decay_steps", "decay_shape")
+FIXED: Settings = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "logging_strategy": "steps",
+    "save_total_limit": None,
+    "save_only_model": False,
+    "load_best_model_at_end": False,
+    "logging_nan_inf_filter": False,
+    "eval_delay": 0,
+}
+"""What every trial sets: evaluations and checkpoints at tuner's steps, none deleted by the tool."""
+_OTHER_LENGTHS = ("num_train_epochs", "warmup_ratio")
+DEVICE_BATCH, EVALUATION_BATCH = "per_device_train_batch_size", "per_device_eval_batch_size"
+_DEFAULT_BATCH = 8
+"""TrainingArguments' own `per_device_train_batch_size`."""
+
+
+def trainer_settings(trial: TrialSettings) -> dict[str, Any]:
+    """Return TrainingArguments of a trial; hyperparameters that are not among them are left out."""
+    values = trial.hyperparameters
+    chosen = schedule(str(values["schedule"]))
+    assert chosen.trainer_scheduler is not None
+    kind, details = chosen.trainer_scheduler(values, trial.max_train_steps, trial.max_train_steps)
+    seed = values["training_seed"]
+    return {
+        **FIXED,
+        "output_dir": trial.output,
+        "max_steps": trial.max_train_steps,
+        "eval_steps": trial.evaluate_every,
+        "save_steps": trial.evaluate_every,
+        "logging_steps": trial.evaluate_every,
+        **{name: values[name] for name in SAME_NAME if name in values},
+        "lr_scheduler_type": kind,
+        "lr_scheduler_kwargs": dict(details) or None,
+        "seed": seed,
+        "data_seed": seed,
+        **({"optim": OPTIMIZERS[str(values["optimizer"])]} if "optimizer" in values else {}),
+        **_batch(trial),
+        **({"resume_from_checkpoint": trial.resume_from} if trial.resume_from else {}),
+        **{bare(name): value for name, value in values.items() if name.startswith("extra.")},
+    }
+
+
+def _batch(trial: TrialSettings) -> dict[str, int]:
+    size = trial.hyperparameters.get("batch_size")
+    if size is None:
+        return {}
+    return {"gradient_accumulation_steps": int(str(size)) // device_batch(trial.config, trial.gpus)}
+
+
+def device_batch(config: Settings, gpus: int) -> int:
+    """Return the sequences that all GPUs together see in one pass."""
+    return int(config.get(DEVICE_BATCH, _DEFAULT_BATCH)) * max(1, gpus)
+
+
+def batch_mistake(sizes: Sequence[Value], config: Settings, gpus: int) -> str | None:
+    """Return why batch sizes cannot be divided into passes; None if they can."""
+    at_once = device_batch(config, gpus)
+    wrong = [size for size in sizes if int(str(size)) % at_once]
+    if not wrong:
+        return None
+    return (
+        f"{wrong[0]} is no multiple of {at_once}, the sequences of one pass ({DEVICE_BATCH} "
+        f"{at_once // max(1, gpus)} x {max(1, gpus)} device): choose multiples of {at_once}, or set a "
+        f"smaller {DEVICE_BATCH} in the configuration or the command"
+    )
+
+
+def trainer_mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+    """Yield what no trial of a Trainer can use."""
+    said = options_of(command)
+    ours = {*FIXED, "max_steps", "eval_steps", "save_steps", "output_dir", "seed", "lr_scheduler_type"}
+    for name in sorted(said.keys() & ours):
+        yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
+    for name in _OTHER_LENGTHS:
+        if name in said:
+            yield Mistaken("command.run", f"sets --{name}: lengths are steps here; remove it")
+    warmup = config.get("warmup_steps")
+    if isinstance(warmup, float) and 0 < warmup < 1:
+        yield Mistaken(
+            "warmup_steps", f"is {warmup}, a share of the run; write warmup_steps in the round file"
+        )
+
+
+def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config, names)
+
+
+TRANSFORMERS = Tool(
+    name="transformers",
+    meaning="A script with Hugging Face's Trainer, whose TrainingArguments are options or a file. Its other "
+    "arguments go below `extra`.",
+    hyperparameters=(*SAME_NAME, *OF_THE_SCHEDULE, "batch_size", "optimizer", "training_seed"),
+    always=("schedule", "warmup_steps", "decay_steps", "training_seed"),
+    settings=trainer_settings,
+    mistakes=_mistakes,
+    replaced=(
+        *FIXED,
+        "max_steps",
+        "num_train_epochs",
+        "eval_steps",
+        "save_steps",
+        "lr_scheduler_type",
+        "seed",
+    ),
+    has_hook=True,
+)

@@ -1,0 +1,295 @@
+"""`study import`: finished runs become a round, so that best steps, verdict and suggestion are there."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tuner.commands.check import workload
+from tuner.commands.finished import FinishedRun
+from tuner.commands.kept import Keeper, can_resume
+from tuner.commands.launch import MISSING_COMMAND
+from tuner.commands.reported import not_finite
+from tuner.config import RoundFile, read_round
+from tuner.config.yaml_text import one_line
+from tuner.errors import InputError
+from tuner.playbook import best_evaluation
+from tuner.playbook.schedule import trunk_end
+from tuner.records import (
+    LOSS,
+    AttemptStarted,
+    Checkpoint,
+    CheckpointKind,
+    Direction,
+    Ended,
+    Evaluated,
+    Evaluation,
+    Fact,
+    Fixed,
+    Objective,
+    RoundBegun,
+    RoundRecord,
+    Saved,
+    Trial,
+    TrialAsked,
+    TrialEnded,
+    TrialState,
+    Value,
+)
+from tuner.report.format import count
+from tuner.store import hold_study, open_store
+from tuner.study.plan import RoundPlan
+from tuner.whole import lead, written_whole
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the files do not say and the user does."""
+
+    round: str = "imported"
+    metric: str = "eval_loss"
+    direction: str | None = None
+    max_train_steps: int | None = None
+    command: str | None = None
+    tool: str = "none"
+    config: Path | None = None
+    values: Mapping[str, Value] | None = None
+    """Hyperparameters of all runs, such as `schedule` and `warmup_steps`."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A round of finished runs."""
+
+    file: Path
+    runs: tuple[str, ...]
+    """Names of the runs by the number of their trial."""
+    remarks: tuple[str, ...]
+    unknown: tuple[str, ...]
+    """What neither the runs nor the user said."""
+
+
+def import_runs(
+    directory: Path, runs: Sequence[FinishedRun], said: Said, *, clock: Callable[[], float]
+) -> Imported:
+    """Write the round's file and record its facts. The runs' own folders are only read.
+
+    Raises InputError if there is such a round, or too little is known; nothing is changed then.
+    """
+    horizon = said.max_train_steps or _horizon(runs)
+    taken = [run for run in runs if _steps(run) == horizon and run.last_step <= horizon]
+    remarks = [*_left_out(runs, taken, horizon)]
+    if not taken:
+        raise InputError(f"no run trains for {horizon} steps; {'; '.join(remarks)}")
+    path = directory / f"{said.round}.yaml"
+    if path.exists():
+        raise InputError(f"{path}: exists; name another round with --round")
+    file = read_round(_text(directory, taken, said, horizon), path)
+    plan = RoundPlan(file)
+    if plan.checkpoints.exists():
+        raise InputError(f"{plan.checkpoints}: exists; name another round with --round")
+    directory.mkdir(parents=True, exist_ok=True)
+    facts: list[Fact] = [_begun(plan, clock())]
+    for number, run in enumerate(taken):
+        own, notes = _trial(plan, run, number, horizon, clock())
+        facts += own
+        remarks += notes
+    storage = plan.absolute.storage
+    with hold_study(directory, storage, file.spec.study):
+        store = open_store(storage, study=file.spec.study)
+        try:
+            store.record(*facts)
+        finally:
+            store.close()
+    with written_whole(path) as place:
+        place.write_text(file.text, encoding="utf-8")
+    return Imported(path, tuple(run.name for run in taken), tuple(remarks), tuple(unknown_of(file)))
+
+
+def _steps(run: FinishedRun) -> int:
+    """Return a run's horizon: what it was to train for, or its last evaluation."""
+    return run.max_train_steps or run.last_step
+
+
+def _horizon(runs: Sequence[FinishedRun]) -> int:
+    """Return the horizon of most runs; of several the longest."""
+    counted = Counter(_steps(run) for run in runs)
+    return max(counted, key=lambda steps: (counted[steps], steps))
+
+
+def _left_out(runs: Sequence[FinishedRun], taken: Sequence[FinishedRun], horizon: int) -> Iterator[str]:
+    for run in runs:
+        if run not in taken:
+            yield (
+                f"{run.name} is left out: it trains for {_steps(run)} steps, and the trials of a round all "
+                f"for {horizon}; import it as another round with --max-train-steps {_steps(run)} --round NAME"
+            )
+
+
+def _text(directory: Path, runs: Sequence[FinishedRun], said: Said, horizon: int) -> str:
+    """Return the round file: what differs between the runs is searched, what is equal is fixed."""
+    given = dict(said.values or {})
+    names = dict.fromkeys(name for run in runs for name in run.hyperparameters)
+    known = [name for name in names if all(name in run.hyperparameters for run in runs)]
+    written: dict[str, Any] = {
+        name: _dimension([given.get(name, run.hyperparameters[name]) for run in runs]) for name in known
+    } | {name: _plain(value) for name, value in given.items()}
+    every = _interval(runs)
+    command: dict[str, Any] = {
+        "run": shlex.split(said.command) if said.command else [MISSING_COMMAND, "${args}"]
+    }
+    if said.tool != "none":
+        command["tool"] = said.tool
+    if said.config is not None:
+        command["config"] = str(said.config)
+    objective = {"metric": said.metric} | ({"direction": said.direction} if said.direction else {})
+    study = directory.resolve().name
+    lines = [
+        f"study: {one_line(study)}",
+        f"round: {one_line(said.round)}",
+        f"goal: {one_line('Imported from ' + count(len(runs), 'finished run'))}",
+        "command:",
+        *(f"  {name}: {one_line(value)}" for name, value in command.items()),
+        f"max_train_steps: {horizon}",
+        "hyperparameters:",
+        *(f"  {name}: {one_line(value)}" for name, value in written.items()),
+        f"search: {{trials: {len(runs)}}}",
+        f"evaluation: {{every_steps: {every}}}",
+        f"objective: {one_line(objective)}",
+        "run: {decay_branches: false}",
+    ]
+    if not written:
+        lines[lines.index("hyperparameters:")] = "hyperparameters: {}"
+    return "\n".join(lines) + "\n"
+
+
+def _dimension(values: Sequence[Value]) -> Any:
+    """Return a scalar, a range of three or more real numbers, or a list."""
+    different = sorted(set(values), key=lambda value: (str(type(value)), value))
+    if len(different) == 1:
+        return _plain(different[0])
+    numbers = [value for value in different if isinstance(value, float)]
+    if len(numbers) == len(different) >= 3:
+        low, high = numbers[0], numbers[-1]
+        return {"low": low, "high": high} | ({"log": True} if low > 0 and high / low >= 10 else {})
+    return [_plain(value) for value in different]
+
+
+def _plain(value: Value) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _interval(runs: Sequence[FinishedRun]) -> int:
+    """Return the most frequent number of steps between two evaluations."""
+    steps = [[evaluation.step for evaluation in run.evaluations] for run in runs]
+    gaps = Counter(b - a for each in steps for a, b in pairwise(each))
+    return max(gaps, key=lambda gap: (gaps[gap], gap)) if gaps else max(1, steps[0][-1])
+
+
+def _begun(plan: RoundPlan, at: float) -> RoundBegun:
+    spec = plan.spec
+    document = spec.model_dump(mode="json")
+    document["objective"]["direction"] = spec.recorded_objective.direction.value
+    known = spec.command is not None and spec.command.run[0] != MISSING_COMMAND
+    fingerprint = workload(plan.absolute, plan.file.directory) if known else "imported"
+    record = RoundRecord(plan.name, spec.max_train_steps, document, at, workload=fingerprint, kind=plan.kind)
+    return RoundBegun(record)
+
+
+def _trial(
+    plan: RoundPlan, run: FinishedRun, number: int, horizon: int, at: float
+) -> tuple[list[Fact], list[str]]:
+    """Return the facts of a run as a trial, and what is to be said of it. Copies its checkpoints.
+
+    tuner has run none of its steps: its attempt, which checkpoints need, is empty.
+    """
+    values = _values(plan, run)
+    state, reason = _ended(run, horizon)
+    name = (plan.name, number)
+    facts: list[Fact] = [
+        TrialAsked(Trial(plan.name, number, values)),
+        AttemptStarted(*name, 1, run.last_step, at),
+        *(Evaluated(*name, 1, evaluation) for evaluation in run.evaluations),
+    ]
+    kept, notes = _kept(plan, run, number, values)
+    facts += [Saved(*name, 1, checkpoint) for checkpoint in kept]
+    facts.append(Ended(*name, 1, run.last_step, "stopped", None, at))
+    facts.append(TrialEnded(*name, state, reason, at))
+    said = [f"trial {number} ({run.name}): {reason}"] if reason else []
+    return facts, [*said, *notes]
+
+
+def _values(plan: RoundPlan, run: FinishedRun) -> dict[str, Value]:
+    """Return the trial's hyperparameters: what the file fixes, and its own values of what is searched."""
+    values: dict[str, Value] = {}
+    for name, dimension in plan.space.items():
+        values[name] = dimension.value if isinstance(dimension, Fixed) else run.hyperparameters[name]
+    return values
+
+
+def _ended(run: FinishedRun, horizon: int) -> tuple[TrialState, str | None]:
+    wrong = next((why for evaluation in run.evaluations if (why := not_finite(evaluation))), None)
+    if wrong is not None:
+        return TrialState.INFEASIBLE, wrong
+    if run.last_step < horizon:
+        return TrialState.PRUNED, f"ended at step {run.last_step} of {horizon} (early stopping?)"
+    return TrialState.COMPLETE, None
+
+
+def _kept(
+    plan: RoundPlan, run: FinishedRun, number: int, values: Mapping[str, Value]
+) -> tuple[list[Checkpoint], list[str]]:
+    """Copy the best checkpoint and, if the schedule is known, the stable one."""
+    keeper = Keeper(plan.checkpoints / f"trial-{number:04d}", 1)
+    best, kept, notes = best_evaluation(run.evaluations), [], []
+    best_folder: tuple[int, Path] | None = None
+    if best is not None and best.step in run.checkpoints:
+        checkpoint = keeper.keep_best(run.checkpoints[best.step], best.step)
+        best_folder = best.step, plan.checkpoints / checkpoint.path
+        lead(keeper.trial / "best", best_folder[1])
+        kept.append(checkpoint)
+    elif best is not None:
+        notes.append(f"trial {number} ({run.name}) has no checkpoint of its best step {best.step}")
+    end = trunk_end(values, plan.spec.max_train_steps)
+    if end is None or not end:
+        return kept, notes
+    stable = [step for step in run.checkpoints if step <= end and can_resume(run.checkpoints[step])]
+    if not stable:
+        notes.append(f"trial {number} ({run.name}) has no checkpoint of its stable phase (up to step {end})")
+        return kept, notes
+    step = max(stable)
+    before: list[Evaluation] = [e for e in run.evaluations if e.step <= step]
+    known_best = best_folder if best_folder is not None and best_folder[0] <= step else None
+    kept.append(
+        keeper.keep_resumable(
+            run.checkpoints[step], step, kind=CheckpointKind.TRUNK, evaluations=before, best=known_best
+        )
+    )
+    return kept, notes
+
+
+def objective_said(said: Said) -> Objective:
+    """Return the objective that the runs are read by. Raises InputError if its direction is not known."""
+    if said.metric == LOSS.metric:
+        return LOSS
+    if said.direction not in ("minimize", "maximize"):
+        raise InputError(f"--metric {said.metric}: add --direction minimize or maximize")
+    direction = Direction(said.direction)
+    return Objective(said.metric, direction, is_relative_to_gained=direction == Direction.MAXIMIZE)
+
+
+def unknown_of(file: RoundFile) -> list[str]:
+    """Return what the runs did not tell and nobody gave."""
+    command = file.spec.command
+    has_command = command is not None and command.run[0] != MISSING_COMMAND
+    names = [
+        name
+        for name in ("schedule", "warmup_steps", "training_seed")
+        if name not in file.spec.hyperparameters
+    ]
+    return [*([] if has_command else ["command"]), *names]
