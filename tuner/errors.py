@@ -6,11 +6,16 @@ exception is a bug of tuner and keeps its traceback.
 
 from __future__ import annotations
 
+import importlib
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_NOT_THE_USERS = (importlib.__file__, "<frozen ")
+"""Files whose lines in a traceback do not name a mistake."""
 
 
 class TunerError(Exception):
@@ -109,6 +114,18 @@ def shown(raw: Any) -> str:
             return "[" + ", ".join(_inner(item) for item in raw) + "]"
         case _:
             return str(raw)
+
+
+def last_words(error: BaseException, *but: str) -> str:
+    """Return an exception's message and the line of the user's code that raised it.
+
+    `but` are files and directories whose lines are not the user's.
+    """
+    others = (*but, *_NOT_THE_USERS)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(others)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
 
 
 def one_of(names: Sequence[Any]) -> str:

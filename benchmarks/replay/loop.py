@@ -59,6 +59,8 @@ class LoopRound:
     checkpoints: CheckpointsSpec
     run: RunSpec
     is_sweep: bool = False
+    command: None = None
+    """As of a round that trains a base model."""
 
 
 WORKLOAD = "replay"

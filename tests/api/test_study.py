@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def test_a_round_gives_its_advice_its_best_trial_and_its_report(study, tmp_path)
     advice = first.advice
     assert advice.evidence
     assert str(advice) == "\n".join(advice.evidence)
+    assert repr(advice).startswith(f"Advice({advice.diagnosis}): 8 steps, ")
     assert advice.gain(8) in (0.0, None)
     with pytest.raises(InputError, match="pass a longer horizon"):
         advice.gain(7)
@@ -89,6 +91,15 @@ def test_tables_have_the_documented_columns(study):
     ]  # fmt: skip
     best = evaluations.groupby(["round", "number"])["eval_loss"].min().tolist()
     assert best == pytest.approx(trials["best_eval_loss"].tolist())
+
+
+def test_a_column_of_numbers_that_are_all_missing_is_one_of_numbers(tmp_path):
+    write_round(tmp_path, trials=1)
+    found = tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
+    evaluations = tuner.Study(tmp_path / "dry-run").evaluations_dataframe()
+    assert found.trials[0].evaluations[0].token_accuracy is None
+    assert evaluations["token_accuracy"].dtype == float
+    assert math.isnan(evaluations["token_accuracy"].mean())
 
 
 def test_the_best_adapter_is_loaded_as_peft_has_it(study):
@@ -164,6 +175,32 @@ def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
         study.run("round1.yaml", slots=0)
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         study.run("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "message"),
+    [
+        ("run", {"slots": 1.5}, "slots=1.5: expects auto or a whole number of at least 1"),
+        ("run", {"slots": True}, "slots=True: expects auto or a whole"),
+        ("run", {"workers": 0}, "workers=0: expects auto or a whole"),
+        ("run", {"engine": 3}, "engine=3: expects a name, one of local, simulated"),
+        ("run", {"seconds": "1h"}, "seconds='1h': expects a number of at least 0"),
+        ("auto", {"seconds": -1}, "seconds=-1: expects a number of at least 0"),
+        ("promote", {"decay": "half"}, "decay='half': expects steps or share"),
+        ("promote", {"top": 0}, "top=0: expects a whole number of at least 1"),
+        ("promote", {"max_train_steps": 1e3}, "max_train_steps=1000.0: expects a whole number of at least 1"),
+        (
+            "promote",
+            {"add": "lora_r=2,4"},
+            r"add='lora_r=2,4': expects a list of texts; pass \['lora_r=2,4'\]",
+        ),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_before_anything(study, verb, arguments, message):
+    before = sorted(study.directory.rglob("*"))
+    with pytest.raises(InputError, match=f"^{message}"):
+        getattr(study, verb)("round3" if verb == "promote" else "round1.yaml", **arguments)
+    assert sorted(study.directory.rglob("*")) == before
 
 
 def test_a_dry_run_goes_on_by_itself_and_says_why_it_ended(tmp_path, capsys):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+import shutil
 from pathlib import Path
 
+import pytest
+
+from tests.studies import trials_of, tuner
 from tuner.config import load_round, new_round, read_round
 
-LLAMA_2 = Path(__file__).parents[2] / "studies" / "alpaca-llama2"
+STUDIES = Path(__file__).parents[2] / "studies"
+LLAMA_2 = STUDIES / "alpaca-llama2"
 
 
 def test_alpaca_llama2_is_the_recipe() -> None:
@@ -36,3 +42,23 @@ def test_its_second_round_goes_on_from_the_first() -> None:
     assert second.run == first.run
     assert second.max_train_steps == 180
     assert [entry["continues"].split("/")[0] for entry in second.search.enqueue] == ["round1"] * 3
+
+
+def test_the_rows_of_chat_are_those_that_its_script_makes(tmp_path: Path) -> None:
+    for name in ("chat", "quickstart"):
+        shutil.copytree(STUDIES / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "chat" / "rows")
+    runpy.run_path(str(tmp_path / "chat" / "prepare.py"), run_name="__main__")
+    made = {path.name: path.read_text() for path in (tmp_path / "chat" / "rows").iterdir()}
+    assert made == {path.name: path.read_text() for path in (STUDIES / "chat" / "rows").iterdir()}
+    assert len(made) == 2
+
+
+@pytest.mark.acceptance
+def test_chat_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Half a minute: `pytest -m acceptance tests/config/test_studies.py`."""
+    for name in ("chat", "quickstart"):
+        shutil.copytree(STUDIES / name, tmp_path / name)
+    done = tuner("study", "run", "round1.yaml", directory=tmp_path / "chat")
+    assert done.returncode == 0, done.stderr
+    assert [trial["state"] for trial in trials_of(tmp_path / "chat")] == ["complete"] * 3

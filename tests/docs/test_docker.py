@@ -64,10 +64,16 @@ def test_the_image_runs_as_nobody_special_with_pinned_versions() -> None:
     assert re.search(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert DOCKERFILE.count("pip install") == 2
     assert "\"$(grep '^torch==' tested.txt)\"" in DOCKERFILE
-    extras = re.search(r'--constraint tested\.txt "\.\[(.+)\]"', DOCKERFILE)
+    assert '--constraint tested.txt ".[${EXTRAS}]"' in DOCKERFILE
+    extras = re.search(r"^ARG EXTRAS=(.+)$", DOCKERFILE, re.MULTILINE)
     assert extras is not None
+    assert f"EXTRAS:-{extras[1]}" in service("worker")["build"]["args"]["EXTRAS"]
     declared = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras[1].split(","))
+
+
+def test_a_worker_that_crashes_starts_again_and_one_that_is_done_does_not() -> None:
+    assert service("worker")["restart"].startswith("on-failure")
 
 
 def test_both_of_ours_wait_for_the_database_and_are_built_from_here() -> None:

@@ -26,7 +26,7 @@ from tuner.engines import (
     make_engine,
     worker_environments,
 )
-from tuner.errors import InputError, RoundFileError
+from tuner.errors import InputError, RoundFileError, WorkerError
 from tuner.methods import registry
 from tuner.records import Died, Evaluated, Ready
 
@@ -70,6 +70,12 @@ class Replayed:
 class NotAnEngine:
     pass
 '''
+FAULTY = """
+
+class NoRoute(Replayed):
+    def start(self, job):
+        raise RuntimeError("no route to host")
+"""
 
 
 @pytest.fixture
@@ -159,7 +165,7 @@ class TestSimulatedEngine(EngineContract):
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers one engine; others are found by their path."""
     site = installed(tmp_path / "site", "engine_plug_ins", engines="replayed = engine_plug_ins:Replayed")
-    (site / "engine_plug_ins.py").write_text(PLUG_INS)
+    (site / "engine_plug_ins.py").write_text(PLUG_INS + FAULTY)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{Path.cwd()}")
     yield site
@@ -184,7 +190,7 @@ def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) ->
     write_round(tmp_path / "study", run='run: {engine: "engine_plug_ins:NotAnEngine"}')
     found = tuner.Study(tmp_path / "study").check("round1.yaml")
     assert found["ok"]
-    assert any("engine_plug_ins:NotAnEngine is not checked here" in said for said in found["remarks"])
+    assert any("not checked: engine_plug_ins:NotAnEngine" in said for said in found["remarks"])
     assert "engine_plug_ins" not in sys.modules
 
 
@@ -239,6 +245,16 @@ def test_what_is_no_engine_is_bad_input_and_leaves_nothing(
     assert done.returncode == 2
     assert message in done.stderr
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
+
+
+def test_an_error_of_an_engine_is_told_with_its_line(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_round(tmp_path / "study")
+    said = r"NoRoute could not start the workers: RuntimeError: no route to host \(.*engine_plug_ins.py:\d+\)"
+    with pytest.raises(WorkerError, match=said):
+        tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:NoRoute", progress=False)
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
 
 
 def test_the_names_are_those_built_in_and_those_registered(package: Path) -> None:

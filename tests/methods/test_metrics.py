@@ -25,6 +25,8 @@ from tuner.records import Direction
 PLUG_IN = '''
 """The loss of the worst quarter of the evaluation examples."""
 
+import math
+
 import numpy as np
 
 from tuner.methods.metrics import Direction, Metric
@@ -38,6 +40,9 @@ def worst_quarter(examples):
 WORST = Metric(Direction.MINIMIZE, "Mean loss of the worst quarter.", compute=worst_quarter, bounds=(0, None))
 UNFIT = Metric(Direction.MAXIMIZE, "Never a number.", compute=lambda examples: "much")
 BEYOND = Metric(Direction.MAXIMIZE, "Out of its bounds.", compute=lambda examples: 2.0, bounds=(0, 1))
+UNDEFINED = Metric(Direction.MAXIMIZE, "Never a number.", compute=lambda examples: math.nan)
+BEST_OF_ALL = Metric(Direction.MAXIMIZE, "Better than all.", compute=lambda examples: math.inf)
+HOPELESS = Metric(Direction.MINIMIZE, "Worse than all.", compute=lambda examples: math.inf)
 LATER = Metric(Direction.MAXIMIZE, "One for each trial.", per="trial")
 '''
 
@@ -98,6 +103,8 @@ def test_differences_are_relative_to_what_was_gained_unless_a_metric_is_a_cost_w
     [
         ("worst_loss:UNFIT", "it returned 'much', not a number"),
         ("worst_loss:BEYOND", r"it returned 2.0, outside its bounds \(0, 1\)"),
+        ("worst_loss:UNDEFINED", "it returned nan though every loss is finite"),
+        ("worst_loss:BEST_OF_ALL", "it returned inf though every loss is finite"),
     ],
 )
 def test_a_metric_at_fault_is_named_with_what_it_did(package: Path, name: str, message: str) -> None:
@@ -109,7 +116,7 @@ def test_a_metric_at_fault_is_named_with_what_it_did(package: Path, name: str, m
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:NAME", "metric no_such_module:NAME: .* cannot be imported"),
+        ("no_such_module:NAME", "metric no_such_module:NAME: cannot be imported"),
         ("pathlib:Path", "metric pathlib:Path: expects a tuner.methods.metrics.Metric, got a type"),
         ("worst_loss:LATER", "evaluation.answers.metric"),
     ],
@@ -126,6 +133,15 @@ def test_a_name_that_leads_to_no_metric_is_bad_input_and_leaves_nothing(
     assert run(["study", "run", "round1.yaml"]) == 2
     assert name in capsys.readouterr().err
     assert sorted(p.name for p in study.iterdir()) == ["round1.yaml"]
+
+
+def test_a_round_whose_metric_is_infinite_everywhere_ends_and_is_read(package: Path, tmp_path: Path) -> None:
+    """As a perplexity overflows where everything diverges: no trial has a value, and none stops the round."""
+    write_round(tmp_path / "study", run="objective: {metric: 'worst_loss:HOPELESS'}")
+    found = tuner.Study(tmp_path / "study").run("round1.yaml", engine="simulated", progress=False)
+    assert {trial.best_value for trial in found.trials} == {None}
+    assert found.advice.diagnosis == "no_learning"
+    assert run(["-C", str(tmp_path / "study" / "dry-run"), "study", "report"]) == 0
 
 
 ANSWERS = ", answers: {metric: exact_match}"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def study(tmp_path: Path) -> Path:
 
 def tuner_in(folder: Path, *arguments: str, path: Path) -> "subprocess.CompletedProcess[str]":
     """A command in a process of its own."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path.cwd()}"}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{path}:{Path(__file__).parents[2]}"}
     command = [sys.executable, "-m", "tuner.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -95,6 +96,58 @@ def test_a_round_uses_both_and_later_readers_import_nothing(site: Path, study: P
     assert promoted.hyperparameters["schedule"] == "power"
 
 
+def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
+    site: Path, study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a colleague reads it; names that an entry point gave lead nowhere there."""
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("low: 1e-4, high: 1e-1", "low: 1e-4, high: 1e-3"))
+    monkeypatch.chdir(study)
+    assert run(["study", "run", "round1.yaml", "--engine", "simulated"]) == 0
+    monkeypatch.chdir(study / "dry-run")
+    assert run(["study", "promote", "--to", "round2", "--max-train-steps", "24"]) == 0
+    entries = load_round(Path("round2.yaml")).spec.search.enqueue
+    assert any("sgd_momentum" in entry for entry in entries), "promotion names what only the plug-in has"
+    assert run(["study", "run", "round2.yaml"]) == 0
+    commands = (["study", "status", "--json"], ["trial", "list", "--json"], ["study", "report"])
+
+    def said() -> list[str]:
+        capsys.readouterr()
+        assert [run(command) for command in commands] == [0, 0, 0]
+        return capsys.readouterr()
+
+    installed = said()
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(site)])
+    elsewhere = said()
+    assert elsewhere.out == installed.out
+    assert "cannot run here: round1.yaml:13: hyperparameters.optimizer: expects adamw" in elsewhere.err
+    before = sorted(Path().rglob("*"))
+    for command in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
+        assert run(["study", *command]) == 2
+    assert sorted(Path().rglob("*")) == before
+
+    alone = tuner_in(study / "dry-run", "study", "report", path=site.with_name("nothing"))
+    assert (alone.returncode, "decay_power 1.5" in alone.stdout) == (0, True), alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{optimizer: sgd, sgd_momentum: 0.5}", None),
+        ("{optimizer: sgd, sgd_momentum: 0.7}", "sgd_momentum: 0.7 is not in the search space"),
+        ("{optimizer: adamw, sgd_momentum: 0.5}", "sgd_momentum: applies only to optimizer: sgd"),
+    ],
+)
+def test_an_entry_names_hyperparameters_of_a_plug_in(
+    site: Path, study: Path, entry: str, message: str | None
+) -> None:
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("enqueue: []", f"enqueue: [{entry}]"))
+    refused = nullcontext() if message is None else pytest.raises(RoundFileError, match=message)
+    with refused:
+        with_plug_ins(load_round(path))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -115,6 +168,49 @@ def test_a_bad_key_is_found_before_anything_changes(
     assert run(["study", "run", "round1.yaml"]) == 2
     assert message in capsys.readouterr().err
     assert [each.name for each in folder.iterdir()] == ["round1.yaml"]
+
+
+ROW = "Hyperparameter('own_rate', {default}, Number(above=0), 'Means.')"
+FAULTY = f"""
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Number
+from tuner.methods.schedules import Schedule
+
+DEFAULT = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters=({ROW.format(default=-1)},))
+NO_DEFAULT = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters=({ROW.format(default=None)},))
+ONE = Schedule(name="x", multiplier=lambda *_: 1.0, hyperparameters={ROW.format(default=1.0)})
+RAISES = Schedule(name="x", multiplier=lambda done, values, horizon: 1 / (horizon - 1 - done))
+ABOVE = Schedule(name="x", multiplier=lambda *_: 1.5)
+BELOW = Schedule(name="x", multiplier=lambda done, values, horizon: 4 - done)
+NOTHING = Schedule(name="x", multiplier=lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DEFAULT", "the default of own_rate cannot be used: expects a number above 0, got -1"),
+        ("NO_DEFAULT", "the default of own_rate cannot be used: expects a number above 0, but it has no"),
+        ("ONE", "expects a tuple of hyperparameters, got Hyperparameter(name='own_rate'"),
+        ("RAISES", "round1.yaml:16: hyperparameters.schedule: faulty_rates:RAISES: multiplier(7, hyperp"),
+        ("ABOVE", "multiplier(1, hyperparameters, 8) returned 1.5; it must return a number from 0 to 1"),
+        ("BELOW", "multiplier(1, hyperparameters, 8) returned 3; it must"),
+        ("NOTHING", "multiplier(1, hyperparameters, 8) returned None; it must"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_bad_input_and_leaves_nothing(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    name: str, message: str,
+) -> None:  # fmt: skip
+    (site / "faulty_rates.py").write_text(FAULTY)
+    folder = tmp_path / "study"
+    path = write_round(folder, schedule=f"faulty_rates:{name}")
+    path.write_text(path.read_text().replace("  decay_steps: 3\n", ""))
+    monkeypatch.chdir(folder)
+    for verb in (["run"], ["run", "--engine", "simulated"], ["check", "--probe"]):
+        assert run(["study", *verb[:1], "round1.yaml", *verb[1:]]) == 2
+        assert message in capsys.readouterr().err
+    assert [each.name for each in folder.iterdir() if each.name != "dry-run"] == ["round1.yaml"]
 
 
 def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:

@@ -63,6 +63,39 @@ class Diary:
 '''
 
 
+FAULTY = """
+import os
+
+import optuna
+
+
+class Late(optuna.samplers.RandomSampler):
+    def infer_relative_search_space(self, study, trial):
+        return optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False))
+
+    def sample_relative(self, study, trial, search_space):
+        if search_space:
+            import late_library
+        return {}
+
+
+class Outside(optuna.samplers.RandomSampler):
+    def sample_independent(self, study, trial, name, distribution):
+        return 1e6
+
+
+class Unmade:
+    def __init__(self):
+        raise KeyError("HOST")
+
+
+class Later(optuna.samplers.RandomSampler):
+    def before_trial(self, study, trial):
+        if len(study.get_trials(deepcopy=False)) - 1 == int(os.environ.get("FAILS_AFTER", -1)):
+            raise RuntimeError("no quota")
+"""
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed package that registers a sampler and a tracker."""
@@ -84,10 +117,41 @@ def test_names_are_those_built_in_and_those_registered(package: Path) -> None:
     assert registry.load("sampler", "plug_ins:Ladder") is registry.load("sampler", "ladder")
 
 
-@pytest.mark.parametrize("path", ["no_such_module:Name", "optuna.samplers:NoSuchSampler"])
-def test_what_cannot_be_imported_is_named_with_what_to_do(path: str) -> None:
-    with pytest.raises(InputError, match=f"sampler {path}: .* cannot be imported: .*PYTHONPATH"):
-        registry.load("sampler", path)
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module:Name", "cannot be imported: there is no module no_such_module.*PYTHONPATH"),
+        ("optuna.no_such_module:Name", "there is no module optuna.no_such_module.*PYTHONPATH"),
+        ("optuna.samplers:NoSuchSampler", "'optuna.samplers' has no attribute 'NoSuchSampler'. Correct"),
+        ("typing_error:Name", r"typing_error cannot be imported: SyntaxError: .*typing_error.py, line 1"),
+        (
+            "needs_more:Name",
+            r"needs_more cannot be imported: ModuleNotFoundError: .*'no_such_library' \(.*:1\)",
+        ),
+        ("raises:Name", r"raises cannot be imported: KeyError: 'TOKEN' \(.*raises.py:3\)"),
+        ("a_script:Name", r"a_script cannot be imported: SystemExit: 2 \(.*a_script.py:1\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["optimizer", "schedule", "metric", "sampler", "tracker", "engine"])
+def test_what_cannot_be_imported_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: registry.Kind, path: str, message: str
+) -> None:
+    (tmp_path / "typing_error.py").write_text("def Name(:\n")
+    (tmp_path / "needs_more.py").write_text("import no_such_library\n")
+    (tmp_path / "raises.py").write_text("import os\n\nos.environ.pop('TOKEN')\n")
+    (tmp_path / "a_script.py").write_text("raise SystemExit(2)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=f"^{kind} {path}: .*{message}"):
+        registry.load(kind, path)
+
+
+def test_what_a_plug_in_prints_is_kept_out_of_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talks.py").write_text("print('hello')\nName = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert registry.load("sampler", "talks:Name") == 1
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_a_round_uses_what_an_installed_package_brings(package: Path, tmp_path: Path) -> None:
@@ -163,16 +227,89 @@ def test_a_wrong_name_is_refused_where_it_stands(
         ("no_such_module:Name", "{}", "cannot be imported"),
         ("optuna.samplers:TPESampler", "{no_such: 1}", "cannot be created with"),
         ("pathlib:Path", "{}", "expects an Optuna sampler, got"),
+        ("optuna.samplers:__name__", "{}", "expects a class, got 'optuna.samplers'"),
+        # What a sampler finds only when it is asked: after its first random points, and at once.
+        ("faulty:Late", "{}", "cannot propose a trial: ModuleNotFoundError: No module named 'late_library'"),
+        ("optuna.samplers:GridSampler", "{search_space: {lora_r: [2]}}", "learning_rate, is not found"),
+        ("faulty:Outside", "{}", "cannot propose a trial: ValueError: '1000000.0' not in (2, 4)"),
+        ("faulty:Unmade", "{}", r"cannot be created with {}: KeyError: 'HOST'"),
     ],
 )
 def test_a_sampler_that_cannot_be_made_is_bad_input_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     sampler: str, arguments: str, message: str,
 ) -> None:  # fmt: skip
-    path = write_round(tmp_path, sampler=sampler)
+    study = tmp_path / "study"
+    path = write_round(study, sampler=sampler)
     more = f"  sampler: {sampler}\n  sampler_arguments: {arguments}\n"
     path.write_text(path.read_text().replace(f"  sampler: {sampler}\n", more))
-    monkeypatch.chdir(tmp_path)
-    assert run(["study", "run", "round1.yaml"]) == 2
-    assert message in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["round1.yaml"]
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(study)
+    for verb in (["run"], ["check", "--probe"]):
+        assert run(["study", *verb, "round1.yaml"]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(p.name for p in study.iterdir()) == ["round1.yaml"]
+
+
+def test_a_sampler_that_fails_in_the_middle_leaves_a_round_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    write_round(study, sampler="faulty_later:Later", trials=4)
+    (tmp_path / "faulty_later.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(study)
+    command = ["study", "run", "round1.yaml", "--engine", "simulated", "--slots", "1"]
+    monkeypatch.setenv("FAILS_AFTER", "2")
+    assert run(command) == 1
+    said = capsys.readouterr().err
+    assert "search.sampler faulty_later:Later: cannot propose a trial: RuntimeError: no quota" in said
+    assert "All progress is saved. Fix the sampler; then resume with: tuner study run round1.yaml" in said
+    assert len(tuner.Study("dry-run").round("round1").trials) == 2
+    monkeypatch.delenv("FAILS_AFTER")
+    assert run(command) == 0
+    trials = tuner.Study("dry-run").round("round1").trials
+    assert [trial.state.is_result for trial in trials] == [True] * 4
+
+
+def test_check_imports_no_sampler_tracker_metric_or_engine_and_lists_them(tmp_path: Path) -> None:
+    """Without an import even where they cannot be imported."""
+    path = write_round(
+        tmp_path, sampler="no_such:Sampler", run='run: {report_to: ["no_such:Tracker"], engine: "no_such:E"}'
+    )
+    path.write_text(path.read_text() + "\nobjective: {metric: 'no_such:METRIC'}\n")
+    found = tuner.Study(tmp_path).check("round1.yaml")
+    names = ["no_such:Sampler", "no_such:METRIC", "no_such:E", "no_such:Tracker"]
+    assert found["ok"]
+    assert found["plan"]["unchecked"] == names
+    assert any(f"not checked: {', '.join(names)}; " in remark for remark in found["remarks"])
+
+
+@pytest.mark.parametrize(
+    ("run_section", "message"),
+    [
+        ('{report_to: ["no_such:Tracker"]}', "tracker no_such:Tracker: cannot be imported"),
+        (
+            '{report_to: ["optuna:__name__"]}',
+            "tracker optuna:__name__: expects a class or a function, got a str",
+        ),
+        (
+            '{engine: "faulty_other:Unmade"}',
+            "engine faulty_other:Unmade: cannot be created without arguments",
+        ),
+    ],
+)
+def test_a_tracker_or_an_engine_that_cannot_be_used_is_bad_input_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    run_section: str, message: str,
+) -> None:  # fmt: skip
+    study = tmp_path / "study"
+    write_round(study, run=f"run: {run_section}")
+    (tmp_path / "faulty_other.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(study)
+    for verb in (["run"], ["check", "--probe"]):
+        assert run(["study", *verb, "round1.yaml"]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(p.name for p in study.iterdir()) == ["round1.yaml"]

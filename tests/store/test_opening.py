@@ -279,3 +279,20 @@ def test_a_server_that_went_away_for_a_moment(postgres_url: str) -> None:
     store.record(*processes.step(1))
     assert processes.steps_known(store) == 1
     store.close()
+
+
+def test_a_postgres_database_that_is_not_utf8_is_refused_with_the_command_for_one_that_is(
+    postgres_server: str,
+) -> None:
+    """initdb in the locale C makes such databases."""
+    server = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        options = "ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+        connection.execute(text(f"CREATE DATABASE plain {options}"))
+    url = make_url(postgres_server).set(database="plain").render_as_string(hide_password=False)
+    for use in (exists, lambda url: open_store(url, study="s")):
+        with pytest.raises(StorageError, match=r"SQL_ASCII.*createdb --encoding UTF8"):
+            use(url)
+    with server.connect() as connection:
+        connection.execute(text("DROP DATABASE plain WITH (FORCE)"))
+    server.dispose()

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.operators import operators_of
+from tuner.errors import InputError
+from tuner.methods import registry
+from tuner.methods.optimizers import Optimizer
 from tuner.records import Value
-from tuner.training.optimizer import TrialOptimizer
+from tuner.training.optimizer import TrialOptimizer, refuse_bad_optimizer
 
 CPU = torch.device("cpu")
 START = {
@@ -155,6 +158,49 @@ def test_state_does_not_depend_on_the_order_of_modules(kind: str) -> None:
         step(optimizer)
     assert one.state().keys() == other.state().keys()
     assert all(torch.equal(other.state()[key], value) for key, value in one.state().items())
+
+
+class _Counts(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["decay"] = 0.5
+
+
+def _raises(groups, values):
+    raise RuntimeError("needs a GPU of another kind")
+
+
+FAULTY = {
+    "nothing": (lambda groups, values: None, "build returned None, expects a torch.optim.Optimizer"),
+    "weights": (
+        lambda groups, values: torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1),
+        "its param_groups lack `part`",
+    ),
+    "raises": (_raises, r"raised RuntimeError: needs a GPU of another kind \(.*test_optimizer.py:\d+\)"),
+    "fraction": (lambda groups, values: _Counts(groups), "its state has decay = 0.5; checkpoints keep"),
+}
+
+
+@pytest.mark.parametrize("is_elementwise", [True, False])
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_custom_optimizer_that_cannot_work_is_named_before_any_trial(
+    monkeypatch: pytest.MonkeyPatch, name: str, is_elementwise: bool
+) -> None:
+    build, message = FAULTY[name]
+    described = Optimizer(
+        name=name, hyperparameters=(), state_bytes=4, build=build, is_elementwise=is_elementwise
+    )
+    monkeypatch.setitem(globals(), "DESCRIBED", described)
+    path = f"{__name__}:DESCRIBED"
+    registry._found.cache_clear()
+    with pytest.raises(InputError, match=f"^optimizer {path}: .*{message}"):
+        refuse_bad_optimizer(tiny.hyperparameters(optimizer=path), device=CPU)
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN["optimizer"])
+def test_what_is_asked_of_a_custom_optimizer_holds_of_each_built_in(name: str) -> None:
+    refuse_bad_optimizer(tiny.hyperparameters(optimizer=name), device=CPU)
 
 
 LARGE = {f"layer.{n}": (torch.randn(16, 300 + n), torch.randn(290 + 7 * n, 16)) for n in range(6)}

@@ -165,6 +165,8 @@ class TextGenerator:
         self._num_embeddings = base.num_embeddings
         self._limited_by = limited_by
         self._ends = end_tokens(tokenizer, base.model.generation_config)
+        # A loader whose cached step would pass by the adapters says so here.
+        self._caches = base.model.generation_config.use_cache is not False
         # Only the given options count, not the sampling and penalties in the model's files.
         base.model.generation_config = GenerationConfig()
 
@@ -221,6 +223,7 @@ class TextGenerator:
                 do_sample=False,  # the logits processor adds the randomness
                 eos_token_id=self._ends,
                 pad_token_id=self._ends[0] if pad is None else pad,
+                use_cache=self._caches,
             ),
             logits_processor=decoding.processors([prompt.row for prompt in prompts]),
             streamer=None if say is None else _Streamer(self._tokenizer, say),

@@ -44,7 +44,10 @@ def load_by_unsloth(
     max_length: int,
     quantization: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
-    """Load the model with unsloth's attention and MLP kernels, from exactly the named weights."""
+    """Load the model with unsloth's attention and normalisation kernels, from exactly the named weights.
+
+    Its kernels that fuse LoRA come with its own PEFT patch alone and are not used.
+    """
     from unsloth import FastLanguageModel
 
     loaded, _ = FastLanguageModel.from_pretrained(
@@ -62,4 +65,7 @@ def load_by_unsloth(
         use_gradient_checkpointing=False,
     )
     assert isinstance(loaded, PreTrainedModel)
+    # Its step from cached keys reads the weights of linear layers and of adapters that PEFT made. It would
+    # pass by tuner's layers, and answers would be the base model's.
+    loaded.generation_config.use_cache = False
     return loaded

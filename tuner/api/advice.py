@@ -18,7 +18,7 @@ _DISTINCT = "curve"
 """Placeholder hyperparameter that distinguishes curves without known hyperparameters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Advice:
     """What finished runs say about their horizon: was it right, and how long should the next ones be?"""
 
@@ -60,6 +60,11 @@ class Advice:
             )
         doubling = self.reading.doubling
         return None if doubling is None else doubling.to(max_train_steps / self.max_train_steps)
+
+    def __repr__(self) -> str:
+        suggested = self.suggested_max_train_steps
+        steps = "no suggestion" if suggested is None else f"{suggested} steps next"
+        return f"Advice({self.diagnosis}): {self.max_train_steps} steps, {steps}"
 
     def __str__(self) -> str:
         return "\n".join(self.evidence)

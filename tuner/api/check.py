@@ -21,8 +21,9 @@ from tuner.data import (
 )
 from tuner.data.answer_metrics import METRIC_KEY
 from tuner.data.pretrained import loaded_commit
+from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
-from tuner.methods.registry import is_built_in
+from tuner.methods.registry import Kind, is_built_in
 from tuner.playbook.noise import loss_error
 from tuner.records import Evaluation
 from tuner.report import check_document
@@ -36,7 +37,7 @@ from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import (
     base_evaluation,
-    loaded_objective,
+    load_plug_ins,
     other_workload,
     recorded_workload,
     refuse_changed_file,
@@ -71,6 +72,9 @@ def checked(
     file = load_round(path)
     round_plan = StudyPlan(with_plug_ins(file) if probe else file)
     command = _next_command(round_plan)
+    if probe:
+        load_plug_ins(round_plan)
+        make_engine(round_plan.spec.run.engine).close()
     if round_plan.spec.command is not None:
         return *_command_plan(round_plan, probe=probe), command
     try:
@@ -107,7 +111,8 @@ def _command_plan(round_plan: StudyPlan, *, probe: bool) -> tuple[RoundPlan, lis
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
     said = [*command_remarks(spec), *_run_remarks(spec)]
-    plan = planned_commands(spec)
+    plan, not_checked = _with_unchecked(planned_commands(spec), spec, probe=probe)
+    said += not_checked
     if not probe:
         return plan, [*said, "the command was not run; --probe runs a trial to its second evaluation"]
     from tuner.commands.probe import probed
@@ -168,14 +173,10 @@ def _plan(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
-    remarks += _objective_remarks(round_plan, probe=probe)
+    remarks += round_plan.file.hints
     remarks += _run_remarks(spec)
-    if unchecked := [*(name for _, name in spec.unloaded), *_foreign(spec)]:
-        plan = replace(plan, unchecked=unchecked)
-        remarks.append(
-            f"not checked: {', '.join(unchecked)}; `study run` and `study check --probe` import such "
-            "methods and check their hyperparameters"
-        )
+    plan, not_checked = _with_unchecked(plan, spec, probe=probe)
+    remarks += not_checked
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
@@ -208,14 +209,12 @@ def _probed(
 
 
 def _run_remarks(spec: RoundSpec) -> Iterator[str]:
-    """Yield remarks on the sections `search` and `run`, and on what is not checked in them."""
+    """Yield remarks on the sections `search` and `run`."""
     if spec.ends_early is not None:
         yield spec.ends_early
     if spec.trains_alone:
         yield spec.trains_alone
     yield from spec.without_effect()
-    if not is_built_in("engine", spec.run.engine):
-        yield f"run.engine: {spec.run.engine} is not checked here; `tuner study run` imports it"
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:
@@ -271,16 +270,6 @@ def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
         ) from error
 
 
-def _objective_remarks(plan: StudyPlan, *, probe: bool) -> list[str]:
-    """Return hints on the objective, and a note if a custom metric is not checked."""
-    name = plan.spec.objective.metric
-    if probe:
-        loaded_objective(plan)
-    elif not is_built_in("metric", name):
-        return [*plan.file.hints, f"objective.metric {name} is not loaded here; --probe and a run load it"]
-    return list(plan.file.hints)
-
-
 def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     """Yield remarks on generated answers: their number per trial, and completions that are too long."""
     answers = plan.spec.evaluation.answers
@@ -300,9 +289,30 @@ def _answers(plan: StudyPlan, data: PreparedData) -> list[str]:
     return remarks
 
 
-def _foreign(spec: RoundSpec) -> list[str]:
-    """Return hyperparameters that only a method not imported here can define."""
-    return sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
+def _with_unchecked(plan: RoundPlan, spec: RoundSpec, *, probe: bool) -> tuple[RoundPlan, list[str]]:
+    """Return the plan with what was not checked, and a remark on it; `probe` checks everything."""
+    unchecked = [] if probe else _unchecked(spec)
+    if not unchecked:
+        return plan, []
+    remark = (
+        f"not checked: {', '.join(unchecked)}; `tuner study check --probe` and `tuner study run` import and "
+        "check what is not built in"
+    )
+    return replace(plan, unchecked=unchecked), [remark]
+
+
+def _unchecked(spec: RoundSpec) -> list[str]:
+    """Return the names that are not built in, and the hyperparameters that only they can define."""
+    others: list[tuple[Kind, str]] = [
+        ("sampler", spec.search.sampler),
+        ("engine", spec.run.engine),
+        *(("tracker", name) for name in spec.run.report_to),
+    ]
+    if spec.command is None:
+        others.insert(1, ("metric", spec.objective.metric))
+    foreign = sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
+    methods = [name for _, name in spec.unloaded]
+    return [*methods, *foreign, *(name for kind, name in others if not is_built_in(kind, name))]
 
 
 def _model_remarks(model: ModelSpec) -> Iterator[str]:

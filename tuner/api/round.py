@@ -106,6 +106,9 @@ _EVALUATION_COLUMNS = (
 )  # fmt: skip
 
 
+_TEXTS = ("round", "state", "reason", "continues", "adapter")
+
+
 def trials_dataframe(trials: Iterable[Trial]) -> pd.DataFrame:
     """Return a row for each trial, with its hyperparameters as `params_NAME`."""
     return _table([_trial_row(trial) for trial in trials], _TRIAL_COLUMNS)
@@ -135,4 +138,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Data
     import pandas as pd
 
     more = list(dict.fromkeys(name for row in rows for name in row if name not in columns))
-    return pd.DataFrame(rows, columns=[*columns, *more])
+    table = pd.DataFrame(rows, columns=[*columns, *more])
+    # A column of numbers that are all missing would be one of objects, which cannot be averaged or plotted.
+    missing = [name for name in columns if name not in _TEXTS and table[name].isna().all()]
+    return table.astype(dict.fromkeys(missing, float)) if rows else table

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
-from tuner.engines import Job, Program, Worker, end_all_processes, make_engine
+from tuner.engines import Job, Program, Worker, end_all_processes, make_engine, start_workers
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
@@ -69,8 +69,10 @@ class Where:
 
     def __post_init__(self) -> None:
         for name, number in (("slots", self.slots), ("workers", self.workers)):
-            if number not in (None, "auto") and (isinstance(number, (bool, str)) or number < 1):
+            if number not in (None, "auto") and (type(number) is not int or number < 1):
                 raise InputError(f"{name}={number!r}: expects auto or a whole number of at least 1")
+        if self.engine is not None and not isinstance(self.engine, str):
+            raise InputError(f"engine={self.engine!r}: expects a name, {expected('engine')}")
 
     @property
     def options(self) -> str:
@@ -124,7 +126,7 @@ def run_here(
                 view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return engine.start(replace(_round_job(plan, base, where), say=view.message))
+            return start_workers(engine, replace(_round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
@@ -239,7 +241,8 @@ def run_again(
         alone = spec.model_copy(
             update={"run": spec.run.model_copy(update={"slots": 1, "ray_address": address})}
         )
-        return engine.start(replace(_job(alone, directory=place, beside=cache.parent), say=view.message))
+        job = replace(_job(alone, directory=place, beside=cache.parent), say=view.message)
+        return start_workers(engine, job)
 
     try:
         return reproduce(rerun, make_worker=start, view=view, stopping=stopping, take=take)
@@ -384,6 +387,8 @@ def interruptible(
     terminal that hangs up says so several times, which counts once.
     Handlers are set on the main thread only and restored at the end; other threads only have the time limit.
     """
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+        raise InputError(f"seconds={seconds!r}: expects a number of at least 0")
     stopping = Stopping(None if seconds is None else time.monotonic() + seconds)
     if threading.current_thread() is not threading.main_thread():
         yield stopping

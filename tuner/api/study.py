@@ -14,6 +14,7 @@ from tuner.api.auto import Automatic, restarts_of
 from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
 from tuner.api.run import Where, has_begun, interruptible, prepared_quietly, run_here, unsaid, view_of
 from tuner.api.trial import Trial
+from tuner.errors import InputError
 from tuner.playbook.restarts import Enough
 from tuner.playbook.sweep import FirstHorizon
 from tuner.report import status_document
@@ -340,6 +341,8 @@ class Study:
             InputError: if the file exists or an argument cannot be used.
             TunerError: if the round suggests no horizon and none is given.
         """
+        if isinstance(add, str):
+            raise InputError(f"add={add!r}: expects a list of texts; pass [{add!r}]")
         overrides = Overrides(max_train_steps, top, decay, tuple(add), tuple(settings))
         done = promote_held(self._folder(), to=to, from_round=from_round, overrides=overrides, force=force)
         return Promotion(done.path, done.document)

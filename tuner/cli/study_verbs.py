@@ -549,6 +549,8 @@ def _folder() -> StudyFolder:
     folder = open_here()
     for error in folder.broken:
         _say(f"skipped, since it has mistakes: {error}")
+    for error in folder.unrunnable:
+        _say(f"cannot run here: {error}")
     return folder
 
 

@@ -188,7 +188,7 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
     `begun` is the JSON of the RoundSpec that the round began with, its paths relative or absolute. Values are
     compared by their meaning: a default that is now written out is no change, nor is another order of keys.
     """
-    before = RoundSpec.model_validate(dict(begun))
+    before = RoundSpec.recorded(begun)
     then, today = (_by_key(spec.absolute(now.directory)) for spec in (before, now.spec))
     written_then, written_today = _by_key(before), _by_key(now.spec)
     lines = parse(now.text)

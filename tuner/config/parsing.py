@@ -17,7 +17,9 @@ from tuner.config.wording import Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
 from tuner.methods.plug_ins import PlugIn, loaded
+from tuner.methods.schedules import refuse_bad_rates, schedule
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import corners
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,30 @@ def load_round(path: Path) -> RoundFile:
 def with_plug_ins(file: RoundFile) -> RoundFile:
     """Return the file with the descriptions of the methods it names that tuner does not have, imported.
 
-    Raises InputError where one cannot be, and RoundFileError where hyperparameters are not as they say.
+    Those of a command are its own, whatever their names. Raises InputError where one cannot be imported, and
+    RoundFileError where hyperparameters are not as they say.
     """
+    if file.spec.command is not None:
+        return file
     plug_ins = loaded(file.spec.hyperparameters)
-    return read_round(file.text, file.path, plug_ins=plug_ins) if plug_ins else file
+    if not plug_ins:
+        return file
+    found = read_round(file.text, file.path, plug_ins=plug_ins)
+    for plug_in in plug_ins:
+        if plug_in.kind == "schedule":
+            _refuse_bad_schedule(found, plug_in.name)
+    return found
+
+
+def _refuse_bad_schedule(file: RoundFile, name: str) -> None:
+    """Refuse a custom schedule whose rate cannot be computed for trials of this file."""
+    for trial in corners(file.spec.space(), {"schedule": name}):
+        try:
+            refuse_bad_rates(schedule(name), trial, file.spec.max_train_steps)
+        except InputError as error:
+            key = "hyperparameters.schedule"
+            mistake = Mistake(file.line(key), key, f"{name}: {error}")
+            raise RoundFileError(file.path, [mistake]) from error
 
 
 def read_round(text: str, path: Path, *, plug_ins: Sequence[PlugIn] = ()) -> RoundFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -51,7 +51,7 @@ from tuner.config.wording import ONE_HORIZON, Refusal, mistake, refuse
 from tuner.errors import InputError, shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
-from tuner.methods.registry import BUILT_IN, is_built_in
+from tuner.methods.registry import BUILT_IN, is_built_in, trusting_names
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.tools import Tool, tool
 from tuner.methods.variants import possible_variants
@@ -339,9 +339,18 @@ class RoundSpec(BaseModel):
             Refusal((name,), message, rests_on=("command",)) for name, is_there in written.items() if is_there
         ]
 
+    @classmethod
+    def recorded(cls, document: Mapping[str, Any]) -> Self:
+        """Return the file that a round has recorded, whether or not the packages it names are installed."""
+        with trusting_names():
+            return cls.model_validate(dict(document))
+
     def space(self) -> Space:
         """Return all hyperparameters: the file's in its order, then the fixed defaults."""
-        return complete_space(self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table)
+        with trusting_names():  # they were checked when the file was read
+            return complete_space(
+                self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table
+            )
 
     @property
     def table(self) -> Table:

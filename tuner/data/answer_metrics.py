@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import math
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from tuner.data.prompts import Prompt
 from tuner.data.splits import Part
 from tuner.data.tokenise import Fate
-from tuner.errors import DataError, MetricError
+from tuner.errors import DataError, MetricError, last_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +30,6 @@ EXACT_MATCH = "exact_match"
 METRIC_KEY = "evaluation.answers.metric"
 _LARGEST = 1e100
 """Of a score: a mean of such numbers, and its standard error, are finite."""
-_NOT_THE_USERS = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
-"""Files whose lines in a traceback say nothing of a metric."""
 
 
 class AnswerMetric:
@@ -55,7 +52,9 @@ class AnswerMetric:
                 found = self._compare(answer, reference)
             number = float(found) if isinstance(found, SupportsFloat) else None
         except (Exception, SystemExit) as error:
-            raise self._at_fault(place, f"it raised {_last_words(error)}", answer, reference) from error
+            raise self._at_fault(
+                place, f"it raised {last_words(error, __file__)}", answer, reference
+            ) from error
         if number is None:
             said = f"it returned {_short(found)}, not a number"
             raise self._at_fault(place, said, answer, reference)
@@ -88,7 +87,7 @@ def load_metric(name: str) -> AnswerMetric:
         with redirect_stdout(sys.stderr):
             module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
-        said = f"{place} cannot be imported: {_last_words(error)}"
+        said = f"{place} cannot be imported: {last_words(error, __file__)}"
         raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {advice}") from error
     found: Any = module
     for part in attribute.split("."):
@@ -125,14 +124,6 @@ def _file_hash(module: ModuleType) -> str | None:
         return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()[:16]
     except (AttributeError, OSError):
         return None
-
-
-def _last_words(error: BaseException) -> str:
-    """Return an exception's message and the line of the user's code that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _NOT_THE_USERS]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from tuner.engines.protocol import Engine, Job, Program, Worker
 from tuner.engines.ray.engine import RayEngine
 from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
 from tuner.engines.synthetic import LoraFormula, RecordedCurves
-from tuner.errors import InputError
+from tuner.errors import InputError, TunerError, WorkerError, last_words, one_of
 from tuner.methods.registry import load
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "gpu_meter",
     "make_engine",
     "open_nvml",
+    "start_workers",
     "visible_devices",
     "wait_for_former_workers",
     "worker_environments",
@@ -51,8 +52,19 @@ def make_engine(name: str) -> Engine:
     made: object = _BUILT_IN[name]() if name in _BUILT_IN else _made(name, load("engine", name))
     missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
     if missing:
-        raise InputError(f"engine {name}: {type(made).__name__} has no method {' and no '.join(missing)}")
+        raise InputError(f"engine {name}: {type(made).__name__} has no method {one_of(missing)}")
     return made  # type: ignore[return-value]
+
+
+def start_workers(engine: Engine, job: Job) -> Worker:
+    """Return the job's workers. Raises what `Engine.start` may, and WorkerError for any other error of it."""
+    try:
+        return engine.start(job)
+    except (TunerError, OSError):
+        raise
+    except Exception as error:  # a plug-in may raise anything
+        said = last_words(error, __file__)
+        raise WorkerError(f"{type(engine).__name__} could not start the workers: {said}") from error
 
 
 _METHODS = ("start", "gpu_readings", "now", "close")
@@ -61,5 +73,6 @@ _METHODS = ("start", "gpu_readings", "now", "close")
 def _made(name: str, found: object) -> object:
     try:
         return found()  # type: ignore[operator]
-    except TypeError as error:
-        raise InputError(f"engine {name}: cannot be created without arguments: {error}") from error
+    except Exception as error:  # it may raise anything
+        said = last_words(error, __file__)
+        raise InputError(f"engine {name}: cannot be created without arguments: {said}") from error

@@ -15,7 +15,7 @@ from tuner.errors import InputError
 from tuner.methods import kinds, variants
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.optimizers import Optimizer, optimizer
-from tuner.methods.registry import imported, is_built_in, is_known, stand_in
+from tuner.methods.registry import imported, is_built_in, stand_in
 from tuner.methods.schedules import Schedule, not_imported
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.variants import Variant
@@ -81,12 +81,12 @@ class PlugIn:
 
 
 def named(written: Mapping[str, Any]) -> list[tuple[Chooser, str]]:
-    """Return the plug-ins named under `hyperparameters:` of a file."""
+    """Return the plug-ins named under `hyperparameters:` of a file, installed or not."""
     found = [
         (chooser, name)
         for chooser in CHOOSERS
         for name in _listed(written.get(chooser))
-        if isinstance(name, str) and not is_built_in(chooser, name) and is_known(chooser, name)
+        if isinstance(name, str) and not is_built_in(chooser, name)
     ]
     return list(dict.fromkeys(found))
 
@@ -119,21 +119,19 @@ def _load(kind: Chooser, name: str) -> PlugIn:
             method = imported(kind, name, Schedule)
         case "variant":
             method = _checked(imported(kind, name, Variant), name)
+    if not isinstance(method.hyperparameters, (tuple, list)):
+        raise InputError(f"{kind} {name}: expects a tuple of hyperparameters, got {method.hyperparameters!r}")
     for row in method.hyperparameters:
-        if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
-            raise InputError(
-                f"{kind} {name}: expects hyperparameters of type "
-                f"tuner.methods.hyperparameters.Hyperparameter and of the kinds {', '.join(_KINDS)}; "
-                f"got {row!r}"
-            )
+        _refuse_bad_row(row, place=f"{kind} {name}")
+    rows = tuple(method.hyperparameters)
     if isinstance(method, Optimizer):
-        return PlugIn(kind, name, method.hyperparameters, method.state_bytes, method.amplifies_rounding)
+        return PlugIn(kind, name, rows, method.state_bytes, method.amplifies_rounding)
     if isinstance(method, Schedule):
-        return PlugIn(kind, name, method.hyperparameters, has_stable_phase=method.has_stable_phase)
+        return PlugIn(kind, name, rows, has_stable_phase=method.has_stable_phase)
     return PlugIn(
         kind,
         name,
-        method.hyperparameters,
+        rows,
         title=method.title,
         packs=method.packs,
         weights_per_output=method.weights_per_output,
@@ -150,6 +148,21 @@ def _checked(variant: Variant, name: str) -> Variant:
     defaults = {row.name: row.default for row in rows if row.default is not None}
     variants.refuse_arguments(variant, variant.config(defaults))
     return variant
+
+
+def _refuse_bad_row(row: object, *, place: str) -> None:
+    """Refuse a hyperparameter that cannot be recorded, or that does not allow its own default."""
+    if not isinstance(row, Hyperparameter) or type(row.kind).__name__ not in _KINDS:
+        raise InputError(
+            f"{place}: expects hyperparameters of type tuner.methods.hyperparameters.Hyperparameter and of "
+            f"the kinds {', '.join(_KINDS)}; got {row!r}"
+        )
+    if row.name in HYPERPARAMETERS or row.only_if_written:
+        return
+    try:
+        row.kind.parse(row.default)
+    except ValueError as error:
+        raise InputError(f"{place}: the default of {row.name} cannot be used: {error}") from error
 
 
 def state_bytes(optimizer_name: str, recorded: Iterable[Mapping[str, Any]]) -> int:

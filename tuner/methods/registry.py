@@ -6,13 +6,16 @@ Checking a name imports nothing; a method is imported on first use.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from tuner.errors import InputError
+from tuner.errors import InputError, last_words
 
 Kind: TypeAlias = Literal[
     "optimizer", "schedule", "variant", "metric", "sampler", "engine", "tracker", "tool"
@@ -49,7 +52,28 @@ def is_built_in(kind: Kind, name: str) -> bool:
 
 def is_known(kind: Kind, name: str) -> bool:
     """Return whether the name can be resolved, as far as is known without importing it."""
-    return is_built_in(kind, name) or re.fullmatch(PATH, name) is not None or name in names(kind)
+    return (
+        is_built_in(kind, name)
+        or re.fullmatch(PATH, name) is not None
+        or _TRUSTING.get()
+        or name in names(kind)
+    )
+
+
+@contextmanager
+def trusting_names() -> Iterator[None]:
+    """Take every name in the block for a known one: the package that registers it may not be installed here.
+
+    For a round that has been recorded, and for a file that is only read.
+    """
+    token = _TRUSTING.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTING.reset(token)
+
+
+_TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 def is_at_hand(kind: Kind, name: str) -> bool:
@@ -67,15 +91,28 @@ def load(kind: Kind, name: str) -> Any:
     found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
     if found is None and not re.fullmatch(PATH, name):
         raise InputError(f"{kind} {name}: expects {expected(kind)}")
-    path = found.value if found is not None else name
+    path = name if found is None else found.value
+    place = f"{kind} {name}" if found is None else f"{kind} {name}, which is {path}"
     module, _, attribute = path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{kind} {name}: {path} cannot be imported: {error}. Install its package, or add its "
-            "directory to PYTHONPATH"
-        ) from error
+        with redirect_stdout(sys.stderr):  # standard output is the command's alone
+            return getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a module may raise anything
+        raise InputError(f"{place}: {_why_not_imported(module, error)}") from error
+
+
+def _why_not_imported(module: str, error: BaseException) -> str:
+    """Return what went wrong and what to do."""
+    match error:
+        case ModuleNotFoundError(name=missing) if missing and f"{module}.".startswith(f"{missing}."):
+            return (
+                f"cannot be imported: there is no module {missing}. Install its package, or add its "
+                "directory to PYTHONPATH"
+            )
+        case AttributeError() if module in sys.modules:
+            return f"{error}. Correct the name"
+        case _:
+            return f"{module} cannot be imported: {last_words(error, __file__)}"
 
 
 def described(kind: Kind, name: str, of: type[Described]) -> Described:

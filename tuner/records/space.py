@@ -223,6 +223,23 @@ def complete_hyperparameters(space: Space, chosen: Hyperparameters) -> dict[str,
     return values
 
 
+def corners(space: Space, given: Hyperparameters) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Return a trial at the low end, or first choice, of every dimension, and one at the high end, or last.
+
+    `given` are values of both.
+    """
+    first, last = dict(given), dict(given)
+    for name, dimension in searched(space).items():
+        match dimension:
+            case Choices(values=values):
+                ends: tuple[Value, Value] = values[0], values[-1]
+            case Range(low=low, high=high, integer=is_integer):
+                ends = (int(low), int(high)) if is_integer else (low, high)
+        first.setdefault(name, ends[0])
+        last.setdefault(name, ends[1])
+    return complete_hyperparameters(space, first), complete_hyperparameters(space, last)
+
+
 def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
     """Return hyperparameters with lists converted back to tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

@@ -91,7 +91,7 @@ class RoundPlan:
     direction: str | None = LOSS.direction.value
     """minimize or maximize; None for a custom metric, which is not loaded here."""
     unchecked: Sequence[str] = ()
-    """Not checked: custom methods and the hyperparameters that only they define."""
+    """Not checked: names that are not built in, and the hyperparameters that only they define."""
 
 
 def round_status(

@@ -152,12 +152,25 @@ def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args
     defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": "tuner"}
     chosen = {name: value for name, value in (defaults | connect_args).items() if name not in url.query}
     try:
-        return create_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=chosen)
+        engine = create_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=chosen)
+        # First: SQLAlchemy's own look at a new connection fails on text that is not UTF-8.
+        event.listen(engine, "connect", lambda made, _: _refuse_encoding(url, made), insert=True)
+        return engine
     except ImportError as error:
         raise StorageError(
             f"storage: {shown_url(url)} needs a driver that is not installed ({error}); "
             f"{install_command('postgres')}"
         ) from error
+
+
+def _refuse_encoding(url: URL, connection: Any) -> None:
+    """Raise StorageError for a PostgreSQL database whose text is not UTF-8."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise StorageError(
+            f"storage: {shown_url(url)}: the encoding of this database is {encoding}, and tuner needs UTF8. "
+            "Create another one with: createdb --encoding UTF8 --template template0 NAME"
+        )
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

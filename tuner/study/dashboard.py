@@ -17,8 +17,8 @@ from optuna_dashboard import wsgi
 from tuner.errors import InputError
 from tuner.installation import version
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
-from tuner.records import RoundRecord
-from tuner.report import RoundReport, best_steps_figure, round_note
+from tuner.records import RoundRecord, TrialState
+from tuner.report import RoundReport, best_steps_figure, curves_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
 from tuner.study.importance import importance
@@ -201,10 +201,32 @@ def environment() -> dict[str, str]:
 
 
 def write_pages(study: optuna.Study, report: RoundReport) -> None:
-    """Write the reading of a round and its plot of best steps to its page in optuna-dashboard."""
+    """Write a round's reading, its main plots and its key numbers to its page in optuna-dashboard."""
     # It loads scikit-learn, which would dominate the time of `trial list`.
     from optuna_dashboard import save_note, save_plotly_graph_object
 
+    for name, value in study_attributes(report).items():
+        if study.user_attrs.get(name) != value:
+            study.set_user_attr(name, value)
     save_note(study, round_note(report))
-    figure = best_steps_figure(report.results.trials, max_train_steps=report.max_train_steps)
-    save_plotly_graph_object(study, figure, graph_object_id="tuner-best-steps")
+    trials, steps = report.results.trials, report.max_train_steps
+    figures = {
+        "tuner-best-steps": ("Best step of each trial", best_steps_figure(trials, max_train_steps=steps)),
+        "tuner-curves": ("Evaluations during training", curves_figure(trials, max_train_steps=steps)),
+    }
+    for name, (title, figure) in figures.items():
+        figure.update_layout(title={"text": f"{title}, {report.name}", "x": 0}, margin_t=60)
+        save_plotly_graph_object(study, figure, graph_object_id=name)
+
+
+def study_attributes(report: RoundReport) -> dict[str, int | str]:
+    """Return what the dashboard shows of the whole round."""
+    lost = [trial.number for trial in report.results.trials if trial.state is TrialState.INFEASIBLE]
+    attributes: dict[str, int | str] = {
+        "max_train_steps": report.max_train_steps,
+        "diagnosis": report.reading.diagnosis.value,
+        "infeasible trials": ", ".join(map(str, lost)) or "none",
+    }
+    if report.reading.suggested_max_train_steps is not None:
+        attributes["suggested max_train_steps"] = report.reading.suggested_max_train_steps
+    return attributes

@@ -11,6 +11,7 @@ from pathlib import Path
 from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
 from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError
+from tuner.methods.registry import trusting_names
 from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
 from tuner.study.plan import CheckpointFolder, RoundPlan
@@ -50,6 +51,8 @@ class StudyFolder:
     """By name, with numbers in numeric order."""
     broken: tuple[RoundFileError, ...] = field(default=())
     """Round files with mistakes."""
+    unrunnable: tuple[RoundFileError, ...] = field(default=())
+    """Of `files`, those with a name that no installed package registers: they can be read but not run."""
 
     @property
     def name(self) -> str:
@@ -152,13 +155,19 @@ def open_folder(directory: Path) -> StudyFolder:
         raise InputError(f"{directory}: no such directory; -C expects the folder of a study")
     files: list[RoundFile] = []
     broken: list[RoundFileError] = []
+    unrunnable: list[RoundFileError] = []
     for path in sorted(directory.glob("*.y*ml"), key=_natural):
         if not looks_like_round(path):
             continue
         try:
             files.append(load_round(path))
         except RoundFileError as error:
-            broken.append(error)
+            try:
+                with trusting_names():
+                    files.append(load_round(path))
+                unrunnable.append(error)
+            except RoundFileError:
+                broken.append(error)
     if not files:
         if broken:
             raise broken[0]
@@ -167,7 +176,7 @@ def open_folder(directory: Path) -> StudyFolder:
             "create one with: tuner study new DIR --model M --data D"
         )
     _refuse_mixed(directory, files)
-    return StudyFolder(directory, tuple(files), tuple(broken))
+    return StudyFolder(directory, tuple(files), tuple(broken), tuple(unrunnable))
 
 
 def is_study_folder(directory: Path) -> bool:

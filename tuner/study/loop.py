@@ -50,6 +50,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.disk import not_retained, num_carried_over, promised_trials
 from tuner.study.optuna_rows import RowsChanged
 from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
+from tuner.study.proposals import SamplerStopped
 from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_open_attempt, unreplaced
 from tuner.study.sampling import Proposal, RoundStudy
 
@@ -134,7 +135,11 @@ class RoundLoop:
         to_replace = unreplaced(trials)
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
-        proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
+        try:
+            proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
+        except SamplerStopped as error:
+            self._close()
+            raise RoundStopped(f"{error}. All progress is saved. Fix the sampler") from error
         hyperparameters = complete_hyperparameters(self.plan.space, proposal.chosen)
         continues: Continuation | None
         why_not: str | None

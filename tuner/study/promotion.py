@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
 from tuner.config.settings import with_settings
 from tuner.config.yaml_text import one_line
 from tuner.data import TABLE_VERSION
-from tuner.errors import InputError
+from tuner.errors import InputError, one_of
 from tuner.methods.schedules import DecayRule
 from tuner.playbook import NextRound, Reading, RoundResults, plan_next_round
 from tuner.playbook.promotion import EnqueuedTrial
@@ -68,6 +68,13 @@ class Overrides:
     """Values to write into the file, as `KEY=VALUE`."""
     reason: str = "set by --max-train-steps"
     """Why the horizon is not the suggested one, for the comment beside it."""
+
+    def __post_init__(self) -> None:
+        if self.decay not in get_args(DecayRule):
+            raise InputError(f"decay={self.decay!r}: expects {one_of(get_args(DecayRule))}")
+        for name, number in (("max_train_steps", self.max_train_steps), ("top", self.top)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise InputError(f"{name}={number!r}: expects a whole number of at least 1")
 
 
 _AS_PLANNED = Overrides()

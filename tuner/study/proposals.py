@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +27,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial
 
 from tuner.config import SearchSpec
-from tuner.errors import InputError
+from tuner.errors import InputError, RoundStopped, last_words
 from tuner.methods.registry import load
 from tuner.playbook.observations import (
     Observation,
@@ -72,6 +73,10 @@ _TRIES_OF_ANOTHER = 10
 _LEARNS_NOTHING = ("quasi-random", "random", "grid")
 _PENALTY = 10.0
 """What an infeasible trial is told as while nothing is complete: a loss that no model has."""
+_TRIED_RESULTS = 12
+"""Results that `try_sampler` shows: Optuna's TPE and GP model the results from the tenth on."""
+_NOT_THE_SAMPLERS = (__file__, str(Path(optuna.__file__).parent), inspect.__file__)
+"""Files and folders whose lines do not name a mistake in a sampler."""
 _RANDOM_TRIES = 1000
 """Random points that may, before a finite space is gone through in order."""
 
@@ -368,6 +373,10 @@ Noted: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Any]]
 """A point, and the attributes that a sampler has given its trial."""
 
 
+class SamplerStopped(RoundStopped):
+    """An imported sampler raised an error instead of proposing a point."""
+
+
 class ImportedSampler(PointSampler):
     """Any Optuna sampler, run on an in-memory study with all observations.
 
@@ -404,10 +413,16 @@ class ImportedSampler(PointSampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what a user cannot change: experimental calls, other spaces
             study.add_trials(self._told(space))
-            for params in request.running:
-                study.enqueue_trial({name: params[name] for name in space})
-                study.ask(space)
-            asked = study.ask(space)
+            try:
+                for params in request.running:
+                    study.enqueue_trial({name: params[name] for name in space})
+                    study.ask(space)
+                asked = study.ask(space)
+            except Exception as error:  # a sampler may raise anything
+                raise SamplerStopped(
+                    f"search.sampler {self._search.sampler}: cannot propose a trial: "
+                    f"{last_words(error, *_NOT_THE_SAMPLERS)}"
+                ) from error
         frozen = study.get_trials(deepcopy=False)[asked.number]
         self._notes.append((dict(frozen.params), dict(frozen.system_attrs)))
         return dict(frozen.params)
@@ -441,17 +456,40 @@ def make_sampler(search: SearchSpec, *, seed: int) -> optuna.samplers.BaseSample
     """
     made_by = load("sampler", search.sampler)
     place = f"search.sampler {search.sampler}"
+    if not callable(made_by):
+        raise InputError(f"{place}: expects a class, got {made_by!r}")
     try:
         takes_seed = "seed" in inspect.signature(made_by).parameters
         arguments = {"seed": seed, **search.sampler_arguments} if takes_seed else search.sampler_arguments
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             made = made_by(**arguments)
-    except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{place}: cannot be created with {search.sampler_arguments}: {error}") from error
+    except Exception as error:  # a class may raise anything
+        said = last_words(error, *_NOT_THE_SAMPLERS)
+        raise InputError(f"{place}: cannot be created with {search.sampler_arguments}: {said}") from error
     if not isinstance(made, optuna.samplers.BaseSampler):
         raise InputError(f"{place}: expects an Optuna sampler, got a {type(made).__name__}")
     return made
+
+
+def try_sampler(search: SearchSpec, space: Space, objective: Objective) -> None:
+    """Ask a sampler from outside of tuner for a first point, and for one after several results.
+
+    A library that it imports late, or a dimension that it does not support, is found now and not in the
+    middle of the round. Raises InputError.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    dimensions = distributions(active(searched(space), {}))
+    known = itertools.islice(random_points(dimensions, np.random.default_rng(0)), _TRIED_RESULTS)
+    results = [Observed(point, value=1.0 + 1.0 / (1 + number)) for number, point in enumerate(known)]
+    for observed in ([], results):
+        source = ImportedSampler(
+            search, is_maximised=objective.direction == Direction.MAXIMIZE, observed=observed
+        )
+        try:
+            next(source.points(dimensions, Request(0, np.random.default_rng(0))))
+        except SamplerStopped as error:
+            raise InputError(str(error)) from error
 
 
 def distributions(space: Mapping[str, Choices | Range]) -> dict[str, BaseDistribution]:

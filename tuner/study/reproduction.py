@@ -107,7 +107,7 @@ def planned_rerun(
     with opened(folder) as store:
         record = store.round(trial.round)
         assert record is not None
-        spec = RoundSpec.model_validate(dict(record.spec)).absolute(folder.directory)
+        spec = RoundSpec.recorded(record.spec).absolute(folder.directory)
         # Only the curve is compared: the best adapter's answers follow from it.
         evaluation = spec.evaluation.model_copy(update={"answers": None})
         spec = spec.model_copy(update={"evaluation": evaluation})

@@ -28,7 +28,7 @@ from tuner.study.folder import StudyFolder, opened
 
 def round_results(record: RoundRecord, trials: Sequence[Trial]) -> RoundResults:
     """Return a round's results: its configuration, its trials so far, and the measured cost of evaluation."""
-    spec = RoundSpec.model_validate(record.spec)
+    spec = RoundSpec.recorded(record.spec)
     measured = record.throughput.evaluation_share if record.throughput else None
     return RoundResults(
         name=record.name,
@@ -61,7 +61,7 @@ def as_written_now(record: RoundRecord, file: RoundFile) -> RoundRecord:
 
 def objective_of(record: RoundRecord, trials: Sequence[Trial] = ()) -> Objective:
     """What a round ranks by: as its evaluations say, before the first one as its record does."""
-    objective = RoundSpec.model_validate(record.spec).recorded_objective
+    objective = RoundSpec.recorded(record.spec).recorded_objective
     made = next((e.objective for trial in trials for e in trial.evaluations), None)
     return made if made is not None and made.metric == objective.metric else objective
 
@@ -84,7 +84,7 @@ def restated(results: RoundResults, objective: Objective) -> RoundResults:
 
 def num_promised(record: RoundRecord) -> int:
     """Return the number of trials of a complete round."""
-    return RoundSpec.model_validate(record.spec).num_trials
+    return RoundSpec.recorded(record.spec).num_trials
 
 
 def keep_unwritten_rule(file: RoundFile, record: RoundRecord | None) -> RoundFile:

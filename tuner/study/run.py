@@ -28,7 +28,7 @@ from tuner.methods.variants.initialisations import starts_with_zero_b
 from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
-from tuner.report.trackers import not_installed
+from tuner.report.trackers import not_installed, refuse_unusable
 from tuner.store import CachedStore, Store, exists, hold_study, open_store, refuse_damaged
 from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
@@ -36,7 +36,7 @@ from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.plan import CheckpointFolder, RoundPlan
-from tuner.study.proposals import make_sampler
+from tuner.study.proposals import try_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
 from tuner.study.sampling import RoundStudy, optuna_storage
 
@@ -78,7 +78,7 @@ def run_round(
     refuse_lost_database(plan)
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
-    objective = loaded_objective(plan)
+    objective = load_plug_ins(plan)
     with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
@@ -193,12 +193,7 @@ def _begun(plan: RoundPlan) -> RoundRecord | None:
 
 
 def refuse_uninstalled(plan: RoundPlan) -> None:
-    """Refuse a user's sampler or trackers that are not installed.
-
-    A dry run uses no trackers. Raises RoundFileError, and InputError for a sampler.
-    """
-    if not is_built_in("sampler", plan.spec.search.sampler):
-        make_sampler(plan.spec.search, seed=0)
+    """Refuse built-in trackers that are not installed; a dry run uses no trackers. Raises RoundFileError."""
     run = plan.spec.run
     missing = not_installed(run.report_to) if run.engine != "simulated" else []
     key = "run.report_to"
@@ -212,6 +207,21 @@ def refuse_uninstalled(plan: RoundPlan) -> None:
     ]
     if mistakes:
         raise RoundFileError(plan.file.path, mistakes)
+
+
+def load_plug_ins(plan: RoundPlan) -> Objective:
+    """Import the metric, the sampler and the trackers of a round that are not built in, and try the sampler.
+
+    Returns the round's objective. Raises InputError for a plug-in that cannot be used, RoundFileError for a
+    direction that is not the metric's.
+    """
+    objective = loaded_objective(plan)
+    if not is_built_in("sampler", plan.spec.search.sampler):
+        try_sampler(plan.spec.search, plan.space, objective)
+    if plan.spec.run.engine != "simulated":
+        for name in plan.spec.run.report_to:
+            refuse_unusable(name)
+    return objective
 
 
 def _begun_elsewhere(plan: RoundPlan) -> str:

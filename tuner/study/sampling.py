@@ -177,8 +177,8 @@ class RoundStudy:
     def _expected(self, trial: Trial) -> Expected:
         """What Optuna has, or will have, of a trial."""
         match trial.state:
-            case TrialState.COMPLETE:
-                return Expected(trial, (optuna.trial.TrialState.COMPLETE, self._value(trial)))
+            case TrialState.COMPLETE if (value := objective_value(trial)) is not None:
+                return Expected(trial, (optuna.trial.TrialState.COMPLETE, value))
             case TrialState.INFEASIBLE if self._is_penalised:
                 return Expected(trial, (optuna.trial.TrialState.COMPLETE, None), is_any_value=True)
             case TrialState.FAILED:
@@ -199,22 +199,17 @@ class RoundStudy:
         if trial.state != TrialState.FAILED:
             self._set_feasible(trial, handle, not is_infeasible)
         match trial.state:
-            case TrialState.COMPLETE:
-                self.study.tell(handle, self._value(trial))
+            case TrialState.COMPLETE if (value := objective_value(trial)) is not None:
+                self.study.tell(handle, value)
             case TrialState.INFEASIBLE if self._is_penalised:
                 self.study.tell(handle, self._penalty())
-            case TrialState.INFEASIBLE | TrialState.PRUNED:
+            # A complete trial has no value if its metric is infinite at every step.
+            case TrialState.INFEASIBLE | TrialState.PRUNED | TrialState.COMPLETE:
                 self.study.tell(handle, state=optuna.trial.TrialState.PRUNED)
             case TrialState.FAILED:
                 self.study.tell(handle, state=optuna.trial.TrialState.FAIL)
             case other:
                 raise ValueError(f"trial {trial.number} is {other}: only an ended trial can be told")
-
-    def _value(self, trial: Trial) -> float:
-        """What a complete trial came to, by the round's objective."""
-        value = objective_value(trial)
-        assert value is not None  # recorded before the trial's end
-        return value
 
     def recover(self, trials: Sequence[Trial], *, max_train_steps: int) -> None:
         """After a crash: end what Optuna has and the facts do not, and tell what was not told.

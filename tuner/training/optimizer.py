@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import InputError, last_words
 from tuner.methods.optimizers import optimizer
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Hyperparameters
@@ -121,8 +122,42 @@ class TrialOptimizer:
                 int(tensor) if is_count else tensor.to(parameter.device).clone()
             )
 
+    def mistake(self) -> str | None:
+        """Return what a custom optimizer lacks; None if nothing is wrong."""
+        groups = getattr(self._optimizer, "param_groups", None)
+        if groups is None:
+            return f"build returned {self._optimizer!r}, expects a torch.optim.Optimizer"
+        if not all("part" in group for group in groups):
+            return "its param_groups lack `part`; create it from the groups that `build` receives"
+        for values in self._optimizer.state.values():
+            for key, value in values.items():
+                if not isinstance(value, (int, Tensor)):
+                    return f"its state has {key} = {value!r}; checkpoints keep tensors and whole numbers"
+        return None
+
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> None:
+    """Build a custom optimizer, update small weights once, and take its state through a checkpoint.
+
+    Raises InputError for what would otherwise fail in every trial.
+    """
+    name = str(HYPERPARAMETERS["optimizer"].value(trial))
+    weights = (torch.full((2, 4), 0.1), torch.full((4, 2), 0.1), torch.full((4,), 0.1))
+    try:
+        tried = TrialOptimizer({"layer": weights}, trial, device=device)
+        if (mistake := tried.mistake()) is None:
+            for gradient in tried._flat_gradients:
+                gradient.fill_(1e-3)
+            tried.step(1.0, norm=float(tried.gradient_norm()))
+            mistake = tried.mistake()
+            tried.load_state(tried.state())
+    except Exception as error:  # noqa: BLE001  a plug-in may raise anything
+        mistake = f"an update of small weights raised {last_words(error, __file__)}"
+    if mistake is not None:
+        raise InputError(f"optimizer {name}: {mistake}")
 
 
 def _flatten(

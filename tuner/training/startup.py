@@ -19,10 +19,11 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import loaded_commit
 from tuner.methods.metrics import metric
+from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
 from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Evaluation, Ready, Space
+from tuner.records import Evaluation, Ready, Space, corners
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
@@ -34,6 +35,7 @@ from tuner.training.memory_budget import (
     largest_hyperparameters,
     probe,
 )
+from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
 from tuner.training.worker_state import WorkerState, load_generation_eval
 
@@ -100,9 +102,13 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
 
     With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
-    be used, or does not fit into memory with the slots.
+    be used, or does not fit into memory with the slots; InputError for a custom optimizer that does not work.
     """
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    for kind, name in named(spec.hyperparameters):
+        if kind == "optimizer":
+            for trial in corners(spec.space(), {kind: name}):
+                refuse_bad_optimizer(trial, device=device)
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1

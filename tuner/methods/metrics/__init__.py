@@ -99,7 +99,10 @@ def values(name: str, measured: Metric, examples: ExampleScores) -> Mapping[str,
     if number is None:
         raise _at_fault(name, f"it returned {found!r}, not a number")
     low, high = measured.bounds
-    if not math.isnan(number) and not (_or(low, -math.inf) <= number <= _or(high, math.inf)):
+    best = -math.inf if measured.direction == Direction.MINIMIZE else math.inf
+    if math.isnan(number) or number == best:
+        raise _at_fault(name, f"it returned {number} though every loss is finite")
+    if not (_or(low, -math.inf) <= number <= _or(high, math.inf)):
         raise _at_fault(name, f"it returned {number}, outside its bounds {measured.bounds}")
     return {name: number}
 

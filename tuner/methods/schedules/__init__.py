@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
+from tuner.errors import InputError, last_words
 from tuner.methods.hyperparameters import Hyperparameter, Tier
 from tuner.methods.kinds import Integer
 from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
@@ -20,6 +21,9 @@ from tuner.records import Hyperparameters, Value
 DecayRule: TypeAlias = Literal["steps", "share"]
 """What stays the same when the horizon changes: the decay's length in steps, or its share of the run."""
 
+_TRIED_STEPS = 50
+"""Steps of a trial at which the rate of a custom schedule is tried."""
+_ROUNDING = 1e-6
 MIN_DECAY_DIVISOR = 5
 """No promoted decay is shorter than a fifth of the horizon. Final losses of Llama-124M after 50,000
 steps: 3.108 without decay, 2.968 with a decay of 20%, 2.955 with 40%."""
@@ -88,6 +92,27 @@ class Schedule:
 def schedule(name: str) -> Schedule:
     """Return the schedule with this name. Raises InputError for an unknown name."""
     return described("schedule", name, Schedule)
+
+
+def refuse_bad_rates(used: Schedule, trial: Hyperparameters, max_train_steps: int) -> None:
+    """Compute a custom schedule's rate at some steps of a trial, the first and the last among them.
+
+    Raises InputError if it raises an error or returns anything but a number in [0, 1].
+    """
+    after_warmup = range(warmup_length(trial), max_train_steps)
+    for done in (*after_warmup[:: max(1, len(after_warmup) // _TRIED_STEPS)], *after_warmup[-1:]):
+        try:
+            rate = used.multiplier(done, trial, max_train_steps)
+        except Exception as error:  # noqa: BLE001  a user's function may raise anything
+            what = f"raised {last_words(error, __file__)}"
+        else:
+            if isinstance(rate, SupportsFloat) and -_ROUNDING <= float(rate) <= 1 + _ROUNDING:
+                continue
+            what = f"returned {rate!r}"
+        raise InputError(
+            f"multiplier({done}, hyperparameters, {max_train_steps}) {what}; it must return a number from 0 "
+            "to 1, the share of the peak rate"
+        )
 
 
 def known_schedule(name: str) -> Schedule:

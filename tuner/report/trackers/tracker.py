@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from tuner.errors import InputError
 from tuner.methods.registry import is_built_in, load
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Trial
@@ -76,6 +77,12 @@ def open_tool(name: str, followed: FollowedRound) -> Tool:
 def not_installed(names: Iterable[str]) -> list[str]:
     """Return the trackers whose library cannot be imported here."""
     return [name for name in names if is_built_in("tracker", name) and find_spec(name) is None]
+
+
+def refuse_unusable(name: str) -> None:
+    """Import a custom tracker. Raises InputError if it cannot be imported or called."""
+    if not is_built_in("tracker", name) and not callable(found := load("tracker", name)):
+        raise InputError(f"tracker {name}: expects a class or a function, got a {type(found).__name__}")
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
