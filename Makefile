@@ -5,6 +5,7 @@
 # make docs         build the documentation into build/site, without the network
 # make pictures     make the pictures of the documentation from the quickstart study; needs Chromium
 # make image        build the container image with buildah or docker
+# make acceptance  what takes too long for make test: hours
 # make fix          format, apply lint fixes, and regenerate docs/reference
 PYTHON ?= python3
 VENV ?= .venv
@@ -66,6 +67,10 @@ check: setup
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
 	$(BIN)/coverage report --include='tuner/playbook/*,tuner/config/*,tuner/store/*,tuner/study/*' --fail-under=90
+
+# Hours: faults, fuzzing and whole studies that `make test` leaves out.
+acceptance: setup
+	$(BIN)/pytest -m acceptance --durations=20
 
 fix: setup
 	$(BIN)/ruff check --fix
