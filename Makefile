@@ -1,11 +1,11 @@
 # make quickstart   install, then run a whole study: two rounds and a promotion
 # make check test   must pass before a change lands
+# make acceptance   what is too long for `make test`, in parts (`make acceptance-commands`), with dated results
 # make smollm2 ROWS=alpaca.json   create model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
 # make docs         build the documentation into build/site, without the network
 # make pictures     make the pictures of the documentation from the quickstart study; needs Chromium
 # make image        build the container image with buildah or docker
-# make acceptance  what takes too long for make test: hours
 # make fix          format, apply lint fixes, and regenerate docs/reference
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,10 @@ CLI_DOCS := $(BIN)/typer tuner.cli utils docs --name tuner --title 'The commands
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup docs pictures image quickstart smollm2 bench check test fix clean
+SHELL := bash
+ACCEPTANCE := $(patsubst tests/%,%,$(shell grep -rl --include='test_*.py' 'mark\.acceptance' tests | xargs -n1 dirname | sort -u))
+
+.PHONY: setup acceptance docs pictures image quickstart smollm2 bench check test fix clean
 
 setup: $(VENV)/.installed
 
@@ -68,9 +71,12 @@ test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
 	$(BIN)/coverage report --include='tuner/playbook/*,tuner/config/*,tuner/store/*,tuner/study/*' --fail-under=90
 
-# Hours: faults, fuzzing and whole studies that `make test` leaves out.
-acceptance: setup
-	$(BIN)/pytest -m acceptance --durations=20
+acceptance: $(addprefix acceptance-,$(ACCEPTANCE))
+
+# Each part writes which tests passed, and how long they took, to benchmarks/results.
+acceptance-%: setup
+	set -o pipefail; $(BIN)/pytest tests/$* -m acceptance --timeout 1800 --durations=0 -q -rA --tb=short --show-capture=no \
+	  | tee benchmarks/results/acceptance_$*_$$(date +%F).txt
 
 fix: setup
 	$(BIN)/ruff check --fix

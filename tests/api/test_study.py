@@ -183,7 +183,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
         ("run", {"slots": 1.5}, "slots=1.5: expects auto or a whole number of at least 1"),
         ("run", {"slots": True}, "slots=True: expects auto or a whole"),
         ("run", {"workers": 0}, "workers=0: expects auto or a whole"),
-        ("run", {"engine": 3}, "engine=3: expects a name, one of local, simulated"),
+        ("run", {"engine": 3}, "engine=3: expects a name, one of local, ray, simulated"),
         ("run", {"seconds": "1h"}, "seconds='1h': expects a number of at least 0"),
         ("auto", {"seconds": -1}, "seconds=-1: expects a number of at least 0"),
         ("promote", {"decay": "half"}, "decay='half': expects steps or share"),
