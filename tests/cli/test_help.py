@@ -46,7 +46,7 @@ def test_every_option_is_explained() -> None:
         f"{name} {parameter.name}"
         for name, command in verbs().items()
         for parameter in command.params
-        if not parameter.help
+        if not parameter.help and not parameter.hidden
     ]
     assert silent == []
 

@@ -173,6 +173,8 @@ def test_single_mistakes(old, new, line, key, message):
         ),
         ("run: {pruner: hyperband}", "run.pruner", "expects none, median or halving"),
         ("run: {report_to: [tensorbord]}", "run.report_to[0]", "did you mean tensorboard?"),
+        ("run: {notify: tell.py}", "run.notify", "such as [python, tell.py], got 'tell.py'"),
+        ("run: {notify: [tell, 3]}", "run.notify", "such as [python, tell.py], got [tell, 3]"),
         ("run: {decay_branches: often}", "run.decay_branches", "'often'"),
         ("storage: mysql://user:secret@host/db", "storage", "begins with 'mysql'"),
         ("storage: tuner.db", "storage", "sqlite:///FILE"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.config import new_round, read_round
@@ -47,8 +47,8 @@ def test_keys_of_sections_on_one_line_and_lists() -> None:
 
 def test_settings_that_need_each_other_are_given_in_any_order() -> None:
     pair = ["hyperparameters.muon_momentum=0.9", "hyperparameters.optimizer=muon"]
-    for settings in (pair, pair[::-1]):
-        space = read_round(with_settings(TEXT, settings, PATH)[0], PATH).spec.space()
+    for given_so in (pair, pair[::-1]):
+        space = read_round(with_settings(TEXT, given_so, PATH)[0], PATH).spec.space()
         assert space["muon_momentum"] == Fixed(0.9)
 
 
@@ -71,7 +71,7 @@ def test_what_is_set_is_searched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("typed", "said"),
     [
         (["lora_r"], "expects KEY=VALUE"),
         (["=3"], "expects KEY=VALUE"),
@@ -87,15 +87,16 @@ def test_what_is_set_is_searched() -> None:
         (["data.max_length=[1"], "cannot be read"),
     ],
 )
-def test_what_is_refused_names_the_setting_and_an_example(settings: list[str], said: str) -> None:
+def test_what_is_refused_names_the_setting_and_an_example(typed: list[str], said: str) -> None:
     with pytest.raises(InputError) as refused:
-        with_settings(TEXT, settings, PATH, refused=("max_train_steps",))
-    assert str(refused.value).startswith(f"--set {settings[-1]}: ")
+        with_settings(TEXT, typed, PATH, refused=("max_train_steps",))
+    assert str(refused.value).startswith(f"--set {typed[-1]}: ")
     assert "round1.yaml" not in str(refused.value), "that file does not exist yet"
     assert said in str(refused.value)
     assert "Example: --set" in str(refused.value)
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=5, unique=True))
 def test_lists_mean_the_same_as_in_the_file(ranks: list[int]) -> None:
     written = ",".join(map(str, ranks))

@@ -55,10 +55,13 @@ def test_the_rows_of_chat_are_those_that_its_script_makes(tmp_path: Path) -> Non
 
 
 @pytest.mark.acceptance
-def test_chat_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Half a minute: `pytest -m acceptance tests/config/test_studies.py`."""
-    for name in ("chat", "quickstart"):
-        shutil.copytree(STUDIES / name, tmp_path / name)
-    done = tuner("study", "run", "round1.yaml", directory=tmp_path / "chat")
+@pytest.mark.parametrize("name", ["chat", "cluster"])
+def test_it_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
+    """A minute: `pytest -m acceptance tests/config/test_studies.py`."""
+    if name == "cluster":
+        pytest.importorskip("ray", reason="the extra ray is not installed")
+    for each in (name, "quickstart"):
+        shutil.copytree(STUDIES / each, tmp_path / each)
+    done = tuner("study", "run", "round1.yaml", directory=tmp_path / name)
     assert done.returncode == 0, done.stderr
-    assert [trial["state"] for trial in trials_of(tmp_path / "chat")] == ["complete"] * 3
+    assert [trial["state"] for trial in trials_of(tmp_path / name)] == ["complete"] * 3

@@ -71,6 +71,7 @@ class TestRayEngine(EngineContract):
         engine.close()
 
 
+@pytest.mark.acceptance
 class TestWithoutASharedDisk(EngineContract):
     @pytest.fixture
     def engine(self) -> Iterator[Engine]:

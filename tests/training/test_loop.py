@@ -64,7 +64,7 @@ class TestEvents:
         work = events[-1].throughput
         rows = [batch_rows(len(TRAIN), batch_size=4, seed=0, step=step) for step in range(1, 11)]
         assert work.tokens == 2 * sum(int(TRAIN.num_tokens[list(update)].sum()) for update in rows)
-        assert work.padded_tokens > work.tokens
+        assert work.padded_tokens == work.tokens  # both have the same rows
         assert work.trial_steps == work.micro_steps == 20
         assert work.passes in (10, 11)  # the second trial may join one pass later
         assert work.peak_memory_bytes > 1 << 20
@@ -339,7 +339,7 @@ class TestOutOfMemory:
 
         def watch(_: nn.Module, __: object, output: Tensor) -> None:
             begun.append(1)
-            if output.requires_grad and len(output) > 4 and len(refused) < 3:
+            if output.requires_grad and output[..., 0].numel() > 50 and len(refused) < 3:
                 output.register_hook(end)
 
         hook = base.model.get_submodule("model.layers.0").register_forward_hook(watch)

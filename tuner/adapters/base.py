@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -17,14 +19,18 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
-from tuner.adapters.host import one_example_a_row
+from tuner.adapters.host import one_example_a_row, send
+from tuner.adapters.joined import Joined, joined_positions, joined_rows
 from tuner.adapters.loaders import load_by_unsloth, require_loader
+from tuner.data import Example
 from tuner.data.pretrained import hub_advice, where_to_look
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
     from tuner.config import ModelSpec
 
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """The allowed values of `model.dtype`."""
@@ -39,6 +45,8 @@ class Base:
     """The dtype of activations."""
     head_is_linear: bool
     """Whether the logits are just the output embedding of the last hidden state."""
+    joins_rows: bool = field(default=False, init=False)
+    """Whether several examples in a row stay apart, as `Joined` lays them."""
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +112,7 @@ class Base:
         hook = head.register_forward_pre_hook(pick)
         try:
             with one_example_a_row():
-                self.model(input_ids=input_ids, use_cache=False)
+                self.model(input_ids=input_ids, use_cache=False, **joined_positions())
         finally:
             hook.remove()
         return picked[0]
@@ -112,7 +120,8 @@ class Base:
     def _last_hidden(self, input_ids: Tensor) -> Tensor:
         """Return the output of the layers for `input_ids`: [rows, length, width]."""
         with one_example_a_row():
-            hidden: Tensor = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            decoder, given = self.model.get_decoder(), joined_positions()
+            hidden: Tensor = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -241,6 +250,7 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
             f"model: {type(model).__name__} does not compute its logits from the last hidden states alone; "
             "tuner trains models that do, since it computes them at target positions only"
         )
+    base.joins_rows = _keeps_joined_rows_apart(base)
     return base
 
 
@@ -306,6 +316,39 @@ def _sees_what_follows(base: Base) -> bool:
     ids[1, -1] = base.vocabulary_size - 1
     one, other = base.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return bool((one - other).norm() > torch.finfo(base.dtype).eps ** 0.5 * one.norm())
+
+
+@torch.no_grad()
+def _keeps_joined_rows_apart(base: Base) -> bool:
+    """Join two examples, change the first, and compare the bits of the second's logits.
+
+    Any precision gives the same bits where nothing of the first reaches the second: against the second alone,
+    a leak may be smaller than rounding. That comparison is for the positions, with a loose tolerance.
+    """
+    if base.model.config._attn_implementation != "sdpa":
+        return False
+    size = 8
+    is_target = np.arange(size) > 0
+    first, changed, second = (
+        Example(((np.arange(size) * factor + shift) % base.vocabulary_size).astype(np.int32), is_target)
+        for factor, shift in ((1, 0), (3, 5), (1, 1))
+    )
+    found = []
+    try:
+        for before in (first, changed):
+            sent, shapes = joined_rows([[before, second]])
+            ids, _, _, positions, examples, places = send(sent, base.device)
+            joined = Joined(positions, examples, places, shapes)
+            with joined.within(base.model), one_example_a_row():
+                found.append(base.model(input_ids=ids, use_cache=False, **joined_positions()).logits)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        _log.info("rows are padded: %s", error)
+        return False
+    one, other = (logits[0, size:] for logits in found)
+    ids = torch.from_numpy(second.input_ids).to(base.device)[None]
+    alone = base.model(input_ids=ids, use_cache=False).logits[0].float()
+    near = bool((one.float() - alone).norm() <= torch.finfo(base.dtype).eps ** 0.5 * alone.norm())
+    return near and not torch.equal(*found) and torch.equal(one, other)
 
 
 def _head_is_linear(base: Base) -> bool:

@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.adapters.host import read, send
+from tuner.adapters.joined import Joined, joined_rows
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.data import Example, Examples
+
+MAX_GRIDS = 3
+"""Of attention in a pass over joined rows. A GPU gets one, for fewer launches."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class TokenGrid:
     """[targets] column of each target token."""
     more: tuple[Tensor, ...] = ()
     """What was sent with them."""
+    joined: Joined | None = None
+    """Where tokens belong if a row has several examples."""
 
     def sum_by_row(self, nll: Tensor) -> Tensor:
         """Add up per-token values [targets] row by row, in float64: [rows]."""
@@ -58,6 +64,15 @@ def grid(
     rows, columns = np.nonzero(target)
     input_ids, at_rows, at_columns, *others = send([ids, rows, columns, *more], device)
     return TokenGrid(input_ids, at_rows, at_columns, tuple(others))
+
+
+def join(
+    examples: Sequence[Sequence[Example]], *, device: torch.device, more: Sequence[NDArray[np.generic]] = ()
+) -> TokenGrid:
+    """Join the examples of each slot to one row, padded to that of the longest slot. Sends as `grid` does."""
+    arrays, shapes = joined_rows(examples, max_grids=MAX_GRIDS if device.type == "cpu" else 1)
+    input_ids, rows, columns, positions, numbers, places, *others = send([*arrays, *more], device)
+    return TokenGrid(input_ids, rows, columns, tuple(others), Joined(positions, numbers, places, shapes))
 
 
 def rows_by_length(examples: Examples, *, rows: int) -> list[list[int]]:

@@ -176,9 +176,18 @@ def module_keys(keys: Iterable[int], *, device: torch.device) -> Tensor:
     return _hash(torch.tensor(list(keys), dtype=torch.int64).to(torch.int32).to(device))
 
 
-def token_keys(rows: Tensor, modules: Tensor, *, length: int) -> Tensor:
-    """Return a key per module and token [modules, rows, length], from `row_keys` and `module_keys`."""
+def token_keys(
+    rows: Tensor, modules: Tensor, *, length: int, joined: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Return a key per module and token [modules, rows, length], from `row_keys` and `module_keys`.
+
+    For `joined` rows [modules, tokens]: `rows` has a key per example, and the pair is each token's example
+    and its position there.
+    """
     per_row = _hash(rows.to(torch.int32)[None, :] ^ modules[:, None])
+    if joined is not None:
+        examples, positions = joined
+        return _hash(per_row.index_select(1, examples) ^ positions.reshape(-1).to(torch.int32))
     return _hash(per_row[:, :, None] ^ torch.arange(length, dtype=torch.int32, device=rows.device))
 
 

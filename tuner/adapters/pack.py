@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tuner.adapters.base import Base
 from tuner.adapters.dora import DoraUpdate, weight_norm
 from tuner.adapters.initial import Adapter
+from tuner.adapters.joined import Joined
 from tuner.adapters.linear_layers import widths
 from tuner.adapters.packed_linear import Arranged, PackedLinear, Settings, Stacked
 
@@ -30,12 +31,14 @@ _ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The slots of a forward pass: an equal number of rows for each, slot after slot."""
+    """The slots of a forward pass: an equal number of rows for each, or one joined row, slot after slot."""
 
     slots: tuple[int, ...]
     """Slots taking part, each once."""
     dropout_keys: Tensor | None = None
-    """[rows] keys of `frozen_linear.row_keys`; None in evaluation."""
+    """[examples] keys of `frozen_linear.row_keys`; None in evaluation."""
+    joined: Joined | None = None
+    """Where tokens belong if a row has several examples."""
 
 
 class Pack:
@@ -193,8 +196,10 @@ class Pack:
         Run the backward pass inside the block too: layers whose activations were not kept run again.
         """
         self.rows, self.arranged = packed, None if packed is None else self._arrange(packed)
+        joined = None if packed is None else packed.joined
         try:
-            yield
+            with nullcontext() if joined is None else joined.within(self.base.model):
+                yield
         finally:
             self.rows = self.arranged = None
 
@@ -204,17 +209,14 @@ class Pack:
         self._places = {slot: place for place, slot in enumerate(slots)}
         first, end = slots[0], slots[0] + len(slots)
         if slots == tuple(range(first, end)):
+            weights = self._weights[first:end]
             return Arranged(
-                slots,
-                self.rank_of(slots),
-                self._weights[first:end],
-                settings.of(first, end),
-                rows.dropout_keys,
+                slots, self.rank_of(slots), weights, settings.of(first, end), rows.dropout_keys, rows.joined
             )
         if self._together is None or self._together.slots != slots:
             weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
-            self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots), None)
-        return replace(self._together, dropout_keys=rows.dropout_keys)
+            self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
+        return replace(self._together, dropout_keys=rows.dropout_keys, joined=rows.joined)
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None

@@ -20,6 +20,7 @@ from tuner.adapters.frozen_linear import (
 )
 
 if TYPE_CHECKING:
+    from tuner.adapters.joined import Joined
     from tuner.adapters.pack import Pack
 
 
@@ -98,16 +99,21 @@ class Arranged:
     weights: Tensor
     """[slots of the pass, weights]"""
     settings: Settings
-    dropout_keys: Tensor | None
-    """[rows]; None without dropout."""
+    dropout_keys: Tensor | None = None
+    """[examples]; None without dropout."""
+    joined: Joined | None = None
     _token_keys: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def token_keys(self, tokens: int) -> Tensor:
         """Return the keys [modules, slots, tokens of a slot] for a pass over so many tokens in all."""
         assert self.dropout_keys is not None
         if tokens not in self._token_keys:
-            keys = self.dropout_keys
-            made = token_keys(keys, self.settings.keys, length=tokens // keys.shape[0])
+            made = token_keys(
+                self.dropout_keys,
+                self.settings.keys,
+                length=tokens // self.dropout_keys.shape[0],
+                joined=None if self.joined is None else (self.joined.examples, self.joined.positions),
+            )
             self._token_keys[tokens] = made.view(made.shape[0], len(self.slots), -1)
         return self._token_keys[tokens]
 

@@ -145,7 +145,9 @@ def _read_text(path: Path) -> str:
             f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
         ) from None
     except FileNotFoundError:
-        raise InputError(f"there is no round file {path}; create one with `tuner study new`") from None
+        here = ", ".join(sorted(other.name for other in path.parent.glob("*.y*ml"))[:5])
+        hint = f"in this folder: {here}" if here else "create one with `tuner study new`"
+        raise InputError(f"there is no round file {path}; {hint}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 

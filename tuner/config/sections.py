@@ -457,6 +457,15 @@ class RunSpec(BaseModel):
         """The same in seconds."""
         return seconds_of(self.loading_timeout)
 
+    @field_validator("notify", mode="before")
+    @classmethod
+    def _program_and_arguments(cls, command: object) -> object:
+        if not isinstance(command, list) or not all(isinstance(word, str) and word for word in command):
+            raise mistake(
+                f"expects a program and its arguments, such as [python, tell.py], got {shown(command)}"
+            )
+        return command
+
     @field_validator("decay_branches", mode="before")
     @classmethod
     def _auto_or_yes_or_no(cls, rule: object) -> object:

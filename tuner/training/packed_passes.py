@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.adapters import PackedRows
-from tuner.adapters.evaluation import Scores, grid, scores_of
+from tuner.adapters.evaluation import Scores, grid, join, scores_of
 from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.host import read
 from tuner.methods.metrics import ExampleScores, values
@@ -27,7 +27,12 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
     """Run one micro-step of every trial; those whose update is complete then step."""
     for run in runs.values():
         if not run.micro_batches:
-            run.begin_update(state.train.num_tokens, state.train.num_targets, micro_tokens=state.micro_tokens)
+            run.begin_update(
+                state.train.num_tokens,
+                state.train.num_targets,
+                micro_tokens=state.micro_tokens,
+                joined=state.joins_rows,
+            )
     forward_backward(state, runs, {slot: run.micro_batches.popleft() for slot, run in runs.items()})
     whole = {s: run for s, run in runs.items() if not run.micro_batches and run.reason_infeasible is None}
     if not whole:
@@ -56,8 +61,7 @@ def forward_backward(
     are collected only after a pass has succeeded. A row that does not fit alone is tried once more with fewer
     activations kept, before its trial is infeasible.
     """
-    lengths = state.train.num_tokens
-    waiting = _groups(micro_batches, lengths, state.pass_tokens)
+    waiting = _groups(micro_batches, state, state.pass_tokens)
     while waiting:
         group = waiting.pop(0)
         slots = tuple(sorted(group))
@@ -69,10 +73,10 @@ def forward_backward(
             continue
         torch.cuda.empty_cache()
         if sum(len(micro_batch.rows) for micro_batch in group.values()) > 1:
-            state.pass_tokens = max(1, _grid_tokens(group.values(), lengths) // 2)
+            state.pass_tokens = max(1, _padded_tokens(group.values(), state) // 2)
             _log.warning("out of memory: continuing with %d tokens in a pass", state.pass_tokens)
             waiting = [
-                part for whole in (group, *waiting) for part in _groups(whole, lengths, state.pass_tokens)
+                part for whole in (group, *waiting) for part in _groups(whole, state, state.pass_tokens)
             ]
         elif state.base.keep_fewer_activations():
             _log.warning("out of memory with one row: from now on layers are recomputed in the backward pass")
@@ -94,7 +98,7 @@ def _pass(
     shares = np.array([1.0 / max(1, runs[slot].targets_per_update) for slot in slots], np.float32)
     keys = _dropout_keys(runs, group, slots, height)
     try:
-        tokens = grid(
+        tokens = (join if state.joins_rows else grid)(
             [[state.train[row] for row in group[slot].rows] for slot in slots],
             device=state.base.device,
             more=[shares] if keys is None else [shares, keys],
@@ -104,10 +108,11 @@ def _pass(
             tokens=int(sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)),
             padded_tokens=tokens.input_ids.numel(),
         )
-        share, *of_rows = tokens.more
-        with state.pack.holding(PackedRows(slots, *of_rows)):
+        share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
+        rows_a_slot = tokens.input_ids.shape[0] // len(slots)
+        with state.pack.holding(PackedRows(slots, keys_there, tokens.joined)):
             nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
-            torch.autograd.backward((nll * share[tokens.rows // height]).sum())
+            torch.autograd.backward((nll * share[tokens.rows // rows_a_slot]).sum())
         return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1)
     except torch.OutOfMemoryError:
         return None
@@ -178,19 +183,19 @@ def example_scores(state: WorkerState, slots: Sequence[int]) -> list[Scores]:
 
 
 def _groups(
-    micro_batches: Mapping[int, MicroBatch], lengths: np.ndarray, pass_tokens: int
+    micro_batches: Mapping[int, MicroBatch], state: WorkerState, pass_tokens: int
 ) -> list[dict[int, MicroBatch]]:
     """Group micro-batches into passes of at most `pass_tokens` tokens; halve one that is too large alone."""
     pending = list(micro_batches.items())
     groups: list[dict[int, MicroBatch]] = []
     while pending:
         slot, micro_batch = pending.pop(0)
-        if len(micro_batch.rows) > 1 and _grid_tokens([micro_batch], lengths) > pass_tokens:
+        if len(micro_batch.rows) > 1 and _padded_tokens([micro_batch], state) > pass_tokens:
             pending[:0] = [(slot, half) for half in micro_batch.halves()]
         elif (
             groups
             and slot not in groups[-1]
-            and _grid_tokens([*groups[-1].values(), micro_batch], lengths) <= pass_tokens
+            and _padded_tokens([*groups[-1].values(), micro_batch], state) <= pass_tokens
         ):
             groups[-1][slot] = micro_batch
         else:
@@ -198,9 +203,11 @@ def _groups(
     return groups
 
 
-def _grid_tokens(micro_batches: Iterable[MicroBatch], lengths: np.ndarray) -> int:
-    """Return the tokens of a pass over these micro-batches, each padded to the largest."""
-    parts = list(micro_batches)
+def _padded_tokens(micro_batches: Iterable[MicroBatch], state: WorkerState) -> int:
+    """Return the tokens of a pass over these micro-batches: each padded to the largest."""
+    parts, lengths = list(micro_batches), state.train.num_tokens
+    if state.joins_rows:
+        return len(parts) * max(int(lengths[list(part.rows)].sum()) for part in parts)
     tallest = max(len(part.rows) for part in parts)
     longest = max(int(lengths[list(part.rows)].max()) for part in parts)
     return len(parts) * tallest * longest

@@ -56,6 +56,29 @@ def cut(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -> list[
     return parts
 
 
+def cut_joined(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of about as many tokens each, the one with the most first.
+
+    They are as few as possible with at most `micro_tokens` tokens, but always at least one row, in each. The
+    longest row goes first, each into the micro-batch with the fewest tokens.
+    """
+    of_rows = [max(1, int(lengths[row])) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: (-of_rows[place], place))
+    num_parts = -(-sum(of_rows) // micro_tokens)
+    while True:
+        parts: list[list[int]] = [[] for _ in range(min(num_parts, len(rows)))]
+        tokens = [0] * len(parts)
+        for place in order:
+            emptiest = tokens.index(min(tokens))
+            parts[emptiest].append(place)
+            tokens[emptiest] += of_rows[place]
+        if all(count <= micro_tokens or len(part) == 1 for count, part in zip(tokens, parts, strict=True)):
+            break
+        num_parts += 1
+    by_tokens = sorted(range(len(parts)), key=lambda number: -tokens[number])
+    return [MicroBatch(tuple(rows[place] for place in parts[n]), tuple(parts[n])) for n in by_tokens]
+
+
 MAX_BAD_UPDATES = 3
 """Consecutive updates without a usable gradient that make a trial infeasible."""
 
@@ -134,8 +157,10 @@ class TrialRun:
 
     # --- an update --------------------------------------------------------------------------------
 
-    def begin_update(self, lengths: np.ndarray, num_targets: np.ndarray, *, micro_tokens: int) -> None:
-        """Cut the next update's batch into micro-batches."""
+    def begin_update(
+        self, lengths: np.ndarray, num_targets: np.ndarray, *, micro_tokens: int, joined: bool = False
+    ) -> None:
+        """Cut the next update's batch into micro-batches, of joined rows or of padded ones."""
         hyperparameters = self.assignment.hyperparameters
         rows = batch_rows(
             len(lengths),
@@ -143,7 +168,7 @@ class TrialRun:
             seed=self.seed,
             step=self.step + 1,
         )
-        self.micro_batches = deque(cut(rows, lengths, micro_tokens=micro_tokens))
+        self.micro_batches = deque((cut_joined if joined else cut)(rows, lengths, micro_tokens=micro_tokens))
         self._update_targets = int(num_targets[list(rows)].sum())
         self._update_nll = 0.0
         self.unread_losses.clear()
