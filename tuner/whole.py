@@ -66,6 +66,16 @@ def _content(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def keep_others_out() -> int:
+    """Let nothing that this process and its children make be writable by everyone; return the umask before.
+
+    Groups keep the rights that the umask gives them.
+    """
+    before = os.umask(0o777)
+    os.umask(before | 0o002)
+    return before
+
+
 def synced(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -92,10 +92,12 @@ READY = Ready(2, "cpu", smallest_adapter=1_000_000, largest_adapter=2_000_000)
 
 
 def test_what_a_round_needs_at_the_least(plan: RoundPlan) -> None:
-    """Ten trials of the smallest adapter, and the largest once more in each slot."""
+    """Ten trials of the smallest adapter, one checkpoint before the last of it in each slot, and the largest
+    once more there."""
     ten = 10 * 1_000_000 * (4 + 4 + 8)
     in_flight = 2 * 2_000_000 * (4 + 8 + 4 + 4)
-    needed = ten + in_flight + WORKING_BYTES
+    before_last = 2 * 1_000_000 * (4 + 8 + 4)
+    needed = ten + before_last + in_flight + WORKING_BYTES
     RoundDisk(plan, lambda _: needed).refuse_too_small(READY, ())
     with pytest.raises(StorageError, match=r"10 trials of at least 16 MB each") as refused:
         RoundDisk(plan, lambda _: needed - 1).refuse_too_small(READY, ())
@@ -111,7 +113,8 @@ def test_what_is_there_already_is_not_needed_again(plan: RoundPlan) -> None:
     waiting = Trial(
         "round1", 9, values, checkpoints=there, attempts=(Attempt(1, 0, 4, 1.0, 2.0, "interrupted"),)
     )
-    needed = 16_000_000 - 3_000_000 + 2 * 2_000_000 * 20 + WORKING_BYTES
+    before_last = 16_000_000
+    needed = 16_000_000 - 3_000_000 + before_last + 2 * 2_000_000 * 20 + WORKING_BYTES
     RoundDisk(plan, lambda _: needed).refuse_too_small(READY, (*ended, waiting))
     with pytest.raises(StorageError, match="1 trial of at least"):
         RoundDisk(plan, lambda _: needed - 1).refuse_too_small(READY, (*ended, waiting))

@@ -29,12 +29,22 @@ from tuner.records import Evaluation
 from tuner.report import check_document
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
+from tuner.store import refuse_damaged
 from tuner.study.check import planned_commands, planned_hours, planned_round
 from tuner.study.dashboard import round_report
 from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
-from tuner.study.run import base_evaluation, load_plug_ins, refuse_changed_file, refuse_uninstalled
+from tuner.study.run import (
+    base_evaluation,
+    load_plug_ins,
+    other_workload,
+    recorded_workload,
+    refuse_changed_file,
+    refuse_lost_database,
+    refuse_other_data,
+    refuse_uninstalled,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +135,9 @@ def _next_command(plan: StudyPlan) -> str:
     """
     folder = open_folder(plan.file.directory)
     RoundDisk(plan).refuse_unwritable()
+    refuse_damaged(plan.absolute.storage)
     refuse_changed_file(plan)
+    refuse_lost_database(plan)
     refuse_uninstalled(plan)
     with opened(folder) as store:
         record = store.round(plan.name)
@@ -141,6 +153,7 @@ def _plan(
     spec = round_plan.absolute
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, round_plan.cache, tokenizer)
+    refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan, data)
     look(data, tokenizer)
 
@@ -153,7 +166,7 @@ def _plan(
     base = _recorded_base(round_plan, data)
     probed: list[str] = []
     if probe:
-        plan, base, slots = _probed(plan, spec, data)
+        plan, base, slots = _probed(round_plan, plan, spec, data)
         probed = [f"time and memory are measured with {count(slots, 'slot')} in one worker"]
     remarks = _remarks(spec, data)
     remarks += noise_remarks(
@@ -173,12 +186,17 @@ def _plan(
     return plan, remarks
 
 
-def _probed(plan: RoundPlan, spec: RoundSpec, data: PreparedData) -> tuple[RoundPlan, Evaluation, int]:
+def _probed(
+    round_plan: StudyPlan, plan: RoundPlan, spec: RoundSpec, data: PreparedData
+) -> tuple[RoundPlan, Evaluation, int]:
     """Return the plan with time and memory measured over a few steps, the base model, and the slots."""
     from tuner.training.memory_budget import predict
-    from tuner.training.startup import arrange, measure_base
+    from tuner.training.startup import arrange, measure_base, workload
 
     place = arrange(spec, data, slots=spec.run.slots)
+    recorded = recorded_workload(round_plan)
+    if recorded is not None and recorded != workload(place.base, data, spec):
+        raise other_workload(round_plan)
     base = measure_base(place)
     predicted = predict(place, spec)
     hours = planned_hours(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
-from tuner.engines import Job, Program, Worker, make_engine, start_workers
+from tuner.engines import Job, Program, Worker, end_all_processes, make_engine, start_workers
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
@@ -30,6 +32,7 @@ from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
 from tuner.study.run import run_round
+from tuner.whole import keep_others_out
 
 if TYPE_CHECKING:
     from tuner.data import PreparedData
@@ -112,6 +115,7 @@ def run_here(
     engine = make_engine(name)
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
+    umask = keep_others_out()
     notifier = None
     try:
         if is_dry_run:
@@ -141,6 +145,7 @@ def run_here(
     except InputError as error:
         raise (file.missing(str(error)) or error) from None
     finally:
+        os.umask(umask)
         engine.close()
         view.close()
 
@@ -344,18 +349,42 @@ class Stopping:
                 raise
 
 
+_SECONDS_TO_END = 4.0
+
+
+def end_now() -> None:
+    """End every worker without saving, and raise Interrupted; end this process if that takes too long."""
+    end_all_processes()
+    watchdog = threading.Timer(_SECONDS_TO_END, os._exit, [Interrupted.exit_code])
+    watchdog.daemon = True
+    watchdog.start()
+    raise Interrupted("ended at once; what was saved before is kept")
+
+
+def let_go_of_terminal() -> None:
+    """Read and write nothing where the terminal was: it is gone, and each write to it would fail."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        # A terminal that has hung up is none any more; its descriptor is still that of a character device.
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(null, descriptor)
+    os.close(null)
+
+
 @contextmanager
 def interruptible(
     seconds: float | None = None,
     *,
     signals: Sequence[signal.Signals] = (signal.SIGINT,),
     answer: Callable[[], None] = lambda: None,
-    second: signal.Handlers | None = None,
+    second: Callable[[], None] | None = None,
 ) -> Iterator[Stopping]:
     """Ask to stop on the first of the signals, such as Ctrl-C or a notebook's stop button.
 
     `answer` is then called in a thread, because the interrupted code may hold the lock of the stream that
-    `answer` writes to. `second` handles the next signal; None leaves the signal to the previous handler.
+    `answer` writes to. `second` is called at the next signal; None leaves that to the previous handler. A
+    terminal that hangs up says so several times, which counts once.
     Handlers are set on the main thread only and restored at the end; other threads only have the time limit.
     """
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
@@ -367,9 +396,16 @@ def interruptible(
     before = {number: signal.getsignal(number) for number in signals}
 
     def receive(number: int, _: FrameType | None) -> None:
-        stopping.was_interrupted = True
-        signal.signal(number, before[signal.Signals(number)] if second is None else second)
-        threading.Thread(target=answer, daemon=True).start()
+        is_first, stopping.was_interrupted = not stopping.was_interrupted, True
+        if number == getattr(signal, "SIGHUP", None):
+            signal.signal(number, signal.SIG_IGN)
+            let_go_of_terminal()
+        elif not is_first and second is not None:
+            second()
+        elif second is None:
+            signal.signal(number, before[signal.Signals(number)])
+        if is_first:
+            threading.Thread(target=answer, daemon=True).start()
 
     for number in signals:
         signal.signal(number, receive)

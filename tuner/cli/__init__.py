@@ -17,6 +17,7 @@ import typer
 from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.cli.hints import Group
 from tuner.errors import InputError, TunerError
+from tuner.whole import keep_others_out
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
 """Raised by Typer for a wrong command line: Click's class, or the one in Typer's own copy of Click."""
@@ -83,6 +84,7 @@ def doctor(
 
 def main() -> None:
     """Run the `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
+    keep_others_out()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -23,7 +23,7 @@ from tuner.engines import driver_version, gpu_meter, open_nvml, visible_devices
 from tuner.errors import InputError, TunerError
 from tuner.installation import install_command, installation, own_distribution, version
 from tuner.report.format import count, size
-from tuner.store import revision
+from tuner.store import refuse_damaged, revision
 from tuner.study.disk import WORKING_BYTES, RoundDisk, free_bytes
 from tuner.study.folder import StudyFolder, looks_like_round, open_folder
 from tuner.study.plan import RoundPlan
@@ -272,6 +272,7 @@ def _disk(directory: Path, folder: StudyFolder | None) -> Check:
 
 def _storage(folder: StudyFolder) -> Iterator[Check]:
     try:
+        refuse_damaged(folder.storage)
         known = revision(folder.storage)
     except TunerError as error:
         yield Check("storage", str(error), Health.PROBLEM, "see `storage` in the round file")

@@ -152,14 +152,18 @@ def progress_shown(
 
 
 def stop_signals(answer: str, seconds: float | None = None) -> AbstractContextManager[Stopping]:
-    """Stop gracefully on the first Ctrl-C or SIGTERM and print `answer`; the second ends the process."""
-    from tuner.api.run import interruptible
+    """Stop gracefully on the first Ctrl-C, SIGTERM or SIGHUP and print `answer`; the second ends everything.
+
+    SIGHUP says that the terminal is gone; where it is ignored, as under nohup, it stays so.
+    """
+    from tuner.api.run import end_now, interruptible
     from tuner.report.live import show_keys
 
     def reply() -> None:
         say(answer)
-        show_keys()  # the second signal ends the process as it stands
+        show_keys()  # the second signal may end the process as it stands
 
-    return interruptible(
-        seconds, signals=(signal.SIGINT, signal.SIGTERM), answer=reply, second=signal.SIG_DFL
-    )
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return interruptible(seconds, signals=signals, answer=reply, second=end_now)

@@ -497,6 +497,13 @@ def dashboard(
         str,
         typer.Option(help="Address to listen on. Anyone who can reach it can change and delete the study."),
     ] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Further host name that browsers may use, such as that of a proxy. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Serve optuna-dashboard for this study, on this machine only by default; Ctrl-C to stop.
 
@@ -513,8 +520,9 @@ def dashboard(
             folder.storage,
             folder.name,
             port=port,
-            announce=lambda url: _say(f"{url}  (Ctrl-C to stop)"),
+            announce=lambda said: _say(f"{said}  (Ctrl-C to stop)" if said.startswith("http") else said),
             host=host,
+            allow=allow_host or (),
         )
     except KeyboardInterrupt:
         _next("tuner study status")

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tuner.config.dimensions import dimension_to_yaml
 from tuner.config.parsing import RoundFile
-from tuner.config.round_file import RoundSpec, without_secrets
+from tuner.config.round_file import RECORDED_KEYS, RoundSpec, without_secrets
 from tuner.config.yaml_text import Entry, Layout, Section, YamlError, one_line, parse, plain
 from tuner.errors import InputError, Mistake
 
@@ -208,7 +208,7 @@ def refused_changes(begun: Mapping[str, Any], now: RoundFile) -> list[Mistake]:
 def _by_key(spec: RoundSpec) -> dict[str, Any]:
     """Return the round's values by dotted name, including all hyperparameters."""
     values: dict[str, Any] = {}
-    for name, value in spec.model_dump(mode="json", exclude={"hyperparameters", "plug_ins"}).items():
+    for name, value in spec.model_dump(mode="json", exclude={"hyperparameters", *RECORDED_KEYS}).items():
         if isinstance(value, dict):
             values.update({f"{name}.{key}": item for key, item in value.items()})
         else:

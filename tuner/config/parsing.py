@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tuner.config.round_file import RoundSpec
+from tuner.config.round_file import RECORDED_KEYS, RoundSpec
 from tuner.config.wording import Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
@@ -189,8 +189,9 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
     found: dict[Location, str] = {}
     seen: set[Location] = set()
     mended = copy.deepcopy(document)
-    if mended.pop("plug_ins", None) is not None:
-        found["plug_ins",] = unknown_key(("plug_ins",), _KNOWN_KEYS)
+    for recorded in RECORDED_KEYS:
+        if mended.pop(recorded, None) is not None:
+            found[recorded,] = unknown_key((recorded,), _KNOWN_KEYS)
     if plug_ins:
         mended["plug_ins"] = plug_ins
     while True:
@@ -280,7 +281,7 @@ def _meaning(location: Location) -> str:
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        if name == "plug_ins":
+        if name in RECORDED_KEYS:
             continue
         yield f"{prefix}{name}"
         if name == "hyperparameters":

@@ -146,6 +146,10 @@ EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
 
+RECORDED_KEYS = ("plug_ins", "data_fingerprint")
+"""Of a recorded round, which a file does not have."""
+
+
 def _nothing(plug_ins: object) -> bool:
     return not plug_ins
 
@@ -212,6 +216,8 @@ class RoundSpec(BaseModel):
     """Where and how it runs."""
     plug_ins: SkipJsonSchema[Annotated[list[dict[str, Any]], Field(exclude_if=_nothing)]] = []
     """Recorded descriptions of plug-ins. Not a key of the file."""
+    data_fingerprint: SkipJsonSchema[Annotated[str, Field(exclude_if=_nothing)]] = ""
+    """Recorded fingerprint of the rows. Not a key of the file."""
     storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
     """The database: `sqlite:///FILE` relative to the round file, or
     `postgresql+psycopg://USER@HOST/DATABASE`."""

@@ -371,6 +371,27 @@ class CheckpointsSpec(BaseModel):
         return self.keep_best_trials if isinstance(self.keep_best_trials, int) else None
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of `90s`, `30m` or `2h`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if found is None:
+        raise ValueError(text)
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _lasting(text: str) -> str:
+    try:
+        enough = seconds_of(text) > 0
+    except ValueError:
+        enough = False
+    if not enough:
+        raise mistake(f"expects a time such as 90s, 30m or 2h, got {shown(text)}")
+    return text
+
+
 class RunSpec(BaseModel):
     """Where and how the round runs. These keys do not change the results of a complete trial, so you can edit
     them at any time."""
@@ -426,6 +447,15 @@ class RunSpec(BaseModel):
     """A program and its arguments, run without a shell when a trial is the new best and when the round ends,
     stops or fails; it gets a JSON document on its standard input and has 30 seconds. Its failure does not
     affect the round. Empty: nothing is run."""
+    loading_timeout: Annotated[str, AfterValidator(_lasting)] = "30m"
+    """How long a worker may be silent while it downloads, loads, quantises or compiles, such as `90s`, `30m`
+    or `2h`. A pass may take ten times as long as the slowest one so far, and at least two minutes. A worker
+    that is silent for longer is killed and replaced; its trials resume."""
+
+    @property
+    def loading_seconds(self) -> float:
+        """The same in seconds."""
+        return seconds_of(self.loading_timeout)
 
     @field_validator("notify", mode="before")
     @classmethod

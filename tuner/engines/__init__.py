@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
-from tuner.engines.program import Process, ProgramWorker, WorkerPool
+from tuner.engines.program import Process, ProgramWorker, WorkerPool, end_all_processes
 from tuner.engines.protocol import Engine, Job, Program, Worker
 from tuner.engines.ray.engine import RayEngine
 from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
@@ -31,6 +31,7 @@ __all__ = [
     "Worker",
     "WorkerPool",
     "driver_version",
+    "end_all_processes",
     "gpu_meter",
     "make_engine",
     "open_nvml",

@@ -12,12 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from tuner.engines.devices import gpu_meter, open_nvml, visible_devices, worker_environments
+from tuner.engines.processes import end_left_over, record_worker, recorded_workers
 from tuner.engines.program import ProgramWorker, WorkerPool
 from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
 from tuner.report.format import GpuReading
 
 _LOG_TAIL_LINES = 15
+_FORMER_SECONDS = 3.0
+"""Time for a worker of an earlier run to notice that its parent is gone."""
 
 
 class LocalEngine:
@@ -67,7 +70,7 @@ class LocalEngine:
 def local_worker(job: Job, *, log: Path, environment: Mapping[str, str]) -> ProgramWorker:
     """Start the job's program on this machine; `environment` extends the parent's."""
     launch = partial(LocalProcess, job.program.arguments, log=log, environment=environment)
-    return ProgramWorker(job.program, launch)
+    return ProgramWorker(job.program, launch, silence_seconds=job.spec.run.loading_seconds)
 
 
 class LocalProcess:
@@ -93,6 +96,9 @@ class LocalProcess:
                 env={**os.environ, **(environment or {})},
             )
 
+        self._record = log.with_suffix(".pid")
+        record_worker(self._record, self.popen.pid)
+
     def write(self, line: str) -> None:
         """Write to its pipe."""
         assert self.popen.stdin is not None
@@ -114,6 +120,7 @@ class LocalProcess:
             code = self.popen.wait(timeout_seconds)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(str(error)) from error
+        self._record.unlink(missing_ok=True)
         if self.popen.stdin is not None:
             try:
                 self.popen.stdin.close()
@@ -135,19 +142,25 @@ class LocalProcess:
 def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> None:
     """Wait until no worker of an earlier run holds the lock, so that two never write to one folder.
 
-    A worker whose parent was killed ends by itself at once. Raises WorkerError if one does not.
+    A worker whose parent was killed ends by itself at once. One that hangs is killed after a few seconds, if
+    it is the recorded one. Raises WorkerError for any other.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + timeout_seconds
+    begun = time.monotonic()
     with lock.open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - begun
+                if waited > _FORMER_SECONDS:
+                    end_left_over(lock.parent)
+                if waited > timeout_seconds:
+                    known = [str(each.worker.pid) for each in recorded_workers(lock.parent)]
                     raise WorkerError(
-                        f"{lock}: a worker of an earlier run is still running after {timeout_seconds:.0f} "
-                        "seconds; end it (`pkill -f tuner.training`)"
+                        f"{lock}: a worker of an earlier run still holds this file after "
+                        f"{timeout_seconds:.0f} seconds, and is not known to be ours; see `fuser {lock}`"
+                        + (f" (recorded: process {', '.join(known)})" if known else "")
                     ) from error
                 time.sleep(0.1)

@@ -11,7 +11,18 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tuner.engines.protocol import Program, Worker
-from tuner.records import Assignment, Died, Ended, Event, Ready, RunId, event_from_json, to_json
+from tuner.records import (
+    Assignment,
+    Beat,
+    Died,
+    Ended,
+    Event,
+    Preparing,
+    Ready,
+    RunId,
+    event_from_json,
+    to_json,
+)
 
 
 class Process(Protocol):
@@ -38,6 +49,61 @@ class Process(Protocol):
         ...
 
 
+LOADING_SECONDS = 1800.0
+"""How long a worker may be silent, unless it says otherwise, before it is ready."""
+_AWAY_SECONDS = 30.0
+"""After so long without a call, this process itself has been stopped, or its machine suspended."""
+
+_RUNNING: set[Process] = set()
+
+
+def end_all_processes() -> None:
+    """Kill every worker that this process has started, without saving."""
+    for process in tuple(_RUNNING):
+        process.kill()
+
+
+class Silence:
+    """How long a worker has said nothing, and how long it may.
+
+    Until it is ready that is a given time. Then its heartbeats say so; without any there is no limit.
+    """
+
+    def __init__(self, loading_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._loading_seconds, self._clock = loading_seconds, clock
+        self.begin()
+
+    def begin(self) -> None:
+        """A process starts."""
+        self._allowed: float | None = self._loading_seconds
+        self._doing = "loading"
+        self._heard_at = self._asked_at = self._clock()
+
+    def heard(self, event: Event) -> None:
+        """Take what the worker says."""
+        self._heard_at = self._clock()
+        match event:
+            case Beat(doing=doing, allowed_seconds=allowed):
+                self._doing, self._allowed = doing, allowed
+            case Preparing(doing=doing):
+                self._doing = doing
+            case Ready():
+                self._allowed = None
+
+    def too_long(self) -> str | None:
+        """Return a sentence if the worker has been silent for longer than it may; ask every few seconds."""
+        now = self._clock()
+        if now - self._asked_at > _AWAY_SECONDS:
+            self._heard_at = now  # what it said meanwhile has not been read yet
+        self._asked_at = now
+        if self._allowed is None or now - self._heard_at <= self._allowed:
+            return None
+        return (
+            f"the worker said nothing for {now - self._heard_at:.0f} seconds ({self._doing}) and was killed; "
+            "its trials resume from their checkpoints"
+        )
+
+
 class ProgramWorker:
     """A process of a worker program, started at once and, after it died, again for the next trial.
 
@@ -45,15 +111,24 @@ class ProgramWorker:
     """
 
     def __init__(
-        self, program: Program, launch: Callable[[], Process], *, close_seconds: float = 300.0
+        self,
+        program: Program,
+        launch: Callable[[], Process],
+        *,
+        close_seconds: float = 300.0,
+        silence_seconds: float = LOADING_SECONDS,
     ) -> None:
+        """`silence_seconds` is how long it may be silent while it loads; see `Silence`."""
         self._program = program
         self._launch = launch
         self._close_seconds = close_seconds
+        self._silence = Silence(silence_seconds)
         self._slots = 0
         self._reader: threading.Thread | None = None
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._held: set[RunId] = set()
+        self._killed_since: str | None = None
+        """Why the current process was killed."""
         self.process: Process | None = None
         """The current process."""
         self._begin()
@@ -86,18 +161,26 @@ class ProgramWorker:
                 said.append(self._said.get_nowait())
         except queue.Empty:
             pass
-        return [self._noted(event) for event in said]
+        self._end_if_silent()
+        return [self._noted(event) for event in said if not isinstance(event, Beat)]
 
     def close(self) -> None:
         """Save every trial, then end the process; kill it if that takes too long."""
         if self.process is None:
             return
         self._order({"order": "close"})
-        try:
-            self.process.wait(self._close_seconds)
-        except TimeoutError:
-            self.process.kill()
+        until = time.monotonic() + self._close_seconds
+        while not _has_ended(self.process, 0.5):
+            self._end_if_silent()
+            if time.monotonic() > until:
+                self.process.kill()
         self._forget()
+
+    def _end_if_silent(self) -> None:
+        """Kill a process that hangs: it saves nothing more, and its trials resume in another one."""
+        if self.process is not None and (why := self._silence.too_long()) is not None:
+            self._killed_since = why
+            self.process.kill()
 
     def _noted(self, event: Event) -> Event:
         """Update the slots from an event; add the lost trials to a death."""
@@ -114,6 +197,9 @@ class ProgramWorker:
 
     def _begin(self) -> None:
         self.process = self._launch()
+        self._silence.begin()
+        self._killed_since = None
+        _RUNNING.add(self.process)
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
         self._order(dict(self._program.document()))
@@ -136,17 +222,28 @@ class ProgramWorker:
                     "meanwhile? Run the same command again to resume"
                 )
             said_died = said_died or isinstance(event, Died)
+            self._silence.heard(event)
             self._said.put(event)
         code = process.wait()
         if code != 0 and not said_died:
-            self._said.put(Died(f"the worker ended with {_exit(code)}; {process.last_words()}"))
+            why = self._killed_since or f"the worker ended with {_exit(code)}"
+            self._said.put(Died(f"{why}; {process.last_words()}"))
 
     def _forget(self) -> None:
         process, self.process = self.process, None
         if process is not None:
+            _RUNNING.discard(process)
             process.wait()
             if self._reader is not None:
                 self._reader.join()
+
+
+def _has_ended(process: Process, timeout_seconds: float) -> bool:
+    try:
+        process.wait(timeout_seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _exit(code: int) -> str:

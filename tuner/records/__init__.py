@@ -18,6 +18,7 @@ from tuner.records.decisions import (
 from tuner.records.events import (
     Answered,
     Assignment,
+    Beat,
     Died,
     Ended,
     Evaluated,
@@ -89,6 +90,7 @@ __all__ = [
     "Attempt",
     "AttemptFact",
     "AttemptStarted",
+    "Beat",
     "Branch",
     "BranchAdvanced",
     "Checkpoint",

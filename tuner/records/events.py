@@ -71,6 +71,8 @@ class Ready(Said):
     """Number of weights of the smallest adapter a trial can have; 0 if no adapters are saved."""
     largest_adapter: int = 0
     """Number of weights of the largest adapter a trial can have."""
+    data_fingerprint: str = ""
+    """Of the rows alone, which `study check` compares without the model; empty if not known."""
     remarks: tuple[str, ...] = ()
     """Which rows are truncated or dropped, and how many."""
 
@@ -81,6 +83,15 @@ class Preparing(Said):
 
     doing: str
     """Such as `tokenising: 120,000 rows of train.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat(Said):
+    """A worker's main loop is alive, and says how long it may be silent now; nobody records it."""
+
+    doing: str
+    allowed_seconds: float | None
+    """None where it waits for its parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,5 +226,5 @@ class Ended(AttemptFact):
 
 
 Event: TypeAlias = (
-    Preparing | Ready | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died
+    Preparing | Ready | Beat | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died
 )

@@ -4,7 +4,7 @@ from tuner.store.database import exists, normal_url
 from tuner.store.lock import hold_study, is_held
 from tuner.store.memory import CachedStore, MemoryStore, Store
 from tuner.store.recording import kept
-from tuner.store.sql import Revision, SqlStore, open_store, revision
+from tuner.store.sql import Revision, SqlStore, open_store, refuse_damaged, revision
 
 __all__ = [
     "CachedStore",
@@ -18,5 +18,6 @@ __all__ = [
     "kept",
     "normal_url",
     "open_store",
+    "refuse_damaged",
     "revision",
 ]

@@ -241,6 +241,19 @@ def _create_file(path: Path) -> bool:
     return True
 
 
+def refuse_encoding(url: URL, connection: Connection) -> None:
+    """Raise StorageError for a PostgreSQL database that does not keep every text."""
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+    if encoding != "UTF8":
+        raise refusal_of(
+            url,
+            f"the database has the encoding {encoding}, and tuner needs UTF8; create one with: "
+            f"CREATE DATABASE {url.database} ENCODING 'UTF8' TEMPLATE template0",
+        )
+
+
 @contextmanager
 def explained(url: URL) -> Iterator[None]:
     """Convert errors caused by the machine or the user to StorageError; let bugs pass."""
@@ -248,21 +261,28 @@ def explained(url: URL) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_sqlite(url):
-            raise _refusal(url, f"there is no directory {database_file(url).parent}") from error
-        raise _refusal(url, error.strerror or str(error)) from error
+            raise refusal_of(url, f"there is no directory {database_file(url).parent}") from error
+        raise refusal_of(url, error.strerror or str(error)) from error
     except DatabaseError as error:
         refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
         if type(error) not in (OperationalError, DatabaseError) and not refused:
             raise
-        raise _refusal(url, " ".join(str(error.orig).split())) from error
+        raise refusal_of(url, " ".join(str(error.orig).split())) from error
 
 
-def _refusal(url: URL, reason: str) -> StorageError:
+def refusal_of(url: URL, reason: str) -> StorageError:
+    """Return the error of a database that cannot be used, with what to do where that is known."""
     place = str(database_file(url)) if is_sqlite(url) else shown_url(url)
     reason = _without_secrets(url, reason)
     advice = ""
-    if "not a database" in reason:
+    if "malformed" in reason or "damaged" in reason:
+        advice = (
+            "; the file is damaged: put a copy of it back, or save what can be read with "
+            "`sqlite3 FILE .recover | sqlite3 NEW`"
+        )
+    elif "not a database" in reason:
         advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
-    elif "disk" in reason:  # "disk I/O error" is what SQLite says, too, where it cannot make its journal
+    elif "disk I/O" in reason or "disk is full" in reason:
+        # "disk I/O error" is what SQLite says, too, where it cannot make its journal.
         advice = "; is the disk full? Free some space there"
     return StorageError(f"{place}: {reason}{advice}")

@@ -6,7 +6,7 @@ import gc
 import itertools
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from tuner.store.database import (
     open_engine,
     parse_url,
     reading,
+    refusal_of,
+    refuse_encoding,
     shown_url,
     whole_or_absent,
     writing,
@@ -95,6 +97,22 @@ def revision(url: str) -> Revision:
     return Revision(place, found, newest, is_newer)
 
 
+def refuse_damaged(url: str) -> None:
+    """Raise StorageError for an SQLite file with a damaged page. Reads the file, changes nothing."""
+    target = parse_url(url)
+    if not is_sqlite(target) or not exists(url):
+        return
+    try:
+        with closing(_read_only(target)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:
+        return  # in use, or not readable: whoever opens it says so
+    except sqlite3.DatabaseError as error:
+        raise refusal_of(target, " ".join(str(error).split())) from error
+    if found != "ok":
+        raise refusal_of(target, f"a page is damaged ({' '.join(str(found).split())})")
+
+
 def _read_only(target: URL) -> sqlite3.Connection:
     """Connect without leaving files behind: a read-only connection cannot delete its own journal."""
     file = database_file(target)
@@ -113,6 +131,9 @@ def open_store(url: str, *, study: str) -> SqlStore:
     with ExitStack() as undo:
         undo.callback(engine.dispose)
         with whole_or_absent(target), explained(target):
+            if not is_sqlite(target):
+                with engine.connect() as connection:
+                    refuse_encoding(target, connection)
             upgrade(engine)
         undo.pop_all()
     return SqlStore(target, engine, study)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import platform
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version as version_of
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna_dashboard import wsgi
@@ -30,6 +33,47 @@ HOST = "127.0.0.1"
 """By default the dashboard is only for this machine: it needs no password and can delete studies."""
 
 
+def allowed_hosts(host: str, more: Sequence[str] = ()) -> frozenset[str]:
+    """Return the names by which a browser may ask for the dashboard, besides addresses as numbers.
+
+    A foreign page can have its own name resolve to this machine (DNS rebinding), but not one of these.
+    """
+    own = () if _is_loopback(host) else (host, socket.gethostname(), socket.getfqdn())
+    return frozenset(name.lower().rstrip(".") for name in ("localhost", *own, *more))
+
+
+class OwnPagesOnly:
+    """A WSGI application that answers only requests for, and from, the dashboard's own addresses."""
+
+    def __init__(self, application: Any, *, host: str, allowed: frozenset[str]) -> None:
+        self._application, self._is_local, self._allowed = application, _is_loopback(host), allowed
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer 403 to a request by another name, or by a page of another origin."""
+        origin = environ.get("HTTP_ORIGIN")
+        names = [environ.get("HTTP_HOST", ""), *([urlsplit(origin).netloc] if origin else [])]
+        if all(self._is_own(name) for name in names):
+            answer: Iterable[bytes] = self._application(environ, start_response)
+            return answer
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [b"tuner: this host is not allowed; see tuner study dashboard --allow-host\n"]
+
+    def _is_own(self, netloc: str) -> bool:
+        name = (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._allowed
+        return address.is_loopback or not self._is_local
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
@@ -40,18 +84,32 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def serve_dashboard(
-    storage: str, study: str, *, port: int, announce: Callable[[str], None], host: str = HOST
+    storage: str,
+    study: str,
+    *,
+    port: int,
+    announce: Callable[[str], None],
+    host: str = HOST,
+    allow: Sequence[str] = (),
 ) -> None:
     """Serve the rounds of one study until interrupted; `announce` gets the address once it answers.
 
-    Raises InputError if the port is taken, or the host is not this machine's.
+    `allow` are further names by which browsers may ask for it. It gets a warning first where others can reach
+    the address. Raises InputError if the port is taken, or the host is not this machine's.
     """
-    application = wsgi(StudyStorage(storage, study))
+    application = OwnPagesOnly(
+        wsgi(StudyStorage(storage, study)), host=host, allowed=allowed_hosts(host, allow)
+    )
     try:
         server = make_server(host, port, application, server_class=_Server, handler_class=_QuietHandler)
     except OSError as error:
         raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
     with server:
+        if not _is_loopback(host):
+            announce(
+                f"warning: anyone who can reach {host}:{server.server_port} can change and delete the Optuna "
+                "studies of this study, without a password; safer: `ssh -L` to 127.0.0.1"
+            )
         announce(f"http://{host}:{server.server_port}/dashboard")
         server.serve_forever()
 

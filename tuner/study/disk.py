@@ -228,7 +228,10 @@ class RoundDisk:
             return
         a_trial = least_trial_bytes(spec, ready.smallest_adapter)
         there = sum(c.size_bytes for t in trials if not t.state.is_final for c in t.checkpoints)
-        needed = max(0, left * a_trial - there) + self._in_flight_bytes(ready) + WORKING_BYTES
+        # The checkpoint before the last is kept until a trial ends.
+        before_last = min(ready.slots, left) * resumable_bytes(spec, ready.smallest_adapter)
+        in_flight = self._in_flight_bytes(ready) + before_last
+        needed = max(0, left * a_trial - there) + in_flight + WORKING_BYTES
         needs = dict.fromkeys(self._places(), WORKING_BYTES) | {self.plan.checkpoints: needed}
         why = f"{count(left, 'trial')} of at least {size(a_trial)} each"
         self._refuse(needs, f"{why}, and working space")

@@ -175,6 +175,7 @@ class RoundLoop:
         start = self.folder.newest(trial) or self._start_of_another(trial)
         attempt = max((a.number for a in trial.attempts), default=0) + 1
         from_step = start.step if start else 0
+        self._note_a_damaged_checkpoint(trial, from_step)
         self.state.record(AttemptStarted(trial.round, trial.number, attempt, from_step, self.clock()))
         return Assignment(
             round=trial.round,
@@ -188,6 +189,17 @@ class RoundLoop:
             resume_sha256=start.sha256 if start else None,
             trunk_steps=self.plan.trunk_steps(trial.hyperparameters),
         )
+
+    def _note_a_damaged_checkpoint(self, trial: Trial, from_step: int) -> None:
+        """Record, and say, that an attempt starts from an older step since its checkpoint cannot be used."""
+        last = trial.attempts[-1] if trial.attempts else None
+        if last is None or last.outcome != "failed" or not from_step < last.from_step:
+            return
+        if trial.continues is not None and last.from_step == trial.continues.step:
+            return  # noted where it is looked for
+        note = f"resumed from step {from_step} instead of {last.from_step}: {last.message or 'it failed'}"
+        self.state.record(TrialNoted(trial.round, trial.number, note))
+        self.view.message(f"trial {trial.number}  {note}")
 
     def _start_of_another(self, trial: Trial) -> StartingPoint | None:
         """The checkpoint that the trial continues; None, and noted why, where it is gone or cannot be read.
@@ -312,7 +324,7 @@ class RoundLoop:
                     TrialEnded(trial.round, trial.number, TrialState(event.outcome), event.reason, now),
                 )
                 self._tell(trial.number)
-                self.folder.clean_up(self.state.trial(trial.number))
+                self._clean_up(trial.number)
                 self._remove_not_retained()
             case "stopped":
                 self._end_attempt(trial, "stopped", None, step=event.step)
@@ -337,7 +349,7 @@ class RoundLoop:
         trial = self.state.trial(trial.number)
         if trial.state == TrialState.PRUNED:
             self._tell(trial.number)
-            self.folder.clean_up(trial)
+            self._clean_up(trial.number)
             return
         if not has_failed(trial):
             return
@@ -370,6 +382,11 @@ class RoundLoop:
                     f"Optuna study was {kept}, and is made anew from tuner's facts"
                 )
         return act()
+
+    def _clean_up(self, number: int) -> None:
+        """Delete what an ended trial does not need: all but its last checkpoint, and files without a fact."""
+        self._remove_superseded(self.state.trial(number), ())
+        self.folder.clean_up(self.state.trial(number))
 
     def _remove_superseded(self, trial: Trial, before: Sequence[Checkpoint]) -> None:
         """Delete checkpoints that a recorded successor replaces."""
@@ -412,7 +429,7 @@ class RoundLoop:
         self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
         for trial in self.state.trials:
             if trial.state.is_final:
-                self.folder.clean_up(trial)
+                self._clean_up(trial.number)
         self._remove_not_retained()
         self.branches.recover()
 

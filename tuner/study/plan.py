@@ -137,7 +137,8 @@ class CheckpointFolder:
         by_age = sorted(trial.checkpoints, key=lambda c: c.step, reverse=True)
         best = [c for c in by_age if c.kind == CheckpointKind.BEST]
         last = [c for c in by_age if c.kind == CheckpointKind.LAST]
-        return [*best[keep_best:], *last[1:]]
+        # Until the trial ends, the one before is there should the newest be damaged.
+        return [*best[keep_best:], *last[1 if trial.state.is_final else 2 :]]
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete checkpoint directories; ignore missing ones."""

@@ -29,7 +29,7 @@ from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBe
 from tuner.report import View
 from tuner.report.format import count
 from tuner.report.trackers import not_installed, refuse_unusable
-from tuner.store import CachedStore, Store, exists, hold_study, open_store
+from tuner.store import CachedStore, Store, exists, hold_study, open_store, refuse_damaged
 from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
@@ -73,7 +73,9 @@ def run_round(
     disk = RoundDisk(plan, free)
     disk.refuse_unwritable()
     disk.refuse_full()
+    refuse_damaged(storage)
     refuse_changed_file(plan)
+    refuse_lost_database(plan)
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
     objective = load_plug_ins(plan)
@@ -150,10 +152,25 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
             raise
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
     except (StorageError, StorageInternalError, OSError) as error:
-        said = " ".join(str(error).split())
+        # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else None
+        said = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
         if watch.is_short():
             raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
         raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
+
+
+def refuse_lost_database(plan: RoundPlan) -> None:
+    """Raise InputError if there are trials on disk that the database does not know."""
+    if _begun(plan) is not None:
+        return
+    trials = sorted(plan.checkpoints.glob("trial-[0-9]*"))
+    if trials:
+        raise InputError(
+            f"{plan.checkpoints} has checkpoints of {count(len(trials), 'trial')}, and the database "
+            f"{without_secrets(plan.absolute.storage)} does not know the round {plan.name}: was it deleted "
+            f"or moved? Put it back; or, to begin {plan.name} anew, move {plan.checkpoints} away"
+        )
 
 
 def refuse_changed_file(plan: RoundPlan) -> None:
@@ -293,25 +310,13 @@ def _begin(
     """Record that the round has started, or the file's allowed changes."""
     begun = store.round(plan.name)
     if begun is not None and begun.workload != ready.workload:
-        if plan.spec.command is not None:
-            raise InputError(
-                f"{plan.file.path.name}: the command is not the one that {plan.name} started with (its "
-                "arguments, its configuration, a script that it names, or run.gpus_per_worker changed): its "
-                "trials would not be comparable. Restore it, or start another round"
-            )
-        raise InputError(
-            f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
-            "files at these paths changed, this version of tuner reads some rows differently, see the "
-            f"changelog, or another folder started a study {plan.spec.study} in this database): its trials "
-            "would not be comparable. Restore them, finish the round with the version that started it, or "
-            "start another round or study"
-        )
+        raise other_workload(plan)
     store.record(
         RoundBegun(
             RoundRecord(
                 name=plan.name,
                 max_train_steps=plan.spec.max_train_steps,
-                spec=_recorded_spec(plan.spec, objective),
+                spec=_recorded_spec(plan.spec, objective, ready.data_fingerprint),
                 begun_at=begun.begun_at if begun else clock(),
                 train_rows=ready.train_rows,
                 eval_rows=ready.eval_rows,
@@ -323,8 +328,40 @@ def _begin(
     )
 
 
-def _recorded_spec(spec: RoundSpec, objective: Objective) -> dict[str, Any]:
+def other_workload(plan: RoundPlan) -> InputError:
+    """Return the error of a model, data or command that the round did not start with."""
+    if plan.spec.command is not None:
+        return InputError(
+            f"{plan.file.path.name}: the command is not the one that {plan.name} started with (its "
+            "arguments, its configuration, a script that it names, or run.gpus_per_worker changed): its "
+            "trials would not be comparable. Restore it, or start another round"
+        )
+    return InputError(
+        f"{plan.file.path.name}: the model or the data are not those that {plan.name} started with (the "
+        "files at these paths changed, this version of tuner reads some rows differently, see the "
+        f"changelog, or another folder started a study {plan.spec.study} in this database): its trials "
+        "would not be comparable. Restore them, finish the round with the version that started it, or "
+        "start another round or study"
+    )
+
+
+def recorded_workload(plan: RoundPlan) -> str | None:
+    """Return the fingerprint of the workload that the round started with."""
+    begun = _begun(plan)
+    return None if begun is None else begun.workload
+
+
+def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
+    """Raise InputError for data that the round did not start with."""
+    begun = _begun(plan)
+    recorded = None if begun is None else begun.spec.get("data_fingerprint")
+    if recorded and recorded != fingerprint:
+        raise other_workload(plan)
+
+
+def _recorded_spec(spec: RoundSpec, objective: Objective, fingerprint: str) -> dict[str, Any]:
     """The file as JSON, with the metric's own direction where it leaves that out, and no password."""
     document = spec.model_dump(mode="json")
     objective_now = {**document["objective"], "direction": objective.direction.value}
-    return {**document, "objective": objective_now, "storage": without_secrets(spec.storage)}
+    data = {"data_fingerprint": fingerprint} if fingerprint else {}
+    return {**document, **data, "objective": objective_now, "storage": without_secrets(spec.storage)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from tuner.records import Died, Preparing, evaluation_from_json
 from tuner.training.environment import keep_freed_memory
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import train
+from tuner.training.worker_state import Pulse
+from tuner.whole import keep_others_out
 
 
 def main() -> int:
     """Set up, send `Ready`, and train until told to close."""
+    keep_others_out()
+    os.environ.setdefault("TQDM_DISABLE", "1")
     say = event_writer()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     keep_freed_memory()
@@ -54,6 +59,9 @@ def main() -> int:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
         say(ready)
+        state.pulse = Pulse(say, loading_seconds=spec.run.loading_seconds)
+        # Every pass of training, evaluation and generation goes through it once.
+        state.base.model.get_input_embeddings().register_forward_pre_hook(lambda *_: state.pulse.on_pass())
         try:
             train(state, commands, say)
         except TunerError as error:

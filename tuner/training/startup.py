@@ -87,8 +87,9 @@ def load_worker_state(
         base=state.base_evaluation,
         train_rows=len(data.train),
         eval_rows=len(data.evaluation),
-        workload=_workload(state.base, data, spec),
+        workload=workload(state.base, data, spec),
         evaluation_share=_evaluation_share(data, spec),
+        data_fingerprint=data.fingerprint,
         smallest_adapter=smallest,
         largest_adapter=largest,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
@@ -192,7 +193,7 @@ def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Pac
     return packing
 
 
-def _workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
+def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     """Return the fingerprint of what is held fixed: the base model's config and sampled weights; the data."""
     total = hashlib.sha256(data.fingerprint.encode())
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in _CONFIG_OF_THE_FILES}

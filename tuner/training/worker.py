@@ -45,13 +45,18 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
+    pulse = state.pulse
     max_runs = state.pack.num_slots  # lowered when one more runs out of memory: it then waits for a free slot
     last_saved: dict[int, tuple[float, float]] = {}
     last_said = 0.0
 
     while not commands.closed:
         # --- start new trials in free slots, remove unwanted ones
+        if not runs and not waiting:
+            pulse.wait()
         waiting += commands.assignments(wait=not runs and not waiting)
+        if waiting:
+            pulse.phase("starting a trial")
         max_runs = _fill_slots(state, runs, waiting, max_runs, say)
         for assignment in [each for each in waiting if each.run in commands.unwanted]:
             waiting.remove(assignment)
@@ -73,6 +78,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
         for slot, evaluation in evaluations.items():
             run = runs[slot]
             run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
+            pulse.phase("saving")
             with state.meter.timing("saving"):
                 _save(run, last_saved, slot, say)
             say(Evaluated(*_name(run), evaluation, horizon=run.assignment.horizon))
@@ -80,6 +86,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
             say(Measured(state.meter.read(state.base.device)))
         for slot, run in runs.items():
             if run.is_at_trunk and slot not in due and not run.micro_batches:
+                pulse.phase("saving")
                 say(_saved(run, run.save(CheckpointKind.TRUNK)))
         _end_what_is_over(state, runs, commands, say)
 
@@ -92,6 +99,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 if run.train_loss is not None:
                     say(Progressed(*_name(run), run.step, run.train_loss, horizon=run.assignment.horizon))
 
+    pulse.phase("saving")
     for run in runs.values():
         _leave(run, "stopped", None, say, save=True)
     for assignment in waiting:

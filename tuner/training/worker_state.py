@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -23,7 +24,7 @@ from tuner.data import AnswerMetric, EvalPrompt, Examples, load_metric, try_metr
 from tuner.methods.metrics import Metric
 from tuner.methods.metrics.eval_loss import EVAL_LOSS
 from tuner.playbook.results import answer_score
-from tuner.records import LOSS, AnswerScore, Evaluation, Hyperparameters, Objective, Throughput
+from tuner.records import LOSS, AnswerScore, Beat, Evaluation, Event, Hyperparameters, Objective, Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,6 +154,59 @@ def peak_memory_bytes(device: torch.device) -> int:
 SIMILAR_LENGTHS = 1.6
 """Longest row over the mean: where padding each row of a trial alone costs a fourth of a pass."""
 
+_BEATS_SECONDS = 1.0
+_LEAST_PASS_SECONDS = 120.0
+_PASS_FACTOR = 10.0
+
+
+class Pulse:
+    """The main loop's heartbeats: each says what it does now and how long it may be silent.
+
+    A pass may take ten times the slowest one so far, and at least two minutes; what has no measured time, the
+    first pass among it, as long as loading.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[Event], None],
+        *,
+        loading_seconds: float = 1800.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say, self._loading_seconds, self._clock = say, loading_seconds, clock
+        self._slowest_seconds: float | None = None
+        self._pass_at: float | None = None
+        self._said_at = -math.inf
+        self._doing = ""
+
+    def wait(self) -> None:
+        """The loop waits for its parent."""
+        self._beat("waiting", None)
+
+    def phase(self, doing: str) -> None:
+        """The loop begins something without a measured time."""
+        self._beat(doing, self._loading_seconds)
+
+    def on_pass(self) -> None:
+        """The loop begins a pass over the base model; the one before has ended."""
+        now = self._clock()
+        if self._pass_at is not None:
+            self._slowest_seconds = max(self._slowest_seconds or 0.0, now - self._pass_at)
+        if self._doing != "a pass" or now - self._said_at >= _BEATS_SECONDS:
+            self._beat("a pass", self.pass_seconds)
+        self._pass_at = now
+
+    @property
+    def pass_seconds(self) -> float:
+        """Return how long a pass may take."""
+        if self._slowest_seconds is None:
+            return self._loading_seconds
+        return max(_LEAST_PASS_SECONDS, _PASS_FACTOR * self._slowest_seconds)
+
+    def _beat(self, doing: str, allowed_seconds: float | None) -> None:
+        self._doing, self._said_at, self._pass_at = doing, self._clock(), None
+        self._say(Beat(doing, allowed_seconds))
+
 
 @dataclass
 class WorkerState:
@@ -184,6 +238,8 @@ class WorkerState:
     evaluation_tokens: int = 1 << 40
     """The same for a pass of an evaluation."""
     meter: Meter = field(default_factory=Meter)
+    pulse: Pulse = field(default_factory=lambda: Pulse(lambda _: None))
+    """The heartbeats of the main loop."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
     _eva: dict[tuple[int | str, ...], Mapping[str, Tensor]] = field(default_factory=dict)

@@ -1,0 +1,186 @@
+"""A worker that hangs is ended after the time that it may be silent for, and replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tuner.engines import LocalProcess, Program, ProgramWorker, end_all_processes, wait_for_former_workers
+from tuner.engines.processes import Identity
+from tuner.engines.program import Silence
+from tuner.records import Beat, Died, Event, Preparing, Progressed, Ready
+from tuner.training.worker_state import Pulse
+
+PROGRAM = """
+import sys, time
+sys.stdin.readline()
+print('{"event": "ready", "slots": 1, "device": "cpu"}', flush=True)
+print('{"event": "beat", "doing": "a pass", "allowed_seconds": 1.0}', flush=True)
+sys.stdin.readline()
+"""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def silence(*said: tuple[float, Event], loading_seconds: float = 100.0) -> tuple[Silence, Clock]:
+    clock = Clock()
+    found = Silence(loading_seconds, clock)
+    for at, event in said:
+        clock.now = at
+        assert found.too_long() is None
+        found.heard(event)
+    return found, clock
+
+
+def asked(found: Silence, clock: Clock, until: float) -> str | None:
+    """Asked every second, as the loop does, until a time or an answer."""
+    while clock.now < until:
+        clock.now += 1.0
+        if (why := found.too_long()) is not None:
+            return why
+    return None
+
+
+READY = Ready(1, "cpu")
+
+
+def test_loading_has_its_time_and_each_sign_of_life_begins_it_anew() -> None:
+    found, clock = silence()
+    assert asked(found, clock, 100.0) is None
+    assert "101 seconds (loading)" in (asked(found, clock, 102.0) or "")
+    found, clock = silence((20.0, Preparing("tokenising")))
+    assert asked(found, clock, 120.0) is None
+    assert "(tokenising)" in (asked(found, clock, 122.0) or "")
+
+
+def test_a_program_without_heartbeats_has_all_the_time_once_it_is_ready() -> None:
+    found, clock = silence((5.0, READY))
+    assert asked(found, clock, 1e4) is None
+
+
+def test_a_heartbeat_says_how_long_the_next_silence_may_be() -> None:
+    found, clock = silence((5.0, READY), (6.0, Beat("a pass", 120.0)), (25.0, Progressed("r", 0, 1, 3)))
+    assert asked(found, clock, 145.0) is None
+    assert "(a pass)" in (asked(found, clock, 147.0) or "")
+    found, clock = silence((5.0, READY), (6.0, Beat("a pass", 120.0)), (7.0, Beat("waiting", None)))
+    assert asked(found, clock, 1e4) is None
+
+
+def test_the_time_in_which_this_process_itself_was_stopped_does_not_count() -> None:
+    found, clock = silence((5.0, READY), (6.0, Beat("a pass", 120.0)))
+    clock.now = 5000.0
+    assert found.too_long() is None
+    assert asked(found, clock, 5119.0) is None
+    assert asked(found, clock, 5122.0) is not None
+
+
+def test_a_pass_may_take_ten_times_the_slowest_and_two_minutes_at_least() -> None:
+    clock, said = Clock(), []
+    pulse = Pulse(said.append, loading_seconds=1800.0, clock=clock)
+    for at, allowed in ((0.0, 1800.0), (3.0, 120.0), (33.0, 300.0), (34.0, 300.0)):
+        clock.now = at
+        pulse.on_pass()
+        assert said[-1] == Beat("a pass", allowed)
+    pulse.phase("saving")
+    clock.now = 1000.0  # saving took long, which says nothing of a pass
+    pulse.on_pass()
+    assert said[-1] == Beat("a pass", 300.0)
+    num_said = len(said)
+    for _ in range(100):
+        clock.now += 0.005
+        pulse.on_pass()
+    assert len(said) == num_said
+
+
+def launched(tmp_path: Path, program: str = PROGRAM, **seconds: float) -> ProgramWorker:
+    return ProgramWorker(
+        Program((), dict),
+        lambda: LocalProcess(["-c", program], log=tmp_path / "worker.log"),
+        **seconds,
+    )
+
+
+def died(worker: ProgramWorker, seconds: float = 20.0) -> Died:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for event in worker.events(0.1):
+            if isinstance(event, Died):
+                return event
+    raise AssertionError("it did not die")
+
+
+def test_a_stopped_process_is_killed_and_said(tmp_path: Path) -> None:
+    worker = launched(tmp_path)
+    assert isinstance(worker.events(20.0)[0], Ready)
+    process = worker.process
+    assert isinstance(process, LocalProcess)
+    os.kill(process.popen.pid, signal.SIGSTOP)
+    event = died(worker)
+    assert "said nothing for" in event.reason
+    assert "(a pass)" in event.reason
+    assert process.popen.returncode == -signal.SIGKILL
+    assert worker.capacity() == 1  # the next trial starts another one
+    worker.close()
+
+
+def test_closing_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:
+    worker = launched(tmp_path, PROGRAM + "time.sleep(60)\n")
+    assert isinstance(worker.events(20.0)[0], Ready)
+    begun = time.monotonic()
+    worker.close()
+    assert time.monotonic() - begun < 10
+
+
+def test_one_that_never_begins_to_load(tmp_path: Path) -> None:
+    worker = launched(tmp_path, "import time; time.sleep(60)", silence_seconds=0.5)
+    assert "(loading)" in died(worker).reason
+
+
+def test_all_can_be_ended_at_once(tmp_path: Path) -> None:
+    worker = launched(tmp_path, "import time; time.sleep(60)")
+    end_all_processes()
+    assert "signal 9" in died(worker, 5.0).reason
+    assert not list(tmp_path.glob("*.pid"))
+
+
+HOLDER = """
+import fcntl, sys, subprocess, os
+from pathlib import Path
+from tuner.engines.processes import record_worker
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_SH)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock.fileno()],
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+record_worker(Path(sys.argv[1]).with_name("worker.pid"), child.pid)
+os.kill(child.pid, 19)
+print(child.pid, flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_what_an_earlier_run_left_hanging_is_ended_by_the_next(tmp_path: Path) -> None:
+    """Its parent was killed while it was stopped, so that it never noticed."""
+    lock = tmp_path / "worker.lock"
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDER, str(lock)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    begun = time.monotonic()
+    wait_for_former_workers(lock)
+    assert time.monotonic() - begun < 10
+    assert Identity.of(int(done.stdout)) is None
