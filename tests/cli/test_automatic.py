@@ -57,7 +57,12 @@ def curves(capsys: pytest.CaptureFixture[str], study: Path) -> Any:
         os.chdir(study)
     trials = json.loads(capsys.readouterr().out)
     return [
-        {k: v for k, v in t.items() if k not in ("attempts", "executed_steps", "adapter")} for t in trials
+        {
+            k: v
+            for k, v in t.items()
+            if k not in ("attempts", "executed_steps", "executed_steps_exact", "adapter")
+        }
+        for t in trials
     ]
 
 

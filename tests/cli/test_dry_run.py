@@ -136,7 +136,7 @@ def test_a_changed_file_is_refused_with_the_way_out_and_leaves_the_dry_run_alone
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("study", "run", "round1.yaml", "--engine", "ray3"), "local, simulated"),
+        (("study", "run", "round1.yaml", "--engine", "ray3"), "local, ray, simulated"),
         (("study", "run", "dry-run/round1.yaml", "--engine", "local"), "this file belongs to a dry run"),
         (("-C", "dry-run", "trial", "generate", "best", "--prompt", "x"), "a dry run trains nothing"),
     ],

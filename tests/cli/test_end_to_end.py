@@ -31,6 +31,7 @@ TRIAL_KEYS = [
     "test",
     "continues",
     "executed_steps",
+    "executed_steps_exact",
     "attempts",
     "evaluations",
 ]
@@ -60,7 +61,8 @@ class TestStudy:
         assert [r["round"] for r in document["rounds"]] == ["round1", "round2"]
         for status in document["rounds"]:
             assert list(status) == [
-                "round", "max_train_steps", "state", "trials", "metric", "direction", "best", "branches_left",
+                "round", "max_train_steps", "state", "trials", "metric", "direction", "best", "running",
+                "branches_left",
                 "seconds_left", "overfitting", "throughput",
             ]  # fmt: skip
             executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])

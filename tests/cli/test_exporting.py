@@ -6,6 +6,7 @@ import math
 import re
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from tuner.api.export import finished_trial
 from tuner.cli import run
 from tuner.data import prepare, render_prompt
 from tuner.data.examples import Example
-from tuner.records import TrialState
-from tuner.study.folder import open_folder
+from tuner.records import CheckpointKind, Saved, TrialState
+from tuner.study.folder import open_folder, opened
+from tuner.whole import digest
 
 pytestmark = pytest.mark.slow
 
@@ -132,17 +134,29 @@ def test_the_card_says_the_base_and_the_template_of_training(
     best.write_text(before[best].replace('"revision": null', f'"revision": "{commit}"'))
     changed = before[file].replace("quantization: nf4}", "quantization: nf4, trust_remote_code: true}")
     file.write_text(changed.replace("format: alpaca}", "format: alpaca, template: tokenizer}"))
+    _record_the_adapter(study)
     try:
         assert run(["trial", "export", "best", "--to", "told"]) == 0
     finally:
         for path, text in before.items():
             path.write_text(text)
+        _record_the_adapter(study)
     assert "warning: model.trust_remote_code: Python code from " in capsys.readouterr().err
     card = (study / "told" / "README.md").read_text()
     assert f'revision="{commit}", trust_remote_code=True' in card
     assert f"(revision {commit})" in card
     assert "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` renders it." in card
     assert PeftConfig.from_pretrained(str(study / "told")).revision == commit
+
+
+def _record_the_adapter(study: Path) -> None:
+    """Record the files that now lie in the place of the first trial's adapter."""
+    with opened(open_folder(study)) as store:
+        (trial,) = store.trials("round1")
+        best = trial.checkpoint(CheckpointKind.BEST)
+        assert best is not None
+        found = replace(best, sha256=digest(study / "runs" / "round1" / best.path))
+        store.record(Saved(trial.round, trial.number, trial.attempts[-1].number, found))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:

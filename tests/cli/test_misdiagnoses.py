@@ -183,7 +183,7 @@ def test_a_server_that_keeps_no_utf8(postgres_server: str) -> None:
         )
     try:
         url = make_url(postgres_server).set(database="ascii").render_as_string(hide_password=False)
-        with pytest.raises(StorageError, match=r"SQL_ASCII, and tuner needs UTF8.*ENCODING 'UTF8'"):
+        with pytest.raises(StorageError, match=r"SQL_ASCII, and tuner needs UTF8.*createdb --encoding UTF8"):
             open_store(url, study="tiny")
     finally:
         with engine.connect() as connection:
