@@ -132,6 +132,6 @@ def test_a_worker_of_an_earlier_run_that_does_not_end_is_an_error(tmp_path: Path
     wait_for_former_workers(lock)
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
-        with pytest.raises(WorkerError, match=r"worker\.lock: a worker of an earlier run still holds this file"):
+        with pytest.raises(WorkerError, match=r"worker\.lock: a worker of an earlier run still holds"):
             wait_for_former_workers(lock, timeout_seconds=0.2)
     wait_for_former_workers(lock)
