@@ -31,7 +31,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "whole": set(),
     "records": set(),
     "methods": set(),
-    "program": set(),
+    "pipes": set(),
     "playbook": NUMPY,
     "config": FILES,
     "data": FILES,

@@ -22,7 +22,7 @@ import yaml
 from tests import studies, tiny
 from tests.commands.driving import Ran, document, trainer, written
 from tests.commands.test_rounds import curve, environment, searching, tuner, wait_for
-from tuner.commands import processes
+from tuner.commands import process_tree
 from tuner.records import CheckpointKind
 
 pytestmark = pytest.mark.acceptance
@@ -121,7 +121,7 @@ def test_stopping_torchrun_leaves_no_process(tmp_path: Path) -> None:
     content["run"] = {"gpus_per_worker": 2}
     ran = Ran(tmp_path, content, stopping=lambda events: len(events) > 1)
     assert ran.end.outcome == "stopped"
-    assert not list(processes.with_token(ran.tokens[0]))
+    assert not list(process_tree.with_token(ran.tokens[0]))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -159,4 +159,4 @@ def test_killed_anywhere_curves_are_equal(tmp_path: Path, seed: int) -> None:
     for trial in ("round1/0", "round1/1"):
         assert curve(folder, trial) == curve(tmp_path / "whole", trial)
     tokens = [path.read_text() for path in folder.rglob("token")]
-    wait_for(lambda: not any(any(processes.with_token(token)) for token in tokens))
+    wait_for(lambda: not any(any(process_tree.with_token(token)) for token in tokens))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
-from tuner.commands import processes
+from tuner.commands import process_tree
 from tuner.commands.attempt import Round, Unusable
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
@@ -50,7 +50,7 @@ def test_a_killed_command_fails_the_attempt_and_the_next_resumes(tmp_path: Path)
 
     def kill_at(events: list[Event]) -> bool:
         if any(isinstance(e, Evaluated) and e.evaluation.step == 8 for e in events):
-            for process in processes.with_token(killed_tokens(tmp_path / "killed")[0]):
+            for process in process_tree.with_token(killed_tokens(tmp_path / "killed")[0]):
                 process.send_signal(signal.SIGKILL)
         return False
 
@@ -70,7 +70,7 @@ def killed_tokens(folder: Path) -> list[str]:
 
 
 def test_stopping_ends_the_tree_even_if_it_ignores_sigterm(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(processes.end, "__kwdefaults__", {"grace_seconds": 0.3})
+    monkeypatch.setattr(process_tree.end, "__kwdefaults__", {"grace_seconds": 0.3})
     (tmp_path / "stubborn.py").write_text(
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -83,7 +83,7 @@ def test_stopping_ends_the_tree_even_if_it_ignores_sigterm(tmp_path: Path, monke
     content["command"] = {"run": content["command"]["run"]}
     ran = Ran(tmp_path, content, stopping=lambda events: any(isinstance(e, Evaluated) for e in events))
     assert ran.end.outcome == "stopped"
-    assert not list(processes.with_token(ran.tokens[0]))
+    assert not list(process_tree.with_token(ran.tokens[0]))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
     ran = Ran(tmp_path, content)
     assert ran.end.outcome == "failed"
     assert "best-steps" in str(ran.end.reason)
-    assert not list(processes.with_token(ran.tokens[0]))
+    assert not list(process_tree.with_token(ran.tokens[0]))
 
 
 def test_an_objective_that_is_not_reported_names_what_is(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests import studies
 from tests.commands.driving import document, written
-from tuner.commands import processes
+from tuner.commands import process_tree
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -142,7 +142,7 @@ def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: 
         assert curve(folder, trial) == curve(tmp_path / "whole", trial)
     tokens = [path.read_text() for path in folder.rglob("token")]
     assert tokens
-    assert not any(any(processes.with_token(token)) for token in tokens)
+    assert not any(any(process_tree.with_token(token)) for token in tokens)
 
 
 def wait_for(happened: Any, *, seconds: float = 60.0) -> None:

@@ -535,7 +535,7 @@ class TestFiles:
         assert second.claim(name, "file", 7, 100) == ("here", place)
 
     def test_a_directory_comes_back_as_it_went(self, call: Any, model: Path, machine: Machine) -> None:
-        target = f"{machine.scratch}/work/job/start/{model.name}"
+        target = os.fspath(Path(machine.scratch, "work", "job", "start", model.name))
         give_back(call, model, target, sha256=digest(model))
         give_back(call, model, target, sha256=digest(model))
         assert digest(Path(target)) == digest(model)

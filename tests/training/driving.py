@@ -17,7 +17,7 @@ from tests import tiny
 from tuner.adapters import Adapter, Base, Pack, initial_adapter
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Examples
-from tuner.program import CommandReader
+from tuner.pipes import CommandReader
 from tuner.records import (
     Assignment,
     CheckpointKind,

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from tests.training.driving import assignment
-from tuner.program import CommandReader
+from tuner.pipes import CommandReader
 from tuner.records import Assignment, RunId, to_json
 
 

@@ -15,7 +15,7 @@ from transformers import masking_utils
 from tests import tiny
 from tests.operators import OperatorCounter, operators_of
 from tests.training.driving import begin, worker_state
-from tuner.adapters import evaluation, host
+from tuner.adapters import device_io, evaluation
 from tuner.training import packed_passes, trial_run
 from tuner.training.packed_passes import evaluate, micro_step
 from tuner.training.worker_state import WorkerState
@@ -29,7 +29,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
 
     def counted(tensors: Sequence[Tensor]) -> list[list[float]]:
-        found = host.read(tensors)
+        found = device_io.read(tensors)
         seen.append(sum(map(len, found)))
         return found
 
@@ -70,7 +70,7 @@ def test_one_read_an_evaluation(models: tiny.Models, reads: list[int]) -> None:
 
 def test_a_model_that_looks_for_several_examples_in_a_row_does_again_afterwards() -> None:
     ids = torch.tensor([[0, 1, 0, 1]])
-    with host.one_example_a_row():
+    with device_io.one_example_a_row():
         assert masking_utils.find_packed_sequence_indices(ids) is None
     assert masking_utils.find_packed_sequence_indices(ids) is not None
 
@@ -91,8 +91,8 @@ def test_one_buffer_holds_every_array(shapes: list[tuple[type[np.generic], list[
         (np.arange(np.prod(shape)) + 7 * n).astype(kind).reshape(shape)
         for n, (kind, shape) in enumerate(shapes)
     ]
-    buffer, starts = host.in_one(arrays)
-    found = host.apart(torch.from_numpy(buffer), starts, arrays)
+    buffer, starts = device_io.in_one(arrays)
+    found = device_io.apart(torch.from_numpy(buffer), starts, arrays)
     for tensor, array in zip(found, arrays, strict=True):
         assert torch.equal(tensor, torch.from_numpy(array))
         assert tensor.dtype == torch.from_numpy(array).dtype
@@ -100,5 +100,5 @@ def test_one_buffer_holds_every_array(shapes: list[tuple[type[np.generic], list[
 
 @given(st.lists(st.lists(st.floats(width=32), max_size=4), max_size=4))
 def test_reads_in_order(values: list[list[float]]) -> None:
-    found = host.read([torch.tensor(part, dtype=torch.float32) for part in values])
+    found = device_io.read([torch.tensor(part, dtype=torch.float32) for part in values])
     assert repr(found) == repr(values)

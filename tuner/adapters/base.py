@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
+from tuner.adapters.device_io import one_example_a_row, send
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
-from tuner.adapters.host import one_example_a_row, send
 from tuner.adapters.joined import Joined, joined_positions, joined_rows
 from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.data import Example

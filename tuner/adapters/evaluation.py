@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuner.adapters.host import read, send
+from tuner.adapters.device_io import read, send
 from tuner.adapters.joined import Joined, joined_rows
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.data import Example, Examples

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tuner.commands import processes
+from tuner.commands import process_tree
 from tuner.commands.attempt import Attempt, Round, Unusable, tokens_of
 from tuner.commands.check import refuse_unusable, workload
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.installation import version
-from tuner.program import CommandReader, event_writer
+from tuner.pipes import CommandReader, event_writer
 from tuner.records import Died, Ended, Event, Ready, evaluation_from_json
 
 
@@ -29,7 +29,7 @@ def main() -> int:
     def end_with_parent() -> None:
         # The parent is gone, so nobody would read what the command reports.
         for token in running:
-            processes.end(token, grace_seconds=0.0)
+            process_tree.end(token, grace_seconds=0.0)
         os._exit(1)
 
     commands = CommandReader(sys.stdin, on_parent_gone=end_with_parent)
@@ -38,7 +38,7 @@ def main() -> int:
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         commands.listen()
-        processes.end_orphans(tokens_of(lock_file.parent))
+        process_tree.end_orphans(tokens_of(lock_file.parent))
         try:
             work = _round(document)
         except TunerError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.commands import outcome, processes
+from tuner.commands import outcome, process_tree
 from tuner.commands.kept import Keeper, Kept, copy_to_resume, is_whole, read_kept, resolved
 from tuner.commands.launch import Launch, Place, prepared
 from tuner.commands.reported import Line, MetricsFile, SavedByCommand, not_finite
@@ -129,7 +129,7 @@ class Attempt:
         if self.from_step >= self.assignment.max_train_steps:
             self.end("complete")
             return
-        token = processes.new_token()
+        token = process_tree.new_token()
         place.token.write_text(token)
         self.on_start(token)
         launch = prepared(
@@ -144,10 +144,10 @@ class Attempt:
         try:
             self._follow(place, launch, token, stopping)
         except InputError as error:
-            processes.end(token)
+            process_tree.end(token)
             raise Unusable(f"trial {self.assignment.trial}: {error}") from error
         except OSError as error:  # such as a full disk: the machine's fault
-            processes.end(token)
+            process_tree.end(token)
             self.end("failed", f"{error.strerror}: {error.filename}")
         finally:
             self._clear(place)
@@ -193,9 +193,9 @@ class Attempt:
 
     def _follow(self, place: Place, launch: Launch, token: str, stopping: Callable[[], bool]) -> None:
         report = MetricsFile(place.metrics, self.round.objective)
-        kills = processes.out_of_memory_kills()
+        kills = process_tree.out_of_memory_kills()
         try:
-            popen = processes.start(
+            popen = process_tree.start(
                 launch.command, directory=self.round.directory, environment=launch.environment, log=place.log
             )
         except OSError as error:
@@ -206,13 +206,13 @@ class Attempt:
             code = popen.poll()  # before its lines are read, so that none is missed
             reason = self._hear(report, place)
             if reason is not None:
-                processes.end(token, popen)
+                process_tree.end(token, popen)
                 self.end("infeasible", reason)
                 return
             if code is not None:
                 break
             if stopping():
-                processes.end(token, popen)
+                process_tree.end(token, popen)
                 self._hear(report, place)
                 self.end("stopped")
                 return
@@ -220,13 +220,13 @@ class Attempt:
             if size != heard:
                 heard_at, heard = time.monotonic(), size
             elif time.monotonic() - heard_at > limit:
-                processes.end(token, popen)
+                process_tree.end(token, popen)
                 self.end(
                     "failed", f"no metric and no line of its log for {limit / 60:.0f} minutes{_quote(place)}"
                 )
                 return
             time.sleep(POLL_SECONDS)
-        processes.end(token, popen)  # what it left behind
+        process_tree.end(token, popen)  # what it left behind
         self._judge(popen, report, place, kills)
 
     def _hear(self, report: MetricsFile, place: Place) -> str | None:
@@ -352,7 +352,7 @@ class Attempt:
     def _judge(
         self, popen: subprocess.Popen[bytes], report: MetricsFile, place: Place, kills: int | None
     ) -> None:
-        now = processes.out_of_memory_kills()
+        now = process_tree.out_of_memory_kills()
         last = max((e.step for e in self.evaluations if e.step > self.from_step), default=None)
         if last is None and not self.from_step:
             last = max((e.step for e in self.evaluations if e is not self.round.base), default=None)

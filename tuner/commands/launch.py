@@ -16,9 +16,10 @@ import yaml
 
 from tuner.config import CommandSpec
 from tuner.errors import InputError
+from tuner.methods.table import seed_of
 from tuner.methods.tools import Settings, Tool, TrialSettings, options_of, tool
 from tuner.playbook.schedule import trunk_end
-from tuner.records import Assignment, Hyperparameters, Value
+from tuner.records import Assignment, Hyperparameters
 
 HOOK = Path(__file__).parent / "hook"
 """The folder of `sitecustomize.py`, and of nothing else."""
@@ -217,7 +218,6 @@ def stable_step(hyperparameters: Hyperparameters, max_train_steps: int) -> int |
 def _variables(assignment: Assignment, place: Place, *, resume_from: Path | None) -> dict[str, str]:
     """Return the documented variables of a command."""
     stable = stable_step(assignment.hyperparameters, assignment.max_train_steps)
-    seed: Value = assignment.hyperparameters.get("training_seed", 0)
     said = {
         "TUNER_METRICS": str(place.metrics),
         "TUNER_TRIAL_DIR": assignment.directory,
@@ -225,7 +225,7 @@ def _variables(assignment: Assignment, place: Place, *, resume_from: Path | None
         "TUNER_HYPERPARAMETERS": str(place.hyperparameters),
         "TUNER_MAX_STEPS": str(assignment.max_train_steps),
         "TUNER_EVALUATE_EVERY": str(assignment.evaluate_every),
-        "TUNER_SEED": str(seed),
+        "TUNER_SEED": str(seed_of(assignment.hyperparameters)),
         "TUNER_SAVE_STEPS": ",".join(map(str, assignment.trunk_steps)),
     }
     if stable is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
-from tuner.program import CommandReader, event_writer
+from tuner.pipes import CommandReader, event_writer
 from tuner.records import Died, Preparing, evaluation_from_json
 from tuner.training.environment import keep_freed_memory
 from tuner.training.startup import load_worker_state

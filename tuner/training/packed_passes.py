@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.adapters import PackedRows
+from tuner.adapters.device_io import read
 from tuner.adapters.evaluation import Scores, grid, join, scores_of
 from tuner.adapters.frozen_linear import row_keys
-from tuner.adapters.host import read
 from tuner.methods.metrics import ExampleScores, values
 from tuner.records import LOSS, Evaluation
 from tuner.training.trial_run import MicroBatch, TrialRun

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tuner.adapters import Adapter
-from tuner.adapters.host import read
+from tuner.adapters.device_io import read
 from tuner.data import batch_rows
 from tuner.methods.table import seed_of
 from tuner.playbook import best_evaluation

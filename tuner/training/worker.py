@@ -11,8 +11,8 @@ import torch
 
 from tuner.errors import TunerError
 from tuner.methods.table import seed_of
+from tuner.pipes import CommandReader
 from tuner.playbook import is_diverged
-from tuner.program import CommandReader
 from tuner.records import (
     Answered,
     Assignment,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -406,7 +407,8 @@ class ClusterPool:
             name=f"node {node.name}",
             log=self._job.directory / f"worker-{node.name}-{seat.number}.log",
         )
-        try:
+        with ExitStack() as undo:
+            undo.callback(host.end)
             facts: NodeFacts = host.call("describe", sorted(_modules(self._job.spec)))
             refuse_unlike(facts, self._job.spec)
             host.call("end_orphans", self._job_token, self._records.session, list(self._records.lost_workers))
@@ -414,9 +416,7 @@ class ClusterPool:
             model = self._job.spec.model.path
             variables = self._variables(facts, node)
             host.call("launch", list(self._job.program.arguments), variables, seat.token)
-        except BaseException:
-            host.end()
-            raise
+            undo.pop_all()
         where = {"node": node.name, "worker": seat.token}
         if facts.gpus:
             where["gpu"] = ",".join(facts.gpus)
