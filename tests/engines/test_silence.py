@@ -20,8 +20,10 @@ from tuner.training.worker_state import Pulse
 PROGRAM = """
 import sys, time
 sys.stdin.readline()
-print('{"event": "ready", "slots": 1, "device": "cpu"}', flush=True)
-print('{"event": "beat", "doing": "a pass", "allowed_seconds": 1.0}', flush=True)
+ready = '{"event": "ready", "slots": 1, "device": "cpu"}'
+beat = '{"event": "beat", "doing": "a pass", "allowed_seconds": 1.0}'
+sys.stdout.write(ready + "\\n" + beat + "\\n")  # at once: a test stops the process as soon as it reads the first
+sys.stdout.flush()
 sys.stdin.readline()
 """
 
@@ -76,6 +78,17 @@ def test_a_heartbeat_says_how_long_the_next_silence_may_be() -> None:
     assert "(a pass)" in (asked(found, clock, 147.0) or "")
     found, clock = silence((5.0, READY), (6.0, Beat("a pass", 120.0)), (7.0, Beat("waiting", None)))
     assert asked(found, clock, 1e4) is None
+
+
+def test_work_given_to_one_that_waits_has_to_be_begun() -> None:
+    found, clock = silence((5.0, READY), (6.0, Beat("waiting", None)))
+    assert asked(found, clock, 1e3) is None
+    found.ordered()
+    assert asked(found, clock, clock.now + 99.0) is None
+    assert "(starting a trial)" in (asked(found, clock, clock.now + 3.0) or "")
+    found, clock = silence((5.0, READY))
+    found.ordered()
+    assert asked(found, clock, 1e4) is None  # without heartbeats nothing is known of it
 
 
 def test_the_time_in_which_this_process_itself_was_stopped_does_not_count() -> None:

@@ -77,6 +77,7 @@ class Silence:
         """A process starts."""
         self._allowed: float | None = self._loading_seconds
         self._doing = "loading"
+        self._beats = False
         self._heard_at = self._asked_at = self._clock()
 
     def heard(self, event: Event) -> None:
@@ -84,11 +85,20 @@ class Silence:
         self._heard_at = self._clock()
         match event:
             case Beat(doing=doing, allowed_seconds=allowed):
-                self._doing, self._allowed = doing, allowed
+                self._doing, self._allowed, self._beats = doing, allowed, True
             case Preparing(doing=doing):
                 self._doing = doing
             case Ready():
                 self._allowed = None
+
+    def ordered(self) -> None:
+        """A worker that waits without a limit has been given work: if it has heartbeats, a limit begins."""
+        if self._beats and self._allowed is None:
+            self._doing, self._allowed, self._heard_at = (
+                "starting a trial",
+                self._loading_seconds,
+                self._clock(),
+            )
 
     def too_long(self) -> str | None:
         """Return a sentence if the worker has been silent for longer than it may; ask every few seconds."""
@@ -144,6 +154,7 @@ class ProgramWorker:
         if self.process is None:
             self._begin()
         self._held.add(assignment.run)
+        self._silence.ordered()
         self._order({"order": "start", "assignment": to_json(assignment)})
 
     def stop(self, run: RunId) -> None:
