@@ -22,7 +22,7 @@ import sys, time
 sys.stdin.readline()
 ready = '{"event": "ready", "slots": 1, "device": "cpu"}'
 beat = '{"event": "beat", "doing": "a pass", "allowed_seconds": 1.0}'
-sys.stdout.write(ready + "\\n" + beat + "\\n")  # at once: a test stops the process as soon as it reads the first
+sys.stdout.write(ready + "\\n" + beat + "\\n")  # at once: a test stops it after the first
 sys.stdout.flush()
 sys.stdin.readline()
 """
