@@ -16,7 +16,7 @@ from tuner.config.round_file import RECORDED_KEYS, RoundSpec
 from tuner.config.wording import Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
-from tuner.methods.plug_ins import PlugIn, loaded
+from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded
 from tuner.methods.schedules import refuse_bad_rates, schedule
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import corners
@@ -206,9 +206,20 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
         wrong = {dotted(at) for at in seen}
         for each in fresh:
             seen.add(each["loc"])
-            if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())):
-                found[each["loc"]] = _message(each)
+            message = _message(each)
+            if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())) and not (
+                _may_belong_to_a_method(each["loc"], message) and wrong & _CHOOSERS
+            ):
+                found[each["loc"]] = message
             _mend(mended, each["loc"])
+
+
+_CHOOSERS = {f"hyperparameters.{chooser}" for chooser in CHOOSERS}
+
+
+def _may_belong_to_a_method(location: Location, message: str) -> bool:
+    """Return whether a name is like none that is known: it may be of a method that is not installed."""
+    return location[0] in ("hyperparameters", "search") and message.startswith("unknown; allowed here:")
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:
