@@ -70,18 +70,18 @@ def checked(
     InputError, or RoundFileError with all mistakes of the file.
     """
     file = load_round(path)
-    round_plan = StudyPlan(with_plug_ins(file) if probe else file)
-    command = _next_command(round_plan)
-    if probe:
-        load_plug_ins(round_plan)
-        make_engine(round_plan.spec.run.engine).close()
-    if round_plan.spec.command is not None:
-        return *_command_plan(round_plan, probe=probe), command
     try:
+        round_plan = StudyPlan(with_plug_ins(file) if probe else file)
+        command = _next_command(round_plan)
+        if probe:
+            load_plug_ins(round_plan)
+            make_engine(round_plan.spec.run.engine).close()
+        if round_plan.spec.command is not None:
+            return *_command_plan(round_plan, probe=probe), command
         with taken_back(round_plan.cache):
             plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
-    except (DataError, ModelError) as error:
-        raise (file.missing(str(error)) or error) from None
+    except InputError as error:
+        raise file.placed(error) from None
     return plan, remarks, command
 
 
