@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ RUN_LOCKS, UPGRADE_LOCKS = 0x74756E65, 0x74756E66
 
 _REFUSALS = ("42501", "25006")
 """PostgreSQL's codes for missing rights and for a server that only reads; SQLAlchemy takes them for bugs."""
+
+_FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOENT)
+"""What another try does not change."""
 
 _SECRET_OPTIONS = ("password", "passfile", "sslpassword", "sslkey", "oauth_client_secret")
 _SQLITE_OPTIONS = frozenset(
@@ -180,22 +183,31 @@ def engine_arguments(url: URL, **connect_args: Any) -> dict[str, Any]:
     return {"pool_pre_ping": True, "connect_args": chosen}
 
 
+def optuna_arguments(url: str) -> dict[str, Any]:
+    """Return the same for the tables of Optuna in the database at a URL."""
+    return engine_arguments(parse_url(url))
+
+
 def _follow_file(engine: Engine, path: Path) -> None:
     """Let connections use the file that has the name now, and never create one.
 
     SQLite would go on with a file that was deleted or replaced, and what it writes there is lost.
     """
 
+    def inode() -> int:
+        try:
+            return path.stat().st_ino
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, "the file is gone; put it back") from None
+
     def refuse_missing(*_: Any) -> None:
-        if not path.exists():
-            raise OSError(errno.ESTALE, "the file is gone; put it back")
+        inode()
 
     def remember(_: Any, record: Any) -> None:
-        record.info["inode"] = path.stat().st_ino
+        record.info["inode"] = inode()
 
     def refuse_replaced(_: Any, record: Any, __: Any) -> None:
-        refuse_missing()
-        if path.stat().st_ino != record.info["inode"]:
+        if inode() != record.info["inode"]:
             raise DisconnectionError(f"{path} was replaced")
 
     event.listen(engine, "do_connect", refuse_missing)
@@ -294,6 +306,11 @@ def refuse_encoding(url: URL, connection: Connection) -> None:
         )
 
 
+def explained_at(url: str) -> AbstractContextManager[None]:
+    """Return `explained` for a URL as text."""
+    return explained(parse_url(url))
+
+
 @contextmanager
 def explained(url: URL) -> Iterator[None]:
     """Convert errors caused by the machine or the user to StorageError; let bugs pass.
@@ -305,7 +322,8 @@ def explained(url: URL) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_sqlite(url):
             raise refusal_of(url, f"there is no directory {database_file(url).parent}") from error
-        raise refusal_of(url, error.strerror or str(error), kind=StorageAway) from error
+        kind = StorageError if error.errno in _FOR_GOOD else StorageAway
+        raise refusal_of(url, error.strerror or str(error), kind=kind) from error
     except DBAPIError as error:
         refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
         is_away = isinstance(error, OperationalError) or error.connection_invalidated

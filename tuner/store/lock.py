@@ -296,7 +296,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _holder_here() -> str:
-    """Return this process as a PostgreSQL `application_name`, of at most 63 bytes, by which others know it."""
+    """Return this process as a PostgreSQL `application_name`, of at most 63 bytes."""
     host = socket.gethostname().encode("ascii", "replace")[:_HOST_BYTES].decode()
     return f"process {os.getpid()} on {host} {_machine()}.{_started(os.getpid()) or 0:x}"
 

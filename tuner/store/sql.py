@@ -42,7 +42,7 @@ from tuner.store.database import (
     whole_or_absent,
     writing,
 )
-from tuner.store.migrations import newest_revision, revision_of, upgrade
+from tuner.store.migrations import newest_revision, one_by_one, revision_of, upgrade
 from tuner.store.recording import ROUND_ROWS, TRIAL_ROWS, Recorder, asked_trial
 from tuner.store.schema import ATTEMPTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
 from tuner.store.turn import Turn
@@ -97,6 +97,18 @@ def revision(url: str) -> Revision:
     finally:
         engine.dispose()
     return Revision(place, found, newest, is_newer)
+
+
+@contextmanager
+def making_tables(url: str) -> Iterator[None]:
+    """Keep other processes from making tables in the database meanwhile: Optuna's fail at the same moment."""
+    target = parse_url(url)
+    engine = open_engine(target)
+    try:
+        with explained(target), one_by_one(engine):
+            yield
+    finally:
+        engine.dispose()
 
 
 def refuse_damaged(url: str) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from optuna.exceptions import StorageInternalError
 
-from tuner.errors import Interrupted, StorageAway, StudyTaken
+from tuner.errors import Interrupted, StorageAway
 from tuner.records import Fact, Promotion, RoundRecord, Trial
 from tuner.report.format import duration
 from tuner.store import Store, explained_at
@@ -39,8 +39,8 @@ class Lock(Protocol):
 class Outage:
     """Does what needs the database of a running round, and tries again while that is away.
 
-    Whoever calls waits: so no trial is asked and no file deleted. Workers train on, and what they say waits in
-    the memory of this process.
+    Whoever calls waits: so no trial is asked and no file deleted. Workers train on, and what they say waits
+    in the memory of this process.
     """
 
     url: str
@@ -70,7 +70,7 @@ class Outage:
             try:
                 return act()
             except StorageInternalError as error:
-                # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
+                # Optuna says "invalid data in the commit" of whatever its database says: that is the cause.
                 raise (error.__cause__ or error) from None
 
     def _again(self, act: Callable[[], T], error: StorageAway) -> T:
@@ -95,9 +95,7 @@ class Outage:
         until = self.clock() + seconds
         while (left := until - self.clock()) > 0:
             if self.stopping():
-                raise Interrupted(
-                    "stopped while the database was away: what was reported since is not recorded, and is run again"
-                )
+                raise Interrupted("stopped while the database was away: what was reported since is run again")
             self.sleep(min(left, _LOOK_SECONDS))
 
 
