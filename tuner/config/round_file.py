@@ -156,9 +156,7 @@ def _nothing(plug_ins: object) -> bool:
     return not plug_ins
 
 
-def _table(
-    written: Mapping[str, Any], plug_ins: Sequence[Mapping[str, Any]], tool_name: str | None
-) -> Table:
+def _table(written: Mapping[str, Any], plug_ins: Sequence[Mapping[str, Any]], tool_name: str | None) -> Table:
     return table_for(written, plug_ins) if tool_name is None else tool(tool_name).table(written)
 
 

@@ -28,6 +28,7 @@ from tuner.records.events import (
     Preparing,
     Progressed,
     Ready,
+    Remarked,
     Saved,
     Started,
 )
@@ -121,6 +122,7 @@ __all__ = [
     "PromotionPlanned",
     "Range",
     "Ready",
+    "Remarked",
     "RoundBegun",
     "RoundFact",
     "RoundKind",
