@@ -17,8 +17,11 @@ from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
 from tests.studies import round_file
 from tuner.engines import Job, Program
-from tuner.engines.ray.host import Host, NodeFacts
-from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, inputs, job_token, seats
+from tuner.engines.ray.alike import NodeFacts
+from tuner.engines.ray.host import Host
+from tuner.engines.ray.nodes import Node, NodeRecords, seats
+from tuner.engines.ray.opening import inputs, job_token
+from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
 from tuner.errors import RoundStopped
 from tuner.records import Died, Event, Ready, Started

@@ -167,7 +167,8 @@ class Places:
     @property
     def is_shared(self) -> bool:
         """Return whether the node writes checkpoints where the parent reads them."""
-        return str(self.directory) not in self.there
+        here = str(self.directory)
+        return self.there.get(here, here) == here
 
     def moved(self, value: Any) -> Any:
         """Return a JSON value whose strings that begin with a known path name the node's."""
