@@ -63,7 +63,7 @@ from tuner.records.space import (
     searched,
 )
 from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
-from tuner.records.throughput import Throughput, added_up
+from tuner.records.throughput import Throughput, added_up, by_node
 from tuner.records.trials import (
     AnswerScore,
     Attempt,
@@ -142,6 +142,7 @@ __all__ = [
     "Value",
     "active",
     "added_up",
+    "by_node",
     "assignment_from_json",
     "branch_from_json",
     "checkpoint_from_json",

@@ -26,7 +26,7 @@ from tuner.engines.ray.transfer import Parcel, Say, Sender, fetch, give_back, is
 from tuner.whole import digest, written_whole
 
 SOURCES = "sources"
-"""Folder beside the tables of tokenised rows: which table has the rows of a data set."""
+"""Folder beside the tables: which one has the rows of a data set of the Hub or a URL (`data/sources.py`)."""
 _TABLE = re.compile(r"[0-9a-f]{32}")
 """Name of a finished table in the folder of tokenised rows."""
 _PASSED = (

@@ -300,6 +300,10 @@ class RemoteProcess:
             case "started":
                 document["environment"] = {**document.get("environment", {}), **self._environment}
                 return json.dumps(document)
+            case "measured":
+                measured = document["throughput"]
+                measured["session"] = f"{self._environment['node']}/{measured['session']}"
+                return json.dumps(document)
             case "saved" if not self.places.is_shared:
                 self._take(document["checkpoint"])
             case "ended" if not self.places.is_shared:
