@@ -63,7 +63,7 @@ from tuner.records.space import (
     searched,
 )
 from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
-from tuner.records.throughput import Throughput, added_up, by_node
+from tuner.records.throughput import Prediction, Throughput, added_up
 from tuner.records.trials import (
     AnswerScore,
     Attempt,
@@ -115,6 +115,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "Packed",
+    "Prediction",
     "Preparing",
     "Progressed",
     "Promotion",
@@ -142,7 +143,6 @@ __all__ = [
     "Value",
     "active",
     "added_up",
-    "by_node",
     "assignment_from_json",
     "branch_from_json",
     "checkpoint_from_json",

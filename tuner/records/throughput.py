@@ -1,4 +1,4 @@
-"""What worker processes have done, and how fast."""
+"""What worker processes have done, and how fast; what a few steps predict."""
 
 from __future__ import annotations
 
@@ -60,6 +60,18 @@ class Throughput:
         """Return evaluation's share of the measured seconds, in [0, 1]; None before any."""
         measured = self.training_seconds + self.evaluating_seconds + self.saving_seconds
         return _ratio(self.evaluating_seconds, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The predicted cost of a round, from a few steps of all slots of a worker."""
+
+    slots: int
+    seconds_per_step: float
+    """Per trial: slots that train together divide the time of a pass."""
+    seconds_per_evaluation: float
+    """The same for an evaluation."""
+    peak_memory_bytes: int
 
 
 def by_node(parts: Iterable[Throughput]) -> dict[str, Throughput]:
