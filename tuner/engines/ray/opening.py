@@ -123,7 +123,7 @@ class Opener:
         self.job.directory.mkdir(parents=True, exist_ok=True)
         sees_runs = is_seen(host.call, self.job.directory)
         there[str(self.job.directory)] = str(self.job.directory) if sees_runs else runs
-        if cache is not None:
+        if cache is not None and spec.command is None:
             cache.mkdir(parents=True, exist_ok=True)
             sees_cache = is_seen(host.call, cache)
             there[str(cache)] = str(cache) if sees_cache else tables
@@ -186,7 +186,7 @@ class Opener:
             self._commit = host.call("hub_commit", model.path, model.revision) or hub_commit(
                 model.path, model.revision
             )
-        tables = None if cache is None else places.there[str(cache)]
+        tables = places.there.get(str(cache))
         if cache is None or tables is None or tables == str(cache):
             return
         names = {name.partition("/")[0] for name, _ in host.call("listing", tables)}

@@ -183,7 +183,7 @@ def fetch(call: Call, source: str, target: Path, *, sha256: str) -> None:
     try:
         for name, size, content in call("contents", source):
             if content is None:
-                _fetch_file(call, f"{source}/{name}", temporary / name, size)
+                fetch_file(call, f"{source}/{name}", temporary / name, size)
             else:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
@@ -199,7 +199,8 @@ def fetch(call: Call, source: str, target: Path, *, sha256: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
 
 
-def _fetch_file(call: Call, source: str, target: Path, size: int) -> None:
+def fetch_file(call: Call, source: str, target: Path, size: int) -> None:
+    """Copy a node's file. Raises ValueError if it ends early."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
         while (offset := file.tell()) < size:
