@@ -40,6 +40,8 @@ class Ending:
     """Whether this trial or another one of the round has reported an evaluation after step 0."""
     completed_before: bool = False
     """Whether a trial of this round has reached the horizon."""
+    unread: str | None = None
+    """What it wrote that could have been read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
             "the command ended with exit code 0 and reported nothing. Let it append lines such as "
             '{"step": 6, "eval_loss": 1.2} to the file named by TUNER_METRICS, call tuner.log(step, '
             "eval_loss=...), or name its tool in command.tool. `python -E` and `-I` keep tuner's hook "
-            f"out{quoted(ending.log)}",
+            f"out{'; ' + ending.unread if ending.unread else ''}{quoted(ending.log)}",
         )
     return Verdict(
         "unusable",
