@@ -87,16 +87,17 @@ def test_a_log_that_cannot_be_read_says_which(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["trainer_log.jsonl", "trainer_state.json", "TensorBoard's event files"])
 def test_a_trial_is_complete_by_any_of_them(tmp_path: Path, kind: str) -> None:
-    code = {
-        "trainer_log.jsonl": "factory_log(output, 4, 24)",
-        "trainer_state.json": "[state(output, step) for step in (12, 24)]",
-        "TensorBoard's event files": "events(output, 4, 24)",
-    }[kind]
-    repository = Path(__file__).parents[2]
+    made = tmp_path / "made"
+    match kind:
+        case "trainer_log.jsonl":
+            factory_log(made, 4, 24)
+        case "trainer_state.json":
+            state(made, 12)
+            state(made, 24)
+        case _:
+            events(made, 4, 24)
     (tmp_path / "quiet.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(repository)!r})\nfrom pathlib import Path\n"
-        "from tests.commands.test_fallback import *\n"
-        f"output = Path(os.environ['TUNER_OUTPUT_DIR'])\n{code}\n"
+        "import os, shutil\nshutil.copytree('made', os.environ['TUNER_OUTPUT_DIR'], dirs_exist_ok=True)\n"
     )
     content = document("quiet.py", hyperparameters={"learning_rate": 0.1})
     content["command"] = {"run": content["command"]["run"]}
@@ -106,6 +107,7 @@ def test_a_trial_is_complete_by_any_of_them(tmp_path: Path, kind: str) -> None:
     assert bool(ran.saved(CheckpointKind.BEST)) == (kind == "trainer_state.json")
 
 
+@pytest.mark.acceptance
 def test_a_trainer_whose_hook_is_off_is_read_by_its_checkpoints(tmp_path: Path) -> None:
     content = trainer()
     run = content["command"]["run"]

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 FALLBACK_SECONDS = 2.0
 """Between two looks at the logs of the command's tool, while nothing is reported."""
+_FULL_BYTES = 256 * 1024
+"""With less free, a failed command may have failed for it."""
 _LOG_TAIL_BYTES = 64 * 1024
 
 
@@ -390,6 +392,7 @@ class Attempt:
                 killed_for_memory=kills is not None and now is not None and now > kills,
                 reported_before=self.round.has_reported,
                 completed_before=self.round.has_completed,
+                disk_is_full=shutil.disk_usage(place.folder).free < _FULL_BYTES,
                 unread=unread,
             ),
             max_train_steps=self.assignment.max_train_steps,
