@@ -169,10 +169,12 @@ def _tokens(example_tokens: tuple[int, ...]) -> tuple[np.ndarray, float]:
 def loss_error(evaluation: Evaluation) -> float | None:
     """Return the standard error of an evaluation's loss over its examples, in nats per token.
 
-    None unless the loss is usable and over at least two examples. Rule: this project's decision,
-    "settled_step".
+    That which a command reported as `eval_loss_se`, where there are no examples. None unless the loss is
+    usable and over at least two examples. Rule: this project's decision, "settled_step".
     """
     tokens = evaluation.example_tokens
+    if not tokens:
+        return reported_error(replace(evaluation, objective=None))
     nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
     return paired_standard_error(replace(evaluation, objective=None), nothing)
 
@@ -199,11 +201,39 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
 def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float | None:
     """Return the standard error of the difference of two evaluations of a trial, in nats per token.
 
-    Paired if both have per-example losses, otherwise the residual spread of the trial's curve; None if
-    neither is available. Rule: this project's decision, "settled_step".
+    Paired if both have per-example losses, otherwise the residual spread of the trial's curve; of a curve
+    too short for that, from the standard errors that a command reported. None if none is available. Rule:
+    this project's decision, "settled_step".
     """
     paired = paired_standard_error(one, other)
-    return residual_spread(evaluations) if paired is None else paired
+    if paired is not None:
+        return paired
+    spread = residual_spread(evaluations)
+    return _reported_difference(one, other) if spread is None else spread
+
+
+REPORTED_ERROR = "_se"
+"""End of the name under which a command reports a metric's standard error."""
+
+
+def reported_error(evaluation: Evaluation) -> float | None:
+    """Return the standard error of the objective that a command reported, such as `eval_loss_se`.
+
+    None if it reported none that can be used. Rule: this project's decision, "settled_step".
+    """
+    name = "eval_loss" if evaluation.objective is None else evaluation.objective.metric
+    error = evaluation.metrics.get(name + REPORTED_ERROR)
+    return error if error is not None and 0 < error <= MAX_LOSS else None
+
+
+def _reported_difference(one: Evaluation, other: Evaluation) -> float | None:
+    """Return the error of a difference as if its evaluations were on rows of their own.
+
+    They are on the same rows, whose share of the error cancels, so that this is an upper bound.
+    """
+    errors = [reported_error(each) for each in (one, other)]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
 
 
 @dataclass(frozen=True, slots=True)

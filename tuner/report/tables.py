@@ -329,7 +329,9 @@ def _throughput(report: RoundReport) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    for name, value, meaning in format.throughput_rows(report.record.throughput):
+    for name, value, meaning in format.throughput_rows(
+        report.record.throughput, report.record.throughput_by_node
+    ):
         table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
     return table
 

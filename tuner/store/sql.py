@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sqlite3
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -42,9 +43,10 @@ from tuner.store.database import (
     whole_or_absent,
     writing,
 )
-from tuner.store.migrations import newest_revision, revision_of, upgrade
+from tuner.store.migrations import newest_revision, one_by_one, revision_of, upgrade
 from tuner.store.recording import ROUND_ROWS, TRIAL_ROWS, Recorder, asked_trial
 from tuner.store.schema import ATTEMPTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
+from tuner.store.turn import Turn
 
 _AS_KEPT = NullType()
 _READ_AS_KEPT = {
@@ -104,6 +106,18 @@ def revision(url: str) -> Revision:
     return Revision(place, found, newest, is_newer)
 
 
+@contextmanager
+def making_tables(url: str) -> Iterator[None]:
+    """Keep other processes from making tables in the database meanwhile: Optuna's fail at the same moment."""
+    target = parse_url(url)
+    engine = open_engine(target)
+    try:
+        with explained(target), one_by_one(engine):
+            yield
+    finally:
+        engine.dispose()
+
+
 def refuse_damaged(url: str) -> None:
     """Raise StorageError for an SQLite file with a damaged page. Reads the file, changes nothing."""
     target = parse_url(url)
@@ -142,29 +156,42 @@ def open_store(url: str, *, study: str) -> SqlStore:
                 with engine.connect() as connection:
                     refuse_encoding(target, connection)
             upgrade(engine)
+            with reading(engine) as connection:
+                turn = Turn.found(connection, study)
         undo.pop_all()
-    return SqlStore(target, engine, study)
+    return SqlStore(target, engine, study, turn)
 
 
 class SqlStore:
     """A Store in SQLite or PostgreSQL. Made by `open_store`; safe to use from several threads."""
 
-    def __init__(self, url: URL, engine: Engine, study: str) -> None:
+    def __init__(self, url: URL, engine: Engine, study: str, turn: Turn) -> None:
         self._url = url
         self._engine = engine
         self._study = study
+        self._turn = turn
+        self._one_by_one = threading.Lock()
 
     def record(self, *facts: Fact) -> None:
-        """As `Store` says, in one transaction."""
-        with explained(self._url), writing(self._engine) as connection:
-            recorder = Recorder(connection, self._study)
-            for fact in facts:
-                try:
-                    recorder.write(fact)
-                except IntegrityError as error:
-                    if not _is_foreign_key(error):
-                        raise
-                    raise fact.not_recorded() from error
+        """As `Store` says, in one transaction.
+
+        Raises StudyTaken where somebody else has recorded facts of the study since this store was opened.
+        """
+        with explained(self._url), self._one_by_one:
+            with writing(self._engine) as connection:
+                turn = self._turn.taken(connection)
+                self._write(connection, facts)
+            self._turn = turn
+
+    def _write(self, connection: Connection, facts: Sequence[Fact]) -> None:
+        recorder = Recorder(connection, self._study)
+        for fact in facts:
+            try:
+                recorder.write(fact)
+            except IntegrityError as error:
+                if not _is_foreign_key(error):
+                    raise
+                raise fact.not_recorded() from error
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""

@@ -94,6 +94,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
+                throughput_by_node=record.throughput_by_node if record else None,
                 # What a round owes is known once its trials have ended.
                 branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
                 if record and sum(trial.state.is_result for trial in trials) >= promised
