@@ -284,7 +284,7 @@ def _join(ray: Any, address: str) -> None:
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise InputError(
             f"ray address {address}: cannot join this cluster: {_first_line(error)}. If it has token "
-            "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
+            "authentication, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token as on its head"
         ) from error
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
