@@ -14,6 +14,7 @@ from tuner.api.probe import probed_worker, run_probe
 from tuner.api.run import Where
 from tuner.commands.check import mistakes
 from tuner.commands.check import remarks as command_remarks
+from tuner.commands.size import estimated_bytes
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
@@ -125,9 +126,11 @@ def _command_plan(round_plan: StudyPlan, prober: Where | None) -> tuple[RoundPla
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
     said = [*command_remarks(spec), *_run_remarks(spec)]
-    plan, not_checked = _with_unchecked(planned_commands(spec), spec, probe=prober is not None)
+    size_of_one, source = _checkpoint_of_command(round_plan)
+    plan, not_checked = _with_unchecked(_plan_of_commands(spec, size_of_one), spec, probe=prober is not None)
     said += not_checked
     if prober is None:
+        said += [source, *_disk_remarks(round_plan, plan)]
         return plan, [*said, "the command was not run; --probe runs a trial to its second evaluation"]
     from tuner.commands.probe import probed
 
@@ -137,9 +140,31 @@ def _command_plan(round_plan: StudyPlan, prober: Where | None) -> tuple[RoundPla
         seconds_per_step=measured.seconds_per_step,
         seconds_per_evaluation=0.0,
     )
-    size_of_one = measured.checkpoint_bytes
+    plan = replace(_plan_of_commands(spec, measured.checkpoint_bytes), hours=hours)
+    return plan, [*said, *measured.remarks, *_disk_remarks(round_plan, plan)]
+
+
+def _plan_of_commands(spec: RoundSpec, size_of_one: int | None) -> RoundPlan:
     kept = None if size_of_one is None else checkpoints_of_commands(spec, size_of_one)
-    return replace(planned_commands(spec, checkpoint_bytes=kept), hours=hours), [*said, *measured.remarks]
+    return planned_commands(spec, checkpoint_bytes=kept)
+
+
+def _checkpoint_of_command(round_plan: StudyPlan) -> tuple[int | None, str]:
+    """Return the bytes of one checkpoint of a command, None if unknown, and where they come from."""
+    with opened(open_folder(round_plan.file.directory)) as store:
+        trials = [trial for record in store.rounds() for trial in store.trials(record.name)]
+    recorded = max((made.size_bytes for trial in trials for made in trial.checkpoints), default=None)
+    if recorded is not None:
+        return recorded, f"a checkpoint takes up to {size(recorded)}, as the largest of this study"
+    estimated = estimated_bytes(round_plan.absolute, round_plan.file.directory)
+    if estimated is not None:
+        return estimated, f"a checkpoint takes up to about {size(estimated)}, by the base model's layers"
+    return None, "the size of a checkpoint is not known before one is written; --probe measures it"
+
+
+def _disk_remarks(round_plan: StudyPlan, plan: RoundPlan) -> Iterator[str]:
+    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
+        yield f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit"
 
 
 def _next_command(plan: StudyPlan, where: Where) -> str:
@@ -194,9 +219,7 @@ def _plan(
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
-    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
-        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit")
-    return plan, remarks
+    return plan, [*remarks, *_disk_remarks(round_plan, plan)]
 
 
 def _probed(

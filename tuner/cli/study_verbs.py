@@ -105,7 +105,7 @@ def new(
         str | None,
         typer.Option(
             metavar="TOOL",
-            help="Train by a command of your own, with this tool: trl, transformers or none. Takes --config "
+            help="Train by a command of your own, with this tool, such as trl or none. Takes --config "
             "in place of --model and --data.",
         ),
     ] = None,
@@ -180,7 +180,9 @@ def import_(
     command: Annotated[
         str | None, typer.Option(help="The command that trains a trial, for longer rounds.")
     ] = None,
-    tool: Annotated[str, typer.Option(help="Its tool: trl, transformers or none.")] = "none",
+    tool: Annotated[
+        str, typer.Option(help="Its tool: trl, transformers, axolotl, llamafactory or none.")
+    ] = "none",
     config: Annotated[str | None, typer.Option(metavar="FILE", help="The tool's configuration.")] = None,
 ) -> None:
     """Make a round of finished runs that tuner did not start: best steps, a verdict and a suggestion.

@@ -73,6 +73,12 @@ def _round(document: dict[str, Any]) -> Round:
 
 def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], running: list[str]) -> None:
     """Run assignments one after another. Raises Unusable."""
+    guard = process_tree.Guard()
+
+    def started(token: str) -> None:
+        running.append(token)
+        guard.watch(token)
+
     while not commands.closed:
         for assignment in commands.assignments(wait=True):
             run = assignment.run
@@ -80,7 +86,7 @@ def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], r
                 name = (assignment.round, assignment.trial, assignment.attempt)
                 say(Ended(*name, 0, "stopped", None, horizon=assignment.horizon))
                 continue
-            attempt = Attempt(work, assignment, say, on_start=running.append)
+            attempt = Attempt(work, assignment, say, on_start=started)
             attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
             running.clear()
 

@@ -40,11 +40,12 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
             yield Mistaken("command.run", f"there is no file {directory / part}")
     chosen, config = tool(command.tool), read_config(command)
     space = spec.space()
-    names = [name for name in spec.hyperparameters if name in space]
-    yield from chosen.mistakes(command.run, config, names)
+    written = {name: space[name] for name in spec.hyperparameters if name in space}
+    yield from chosen.mistakes(command.run, config, written)
     if chosen.has_hook and "batch_size" in space:
         options = {**config, **options_of(command.run)}
-        wrong = batch_mistake(_values(space["batch_size"]), options, spec.run.gpus_per_worker)
+        sizes = _values(space["batch_size"])
+        wrong = batch_mistake(sizes, options, spec.run.gpus_per_worker, chosen.device_batch)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
 

@@ -28,6 +28,7 @@ from tuner.records.events import (
     Preparing,
     Progressed,
     Ready,
+    Remarked,
     Saved,
     Started,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "PromotionPlanned",
     "Range",
     "Ready",
+    "Remarked",
     "RoundBegun",
     "RoundFact",
     "RoundKind",

@@ -76,8 +76,12 @@ def count(quantity: int, noun: str) -> str:
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
     """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
-    names = {name: None for trial in trials for name in trial.hyperparameters}
-    return tuple(name for name in names if len({trial.hyperparameters.get(name) for trial in trials}) > 1)
+    names = {name: trial.hyperparameters[name] for trial in trials for name in trial.hyperparameters}
+    return tuple(
+        name
+        for name, value in names.items()
+        if any(trial.hyperparameters.get(name) != value for trial in trials)
+    )
 
 
 def settings(hyperparameters: Hyperparameters, names: Sequence[str]) -> str:

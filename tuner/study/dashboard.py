@@ -262,7 +262,7 @@ def importance(results: RoundResults) -> dict[str, float]:
             if all(contains(by_name[name], x) for name, x in chosen.items()):
                 made = optuna.trial.create_trial(params=chosen, distributions=by_name, value=value)
                 study.add_trial(made)
-        if len(study.trials) < MIN_TRIALS:
+        if len(study.get_trials(deepcopy=False)) < MIN_TRIALS:
             return {}
         return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
 

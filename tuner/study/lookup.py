@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.errors import InputError
+from tuner.playbook.curves import may_rise_after_best
 from tuner.playbook.selection import ranked
 from tuner.records import LOSS, Objective, RoundRecord, Trial, TrialState
 from tuner.report import RoundReport, round_status
@@ -78,7 +79,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
     found = []
     for name in order:
         file, record = folder.file(name), records.get(name)
-        trials = [at_rest(trial, is_running) for trial in store.trials(name)]
+        trials = [at_rest(trial, is_running) for trial in _trials_of_status(store, name)]
         promised = file.spec.num_trials if file else num_promised(record) if record else 0
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
         place = folder.checkpoints(name)
@@ -107,6 +108,14 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
             )
         )
     return found
+
+
+def _trials_of_status(store: Store, round_name: str) -> tuple[Trial, ...]:
+    """Return a round's trials, with the losses of single examples where they decide if a trial overfits."""
+    trials = store.trials(round_name, examples=False)
+    rising = {trial.number for trial in trials if may_rise_after_best(trial.evaluations)}
+    whole = {trial.number: trial for trial in store.trials(round_name, numbers=rising)} if rising else {}
+    return tuple(whole.get(trial.number, trial) for trial in trials)
 
 
 def reports_on(folder: StudyFolder, round_path: Path | None) -> tuple[RoundReport, ...]:
