@@ -44,7 +44,8 @@ def main() -> int:
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
-        say(_ready(work))
+        fingerprint = workload(work.spec, work.directory, names=document.get("paths", {}))
+        say(Ready(1, "command", base=work.base, workload=fingerprint))
         try:
             _serve(work, commands, say, running)
         except Unusable as error:
@@ -68,10 +69,6 @@ def _round(document: dict[str, Any]) -> Round:
         has_reported=document["has_reported"],
         has_completed=document["has_completed"],
     )
-
-
-def _ready(work: Round) -> Ready:
-    return Ready(1, "command", base=work.base, workload=workload(work.spec, work.directory))
 
 
 def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], running: list[str]) -> None:

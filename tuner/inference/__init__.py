@@ -1,6 +1,5 @@
 """Use a trial's adapter: answer prompts in its template, merge, export, compute a final score."""
 
-import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.generation import Decoding, batches
 from tuner.inference.export import convert_to_gguf, export_adapter, export_merged, merge_checkpoint, push
 from tuner.inference.generation import Answer, Answerer, AnswerFile, score

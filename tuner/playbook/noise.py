@@ -25,32 +25,58 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     project's decision.
     """
     finite = measured(evaluations)
-    steps, costs = _curve(finite)
-    return tuple(evaluation.with_cost(_local_value(steps, costs, i)) for i, evaluation in enumerate(finite))
+    return tuple(e.with_cost(cost) for e, cost in zip(finite, smoothed_costs(finite), strict=True))
 
 
 def smoothed_cost(evaluations: Sequence[Evaluation], step: int) -> float:
     """Return the smoothed cost at the step of an evaluation. Rule: as for `smoothed`."""
     finite = measured(evaluations)
-    steps, losses = _curve(finite)
     at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
-    return _local_value(steps, losses, at)
+    return smoothed_costs(finite)[at]
 
 
-def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithms of the steps, and the costs."""
-    steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    return steps, np.array([evaluation.cost for evaluation in finite], dtype=np.float64)
+def smoothed_costs(finite: Sequence[Evaluation]) -> list[float]:
+    """Return the smoothed costs of evaluations with usable ones. Rule: as for `smoothed`."""
+    costs = [float(evaluation.cost) for evaluation in finite]
+    windows = _windows(tuple(evaluation.step for evaluation in finite))
+    if not any(windows):
+        return costs
+    losses = np.array(costs, dtype=np.float64)
+    return [
+        cost if window is None else window.value(losses) for cost, window in zip(costs, windows, strict=True)
+    ]
 
 
-def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
-    near = np.abs(steps - steps[i]) <= math.log(WINDOW) + 1e-12
-    x, y = steps[near] - steps[i], losses[near]
-    if len(x) < 3:
-        return float(losses[i])
-    centred = x - x.mean()
-    slope = float(centred @ y) / float(centred @ centred)
-    return float(y.mean() - slope * x.mean())
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A step's neighbours, itself included."""
+
+    places: np.ndarray
+    mean: float
+    """Of the distances to the step, as logarithms."""
+    centred: np.ndarray
+    """The distances less their mean."""
+
+    def value(self, losses: np.ndarray) -> float:
+        """Return the value at the step of a line through the neighbours."""
+        y = losses[self.places]
+        slope = float(self.centred @ y) / float(self.centred @ self.centred)
+        return float(y.mean() - slope * self.mean)
+
+
+@lru_cache(maxsize=256)
+def _windows(steps: tuple[int, ...]) -> tuple[_Window | None, ...]:
+    """Return the window of each step, None for one with fewer than three neighbours.
+
+    Most trials of a round are evaluated at the same steps.
+    """
+    logarithms = np.log(np.maximum([float(step) for step in steps], 1e-9))
+    found: list[_Window | None] = []
+    for i in range(len(steps)):
+        near = np.flatnonzero(np.abs(logarithms - logarithms[i]) <= math.log(WINDOW) + 1e-12)
+        x = logarithms[near] - logarithms[i]
+        found.append(_Window(near, float(x.mean()), x - x.mean()) if len(near) >= 3 else None)
+    return tuple(found)
 
 
 MAX_LOSS = 1e100
