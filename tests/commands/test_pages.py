@@ -49,13 +49,14 @@ def test_the_files_of_a_page_can_be_used_as_they_are(tmp_path: Path, page: str) 
 def test_the_snippet_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks("run-your-own-command", "python")
     exec(code, {})  # outside a trial it does nothing
+    monkeypatch.setenv("TUNER_OUTPUT_DIR", "/trial/output")
     monkeypatch.setenv("TUNER_METRICS", str(tmp_path / "metrics.jsonl"))
     exec(code, {})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "step": 5, "eval_loss": 1.2, "accuracy": 0.6, "train_loss": 1.3, "learning_rate": 0.01,
     }  # fmt: skip
-    assert lines[1]["checkpoint"] == "out/step-5"
+    assert lines[1]["checkpoint"] == "/trial/output/step-5"
 
 
 @pytest.mark.parametrize("tool", BUILT_IN["tool"])
