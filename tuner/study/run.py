@@ -27,6 +27,7 @@ from tuner.installation import install_command
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants.initialisations import starts_with_zero_b
+from tuner.process_log import kept_in
 from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
@@ -105,6 +106,7 @@ def run_round(
             in_use.callback(facts.close)
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
+        in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
         watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
         with _outside_failures(watch):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
