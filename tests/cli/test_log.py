@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,9 +71,9 @@ def test_a_bug_outside_a_round_has_a_file_of_its_own(tmp_path: Path, monkeypatch
     def broken(*_: object) -> None:
         raise KeyError("of ours")
 
-    monkeypatch.setattr("tuner.process_log.tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("tuner.process_log._file", None)
-    monkeypatch.setattr("tuner.cli.doctor.examine", broken)
+    monkeypatch.setattr(importlib.import_module("tuner.cli.doctor"), "examine", broken)
     done = tuner("doctor", directory=tmp_path)
     assert done.returncode == 1
     [file] = tmp_path.glob("tuner-*.log")
