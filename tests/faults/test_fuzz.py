@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.mutations import mutated_bytes, mutated_round
+from tests.faults.mutations import mutated_bytes, mutated_round, mutated_rows
 from tests.studies import QUICKSTART, tuner, write_round
 
 MOST_SECONDS = 2.0
@@ -47,8 +47,14 @@ def damaged_round(folder: Path, seed: int) -> None:
 
 
 def damaged_data(folder: Path, seed: int) -> None:
-    name, content = list(DATA.items())[seed % len(DATA)]
-    (folder / name).write_bytes(mutated_bytes(content, seed))
+    """Of bytes by an even seed, of values by an odd one."""
+    name, content = list(DATA.items())[seed // 2 % len(DATA)]
+    if seed % 2:
+        name = ("a.jsonl", "a.json")[seed // 2 % 2]
+        rows = mutated_rows(ROWS, seed)
+        text = "".join(json.dumps(row) + "\n" for row in rows) if name == "a.jsonl" else json.dumps(rows)
+        content = text.encode()
+    (folder / name).write_bytes(content if seed % 2 else mutated_bytes(content, seed))
     path = write_round(folder, trials=1)
     text, _, rest = path.read_text().partition("data:\n")
     data = f"data: {{train: [{{path: {name}, format: alpaca}}], eval_fraction: 0.5, max_length: 64}}\n"

@@ -287,11 +287,10 @@ def _make_workers(requests: socket.socket, wish: Mapping[str, Any]) -> NoReturn:
 def _set_seams(process: str, wish: Mapping[str, Any]) -> None:
     from sqlalchemy.engine.default import DefaultDialect
 
-    trap: dict[str, Any] | None = wish["trap"]
-    if trap is not None and trap["process"] != process:
-        trap = None
-    if trap is None and wish["tally"] is None:
+    trap: dict[str, Any] = wish["trap"] or {}
+    if trap.get("process") != process and wish["tally"] is None:
         return
+    fatal = (trap["seam"], trap["number"]) if trap.get("process") == process else None
     tally = os.open(wish["tally"] or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     counts = Counter[str]()
 
@@ -299,11 +298,11 @@ def _set_seams(process: str, wish: Mapping[str, Any]) -> None:
         def counted(*arguments: Any, **named: Any) -> Any:
             counts[seam] += 1
             os.write(tally, f"{process} {seam}\n".encode())
-            reached = trap is not None and (trap["seam"], trap["number"]) == (seam, counts[seam])
-            if reached and not trap["after"]:
+            is_fatal = fatal == (seam, counts[seam])
+            if is_fatal and not trap["after"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             returned = call(*arguments, **named)
-            if reached:
+            if is_fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
             return returned
 
