@@ -103,8 +103,9 @@ def _stop_a_worker_for_a_second(case: Case) -> None:
 
 def _signal(number: signal.Signals) -> Fault:
     def strike(case: Case) -> None:
+        is_over = "next: tuner study" in case.said
         case.process.send_signal(number)
-        case.end(130, 0)
+        case.end(130, 0, *([-number] if is_over else []))
 
     return Fault(number.name, strike)
 

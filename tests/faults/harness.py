@@ -209,7 +209,8 @@ class Case:
     def refuse_leftovers(self) -> None:
         """No process, no temporary file, no lock; each trial complete once, its checkpoints as recorded."""
         names = [path.name for path in self.directory.rglob("*")]
-        assert [name for name in names if name.endswith((".tmp", ".pid", ".tmp-journal"))] == []
+        half = [name for name in names if name.endswith((".tmp", ".pid")) or name.startswith("unfinished-")]
+        assert half == []
         assert not is_held(self.directory, self.url, self.setting.study)
         assert _processes_in(self.directory) == []
         assert "Traceback" not in self.said, self.said

@@ -82,5 +82,6 @@ def test_the_dashboard(study: Path, mark: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_is_what_springs_the_trap(study: Path, mark: Path) -> None:
+    (study / "tuner.db").unlink()
     tuner("study", "run", "round1.yaml", directory=study)
     assert mark.exists()

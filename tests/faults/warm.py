@@ -38,7 +38,7 @@ _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 
 @dataclass(frozen=True, slots=True)
 class Trap:
-    """Where a process kills itself: at the n-th seam of a kind."""
+    """Where a process kills itself: at the n-th seam of a kind. Of workers only the first one does."""
 
     process: str
     """parent or worker"""
@@ -258,6 +258,7 @@ def _fork_worker_maker(wish: Mapping[str, Any]) -> socket.socket:
 
 
 def _make_workers(requests: socket.socket, wish: Mapping[str, Any]) -> NoReturn:
+    is_first = True
     while True:
         try:
             request, descriptors = _receive(requests)
@@ -271,12 +272,13 @@ def _make_workers(requests: socket.socket, wish: Mapping[str, Any]) -> NoReturn:
                 _take_over(descriptors)
                 os.environ.clear()
                 os.environ.update(request["env"])
-                _set_seams("worker", wish)
+                _set_seams("worker", wish if is_first else {**wish, "trap": None})
                 module, *arguments = request["run"]
                 _run_module(module, arguments)
             _send(requests, {"pid": worker})
             os._exit(0)
         os.waitpid(between, 0)
+        is_first = False
         for descriptor in descriptors:
             os.close(descriptor)
 
