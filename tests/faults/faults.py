@@ -18,10 +18,10 @@ import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
-from sqlalchemy import make_url, text
+from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from tests.faults.harness import RUN, STEPS, Case
+from tests.faults.harness import RUN, SECONDS, STEPS, Case
 from tests.faults.warm import Trap, Wish
 from tuner.store.database import open_engine
 
@@ -103,8 +103,9 @@ def _stop_a_worker_for_a_second(case: Case) -> None:
 
 def _signal(number: signal.Signals) -> Fault:
     def strike(case: Case) -> None:
-        is_over = "next: tuner study" in case.said
         case.process.send_signal(number)
+        case.process.wait(SECONDS)
+        is_over = "next: tuner study" in case.said  # nobody waits for signals any more
         case.end(130, 0, *([-number] if is_over else []))
 
     return Fault(number.name, strike)
@@ -322,6 +323,21 @@ def _end_connections(case: Case, *, crash: bool) -> None:
                     os.kill(pid, signal.SIGKILL)
             else:
                 connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+    engine.dispose()
+    _wait_for_the_server(engine)
+
+
+def _wait_for_the_server(engine: Engine) -> None:
+    """The next run's own patience is tested elsewhere."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            with engine.connect() as connection:
+                connection.execute(text("SELECT 1"))
+            break
+        except OperationalError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
     engine.dispose()
 
 
