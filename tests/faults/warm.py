@@ -175,6 +175,7 @@ def _exit_code(pid: int) -> int | None:
 
 def _be_a_run(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
     os.setsid()
+    _let_signals_in()
     _adopt_orphans()
     wish = request["wish"]
     null = os.open(os.devnull, os.O_RDONLY)
@@ -202,6 +203,12 @@ def _be_a_run(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
     if wish["clock_jumps"]:
         _let_clock_jump(wish["clock_jumps"])
     _run_module("tuner.cli", request["run"])
+
+
+def _let_signals_in() -> None:
+    """A terminal's: whoever is run in the background, or under nohup, ignores some of them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _adopt_orphans() -> None:
