@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tuner.engines import Worker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
@@ -34,6 +34,7 @@ from tuner.records import (
     Preparing,
     Progressed,
     Ready,
+    Remarked,
     Saved,
     Started,
     Trial,
@@ -56,6 +57,15 @@ from tuner.study.sampling import Proposal, RoundStudy
 
 T = TypeVar("T")
 
+
+class Through(Protocol):
+    """Does what needs the database."""
+
+    def __call__(self, act: Callable[[], T]) -> T:
+        """Return what `act` does, which must be right to do again."""
+        ...
+
+
 MAX_RENEWALS = 3
 """How often Optuna's rows are made anew for one question, should somebody change them each time."""
 MAX_STILLBORN = 3
@@ -77,6 +87,10 @@ class RoundLoop:
     """Seconds since the epoch."""
     stopping: Callable[[], bool] = lambda: False
     """Whether the user asked to stop."""
+    through: Through = lambda act: act()
+    """Does what needs the database, and waits while that is away."""
+    room_bytes: int = 0
+    """Free bytes below which workers pause training."""
     passes: int = 1
     """Of `study auto`: how often longer rounds take up what this one leaves."""
 
@@ -105,13 +119,14 @@ class RoundLoop:
             while self.worker.capacity() > 0 and (assignment := self._next_assignment()) is not None:
                 # First, so that the view knows what the trial was given when it hears that it starts.
                 self.view.trials(self.state.changed())
-                self.worker.start(assignment)
+                self.worker.start(replace(assignment, room_bytes=self.room_bytes))
             for event in self.worker.events(1.0):
                 self._record(event)
                 stillborn = _count_stillborn(stillborn, event)
             self.view.trials(self.state.changed())
         self._close()
-        self._through_optuna(lambda: self.round_study.refuse_changed(self.state.trials))
+        # An answer that got lost on the way may have left a trial open that no fact knows.
+        self._recover_optuna()
 
     # --- what to run next -------------------------------------------------------------------------
 
@@ -228,6 +243,8 @@ class RoundLoop:
                 return
             case Preparing() | Ready():
                 pass
+            case Remarked(text=text):
+                self.view.message(text)
             case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
                 self.state.trial(event.trial).state == TrialState.PRUNED
             ):
@@ -371,6 +388,9 @@ class RoundLoop:
 
     def _through_optuna(self, act: Callable[[], T]) -> T:
         """Ask or tell Optuna; where somebody changed its rows, make them anew from the facts first."""
+        return self.through(lambda: self._renewing_rows(act))
+
+    def _renewing_rows(self, act: Callable[[], T]) -> T:
         for _ in range(MAX_RENEWALS):
             try:
                 return act()
@@ -425,13 +445,16 @@ class RoundLoop:
                 self._end_attempt(trial, "interrupted", None)
             # It died between the evaluation and the decision that follows from it.
             self._prune(self.state.trial(trial.number))
-        steps = self.plan.spec.max_train_steps
-        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
+        self._recover_optuna()
         for trial in self.state.trials:
             if trial.state.is_final:
                 self._clean_up(trial.number)
         self._remove_not_retained()
         self.branches.recover()
+
+    def _recover_optuna(self) -> None:
+        steps = self.plan.spec.max_train_steps
+        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
 
     def _close(self) -> None:
         """Let the worker save its trials, and record its events."""

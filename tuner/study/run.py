@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
 from tuner.config import RoundFile, RoundSpec, refused_changes, without_secrets
-from tuner.engines import Worker
+from tuner.engines import ProgramWorker, Worker, WorkerPool, end_all_processes
 from tuner.errors import (
     InputError,
     Interrupted,
@@ -19,6 +20,7 @@ from tuner.errors import (
     RoundFileError,
     RoundStopped,
     StorageError,
+    StudyTaken,
     WorkerError,
 )
 from tuner.installation import install_command
@@ -35,6 +37,7 @@ from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
+from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.proposals import try_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
@@ -79,7 +82,9 @@ def run_round(
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
     objective = load_plug_ins(plan)
-    with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
+    is_known = exists(storage)
+    with hold_study(file.directory, storage, plan.spec.study) as lock, ExitStack() as in_use:
+        outage = Outage(storage, lock, plan.spec.run.storage_seconds, view.message, stopping)
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [base_evaluation(earlier)]
@@ -91,12 +96,18 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            store = CachedStore(open_store(storage, study=plan.spec.study))
-            in_use.callback(store.close)
+            # Loading takes minutes, in which a database that was there may have gone.
+            facts = (
+                outage.through(partial(open_store, storage, study=plan.spec.study))
+                if is_known
+                else (open_store(storage, study=plan.spec.study))
+            )
+            in_use.callback(facts.close)
+            store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
-        watch = DiskWatch(disk, ready)
+        watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
         with _outside_failures(watch):
-            round_study = _round_study(plan, store, objective)
+            round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
@@ -108,12 +119,14 @@ def run_round(
                 view=view,
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
+                through=outage.through,
+                room_bytes=disk.room_bytes(ready),
                 passes=passes,
             ).run()
             # The record read before does not include the comparison runs.
             ended = store.round(plan.name)
             assert ended is not None
-            write_pages(round_study.study, round_report(folder, store, ended))
+            outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
 
 
 def _notes(plan: RoundPlan) -> Iterator[str]:
@@ -142,6 +155,12 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
+def _disk_patience_seconds(plan: RoundPlan, worker: Worker, ready: Ready) -> float:
+    """Return how long this machine's disk may be full: not at all where trials train on meanwhile."""
+    pauses = isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
+    return plan.spec.run.storage_seconds if pauses else 0.0
+
+
 @contextmanager
 def _outside_failures(watch: DiskWatch) -> Iterator[None]:
     """Turn failures outside the round, a full disk or a lost database, into RoundStopped."""
@@ -151,12 +170,15 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
         if watch.shortage is None:
             raise
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
+    except StudyTaken as error:
+        end_all_processes()  # what they would save is in no fact
+        raise RoundStopped(f"{error}. Its workers are stopped") from error
     except (StorageError, StorageInternalError, OSError) as error:
         # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
         cause = error.__cause__ if isinstance(error, StorageInternalError) else None
         said = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
-        if watch.is_short():
-            raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
+        if (shortage := watch.disk.shortage(watch.ready)) is not None:
+            raise RoundStopped(f"no disk: {shortage}. Free some space ({said})") from error
         raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
 
 

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tuner.config import RoundSpec
@@ -17,11 +18,16 @@ from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
 from tuner.pipes import CommandReader, event_writer
 from tuner.records import Died, Preparing, evaluation_from_json
+from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory
+from tuner.training.memory_budget import predict
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import train
 from tuner.training.worker_state import Pulse
 from tuner.whole import keep_others_out
+
+_AFTER_PARENT_SECONDS = 60.0
+"""A parent that sees the same disk gives up first, and lets every trial be saved."""
 
 
 def main() -> int:
@@ -55,6 +61,9 @@ def main() -> int:
                 say=say_what_it_does,
                 names=document.get("paths", {}),
             )
+            if document.get("probe"):
+                say_what_it_does("timing a few steps")
+                ready = replace(ready, predicted=predict(state, spec))
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
@@ -62,8 +71,17 @@ def main() -> int:
         state.pulse = Pulse(say, loading_seconds=spec.run.loading_seconds)
         # Every pass of training, evaluation and generation goes through it once.
         state.base.model.get_input_embeddings().register_forward_pre_hook(lambda *_: state.pulse.on_pass())
+        state.room = DiskRoom(
+            say,
+            patience_seconds=spec.run.storage_seconds + _AFTER_PARENT_SECONDS,
+            beat=state.pulse.phase,
+            is_closed=lambda: commands.closed,
+        )
         try:
             train(state, commands, say)
+        except NoRoom as error:
+            say(Died(str(error), is_input_error=True))
+            return 1
         except TunerError as error:
             # Another worker would generate the same answers and fail alike.
             say(

@@ -28,6 +28,7 @@ from tuner.records import (
     Started,
 )
 from tuner.training.checkpoints import read_snapshot
+from tuner.training.disk_room import NoRoom
 from tuner.training.packed_passes import evaluate, micro_step
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
@@ -41,7 +42,8 @@ LAST_EVERY_SHARE = 0.05
 def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], None]) -> None:
     """Run assignments from `commands` until it closes, then save every trial.
 
-    Raises TunerError, after saving every trial, if the round's metric or answers cannot be scored.
+    Raises TunerError, after saving every trial, if the round's metric or answers cannot be scored; NoRoom if
+    its disk stays full.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
@@ -89,6 +91,9 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 pulse.phase("saving")
                 say(_saved(run, run.save(CheckpointKind.TRUNK)))
         _end_what_is_over(state, runs, commands, say)
+
+        # --- wait while the disk is full
+        state.room.wait(run.assignment for run in runs.values())
 
         # --- one micro-step for every trial, and the updates that it completes
         with state.meter.timing("training"):
@@ -176,6 +181,7 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
         else:
             start = state.new_adapter(assignment.hyperparameters, seed=seed_of(assignment.hyperparameters))
             run = TrialRun(assignment, start, device=state.base.device)
+        run.room = state.room
         state.pack.occupy(slot, run.adapter)
         state.pack.load({slot: run.optimizer.weights})
     except torch.OutOfMemoryError:
@@ -239,7 +245,12 @@ def _leave(
 ) -> None:
     """End an attempt; `save` keeps its progress for the next one."""
     if save:
-        say(_saved(run, run.save(CheckpointKind.LAST)))
+        try:
+            say(_saved(run, run.save(CheckpointKind.LAST)))
+        except NoRoom as error:
+            _log.error(
+                "trial %d: not saved, and resumes from its checkpoint before: %s", run.assignment.trial, error
+            )
     say(Ended(*_name(run), run.step, outcome, reason, horizon=run.assignment.horizon))
 
 
