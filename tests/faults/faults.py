@@ -278,7 +278,7 @@ def _fill_the_disk(case: Case) -> None:
     with suppress(TimeoutError):
         case.process.wait(case.dice.uniform(1, 4))
     filler.unlink()
-    case.end(0, 1)
+    case.end()
 
 
 def mounted(directory: Path) -> None:
@@ -300,13 +300,13 @@ def _drop_connections(case: Case) -> None:
     for _ in range(case.dice.randint(1, 4)):
         _end_connections(case, crash=False)
         time.sleep(case.dice.uniform(0, 0.3))
-    case.end(0, 1)
+    case.end()
 
 
 def _crash_the_server(case: Case) -> None:
     """A process of the server is killed, so that it ends every connection and recovers from its log."""
     _end_connections(case, crash=True)
-    case.end(0, 1)
+    case.end()
 
 
 def _end_connections(case: Case, *, crash: bool) -> None:

@@ -100,7 +100,7 @@ def hold(
         assert case.curves == curves, case.said
     finally:
         if fault.is_small:
-            subprocess.run(["umount", str(directory)], check=True)
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 @pytest.mark.slow
