@@ -86,4 +86,4 @@ def _yaml(text: str) -> Any:
 
 
 def _refusal(setting: str, why: str) -> InputError:
-    return InputError(f"--set {setting}: {why}. Example: {EXAMPLE}")
+    return InputError(f"--set {setting}: {why}\nExample: {EXAMPLE}")
