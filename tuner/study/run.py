@@ -37,8 +37,8 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
-from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.lookup import at_rest
+from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.proposals import try_sampler
