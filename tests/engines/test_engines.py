@@ -23,6 +23,7 @@ from tuner.engines import (
     LoraFormula,
     Program,
     SimulatedEngine,
+    end_all_processes,
     make_engine,
     worker_environments,
 )
@@ -146,7 +147,7 @@ class TestLocalEngine(EngineContract):
             collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
             worker.start(assignment(job.directory, 0, steps=100))
             collect(worker, until=lambda seen: any(isinstance(e, Evaluated) for e in seen))
-            worker.process.kill()
+            end_all_processes()
             (died,) = (
                 e
                 for e in collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen))

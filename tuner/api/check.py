@@ -24,7 +24,7 @@ from tuner.data import (
     try_metric,
 )
 from tuner.data.answer_metrics import METRIC_KEY
-from tuner.data.pretrained import loaded_commit
+from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.methods.registry import Kind, is_built_in
@@ -41,6 +41,7 @@ from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import (
     base_evaluation,
+    changed_model,
     load_plug_ins,
     other_workload,
     recorded_workload,
@@ -194,6 +195,7 @@ def _plan(
     data = prepare(spec, round_plan.cache, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan, data)
+    changed = changed_model(round_plan, model_fingerprint(spec.model))
     look(data, tokenizer)
 
     # Loads torch: only after the cheap checks.
@@ -206,7 +208,7 @@ def _plan(
     probed: list[str] = []
     if prober is not None:
         plan, base, probed = _probed(round_plan, plan, prober)
-    remarks = _remarks(spec, data)
+    remarks = [*_remarks(spec, data), *([changed] if changed and prober is None else [])]
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -187,8 +188,9 @@ def _read_text(path: Path) -> str:
             f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
         ) from None
     except FileNotFoundError:
-        here = ", ".join(sorted(other.name for other in path.parent.glob("*.y*ml"))[:5])
-        hint = f"in this folder: {here}" if here else "create one with `tuner study new`"
+        there = sorted(other.name for other in path.parent.glob("*.y*ml") if other.is_file())
+        nearest = get_close_matches(path.name, there, n=5, cutoff=0)
+        hint = f"in this folder: {', '.join(nearest)}" if there else "create one with `tuner study new`"
         raise InputError(f"there is no round file {path}; {hint}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
