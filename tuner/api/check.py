@@ -35,7 +35,7 @@ from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
 from tuner.store import refuse_damaged
 from tuner.study.check import planned_commands, planned_hours, planned_round
-from tuner.study.dashboard import round_report
+from tuner.study.dashboard import command_after
 from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
@@ -184,7 +184,7 @@ def _next_command(plan: StudyPlan, where: Where) -> str:
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
-        return round_report(folder, store, record).next_command
+        return command_after(folder, store, record)
 
 
 def _plan(
