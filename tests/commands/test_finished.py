@@ -83,8 +83,9 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     trainer_folder(tmp_path / "outputs" / "run-7", 0.003, steps=40, checkpoints=(16, 40))
     before = content(tmp_path / "outputs")
     (tmp_path / "study").mkdir()
-    given = ("--set", "schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
+    given = ("--set", "hyperparameters.schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
     said = tuner(tmp_path / "study", "study", "import", "../outputs", *given)
+    assert "Hint: --set decay_steps=8 is now written --set hyperparameters.decay_steps=8" in said
     assert content(tmp_path / "outputs") == before
     assert "run-7 is left out: it trains for 40 steps" in said
     assert "run-6): ended at step 16 of 24" in said

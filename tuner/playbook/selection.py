@@ -86,13 +86,13 @@ def _remembered(
     kept: list[tuple[object, object, R]] = []
 
     @wraps(decide)
-    def ask(trials: Iterable[Trial], *more: P.args, **named: P.kwargs) -> R:
+    def ask(trials: Iterable[Trial], /, *more: P.args, **named: P.kwargs) -> R:
         if not isinstance(trials, tuple) or named:
             return decide(trials, *more, **named)
         for asked, besides, answer in kept[:]:
             if asked is trials and besides == more:
                 return answer
-        answer = decide(trials, *more)
+        answer = decide(trials, *more, **named)
         kept[:] = [(trials, more, answer), *kept[:_ANSWERS_KEPT]]
         return answer
 
