@@ -31,7 +31,7 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path, kind: str) -> None:
-    content = of_kind(kind, tmp_path)
+    content = of_kind(kind, tmp_path) | {"run": {"gpus_per_worker": 0, "decay_branches": False}}
     path = written(tmp_path, content)
     tuner(tmp_path, "study", "run", path.name)
     longer = content["max_train_steps"] + 12
@@ -58,7 +58,7 @@ def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path, kind: str) -> 
 def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: Path, kind: str) -> None:
     """Parent, command and the whole tree are killed, one after another, at random times."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    written(whole, of_kind(kind, whole))
+    written(whole, of_kind(kind, whole) | {"run": {"gpus_per_worker": 0, "decay_branches": False}})
     tuner(whole, "study", "run", "round1.yaml")
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("runs", "tuner.db*"))
     draw = random.Random(kind)
