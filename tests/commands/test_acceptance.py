@@ -125,6 +125,17 @@ def test_a_plain_script_killed_anywhere(tmp_path: Path, seed: int) -> None:
     wait_for(lambda: not living(folder))
 
 
+def test_auto_stops_after_two_rounds_that_cannot_tell_and_says_what_is_missing(tmp_path: Path) -> None:
+    values = {"learning_rate": [0.003, 0.05], "schedule": "linear", "decay_steps": 2}
+    content = searching(max_train_steps=8, hyperparameters=values, evaluation={"every_steps": 8})
+    written(tmp_path, content)
+    done = studies.tuner("study", "auto", "round1.yaml", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "enough after round2: for the second time in a row the round cannot tell" in said
+    assert "per-example losses are unknown. Repeat the best trial with other seeds." in said
+
+
 def test_the_study_of_trl_runs_two_rounds(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     for name in ("dpo-trl", "quickstart"):
