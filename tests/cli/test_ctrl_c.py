@@ -55,7 +55,9 @@ def until(is_so: Callable[[], bool], seconds: float = 120) -> None:
 
 def round_of_commands(directory: Path) -> None:
     """One trial that takes some seconds."""
-    written(directory, document(hyperparameters={"learning_rate": 0.05, "pause": 0.1}))
+    written(
+        directory, document(hyperparameters={"learning_rate": 0.05, "schedule": "constant", "pause": 0.1})
+    )
 
 
 def state_of_trial(directory: Path) -> tuple[str, str | None, int]:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from tests.studies import QUICKSTART, formula, tuner, write_round
-from tests.study.rehearsal import rehearse, trials
+from tests.study.simulation import simulate, trials
 from tuner.data import load_tokenizer, prepare
 from tuner.data.pretrained import model_fingerprint
 from tuner.engines import SimulatedWorker
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_pa
         return sum(isinstance(event, Saved) and event.checkpoint.kind == "last" for event in seen)
 
     with pytest.raises(Interrupted):
-        rehearse(
+        simulate(
             tmp_path,
             make_worker=lambda: Watched(formula, slots=1),
             stopping=lambda: saved() >= 3,
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_pa
             refused, self._refused[:] = list(self._refused), []
             return refused or super().events(timeout_seconds)
 
-    rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1), **changes)
+    simulate(tmp_path, make_worker=lambda: Refusing(formula, slots=1), **changes)
     (trial,) = trials(tmp_path, **changes)
     assert trial.state == "complete"
     assert trial.attempts[-1].from_step == before > 0

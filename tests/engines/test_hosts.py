@@ -27,8 +27,9 @@ from tests.contracts.worker import (
 )
 from tuner.engines import Program, ProgramWorker
 from tuner.engines.ray.host import WORKER_TOKEN, Heard, Host
+from tuner.engines.ray.node_files import NodeFiles
 from tuner.engines.ray.remote import HostFailed, HostLost, Places, RemoteHost, RemoteProcess, Unavailable
-from tuner.engines.ray.transfer import NodeFiles, Sender, fetch, give_back, is_seen
+from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen
 from tuner.errors import InputError
 from tuner.records import Died, Ended, Evaluated, Saved, Started
 from tuner.whole import digest
@@ -45,8 +46,8 @@ class Apart(Host):
     def read_back(self, path: str) -> bytes | None:
         return None if path.startswith(self.hidden) else super().read_back(path)
 
-    def digest(self, path: str) -> str | None:
-        return None if path.startswith(self.hidden) else super().digest(path)
+    def digest(self, path: str, weights: str | None = None) -> str | None:
+        return None if path.startswith(self.hidden) else super().digest(path, weights)
 
 
 class Wire:
@@ -122,7 +123,7 @@ class Machine:
         remote = RemoteHost(
             wire, name="node a", log=self.directory / f"{token}.log", silence_seconds=silence_seconds
         )
-        runs, _ = remote.call("work_directory", token, "tables")
+        runs, _ = remote.call("work_directory", token, "tables", 10**9)
         places = Places(self.directory, {} if is_shared else {str(self.directory): runs})
         remote.call("launch", PROGRAM, {"PYTHONPATH": ROOT}, token)
         said = {"slots": 2, "pause": 0.0, **(document or {})}
@@ -474,7 +475,7 @@ class TestFiles:
                 else call(method, *arguments)
             )
 
-        place = Sender(10**9).place(elsewhere, model, key="model.path", say=lambda _: None)
+        place = Sender(10**9).place(elsewhere, Parcel.of(model), key="model.path", say=lambda _: None)
         assert Path(place).is_relative_to(machine.scratch)
         assert digest(Path(place)) == digest(model)
 
@@ -489,7 +490,7 @@ class TestFiles:
             def call(method: str, *arguments: Any, wire: Wire = wire) -> Any:
                 return wire.call(method, *arguments, timeout_seconds=9)
 
-            places.add(sender.place(call, model, key="model.path", say=said.append))
+            places.add(sender.place(call, Parcel.of(model), key="model.path", say=said.append))
         assert len(places) == 1
         assert "write_chunk" not in wire.calls
         assert any(words.startswith("sending model") for words in said)
@@ -499,7 +500,10 @@ class TestFiles:
         host = Apart(scratch=str(machine.scratch), on_lost=lambda: None)
         with pytest.raises(InputError, match=r"model.path: .*100 kB.*run.send_model_up_to"):
             Sender(1000).place(
-                lambda method, *a: getattr(host, method)(*a), model, key="model.path", say=lambda _: None
+                lambda method, *a: getattr(host, method)(*a),
+                Parcel.of(model),
+                key="model.path",
+                say=lambda _: None,
             )
         assert not (machine.scratch / "files").exists()
 

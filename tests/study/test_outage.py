@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from tests.studies import formula, round_file, silent_view
-from tests.study.rehearsal import rehearse
+from tests.study.simulation import simulate
 from tuner.engines import SimulatedWorker, Worker
 from tuner.errors import Interrupted, RoundStopped, StorageAway, StudyTaken
 from tuner.records import Assignment, Event, Fact, Ready, Trial, TrialNoted
@@ -211,8 +211,8 @@ def test_at_every_record_a_database_may_be_away_and_no_file_of_a_fact_goes(
         return WaitingStore(Failing(store), Away(until=0.0).outage(60.0))  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("tests.study.rehearsal.open_store", lambda *a, **k: waiting(open_store(*a, **k)))
-        rehearse(tmp_path, make_worker=lambda: worker, **CHANGES)
+        patched.setattr("tests.study.simulation.open_store", lambda *a, **k: waiting(open_store(*a, **k)))
+        simulate(tmp_path, make_worker=lambda: worker, **CHANGES)
     assert num_failed > 50
     assert worker.given == [0, 1, 2, 3]
     assert found(tmp_path) == undisturbed

@@ -126,7 +126,7 @@ def run_here(
                 view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return start_workers(engine, replace(_round_job(plan, base, where), say=view.message))
+            return start_workers(engine, replace(round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
@@ -150,7 +150,7 @@ def run_here(
         view.close()
 
 
-def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
+def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
     if spec.command is not None and where.slots not in (None, 1, "auto"):

@@ -52,10 +52,10 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
     return command
 
 
-def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
+def check_round(path: Path, *, show: int, probe: bool, where: Where, as_json: bool) -> str | None:
     """Print the plan, or every mistake; return the next command, None after a mistake."""
     if as_json:
-        document = check_document_of(path, prepare=prepared, probe=probe)
+        document = check_document_of(path, prepare=prepared, probe=probe, where=where)
         typer.echo(dumps(document))
         return "" if document["ok"] else None
 
@@ -63,7 +63,7 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | N
         for row in show_rows(data.train, tokenizer, show) if show else ():
             _print_row(row, path.parent.absolute())
 
-    plan, remarks, command = checked(path, prepare=prepared, probe=probe, look=look)
+    plan, remarks, command = checked(path, prepare=prepared, probe=probe, where=where, look=look)
     output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
 

@@ -44,7 +44,8 @@ def main() -> int:
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
-        say(_ready(work))
+        fingerprint = workload(work.spec, work.directory, names=document.get("paths", {}))
+        say(Ready(1, "command", base=work.base, workload=fingerprint))
         try:
             _serve(work, commands, say, running)
         except Unusable as error:
@@ -70,12 +71,14 @@ def _round(document: dict[str, Any]) -> Round:
     )
 
 
-def _ready(work: Round) -> Ready:
-    return Ready(1, "command", base=work.base, workload=workload(work.spec, work.directory))
-
-
 def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], running: list[str]) -> None:
     """Run assignments one after another. Raises Unusable."""
+    guard = process_tree.Guard()
+
+    def started(token: str) -> None:
+        running.append(token)
+        guard.watch(token)
+
     while not commands.closed:
         for assignment in commands.assignments(wait=True):
             run = assignment.run
@@ -83,7 +86,7 @@ def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], r
                 name = (assignment.round, assignment.trial, assignment.attempt)
                 say(Ended(*name, 0, "stopped", None, horizon=assignment.horizon))
                 continue
-            attempt = Attempt(work, assignment, say, on_start=running.append)
+            attempt = Attempt(work, assignment, say, on_start=started)
             with about(assignment.trial):
                 attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
             running.clear()

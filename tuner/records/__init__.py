@@ -64,7 +64,7 @@ from tuner.records.space import (
     searched,
 )
 from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
-from tuner.records.throughput import Throughput, added_up
+from tuner.records.throughput import Prediction, Throughput, added_up
 from tuner.records.trials import (
     AnswerScore,
     Attempt,
@@ -116,6 +116,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "Packed",
+    "Prediction",
     "Preparing",
     "Progressed",
     "Promotion",

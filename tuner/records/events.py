@@ -16,7 +16,7 @@ from tuner.records.state import (
     TrialFacts,
     storable_text,
 )
-from tuner.records.throughput import Throughput
+from tuner.records.throughput import Prediction, Throughput
 from tuner.records.trials import AnswerScore, Checkpoint, Evaluation, RunId
 
 
@@ -79,6 +79,8 @@ class Ready(Said):
     """Of the model's configuration and of its files, which `study check` compares without loading them."""
     remarks: tuple[str, ...] = ()
     """Which rows are truncated or dropped, and how many."""
+    predicted: Prediction | None = None
+    """Of a worker that was asked to time a few steps; it takes no assignment."""
 
 
 @dataclass(frozen=True, slots=True)

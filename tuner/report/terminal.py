@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.segment import Segment
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +28,7 @@ class Column:
     """A column with its cells."""
 
     name: str
-    cells: tuple[Text, ...]
+    cells: tuple[Text | str, ...]
     rank: int
     """Columns of a higher rank are dropped first on a narrow terminal."""
     is_number: bool = True
@@ -35,13 +39,18 @@ class Column:
     @property
     def width(self) -> int:
         """Width in characters."""
-        whole = max([*map(len, self.name.splitlines()), *(cell.cell_len for cell in self.cells)], default=0)
+        whole = max(*map(len, self.name.splitlines() or [""]), self.longest_cell)
         return whole if self.min_width is None else min(whole, self.min_width)
+
+    @property
+    def longest_cell(self) -> int:
+        """Width of its widest cell in characters; 0 without cells."""
+        return max(map(_width, self.cells), default=0)
 
     @property
     def folded(self) -> Column:
         """The same column with its name broken after underscores, no wider than its cells where possible."""
-        room = max((cell.cell_len for cell in self.cells), default=0)
+        room = self.longest_cell
         lines = [""]
         for part in re.findall(r"[^_]+_*|_+", self.name):
             if lines[-1] and len(lines[-1]) + len(part) > room:
@@ -52,7 +61,13 @@ class Column:
 
 def column(name: str, texts: Sequence[str], *, rank: int, min_width: int | None = None) -> Column:
     """Create a column of unstyled cells: words if it may wrap, otherwise numbers."""
-    return Column(name, tuple(Text(text) for text in texts), rank, min_width is None, min_width)
+    return Column(name, tuple(texts), rank, min_width is None, min_width)
+
+
+def _width(cell: Text | str) -> int:
+    if isinstance(cell, Text):
+        return cell.cell_len
+    return len(cell) if cell.isascii() else cell_len(cell)
 
 
 class FittedTable:
@@ -85,6 +100,17 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = self._shown(options.max_width)
+        rows = list(zip(*(column.cells for column in shown), strict=True))
+        styles = self._row_styles or [""] * len(rows)
+        widths = [max(len(column.name), column.longest_cell) for column in shown]
+        is_plain = all(_is_plain(text) for column in shown for text in (column.name, *column.cells))
+        if is_plain and all(widths) and sum(widths) + _GAP * (len(widths) - 1) <= options.max_width:
+            names = tuple(Text(column.name, style="bold") for column in shown)
+            head = [(names, "")] if self._has_header else []
+            yield from _lines(
+                console, [*head, *zip(rows, styles, strict=True)], list(zip(widths, shown, strict=True))
+            )
+            return
         table = Table(
             box=None,
             pad_edge=False,
@@ -95,10 +121,37 @@ class FittedTable:
         for column in shown:
             justify: JustifyMethod = "right" if column.is_number else "left"
             table.add_column(Text(column.name), justify=justify, no_wrap=column.min_width is None)
-        rows = list(zip(*(column.cells for column in shown), strict=True))
-        for cells, style in zip(rows, self._row_styles or [""] * len(rows), strict=True):
-            table.add_row(*cells, style=style)
+        for cells, style in zip(rows, styles, strict=True):
+            table.add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style=style)
         yield table
+
+
+def _is_plain(cell: Text | str) -> bool:
+    """Return whether a cell is one line in one style that rich would not change."""
+    text = cell if isinstance(cell, str) else cell.plain
+    return text.isprintable() and not text.endswith(" ") and (isinstance(cell, str) or not cell.spans)
+
+
+def _lines(
+    console: Console,
+    rows: Iterable[tuple[Sequence[Text | str], str]],
+    columns: Sequence[tuple[int, Column]],
+) -> Iterator[Segment]:
+    """Yield rows that need no wrapping as `rich.table` would, which takes a hundred times as long."""
+
+    @cache
+    def style_of(row: str, own: Style | str) -> Style:
+        return console.get_style(row) + console.get_style(own)
+
+    end, gap = Segment.line(), " " * _GAP
+    for cells, row_style in rows:
+        for place, (cell, (width, column)) in enumerate(zip(cells, columns, strict=True)):
+            blank = " " * (width - _width(cell))
+            text = cell if isinstance(cell, str) else cell.plain
+            text = blank + text if column.is_number else text + blank
+            own = "" if isinstance(cell, str) else cell.style
+            yield Segment(gap + text if place else text, style_of(row_style, own))
+        yield end
 
 
 def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -124,9 +124,11 @@ class WaitingStore:
         """As `Store` says."""
         return self.outage.through(lambda: self.inner.round(name))
 
-    def trials(self, round: str) -> tuple[Trial, ...]:
+    def trials(
+        self, round: str, *, numbers: Collection[int] | None = None, examples: bool = True
+    ) -> tuple[Trial, ...]:
         """As `Store` says."""
-        return self.outage.through(lambda: self.inner.trials(round))
+        return self.outage.through(lambda: self.inner.trials(round, numbers=numbers, examples=examples))
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""

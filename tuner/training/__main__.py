@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tuner.config import RoundSpec
@@ -19,6 +20,7 @@ from tuner.process_log import begin_worker
 from tuner.records import Died, Preparing, evaluation_from_json
 from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory
+from tuner.training.memory_budget import predict
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import train
 from tuner.training.worker_state import Pulse
@@ -59,6 +61,9 @@ def main() -> int:
                 say=say_what_it_does,
                 names=document.get("paths", {}),
             )
+            if document.get("probe"):
+                say_what_it_does("timing a few steps")
+                ready = replace(ready, predicted=predict(state, spec))
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1

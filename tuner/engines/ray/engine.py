@@ -12,7 +12,8 @@ from typing import Any
 
 from tuner.engines.protocol import Job, Worker
 from tuner.engines.ray.host import Host
-from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.nodes import Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import HostFailed, HostLost, Unavailable
 from tuner.errors import InputError
 from tuner.installation import install_command
@@ -254,7 +255,18 @@ _IN_GROUP = {
     "events": "events",
     "order": "orders",
     **dict.fromkeys(
-        ("read_chunk", "write_chunk", "listing", "contents", "delete", "claim", "keep", "adopt", "digest"),
+        (
+            "read_chunk",
+            "write_chunk",
+            "listing",
+            "contents",
+            "delete",
+            "claim",
+            "keep",
+            "adopt",
+            "digest",
+            "own_copy",
+        ),
         "files",
     ),
 }
