@@ -83,19 +83,19 @@ def checked(
     file.
     """
     file = load_round(path)
-    round_plan = StudyPlan(with_plug_ins(file) if probe else file)
-    command = _next_command(round_plan, where)
-    if probe:
-        load_plug_ins(round_plan)
-        make_engine(where.engine or round_plan.spec.run.engine).close()
-    prober = where if probe else None
-    if round_plan.spec.command is not None:
-        return *_command_plan(round_plan, prober), command
     try:
+        round_plan = StudyPlan(with_plug_ins(file) if probe else file)
+        command = _next_command(round_plan, where)
+        if probe:
+            load_plug_ins(round_plan)
+            make_engine(where.engine or round_plan.spec.run.engine).close()
+        prober = where if probe else None
+        if round_plan.spec.command is not None:
+            return *_command_plan(round_plan, prober), command
         with taken_back(round_plan.cache):
             plan, remarks = _plan(round_plan, prepare=prepare, prober=prober, look=look)
-    except (DataError, ModelError) as error:
-        raise (file.missing(str(error)) or error) from None
+    except InputError as error:
+        raise file.placed(error) from None
     return plan, remarks, command
 
 

@@ -76,7 +76,8 @@ def doctor(
 
     Example: `tuner doctor`
     """
-    from tuner.cli.doctor import examine, health_document, health_table, is_healthy
+    from tuner.api.doctor import examine, health_document, is_healthy
+    from tuner.cli.output import health_table
     from tuner.report import dumps
 
     checks = list(examine(Path()))

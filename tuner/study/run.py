@@ -37,6 +37,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
+from tuner.study.lookup import at_rest
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
@@ -91,6 +92,7 @@ def run_round(
             known_base = [base_evaluation(earlier)]
             for note in _notes(plan):
                 view.message(note)
+            view.trials([at_rest(trial, is_running=False) for trial in earlier])
             worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
