@@ -107,6 +107,7 @@ def _drain(descriptor: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_under_nohup_a_hangup_changes_nothing(tmp_path: Path) -> None:
     round_of_commands(tmp_path)
     with (tmp_path / "log").open("w") as log:
