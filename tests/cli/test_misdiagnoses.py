@@ -14,6 +14,7 @@ from sqlalchemy import create_engine, make_url, text
 from tests.studies import QUICKSTART, formula, tuner, write_round
 from tests.study.simulation import simulate, trials
 from tuner.data import load_tokenizer, prepare
+from tuner.data.pretrained import model_fingerprint
 from tuner.engines import SimulatedWorker
 from tuner.errors import Interrupted, StorageError
 from tuner.records import LOSS, Ended, Event, Ready, Saved
@@ -172,6 +173,40 @@ def test_check_says_that_the_data_has_changed(tmp_path: Path) -> None:
     done = tuner("study", "check", "round1.yaml", directory=tmp_path)
     assert done.returncode == 2
     assert "the model or the data are not those that round1 started with" in done.stderr
+
+
+def test_check_says_that_the_model_has_changed(tmp_path: Path) -> None:
+    """Without loading it: another configuration is refused, other files are said to need a closer look."""
+    base = shutil.copytree(QUICKSTART / "base", tmp_path / "base")
+    write_round(tmp_path, base=base)
+    plan = open_folder(tmp_path).plan("round1")
+    store = open_store(plan.absolute.storage, study="tiny")
+    ready = Ready(1, "cpu", workload="same", model_fingerprint=model_fingerprint(plan.absolute.model))
+    _begin(plan, store, ready, lambda: 0.0, LOSS)
+    store.close()
+
+    def checked() -> tuple[int, str]:
+        done = tuner("study", "check", "round1.yaml", directory=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    assert checked()[0] == 0
+    assert "have changed" not in checked()[1]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "transformers_version": "0.1", "dtype": "x"}))
+    assert "have changed" not in checked()[1]  # says where it is stored, not what it is
+    (base / "config.json").write_text(json.dumps(config))
+    [weights] = base.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1000:] = bytes(1000)
+    weights.write_bytes(content)
+    code, said = checked()
+    assert code == 0
+    assert "have changed since round1 started" in said
+    assert "--probe" in said
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    code, said = checked()
+    assert code == 2
+    assert "the model or the data are not those that round1 started with" in said
 
 
 @pytest.mark.slow

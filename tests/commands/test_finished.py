@@ -16,6 +16,8 @@ from tuner.errors import InputError
 from tuner.records import LOSS, Direction, Objective
 
 RECORDED = Path(__file__).parent / "finished_runs"
+DIAGNOSIS = "undetermined"
+"""Of the recorded runs, whose rates fall from the warmup on: nothing tells what more steps would bring."""
 T = 24
 ACCURACY = Objective("eval_accuracy", Direction.MAXIMIZE)
 
@@ -81,8 +83,9 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     trainer_folder(tmp_path / "outputs" / "run-7", 0.003, steps=40, checkpoints=(16, 40))
     before = content(tmp_path / "outputs")
     (tmp_path / "study").mkdir()
-    given = ("--set", "schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
+    given = ("--set", "hyperparameters.schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
     said = tuner(tmp_path / "study", "study", "import", "../outputs", *given)
+    assert "Hint: --set decay_steps=8 is now written --set hyperparameters.decay_steps=8" in said
     assert content(tmp_path / "outputs") == before
     assert "run-7 is left out: it trains for 40 steps" in said
     assert "run-6): ended at step 16 of 24" in said
@@ -113,14 +116,15 @@ def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:
     trials = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
     assert [trial["state"] for trial in trials] == ["complete"] * 8
     rates = [trial["hyperparameters"]["learning_rate"] for trial in trials]
-    assert rates == sorted(rates)
+    assert rates == [1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2]  # the peaks, which were not logged
     for run, trial in zip(runs, trials, strict=True):
         (state,) = (json.loads(path.read_text()) for path in run.rglob("trainer_state.json"))
         found = [(each["eval_loss"], each["step"]) for each in state["log_history"] if "eval_loss" in each]
         assert (trial["best_eval_loss"], trial["best_step"]) == min(found)
         assert trial["hyperparameters"]["decay_steps"] == state["max_steps"] - 2
-    (summary,) = json.loads(tuner(tmp_path / "study", "study", "status", "--json"))["rounds"]
-    assert summary["diagnosis"], said
+    wish = ("--max-train-steps", "40", "--to", "round2", "--json")
+    promoted = json.loads(tuner(tmp_path / "study", "study", "promote", *wish))
+    assert promoted["diagnosis"] == DIAGNOSIS, said
 
 
 @pytest.mark.parametrize(
@@ -147,6 +151,16 @@ def test_a_trainers_schedule_by_tuners_names(
     assert trial["hyperparameters"]["schedule"] == schedule
     assert trial["hyperparameters"].get("decay_steps") == decay
     assert "lr_scheduler_type" not in trial["hyperparameters"]
+
+
+def test_rates_that_do_not_follow_the_schedule_are_said(tmp_path: Path) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    given = ("--set", "schedule=cosine", "--set", "warmup_steps=3")
+    said = tuner(tmp_path / "study", "study", "import", "../run", *given)
+    assert "run: its logged learning rates do not follow cosine with a warmup of 3 steps" in said
+    (trial,) = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert trial["hyperparameters"]["learning_rate"] == 0.001
 
 
 def test_a_trainers_linear_needs_its_warmup(tmp_path: Path) -> None:

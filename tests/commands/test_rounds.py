@@ -100,6 +100,36 @@ def test_a_command_that_cannot_work_ends_the_round_at_its_first_trial(
     assert [(trial["attempts"], trial["state"]) for trial in trials] == [(1, "waiting")]
 
 
+def test_a_probe_shows_what_arrives_and_a_check_runs_nothing(tmp_path: Path) -> None:
+    written(tmp_path, searching())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    said = studies.tuner("study", "check", "round1.yaml", directory=tmp_path)
+    assert "the command was not run" in said.stdout + said.stderr
+    done = studies.tuner("study", "check", "round1.yaml", "--probe", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = " ".join((done.stdout + done.stderr).split())
+    assert "the command reported accuracy, eval_loss at steps 0, 4, 8" in found
+    assert "its checkpoints arrive" in found
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("elsewhere", "not inside TUNER_OUTPUT_DIR"),
+        ("linked", "not inside TUNER_OUTPUT_DIR"),
+        ("silent", "METRICS"),
+    ],
+)
+def test_a_probe_refuses_what_no_trial_could_do(tmp_path: Path, fault: str, said: str) -> None:
+    """Two trials that wrote to one place would overwrite each other's checkpoints."""
+    content = document(hyperparameters={"learning_rate": 0.05, "fault": fault})
+    content["command"] = {"run": content["command"]["run"]}
+    written(tmp_path, content)
+    assert said in tuner(tmp_path, "study", "check", "round1.yaml", "--probe", code=2)
+    assert not (tmp_path / "tuner.db").exists()
+
+
 def test_slots_are_refused(tmp_path: Path) -> None:
     written(tmp_path, searching(run={"slots": 2}))
     assert "run.slots: a command trains one trial at a time" in tuner(

@@ -81,6 +81,19 @@ def test_the_disk_is_that_of_the_largest_checkpoint_so_far(ran: Path) -> None:
     assert plan["plan"]["checkpoint_bytes"] == 2 * each * max(sizes)
 
 
+def test_without_an_evaluation_at_step_0_the_first_one_stands_for_the_base_model(tmp_path: Path) -> None:
+    """Of a metric that is maximised, all differences are relative to what was gained over the base model."""
+    objective = {"metric": "accuracy", "direction": "maximize"}
+    content = searching(objective=objective, run={"gpus_per_worker": 0, "decay_branches": False})
+    written(tmp_path, content)
+    script = tmp_path / "train.py"
+    script.write_text(script.read_text().replace("if start == 0:\n", "if start < 0:\n"))
+    tuner(tmp_path, "study", "run", "round1.yaml")
+    said = " ".join(tuner(tmp_path, "study", "report").split())
+    assert "The base model was not evaluated; the first evaluation, at step 4, stands for it." in said
+    assert "raised accuracy by" in said  # the gain of a doubling is known
+
+
 SAVES_AN_ADAPTER = """
 import json, os, shutil
 from pathlib import Path

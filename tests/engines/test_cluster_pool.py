@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tuner
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
-from tests.studies import round_file
+from tests.studies import QUICKSTART, round_file
 from tuner.engines import Job, Program
 from tuner.engines.ray.alike import NodeFacts
 from tuner.engines.ray.host import Host
@@ -249,13 +249,16 @@ def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: An
     (tables / table).mkdir()
     (tables / table / "tokens.npy").write_bytes(content)
     (tables / "unfinished").mkdir()
+    (tables / "sources").mkdir()
+    (tables / "sources" / "hub.json").write_text("[]")
     collect(pool, until=ready)
     pool.start(assignment(job.directory, 0, steps=20_000))
     collect(pool, until=ready)
     assert job.cache is not None
-    assert [path.name for path in job.cache.iterdir()] == [table]
+    assert sorted(path.name for path in job.cache.iterdir()) == [table, "sources"]
     (copy,) = on("b")
     assert copy.read_bytes() == content
+    assert (copy.parents[1] / "sources" / "hub.json").read_text() == "[]"
 
 
 def test_a_model_that_no_node_sees_is_sent_to_each(job: Job, opened: Any, tmp_path: Path) -> None:
@@ -352,6 +355,38 @@ def test_workers_lost_together_are_one_failure_of_their_node() -> None:
     assert records.fail("b", 3) == 1
     records.token("job")
     assert records.fail("a", 9) == 2
+
+
+class Counting(MachinesEngine):
+    """Says what it is asked to run, and runs a program without torch in its place."""
+
+    asked: list[tuple[bool, int | str]] = []  # noqa: RUF012
+
+    def start(self, job: Job) -> ClusterPool:
+        document = job.program.document()
+        self.asked.append((bool(document.get("probe")), job.workers))
+        job.say("two machines")
+        return super().start(replace(job, program=Program(PROGRAM, lambda: {"slots": 1})))
+
+
+def test_a_probe_runs_in_one_worker_of_the_chosen_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    study = tmp_path / "parent"
+    study.mkdir()
+    for name in ("base", "data"):
+        (study / name).symlink_to(QUICKSTART / name)
+    (study / "round1.yaml").write_text((QUICKSTART / "round1.yaml").read_text())
+    Counting.machines = Machines(tmp_path, "a", "b")
+    before = sorted(study.iterdir())
+    said = tuner.Study(study).check("round1.yaml", probe=True, engine=f"{__name__}:Counting")
+    assert said["ok"], said
+    assert Counting.asked == [(True, 1)]
+    assert "two machines" in said["remarks"]
+    assert "the engine's workers do not time steps" in said["remarks"]
+    assert all(wire.is_dead for _, wire in Counting.machines.wires)
+    assert sorted(path for path in study.iterdir() if path.name != ".tuner-cache") == before
 
 
 SCRIPT = """\

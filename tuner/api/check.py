@@ -25,7 +25,7 @@ from tuner.data import (
     try_metric,
 )
 from tuner.data.answer_metrics import METRIC_KEY
-from tuner.data.pretrained import loaded_commit
+from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.methods.registry import Kind, is_built_in
@@ -42,6 +42,7 @@ from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import (
     base_evaluation,
+    changed_model,
     load_plug_ins,
     other_workload,
     recorded_workload,
@@ -83,19 +84,19 @@ def checked(
     file.
     """
     file = load_round(path)
-    round_plan = StudyPlan(with_plug_ins(file) if probe else file)
-    command = _next_command(round_plan, where)
-    if probe:
-        load_plug_ins(round_plan)
-        make_engine(where.engine or round_plan.spec.run.engine).close()
-    prober = where if probe else None
-    if round_plan.spec.command is not None:
-        return *_command_plan(round_plan, prober), command
     try:
+        round_plan = StudyPlan(with_plug_ins(file) if probe else file)
+        command = _next_command(round_plan, where)
+        if probe:
+            load_plug_ins(round_plan)
+            make_engine(where.engine or round_plan.spec.run.engine).close()
+        prober = where if probe else None
+        if round_plan.spec.command is not None:
+            return *_command_plan(round_plan, prober), command
         with taken_back(round_plan.cache):
             plan, remarks = _plan(round_plan, prepare=prepare, prober=prober, look=look)
-    except (DataError, ModelError) as error:
-        raise (file.missing(str(error)) or error) from None
+    except InputError as error:
+        raise file.placed(error) from None
     return plan, remarks, command
 
 
@@ -199,6 +200,7 @@ def _plan(
     data = prepare(spec, round_plan.cache, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan, data)
+    changed = changed_model(round_plan, model_fingerprint(spec.model))
     look(data, tokenizer)
 
     # Loads torch: only after the cheap checks.
@@ -213,7 +215,7 @@ def _plan(
     probed: list[str] = []
     if prober is not None:
         plan, base, probed = _probed(round_plan, plan, prober)
-    remarks = _remarks(spec, data)
+    remarks = [*_remarks(spec, data), *([changed] if changed and prober is None else [])]
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )

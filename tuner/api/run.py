@@ -112,7 +112,10 @@ def run_here(
     file = with_plug_ins(file)
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
-    engine = make_engine(name)
+    try:
+        engine = make_engine(name)
+    except InputError as error:
+        raise file.placed(error) from None
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
     umask = keep_others_out()
@@ -143,7 +146,7 @@ def run_here(
             notifier.ended("failed", str(error))
         raise
     except InputError as error:
-        raise (file.missing(str(error)) or error) from None
+        raise file.placed(error) from None
     finally:
         os.umask(umask)
         engine.close()

@@ -172,9 +172,8 @@ def import_(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="NAME=VALUE",
-            help="What the files do not say, such as schedule=linear, decay_steps=20 or warmup_steps=2. "
-            "Repeatable.",
+            metavar="KEY=VALUE",
+            help="What the files do not say, such as hyperparameters.schedule=linear. Repeatable.",
         ),
     ] = None,
     command: Annotated[
@@ -189,7 +188,7 @@ def import_(
 
     The runs are only read. What they do not say, such as the schedule, stays unknown.
 
-    Example: `tuner study import outputs/ --set schedule=linear --set decay_steps=20`
+    Example: `tuner study import outputs/ --set hyperparameters.schedule=linear`
     """
     from tuner.api.new import import_finished, values_of
 
@@ -200,7 +199,7 @@ def import_(
         metric=metric,
         direction=direction,
         max_train_steps=max_train_steps,
-        hyperparameters=values_of(set_ or []),
+        hyperparameters=values_of(set_ or [], hint=lambda text: _say(f"Hint: {text}")),
         command=command,
         tool=tool,
         config=config,

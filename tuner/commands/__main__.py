@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.installation import version
 from tuner.pipes import CommandReader, event_writer
+from tuner.process_log import about, begin_worker
 from tuner.records import Died, Ended, Event, Ready, evaluation_from_json
 
 
 def main() -> int:
     """Check the command, send `Ready`, and run trials until told to close."""
     say = event_writer()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     running: list[str] = []
 
     def end_with_parent() -> None:
@@ -34,6 +33,7 @@ def main() -> int:
 
     commands = CommandReader(sys.stdin, on_parent_gone=end_with_parent)
     document = commands.read_document()
+    begin_worker(document["spec"]["round"])
     lock_file = Path(document["lock"])
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -87,7 +87,8 @@ def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], r
                 say(Ended(*name, 0, "stopped", None, horizon=assignment.horizon))
                 continue
             attempt = Attempt(work, assignment, say, on_start=started)
-            attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
+            with about(assignment.trial):
+                attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
             running.clear()
 
 

@@ -128,7 +128,7 @@ class Attempt:
             kept = self._kept()
             copy = self._copy(kept, place)
         except CheckpointError as error:
-            _log.error("trial %d: %s", self.assignment.trial, error)
+            _log.error("%s", error)
             self.end("failed", str(error))
             return
         self._inherit(kept)
@@ -336,7 +336,7 @@ class Attempt:
                 self._keep_resumable(source, step, CheckpointKind.LAST)
                 self.kept_step = step
         except CheckpointError as error:
-            _log.warning("trial %d: %s; it is not kept", self.assignment.trial, error)
+            _log.warning("%s; it is not kept", error)
             del self.saved[step]
             return False
         return True
@@ -363,7 +363,7 @@ class Attempt:
     def _clear(self, place: Place) -> None:
         """Delete the checkpoints left in the output, and the copy that the command resumed from."""
         for saved in self.reported:
-            _log.warning("trial %d: %s is not whole and is not kept", self.assignment.trial, saved.path)
+            _log.warning("%s is not whole and is not kept", saved.path)
         for path in self.saved.values():
             _remove(path, unless=None)
         shutil.rmtree(place.folder / "resume", ignore_errors=True)

@@ -148,7 +148,7 @@ EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
 
-RECORDED_KEYS = ("plug_ins", "data_fingerprint")
+RECORDED_KEYS = ("plug_ins", "data_fingerprint", "model_fingerprint")
 """Of a recorded round, which a file does not have."""
 
 
@@ -234,6 +234,8 @@ class RoundSpec(BaseModel):
     """Recorded descriptions of plug-ins. Not a key of the file."""
     data_fingerprint: SkipJsonSchema[Annotated[str, Field(exclude_if=_nothing)]] = ""
     """Recorded fingerprint of the rows. Not a key of the file."""
+    model_fingerprint: SkipJsonSchema[Annotated[str, Field(exclude_if=_nothing)]] = ""
+    """Recorded fingerprints of the model's configuration and of its files. Not a key of the file."""
     storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
     """The database: `sqlite:///FILE` relative to the round file, or
     `postgresql+psycopg://USER@HOST/DATABASE`."""

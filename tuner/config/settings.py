@@ -90,7 +90,7 @@ def _yaml(text: str) -> Any:
 
 
 def _refusal(setting: str, why: str) -> InputError:
-    return InputError(f"--set {setting}: {why}. Example: {_SET_EXAMPLE}")
+    return InputError(f"--set {setting}: {why}\nExample: {_SET_EXAMPLE}")
 
 
 _ADD_EXAMPLE = "--add lora_dropout=0,0.05 or --add weight_decay=1e-4:1e-1:log"
@@ -157,4 +157,4 @@ def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimensio
 
 
 def _refused(text: str, why: str) -> InputError:
-    return InputError(f"--add {text}: {why}. Example: {_ADD_EXAMPLE}")
+    return InputError(f"--add {text}: {why}\nExample: {_ADD_EXAMPLE}")

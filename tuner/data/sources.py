@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ def load_rows(path: str, *, config: str | None, split: str | None, cache: Path |
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log
     split = split or "train"
     try:
         with _the_cache_alone() if is_out_of_reach(path) else nullcontext():

@@ -86,13 +86,13 @@ def _remembered(
     kept: list[tuple[object, object, R]] = []
 
     @wraps(decide)
-    def ask(trials: Iterable[Trial], *more: P.args, **named: P.kwargs) -> R:
+    def ask(trials: Iterable[Trial], /, *more: P.args, **named: P.kwargs) -> R:
         if not isinstance(trials, tuple) or named:
             return decide(trials, *more, **named)
         for asked, besides, answer in kept[:]:
             if asked is trials and besides == more:
                 return answer
-        answer = decide(trials, *more)
+        answer = decide(trials, *more, **named)
         kept[:] = [(trials, more, answer), *kept[:_ANSWERS_KEPT]]
         return answer
 
@@ -157,8 +157,16 @@ def scale_of(trials: Iterable[Trial]) -> Scale | None:
         return BY_VALUE
     if not best.objective.is_relative_to_gained:
         return BY_VALUE
-    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
+    base = base_or_first(trial.evaluations)
     return Scale(base.cost - best.cost) if base is not None and base.cost > best.cost else None
+
+
+def base_or_first(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the base model's evaluation; where there is none, the first finite one, which stands for it.
+
+    Rule: this project's decision, "Leading trials".
+    """
+    return next(iter(measured(evaluations)), None)
 
 
 def beats_the_base(trial: Trial) -> bool:
@@ -166,20 +174,21 @@ def beats_the_base(trial: Trial) -> bool:
 
     It must do so at its best step, and on the smoothed curve there. The best of many evaluations is low
     partly by luck, which it must exceed too; the changes from one evaluation to the next estimate that luck,
-    since the choice of examples is the same for all. True if the base model's loss is not among the
-    evaluations; if no standard error is known, any better step counts. Rule: this project's decision,
-    "Leading trials".
+    since the choice of examples is the same for all. Where the base model was not evaluated, the first
+    evaluation stands for it; if no standard error is known, any better step counts. Rule: this project's
+    decision, "Leading trials".
     """
     best = best_evaluation(trial.evaluations)
     if best is None:
         return False
-    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
-    if base is None:
+    base = base_or_first(trial.evaluations)
+    is_alone = len(measured(trial.evaluations)) == 1 and best.step > 0
+    if base is None or is_alone:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
     later = [e.cost for e in measured(trial.evaluations) if e.step > 0]
     luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
-    if best.step == 0 or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
+    if best.step == base.step or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
         return False
     return base.cost - smoothed_cost(trial.evaluations, best.step) > SIGNIFICANT * error
 

@@ -75,6 +75,8 @@ class Ready(Said):
     """Number of weights of the largest adapter a trial can have."""
     data_fingerprint: str = ""
     """Of the rows alone, which `study check` compares without the model; empty if not known."""
+    model_fingerprint: str = ""
+    """Of the model's configuration and of its files, which `study check` compares without loading them."""
     remarks: tuple[str, ...] = ()
     """Which rows are truncated or dropped, and how many."""
     predicted: Prediction | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -45,7 +45,23 @@ class Column:
     @property
     def longest_cell(self) -> int:
         """Width of its widest cell in characters; 0 without cells."""
+        if (joined := _joined(self.cells)) is not None and joined.isascii():
+            return max(map(len, self.cells), default=0)
         return max(map(_width, self.cells), default=0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether name and cells are lines of one style that rich would not change."""
+        texts = [cell if isinstance(cell, str) else cell.plain for cell in (self.name, *self.cells)]
+        has_spans = any(not isinstance(cell, str) and cell.spans for cell in self.cells)
+        return not has_spans and "".join(texts).isprintable() and not any(text[-1:] == " " for text in texts)
+
+    def padded(self, width: int) -> list[str]:
+        """Return the texts of its cells, filled with blanks to the width."""
+        texts = [cell if isinstance(cell, str) else cell.plain for cell in self.cells]
+        if "".join(texts).isascii():
+            return [text.rjust(width) if self.is_number else text.ljust(width) for text in texts]
+        return [_padded(text, width, is_number=self.is_number) for text in texts]
 
     @property
     def folded(self) -> Column:
@@ -62,6 +78,19 @@ class Column:
 def column(name: str, texts: Sequence[str], *, rank: int, min_width: int | None = None) -> Column:
     """Create a column of unstyled cells: words if it may wrap, otherwise numbers."""
     return Column(name, tuple(texts), rank, min_width is None, min_width)
+
+
+def _joined(cells: Sequence[Text | str]) -> str | None:
+    """Return all cells in one text; None if any is not a plain string."""
+    try:
+        return "".join(cells)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _padded(text: str, width: int, *, is_number: bool) -> str:
+    blank = " " * (width - cell_len(text))
+    return blank + text if is_number else text + blank
 
 
 def _width(cell: Text | str) -> int:
@@ -100,16 +129,12 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = self._shown(options.max_width)
-        rows = list(zip(*(column.cells for column in shown), strict=True))
-        styles = self._row_styles or [""] * len(rows)
+        num_rows = max((len(column.cells) for column in shown), default=0)
+        styles = self._row_styles or [""] * num_rows
         widths = [max(len(column.name), column.longest_cell) for column in shown]
-        is_plain = all(_is_plain(text) for column in shown for text in (column.name, *column.cells))
-        if is_plain and all(widths) and sum(widths) + _GAP * (len(widths) - 1) <= options.max_width:
-            names = tuple(Text(column.name, style="bold") for column in shown)
-            head = [(names, "")] if self._has_header else []
-            yield from _lines(
-                console, [*head, *zip(rows, styles, strict=True)], list(zip(widths, shown, strict=True))
-            )
+        fits = all(widths) and sum(widths) + _GAP * (len(widths) - 1) <= options.max_width
+        if fits and all(column.is_plain for column in shown):
+            yield from _lines(console, shown, widths, styles, has_header=self._has_header)
             return
         table = Table(
             box=None,
@@ -121,21 +146,19 @@ class FittedTable:
         for column in shown:
             justify: JustifyMethod = "right" if column.is_number else "left"
             table.add_column(Text(column.name), justify=justify, no_wrap=column.min_width is None)
+        rows = zip(*(column.cells for column in shown), strict=True)
         for cells, style in zip(rows, styles, strict=True):
             table.add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style=style)
         yield table
 
 
-def _is_plain(cell: Text | str) -> bool:
-    """Return whether a cell is one line in one style that rich would not change."""
-    text = cell if isinstance(cell, str) else cell.plain
-    return text.isprintable() and not text.endswith(" ") and (isinstance(cell, str) or not cell.spans)
-
-
 def _lines(
     console: Console,
-    rows: Iterable[tuple[Sequence[Text | str], str]],
-    columns: Sequence[tuple[int, Column]],
+    columns: Sequence[Column],
+    widths: Sequence[int],
+    row_styles: Sequence[str],
+    *,
+    has_header: bool,
 ) -> Iterator[Segment]:
     """Yield rows that need no wrapping as `rich.table` would, which takes a hundred times as long."""
 
@@ -144,13 +167,25 @@ def _lines(
         return console.get_style(row) + console.get_style(own)
 
     end, gap = Segment.line(), " " * _GAP
-    for cells, row_style in rows:
-        for place, (cell, (width, column)) in enumerate(zip(cells, columns, strict=True)):
-            blank = " " * (width - _width(cell))
-            text = cell if isinstance(cell, str) else cell.plain
-            text = blank + text if column.is_number else text + blank
-            own = "" if isinstance(cell, str) else cell.style
-            yield Segment(gap + text if place else text, style_of(row_style, own))
+    if has_header:
+        names = [
+            _padded(column.name, width, is_number=column.is_number)
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        yield Segment(gap.join(names), style_of("bold", ""))
+        yield end
+    padded = zip(*(column.padded(width) for column, width in zip(columns, widths, strict=True)), strict=True)
+    styled = [(place, column.cells) for place, column in enumerate(columns) if _joined(column.cells) is None]
+    for row, (texts, row_style) in enumerate(zip(padded, row_styles, strict=True)):
+        begin, before = 0, ""
+        for place, cells in styled:
+            own = "" if isinstance(cell := cells[row], str) else cell.style
+            before += gap.join(texts[begin:place]) + (gap if place > begin else "")
+            yield Segment(before, style_of(row_style, ""))
+            yield Segment(texts[place], style_of(row_style, own))
+            begin, before = place + 1, gap
+        if begin < len(texts):
+            yield Segment(before + gap.join(texts[begin:]), style_of(row_style, ""))
         yield end
 
 

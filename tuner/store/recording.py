@@ -402,7 +402,7 @@ def _evaluate(to: Recorder, fact: Evaluated) -> None:
 
 
 @_reads(EVALUATIONS)
-def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
+def _evaluation(known: TrialFacts, row: Any) -> None:
     _, step, loss, train_loss, rate, clipped, nll, tokens, correct, metrics, objective = row
     known.evaluations[step] = Evaluation(
         step,

@@ -20,7 +20,7 @@ from tuner.config import RoundFile, read_round
 from tuner.config.yaml_text import one_line
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
-from tuner.playbook.schedule import trunk_end
+from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import (
     LOSS,
     AttemptStarted,
@@ -87,7 +87,9 @@ def import_runs(
     remarks = [*_left_out(runs, taken, horizon)]
     if not taken:
         raise InputError(f"no run trains for {horizon} steps; {'; '.join(remarks)}")
-    taken = [_by_tuners_names(run, said, horizon) for run in taken]
+    renamed = [_by_tuners_names(run, said, horizon) for run in taken]
+    taken = [run for run, _ in renamed]
+    remarks += [remark for _, remark in renamed if remark is not None]
     path = directory / f"{said.round}.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; name another round with --round")
@@ -150,8 +152,11 @@ _TRAINERS_SCHEDULES = {
 """Its `lr_scheduler_type` and tuner's schedules; others stay unknown."""
 
 
-def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> FinishedRun:
-    """Return a run with a Trainer's schedule by tuner's names: its `linear` decays from the warmup on.
+def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[FinishedRun, str | None]:
+    """Return a run with a Trainer's schedule by tuner's names, and what is to be said of it.
+
+    A Trainer's `linear` decays from the warmup on. The learning rate is the peak, by the rates that were
+    logged and the schedule, where both are known.
 
     Raises InputError for a `linear` whose warmup nobody gave, since where it decays depends on it.
     """
@@ -172,7 +177,38 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> FinishedRun:
                 "known: add --set warmup_steps=N, or --set decay_steps=N for another decay"
             )
         values["decay_steps"] = horizon - warmup
-    return replace(run, hyperparameters=values)
+    remark = None
+    if (
+        run.rates
+        and "learning_rate" not in (said.values or {})
+        and {"schedule", "warmup_steps"} <= set(values)
+    ):
+        peak = _peak(run.rates, values, horizon)
+        values |= {} if peak is None else {"learning_rate": peak}
+        if peak is None:
+            remark = (
+                f"{run.name}: its logged learning rates do not follow {values['schedule']} with a warmup of "
+                f"{values['warmup_steps']} steps; its learning_rate is the highest of them"
+            )
+    return replace(run, hyperparameters=values), remark
+
+
+def _peak(rates: Mapping[int, float], values: Mapping[str, Value], horizon: int) -> float | None:
+    """Return the peak that all logged rates agree on; None if they do not follow the schedule.
+
+    Trainers log the rate of the last update, and older ones that of the next.
+    """
+    for ahead in (1, 0):
+        shares = {step: multiplier(step - ahead, values, horizon) for step in rates if step <= horizon}
+        peaks = [rates[step] / share for step, share in shares.items() if share > _TELLING]
+        if peaks and max(peaks) - min(peaks) <= _ROUNDING * max(peaks):
+            return float(f"{max(peaks):.10g}")
+    return None
+
+
+_TELLING = 0.01
+"""A share of the peak below this says little about it."""
+_ROUNDING = 1e-6
 
 
 _OF_TRAINERS_SCHEDULE = (

@@ -6,7 +6,9 @@ it again resumes after any interruption.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -15,9 +17,11 @@ from tuner.engines import Worker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
+from tuner.process_log import about
 from tuner.records import (
     Answered,
     Assignment,
+    AttemptFact,
     AttemptStarted,
     Checkpoint,
     CheckpointKind,
@@ -56,6 +60,8 @@ from tuner.study.round_state import MAX_ATTEMPTS, RoundState, has_failed, has_op
 from tuner.study.sampling import Proposal, RoundStudy
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Through(Protocol):
@@ -237,6 +243,12 @@ class RoundLoop:
 
     def _record(self, event: Event) -> None:
         """Turn a worker's event into facts, then act on them."""
+        with about(event.trial) if isinstance(event, AttemptFact) else nullcontext():
+            if (line := _logged(event)) is not None:
+                _log.info("%s", line)
+            self._act_on(event)
+
+    def _act_on(self, event: Event) -> None:
         match event:
             case Started() | Progressed() | Evaluated() | Saved() | Ended() if event.horizon is not None:
                 self.branches.record(event)
@@ -472,6 +484,27 @@ class RoundLoop:
     def _planned_steps(self) -> tuple[int, ...]:
         spec = self.plan.spec
         return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
+
+
+def _logged(event: Event) -> str | None:
+    """Return what the log says of an event; None for signs of life."""
+    match event:
+        case Ready():
+            return f"a worker is ready: {event.device}, {event.slots} slots"
+        case Started():
+            return f"attempt {event.attempt} starts at step {event.step}"
+        case Evaluated(evaluation=evaluation):
+            return f"step {evaluation.step}: eval loss {evaluation.eval_loss!r}"
+        case Saved(checkpoint=checkpoint):
+            return f"step {checkpoint.step}: {checkpoint.kind} is at {checkpoint.path}"
+        case Ended():
+            return (
+                f"attempt {event.attempt}: {event.outcome} at step {event.step} {event.reason or ''}".rstrip()
+            )
+        case Died(reason=text) | Remarked(text=text):
+            return text
+        case _:
+            return None
 
 
 def _count_stillborn(so_far: int, event: Event) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from tuner.report.format import duration
 from tuner.store import Store, explained_at
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
@@ -75,6 +78,7 @@ class Outage:
 
     def _again(self, act: Callable[[], T], error: StorageAway) -> T:
         begun, wait = self.clock(), _FIRST_WAIT_SECONDS
+        _log.warning("%s", error)
         self.say(
             f"warning: {error}. Running trials go on, and what they report waits in memory; trying again for "
             f"{duration(self.patience_seconds)} (run.storage_patience)"
@@ -86,7 +90,9 @@ class Outage:
                 found = self._once(act)
             except StorageAway as again:
                 error = again
+                _log.info("%s", error)
                 continue
+            _log.warning("the database is back")
             self.say(f"the database is back after {duration(self.clock() - begun)}; nothing is lost")
             return found
         raise error

@@ -27,6 +27,7 @@ from tuner.installation import install_command
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants.initialisations import starts_with_zero_b
+from tuner.process_log import kept_in
 from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
@@ -36,6 +37,7 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
+from tuner.study.lookup import at_rest
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
 from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
@@ -90,6 +92,7 @@ def run_round(
             known_base = [base_evaluation(earlier)]
             for note in _notes(plan):
                 view.message(note)
+            view.trials([at_rest(trial, is_running=False) for trial in earlier])
             worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
@@ -105,6 +108,7 @@ def run_round(
             in_use.callback(facts.close)
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
+        in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
         watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
         with _outside_failures(watch):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
@@ -338,7 +342,7 @@ def _begin(
             RoundRecord(
                 name=plan.name,
                 max_train_steps=plan.spec.max_train_steps,
-                spec=_recorded_spec(plan.spec, objective, ready.data_fingerprint),
+                spec=_recorded_spec(plan.spec, objective, ready),
                 begun_at=begun.begun_at if begun else clock(),
                 train_rows=ready.train_rows,
                 eval_rows=ready.eval_rows,
@@ -381,9 +385,32 @@ def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
         raise other_workload(plan)
 
 
-def _recorded_spec(spec: RoundSpec, objective: Objective, fingerprint: str) -> dict[str, Any]:
+def changed_model(plan: RoundPlan, fingerprint: str) -> str | None:
+    """Return a remark where a model's files are not those that the round started with.
+
+    `fingerprint` is that of `model_fingerprint`. Raises InputError where its configuration is another.
+    """
+    begun = _begun(plan)
+    recorded = "" if begun is None else str(begun.spec.get("model_fingerprint", ""))
+    if not (recorded and fingerprint) or recorded == fingerprint:
+        return None
+    (config, weights), (config_now, weights_now) = recorded.split(), fingerprint.split()
+    is_commit, is_commit_now = config == weights, config_now == weights_now
+    if is_commit != is_commit_now:
+        return None  # a copy of what the Hub has: only the weights themselves can be compared
+    if config != config_now and not is_commit:
+        raise other_workload(plan)
+    return (
+        f"warning: the files of the model {plan.spec.model.path} have changed since {plan.name} started. If "
+        "the weights have changed too, `tuner study run` refuses them; `tuner study check --probe` compares "
+        "them now"
+    )
+
+
+def _recorded_spec(spec: RoundSpec, objective: Objective, ready: Ready) -> dict[str, Any]:
     """The file as JSON, with the metric's own direction where it leaves that out, and no password."""
     document = spec.model_dump(mode="json")
     objective_now = {**document["objective"], "direction": objective.direction.value}
-    data = {"data_fingerprint": fingerprint} if fingerprint else {}
+    known = {"data_fingerprint": ready.data_fingerprint, "model_fingerprint": ready.model_fingerprint}
+    data = {name: value for name, value in known.items() if value}
     return {**document, **data, "objective": objective_now, "storage": without_secrets(spec.storage)}

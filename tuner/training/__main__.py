@@ -7,7 +7,6 @@ error, which the parent keeps as the worker's log.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
 from tuner.pipes import CommandReader, event_writer
+from tuner.process_log import begin_worker
 from tuner.records import Died, Preparing, evaluation_from_json
 from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory
@@ -35,7 +35,6 @@ def main() -> int:
     keep_others_out()
     os.environ.setdefault("TQDM_DISABLE", "1")
     say = event_writer()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     keep_freed_memory()
     commands = CommandReader(sys.stdin)
 
@@ -45,6 +44,7 @@ def main() -> int:
         say(Preparing(doing))
 
     document = commands.read_document()
+    begin_worker(document["spec"]["round"])
     with Path(document["lock"]).open("w") as lock:
         # A parent waits until no worker of an earlier one shares this lock: two never write one folder.
         fcntl.flock(lock, fcntl.LOCK_SH)

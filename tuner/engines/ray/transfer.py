@@ -130,6 +130,8 @@ def give_back(
         answer, _ = call("claim", sha256, path.name, size, bound_bytes)
         if answer == "busy":
             time.sleep(0.2)
+            if call("listing", target):
+                return  # another worker of the node has received it
         elif answer == "here":
             raise ValueError(f"{path}: the node has it as a file to read")
     _send(call, parcel, sha256, size, say)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from tuner.errors import InputError
+from tuner.errors import InputError, one_of
 from tuner.methods.registry import is_built_in, load
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation, Event, Trial
@@ -74,7 +74,17 @@ def open_tool(name: str, followed: FollowedRound) -> Tool:
         tool: Tool = import_module(f"tuner.report.trackers.{name}_runs").open_tool(followed)
         return tool
     opened: Tool = load("tracker", name)(followed)
+    if missing := _missing(opened):
+        raise TypeError(f"{type(opened).__name__} has no method {one_of(missing)}")
     return opened
+
+
+def _missing(tool: object) -> list[str]:
+    """Return the methods of `Tool` that an object, or a class, lacks."""
+    return [name for name in _METHODS if not callable(getattr(tool, name, None))]
+
+
+_METHODS = ("begin", "point", "end", "close")
 
 
 def not_installed(names: Iterable[str]) -> list[str]:
@@ -83,9 +93,17 @@ def not_installed(names: Iterable[str]) -> list[str]:
 
 
 def refuse_unusable(name: str) -> None:
-    """Import a custom tracker. Raises InputError if it cannot be imported or called."""
-    if not is_built_in("tracker", name) and not callable(found := load("tracker", name)):
+    """Import a custom tracker. Raises InputError if it cannot be imported or called, or lacks a method.
+
+    What a function returns is known when the round runs.
+    """
+    if is_built_in("tracker", name):
+        return
+    found = load("tracker", name)
+    if not callable(found):
         raise InputError(f"tracker {name}: expects a class or a function, got a {type(found).__name__}")
+    if isinstance(found, type) and (missing := _missing(found)):
+        raise InputError(f"tracker {name}: {found.__name__} has no method {one_of(missing)}")
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
