@@ -213,14 +213,14 @@ class Done:
     stderr: str
 
 
-def tuner(*arguments: str, directory: Path) -> Done:
+def tuner(*arguments: str, directory: Path, columns: str | None = None) -> Done:
     """The command line, without the seconds that a process of its own takes to load."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         chdir(directory),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
-        patch.dict(os.environ, ENVIRONMENT),
+        patch.dict(os.environ, ENVIRONMENT if columns is None else {**ENVIRONMENT, "COLUMNS": columns}),
     ):
         returncode = run(list(arguments))
     return Done(returncode, stdout.getvalue(), stderr.getvalue())

@@ -1,9 +1,14 @@
-"""The tutorial and the readme's examples, typed command by command; what they show has to appear."""
+"""The tutorial and the readme's examples, typed command by command; what they show has to appear.
+
+The readme's are typed in a shell. The tutorial's `tuner` runs in this process, which spares it the seconds that a
+process of its own takes to load.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from tests.docs.test_documents import ROOT, prose_and_blocks
+from tests.recorded.test_unchanged import check_quickstart
+from tests.studies import tuner
 
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
 WIDTH = "120"
@@ -78,6 +85,22 @@ def type_in_a_shell(commands: Sequence[str], directory: Path) -> dict[str, str]:
     return {command: output for command, (_, _, output) in zip(commands, outputs, strict=True)}
 
 
+def type_here(commands: Sequence[str], directory: Path) -> dict[str, str]:
+    """What each command prints on either stream: `tuner` in this process, the others in a shell."""
+    here, printed = directory, {}
+    for line in commands:
+        match shlex.split(line, comments=True):
+            case ["cd", to]:
+                here, printed[line] = here / to, ""
+            case ["tuner", *words]:
+                done = tuner(*words, directory=here, columns=WIDTH)
+                assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stderr[-4000:]}"
+                printed[line] = done.stderr + done.stdout
+            case _:
+                printed |= type_in_a_shell([line], here)
+    return printed
+
+
 def tokens(text: str) -> list[str]:
     """Words, numbers and signs; durations and the place of the repository are no part of them."""
     return _TOKEN.findall(_DURATION.sub(" TIME ", _PATH_BEFORE_STUDIES.sub("", text)))
@@ -109,13 +132,27 @@ def missing(shown: Shown, printed: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The tutorial's commands with what they print, typed in a copy of what they need."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the tutorial's commands need."""
     copy = tmp_path_factory.mktemp("clone")
     for name in ("base", "data"):
         shutil.copytree(ROOT / "studies" / "quickstart" / name, copy / "studies" / "quickstart" / name)
     shutil.copy(ROOT / "studies" / "quickstart" / "round1.yaml", copy / "studies" / "quickstart")
-    return type_in_a_shell(typed_and_shown(TUTORIAL)[0], copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def printed(clone: Path) -> dict[str, str]:
+    """The tutorial's commands with what they print, typed in the clone."""
+    return type_here(typed_and_shown(TUTORIAL)[0], clone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("printed")
+def test_the_rounds_of_the_tutorial_are_what_they_were(clone: Path) -> None:
+    """Its study is that of `make quickstart`, whose rounds are recorded."""
+    check_quickstart(clone / "studies" / "first")
 
 
 @pytest.mark.slow

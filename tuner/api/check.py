@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def checked(
         with taken_back(round_plan.cache):
             plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
     except (DataError, ModelError) as error:
-        raise (file.missing(str(error)) or error) from None
+        raise (file.placed(str(error)) or error) from None
     return plan, remarks, command
 
 
@@ -110,7 +111,7 @@ def _command_plan(round_plan: StudyPlan, *, probe: bool) -> tuple[RoundPlan, lis
     found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
-    said = [*command_remarks(spec), *_run_remarks(spec)]
+    said = [*command_remarks(spec), *_run_remarks(spec, file.directory)]
     plan, not_checked = _with_unchecked(planned_commands(spec), spec, probe=probe)
     said += not_checked
     if not probe:
@@ -174,7 +175,7 @@ def _plan(
     )
     remarks += _answers(round_plan, data)
     remarks += round_plan.file.hints
-    remarks += _run_remarks(spec)
+    remarks += _run_remarks(spec, round_plan.file.directory)
     plan, not_checked = _with_unchecked(plan, spec, probe=probe)
     remarks += not_checked
     remarks += _model_remarks(spec.model)
@@ -208,12 +209,16 @@ def _probed(
     return plan, base, predicted.slots
 
 
-def _run_remarks(spec: RoundSpec) -> Iterator[str]:
+def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
     """Yield remarks on the sections `search` and `run`."""
     if spec.ends_early is not None:
         yield spec.ends_early
     if spec.trains_alone:
         yield spec.trains_alone
+    if spec.run.notify:
+        program = spec.run.notify[0]
+        if shutil.which(str(directory / program) if "/" in program else program) is None:
+            yield f"warning: run.notify: there is no program {program} here, so nothing will be told"
     yield from spec.without_effect()
 
 

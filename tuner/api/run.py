@@ -143,7 +143,7 @@ def run_here(
             notifier.ended("failed", str(error))
         raise
     except InputError as error:
-        raise (file.missing(str(error)) or error) from None
+        raise (file.placed(str(error)) or error) from None
     finally:
         os.umask(umask)
         engine.close()

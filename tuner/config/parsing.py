@@ -57,11 +57,14 @@ class RoundFile:
         """Return the 1-based line of a dotted key, or of its nearest parent in the file."""
         return parse(self.text).line(tuple(key.split(".")))
 
-    def missing(self, message: str) -> RoundFileError | None:
-        """Return an error whose message begins with a missing path as the mistake of the line that names it.
+    def placed(self, message: str) -> RoundFileError | None:
+        """Return an error whose message begins with a path or a hyperparameter as the mistake of its line.
 
-        None if the file names no such path, or something exists there.
+        None if the file names no such thing.
         """
+        if key := _KEY_FIRST.match(message):
+            line, said = self.line(key[1]), message[key.end() :]
+            return None if line is None else RoundFileError(self.path, [Mistake(line, key[1], said)])
         absolute = self.spec.absolute(self.directory)
         named: list[tuple[Location, str, str]] = [
             (("model", "path"), self.spec.model.path, absolute.model.path)
@@ -70,10 +73,13 @@ class RoundFile:
             sources = zip(getattr(self.spec.data, part), getattr(absolute.data, part), strict=True)
             named += [(("data", part, i, "path"), a.path, b.path) for i, (a, b) in enumerate(sources)]
         for location, written, meant in named:
-            if message.startswith((f"{written}:", f"{meant}:")) and not Path(meant).exists():
+            if message.startswith((f"{written}:", f"{meant}:")):
                 line = parse(self.text).line(location)
                 return RoundFileError(self.path, [Mistake(line, dotted(location), message)])
         return None
+
+
+_KEY_FIRST = re.compile(r"(hyperparameters\.\w+): ")
 
 
 def load_round(path: Path) -> RoundFile:
