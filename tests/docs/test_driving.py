@@ -13,7 +13,7 @@ import pytest
 from tests.docs.test_documents import ROOT, prose_and_blocks
 from tests.recorded.test_unchanged import copy_quickstart
 from tests.studies import tuner
-from tuner.api import Study
+from tuner import Study
 
 PAGE = ROOT / "docs" / "how-to" / "drive-from-a-program.md"
 
@@ -35,10 +35,14 @@ def typed_here(folder: Path, seen: list[tuple[str, ...]]) -> Any:
 def folder(tmp_path: Path) -> Path:
     """A dry run of the quickstart, whose first round is complete."""
     copy_quickstart(tmp_path)
+    file = tmp_path / "round1.yaml"
+    text = file.read_text().replace("max_train_steps: 45", "max_train_steps: 100")
+    file.write_text(text.replace("trials: 8", "trials: 3"))
     Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
     return tmp_path / "dry-run"
 
 
+@pytest.mark.timeout(900)
 def test_the_loop_runs_until_longer_is_no_better(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,11 +60,12 @@ def test_the_loop_runs_until_longer_is_no_better(
     assert {words[1] for words in typed} == {"check", "run", "status", "promote"}
 
 
-def test_bad_input_is_told_with_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (program,) = (body for language, body in prose_and_blocks(PAGE)[1] if language == "python")
-    file = folder / "round1.yaml"
+    copy_quickstart(tmp_path)
+    file = tmp_path / "round1.yaml"
     file.write_text(re.sub(r"^max_train_steps: .*$", "max_train_steps: soon", file.read_text(), flags=re.M))
-    monkeypatch.setattr(subprocess, "run", typed_here(folder, []))
+    monkeypatch.setattr(subprocess, "run", typed_here(tmp_path, []))
     with pytest.raises(SystemExit) as stopped:
         exec(compile(program, str(PAGE), "exec"), {})  # noqa: S102
     assert "max_train_steps" in str(stopped.value)

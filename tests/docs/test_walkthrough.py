@@ -1,7 +1,6 @@
 """The tutorial and the readme's examples, typed command by command; what they show has to appear.
 
-The readme's are typed in a shell. The tutorial's `tuner` runs in this process, which spares it the seconds that a
-process of its own takes to load.
+`tuner` runs in this process, which spares it the seconds that a process of its own takes to load.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.recorded.test_unchanged import check_quickstart
 from tests.studies import tuner
 
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
-WIDTH = "120"
+WIDTH = 120
 
 _MARK = "=== typed: "
 _DURATION = re.compile(r"\b\d+ (?:s|min|h)\b(?: \d\d (?:s|min)\b)?")
@@ -76,7 +75,7 @@ def type_in_a_shell(commands: Sequence[str], directory: Path) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": binaries, "COLUMNS": WIDTH, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PATH": binaries, "COLUMNS": str(WIDTH), "OMP_NUM_THREADS": "1"},
     )
     outputs = [part.partition("\n") for part in done.stdout.split(f"\n{_MARK}")[1:]]
     last = commands[len(outputs) - 1]
@@ -93,9 +92,9 @@ def type_here(commands: Sequence[str], directory: Path) -> dict[str, str]:
             case ["cd", to]:
                 here, printed[line] = here / to, ""
             case ["tuner", *words]:
-                done = tuner(*words, directory=here, columns=WIDTH)
-                assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stderr[-4000:]}"
-                printed[line] = done.stderr + done.stdout
+                done = tuner(*words, directory=here, columns=WIDTH, merged=True)
+                assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stdout[-4000:]}"
+                printed[line] = done.stdout
             case _:
                 printed |= type_in_a_shell([line], here)
     return printed
@@ -179,7 +178,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         "s/trials: .*/trials: 3/; s/{low: 1e-5, high: 3e-3/{low: 3e-3, high: 2e-2/' round1.yaml"
     )
     typed = [commands[0].replace(model, str(base)), commands[1], shorter, *commands[2:]]
-    output = type_in_a_shell(typed, tmp_path)
+    output = type_here(typed, tmp_path)
     assert len(output) == 6
     assert "Its adapter: " in output[typed[-1]]
 
@@ -221,6 +220,11 @@ def test_numbers_may_differ_and_words_may_not(piece: str, is_there: bool) -> Non
 def test_pieces_have_to_come_in_order() -> None:
     assert list(missing(Shown("c", ("a", "b")), {"c": "a b"})) == []
     assert list(missing(Shown("c", ("b", "a")), {"c": "a b"})) == ["a"]
+
+
+def test_the_program_is_on_the_path(tmp_path: Path) -> None:
+    printed = type_in_a_shell(["tuner --version"], tmp_path)
+    assert re.match(r"tuner \d", printed["tuner --version"])
 
 
 def test_a_shell_stops_at_the_first_failure(tmp_path: Path) -> None:
