@@ -3,6 +3,7 @@
 # make acceptance   what is too long for `make test`, in parts (`make acceptance-commands`), with dated results
 # make smollm2 ROWS=alpaca.json   create model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
+# make gpu          what only a GPU shows; PARTS='doctor tests' for some, `make gpu-parts` for what each takes
 # make docs         build the documentation into build/site, without the network
 # make pictures     make the pictures of the documentation from the quickstart study; needs Chromium
 # make image        build the container image with buildah or docker
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 SHELL := bash
 ACCEPTANCE := $(patsubst tests/%,%,$(shell grep -rl --include='test_*.py' 'mark\.acceptance' tests | xargs -n1 dirname | sort -u))
 
-.PHONY: setup acceptance docs pictures image quickstart smollm2 bench check test fix clean
+.PHONY: setup acceptance docs pictures image quickstart smollm2 bench gpu gpu-parts check test fix clean
 
 setup: $(VENV)/.installed
 
@@ -56,6 +57,12 @@ smollm2: setup
 # Both sides of a benchmark use all cores; tests use one thread, which never stalls.
 bench: setup
 	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) $(BIN)/python benchmarks/packing.py --trials 8 --repetitions 2
+
+gpu: setup
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu $(PARTS)
+
+gpu-parts: setup
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gpu --list
 
 check: setup
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/packing.py                       the tiny cell, on a CPU
     OMP_NUM_THREADS=2 python benchmarks/packing.py --cells smollm2 --trials 1 2
+    OMP_NUM_THREADS=2 python benchmarks/packing.py --cells real --trials 4   what equal rows hide
     python benchmarks/packing.py --cells gpu --markdown FILE             on a GPU: every cell
 
 Both sides run in this process in turn, several times; what is printed are medians and ratios of
@@ -71,16 +72,48 @@ class Cell:
     evaluate_every: int = 10
     dtype: str = "float32"
     quantization: str = "none"
+    is_alpaca: bool = False
+    """Rows have Alpaca's lengths, and `tokens` is the longest."""
+    batch_sizes: tuple[int, ...] = ()
+    """Of the trials in turn; `batch_size` of each if there are none."""
+    dropout: float = 0.0
+    optimizer: str = "adamw"
+    has_hole: bool = False
+    """Packed, a slot between the others is empty."""
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a trial's micro-step."""
+        """Tokens of a trial's micro-step, padding included."""
         return self.micro_rows * self.tokens
+
+    @property
+    def real_tokens(self) -> int:
+        """The same without padding, on average."""
+        mean = statistics.mean(self.length(row) for row in range(len(_ALPACA))) if self.is_alpaca else 0
+        return round(self.micro_rows * mean) or self.micro_tokens
 
     @property
     def batch_size(self) -> int:
         """Rows of an update."""
         return self.micro_rows * self.accumulation
+
+    def batch_size_of(self, trial: int) -> int:
+        """Rows of an update of one trial."""
+        return self.batch_sizes[trial % len(self.batch_sizes)] if self.batch_sizes else self.batch_size
+
+    def length(self, row: int) -> int:
+        """Tokens of a row."""
+        # 13 and 32 have no common factor: neighbours are unlike.
+        return min(_ALPACA[13 * row % len(_ALPACA)], self.tokens) if self.is_alpaca else self.tokens
+
+
+# fmt: off
+_ALPACA = (
+    50, 57, 61, 65, 69, 73, 77, 81, 87, 95, 102, 113, 128, 141, 153, 172, 194, 207, 224, 249, 274, 299, 331,
+    358, 384, 409, 437, 468, 495, 528, 570, 662,
+)
+# fmt: on
+"""Tokens of Alpaca's rows with their prompt, by characters: 32 quantiles of a thousand rows."""
 
 
 _TINY = {
@@ -131,6 +164,20 @@ def gpu_cells() -> list[Cell]:
     ]
 
 
+def real_cells(cell: Cell) -> list[Cell]:
+    """What equal rows and dropout 0 hide: one thing at a time, then all of them."""
+    rows = replace(cell, name=f"{cell.name} alpaca", tokens=512, is_alpaca=True, accumulation=4)
+    things: dict[str, dict[str, Any]] = {
+        "batch sizes": {"batch_sizes": (4, 8, 16, 32)},
+        "dropout": {"dropout": 0.05},
+        "8-bit": {"optimizer": "adamw_8bit"},
+        "hole": {"has_hole": True},
+    }
+    single = [replace(rows, name=f"{rows.name}, {name}", **changes) for name, changes in things.items()]
+    every = {name: value for changes in things.values() for name, value in changes.items()}
+    return [rows, *single, replace(rows, name=f"{rows.name}, all", **every)]
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One round of K trials, one way."""
@@ -145,7 +192,7 @@ class Measurement:
 
 
 def write_files(cell: Cell, directory: Path) -> Path:
-    """A model with random weights, its tokenizer, and rows of exactly `cell.tokens` tokens."""
+    """A model with random weights, its tokenizer, and rows of the cell's lengths."""
     torch.manual_seed(0)
     config = LlamaConfig(**cell.shape, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,10 +206,13 @@ def write_files(cell: Cell, directory: Path) -> Path:
     draw = np.random.default_rng(0)
     for name, count in (("train", 512), ("eval", cell.evaluation_rows)):
         with (directory / f"{name}.jsonl").open("w") as file:
-            for _ in range(count):
+            for number in range(count):
                 # Each word follows from the one before by the row's own rule: there is something to learn.
                 start, stride = draw.integers(2, len(words)), draw.integers(1, 1000)
-                row = [2 + int(start + stride * place) % (len(words) - 2) for place in range(cell.tokens - 1)]
+                row = [
+                    2 + int(start + stride * place) % (len(words) - 2)
+                    for place in range(cell.length(number) - 1)
+                ]
                 file.write(json.dumps({"text": " ".join(f"w{word}" for word in row)}) + "\n")
     del model
     free_memory()
@@ -176,8 +226,9 @@ def hyperparameters(number: int, cell: Cell) -> dict[str, Value]:
         "lora_r": 16,
         "lora_alpha": 16,
         "target_modules": "all-linear",
-        "batch_size": cell.batch_size,
-        "optimizer": "adamw",
+        "batch_size": cell.batch_size_of(number),
+        "optimizer": cell.optimizer,
+        "lora_dropout": cell.dropout,
         "warmup_steps": 5,
         "schedule": "constant",
         "training_seed": number,
@@ -186,7 +237,10 @@ def hyperparameters(number: int, cell: Cell) -> dict[str, Value]:
 
 def round_spec(cell: Cell, directory: Path) -> RoundSpec:
     """The round as a file would say it."""
-    common = {name: value for name, value in hyperparameters(0, cell).items() if name != "training_seed"}
+    common: dict[str, Any] = dict(hyperparameters(0, cell))
+    del common["training_seed"]
+    if cell.batch_sizes:
+        common["batch_size"] = sorted(set(cell.batch_sizes))
     return RoundSpec.model_validate(
         {
             "study": "packing",
@@ -219,12 +273,18 @@ def by_tuner(cell: Cell, directory: Path, *, trials: int, slots: int, micro_toke
     begin_memory()
     runs = directory / "runs"
     begun = time.perf_counter()
-    state, _ = load_worker_state(round_spec(cell, directory), cache=directory / "cache", slots=slots)
+    with_hole = cell.has_hole and slots > 1
+    state, _ = load_worker_state(
+        round_spec(cell, directory), cache=directory / "cache", slots=slots + with_hole
+    )
     state.micro_tokens = micro_tokens
-    events = drive(state, [_assignment(number, cell, runs) for number in range(trials)])
+    assignments = [_assignment(number, cell, runs) for number in range(trials)]
+    if with_hole:  # a trial that leaves its slot after an update, and none follows it there
+        assignments.insert(slots // 2, replace(_assignment(trials, cell, runs), max_train_steps=1))
+    events = drive(state, assignments)
     seconds = time.perf_counter() - begun
     done = [event for event in events if isinstance(event, Ended)]
-    if [event.outcome for event in done] != ["complete"] * trials:
+    if [event.outcome for event in done] != ["complete"] * len(assignments):
         raise SystemExit(f"{cell.name}: {done}")
     work = [event.throughput for event in events if isinstance(event, Measured)][-1]
     measured = Measurement(seconds, work.training_seconds, peak_bytes(work), _final_losses(events, trials))
@@ -330,12 +390,12 @@ def _trainer_trial(cell: Cell, directory: Path, number: int, rows: Rows) -> tupl
         output_dir=str(directory / "trainer"),
         max_steps=cell.steps,
         per_device_train_batch_size=cell.micro_rows,
-        gradient_accumulation_steps=cell.accumulation,
+        gradient_accumulation_steps=cell.batch_size_of(number) // cell.micro_rows,
         per_device_eval_batch_size=16,
         learning_rate=float(trial["learning_rate"]),  # type: ignore[arg-type]
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=warmup_length(trial),
-        optim="adamw_torch",
+        optim="adamw_bnb_8bit" if cell.optimizer == "adamw_8bit" else "adamw_torch",
         bf16=cell.dtype == "bfloat16",
         eval_strategy="steps",
         eval_steps=cell.evaluate_every,
@@ -355,7 +415,7 @@ def _trainer_trial(cell: Cell, directory: Path, number: int, rows: Rows) -> tupl
     order = [
         rows.train[row]
         for step in range(1, cell.steps + 1)
-        for row in batch_rows(len(rows.train), batch_size=cell.batch_size, seed=number, step=step)
+        for row in batch_rows(len(rows.train), batch_size=cell.batch_size_of(number), seed=number, step=step)
     ]
     trainer = TimedTrainer(
         model=wrapped,
@@ -398,10 +458,18 @@ class TimedTrainer(Trainer):  # type: ignore[misc]
 
 
 def collate(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Rows of one length: no padding, so no mask."""
-    ids = torch.from_numpy(np.stack([np.asarray(example.input_ids, dtype=np.int64) for example in batch]))
-    targets = torch.from_numpy(np.stack([example.is_target for example in batch]))
-    return {"input_ids": ids, "labels": torch.where(targets, ids, -100)}
+    """Rows padded on the right, without a mask where they are of one length."""
+    lengths = [len(example.input_ids) for example in batch]
+    ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, (example, length) in enumerate(zip(batch, lengths, strict=True)):
+        ids[row, :length] = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
+        labels[row, :length] = torch.where(
+            torch.from_numpy(np.array(example.is_target)), ids[row, :length], -100
+        )
+        mask[row, :length] = 1
+    made = {"input_ids": ids, "labels": labels}
+    return made if min(lengths) == max(lengths) else made | {"attention_mask": mask}
 
 
 # --- the machine's own limit ----------------------------------------------------------------------
@@ -414,6 +482,11 @@ class Limit:
     fixed_seconds: float
     seconds_per_token: float
 
+    @property
+    def knee_tokens(self) -> float:
+        """Of a pass whose fixed costs are a tenth of it: more packing gains little."""
+        return 9 * self.fixed_seconds / self.seconds_per_token
+
     def speed_up(self, tokens: int, trials: int) -> float:
         """Of `trials` micro-steps of `tokens` tokens in one pass over as many passes."""
         alone = self.fixed_seconds + self.seconds_per_token * tokens
@@ -422,22 +495,23 @@ class Limit:
 
 def measure_limit(cell: Cell, directory: Path, *, repetitions: int) -> Limit:
     """Fit a straight line through the times of one trial's passes of 1 to 16 micro-batches of rows."""
-    state, _ = load_worker_state(round_spec(cell, directory), cache=directory / "cache", slots=1)
+    plain = replace(cell, batch_sizes=(), optimizer="adamw", has_hole=False)
+    state, _ = load_worker_state(round_spec(plain, directory), cache=directory / "cache", slots=1)
     sizes = [rows for rows in (1, 2, 4, 8, 16, 32) if rows * cell.tokens <= 32768]
-    tokens, seconds = [], []
+    found: dict[int, list[tuple[float, float]]] = {rows: [] for rows in sizes}
     for rows in sizes * repetitions:
-        sized = replace(cell, micro_rows=rows, accumulation=1, steps=6, evaluate_every=6)
+        sized = replace(plain, micro_rows=rows, accumulation=1, steps=6, evaluate_every=6)
         state.micro_tokens = sized.micro_tokens
-        before = state.meter.seconds["training"]
+        before = state.meter.tokens, state.meter.seconds["training"]
         drive(state, [_assignment(0, sized, directory / "limit")])
-        tokens.append(sized.micro_tokens)
-        seconds.append((state.meter.seconds["training"] - before) / sized.steps)
+        after = state.meter.tokens, state.meter.seconds["training"]
+        found[rows].append(tuple((b - a) / sized.steps for a, b in zip(before, after, strict=True)))  # type: ignore[arg-type]
     shutil.rmtree(directory / "limit")
-    middle = [
-        statistics.median(s for t, s in zip(tokens, seconds, strict=True) if t == r * cell.tokens)
-        for r in sizes
-    ]
-    slope, fixed = np.polyfit([rows * cell.tokens for rows in sizes], middle, 1, w=1 / np.asarray(middle))
+    tokens, seconds = (
+        np.array([statistics.median(each[place] for each in found[rows]) for rows in sizes])
+        for place in (0, 1)
+    )
+    slope, fixed = np.polyfit(tokens, seconds, 1, w=1 / seconds)
     del state
     free_memory()
     return Limit(max(0.0, float(fixed)), float(slope))
@@ -446,13 +520,13 @@ def measure_limit(cell: Cell, directory: Path, *, repetitions: int) -> Limit:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     keep_freed_memory()  # both sides gain
     lines = [heading(), *table_head()]
     print("\n".join(lines), flush=True)
-    for cell in {"tiny": [TINY], "smollm2": [SMOLLM2], "gpu": gpu_cells()}[arguments.cells]:
+    for cell in cells_of(arguments):
         for line in rows_of(cell, arguments):
             lines.append(line)
             print(line, flush=True)
@@ -465,7 +539,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", choices=["tiny", "smollm2", "gpu"], default="tiny")
+    parser.add_argument("--cells", choices=["tiny", "smollm2", "real", "gpu", "gpu-real"], default="tiny")
+    parser.add_argument("--only", metavar="NAME,TOKENS", help="one of the cells, such as 1B,256")
     parser.add_argument(
         "--trials", type=int, nargs="+", metavar="K", help="of a round: 1 2 4 8, and 16 on a GPU"
     )
@@ -475,12 +550,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trainer-trials", type=int, help="run so few with Trainer, and multiply")
     parser.add_argument("--markdown", type=Path, help="also write what is printed here")
     arguments = parser.parse_args(argv)
-    if arguments.cells == "gpu" and not torch.cuda.is_available():
+    on_gpu = arguments.cells.startswith("gpu")
+    if on_gpu and not torch.cuda.is_available():
         raise SystemExit(
-            "--cells gpu: no CUDA GPU: torch.cuda.is_available() is False; on a CPU: --cells tiny"
+            f"--cells {arguments.cells}: no CUDA GPU: torch.cuda.is_available() is False; "
+            "on a CPU: --cells tiny"
         )
-    arguments.trials = arguments.trials or [1, 2, 4, 8, *([16] if arguments.cells == "gpu" else [])]
+    arguments.trials = arguments.trials or [1, 2, 4, 8, *([16] if on_gpu else [])]
     return arguments
+
+
+def cells_of(arguments: argparse.Namespace) -> list[Cell]:
+    """The cells to measure. Ends the process if there is none of that name."""
+    short = replace(TINY, steps=6, evaluation_rows=8, evaluate_every=6)
+    cells = {
+        "tiny": lambda: [TINY],
+        "smollm2": lambda: [SMOLLM2],
+        "real": lambda: real_cells(short),
+        "gpu": gpu_cells,
+        "gpu-real": lambda: real_cells(gpu_cells()[0]),
+    }[arguments.cells]()
+    named = {f"{cell.name},{cell.micro_tokens}": cell for cell in cells}
+    if arguments.only is None:
+        return cells
+    if arguments.only not in named:
+        raise SystemExit(f"--only {arguments.only}: expects one of {'; '.join(named)}")
+    return [named[arguments.only]]
 
 
 def rows_of(cell: Cell, arguments: argparse.Namespace) -> Iterator[str]:
@@ -530,7 +625,8 @@ def heading() -> str:
         "K trials packed by tuner, against the same trials one after another with PEFT and Trainer, and by\n"
         "tuner one at a time (K = 1). Ratios of medians, above 1 where packed is faster: `round` is all of\n"
         "it, loading, evaluations and checkpoints included; `steps` is training alone; `limit` is what\n"
-        "packing can gain in that on this machine.\n"
+        "packing can gain in that on this machine, and `of it` the share that is reached; `knee` is the\n"
+        "number of tokens, K times those of a micro-step, from which more packing gains little.\n"
     )
 
 
@@ -544,6 +640,8 @@ _COLUMNS = (
     "round / K = 1",
     "steps / K = 1",
     "limit",
+    "of it",
+    "knee",
     "peak GiB",
     "largest loss difference",
 )
@@ -574,19 +672,22 @@ def table_row(
     difference = max(
         abs(a - b) / b
         for ours in packed
-        for others in (alone[0].final_losses, reference[0].final_losses)
+        for others in (alone[0].final_losses, *([] if cell.dropout else [reference[0].final_losses]))
         for a, b in zip(ours.final_losses, others, strict=False)
     )
+    most = limit.speed_up(cell.real_tokens, trials)
     values = [
         cell.name,
-        str(cell.micro_tokens),
+        str(cell.real_tokens),
         str(trials),
         f"{trials * cell.steps / seconds:.1f}",
         ratio(reference, "round_seconds", multiplied),
         ratio(reference, "training_seconds", multiplied),
         ratio(alone, "round_seconds"),
         ratio(alone, "training_seconds"),
-        f"{limit.speed_up(cell.micro_tokens, trials):.2f}",
+        f"{most:.2f}",
+        f"{statistics.median(m.training_seconds for m in alone) / seconds / most:.0%}",
+        f"{limit.knee_tokens:,.0f}",
         f"{max(m.peak_bytes for m in packed) / 2**30:.2f}",
         f"{difference:.1e}",
     ]
