@@ -49,7 +49,7 @@ def test_the_loop_runs_until_longer_is_no_better(
     (program,) = (body for language, body in prose_and_blocks(PAGE)[1] if language == "python")
     typed: list[tuple[str, ...]] = []
     monkeypatch.setattr(subprocess, "run", typed_here(folder, typed))
-    exec(compile(program, str(PAGE), "exec"), {})  # noqa: S102
+    exec(compile(program, str(PAGE), "exec"), {})
     best = ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
     assert {"trial", "eval_loss", "step", "adapter"} <= set(best)
     rounds = Study(folder).rounds
@@ -67,5 +67,5 @@ def test_bad_input_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.Mon
     file.write_text(re.sub(r"^max_train_steps: .*$", "max_train_steps: soon", file.read_text(), flags=re.M))
     monkeypatch.setattr(subprocess, "run", typed_here(tmp_path, []))
     with pytest.raises(SystemExit) as stopped:
-        exec(compile(program, str(PAGE), "exec"), {})  # noqa: S102
+        exec(compile(program, str(PAGE), "exec"), {})
     assert "max_train_steps" in str(stopped.value)

@@ -15,7 +15,11 @@ from tests.studies import QUICKSTART
 NOTEBOOK = QUICKSTART / "quickstart.ipynb"
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "use-from-python.md"
 
-SHORTER = {"max_train_steps: 45": "max_train_steps: 15", "decay_steps: 15": "decay_steps: 5", "trials: 8": "trials: 4"}
+SHORTER = {
+    "max_train_steps: 45": "max_train_steps: 15",
+    "decay_steps: 15": "decay_steps: 5",
+    "trials: 8": "trials: 4",
+}
 
 
 def code_cells() -> list[str]:

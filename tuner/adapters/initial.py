@@ -88,9 +88,7 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
         except ValueError as error:
             there = ", ".join(sorted(_linear_names(meta_model)))
             said = str(error).removesuffix(" Please check the target modules and try again.")
-            raise ModelError(
-                f"hyperparameters.target_modules: {said} Its linear layers: {there}"
-            ) from error
+            raise ModelError(f"hyperparameters.target_modules: {said} Its linear layers: {there}") from error
         try:
             return Adapter(config, _weights(wrapped.base_model.model, takes_all=takes_all))
         finally:

@@ -78,9 +78,11 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
-        if trial.checkpoint(CheckpointKind.BEST) is not None:
+        is_lost = trial.checkpoint(CheckpointKind.BEST) is not None
+        if is_lost and trial.state is not TrialState.INFEASIBLE:
+            place = folder.checkpoints(trial.round).trial_directory(trial.number)
             raise InputError(
-                f"{name}: its adapter is not in {folder.checkpoints(trial.round).trial_directory(trial.number)}. "
+                f"{name}: its adapter is not in {place}. "
                 f"Put it back with: tuner trial reproduce {name} --restore"
             )
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")

@@ -110,8 +110,7 @@ def promote(
     to = to.removesuffix(".yaml")
     if not re.match(NAME_PATTERN, to):
         raise InputError(
-            f"--to {to!r}: expects letters, digits, `_`, `.` and `-` (no `.` or `-` first: it names a folder), "
-            "such as --to round2"
+            f"--to {to!r}: expects letters, digits, `_`, `.` and `-` (no `.` or `-` first), such as round2"
         )
     record = _source(folder, store, to, from_round)
     file = _file(folder, record.name, to)
