@@ -464,7 +464,9 @@ def collate(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
     for row, (example, length) in enumerate(zip(batch, lengths, strict=True)):
         ids[row, :length] = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))
-        labels[row, :length] = torch.where(torch.from_numpy(np.array(example.is_target)), ids[row, :length], -100)
+        labels[row, :length] = torch.where(
+            torch.from_numpy(np.array(example.is_target)), ids[row, :length], -100
+        )
         mask[row, :length] = 1
     made = {"input_ids": ids, "labels": labels}
     return made if min(lengths) == max(lengths) else made | {"attention_mask": mask}
