@@ -5,6 +5,7 @@ Run by `make acceptance-commands`, or `pytest -m acceptance tests/commands`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -84,7 +85,7 @@ def _kill(parent: subprocess.Popen[bytes], victim: str, command: list[int]) -> N
         victim
     ]
     for pid in victims:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(pid, signal.SIGKILL)
 
 
