@@ -80,6 +80,8 @@ def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: 
 
 
 def _kill(parent: subprocess.Popen[bytes], victim: str, command: list[int]) -> None:
+    if parent.poll() is not None:
+        return
     everything: list[int] = []
     with contextlib.suppress(psutil.NoSuchProcess):  # the round has just ended
         everything = [each.pid for each in psutil.Process(parent.pid).children(recursive=True)]
