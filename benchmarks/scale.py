@@ -6,7 +6,7 @@ CPU seconds of one thread, after the imports, in SQLite: a round of N complete t
 32 examples each, written as facts. `asks` is what a process that goes on with the round does until its first
 new trial has its hyperparameters, Optuna's own storage calls apart; `event` is one evaluation of a running
 trial in `RoundLoop`, from the worker's message to the view's board, likewise. The others are what commands
-do before they print.
+do, the printing of tables included.
 """
 
 from __future__ import annotations
@@ -120,18 +120,19 @@ def measure(what: str, path: Path) -> tuple[float, float]:
                     loop.view.trials(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
         case "status":
+            from tuner.report import status_table
             from tuner.study.lookup import opened, statuses
 
             begun = time.process_time()
             with opened(folder) as store:
-                statuses(folder, store)
+                _print(status_table(folder.name, statuses(folder, store)))
         case "trial list":
             from tuner.report import trials_table
             from tuner.study.lookup import opened, trials_of
 
             begun = time.process_time()
             with opened(folder) as store:
-                trials_table(trials_of(folder, store, "round1"))
+                _print(trials_table(trials_of(folder, store, "round1")))
         case "report":
             from tuner.report import round_markdown
             from tuner.study.lookup import reports_on
@@ -140,6 +141,15 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             *_, report = reports_on(folder, None)
             round_markdown(report)
     return time.process_time() - begun, _peak()
+
+
+def _print(table: Any) -> None:
+    """Print as a command does into a pipe."""
+    import io
+
+    from rich.console import Console
+
+    Console(file=io.StringIO(), width=1000, markup=False, emoji=False, highlight=False).print(table)
 
 
 def _resumed(path: Path) -> tuple[Any, Any, Any]:

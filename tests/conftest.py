@@ -45,7 +45,7 @@ def postgres_server() -> Iterator[str]:
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of an empty database."""
     name = f"t{uuid.uuid4().hex}"
-    server = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    server = create_engine(postgres_server, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
     with server.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)

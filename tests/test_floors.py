@@ -29,6 +29,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "errors": set(),
     "installation": set(),
     "whole": set(),
+    "process_log": set(),
     "records": set(),
     "methods": set(),
     "pipes": set(),

@@ -81,6 +81,14 @@ class StorageError(InputError):
     """A database or a directory that cannot be used, or that another process holds."""
 
 
+class StorageAway(StorageError):
+    """A database that cannot be reached or written now; another try may succeed."""
+
+
+class StudyTaken(StorageError):
+    """Another process has written to the study since this one did."""
+
+
 class CheckpointError(TunerError):
     """A checkpoint that is missing or not what was recorded."""
 

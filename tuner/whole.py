@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,9 +55,14 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, or of a directory over its files' names and contents by name."""
     if path.is_file():
         return _content(path)
+    return digest_of((each for each in path.rglob("*") if each.is_file()), path)
+
+
+def digest_of(files: Iterable[Path], directory: Path) -> str:
+    """Return what `digest` returns of a directory that has these files of this one, and no others."""
     total = hashlib.sha256()
-    for each in sorted(each for each in path.rglob("*") if each.is_file()):
-        total.update(f"{each.relative_to(path).as_posix()}\0{_content(each)}\n".encode())
+    for each in sorted(files):
+        total.update(f"{each.relative_to(directory).as_posix()}\0{_content(each)}\n".encode())
     return total.hexdigest()
 
 

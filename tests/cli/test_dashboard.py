@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.studies import round_file
-from tests.study.rehearsal import rehearse
+from tests.study.simulation import simulate
 from tuner.cli import run
 
 MINUTE = 60
@@ -23,7 +23,7 @@ MINUTE = 60
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The dashboard of a round that was simulated, on a free port, and its address."""
-    rehearse(tmp_path)
+    simulate(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "tuner.cli", "study", "dashboard", "--port", "0"],
         cwd=tmp_path,

@@ -13,8 +13,9 @@ from rich.console import Console
 from sqlalchemy import text
 
 from tests.studies import write_round
+from tuner.api.doctor import Check, Health, check_package, is_healthy
 from tuner.cli import run
-from tuner.cli.doctor import Check, Health, check_package, health_table, is_healthy
+from tuner.cli.output import health_table
 from tuner.errors import StorageError
 from tuner.installation import installation
 from tuner.store import open_store, revision

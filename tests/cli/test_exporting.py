@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.studies import QUICKSTART, write_round
-from tests.study.rehearsal import Crash, rehearse, trials
+from tests.study.simulation import Crash, simulate, trials
 from tuner.api.export import finished_trial
 from tuner.cli import run
 from tuner.data import prepare, render_prompt
@@ -245,7 +245,7 @@ def test_trials_without_a_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rehearse(tmp_path, trials=4, learning_rate="[1e-3, 8e-2]", sampler="grid")
+    simulate(tmp_path, trials=4, learning_rate="[1e-3, 8e-2]", sampler="grid")
     states = {trial.state: trial.number for trial in trials(tmp_path)}
     lost, done = states[TrialState.INFEASIBLE], states[TrialState.COMPLETE]
     assert re.search(
@@ -265,7 +265,7 @@ def test_a_trial_that_has_not_ended(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Crash):
-        rehearse(tmp_path, fuse=12)
+        simulate(tmp_path, fuse=12)
     assert "0: round1/0 is waiting and not yet trained to the end" in refusal(capsys, "0", "--to", "out")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,11 @@ def test_a_disk_that_is_too_small(small_disk: MountTmpfs, capsys: pytest.Capture
     assert "Free some space" in message
 
 
-@pytest.mark.slow
-def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
-    """Exit 1 and the reason; after room was made the same command finishes, and no trial has failed."""
-    disk = small_disk(32)
-    write_round(disk, trials=2, steps=60, every=5, learning_rate="1e-3")
+def running_until_it_is_full(disk: Path, *, patience: str) -> tuple[subprocess.Popen[bytes], Path, Path]:
+    """A round whose disk is filled in the middle; its log, and the file that fills the disk."""
+    write_round(
+        disk, trials=2, steps=60, every=5, learning_rate="1e-3", run=f"run: {{storage_patience: {patience}}}"
+    )
     log = disk.parent / "log"
     with log.open("w") as file:
         running = subprocess.Popen(
@@ -48,14 +49,26 @@ def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
             stdout=file,
             stderr=file,
         )
-        try:
-            until = time.monotonic() + 120
-            while "trial 0  step 10/60" not in log.read_text() and time.monotonic() < until:
-                time.sleep(0.05)
-            film = fill(disk)
-            assert running.wait(120) == 1, log.read_text()
-        finally:
-            running.kill()
+    wait_until(lambda: "trial 0  step 10/60" in log.read_text() or running.poll() is not None)
+    return running, log, fill(disk)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not is_so() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert is_so()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
+    """Exit 1 and the reason; after room was made the same command finishes, and no trial has failed."""
+    disk = small_disk(32)
+    running, log, film = running_until_it_is_full(disk, patience="1s")
+    try:
+        assert running.wait(120) == 1, log.read_text()
+    finally:
+        running.kill()
     last = log.read_text().splitlines()[-1]
     assert last.startswith(f"error: no disk: {disk}/runs/round1 has ")
     assert "Free some space" in last
@@ -68,3 +81,27 @@ def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
     assert [trial["state"] for trial in listed] == ["complete", "complete"]
     assert listed[0]["attempts"] == 2
     assert 60 <= listed[0]["executed_steps"] <= 70
+
+
+@pytest.mark.slow
+def test_training_pauses_until_there_is_room(small_disk: MountTmpfs) -> None:
+    """The same run goes on, in the same attempt, and says so."""
+    disk = small_disk(32)
+    running, log, film = running_until_it_is_full(disk, patience="10m")
+    try:
+        wait_until(lambda: "training pauses until there is room" in log.read_text())
+        before = log.read_text().count("step ")
+        time.sleep(1.0)
+        assert running.poll() is None
+        film.unlink()
+        assert running.wait(120) == 0, log.read_text()
+    finally:
+        running.kill()
+    said = log.read_text()
+    assert "there is room again: training goes on after" in said
+    assert said.count("step ") > before
+    listed = trials_of(disk)
+    assert [(trial["state"], trial["attempts"]) for trial in listed] == [("complete", 1), ("complete", 1)]
+    assert listed[0]["executed_steps"] == 60
+    left = [path.name for path in disk.rglob("*.tmp")]
+    assert left == []

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.data.tiny import write_jsonl
 from tests.studies import QUICKSTART, round_file
-from tests.study.rehearsal import adopt, rehearse, trials
+from tests.study.simulation import adopt, simulate, trials
 from tuner.cli import run
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
@@ -39,7 +39,7 @@ WITH_INPUT = (
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A round that was simulated, whose trials are given an adapter of their own each."""
     directory = tmp_path_factory.mktemp("study")
-    rehearse(directory, trials=6)
+    simulate(directory, trials=6)
     for trial in trials(directory):
         link = directory / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
         if trial.state == TrialState.COMPLETE:
@@ -245,7 +245,7 @@ def test_a_token_that_the_embedding_lacks(
     tokenizer.add_tokens(["harbour_town"])
     tokenizer.save_pretrained(tmp_path / "base")
     study = tmp_path / "study"
-    rehearse(study, base=tmp_path / "base")
+    simulate(study, base=tmp_path / "base")
     for trial in trials(study):
         link = study / "runs" / "round1" / f"trial-{trial.number:04d}" / "best"
         write_adapter(link.resolve(), seed=0)

@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 from tests.studies import round_file
-from tests.study.rehearsal import rehearse
+from tests.study.simulation import simulate
 from tuner.cli import app, run
 from tuner.store import hold_study
 
@@ -54,7 +54,7 @@ def test_every_option_is_explained() -> None:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("study")
-    rehearse(directory, trials=6)
+    simulate(directory, trials=6)
     return directory
 
 
@@ -122,7 +122,7 @@ def test_a_pipe_gets_every_column_and_a_narrow_terminal_is_told_what_is_missing(
 def test_while_a_round_runs_status_names_no_command_that_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearse(tmp_path)
+    simulate(tmp_path)
     monkeypatch.chdir(tmp_path)
     with hold_study(tmp_path, f"sqlite:///{tmp_path / 'tuner.db'}", "tiny"):
         assert run(["study", "status"]) == 0

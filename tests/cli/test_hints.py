@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from tests.studies import round_file, write_round
-from tests.study.rehearsal import rehearse
+from tests.study.simulation import simulate
 from tuner.cli import app, run
 from tuner.cli.hints import _MEANT
 
@@ -66,7 +66,7 @@ def test_no_help_shows_a_flag_with_a_value(capsys: pytest.CaptureFixture[str]) -
 def test_promote_takes_the_name_as_an_argument_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearse(tmp_path, trials=4)
+    simulate(tmp_path, trials=4)
     monkeypatch.chdir(tmp_path)
     assert run(["study", "promote"]) == 2
     assert "--to round2" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from tests.studies import QUICKSTART, formula, tuner, write_round
-from tests.study.rehearsal import rehearse, trials
+from tests.study.simulation import simulate, trials
 from tuner.data import load_tokenizer, prepare
+from tuner.data.pretrained import model_fingerprint
 from tuner.engines import SimulatedWorker
 from tuner.errors import Interrupted, StorageError
 from tuner.records import LOSS, Ended, Event, Ready, Saved
@@ -113,7 +114,7 @@ def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_pa
         return sum(isinstance(event, Saved) and event.checkpoint.kind == "last" for event in seen)
 
     with pytest.raises(Interrupted):
-        rehearse(
+        simulate(
             tmp_path,
             make_worker=lambda: Watched(formula, slots=1),
             stopping=lambda: saved() >= 3,
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_sends_a_trial_to_the_one_before_and_says_so(tmp_pa
             refused, self._refused[:] = list(self._refused), []
             return refused or super().events(timeout_seconds)
 
-    rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1), **changes)
+    simulate(tmp_path, make_worker=lambda: Refusing(formula, slots=1), **changes)
     (trial,) = trials(tmp_path, **changes)
     assert trial.state == "complete"
     assert trial.attempts[-1].from_step == before > 0
@@ -172,6 +173,40 @@ def test_check_says_that_the_data_has_changed(tmp_path: Path) -> None:
     done = tuner("study", "check", "round1.yaml", directory=tmp_path)
     assert done.returncode == 2
     assert "the model or the data are not those that round1 started with" in done.stderr
+
+
+def test_check_says_that_the_model_has_changed(tmp_path: Path) -> None:
+    """Without loading it: another configuration is refused, other files are said to need a closer look."""
+    base = shutil.copytree(QUICKSTART / "base", tmp_path / "base")
+    write_round(tmp_path, base=base)
+    plan = open_folder(tmp_path).plan("round1")
+    store = open_store(plan.absolute.storage, study="tiny")
+    ready = Ready(1, "cpu", workload="same", model_fingerprint=model_fingerprint(plan.absolute.model))
+    _begin(plan, store, ready, lambda: 0.0, LOSS)
+    store.close()
+
+    def checked() -> tuple[int, str]:
+        done = tuner("study", "check", "round1.yaml", directory=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    assert checked()[0] == 0
+    assert "have changed" not in checked()[1]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "transformers_version": "0.1", "dtype": "x"}))
+    assert "have changed" not in checked()[1]  # says where it is stored, not what it is
+    (base / "config.json").write_text(json.dumps(config))
+    [weights] = base.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1000:] = bytes(1000)
+    weights.write_bytes(content)
+    code, said = checked()
+    assert code == 0
+    assert "have changed since round1 started" in said
+    assert "--probe" in said
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    code, said = checked()
+    assert code == 2
+    assert "the model or the data are not those that round1 started with" in said
 
 
 @pytest.mark.slow

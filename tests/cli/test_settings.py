@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.studies import QUICKSTART
-from tests.study.rehearsal import rehearse
+from tests.study.simulation import simulate
 from tuner.cli import run
 from tuner.config import load_round
 from tuner.records import Choices, Fixed
@@ -17,7 +17,7 @@ from tuner.records import Choices, Fixed
 def test_promote_writes_what_is_set_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearse(tmp_path, trials=4)
+    simulate(tmp_path, trials=4)
     monkeypatch.chdir(tmp_path)
     typed = ["study", "promote", "--to", "round2", "--max-train-steps", "16", "--json"]
     settings = ["--set", "hyperparameters.lora_dropout=0.05", "--set", "evaluation.batch_size=4"]

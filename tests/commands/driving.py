@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from tests import tiny
 from tuner.commands.attempt import Attempt, Round
 from tuner.config import RoundSpec, read_round
 from tuner.playbook.comparison_runs import trunk_steps
@@ -52,6 +56,66 @@ def trainer(**changes: Any) -> dict[str, Any]:
         "decay_steps": 9,
     }
     return document(command=command, hyperparameters=values) | changes
+
+
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(**changes: Any) -> dict[str, Any]:
+    """`trainer.py` in two processes."""
+    content = trainer(**changes)
+    content["command"] = {**content["command"], "run": [*TORCHRUN, *content["command"]["run"][1:]]}
+    return content
+
+
+def trl(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """A round of `trl sft` or `trl dpo` on a tiny model with dropout, whose files are written, too."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    if not (folder / "base").exists():
+        tiny.save_model(folder / "base", tiny.config("llama"))
+        draw = random.Random(0)
+        (folder / "rows").mkdir()
+        for name, count in (("train", 60), ("test", 20)):
+            rows = [_row(draw, method) for _ in range(count)]
+            (folder / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    config = {
+        "model_name_or_path": "base", "dataset_name": "rows", "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "max_length": 32,
+    }  # fmt: skip
+    (folder / "trl.yaml").write_text(yaml.safe_dump(config))
+    values = {
+        "learning_rate": 1e-3, "lora_r": 4, "lora_dropout": 0.1, "batch_size": 8, "warmup_steps": 2,
+        "schedule": "linear", "decay_steps": 8, **({"extra": {"beta": 0.3}} if method == "dpo" else {}),
+    }  # fmt: skip
+    command = {"run": ["trl", method, "--config", "${config}"], "tool": "trl", "config": "trl.yaml"}
+    return document(command=command, hyperparameters=values, max_train_steps=20) | changes
+
+
+def _row(draw: random.Random, method: str) -> dict[str, str]:
+    a, b = draw.randint(0, 9), draw.randint(0, 9)
+    if method == "sft":
+        return {"prompt": f"{a}+{b}=", "completion": f"{a + b}"}
+    return {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + draw.randint(1, 5)}"}
+
+
+KINDS = ("plain", "trainer", "torchrun", "sft", "dpo")
+"""What is run for real on a CPU: a script of one's own, one with Trainer, that in two processes, TRL."""
+
+
+def of_kind(kind: str, folder: Path) -> dict[str, Any]:
+    """A round of this kind; the files that its command reads are in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    match kind:
+        case "plain":
+            return document()
+        case "trainer":
+            return trainer()
+        case "torchrun":
+            return torchrun()
+        case _:
+            return trl(folder, kind)
 
 
 def with_fault(fault: str, **values: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
 from tuner.commands import process_tree
 from tuner.commands.attempt import Round, Unusable
@@ -194,6 +195,33 @@ def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
     assert ran.end.outcome == "failed"
     assert "best-steps" in str(ran.end.reason)
     assert not list(process_tree.with_token(ran.tokens[0]))
+
+
+def test_a_checkpoint_that_does_not_fit_is_the_machines_fault(
+    tmp_path: Path,
+    small_disk: MountTmpfs,
+) -> None:
+    disk = small_disk(8)
+    (disk / "large.py").write_text(
+        "import json, os\n"
+        "from pathlib import Path\n"
+        "place = Path(os.environ['TUNER_OUTPUT_DIR']) / 'large'\n"
+        "place.mkdir()\n"
+        "(place / 'weights').write_bytes(bytes(6 * 2**20))\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "    file.write(json.dumps({'step': 24, 'eval_loss': 1.0, 'checkpoint': str(place)}) + '\\n')\n"
+    )
+    ran = Ran(disk, without_resume(document("large.py")))
+    assert ran.end.outcome == "failed"
+    assert "No space left on device" in str(ran.end.reason)
+
+
+def test_a_trainer_without_evaluation_rows_says_so(tmp_path: Path) -> None:
+    content = trainer()
+    content["command"]["run"].append("--no_rows")
+    with pytest.raises(Unusable, match="before it reported an evaluation") as caught:
+        Ran(tmp_path, content)
+    assert "eval" in str(caught.value).partition("its log ends with")[2]
 
 
 def test_an_objective_that_is_not_reported_names_what_is(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from tuner.commands.finished import read_runs
 from tuner.errors import InputError
 from tuner.records import LOSS, Direction, Objective
 
+RECORDED = Path(__file__).parent / "finished_runs"
+DIAGNOSIS = "undetermined"
+"""Of the recorded runs, whose rates fall from the warmup on: nothing tells what more steps would bring."""
 T = 24
 ACCURACY = Objective("eval_accuracy", Direction.MAXIMIZE)
 
@@ -80,8 +83,9 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     trainer_folder(tmp_path / "outputs" / "run-7", 0.003, steps=40, checkpoints=(16, 40))
     before = content(tmp_path / "outputs")
     (tmp_path / "study").mkdir()
-    given = ("--set", "schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
+    given = ("--set", "hyperparameters.schedule=linear", "--set", "decay_steps=8", "--set", "warmup_steps=0")
     said = tuner(tmp_path / "study", "study", "import", "../outputs", *given)
+    assert "Hint: --set decay_steps=8 is now written --set hyperparameters.decay_steps=8" in said
     assert content(tmp_path / "outputs") == before
     assert "run-7 is left out: it trains for 40 steps" in said
     assert "run-6): ended at step 16 of 24" in said
@@ -100,6 +104,71 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     assert promoted["continues"]
     refused = tuner(tmp_path / "study", "study", "check", "round2.yaml", code=2)
     assert "write the command that trains a trial" in refused
+
+
+def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:
+    """What eight real runs of `trl sft` left, without weights; `make acceptance-commands` makes new ones."""
+    runs = sorted(path for path in RECORDED.iterdir() if path.is_dir())
+    assert len(runs) == 8
+    (tmp_path / "study").mkdir()
+    given = ("--set", "lr_scheduler_type=linear", "--set", "warmup_steps=2")
+    said = tuner(tmp_path / "study", "study", "import", str(RECORDED), *given)
+    trials = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert [trial["state"] for trial in trials] == ["complete"] * 8
+    rates = [trial["hyperparameters"]["learning_rate"] for trial in trials]
+    assert rates == [1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2]  # the peaks, which were not logged
+    for run, trial in zip(runs, trials, strict=True):
+        (state,) = (json.loads(path.read_text()) for path in run.rglob("trainer_state.json"))
+        found = [(each["eval_loss"], each["step"]) for each in state["log_history"] if "eval_loss" in each]
+        assert (trial["best_eval_loss"], trial["best_step"]) == min(found)
+        assert trial["hyperparameters"]["decay_steps"] == state["max_steps"] - 2
+    wish = ("--max-train-steps", "40", "--to", "round2", "--json")
+    promoted = json.loads(tuner(tmp_path / "study", "study", "promote", *wish))
+    assert promoted["diagnosis"] == DIAGNOSIS, said
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "decay"),
+    [
+        ({"lr_scheduler_type": "linear", "warmup_steps": 5}, "linear", T - 5),
+        ({"lr_scheduler_type": "linear", "warmup_ratio": 0.1}, "linear", T - 3),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0.25}, "linear", T - 6),
+        ({"schedule": "linear", "warmup_steps": 0}, "linear", T),
+        ({"schedule": "linear", "decay_steps": 8}, "linear", 8),
+        ({"lr_scheduler_type": "warmup_stable_decay", "num_decay_steps": 6}, "linear", 6),
+        ({"lr_scheduler_type": "cosine"}, "cosine", None),
+        ({"lr_scheduler_type": "polynomial"}, "unknown", None),
+    ],
+)
+def test_a_trainers_schedule_by_tuners_names(
+    tmp_path: Path, given: dict[str, Any], schedule: str, decay: int | None
+) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    options = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    tuner(tmp_path / "study", "study", "import", "../run", *options)
+    (trial,) = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert trial["hyperparameters"]["schedule"] == schedule
+    assert trial["hyperparameters"].get("decay_steps") == decay
+    assert "lr_scheduler_type" not in trial["hyperparameters"]
+
+
+def test_rates_that_do_not_follow_the_schedule_are_said(tmp_path: Path) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    given = ("--set", "schedule=cosine", "--set", "warmup_steps=3")
+    said = tuner(tmp_path / "study", "study", "import", "../run", *given)
+    assert "run: its logged learning rates do not follow cosine with a warmup of 3 steps" in said
+    (trial,) = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
+    assert trial["hyperparameters"]["learning_rate"] == 0.001
+
+
+def test_a_trainers_linear_needs_its_warmup(tmp_path: Path) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    said = tuner(tmp_path / "study", "study", "import", "../run", "--set", "schedule=linear", code=2)
+    assert "add --set warmup_steps=N" in said
+    assert list((tmp_path / "study").iterdir()) == []
 
 
 def test_what_is_not_said_stays_unknown(tmp_path: Path) -> None:

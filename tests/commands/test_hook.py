@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.driving import Ran, trainer
+from tests.commands.driving import Ran, of_kind, trainer
 from tuner.commands.launch import HOOK
 from tuner.records import CheckpointKind, Evaluated
 
@@ -44,6 +44,23 @@ def test_going_on_equals_a_run_from_scratch_to_the_digit_on_another_grid(tmp_pat
     refused = Ran(tmp_path, longer, trial=3, resume=unhashed, steps=40)
     assert refused.end.outcome == "failed"
     assert "no optimizer" in str(refused.end.reason)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "torchrun"])
+def test_commands_that_nobody_prepared_report_and_are_kept(tmp_path: Path, kind: str) -> None:
+    """TRL's commands and two processes of torchrun; `make acceptance-commands` resumes and kills them."""
+    content = of_kind(kind, tmp_path)
+    values = {**content["hyperparameters"], "decay_steps": 1, "batch_size": 4}
+    brief = {"max_train_steps": 3, "hyperparameters": values, "evaluation": {"every_steps": 2}}
+    ran = Ran(tmp_path, content | brief)
+    assert ran.end.outcome == "complete"
+    assert list(ran.curve) == [0, 2, 3]
+    assert (ran.directory / "best").is_dir()
+    assert [saved.step for saved in ran.saved(CheckpointKind.TRUNK)] == [2]
+    metrics = {name for e in ran.events if isinstance(e, Evaluated) for name in e.evaluation.metrics}
+    assert {"sft": "eval_mean_token_accuracy", "dpo": "eval_rewards/accuracies"}.get(
+        kind, "eval_error"
+    ) in metrics
 
 
 def test_the_folder_holds_one_module_for_old_pythons() -> None:

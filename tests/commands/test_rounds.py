@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests import studies
+from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import document, written
 from tuner.commands import process_tree
 
@@ -99,6 +100,36 @@ def test_a_command_that_cannot_work_ends_the_round_at_its_first_trial(
     assert [(trial["attempts"], trial["state"]) for trial in trials] == [(1, "waiting")]
 
 
+def test_a_probe_shows_what_arrives_and_a_check_runs_nothing(tmp_path: Path) -> None:
+    written(tmp_path, searching())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    said = studies.tuner("study", "check", "round1.yaml", directory=tmp_path)
+    assert "the command was not run" in said.stdout + said.stderr
+    done = studies.tuner("study", "check", "round1.yaml", "--probe", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = " ".join((done.stdout + done.stderr).split())
+    assert "the command reported accuracy, eval_loss at steps 0, 4, 8" in found
+    assert "its checkpoints arrive" in found
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("elsewhere", "not inside TUNER_OUTPUT_DIR"),
+        ("linked", "not inside TUNER_OUTPUT_DIR"),
+        ("silent", "METRICS"),
+    ],
+)
+def test_a_probe_refuses_what_no_trial_could_do(tmp_path: Path, fault: str, said: str) -> None:
+    """Two trials that wrote to one place would overwrite each other's checkpoints."""
+    content = document(hyperparameters={"learning_rate": 0.05, "fault": fault})
+    content["command"] = {"run": content["command"]["run"]}
+    written(tmp_path, content)
+    assert said in tuner(tmp_path, "study", "check", "round1.yaml", "--probe", code=2)
+    assert not (tmp_path / "tuner.db").exists()
+
+
 def test_slots_are_refused(tmp_path: Path) -> None:
     written(tmp_path, searching(run={"slots": 2}))
     assert "run.slots: a command trains one trial at a time" in tuner(
@@ -140,9 +171,64 @@ def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: 
     tuner(folder, "study", "run", "round1.yaml")
     for trial in ("round1/0", "round1/1"):
         assert curve(folder, trial) == curve(tmp_path / "whole", trial)
-    tokens = [path.read_text() for path in folder.rglob("token")]
-    assert tokens
-    assert not any(any(process_tree.with_token(token)) for token in tokens)
+    assert tokens_in(folder)
+    assert not living(folder)
+
+
+def test_ctrl_c_twice_ends_the_commands_tree(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"
+        "subprocess.run([sys.executable, '-c', child], start_new_session=True)\n"
+    )
+    content = document("stubborn.py", hyperparameters={"learning_rate": 0.1})
+    content["command"] = {"run": content["command"]["run"]}
+    written(tmp_path, content)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        wait_for(
+            lambda: tokens_in(tmp_path) and len(list(process_tree.with_token(tokens_in(tmp_path)[0]))) == 2
+        )
+        parent.send_signal(signal.SIGINT)
+        assert parent.stderr is not None
+        while "stopping" not in parent.stderr.readline():
+            pass
+        parent.send_signal(signal.SIGINT)
+        assert parent.wait(timeout=60) == 130
+        wait_for(lambda: not living(tmp_path))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def tokens_in(folder: Path) -> list[str]:
+    return [text for path in folder.rglob("token") if (text := path.read_text())]
+
+
+def living(folder: Path) -> list[psutil.Process]:
+    """The processes of all commands that ran in a folder."""
+    return [process for token in tokens_in(folder) for process in process_tree.with_token(token)]
+
+
+def test_a_full_disk_ends_the_round_with_what_to_do(small_disk: MountTmpfs) -> None:
+    disk = small_disk(24)
+    (disk / "fills.py").write_text(
+        "import os\n"
+        "with open(os.path.join(os.environ['TUNER_OUTPUT_DIR'], 'film'), 'wb', buffering=0) as file:\n"
+        "    while True:\n"
+        "        file.write(bytes(65536))\n"
+    )
+    content = document("fills.py", hyperparameters={"learning_rate": 0.1})
+    content["command"] = {"run": content["command"]["run"]}
+    written(disk, content)
+    said = tuner(disk, "study", "run", "round1.yaml", code=1)
+    assert "no disk" in said
+    assert "Free some space" in said
 
 
 def wait_for(happened: Any, *, seconds: float = 60.0) -> None:

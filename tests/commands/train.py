@@ -54,6 +54,11 @@ def save(step: int) -> None:
     place = output / f"step-{step}"
     if options.fault == "elsewhere":
         place = Path(__file__).parent / "shared" / f"step-{step}"
+    if options.fault == "linked":
+        shared = Path(__file__).parent / "shared"
+        shared.mkdir(exist_ok=True)
+        output.mkdir(exist_ok=True)
+        place.symlink_to(shared)
     place.mkdir(parents=True, exist_ok=True)
     (place / "state.json").write_text(json.dumps({"x": x, "v": v, "step": step}))
     report(step, checkpoint=str(place))

@@ -10,7 +10,7 @@ from tests.config.strategies import dimensions
 from tuner.config import HYPERPARAMETERS, RoundSpec, dimension_to_yaml
 from tuner.config.dimensions import complete_space, read_dimension
 from tuner.config.rules import adapter_refusals
-from tuner.records import Fixed, possible, searched
+from tuner.records import Choices, Fixed, possible, searched
 
 
 def test_defaults():
@@ -55,6 +55,18 @@ def test_defaults():
         "training_seed": 0,
     }
     assert list(values) == [name for name in HYPERPARAMETERS if name in values], "in the table's order"
+
+
+def test_hyperparameters_are_parsed_once_also_for_copies_and_again_where_something_changed():
+    spec = spec_of(MINIMAL)
+    rate = spec.space()["learning_rate"]
+    assert spec.space()["learning_rate"] is rate
+    assert spec.model_copy(update={"goal": "another"}).space()["learning_rate"] is rate
+    assert spec.model_copy(update={"max_train_steps": 10}).space()["decay_steps"] == Fixed(4)
+    other = spec.model_copy(update={"hyperparameters": {"learning_rate": [1e-4, 1e-3]}})
+    assert other.space()["learning_rate"] == Choices((1e-4, 1e-3))
+    spec.space().pop("lora_r")  # type: ignore[attr-defined]
+    assert "lora_r" in spec.space(), "what a caller does with its answer is its own"
 
 
 @pytest.mark.parametrize(("horizon", "every"), [(1, 1), (6, 1), (60, 5), (100, 8), (2000, 167)])

@@ -343,3 +343,14 @@ def test_a_decay_beside_another_schedule_is_said_to_have_no_effect(
     for said, expected in zip(found, notes, strict=True):
         assert said.startswith(expected)
         assert said.endswith("remove it")
+
+
+@pytest.mark.parametrize("chooser", ["optimizer", "schedule"])
+def test_names_that_may_belong_to_a_method_that_is_not_installed_are_not_refused_beside_it(
+    chooser: str,
+) -> None:
+    text = with_hyperparameters(**{chooser: "prodigy"}, prodigy_d0="0.1", lora_rank="8")
+    found = [mistake.key for mistake in mistakes_in(text)]
+    assert found == [f"hyperparameters.{chooser}", "hyperparameters.lora_rank"]
+    alone = mistake_in(with_hyperparameters(prodigy_d0="0.1"))
+    assert alone.message.startswith("unknown; allowed here: learning_rate")

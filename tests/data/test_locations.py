@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_a_pattern_is_its_files_by_name(tmp_path: Path, bucket: fsspec.AbstractF
         ]
     with pytest.raises(DataError, match=r"none-\*.jsonl: no file matches this pattern"):
         prepared(str(tmp_path / "none-*.jsonl"))
+
+
+def test_rows_of_a_source_that_cannot_be_reached_any_more_come_from_the_cache(
+    tmp_path: Path, bucket: fsspec.AbstractFileSystem
+) -> None:
+    """As on a node without a network that was sent the tables; what was never opened is still refused."""
+    bucket.pipe("/bucket/train.jsonl", jsonl(0, 20))
+    before = prepared("memory://bucket/train.jsonl", tmp_path / "cache")
+    for left in (tmp_path / "cache").iterdir():
+        if left.name != "sources" and not (left / "table.json").exists():
+            shutil.rmtree(left)  # copies of the files: a node is not sent them
+    bucket.store.clear()
+    after = prepared("memory://bucket/train.jsonl", tmp_path / "cache")
+    assert after.fingerprint == before.fingerprint
+    with pytest.raises(DataError, match=r"other\.jsonl"):
+        prepared("memory://bucket/other.jsonl", tmp_path / "cache")
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        prepared("memory://bucket/train.jsonl", tmp_path / "cache", template="chatml")  # no table has these
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:

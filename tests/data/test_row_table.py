@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -57,19 +57,26 @@ def test_a_table_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
     assert build.calls == 2
 
 
-def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
-    left, young, held = (tmp_path / f"unfinished-{name}" for name in ("left", "young", "held"))
-    for directory in (left, young, held):
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path, is_cached: bool) -> None:
+    if is_cached:
+        cached_table(tmp_path, {"a": 1}, Builder())
+    left, held = (tmp_path / f"unfinished-{name}" for name in ("left", "held"))
+    for directory in (left, held):
         directory.mkdir()
         (directory / "tokens.npy").touch()
-    an_hour_ago = time.time() - 3600
-    os.utime(left, (an_hour_ago, an_hour_ago))
-    os.utime(held, (an_hour_ago, an_hour_ago))
     descriptor = os.open(held, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     cached_table(tmp_path, {"a": 1}, Builder())
     os.close(descriptor)
-    assert [directory.exists() for directory in (left, young, held)] == [False, True, True]
+    assert [directory.exists() for directory in (left, held)] == [False, True]
+
+
+def test_many_processes_at_once_take_nothing_from_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for table in pool.map(lambda n: cached_table(tmp_path, {"a": n % 3}, Builder()), range(60)):
+            check(table)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_is_being_built_is_locked(tmp_path: Path) -> None:

@@ -13,12 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tuner
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
-from tests.studies import round_file
+from tests.studies import QUICKSTART, round_file
 from tuner.engines import Job, Program
-from tuner.engines.ray.host import Host, NodeFacts
-from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, inputs, job_token, seats
+from tuner.engines.ray.alike import NodeFacts
+from tuner.engines.ray.host import Host
+from tuner.engines.ray.nodes import Node, NodeRecords, seats
+from tuner.engines.ray.opening import inputs, job_token
+from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
 from tuner.errors import RoundStopped
 from tuner.records import Died, Event, Ready, Started
@@ -81,6 +85,24 @@ def opened(job: Job) -> Iterator[Callable[[Machines], ClusterPool]]:
     yield pool_of
     for pool in pools:
         pool.close()
+
+
+class MachinesEngine:
+    """The engine of such a cluster, for whole rounds."""
+
+    machines: Machines
+
+    def start(self, job: Job) -> ClusterPool:
+        return ClusterPool(job, self.machines, NodeRecords())
+
+    def gpu_readings(self) -> tuple[()]:
+        return ()
+
+    def now(self) -> float:
+        return time.time()
+
+    def close(self) -> None:
+        pass
 
 
 def ready(events: list[Event], count: int = 1) -> bool:
@@ -227,13 +249,16 @@ def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: An
     (tables / table).mkdir()
     (tables / table / "tokens.npy").write_bytes(content)
     (tables / "unfinished").mkdir()
+    (tables / "sources").mkdir()
+    (tables / "sources" / "hub.json").write_text("[]")
     collect(pool, until=ready)
     pool.start(assignment(job.directory, 0, steps=20_000))
     collect(pool, until=ready)
     assert job.cache is not None
-    assert [path.name for path in job.cache.iterdir()] == [table]
+    assert sorted(path.name for path in job.cache.iterdir()) == [table, "sources"]
     (copy,) = on("b")
     assert copy.read_bytes() == content
+    assert (copy.parents[1] / "sources" / "hub.json").read_text() == "[]"
 
 
 def test_a_model_that_no_node_sees_is_sent_to_each(job: Job, opened: Any, tmp_path: Path) -> None:
@@ -330,3 +355,99 @@ def test_workers_lost_together_are_one_failure_of_their_node() -> None:
     assert records.fail("b", 3) == 1
     records.token("job")
     assert records.fail("a", 9) == 2
+
+
+class Counting(MachinesEngine):
+    """Says what it is asked to run, and runs a program without torch in its place."""
+
+    asked: list[tuple[bool, int | str]] = []  # noqa: RUF012
+
+    def start(self, job: Job) -> ClusterPool:
+        document = job.program.document()
+        self.asked.append((bool(document.get("probe")), job.workers))
+        job.say("two machines")
+        return super().start(replace(job, program=Program(PROGRAM, lambda: {"slots": 1})))
+
+
+def test_a_probe_runs_in_one_worker_of_the_chosen_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    study = tmp_path / "parent"
+    study.mkdir()
+    for name in ("base", "data"):
+        (study / name).symlink_to(QUICKSTART / name)
+    (study / "round1.yaml").write_text((QUICKSTART / "round1.yaml").read_text())
+    Counting.machines = Machines(tmp_path, "a", "b")
+    before = sorted(study.iterdir())
+    said = tuner.Study(study).check("round1.yaml", probe=True, engine=f"{__name__}:Counting")
+    assert said["ok"], said
+    assert Counting.asked == [(True, 1)]
+    assert "two machines" in said["remarks"]
+    assert "the engine's workers do not time steps" in said["remarks"]
+    assert all(wire.is_dead for _, wire in Counting.machines.wires)
+    assert sorted(path for path in study.iterdir() if path.name != ".tuner-cache") == before
+
+
+SCRIPT = """\
+import argparse, json, os, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--learning_rate", type=float)
+parser.add_argument("--resume")
+given, _ = parser.parse_known_args()
+print("runs in", os.getcwd(), "sees", os.environ.get("CUDA_VISIBLE_DEVICES"))
+print(pathlib.Path("note.txt").read_text())
+start = json.loads(pathlib.Path(given.resume, "state.json").read_text())["step"] if given.resume else 0
+every = int(os.environ["TUNER_EVALUATE_EVERY"])
+for step in range(start, int(os.environ["TUNER_MAX_STEPS"]) + 1):
+    if step % every == 0 and (step > start or not start):
+        kept = pathlib.Path(os.environ["TUNER_OUTPUT_DIR"], f"step-{step}")
+        kept.mkdir(parents=True)
+        (kept / "state.json").write_text(json.dumps({"step": step}))
+        line = {"step": step, "eval_loss": 1 / (1 + step * given.learning_rate), "checkpoint": str(kept)}
+        with open(os.environ["TUNER_METRICS"], "a") as metrics:
+            metrics.write(json.dumps(line) + "\\n")
+"""
+
+COMMAND_ROUND = """\
+study: plain
+round: round1
+command:
+  run: [python, train.py, "${args}"]
+  tool: none
+  resume: [--resume, "${resume_from}"]
+max_train_steps: 12
+hyperparameters:
+  learning_rate: {low: 1e-3, high: 1e-1, log: true}
+  schedule: constant
+evaluation: {every_steps: 3}
+search: {trials: 3}
+run: {gpus_per_worker: 0}
+storage: sqlite:///tuner.db
+"""
+
+
+def test_a_commands_round_runs_on_nodes_that_see_no_file_of_its_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is sent; curves, checkpoints and logs arrive; GPUs that it is to leave alone are hidden."""
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    study = tmp_path / "parent"
+    study.mkdir()
+    for name, text in (("train.py", SCRIPT), ("note.txt", "a note"), ("round1.yaml", COMMAND_ROUND)):
+        (study / name).write_text(text)
+    MachinesEngine.machines = Machines(tmp_path, "a", "b", gpus=2)
+    tuner.Study(study).run("round1.yaml", engine=f"{__name__}:MachinesEngine", progress=False)
+    trials = tuner.Study(study).round("round1").trials
+    assert [str(trial.state) for trial in trials] == ["complete"] * 3
+    for trial in trials:
+        rate = trial.hyperparameters["learning_rate"]
+        assert [e.eval_loss for e in trial.evaluations] == [1 / (1 + s * rate) for s in (0, 3, 6, 9, 12)]
+    kept = sorted((study / "runs").rglob("best/**/state.json"))
+    assert len(kept) == 3
+    logs = [path.read_text() for path in sorted((study / "runs").rglob("command.log"))]
+    assert len(logs) == 3
+    for log in logs:
+        assert "sees -1" in log
+        assert "a note" in log
+        assert str(tmp_path / "parent") not in log

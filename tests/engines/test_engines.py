@@ -23,6 +23,7 @@ from tuner.engines import (
     LoraFormula,
     Program,
     SimulatedEngine,
+    end_all_processes,
     make_engine,
     worker_environments,
 )
@@ -75,6 +76,24 @@ FAULTY = """
 class NoRoute(Replayed):
     def start(self, job):
         raise RuntimeError("no route to host")
+
+
+class Failing(SimulatedWorker):
+    def events(self, timeout_seconds):
+        found = super().events(timeout_seconds)
+        if any(type(event).__name__ == "Evaluated" for event in found):
+            raise KeyError("heartbeat")
+        return found
+
+
+class Fails(Replayed):
+    def start(self, job):
+        return Failing(LoraFormula("mine"), slots=2, ready=Ready(2, "replayed", workload="replay"))
+
+
+class Halved(Replayed):
+    def start(self, job):
+        return []
 """
 
 
@@ -128,7 +147,7 @@ class TestLocalEngine(EngineContract):
             collect(worker, until=lambda seen: any(isinstance(e, Ready) for e in seen))
             worker.start(assignment(job.directory, 0, steps=100))
             collect(worker, until=lambda seen: any(isinstance(e, Evaluated) for e in seen))
-            worker.process.kill()
+            end_all_processes()
             (died,) = (
                 e
                 for e in collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen))
@@ -254,6 +273,26 @@ def test_an_error_of_an_engine_is_told_with_its_line(
     said = r"NoRoute could not start the workers: RuntimeError: no route to host \(.*engine_plug_ins.py:\d+\)"
     with pytest.raises(WorkerError, match=said):
         tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:NoRoute", progress=False)
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
+
+
+def test_a_worker_of_an_engine_that_raises_in_the_middle_leaves_a_round_that_resumes(
+    package: Path, tmp_path: Path
+) -> None:
+    write_round(tmp_path / "study", trials=2)
+    study = tuner.Study(tmp_path / "study")
+    said = r"a worker of Fails raised in events: KeyError: 'heartbeat' \(.*engine_plug_ins.py:\d+\)"
+    with pytest.raises(WorkerError, match=said):
+        study.run("round1.yaml", engine="engine_plug_ins:Fails", progress=False)
+    study.run("round1.yaml", engine="engine_plug_ins:Replayed", progress=False)
+    assert [trial.state for trial in study.round("round1").trials] == ["complete"] * 2
+
+
+def test_what_is_no_worker_is_said_before_anything_is_recorded(package: Path, tmp_path: Path) -> None:
+    write_round(tmp_path / "study")
+    said = "Halved.start returned a list without capacity, start, stop, events or close"
+    with pytest.raises(WorkerError, match=said):
+        tuner.Study(tmp_path / "study").run("round1.yaml", engine="engine_plug_ins:Halved", progress=False)
     assert [path.name for path in (tmp_path / "study").iterdir()] == ["round1.yaml"]
 
 

@@ -26,9 +26,18 @@ from tests.contracts.worker import (
     wait_until_ready,
 )
 from tuner.engines import Program, ProgramWorker
-from tuner.engines.ray.host import WORKER_TOKEN, Heard, Host
-from tuner.engines.ray.remote import HostFailed, HostLost, Places, RemoteHost, RemoteProcess, Unavailable
-from tuner.engines.ray.transfer import NodeFiles, Sender, fetch, give_back, is_seen
+from tuner.engines.ray.host import LEASE_SECONDS, WORKER_TOKEN, Heard, Host
+from tuner.engines.ray.node_files import NodeFiles
+from tuner.engines.ray.remote import (
+    SILENCE_SECONDS,
+    HostFailed,
+    HostLost,
+    Places,
+    RemoteHost,
+    RemoteProcess,
+    Unavailable,
+)
+from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen
 from tuner.errors import InputError
 from tuner.records import Died, Ended, Evaluated, Saved, Started
 from tuner.whole import digest
@@ -45,8 +54,8 @@ class Apart(Host):
     def read_back(self, path: str) -> bytes | None:
         return None if path.startswith(self.hidden) else super().read_back(path)
 
-    def digest(self, path: str) -> str | None:
-        return None if path.startswith(self.hidden) else super().digest(path)
+    def digest(self, path: str, weights: str | None = None) -> str | None:
+        return None if path.startswith(self.hidden) else super().digest(path, weights)
 
 
 class Wire:
@@ -122,7 +131,7 @@ class Machine:
         remote = RemoteHost(
             wire, name="node a", log=self.directory / f"{token}.log", silence_seconds=silence_seconds
         )
-        runs, _ = remote.call("work_directory", token, "tables")
+        runs, _ = remote.call("work_directory", token, "tables", 10**9)
         places = Places(self.directory, {} if is_shared else {str(self.directory): runs})
         remote.call("launch", PROGRAM, {"PYTHONPATH": ROOT}, token)
         said = {"slots": 2, "pause": 0.0, **(document or {})}
@@ -335,6 +344,20 @@ def test_a_blocked_parent_is_no_silence(machine: Machine) -> None:
     worker.close()
 
 
+@pytest.mark.acceptance
+@pytest.mark.timeout(400)
+def test_a_parent_that_is_blocked_for_two_minutes_loses_nothing(machine: Machine) -> None:
+    """With the real limits: a lease of 45 seconds, and a minute of silence."""
+    host = machine.host(lease_seconds=LEASE_SECONDS)
+    worker = machine.worker(host=host, document={"pause": 0.05}, silence_seconds=SILENCE_SECONDS)
+    before = started(worker, machine, steps=600)
+    time.sleep(120.0)
+    said = before + collect(worker, until=lambda seen: ended(seen) == {0}, seconds=120)
+    assert list(losses(said, 0)) == list(range(0, 601, 2))
+    assert not machine.lost.is_set()
+    worker.close()
+
+
 def test_a_worker_dies_with_the_process_of_its_host(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
@@ -474,7 +497,7 @@ class TestFiles:
                 else call(method, *arguments)
             )
 
-        place = Sender(10**9).place(elsewhere, model, key="model.path", say=lambda _: None)
+        place = Sender(10**9).place(elsewhere, Parcel.of(model), key="model.path", say=lambda _: None)
         assert Path(place).is_relative_to(machine.scratch)
         assert digest(Path(place)) == digest(model)
 
@@ -489,7 +512,7 @@ class TestFiles:
             def call(method: str, *arguments: Any, wire: Wire = wire) -> Any:
                 return wire.call(method, *arguments, timeout_seconds=9)
 
-            places.add(sender.place(call, model, key="model.path", say=said.append))
+            places.add(sender.place(call, Parcel.of(model), key="model.path", say=said.append))
         assert len(places) == 1
         assert "write_chunk" not in wire.calls
         assert any(words.startswith("sending model") for words in said)
@@ -499,7 +522,10 @@ class TestFiles:
         host = Apart(scratch=str(machine.scratch), on_lost=lambda: None)
         with pytest.raises(InputError, match=r"model.path: .*100 kB.*run.send_model_up_to"):
             Sender(1000).place(
-                lambda method, *a: getattr(host, method)(*a), model, key="model.path", say=lambda _: None
+                lambda method, *a: getattr(host, method)(*a),
+                Parcel.of(model),
+                key="model.path",
+                say=lambda _: None,
             )
         assert not (machine.scratch / "files").exists()
 
@@ -522,6 +548,104 @@ class TestFiles:
             os.close(descriptor)  # its process has ended
         three = received(NodeFiles(tmp_path / "node"), parts["three"])
         assert [Path(path).exists() for path in (one, two, three)] == [True, False, True]
+
+    def test_tables_count_towards_the_bound_and_folders_in_use_stay(self, tmp_path: Path) -> None:
+        """Two rounds' tables and a model in a cache for one: what no host holds goes, the oldest first."""
+        past, now = NodeFiles(tmp_path), NodeFiles(tmp_path)
+        places = {
+            name: files.work_directory("job.s.1", name, 10**9)
+            for name, files in (("old", past), ("older", past), ("held", now))
+        }
+        for at, (_, rows) in enumerate(places[name] for name in sorted(places)):
+            (rows / "table").mkdir()
+            (rows / "table" / "tokens.npy").write_bytes(bytes(1000))
+            os.utime(rows, (1e9 - at, 1e9 - at))
+        for descriptor in past._held:
+            os.close(descriptor)  # its process has ended
+        assert now.claim("f" * 64, "model", 1000, 3500)[0] == "send"
+        assert {name for name, (_, rows) in places.items() if rows.exists()} == {"old", "held"}
+        assert now.claim("e" * 64, "model", 3000, 3500)[0] == "send"
+        assert {name for name, (_, rows) in places.items() if rows.exists()} == {"held"}
+
+    def test_what_a_worker_or_a_transfer_left_is_deleted_after_a_day(self, tmp_path: Path) -> None:
+        past = NodeFiles(tmp_path)
+        left, _ = past.work_directory("crashed.s.1", "tables", 10**9)
+        running, _ = NodeFiles(tmp_path).work_directory("long.s.1", "tables", 10**9)
+        past.claim("a" * 64, "model", 10, 10**9)
+        arriving = tmp_path / "files" / f".{'a' * 64}.arriving"
+        for descriptor in (past._held[0], past._locks["a" * 64]):
+            os.close(descriptor)
+        for path in (left.parent, running.parent, arriving):
+            os.utime(path, (1e9, 1e9))
+        young, _ = NodeFiles(tmp_path).work_directory("young.s.1", "tables", 10**9)
+        assert [path.exists() for path in (left, running, arriving, young)] == [False, True, False, True]
+
+    @pytest.mark.parametrize(
+        ("names", "weights", "sent"),
+        [
+            (
+                "config.json model.safetensors pytorch_model.bin pytorch_model.bin.index.json "
+                "original/consolidated.00.pth .git/config code.py consolidated.safetensors tf_model.h5",
+                None,
+                "code.py config.json model.safetensors",
+            ),
+            ("config.json pytorch_model.bin", None, "config.json pytorch_model.bin"),
+            ("config.json consolidated.safetensors a.bin", None, "config.json consolidated.safetensors"),
+            ("a.Q4.gguf a.Q8.gguf config.json model.safetensors", "a.Q4.gguf", "a.Q4.gguf config.json"),
+            ("train.jsonl notes.bin", None, "notes.bin train.jsonl"),
+        ],
+    )
+    def test_of_a_model_only_one_form_of_its_weights_is_sent(
+        self, machine: Machine, tmp_path: Path, names: str, weights: str | None, sent: str
+    ) -> None:
+        Apart.hidden = str(tmp_path / "parent")
+        model = tmp_path / "parent" / "model"
+        for name in names.split():
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            (model / name).write_text(name)
+        host = Apart(scratch=str(machine.scratch), on_lost=lambda: None)
+        place = Sender(10**9).place(
+            lambda method, *a: getattr(host, method)(*a),
+            Parcel.of(model, weights=weights),
+            key="model.path",
+            say=lambda _: None,
+            weights=weights,
+        )
+        found = [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
+        assert " ".join(sorted(found)) == sent
+
+    def test_the_same_weights_in_a_copy_of_the_node_are_not_sent_again(
+        self, machine: Machine, tmp_path: Path
+    ) -> None:
+        """At the same path, with other forms of the weights beside them, on a disk of its own."""
+        model = tmp_path / "model"
+        model.mkdir()
+        (model / "model.safetensors").write_bytes(b"weights")
+        (model / "pytorch_model.bin").write_bytes(b"the same, pickled")
+        calls: list[str] = []
+
+        def call(method: str, *arguments: Any) -> Any:
+            calls.append(method)
+            return None if method == "read_back" else getattr(machine.host(), method)(*arguments)
+
+        place = Sender(10**9).place(call, Parcel.of(model), key="model.path", say=lambda _: None)
+        assert place == str(model)
+        assert calls == ["read_back", "digest"]
+
+    def test_files_of_a_pattern_are_sent_and_no_others(self, machine: Machine, tmp_path: Path) -> None:
+        data = tmp_path / "parent" / "data"
+        (data / "more").mkdir(parents=True)
+        for name in ("a.jsonl", "b.jsonl", "more/c.jsonl", "d.csv"):
+            (data / name).write_text(name)
+        Apart.hidden = str(tmp_path / "parent")
+        host = Apart(scratch=str(machine.scratch), on_lost=lambda: None)
+        (parcel,) = Parcel.matching([f"{data}/*.jsonl", f"{data}/[a-z]*/c.jsonl"])
+        place = Sender(10**9).place(
+            lambda method, *a: getattr(host, method)(*a), parcel, key="data", say=lambda _: None
+        )
+        assert parcel.path == data
+        found = [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
+        assert sorted(found) == ["a.jsonl", "b.jsonl", "more/c.jsonl"]
 
     def test_two_hosts_of_a_node_receive_a_file_once(self, tmp_path: Path) -> None:
         first, second = NodeFiles(tmp_path), NodeFiles(tmp_path)

@@ -13,11 +13,16 @@ from tuner.engines.devices import visible_devices
 from tuner.engines.program import MAX_DEATHS
 from tuner.errors import InputError, WorkerError
 from tuner.records import (
+    Checkpoint,
+    CheckpointKind,
     Died,
     Ended,
     Event,
     Ready,
+    Remarked,
     RunId,
+    Saved,
+    Started,
 )
 
 
@@ -93,8 +98,89 @@ def test_a_device_that_is_never_ready_is_left_out(tmp_path: Path) -> None:
 
 def test_the_last_worker_is_never_left_out() -> None:
     pool = WorkerPool([NeverReady])
-    deaths = sum(isinstance(event, Died) for _ in range(5) for event in pool.events(0.0))
-    assert deaths == 5
+    deaths = [event for _ in range(5) for event in pool.events(0.0) if isinstance(event, Died)]
+    assert [event.is_input_error for event in deaths] == [False, False, False, True, False, False]
+
+
+class Failing(SimulatedWorker):
+    """Has the failures of a list, one at a time, while the trials that it holds go on."""
+
+    def __init__(self, *failures: Event) -> None:
+        super().__init__(formula, slots=1)
+        self.failures = list(failures)
+        self.is_closed = False
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        said = super().events(timeout_seconds)
+        if self.failures:
+            said += [Ready(1, "replaced"), self.failures.pop(0)]
+        return said
+
+    def close(self) -> None:
+        self.is_closed = True
+        super().close()
+
+
+def crash(pid: int, error: str = "RuntimeError: CUDA error") -> Died:
+    return Died(
+        f"the worker ended with exit code 1; its log, /x/worker.log, ends with:\n    {pid}\n    {error}"
+    )
+
+
+def saved(kind: CheckpointKind) -> Saved:
+    return Saved("round1", 5, 1, Checkpoint(kind, 3, "x", 1, "x"))
+
+
+def told(pool: WorkerPool, times: int = 8) -> list[Event]:
+    return [event for _ in range(times) for event in pool.events(0.0)]
+
+
+def test_three_failures_with_one_cause_stop_the_worker_and_the_others_go_on(tmp_path: Path) -> None:
+    bad = Failing(crash(11), crash(12), crash(13))
+    pool = WorkerPool([Made(), lambda: bad])
+    pool.start(assignment(tmp_path, 0, steps=6))
+    events = told(pool)
+    [remark] = [event for event in events if isinstance(event, Remarked)]
+    assert "3 failures in a row with one cause" in remark.text
+    assert "RuntimeError: CUDA error" in remark.text
+    assert "1 of 2 workers go on" in remark.text
+    assert bad.is_closed
+    assert sum(isinstance(event, Died) for event in events) == 3
+    assert ended(events) == {0}
+    assert pool.capacity() == 1
+
+
+def test_three_failures_of_the_last_worker_stop_the_round_with_the_cause() -> None:
+    pool = WorkerPool([lambda: Failing(crash(11), crash(12), crash(13))])
+    died = [event for event in told(pool) if isinstance(event, Died)]
+    assert [event.is_input_error for event in died] == [False, False, False, True]
+    assert "no worker can train any more, after 3 failures in a row with one cause" in died[-1].reason
+    assert "RuntimeError: CUDA error" in died[-1].reason
+
+
+@pytest.mark.parametrize(
+    "between",
+    [crash(1, "OSError: no such file"), saved(CheckpointKind.LAST), saved(CheckpointKind.TRUNK)],
+)
+def test_another_cause_or_a_new_checkpoint_begins_the_count_anew(between: Event) -> None:
+    pool = WorkerPool([lambda: Failing(crash(11), crash(12), between, crash(13), crash(14))])
+    assert not any(event.is_input_error for event in told(pool) if isinstance(event, Died))
+
+
+def test_the_best_adapter_that_is_said_again_at_a_resume_is_no_progress() -> None:
+    best = saved(CheckpointKind.BEST)
+    pool = WorkerPool([lambda: Failing(crash(11), best, crash(12), best, crash(13))])
+    assert [event.is_input_error for event in told(pool) if isinstance(event, Died)][-1]
+
+
+@pytest.mark.parametrize("has_started", [True, False])
+def test_trials_that_fail_alike_count_and_checkpoints_that_cannot_be_read_do_not(has_started: bool) -> None:
+    failures: list[Event] = []
+    for number in range(4):
+        failures += [Started("round1", number, 1, 0)] if has_started else []
+        failures.append(Ended("round1", number, 1, 0, "failed", f"trial {number}: no such program"))
+    pool = WorkerPool([lambda: Failing(*failures)])
+    assert any(isinstance(event, Died) for event in told(pool, 10)) == has_started
 
 
 class TestEnvironments:

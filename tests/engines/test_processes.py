@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from tuner.engines.processes import (
+    TOKEN,
     Identity,
     RecordedWorker,
     end_left_over,
+    end_with_token,
+    new_token,
     record_worker,
     recorded_workers,
+    with_token,
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -64,6 +68,53 @@ def test_a_process_that_merely_has_the_number_is_left_alone(tmp_path: Path, slee
     write(tmp_path, replace(now, **{other: 1 if other == "started" else "another"}), gone())
     assert end_left_over(tmp_path) == []
     assert sleeper.poll() is None
+
+
+@pytest.fixture
+def tree():
+    """A process with a token, and its child in a session of its own."""
+    token = new_token()
+    program = (
+        "import subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(sleep, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, TOKEN: token}
+    ) as process:
+        assert process.stdout is not None
+        yield token, process, int(process.stdout.readline())
+        end_with_token(token)
+
+
+def test_what_a_worker_started_is_known_by_its_token(tree) -> None:
+    token, process, child = tree
+    assert sorted(with_token(token)) == sorted([process.pid, child])
+    assert end_with_token(token) == sorted([process.pid, child])
+    assert process.wait(20) == -signal.SIGKILL
+    assert Identity.of(child) is None
+    assert list(with_token(new_token())) == []
+
+
+@pytest.mark.parametrize("parent_lives", [True, False])
+def test_a_recorded_token_ends_what_no_number_names(tmp_path: Path, tree, parent_lives: bool) -> None:
+    """The host has another name now, and the worker's own number is another process's."""
+    token, process, child = tree
+    parent = Identity.of(os.getpid()) if parent_lives else gone()
+    assert parent is not None
+    recorded = RecordedWorker(replace(gone(), host="before"), replace(parent, host="before"), token)
+    (tmp_path / "worker.pid").write_text(json.dumps(asdict(recorded)))
+    assert end_left_over(tmp_path) == ([] if parent_lives else sorted([process.pid, child]))
+
+
+def test_another_boot_ends_nothing(tmp_path: Path, tree) -> None:
+    token, process, _ = tree
+    recorded = RecordedWorker(gone(), replace(gone(), boot="another"), token)
+    (tmp_path / "worker.pid").write_text(json.dumps(asdict(recorded)))
+    assert end_left_over(tmp_path) == []
+    assert process.poll() is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"worker": 1, "parent": 2}', '{"worker": {"pid": 1}}'])

@@ -20,7 +20,7 @@ from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
 from tests.studies import round_file
 from tuner.engines import Engine, Job, Program, RayEngine
-from tuner.engines.ray.engine import address_of
+from tuner.engines.ray.engine import address_of, answers_anybody
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.errors import InputError, RoundStopped
 from tuner.records import Died, Event, Ready, Started
@@ -130,6 +130,57 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         assert again.environment["node"] != where[2]
         assert list(losses(rest, 2)) == list(range(0, 301, 2))
     engine.close()
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("whole_node", [False, True], ids=["raylet", "node"])
+def test_a_stopped_raylet_or_node_costs_its_trial_an_attempt_and_its_worker_ends(
+    cluster: LocalCluster, job: Job, whole_node: bool
+) -> None:
+    """SIGSTOP: nothing is closed, and nothing answers. A node that goes on later finds its lease over."""
+    node = cluster.add()
+    engine = BlindEngine()
+    with started(engine, replace(job, workers="auto")) as worker:
+        seen = collect(worker, until=ready)
+        for trial in range(3):
+            worker.start(assignment(job.directory, trial, steps=100_000))
+            if trial < 2:
+                seen += collect(worker, until=ready)
+        seen += collect(worker, until=lambda events: all(losses(events, trial) for trial in range(3)))
+        lost = node.node_id[:4]
+        where = {e.trial: e.environment for e in seen if isinstance(e, Started)}
+        (trial,) = (trial for trial, env in where.items() if env["node"].endswith(lost))
+        stopped = stop_node(node, whole=whole_node)
+        said = collect(worker, until=lambda events: any(isinstance(e, Died) for e in events), seconds=150)
+        (died,) = (e for e in said if isinstance(e, Died))
+        assert died.trials == (trial,)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 120
+        while workers_of(where[trial]["worker"]) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not workers_of(where[trial]["worker"])
+        for other in {0, 1, 2} - {trial}:
+            worker.stop(assignment(job.directory, other).run)
+        collect(worker, until=lambda events: ended(events) == {0, 1, 2} - {trial})
+    engine.close()
+    cluster.lose(node)
+
+
+def stop_node(node: Any, *, whole: bool) -> list[int]:
+    """Stop a node's raylet, or all its processes; return them."""
+    (raylet,) = (each[0].process for name, each in node.all_processes.items() if name == "raylet")
+    stopped = [raylet.pid]
+    if whole:
+        stopped += [child.pid for child in psutil.Process(raylet.pid).children(recursive=True)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    return stopped
+
+
+def test_a_cluster_that_answers_without_a_token_is_known(cluster: LocalCluster) -> None:
+    assert answers_anybody(cluster.address) is True
 
 
 def test_more_gpus_for_a_worker_than_a_node_has_is_bad_input(job: Job) -> None:

@@ -113,3 +113,16 @@ def test_and_with_a_node_killed_in_the_middle(
     assert lost.is_set()
     assert curves(study) == locally
     assert [attempt.outcome for attempt in attempts(study)].count("died") == 1
+
+
+def test_a_probe_and_a_reproduction_run_on_the_cluster(cluster: LocalCluster, tmp_path: Path) -> None:
+    study = tuner.Study(copied(tmp_path))
+    said = study.check("round1.yaml", probe=True, engine=BLIND, ray_address=cluster.address)
+    assert said["ok"], said
+    assert said["plan"]["peak_memory_bytes"] > 1e6
+    assert any(remark.startswith(f"Ray cluster {cluster.address}") for remark in said["remarks"])
+    text = (tmp_path / "round1.yaml").read_text().replace("trials: 8", "trials: 1")
+    (tmp_path / "round1.yaml").write_text(text)
+    study.run("round1.yaml", slots=1, engine=BLIND, ray_address=cluster.address, progress=False)
+    again = study.trial("round1/0").reproduce(engine=BLIND, ray_address=cluster.address, progress=False)
+    assert again.agrees

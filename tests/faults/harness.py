@@ -1,275 +1,290 @@
-"""A round on the quickstart's base under a seeded fault, then run to its end, and what has to hold then."""
+"""A round under a seeded fault, then run to its end, and what has to hold then."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
+from sqlalchemy import create_engine, make_url, text
 
+from tests.commands.driving import document, written
+from tests.faults.warm import WarmRun, WarmRuns, Wish
 from tests.studies import write_round
-from tuner.records import CheckpointKind
-from tuner.store import is_held, open_store
+from tuner.commands import process_tree
+from tuner.records import CheckpointKind, Trial, TrialState
+from tuner.store import Store, is_held, open_store
 from tuner.study.sampling import optuna_storage
 from tuner.whole import digest
 
-CHANGES: dict[str, Any] = {"trials": 2, "steps": 10, "every": 2, "decay_steps": 3}
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TUNER = (sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml")
-SECONDS = 180
+SECONDS = 240
 """At most, for one run of a round on a machine that does other work."""
+TRIALS, STEPS = 2, 10
+RUN = ("study", "run", "round1.yaml")
 
 
-def start(directory: Path) -> subprocess.Popen[bytes]:
-    """`tuner study run`, in a session of its own, its output in a file."""
-    with (directory / "said.log").open("ab") as log:
-        options: dict[str, Any] = {"cwd": directory, "env": ENVIRONMENT, "start_new_session": True}
-        return subprocess.Popen(TUNER, stdout=log, stderr=log, **options)
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A round that takes seconds, and where its facts and its workers are."""
+
+    name: str
+    write: Callable[[Path, str], object]
+    """Writes its file; the second argument is its database's URL."""
+    study: str = "tiny"
+    url: str | None = None
+    """None: a file in its folder."""
 
 
-def finish(directory: Path) -> str:
-    """Run the round to its end, and return what this run said."""
-    before = (directory / "said.log").stat().st_size if (directory / "said.log").exists() else 0
-    process = start(directory)
-    assert process.wait(SECONDS) == 0, said(directory)
-    return said(directory)[before:]
+def _packed(directory: Path, url: str, **changes: Any) -> None:
+    values: dict[str, Any] = {"trials": TRIALS, "steps": STEPS, "every": 2, "decay_steps": 3, "storage": url}
+    write_round(directory, **values | changes)
 
 
-def said(directory: Path) -> str:
-    return (directory / "said.log").read_text(errors="replace")
+def _command(directory: Path, url: str) -> None:
+    values = {"learning_rate": [0.003, 0.05], "schedule": "linear", "decay_steps": 3, "pause": 0.02}
+    search = {"trials": TRIALS, "sampler": "grid"}
+    written(
+        directory,
+        document(
+            hyperparameters=values,
+            search=search,
+            storage=url,
+            max_train_steps=STEPS,
+            evaluation={"every_steps": 2},
+        ),
+    )
 
 
-def wait_for(directory: Path, process: subprocess.Popen[bytes], words: str) -> None:
-    """Wait until a run has said something, or has ended."""
-    until = time.monotonic() + SECONDS
-    while words not in said(directory) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
+LOCAL = Setting("local", _packed)
+COMMAND = Setting("command", _command, study="commands")
 
 
-def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def on_a_server(url: str) -> Setting:
+    """The facts are in a PostgreSQL database."""
+    return Setting("postgres", _packed, url=url)
 
 
-def storage(directory: Path) -> optuna.storages.RDBStorage:
-    return optuna_storage(f"sqlite:///{directory}/tuner.db")
+def on_ray(address: str) -> Setting:
+    """The workers are on a cluster."""
+    run = f"run: {{engine: ray, slots: 1, ray_address: '{address}'}}"
+    return Setting("ray", partial(_packed, run=run))
 
 
-# --- faults: each gets a running round, and the dice ---------------------------------------------------
+@dataclass
+class Case:
+    """One round in a folder, the run of it that is under way, and the dice."""
 
-Fault = Callable[[Path, subprocess.Popen[bytes], random.Random], None]
+    runs: WarmRuns
+    setting: Setting
+    directory: Path
+    dice: random.Random
+    seams: Counter[str] = field(default_factory=Counter)
+    """How many of each an undisturbed run has, by "PROCESS SEAM"."""
+    run: WarmRun | None = None
+    damaged: set[Path] = field(default_factory=set)
+    """Checkpoints that a fault has damaged: nobody restores those that nobody needs."""
 
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.setting.write(self.directory, self.url)
 
-def kill_parent(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    process.kill()
-    process.wait()
+    @property
+    def url(self) -> str:
+        return self.setting.url or f"sqlite:///{self.directory}/tuner.db"
 
+    @property
+    def rounds_folder(self) -> Path:
+        return self.directory / "runs" / "round1"
 
-def kill_worker(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    """The parent gets over it by itself."""
-    for worker in workers(process):
-        worker.kill()
-    assert process.wait(SECONDS) == 0, said(directory)
+    @property
+    def process(self) -> WarmRun:
+        """The run under way, or the last one."""
+        assert self.run is not None
+        return self.run
 
+    def start(self, wish: Wish | None = None) -> None:
+        """Start a run of the round."""
+        self.run = self.runs.start(self.directory, *RUN, wish=wish)
 
-def kill_both(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    found = workers(process)
-    dice.shuffle(found)
-    for each in (process, *found) if dice.random() < 0.5 else (*found, process):
-        each.kill()
-    process.wait()
+    def end(self, *codes: int) -> None:
+        """Wait until the run ends, with one of these exit codes."""
+        code = self.process.wait(SECONDS)
+        assert code in (codes or (0,)), f"exit code {code}\n{self.said[-3000:]}"
 
+    def finish(self) -> None:
+        """Run the round to its end."""
+        self.start()
+        self.end()
 
-def leave_a_stopped_worker(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    """The worker never notices that its parent is gone: the next run ends it."""
-    for worker in workers(process):
-        worker.suspend()
-    process.kill()
-    process.wait()
+    @property
+    def said(self) -> str:
+        """All that the runs printed."""
+        log = self.directory / "said.log"
+        return log.read_text(errors="replace") if log.exists() else ""
 
+    def wait_for(self, words: str) -> None:
+        """Wait until a run has said something, or has ended."""
+        until = time.monotonic() + SECONDS
+        while words not in self.said and self.process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
 
-def ask_to_stop(number: signal.Signals) -> Fault:
-    def fault(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-        process.send_signal(number)
-        assert process.wait(SECONDS) in (130, 0), said(directory)
-
-    fault.__name__ = number.name
-    return fault
-
-
-def interrupt_twice(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    """A worker that hangs, so that saving would take for ever."""
-    found = workers(process)
-    for worker in found:
-        worker.suspend()
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(SECONDS) == 130, said(directory)
-    assert time.monotonic() - begun < 5 + 5  # five seconds, on a machine that does other work
-    psutil.wait_procs(found, timeout=5)
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in found)
-
-
-def run_beside(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    """A second run of the study is refused, and changes nothing."""
-    options: dict[str, Any] = {"cwd": directory, "env": ENVIRONMENT, "check": False}
-    second = subprocess.run(TUNER, capture_output=True, text=True, **options)
-    if process.poll() is None:
-        assert second.returncode == 2, second.stderr
-        assert f"process {process.pid}" in second.stderr
-    assert process.wait(SECONDS) == 0, said(directory)
-
-
-def tell_optuna(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    rows = storage(directory)
-    for trial in rows.get_all_trials(rows.get_study_id_from_name("tiny/round1")):
-        if not trial.state.is_finished():
-            rows.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.COMPLETE, [dice.random()])
-    assert process.wait(SECONDS) == 0, said(directory)
-
-
-def delete_optuna(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    rows = storage(directory)
-    rows.delete_study(rows.get_study_id_from_name("tiny/round1"))
-    assert process.wait(SECONDS) == 0, said(directory)
-
-
-def flip(kind: str) -> Fault:
-    def fault(directory: Path, process: subprocess.Popen[bytes], dice: random.Random) -> None:
-        """After a kill, bytes of the newest checkpoint of a kind are others."""
-        kill_both(directory, process, dice)
-        found = sorted(path for path in (directory / "runs").rglob(f"{kind}/step-*/*") if path.is_file())
-        for path in found[-3:]:
-            content = bytearray(path.read_bytes())
-            for _ in range(20):
-                content[dice.randrange(len(content))] ^= dice.randrange(1, 256)
-            path.write_bytes(content)
-
-    fault.__name__ = f"flip_{kind}"
-    return fault
-
-
-FAULTS: tuple[Fault, ...] = (
-    kill_parent,
-    kill_worker,
-    kill_both,
-    leave_a_stopped_worker,
-    ask_to_stop(signal.SIGTERM),
-    ask_to_stop(signal.SIGHUP),
-    interrupt_twice,
-    run_beside,
-    tell_optuna,
-    delete_optuna,
-    flip("last"),
-    flip("trunk"),
-)
-
-
-def disturbed(directory: Path, seed: int) -> str:
-    """Run a round with the fault of a seed, then to its end; return the fault's name."""
-    dice = random.Random(seed)
-    fault = FAULTS[seed % len(FAULTS)]
-    write_round(directory, **CHANGES)
-    process = start(directory)
-    try:
-        moments = ("trial 0  starts", "step 2/10", "step 6/10", "trial 1  starts")
-        wait_for(directory, process, dice.choice(moments))
-        time.sleep(dice.uniform(0.0, 0.4))
-        fault(directory, process, dice)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    finish(directory)
-    return fault.__name__
-
-
-# --- what has to hold ------------------------------------------------------------------------------------
-
-
-def curves(directory: Path) -> list[str]:
-    """Trials and curves as text, in which NaN equals NaN."""
-    store = open_store(f"sqlite:///{directory}/tuner.db", study="tiny")
-    try:
-        return [repr((t.number, t.state, t.hyperparameters, t.evaluations)) for t in store.trials("round1")]
-    finally:
-        store.close()
-
-
-def refuse_leftovers(directory: Path) -> None:
-    """No process, no temporary file, no lock, and every checkpoint, `best` among them, as it was recorded."""
-    names = [path.name for path in directory.rglob("*")]
-    assert [name for name in names if name.endswith((".tmp", ".pid"))] == []
-    url = f"sqlite:///{directory}/tuner.db"
-    assert not is_held(directory, url, "tiny")
-    here = [
-        each.pid
-        for each in psutil.process_iter()
-        if each.pid != os.getpid() and _cwd(each) == str(directory) and each.status() != psutil.STATUS_ZOMBIE
-    ]
-    assert here == []
-    store = open_store(url, study="tiny")
-    runs = directory / "runs" / "round1"
-    try:
-        for trial in store.trials("round1"):
-            place = runs / f"trial-{trial.number:04d}"
-            recorded = {runs / checkpoint.path: checkpoint for checkpoint in trial.checkpoints}
-            found = {path for kind in ("best-steps", "last", "trunk") for path in (place / kind).glob("*")}
-            assert found == set(recorded)
-            best = trial.checkpoint(CheckpointKind.BEST)
-            assert best is not None
-            assert (place / "best").resolve() == (runs / best.path).resolve()
-            assert digest(place / "best") == best.sha256
-            assert trial.executed_steps >= CHANGES["steps"]
-            assert [attempt.ended_at is None for attempt in trial.attempts].count(True) == 0
-    finally:
-        store.close()
-    rows = storage(directory)
-    told = rows.get_all_trials(rows.get_study_id_from_name("tiny/round1"))
-    assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in told) == CHANGES["trials"]
-
-
-def _cwd(process: psutil.Process) -> str | None:
-    try:
-        found: str = process.cwd()
-    except (psutil.Error, OSError):
-        return None
-    return found
-
-
-def report(seeds: range, directory: Path) -> dict[str, Any]:
-    """Run the faults of seeds; return how many held, and what did not."""
-    undisturbed = directory / "undisturbed"
-    write_round(undisturbed, **CHANGES)
-    finish(undisturbed)
-    expected, failed = curves(undisturbed), {}
-    for seed in seeds:
-        place = directory / f"seed-{seed}"
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """Worker processes of this run: each is in a session of its own."""
         try:
-            name = disturbed(place, seed)
-            assert curves(place) == expected
-            refuse_leftovers(place)
-        except AssertionError as error:
-            failed[seed] = str(error)[-400:]
-        else:
-            print(seed, name, "held", flush=True)
-    return {"faults": len(seeds), "held": len(seeds) - len(failed), "failed": failed}
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [each for each in found if _leads_a_session(each)]
+
+    @contextmanager
+    def opened(self) -> Iterator[Store]:
+        """The facts."""
+        with closing(open_store(self.url, study=self.setting.study)) as store:
+            yield store
+
+    @property
+    def trials(self) -> list[Trial]:
+        with self.opened() as store:
+            return list(store.trials("round1"))
+
+    @property
+    def rows(self) -> optuna.storages.RDBStorage:
+        """Optuna's."""
+        return optuna_storage(self.url)
+
+    @property
+    def optuna_study(self) -> int:
+        found: int = self.rows.get_study_id_from_name(f"{self.setting.study}/round1")
+        return found
+
+    def execute(self, statement: str, **values: Any) -> None:
+        """Change rows behind everyone's back."""
+        engine = create_engine(make_url(self.url))
+        with engine.begin() as connection:
+            connection.execute(text(statement), values)
+        engine.dispose()
+
+    def clean(self) -> None:
+        """Leave no process behind, whatever happened."""
+        if self.run is not None and self.run.poll() is None:
+            left = [*self.workers, self.run]
+            for each in left:
+                each.kill()
+            self.run.wait(SECONDS)
+
+    # --- what has to hold ----------------------------------------------------------------------------
+
+    @property
+    def curves(self) -> list[str]:
+        """Trials and curves as text, in which NaN equals NaN."""
+        return [
+            repr((t.number, t.state, _without_pause(t.hyperparameters), t.evaluations)) for t in self.trials
+        ]
+
+    def refuse_half_made(self) -> None:
+        """Every `best` leads to a folder that is as one of the trial's checkpoints was recorded."""
+        if not self.rounds_folder.exists() or (self.setting.url is None and not self._has_facts):
+            return
+        for trial in self.trials:
+            link = self.rounds_folder / f"trial-{trial.number:04d}" / "best"
+            if link.is_symlink() and link.resolve() not in self.damaged:
+                recorded = {c.sha256 for c in trial.checkpoints if c.kind == CheckpointKind.BEST}
+                assert digest(link) in recorded, f"{link} -> {link.resolve()}"
+
+    @property
+    def _has_facts(self) -> bool:
+        file = self.directory / "tuner.db"
+        return file.exists() and file.stat().st_size > 0
+
+    def refuse_leftovers(self) -> None:
+        """No process, no temporary file, no lock; each trial complete once, its checkpoints as recorded."""
+        names = [path.name for path in self.directory.rglob("*")]
+        half = [name for name in names if name.endswith((".tmp", ".pid")) or name.startswith("unfinished-")]
+        assert half == []
+        assert not is_held(self.directory, self.url, self.setting.study)
+        assert _processes_in(self.directory) == []
+        assert "Traceback" not in self.said, self.said
+        for trial in self.trials:
+            assert trial.state == TrialState.COMPLETE
+            assert [e.step for e in trial.evaluations] == sorted({e.step for e in trial.evaluations})
+            assert trial.executed_steps >= STEPS
+            assert all(attempt.ended_at is not None for attempt in trial.attempts)
+            self._refuse_wrong_checkpoints(trial)
+        told = self.rows.get_all_trials(self.optuna_study)
+        assert sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in told) == TRIALS
+
+    def _refuse_wrong_checkpoints(self, trial: Trial) -> None:
+        place = self.rounds_folder / f"trial-{trial.number:04d}"
+        recorded = {self.rounds_folder / checkpoint.path for checkpoint in trial.checkpoints}
+        found = {path for kind in ("best-steps", "last", "trunk") for path in (place / kind).glob("*")}
+        assert found == recorded
+        best = trial.checkpoint(CheckpointKind.BEST)
+        assert best is not None
+        assert (place / "best").resolve() == (self.rounds_folder / best.path).resolve()
+        for checkpoint in trial.checkpoints:
+            path = self.rounds_folder / checkpoint.path
+            if checkpoint.kind == CheckpointKind.BEST or path not in self.damaged:
+                assert digest(path) == checkpoint.sha256, path
 
 
-if __name__ == "__main__":
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    print(json.dumps(report(range(first, last), Path(sys.argv[3])), indent=2))
+def _without_pause(hyperparameters: Any) -> dict[str, Any]:
+    return {name: value for name, value in hyperparameters.items() if name != "pause"}
+
+
+def _leads_a_session(process: psutil.Process) -> bool:
+    pid: int = process.pid
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def _processes_in(directory: Path) -> list[int]:
+    """Processes that work in a folder, or run a command of one of its attempts, after a moment to end."""
+    tokens = [path.read_text() for path in directory.rglob("token")]
+    until = time.monotonic() + 30
+    while True:
+        found = [
+            each.pid for each in psutil.process_iter() if each.pid != os.getpid() and _is_in(each, directory)
+        ]
+        found += [each.pid for token in tokens for each in process_tree.with_token(token)]
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+def _is_in(process: psutil.Process, directory: Path) -> bool:
+    try:
+        cwd: str = process.cwd()
+        return process.status() != psutil.STATUS_ZOMBIE and cwd == str(directory)
+    except (psutil.Error, OSError):
+        return False
+
+
+def undisturbed(runs: WarmRuns, setting: Setting, directory: Path) -> tuple[list[str], Counter[str]]:
+    """Run the round without a fault; return its curves, and how many seams of each kind it has."""
+    case = Case(runs, setting, directory, random.Random(0))
+    tally = directory.with_name(f"{directory.name}-seams")
+    case.start(Wish(tally=str(tally)))
+    case.end()
+    case.refuse_leftovers()
+    return case.curves, Counter(tally.read_text().splitlines())
+
+
+def restore_best(case: Case) -> None:
+    """Do what a user is told to where an adapter is damaged."""
+    for trial in case.trials:
+        case.run = case.runs.start(
+            case.directory, "trial", "reproduce", f"round1/{trial.number}", "--restore"
+        )
+        case.end()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 HOSTILE = (
     "",
@@ -100,6 +101,47 @@ def mutated_bytes(content: bytes, seed: int) -> bytes:
             case _:
                 content = content[:at] + dice.choice(_SNIPPETS) + content[at:]
     return content
+
+
+_ROW_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1.5,
+    10**400,
+    float("nan"),
+    "",
+    " ",
+    "\0\x1b[2J\u202e",
+    "\ud800",
+    "x" * 100_000,
+    [],
+    {},
+    ["a"],
+    [["a"]],
+    {"role": "user", "content": "a"},
+    [{"role": "user"}],
+    [{"role": "system", "content": None}, {"role": "tool", "content": [{"text": 1}]}],
+)
+_COLUMNS = ("instruction", "input", "output", "system", "history", "", "messages", "\ud800")
+
+
+def mutated_rows(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Any]:
+    """Rows after one to three changes of values, names or whole rows."""
+    dice = random.Random(seed)
+    changed: list[Any] = [dict(row) for row in rows]
+    for _ in range(dice.randint(1, 3)):
+        at = dice.randrange(len(changed))
+        match dice.randrange(5):
+            case 0:
+                changed[at] = dice.choice(_ROW_VALUES)
+            case 1 if isinstance(changed[at], dict):
+                changed[at].pop(dice.choice(_COLUMNS), None)
+            case _ if isinstance(changed[at], dict):
+                changed[at][dice.choice(_COLUMNS)] = dice.choice(_ROW_VALUES)
+            case _:
+                changed.append(changed[at])
+    return changed
 
 
 _SNIPPETS = (

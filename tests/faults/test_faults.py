@@ -1,41 +1,132 @@
 """Seeded faults over real rounds: nothing is lost, nothing counted twice, nothing left.
 
-A few run here; `make acceptance` runs 200, and `python -m tests.faults.harness FIRST LAST FOLDER` any.
+Twelve run here; `make acceptance-faults` runs 200: each fault in each setting that it applies to, with other
+dice each time.
 """
 
 from __future__ import annotations
 
+import random
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import CHANGES, FAULTS, curves, disturbed, finish, refuse_leftovers, said
-from tests.studies import write_round
+from tests.engines.clusters import local_cluster
+from tests.faults.faults import SCHEDULE, disturb, mounted
+from tests.faults.harness import COMMAND, LOCAL, Case, Setting, on_a_server, on_ray, undisturbed
+from tests.faults.warm import WarmRuns
+
+Expected = tuple[list[str], Counter[str]]
+TWELVE = (
+    "local-kill-parent",
+    "local-parent-commit",
+    "local-worker-rename",
+    "local-interrupt-twice",
+    "local-start-together",
+    "local-delete-optuna",
+    "local-flip-last",
+    "local-flip-best",
+    "local-full-disk",
+    "local-clock",
+    "command-kill-worker",
+    "postgres-drop-connections",
+)
+PLACES = {f"{setting}-{fault.name}": (setting, fault) for setting, fault in SCHEDULE}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    directory = tmp_path_factory.mktemp("undisturbed")
-    write_round(directory, **CHANGES)
-    finish(directory)
-    return curves(directory)
+def runs() -> Iterator[WarmRuns]:
+    warm = WarmRuns()
+    yield warm
+    warm.close()
 
 
-def hold(directory: Path, seed: int, undisturbed: list[str]) -> None:
-    disturbed(directory, seed)
-    assert curves(directory) == undisturbed, said(directory)
-    refuse_leftovers(directory)
+@pytest.fixture(scope="module")
+def expected(runs: WarmRuns, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setting], Expected]:
+    """Curves and seams of an undisturbed round; where its facts and workers are makes no difference."""
+    known: dict[str, Expected] = {}
+
+    def found(setting: Setting) -> Expected:
+        alone = COMMAND if setting is COMMAND else LOCAL
+        if alone.name not in known:
+            known[alone.name] = undisturbed(runs, alone, tmp_path_factory.mktemp("alone") / alone.name)
+        return known[alone.name]
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Setting]:
+    with local_cluster(nodes=1) as made:
+        yield on_ray(made.address)
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Callable[[str], Setting]:
+    """The setting of a name, with what it needs."""
+
+    def found(name: str) -> Setting:
+        match name:
+            case "postgres":
+                return on_a_server(request.getfixturevalue("postgres_url"))
+            case "ray":
+                setting: Setting = request.getfixturevalue("cluster")
+                return setting
+            case _:
+                return LOCAL if name == "local" else COMMAND
+
+    return found
+
+
+def hold(
+    place: str,
+    seed: int,
+    directory: Path,
+    runs: WarmRuns,
+    expected: Callable[[Setting], Expected],
+    setting_of: Callable[[str], Setting],
+) -> None:
+    name, fault = PLACES[place]
+    setting = setting_of(name)
+    curves, seams = expected(setting)
+    if fault.is_small:
+        mounted(directory)
+    try:
+        case = Case(runs, setting, directory, random.Random(seed), seams)
+        disturb(case, fault)
+        assert case.curves == curves, case.said
+    finally:
+        if fault.is_small:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_worker_that_hangs_and_an_impatient_user(tmp_path: Path, undisturbed: list[str]) -> None:
-    (seed,) = (place for place, fault in enumerate(FAULTS) if fault.__name__ == "interrupt_twice")
-    hold(tmp_path, seed, undisturbed)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("place", TWELVE)
+def test_a_fault(
+    place: str,
+    tmp_path: Path,
+    runs: WarmRuns,
+    expected: Callable[[Setting], Expected],
+    server: Callable[[str], Setting],
+) -> None:
+    hold(place, 0, tmp_path / place, runs, expected, server)
 
 
 @pytest.mark.acceptance
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(200))
-def test_a_seeded_fault(tmp_path: Path, undisturbed: list[str], seed: int) -> None:
-    hold(tmp_path, seed, undisturbed)
+@pytest.mark.parametrize(
+    ("place", "seed"), [(list(PLACES)[seed % len(PLACES)], seed) for seed in range(1, 201)]
+)
+def test_one_of_200(
+    place: str,
+    seed: int,
+    tmp_path: Path,
+    runs: WarmRuns,
+    expected: Callable[[Setting], Expected],
+    server: Callable[[str], Setting],
+) -> None:
+    hold(place, seed, tmp_path / place, runs, expected, server)

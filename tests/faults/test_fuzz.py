@@ -1,106 +1,175 @@
-"""Damaged round files and data files: refused with a message, or read; at once, and nothing is written."""
+"""Damaged round files and data files by the command line: refused with one message, or read.
+
+Each takes less than 2 seconds of this process's time and 200 MB, and writes nothing outside the folder.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.data import tiny
-from tests.faults.mutations import mutated_bytes, mutated_round
+from tests.faults.mutations import mutated_bytes, mutated_round, mutated_rows
 from tests.studies import QUICKSTART, tuner, write_round
-from tuner.config import load_round
-from tuner.errors import TunerError
 
 MOST_SECONDS = 2.0
 """Of this process's own time: a machine that does other work makes it no slower."""
+MOST_BYTES = 200_000_000
 
 ROWS = [{"instruction": f"Name river {at}.", "input": "", "output": f"The Ebb {at}."} for at in range(8)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-CSV = b"instruction,output\n" + b"".join(b'"Name %d, it","The Ebb"\n' % number for number in range(8))
 DATA = {
     "a.jsonl": LINES,
     "a.json": json.dumps(ROWS).encode(),
-    "a.csv": CSV,
+    "a.csv": b"instruction,output\n" + b"".join(b'"Name %d, it","The Ebb"\n' % at for at in range(8)),
     "a.jsonl.gz": gzip.compress(LINES, mtime=0),
 }
+Damage = Callable[[Path, int], None]
+"""Writes what a seed makes of a study's round file or data."""
 
 
-def read_rounds(directory: Path, seeds: range) -> dict[str, int]:
-    """How many files were read and how many refused; any other end of one is an error of this test."""
-    path = write_round(directory)
-    texts = (path.read_text(), (QUICKSTART / "round1.yaml").read_text())
-    ends = {"read": 0, "refused": 0}
+def damaged_round(folder: Path, seed: int) -> None:
+    for name in ("base", "data"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(QUICKSTART / name)
+    path = write_round(folder)
+    text = path.read_text() if seed % 2 else (QUICKSTART / "round1.yaml").read_text()
+    path.write_bytes(mutated_round(text, seed))
+
+
+def damaged_data(folder: Path, seed: int) -> None:
+    """Of bytes by an even seed, of values by an odd one."""
+    name, content = list(DATA.items())[seed // 2 % len(DATA)]
+    if seed % 2:
+        name = ("a.jsonl", "a.json")[seed // 2 % 2]
+        rows = mutated_rows(ROWS, seed)
+        text = "".join(json.dumps(row) + "\n" for row in rows) if name == "a.jsonl" else json.dumps(rows)
+        content = text.encode()
+    (folder / name).write_bytes(content if seed % 2 else mutated_bytes(content, seed))
+    path = write_round(folder, trials=1)
+    text, _, rest = path.read_text().partition("data:\n")
+    data = f"data: {{train: [{{path: {name}, format: alpaca}}], eval_fraction: 0.5, max_length: 64}}\n"
+    path.write_text(text + data + rest[rest.index("max_train_steps") :])
+
+
+def ends(folder: Path, damage: Damage, seeds: range, *, verb: str = "check") -> Counter[int]:
+    """Count exit codes of a verb; any other end than a message is an error of this test."""
+    found = Counter[int]()
+    folder.mkdir()
     for seed in seeds:
-        path.write_bytes(mutated_round(texts[seed % 2], seed))
-        begun = time.process_time()
-        try:
-            load_round(path)
-            ends["read"] += 1
-        except TunerError:
-            ends["refused"] += 1
-        except Exception as error:
-            raise AssertionError(f"seed {seed}") from error
-        assert time.process_time() - begun < MOST_SECONDS, f"seed {seed}"
-    return ends
+        damage(folder, seed)
+        before, begun = _peak_anew(), time.process_time()
+        with written_elsewhere(folder) as elsewhere:
+            done = tuner("study", verb, "round1.yaml", directory=folder)
+        where = f"seed {seed}: {done.stderr[-2000:]}"
+        assert time.process_time() - begun < MOST_SECONDS, where
+        assert _memory("VmHWM") - before < MOST_BYTES, where
+        assert done.returncode in (0, 2), where
+        assert "Traceback" not in done.stderr, where
+        assert elsewhere == [], where
+        assert not (folder / "tuner.db").exists(), where
+        found[done.returncode] += 1
+    return found
 
 
-def read_data(directory: Path, seeds: range) -> dict[str, int]:
-    """The same of data files."""
-    tokenizer = tiny.byte_level(chat_template=tiny.CHATML)
-    ends = {"read": 0, "refused": 0}
-    for seed in seeds:
-        name, content = list(DATA.items())[seed % len(DATA)]
-        path = directory / name
-        path.write_bytes(mutated_bytes(content, seed))
-        begun = time.process_time()
-        try:
-            source = {"path": str(path), "format": "alpaca"}
-            tiny.prepared(tokenizer, train=[source], eval_fraction=0.5, max_length=64)
-            ends["read"] += 1
-        except TunerError:
-            ends["refused"] += 1
-        except Exception as error:
-            raise AssertionError(f"seed {seed}") from error
-        assert time.process_time() - begun < MOST_SECONDS, f"seed {seed}"
-    return ends
+def _memory(name: str) -> int:
+    """This process's memory now, or the most since `_peak_anew`; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+
+
+def _peak_anew() -> int:
+    peak = Path("/proc/self/clear_refs")
+    if peak.exists():
+        peak.write_text("5")
+    return _memory("VmRSS")
+
+
+_listening: list[tuple[Path, list[str]]] = []
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _listening or (event != "open" and event not in _CHANGES):
+        return
+    folder, found = _listening[-1]
+    if event == "open" and not arguments[2] & _WRITES:
+        return
+    for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
+        if isinstance(path, (str, bytes)):
+            whole = (folder / os.fsdecode(path)).resolve()
+            if not whole.is_relative_to(folder) and whole != Path(os.devnull):
+                found.append(f"{event} {whole}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def audited(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The libraries, which a command loads once, are not what a file costs."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_round(folder)
+    assert tuner("study", "check", "round1.yaml", directory=folder).returncode == 0
+    sys.addaudithook(_audit)
+
+
+@contextmanager
+def written_elsewhere(folder: Path) -> Iterator[list[str]]:
+    """What Python wrote, renamed or deleted outside of a folder within the block."""
+    found: list[str] = []
+    _listening.append((folder.resolve(), found))
+    yield found
+    _listening.pop()
+
+
+def test_what_is_written_elsewhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    with written_elsewhere(tmp_path / "study") as found:
+        (tmp_path / "study" / "within").write_text("")
+        assert found == []
+        (tmp_path / "outside").write_text("")
+    assert found == [f"open {tmp_path / 'outside'}"]
 
 
 def test_damaged_round_files(tmp_path: Path) -> None:
-    ends = read_rounds(tmp_path, range(160))
-    assert min(ends.values()) > 5
-    assert [path.name for path in tmp_path.iterdir()] == ["round1.yaml"]
+    assert min(ends(tmp_path / "study", damaged_round, range(140)).values()) > 5
 
 
 def test_damaged_data_files(tmp_path: Path) -> None:
-    ends = read_data(tmp_path, range(40))
-    assert min(ends.values()) > 3
-    assert {path.name for path in tmp_path.iterdir()} == set(DATA)
+    found = ends(tmp_path / "study", damaged_data, range(50))
+    assert min(found[0], found[2]) > 3
 
 
-@pytest.mark.parametrize("verb", ["check", "run"])
-def test_by_the_command_line(tmp_path: Path, verb: str) -> None:
-    """As a user meets it: exit code 2, one message, nothing beside the file."""
-    path = write_round(tmp_path)
-    text, refused = path.read_text(), 0
-    for seed in range(1000, 1012):
-        path.write_bytes(mutated_round(text, seed))
-        try:
-            load_round(path)
-        except TunerError:
-            done = tuner("study", verb, "round1.yaml", directory=tmp_path)
-            assert done.returncode == 2
-            assert "Traceback" not in done.stderr
-            assert [found.name for found in tmp_path.iterdir()] == ["round1.yaml"]
+def test_a_run_refuses_as_check_does(tmp_path: Path) -> None:
+    """Each of these is refused, or the whole round would run."""
+    refused = 0
+    for seed in range(1000, 1016):
+        if ends(tmp_path / f"check-{seed}", damaged_round, range(seed, seed + 1))[2]:
+            run = ends(tmp_path / f"run-{seed}", damaged_round, range(seed, seed + 1), verb="run")
+            assert run == {2: 1}
             refused += 1
-    assert refused > 5
+    assert refused > 9
 
 
 @pytest.mark.acceptance
-@pytest.mark.timeout(3600)
-def test_many(tmp_path: Path) -> None:
-    assert min(read_rounds(tmp_path, range(5000)).values()) > 5
-    assert min(read_data(tmp_path, range(500)).values()) > 5
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("first", range(0, 5000, 1000))
+def test_a_thousand_of_5000_damaged_round_files(tmp_path: Path, first: int) -> None:
+    found = ends(tmp_path / "study", damaged_round, range(first, first + 1000))
+    assert min(found[0], found[2]) > 50
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(1800)
+def test_500_damaged_data_files(tmp_path: Path) -> None:
+    found = ends(tmp_path / "study", damaged_data, range(500))
+    assert min(found[0], found[2]) > 50

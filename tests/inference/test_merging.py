@@ -130,7 +130,7 @@ def test_sums_are_rounded_once(models: tiny.Models, tmp_path: Path, dtype: str) 
         assert bool((difference <= exact.abs() * torch.finfo(wanted).eps * 0.51 + 1e-6).all())
 
 
-def test_a_gguf_base(tmp_path: Path) -> None:
+def test_a_gguf_base(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     (tmp_path / "base").mkdir()
     write_gguf(gguf, tmp_path / "base" / "model.gguf")
@@ -140,6 +140,9 @@ def test_a_gguf_base(tmp_path: Path) -> None:
     base = load_base(spec, device="cpu", max_length=8).model
     expected = logits(PeftModel.from_pretrained(base, str(tmp_path / "adapter")))
     assert float((logits(merged) - expected).abs().max()) < 1e-4
+    said = capfd.readouterr()
+    assert "it/s" not in said.out + said.err  # no progress bar: it would fill a log
+    assert "Converting" not in said.out + said.err
 
 
 def write_gguf(gguf: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.studies import ENVIRONMENT, installed, write_round
 from tuner.cli import run
 from tuner.config import RoundSpec, load_round, with_plug_ins
 from tuner.errors import InputError, RoundFileError
-from tuner.methods import plug_ins
+from tuner.methods import plug_ins, registry
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Integer, Number, OneOf
 from tuner.methods.plug_ins import PlugIn
@@ -211,6 +211,29 @@ def test_a_schedule_that_cannot_work_is_bad_input_and_leaves_nothing(
         assert run(["study", *verb[:1], "round1.yaml", *verb[1:]]) == 2
         assert message in capsys.readouterr().err
     assert [each.name for each in folder.iterdir() if each.name != "dry-run"] == ["round1.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("lambda values: 1 / 0", r"its config raised ZeroDivisionError: division by zero \(.*faulty_variant"),
+        ("lambda values: None", "its config returned None, expects a mapping"),
+    ],
+)
+def test_a_variant_that_cannot_work_is_bad_input_at_its_line(
+    site: Path, tmp_path: Path, config: str, message: str
+) -> None:
+    (site / "faulty_variant.py").write_text(
+        "from tuner.methods.variants import Variant\n"
+        f"WRONG = Variant(name='x', title='X', hyperparameters=(), config={config})\n"
+    )
+    path = write_round(tmp_path / "study")
+    path.write_text(path.read_text().replace("search:\n", "  variant: faulty_variant:WRONG\nsearch:\n"))
+    said = rf"^round1.yaml:\d+: hyperparameters.variant: variant .*: {message}"
+    sys.modules.pop("faulty_variant", None)
+    registry._found.cache_clear()
+    with pytest.raises(RoundFileError, match=said):
+        with_plug_ins(load_round(path))
 
 
 def test_check_says_what_it_did_not_check(site: Path, study: Path) -> None:

@@ -1,5 +1,6 @@
 """Names of a round file that lead outside of tuner: by path, and by an installed package's entry point."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,17 @@ class Late(optuna.samplers.RandomSampler):
 class Outside(optuna.samplers.RandomSampler):
     def sample_independent(self, study, trial, name, distribution):
         return 1e6
+
+
+class Half:
+    def __init__(self, followed):
+        pass
+
+    def begin(self, trial):
+        return frozenset()
+
+    def close(self):
+        pass
 
 
 class Unmade:
@@ -248,7 +260,9 @@ def test_a_sampler_that_cannot_be_made_is_bad_input_and_leaves_nothing(
     monkeypatch.chdir(study)
     for verb in (["run"], ["check", "--probe"]):
         assert run(["study", *verb, "round1.yaml"]) == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said
+        assert re.search(r"error: round1.yaml:\d+: search.sampler: ", said)
     assert sorted(p.name for p in study.iterdir()) == ["round1.yaml"]
 
 
@@ -292,11 +306,15 @@ def test_check_imports_no_sampler_tracker_metric_or_engine_and_lists_them(tmp_pa
         ('{report_to: ["no_such:Tracker"]}', "tracker no_such:Tracker: cannot be imported"),
         (
             '{report_to: ["optuna:__name__"]}',
-            "tracker optuna:__name__: expects a class or a function, got a str",
+            "round1.yaml:25: run.report_to: tracker optuna:__name__: expects a class or a function, got",
+        ),
+        (
+            '{report_to: ["faulty_other:Half"]}',
+            "run.report_to: tracker faulty_other:Half: Half has no method point or end",
         ),
         (
             '{engine: "faulty_other:Unmade"}',
-            "engine faulty_other:Unmade: cannot be created without arguments",
+            "round1.yaml:25: run.engine: engine faulty_other:Unmade: cannot be created without arguments",
         ),
     ],
 )

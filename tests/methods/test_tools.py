@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from tuner.commands.check import mistakes, remarks
+from tuner.commands.launch import Place, prepared
 from tuner.config import read_round
 from tuner.errors import InputError, RoundFileError
 from tuner.methods.registry import BUILT_IN
 from tuner.methods.tools import TrialSettings, known_names, options_of, tool
-from tuner.records import complete_hyperparameters
+from tuner.records import Assignment, complete_hyperparameters
 
 DPO = ["trl", "dpo", "--config", "${config}"]
 CONFIG = {
@@ -88,6 +89,157 @@ def test_a_trial_of_llamafactory_is_written_in_its_names(tmp_path: Path) -> None
     said = [f"{name}: {message}" for name, message in mistakes(spec, tmp_path)]
     assert any("lora_r: has no effect" in each for each in said)
     assert any("evaluates nothing" in each for each in said)
+
+
+AXOLOTL = {
+    "base_model": "base", "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True,
+    "datasets": [{"path": "rows", "type": "alpaca"}], "val_set_size": 0.1, "micro_batch_size": 2,
+    "sequence_len": 64, "evals_per_epoch": 4, "saves_per_epoch": 1, "num_epochs": 3, "batch_size": 9,
+    "early_stopping_patience": 3, "warmup_ratio": 0.1, "lr_scheduler": "cosine", "learning_rate": 1e-4,
+    "optimizer": "adamw_torch",
+}  # fmt: skip
+FACTORY = {
+    "model_name_or_path": "base", "dataset": "demo", "template": "default", "finetuning_type": "lora",
+    "stage": "sft", "val_size": 0.1, "num_train_epochs": 3.0, "lr_scheduler_type": "cosine",
+}  # fmt: skip
+NAMED = {
+    "learning_rate": 1e-4, "lora_r": 8, "lora_dropout": 0.1, "weight_decay": 0.01, "optimizer": "adamw",
+    "batch_size": 16, "warmup_steps": 3, "schedule": "linear", "decay_steps": 24,
+}  # fmt: skip
+
+
+def round_of_tool(
+    folder: Path, name: str, config: dict[str, Any], values: dict[str, Any], **more: Any
+) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "tool.yaml").write_text(yaml.safe_dump(config))
+    document = {
+        "study": "s", "round": "r", "max_train_steps": 60, "hyperparameters": values,
+        "command": {"run": ["python", "-m", name, "train", "${config}"], "tool": name, "config": "tool.yaml"},
+        "evaluation": {"every_steps": 6}, **more,
+    }  # fmt: skip
+    return read_round(yaml.safe_dump(document), folder / "r.yaml").spec.absolute(folder)
+
+
+def said_of(spec: Any, folder: Path) -> list[str]:
+    return [f"{name}: {message}" for name, message in mistakes(spec, folder)]
+
+
+def file_of_a_trial(spec: Any, folder: Path, *, resume: bool = False) -> Path:
+    """The configuration of one trial as its command reads it."""
+    assignment = Assignment(
+        round="r", trial=0, attempt=1, hyperparameters=complete_hyperparameters(spec.space(), {}),
+        max_train_steps=60, evaluate_every=6, directory=str(folder / "trial"),
+    )  # fmt: skip
+    place = Place(folder / f"attempt{resume:d}")
+    start = folder / "checkpoint-33" if resume else None
+    prepared(
+        spec.command, assignment, place, gpus=2, token="t", resume_from=start, evaluate_at_start=True
+    )  # fmt: skip
+    return place.folder / "tool.yaml"
+
+
+def test_a_trial_of_axolotl_is_written_in_its_names(tmp_path: Path) -> None:
+    spec = round_of_tool(
+        tmp_path, "axolotl", AXOLOTL,
+        {**NAMED, "target_modules": ["q_proj", "v_proj"], "use_dora": True, "extra": {"rl_beta": 0.1}},
+        run={"gpus_per_worker": 2},
+    )  # fmt: skip
+    assert said_of(spec, tmp_path) == []
+    made = yaml.safe_load(file_of_a_trial(spec, tmp_path, resume=True).read_text())
+    assert (made["lr_scheduler"], made["optimizer"], made["rl_beta"]) == (
+        "warmup_stable_decay",
+        "adamw_torch",
+        0.1,
+    )
+    assert made["lr_scheduler_kwargs"] == {
+        "num_stable_steps": 33, "num_decay_steps": 24, "decay_type": "linear",
+    }  # fmt: skip
+    assert made["gradient_accumulation_steps"] == 16 // (2 * 2)
+    assert made["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert (made["lora_target_linear"], made["peft_use_dora"]) == (False, True)
+    assert (made["max_steps"], made["eval_steps"], made["save_steps"]) == (60, 6, 6)
+    assert made["save_total_limit"] > 1000
+    assert made["resume_from_checkpoint"].endswith("checkpoint-33")
+    for name in (
+        "evals_per_epoch",
+        "saves_per_epoch",
+        "early_stopping_patience",
+        "warmup_ratio",
+        "batch_size",
+    ):
+        assert name not in made
+    assert set(made) <= known_names("axolotl", "all").names
+    whole = round_of_tool(tmp_path, "axolotl", AXOLOTL, {"target_modules": "all-linear"})
+    assert settings(whole, config=AXOLOTL)["lora_target_linear"] is True
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "said"),
+    [
+        ({"warmup_steps": 1}, {}, "warmup_steps: may not be 1"),
+        ({"warmup_steps": {"low": 0, "high": 4}}, {}, "warmup_steps: may not be 1"),
+        ({"lora_r": 8}, {"adapter": None}, "lora_r: has no effect without `adapter: lora`"),
+        ({}, {"val_set_size": 0}, "evaluates nothing"),
+        ({}, {"micro_batch": 2}, "micro_batch: is not a name of Axolotl"),
+        ({"extra": {"beta": 0.1}}, {}, "extra.beta: is not a name of Axolotl"),
+        ({"batch_size": 9}, {}, "9 is no multiple of 2, the sequences of one pass (micro_batch_size 2"),
+        ({}, {"cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio: changes the learning rate"),
+    ],
+)
+def test_what_cannot_work_with_axolotl(
+    tmp_path: Path, values: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    spec = round_of_tool(tmp_path, "axolotl", AXOLOTL | changes, values)
+    assert any(said in each for each in said_of(spec, tmp_path)), said_of(spec, tmp_path)
+
+
+def test_axolotl_reads_a_file_and_no_options(tmp_path: Path) -> None:
+    spec = round_of_tool(tmp_path, "axolotl", AXOLOTL, {})
+    command = spec.command.model_copy(update={"run": [*spec.command.run, "${args}", "--max-steps=9"]})
+    said = said_of(spec.model_copy(update={"command": command}), tmp_path)
+    assert any("Axolotl reads a file" in each for each in said)
+    assert any("sets --max_steps" in each for each in said)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine"}, {"schedule": "constant"}])
+def test_axolotls_own_parser_accepts_the_file(tmp_path: Path, changes: dict[str, Any], resume: bool) -> None:
+    schemas = pytest.importorskip("axolotl.utils.schemas.config", reason="Axolotl is not on the path")
+    values = {
+        name: value for name, value in (NAMED | changes).items() if changes == {} or name != "decay_steps"
+    }
+    spec = round_of_tool(tmp_path, "axolotl", AXOLOTL, {**values, "target_modules": "all-linear"})
+    written = yaml.safe_load(file_of_a_trial(spec, tmp_path, resume=resume).read_text())
+    read = schemas.AxolotlInputConfig(**written).model_dump()
+    for name, value in written.items():
+        if name != "datasets":
+            assert read[name] == value, name
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine"}, {"schedule": "constant"}])
+def test_llamafactorys_own_parser_accepts_the_file(
+    tmp_path: Path, changes: dict[str, Any], resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
+    parser = pytest.importorskip("llamafactory.hparams", reason="LLaMA-Factory is not on the path")
+    values = {
+        name: value for name, value in (NAMED | changes).items() if changes == {} or name != "decay_steps"
+    }
+    spec = round_of_tool(tmp_path, "llamafactory", FACTORY, {**values, "extra": {"pref_beta": 0.2}})
+    path = file_of_a_trial(spec, tmp_path, resume=resume)
+    written = yaml.safe_load(path.read_text())
+    if resume:
+        (tmp_path / "checkpoint-33").mkdir()
+    _, _, training, finetuning, _ = parser.get_train_args(written)
+    assert (training.max_steps, training.eval_steps, training.save_steps) == (60, 6, 6)
+    assert training.lr_scheduler_type == written["lr_scheduler_type"]
+    assert (training.lr_scheduler_kwargs or None) == written["lr_scheduler_kwargs"]
+    assert (finetuning.lora_rank, finetuning.pref_beta) == (8, 0.2)
+    assert training.resume_from_checkpoint == written.get("resume_from_checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -176,4 +328,4 @@ def test_the_lists_of_names_are_dated_and_as_the_installed_version_has_them() ->
     assert known.date.startswith("20")
     assert {"beta", "learning_rate", "use_peft"} <= known.names
     document = json.loads((Path(__file__).parents[2] / "tuner/methods/tools/known_names.json").read_text())
-    assert set(document) == {"trl", "llamafactory"}
+    assert set(document) == {"axolotl", "trl", "llamafactory"}

@@ -8,11 +8,12 @@ from scipy import stats
 
 from tuner.playbook.noise import (
     difference_error,
+    loss_error,
     majority_probability,
     paired_standard_error,
     residual_spread,
 )
-from tuner.records import Evaluation
+from tuner.records import Direction, Evaluation, Objective
 
 
 def evaluation(step: int, nll: np.ndarray, tokens: np.ndarray) -> Evaluation:
@@ -110,6 +111,23 @@ def test_residual_spread_is_over_six_evaluations_where_there_are_as_many():
 def test_difference_error_falls_back_on_the_spread():
     curve = [Evaluation(i, loss) for i, loss in enumerate([3.0, 1.0, 2.0, 5.0])]
     assert difference_error(curve, curve[0], curve[1]) == residual_spread(curve)
+
+
+def test_a_short_curve_has_the_errors_that_a_command_reported():
+    curve = [Evaluation(i, 2.0 - i / 10, metrics={"eval_loss_se": 0.03 + i / 100}) for i in range(3)]
+    assert difference_error(curve, curve[0], curve[1]) == pytest.approx(math.hypot(0.03, 0.04))
+    assert loss_error(curve[1]) == 0.04
+    longer = [*curve, Evaluation(3, 1.9, metrics={"eval_loss_se": 0.05})]
+    assert difference_error(longer, longer[0], longer[1]) == residual_spread(longer)
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        broken = Evaluation(1, 1.0, metrics={"eval_loss_se": wrong})
+        assert loss_error(broken) is None
+        assert difference_error(curve, curve[0], broken) is None
+    accuracy = Objective("accuracy", Direction.MAXIMIZE)
+    by_accuracy = [
+        Evaluation(i, 1.0, metrics={"accuracy": 0.5, "accuracy_se": 0.1}, objective=accuracy) for i in (1, 2)
+    ]
+    assert difference_error(by_accuracy, *by_accuracy) == pytest.approx(math.hypot(0.1, 0.1))
 
 
 @pytest.mark.parametrize(("count", "threshold"), [(5, 4), (8, 6), (10, 8), (20, 13)])

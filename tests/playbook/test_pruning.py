@@ -33,6 +33,8 @@ def test_the_median_is_of_complete_trials_at_the_same_step():
     assert decide(trial(9, [3.0, 1.2]), MEDIAN_OF_ONE_TO_FIVE, "median") is None
     reason = decide(trial(9, [3.0, 1.21]), MEDIAN_OF_ONE_TO_FIVE, "median")
     assert reason == "its best loss up to step 4, 1.2100, is above the median of 5 trials, 1.2000"
+    reason = decide(trial(9, [3.0, 1.200004]), MEDIAN_OF_ONE_TO_FIVE, "median")
+    assert reason == "its best loss up to step 4, 1.200004, is above the median of 5 trials, 1.200000"
     assert decide(trial(9, [3.0, 1.0, 1.5]), MEDIAN_OF_ONE_TO_FIVE, "median") is None
     assert decide(trial(9, [3.0, 2.0]), MEDIAN_OF_ONE_TO_FIVE[1:], "median") is None
     late = [

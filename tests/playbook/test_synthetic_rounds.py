@@ -61,7 +61,7 @@ def test_readings_of_what_newcomers_bring(kind):
     check_class({kind: measured_class(kind, 60, seed=1)}, kind)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_readings_by_class_are_those_of_the_page():
     found = measured(PAGE_ROUNDS, PAGE_EASY_ROUNDS, PAGE_SEED)
     check_together(found)

@@ -4,7 +4,11 @@ import dataclasses
 import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from tuner.records import Continuation, TrialState, added_up
 from tuner.report import (
@@ -17,7 +21,7 @@ from tuner.report import (
     trial_page,
     trials_table,
 )
-from tuner.report.terminal import FittedTable, column, fitting
+from tuner.report.terminal import Column, FittedTable, column, fitting
 
 from . import synthetic
 
@@ -53,6 +57,55 @@ class TestFitting:
             ["that"],
             ["wrap"],
         ]
+
+
+_CELLS = st.one_of(
+    st.text("ab1é好\n\t\a ", max_size=6),
+    st.builds(Text, st.text("ab好\n ", max_size=5), style=st.sampled_from(["", "green", "bold red"])),
+)
+
+
+@st.composite
+def _tables(draw: st.DrawFn) -> tuple[list[Column], list[str]]:
+    num_rows = draw(st.integers(0, 4))
+    cells = st.lists(_CELLS, min_size=num_rows, max_size=num_rows)
+    columns = [
+        Column(draw(st.text("ab_ ", max_size=6)), tuple(draw(cells)), rank, draw(st.booleans()), width)
+        for rank, width in enumerate(draw(st.lists(st.sampled_from([None, 2, 5]), min_size=1, max_size=4)))
+    ]
+    return columns, draw(st.lists(st.sampled_from(["", "bold"]), min_size=num_rows, max_size=num_rows))
+
+
+@given(_tables(), st.integers(8, 60))
+def test_lines_that_need_no_wrapping_are_those_of_richs_table(
+    made: tuple[list[Column], list[str]], width: int
+) -> None:
+    columns, styles = made
+    expected = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for each in fitting(columns, width):
+        expected.add_column(
+            Text(each.name),
+            justify="right" if each.is_number else "left",
+            no_wrap=each.min_width is None,
+        )
+    rows = list(zip(*(each.cells for each in fitting(columns, width)), strict=True))
+    for cells, style in zip(rows, styles, strict=True):
+        expected.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
+    for colour in (False, True):
+        assert visible(FittedTable(columns, row_styles=styles), width, colour) == visible(
+            expected, width, colour
+        )
+
+
+def visible(table: RenderableType, width: int, colour: bool) -> list[tuple[str, str]]:
+    """Return each character with its style, as far as it can be seen."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor")
+    found = [
+        (character, "" if character.isspace() else str(segment.style or ""))
+        for segment in console.render(table)
+        for character in segment.text
+    ]
+    return [(character, "" if style == "none" else style) for character, style in found]
 
 
 class TestStatus:

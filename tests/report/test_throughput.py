@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.records import Throughput, added_up
+from tuner.records.throughput import by_node
 from tuner.report import format
 
 from . import synthetic
@@ -39,6 +42,20 @@ def test_a_worker_that_only_evaluated_has_no_rates() -> None:
 @pytest.mark.parametrize(("tokens", "text"), [(12, "1.2"), (4_567, "457"), (45_670, "4,567"), (0, "0")])
 def test_rates_have_the_digits_that_count(tokens: int, text: str) -> None:
     assert format.throughput_rows(Throughput("a", 10.0, tokens=tokens))[0][1] == text
+
+
+def test_of_a_cluster_each_node_has_a_line() -> None:
+    """By the name that the parent puts before a worker's session."""
+    first, second = synthetic.WORK
+    parts = [replace(first, session="gpu-1/1-1"), replace(second, session="gpu-2/2-1"), synthetic.WORK[0]]
+    nodes = by_node(parts)
+    assert list(nodes) == ["gpu-1", "gpu-2"]
+    rows = format.throughput_rows(added_up(parts), nodes)
+    assert rows[-2:] == [
+        ("tokens/s on gpu-1", "3,000", "of a worker there; 33% of all updates"),
+        ("tokens/s on gpu-2", "3,000", "of a worker there; 33% of all updates"),
+    ]
+    assert by_node(synthetic.WORK) == {}
 
 
 seconds = st.floats(0, 1e6)

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
+import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from tests.store import processes
-from tuner.errors import StorageError
+from tuner.errors import StorageError, StudyTaken
 from tuner.store import hold_study, is_held, open_store
+from tuner.store.lock import _holder_here, is_dead
 
 
 @pytest.fixture
@@ -97,9 +102,89 @@ def test_a_kill_lets_go(url: str, tmp_path: Path, start: Callable[..., subproces
     process = start("hold", tmp_path, url)
     os.kill(said(process), signal.SIGKILL)
     process.wait()
-    assert becomes_free(tmp_path, url)
-    with hold_study(tmp_path, url, "study"):
+    with hold_study(tmp_path, url, "study"):  # at once: the next command need not wait
         assert is_held(tmp_path, url, "study")
+
+
+class Tunnel:
+    """Carries a server's socket to another place, and keeps its connections open when a client is gone."""
+
+    def __init__(self, server: Path, place: Path) -> None:
+        self._server, self._kept = server, []
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(place))
+        self._listening.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                there = socket.socket(socket.AF_UNIX)
+                there.connect(str(self._server))
+                self._kept += [here, there]
+                for source, target in ((here, there), (there, here)):
+                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(65536):
+                target.sendall(content)
+
+    def close(self) -> None:
+        for each in (self._listening, *self._kept):
+            each.close()
+
+
+def test_a_kill_lets_go_although_a_tunnel_keeps_the_connection(
+    postgres_url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    url = make_url(postgres_url)
+    place = Path(tempfile.mkdtemp(prefix="tunnel-")) / ".s.PGSQL.5432"
+    tunnel = Tunnel(Path(str(url.query["host"])) / ".s.PGSQL.5432", place)
+    try:
+        through = url.update_query_dict({"host": str(place.parent)}).render_as_string(hide_password=False)
+        process = start("hold", tmp_path, through)
+        holder = said(process)
+        with pytest.raises(StorageError, match=rf"is being run by process {holder} on \S+; wait"):
+            hold_study(tmp_path, postgres_url, "study").__enter__()
+        os.kill(holder, signal.SIGKILL)
+        process.wait()
+        assert is_held(tmp_path, postgres_url, "study")  # as far as the server knows
+        with hold_study(tmp_path, postgres_url, "study") as hold:
+            assert not hold.is_lost
+    finally:
+        tunnel.close()
+        shutil.rmtree(place.parent)
+
+
+def test_a_holder_is_dead_only_if_it_ran_here_and_is_gone() -> None:
+    me = _holder_here()
+    assert len(me) <= 63
+    assert not is_dead(me)
+    started = me.rpartition(".")[2]
+    assert is_dead(me.removesuffix(started) + f"{int(started, 16) + 1:x}")  # its number is another process's
+    head, machine = me.rsplit(" ", 1)
+    other = f"{int(machine[:8], 16) ^ 1:08x}{machine[8:]}0"
+    assert not is_dead(f"{head} {other}")
+    assert not is_dead(head)
+    assert not is_dead("psql")
+
+
+def test_a_lock_whose_file_was_deleted_is_known_to_be_lost(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/tuner.db"
+    with hold_study(tmp_path, url, "study") as first:
+        assert not first.is_lost
+        (tmp_path / "tuner.db.lock").unlink()
+        assert first.is_lost
+        with hold_study(tmp_path, url, "study"):
+            with pytest.raises(StudyTaken, match=f"process {os.getpid()}"):
+                first.renew()
+            assert is_held(tmp_path, url, "study")
+        first.renew()
+        assert not first.is_lost
+        assert is_held(tmp_path, url, "study")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_forked_child_does_not_hold_it(

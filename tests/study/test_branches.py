@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from tests.studies import formula, history, round_file
-from tests.study.rehearsal import Crash, DyingStore, Fuse, rehearse, rounds, trials
+from tests.study.simulation import Crash, DyingStore, Fuse, rounds, simulate, trials
 from tuner.engines import SimulatedWorker, Worker
 from tuner.playbook import read_round
 from tuner.playbook.gain import GainSource
@@ -56,7 +56,7 @@ ENDS = {(trial, horizon) for trial in range(3) for horizon in (4, 6)}
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("study")
-    rehearse(directory, **CHANGES)
+    simulate(directory, **CHANGES)
     return directory
 
 
@@ -440,7 +440,7 @@ COSINE = {"schedule": "cosine", "decay_steps": 0, "storage": "sqlite:///tuner.db
 @pytest.fixture(scope="module")
 def cosine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cosine")
-    rehearse(directory, **{**CHANGES, **COSINE})
+    simulate(directory, **{**CHANGES, **COSINE})
     return directory
 
 

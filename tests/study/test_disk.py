@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.studies import formula, round_file, silent_view
-from tests.study.rehearsal import trials
+from tests.study.simulation import trials
 from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, Interrupted, RoundStopped, StorageError
 from tuner.records import Attempt, Checkpoint, CheckpointKind, Ready, Trial, TrialState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.report import synthetic
-from tuner.study.importance import MIN_TRIALS, importance
+from tuner.study.dashboard import MIN_TRIALS, importance
 
 
 def test_the_hyperparameter_that_decides_comes_first() -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.studies import formula, silent_view
-from tests.study.rehearsal import Crash, Fuse, rehearse, rounds, trials
+from tests.study.simulation import Crash, Fuse, rounds, simulate, trials
 from tuner.engines import SimulatedWorker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.schedule import evaluation_steps
@@ -78,7 +78,7 @@ def check_consistent(directory: Path, *, promised: int) -> None:
 
 
 def test_a_round_runs_to_its_end(tmp_path: Path) -> None:
-    rehearse(tmp_path, trials=6)
+    simulate(tmp_path, trials=6)
     check_consistent(tmp_path, promised=6)
     assert {"complete", "infeasible"} == set(states(tmp_path))
     infeasible = [t for t in trials(tmp_path) if t.state == TrialState.INFEASIBLE]
@@ -86,16 +86,16 @@ def test_a_round_runs_to_its_end(tmp_path: Path) -> None:
 
 
 def test_running_a_complete_round_again_changes_nothing(tmp_path: Path) -> None:
-    rehearse(tmp_path)
+    simulate(tmp_path)
     before = trials(tmp_path)
-    rehearse(tmp_path)
+    simulate(tmp_path)
     assert repr(trials(tmp_path)) == repr(before)
 
 
 def test_raising_the_number_of_trials_reopens_a_round(tmp_path: Path) -> None:
-    rehearse(tmp_path, trials=3)
+    simulate(tmp_path, trials=3)
     first = trials(tmp_path)
-    rehearse(tmp_path, trials=5)
+    simulate(tmp_path, trials=5)
     assert repr(trials(tmp_path)[:3]) == repr(first)
     check_consistent(tmp_path, promised=5)
 
@@ -118,25 +118,25 @@ def test_a_round_is_complete_when_its_space_is_exhausted(
     tmp_path: Path, changes: dict[str, Any], tried: set[int] | None, sampler: str
 ) -> None:
     changes = {"learning_rate": ONE_RATE, "sampler": sampler, **changes}
-    rehearse(tmp_path, **changes)
+    simulate(tmp_path, **changes)
     ranks = [trial.hyperparameters["lora_r"] for trial in trials(tmp_path, **changes)]
     assert len(ranks) == len(set(ranks)) == (len(tried) if tried else 2)
     assert set(ranks) == (tried or set(ranks))
-    rehearse(tmp_path, **changes)
+    simulate(tmp_path, **changes)
     assert len(trials(tmp_path, **changes)) == len(ranks)
 
 
 def test_infeasible_points_of_an_exhausted_space_are_results(tmp_path: Path) -> None:
     changes = {"learning_rate": "[3e-3, 9e-2]", "lora_r": "4", "trials": 5}
-    rehearse(tmp_path, **changes)
+    simulate(tmp_path, **changes)
     assert sorted(states(tmp_path)) == ["complete", "infeasible"]
 
 
 def test_more_trials_of_an_exhausted_space_are_none(tmp_path: Path) -> None:
     changes = {"learning_rate": ONE_RATE, "lora_r": "[4, 8]"}
-    rehearse(tmp_path, trials=2, **changes)
+    simulate(tmp_path, trials=2, **changes)
     before = trials(tmp_path, trials=2, **changes)
-    rehearse(tmp_path, trials=7, **changes)
+    simulate(tmp_path, trials=7, **changes)
     assert repr(trials(tmp_path, trials=7, **changes)) == repr(before)
 
 
@@ -144,10 +144,10 @@ def test_more_trials_of_an_exhausted_space_are_none(tmp_path: Path) -> None:
 def test_a_finite_round_that_dies_at_every_seam_repeats_no_point(tmp_path: Path, sampler: str) -> None:
     changes = {"learning_rate": "[1e-3, 3e-3]", "lora_r": "[4, 8]", "trials": 9, "sampler": sampler}
     changes["enqueue"] = "[{lora_r: 8}, {learning_rate: 1e-3, lora_r: 4}]"
-    rehearse(tmp_path / "undisturbed", **changes)
+    simulate(tmp_path / "undisturbed", **changes)
     for seam in itertools.count(1, 7):
         try:
-            rehearse(tmp_path / "disturbed", fuse=seam, **changes)
+            simulate(tmp_path / "disturbed", fuse=seam, **changes)
         except Crash:
             assert seam < 900, "the round makes no headway"
             continue
@@ -163,13 +163,13 @@ def test_a_finite_round_that_dies_at_every_seam_repeats_no_point(tmp_path: Path,
 
 def test_dying_at_every_seam_in_turn(tmp_path: Path) -> None:
     """One process for each seam of a whole round, each killed one seam further on."""
-    undisturbed = rehearse(tmp_path / "undisturbed", trials=2).passed
+    undisturbed = simulate(tmp_path / "undisturbed", trials=2).passed
     assert {"after ask", "before tell"} <= set(undisturbed)
     assert len(undisturbed) > 30
     directory = tmp_path / "disturbed"
     for seam in itertools.count(1):
         try:
-            rehearse(directory, fuse=seam, trials=2)
+            simulate(directory, fuse=seam, trials=2)
         except Crash:
             assert seam < 500, "the round makes no headway"
             continue
@@ -188,20 +188,20 @@ def test_dying_anywhere_any_number_of_times(
     directory = tmp_path_factory.mktemp("round")
     for fuse in fuses:
         try:
-            rehearse(directory, fuse=fuse, make_worker=lambda: SimulatedWorker(formula, slots=slots))
+            simulate(directory, fuse=fuse, make_worker=lambda: SimulatedWorker(formula, slots=slots))
         except Crash:
             continue
-    rehearse(directory, make_worker=lambda: SimulatedWorker(formula, slots=slots))
+    simulate(directory, make_worker=lambda: SimulatedWorker(formula, slots=slots))
     check_consistent(directory, promised=3)
 
 
 def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     asked: Iterator[bool] = itertools.chain([False] * 3, itertools.repeat(True))
     with pytest.raises(Interrupted):
-        rehearse(tmp_path, stopping=lambda: next(asked))
+        simulate(tmp_path, stopping=lambda: next(asked))
     assert set(states(tmp_path)) <= {"waiting", "complete", "infeasible"}
     assert "waiting" in states(tmp_path)
-    rehearse(tmp_path)
+    simulate(tmp_path)
     check_consistent(tmp_path, promised=3)
 
 
@@ -234,13 +234,13 @@ def test_the_view_is_told_the_last_facts_too(tmp_path: Path) -> None:
     asked = itertools.chain([False] * 3, itertools.repeat(True))
     stopped, whole, again = Listener(), Listener(), Listener()
     with pytest.raises(Interrupted):
-        rehearse(tmp_path, stopping=lambda: next(asked), view=stopped)
+        simulate(tmp_path, stopping=lambda: next(asked), view=stopped)
     # As text, since one NaN is not equal to another.
     assert repr(stopped.told) == repr(trials(tmp_path))
     assert any(trial.evaluations for trial in stopped.told)
-    rehearse(tmp_path, view=whole)
+    simulate(tmp_path, view=whole)
     assert repr(whole.told) == repr(trials(tmp_path)) != repr(stopped.told)
-    rehearse(tmp_path, view=again)
+    simulate(tmp_path, view=again)
     assert repr(again.told) == repr(whole.told)
 
 
@@ -268,7 +268,7 @@ class MortalWorker(SimulatedWorker):
 
 def test_a_worker_that_dies_is_tried_again(tmp_path: Path) -> None:
     deaths = {1: MAX_ATTEMPTS - 1}
-    rehearse(tmp_path, make_worker=lambda: MortalWorker(deaths))
+    simulate(tmp_path, make_worker=lambda: MortalWorker(deaths))
     check_consistent(tmp_path, promised=3)
     assert [len(trial.attempts) for trial in trials(tmp_path)] == [1, MAX_ATTEMPTS, 1]
     assert trials(tmp_path)[1].attempts[0].outcome == "died"
@@ -276,7 +276,7 @@ def test_a_worker_that_dies_is_tried_again(tmp_path: Path) -> None:
 
 def test_a_failed_trial_is_replaced_by_one_with_the_same_hyperparameters(tmp_path: Path) -> None:
     deaths = {1: MAX_ATTEMPTS}
-    rehearse(tmp_path, make_worker=lambda: MortalWorker(deaths))
+    simulate(tmp_path, make_worker=lambda: MortalWorker(deaths))
     check_consistent(tmp_path, promised=3)
     found = trials(tmp_path)
     assert [t.state for t in found].count(TrialState.FAILED) == 1
@@ -289,12 +289,12 @@ def test_a_failed_trial_is_replaced_by_one_with_the_same_hyperparameters(tmp_pat
 
 def test_a_repetition_that_fails_too_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"trial 1.*cosmic ray"):
-        rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99, 1: 99}))
+        simulate(tmp_path, make_worker=lambda: MortalWorker({0: 99, 1: 99}))
 
 
 def test_workers_that_are_never_ready_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="before they could start"):
-        rehearse(tmp_path, make_worker=lambda: MortalWorker({0: 99}, is_ready=False))
+        simulate(tmp_path, make_worker=lambda: MortalWorker({0: 99}, is_ready=False))
 
 
 def test_input_that_cannot_be_used_any_more_ends_the_run_at_once(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_input_that_cannot_be_used_any_more_ends_the_run_at_once(tmp_path: Path)
             self._said = [Died("model.path: cannot load", is_input_error=True)]
 
     with pytest.raises(RoundStopped, match="cannot load"):
-        rehearse(tmp_path, make_worker=lambda: Refusing(formula, slots=1))
+        simulate(tmp_path, make_worker=lambda: Refusing(formula, slots=1))
 
 
 class Answering(SimulatedWorker):
@@ -320,7 +320,7 @@ class Answering(SimulatedWorker):
 def test_answers_are_recorded_before_the_end_is_and_optuna_is_told_them(tmp_path: Path) -> None:
     """As facts, by which the round's trials are ranked."""
     answers = ", answers: {objective: true}"
-    fuse = rehearse(tmp_path, make_worker=lambda: Answering(formula, slots=1), evaluation=answers)
+    fuse = simulate(tmp_path, make_worker=lambda: Answering(formula, slots=1), evaluation=answers)
     seams = [seam.partition(" record ")[2] for seam in fuse.passed if seam.startswith("after record")]
     assert "TrialEnded" in seams[1 + seams.index("Answered")]
     complete = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
@@ -351,7 +351,7 @@ def test_a_metric_that_was_edited_between_two_trials_is_said_once(tmp_path: Path
     view.message = said.append
     answers = ", answers: {metric: own.py:score}"
     for promised, worker in ((2, Scores), (5, ScoresOtherwise)):
-        rehearse(
+        simulate(
             tmp_path,
             trials=promised,
             evaluation=answers,
@@ -380,11 +380,11 @@ def test_what_workers_measure_is_added_up_over_their_sessions(tmp_path: Path) ->
     class MeasuresAgain(Measures):
         session = "second"
 
-    rehearse(tmp_path, trials=1, make_worker=lambda: Measures(formula, slots=1))
+    simulate(tmp_path, trials=1, make_worker=lambda: Measures(formula, slots=1))
     (first,) = rounds(tmp_path)[0].throughputs
     evaluations = len(trials(tmp_path)[0].evaluations)
     assert first == Throughput("first", 2.0, tokens=10 * evaluations, peak_memory_bytes=70)
-    rehearse(tmp_path, trials=2, make_worker=lambda: MeasuresAgain(formula, slots=1))
+    simulate(tmp_path, trials=2, make_worker=lambda: MeasuresAgain(formula, slots=1))
     whole = rounds(tmp_path)[0].throughput
     assert whole is not None
     assert (whole.training_seconds, whole.peak_memory_bytes) == (4.0, 70)
@@ -414,7 +414,7 @@ def test_steps_run_are_counted_over_attempts(tmp_path: Path) -> None:
                 return [*said, Died("half way", held)]
             return said
 
-    rehearse(tmp_path, trials=1, make_worker=lambda: DiesHalfWay(formula, slots=1))
+    simulate(tmp_path, trials=1, make_worker=lambda: DiesHalfWay(formula, slots=1))
     (trial,) = trials(tmp_path)
     assert trial.executed_steps == 4 + 4
     assert [attempt.outcome for attempt in trial.attempts] == ["died", "complete"]
@@ -458,7 +458,7 @@ def test_started_and_ready_are_no_facts(tmp_path: Path) -> None:
             if isinstance(event, Started):
                 super()._say(event)
 
-    rehearse(tmp_path, trials=1, make_worker=lambda: Stutters(formula, slots=1))
+    simulate(tmp_path, trials=1, make_worker=lambda: Stutters(formula, slots=1))
     assert len(trials(tmp_path)[0].attempts) == 1
 
 
@@ -471,7 +471,7 @@ RATES = "[3e-3, 2e-2, 1e-4, 4e-3, 1e-3, 1e-2, 2e-4]"
 def pruned_round(directory: Path, pruner: str, **more: Any) -> Fuse:
     written = {"learning_rate": RATES, "lora_r": 2, "sampler": "grid", "run": f"run: {{pruner: {pruner}}}\n"}
     alone = {"make_worker": lambda: SimulatedWorker(formula, slots=1)}
-    return rehearse(directory, **{"trials": 7, **alone, **written, **more})
+    return simulate(directory, **{"trials": 7, **alone, **written, **more})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.console import Console
 from sqlalchemy import text
 
 from tests.studies import formula
-from tests.study.rehearsal import rehearse, trials
+from tests.study.simulation import simulate, trials
 from tuner.engines import SimulatedWorker
 from tuner.records import Assignment, Trial, TrialState
 from tuner.report import View, open_view
@@ -119,7 +119,7 @@ def told(storage: optuna.storages.RDBStorage, name: str = NAME) -> list[tuple[in
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Trial, ...], list[Any]]:
     directory = tmp_path_factory.mktemp("undisturbed")
-    rehearse(directory, **CHANGES)
+    simulate(directory, **CHANGES)
     return trials(directory, **CHANGES), told(optuna_storage(f"sqlite:///{directory}/tuner.db"))
 
 
@@ -130,7 +130,7 @@ def test_while_a_round_runs(
 ) -> None:
     storage = optuna_storage(f"sqlite:///{tmp_path}/tuner.db")
     view, stream = said()
-    rehearse(
+    simulate(
         tmp_path, make_worker=lambda: Meddled(storage, MEDDLING[name], after=after), view=view, **CHANGES
     )
     assert_as_undisturbed(tmp_path, undisturbed)
@@ -141,23 +141,23 @@ def test_while_a_round_runs(
 @pytest.mark.parametrize("name", [name for name in MEDDLING if "running" not in name])
 def test_after_a_round(tmp_path: Path, undisturbed: tuple[tuple[Trial, ...], list[Any]], name: str) -> None:
     """The same command that would report on the round finds and mends it, once."""
-    rehearse(tmp_path, **CHANGES)
+    simulate(tmp_path, **CHANGES)
     storage = optuna_storage(f"sqlite:///{tmp_path}/tuner.db")
     MEDDLING[name](storage)
     storage.remove_session()
     view, stream = said()
-    rehearse(tmp_path, view=view, **CHANGES)
+    simulate(tmp_path, view=view, **CHANGES)
     assert "made anew from tuner's facts" in stream.getvalue()
     assert_as_undisturbed(tmp_path, undisturbed)
     view, stream = said()
-    rehearse(tmp_path, view=view, **CHANGES)
+    simulate(tmp_path, view=view, **CHANGES)
     assert "made anew" not in stream.getvalue()
 
 
 def test_what_was_told_elsewhere_is_said_and_kept_aside(tmp_path: Path) -> None:
     storage = optuna_storage(f"sqlite:///{tmp_path}/tuner.db")
     view, stream = said()
-    rehearse(
+    simulate(
         tmp_path, make_worker=lambda: Meddled(storage, tell_a_running_one, after=2), view=view, **CHANGES
     )
     assert "was ended as complete with 0.001, and it has not ended" in stream.getvalue()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.studies import formula, silent_view
-from tests.study.rehearsal import rehearse, trials
+from tests.study.simulation import simulate, trials
 from tuner.engines import SimulatedWorker
 from tuner.errors import InputError, Interrupted
 from tuner.playbook.reproduction import Agreement, Reproduction
@@ -28,7 +28,7 @@ READY = Ready(1, "simulated", workload="same")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trials of eight steps, evaluated at every second one; trial 2 is infeasible at step 2."""
     directory = tmp_path_factory.mktemp("study")
-    rehearse(directory)
+    simulate(directory)
     return directory
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import bitsandbytes.optim.optimizer as bitsandbytes_optimizer
 import pytest
@@ -10,6 +11,7 @@ from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.operators import operators_of
@@ -167,6 +169,12 @@ class _Counts(torch.optim.SGD):
                 self.state[parameter]["decay"] = 0.5
 
 
+class _Says(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["phase"] = "late"
+
+
 def _raises(groups, values):
     raise RuntimeError("needs a GPU of another kind")
 
@@ -179,6 +187,7 @@ FAULTY = {
     ),
     "raises": (_raises, r"raised RuntimeError: needs a GPU of another kind \(.*test_optimizer.py:\d+\)"),
     "fraction": (lambda groups, values: _Counts(groups), "its state has decay = 0.5; checkpoints keep"),
+    "word": (lambda groups, values: _Says(groups), "an update sets phase = 'late'; checkpoints keep"),
 }
 
 
@@ -196,6 +205,65 @@ def test_a_custom_optimizer_that_cannot_work_is_named_before_any_trial(
     registry._found.cache_clear()
     with pytest.raises(InputError, match=f"^optimizer {path}: .*{message}"):
         refuse_bad_optimizer(tiny.hyperparameters(optimizer=path), device=CPU)
+
+
+class _Estimates(torch.optim.Optimizer):
+    """SGD whose rate it finds itself, and which keeps what it found in its groups, as Prodigy does."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"d": 0.1, "grows": True, "k": 0})
+        for group in self.param_groups:
+            group["seen"] = torch.zeros(2)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            size = sum(float(weight.grad.abs().sum()) for weight in group["params"])
+            group["d_numerator"] = group.get("d_numerator", 0.0) + size
+            if group["grows"]:
+                group["d"] = group["d"] + 0.3 * group["d_numerator"] / (1 + group["k"])
+            group["grows"] = not group["grows"]
+            group["k"] += 1
+            group["seen"][group["k"] % 2] += size
+            for weight in group["params"]:
+                weight.sub_(weight.grad, alpha=group["lr"] * (group["d"] + float(group["seen"].sum())))
+
+
+ESTIMATES = Optimizer(
+    name="estimates",
+    hyperparameters=(),
+    state_bytes=0,
+    build=lambda groups, values: _Estimates(groups),
+    is_elementwise=True,
+)
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2, 3])
+def test_what_an_optimizer_keeps_in_its_groups_is_resumed(updates: int, tmp_path: Path) -> None:
+    trial = tiny.hyperparameters(optimizer=f"{__name__}:ESTIMATES")
+    refuse_bad_optimizer(trial, device=CPU)
+    one = TrialOptimizer(START, trial, device=CPU)
+    for value in (0.5, -0.2, 0.7)[:updates]:
+        fill(one, value)
+        step(one, 0.5)
+    save_file(one.state(), tmp_path / "optimizer.safetensors")
+    other = TrialOptimizer(one.weights, trial, device=CPU)
+    other.load_state(load_file(tmp_path / "optimizer.safetensors"))
+    for optimizer in (one, other):
+        for value in (-0.4, 0.9, 0.3):
+            fill(optimizer, value)
+            step(optimizer)
+    assert torch.equal(flat(one), flat(other))
+    assert all(torch.equal(one.state()[key], value) for key, value in other.state().items())
+    assert one.state().keys() == other.state().keys()
+
+
+@pytest.mark.parametrize("kind", registry.BUILT_IN["optimizer"])
+def test_tuners_own_keep_nothing_in_their_groups(kind: str) -> None:
+    optimizer = made(optimizer=kind)
+    fill(optimizer, 0.5)
+    step(optimizer, 0.5)
+    assert not [name for name in optimizer.state() if name.startswith("group")]
 
 
 @pytest.mark.parametrize("name", registry.BUILT_IN["optimizer"])

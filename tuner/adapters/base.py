@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
@@ -158,8 +164,23 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
 
 def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
     """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does."""
+    with _without_bars():
+        return _loaded(model, device=torch.device(device), max_length=max_length)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep progress bars out of logs; that of a GGUF file asks nobody."""
     disable_progress_bar()
-    device = torch.device(device)
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = shown
+
+
+def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTrainedModel:
     config = load_config(model, max_length=max_length)
     dtype, quantization = DTYPES[model.dtype], _quantization(model)
     try:

@@ -6,11 +6,15 @@ import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.api.probe import probed_worker, run_probe
+from tuner.api.run import Where
 from tuner.commands.check import mistakes
 from tuner.commands.check import remarks as command_remarks
+from tuner.commands.size import estimated_bytes
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
@@ -20,7 +24,7 @@ from tuner.data import (
     try_metric,
 )
 from tuner.data.answer_metrics import METRIC_KEY
-from tuner.data.pretrained import loaded_commit
+from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.methods.registry import Kind, is_built_in
@@ -37,6 +41,7 @@ from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
 from tuner.study.run import (
     base_evaluation,
+    changed_model,
     load_plug_ins,
     other_workload,
     recorded_workload,
@@ -49,6 +54,8 @@ from tuner.study.run import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HERE = Where()
+"""As the round file says."""
 PrepareWith = Callable[[RoundSpec, Path, "PreTrainedTokenizerBase"], PreparedData]
 """Prepares a round's rows with a tokenizer; may show progress."""
 MOST_NOISE = 0.02
@@ -62,33 +69,42 @@ Look = Callable[[PreparedData, "PreTrainedTokenizerBase"], None]
 
 
 def checked(
-    path: Path, *, prepare: PrepareWith, probe: bool = False, look: Look = lambda data, tokenizer: None
+    path: Path,
+    *,
+    prepare: PrepareWith,
+    probe: bool = False,
+    where: Where = HERE,
+    look: Look = lambda data, tokenizer: None,
 ) -> tuple[RoundPlan, list[str], str]:
     """Check a round file, its data and its model; record nothing.
 
-    Returns the plan, remarks and the next command. `probe` loads the base model and times a few steps. Raises
-    InputError, or RoundFileError with all mistakes of the file.
+    Returns the plan, remarks and the next command. `probe` loads the base model in a worker of the engine
+    and times a few steps; `where` says which. Raises InputError, or RoundFileError with all mistakes of the
+    file.
     """
     file = load_round(path)
-    round_plan = StudyPlan(with_plug_ins(file) if probe else file)
-    command = _next_command(round_plan)
-    if probe:
-        load_plug_ins(round_plan)
-        make_engine(round_plan.spec.run.engine).close()
-    if round_plan.spec.command is not None:
-        return *_command_plan(round_plan, probe=probe), command
     try:
+        round_plan = StudyPlan(with_plug_ins(file) if probe else file)
+        command = _next_command(round_plan, where)
+        if probe:
+            load_plug_ins(round_plan)
+            make_engine(where.engine or round_plan.spec.run.engine).close()
+        prober = where if probe else None
+        if round_plan.spec.command is not None:
+            return *_command_plan(round_plan, prober), command
         with taken_back(round_plan.cache):
-            plan, remarks = _plan(round_plan, prepare=prepare, probe=probe, look=look)
-    except (DataError, ModelError) as error:
-        raise (file.missing(str(error)) or error) from None
+            plan, remarks = _plan(round_plan, prepare=prepare, prober=prober, look=look)
+    except InputError as error:
+        raise file.placed(error) from None
     return plan, remarks, command
 
 
-def check_document_of(path: Path, *, prepare: PrepareWith, probe: bool = False) -> dict[str, Any]:
+def check_document_of(
+    path: Path, *, prepare: PrepareWith, probe: bool = False, where: Where = HERE
+) -> dict[str, Any]:
     """Return the document of `study check --json`, mistakes included."""
     try:
-        plan, remarks, _ = checked(path, prepare=prepare, probe=probe)
+        plan, remarks, _ = checked(path, prepare=prepare, probe=probe, where=where)
     except InputError as error:
         return check_document(_mistakes(error), None)
     return check_document([], plan, remarks)
@@ -97,38 +113,62 @@ def check_document_of(path: Path, *, prepare: PrepareWith, probe: bool = False) 
 def refuse_unusable(path: Path, *, prepare: PrepareWith) -> None:
     """Raise InputError if `study check` of this file would."""
     round_plan = StudyPlan(load_round(path))
-    _next_command(round_plan)
+    _next_command(round_plan, HERE)
     if round_plan.spec.command is not None:
-        _command_plan(round_plan, probe=False)
+        _command_plan(round_plan, None)
         return
-    _plan(round_plan, prepare=prepare, probe=False, look=lambda data, tokenizer: None)
+    _plan(round_plan, prepare=prepare, prober=None, look=lambda data, tokenizer: None)
 
 
-def _command_plan(round_plan: StudyPlan, *, probe: bool) -> tuple[RoundPlan, list[str]]:
-    """Check a command without running it; `probe` runs a trial of it to its second evaluation."""
+def _command_plan(round_plan: StudyPlan, prober: Where | None) -> tuple[RoundPlan, list[str]]:
+    """Check a command without running it; a `prober` runs a trial of it to its second evaluation."""
     spec, file = round_plan.absolute, round_plan.file
     found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
     said = [*command_remarks(spec), *_run_remarks(spec)]
-    plan, not_checked = _with_unchecked(planned_commands(spec), spec, probe=probe)
+    size_of_one, source = _checkpoint_of_command(round_plan)
+    plan, not_checked = _with_unchecked(_plan_of_commands(spec, size_of_one), spec, probe=prober is not None)
     said += not_checked
-    if not probe:
+    if prober is None:
+        said += [source, *_disk_remarks(round_plan, plan)]
         return plan, [*said, "the command was not run; --probe runs a trial to its second evaluation"]
     from tuner.commands.probe import probed
 
-    measured = probed(spec, file.directory)
+    measured = probed(spec, partial(run_probe, round_plan, prober, said.append))
     hours = planned_hours(
         spec,
         seconds_per_step=measured.seconds_per_step,
         seconds_per_evaluation=0.0,
     )
-    size_of_one = measured.checkpoint_bytes
+    plan = replace(_plan_of_commands(spec, measured.checkpoint_bytes), hours=hours)
+    return plan, [*said, *measured.remarks, *_disk_remarks(round_plan, plan)]
+
+
+def _plan_of_commands(spec: RoundSpec, size_of_one: int | None) -> RoundPlan:
     kept = None if size_of_one is None else checkpoints_of_commands(spec, size_of_one)
-    return replace(planned_commands(spec, checkpoint_bytes=kept), hours=hours), [*said, *measured.remarks]
+    return planned_commands(spec, checkpoint_bytes=kept)
 
 
-def _next_command(plan: StudyPlan) -> str:
+def _checkpoint_of_command(round_plan: StudyPlan) -> tuple[int | None, str]:
+    """Return the bytes of one checkpoint of a command, None if unknown, and where they come from."""
+    with opened(open_folder(round_plan.file.directory)) as store:
+        trials = [trial for record in store.rounds() for trial in store.trials(record.name)]
+    recorded = max((made.size_bytes for trial in trials for made in trial.checkpoints), default=None)
+    if recorded is not None:
+        return recorded, f"a checkpoint takes up to {size(recorded)}, as the largest of this study"
+    estimated = estimated_bytes(round_plan.absolute, round_plan.file.directory)
+    if estimated is not None:
+        return estimated, f"a checkpoint takes up to about {size(estimated)}, by the base model's layers"
+    return None, "the size of a checkpoint is not known before one is written; --probe measures it"
+
+
+def _disk_remarks(round_plan: StudyPlan, plan: RoundPlan) -> Iterator[str]:
+    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
+        yield f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit"
+
+
+def _next_command(plan: StudyPlan, where: Where) -> str:
     """Return the command to run the round, or the report's next command once the round is complete.
 
     Raises InputError if a run would, before it checks model and data.
@@ -143,18 +183,19 @@ def _next_command(plan: StudyPlan) -> str:
         record = store.round(plan.name)
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
-            return f"tuner study run {shlex.quote(str(plan.file.path))}"
+            return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
         return round_report(folder, store, record).next_command
 
 
 def _plan(
-    round_plan: StudyPlan, *, prepare: PrepareWith, probe: bool, look: Look
+    round_plan: StudyPlan, *, prepare: PrepareWith, prober: Where | None, look: Look
 ) -> tuple[RoundPlan, list[str]]:
     spec = round_plan.absolute
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, round_plan.cache, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan, data)
+    changed = changed_model(round_plan, model_fingerprint(spec.model))
     look(data, tokenizer)
 
     # Loads torch: only after the cheap checks.
@@ -165,47 +206,43 @@ def _plan(
     plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
     base = _recorded_base(round_plan, data)
     probed: list[str] = []
-    if probe:
-        plan, base, slots = _probed(round_plan, plan, spec, data)
-        probed = [f"time and memory are measured with {count(slots, 'slot')} in one worker"]
-    remarks = _remarks(spec, data)
+    if prober is not None:
+        plan, base, probed = _probed(round_plan, plan, prober)
+    remarks = [*_remarks(spec, data), *([changed] if changed and prober is None else [])]
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
     remarks += _answers(round_plan, data)
     remarks += round_plan.file.hints
     remarks += _run_remarks(spec)
-    plan, not_checked = _with_unchecked(plan, spec, probe=probe)
+    plan, not_checked = _with_unchecked(plan, spec, probe=prober is not None)
     remarks += not_checked
     remarks += _model_remarks(spec.model)
     if ends := ends_unlike_its_base(spec.model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
-    if (free := free_bytes(round_plan.checkpoints)) < (plan.checkpoint_bytes or 0):
-        remarks.append(f"{round_plan.checkpoints} has only {size(free)} free: the checkpoints may not fit")
-    return plan, remarks
+    return plan, [*remarks, *_disk_remarks(round_plan, plan)]
 
 
 def _probed(
-    round_plan: StudyPlan, plan: RoundPlan, spec: RoundSpec, data: PreparedData
-) -> tuple[RoundPlan, Evaluation, int]:
-    """Return the plan with time and memory measured over a few steps, the base model, and the slots."""
-    from tuner.training.memory_budget import predict
-    from tuner.training.startup import arrange, measure_base, workload
-
-    place = arrange(spec, data, slots=spec.run.slots)
+    round_plan: StudyPlan, plan: RoundPlan, prober: Where
+) -> tuple[RoundPlan, Evaluation | None, list[str]]:
+    """Return the plan with time and memory measured over a few steps, the base model, and remarks."""
+    said: list[str] = []
+    ready = probed_worker(round_plan, prober, said.append)
     recorded = recorded_workload(round_plan)
-    if recorded is not None and recorded != workload(place.base, data, spec):
+    if recorded is not None and recorded != ready.workload:
         raise other_workload(round_plan)
-    base = measure_base(place)
-    predicted = predict(place, spec)
+    if (predicted := ready.predicted) is None:
+        return plan, ready.base, [*said, "the engine's workers do not time steps"]
     hours = planned_hours(
-        spec,
+        round_plan.absolute,
         seconds_per_step=predicted.seconds_per_step,
         seconds_per_evaluation=predicted.seconds_per_evaluation,
     )
     plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
-    return plan, base, predicted.slots
+    said.append(f"time and memory are measured with {count(predicted.slots, 'slot')} in one worker")
+    return plan, ready.base, said
 
 
 def _run_remarks(spec: RoundSpec) -> Iterator[str]:

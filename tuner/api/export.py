@@ -209,7 +209,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
     """
     require_free(export.to, force=export.force, keep=study)
     if finished.spec.command is not None:
-        _copy_checkpoint(finished, export, tell)
+        _export_checkpoint(finished, export, study, tell)
         return
     converter = _converter(export)
     token = _token(export, finished)
@@ -241,13 +241,27 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
 
 
-def _copy_checkpoint(finished: Finished, export: Export, tell: Tell) -> None:
-    """Write the checkpoint of a command's trial as it is. Raises InputError for more than that."""
-    if export.merge or export.gguf is not None or export.push is not None:
-        finished.spec.require_model("--merge, --gguf and --push")
+def _export_checkpoint(finished: Finished, export: Export, study: Path, tell: Tell) -> None:
+    """Write the checkpoint of a command's trial as it is, or merged where it is a PEFT adapter.
+
+    Raises InputError for more than that.
+    """
+    if export.gguf is not None or export.push is not None:
+        finished.spec.require_model("--gguf and --push")
+    if export.merge and not (finished.adapter / "adapter_config.json").is_file():
+        raise InputError(
+            f"--merge: the checkpoint of {finished.name} is no PEFT adapter (it has no adapter_config.json): "
+            "leave --merge out to copy it as it is"
+        )
     with appearing_whole(export.to) as directory:
-        shutil.copytree(finished.adapter, directory, dirs_exist_ok=True)
-    tell(f"{export.to}: the checkpoint of {finished.name}, as the command wrote it")
+        if export.merge:
+            from tuner.inference import merge_checkpoint  # loads torch
+
+            base = merge_checkpoint(finished.adapter, directory, beside=study, dtype=export.merged_dtype)
+        else:
+            shutil.copytree(finished.adapter, directory, dirs_exist_ok=True)
+    how = f"merged into {base} in {export.merged_dtype}" if export.merge else "as the command wrote it"
+    tell(f"{export.to}: the checkpoint of {finished.name}, {how}")
 
 
 def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:

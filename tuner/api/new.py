@@ -19,7 +19,7 @@ from tuner.config import ModelSpec, RoundFile, SourceSpec, load_round, new_round
 from tuner.config.new_round import EVAL_FRACTION, MAX_LENGTH, new_command_round
 from tuner.config.sections import possible_path
 from tuner.config.settings import with_settings
-from tuner.config.yaml_text import parse
+from tuner.config.yaml_text import YamlError, parse
 from tuner.data import load_tokenizer, share_for_evaluation
 from tuner.data.preview import matching_columns, survey
 from tuner.errors import InputError, ModelError, TargetModulesError
@@ -255,12 +255,26 @@ def _from_folder(path: str, directory: Path) -> str:
     return os.path.relpath(path, directory) if is_path else path
 
 
-def values_of(options: Sequence[str]) -> dict[str, Any]:
-    """Return the hyperparameters of `--set NAME=VALUE`, read as in a round file. Raises InputError."""
+_PLACE = "hyperparameters."
+
+
+def values_of(options: Sequence[str], *, hint: Callable[[str], None]) -> dict[str, Any]:
+    """Return the values of `--set hyperparameters.NAME=VALUE`, read as in a round file, by name.
+
+    `hint` gets a sentence where the former spelling, without `hyperparameters.`, is used. Raises InputError.
+    """
     found: dict[str, Any] = {}
+    former = [option for option in options if not option.startswith(_PLACE)]
     for option in options:
-        name, equals, text = option.partition("=")
+        name, equals, text = option.removeprefix(_PLACE).partition("=")
         if not name or not equals:
-            raise InputError(f"--set {option}: expects NAME=VALUE, such as schedule=linear")
-        found[name] = parse(f"value: {text}").document["value"]
+            raise InputError(f"--set {option}: expects KEY=VALUE, such as {_PLACE}schedule=linear")
+        if name in found:
+            raise InputError(f"--set {option}: {name} is set twice")
+        try:
+            found[name] = parse(f"value: {text}").document["value"]
+        except YamlError as error:
+            raise InputError(f"--set {option}: {text} cannot be read: {error}") from None
+    if former:
+        hint(f"--set {former[0]} is now written --set {_PLACE}{former[0]}, as in study new; both work")
     return found

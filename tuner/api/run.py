@@ -112,7 +112,10 @@ def run_here(
     file = with_plug_ins(file)
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
-    engine = make_engine(name)
+    try:
+        engine = make_engine(name)
+    except InputError as error:
+        raise file.placed(error) from None
     begun_at = engine.now()
     view = open_view(file, engine.gpu_readings)
     umask = keep_others_out()
@@ -126,7 +129,7 @@ def run_here(
                 view = notifier = Notifier(view, _notified_round(file, command))
 
         def start(plan: RoundPlan, base: Callable[[], Evaluation | None]) -> Worker:
-            return start_workers(engine, replace(_round_job(plan, base, where), say=view.message))
+            return start_workers(engine, replace(round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
         run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
@@ -143,14 +146,14 @@ def run_here(
             notifier.ended("failed", str(error))
         raise
     except InputError as error:
-        raise (file.missing(str(error)) or error) from None
+        raise file.placed(error) from None
     finally:
         os.umask(umask)
         engine.close()
         view.close()
 
 
-def _round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
+def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
     """Return the engine's job for a round; `base` returns the base model's evaluation once known."""
     spec = plan.absolute
     if spec.command is not None and where.slots not in (None, 1, "auto"):

@@ -185,11 +185,19 @@ class Study:
         folder = self._folder()
         return status_document(folder.name, standing(folder)[0])
 
-    def check(self, round_file: str | os.PathLike[str], *, probe: bool = False) -> dict[str, Any]:
+    def check(
+        self,
+        round_file: str | os.PathLike[str],
+        *,
+        probe: bool = False,
+        engine: str | None = None,
+        ray_address: str | None = None,
+    ) -> dict[str, Any]:
         """Check a round file, its data and its model, as `tuner study check --json` does.
 
         Returns a document with `ok`, `errors` with line, key and message, the `plan` and `remarks`. Trains
-        and records nothing. `probe` loads the base model and times a few steps.
+        and records nothing. `probe` loads the base model in a worker of the engine and times a few steps.
+        `engine` and `ray_address` are as in `run`.
         """
         from tuner.api.check import check_document_of
         from tuner.data import prepare
@@ -198,6 +206,7 @@ class Study:
             self._path(round_file),
             prepare=lambda spec, cache, tokenizer: prepare(spec, tokenizer, cache),
             probe=probe,
+            where=Where(engine=engine, ray_address=ray_address),
         )
 
     # --- what changes it --------------------------------------------------------------------------

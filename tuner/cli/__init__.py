@@ -9,6 +9,8 @@ import gc
 import os
 import shlex
 import sys
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,8 @@ import typer
 
 from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.cli.hints import Group
-from tuner.errors import InputError, TunerError
+from tuner.errors import InputError, TunerError, last_words
+from tuner.process_log import kept_trace, said_by
 from tuner.whole import keep_others_out
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -47,11 +50,17 @@ def _root(
     directory: Annotated[
         Path | None, typer.Option("-C", metavar="DIR", help="Run as if started in DIR, as in git.")
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Show the log on standard error, and the whole trace of a bug."),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     printing.acting_in = directory
+    if verbose:
+        printing.verbose.enter_context(said_by(printing.say))
     if directory is not None:
         try:
             os.chdir(directory)
@@ -67,7 +76,8 @@ def doctor(
 
     Example: `tuner doctor`
     """
-    from tuner.cli.doctor import examine, health_document, health_table, is_healthy
+    from tuner.api.doctor import examine, health_document, is_healthy
+    from tuner.cli.output import health_table
     from tuner.report import dumps
 
     checks = list(examine(Path()))
@@ -88,6 +98,14 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+def _bug(error: Exception, *, is_verbose: bool) -> str:
+    """Return what to say of an error that no message explains: one line, unless the user wants all of it."""
+    place = kept_trace(error)
+    where = "could not be written; see it with: tuner --verbose ..." if place is None else f"is in {place}"
+    line = f"error: a bug of tuner: {last_words(error)}. The whole trace {where}; please report it"
+    return "".join([*traceback.format_exception(error), line] if is_verbose else [line])
+
+
 COLLECT_AFTER = 100_000
 """Objects created between garbage collections: each collection scans all objects of a large study."""
 
@@ -96,6 +114,11 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     gc.set_threshold(COLLECT_AFTER)
     printing.typed = shlex.join(["tuner", *arguments])
+    with ExitStack() as printing.verbose:
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="tuner", standalone_mode=False)
     except TunerError as error:
@@ -107,4 +130,7 @@ def run(arguments: list[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted; run the same command again to continue", err=True)
         return 130
+    except Exception as error:  # noqa: BLE001  # a bug of ours, whatever it is
+        typer.echo(_bug(error, is_verbose="--verbose" in arguments), err=True)
+        return 1
     return code if isinstance(code, int) else 0

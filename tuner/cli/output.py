@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from tuner.api.check import check_document_of, checked
 from tuner.api.generate import scored as with_score
@@ -41,6 +44,8 @@ from tuner.study.results import scores_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tuner.api.doctor import Check
+
 
 def print_status(folder: StudyFolder, *, as_json: bool) -> str:
     """Print the state of every round; return the next command."""
@@ -52,10 +57,10 @@ def print_status(folder: StudyFolder, *, as_json: bool) -> str:
     return command
 
 
-def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | None:
+def check_round(path: Path, *, show: int, probe: bool, where: Where, as_json: bool) -> str | None:
     """Print the plan, or every mistake; return the next command, None after a mistake."""
     if as_json:
-        document = check_document_of(path, prepare=prepared, probe=probe)
+        document = check_document_of(path, prepare=prepared, probe=probe, where=where)
         typer.echo(dumps(document))
         return "" if document["ok"] else None
 
@@ -63,7 +68,7 @@ def check_round(path: Path, *, show: int, probe: bool, as_json: bool) -> str | N
         for row in show_rows(data.train, tokenizer, show) if show else ():
             _print_row(row, path.parent.absolute())
 
-    plan, remarks, command = checked(path, prepare=prepared, probe=probe, look=look)
+    plan, remarks, command = checked(path, prepare=prepared, probe=probe, where=where, look=look)
     output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
 
@@ -260,3 +265,29 @@ def reproduce_trial(
     else:
         output(piped_width=PROSE).print(reproduction_page(folder.name, found))
     return found.agreement != Agreement.DIFFERS
+
+
+_HEALTH_STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "problem": "bold red"}
+
+
+def health_table(checks: Sequence[Check]) -> RenderableType:
+    """Render one row per check of `tuner doctor`, then a summary."""
+    from tuner.api.doctor import Health
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        advice = f"\n{check.advice}" if check.advice else ""
+        # rich would read an extra's `[wandb]` or a folder `x[/y]` in a plain string as markup.
+        said = Text(check.found + advice)
+        table.add_row(Text(check.status, style=_HEALTH_STYLES[check.status]), Text(check.name), said)
+    counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}
+    nouns = {Health.WARNING: "warning", Health.PROBLEM: "problem"}
+    found = [
+        count(number, nouns[health]) if health in nouns else f"{number} {health}"
+        for health, number in counts.items()
+        if number
+    ]
+    return Group(table, Text(", ".join(found)))

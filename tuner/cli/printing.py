@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -34,6 +34,9 @@ acting_in: Path | None = None
 
 typed = "tuner"
 """The current command line, ready to be run again."""
+
+verbose = ExitStack()
+"""What `--verbose` has begun, for as long as the current command runs."""
 
 _speakers: list[Callable[[str], None]] = []
 """Stack of live displays; the last one owns the terminal."""

@@ -105,7 +105,7 @@ def new(
         str | None,
         typer.Option(
             metavar="TOOL",
-            help="Train by a command of your own, with this tool: trl, transformers or none. Takes --config "
+            help="Train by a command of your own, with this tool, such as trl or none. Takes --config "
             "in place of --model and --data.",
         ),
     ] = None,
@@ -172,22 +172,23 @@ def import_(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="NAME=VALUE",
-            help="What the files do not say, such as schedule=linear, decay_steps=20 or warmup_steps=2. "
-            "Repeatable.",
+            metavar="KEY=VALUE",
+            help="What the files do not say, such as hyperparameters.schedule=linear. Repeatable.",
         ),
     ] = None,
     command: Annotated[
         str | None, typer.Option(help="The command that trains a trial, for longer rounds.")
     ] = None,
-    tool: Annotated[str, typer.Option(help="Its tool: trl, transformers or none.")] = "none",
+    tool: Annotated[
+        str, typer.Option(help="Its tool: trl, transformers, axolotl, llamafactory or none.")
+    ] = "none",
     config: Annotated[str | None, typer.Option(metavar="FILE", help="The tool's configuration.")] = None,
 ) -> None:
     """Make a round of finished runs that tuner did not start: best steps, a verdict and a suggestion.
 
     The runs are only read. What they do not say, such as the schedule, stays unknown.
 
-    Example: `tuner study import outputs/ --set schedule=linear --set decay_steps=20`
+    Example: `tuner study import outputs/ --set hyperparameters.schedule=linear`
     """
     from tuner.api.new import import_finished, values_of
 
@@ -198,7 +199,7 @@ def import_(
         metric=metric,
         direction=direction,
         max_train_steps=max_train_steps,
-        hyperparameters=values_of(set_ or []),
+        hyperparameters=values_of(set_ or [], hint=lambda text: _say(f"Hint: {text}")),
         command=command,
         tool=tool,
         config=config,
@@ -218,7 +219,11 @@ def check(
     show: Annotated[
         int, typer.Option("--show", metavar="N", min=0, help="Print N rows as the model sees them.")
     ] = 0,
-    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time a few steps.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model in a worker of the engine and time a few steps.")
+    ] = False,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
     json: Json = False,
 ) -> None:
     """Validate the file, model, tokenizer and data, and print the plan. Trains and records nothing.
@@ -226,8 +231,10 @@ def check(
     Example: `tuner study check round1.yaml --show 2`
     """
     from tuner.cli.output import check_round
+    from tuner.cli.rounds import where_typed
 
-    command = check_round(round_file, show=show, probe=probe, as_json=json)
+    where = where_typed(None, None, engine, ray_address)
+    command = check_round(round_file, show=show, probe=probe, where=where, as_json=json)
     if command is None:
         raise typer.Exit(2)
     if not json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.installation import version
 from tuner.pipes import CommandReader, event_writer
+from tuner.process_log import about, begin_worker
 from tuner.records import Died, Ended, Event, Ready, evaluation_from_json
 
 
 def main() -> int:
     """Check the command, send `Ready`, and run trials until told to close."""
     say = event_writer()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     running: list[str] = []
 
     def end_with_parent() -> None:
@@ -34,6 +33,7 @@ def main() -> int:
 
     commands = CommandReader(sys.stdin, on_parent_gone=end_with_parent)
     document = commands.read_document()
+    begin_worker(document["spec"]["round"])
     lock_file = Path(document["lock"])
     with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -44,7 +44,8 @@ def main() -> int:
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
-        say(_ready(work))
+        fingerprint = workload(work.spec, work.directory, names=document.get("paths", {}))
+        say(Ready(1, "command", base=work.base, workload=fingerprint))
         try:
             _serve(work, commands, say, running)
         except Unusable as error:
@@ -70,12 +71,14 @@ def _round(document: dict[str, Any]) -> Round:
     )
 
 
-def _ready(work: Round) -> Ready:
-    return Ready(1, "command", base=work.base, workload=workload(work.spec, work.directory))
-
-
 def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], running: list[str]) -> None:
     """Run assignments one after another. Raises Unusable."""
+    guard = process_tree.Guard()
+
+    def started(token: str) -> None:
+        running.append(token)
+        guard.watch(token)
+
     while not commands.closed:
         for assignment in commands.assignments(wait=True):
             run = assignment.run
@@ -83,8 +86,9 @@ def _serve(work: Round, commands: CommandReader, say: Callable[[Event], None], r
                 name = (assignment.round, assignment.trial, assignment.attempt)
                 say(Ended(*name, 0, "stopped", None, horizon=assignment.horizon))
                 continue
-            attempt = Attempt(work, assignment, say, on_start=running.append)
-            attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
+            attempt = Attempt(work, assignment, say, on_start=started)
+            with about(assignment.trial):
+                attempt.run(lambda run=run: commands.closed or run in commands.unwanted)  # type: ignore[misc]
             running.clear()
 
 

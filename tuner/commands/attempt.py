@@ -6,11 +6,12 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.commands import outcome, process_tree
+from tuner.commands.fallback import Fallback
 from tuner.commands.kept import Keeper, Kept, copy_to_resume, is_whole, read_kept, resolved
 from tuner.commands.launch import Launch, Place, prepared
 from tuner.commands.reported import Line, MetricsFile, SavedByCommand, not_finite
@@ -36,6 +37,10 @@ from tuner.records import (
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+FALLBACK_SECONDS = 2.0
+"""Between two looks at the logs of the command's tool, while nothing is reported."""
+_FULL_BYTES = 256 * 1024
+"""With less free, a failed command may have failed for it."""
 _LOG_TAIL_BYTES = 64 * 1024
 
 
@@ -111,6 +116,7 @@ class Attempt:
     kept_step: int = 0
     """The step to resume from if the attempt ended now."""
     _last_said: float = 0.0
+    _looked_at: float = 0.0
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Run the command to its end, or until `stopping`.
@@ -122,7 +128,7 @@ class Attempt:
             kept = self._kept()
             copy = self._copy(kept, place)
         except CheckpointError as error:
-            _log.error("trial %d: %s", self.assignment.trial, error)
+            _log.error("%s", error)
             self.end("failed", str(error))
             return
         self._inherit(kept)
@@ -193,6 +199,8 @@ class Attempt:
 
     def _follow(self, place: Place, launch: Launch, token: str, stopping: Callable[[], bool]) -> None:
         report = MetricsFile(place.metrics, self.round.objective)
+        gpus = self.round.spec.run.gpus_per_worker
+        fallback = Fallback(place.output, self.round.objective, self.from_step, gpus)
         kills = process_tree.out_of_memory_kills()
         try:
             popen = process_tree.start(
@@ -204,7 +212,7 @@ class Attempt:
         limit = 60.0 * self.round.command.silence_minutes
         while True:
             code = popen.poll()  # before its lines are read, so that none is missed
-            reason = self._hear(report, place)
+            reason = self._hear(self._lines(report, fallback, is_over=code is not None), place)
             if reason is not None:
                 process_tree.end(token, popen)
                 self.end("infeasible", reason)
@@ -213,7 +221,7 @@ class Attempt:
                 break
             if stopping():
                 process_tree.end(token, popen)
-                self._hear(report, place)
+                self._hear(self._lines(report, fallback, is_over=True), place)
                 self.end("stopped")
                 return
             size = (_size(place.metrics), _size(place.log))
@@ -227,14 +235,27 @@ class Attempt:
                 return
             time.sleep(POLL_SECONDS)
         process_tree.end(token, popen)  # what it left behind
-        self._judge(popen, report, place, kills)
+        if fallback.source is not None:
+            _log.warning(
+                "trial %d reported nothing; its evaluations are of %s", self.assignment.trial, fallback.source
+            )
+        self._judge(popen, report, place, kills, unread=fallback.unread)
 
-    def _hear(self, report: MetricsFile, place: Place) -> str | None:
-        """Record the new lines of the report; return why the trial is infeasible, if it is.
+    def _lines(self, report: MetricsFile, fallback: Fallback, *, is_over: bool) -> Iterator[Line]:
+        """Yield what is new in the report; while there is none, what is new in the logs of the tool."""
+        yield from report.new_lines()
+        now = time.monotonic()
+        if report.is_empty and (is_over or now - self._looked_at > FALLBACK_SECONDS):
+            self._looked_at = now
+            for said in fallback.new_lines():
+                yield report.curve.line(said)
+
+    def _hear(self, lines: Iterator[Line], place: Place) -> str | None:
+        """Record new lines; return why the trial is infeasible, if it is.
 
         Raises InputError for what no trial may do.
         """
-        for line in report.new_lines():
+        for line in lines:
             if line.began_at is not None:
                 self._refuse_restart(line.began_at)
             if line.infeasible is not None:
@@ -315,7 +336,7 @@ class Attempt:
                 self._keep_resumable(source, step, CheckpointKind.LAST)
                 self.kept_step = step
         except CheckpointError as error:
-            _log.warning("trial %d: %s; it is not kept", self.assignment.trial, error)
+            _log.warning("%s; it is not kept", error)
             del self.saved[step]
             return False
         return True
@@ -342,7 +363,7 @@ class Attempt:
     def _clear(self, place: Place) -> None:
         """Delete the checkpoints left in the output, and the copy that the command resumed from."""
         for saved in self.reported:
-            _log.warning("trial %d: %s is not whole and is not kept", self.assignment.trial, saved.path)
+            _log.warning("%s is not whole and is not kept", saved.path)
         for path in self.saved.values():
             _remove(path, unless=None)
         shutil.rmtree(place.folder / "resume", ignore_errors=True)
@@ -350,7 +371,13 @@ class Attempt:
     # --- its end ------------------------------------------------------------------------------------
 
     def _judge(
-        self, popen: subprocess.Popen[bytes], report: MetricsFile, place: Place, kills: int | None
+        self,
+        popen: subprocess.Popen[bytes],
+        report: MetricsFile,
+        place: Place,
+        kills: int | None,
+        *,
+        unread: str | None,
     ) -> None:
         now = process_tree.out_of_memory_kills()
         last = max((e.step for e in self.evaluations if e.step > self.from_step), default=None)
@@ -365,6 +392,8 @@ class Attempt:
                 killed_for_memory=kills is not None and now is not None and now > kills,
                 reported_before=self.round.has_reported,
                 completed_before=self.round.has_completed,
+                disk_is_full=shutil.disk_usage(place.folder).free < _FULL_BYTES,
+                unread=unread,
             ),
             max_train_steps=self.assignment.max_train_steps,
             metric=self.round.objective.metric,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
@@ -40,11 +40,12 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
             yield Mistaken("command.run", f"there is no file {directory / part}")
     chosen, config = tool(command.tool), read_config(command)
     space = spec.space()
-    names = [name for name in spec.hyperparameters if name in space]
-    yield from chosen.mistakes(command.run, config, names)
+    written = {name: space[name] for name in spec.hyperparameters if name in space}
+    yield from chosen.mistakes(command.run, config, written)
     if chosen.has_hook and "batch_size" in space:
         options = {**config, **options_of(command.run)}
-        wrong = batch_mistake(_values(space["batch_size"]), options, spec.run.gpus_per_worker)
+        sizes = _values(space["batch_size"])
+        wrong = batch_mistake(sizes, options, spec.run.gpus_per_worker, chosen.device_batch)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
 
@@ -68,19 +69,29 @@ def remarks(spec: RoundSpec) -> Iterator[str]:
         )
 
 
-def workload(spec: RoundSpec, directory: Path) -> str:
-    """Return the fingerprint of what is held fixed: command, configuration, scripts and number of GPUs."""
+def workload(spec: RoundSpec, directory: Path, *, names: Mapping[str, str] | None = None) -> str:
+    """Return the fingerprint of what is held fixed: command, configuration, scripts and number of GPUs.
+
+    `names` says what the round file calls files that were sent to this machine: path here -> path there.
+    """
     command = _command(spec)
     total = hashlib.sha256()
     chosen, config = tool(command.tool), read_config(command)
     fixed = {name: value for name, value in config.items() if name not in chosen.replaced}
-    said = [command.run, command.tool, fixed, spec.run.gpus_per_worker]
+    said = [_as_written(command.run, names or {}), command.tool, fixed, spec.run.gpus_per_worker]
     total.update(json.dumps(said, sort_keys=True, default=str).encode())
     for part in command.run:
         path = directory / part
         if path.suffix in _CODE and path.is_file():
             total.update(path.read_bytes())
     return f"command-{total.hexdigest()[:32]}"
+
+
+def _as_written(run: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Return a command's words with the paths that the round file has."""
+    places = sorted(names, key=len, reverse=True)
+    found = {part: next((here for here in places if f"{part}/".startswith(f"{here}/")), None) for part in run}
+    return [part if (here := found[part]) is None else names[here] + part[len(here) :] for part in run]
 
 
 def _command(spec: RoundSpec) -> CommandSpec:

@@ -42,6 +42,8 @@ class FinishedRun:
     hyperparameters: Mapping[str, Value] = field(default_factory=dict)
     checkpoints: Mapping[int, Path] = field(default_factory=dict)
     """By step."""
+    rates: Mapping[int, float] = field(default_factory=dict)
+    """Learning rates that were logged, by step."""
 
     @property
     def last_step(self) -> int:
@@ -101,25 +103,27 @@ def _of_trainer(folder: Path, objective: Objective) -> FinishedRun:
     place = _state_of(folder)
     assert place is not None
     state = _json(place)
-    lines, rates = [], []
+    lines: list[dict[str, Any]] = []
+    rates: dict[int, float] = {}
     for entry in state.get("log_history", ()):
         if "train_runtime" in entry:
             break  # an evaluation after the end of training
         said = {name: value for name, value in entry.items() if _is_number(value)}
         if "loss" in said:
             said["train_loss"] = said.pop("loss")
-            rates.append(said.get("learning_rate"))
+            if "learning_rate" in said and "step" in said:
+                rates[int(said["step"])] = float(said["learning_rate"])
         lines.append({name: value for name, value in said.items() if name != "grad_norm"})
     values = _adapter(folder, place.parent)
-    rate = max((rate for rate in rates if rate is not None), default=None)
-    if rate is not None:
-        values = {"learning_rate": rate, **values}
+    if rates:
+        values = {"learning_rate": max(rates.values()), **values}
     return FinishedRun(
         folder.name,
         _evaluations(str(place), lines, objective),
         state.get("max_steps") or None,
         values,
         _checkpoints(folder),
+        rates,
     )
 
 

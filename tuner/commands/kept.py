@@ -7,6 +7,7 @@ checkpoint as it is.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -124,7 +125,10 @@ class Keeper:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint's content into a folder. Raises CheckpointError if it changes meanwhile."""
+    """Copy a checkpoint's content into a folder.
+
+    Raises CheckpointError if it changes meanwhile, OSError if the disk is full.
+    """
     before = _listing(source)
     try:
         if source.is_file():
@@ -132,9 +136,17 @@ def _copy(source: Path, target: Path) -> None:
         else:
             shutil.copytree(source, target, dirs_exist_ok=True)
     except (shutil.Error, FileNotFoundError) as error:
+        if (full := _full_disk(error)) is not None:
+            raise OSError(full, os.strerror(full), str(target)) from error
         raise CheckpointError(f"{source}: changed while it was copied: {error}") from error
     if _listing(source) != before:
         raise CheckpointError(f"{source}: changed while it was copied")
+
+
+def _full_disk(error: OSError) -> int | None:
+    """Return the number of a disk's error among those of a copied folder, of which only texts are left."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return next((number for number in numbers if f"[Errno {number}]" in str(error)), None)
 
 
 def _listing(source: Path) -> dict[str, tuple[int, int]]:

@@ -40,6 +40,10 @@ class Ending:
     """Whether this trial or another one of the round has reported an evaluation after step 0."""
     completed_before: bool = False
     """Whether a trial of this round has reached the horizon."""
+    disk_is_full: bool = False
+    """Whether nothing more could be written, the command's own error included."""
+    unread: str | None = None
+    """What it wrote that could have been read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
     text, how = ending.log, _exit(ending.code)
     if ending.code == 0:
         return _ended_well(ending, max_train_steps, metric)
+    if ending.disk_is_full:
+        return Verdict("failed", f"{how}, and the disk is full{quoted(text)}")
     for sign in _OF_THE_MACHINE:
         if sign in text:
             return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
@@ -95,7 +101,7 @@ def _ended_well(ending: Ending, max_train_steps: int, metric: str) -> Verdict:
             "the command ended with exit code 0 and reported nothing. Let it append lines such as "
             '{"step": 6, "eval_loss": 1.2} to the file named by TUNER_METRICS, call tuner.log(step, '
             "eval_loss=...), or name its tool in command.tool. `python -E` and `-I` keep tuner's hook "
-            f"out{quoted(ending.log)}",
+            f"out{'; ' + ending.unread if ending.unread else ''}{quoted(ending.log)}",
         )
     return Verdict(
         "unusable",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.commands.attempt import Attempt, Round
 from tuner.commands.launch import stable_step
 from tuner.config import RoundSpec
 from tuner.errors import InputError
@@ -68,14 +65,18 @@ class _Heard:
         return len(after_start) >= _ENOUGH and after_start[0] in self.saved | {after_start[0]}
 
 
-def probed(spec: RoundSpec, directory: Path) -> Probed:
-    """Run a trial in a folder of its own, which is deleted. Raises InputError if it does not work."""
+Run = Callable[[Callable[[Path], Assignment], Callable[[Event], None], Callable[[], bool]], None]
+"""Runs the assignment that is made for a folder, and hands on what is said, until it is enough."""
+
+
+def probed(spec: RoundSpec, run: Run) -> Probed:
+    """Run a trial by `run` to its second evaluation. Raises InputError if it does not work."""
     heard = _Heard()
-    work = Round(spec, directory, spec.recorded_objective, {})
-    with _folder(Path(spec.checkpoints.directory)) as folder:
-        hyperparameters = complete_hyperparameters(spec.space(), _middle(spec))
-        end = stable_step(hyperparameters, spec.max_train_steps)
-        assignment = Assignment(
+    hyperparameters = complete_hyperparameters(spec.space(), _middle(spec))
+    end = stable_step(hyperparameters, spec.max_train_steps)
+
+    def assignment(folder: Path) -> Assignment:
+        return Assignment(
             round=spec.round,
             trial=0,
             attempt=1,
@@ -85,8 +86,9 @@ def probed(spec: RoundSpec, directory: Path) -> Probed:
             directory=str(folder / "trial-0000"),
             trunk_steps=(end,) if end is not None else (),
         )
-        started = time.monotonic()
-        Attempt(work, assignment, heard.say, on_start=lambda token: None).run(heard.is_enough)
+
+    started = time.monotonic()
+    run(assignment, heard.say, heard.is_enough)
     assert heard.end is not None
     if heard.end.outcome in ("failed", "infeasible"):
         raise InputError(f"command: the probe's trial is {heard.end.outcome}: {heard.end.reason}")
@@ -134,11 +136,3 @@ def _middle(spec: RoundSpec) -> Hyperparameters:
                 middle = (low * high) ** 0.5 if log else (low + high) / 2
                 chosen[name] = round(middle) if integer else middle
     return chosen
-
-
-@contextmanager
-def _folder(checkpoints: Path) -> Iterator[Path]:
-    """Make a folder beside the checkpoints, on the same disk, and delete it with what it made."""
-    parent = next(place for place in (checkpoints, *checkpoints.parents) if place.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".tuner-probe-", dir=parent) as name:
-        yield Path(name)

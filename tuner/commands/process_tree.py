@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,35 @@ def end_orphans(tokens: Sequence[str]) -> int:
     return len(left)
 
 
+class Guard:
+    """A process beside this one that ends the last tree once this one is gone, even by SIGKILL."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tuner.commands.process_tree"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+
+    def watch(self, token: str) -> None:
+        """Name the tree that is about to start. Does nothing if the guard itself was killed."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(token + "\n")
+            self._process.stdin.flush()
+
+
+def _guard() -> None:
+    """Read tokens until the other process is gone, then end the tree of the last one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    *_, last = "", *(line.strip() for line in sys.stdin)
+    if last and any(with_token(last)):
+        end(last, grace_seconds=0.0)
+
+
 def _is_alive(token: str, popen: subprocess.Popen[bytes] | None) -> bool:
     return (popen is not None and popen.poll() is None) or any(with_token(token))
 
@@ -110,3 +140,7 @@ def out_of_memory_kills() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+if __name__ == "__main__":
+    _guard()

@@ -133,6 +133,11 @@ class MetricsFile:
     def __post_init__(self) -> None:
         self.curve = Curve(self.path.name, self.objective)
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no line was read yet."""
+        return self._position == 0
+
     def new_lines(self) -> Iterator[Line]:
         """Yield the lines since the last call; an unfinished one is left for the next.
 

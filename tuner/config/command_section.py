@@ -43,8 +43,8 @@ class CommandSpec(BaseModel):
     command writes to. It runs in the round file's folder."""
     tool: Annotated[str, AfterValidator(_known_tool), WithJsonSchema({"enum": list(TOOLS)})] = "none"
     """What the command trains with: decides the names, how the schedule is written, and how trials resume.
-    `trl`: a command or a script of TRL. `llamafactory`: `llamafactory-cli train`. `transformers`: a script
-    with Hugging Face's Trainer. `none`: a script of your own."""
+    `trl`: a command or a script of TRL. `axolotl`: `axolotl train`. `llamafactory`: `llamafactory-cli train`.
+    `transformers`: a script with Hugging Face's Trainer. `none`: a script of your own."""
     config: PathText | None = None
     """The tool's configuration, as YAML or JSON, relative to the round file. It is copied into the trial's
     folder with the trial's values."""

@@ -235,6 +235,7 @@ def _two_digits(number: float) -> int:
 
 
 _COMMANDS = {
+    "axolotl": '[axolotl, train, "${config}"]',
     "llamafactory": '[llamafactory-cli, train, "${config}"]',
     "trl": '[trl, dpo, --config, "${config}"]',
     "transformers": '[python, train.py, "${config}"]',
@@ -246,7 +247,7 @@ round: round1
 goal: A first round
 command:
   run: {run}  # what trains one trial; a list, no shell
-  tool: {tool}  # trl, transformers, or none for a script of your own
+  tool: {tool}  # or trl, transformers, axolotl, llamafactory, none
   config: {config}  # copied for each trial, with the trial's values
 max_train_steps: 60  # optimizer steps of every trial; never searched
 hyperparameters:

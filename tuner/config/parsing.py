@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from tuner.config.round_file import RECORDED_KEYS, RoundSpec
 from tuner.config.wording import Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
-from tuner.methods.plug_ins import PlugIn, loaded
+from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded
 from tuner.methods.schedules import refuse_bad_rates, schedule
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import corners
@@ -53,26 +54,65 @@ class RoundFile:
         return read_round(text, self.path, plug_ins=[PlugIn.from_json(each) for each in self.spec.plug_ins])
 
     def line(self, key: str) -> int | None:
-        """Return the 1-based line of a dotted key, or of its nearest parent in the file."""
-        return parse(self.text).line(tuple(key.split(".")))
+        """Return the 1-based line of a key such as `data.train[0].path`, or of its nearest parent."""
+        parts = re.findall(r"\[\d+\]|[^.\[\]]+", key)
+        return parse(self.text).line(tuple(int(p[1:-1]) if p.startswith("[") else p for p in parts))
 
-    def missing(self, message: str) -> RoundFileError | None:
-        """Return an error whose message begins with a missing path as the mistake of the line that names it.
+    def placed(self, error: InputError) -> InputError:
+        """Return the error as the mistake of the line that has the value it is about; else the error itself.
 
-        None if the file names no such path, or something exists there.
+        Its message begins with a key that the file has, with the kind and name of a method, as in `optimizer
+        m:X`, or with the path of the model or of missing rows.
         """
+        message = str(error)
+        if isinstance(error, RoundFileError) or (found := self._about(message)) is None:
+            return error
+        key, said = found
+        return RoundFileError(self.path, [Mistake(self.line(key), key, said)])
+
+    def _about(self, message: str) -> tuple[str, str] | None:
+        """Return the key that a message is about, and what it says of it."""
+        if (named := _METHOD_FIRST.match(message)) is not None:
+            key = _KEYS_OF_KINDS[named["kind"]]
+            return (key, message) if named["name"] in _listed(self._written(key)) else None
+        if (named := _KEY_FIRST.match(message)) is not None and self._written(named["key"]) is not None:
+            return named["key"], message[named.end() :]
         absolute = self.spec.absolute(self.directory)
-        named: list[tuple[Location, str, str]] = [
-            (("model", "path"), self.spec.model.path, absolute.model.path)
-        ]
+        if message.startswith((f"{self.spec.model.path}:", f"{absolute.model.path}:")):
+            return "model.path", message
         for part in ("train", "eval", "test"):
             sources = zip(getattr(self.spec.data, part), getattr(absolute.data, part), strict=True)
-            named += [(("data", part, i, "path"), a.path, b.path) for i, (a, b) in enumerate(sources)]
-        for location, written, meant in named:
-            if message.startswith((f"{written}:", f"{meant}:")) and not Path(meant).exists():
-                line = parse(self.text).line(location)
-                return RoundFileError(self.path, [Mistake(line, dotted(location), message)])
+            for at, (source, meant) in enumerate(sources):
+                if (
+                    message.startswith((f"{source.path}:", f"{meant.path}:"))
+                    and not Path(meant.path).exists()
+                ):
+                    return f"data.{part}[{at}].path", message
         return None
+
+    def _written(self, key: str) -> Any:
+        """Return the value of a dotted key as the file has it; None without one."""
+        value: Any = parse(self.text).document
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+_KEYS_OF_KINDS = {
+    "optimizer": "hyperparameters.optimizer",
+    "schedule": "hyperparameters.schedule",
+    "variant": "hyperparameters.variant",
+    "sampler": "search.sampler",
+    "metric": "objective.metric",
+    "engine": "run.engine",
+    "tracker": "run.report_to",
+}
+_METHOD_FIRST = re.compile(rf"(?P<kind>{'|'.join(_KEYS_OF_KINDS)}) (?P<name>\S+?)(, which is \S+)?: ")
+_KEY_FIRST = re.compile(r"(?P<key>[a-z_]+(\.[a-z_]+)*)(: | (?=\S+: ))")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def load_round(path: Path) -> RoundFile:
@@ -91,7 +131,10 @@ def with_plug_ins(file: RoundFile) -> RoundFile:
     """
     if file.spec.command is not None:
         return file
-    plug_ins = loaded(file.spec.hyperparameters)
+    try:
+        plug_ins = loaded(file.spec.hyperparameters)
+    except InputError as error:
+        raise file.placed(error) from None
     if not plug_ins:
         return file
     found = read_round(file.text, file.path, plug_ins=plug_ins)
@@ -145,8 +188,9 @@ def _read_text(path: Path) -> str:
             f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
         ) from None
     except FileNotFoundError:
-        here = ", ".join(sorted(other.name for other in path.parent.glob("*.y*ml"))[:5])
-        hint = f"in this folder: {here}" if here else "create one with `tuner study new`"
+        there = sorted(other.name for other in path.parent.glob("*.y*ml") if other.is_file())
+        nearest = get_close_matches(path.name, there, n=5, cutoff=0)
+        hint = f"in this folder: {', '.join(nearest)}" if there else "create one with `tuner study new`"
         raise InputError(f"there is no round file {path}; {hint}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -206,9 +250,20 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
         wrong = {dotted(at) for at in seen}
         for each in fresh:
             seen.add(each["loc"])
-            if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())):
-                found[each["loc"]] = _message(each)
+            message = _message(each)
+            if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())) and not (
+                _may_belong_to_a_method(each["loc"], message) and wrong & _CHOOSERS
+            ):
+                found[each["loc"]] = message
             _mend(mended, each["loc"])
+
+
+_CHOOSERS = {f"hyperparameters.{chooser}" for chooser in CHOOSERS}
+
+
+def _may_belong_to_a_method(location: Location, message: str) -> bool:
+    """Return whether a name is like none that is known: it may be of a method that is not installed."""
+    return location[0] in ("hyperparameters", "search") and message.startswith("unknown; allowed here:")
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:

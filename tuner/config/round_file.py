@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -146,12 +148,26 @@ EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
 
-RECORDED_KEYS = ("plug_ins", "data_fingerprint")
+RECORDED_KEYS = ("plug_ins", "data_fingerprint", "model_fingerprint")
 """Of a recorded round, which a file does not have."""
 
 
 def _nothing(plug_ins: object) -> bool:
     return not plug_ins
+
+
+def _table(written: Mapping[str, Any], plug_ins: Sequence[Mapping[str, Any]], tool_name: str | None) -> Table:
+    return table_for(written, plug_ins) if tool_name is None else tool(tool_name).table(written)
+
+
+@lru_cache(maxsize=128)
+def _space(content: str, max_train_steps: int, tool_name: str | None) -> Space:
+    """Parse hyperparameters and descriptions of plug-ins, as JSON: once for all who ask, and for copies."""
+    written, plug_ins = json.loads(content)
+    with trusting_names():  # they were checked when the file was read
+        return complete_space(
+            written, max_train_steps=max_train_steps, table=_table(written, plug_ins, tool_name)
+        )
 
 
 NO_MODEL = ModelSpec.model_construct(path="")
@@ -218,6 +234,8 @@ class RoundSpec(BaseModel):
     """Recorded descriptions of plug-ins. Not a key of the file."""
     data_fingerprint: SkipJsonSchema[Annotated[str, Field(exclude_if=_nothing)]] = ""
     """Recorded fingerprint of the rows. Not a key of the file."""
+    model_fingerprint: SkipJsonSchema[Annotated[str, Field(exclude_if=_nothing)]] = ""
+    """Recorded fingerprints of the model's configuration and of its files. Not a key of the file."""
     storage: Annotated[PathText, Field(json_schema_extra={"pattern": _STORAGE})] = "sqlite:///tuner.db"
     """The database: `sqlite:///FILE` relative to the round file, or
     `postgresql+psycopg://USER@HOST/DATABASE`."""
@@ -347,17 +365,16 @@ class RoundSpec(BaseModel):
 
     def space(self) -> Space:
         """Return all hyperparameters: the file's in its order, then the fixed defaults."""
-        with trusting_names():  # they were checked when the file was read
-            return complete_space(
-                self.hyperparameters, max_train_steps=self.max_train_steps, table=self.table
-            )
+        tool_name = None if self.command is None else self.command.tool
+        written = json.dumps([self.hyperparameters, [] if tool_name else self.plug_ins])
+        return dict(_space(written, self.max_train_steps, tool_name))
 
     @property
     def table(self) -> Table:
         """Return all hyperparameters that the file may name: tuner's and those of plug-ins or the tool."""
-        if self.command is not None:
-            return tool(self.command.tool).table(self.hyperparameters)
-        return table_for(self.hyperparameters, self.plug_ins)
+        return _table(
+            self.hyperparameters, self.plug_ins, None if self.command is None else self.command.tool
+        )
 
     @property
     def unloaded(self) -> tuple[tuple[Chooser, str], ...]:

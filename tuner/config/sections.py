@@ -452,9 +452,19 @@ class RunSpec(BaseModel):
     or `2h`. A pass may take ten times as long as the slowest one so far, and at least two minutes. A worker
     that is silent for longer is killed and replaced; its trials resume."""
 
+    storage_patience: Annotated[str, AfterValidator(_lasting)] = "10m"
+    """How long a round waits, such as `90s`, `30m` or `2h`, while its database cannot be reached or a disk is
+    full, before it stops. Training goes on without the database, and pauses while there is no room for
+    checkpoints. The same command resumes a round that has stopped."""
+
+    @property
+    def storage_seconds(self) -> float:
+        """`storage_patience` in seconds."""
+        return seconds_of(self.storage_patience)
+
     @property
     def loading_seconds(self) -> float:
-        """The same in seconds."""
+        """`loading_timeout` in seconds."""
         return seconds_of(self.loading_timeout)
 
     @field_validator("notify", mode="before")

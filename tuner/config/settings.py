@@ -1,4 +1,4 @@
-"""`--set KEY=VALUE`: values from the command line, written into a round file as a person would."""
+"""Values given on the command line, written into a round file as a person would: `--set`, `promote --add`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuner.config.dimensions import read_dimension
 from tuner.config.editing import edit_round
-from tuner.config.parsing import read_round
+from tuner.config.parsing import RoundFile, read_round
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, RoundFileError
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import Choices, Dimension, Fixed, TimesSqrtRank
 
-EXAMPLE = "--set hyperparameters.lora_r=16,32 or --set data.max_length=1024"
+_SET_EXAMPLE = "--set hyperparameters.lora_r=16,32 or --set data.max_length=1024"
 _TEXT_KEYS = frozenset({"goal"})
 """Keys whose commas are part of a sentence."""
 _PLACE = "hyperparameters."
@@ -86,4 +90,71 @@ def _yaml(text: str) -> Any:
 
 
 def _refusal(setting: str, why: str) -> InputError:
-    return InputError(f"--set {setting}: {why}. Example: {EXAMPLE}")
+    return InputError(f"--set {setting}: {why}\nExample: {_SET_EXAMPLE}")
+
+
+_ADD_EXAMPLE = "--add lora_dropout=0,0.05 or --add weight_decay=1e-4:1e-1:log"
+NEVER_ADDED = frozenset({"batch_size"})
+"""Changing one of these means tuning everything again."""
+
+
+def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimension]:
+    """Return the dimension of each `NAME=VALUES` or `NAME=LOW:HIGH[:log]`, by name.
+
+    `file` is the round that is promoted. Raises InputError, with an example, for values that cannot be read,
+    unknown or forbidden names, and names that the round already searches.
+    """
+    space = file.spec.space()
+    added: dict[str, Dimension] = {}
+    for text in given:
+        name, has_values, values = (part.strip() for part in text.partition("="))
+        if not has_values or not name or not values:
+            raise _refused(text, "expects NAME=VALUE,VALUE or NAME=LOW:HIGH[:log]")
+        if name not in file.spec.table:
+            raise _refused(text, f"{name} is unknown; allowed: {', '.join(sorted(_allowed()))}")
+        if name in NEVER_ADDED:
+            raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
+        if name in added:
+            raise _refused(text, f"{name} is added twice; write all of its values in one --add")
+        row = file.spec.table[name]
+        before = space.get(name)
+        if row.only_if_written and row.default is not None:
+            before = before or Fixed(row.default)
+        if before is None:
+            raise _refused(
+                text,
+                f"no trial of {file.spec.round} has {name}, by its "
+                f"{row.only_with.chosen_by if row.only_with else name}; add both in the new file instead",
+            )
+        if not isinstance(before, (Fixed, TimesSqrtRank)):
+            raise _refused(
+                text,
+                f"{name} is already searched in {file.spec.round}; edit its line in the new file instead",
+            )
+        added[name] = _dimension(text, row, values)
+        _refuse_nothing_new(text, name, added[name], before)
+    return added
+
+
+def _allowed() -> set[str]:
+    return set(HYPERPARAMETERS) - NEVER_ADDED
+
+
+def _dimension(text: str, row: Hyperparameter, values: str) -> Dimension:
+    try:
+        return read_dimension(row, typed_values(values))
+    except YamlError as error:
+        raise _refused(text, f"{values} cannot be read: {error}") from None
+    except ValueError as error:
+        raise _refused(text, f"{row.name}: {error}; each value is {row.allowed}") from None
+
+
+def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimension) -> None:
+    if isinstance(added, (Fixed, Choices)) and isinstance(before, Fixed):
+        values = added.values if isinstance(added, Choices) else (added.value,)
+        if set(values) == {before.value}:
+            raise _refused(text, f"{name} is already {before.value}; pass another value")
+
+
+def _refused(text: str, why: str) -> InputError:
+    return InputError(f"--add {text}: {why}\nExample: {_ADD_EXAMPLE}")

@@ -167,6 +167,8 @@ def _explained(error: Exception, text: str) -> YamlError:
         return YamlError(f"the key {twice[1]} appears a second time; keep one of them", row)
     if r"'\t'" in problem:
         return YamlError("a tab cannot indent or separate in YAML; use spaces", row)
+    if "<document start>" in problem:
+        return YamlError("is not one YAML document: a round file is `key: value` lines", row)
     during = f" {error.context}" if error.context and error.problem else ""
     return YamlError(f"is not YAML: {problem}{during}", row)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import socket
 import time
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from tuner.config import ModelSpec, RoundSpec
 
 
+CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
+"""Keys of a model's configuration that say where it is stored, not what it is."""
+_SAMPLE_BYTES = 16 * 1024
+_NUM_SAMPLES = 33
 _PAUSES_SECONDS = (0.0, 1.0, 2.0)
 """Before each question for the address of the Hub: one that goes unanswered may be a hiccup."""
 
@@ -109,6 +114,41 @@ def loaded_commit(model: ModelSpec) -> str | None:
         return None
     found = try_to_load_from_cache(model.path, model.gguf_file or "config.json", revision=model.revision)
     return extract_commit_hash(found, None) if isinstance(found, str) else None
+
+
+def model_fingerprint(model: ModelSpec) -> str:
+    """Return two hashes, of a model's configuration and of its weights' files; empty if it is not here.
+
+    Of the weights, sizes and samples of the files, since reading gigabytes takes minutes: equal hashes do not
+    prove that nothing changed, and the same weights may be saved in other files.
+    """
+    directory = Path(model.path)
+    if not directory.is_dir():
+        commit = loaded_commit(model)
+        return f"{commit} {commit}" if commit else ""
+    names = [model.gguf_file] if model.gguf_file else sorted(p.name for p in directory.glob("*.safetensors"))
+    files = [directory / name for name in names]
+    try:
+        config = json.loads((directory / "config.json").read_text()) if not model.gguf_file else {}
+        samples = hashlib.sha256()
+        for path in files:
+            samples.update(f"{path.stat().st_size}\0".encode())
+            for sample in _samples(path):
+                samples.update(sample)
+    except (OSError, ValueError):
+        return ""
+    kept = {key: value for key, value in config.items() if key not in CONFIG_OF_THE_FILES}
+    of_config = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    return f"{of_config.hexdigest()} {samples.hexdigest()}"
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Yield the beginning, the end and evenly spread parts of a file."""
+    with path.open("rb") as file:
+        last = max(0, path.stat().st_size - _SAMPLE_BYTES)
+        for number in range(_NUM_SAMPLES):
+            file.seek(last * number // (_NUM_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)
 
 
 def as_trained(spec: RoundSpec, adapter: Path) -> RoundSpec:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -190,8 +189,6 @@ def _file_hash(path: Path) -> str:
 
 
 _UNFINISHED = "unfinished-"
-_LOCKED_AFTER_SECONDS = 60.0
-"""Between making a directory and locking it, at most."""
 
 
 def cached_table(
@@ -204,13 +201,14 @@ def cached_table(
     memory and nothing stays on disk. Raises what `build` raises, and StorageError.
     """
     entry = cache and cache / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+    if cache is not None:
+        _remove_abandoned(cache)
     found = read_table(entry, mapped=True) if entry else None
     if found is not None:
         return found
     try:
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(cache)
         with _unfinished(cache) as unnamed:
             table = _built(unnamed, build, mapped=entry is not None)
             if entry is not None:
@@ -224,27 +222,36 @@ def cached_table(
 @contextmanager
 def _unfinished(cache: Path | None) -> Iterator[Path]:
     """Yield a temporary directory to build in, locked while it is in use."""
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache) as directory:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
+    directory, descriptor = _locked_directory(cache)
+    try:
+        unnamed = Path(directory) / "table"
+        unnamed.mkdir()
+        yield unnamed
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _locked_directory(cache: Path | None) -> tuple[str, int]:
+    while True:
+        directory = tempfile.mkdtemp(prefix=_UNFINISHED, dir=cache)
+        with suppress(FileNotFoundError):  # taken for abandoned before it was locked
+            descriptor = os.open(directory, os.O_RDONLY)
             with suppress(OSError):  # no locks on this disk: nothing is then taken for abandoned either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            unnamed = Path(directory) / "table"
-            unnamed.mkdir()
-            yield unnamed
-        finally:
+            if Path(directory).exists():
+                return directory, descriptor
             os.close(descriptor)
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Delete what processes that were killed had begun; a directory is young before it is locked."""
+    """Delete what processes that were killed had begun: their lock is gone."""
     for directory in cache.glob(f"{_UNFINISHED}*"):
         with suppress(OSError):  # locked, or gone meanwhile
             descriptor = os.open(directory, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(descriptor).st_mtime > _LOCKED_AFTER_SECONDS:
-                    shutil.rmtree(directory)
+                shutil.rmtree(directory)
             finally:
                 os.close(descriptor)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,10 +23,12 @@ from tuner.data.plain_text import plain_text_rows
 from tuner.data.pretrained import is_out_of_reach
 from tuner.data.readers import columns_to_read, has_lines, reader_of
 from tuner.errors import DataError
+from tuner.whole import written_whole
 
 if TYPE_CHECKING:
     from tuner.config import SourceSpec
 
+_log = logging.getLogger(__name__)
 
 _MOST_ENTRIES = 10_000
 """Of a folder, folders in it included: `datasets` looks at every one, of a home folder for minutes."""
@@ -122,6 +127,8 @@ def load_rows(path: str, *, config: str | None, split: str | None, cache: Path |
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log
     split = split or "train"
     try:
         with _the_cache_alone() if is_out_of_reach(path) else nullcontext():
@@ -186,13 +193,56 @@ class Source:
         return f"{self.name}:{number}" if self.has_lines else f"{self.name}: row {number}"
 
 
+REMEMBERED = "sources"
+"""Folder of the cache: what sources elsewhere were when they were opened last."""
+
+
 def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
     """Open what a source names: one dataset, or files in the order of their names. Raises DataError.
 
     Files are read here, row by row, so that a mistake can name its line and memory stays flat; those
     behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for
-    folders lie in the cache.
+    folders lie in the cache. If a Hub id or a URL cannot be opened now, its rows can still be used that are
+    in the cache already.
     """
+    if cache is None or not _is_elsewhere(spec):
+        return _opened(spec, cache, copies)
+    said = json.dumps(
+        [spec.path, spec.split, spec.config, spec.split_on, spec.record_bytes, spec.group_records]
+    )
+    card = cache / REMEMBERED / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+    try:
+        sources = _opened(spec, cache, copies)
+    except DataError as error:
+        if (known := _remembered(card, error)) is None:
+            raise
+        _log.warning("%s: cannot be opened now; using its rows in %s: %s", spec.path, cache, error)
+        return known
+    with suppress(OSError):
+        card.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(card) as unnamed:
+            unnamed.write_text(json.dumps([[each.name, each.identity, each.has_lines] for each in sources]))
+    return sources
+
+
+def _is_elsewhere(spec: SourceSpec) -> bool:
+    return "://" in spec.path or (_is_hub_id(spec.path) and not os.path.exists(spec.path))  # noqa: PTH110
+
+
+def _remembered(card: Path, error: DataError) -> list[Source] | None:
+    """Return sources whose rows cannot be read, but may be in the cache; None if they were never opened."""
+
+    def rows(_: RowFormat) -> Iterator[Row]:
+        raise error
+
+    try:
+        known = json.loads(card.read_text())
+        return [Source(name, identity, has_lines, rows) for name, identity, has_lines in known]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _opened(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
     if spec.split_on is None and "://" not in spec.path:
         if os.path.isdir(spec.path):  # noqa: PTH112  Path raises for a name that is too long
             return [_dataset(spec, load_folder, cache and cache / "datasets")]

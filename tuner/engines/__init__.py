@@ -5,6 +5,10 @@ A worker takes Assignments and reports Events. It knows trials and directories, 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
 from tuner.engines.program import Process, ProgramWorker, WorkerPool, end_all_processes
@@ -14,6 +18,7 @@ from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
 from tuner.engines.synthetic import LoraFormula, RecordedCurves
 from tuner.errors import InputError, TunerError, WorkerError, last_words, one_of
 from tuner.methods.registry import load
+from tuner.records import Assignment, Event, RunId
 
 __all__ = [
     "Engine",
@@ -57,17 +62,70 @@ def make_engine(name: str) -> Engine:
 
 
 def start_workers(engine: Engine, job: Job) -> Worker:
-    """Return the job's workers. Raises what `Engine.start` may, and WorkerError for any other error of it."""
+    """Return the job's workers. Raises what `Engine.start` may, and WorkerError for any other error of it.
+
+    So do methods of workers that an engine of the user's returns.
+    """
+    name = type(engine).__name__
     try:
-        return engine.start(job)
+        worker: object = engine.start(job)
     except (TunerError, OSError):
         raise
     except Exception as error:  # a plug-in may raise anything
         said = last_words(error, __file__)
-        raise WorkerError(f"{type(engine).__name__} could not start the workers: {said}") from error
+        raise WorkerError(f"{name} could not start the workers: {said}") from error
+    if type(engine) in _BUILT_IN.values():
+        return worker  # type: ignore[return-value]
+    missing = [method for method in _WORKER_METHODS if not callable(getattr(worker, method, None))]
+    if missing:
+        raise WorkerError(f"{name}.start returned a {type(worker).__name__} without {one_of(missing)}")
+    return _ForeignWorker(worker, name)  # type: ignore[arg-type]
+
+
+class _ForeignWorker:
+    """A worker of an engine that tuner does not have, whose errors name it."""
+
+    def __init__(self, inner: Worker, engine: str) -> None:
+        self._inner, self._engine = inner, engine
+
+    def capacity(self) -> int:
+        """As `Worker` says."""
+        with self._named("capacity"):
+            return self._inner.capacity()
+
+    def start(self, assignment: Assignment) -> None:
+        """As `Worker` says."""
+        with self._named("start"):
+            self._inner.start(assignment)
+
+    def stop(self, run: RunId) -> None:
+        """As `Worker` says."""
+        with self._named("stop"):
+            self._inner.stop(run)
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """As `Worker` says."""
+        with self._named("events"):
+            return self._inner.events(timeout_seconds)
+
+    def close(self) -> None:
+        """As `Worker` says."""
+        with self._named("close"):
+            self._inner.close()
+
+    @contextmanager
+    def _named(self, method: str) -> Iterator[None]:
+        try:
+            yield
+        except (TunerError, OSError):
+            raise
+        except Exception as error:  # a plug-in may raise anything
+            said = last_words(error, __file__, contextlib.__file__)
+            raise WorkerError(f"a worker of {self._engine} raised in {method}: {said}") from error
 
 
 _METHODS = ("start", "gpu_readings", "now", "close")
+_WORKER_METHODS = ("capacity", "start", "stop", "events", "close")
 
 
 def _made(name: str, found: object) -> object:

@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from tuner.engines.devices import gpu_meter, open_nvml, visible_devices, worker_environments
-from tuner.engines.processes import end_left_over, record_worker, recorded_workers
+from tuner.engines.processes import (
+    TOKEN,
+    end_left_over,
+    end_with_token,
+    new_token,
+    record_worker,
+    recorded_workers,
+)
 from tuner.engines.program import ProgramWorker, WorkerPool
 from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
@@ -53,7 +60,7 @@ class LocalEngine:
             partial(local_worker, job, log=job.directory / f"{name}.log", environment=environment)
             for name, environment in zip(names, environments, strict=True)
         ]
-        return makers[0]() if len(makers) == 1 else WorkerPool(makers)
+        return WorkerPool(makers)
 
     def gpu_readings(self) -> Sequence[GpuReading]:
         """Return the driver's readings of the GPUs in use."""
@@ -80,6 +87,7 @@ class LocalProcess:
         self, arguments: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self._log = log
+        self._token = new_token()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"--- worker starts {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -93,11 +101,11 @@ class LocalProcess:
                 text=True,
                 bufsize=1,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(environment or {}), TOKEN: self._token},
             )
 
         self._record = log.with_suffix(".pid")
-        record_worker(self._record, self.popen.pid)
+        record_worker(self._record, self.popen.pid, self._token)
 
     def write(self, line: str) -> None:
         """Write to its pipe."""
@@ -129,8 +137,9 @@ class LocalProcess:
         return code
 
     def kill(self) -> None:
-        """Send SIGKILL."""
+        """Send SIGKILL to it and to what it started, such as a command."""
         self.popen.kill()
+        end_with_token(self._token)
 
     def last_words(self) -> str:
         """Return the last lines of its log."""

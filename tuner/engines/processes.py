@@ -1,19 +1,24 @@
 """Which process is which, although numbers are used again: how a run ends what an earlier one left.
 
-Only a process whose host, boot, number and start time are those recorded is ended, and only once the process
-that started it is gone.
+A process is ended only if its host, boot, number and start time are those recorded, or if its environment has
+a recorded worker's token; and only once the process that started the worker is gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+_SWEEPS = 20
+"""How often processes that were just being forked are looked for."""
 _STARTED_FIELD = 19
 """Of /proc/PID/stat after the name in parentheses: clock ticks since the boot, whatever the clock does."""
 
@@ -46,25 +51,75 @@ class Identity:
         return Identity.of(self.pid) == self
 
 
+TOKEN = "_TUNER_WORKER"
+"""Variable that a worker's processes inherit, a command's among them, whatever session they start."""
+
+
+def new_token() -> str:
+    """Return a token for a worker that is to be started."""
+    return secrets.token_hex(16)
+
+
+def with_token(token: str) -> Iterator[int]:
+    """Yield this user's processes, of this numbering of processes, whose environment has a token."""
+    wanted, own, here = f"{TOKEN}={token}".encode(), os.getuid(), _numbering("self")
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            is_ours = place.stat().st_uid == own and _numbering(place.name) == here
+            if is_ours and wanted in (place / "environ").read_bytes().split(b"\0"):
+                yield int(place.name)
+        except OSError:  # it has ended, or is not ours to read
+            continue
+
+
+def end_with_token(token: str) -> list[int]:
+    """Kill a worker's processes, what they fork meanwhile too; return their numbers."""
+    ended: list[int] = []
+    for _ in range(_SWEEPS):
+        found = [pid for pid in with_token(token) if pid != os.getpid() and Identity.of(pid) is not None]
+        if not found:
+            break
+        for pid in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                ended.append(pid)
+    return sorted(set(ended))
+
+
+def _numbering(pid: str) -> str:
+    """Return the name of a process's numbering: the same number in a container is another process."""
+    return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115
+
+
 @dataclass(frozen=True, slots=True)
 class RecordedWorker:
     """A worker and the process that started it, as recorded beside the worker's log."""
 
     worker: Identity
     parent: Identity
+    token: str | None = None
+    """In the environment of the worker's processes; earlier versions gave them none."""
 
     @property
     def is_left_over(self) -> bool:
         """Return whether the worker runs here although its parent has ended."""
         return self.worker.is_running and not self.parent.is_running
 
+    @property
+    def is_of_ended_parent_here(self) -> bool:
+        """Return whether the parent was a process of this boot and has ended, whatever the host's name is."""
+        now = Identity.of(os.getpid())
+        if now is None or self.parent.boot != now.boot:
+            return False
+        return not replace(self.parent, host=now.host).is_running
 
-def record_worker(path: Path, pid: int) -> None:
+
+def record_worker(path: Path, pid: int, token: str | None = None) -> None:
     """Record a worker that this process started; do nothing where the system does not tell enough."""
     worker, parent = Identity.of(pid), Identity.of(os.getpid())
     if worker is not None and parent is not None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(RecordedWorker(worker, parent))))
+        temporary.write_text(json.dumps(asdict(RecordedWorker(worker, parent, token))))
         temporary.replace(path)
 
 
@@ -74,14 +129,15 @@ def recorded_workers(directory: Path) -> list[RecordedWorker]:
     for path in sorted(directory.glob("*.pid")):
         try:
             document = json.loads(path.read_text())
-            found.append(RecordedWorker(Identity(**document["worker"]), Identity(**document["parent"])))
+            worker, parent = Identity(**document["worker"]), Identity(**document["parent"])
+            found.append(RecordedWorker(worker, parent, document.get("token")))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
 
 
 def end_left_over(directory: Path) -> list[int]:
-    """Kill recorded workers whose parent has ended, and return their numbers."""
+    """Kill recorded workers whose parent has ended, and what they started; return their numbers."""
     ended = []
     for recorded in recorded_workers(directory):
         if recorded.is_left_over:
@@ -90,4 +146,6 @@ def end_left_over(directory: Path) -> list[int]:
             except (ProcessLookupError, PermissionError):
                 continue
             ended.append(recorded.worker.pid)
+        if recorded.token is not None and recorded.is_of_ended_parent_here:
+            ended += end_with_token(recorded.token)
     return ended

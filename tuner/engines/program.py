@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -14,12 +16,17 @@ from tuner.engines.protocol import Program, Worker
 from tuner.records import (
     Assignment,
     Beat,
+    Checkpoint,
+    CheckpointKind,
     Died,
     Ended,
     Event,
     Preparing,
     Ready,
+    Remarked,
     RunId,
+    Saved,
+    Started,
     event_from_json,
     to_json,
 )
@@ -266,6 +273,52 @@ MAX_DEATHS = 2
 _POLL_SECONDS = 0.02
 
 
+MAX_ALIKE = 3
+"""Failures in a row with one cause after which a worker is stopped."""
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit)\b.*")
+
+
+class Breaker:
+    """The failures of a worker in a row, without a new checkpoint or a trial's end between them."""
+
+    def __init__(self) -> None:
+        self._cause, self._count = "", 0
+        self._started: set[RunId] = set()
+
+    def heard(self, event: Event) -> str | None:
+        """Take an event; return the reason once there were too many failures with one cause."""
+        match event:
+            case Started(run=run):
+                self._started.add(run)
+            case Saved(checkpoint=Checkpoint(kind=kind)) if kind != CheckpointKind.BEST:
+                self._count = 0
+            case Ended(run=run, outcome="failed") if run not in self._started:
+                pass  # its checkpoint could not be read, which is no fault of the worker
+            case Ended(run=run, outcome="failed", reason=reason):
+                self._started.discard(run)
+                return self._failed(reason or "")
+            case Ended(run=run, outcome="complete" | "infeasible" | "pruned"):
+                self._started.discard(run)
+                self._count = 0
+            case Died(reason=reason):
+                self._started.clear()
+                return self._failed(reason)
+        return None
+
+    def _failed(self, reason: str) -> str | None:
+        cause = cause_of(reason)
+        self._count = self._count + 1 if cause == self._cause else 1
+        self._cause = cause
+        return reason if self._count == MAX_ALIKE else None
+
+
+def cause_of(reason: str) -> str:
+    """Return what failures with one cause have in common: no numbers, and of a log the exception alone."""
+    first, *tail = reason.splitlines() or [""]
+    raised = _EXCEPTION.search(tail[-1]) if tail else None
+    return re.sub(r"\d+", "#", first + (raised[0] if raised else ""))
+
+
 class WorkerPool:
     """A worker that combines several. The first starts at once, the others with the first trial.
 
@@ -279,6 +332,7 @@ class WorkerPool:
         """Run -> its worker."""
         self._deaths: dict[Worker, int] = {}
         """Consecutive deaths of a worker before being ready."""
+        self._breakers: dict[Worker, Breaker] = defaultdict(Breaker)
 
     def capacity(self) -> int:
         """Number of free slots in workers that are ready."""
@@ -308,16 +362,29 @@ class WorkerPool:
             time.sleep(min(_POLL_SECONDS, left))
 
     def _heard(self, worker: Worker) -> list[Event]:
-        """Return a worker's events; drop a worker that keeps dying early if there is another."""
+        """Return a worker's events; drop one that keeps failing if there is another, else end the round."""
         said = worker.events(0.0)
-        for event in said:
+        for event in tuple(said):
+            if (why := self._breakers[worker].heard(event)) is not None and worker in self._workers:
+                said += self._stopped(worker, why)
             if isinstance(event, Ready):
                 self._deaths.pop(worker, None)
             elif isinstance(event, Died):
                 self._deaths[worker] = self._deaths.get(worker, 0) + 1
-                if self._deaths[worker] == MAX_DEATHS and len(self._workers) > 1:
+                has_others = len(self._workers) > 1 and worker in self._workers
+                if self._deaths[worker] == MAX_DEATHS and has_others:
                     self._workers.remove(worker)
         return said
+
+    def _stopped(self, worker: Worker, why: str) -> list[Event]:
+        """Stop a worker for good; return its last events and what to say."""
+        alike = f"{MAX_ALIKE} failures in a row with one cause: {why}"
+        if len(self._workers) == 1:
+            return [Died(f"no worker can train any more, after {alike}", is_input_error=True)]
+        self._workers.remove(worker)
+        worker.close()
+        left = f"{len(self._workers)} of {len(self._workers) + 1} workers go on"
+        return [*worker.events(0.0), Remarked(f"warning: a worker is stopped after {alike}\n{left}")]
 
     def close(self) -> None:
         """Save every trial, then end the workers one after another."""

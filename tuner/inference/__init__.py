@@ -1,8 +1,7 @@
 """Use a trial's adapter: answer prompts in its template, merge, export, compute a final score."""
 
-import tuner.adapters.quiet  # noqa: F401
 from tuner.adapters.generation import Decoding, batches
-from tuner.inference.export import convert_to_gguf, export_adapter, export_merged, push
+from tuner.inference.export import convert_to_gguf, export_adapter, export_merged, merge_checkpoint, push
 from tuner.inference.generation import Answer, Answerer, AnswerFile, score
 
 __all__ = [
@@ -14,6 +13,7 @@ __all__ = [
     "convert_to_gguf",
     "export_adapter",
     "export_merged",
+    "merge_checkpoint",
     "push",
     "score",
 ]

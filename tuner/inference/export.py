@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftConfig, PeftModel
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters import Adapter, read_adapter, write_adapter
@@ -193,3 +202,39 @@ def export_merged(
         merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     merged.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
+
+
+def merge_checkpoint(adapter: Path, directory: Path, *, beside: Path, dtype: str) -> str:
+    """Merge a PEFT adapter of any tool into the base model that it names, for transformers.
+
+    Writes into an existing directory, and returns the base model's name. A relative path is in the folder
+    `beside`. Sums are taken in float32 and rounded once to `dtype`, one of MERGED_DTYPES; a quantised base
+    model is read unquantised. Raises CheckpointError.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        name = str(config.base_model_name_or_path)
+        place = str(beside / name) if (beside / name).is_dir() else name
+        revision = {"revision": config.revision} if place == name and config.revision else {}
+        kind, details = _kind_of_model(adapter, str(config.task_type))
+        base = kind.from_pretrained(place, dtype=torch.float32, **revision, **details)
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        merged.to(MERGED_DTYPES[dtype]).save_pretrained(str(directory))
+        has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+        AutoTokenizer.from_pretrained(str(adapter) if has_tokenizer else place).save_pretrained(directory)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{adapter}: cannot be merged: {error}. Merge it with the tool that trained it"
+        ) from error
+    return name
+
+
+def _kind_of_model(adapter: Path, task: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return transformers' class for an adapter's task, and what else it has to know: the labels, of which a
+    reward model has one."""
+    if task.rpartition(".")[2] != "SEQ_CLS":
+        return AutoModelForCausalLM, {}
+    with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as weights:
+        heads = [name for name in weights.keys() if re.search(r"(score|classifier)\b.*weight", name)]  # noqa: SIM118
+        labels = {"num_labels": weights.get_slice(heads[0]).get_shape()[0]} if heads else {}
+    return AutoModelForSequenceClassification, labels

@@ -146,7 +146,8 @@ def _checked(variant: Variant, name: str) -> Variant:
         )
     rows = (*HYPERPARAMETERS.values(), *variant.hyperparameters)
     defaults = {row.name: row.default for row in rows if row.default is not None}
-    variants.refuse_arguments(variant, variant.config(defaults))
+    own = variants.own_arguments(variant, {**defaults, variants.CHOOSER: name})
+    variants.refuse_arguments(replace(variant, name=name), own)
     return variant
 
 

@@ -30,7 +30,7 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
     "sampler": ("quasi-random", "tpe", "gp", "random", "grid"),
     "engine": ("local", "ray", "simulated"),
     "tracker": ("tensorboard", "wandb", "mlflow", "trackio"),
-    "tool": ("none", "transformers", "trl", "llamafactory"),
+    "tool": ("none", "transformers", "trl", "axolotl", "llamafactory"),
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""

@@ -19,6 +19,7 @@ from tuner.playbook.noise import (
     paired_standard_error,
     residual_spread,
     smoothed,
+    smoothed_costs,
 )
 from tuner.playbook.selection import best_evaluation
 from tuner.records import Evaluation
@@ -53,20 +54,38 @@ def rise_after_best(evaluations: Sequence[Evaluation]) -> Rise | None:
     and at the end must differ significantly too. Rule: Deep Learning Tuning Playbook, "Examining the training
     curves" (problematic overfitting); the test is this project's.
     """
-    finite = measured(evaluations)
-    best = best_evaluation(finite)
-    if best is None or finite[-1] is best:
+    if (found := _end_above_best(evaluations)) is None:
         return None
-    last = finite[-1]
+    finite, best, last = found
     error = difference_error(finite, last, best)
     amount = last.cost - best.cost
-    if error is None or amount <= SIGNIFICANT * error:
-        return None
-    curve = smoothed(finite)
-    lasting = curve[-1].cost - min(evaluation.cost for evaluation in curve)
-    if lasting <= SIGNIFICANT * error:
+    if error is None or amount <= SIGNIFICANT * error or _lasting_rise(finite) <= SIGNIFICANT * error:
         return None
     return Rise(best.step, last.step, amount, error, _train_loss_falls_after(finite, finite.index(best)))
+
+
+def may_rise_after_best(evaluations: Sequence[Evaluation]) -> bool:
+    """Return False where `rise_after_best` finds no rise whatever the losses of single examples are.
+
+    Rule: as for `rise_after_best`.
+    """
+    found = _end_above_best(evaluations)
+    return found is not None and _lasting_rise(found[0]) > 0
+
+
+def _end_above_best(
+    evaluations: Sequence[Evaluation],
+) -> tuple[Sequence[Evaluation], Evaluation, Evaluation] | None:
+    """Return the usable evaluations, the best and the last of them; None where the last is the best."""
+    finite = measured(evaluations)
+    best = best_evaluation(finite)
+    return None if best is None or finite[-1] is best else (finite, best, finite[-1])
+
+
+def _lasting_rise(finite: Sequence[Evaluation]) -> float:
+    """Return how far the smoothed curve ends above its lowest point."""
+    costs = smoothed_costs(finite)
+    return costs[-1] - min(costs)
 
 
 def plateau_step(evaluations: Sequence[Evaluation]) -> int | None:

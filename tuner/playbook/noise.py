@@ -25,32 +25,58 @@ def smoothed(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     project's decision.
     """
     finite = measured(evaluations)
-    steps, costs = _curve(finite)
-    return tuple(evaluation.with_cost(_local_value(steps, costs, i)) for i, evaluation in enumerate(finite))
+    return tuple(e.with_cost(cost) for e, cost in zip(finite, smoothed_costs(finite), strict=True))
 
 
 def smoothed_cost(evaluations: Sequence[Evaluation], step: int) -> float:
     """Return the smoothed cost at the step of an evaluation. Rule: as for `smoothed`."""
     finite = measured(evaluations)
-    steps, losses = _curve(finite)
     at = next(i for i, evaluation in enumerate(finite) if evaluation.step == step)
-    return _local_value(steps, losses, at)
+    return smoothed_costs(finite)[at]
 
 
-def _curve(finite: Sequence[Evaluation]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithms of the steps, and the costs."""
-    steps = np.log(np.maximum([float(evaluation.step) for evaluation in finite], 1e-9))
-    return steps, np.array([evaluation.cost for evaluation in finite], dtype=np.float64)
+def smoothed_costs(finite: Sequence[Evaluation]) -> list[float]:
+    """Return the smoothed costs of evaluations with usable ones. Rule: as for `smoothed`."""
+    costs = [float(evaluation.cost) for evaluation in finite]
+    windows = _windows(tuple(evaluation.step for evaluation in finite))
+    if not any(windows):
+        return costs
+    losses = np.array(costs, dtype=np.float64)
+    return [
+        cost if window is None else window.value(losses) for cost, window in zip(costs, windows, strict=True)
+    ]
 
 
-def _local_value(steps: np.ndarray, losses: np.ndarray, i: int) -> float:
-    near = np.abs(steps - steps[i]) <= math.log(WINDOW) + 1e-12
-    x, y = steps[near] - steps[i], losses[near]
-    if len(x) < 3:
-        return float(losses[i])
-    centred = x - x.mean()
-    slope = float(centred @ y) / float(centred @ centred)
-    return float(y.mean() - slope * x.mean())
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A step's neighbours, itself included."""
+
+    places: np.ndarray
+    mean: float
+    """Of the distances to the step, as logarithms."""
+    centred: np.ndarray
+    """The distances less their mean."""
+
+    def value(self, losses: np.ndarray) -> float:
+        """Return the value at the step of a line through the neighbours."""
+        y = losses[self.places]
+        slope = float(self.centred @ y) / float(self.centred @ self.centred)
+        return float(y.mean() - slope * self.mean)
+
+
+@lru_cache(maxsize=256)
+def _windows(steps: tuple[int, ...]) -> tuple[_Window | None, ...]:
+    """Return the window of each step, None for one with fewer than three neighbours.
+
+    Most trials of a round are evaluated at the same steps.
+    """
+    logarithms = np.log(np.maximum([float(step) for step in steps], 1e-9))
+    found: list[_Window | None] = []
+    for i in range(len(steps)):
+        near = np.flatnonzero(np.abs(logarithms - logarithms[i]) <= math.log(WINDOW) + 1e-12)
+        x = logarithms[near] - logarithms[i]
+        found.append(_Window(near, float(x.mean()), x - x.mean()) if len(near) >= 3 else None)
+    return tuple(found)
 
 
 MAX_LOSS = 1e100
@@ -143,10 +169,12 @@ def _tokens(example_tokens: tuple[int, ...]) -> tuple[np.ndarray, float]:
 def loss_error(evaluation: Evaluation) -> float | None:
     """Return the standard error of an evaluation's loss over its examples, in nats per token.
 
-    None unless the loss is usable and over at least two examples. Rule: this project's decision,
-    "settled_step".
+    That which a command reported as `eval_loss_se`, where there are no examples. None unless the loss is
+    usable and over at least two examples. Rule: this project's decision, "settled_step".
     """
     tokens = evaluation.example_tokens
+    if not tokens:
+        return reported_error(replace(evaluation, objective=None))
     nothing = Evaluation(evaluation.step, 0.0, example_nll=(0.0,) * len(tokens), example_tokens=tokens)
     return paired_standard_error(replace(evaluation, objective=None), nothing)
 
@@ -173,11 +201,39 @@ def residual_spread(evaluations: Sequence[Evaluation]) -> float | None:
 def difference_error(evaluations: Sequence[Evaluation], one: Evaluation, other: Evaluation) -> float | None:
     """Return the standard error of the difference of two evaluations of a trial, in nats per token.
 
-    Paired if both have per-example losses, otherwise the residual spread of the trial's curve; None if
-    neither is available. Rule: this project's decision, "settled_step".
+    Paired if both have per-example losses, otherwise the residual spread of the trial's curve; of a curve
+    too short for that, from the standard errors that a command reported. None if none is available. Rule:
+    this project's decision, "settled_step".
     """
     paired = paired_standard_error(one, other)
-    return residual_spread(evaluations) if paired is None else paired
+    if paired is not None:
+        return paired
+    spread = residual_spread(evaluations)
+    return _reported_difference(one, other) if spread is None else spread
+
+
+REPORTED_ERROR = "_se"
+"""End of the name under which a command reports a metric's standard error."""
+
+
+def reported_error(evaluation: Evaluation) -> float | None:
+    """Return the standard error of the objective that a command reported, such as `eval_loss_se`.
+
+    None if it reported none that can be used. Rule: this project's decision, "settled_step".
+    """
+    name = "eval_loss" if evaluation.objective is None else evaluation.objective.metric
+    error = evaluation.metrics.get(name + REPORTED_ERROR)
+    return error if error is not None and 0 < error <= MAX_LOSS else None
+
+
+def _reported_difference(one: Evaluation, other: Evaluation) -> float | None:
+    """Return the error of a difference as if its evaluations were on rows of their own.
+
+    They are on the same rows, whose share of the error cancels, so that this is an upper bound.
+    """
+    errors = [reported_error(each) for each in (one, other)]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
 
 
 @dataclass(frozen=True, slots=True)

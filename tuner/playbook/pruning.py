@@ -112,9 +112,10 @@ def _behind_the_median(own: float, peers: Sequence[Trial], step: int, objective:
     if len(complete) < MIN_COMPLETE or not own > (middle := median(complete)):
         return None
     side = "above" if objective.direction == Direction.MINIMIZE else "below"
+    best, typical = _apart(objective.cost(own), objective.cost(middle))
     return (
-        f"{_best_in_words(own, step, objective)}, is {side} the median of {len(complete)} trials, "
-        f"{objective.cost(middle):.4f}"
+        f"its best {objective.noun} up to step {step}, {best}, is {side} the median of {len(complete)} "
+        f"trials, {typical}"
     )
 
 
@@ -123,12 +124,16 @@ def _behind_on_the_rung(own: float, peers: Sequence[Trial], step: int, objective
     places = max(1, (len(there) + 1) // REDUCTION)
     if sum(cost < own for cost in there) < places:
         return None
-    best = _best_in_words(own, step, objective)
+    best = f"its best {objective.noun} up to step {step}, {objective.cost(own):.4f}"
     return f"{best}, is not among the best {places} of {len(there) + 1} trials"
 
 
-def _best_in_words(cost: float, step: int, objective: Objective) -> str:
-    return f"its best {objective.noun} up to step {step}, {objective.cost(cost):.4f}"
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Return two different numbers with four decimals, or as many more as tell them apart."""
+    for decimals in range(4, 17):
+        if (shown := f"{one:.{decimals}f}") != (beside := f"{other:.{decimals}f}"):
+            return shown, beside
+    return repr(one), repr(other)
 
 
 def _best_until(trial: Trial, step: int) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import islice, pairwise
 from operator import attrgetter
+from typing import Concatenate, ParamSpec, TypeVar
 
 from tuner.methods.table import counting
 from tuner.playbook.noise import (
@@ -22,6 +24,10 @@ from tuner.playbook.noise import (
 )
 from tuner.records import Evaluation, Trial, TrialState
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ANSWERS_KEPT = 3
 MIN_LEADING = 5
 """The smallest number of leading trials, if there are as many."""
 
@@ -73,6 +79,27 @@ class LeadingTrial:
     """best.step / max_train_steps."""
 
 
+def _remembered(
+    decide: Callable[Concatenate[Iterable[Trial], P], R],
+) -> Callable[Concatenate[Iterable[Trial], P], R]:
+    """Keep the latest answers about tuples of trials: reading a round asks the same dozens of times."""
+    kept: list[tuple[object, object, R]] = []
+
+    @wraps(decide)
+    def ask(trials: Iterable[Trial], /, *more: P.args, **named: P.kwargs) -> R:
+        if not isinstance(trials, tuple) or named:
+            return decide(trials, *more, **named)
+        for asked, besides, answer in kept[:]:
+            if asked is trials and besides == more:
+                return answer
+        answer = decide(trials, *more, **named)
+        kept[:] = [(trials, more, answer), *kept[:_ANSWERS_KEPT]]
+        return answer
+
+    return ask
+
+
+@_remembered
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     """Return the complete trials with a finite best evaluation, by the round's objective, best first.
 
@@ -83,6 +110,7 @@ def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     return tuple(sorted(ranked_by_curve(trials), key=lambda pair: -(trial_score(pair[0]) or 0.0)))
 
 
+@_remembered
 def ranked_by_curve(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     """Rank by the best evaluations, whatever the objective: readings of the horizon rest on curves.
 
@@ -129,8 +157,16 @@ def scale_of(trials: Iterable[Trial]) -> Scale | None:
         return BY_VALUE
     if not best.objective.is_relative_to_gained:
         return BY_VALUE
-    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
+    base = base_or_first(trial.evaluations)
     return Scale(base.cost - best.cost) if base is not None and base.cost > best.cost else None
+
+
+def base_or_first(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the base model's evaluation; where there is none, the first finite one, which stands for it.
+
+    Rule: this project's decision, "Leading trials".
+    """
+    return next(iter(measured(evaluations)), None)
 
 
 def beats_the_base(trial: Trial) -> bool:
@@ -138,20 +174,21 @@ def beats_the_base(trial: Trial) -> bool:
 
     It must do so at its best step, and on the smoothed curve there. The best of many evaluations is low
     partly by luck, which it must exceed too; the changes from one evaluation to the next estimate that luck,
-    since the choice of examples is the same for all. True if the base model's loss is not among the
-    evaluations; if no standard error is known, any better step counts. Rule: this project's decision,
-    "Leading trials".
+    since the choice of examples is the same for all. Where the base model was not evaluated, the first
+    evaluation stands for it; if no standard error is known, any better step counts. Rule: this project's
+    decision, "Leading trials".
     """
     best = best_evaluation(trial.evaluations)
     if best is None:
         return False
-    base = next((e for e in measured(trial.evaluations) if e.step == 0), None)
-    if base is None:
+    base = base_or_first(trial.evaluations)
+    is_alone = len(measured(trial.evaluations)) == 1 and best.step > 0
+    if base is None or is_alone:
         return True
     error = difference_error(trial.evaluations, base, best) or 0.0
     later = [e.cost for e in measured(trial.evaluations) if e.step > 0]
     luck = significant_among(len(later)) * min(error, _mean_change(later, default=error))
-    if best.step == 0 or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
+    if best.step == base.step or base.cost - best.cost <= max(SIGNIFICANT * error, luck):
         return False
     return base.cost - smoothed_cost(trial.evaluations, best.step) > SIGNIFICANT * error
 
@@ -182,6 +219,7 @@ def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
     return tuple(found.values())
 
 
+@_remembered
 def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
     """Return the best five, or a quarter if that is more, of the trials that beat the base model, best first.
 
@@ -196,14 +234,15 @@ def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[Leadi
     return _first(leading, len(leading), max_train_steps)
 
 
-def foremost_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
+def foremost_trials(trials: tuple[Trial, ...], max_train_steps: int) -> tuple[LeadingTrial, ...]:
     """Return the leading trials, or as many of the best if none beat the base model.
 
     Curves of such trials can still reveal a bug. Rule: this project's decision, "Leading trials".
     """
+    if leading := leading_trials(trials, max_train_steps):
+        return leading
     complete = distinct(trial for trial, _ in ranked_by_curve(trials))
-    leading = leading_trials(complete, max_train_steps)
-    return leading or _first(complete, num_leading(len(complete)), max_train_steps)
+    return _first(complete, num_leading(len(complete)), max_train_steps)
 
 
 def _first(trials: Iterable[Trial], count: int, max_train_steps: int) -> tuple[LeadingTrial, ...]:

@@ -28,6 +28,7 @@ from tuner.records.events import (
     Preparing,
     Progressed,
     Ready,
+    Remarked,
     Saved,
     Started,
 )
@@ -63,7 +64,7 @@ from tuner.records.space import (
     searched,
 )
 from tuner.records.state import AttemptFact, Fact, FactError, RoundFact, StudyState, TrialFact
-from tuner.records.throughput import Throughput, added_up
+from tuner.records.throughput import Prediction, Throughput, added_up
 from tuner.records.trials import (
     AnswerScore,
     Attempt,
@@ -115,12 +116,14 @@ __all__ = [
     "Objective",
     "Outcome",
     "Packed",
+    "Prediction",
     "Preparing",
     "Progressed",
     "Promotion",
     "PromotionPlanned",
     "Range",
     "Ready",
+    "Remarked",
     "RoundBegun",
     "RoundFact",
     "RoundKind",

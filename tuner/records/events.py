@@ -16,7 +16,7 @@ from tuner.records.state import (
     TrialFacts,
     storable_text,
 )
-from tuner.records.throughput import Throughput
+from tuner.records.throughput import Prediction, Throughput
 from tuner.records.trials import AnswerScore, Checkpoint, Evaluation, RunId
 
 
@@ -41,6 +41,8 @@ class Assignment:
     """Steps at which to keep a resumable checkpoint for longer rounds."""
     is_comparison: bool = False
     """Whether it is a comparison run, which records a loss but generates no answers."""
+    room_bytes: int = 0
+    """Free bytes on the disk of `directory` below which training pauses."""
 
     @property
     def horizon(self) -> int | None:
@@ -73,8 +75,12 @@ class Ready(Said):
     """Number of weights of the largest adapter a trial can have."""
     data_fingerprint: str = ""
     """Of the rows alone, which `study check` compares without the model; empty if not known."""
+    model_fingerprint: str = ""
+    """Of the model's configuration and of its files, which `study check` compares without loading them."""
     remarks: tuple[str, ...] = ()
     """Which rows are truncated or dropped, and how many."""
+    predicted: Prediction | None = None
+    """Of a worker that was asked to time a few steps; it takes no assignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,13 @@ class Beat(Said):
     doing: str
     allowed_seconds: float | None
     """None where it waits for its parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remarked(Said):
+    """A worker says something to the user; nobody records it."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,5 +239,16 @@ class Ended(AttemptFact):
 
 
 Event: TypeAlias = (
-    Preparing | Ready | Beat | Started | Progressed | Evaluated | Saved | Answered | Measured | Ended | Died
+    Preparing
+    | Ready
+    | Beat
+    | Remarked
+    | Started
+    | Progressed
+    | Evaluated
+    | Saved
+    | Answered
+    | Measured
+    | Ended
+    | Died
 )

@@ -1,4 +1,4 @@
-"""What worker processes have done, and how fast."""
+"""What worker processes have done, and how fast; what a few steps predict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Throughput:
     """What a worker process has done since it was ready, in sums."""
 
     session: str = ""
-    """Names the life of one worker process; empty for a sum over several."""
+    """Names the life of one worker process, on a cluster as `NODE/SESSION`; empty for a sum over several."""
     training_seconds: float = 0.0
     """Spent in training passes and updates. Those of workers side by side are added up."""
     evaluating_seconds: float = 0.0
@@ -28,6 +28,11 @@ class Throughput:
     """The same with the padding that was computed along."""
     peak_memory_bytes: int = 0
     """The most at once; of several workers, the largest."""
+
+    @property
+    def node(self) -> str | None:
+        """Return the node of a cluster that the process ran on; None on the parent's own machine."""
+        return self.session.rpartition("/")[0] or None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -55,6 +60,28 @@ class Throughput:
         """Return evaluation's share of the measured seconds, in [0, 1]; None before any."""
         measured = self.training_seconds + self.evaluating_seconds + self.saving_seconds
         return _ratio(self.evaluating_seconds, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The predicted cost of a round, from a few steps of all slots of a worker."""
+
+    slots: int
+    seconds_per_step: float
+    """Per trial: slots that train together divide the time of a pass."""
+    seconds_per_evaluation: float
+    """The same for an evaluation."""
+    peak_memory_bytes: int
+
+
+def by_node(parts: Iterable[Throughput]) -> dict[str, Throughput]:
+    """Return the sums over the worker processes of each node of a cluster, by its name."""
+    found: dict[str, list[Throughput]] = {}
+    for part in parts:
+        if part.node is not None:
+            found.setdefault(part.node, []).append(part)
+    sums = {node: added_up(each) for node, each in sorted(found.items())}
+    return {node: each for node, each in sums.items() if each is not None}
 
 
 def added_up(parts: Iterable[Throughput]) -> Throughput | None:

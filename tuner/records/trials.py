@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Literal, overload
 
 from tuner.records.space import LOSS, Hyperparameters, Objective
-from tuner.records.throughput import Throughput, added_up
+from tuner.records.throughput import Throughput, added_up, by_node
 
 
 class TrialState(StrEnum):
@@ -378,6 +378,11 @@ class RoundRecord:
     def throughput(self) -> Throughput | None:
         """Return the throughput of all workers together; None if nothing was measured."""
         return added_up(self.throughputs)
+
+    @property
+    def throughput_by_node(self) -> Mapping[str, Throughput]:
+        """Return the throughput of each node of a cluster, by its name; empty on one machine."""
+        return by_node(self.throughputs)
 
     @property
     def is_sweep(self) -> bool:

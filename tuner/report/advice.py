@@ -76,6 +76,10 @@ def found(report: RoundReport) -> tuple[str, ...]:
         f"evaluation loss {format.loss(best.eval_loss)} at step {best.step} of "
         f"{report.max_train_steps} ({share} of the run){_against_the_base(report, best.eval_loss)}."
     ]
+    if (first := trial.evaluations[0].step) > 0:
+        sentences.append(
+            f"The base model was not evaluated; the first evaluation, at step {first}, stands for it."
+        )
     if report.shown_names:
         sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
     if others:

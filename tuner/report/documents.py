@@ -49,6 +49,8 @@ class RoundStatus:
     best: BestTrial | None
     throughput: Throughput | None = None
     """Throughput of all its workers so far; None if not measured."""
+    throughput_by_node: Mapping[str, Throughput] = field(default_factory=dict)
+    """The same by node of a cluster."""
     branches_left: int = 0
     """Comparison runs that are due and have not ended."""
     overfitting: Mapping[int, int] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def round_status(
     is_running: bool,
     adapters: Mapping[int, str],
     throughput: Throughput | None = None,
+    throughput_by_node: Mapping[str, Throughput] | None = None,
     branches_left: int = 0,
     now: float | None = None,
     objective: Objective = LOSS,
@@ -125,6 +128,7 @@ def round_status(
         counts={state: by_state[TrialState(state)] for state in _SHOWN_STATES},
         best=_best(trials, adapters),
         throughput=throughput,
+        throughput_by_node=throughput_by_node or {},
         branches_left=branches_left,
         overfitting=_overfitting(trials),
         seconds_left=_seconds_left(
@@ -292,6 +296,9 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                         {"trial": trial, "since_step": step} for trial, step in status.overfitting.items()
                     ],
                     "throughput": _throughput(status.throughput) if status.throughput else None,
+                    "throughput_by_node": {
+                        node: _throughput(part) for node, part in status.throughput_by_node.items()
+                    },
                 }
                 for status in rounds
             ],

@@ -76,8 +76,12 @@ def count(quantity: int, noun: str) -> str:
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
     """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
-    names = {name: None for trial in trials for name in trial.hyperparameters}
-    return tuple(name for name in names if len({trial.hyperparameters.get(name) for trial in trials}) > 1)
+    names = {name: trial.hyperparameters[name] for trial in trials for name in trial.hyperparameters}
+    return tuple(
+        name
+        for name, value in names.items()
+        if any(trial.hyperparameters.get(name) != value for trial in trials)
+    )
 
 
 def settings(hyperparameters: Hyperparameters, names: Sequence[str]) -> str:
@@ -167,10 +171,18 @@ _MEANINGS = {
 }
 
 
-def throughput_rows(throughput: Throughput | None) -> list[tuple[str, str, str]]:
-    """Return each number with its name and meaning, under `THROUGHPUT_HEADERS`."""
+def throughput_rows(
+    throughput: Throughput | None, nodes: Mapping[str, Throughput] | None = None
+) -> list[tuple[str, str, str]]:
+    """Return each number with its name and meaning, under `THROUGHPUT_HEADERS`; `nodes` are a cluster's."""
     values = {} if throughput is None else _throughput_values(throughput)
-    return [(name, value, _MEANINGS[name]) for name, value in values.items()]
+    rows = [(name, value, _MEANINGS[name]) for name, value in values.items()]
+    steps = max(1, 0 if throughput is None else throughput.trial_steps)
+    for node, part in (nodes or {}).items():
+        if (rate := _rate(part.tokens_per_second)) is not None:
+            share = percent(part.trial_steps / steps)
+            rows.append((f"tokens/s on {node}", rate, f"of a worker there; {share} of all updates"))
+    return rows
 
 
 def throughput_line(throughput: Throughput) -> str:

@@ -194,10 +194,11 @@ class RoundReport:
     @property
     def fixed(self) -> dict[str, str]:
         """Values shared by every trial, as text: the conclusions hold for these only."""
+        shown = self.shown_names
         return {
             name: describe(dimension)
             for name, dimension in self.results.space.items()
-            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in self.shown_names
+            if isinstance(dimension, (Fixed, TimesSqrtRank)) and name not in shown
         }
 
 

@@ -39,9 +39,9 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     best = [status.best for status in rounds]
     table = FittedTable(
         [
-            Column("round", tuple(Text(status.round) for status in rounds), rank=0, is_number=False),
+            Column("round", tuple(status.round for status in rounds), rank=0, is_number=False),
             column("steps", [str(status.max_train_steps) for status in rounds], rank=3),
-            Column("state", tuple(Text(status.state) for status in rounds), rank=2, is_number=False),
+            Column("state", tuple(status.state for status in rounds), rank=2, is_number=False),
             column("trials", [format.counts(status.counts) for status in rounds], rank=5, min_width=12),
             *_answers_of([b.answer_score if b else None for b in best]),
             *_metrics_of(rounds),
@@ -111,7 +111,7 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     num_values = int(answers) + (metric is not None)
     scored = [replace(chosen.pop(), rank=1) for _ in range(num_values)][::-1]
     states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
-    names_of_trials = tuple(Text(trial.name) for trial in rows)
+    names_of_trials = tuple(trial.name for trial in rows)
     return FittedTable(
         [
             replace(first, cells=names_of_trials, is_number=False),
@@ -329,7 +329,9 @@ def _throughput(report: RoundReport) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    for name, value, meaning in format.throughput_rows(report.record.throughput):
+    for name, value, meaning in format.throughput_rows(
+        report.record.throughput, report.record.throughput_by_node
+    ):
         table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
     return table
 

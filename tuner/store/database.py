@@ -6,27 +6,40 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, inspect, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, DisconnectionError, OperationalError
 
-from tuner.errors import StorageError
+from tuner.errors import StorageAway, StorageError
 from tuner.installation import install_command
 from tuner.store.schema import VERSION_TABLE
 
 BUSY_TIMEOUT_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 10
+_SERVER = {
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    "application_name": "tuner",
+    # A network that drops packets without a word is noticed after a minute or two, and not after hours.
+    "keepalives_idle": 60,
+    "keepalives_interval": 10,
+    "keepalives_count": 6,
+    "tcp_user_timeout": 120_000,
+}
+"""Options of a connection to PostgreSQL, where the URL has no others."""
 
 RUN_LOCKS, UPGRADE_LOCKS = 0x74756E65, 0x74756E66
 """First numbers of our advisory locks in PostgreSQL: to run a study, which the second names; to upgrade."""
 
 _REFUSALS = ("42501", "25006")
 """PostgreSQL's codes for missing rights and for a server that only reads; SQLAlchemy takes them for bugs."""
+
+_FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOENT)
+"""What another try does not change."""
 
 _SECRET_OPTIONS = ("password", "passfile", "sslpassword", "sslkey", "oauth_client_secret")
 _SQLITE_OPTIONS = frozenset(
@@ -146,13 +159,12 @@ def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args
             poolclass=poolclass,
             connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None, **connect_args},
         )
+        _follow_file(engine, database_file(url))
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_in_sqlite)
         return engine
-    defaults = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "application_name": "tuner"}
-    chosen = {name: value for name, value in (defaults | connect_args).items() if name not in url.query}
     try:
-        engine = create_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=chosen)
+        engine = create_engine(url, poolclass=poolclass, **engine_arguments(url, **connect_args))
         # First: SQLAlchemy's own look at a new connection fails on text that is not UTF-8.
         event.listen(engine, "connect", lambda made, _: _refuse_encoding(url, made), insert=True)
         return engine
@@ -161,6 +173,46 @@ def open_engine(url: URL, *, poolclass: type[Pool] | None = None, **connect_args
             f"storage: {shown_url(url)} needs a driver that is not installed ({error}); "
             f"{install_command('postgres')}"
         ) from error
+
+
+def engine_arguments(url: URL, **connect_args: Any) -> dict[str, Any]:
+    """Return the arguments of `create_engine` that let it wait for a busy file, or notice a lost server."""
+    if is_sqlite(url):
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
+    chosen = {name: value for name, value in (_SERVER | connect_args).items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": chosen}
+
+
+def optuna_arguments(url: str) -> dict[str, Any]:
+    """Return the same for the tables of Optuna in the database at a URL."""
+    return engine_arguments(parse_url(url))
+
+
+def _follow_file(engine: Engine, path: Path) -> None:
+    """Let connections use the file that has the name now, and never create one.
+
+    SQLite would go on with a file that was deleted or replaced, and what it writes there is lost.
+    """
+
+    def inode() -> int:
+        try:
+            return path.stat().st_ino
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, "the file is gone; put it back") from None
+
+    def refuse_missing(*_: Any) -> None:
+        inode()
+
+    def remember(_: Any, record: Any) -> None:
+        record.info["inode"] = inode()
+
+    def refuse_replaced(_: Any, record: Any, __: Any) -> None:
+        if inode() != record.info["inode"]:
+            raise DisconnectionError(f"{path} was replaced")
+
+    event.listen(engine, "do_connect", refuse_missing)
+    event.listen(engine, "connect", remember)
+    event.listen(engine, "checkout", refuse_replaced)
 
 
 def _refuse_encoding(url: URL, connection: Any) -> None:
@@ -254,23 +306,34 @@ def refuse_encoding(url: URL, connection: Connection) -> None:
         )
 
 
+def explained_at(url: str) -> AbstractContextManager[None]:
+    """Return `explained` for a URL as text."""
+    return explained(parse_url(url))
+
+
 @contextmanager
 def explained(url: URL) -> Iterator[None]:
-    """Convert errors caused by the machine or the user to StorageError; let bugs pass."""
+    """Convert errors caused by the machine or the user to StorageError; let bugs pass.
+
+    Those that another try may not meet become StorageAway.
+    """
     try:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_sqlite(url):
             raise refusal_of(url, f"there is no directory {database_file(url).parent}") from error
-        raise refusal_of(url, error.strerror or str(error)) from error
-    except DatabaseError as error:
+        kind = StorageError if error.errno in _FOR_GOOD else StorageAway
+        raise refusal_of(url, error.strerror or str(error), kind=kind) from error
+    except DBAPIError as error:
         refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
-        if type(error) not in (OperationalError, DatabaseError) and not refused:
+        is_away = isinstance(error, OperationalError) or error.connection_invalidated
+        if not is_away and type(error) is not DatabaseError and not refused:
             raise
-        raise refusal_of(url, " ".join(str(error.orig).split())) from error
+        kind = StorageAway if is_away else StorageError
+        raise refusal_of(url, " ".join(str(error.orig).split()), kind=kind) from error
 
 
-def refusal_of(url: URL, reason: str) -> StorageError:
+def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError) -> StorageError:
     """Return the error of a database that cannot be used, with what to do where that is known."""
     place = str(database_file(url)) if is_sqlite(url) else shown_url(url)
     reason = _without_secrets(url, reason)
@@ -285,4 +348,4 @@ def refusal_of(url: URL, reason: str) -> StorageError:
     elif "disk I/O" in reason or "disk is full" in reason:
         # "disk I/O error" is what SQLite says, too, where it cannot make its journal.
         advice = "; is the disk full? Free some space there"
-    return StorageError(f"{place}: {reason}{advice}")
+    return kind(f"{place}: {reason}{advice}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from tuner.records import Fact, Promotion, RoundRecord, StudyState, Trial
@@ -32,8 +32,13 @@ class Store(Protocol):
         """Return a round; None if it has not started."""
         ...
 
-    def trials(self, round: str) -> tuple[Trial, ...]:
-        """Return a snapshot of a round's trials by number; empty for an unknown round."""
+    def trials(
+        self, round: str, *, numbers: Collection[int] | None = None, examples: bool = True
+    ) -> tuple[Trial, ...]:
+        """Return a snapshot of a round's trials, or of some, by number; empty for an unknown round.
+
+        Without `examples` evaluations may lack the losses of single examples, which take most of the space.
+        """
         ...
 
     def trial(self, round: str, number: int) -> Trial:
@@ -78,10 +83,14 @@ class MemoryStore:
         known = self._state.rounds.get(name)
         return None if known is None else known.record()
 
-    def trials(self, round: str) -> tuple[Trial, ...]:
+    def trials(
+        self, round: str, *, numbers: Collection[int] | None = None, examples: bool = True
+    ) -> tuple[Trial, ...]:
         """As `Store` says."""
         known = self._state.rounds.get(round)
-        return () if known is None else tuple(known.trials[number].trial() for number in sorted(known.trials))
+        trials = {} if known is None else known.trials
+        there = sorted(trials) if numbers is None else sorted(trials.keys() & set(numbers))
+        return tuple(trials[number].trial() for number in there)
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
@@ -120,13 +129,18 @@ class CachedStore(MemoryStore):
         self._inner.record(*facts)
         super().record(*facts)
 
-    def trials(self, round: str) -> tuple[Trial, ...]:
+    def trials(
+        self, round: str, *, numbers: Collection[int] | None = None, examples: bool = True
+    ) -> tuple[Trial, ...]:
         """As `Store` says."""
         if self._has_recorded:
-            return super().trials(round)
+            return super().trials(round, numbers=numbers)
         if round not in self._as_read:
+            if numbers is not None or not examples:
+                return self._inner.trials(round, numbers=numbers, examples=examples)
             self._as_read[round] = self._inner.trials(round)
-        return self._as_read[round]
+        known = self._as_read[round]
+        return known if numbers is None else tuple(trial for trial in known if trial.number in numbers)
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""

@@ -402,8 +402,8 @@ def _evaluate(to: Recorder, fact: Evaluated) -> None:
 
 
 @_reads(EVALUATIONS)
-def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
-    _, _, _, step, loss, train_loss, rate, clipped, nll, tokens, correct, metrics, objective = tuple(row)
+def _evaluation(known: TrialFacts, row: Any) -> None:
+    _, step, loss, train_loss, rate, clipped, nll, tokens, correct, metrics, objective = row
     known.evaluations[step] = Evaluation(
         step,
         # SQLite has text where the number is NaN.
@@ -411,8 +411,8 @@ def _evaluation(known: TrialFacts, row: Row[Any]) -> None:
         train_loss if train_loss is None or train_loss.__class__ is float else float(train_loss),
         rate if rate is None or rate.__class__ is float else float(rate),
         clipped,
-        Packed(nll),
-        _tokens(tokens),
+        () if nll is None else Packed(nll),
+        () if tokens is None else _tokens(tokens),
         correct,
         json.loads(metrics) if metrics else {},
         _objective(objective) if objective else None,

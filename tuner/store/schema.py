@@ -127,6 +127,15 @@ def _of_a_trial() -> ForeignKeyConstraint:
     )
 
 
+WRITERS = Table(
+    "tuner_writers",
+    METADATA,
+    Column("study", Text, primary_key=True),
+    Column("writer", Text, nullable=False),
+    # Counted, so that an older copy of the database is not taken for this one.
+    Column("records", BigInteger, nullable=False),
+)
+
 ROUNDS = Table(
     "tuner_rounds",
     METADATA,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import sqlite3
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Select,
     Table,
     create_engine,
+    null,
     select,
     type_coerce,
 )
@@ -41,9 +43,10 @@ from tuner.store.database import (
     whole_or_absent,
     writing,
 )
-from tuner.store.migrations import newest_revision, revision_of, upgrade
+from tuner.store.migrations import newest_revision, one_by_one, revision_of, upgrade
 from tuner.store.recording import ROUND_ROWS, TRIAL_ROWS, Recorder, asked_trial
 from tuner.store.schema import ATTEMPTS, EVALUATIONS, PROMOTIONS, ROUNDS, TRIALS
+from tuner.store.turn import Turn
 
 _AS_KEPT = NullType()
 _READ_AS_KEPT = {
@@ -61,6 +64,12 @@ _READ_AS_KEPT = {
 """Columns of long tables whose readers convert the values themselves: one call for each would take longer."""
 
 
+_OF_EXAMPLES = ("example_nll", "example_tokens")
+"""Columns of evaluations that grow with the evaluation set."""
+_KNOWN = ("study", "round")
+"""Columns that whoever reads a round's evaluations knows; to read them again takes longer."""
+_NUMBERS_AT_ONCE = 500
+"""Trials in one statement, whose number of values databases limit."""
 _ROWS_AT_ONCE = 100
 """Fetching rows one by one, or all at once, takes longer (docs/log.md)."""
 
@@ -95,6 +104,18 @@ def revision(url: str) -> Revision:
     finally:
         engine.dispose()
     return Revision(place, found, newest, is_newer)
+
+
+@contextmanager
+def making_tables(url: str) -> Iterator[None]:
+    """Keep other processes from making tables in the database meanwhile: Optuna's fail at the same moment."""
+    target = parse_url(url)
+    engine = open_engine(target)
+    try:
+        with explained(target), one_by_one(engine):
+            yield
+    finally:
+        engine.dispose()
 
 
 def refuse_damaged(url: str) -> None:
@@ -135,29 +156,42 @@ def open_store(url: str, *, study: str) -> SqlStore:
                 with engine.connect() as connection:
                     refuse_encoding(target, connection)
             upgrade(engine)
+            with reading(engine) as connection:
+                turn = Turn.found(connection, study)
         undo.pop_all()
-    return SqlStore(target, engine, study)
+    return SqlStore(target, engine, study, turn)
 
 
 class SqlStore:
     """A Store in SQLite or PostgreSQL. Made by `open_store`; safe to use from several threads."""
 
-    def __init__(self, url: URL, engine: Engine, study: str) -> None:
+    def __init__(self, url: URL, engine: Engine, study: str, turn: Turn) -> None:
         self._url = url
         self._engine = engine
         self._study = study
+        self._turn = turn
+        self._one_by_one = threading.Lock()
 
     def record(self, *facts: Fact) -> None:
-        """As `Store` says, in one transaction."""
-        with explained(self._url), writing(self._engine) as connection:
-            recorder = Recorder(connection, self._study)
-            for fact in facts:
-                try:
-                    recorder.write(fact)
-                except IntegrityError as error:
-                    if not _is_foreign_key(error):
-                        raise
-                    raise fact.not_recorded() from error
+        """As `Store` says, in one transaction.
+
+        Raises StudyTaken where somebody else has recorded facts of the study since this store was opened.
+        """
+        with explained(self._url), self._one_by_one:
+            with writing(self._engine) as connection:
+                turn = self._turn.taken(connection)
+                self._write(connection, facts)
+            self._turn = turn
+
+    def _write(self, connection: Connection, facts: Sequence[Fact]) -> None:
+        recorder = Recorder(connection, self._study)
+        for fact in facts:
+            try:
+                recorder.write(fact)
+            except IntegrityError as error:
+                if not _is_foreign_key(error):
+                    raise
+                raise fact.not_recorded() from error
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """As `Store` says."""
@@ -179,26 +213,38 @@ class SqlStore:
                     read(known[found.round], found)
         return tuple(facts.record() for facts in known.values())
 
-    def trials(self, round: str) -> tuple[Trial, ...]:
+    def trials(
+        self, round: str, *, numbers: Collection[int] | None = None, examples: bool = True
+    ) -> tuple[Trial, ...]:
         """As `Store` says."""
-        return self._read(round)
+        if numbers is None:
+            return self._read(round, examples=examples)
+        order, size = tuple(sorted(numbers)), _NUMBERS_AT_ONCE
+        parts = (order[at : at + size] for at in range(0, len(order), size))
+        return tuple(trial for part in parts for trial in self._read(round, part, examples=examples))
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
-        found = self._read(round, number)
+        found = self._read(round, (number,))
         if not found:
             raise KeyError((round, number))
         return found[0]
 
-    def _read(self, round: str, number: int | None = None) -> tuple[Trial, ...]:
-        """Return the round's trials, or the one with a number."""
-        asked: dict[str, Any] = {} if number is None else {"number": number}
-        of: dict[str, Any] = {} if number is None else {"trial": number}
+    def _read(
+        self, round: str, numbers: Sequence[int] | None = None, *, examples: bool = True
+    ) -> tuple[Trial, ...]:
+        """Return the round's trials, or those with these numbers."""
+        asked: dict[str, Any] = {} if numbers is None else {"number": numbers}
+        of: dict[str, Any] = {} if numbers is None else {"trial": numbers}
+        unread = () if examples else _OF_EXAMPLES
         with explained(self._url), reading(self._engine) as connection, _uncollected():
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
             known = {row.number: asked_trial(row) for row in rows}
             for table, read in TRIAL_ROWS.items():
-                rows = connection.execute(self._select(table, round=round, **of))
+                omitted = _KNOWN if table is EVALUATIONS else ()
+                rows = connection.execute(
+                    self._select(table, omitted=omitted, unread=unread, round=round, **of)
+                )
                 for row in itertools.chain.from_iterable(rows.partitions(_ROWS_AT_ONCE)):
                     read(known[row.trial], row)
             return tuple(facts.trial() for facts in known.values())
@@ -221,18 +267,30 @@ class SqlStore:
         return [dict(row._mapping) for row in found]
 
     def _select(
-        self, table: Table, *order: ColumnElement[Any], omitted: Sequence[str] = (), **equal: Any
+        self,
+        table: Table,
+        *order: ColumnElement[Any],
+        omitted: Sequence[str] = (),
+        unread: Sequence[str] = (),
+        **equal: Any,
     ) -> Select[Any]:
-        """Select the study's rows with these values."""
+        """Select the study's rows with these values, or one of several; `unread` columns are NULL."""
         raw = _READ_AS_KEPT.get(table, ())
         columns = [
-            type_coerce(column, _AS_KEPT).label(column.name) if column.name in raw else column
+            null().label(column.name)
+            if column.name in unread
+            else type_coerce(column, _AS_KEPT).label(column.name)
+            if column.name in raw
+            else column
             for column in table.columns
             if column.name not in omitted
         ]
         conditions = [
             table.c.study == self._study,
-            *(table.c[name] == value for name, value in equal.items()),
+            *(
+                table.c[name].in_(value) if isinstance(value, tuple) else table.c[name] == value
+                for name, value in equal.items()
+            ),
         ]
         return select(*columns).where(*conditions).order_by(*order)
 

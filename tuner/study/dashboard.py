@@ -1,33 +1,33 @@
-"""Serve optuna-dashboard, and write the pages of rounds in it."""
+"""Serve optuna-dashboard, write the pages of rounds in it, and ask Optuna which hyperparameters matter."""
 
 from __future__ import annotations
 
 import ipaddress
 import platform
 import socket
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version as version_of
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import optuna
 from optuna_dashboard import wsgi
 
 from tuner.errors import InputError
 from tuner.installation import version
 from tuner.playbook import Diagnosis, Reading, RoundResults, read_round
-from tuner.records import RoundRecord, TrialState
+from tuner.playbook.selection import objective_value
+from tuner.records import Hyperparameters, RoundRecord, TrialState, searched
 from tuner.report import RoundReport, best_steps_figure, curves_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
-from tuner.study.importance import importance
+from tuner.study.proposals import distributions, encoded
 from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results, scores_of
+from tuner.study.samplers.points import contains
 from tuner.study.sampling import StudyStorage
-
-if TYPE_CHECKING:
-    import optuna
-
 
 HOST = "127.0.0.1"
 """By default the dashboard is only for this machine: it needs no password and can delete studies."""
@@ -230,3 +230,42 @@ def study_attributes(report: RoundReport) -> dict[str, int | str]:
     if report.reading.suggested_max_train_steps is not None:
         attributes["suggested max_train_steps"] = report.reading.suggested_max_train_steps
     return attributes
+
+
+MIN_TRIALS = 10
+"""With fewer complete trials the numbers say nothing."""
+
+
+def importance(results: RoundResults) -> dict[str, float]:
+    """Return the share of each searched hyperparameter, the largest first, by Optuna's default evaluator.
+
+    Made from the facts alone, so that nothing that happened to Optuna's tables changes it. Hyperparameters
+    that only some trials have are left out. Empty if fewer than two are left, or too few trials.
+    """
+    space = searched(results.space)
+    done = [
+        (trial, value)
+        for trial in results.trials
+        if trial.state is TrialState.COMPLETE and (value := objective_value(trial)) is not None
+    ]
+    names = [name for name in space if len({_text(t.hyperparameters, name) for t, _ in done} - {None}) > 1]
+    names = [name for name in names if all(name in trial.hyperparameters for trial, _ in done)]
+    if len(done) < MIN_TRIALS or len(names) < 2:
+        return {}
+    by_name = distributions({name: space[name] for name in names})
+    with warnings.catch_warnings():
+        # Enqueued values may lie outside of the ranges, and Optuna warns of each.
+        warnings.simplefilter("ignore")
+        study = optuna.create_study(direction=results.objective.direction.value)
+        for trial, value in done:
+            chosen = {name: encoded(trial.hyperparameters[name]) for name in names}
+            if all(contains(by_name[name], x) for name, x in chosen.items()):
+                made = optuna.trial.create_trial(params=chosen, distributions=by_name, value=value)
+                study.add_trial(made)
+        if len(study.get_trials(deepcopy=False)) < MIN_TRIALS:
+            return {}
+        return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
+
+
+def _text(hyperparameters: Hyperparameters, name: str) -> str | None:
+    return str(hyperparameters[name]) if name in hyperparameters else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,6 +243,10 @@ class RoundDisk:
         needs[self.plan.checkpoints] += self._in_flight_bytes(ready)
         return self._shortage(needs, "enough to save every running trial")
 
+    def room_bytes(self, ready: Ready) -> int:
+        """Return the free bytes below which a worker pauses: enough to save what is in its slots."""
+        return SAVING_BYTES + self._in_flight_bytes(ready)
+
     def _in_flight_bytes(self, ready: Ready) -> int:
         """Return the bytes that trials in the slots write before they delete older checkpoints."""
         weights = ready.largest_adapter
@@ -274,15 +279,27 @@ class RoundDisk:
 
 @dataclass
 class DiskWatch:
-    """Remembers the first shortage of a running round, since stopping may free space again."""
+    """Remembers the shortage that a running round stops for, since stopping may free space again."""
 
     disk: RoundDisk
     ready: Ready
+    patience_seconds: float = 0.0
+    """How long a shortage may last: workers pause meanwhile, where they can."""
+    clock: Callable[[], float] = time.monotonic
     shortage: str | None = None
+    _since: float | None = None
 
     def is_short(self) -> bool:
         """Return whether the round has to stop."""
-        self.shortage = self.shortage or self.disk.shortage(self.ready)
+        if self.shortage is not None:
+            return True
+        found = self.disk.shortage(self.ready)
+        if found is None:
+            self._since = None
+            return False
+        self._since = self.clock() if self._since is None else self._since
+        if self.clock() - self._since >= self.patience_seconds:
+            self.shortage = found
         return self.shortage is not None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tuner.config import RoundFile, read_round
 from tuner.config.yaml_text import one_line
 from tuner.errors import InputError
 from tuner.playbook import best_evaluation
-from tuner.playbook.schedule import trunk_end
+from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import (
     LOSS,
     AttemptStarted,
@@ -86,6 +87,9 @@ def import_runs(
     remarks = [*_left_out(runs, taken, horizon)]
     if not taken:
         raise InputError(f"no run trains for {horizon} steps; {'; '.join(remarks)}")
+    renamed = [_by_tuners_names(run, said, horizon) for run in taken]
+    taken = [run for run, _ in renamed]
+    remarks += [remark for _, remark in renamed if remark is not None]
     path = directory / f"{said.round}.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; name another round with --round")
@@ -131,14 +135,103 @@ def _left_out(runs: Sequence[FinishedRun], taken: Sequence[FinishedRun], horizon
             )
 
 
+_TRAINERS_NAMES = {
+    "seed": "training_seed",
+    "optim": "optimizer",
+    "lr": "learning_rate",
+}
+"""A Trainer's names that tuner has another one for."""
+_TRAINERS_SCHEDULES = {
+    "linear": "linear",
+    "warmup_stable_decay": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse_sqrt",
+}
+"""Its `lr_scheduler_type` and tuner's schedules; others stay unknown."""
+
+
+def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[FinishedRun, str | None]:
+    """Return a run with a Trainer's schedule by tuner's names, and what is to be said of it.
+
+    A Trainer's `linear` decays from the warmup on. The learning rate is the peak, by the rates that were
+    logged and the schedule, where both are known.
+
+    Raises InputError for a `linear` whose warmup nobody gave, since where it decays depends on it.
+    """
+    known = {_TRAINERS_NAMES.get(name, name): value for name, value in run.hyperparameters.items()}
+    known |= {_TRAINERS_NAMES.get(name, name): value for name, value in (said.values or {}).items()}
+    values = {name: value for name, value in known.items() if name not in _OF_TRAINERS_SCHEDULE}
+    kind = known.get("lr_scheduler_type")
+    if "schedule" not in values and kind in _TRAINERS_SCHEDULES:
+        values["schedule"] = _TRAINERS_SCHEDULES[str(kind)]
+    values |= _warmup(known, horizon)
+    if "num_decay_steps" in known:
+        values.setdefault("decay_steps", known["num_decay_steps"])
+    if values.get("schedule") == "linear" and "decay_steps" not in values:
+        warmup = values.get("warmup_steps")
+        if not isinstance(warmup, int):
+            raise InputError(
+                f"{run.name}: a Trainer's linear schedule decays from the end of the warmup on, which is not "
+                "known: add --set warmup_steps=N, or --set decay_steps=N for another decay"
+            )
+        values["decay_steps"] = horizon - warmup
+    remark = None
+    if (
+        run.rates
+        and "learning_rate" not in (said.values or {})
+        and {"schedule", "warmup_steps"} <= set(values)
+    ):
+        peak = _peak(run.rates, values, horizon)
+        values |= {} if peak is None else {"learning_rate": peak}
+        if peak is None:
+            remark = (
+                f"{run.name}: its logged learning rates do not follow {values['schedule']} with a warmup of "
+                f"{values['warmup_steps']} steps; its learning_rate is the highest of them"
+            )
+    return replace(run, hyperparameters=values), remark
+
+
+def _peak(rates: Mapping[int, float], values: Mapping[str, Value], horizon: int) -> float | None:
+    """Return the peak that all logged rates agree on; None if they do not follow the schedule.
+
+    Trainers log the rate of the last update, and older ones that of the next.
+    """
+    for ahead in (1, 0):
+        shares = {step: multiplier(step - ahead, values, horizon) for step in rates if step <= horizon}
+        peaks = [rates[step] / share for step, share in shares.items() if share > _TELLING]
+        if peaks and max(peaks) - min(peaks) <= _ROUNDING * max(peaks):
+            return float(f"{max(peaks):.10g}")
+    return None
+
+
+_TELLING = 0.01
+"""A share of the peak below this says little about it."""
+_ROUNDING = 1e-6
+
+
+_OF_TRAINERS_SCHEDULE = (
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "num_decay_steps", "num_stable_steps",
+)  # fmt: skip
+
+
+def _warmup(known: Mapping[str, Value], horizon: int) -> dict[str, Value]:
+    """Return the warmup in steps; a Trainer may have it as a share of the run."""
+    share = known.get("warmup_ratio")
+    steps = known.get("warmup_steps", 0 if share else None)
+    if isinstance(steps, float) and 0 < steps < 1:
+        share, steps = steps, 0
+    if not steps and isinstance(share, (int, float)) and share:
+        return {"warmup_steps": math.ceil(share * horizon)}
+    return {} if steps is None else {"warmup_steps": int(str(steps).removesuffix(".0"))}
+
+
 def _text(directory: Path, runs: Sequence[FinishedRun], said: Said, horizon: int) -> str:
     """Return the round file: what differs between the runs is searched, what is equal is fixed."""
-    given = dict(said.values or {})
     names = dict.fromkeys(name for run in runs for name in run.hyperparameters)
     known = [name for name in names if all(name in run.hyperparameters for run in runs)]
-    written: dict[str, Any] = {
-        name: _dimension([given.get(name, run.hyperparameters[name]) for run in runs]) for name in known
-    } | {name: _plain(value) for name, value in given.items()}
+    written = {name: _dimension([run.hyperparameters[name] for run in runs]) for name in known}
     every = _interval(runs)
     command: dict[str, Any] = {
         "run": shlex.split(said.command) if said.command else [MISSING_COMMAND, "${args}"]

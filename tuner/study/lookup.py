@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.errors import InputError
+from tuner.playbook.curves import may_rise_after_best
 from tuner.playbook.selection import ranked
 from tuner.records import LOSS, Objective, RoundRecord, Trial, TrialState
 from tuner.report import RoundReport, round_status
@@ -78,7 +79,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
     found = []
     for name in order:
         file, record = folder.file(name), records.get(name)
-        trials = [at_rest(trial, is_running) for trial in store.trials(name)]
+        trials = [at_rest(trial, is_running) for trial in _trials_of_status(store, name)]
         promised = file.spec.num_trials if file else num_promised(record) if record else 0
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
         place = folder.checkpoints(name)
@@ -93,6 +94,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 and (name == newest or any(t.state == TrialState.RUNNING for t in trials)),
                 adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
+                throughput_by_node=record.throughput_by_node if record else None,
                 # What a round owes is known once its trials have ended.
                 branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
                 if record and sum(trial.state.is_result for trial in trials) >= promised
@@ -106,6 +108,14 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
             )
         )
     return found
+
+
+def _trials_of_status(store: Store, round_name: str) -> tuple[Trial, ...]:
+    """Return a round's trials, with the losses of single examples where they decide if a trial overfits."""
+    trials = store.trials(round_name, examples=False)
+    rising = {trial.number for trial in trials if may_rise_after_best(trial.evaluations)}
+    whole = {trial.number: trial for trial in store.trials(round_name, numbers=rising)} if rising else {}
+    return tuple(whole.get(trial.number, trial) for trial in trials)
 
 
 def reports_on(folder: StudyFolder, round_path: Path | None) -> tuple[RoundReport, ...]:

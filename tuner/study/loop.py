@@ -6,18 +6,22 @@ it again resumes after any interruption.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tuner.engines import Worker
 from tuner.errors import Interrupted, RoundStopped, WorkerError
 from tuner.playbook.pruning import reason_to_prune
 from tuner.playbook.schedule import evaluation_steps
+from tuner.process_log import about
 from tuner.records import (
     Answered,
     Assignment,
+    AttemptFact,
     AttemptStarted,
     Checkpoint,
     CheckpointKind,
@@ -34,6 +38,7 @@ from tuner.records import (
     Preparing,
     Progressed,
     Ready,
+    Remarked,
     Saved,
     Started,
     Trial,
@@ -56,6 +61,17 @@ from tuner.study.sampling import Proposal, RoundStudy
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
+
+class Through(Protocol):
+    """Does what needs the database."""
+
+    def __call__(self, act: Callable[[], T]) -> T:
+        """Return what `act` does, which must be right to do again."""
+        ...
+
+
 MAX_RENEWALS = 3
 """How often Optuna's rows are made anew for one question, should somebody change them each time."""
 MAX_STILLBORN = 3
@@ -77,6 +93,10 @@ class RoundLoop:
     """Seconds since the epoch."""
     stopping: Callable[[], bool] = lambda: False
     """Whether the user asked to stop."""
+    through: Through = lambda act: act()
+    """Does what needs the database, and waits while that is away."""
+    room_bytes: int = 0
+    """Free bytes below which workers pause training."""
     passes: int = 1
     """Of `study auto`: how often longer rounds take up what this one leaves."""
 
@@ -105,13 +125,14 @@ class RoundLoop:
             while self.worker.capacity() > 0 and (assignment := self._next_assignment()) is not None:
                 # First, so that the view knows what the trial was given when it hears that it starts.
                 self.view.trials(self.state.changed())
-                self.worker.start(assignment)
+                self.worker.start(replace(assignment, room_bytes=self.room_bytes))
             for event in self.worker.events(1.0):
                 self._record(event)
                 stillborn = _count_stillborn(stillborn, event)
             self.view.trials(self.state.changed())
         self._close()
-        self._through_optuna(lambda: self.round_study.refuse_changed(self.state.trials))
+        # An answer that got lost on the way may have left a trial open that no fact knows.
+        self._recover_optuna()
 
     # --- what to run next -------------------------------------------------------------------------
 
@@ -222,12 +243,20 @@ class RoundLoop:
 
     def _record(self, event: Event) -> None:
         """Turn a worker's event into facts, then act on them."""
+        with about(event.trial) if isinstance(event, AttemptFact) else nullcontext():
+            if (line := _logged(event)) is not None:
+                _log.info("%s", line)
+            self._act_on(event)
+
+    def _act_on(self, event: Event) -> None:
         match event:
             case Started() | Progressed() | Evaluated() | Saved() | Ended() if event.horizon is not None:
                 self.branches.record(event)
                 return
             case Preparing() | Ready():
                 pass
+            case Remarked(text=text):
+                self.view.message(text)
             case Evaluated(evaluation=Evaluation(step=step)) | Saved(checkpoint=Checkpoint(step=step)) if (
                 self.state.trial(event.trial).state == TrialState.PRUNED
             ):
@@ -371,6 +400,9 @@ class RoundLoop:
 
     def _through_optuna(self, act: Callable[[], T]) -> T:
         """Ask or tell Optuna; where somebody changed its rows, make them anew from the facts first."""
+        return self.through(lambda: self._renewing_rows(act))
+
+    def _renewing_rows(self, act: Callable[[], T]) -> T:
         for _ in range(MAX_RENEWALS):
             try:
                 return act()
@@ -425,13 +457,16 @@ class RoundLoop:
                 self._end_attempt(trial, "interrupted", None)
             # It died between the evaluation and the decision that follows from it.
             self._prune(self.state.trial(trial.number))
-        steps = self.plan.spec.max_train_steps
-        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
+        self._recover_optuna()
         for trial in self.state.trials:
             if trial.state.is_final:
                 self._clean_up(trial.number)
         self._remove_not_retained()
         self.branches.recover()
+
+    def _recover_optuna(self) -> None:
+        steps = self.plan.spec.max_train_steps
+        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
 
     def _close(self) -> None:
         """Let the worker save its trials, and record its events."""
@@ -449,6 +484,27 @@ class RoundLoop:
     def _planned_steps(self) -> tuple[int, ...]:
         spec = self.plan.spec
         return evaluation_steps(spec.max_train_steps, spec.evaluation.every_steps)
+
+
+def _logged(event: Event) -> str | None:
+    """Return what the log says of an event; None for signs of life."""
+    match event:
+        case Ready():
+            return f"a worker is ready: {event.device}, {event.slots} slots"
+        case Started():
+            return f"attempt {event.attempt} starts at step {event.step}"
+        case Evaluated(evaluation=evaluation):
+            return f"step {evaluation.step}: eval loss {evaluation.eval_loss!r}"
+        case Saved(checkpoint=checkpoint):
+            return f"step {checkpoint.step}: {checkpoint.kind} is at {checkpoint.path}"
+        case Ended():
+            return (
+                f"attempt {event.attempt}: {event.outcome} at step {event.step} {event.reason or ''}".rstrip()
+            )
+        case Died(reason=text) | Remarked(text=text):
+            return text
+        case _:
+            return None
 
 
 def _count_stillborn(so_far: int, event: Event) -> int:

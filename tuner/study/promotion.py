@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
-from tuner.config.settings import with_settings
+from tuner.config.settings import added_dimensions, with_settings
 from tuner.config.yaml_text import one_line
 from tuner.data import TABLE_VERSION
 from tuner.errors import InputError, one_of
@@ -40,7 +40,6 @@ from tuner.records import (
     num_points,
 )
 from tuner.store import Store, hold_study
-from tuner.study.file_edits import added_dimensions
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round
 from tuner.study.results import (

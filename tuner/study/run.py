@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
 from tuner.config import RoundFile, RoundSpec, refused_changes, without_secrets
-from tuner.engines import Worker
+from tuner.engines import ProgramWorker, Worker, WorkerPool, end_all_processes
 from tuner.errors import (
     InputError,
     Interrupted,
@@ -19,12 +20,14 @@ from tuner.errors import (
     RoundFileError,
     RoundStopped,
     StorageError,
+    StudyTaken,
     WorkerError,
 )
 from tuner.installation import install_command
 from tuner.methods.metrics import metric
 from tuner.methods.registry import is_built_in
 from tuner.methods.variants.initialisations import starts_with_zero_b
+from tuner.process_log import kept_in
 from tuner.records import Died, Evaluation, Objective, Preparing, Ready, RoundBegun, RoundRecord, Trial
 from tuner.report import View
 from tuner.report.format import count
@@ -34,7 +37,9 @@ from tuner.study.continuation import Continuations
 from tuner.study.dashboard import round_report, write_pages
 from tuner.study.disk import DiskWatch, RoundDisk, free_bytes, taken_back
 from tuner.study.folder import open_folder
+from tuner.study.lookup import at_rest
 from tuner.study.loop import MAX_STILLBORN, RoundLoop
+from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.proposals import try_sampler
 from tuner.study.results import earlier_outcomes, keep_unwritten_rule
@@ -79,24 +84,34 @@ def run_round(
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
     objective = load_plug_ins(plan)
-    with hold_study(file.directory, storage, plan.spec.study), ExitStack() as in_use:
+    is_known = exists(storage)
+    with hold_study(file.directory, storage, plan.spec.study) as lock, ExitStack() as in_use:
+        outage = Outage(storage, lock, plan.spec.run.storage_seconds, view.message, stopping)
         with taken_back(plan.checkpoints, plan.cache):
             earlier = _trials_so_far(plan, storage)
             known_base = [base_evaluation(earlier)]
             for note in _notes(plan):
                 view.message(note)
+            view.trials([at_rest(trial, is_running=False) for trial in earlier])
             worker, ready = first_worker(
                 lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
             )
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            store = CachedStore(open_store(storage, study=plan.spec.study))
-            in_use.callback(store.close)
+            # Loading takes minutes, in which a database that was there may have gone.
+            facts = (
+                outage.through(partial(open_store, storage, study=plan.spec.study))
+                if is_known
+                else (open_store(storage, study=plan.spec.study))
+            )
+            in_use.callback(facts.close)
+            store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
-        watch = DiskWatch(disk, ready)
+        in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
+        watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
         with _outside_failures(watch):
-            round_study = _round_study(plan, store, objective)
+            round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
             RoundLoop(
                 plan=plan,
@@ -108,12 +123,14 @@ def run_round(
                 view=view,
                 clock=clock,
                 stopping=lambda: stopping() or watch.is_short(),
+                through=outage.through,
+                room_bytes=disk.room_bytes(ready),
                 passes=passes,
             ).run()
             # The record read before does not include the comparison runs.
             ended = store.round(plan.name)
             assert ended is not None
-            write_pages(round_study.study, round_report(folder, store, ended))
+            outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
 
 
 def _notes(plan: RoundPlan) -> Iterator[str]:
@@ -142,6 +159,12 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
+def _disk_patience_seconds(plan: RoundPlan, worker: Worker, ready: Ready) -> float:
+    """Return how long this machine's disk may be full: not at all where trials train on meanwhile."""
+    pauses = isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
+    return plan.spec.run.storage_seconds if pauses else 0.0
+
+
 @contextmanager
 def _outside_failures(watch: DiskWatch) -> Iterator[None]:
     """Turn failures outside the round, a full disk or a lost database, into RoundStopped."""
@@ -151,12 +174,15 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
         if watch.shortage is None:
             raise
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
+    except StudyTaken as error:
+        end_all_processes()  # what they would save is in no fact
+        raise RoundStopped(f"{error}. Its workers are stopped") from error
     except (StorageError, StorageInternalError, OSError) as error:
         # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
         cause = error.__cause__ if isinstance(error, StorageInternalError) else None
         said = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
-        if watch.is_short():
-            raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({said})") from error
+        if (shortage := watch.disk.shortage(watch.ready)) is not None:
+            raise RoundStopped(f"no disk: {shortage}. Free some space ({said})") from error
         raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
 
 
@@ -316,7 +342,7 @@ def _begin(
             RoundRecord(
                 name=plan.name,
                 max_train_steps=plan.spec.max_train_steps,
-                spec=_recorded_spec(plan.spec, objective, ready.data_fingerprint),
+                spec=_recorded_spec(plan.spec, objective, ready),
                 begun_at=begun.begun_at if begun else clock(),
                 train_rows=ready.train_rows,
                 eval_rows=ready.eval_rows,
@@ -359,9 +385,32 @@ def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
         raise other_workload(plan)
 
 
-def _recorded_spec(spec: RoundSpec, objective: Objective, fingerprint: str) -> dict[str, Any]:
+def changed_model(plan: RoundPlan, fingerprint: str) -> str | None:
+    """Return a remark where a model's files are not those that the round started with.
+
+    `fingerprint` is that of `model_fingerprint`. Raises InputError where its configuration is another.
+    """
+    begun = _begun(plan)
+    recorded = "" if begun is None else str(begun.spec.get("model_fingerprint", ""))
+    if not (recorded and fingerprint) or recorded == fingerprint:
+        return None
+    (config, weights), (config_now, weights_now) = recorded.split(), fingerprint.split()
+    is_commit, is_commit_now = config == weights, config_now == weights_now
+    if is_commit != is_commit_now:
+        return None  # a copy of what the Hub has: only the weights themselves can be compared
+    if config != config_now and not is_commit:
+        raise other_workload(plan)
+    return (
+        f"warning: the files of the model {plan.spec.model.path} have changed since {plan.name} started. If "
+        "the weights have changed too, `tuner study run` refuses them; `tuner study check --probe` compares "
+        "them now"
+    )
+
+
+def _recorded_spec(spec: RoundSpec, objective: Objective, ready: Ready) -> dict[str, Any]:
     """The file as JSON, with the metric's own direction where it leaves that out, and no password."""
     document = spec.model_dump(mode="json")
     objective_now = {**document["objective"], "direction": objective.direction.value}
-    data = {"data_fingerprint": fingerprint} if fingerprint else {}
+    known = {"data_fingerprint": ready.data_fingerprint, "model_fingerprint": ready.model_fingerprint}
+    data = {name: value for name, value in known.items() if value}
     return {**document, **data, "objective": objective_now, "storage": without_secrets(spec.storage)}

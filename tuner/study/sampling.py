@@ -22,7 +22,7 @@ from tuner.playbook import best_evaluation, settled_step
 from tuner.playbook.observations import Outcome
 from tuner.playbook.selection import objective_value
 from tuner.records import LOSS, Evaluation, Hyperparameters, Objective, Space, Trial, TrialState, Value
-from tuner.store import normal_url
+from tuner.store import making_tables, normal_url, optuna_arguments
 from tuner.study.optuna_rows import (
     OPEN,
     Expected,
@@ -351,7 +351,8 @@ def _attributes(trial: Trial, max_train_steps: int) -> dict[str, Any]:
 def optuna_storage(url: str) -> optuna.storages.RDBStorage:
     """Optuna's tables in the study's database, beside tuner's own."""
     url = normal_url(url)
-    storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url))
+    with making_tables(url):
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=optuna_arguments(url))
     if storage.engine.dialect.name == "sqlite":
         event.listen(storage.engine, "connect", _leave_waiting_to_facts)
         storage.engine.dispose()
@@ -368,13 +369,9 @@ class StudyStorage(optuna.storages.RDBStorage):
 
     def __init__(self, url: str, study: str) -> None:
         url = normal_url(url)
-        super().__init__(url, engine_kwargs=_engine_arguments(url))
+        super().__init__(url, engine_kwargs=optuna_arguments(url))
         self._prefix = f"{study}/"
 
     def get_all_studies(self) -> list[Any]:
         """The rounds of the study."""
         return [found for found in super().get_all_studies() if found.study_name.startswith(self._prefix)]
-
-
-def _engine_arguments(url: str) -> dict[str, Any]:
-    return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}

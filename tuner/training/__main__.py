@@ -7,21 +7,27 @@ error, which the parent keeps as the worker's log.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
 from tuner.pipes import CommandReader, event_writer
+from tuner.process_log import begin_worker
 from tuner.records import Died, Preparing, evaluation_from_json
+from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory
+from tuner.training.memory_budget import predict
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import train
 from tuner.training.worker_state import Pulse
 from tuner.whole import keep_others_out
+
+_AFTER_PARENT_SECONDS = 60.0
+"""A parent that sees the same disk gives up first, and lets every trial be saved."""
 
 
 def main() -> int:
@@ -29,7 +35,6 @@ def main() -> int:
     keep_others_out()
     os.environ.setdefault("TQDM_DISABLE", "1")
     say = event_writer()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     keep_freed_memory()
     commands = CommandReader(sys.stdin)
 
@@ -39,6 +44,7 @@ def main() -> int:
         say(Preparing(doing))
 
     document = commands.read_document()
+    begin_worker(document["spec"]["round"])
     with Path(document["lock"]).open("w") as lock:
         # A parent waits until no worker of an earlier one shares this lock: two never write one folder.
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -55,6 +61,9 @@ def main() -> int:
                 say=say_what_it_does,
                 names=document.get("paths", {}),
             )
+            if document.get("probe"):
+                say_what_it_does("timing a few steps")
+                ready = replace(ready, predicted=predict(state, spec))
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
@@ -62,8 +71,17 @@ def main() -> int:
         state.pulse = Pulse(say, loading_seconds=spec.run.loading_seconds)
         # Every pass of training, evaluation and generation goes through it once.
         state.base.model.get_input_embeddings().register_forward_pre_hook(lambda *_: state.pulse.on_pass())
+        state.room = DiskRoom(
+            say,
+            patience_seconds=spec.run.storage_seconds + _AFTER_PARENT_SECONDS,
+            beat=state.pulse.phase,
+            is_closed=lambda: commands.closed,
+        )
         try:
             train(state, commands, say)
+        except NoRoom as error:
+            say(Died(str(error), is_input_error=True))
+            return 1
         except TunerError as error:
             # Another worker would generate the same answers and fail alike.
             say(

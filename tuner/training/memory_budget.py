@@ -15,7 +15,7 @@ import torch
 from tuner.config import RoundSpec
 from tuner.errors import ModelError
 from tuner.methods.variants import CHOOSER, known_variant, possible_variants
-from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Range, Space, Value
+from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Prediction, Range, Space, Value
 from tuner.training.packed_passes import example_scores, forward_backward, micro_step
 from tuner.training.trial_run import MicroBatch, TrialRun
 from tuner.training.worker_state import WorkerState, peak_memory_bytes
@@ -138,18 +138,6 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 _STEPS = 3
 _PROBED_TOKENS = (512, 2048, 8192)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted cost of a round, from a few steps of all its slots."""
-
-    slots: int
-    seconds_per_step: float
-    """Per trial: slots that train together divide the time of a pass."""
-    seconds_per_evaluation: float
-    """The same for an evaluation."""
-    peak_memory_bytes: int
 
 
 def predict(state: WorkerState, spec: RoundSpec) -> Prediction:

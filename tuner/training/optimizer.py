@@ -6,8 +6,10 @@ identical to those of a trial alone, to the digit, in any slot.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,7 @@ class TrialOptimizer:
             for part_name, *tensors in zip(_PARTS, views, gradients, strict=False)
         ]
         self._optimizer = method.build(groups, hyperparameters)
+        self._built = [copy.deepcopy(own) for own in self._settings()]
 
     def zero_gradients(self) -> None:
         """Zero the gradients before an update."""
@@ -98,12 +101,19 @@ class TrialOptimizer:
         return rate, clipped
 
     def state(self) -> dict[str, Tensor]:
-        """Return the moments and counters as tensors by name, for a checkpoint."""
+        """Return the moments and counters as tensors by name, for a checkpoint.
+
+        Settings of a group that an update has changed belong to it, such as Prodigy's estimate of the rate.
+        """
         named = {}
         for number, parameter in enumerate(self._parameters()):
             for key, value in self._optimizer.state[parameter].items():
-                tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
-                named[f"{number}.{key}"] = tensor.detach().cpu().contiguous().clone()
+                named[f"{number}.{key}"] = _tensor(value if isinstance(value, Tensor) else int(value))
+        for number, (built, own) in enumerate(zip(self._built, self._settings(), strict=True)):
+            for key, value in own.items():
+                if key not in built or not _is_same(value, built[key]):
+                    kind = "tensor" if isinstance(value, Tensor) else "number"
+                    named[f"group{number}.{kind}.{key}"] = _tensor(value)
         return named
 
     def load_state(self, named: Mapping[str, Tensor]) -> None:
@@ -114,8 +124,14 @@ class TrialOptimizer:
         """
         parameters = self._parameters()
         for name, tensor in named.items():
-            number, _, key = name.partition(".")
-            parameter = parameters[int(number)]
+            owner, _, key = name.partition(".")
+            if owner.startswith("group"):
+                kind, _, key = key.partition(".")
+                group = self._optimizer.param_groups[int(owner.removeprefix("group"))]
+                device = group["params"][0].device
+                group[key] = tensor.item() if kind == "number" else tensor.to(device).clone()
+                continue
+            parameter = parameters[int(owner)]
             is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
             # torch keeps its float step counter of a fused AdamW on the parameter's device, too.
             self._optimizer.state[parameter][key] = (
@@ -133,7 +149,20 @@ class TrialOptimizer:
             for key, value in values.items():
                 if not isinstance(value, (int, Tensor)):
                     return f"its state has {key} = {value!r}; checkpoints keep tensors and whole numbers"
+        for built, own in zip(self._built, self._settings(), strict=True):
+            for key, value in own.items():
+                is_changed = key not in built or not _is_same(value, built[key])
+                if is_changed and not isinstance(value, (int, float, Tensor)):
+                    return f"an update sets {key} = {value!r}; checkpoints keep tensors and numbers"
         return None
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Return the settings of each group, besides those that are set before each update."""
+        groups = getattr(self._optimizer, "param_groups", [])
+        return [
+            {key: value for key, value in group.items() if key not in ("params", "lr", "part")}
+            for group in groups
+        ]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -152,12 +181,25 @@ def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> Non
             for gradient in tried._flat_gradients:
                 gradient.fill_(1e-3)
             tried.step(1.0, norm=float(tried.gradient_norm()))
-            mistake = tried.mistake()
-            tried.load_state(tried.state())
+            if (mistake := tried.mistake()) is None:
+                tried.load_state(tried.state())
     except Exception as error:  # noqa: BLE001  a plug-in may raise anything
         mistake = f"an update of small weights raised {last_words(error, __file__)}"
     if mistake is not None:
         raise InputError(f"optimizer {name}: {mistake}")
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    """Return a value of an optimizer's state as a tensor, to the digit."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().clone()
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _flatten(

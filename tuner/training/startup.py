@@ -17,7 +17,7 @@ from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, v
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
-from tuner.data.pretrained import loaded_commit
+from tuner.data.pretrained import CONFIG_OF_THE_FILES, loaded_commit, model_fingerprint
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
@@ -44,8 +44,6 @@ _log = logging.getLogger(__name__)
 PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
 """Tokens of all trials in one pass, including padding, if memory is not the limit. On a CPU larger tensors
 exceed the caches (docs/log.md)."""
-_CONFIG_OF_THE_FILES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
-"""Keys of a model's configuration that say where it is stored, not what it is."""
 
 
 def load_worker_state(
@@ -90,6 +88,7 @@ def load_worker_state(
         workload=workload(state.base, data, spec),
         evaluation_share=_evaluation_share(data, spec),
         data_fingerprint=data.fingerprint,
+        model_fingerprint=model_fingerprint(spec.model),
         smallest_adapter=smallest,
         largest_adapter=largest,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
@@ -196,7 +195,7 @@ def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Pac
 def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     """Return the fingerprint of what is held fixed: the base model's config and sampled weights; the data."""
     total = hashlib.sha256(data.fingerprint.encode())
-    config = {k: v for k, v in base.model.config.to_dict().items() if k not in _CONFIG_OF_THE_FILES}
+    config = {k: v for k, v in base.model.config.to_dict().items() if k not in CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
     for name, parameter in base.model.named_parameters():

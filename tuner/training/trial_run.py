@@ -20,6 +20,7 @@ from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
+from tuner.training.disk_room import DiskRoom
 from tuner.training.optimizer import TrialOptimizer
 
 
@@ -102,6 +103,8 @@ class TrialRun:
         self.micro_batches: deque[MicroBatch] = deque()
         self.unread_losses: list[Tensor] = []
         """Of the update's micro-batches, still on the device."""
+        self.room = DiskRoom()
+        """Where its checkpoints go."""
         self._update_nll = 0.0
         self._update_targets = 0
         self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
@@ -249,18 +252,21 @@ class TrialRun:
         """Publish the best step's adapter under the link `best`; None if no evaluation is finite."""
         if self.best_step is None or self.best_weights is None:
             return None
-        return publish_best(
-            Path(self.assignment.directory),
-            self.adapter,
-            self.best_weights,
-            step=self.best_step,
-            attempt=self.assignment.attempt,
+        directory, weights, step = Path(self.assignment.directory), self.best_weights, self.best_step
+        return self.room.written(
+            directory,
+            lambda: publish_best(
+                directory, self.adapter, weights, step=step, attempt=self.assignment.attempt
+            ),
         )
 
     def save(self, kind: CheckpointKind) -> Checkpoint:
         """Publish a resumable checkpoint of this step."""
-        directory = Path(self.assignment.directory)
-        return publish_snapshot(directory, self.snapshot(), kind=kind, attempt=self.assignment.attempt)
+        directory, snapshot = Path(self.assignment.directory), self.snapshot()
+        return self.room.written(
+            directory,
+            lambda: publish_snapshot(directory, snapshot, kind=kind, attempt=self.assignment.attempt),
+        )
 
 
 def _copy(weights: Weights) -> dict[str, tuple[Tensor, ...]]:

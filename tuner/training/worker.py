@@ -13,6 +13,7 @@ from tuner.errors import TunerError
 from tuner.methods.table import seed_of
 from tuner.pipes import CommandReader
 from tuner.playbook import is_diverged
+from tuner.process_log import about
 from tuner.records import (
     Answered,
     Assignment,
@@ -28,6 +29,7 @@ from tuner.records import (
     Started,
 )
 from tuner.training.checkpoints import read_snapshot
+from tuner.training.disk_room import NoRoom
 from tuner.training.packed_passes import evaluate, micro_step
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
@@ -41,7 +43,8 @@ LAST_EVERY_SHARE = 0.05
 def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], None]) -> None:
     """Run assignments from `commands` until it closes, then save every trial.
 
-    Raises TunerError, after saving every trial, if the round's metric or answers cannot be scored.
+    Raises TunerError, after saving every trial, if the round's metric or answers cannot be scored; NoRoom if
+    its disk stays full.
     """
     runs: dict[int, TrialRun] = {}
     waiting: list[Assignment] = []
@@ -90,6 +93,9 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 say(_saved(run, run.save(CheckpointKind.TRUNK)))
         _end_what_is_over(state, runs, commands, say)
 
+        # --- wait while the disk is full
+        state.room.wait(run.assignment for run in runs.values())
+
         # --- one micro-step for every trial, and the updates that it completes
         with state.meter.timing("training"):
             micro_step(state, runs)
@@ -125,7 +131,8 @@ def _fill_slots(
     while waiting and len(runs) < max_runs:
         free = next(slot for slot in range(state.pack.num_slots) if slot not in runs)
         try:
-            run = _begin(state, waiting[0], free, say, is_alone=not runs)
+            with about(waiting[0].trial):
+                run = _begin(state, waiting[0], free, say, is_alone=not runs)
         except _OutOfMemoryBesideOthers:
             return len(runs)
         del waiting[0]
@@ -144,17 +151,18 @@ def _begin(
     try:
         run = _placed(state, assignment, slot)
     except TunerError as error:
-        _log.error("trial %d: %s", assignment.trial, error)
+        _log.error("%s", error)
         _decline(assignment, "failed", str(error), say)
         return None
     if run is None and not is_alone:
-        _log.warning("out of memory: trial %d waits until another has left its slot", assignment.trial)
+        _log.warning("out of memory: waits until another trial has left its slot")
         raise _OutOfMemoryBesideOthers
     if run is None:
         _decline(
             assignment, "infeasible", "out of memory alone: no room for its adapter beside the base", say
         )
         return None
+    _log.info("attempt %d starts at step %d in slot %d", assignment.attempt, run.step, slot)
     say(Started(*_name(run), run.step, state.environment, horizon=run.assignment.horizon))
     if run.evaluations:
         best = run.save_best()
@@ -176,6 +184,7 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
         else:
             start = state.new_adapter(assignment.hyperparameters, seed=seed_of(assignment.hyperparameters))
             run = TrialRun(assignment, start, device=state.base.device)
+        run.room = state.room
         state.pack.occupy(slot, run.adapter)
         state.pack.load({slot: run.optimizer.weights})
     except torch.OutOfMemoryError:
@@ -238,8 +247,13 @@ def _leave(
     run: TrialRun, outcome: Outcome, reason: str | None, say: Callable[[Event], None], *, save: bool = False
 ) -> None:
     """End an attempt; `save` keeps its progress for the next one."""
-    if save:
-        say(_saved(run, run.save(CheckpointKind.LAST)))
+    with about(run.assignment.trial):
+        try:
+            if save:
+                say(_saved(run, run.save(CheckpointKind.LAST)))
+        except NoRoom as error:
+            _log.error("not saved, and resumes from its checkpoint before: %s", error)
+        _log.info("attempt %d: %s at step %d", run.assignment.attempt, outcome, run.step)
     say(Ended(*_name(run), run.step, outcome, reason, horizon=run.assignment.horizon))
 
 

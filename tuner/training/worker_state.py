@@ -25,6 +25,7 @@ from tuner.methods.metrics import Metric
 from tuner.methods.metrics.eval_loss import EVAL_LOSS
 from tuner.playbook.results import answer_score
 from tuner.records import LOSS, AnswerScore, Beat, Evaluation, Event, Hyperparameters, Objective, Throughput
+from tuner.training.disk_room import DiskRoom
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,6 +241,8 @@ class WorkerState:
     meter: Meter = field(default_factory=Meter)
     pulse: Pulse = field(default_factory=lambda: Pulse(lambda _: None))
     """The heartbeats of the main loop."""
+    room: DiskRoom = field(default_factory=DiskRoom)
+    """The disk of the checkpoints."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
     _eva: dict[tuple[int | str, ...], Mapping[str, Tensor]] = field(default_factory=dict)

@@ -16,16 +16,22 @@ export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 
-nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
-port=$((20000 + SLURM_JOB_ID % 10000))
-address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}'):$port
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+on_first=(srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
+# The first address of the first node that is not a loopback one. Name the interface here if it is the wrong one.
+ip=$("${on_first[@]}" hostname --all-ip-addresses | tr ' ' '\n' | grep -v '^127\.' | head -n 1)
+address=$ip:$((20000 + SLURM_JOB_ID % 10000))
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
-srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
-    ray start --head --node-ip-address="${address%:*}" --port="$port" --include-dashboard=false --block &
-until ray health-check --address "$address" 2> /dev/null; do sleep 2; done
+"${on_first[@]}" ray start --head --node-ip-address="$ip" --port="${address#*:}" --include-dashboard=false --block &
+head=$!
+until ray health-check --address "$address" 2> /dev/null; do
+    kill -0 $head  # ends the job if the head does not start
+    sleep 2
+done
 if ((${#nodes[@]} > 1)); then
     rest=$(IFS=,; echo "${nodes[*]:1}")
-    # --no-kill and -K0: a node that fails takes neither the others nor the round with it.
+    # --no-kill and --kill-on-bad-exit=0: a node that fails takes neither the others nor the round with it.
     srun --overlap --no-kill --kill-on-bad-exit=0 --nodes=$((${#nodes[@]} - 1)) --ntasks-per-node=1 \
         --nodelist="$rest" ray start --address="$address" --block &
 fi
@@ -36,5 +42,5 @@ trap 'kill -TERM $run' TERM
 code=0
 wait $run || code=$?
 # A signal ends the first `wait`; the second one is for the trials that are being saved.
-if kill -0 $run 2> /dev/null; then wait $run || code=$?; fi
+if kill -0 $run 2> /dev/null; then code=0; wait $run || code=$?; fi
 exit $code

@@ -54,7 +54,7 @@ def _callback(trainer):
         """
 
         def __init__(self):
-            self.evaluated = set()
+            self.evaluated = {}
             self.is_over = False
             self.before = None
             steps = os.environ.get("TUNER_SAVE_STEPS", "")
@@ -82,10 +82,11 @@ def _callback(trainer):
         def on_evaluate(self, args, state, control, metrics=None, **_):
             if self.before is not None:
                 self.before.restore()
-            is_first = state.global_step not in self.evaluated
-            self.evaluated.add(state.global_step)
+            known = self.evaluated.setdefault(state.global_step, set())
+            found = {name: value for name, value in (metrics or {}).items() if _number(value)}
+            is_first = any(name not in known for name in found)  # each of several evaluation sets has its own
+            known.update(found)
             if state.is_world_process_zero and is_first and not self.is_over:
-                found = {name: value for name, value in (metrics or {}).items() if _number(value)}
                 _write({"step": state.global_step, **found})
 
         def on_save(self, args, state, control, **_):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from typing import Any
 
 from tuner.engines.protocol import Job, Worker
 from tuner.engines.ray.host import Host
-from tuner.engines.ray.pool import ClusterPool, Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.nodes import Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import HostFailed, HostLost, Unavailable
 from tuner.errors import InputError
 from tuner.installation import install_command
@@ -141,12 +144,21 @@ class RayCluster:
         return f"Ray cluster {address}: {count(len(nodes), 'node')}: {listed}"
 
     def warning(self) -> str | None:
-        """Return what to say about a cluster that anybody can use who reaches it."""
-        if self.address == "local" or os.environ.get("RAY_AUTH_MODE") == "token":
+        """Return what to say about a cluster that anybody can use who reaches it.
+
+        One that was joined without a token is such a cluster; another is asked without one.
+        """
+        if self.address == "local":
+            return None
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        answers = answers_anybody(self._ray.get_runtime_context().gcs_address) if has_token else True
+        if answers is None:
+            return "warning: could not find out whether this cluster answers without a token"
+        if not answers:
             return None
         return (
-            "warning: this cluster has no token authentication (RAY_AUTH_MODE=token): whoever reaches its "
-            "ports can run code on every node. See docs/how-to/cluster.md"
+            "warning: this cluster answers without a token: whoever reaches its ports can run code on every "
+            "node. Start it with RAY_AUTH_MODE=token; see docs/how-to/cluster.md"
         )
 
     def close(self) -> None:
@@ -213,6 +225,36 @@ def address_of(written: str | None) -> str:
     return address
 
 
+_ASK = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=None, timeout=5)
+except AuthenticationError:
+    sys.exit(3)
+"""
+_REFUSED = 3
+
+
+def answers_anybody(address: str) -> bool | None:
+    """Return whether a cluster answers a process that has no token; None if it gives no answer at all."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    asked = [sys.executable, "-c", _ASK, address]
+    try:
+        code = subprocess.run(
+            asked,
+            env={**variables, "RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        ).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {0: True, _REFUSED: False}.get(code)
+
+
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -242,7 +284,7 @@ def _join(ray: Any, address: str) -> None:
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise InputError(
             f"ray address {address}: cannot join this cluster: {_first_line(error)}. If it has token "
-            "authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
+            "authentication, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token as on its head"
         ) from error
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
@@ -254,7 +296,18 @@ _IN_GROUP = {
     "events": "events",
     "order": "orders",
     **dict.fromkeys(
-        ("read_chunk", "write_chunk", "listing", "contents", "delete", "claim", "keep", "adopt", "digest"),
+        (
+            "read_chunk",
+            "write_chunk",
+            "listing",
+            "contents",
+            "delete",
+            "claim",
+            "keep",
+            "adopt",
+            "digest",
+            "own_copy",
+        ),
         "files",
     ),
 }

@@ -6,9 +6,7 @@ repeat a call, so each method may be called twice.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -20,16 +18,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 from tuner.engines.devices import gpu_meter, open_nvml, visible_devices
-from tuner.engines.ray.transfer import NodeFiles, hub_commit
+from tuner.engines.ray.alike import NodeFacts, module_digest, versions
+from tuner.engines.ray.node_files import NodeFiles, hub_commit, needed_digest
 from tuner.report.format import GpuReading
-from tuner.whole import digest
 
 LEASE_SECONDS = 45.0
 """A host that hears nothing from its parent for so long ends its worker."""
@@ -37,8 +32,6 @@ CLOSE_SECONDS = 15.0
 """From the end of a worker's input until it is killed."""
 WORKER_TOKEN = "TUNER_WORKER"
 """Environment variable by which a worker, and what it starts, is recognised: `JOB.SESSION.NUMBER`."""
-COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-"""Packages that decide a trial's losses: they have to agree on all nodes."""
 
 _MAX_LINES = 1000
 _MAX_LOG_BYTES = 64 * 1024
@@ -64,18 +57,6 @@ class Heard:
     """The next part of the worker's standard error."""
     gpus: tuple[GpuReading, ...] = ()
     """How busy the worker's GPUs are."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
-    """What a parent compares before it uses a node."""
-
-    hostname: str
-    versions: Mapping[str, str]
-    """Of Python and of the packages that decide a trial's losses."""
-    gpus: tuple[str, ...]
-    """Devices that the worker will see."""
-    cores: int
 
 
 class Host:
@@ -109,6 +90,8 @@ class Host:
         self._read_at = -_READING_SECONDS
         self._gpus: tuple[GpuReading, ...] = ()
         self._meter: Callable[[], tuple[GpuReading, ...]] | None = None
+        self._devices: tuple[str, ...] | None = None
+        """GPUs of the worker."""
         threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
 
     # --- before it starts -------------------------------------------------------------------------
@@ -133,6 +116,7 @@ class Host:
         self._alive()
         if self._runner is not None:
             return
+        self._devices = visible_devices({**os.environ, **environment})
         work = self.files.work(token)
         work.mkdir(parents=True, exist_ok=True)
         self._log = work / "worker.log"
@@ -182,15 +166,21 @@ class Host:
 
     # --- files: see NodeFiles ---------------------------------------------------------------------
 
-    def work_directory(self, token: str, tables: str) -> tuple[str, str]:
+    def work_directory(self, token: str, tables: str, bound_bytes: int) -> tuple[str, str]:
         """Return where a worker writes on this node if it does not see the parent's disk: checkpoints, and
-        tokenised rows, which the workers of `tables` share.
+        tokenised rows, which the workers of `tables` share. Both stay while this host lives; of what no host
+        uses, the node keeps at most `bound_bytes`.
         """
         self._alive()
-        runs, rows = self.files.work(token) / "runs", self.files.scratch / "tables" / tables
-        for path in (runs, rows):
-            path.mkdir(parents=True, exist_ok=True)
+        with self._busy():
+            runs, rows = self.files.work_directory(token, tables, bound_bytes)
         return str(runs), str(rows)
+
+    def own_copy(self, token: str, path: str) -> str:
+        """Copy a directory that was sent into a worker's folder, where the worker may change it."""
+        self._alive()
+        with self._busy():
+            return str(self.files.own_copy(token, Path(path)))
 
     def read_back(self, path: str) -> bytes | None:
         """Return a small file's content; None if this node does not see it."""
@@ -200,11 +190,11 @@ class Host:
         except OSError:
             return None
 
-    def digest(self, path: str) -> str | None:
-        """Return the hash of a file or directory; None if this node does not see it."""
+    def digest(self, path: str, weights: str | None = None) -> str | None:
+        """Return the hash of a file, or of a directory's `needed_files`; None if the node does not see it."""
         self._alive()
         with self._busy():
-            return digest(Path(path)) if Path(path).exists() else None
+            return needed_digest(Path(path), weights=weights) if Path(path).exists() else None
 
     def hub_commit(self, model: str, revision: str | None) -> str | None:
         """Return the commit of a model in this node's Hub cache; None if it is not there."""
@@ -281,7 +271,8 @@ class Host:
         """Start the process and read it to its end, in one thread: the process dies with this thread."""
         code, log = 1, self._log
         assert log is not None
-        variables = {name: value for name, value in {**os.environ, **changes}.items() if value != ""}
+        variables = {**os.environ, **changes}
+        variables = {name: value for name, value in variables.items() if changes.get(name) != ""}
         try:
             with log.open("ab") as file:
                 process = subprocess.Popen(
@@ -322,10 +313,10 @@ class Host:
 
     def _readings(self) -> tuple[GpuReading, ...]:
         now = time.monotonic()
-        if now - self._read_at >= _READING_SECONDS:
+        if self._devices is not None and now - self._read_at >= _READING_SECONDS:
             self._read_at = now
             if self._meter is None:
-                self._meter = gpu_meter(open_nvml(), visible_devices()) or (lambda: ())
+                self._meter = gpu_meter(open_nvml(), self._devices) or (lambda: ())
             self._gpus = tuple(self._meter())
         return self._gpus
 
@@ -372,31 +363,3 @@ def default_scratch() -> Path:
     """Return this node's folder for files: TUNER_SCRATCH, or one in the folder of temporary files."""
     named = os.environ.get("TUNER_SCRATCH")
     return Path(named) if named else Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that have to agree on all nodes."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in COMPARED_PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version_of(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def module_digest(name: str) -> str:
-    """Return the hash of a module's file, or of its package's; `not installed` without one."""
-    try:
-        found = find_spec(name.partition(".")[0])
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
-        return "not installed"
-    total = hashlib.sha256()
-    places = [Path(each) for each in found.submodule_search_locations or [found.origin or ""]]
-    for place in places:
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            total.update(path.read_bytes() if path.is_file() else b"")
-    return total.hexdigest()[:12]

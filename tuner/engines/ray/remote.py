@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuner.engines.ray.host import Heard
-from tuner.engines.ray.transfer import fetch, give_back
+from tuner.engines.ray.transfer import fetch, fetch_file, give_back
 from tuner.records import Died, event_to_json
 from tuner.report.format import GpuReading
 from tuner.whole import digest
@@ -167,7 +167,12 @@ class Places:
     @property
     def is_shared(self) -> bool:
         """Return whether the node writes checkpoints where the parent reads them."""
-        return str(self.directory) not in self.there
+        here = str(self.directory)
+        return self.there.get(here, here) == here
+
+    def here(self, path: str) -> Path:
+        """Return where the parent keeps what a worker writes to its folder of checkpoints."""
+        return self.directory / Path(path).relative_to(self.there[str(self.directory)])
 
     def moved(self, value: Any) -> Any:
         """Return a JSON value whose strings that begin with a known path name the node's."""
@@ -299,6 +304,10 @@ class RemoteProcess:
             case "started":
                 document["environment"] = {**document.get("environment", {}), **self._environment}
                 return json.dumps(document)
+            case "measured":
+                measured = document["throughput"]
+                measured["session"] = f"{self._environment['node']}/{measured['session']}"
+                return json.dumps(document)
             case "saved" if not self.places.is_shared:
                 self._take(document["checkpoint"])
             case "ended" if not self.places.is_shared:
@@ -325,9 +334,13 @@ class RemoteProcess:
         self.host.call("delete", source)
 
     def _forget(self, ended: Mapping[str, Any]) -> None:
-        """Delete what an ended attempt leaves on the node."""
-        if (left := self._directories.pop((ended["trial"], ended.get("horizon")), None)) is not None:
-            self.host.call("delete", left)
+        """Delete what an ended attempt leaves on the node, but for its logs, which come here."""
+        if (left := self._directories.pop((ended["trial"], ended.get("horizon")), None)) is None:
+            return
+        for name, size in self.host.call("listing", left):
+            if name.endswith(".log"):
+                fetch_file(self.host.call, f"{left}/{name}", self.places.here(left) / name, size)
+        self.host.call("delete", left)
 
     def _clean_up(self) -> None:
         """Delete the worker's folder on a node that still answers."""

@@ -5,6 +5,7 @@ A tool is described in one file. `command.tool` names it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Anything
 from tuner.methods.registry import described
 from tuner.methods.table import HYPERPARAMETERS
-from tuner.records import Hyperparameters
+from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, Value
 
 EXTRA = "extra."
 """Prefix of hyperparameters with the tool's own names."""
@@ -70,12 +71,14 @@ class Tool:
     """Whether names that are neither tuner's nor below `extra` are passed as they are."""
     settings: Callable[[TrialSettings], Settings]
     """Returns what a trial sets, by the tool's names."""
-    mistakes: Callable[[Sequence[str], Settings, Sequence[str]], Iterator[Mistaken]]
-    """Yields what cannot work: (command, content of the configuration, names of the hyperparameters)."""
+    mistakes: Callable[[Sequence[str], Settings, Space], Iterator[Mistaken]]
+    """Yields what cannot work: (command, content of the configuration, hyperparameters of the round file)."""
     replaced: tuple[str, ...] = ()
     """Keys of the configuration that every trial sets itself."""
     has_hook: bool = False
     """Whether it trains with Hugging Face's Trainer, which reports by itself and resumes by an option."""
+    device_batch: tuple[str, int] = ("per_device_train_batch_size", 8)
+    """Its name for the sequences of one device's pass, and its own default."""
 
     def table(self, written: Mapping[str, Any]) -> Mapping[str, Hyperparameter]:
         """Return the hyperparameters that a round file with this tool may name."""
@@ -140,3 +143,31 @@ def known_names(tool_name: str, *groups: str) -> KnownNames:
     document = json.loads((Path(__file__).parent / "known_names.json").read_text())[tool_name]
     names = [name for group in groups for name in document["names"].get(group, ())]
     return KnownNames(document["version"], document["date"], frozenset(names))
+
+
+def unknown_names(
+    tool_name: str, called: str, groups: Sequence[str], config: Settings, space: Space
+) -> Iterator[Mistaken]:
+    """Yield the keys of a configuration, and the names below `extra`, that a tool does not know.
+
+    `called` is the tool's name in the message.
+    """
+    known = known_names(tool_name, *groups)
+    extra = [name for name in space if name.startswith(EXTRA)]
+    for shown, name in [*((f"hyperparameters.{n}", bare(n)) for n in extra), *((n, n) for n in config)]:
+        if name not in known.names:
+            near = difflib.get_close_matches(name, known.names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield Mistaken(shown, f"is not a name of {called} {known.version} (listed {known.date}){hint}")
+
+
+def can_be(dimension: Dimension, value: Value) -> bool:
+    """Return whether a trial can have this value."""
+    match dimension:
+        case Fixed(value=only):
+            return only == value
+        case Choices(values=values):
+            return value in values
+        case Range(low=low, high=high):
+            return isinstance(value, (int, float)) and low <= value <= high
+    return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tuner.methods.kinds import ALL_LINEAR
-from tuner.methods.tools import EXTRA, Mistaken, Settings, Tool, TrialSettings, bare, known_names
+from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, unknown_names
 from tuner.methods.tools.transformers import TRANSFORMERS, trainer_mistakes, trainer_settings
+from tuner.records import Space
 
 _ADAPTER: Mapping[str, str] = {
     "lora_r": "lora_rank",
@@ -35,23 +35,15 @@ def _listed(targets: Any) -> str:
     return targets if isinstance(targets, str) else ",".join(targets)
 
 
-def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config, names)
+def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config)
     if config.get("finetuning_type", "lora") != "lora":
-        for name in names:
+        for name in space:
             if name in _ADAPTER:
                 yield Mistaken(f"hyperparameters.{name}", "has no effect without `finetuning_type: lora`")
     if not config.get("eval_dataset") and not config.get("val_size"):
         yield Mistaken("command.config", "evaluates nothing; add `val_size: 0.05` or `eval_dataset`")
-    known = known_names("llamafactory", "all")
-    extra = [name for name in names if name.startswith(EXTRA)]
-    for shown, name in [*((f"hyperparameters.{n}", bare(n)) for n in extra), *((n, n) for n in config)]:
-        if name not in known.names:
-            near = difflib.get_close_matches(name, known.names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield Mistaken(
-                shown, f"is not a name of LLaMA-Factory {known.version} (listed {known.date}){hint}"
-            )
+    yield from unknown_names("llamafactory", "LLaMA-Factory", ("all",), config, space)
 
 
 LLAMAFACTORY = Tool(

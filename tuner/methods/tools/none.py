@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tuner.methods.tools import UNKNOWN_SCHEDULE, Mistaken, Settings, Tool, TrialSettings, bare
+from tuner.records import Space
 
 
 def _settings(trial: TrialSettings) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
     return written
 
 
-def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
     yield from ()
 
 

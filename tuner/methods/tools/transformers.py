@@ -7,7 +7,7 @@ from typing import Any
 
 from tuner.methods.schedules import schedule
 from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare, options_of
-from tuner.records import Value
+from tuner.records import Space, Value
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -33,13 +33,15 @@ FIXED: Settings = {
 }
 """What every trial sets: evaluations and checkpoints at tuner's steps, none deleted by the tool."""
 _OTHER_LENGTHS = ("num_train_epochs", "warmup_ratio")
-DEVICE_BATCH, EVALUATION_BATCH = "per_device_train_batch_size", "per_device_eval_batch_size"
-_DEFAULT_BATCH = 8
-"""TrainingArguments' own `per_device_train_batch_size`."""
+DEVICE_BATCH = ("per_device_train_batch_size", 8)
+"""TrainingArguments' name and default for the sequences of one device's pass."""
 
 
-def trainer_settings(trial: TrialSettings) -> dict[str, Any]:
-    """Return TrainingArguments of a trial; hyperparameters that are not among them are left out."""
+def trainer_settings(trial: TrialSettings, batch: tuple[str, int] = DEVICE_BATCH) -> dict[str, Any]:
+    """Return TrainingArguments of a trial; hyperparameters that are not among them are left out.
+
+    `batch` is as `Tool.device_batch`.
+    """
     values = trial.hyperparameters
     chosen = schedule(str(values["schedule"]))
     assert chosen.trainer_scheduler is not None
@@ -58,38 +60,41 @@ def trainer_settings(trial: TrialSettings) -> dict[str, Any]:
         "seed": seed,
         "data_seed": seed,
         **({"optim": OPTIMIZERS[str(values["optimizer"])]} if "optimizer" in values else {}),
-        **_batch(trial),
+        **_accumulation(trial, batch),
         **({"resume_from_checkpoint": trial.resume_from} if trial.resume_from else {}),
         **{bare(name): value for name, value in values.items() if name.startswith("extra.")},
     }
 
 
-def _batch(trial: TrialSettings) -> dict[str, int]:
+def _accumulation(trial: TrialSettings, batch: tuple[str, int]) -> dict[str, int]:
     size = trial.hyperparameters.get("batch_size")
     if size is None:
         return {}
-    return {"gradient_accumulation_steps": int(str(size)) // device_batch(trial.config, trial.gpus)}
+    return {"gradient_accumulation_steps": int(str(size)) // _at_once(batch, trial.config, trial.gpus)}
 
 
-def device_batch(config: Settings, gpus: int) -> int:
+def _at_once(batch: tuple[str, int], config: Settings, gpus: int) -> int:
     """Return the sequences that all GPUs together see in one pass."""
-    return int(config.get(DEVICE_BATCH, _DEFAULT_BATCH)) * max(1, gpus)
+    name, default = batch
+    return int(config.get(name) or default) * max(1, gpus)
 
 
-def batch_mistake(sizes: Sequence[Value], config: Settings, gpus: int) -> str | None:
+def batch_mistake(
+    sizes: Sequence[Value], config: Settings, gpus: int, batch: tuple[str, int] = DEVICE_BATCH
+) -> str | None:
     """Return why batch sizes cannot be divided into passes; None if they can."""
-    at_once = device_batch(config, gpus)
+    at_once, name = _at_once(batch, config, gpus), batch[0]
     wrong = [size for size in sizes if int(str(size)) % at_once]
     if not wrong:
         return None
     return (
-        f"{wrong[0]} is no multiple of {at_once}, the sequences of one pass ({DEVICE_BATCH} "
+        f"{wrong[0]} is no multiple of {at_once}, the sequences of one pass ({name} "
         f"{at_once // max(1, gpus)} x {max(1, gpus)} device): choose multiples of {at_once}, or set a "
-        f"smaller {DEVICE_BATCH} in the configuration or the command"
+        f"smaller {name} in the configuration or the command"
     )
 
 
-def trainer_mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
+def trainer_mistakes(command: Sequence[str], config: Settings) -> Iterator[Mistaken]:
     """Yield what no trial of a Trainer can use."""
     said = options_of(command)
     ours = {*FIXED, "max_steps", "eval_steps", "save_steps", "output_dir", "seed", "lr_scheduler_type"}
@@ -105,8 +110,8 @@ def trainer_mistakes(command: Sequence[str], config: Settings, names: Sequence[s
         )
 
 
-def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config, names)
+def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config)
 
 
 TRANSFORMERS = Tool(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tuner.methods.tools import EXTRA, Mistaken, Settings, Tool, TrialSettings, bare, known_names, options_of
+from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare, options_of, unknown_names
 from tuner.methods.tools.transformers import TRANSFORMERS, trainer_mistakes, trainer_settings
+from tuner.records import Space
 
 _PEFT: Mapping[str, str] = {
     "lora_r": "lora_r",
@@ -29,24 +29,19 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
     return {**adapter, **trainer_settings(trial)}
 
 
-def _mistakes(command: Sequence[str], config: Settings, names: Sequence[str]) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config, names)
+def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
+    yield from trainer_mistakes(command, config)
     uses_peft = str({**config, **options_of(command)}.get("use_peft")).lower() == "true"
     if not uses_peft:
-        for name in names:
+        for name in space:
             if name in _PEFT or bare(name) in _PEFT.values():
                 yield Mistaken(
                     f"hyperparameters.{name}", "has no effect without `use_peft: true` in TRL's configuration"
                 )
     method = next((part for part in command if part in _METHODS), None)
-    known = known_names("trl", "trainer", "common", *([method] if method else _METHODS))
-    of = f"trl {method or ''}".strip()
-    extra = [name for name in names if name.startswith(EXTRA)]
-    for shown, name in [*((f"hyperparameters.{n}", bare(n)) for n in extra), *((n, n) for n in config)]:
-        if name not in known.names:
-            near = difflib.get_close_matches(name, known.names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield Mistaken(shown, f"is not a name of {of} (TRL {known.version}, listed {known.date}){hint}")
+    called = f"trl {method or ''}".strip() + ", TRL"
+    groups = ("trainer", "common", *([method] if method else _METHODS))
+    yield from unknown_names("trl", called, groups, config, space)
 
 
 TRL = Tool(

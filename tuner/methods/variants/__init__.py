@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.errors import InputError
+from tuner.errors import InputError, TunerError, last_words
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, described, imported, is_at_hand
 from tuner.methods.variants.initialisations import refusal_of
@@ -131,10 +131,25 @@ def adapter_arguments(values: Hyperparameters) -> dict[str, Any]:
     Raises InputError for arguments of a plug-in's variant that the training loop cannot follow.
     """
     chosen = variant_of(values)
-    own = chosen.config(values)
+    own = own_arguments(chosen, values)
     if values.get(CHOOSER, PLAIN) != PLAIN:
         refuse_arguments(chosen, own)
     return {**_plain().config(values), **own}
+
+
+def own_arguments(chosen: Variant, values: Hyperparameters) -> Mapping[str, Any]:
+    """Return the arguments that a variant adds. Raises InputError where its `config` does not work."""
+    name = values.get(CHOOSER, chosen.name)
+    try:
+        own: object = chosen.config(values)
+    except TunerError:
+        raise
+    except Exception as error:  # a plug-in may raise anything
+        said = last_words(error, __file__)
+        raise InputError(f"variant {name}: its config raised {said}") from error
+    if not isinstance(own, Mapping):
+        raise InputError(f"variant {name}: its config returned {own!r}, expects a mapping of arguments")
+    return own
 
 
 def refuse_arguments(chosen: Variant, arguments: Mapping[str, Any]) -> None:

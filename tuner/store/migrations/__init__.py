@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
@@ -24,6 +26,17 @@ def configuration() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     return config
+
+
+@contextmanager
+def one_by_one(engine: Engine) -> Iterator[None]:
+    """Keep other processes from making tables in a PostgreSQL database meanwhile; a file has one writer."""
+    if engine.dialect.name != "postgresql":
+        yield
+        return
+    with engine.connect() as connection, connection.begin():
+        connection.execute(_ONE_BY_ONE)
+        yield
 
 
 def upgrade(engine: Engine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.studies import write_round
-from tests.study.rehearsal import Crash, rehearse, trials
+from tests.study.simulation import Crash, simulate, trials
 from tuner.cli import run
 from tuner.playbook.promotion import incumbents
 from tuner.records import (
@@ -134,11 +134,11 @@ def expected(directory: Path) -> tuple[set[int], set[int]]:
 
 
 def test_a_round_keeps_its_best_trials_files_whatever_crashes(tmp_path: Path) -> None:
-    passed = rehearse(tmp_path / "whole", **LIMITED).passed
+    passed = simulate(tmp_path / "whole", **LIMITED).passed
     removals = [at for at, seam in enumerate(passed, start=1) if seam == "after record CheckpointsRemoved"]
     with pytest.raises(Crash):
-        rehearse(tmp_path / "died", fuse=removals[-1], **LIMITED)
-    rehearse(tmp_path / "died", **LIMITED)
+        simulate(tmp_path / "died", fuse=removals[-1], **LIMITED)
+    simulate(tmp_path / "died", **LIMITED)
     for directory in (tmp_path / "whole", tmp_path / "died"):
         assert kept(directory) == expected(directory)
         runs = directory / "runs" / "round1"
@@ -150,8 +150,8 @@ def test_clean_takes_a_limit_that_came_later_and_frees_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rehearse(tmp_path, **SHORT)
-    rehearse(tmp_path / "dry-run", **SHORT)
+    simulate(tmp_path, **SHORT)
+    simulate(tmp_path / "dry-run", **SHORT)
     (tmp_path / "dry-run" / "round1.yaml").open("a").write("run: {engine: simulated}\n")
     assert len(kept(tmp_path)[0]) == SHORT["trials"]
     write_round(tmp_path, **LIMITED)

@@ -1,4 +1,4 @@
-"""`tuner doctor`: check whether this machine and the installed packages can run studies."""
+"""Check whether this machine and the installed packages can run studies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from tuner.engines import driver_version, gpu_meter, open_nvml, visible_devices
 from tuner.errors import InputError, TunerError
@@ -41,9 +38,6 @@ class Health(StrEnum):
     """A run would fail."""
 
 
-_STYLES = {Health.OK: "green", Health.ABSENT: "dim", Health.WARNING: "yellow", Health.PROBLEM: "bold red"}
-
-
 @dataclass(frozen=True, slots=True)
 class Check:
     """Result of one check."""
@@ -58,27 +52,6 @@ class Check:
 def is_healthy(checks: Sequence[Check]) -> bool:
     """Whether a run can start: no check found a problem."""
     return all(check.status is not Health.PROBLEM for check in checks)
-
-
-def health_table(checks: Sequence[Check]) -> RenderableType:
-    """Print one row per check, then a summary."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for check in checks:
-        advice = f"\n{check.advice}" if check.advice else ""
-        # rich would read an extra's `[wandb]` or a folder `x[/y]` in a plain string as markup.
-        said = Text(check.found + advice)
-        table.add_row(Text(check.status, style=_STYLES[check.status]), Text(check.name), said)
-    counts = {health: sum(check.status is health for check in checks) for health in reversed(Health)}
-    nouns = {Health.WARNING: "warning", Health.PROBLEM: "problem"}
-    found = [
-        count(number, nouns[health]) if health in nouns else f"{number} {health}"
-        for health, number in counts.items()
-        if number
-    ]
-    return Group(table, Text(", ".join(found)))
 
 
 def health_document(checks: Sequence[Check]) -> dict[str, Any]:

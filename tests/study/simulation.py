@@ -78,7 +78,7 @@ class DyingRoundStudy(RoundStudy):
         super().tell(*args, **kwargs)
 
 
-def rehearse(
+def simulate(
     directory: Path,
     *,
     fuse: int = 0,

@@ -17,8 +17,7 @@ from tuner.config import RoundSpec
 from tuner.installation import install_command
 from tuner.records import Continuation, Evaluation, Event, Ready, Trial, TrialState
 from tuner.report.trackers import FollowedRound, Tool, not_installed
-from tuner.report.trackers.sender import FollowedView
-from tuner.report.trackers.tracker import open_tool
+from tuner.report.trackers.tracker import FollowedView, open_tool
 
 RUNNING, COMPLETE, INFEASIBLE = TrialState.RUNNING, TrialState.COMPLETE, TrialState.INFEASIBLE
 HYPERPARAMETERS = {"learning_rate": 1e-3, "lora_r": 8, "target_modules": ("q_proj", "v_proj")}

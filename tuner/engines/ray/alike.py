@@ -1,0 +1,81 @@
+"""What has to agree on all nodes for a trial's losses to: versions, and the user's own modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+
+from tuner.config import RoundSpec
+
+COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+"""Packages that decide a trial's losses. tuner's own code is sent along."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a parent compares before it uses a node."""
+
+    hostname: str
+    versions: Mapping[str, str]
+    """Of Python and of the packages that decide a trial's losses; hashes of the user's modules."""
+    gpus: tuple[str, ...]
+    """Devices that the worker will see."""
+    cores: int
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that have to agree on all nodes."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in COMPARED_PACKAGES}}
+
+
+def differences(facts: NodeFacts, spec: RoundSpec) -> str | None:
+    """Return in a sentence what a node has otherwise than this machine; None if they agree."""
+    here = {**versions(), **{name: module_digest(name) for name in own_modules(spec)}}
+    unlike = [
+        f"{name} {there} instead of {here[name]}"
+        for name, there in facts.versions.items()
+        if name in here and there != here[name]
+    ]
+    if not unlike:
+        return None
+    same = ", ".join(("Python", *COMPARED_PACKAGES))
+    return f"it has {', '.join(unlike)}; install the same versions of {same} on all nodes"
+
+
+def own_modules(spec: RoundSpec) -> Iterator[str]:
+    """Yield the names of modules that a round file names as `package.module:Name`, apart from tuner's own."""
+    for text in re.findall(r'"([A-Za-z_][\w.]*):[A-Za-z_]\w*"', json.dumps(spec.model_dump(mode="json"))):
+        package = text.partition(".")[0]
+        if package not in ("tuner", "optuna") and module_digest(package) != "not installed":
+            yield package
+
+
+def module_digest(name: str) -> str:
+    """Return the hash of a module's file, or of its package's; `not installed` without one."""
+    try:
+        found = find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        return "not installed"
+    total = hashlib.sha256()
+    places = [Path(each) for each in found.submodule_search_locations or [found.origin or ""]]
+    for place in places:
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            total.update(path.read_bytes() if path.is_file() else b"")
+    return total.hexdigest()[:12]
+
+
+def _version(package: str) -> str:
+    try:
+        return version_of(package)
+    except PackageNotFoundError:
+        return "not installed"
