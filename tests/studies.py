@@ -213,17 +213,21 @@ class Done:
     stderr: str
 
 
-def tuner(*arguments: str, directory: Path) -> Done:
-    """The command line, without the seconds that a process of its own takes to load."""
-    stdout, stderr = io.StringIO(), io.StringIO()
+def tuner(*arguments: str, directory: Path, columns: int = 200, merged: bool = False) -> Done:
+    """The command line, without the seconds that a process of its own takes to load.
+
+    `merged`: everything in `stdout`, in its order.
+    """
+    stdout = io.StringIO()
+    stderr = stdout if merged else io.StringIO()
     with (
         chdir(directory),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
-        patch.dict(os.environ, ENVIRONMENT),
+        patch.dict(os.environ, {**ENVIRONMENT, "COLUMNS": str(columns)}),
     ):
         returncode = run(list(arguments))
-    return Done(returncode, stdout.getvalue(), stderr.getvalue())
+    return Done(returncode, stdout.getvalue(), "" if merged else stderr.getvalue())
 
 
 def tuner_process(*arguments: str, directory: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -126,6 +126,22 @@ def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "round9.yaml" in refused(tmp_path, capsys, "study", verb, str(tmp_path / "round9.yaml"))
 
 
+def test_the_nearest_round_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_round(tmp_path)
+    for name in "abcdefg":
+        (tmp_path / f"{name}.yaml").touch()
+    (tmp_path / "round0.yaml").mkdir()
+    message = refused(tmp_path, capsys, "study", "run", str(tmp_path / "roun1.yaml"))
+    assert "in this folder: round1.yaml, " in message
+    assert "round0" not in message
+
+
+def test_rows_in_place_of_a_round_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROW + OTHER_ROW)
+    message = refused(tmp_path, capsys, "study", "check", str(tmp_path / "rows.jsonl"))
+    assert "rows.jsonl:2: is not one YAML document: a round file is `key: value` lines" in message
+
+
 @pytest.mark.parametrize("verb", [["run", "round1.yaml"], ["status"], ["promote", "--to", "r2"], ["clean"]])
 def test_a_database_that_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str], monkeypatch: pytest.MonkeyPatch

@@ -328,6 +328,20 @@ def test_a_trial_without_an_adapter(
     assert f"round1/{lost.number} is infeasible and has no adapter" in capsys.readouterr().err
 
 
+def test_an_adapter_that_is_gone(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    gone = next(t for t in trials(study) if t.state == TrialState.COMPLETE)
+    link = study / "runs" / "round1" / f"trial-{gone.number:04d}" / "best"
+    link.rename(link.with_name("elsewhere"))
+    try:
+        assert run(["trial", "generate", str(gone.number), "--prompt", INSTRUCTION]) == 2
+    finally:
+        link.with_name("elsewhere").rename(link)
+    assert f"tuner trial reproduce round1/{gone.number} --restore" in capsys.readouterr().err
+
+
 def test_best_before_any_round_has_begun(tmp_path: Path) -> None:
     round_file(tmp_path)
     with pytest.raises(InputError, match=r"start with: tuner study run round1\.yaml"):

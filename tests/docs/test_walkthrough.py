@@ -1,9 +1,13 @@
-"""The tutorial and the readme's examples, typed command by command; what they show has to appear."""
+"""The tutorial and the readme's examples, typed command by command; what they show has to appear.
+
+`tuner` runs in this process, which spares it the seconds that a process of its own takes to load.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +18,11 @@ from pathlib import Path
 import pytest
 
 from tests.docs.test_documents import ROOT, prose_and_blocks
+from tests.recorded.test_unchanged import check_quickstart
+from tests.studies import tuner
 
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
-WIDTH = "120"
+WIDTH = 120
 
 _MARK = "=== typed: "
 _DURATION = re.compile(r"\b\d+ (?:s|min|h)\b(?: \d\d (?:s|min)\b)?")
@@ -69,13 +75,29 @@ def type_in_a_shell(commands: Sequence[str], directory: Path) -> dict[str, str]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": binaries, "COLUMNS": WIDTH, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PATH": binaries, "COLUMNS": str(WIDTH), "OMP_NUM_THREADS": "1"},
     )
     outputs = [part.partition("\n") for part in done.stdout.split(f"\n{_MARK}")[1:]]
     last = commands[len(outputs) - 1]
     assert done.returncode == 0, f"{last}: exit {done.returncode}\n{done.stdout[-4000:]}"
     assert len(outputs) == len(commands)
     return {command: output for command, (_, _, output) in zip(commands, outputs, strict=True)}
+
+
+def type_here(commands: Sequence[str], directory: Path) -> dict[str, str]:
+    """What each command prints on either stream: `tuner` in this process, the others in a shell."""
+    here, printed = directory, {}
+    for line in commands:
+        match shlex.split(line, comments=True):
+            case ["cd", to]:
+                here, printed[line] = here / to, ""
+            case ["tuner", *words]:
+                done = tuner(*words, directory=here, columns=WIDTH, merged=True)
+                assert done.returncode == 0, f"{line}: exit {done.returncode}\n{done.stdout[-4000:]}"
+                printed[line] = done.stdout
+            case _:
+                printed |= type_in_a_shell([line], here)
+    return printed
 
 
 def tokens(text: str) -> list[str]:
@@ -109,13 +131,27 @@ def missing(shown: Shown, printed: dict[str, str]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The tutorial's commands with what they print, typed in a copy of what they need."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the tutorial's commands need."""
     copy = tmp_path_factory.mktemp("clone")
     for name in ("base", "data"):
         shutil.copytree(ROOT / "studies" / "quickstart" / name, copy / "studies" / "quickstart" / name)
     shutil.copy(ROOT / "studies" / "quickstart" / "round1.yaml", copy / "studies" / "quickstart")
-    return type_in_a_shell(typed_and_shown(TUTORIAL)[0], copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def printed(clone: Path) -> dict[str, str]:
+    """The tutorial's commands with what they print, typed in the clone."""
+    return type_here(typed_and_shown(TUTORIAL)[0], clone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("printed")
+def test_the_rounds_of_the_tutorial_are_what_they_were(clone: Path) -> None:
+    """Its study is that of `make quickstart`, whose rounds are recorded."""
+    check_quickstart(clone / "studies" / "first")
 
 
 @pytest.mark.slow
@@ -142,7 +178,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         "s/trials: .*/trials: 3/; s/{low: 1e-5, high: 3e-3/{low: 3e-3, high: 2e-2/' round1.yaml"
     )
     typed = [commands[0].replace(model, str(base)), commands[1], shorter, *commands[2:]]
-    output = type_in_a_shell(typed, tmp_path)
+    output = type_here(typed, tmp_path)
     assert len(output) == 6
     assert "Its adapter: " in output[typed[-1]]
 
@@ -184,6 +220,11 @@ def test_numbers_may_differ_and_words_may_not(piece: str, is_there: bool) -> Non
 def test_pieces_have_to_come_in_order() -> None:
     assert list(missing(Shown("c", ("a", "b")), {"c": "a b"})) == []
     assert list(missing(Shown("c", ("b", "a")), {"c": "a b"})) == ["a"]
+
+
+def test_the_program_is_on_the_path(tmp_path: Path) -> None:
+    printed = type_in_a_shell(["tuner --version"], tmp_path)
+    assert re.match(r"tuner \d", printed["tuner --version"])
 
 
 def test_a_shell_stops_at_the_first_failure(tmp_path: Path) -> None:

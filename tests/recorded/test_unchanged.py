@@ -1,7 +1,8 @@
 """What users measured does not change while the code is moved: studies and replays, as they were recorded.
 
 `python -m tests.recorded.test_unchanged` records them again, after a change that is meant. Sentences are not
-compared, their numbers are. The quickstart's two rounds are those that `tests/docs/test_notebook.py` trains.
+compared, their numbers are. The quickstart's two rounds are those of the tutorial, which
+`tests/docs/test_walkthrough.py` types.
 """
 
 import importlib

@@ -237,6 +237,17 @@ def test_a_range_that_cannot_be_added_is_refused_in_a_sentence(study: Path) -> N
         promoted(study, to="refused", add=("lora_dropout=0.1:0",))
 
 
+def test_a_misspelt_name_that_is_added_gets_the_meant_one(study: Path) -> None:
+    with pytest.raises(InputError, match=r"lora_dropot is unknown; did you mean lora_dropout\?"):
+        promoted(study, to="refused", add=("lora_dropot=0.1",))
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "a/b", ".hidden", ""])
+def test_a_name_that_no_round_can_have_is_the_command_lines_mistake(study: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"^--to '{name}': expects letters"):
+        promoted(study, to=name)
+
+
 def test_a_name_is_added_once(study: Path) -> None:
     with pytest.raises(InputError, match="added twice"):
         promoted(study, to="refused", add=("weight_decay=0.1", "weight_decay=0.2"))

@@ -86,7 +86,9 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
         try:
             wrapped = get_peft_model(meta_model, config)
         except ValueError as error:
-            raise ModelError(f"hyperparameters.target_modules: {error}") from error
+            there = ", ".join(sorted(_linear_names(meta_model)))
+            said = str(error).removesuffix(" Please check the target modules and try again.")
+            raise ModelError(f"hyperparameters.target_modules: {said} Its linear layers: {there}") from error
         try:
             return Adapter(config, _weights(wrapped.base_model.model, takes_all=takes_all))
         finally:

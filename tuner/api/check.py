@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +37,7 @@ from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
 from tuner.store import refuse_damaged
 from tuner.study.check import planned_commands, planned_hours, planned_round
-from tuner.study.dashboard import round_report
+from tuner.study.dashboard import command_after
 from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
@@ -127,7 +128,7 @@ def _command_plan(round_plan: StudyPlan, prober: Where | None) -> tuple[RoundPla
     found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
-    said = [*command_remarks(spec), *_run_remarks(spec)]
+    said = [*command_remarks(spec), *_run_remarks(spec, file.directory)]
     size_of_one, source = _checkpoint_of_command(round_plan)
     plan, not_checked = _with_unchecked(_plan_of_commands(spec, size_of_one), spec, probe=prober is not None)
     said += not_checked
@@ -185,7 +186,7 @@ def _next_command(plan: StudyPlan, where: Where) -> str:
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
-        return round_report(folder, store, record).next_command
+        return command_after(folder, store, record)
 
 
 def _plan(
@@ -221,7 +222,7 @@ def _plan(
     )
     remarks += _answers(round_plan, data)
     remarks += round_plan.file.hints
-    remarks += _run_remarks(spec)
+    remarks += _run_remarks(spec, round_plan.file.directory)
     plan, not_checked = _with_unchecked(plan, spec, probe=prober is not None)
     remarks += not_checked
     remarks += _model_remarks(spec.model)
@@ -266,12 +267,16 @@ def _probed(
     return plan, ready.base, said
 
 
-def _run_remarks(spec: RoundSpec) -> Iterator[str]:
+def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
     """Yield remarks on the sections `search` and `run`."""
     if spec.ends_early is not None:
         yield spec.ends_early
     if spec.trains_alone:
         yield spec.trains_alone
+    if spec.run.notify:
+        program = spec.run.notify[0]
+        if shutil.which(str(directory / program) if "/" in program else program) is None:
+            yield f"warning: run.notify: there is no program {program} here, so nothing will be told"
     yield from spec.without_effect()
 
 

@@ -15,7 +15,7 @@ from tuner.config import RoundSpec
 from tuner.data import Prompt, load_tokenizer, read_prompts, render_prompt
 from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, TunerError
-from tuner.records import Trial, TrialState
+from tuner.records import CheckpointKind, Trial, TrialState
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.results import Sums, score_trial, scores_of
 
@@ -78,6 +78,13 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     adapter = folder.verified_adapter(trial) if "adapter" in models else None
     if "adapter" in models and adapter is None:
+        is_lost = trial.checkpoint(CheckpointKind.BEST) is not None
+        if is_lost and trial.state is not TrialState.INFEASIBLE:
+            place = folder.checkpoints(trial.round).trial_directory(trial.number)
+            raise InputError(
+                f"{name}: its adapter is not in {place}. "
+                f"Put it back with: tuner trial reproduce {name} --restore"
+            )
         raise InputError(f"{name} is {trial.state} and has no adapter; see: tuner trial list")
     folder.plan(trial.round).spec.require_model(f"{name} cannot be asked")
     spec = folder.as_trained(trial, folder.plan(trial.round).absolute)

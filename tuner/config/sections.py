@@ -108,7 +108,8 @@ def _named(kind: Kind) -> WithJsonSchema:
 
 
 PathText = Annotated[Text, AfterValidator(possible_path)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)]
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
 """A name that is safe as a directory."""
 
 TRIAL_PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)/(\d+)", re.ASCII)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
         if not has_values or not name or not values:
             raise _refused(text, "expects NAME=VALUE,VALUE or NAME=LOW:HIGH[:log]")
         if name not in file.spec.table:
-            raise _refused(text, f"{name} is unknown; allowed: {', '.join(sorted(_allowed()))}")
+            meant = get_close_matches(name, _allowed(), n=1)
+            known = f"did you mean {meant[0]}?" if meant else f"allowed: {', '.join(sorted(_allowed()))}"
+            raise _refused(text, f"{name} is unknown; {known}")
         if name in NEVER_ADDED:
             raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
