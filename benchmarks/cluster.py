@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, os.fspath(ROOT))
 
+from tests.engines.cluster_program import obey  # noqa: E402
 from tuner.engines import Job, LoraFormula, Program, RayEngine, SimulatedWorker, Worker  # noqa: E402
 from tuner.engines.ray.host import Host  # noqa: E402
 from tuner.engines.simulated import keep_on_disk  # noqa: E402
@@ -34,11 +33,7 @@ from tuner.records import (  # noqa: E402
     Ended,
     Event,
     Ready,
-    RunId,
     Saved,
-    assignment_from_json,
-    event_to_json,
-    from_json,
 )
 from tuner.whole import digest  # noqa: E402
 
@@ -90,34 +85,13 @@ def work() -> int:
         (place / "weights").write_bytes(payload)
         return replace(kept, size_bytes=kept.size_bytes + len(payload), sha256=digest(place))
 
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=lambda: [*map(lines.put, sys.stdin), lines.put("")], daemon=True).start()
     worker = SimulatedWorker(
         LoraFormula("cluster", pace_steps=STEPS),
         slots=1,
         ready=Ready(1, "formula", workload="formula"),
         keep=keep,
     )
-    while True:
-        for event in worker.events(0):
-            print(json.dumps(event_to_json(event)), flush=True)
-        try:
-            line = lines.get(timeout=document["seconds"])
-        except queue.Empty:
-            continue
-        if not line:
-            return 1
-        command = json.loads(line)
-        match command["order"]:
-            case "start":
-                worker.start(assignment_from_json(command["assignment"]))
-            case "stop":
-                worker.stop(from_json(RunId, command["run"]))
-            case "close":
-                worker.close()
-                for event in worker.events(0):
-                    print(json.dumps(event_to_json(event)), flush=True)
-                return 0
+    return obey(worker, lambda: float(document["seconds"]))
 
 
 # --- in the parent ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from tuner.adapters import frozen_linear
-from tuner.adapters.frozen_linear import chunked_nll, head_nll, token_scores
+from tuner.adapters.frozen_linear import chunk_elements, chunked_nll, head_nll, token_scores
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 50
 
@@ -120,3 +120,13 @@ def test_a_target_of_logits_that_are_no_numbers_is_not_first() -> None:
         lambda part: linear(part, weight) * torch.nan, hidden, targets, vocabulary_size=VOCABULARY
     )
     assert not is_first.any()
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "vocabulary", "rows"), [(0, 128_256, 130), (24, 128_256, 700), (80, 128_256, 1000)]
+)
+def test_a_gpu_computes_more_logits_at_once(gigabytes: int, vocabulary: int, rows: int) -> None:
+    """Products of few rows leave it waiting for the head's weights; a small one has less room for logits."""
+    elements = chunk_elements(gigabytes * 10**9)
+    assert rows <= elements // vocabulary < 1.1 * rows
+    assert 4 * elements <= max(1 << 26, gigabytes * 10**9 / 64)

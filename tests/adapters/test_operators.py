@@ -61,3 +61,41 @@ def test_an_empty_slot_between_others(base: Base, rate: float) -> None:
     assert whole.total <= holed.total <= 1.02 * whole.total
     for name in ("index", "index_put_", "baddbmm_", "_local_scalar_dense"):
         assert holed.calls[name] == whole.calls[name]
+
+
+CEILINGS = {"load": (1, 0), "collect": (2, 0), "clip": (1, 9), "update": (0, 4)}
+"""Operators of each part: so many, and so many more a trial."""
+
+
+@pytest.mark.parametrize(
+    ("slots", "changes"),
+    [
+        (range(1), {}),
+        (range(8), {}),
+        (range(16), {}),
+        (range(8), {"lora_dropout": 0.05}),
+        ((0, 1, 2, 3, 4, 5, 6, 8), {}),
+        (range(8), {"optimizer": "adamw_8bit"}),
+        (range(16), {"optimizer": "adamw_8bit"}),
+    ],
+    ids=["1", "8", "16", "dropout", "a hole", "8 in 8-bit", "16 in 8-bit"],
+)
+def test_what_follows_a_pass(base: Base, slots: Sequence[int], changes: dict[str, float | str]) -> None:
+    """Load, collect, clip and update, of which only the last two are each trial's own."""
+    trials = [tiny.hyperparameters(training_seed=slot, max_grad_norm=1e-3, **changes) for slot in slots]
+    with worker_state(base, trials, slots=max(slots) + 1) as state:
+        runs = {s: begin(state, s, trial, max_train_steps=9) for s, trial in zip(slots, trials, strict=True)}
+        micro_step(state, runs)
+        weights = {slot: run.optimizer.weights for slot, run in runs.items()}
+        gradients = {slot: run.optimizer.gradients for slot, run in runs.items()}
+        micro_step(state, runs)  # leaves gradients behind
+        optimizers = [run.optimizer for run in runs.values()]
+        parts = {
+            "load": lambda: state.pack.load(weights),
+            "collect": lambda: state.pack.collect(gradients),
+            "clip": lambda: [optimizer.gradient_norm() for optimizer in optimizers],
+            "update": lambda: [optimizer.step(1.0, norm=0.0) for optimizer in optimizers],
+        }
+        found = {name: operators_of(work) for name, work in parts.items()}
+    for name, (once, a_trial) in CEILINGS.items():
+        assert found[name].total <= once + a_trial * len(trials), (name, found[name].calls)

@@ -55,7 +55,9 @@ def until(is_so: Callable[[], bool], seconds: float = 120) -> None:
 
 def round_of_commands(directory: Path) -> None:
     """One trial that takes some seconds."""
-    written(directory, document(hyperparameters={"learning_rate": 0.05, "pause": 0.1}))
+    written(
+        directory, document(hyperparameters={"learning_rate": 0.05, "schedule": "constant", "pause": 0.1})
+    )
 
 
 def state_of_trial(directory: Path) -> tuple[str, str | None, int]:
@@ -105,6 +107,7 @@ def _drain(descriptor: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.acceptance
 def test_under_nohup_a_hangup_changes_nothing(tmp_path: Path) -> None:
     round_of_commands(tmp_path)
     with (tmp_path / "log").open("w") as log:

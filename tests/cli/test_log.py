@@ -73,7 +73,7 @@ def test_a_bug_outside_a_round_has_a_file_of_its_own(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("tuner.process_log._file", None)
-    monkeypatch.setattr(importlib.import_module("tuner.cli.doctor"), "examine", broken)
+    monkeypatch.setattr(importlib.import_module("tuner.api.doctor"), "examine", broken)
     done = tuner("doctor", directory=tmp_path)
     assert done.returncode == 1
     [file] = tmp_path.glob("tuner-*.log")

@@ -31,7 +31,7 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path, kind: str) -> None:
-    content = of_kind(kind, tmp_path)
+    content = of_kind(kind, tmp_path) | {"run": {"gpus_per_worker": 0, "decay_branches": False}}
     path = written(tmp_path, content)
     tuner(tmp_path, "study", "run", path.name)
     longer = content["max_train_steps"] + 12
@@ -58,7 +58,7 @@ def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path, kind: str) -> 
 def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: Path, kind: str) -> None:
     """Parent, command and the whole tree are killed, one after another, at random times."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    written(whole, of_kind(kind, whole))
+    written(whole, of_kind(kind, whole) | {"run": {"gpus_per_worker": 0, "decay_branches": False}})
     tuner(whole, "study", "run", "round1.yaml")
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("runs", "tuner.db*"))
     draw = random.Random(kind)
@@ -123,6 +123,17 @@ def test_a_plain_script_killed_anywhere(tmp_path: Path, seed: int) -> None:
     for trial in ("round1/0", "round1/1"):
         assert curve(folder, trial) == curve(tmp_path / "whole", trial)
     wait_for(lambda: not living(folder))
+
+
+def test_auto_stops_after_two_rounds_that_cannot_tell_and_says_what_is_missing(tmp_path: Path) -> None:
+    values = {"learning_rate": [0.003, 0.05], "schedule": "linear", "decay_steps": 2}
+    content = searching(max_train_steps=8, hyperparameters=values, evaluation={"every_steps": 8})
+    written(tmp_path, content)
+    done = studies.tuner("study", "auto", "round1.yaml", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "enough after round2: for the second time in a row the round cannot tell" in said
+    assert "per-example losses are unknown. Repeat the best trial with other seeds." in said
 
 
 def test_the_study_of_trl_runs_two_rounds(tmp_path: Path) -> None:

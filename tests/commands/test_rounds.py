@@ -152,12 +152,21 @@ def test_a_dry_run_has_values_of_the_objective(tmp_path: Path) -> None:
     assert 0 < trial["best_value"] < 1
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A round that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    written(folder, searching())
+    tuner(folder, "study", "run", "round1.yaml")
+    return folder
+
+
 @pytest.mark.parametrize("victim", ["parent", "worker"])
-def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: Path, victim: str) -> None:
+def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(
+    tmp_path: Path, whole: Path, victim: str
+) -> None:
     values = {**searching()["hyperparameters"], "pause": 0.02}
-    written(tmp_path / "whole", searching())
     written(tmp_path / "killed", searching(hyperparameters=values))
-    tuner(tmp_path / "whole", "study", "run", "round1.yaml")
     folder = tmp_path / "killed"
     parent = subprocess.Popen(
         [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
@@ -170,7 +179,7 @@ def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: 
     parent.wait(timeout=60)
     tuner(folder, "study", "run", "round1.yaml")
     for trial in ("round1/0", "round1/1"):
-        assert curve(folder, trial) == curve(tmp_path / "whole", trial)
+        assert curve(folder, trial) == curve(whole, trial)
     assert tokens_in(folder)
     assert not living(folder)
 

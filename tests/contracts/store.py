@@ -236,6 +236,28 @@ class StoreContract:
         assert [trial.number for trial in store.trials("round1")] == [0, 2, 10]
         assert [trial.number for trial in store.trials("round2")] == [7]
 
+    def test_some_trials_and_trials_without_examples_are_read(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND))
+        for number in (2, 0, 1):
+            known = Trial("round1", number, {"lora_r": 8})
+            made = Evaluation(
+                5, 1.5, example_nll=(3.0, 1.5), example_tokens=(2, 1), correct_tokens=2, metrics={"own": 0.5}
+            )
+            store.record(TrialAsked(known), AttemptStarted("round1", number, 1, from_step=0, at=1.0))
+            store.record(Evaluated("round1", number, 1, made))
+        whole = store.trials("round1")
+        assert store.trials("round1", numbers=[2, 0, 7]) == (whole[0], whole[2])
+        assert store.trials("round1", numbers=[]) == ()
+        bare = store.trials("round1", examples=False)
+        assert [trial.number for trial in bare] == [0, 1, 2]
+        for trial, one in zip(bare, whole, strict=True):
+            (found,), (made,) = trial.evaluations, one.evaluations
+            assert replace(found, example_nll=(), example_tokens=()) == replace(
+                made, example_nll=(), example_tokens=()
+            )
+            assert replace(trial, evaluations=()) == replace(one, evaluations=())
+        assert store.trials("round1") == whole
+
     def test_state_follows_the_attempts_until_the_end(self, store: Store) -> None:
         steps: list[tuple[Fact, TrialState]] = [
             (STARTED, TrialState.RUNNING),

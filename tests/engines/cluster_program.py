@@ -7,6 +7,7 @@ import json
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.studies import formula
@@ -19,19 +20,14 @@ def say(events: list[Event]) -> None:
         print(json.dumps(event_to_json(event)), flush=True)
 
 
-def main() -> int:
-    """Obey until told to close; 1 when the parent is gone."""
-    document = json.loads(sys.stdin.readline())
+def obey(worker: SimulatedWorker, seconds: Callable[[], float]) -> int:
+    """Do what the lines say and look for events at least every so many seconds; 1 when the parent is gone."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=lambda: [*map(lines.put, sys.stdin), lines.put("")], daemon=True).start()
-    print(f"working in {Path.cwd()}\ndocument {json.dumps(document)}", file=sys.stderr, flush=True)
-    ready = Ready(document["slots"], "simulated", workload=document.get("workload", "the same"))
-    worker = SimulatedWorker(formula, slots=document["slots"], ready=ready)
     while True:
-        is_idle = worker.capacity() == document["slots"]
         say(worker.events(0))
         try:
-            line = lines.get(timeout=1.0 if is_idle else document.get("pause", 0.0) or 1e-4)
+            line = lines.get(timeout=seconds())
         except queue.Empty:
             continue
         if not line:
@@ -46,6 +42,20 @@ def main() -> int:
                 worker.close()
                 say(worker.events(0))
                 return 0
+
+
+def main() -> int:
+    """Obey until told to close; 1 when the parent is gone."""
+    document = json.loads(sys.stdin.readline())
+    print(f"working in {Path.cwd()}\ndocument {json.dumps(document)}", file=sys.stderr, flush=True)
+    ready = Ready(document["slots"], "simulated", workload=document.get("workload", "the same"))
+    worker = SimulatedWorker(formula, slots=document["slots"], ready=ready)
+
+    def seconds() -> float:
+        is_idle = worker.capacity() == document["slots"]
+        return 1.0 if is_idle else document.get("pause", 0.0) or 1e-4
+
+    return obey(worker, seconds)
 
 
 if __name__ == "__main__":

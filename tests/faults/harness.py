@@ -42,6 +42,7 @@ class Setting:
     study: str = "tiny"
     url: str | None = None
     """None: a file in its folder."""
+    is_remote: bool = False
 
 
 def _packed(directory: Path, url: str, **changes: Any) -> None:
@@ -64,19 +65,29 @@ def _command(directory: Path, url: str) -> None:
     )
 
 
+def execute(url: str, statement: str, **values: Any) -> None:
+    """Execute a statement of SQL on a connection of its own."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(statement), values)
+    engine.dispose()
+
+
 LOCAL = Setting("local", _packed)
 COMMAND = Setting("command", _command, study="commands")
 
 
 def on_a_server(url: str) -> Setting:
-    """The facts are in a PostgreSQL database."""
-    return Setting("postgres", _packed, url=url)
+    """The facts are in a PostgreSQL database, which keeps its promise when the server crashes."""
+    setting = Setting("postgres", _packed, url=url)
+    execute(url, f"ALTER DATABASE {make_url(url).database} SET synchronous_commit = on")
+    return setting
 
 
 def on_ray(address: str) -> Setting:
     """The workers are on a cluster."""
     run = f"run: {{engine: ray, slots: 1, ray_address: '{address}'}}"
-    return Setting("ray", partial(_packed, run=run))
+    return Setting("ray", partial(_packed, run=run), is_remote=True)
 
 
 @dataclass
@@ -139,9 +150,11 @@ class Case:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """Worker processes of this run: each is in a session of its own."""
+        """Worker processes of this run, without what watches over them and what they start."""
+        if self.setting.is_remote:  # in the cluster that this process has started
+            return [each for each in psutil.Process().children(recursive=True) if _trains(each)]
         try:
-            found = psutil.Process(self.process.pid).children(recursive=True)
+            found = psutil.Process(self.process.pid).children()
         except psutil.NoSuchProcess:
             return []
         return [each for each in found if _leads_a_session(each)]
@@ -169,10 +182,7 @@ class Case:
 
     def execute(self, statement: str, **values: Any) -> None:
         """Change rows behind everyone's back."""
-        engine = create_engine(make_url(self.url))
-        with engine.begin() as connection:
-            connection.execute(text(statement), values)
-        engine.dispose()
+        execute(self.url, statement, **values)
 
     def clean(self) -> None:
         """Leave no process behind, whatever happened."""
@@ -239,6 +249,13 @@ class Case:
 
 def _without_pause(hyperparameters: Any) -> dict[str, Any]:
     return {name: value for name, value in hyperparameters.items() if name != "pause"}
+
+
+def _trains(process: psutil.Process) -> bool:
+    try:
+        return "tuner.training" in process.cmdline()
+    except psutil.Error:
+        return False
 
 
 def _leads_a_session(process: psutil.Process) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -12,7 +14,7 @@ import pytest
 
 from tests.commands.driving import document, written
 from tests.faults.warm import ENVIRONMENT
-from tests.studies import record_sweep, tuner, write_round
+from tests.studies import QUICKSTART, record_sweep, tuner, write_round
 from tuner.config import load_round
 
 READING = (
@@ -33,7 +35,7 @@ def mark(tmp_path: Path) -> Path:
     return tmp_path / "mark"
 
 
-@pytest.fixture(params=["names", "command"])
+@pytest.fixture(params=["names", "command", "model"])
 def study(
     request: pytest.FixtureRequest, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
@@ -47,6 +49,9 @@ def study(
         content = document("trap.py", hyperparameters=values, search={"trials": 3})
         path = written(folder, content)
         (folder / "trap.py").write_text(TRAP.format(mark=str(mark)))
+    elif request.param == "model":
+        base = with_code(tmp_path / "base", mark)
+        path = write_round(folder, base=f"{base}, trust_remote_code: true", trials=3)
     else:
         path = write_round(
             folder,
@@ -61,10 +66,29 @@ def study(
     return folder
 
 
+def with_code(base: Path, mark: Path, **changes: str) -> Path:
+    """A model whose repository has code, by the side of what transformers knows."""
+    shutil.copytree(QUICKSTART / "base", base)
+    (base / "trap.py").write_text(TRAP.format(mark=str(mark)))
+    config = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": classes, **changes}))
+    return base
+
+
 @pytest.mark.parametrize("verb", READING, ids=" ".join)
 def test_a_verb_that_reads(study: Path, mark: Path, verb: tuple[str, ...]) -> None:
     done = tuner(*verb, directory=study)
     assert done.returncode == 0, done.stderr
+    assert not mark.exists()
+
+
+def test_check_names_the_probe_for_a_model_that_needs_its_code(tmp_path: Path, mark: Path) -> None:
+    base = with_code(tmp_path / "base", mark, model_type="its own")
+    write_round(tmp_path / "study", base=f"{base}, trust_remote_code: true")
+    done = tuner("study", "check", "round1.yaml", directory=tmp_path / "study")
+    assert done.returncode == 2
+    assert "`study check --probe` does, and so does `study run`" in done.stderr
     assert not mark.exists()
 
 

@@ -14,10 +14,8 @@ from tuner.config import load_round
 from tuner.errors import InputError, RoundFileError
 from tuner.methods import registry
 
-PLUG_INS = '''
-import json
-from pathlib import Path
-
+LAB = Path(__file__).parent / "lab"
+LADDER = '''
 import optuna
 
 
@@ -41,28 +39,7 @@ class Ladder(optuna.samplers.BaseSampler):
             return distribution.high
         best = min(told, key=lambda t: t.value)
         return max(distribution.low, self.factor ** len(told) * best.params[name])
-
-
-class Diary:
-    """Writes what it is told into a file beside the study's checkpoints."""
-
-    def __init__(self, followed):
-        self.path = Path(followed.checkpoints) / "diary.jsonl"
-
-    def begin(self, trial):
-        return frozenset()
-
-    def point(self, trial, evaluation):
-        with self.path.open("a") as lines:
-            lines.write(json.dumps([trial.number, evaluation.step]) + "\\n")
-
-    def end(self, trial):
-        pass
-
-    def close(self):
-        pass
 '''
-
 
 FAULTY = """
 import os
@@ -114,7 +91,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = installed(
         tmp_path / "site", "plug_ins", samplers="ladder = plug_ins:Ladder", trackers="diary = plug_ins:Diary"
     )
-    (site / "plug_ins.py").write_text(PLUG_INS)
+    (site / "plug_ins.py").write_text((LAB / "tracker.py").read_text() + LADDER)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site

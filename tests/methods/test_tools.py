@@ -1,4 +1,8 @@
-"""Tools of commands: what a trial sets by the tool's names, and what cannot work."""
+"""Tools of commands: what a trial sets by the tool's names, and what cannot work.
+
+`make acceptance-methods` asks the parsers of Axolotl and LLaMA-Factory, where their unpacked wheels are on
+PYTHONPATH (LLaMA-Factory's needs omegaconf, too).
+"""
 
 from __future__ import annotations
 

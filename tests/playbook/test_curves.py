@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.playbook.rounds import noisy_trial
 from tests.playbook.rows import exact
 from tests.playbook.strategies import curves
 from tuner.playbook.curves import (
+    may_rise_after_best,
     periodicity,
     plateau_step,
     restless_changes,
@@ -48,6 +51,16 @@ def test_a_lasting_rise_is_overfitting():
     assert 100 <= rise.best_step <= 200
     assert rise.amount == pytest.approx(0.02, rel=0.25)
     assert rise.is_overfitting
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=14), st.floats(1e-4, 0.5))
+def test_only_curves_that_may_rise_do(losses, spread):
+    """So that `study status` reads the losses of single examples of these alone."""
+    evaluations = [exact(10 * at, loss, spread=spread) for at, loss in enumerate(losses)]
+    if not may_rise_after_best(evaluations):
+        assert rise_after_best(evaluations) is None
+    bare = [replace(e, example_nll=(), example_tokens=()) for e in evaluations]
+    assert may_rise_after_best(bare) == may_rise_after_best(evaluations)
 
 
 def test_a_rise_with_the_train_loss_is_none():

@@ -227,7 +227,7 @@ def after(seconds: float, act: Callable[[], object]) -> None:
     timer.start()
 
 
-@pytest.mark.parametrize("at", [2, 5, 9])
+@pytest.mark.parametrize("at", [5, *(pytest.param(at, marks=pytest.mark.acceptance) for at in (2, 9))])
 def test_a_file_that_is_gone_for_a_while(tmp_path: Path, undisturbed: list[str], at: int) -> None:
     files = [tmp_path / f"tuner.db{suffix}" for suffix in ("", "-wal", "-shm")]
     elsewhere = tmp_path / "elsewhere"
@@ -327,7 +327,7 @@ def own_database(server: Any, name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.acceptance), "killed"])
 def test_a_server_that_is_away_in_the_middle_of_a_round(
     tmp_path: Path, own_server: Any, undisturbed: list[str], how: str
 ) -> None:
@@ -436,12 +436,12 @@ def test_many_studies_at_once_in_one_database(tmp_path: Path, postgres_url: str)
         except BaseException as error:  # noqa: BLE001  # the test shows it
             failed.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failed == []
-    for number in range(4):
+    for number in range(3):
         with closing(open_store(postgres_url, study=f"study{number}")) as store:
             assert [trial.state.is_result for trial in store.trials("round1")] == [True] * 4

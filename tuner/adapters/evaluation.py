@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuner.adapters.device_io import read, send
+from tuner.adapters.device_io import one_out_of_memory, read, send
 from tuner.adapters.joined import Joined, joined_rows
 from tuner.adapters.pack import Pack, PackedRows
 from tuner.data import Example, Examples
@@ -111,8 +111,9 @@ def scores_of(
             continue
         packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
         try:
-            tokens = grid([[examples[row] for row in part]] * len(numbers), device=pack.base.device)
-            nll, is_first = pack.token_scores(tokens.input_ids, tokens.rows, tokens.columns, packed)
+            with one_out_of_memory():
+                tokens = grid([[examples[row] for row in part]] * len(numbers), device=pack.base.device)
+                nll, is_first = pack.token_scores(tokens.input_ids, tokens.rows, tokens.columns, packed)
         except torch.OutOfMemoryError:
             if len(part) == len(numbers) == 1:
                 raise

@@ -85,7 +85,21 @@ def _is_exact(tensor: Tensor) -> bool:
 
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once: 64 MiB in float32."""
+"""Logits held at once: 64 MiB in float32. A GPU, whose products need more rows to be busy, holds more."""
+_GPU_BYTES_AN_ELEMENT = 256
+"""Memory for each of them: a 64th of the GPU is logits in float32."""
+_MAX_GPU_ELEMENTS = 1 << 27
+
+
+def chunk_rows(vocabulary_size: int, device: torch.device) -> int:
+    """Return the rows of logits that are computed at once: at least one."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(1, chunk_elements(total) // vocabulary_size)
+
+
+def chunk_elements(gpu_bytes: int) -> int:
+    """Return the logits held at once beside a GPU's memory; 0 for another device."""
+    return max(CHUNK_ELEMENTS, min(_MAX_GPU_ELEMENTS, gpu_bytes // _GPU_BYTES_AN_ELEMENT))
 
 
 class _HeadNll(torch.autograd.Function):
@@ -93,7 +107,7 @@ class _HeadNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = chunk_rows(weight.shape[0], hidden.device)
         needs_gradient = hidden.requires_grad
         nll, gradients = [], []
         for start in range(0, hidden.shape[0], rows):
@@ -129,7 +143,7 @@ def chunked_nll(
 
     It runs again in the backward pass, chunk by chunk.
     """
-    rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
+    rows = chunk_rows(vocabulary_size, hidden.device)
 
     def nll(part: Tensor, wanted: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits(part).float(), wanted, reduction="none")
@@ -145,7 +159,7 @@ def token_scores(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocabulary_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return the same without gradients, and whether no token is likelier than the target; each [tokens]."""
-    rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
+    rows = chunk_rows(vocabulary_size, hidden.device)
     nll, is_first = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
     for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         log_probability = logits(part).float().log_softmax(dim=1)

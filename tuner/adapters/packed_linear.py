@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tuner.adapters.device_io import send
 from tuner.adapters.dora import DoraUpdate
 from tuner.adapters.frozen_linear import (
     FrozenLinear,
@@ -66,13 +68,13 @@ class Settings:
 
     def write(self, slot: int, *, scales: Sequence[float], dropout_rates: Sequence[float]) -> None:
         """Set those of a slot, module by module."""
-        thresholds = [dropout_threshold(rate) for rate in dropout_rates]
-        for into, values in (
-            (self.scales, torch.tensor(scales)),
-            (self.thresholds, torch.tensor(thresholds, dtype=torch.int32)),
-            (self.kept_shares, torch.tensor([1 - rate for rate in dropout_rates])),
-        ):
-            into[:, slot, 0, 0] = values.to(into.device)
+        values = (
+            np.array(scales, np.float32),
+            np.array([dropout_threshold(rate) for rate in dropout_rates], np.int32),
+            np.array([1 - rate for rate in dropout_rates], np.float32),
+        )
+        for into, sent in zip(self._by_slot, send(values, self.keys.device), strict=True):
+            into[:, slot, 0, 0] = sent
 
     def of(self, first: int, end: int) -> Settings:
         """Return views of adjacent slots."""

@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
 from tuner.store import refuse_damaged
 from tuner.study.check import planned_commands, planned_hours, planned_round
-from tuner.study.dashboard import round_report
+from tuner.study.dashboard import command_after
 from tuner.study.disk import RoundDisk, checkpoints_of_commands, free_bytes, taken_back
 from tuner.study.folder import open_folder, opened
 from tuner.study.plan import RoundPlan as StudyPlan
@@ -185,14 +186,18 @@ def _next_command(plan: StudyPlan, where: Where) -> str:
         ended = sum(trial.state.is_result for trial in store.trials(plan.name))
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
-        return round_report(folder, store, record).next_command
+        return command_after(folder, store, record)
 
 
 def _plan(
     round_plan: StudyPlan, *, prepare: PrepareWith, prober: Where | None, look: Look
 ) -> tuple[RoundPlan, list[str]]:
     spec = round_plan.absolute
-    tokenizer = load_tokenizer(spec.model)
+    model = spec.model
+    if prober is None:
+        model = model.model_copy(update={"trust_remote_code": False})
+    with _naming_the_probe(spec.model, prober):
+        tokenizer = load_tokenizer(model)
     data = prepare(spec, round_plan.cache, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan, data)
@@ -203,8 +208,10 @@ def _plan(
     from tuner.adapters import embeddings_of, largest_adapter
     from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
 
-    refuse_tokens_beyond(data, embeddings_of(spec.model), lambda: tokenizer)
-    plan = planned_round(spec, data, adapter_weights=largest_adapter(spec.model, spec.space()))
+    with _naming_the_probe(spec.model, prober):
+        num_embeddings, adapter_weights = embeddings_of(model), largest_adapter(model, spec.space())
+    refuse_tokens_beyond(data, num_embeddings, lambda: tokenizer)
+    plan = planned_round(spec, data, adapter_weights=adapter_weights)
     base = _recorded_base(round_plan, data)
     probed: list[str] = []
     if prober is not None:
@@ -219,10 +226,24 @@ def _plan(
     plan, not_checked = _with_unchecked(plan, spec, probe=prober is not None)
     remarks += not_checked
     remarks += _model_remarks(spec.model)
-    if ends := ends_unlike_its_base(spec.model, tokenizer):
+    if ends := ends_unlike_its_base(model, tokenizer):
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
     return plan, [*remarks, *_disk_remarks(round_plan, plan)]
+
+
+@contextmanager
+def _naming_the_probe(model: ModelSpec, prober: Where | None) -> Iterator[None]:
+    """Say of a model that cannot be read without its own code that only a probe runs it."""
+    try:
+        yield
+    except ModelError as error:
+        if prober is not None or not model.trust_remote_code:
+            raise
+        raise ModelError(
+            f"{model.path}: cannot be read without Python code of its repository, which `study check` does "
+            f"not run; `study check --probe` does, and so does `study run` ({error})"
+        ) from error
 
 
 def _probed(

@@ -357,10 +357,10 @@ _SECONDS_TO_END = 4.0
 
 def end_now() -> None:
     """End every worker without saving, and raise Interrupted; end this process if that takes too long."""
-    end_all_processes()
     watchdog = threading.Timer(_SECONDS_TO_END, os._exit, [Interrupted.exit_code])
     watchdog.daemon = True
     watchdog.start()
+    end_all_processes()
     raise Interrupted("ended at once; what was saved before is kept")
 
 

@@ -20,7 +20,7 @@ from tuner.playbook.sweep import FirstHorizon
 from tuner.report import status_document
 from tuner.report.documents import RoundStatus
 from tuner.store import Store
-from tuner.study.dashboard import round_report
+from tuner.study.dashboard import command_after
 from tuner.study.folder import StudyFolder, open_folder, opened
 from tuner.study.lookup import begun_round, find_trial, statuses
 from tuner.study.promotion import Overrides, promote_held
@@ -416,7 +416,7 @@ def standing(folder: StudyFolder) -> tuple[list[RoundStatus], str]:
         unfinished = next((s for s in found if s.state != "complete"), None)
         if unfinished is not None:
             return found, _going_on(folder, store, unfinished.round)
-        return found, round_report(folder, store, folder.latest(store)).next_command
+        return found, command_after(folder, store, folder.latest(store))
 
 
 def _going_on(folder: StudyFolder, store: Store, round_name: str) -> str:

@@ -48,7 +48,7 @@ class Hold:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether it is known to be lost; asks nobody."""
+        """Return whether it is known to be lost; asks the server only if that has said something."""
         return self._held.is_lost()
 
     def renew(self) -> None:
@@ -224,10 +224,16 @@ def _hold_server(url: URL, study: str, subject: str) -> _Held:
     def is_lost() -> bool:
         if driver.closed:
             return True
-        # The server says nothing to a connection that asks nothing, until it ends it.
+        # To a connection that asks nothing the server says little: that it ends it, or a changed setting.
         waiting = select.poll()
         waiting.register(descriptor, select.POLLIN)
-        return bool(waiting.poll(0))
+        if not waiting.poll(0):
+            return False
+        try:
+            connection.scalar(text("SELECT 1"))
+        except DBAPIError:
+            return True
+        return False
 
     def release() -> None:
         _sockets.discard(descriptor)

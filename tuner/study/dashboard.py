@@ -25,7 +25,14 @@ from tuner.report import RoundReport, best_steps_figure, curves_figure, round_no
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
 from tuner.study.proposals import distributions, encoded
-from tuner.study.results import as_written_now, num_branches_left, reading_of, round_results, scores_of
+from tuner.study.results import (
+    as_written_now,
+    earlier_results,
+    num_branches_left,
+    reading_of,
+    round_results,
+    scores_of,
+)
 from tuner.study.samplers.points import contains
 from tuner.study.sampling import StudyStorage
 
@@ -155,7 +162,7 @@ def _report(
         results=results,
         reading=reading,
         adapters={number: str(path) for number, path in adapters.items() if path is not None},
-        next_command=next_command(folder, results, reading, store),
+        next_command=next_command(folder, results, lambda: reading, store),
         environment=environment(),
         scored=scores_of(store),
         branches_left=num_branches_left(store, record),
@@ -164,7 +171,16 @@ def _report(
     )
 
 
-def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, store: Store) -> str:
+def command_after(folder: StudyFolder, store: Store, record: RoundRecord) -> str:
+    """Return `next_command` of a round, which is read only where that decides."""
+    record = _as_it_stands(folder, record)
+    results = round_results(record, store.trials(record.name))
+    return next_command(folder, results, lambda: read_round(results, earlier_results(store, record)), store)
+
+
+def next_command(
+    folder: StudyFolder, results: RoundResults, read: Callable[[], Reading], store: Store
+) -> str:
     """Return the command to run after a round: resume it, promote it, or use its best adapter."""
     file = folder.file(results.name)
     run = f"tuner study run {file.path.name if file else results.name + '.yaml'}"
@@ -177,6 +193,7 @@ def next_command(folder: StudyFolder, results: RoundResults, reading: Reading, s
     if following is not None and folder.file(following) is not None:
         has_begun = store.round(following) is not None
         return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
+    reading = read()
     if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
         return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"
     return f"tuner study promote --to {next_name(results.name)}"

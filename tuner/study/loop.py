@@ -271,32 +271,41 @@ class RoundLoop:
                 self.state.record(event)
             case Measured():
                 self.state.record(replace(event, round=self.plan.name))
-            case Evaluated(trial=trial, evaluation=evaluation):
-                self.state.record(event)
-                self._through_optuna(
-                    lambda: self.round_study.report(
-                        self.state.trial(trial), evaluation, self._planned_steps()
-                    )
-                )
-                if self._prune(self.state.trial(trial)):
-                    self.worker.stop(event.run)
-            case Saved(trial=trial, checkpoint=Checkpoint(kind=kind)):
-                before = self.state.trial(trial).checkpoints
-                self.state.record(event)
-                if kind == CheckpointKind.BEST:
-                    self.folder.switch_best(self.state.trial(trial))
-                self._remove_superseded(self.state.trial(trial), before)
+            case Evaluated():
+                self._record_evaluation(event)
+            case Saved():
+                self._record_checkpoint(event)
             case Ended():
                 event = self._as_decided(event)
                 self._record_end(event)
-            case Died(reason=reason, trials=numbers, is_input_error=is_input_error):
-                for number in numbers:
-                    if has_open_attempt(self.state.trial(number)):
-                        self._end_attempt(self.state.trial(number), "died", reason)
-                self.branches.died(event.runs, reason)
-                if is_input_error:
-                    raise RoundStopped(reason)
+            case Died():
+                self._record_death(event)
         self.view.event(event)
+
+    def _record_evaluation(self, event: Evaluated) -> None:
+        self.state.record(event)
+        self._through_optuna(
+            lambda: self.round_study.report(
+                self.state.trial(event.trial), event.evaluation, self._planned_steps()
+            )
+        )
+        if self._prune(self.state.trial(event.trial)):
+            self.worker.stop(event.run)
+
+    def _record_checkpoint(self, event: Saved) -> None:
+        before = self.state.trial(event.trial).checkpoints
+        self.state.record(event)
+        if event.checkpoint.kind == CheckpointKind.BEST:
+            self.folder.switch_best(self.state.trial(event.trial))
+        self._remove_superseded(self.state.trial(event.trial), before)
+
+    def _record_death(self, event: Died) -> None:
+        for number in event.trials:
+            if has_open_attempt(self.state.trial(number)):
+                self._end_attempt(self.state.trial(number), "died", event.reason)
+        self.branches.died(event.runs, event.reason)
+        if event.is_input_error:
+            raise RoundStopped(event.reason)
 
     def _warn_of_another_metric(self, environment: Mapping[str, str]) -> None:
         """Warn once that the function that scores answers was edited since earlier trials were scored."""

@@ -76,11 +76,7 @@ def run_round(
     storage = plan.absolute.storage
     folder = open_folder(file.directory)
     disk = RoundDisk(plan, free)
-    disk.refuse_unwritable()
-    disk.refuse_full()
-    refuse_damaged(storage)
-    refuse_changed_file(plan)
-    refuse_lost_database(plan)
+    _refuse_unusable(plan, disk)
     plan = RoundPlan(keep_unwritten_rule(file, _begun(plan)))
     refuse_uninstalled(plan)
     objective = load_plug_ins(plan)
@@ -99,12 +95,9 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
+            opening = partial(open_store, storage, study=plan.spec.study)
             # Loading takes minutes, in which a database that was there may have gone.
-            facts = (
-                outage.through(partial(open_store, storage, study=plan.spec.study))
-                if is_known
-                else (open_store(storage, study=plan.spec.study))
-            )
+            facts = outage.through(opening) if is_known else opening()
             in_use.callback(facts.close)
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
@@ -131,6 +124,15 @@ def run_round(
             ended = store.round(plan.name)
             assert ended is not None
             outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
+
+
+def _refuse_unusable(plan: RoundPlan, disk: RoundDisk) -> None:
+    """Raise InputError for a directory, a disk, a database or a changed file that the round cannot use."""
+    disk.refuse_unwritable()
+    disk.refuse_full()
+    refuse_damaged(plan.absolute.storage)
+    refuse_changed_file(plan)
+    refuse_lost_database(plan)
 
 
 def _notes(plan: RoundPlan) -> Iterator[str]:

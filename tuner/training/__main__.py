@@ -9,21 +9,23 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tuner.config import RoundSpec
 from tuner.errors import InputError, TunerError
 from tuner.methods.plug_ins import loaded
 from tuner.pipes import CommandReader, event_writer
 from tuner.process_log import begin_worker
-from tuner.records import Died, Preparing, evaluation_from_json
+from tuner.records import Died, Preparing, Ready, evaluation_from_json
 from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory
 from tuner.training.memory_budget import predict
 from tuner.training.startup import load_worker_state
 from tuner.training.worker import train
-from tuner.training.worker_state import Pulse
+from tuner.training.worker_state import Pulse, WorkerState
 from tuner.whole import keep_others_out
 
 _AFTER_PARENT_SECONDS = 60.0
@@ -50,20 +52,7 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_SH)
         commands.listen()
         try:
-            spec = RoundSpec.model_validate(document["spec"])
-            loaded(spec.hyperparameters)
-            known = document.get("base")
-            state, ready = load_worker_state(
-                spec,
-                cache=Path(document["cache"]),
-                slots=document["slots"],
-                base_evaluation=evaluation_from_json(known) if known else None,
-                say=say_what_it_does,
-                names=document.get("paths", {}),
-            )
-            if document.get("probe"):
-                say_what_it_does("timing a few steps")
-                ready = replace(ready, predicted=predict(state, spec))
+            spec, state, ready = _loaded(document, say_what_it_does)
         except TunerError as error:
             say(Died(str(error), is_input_error=isinstance(error, InputError)))
             return 1
@@ -84,14 +73,28 @@ def main() -> int:
             return 1
         except TunerError as error:
             # Another worker would generate the same answers and fail alike.
-            say(
-                Died(
-                    f"{error}. Every trial is saved. Fix the metric",
-                    is_input_error=True,
-                )
-            )
+            say(Died(f"{error}. Every trial is saved. Fix the metric", is_input_error=True))
             return 1
     return 0
+
+
+def _loaded(document: Mapping[str, Any], say: Callable[[str], None]) -> tuple[RoundSpec, WorkerState, Ready]:
+    """Load what the parent's document asks for. Raises what `load_worker_state` does."""
+    spec = RoundSpec.model_validate(document["spec"])
+    loaded(spec.hyperparameters)
+    known = document.get("base")
+    state, ready = load_worker_state(
+        spec,
+        cache=Path(document["cache"]),
+        slots=document["slots"],
+        base_evaluation=evaluation_from_json(known) if known else None,
+        say=say,
+        names=document.get("paths", {}),
+    )
+    if document.get("probe"):
+        say("timing a few steps")
+        ready = replace(ready, predicted=predict(state, spec))
+    return spec, state, ready
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.adapters import PackedRows
-from tuner.adapters.device_io import read
+from tuner.adapters.device_io import one_out_of_memory, read
 from tuner.adapters.evaluation import Scores, grid, join, scores_of
 from tuner.adapters.frozen_linear import row_keys
 from tuner.methods.metrics import ExampleScores, values
@@ -44,7 +44,8 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
         if run.unread_losses:
             run.read_losses(next(losses))
         try:
-            run.finish_update(norm)
+            with one_out_of_memory():
+                run.finish_update(norm)
         except torch.OutOfMemoryError:  # the first update makes the optimizer's moments
             run.reason_infeasible = "out of memory: no room for its optimizer"
     state.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
@@ -98,22 +99,25 @@ def _pass(
     shares = np.array([1.0 / max(1, runs[slot].targets_per_update) for slot in slots], np.float32)
     keys = _dropout_keys(runs, group, slots, height)
     try:
-        tokens = (join if state.joins_rows else grid)(
-            [[state.train[row] for row in group[slot].rows] for slot in slots],
-            device=state.base.device,
-            more=[shares] if keys is None else [shares, keys],
-        )
-        state.meter.count_pass(
-            micro_steps=len(slots),
-            tokens=int(sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)),
-            padded_tokens=tokens.input_ids.numel(),
-        )
-        share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
-        rows_a_slot = tokens.input_ids.shape[0] // len(slots)
-        with state.pack.holding(PackedRows(slots, keys_there, tokens.joined)):
-            nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
-            torch.autograd.backward((nll * share[tokens.rows // rows_a_slot]).sum())
-        return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1)
+        with one_out_of_memory():
+            tokens = (join if state.joins_rows else grid)(
+                [[state.train[row] for row in group[slot].rows] for slot in slots],
+                device=state.base.device,
+                more=[shares] if keys is None else [shares, keys],
+            )
+            state.meter.count_pass(
+                micro_steps=len(slots),
+                tokens=int(
+                    sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)
+                ),
+                padded_tokens=tokens.input_ids.numel(),
+            )
+            share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
+            rows_a_slot = tokens.input_ids.shape[0] // len(slots)
+            with state.pack.holding(PackedRows(slots, keys_there, tokens.joined)):
+                nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
+                torch.autograd.backward((nll * share[tokens.rows // rows_a_slot]).sum())
+            return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1)
     except torch.OutOfMemoryError:
         return None
 

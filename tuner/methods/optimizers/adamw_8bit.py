@@ -49,7 +49,6 @@ def without_waiting(library: type) -> type:
     as views. Small tensors keep 32-bit states there, so a stretch has tensors of one kind.
     """
     import torch
-    from bitsandbytes import functional
 
     class Flat(library):  # type: ignore[misc]
         _stretches: list[_Stretch] = []  # noqa: RUF012
@@ -60,84 +59,92 @@ def without_waiting(library: type) -> type:
             assert closure is None
             if not self._stretches or any(map(self._is_replaced, self._stretches)):
                 self._stretches = [
-                    self._laid(number, list(part))
+                    _laid(self, number, list(part))
                     for number, group in enumerate(self.param_groups)
                     for part in _adjacent(group["params"], self.args.min_8bit_size)
                 ]
             for stretch in self._stretches:
-                self._update(stretch)
+                stretch.state["step"] += 1
+                for parameter in stretch.parameters:
+                    self.state[parameter]["step"] = stretch.state["step"]
+                _update(self.optimizer_name, stretch)
 
         def _is_replaced(self, stretch: _Stretch) -> bool:
             """Return whether a checkpoint's state has taken the place of views."""
             pairs = zip(stretch.parameters, stretch.views, strict=True)
             return any(self.state[parameter].get("state1") is not view for parameter, view in pairs)
 
-        def _laid(self, number: int, parameters: list[Tensor]) -> _Stretch:
-            group = self.param_groups[number]
-            first = parameters[0]
-            assert first.grad is not None and first.is_contiguous()  # noqa: PT018
-            starts = [int(parameter.storage_offset() - first.storage_offset()) for parameter in parameters]
-            size = starts[-1] + parameters[-1].numel()
-            state: dict[str, Any] = {}
-            for parameter, start in zip(parameters, starts, strict=True):
-                own = self.state[parameter]
-                if not own:
-                    self.init_state(group, parameter, number, 0)
-                for key, value in own.items():
-                    if key not in _ELEMENTS_A_VALUE:
-                        state[key] = value
-                        continue
-                    elements = _ELEMENTS_A_VALUE[key]
-                    if key not in state:
-                        # What lies between tensors is zero: the code 0 is the lowest number of the map.
-                        is_code = value.dtype == torch.uint8
-                        zero = int(own[f"qmap{key[-1]}"].abs().argmin()) if is_code else 0
-                        state[key] = value.new_full((-(-size // elements),), zero)
-                    begin = start // elements
-                    own[key] = state[key][begin : begin + value.numel()].view(value.shape).copy_(value)
-            weights, gradients = (
-                part.as_strided((size,), (1,), part.storage_offset()) for part in (first.data, first.grad)
-            )
-            views = [self.state[parameter]["state1"] for parameter in parameters]
-            return _Stretch(group, parameters, weights, gradients, state, views)
-
-        def _update(self, stretch: _Stretch) -> None:
-            group, state = stretch.group, stretch.state
-            state["step"] += 1
-            for parameter in stretch.parameters:
-                self.state[parameter]["step"] = state["step"]
-            (beta1, beta2), decay, rate = group["betas"], group["weight_decay"], group["lr"]
-            update = self.optimizer_name, stretch.gradients, stretch.weights, state["state1"]
-            if state["state1"].dtype == torch.float32:
-                functional.optimizer_update_32bit(
-                    *update,
-                    beta1,
-                    group["eps"],
-                    state["step"],
-                    rate,
-                    state.get("state2"),
-                    beta2,
-                    weight_decay=decay,
-                )
-                return
-            functional.optimizer_update_8bit_blockwise(
-                *update,
-                state.get("state2"),
-                beta1,
-                beta2,
-                0.0,
-                0.0,
-                group["eps"],
-                state["step"],
-                rate,
-                state["qmap1"],
-                state.get("qmap2"),
-                state["absmax1"],
-                state.get("absmax2"),
-                decay,
-            )
-
     return Flat
+
+
+def _laid(optimizer: Any, number: int, parameters: list[Tensor]) -> _Stretch:
+    """Lay the states of adjacent parameters of a group one after the other, as the parameters are."""
+    group, first = optimizer.param_groups[number], parameters[0]
+    assert first.grad is not None and first.is_contiguous()  # noqa: PT018
+    starts = [int(parameter.storage_offset() - first.storage_offset()) for parameter in parameters]
+    size = starts[-1] + parameters[-1].numel()
+    state: dict[str, Any] = {}
+    for parameter, start in zip(parameters, starts, strict=True):
+        own = optimizer.state[parameter]
+        if not own:
+            optimizer.init_state(group, parameter, number, 0)
+        for key, value in own.items():
+            if key not in _ELEMENTS_A_VALUE:
+                state[key] = value
+                continue
+            elements = _ELEMENTS_A_VALUE[key]
+            if key not in state:
+                state[key] = value.new_full((-(-size // elements),), _zero(key, own))
+            begin = start // elements
+            own[key] = state[key][begin : begin + value.numel()].view(value.shape).copy_(value)
+    weights, gradients = (
+        part.as_strided((size,), (1,), part.storage_offset()) for part in (first.data, first.grad)
+    )
+    views = [optimizer.state[parameter]["state1"] for parameter in parameters]
+    return _Stretch(group, parameters, weights, gradients, state, views)
+
+
+def _zero(key: str, own: dict[str, Any]) -> int:
+    """Return what stands for 0 between tensors: of a code, the place of the lowest number of its map."""
+    is_code = str(own[key].dtype) == "torch.uint8"
+    return int(own[f"qmap{key[-1]}"].abs().argmin()) if is_code else 0
+
+
+def _update(optimizer_name: str, stretch: _Stretch) -> None:
+    """Call the library's kernel on a stretch."""
+    from bitsandbytes import functional
+
+    group, state = stretch.group, stretch.state
+    (beta1, beta2), decay, rate = group["betas"], group["weight_decay"], group["lr"]
+    update = optimizer_name, stretch.gradients, stretch.weights, state["state1"]
+    if str(state["state1"].dtype) == "torch.float32":
+        functional.optimizer_update_32bit(
+            *update,
+            beta1,
+            group["eps"],
+            state["step"],
+            rate,
+            state.get("state2"),
+            beta2,
+            weight_decay=decay,
+        )
+        return
+    functional.optimizer_update_8bit_blockwise(
+        *update,
+        state.get("state2"),
+        beta1,
+        beta2,
+        0.0,
+        0.0,
+        group["eps"],
+        state["step"],
+        rate,
+        state["qmap1"],
+        state.get("qmap2"),
+        state["absmax1"],
+        state.get("absmax2"),
+        decay,
+    )
 
 
 def _adjacent(parameters: Sequence[Tensor], quantised_from: int) -> list[list[Tensor]]:
