@@ -137,7 +137,7 @@ def test_there_are_commands() -> None:
         "tuner study run a.yaml b.yaml",
         "tuner study promote --too x",
         "tuner study promote --to round2 --top none",
-        "tuner --verbose study status",
+        "tuner --loud study status",
     ],
 )
 def test_wrong_commands_are_found(text: str) -> None:
