@@ -36,10 +36,17 @@ def test_a_disk_that_is_too_small(small_disk: MountTmpfs, capsys: pytest.Capture
     assert "Free some space" in message
 
 
-def running_until_it_is_full(disk: Path, *, patience: str) -> tuple[subprocess.Popen[bytes], Path, Path]:
+def running_until_it_is_full(
+    disk: Path, *, patience: str, trials: int = 2
+) -> tuple[subprocess.Popen[bytes], Path, Path]:
     """A round whose disk is filled in the middle; its log, and the file that fills the disk."""
     write_round(
-        disk, trials=2, steps=60, every=5, learning_rate="1e-3", run=f"run: {{storage_patience: {patience}}}"
+        disk,
+        trials=trials,
+        steps=60,
+        every=5,
+        learning_rate="1e-3",
+        run=f"run: {{storage_patience: {patience}}}",
     )
     log = disk.parent / "log"
     with log.open("w") as file:
@@ -54,13 +61,14 @@ def running_until_it_is_full(disk: Path, *, patience: str) -> tuple[subprocess.P
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not is_so() and time.monotonic() < until:
         time.sleep(0.05)
     assert is_so()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
     """Exit 1 and the reason; after room was made the same command finishes, and no trial has failed."""
     disk = small_disk(32)
@@ -84,24 +92,25 @@ def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_training_pauses_until_there_is_room(small_disk: MountTmpfs) -> None:
     """The same run goes on, in the same attempt, and says so."""
     disk = small_disk(32)
-    running, log, film = running_until_it_is_full(disk, patience="10m")
+    running, log, film = running_until_it_is_full(disk, patience="10m", trials=1)
     try:
         wait_until(lambda: "training pauses until there is room" in log.read_text())
         before = log.read_text().count("step ")
         time.sleep(1.0)
         assert running.poll() is None
         film.unlink()
-        assert running.wait(120) == 0, log.read_text()
+        assert running.wait(240) == 0, log.read_text()
     finally:
         running.kill()
     said = log.read_text()
     assert "there is room again: training goes on after" in said
     assert said.count("step ") > before
     listed = trials_of(disk)
-    assert [(trial["state"], trial["attempts"]) for trial in listed] == [("complete", 1), ("complete", 1)]
+    assert [(trial["state"], trial["attempts"]) for trial in listed] == [("complete", 1)]
     assert listed[0]["executed_steps"] == 60
     left = [path.name for path in disk.rglob("*.tmp")]
     assert left == []

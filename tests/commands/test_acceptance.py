@@ -5,6 +5,7 @@ Run by `make acceptance-commands`, or `pytest -m acceptance tests/commands`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -79,12 +80,16 @@ def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(tmp_path: 
 
 
 def _kill(parent: subprocess.Popen[bytes], victim: str, command: list[int]) -> None:
-    everything = [each.pid for each in psutil.Process(parent.pid).children(recursive=True)]
+    if parent.poll() is not None:
+        return
+    everything: list[int] = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # the round has just ended
+        everything = [each.pid for each in psutil.Process(parent.pid).children(recursive=True)]
     victims = {"parent": [parent.pid], "command": command, "tree": [parent.pid, *everything, *command]}[
         victim
     ]
     for pid in victims:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(pid, signal.SIGKILL)
 
 

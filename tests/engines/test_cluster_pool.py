@@ -109,7 +109,7 @@ def ready(events: list[Event], count: int = 1) -> bool:
     return sum(isinstance(event, Ready) for event in events) >= count
 
 
-def after(pool: ClusterPool, holds: Callable[[], bool], *, seconds: float = 20) -> list[Event]:
+def after(pool: ClusterPool, holds: Callable[[], bool], *, seconds: float = 90) -> list[Event]:
     """Events until something is true of the world."""
     deadline, events = time.monotonic() + seconds, []
     while not holds():

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from tuner.records import Assignment, Event, Remarked
 from tuner.training.disk_room import DiskRoom, NoRoom
 
-NEEDED = 1000
+NEEDED = 2**21
 
 
 class Disk:
@@ -25,7 +25,7 @@ class Disk:
         self.is_closed = False
 
     def free(self, _: Path) -> int:
-        return NEEDED - 1 if self.full_from <= self.now < self.until else NEEDED
+        return 0 if self.full_from <= self.now < self.until else NEEDED
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

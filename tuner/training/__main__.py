@@ -62,7 +62,8 @@ def main() -> int:
         state.base.model.get_input_embeddings().register_forward_pre_hook(lambda *_: state.pulse.on_pass())
         state.room = DiskRoom(
             say,
-            patience_seconds=spec.run.storage_seconds + _AFTER_PARENT_SECONDS,
+            patience_seconds=spec.run.storage_seconds,
+            grace_seconds=_AFTER_PARENT_SECONDS,
             beat=state.pulse.phase,
             is_closed=lambda: commands.closed,
         )

@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 """How often free space is looked at, while there is some and while there is none."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MORE_BYTES = 2**20
+"""Room that has to be made before what did not fit is written again."""
 _LIBRARY_SAYS = "os error 28"
 """How safetensors quotes ENOSPC."""
 
@@ -48,19 +50,20 @@ class DiskRoom:
         say: Callable[[Event], None] = lambda _: None,
         *,
         patience_seconds: float = 600.0,
+        grace_seconds: float = 0.0,
         beat: Callable[[str], None] = lambda _: None,
         is_closed: Callable[[], bool] = lambda: False,
         free: Callable[[Path], int] = free_bytes,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`beat` says that the worker is alive; once it `is_closed`, it does not wait any more."""
-        self._say, self._patience_seconds, self._beat, self._is_closed = (
-            say,
-            patience_seconds,
-            beat,
-            is_closed,
-        )
+        """`grace_seconds` are waited in addition, for a parent that gives up first.
+
+        `beat` says that the worker is alive; once it `is_closed`, it does not wait any more.
+        """
+        self._say, self._beat, self._is_closed = say, beat, is_closed
+        self._patience_seconds = patience_seconds
+        self._limit_seconds = patience_seconds + grace_seconds
         self._free, self._clock, self._sleep = free, clock, sleep
         self._looked_at = -_LOOK_SECONDS
 
@@ -87,9 +90,9 @@ class DiskRoom:
                     raise
                 _log.warning("%s: %s", directory, error)
                 free = self._free(directory)
-                if self._is_closed() or self._clock() - begun > self._patience_seconds:
+                if self._is_closed() or self._clock() - begun > self._limit_seconds:
                     raise NoRoom(f"no disk: {directory} has {_size(free)} free") from error
-            self._until_room(free + 1, directory)
+            self._until_room(free + _MORE_BYTES, directory)
             self._sleep(_LOOK_SECONDS)
 
     def _until_room(self, needed: int, directory: Path) -> None:
@@ -102,7 +105,7 @@ class DiskRoom:
                     f"needed: training pauses until there is room, for up to {self._patience_seconds:.0f} s "
                     "(run.storage_patience). Free some space"
                 )
-            if self._clock() - begun > self._patience_seconds:
+            if self._clock() - begun > self._limit_seconds:
                 raise NoRoom(
                     f"no disk: {directory} has {_size(free)} free, and at least {_size(needed)} is needed. "
                     "Free some space"
