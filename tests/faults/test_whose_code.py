@@ -15,7 +15,8 @@ import pytest
 from tests.commands.driving import document, written
 from tests.faults.warm import ENVIRONMENT
 from tests.studies import QUICKSTART, record_sweep, tuner, write_round
-from tuner.config import load_round
+from tuner.adapters.base import load_config
+from tuner.config import ModelSpec, load_round
 
 READING = (
     ("study", "check", "round1.yaml"),
@@ -92,6 +93,7 @@ def test_check_names_the_probe_for_a_model_that_needs_its_code(tmp_path: Path, m
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("study", ["names", "command"], indirect=True)
 def test_the_dashboard(study: Path, mark: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tuner.cli", "study", "dashboard", "--port", "0"]
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path / 'site'}:{ENVIRONMENT['PYTHONPATH']}"}
@@ -105,7 +107,15 @@ def test_the_dashboard(study: Path, mark: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("study", ["names", "command"], indirect=True)
 def test_a_run_is_what_springs_the_trap(study: Path, mark: Path) -> None:
     (study / "tuner.db").unlink()
     tuner("study", "run", "round1.yaml", directory=study)
+    assert mark.exists()
+
+
+def test_a_model_that_is_trusted_springs_it(tmp_path: Path, mark: Path) -> None:
+    base = with_code(tmp_path / "base", mark)
+    with pytest.raises(SystemExit):
+        load_config(ModelSpec(path=str(base), trust_remote_code=True), max_length=8)
     assert mark.exists()
