@@ -25,6 +25,7 @@ from tuner.errors import Interrupted, RoundStopped, StorageAway, StudyTaken
 from tuner.records import Assignment, Event, Fact, Ready, Trial, TrialNoted
 from tuner.report import View
 from tuner.store import hold_study, open_store
+from tuner.store.database import writing
 from tuner.study.outage import Outage, WaitingStore
 from tuner.study.plan import CheckpointFolder, RoundPlan
 from tuner.study.run import run_round
@@ -67,13 +68,15 @@ class Told:
         return getattr(self._silent, name)
 
 
-def run(directory: Path, worker: Worker, view: View | None = None, **changes: Any) -> list[str]:
-    """`study run` with a simulated worker; return its messages."""
+def run(
+    directory: Path, worker: Worker | Callable[[], Worker], view: View | None = None, **changes: Any
+) -> list[str]:
+    """`study run` with a simulated worker, or what makes it; return its messages."""
     told = Told()
     ticks = iter(range(1000, 10**9))
     run_round(
         round_file(directory, **{**CHANGES, **changes}),
-        make_worker=lambda plan, base: worker,
+        make_worker=lambda plan, base: worker() if callable(worker) else worker,
         view=told,  # type: ignore[arg-type]
         stopping=lambda: False,
         clock=lambda: float(next(ticks)),
@@ -302,6 +305,32 @@ def test_an_older_copy_is_not_written_to(tmp_path: Path) -> None:
         run(tmp_path, worker)
 
 
+def test_a_file_that_goes_while_the_model_is_loaded_is_not_made_anew(
+    tmp_path: Path, undisturbed: list[str]
+) -> None:
+    """Else the round would begin at trial 0 again, over the checkpoints of its trials."""
+    database, away = tmp_path / "tuner.db", tmp_path / "away.db"
+    worker = Watching()
+
+    def crash() -> None:
+        raise OSError("the machine stops")
+
+    with pytest.raises(RoundStopped):
+        run(tmp_path, Watching(3, crash))
+
+    def load() -> Worker:
+        database.rename(away)
+        return worker
+
+    with pytest.raises(StorageAway, match="is gone; put it back"):
+        run(tmp_path, load, run="run: {storage_patience: 1s}")
+    assert not database.exists()
+    assert not worker.given
+    away.rename(database)
+    run(tmp_path, Watching())
+    assert found(tmp_path) == undisturbed
+
+
 # --- PostgreSQL ------------------------------------------------------------------------------------------
 
 
@@ -421,6 +450,19 @@ def test_a_writer_that_never_noticed_is_refused_within_its_transaction(url: str)
         other.record(*beginning())  # a study of its own
         other.close()
         assert [evaluation.step for evaluation in first.trials("round1")[0].evaluations] == [1]
+
+
+def test_commits_that_only_seemed_to_fail_are_a_stores_own(url: str) -> None:
+    """A connection may drop again and again just after the server has committed."""
+    from tests.store.processes import beginning, step
+
+    with closing(open_store(url, study="tiny")) as store:
+        store.record(*beginning())
+        for _ in range(3):
+            with writing(store._engine) as connection:
+                store._turn.taken(connection)
+        store.record(*step(1))
+        assert [evaluation.step for evaluation in store.trials("round1")[0].evaluations] == [1]
 
 
 @pytest.mark.slow

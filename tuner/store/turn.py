@@ -39,12 +39,13 @@ class Turn:
     def taken(self, connection: Connection) -> Turn:
         """Write this store's name within a transaction; return what is known once it is committed.
 
-        Raises StudyTaken where somebody else has written since. A transaction of this store may be there
-        although its commit seemed to fail.
+        Raises StudyTaken where somebody else has written since. Transactions of this store may be there
+        although their commits seemed to fail.
         """
         found = _last(connection, self.study, for_update=True)
         mine = self.last[1] if self.last is not None and self.last[0] == self.me else 0
-        if found not in (self.last, (self.me, mine + 1)):
+        is_mine = found is not None and found[0] == self.me and found[1] > mine
+        if found != self.last and not is_mine:
             raise StudyTaken(_taken_by(self.study, found))
         records = found[1] + 1 if found is not None and found[0] == self.me else 1
         values = {"writer": self.me, "records": records}

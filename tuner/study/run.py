@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from tuner.errors import (
     Mistake,
     RoundFileError,
     RoundStopped,
+    StorageAway,
     StorageError,
     StudyTaken,
     WorkerError,
@@ -95,9 +95,11 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            opening = partial(open_store, storage, study=plan.spec.study)
-            # Loading takes minutes, in which a database that was there may have gone.
-            facts = outage.through(opening) if is_known else opening()
+            facts = (
+                outage.through(lambda: _reopened(plan))
+                if is_known
+                else open_store(storage, study=plan.spec.study)
+            )
             in_use.callback(facts.close)
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
@@ -124,6 +126,17 @@ def run_round(
             ended = store.round(plan.name)
             assert ended is not None
             outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
+
+
+def _reopened(plan: RoundPlan) -> Store:
+    """Open a database that was there before loading, which takes minutes. Raises StorageAway if it is gone.
+
+    To create it again would begin the round anew, over the checkpoints of its trials.
+    """
+    storage = plan.absolute.storage
+    if not exists(storage):
+        raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
+    return open_store(storage, study=plan.spec.study)
 
 
 def _refuse_unusable(plan: RoundPlan, disk: RoundDisk) -> None:
@@ -178,7 +191,7 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
     except StudyTaken as error:
         end_all_processes()  # what they would save is in no fact
-        raise RoundStopped(f"{error}. Its workers are stopped") from error
+        raise RoundStopped(f"{error}. Its workers are stopped. Wait until nobody else writes") from error
     except (StorageError, StorageInternalError, OSError) as error:
         # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
         cause = error.__cause__ if isinstance(error, StorageInternalError) else None
