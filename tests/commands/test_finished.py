@@ -171,6 +171,24 @@ def test_a_trainers_linear_needs_its_warmup(tmp_path: Path) -> None:
     assert list((tmp_path / "study").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("warmup_steps=abc", "run: warmup_steps: expects a whole number of steps, got 'abc'"),
+        ("warmup_steps=2.5", "run: warmup_steps: expects a whole number of steps, got 2.5"),
+        ("warmup_steps=.inf", "run: warmup_steps: expects a whole number of steps, got inf"),
+        ("decay_steps=true", "run: decay_steps: expects a whole number of steps, got true"),
+        ("lora_r={a: b}", "run: lora_r: expects a value or a list of values, got {a: b}"),
+    ],
+)
+def test_a_value_that_no_hyperparameter_can_have(tmp_path: Path, given: str, said: str) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    given = f"hyperparameters.{given}"
+    assert said in tuner(tmp_path / "study", "study", "import", "../run", "--set", given, code=2)
+    assert list((tmp_path / "study").iterdir()) == []
+
+
 def test_what_is_not_said_stays_unknown(tmp_path: Path) -> None:
     trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
     (tmp_path / "study").mkdir()

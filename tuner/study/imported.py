@@ -18,7 +18,7 @@ from tuner.commands.launch import MISSING_COMMAND
 from tuner.commands.reported import not_finite
 from tuner.config import RoundFile, read_round
 from tuner.config.yaml_text import one_line
-from tuner.errors import InputError
+from tuner.errors import InputError, shown
 from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import (
@@ -158,10 +158,11 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
     A Trainer's `linear` decays from the warmup on. The learning rate is the peak, by the rates that were
     logged and the schedule, where both are known.
 
-    Raises InputError for a `linear` whose warmup nobody gave, since where it decays depends on it.
+    Raises InputError for a `linear` whose warmup nobody gave, since where it decays depends on it, and for a
+    value that no hyperparameter can have.
     """
-    known = {_TRAINERS_NAMES.get(name, name): value for name, value in run.hyperparameters.items()}
-    known |= {_TRAINERS_NAMES.get(name, name): value for name, value in (said.values or {}).items()}
+    given = {**run.hyperparameters, **(said.values or {})}
+    known = {_TRAINERS_NAMES.get(name, name): _usable(run, name, value) for name, value in given.items()}
     values = {name: value for name, value in known.items() if name not in _OF_TRAINERS_SCHEDULE}
     kind = known.get("lr_scheduler_type")
     if "schedule" not in values and kind in _TRAINERS_SCHEDULES:
@@ -191,6 +192,22 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
                 f"{values['warmup_steps']} steps; its learning_rate is the highest of them"
             )
     return replace(run, hyperparameters=values), remark
+
+
+def _usable(run: FinishedRun, name: str, value: Any) -> Value:
+    """Return a value as hyperparameters have it. Raises InputError for a mapping, or steps that are none."""
+    parts = value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(part, (dict, list, tuple)) for part in parts):
+        raise InputError(f"{run.name}: {name}: expects a value or a list of values, got {shown(value)}")
+    if name in _STEPS and value is not None:
+        is_share = name == "warmup_steps" and isinstance(value, float) and 0 < value < 1
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_share and not (is_number and value == int(value)):
+            raise InputError(f"{run.name}: {name}: expects a whole number of steps, got {shown(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+_STEPS = ("warmup_steps", "decay_steps", "num_decay_steps")
 
 
 def _peak(rates: Mapping[int, float], values: Mapping[str, Value], horizon: int) -> float | None:
@@ -224,7 +241,7 @@ def _warmup(known: Mapping[str, Value], horizon: int) -> dict[str, Value]:
         share, steps = steps, 0
     if not steps and isinstance(share, (int, float)) and share:
         return {"warmup_steps": math.ceil(share * horizon)}
-    return {} if steps is None else {"warmup_steps": int(str(steps).removesuffix(".0"))}
+    return {} if steps is None else {"warmup_steps": int(float(str(steps)))}
 
 
 def _text(directory: Path, runs: Sequence[FinishedRun], said: Said, horizon: int) -> str:
