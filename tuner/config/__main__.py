@@ -96,10 +96,11 @@ keys below `hyperparameters`. `null` stands for a key that is left out.
 
 def _key_table(section: dict[str, Any], prefix: str) -> str:
     required = section.get("required", ())
-    rows = [
-        f"| `{prefix}{key}` | {_default(value, key in required)} | {_allowed(value)} | {_explained(key, value)} |"
+    cells = (
+        (f"`{prefix}{key}`", _default(value, key in required), _allowed(value), _explained(key, value))
         for key, value in section["properties"].items()
-    ]
+    )
+    rows = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join(["| key | default | allowed | meaning |", "|---|---|---|---|", *rows, ""])
 
 
