@@ -21,7 +21,7 @@ VALIDATOR = Draft202012Validator(SCHEMA)
 
 def test_the_reference_is_fresh():
     pages = reference_pages()
-    assert set(pages) == {"round-file.schema.json", "hyperparameters.md"}
+    assert set(pages) == {"round-file.schema.json", "keys.md", "hyperparameters.md"}
     for name, page in pages.items():
         found = (REFERENCE / name).read_text(encoding="utf-8")
         assert found == page, f"{name} is stale; refresh it by `python -m tuner.config docs/reference`"
@@ -35,6 +35,21 @@ def test_the_page_about_the_file_shows_one_that_loads_and_messages_that_exist():
     for name, value, line in [("lora_rank", "8", 0), ("learning_rate", '"1e-5"', 1)]:
         mistake = mistake_in(with_hyperparameters(**{name: value}))
         assert shown.strip().splitlines()[line].endswith(f": {mistake.key}: {mistake.message}")
+
+
+def test_the_page_of_keys_has_each_key_of_each_section_by_the_name_that_a_reader_searches_for():
+    page = reference_pages()["keys.md"]
+    named = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert {
+        "max_train_steps",
+        "run.storage_patience",
+        "evaluation.answers.metric",
+        "data.train[].path",
+    } <= named
+    for section in [SCHEMA, *SCHEMA["$defs"].values()]:
+        for key in section["properties"]:
+            assert any(name.rpartition(".")[2] == key for name in named), key
+    assert len(named) == sum(len(s["properties"]) for s in [SCHEMA, *SCHEMA["$defs"].values()])
 
 
 def test_writing_and_checking(tmp_path, capsys):

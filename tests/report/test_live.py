@@ -5,10 +5,18 @@ import io
 import math
 import re
 import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tests.studies import formula, round_file, silent_view
+from tuner.engines import SimulatedWorker
+from tuner.errors import Interrupted
+from tuner.playbook import best_evaluation
 from tuner.records import (
     Died,
     Ended,
@@ -25,6 +33,8 @@ from tuner.report.board import Board, board_table
 from tuner.report.format import GpuReading
 from tuner.report.live import View, open_view
 from tuner.report.terminal import ASCII, UNICODE
+from tuner.store import open_store
+from tuner.study.run import run_round
 
 from . import synthetic
 
@@ -159,6 +169,57 @@ class TestOnATerminal:
         out = io.StringIO()
         open_on(out, terminal=True).close()
         assert "0 of 8 trials" in out.getvalue()
+
+
+class _BoardView:
+    """A view that keeps a board only."""
+
+    def __init__(self) -> None:
+        self.board = Board(trials_total=3, max_train_steps=8)
+        self._silent = silent_view()
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        self.board.sync(trials)
+
+    def event(self, event: Event) -> None:
+        self.board.take(event, now=1.0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._silent, name)
+
+
+def test_a_resumed_round_shows_its_recorded_trials_while_the_base_model_loads(tmp_path: Path) -> None:
+    """Loading takes minutes: before the first event of a worker, the trials so far are on the screen."""
+    shown: list[str] = []
+
+    def run(stopping: Callable[[Board], bool]) -> None:
+        view = _BoardView()
+
+        def start(*_: object) -> SimulatedWorker:
+            shown.append(drawn(view.board))
+            return SimulatedWorker(formula, slots=1)
+
+        run_round(
+            round_file(tmp_path),
+            make_worker=start,
+            view=view,  # type: ignore[arg-type]
+            stopping=lambda: stopping(view.board),
+        )
+
+    with pytest.raises(Interrupted):
+        run(lambda board: 1 in board.rows and board.rows[1].step >= 4)
+    with closing(open_store(f"sqlite:///{tmp_path}/tuner.db", study="tiny")) as store:
+        recorded = store.trials("round1")
+    assert [trial.state for trial in recorded] == [TrialState.COMPLETE, TrialState.WAITING]
+    run(lambda board: False)
+    first, second = shown
+    assert "complete" not in first
+    lines = {words[0]: line for line in second.splitlines() if (words := line.split())}
+    for trial, state in zip(recorded, ("complete", "waiting"), strict=True):
+        best = best_evaluation(trial.evaluations)
+        assert best is not None
+        assert f"{best.eval_loss:.4f}" in lines[str(trial.number)]
+        assert state in lines[str(trial.number)]
 
 
 class TestBoardTable:

@@ -121,3 +121,28 @@ def test_neither_check_nor_a_dry_run_runs_it(tmp_path: Path, monkeypatch: pytest
     assert run(["study", "run", "round1.yaml", "--engine", "simulated"]) == 0
     assert run(["study", "run", "round1.yaml", "--notify", "'"]) == 2
     assert not list(tmp_path.rglob("told.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("[no-such-program, --now]", "no-such-program"),
+        ("[bin/tell.sh]", "bin/tell.sh"),
+        ("[bin/plain.txt]", "bin/plain.txt"),
+        ("[bin/there.sh]", None),
+        ("[sh, -c, cat]", None),
+    ],
+)
+def test_check_warns_of_a_program_that_does_not_exist(
+    command: str, missing: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path is relative to the round file, wherever `check` is called; a name is looked up on the PATH."""
+    round_file(tmp_path, run=f"run: {{notify: {command}}}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "plain.txt").touch()
+    (tmp_path / "bin" / "there.sh").touch(mode=0o755)
+    assert run(["study", "check", str(tmp_path / "round1.yaml")]) == 0
+    said = capsys.readouterr()
+    warnings = [line for line in (said.out + said.err).splitlines() if "run.notify" in line]
+    wanted = [f"warning: run.notify: there is no program {missing} here, so nothing will be told"]
+    assert warnings == ([] if missing is None else wanted)

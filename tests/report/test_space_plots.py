@@ -113,7 +113,7 @@ def test_parallel_coordinates_end_at_the_result_with_the_best_at_the_top() -> No
     assert best.name == "best"
     assert list(best.x) == [0, 1, 2]
     assert best.y[-1] == 1.0
-    assert list(figure.layout.xaxis.ticktext) == ["learning<br>rate", "lora<br>r", "loss"]
+    assert list(figure.layout.xaxis.ticktext) == ["learning_<br>rate", "lora_r", "loss"]
     heights = [y for trace in figure.data for y in trace.y if y is not None]
     assert all(0 <= y <= 1 for y in heights)
 

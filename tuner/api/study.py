@@ -111,7 +111,7 @@ class Study:
             metric: The metric that ranks the runs.
             direction: `minimize` or `maximize`; required unless the metric is the loss.
             max_train_steps: The horizon; None takes that of most runs. Runs with another are left out.
-            hyperparameters: What the files do not say and is the same for all runs, such as `schedule`.
+            hyperparameters: Values that the files do not contain, the same for all runs, such as `schedule`.
             command: The command that trains a trial, for longer rounds.
             tool: Its `command.tool`.
             config: Its `command.config`.

@@ -173,7 +173,7 @@ def import_(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="What the files do not say, such as hyperparameters.schedule=linear. Repeatable.",
+            help="Value that the files do not contain, such as hyperparameters.schedule=linear. Repeatable.",
         ),
     ] = None,
     command: Annotated[
@@ -186,7 +186,7 @@ def import_(
 ) -> None:
     """Make a round of finished runs that tuner did not start: best steps, a verdict and a suggestion.
 
-    The runs are only read. What they do not say, such as the schedule, stays unknown.
+    The runs are only read. Values that they do not contain, such as the schedule, stay unknown.
 
     Example: `tuner study import outputs/ --set hyperparameters.schedule=linear`
     """

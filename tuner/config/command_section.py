@@ -52,7 +52,7 @@ class CommandSpec(BaseModel):
     """Arguments added to `run` when a trial resumes, such as `[--resume, "${resume_from}"]`; for
     `tool: none`. Without them trials of a longer round start over."""
     silence_minutes: Annotated[int, Field(ge=1)] = TOO_QUIET_MINUTES
-    """A command that reports nothing and prints nothing for so long is ended, and tried again."""
+    """A command that reports nothing and prints nothing for this long is ended and run again."""
 
 
 def flattened(written: Any) -> Any:

@@ -210,13 +210,13 @@ class RoundSpec(BaseModel):
     kind: Literal["search", "sweep"] = "search"
     """`sweep`: a round written by `study sweep`, which is never promoted or compared with other rounds."""
     model: Annotated[ModelSpec, Field(exclude_if=_is_none)]
-    """The frozen base."""
+    """The frozen base model."""
     data: Annotated[DataSpec, Field(exclude_if=_is_none)]
     """Training, evaluation and test rows."""
     command: Annotated[CommandSpec | None, Field(exclude_if=_nothing)] = None
     """A training command of your own, in place of `model` and `data`."""
     max_train_steps: Count
-    """Number of optimizer steps of every trial. One number; it is never searched."""
+    """Number of optimizer steps of every trial. It is one number and never searched."""
     hyperparameters: WrittenHyperparameters = {}
     """One line each: a scalar fixes a value, a list or `{low, high, log}` searches it; the rest use
     defaults."""

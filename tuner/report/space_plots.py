@@ -305,11 +305,19 @@ def _add_lines(
     )
 
 
+_SHORT_NAME = 8
+"""Characters of a name that stays on one line below an axis."""
+
+
+def _on_lines(name: str) -> str:
+    return name if len(name) <= _SHORT_NAME else name.replace("_", "_<br>")
+
+
 def _label_axes(
     figure: go.Figure, axes: Sequence[_Axis], trials: Sequence[Trial], result: str, *, low: float, high: float
 ) -> None:
     best, worst = (low, high) if objective_of(trials).direction == Direction.MINIMIZE else (high, low)
-    names = [*(axis.name.replace("_", "<br>") for axis in axes), result]
+    names = [*(_on_lines(axis.name) for axis in axes), result]
     ends = [*(_ends(axis, trials) for axis in axes), (format.loss(worst), format.loss(best))]
     figure.update_xaxes(
         tickvals=list(range(len(names))),
