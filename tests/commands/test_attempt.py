@@ -13,7 +13,8 @@ import pytest
 from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
 from tuner.commands import process_tree
-from tuner.commands.attempt import Round, Unusable
+from tuner.commands.attempt import Round, Unusable, tokens_of
+from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
 
@@ -152,6 +153,24 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
+    (tmp_path / "quiet.py").write_text(
+        "import json, os, time\n"
+        "from pathlib import Path\n"
+        "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
+        "for step in range(1, 25):\n"
+        "    time.sleep(0.5)\n"
+        "    with log.open('a') as file:\n"
+        "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
+    )
+    content = without_resume(document("quiet.py"))
+    spec = spec_of(tmp_path, content)
+    assert spec.command is not None
+    brief = spec.command.model_copy(update={"silence_minutes": 6 / 60})
+    work = Round(spec.model_copy(update={"command": brief}), tmp_path, spec.recorded_objective, {})
+    assert Ran(tmp_path, content, work=work).end.outcome == "complete"
+
+
 def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
     short = Ran(tmp_path, document())
     point = short.point(CheckpointKind.TRUNK)
@@ -214,6 +233,40 @@ def test_a_checkpoint_that_does_not_fit_is_the_machines_fault(
     ran = Ran(disk, without_resume(document("large.py")))
     assert ran.end.outcome == "failed"
     assert "No space left on device" in str(ran.end.reason)
+
+
+def test_a_disk_that_fails_before_the_command_starts_is_the_machines_fault(tmp_path: Path) -> None:
+    content = document()
+    trial = tmp_path / "runs" / spec_of(tmp_path, content).round / "trial-0000"
+    trial.parent.mkdir(parents=True)
+    trial.write_text("a file where a folder belongs")
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "failed"
+    assert "trial-0000" in str(ran.end.reason)
+
+
+@pytest.mark.parametrize("text", ["", "17", "17-1.0", "17-1.00-abc", "\0" * 30])
+def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -> None:
+    whole = process_tree.new_token()
+    for number, token in enumerate((whole, text), start=1):
+        place = tmp_path / "trial-0000" / f"attempt-{number}" / "token"
+        place.parent.mkdir(parents=True)
+        place.write_text(token)
+    assert tokens_of(tmp_path) == [whole]
+    assert process_tree.end_orphans(tokens_of(tmp_path)) == 0
+
+
+def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(WORKER_TOKEN, "round.old.1")
+    (tmp_path / "show.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        f"Path('seen').write_text(os.environ.get({WORKER_TOKEN!r}, ''))\n"
+        "import json\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "    file.write(json.dumps({'step': 24, 'eval_loss': 1.0}) + '\\n')\n"
+    )
+    Ran(tmp_path, without_resume(document(script="show.py")))
+    assert (tmp_path / "seen").read_text() == "round.old.1"
 
 
 def test_a_trainer_without_evaluation_rows_says_so(tmp_path: Path) -> None:
