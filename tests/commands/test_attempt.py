@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -214,6 +215,35 @@ def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
     assert ran.end.outcome == "failed"
     assert "best-steps" in str(ran.end.reason)
     assert not list(process_tree.with_token(ran.tokens[0]))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_checkpoint_that_the_command_deletes_while_it_is_read_costs_no_attempt(
+    tmp_path: Path, monkeypatch, at: int
+) -> None:
+    (tmp_path / "rotates.py").write_text(
+        "import json, os\n"
+        "from pathlib import Path\n"
+        "place = Path(os.environ['TUNER_OUTPUT_DIR'], 'kept', 'shards')\n"
+        "place.mkdir(parents=True)\n"
+        "(place / 'weights').write_text('1')\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "    line = {'step': 24, 'eval_loss': 1.0, 'checkpoint': str(place.parent)}\n"
+        "    file.write(json.dumps(line) + '\\n')\n"
+    )
+    listed, times = os.scandir, 0
+
+    def deletes(place: str | Path | int = ".") -> object:
+        nonlocal times
+        if not isinstance(place, int) and Path(place).parts[-2:] == ("kept", "shards"):
+            times += 1
+            if times == at:
+                shutil.rmtree(place)
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", deletes)
+    assert Ran(tmp_path, without_resume(document("rotates.py"))).end.outcome == "complete"
+    assert times >= at
 
 
 def test_a_checkpoint_that_does_not_fit_is_the_machines_fault(
