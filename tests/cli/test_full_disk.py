@@ -107,7 +107,7 @@ def test_training_pauses_until_there_is_room(small_disk: MountTmpfs) -> None:
     finally:
         running.kill()
     said = log.read_text()
-    assert "there is room again: training goes on after" in said
+    assert "there is room again: training resumes after" in said
     assert said.count("step ") > before
     listed = trials_of(disk)
     assert [(trial["state"], trial["attempts"]) for trial in listed] == [("complete", 1)]

@@ -160,7 +160,7 @@ def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) 
         "from pathlib import Path\n"
         "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
         "for step in range(1, 25):\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(0.35)\n"
         "    with log.open('a') as file:\n"
         "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
     )

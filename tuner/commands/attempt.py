@@ -238,7 +238,7 @@ class Attempt:
             time.sleep(POLL_SECONDS)
         process_tree.end(token, popen)  # what it left behind
         if fallback.source is not None:
-            _log.warning("the command reported nothing; its evaluations are of %s", fallback.source)
+            _log.warning("the command reported nothing; its evaluations come from %s", fallback.source)
         self._judge(popen, report, place, kills, unread=fallback.unread)
 
     def _lines(self, report: MetricsFile, fallback: Fallback, *, is_over: bool) -> Iterator[Line]:
