@@ -15,6 +15,7 @@ from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
 from tuner.commands import process_tree
 from tuner.commands.attempt import Round, Unusable, tokens_of
+from tuner.commands.check import mistakes
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
@@ -337,6 +338,25 @@ def test_the_environment_is_clean_and_documented(tmp_path: Path, monkeypatch) ->
     for name in ("TRIAL_DIR", "OUTPUT_DIR", "METRICS"):
         assert seen[f"TUNER_{name}"].startswith(str(tmp_path))
     assert (seen["TUNER_EVALUATE_EVERY"], seen["TUNER_SEED"]) == ("4", "0")
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "said"),
+    [
+        ("run", "${learning_rate}", "${learning_rate} is unknown; expects one of ${args},"),
+        ("run", "${resume_from}", "${resume_from} is unknown"),
+        ("resume", "--from=${resumed}", "${resumed} is unknown; expects one of"),
+        ("resume", "${output_dir}", None),
+    ],
+)
+def test_a_placeholder_that_nothing_fills_is_refused_before_a_trial_starts(
+    tmp_path: Path, key: str, word: str, said: str | None
+) -> None:
+    content = document()
+    content["command"] = {**content["command"], key: [*content["command"][key], word]}
+    found = [f"{name}: {message}" for name, message in mistakes(spec_of(tmp_path, content), tmp_path)]
+    assert len(found) == (said is not None)
+    assert all(f"command.{key}: {said}" in message for message in found)
 
 
 def without_resume(content: dict) -> dict:
