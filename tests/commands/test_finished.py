@@ -250,3 +250,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04\x95 a pickle")
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_runs([tmp_path / name], LOSS)
+
+
+@pytest.mark.parametrize("given", [("lr_scheduler_type=warmup_stable_decay", "num_decay_steps=6"), ()])
+def test_how_a_trainers_stable_schedule_decays_is_said(tmp_path: Path, given: tuple[str, ...]) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    options = [part for each in given for part in ("--set", each)]
+    said = " ".join(tuner(tmp_path / "study", "study", "import", "../run", *options).split())
+    assert ("own default is a cosine" in said) == bool(given)
