@@ -200,8 +200,8 @@ def _decay_remark(runs: Sequence[FinishedRun], said: Said) -> Iterator[str]:
     kinds = {given.get("lr_scheduler_type", run.hyperparameters.get("lr_scheduler_type")) for run in runs}
     if "warmup_stable_decay" in kinds and "schedule" not in given:
         yield (
-            "warmup_stable_decay is read with a linear decay, but a Trainer's own default is a cosine: unless "
-            "the runs had decay_type: linear, leave lr_scheduler_type out, and the schedule stays unknown"
+            "warmup_stable_decay is read with a linear decay, but a Trainer's own default is a cosine: "
+            "unless the runs had decay_type: linear, leave lr_scheduler_type out, and the schedule stays unknown"
         )
 
 
