@@ -239,6 +239,7 @@ def test_a_full_disk_ends_the_round_with_what_to_do(small_disk: MountTmpfs) -> N
     )
     content = document("fills.py", hyperparameters={"learning_rate": 0.1})
     content["command"] = {"run": content["command"]["run"]}
+    content["run"]["storage_patience"] = "2s"
     written(disk, content)
     said = tuner(disk, "study", "run", "round1.yaml", code=1)
     assert "no disk" in said
