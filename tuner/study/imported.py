@@ -201,7 +201,7 @@ def _decay_remark(runs: Sequence[FinishedRun], said: Said) -> Iterator[str]:
     if "warmup_stable_decay" in kinds and "schedule" not in given:
         yield (
             "warmup_stable_decay is read with a linear decay, but a Trainer's own default is a cosine: "
-            "unless the runs had decay_type: linear, leave lr_scheduler_type out, and the schedule stays unknown"
+            "unless the runs had decay_type: linear, leave lr_scheduler_type out: the schedule stays unknown"
         )
 
 
