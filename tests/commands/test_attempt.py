@@ -152,7 +152,7 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
     ran = Ran(tmp_path, content, work=work)
     assert ran.end.outcome == "failed"
     assert "no metric and no line" in str(ran.end.reason)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
