@@ -16,6 +16,7 @@ from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with
 from tuner.commands import process_tree
 from tuner.commands.attempt import Round, Unusable, tokens_of
 from tuner.commands.check import mistakes
+from tuner.commands.outcome import Ending, judged
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
@@ -357,6 +358,25 @@ def test_a_placeholder_that_nothing_fills_is_refused_before_a_trial_starts(
     found = [f"{name}: {message}" for name, message in mistakes(spec_of(tmp_path, content), tmp_path)]
     assert len(found) == (said is not None)
     assert all(f"command.{key}: {said}" in message for message in found)
+
+
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(
+    ("log", "came_to"),
+    [
+        (f"{OUT_OF_MEMORY}\n[rank1]: torch.distributed.DistBackendError: NCCL error in: x.cpp", "infeasible"),
+        (f"wandb: Connection reset by peer, retrying\n{OUT_OF_MEMORY}", "infeasible"),
+        (f"OSError: [Errno 28] No space left on device\n{OUT_OF_MEMORY}", "failed"),
+        ("[rank1]: torch.distributed.DistBackendError: NCCL error in: x.cpp", "failed"),
+        ("Connection reset by peer", "failed"),
+    ],
+)
+def test_what_a_log_with_several_signs_comes_to(log: str, came_to: str) -> None:
+    """Where one process runs out of memory, the others lose their connection to it."""
+    ending = Ending(1, 4, ("eval_loss",), log, reported_before=True)
+    assert judged(ending, max_train_steps=24, metric="eval_loss").outcome == came_to
 
 
 def without_resume(content: dict) -> dict:
