@@ -61,7 +61,7 @@ def running_until_it_is_full(
 
 
 PAUSES = ("training pauses until there is room", "what they report waits in memory; trying again for 10 min")
-GOES_ON = ("there is room again: training goes on after", "the database is back after")
+GOES_ON = ("there is room again: training resumes after", "the database is back after")
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

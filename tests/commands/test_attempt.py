@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import PYTHON, Ran, document, spec_of, trainer, with_fault
 from tuner.commands import process_tree
-from tuner.commands.attempt import Round, Unusable
+from tuner.commands.attempt import Round, Unusable, tokens_of
+from tuner.commands.check import mistakes
+from tuner.commands.outcome import Ending, judged
+from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.records import CheckpointKind, Evaluated, Event, Started
 
 
@@ -149,7 +153,25 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
     ran = Ran(tmp_path, content, work=work)
     assert ran.end.outcome == "failed"
     assert "no metric and no line" in str(ran.end.reason)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
+
+
+def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
+    (tmp_path / "quiet.py").write_text(
+        "import json, os, time\n"
+        "from pathlib import Path\n"
+        "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
+        "for step in range(1, 25):\n"
+        "    time.sleep(0.35)\n"
+        "    with log.open('a') as file:\n"
+        "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
+    )
+    content = without_resume(document("quiet.py"))
+    spec = spec_of(tmp_path, content)
+    assert spec.command is not None
+    brief = spec.command.model_copy(update={"silence_minutes": 6 / 60})
+    work = Round(spec.model_copy(update={"command": brief}), tmp_path, spec.recorded_objective, {})
+    assert Ran(tmp_path, content, work=work).end.outcome == "complete"
 
 
 def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
@@ -197,6 +219,35 @@ def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
     assert not list(process_tree.with_token(ran.tokens[0]))
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_checkpoint_that_the_command_deletes_while_it_is_read_costs_no_attempt(
+    tmp_path: Path, monkeypatch, at: int
+) -> None:
+    (tmp_path / "rotates.py").write_text(
+        "import json, os\n"
+        "from pathlib import Path\n"
+        "place = Path(os.environ['TUNER_OUTPUT_DIR'], 'kept', 'shards')\n"
+        "place.mkdir(parents=True)\n"
+        "(place / 'weights').write_text('1')\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "    line = {'step': 24, 'eval_loss': 1.0, 'checkpoint': str(place.parent)}\n"
+        "    file.write(json.dumps(line) + '\\n')\n"
+    )
+    listed, times = os.scandir, 0
+
+    def deletes(place: str | Path | int = ".") -> object:
+        nonlocal times
+        if not isinstance(place, int) and Path(place).parts[-2:] == ("kept", "shards"):
+            times += 1
+            if times == at:
+                shutil.rmtree(place)
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", deletes)
+    assert Ran(tmp_path, without_resume(document("rotates.py"))).end.outcome == "complete"
+    assert times >= at
+
+
 def test_a_checkpoint_that_does_not_fit_is_the_machines_fault(
     tmp_path: Path,
     small_disk: MountTmpfs,
@@ -214,6 +265,40 @@ def test_a_checkpoint_that_does_not_fit_is_the_machines_fault(
     ran = Ran(disk, without_resume(document("large.py")))
     assert ran.end.outcome == "failed"
     assert "No space left on device" in str(ran.end.reason)
+
+
+def test_a_disk_that_fails_before_the_command_starts_is_the_machines_fault(tmp_path: Path) -> None:
+    content = document()
+    trial = tmp_path / "runs" / spec_of(tmp_path, content).round / "trial-0000"
+    trial.parent.mkdir(parents=True)
+    trial.write_text("a file where a folder belongs")
+    ran = Ran(tmp_path, content)
+    assert ran.end.outcome == "failed"
+    assert "trial-0000" in str(ran.end.reason)
+
+
+@pytest.mark.parametrize("text", ["", "17", "17-1.0", "17-1.00-abc", "\0" * 30])
+def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -> None:
+    whole = process_tree.new_token()
+    for number, token in enumerate((whole, text), start=1):
+        place = tmp_path / "trial-0000" / f"attempt-{number}" / "token"
+        place.parent.mkdir(parents=True)
+        place.write_text(token)
+    assert tokens_of(tmp_path) == [whole]
+    assert process_tree.end_orphans(tokens_of(tmp_path)) == 0
+
+
+def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(WORKER_TOKEN, "round.old.1")
+    (tmp_path / "show.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        f"Path('seen').write_text(os.environ.get({WORKER_TOKEN!r}, ''))\n"
+        "import json\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        "    file.write(json.dumps({'step': 24, 'eval_loss': 1.0}) + '\\n')\n"
+    )
+    Ran(tmp_path, without_resume(document(script="show.py")))
+    assert (tmp_path / "seen").read_text() == "round.old.1"
 
 
 def test_a_trainer_without_evaluation_rows_says_so(tmp_path: Path) -> None:
@@ -254,6 +339,44 @@ def test_the_environment_is_clean_and_documented(tmp_path: Path, monkeypatch) ->
     for name in ("TRIAL_DIR", "OUTPUT_DIR", "METRICS"):
         assert seen[f"TUNER_{name}"].startswith(str(tmp_path))
     assert (seen["TUNER_EVALUATE_EVERY"], seen["TUNER_SEED"]) == ("4", "0")
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "said"),
+    [
+        ("run", "${learning_rate}", "${learning_rate} is unknown; expects one of ${args},"),
+        ("run", "${resume_from}", "${resume_from} is unknown"),
+        ("resume", "--from=${resumed}", "${resumed} is unknown; expects one of"),
+        ("resume", "${output_dir}", None),
+    ],
+)
+def test_a_placeholder_that_nothing_fills_is_refused_before_a_trial_starts(
+    tmp_path: Path, key: str, word: str, said: str | None
+) -> None:
+    content = document()
+    content["command"] = {**content["command"], key: [*content["command"][key], word]}
+    found = [f"{name}: {message}" for name, message in mistakes(spec_of(tmp_path, content), tmp_path)]
+    assert len(found) == (said is not None)
+    assert all(f"command.{key}: {said}" in message for message in found)
+
+
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(
+    ("log", "came_to"),
+    [
+        (f"{OUT_OF_MEMORY}\n[rank1]: torch.distributed.DistBackendError: NCCL error in: x.cpp", "infeasible"),
+        (f"wandb: Connection reset by peer, retrying\n{OUT_OF_MEMORY}", "infeasible"),
+        (f"OSError: [Errno 28] No space left on device\n{OUT_OF_MEMORY}", "failed"),
+        ("[rank1]: torch.distributed.DistBackendError: NCCL error in: x.cpp", "failed"),
+        ("Connection reset by peer", "failed"),
+    ],
+)
+def test_what_a_log_with_several_signs_comes_to(log: str, came_to: str) -> None:
+    """Where one process runs out of memory, the others lose their connection to it."""
+    ending = Ending(1, 4, ("eval_loss",), log, reported_before=True)
+    assert judged(ending, max_train_steps=24, metric="eval_loss").outcome == came_to
 
 
 def without_resume(content: dict) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,25 @@ def test_a_trainer_whose_hook_is_off_is_read_by_its_checkpoints(tmp_path: Path) 
     assert without.end.outcome == "complete"
     assert list(without.curve) == list(range(4, 25, 4))
     assert without.saved(CheckpointKind.BEST)
+
+
+def test_a_folder_that_the_command_deletes_meanwhile_is_no_error(tmp_path: Path, monkeypatch) -> None:
+    """A Trainer with `save_total_limit` deletes older checkpoints while they are listed."""
+    state(tmp_path, 4)
+    state(tmp_path, 8)
+    listed = os.scandir
+
+    def deletes(place: str | Path | int = ".") -> object:
+        if not isinstance(place, int) and Path(place).name == "checkpoint-4":
+            shutil.rmtree(place)
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", deletes)
+    assert 8 in [line["step"] for line in Fallback(tmp_path, LOSS).new_lines()]
+
+
+def test_lines_of_another_programs_log_are_no_evaluations(tmp_path: Path) -> None:
+    (tmp_path / "trainer_log.jsonl").write_text(
+        '[1]\n"text"\n{"eval_loss": 3.0}\n{"current_steps": 4, "eval_loss": 2.0}\n'
+    )
+    assert list(Fallback(tmp_path, LOSS).new_lines()) == [{"step": 4, "eval_loss": 2.0}]

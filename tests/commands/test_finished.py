@@ -254,3 +254,26 @@ def test_what_cannot_be_read_says_where(tmp_path: Path, name: str, text: str, sa
         read_runs([tmp_path / name], LOSS)
     with pytest.raises(InputError, match=r"trainer_state\.json"):
         read_runs([tmp_path], LOSS)
+
+
+@pytest.mark.parametrize("step", ["", "1.5", "nan", "inf"])
+def test_a_table_without_a_step_in_a_row_names_the_row(tmp_path: Path, step: str) -> None:
+    (tmp_path / "runs.csv").write_text(f"step,eval_loss\n4,1.0\n{step},0.9\n")
+    with pytest.raises(InputError, match=r"runs\.csv, row 3: the step is not a whole number"):
+        read_runs([tmp_path / "runs.csv"], LOSS)
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "run.jsonl"])
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04\x95 a pickle")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        read_runs([tmp_path / name], LOSS)
+
+
+@pytest.mark.parametrize("given", [("lr_scheduler_type=warmup_stable_decay", "num_decay_steps=6"), ()])
+def test_how_a_trainers_stable_schedule_decays_is_said(tmp_path: Path, given: tuple[str, ...]) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    options = [part for each in given for part in ("--set", each)]
+    said = " ".join(tuner(tmp_path / "study", "study", "import", "../run", *options).split())
+    assert ("own default is a cosine" in said) == bool(given)

@@ -19,6 +19,7 @@ from tests import studies
 from tests.cli.conftest import MountTmpfs
 from tests.commands.driving import document, written
 from tuner.commands import process_tree
+from tuner.commands.fallback import files_below
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -166,14 +167,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_at_random_each_trial_ends_once_and_no_process_is_left(
     tmp_path: Path, whole: Path, victim: str
 ) -> None:
-    values = {**searching()["hyperparameters"], "pause": 0.02}
+    values = {**searching()["hyperparameters"], "pause": 0.05}
     written(tmp_path / "killed", searching(hyperparameters=values))
     folder = tmp_path / "killed"
     parent = subprocess.Popen(
         [sys.executable, "-m", "tuner.cli", "study", "run", "round1.yaml"],
         cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for(lambda: any('"step": 8' in path.read_text() for path in folder.rglob("metrics.jsonl")))
+    wait_for(lambda: any('"step": 8' in path.read_text() for path in files_below(folder, "metrics.jsonl")))
     workers = [each for each in psutil.Process(parent.pid).children() if "tuner.commands" in each.cmdline()]
     assert len(workers) == 1
     os.kill(parent.pid if victim == "parent" else workers[0].pid, signal.SIGKILL)
@@ -206,8 +207,7 @@ def test_ctrl_c_twice_ends_the_commands_tree(tmp_path: Path) -> None:
         )
         parent.send_signal(signal.SIGINT)
         assert parent.stderr is not None
-        while "stopping" not in parent.stderr.readline():
-            pass
+        assert any("stopping" in line for line in parent.stderr)
         parent.send_signal(signal.SIGINT)
         assert parent.wait(timeout=60) == 130
         wait_for(lambda: not living(tmp_path))
@@ -218,7 +218,7 @@ def test_ctrl_c_twice_ends_the_commands_tree(tmp_path: Path) -> None:
 
 def tokens_in(folder: Path) -> list[str]:
     found = []
-    for path in folder.rglob("token"):
+    for path in files_below(folder, "token"):
         with contextlib.suppress(FileNotFoundError):  # an attempt clears its folder when it starts
             found.append(path.read_text())
     return [text for text in found if text]

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.commands.driving import PYTHON, document, trainer, written
+from tests.commands.driving import PYTHON, document, spec_of, trainer, written
 from tests.commands.test_rounds import searching, tuner
+from tuner.commands.size import estimated_bytes
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +159,16 @@ def test_the_disk_of_a_first_round_is_estimated_from_the_base_model(
     (tmp_path / "tool.json").write_text(json.dumps({"model_name_or_path": "org/of-the-hub", **config}))
     unknown = json.loads(tuner(tmp_path, "study", "check", "round1.yaml", "--json"))
     assert unknown["plan"]["checkpoint_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"\x04" + bytes(7) + b"text"]
+)
+def test_weights_that_are_not_there_leave_the_disk_unknown(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(content)
+    (tmp_path / "tool.json").write_text(json.dumps({"model_name_or_path": "base"}))
+    changed = trainer()
+    run = [PYTHON, "trainer.py", "${config}"]
+    changed["command"] = {"run": run, "tool": "transformers", "config": "tool.json"}
+    assert estimated_bytes(spec_of(tmp_path, changed), tmp_path) is None

@@ -567,6 +567,20 @@ class TestFiles:
         assert now.claim("e" * 64, "model", 3000, 3500)[0] == "send"
         assert {name for name, (_, rows) in places.items() if rows.exists()} == {"held"}
 
+    @pytest.mark.parametrize("name", ["mine", "runs", "worker.log"])
+    def test_a_study_of_any_name_is_apart_from_what_its_worker_writes(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        sent = tmp_path / "sent" / name
+        sent.mkdir(parents=True)
+        (sent / "train.py").write_text("")
+        files = NodeFiles(tmp_path / "scratch")
+        runs, _ = files.work_directory("job.s.1", "tables", 10**9)
+        copy = files.own_copy("job.s.1", sent)
+        assert (copy.name, [path.name for path in copy.iterdir()]) == (name, ["train.py"])
+        assert list(runs.iterdir()) == []
+        assert not (files.work("job.s.1") / "worker.log").exists()
+
     def test_what_a_worker_or_a_transfer_left_is_deleted_after_a_day(self, tmp_path: Path) -> None:
         past = NodeFiles(tmp_path)
         left, _ = past.work_directory("crashed.s.1", "tables", 10**9)

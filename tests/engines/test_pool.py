@@ -173,6 +173,15 @@ def test_the_best_adapter_that_is_said_again_at_a_resume_is_no_progress() -> Non
     assert [event.is_input_error for event in told(pool) if isinstance(event, Died)][-1]
 
 
+@pytest.mark.parametrize("error", ["RuntimeError: cuDNN", "OSError: no such file"])
+def test_causes_differ_although_the_log_ends_with_the_same_line(error: str) -> None:
+    """As trackers and torchrun print after an exception."""
+    after = "\n    wandb: You can sync this run to the cloud by running:"
+    failures = [crash(11, f"{said}{after}") for said in (error, "RuntimeError: cuDNN", error)]
+    died = [e for e in told(WorkerPool([lambda: Failing(*failures)])) if isinstance(e, Died)]
+    assert any(event.is_input_error for event in died) == error.startswith("RuntimeError")
+
+
 @pytest.mark.parametrize("has_started", [True, False])
 def test_trials_that_fail_alike_count_and_checkpoints_that_cannot_be_read_do_not(has_started: bool) -> None:
     failures: list[Event] = []

@@ -121,3 +121,13 @@ def test_another_boot_ends_nothing(tmp_path: Path, tree) -> None:
 def test_a_file_that_is_no_record_ends_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "worker.pid").write_text(content)
     assert end_left_over(tmp_path) == []
+
+
+def test_a_system_that_does_not_tell_ends_nothing(monkeypatch) -> None:
+    """As macOS, which has no /proc."""
+
+    def missing(path: str) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "readlink", missing)
+    assert end_with_token(new_token()) == []

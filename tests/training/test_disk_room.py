@@ -58,7 +58,7 @@ def test_it_waits_until_there_is_room_and_says_so_twice(tmp_path: Path) -> None:
     disk.room().wait([assignment(tmp_path)])
     assert 90.0 <= disk.now < 92.0
     assert "training pauses" in disk.said[0]
-    assert "training goes on" in disk.said[1]
+    assert "training resumes" in disk.said[1]
     assert len(disk.said) == 2
     assert disk.beats >= 89  # nobody takes it for one that hangs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.commands import outcome, process_tree
-from tuner.commands.fallback import Fallback
+from tuner.commands.fallback import Fallback, files_below
 from tuner.commands.kept import Keeper, Kept, copy_to_resume, is_whole, read_kept, resolved
 from tuner.commands.launch import Launch, Place, prepared
 from tuner.commands.reported import Line, MetricsFile, SavedByCommand, not_finite
@@ -124,18 +125,28 @@ class Attempt:
         Raises Unusable, without an `Ended`, for a command that no trial can use.
         """
         place = Place(Path(self.assignment.directory) / f"attempt-{self.assignment.attempt}")
+        token = process_tree.new_token()
         try:
-            kept = self._kept()
-            copy = self._copy(kept, place)
+            self._run(place, token, stopping)
         except CheckpointError as error:
             _log.error("%s", error)
             self.end("failed", str(error))
-            return
+        except InputError as error:
+            process_tree.end(token)
+            raise Unusable(f"trial {self.assignment.trial}: {error}") from error
+        except OSError as error:  # such as a full disk: the machine's fault
+            process_tree.end(token)
+            self.end("failed", f"{error.strerror}: {error.filename}" if error.strerror else str(error))
+        finally:
+            self._clear(place)
+
+    def _run(self, place: Place, token: str, stopping: Callable[[], bool]) -> None:
+        kept = self._kept()
+        copy = self._copy(kept, place)
         self._inherit(kept)
         if self.from_step >= self.assignment.max_train_steps:
             self.end("complete")
             return
-        token = process_tree.new_token()
         place.token.write_text(token)
         self.on_start(token)
         launch = prepared(
@@ -147,16 +158,7 @@ class Attempt:
             resume_from=copy,
             evaluate_at_start=self._wants_base(),
         )
-        try:
-            self._follow(place, launch, token, stopping)
-        except InputError as error:
-            process_tree.end(token)
-            raise Unusable(f"trial {self.assignment.trial}: {error}") from error
-        except OSError as error:  # such as a full disk: the machine's fault
-            process_tree.end(token)
-            self.end("failed", f"{error.strerror}: {error.filename}")
-        finally:
-            self._clear(place)
+        self._follow(place, launch, token, stopping)
 
     # --- before the command starts ------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Attempt:
             )
         except OSError as error:
             raise Unusable(f"command.run: {launch.command[0]} cannot be started: {error.strerror}") from error
-        heard_at, heard = time.monotonic(), (0, 0)
+        heard_at, heard = time.monotonic(), (0, 0, self.step)
         limit = 60.0 * self.round.command.silence_minutes
         while True:
             code = popen.poll()  # before its lines are read, so that none is missed
@@ -224,9 +226,9 @@ class Attempt:
                 self._hear(self._lines(report, fallback, is_over=True), place)
                 self.end("stopped")
                 return
-            size = (_size(place.metrics), _size(place.log))
-            if size != heard:
-                heard_at, heard = time.monotonic(), size
+            now = (_size(place.metrics), _size(place.log), self.step)
+            if now != heard:
+                heard_at, heard = time.monotonic(), now
             elif time.monotonic() - heard_at > limit:
                 process_tree.end(token, popen)
                 self.end(
@@ -236,9 +238,7 @@ class Attempt:
             time.sleep(POLL_SECONDS)
         process_tree.end(token, popen)  # what it left behind
         if fallback.source is not None:
-            _log.warning(
-                "trial %d reported nothing; its evaluations are of %s", self.assignment.trial, fallback.source
-            )
+            _log.warning("the command reported nothing; its evaluations come from %s", fallback.source)
         self._judge(popen, report, place, kills, unread=fallback.unread)
 
     def _lines(self, report: MetricsFile, fallback: Fallback, *, is_over: bool) -> Iterator[Line]:
@@ -441,5 +441,9 @@ def _remove(path: Path, *, unless: Path | None) -> None:
 
 
 def tokens_of(round_folder: Path) -> list[str]:
-    """Return the tokens of all attempts that began in a round's folder."""
-    return [path.read_text() for path in round_folder.rglob("attempt-*/token")]
+    """Return the whole tokens of all attempts that began in a round's folder; a full disk cuts one short."""
+    found = []
+    for path in files_below(round_folder, "attempt-*/token"):
+        with contextlib.suppress(OSError):  # other workers of the round delete theirs
+            found.append(path.read_text())
+    return [token for token in found if process_tree.is_token(token)]

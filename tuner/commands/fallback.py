@@ -8,6 +8,7 @@ writes to.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,14 +55,14 @@ class Fallback:
         return {"step": step, "checkpoint": str(place), "processes": max(1, self.gpus) if has_several else 1}
 
     def _sources(self, states: Mapping[int, Path]) -> Iterator[tuple[str, Sequence[Said]]]:
-        for path in sorted(self.output.rglob("trainer_log.jsonl")):
-            lines = [_of_factory(said) for said in _parsed_lines(path)]
+        for path in files_below(self.output, "trainer_log.jsonl"):
+            lines = [_of_factory(said) for said in _parsed_lines(path) if "current_steps" in said]
             if self.objective.metric == _LOSS or any(self.objective.metric in line for line in lines):
                 yield path.name, lines
         if states:
             history = [_of_trainer(entry) for entry in _before_the_end(states[max(states)])]
             yield _STATE_FILE, [line for line in history if line["step"] > self.from_step]
-        if any(self.output.rglob(_EVENT_FILES)) and has_tensorboard():
+        if files_below(self.output, _EVENT_FILES) and has_tensorboard():
             yield "TensorBoard's event files", list(_of_events(self.output))
 
     def _unsaid(self, lines: Sequence[Said], kind: str) -> Iterator[Said]:
@@ -74,11 +75,17 @@ class Fallback:
     @property
     def unread(self) -> str | None:
         """Return what to do about logs that cannot be read here; None if there are none."""
-        if has_tensorboard() or not any(self.output.rglob(_EVENT_FILES)):
+        if has_tensorboard() or not files_below(self.output, _EVENT_FILES):
             return None
         return (
             "it wrote TensorBoard's event files, which tuner reads once the package tensorboard is installed"
         )
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    """Return the files whose path ends as the pattern says, in order; folders may be deleted meanwhile."""
+    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in found if path.match(pattern))
 
 
 def has_tensorboard() -> bool:
@@ -95,7 +102,7 @@ def _is_evaluation(line: Said) -> bool:
 def _states(output: Path) -> dict[int, Path]:
     """Return the readable `trainer_state.json` of whole checkpoints, by step: it is written last."""
     found = {}
-    for path in output.rglob(f"checkpoint-*/{_STATE_FILE}"):
+    for path in files_below(output, f"checkpoint-*/{_STATE_FILE}"):
         step = path.parent.name.partition("-")[2]
         if step.isdigit() and (_json(path) or {}).get("global_step") == int(step):
             found[int(step)] = path
@@ -114,9 +121,11 @@ def _parsed_lines(path: Path) -> Iterator[Said]:
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may not be whole
         if line.strip():
             try:
-                yield json.loads(line)
+                said = json.loads(line)
             except ValueError as error:
                 raise InputError(f"{path}: a line is not JSON: {error}") from error
+            if isinstance(said, dict):
+                yield said
 
 
 def _before_the_end(path: Path) -> Iterator[Said]:
@@ -149,7 +158,7 @@ def _of_events(output: Path) -> Iterator[Said]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    folders = sorted({path.parent for path in output.rglob(_EVENT_FILES)})
+    folders = sorted({path.parent for path in files_below(output, _EVENT_FILES)})
     training: dict[int, Said] = {}
     evaluated: dict[int, Said] = {}
     for folder in folders:

@@ -53,7 +53,7 @@ class FinishedRun:
 
 def read_runs(paths: Sequence[Path], objective: Objective) -> list[FinishedRun]:
     """Read every run in the paths: folders, their subfolders, or files. Raises InputError for none."""
-    found = [run for path in paths for run in _runs_in(path, objective)]
+    found = [run for path in paths for run in _readable(path, objective)]
     names = [run.name for run in found]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -65,6 +65,13 @@ def read_runs(paths: Sequence[Path], objective: Objective) -> list[FinishedRun]:
             "metric another name (--metric)?"
         )
     return found
+
+
+def _readable(path: Path, objective: Objective) -> list[FinishedRun]:
+    try:
+        return list(_runs_in(path, objective))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text") from error
 
 
 def _runs_in(path: Path, objective: Objective) -> Iterator[FinishedRun]:
@@ -203,8 +210,11 @@ def _of_rows(
     for at in range(len(rows)):
         said = {name: values[at] for name, values in columns.items() if name not in fixed}
         lines.append({name: value for name, value in said.items() if _is_number(value)})
-    for line in lines:
-        line["step"] = int(str(line["step"]).removesuffix(".0"))
+    for number, line in enumerate(lines, start=2):
+        step = line.get("step")
+        if step is None or not float(str(step)).is_integer():
+            raise InputError(f"{path}, row {number}: the step is not a whole number: {step}")
+        line["step"] = int(float(str(step)))
     rates = [float(str(value)) for value in columns.get("learning_rate", ()) if _is_number(value)]
     if rates:
         fixed["learning_rate"] = max(rates)

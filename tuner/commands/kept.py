@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def resolved(saved: SavedByCommand, *, output: Path, directory: Path) -> Path:
     """Return the reported checkpoint's place. Raises InputError for one outside the output folder."""
     inside = output.resolve()
     place = (directory / saved.path).resolve()
-    links = [place, *(path for path in place.rglob("*") if path.is_symlink())] if place.is_dir() else [place]
-    for path in links:
+    within = [Path(folder, name) for folder, *names in os.walk(place) for name in chain(*names)]
+    for path in [place, *(path for path in within if path.is_symlink())]:
         if not path.resolve().is_relative_to(inside) or path.resolve() == inside:
             raise InputError(
                 f"the command reported the checkpoint {saved.path}, which is not inside TUNER_OUTPUT_DIR "
@@ -150,14 +151,11 @@ def _full_disk(error: OSError) -> int | None:
 
 
 def _listing(source: Path) -> dict[str, tuple[int, int]]:
-    paths = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-    found = {}
-    for path in paths:
-        try:
-            found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{source}: changed while it was copied") from error
-    return found
+    try:
+        paths = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{source}: changed while it was copied") from error
 
 
 def read_kept(directory: Path, *, sha256: str | None) -> Kept:

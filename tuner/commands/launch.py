@@ -151,14 +151,17 @@ def placeholder_mistakes(spec: CommandSpec) -> Iterator[str]:
             "command.run: no hyperparameter reaches the command; add one of "
             + ", ".join(f'"${{{name}}}"' for name in _VALUES)
         )
-    for name in sorted(named - {*_VALUES, "output_dir"}):
-        known = ", ".join(f"${{{each}}}" for each in (*_VALUES, "output_dir"))
-        yield f"command.run: ${{{name}}} is unknown; expects one of {known}"
+    in_resume = set(_PLACEHOLDER.findall(" ".join(spec.resume)))
+    known = (*_VALUES, "output_dir")
+    for key, names, allowed in (("run", named, known), ("resume", in_resume, (*known, "resume_from"))):
+        for name in sorted(names - {*allowed}):
+            listed = ", ".join(f"${{{each}}}" for each in allowed)
+            yield f"command.{key}: ${{{name}}} is unknown; expects one of {listed}"
     if "config" in named and spec.config is None:
         yield "command.run: uses ${config}, but there is no file; add `config: FILE` under command"
     if spec.config is not None and "config" not in named:
         yield 'command.config: is not used; add "${config}" to command.run'
-    if spec.resume and "resume_from" not in _PLACEHOLDER.findall(" ".join(spec.resume)):
+    if spec.resume and "resume_from" not in in_resume:
         yield 'command.resume: expects "${resume_from}" in it, such as [--resume, "${resume_from}"]'
 
 

@@ -14,11 +14,13 @@ _OUT_OF_MEMORY = (
     "Cannot allocate memory", "HIP out of memory",
 )  # fmt: skip
 _OF_THE_MACHINE = (
-    "EADDRINUSE", "Address already in use", "No space left on device", "NCCL error", "NCCL timeout",
-    "ncclSystemError",
-    "Disk quota exceeded", "Stale file handle", "CUDA error: an illegal", "Connection refused",
-    "Connection reset",
+    "EADDRINUSE", "Address already in use", "No space left on device", "Disk quota exceeded",
+    "Stale file handle", "CUDA error: an illegal",
 )  # fmt: skip
+_OF_CONNECTIONS = (
+    "NCCL error", "NCCL timeout", "ncclSystemError", "Connection refused", "Connection reset",
+)  # fmt: skip
+"""The machine's, unless memory ran out: the other processes of a trial then say these, and so do retries."""
 _KILLED = (-9, 137)
 
 
@@ -62,12 +64,13 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
         return _ended_well(ending, max_train_steps, metric)
     if ending.disk_is_full:
         return Verdict("failed", f"{how}, and the disk is full{quoted(text)}")
-    for sign in _OF_THE_MACHINE:
-        if sign in text:
-            return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
-    for sign in _OUT_OF_MEMORY:
-        if sign in text:
-            return Verdict("infeasible", f"out of memory: {_line_with(sign, text)}")
+    of_the_machine = next((sign for sign in _OF_THE_MACHINE if sign in text), None)
+    memory = next((sign for sign in _OUT_OF_MEMORY if sign in text), None)
+    if of_the_machine is None and memory is not None:
+        return Verdict("infeasible", f"out of memory: {_line_with(memory, text)}")
+    sign = of_the_machine or next((sign for sign in _OF_CONNECTIONS if sign in text), None)
+    if sign is not None:
+        return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
     if ending.code in _KILLED and ending.killed_for_memory:
         return Verdict("infeasible", "out of memory: the system killed the command")
     if ending.code > 0 and ending.code not in (137, 143) and not ending.reported_before:

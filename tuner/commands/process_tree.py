@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -25,6 +26,11 @@ def new_token() -> str:
     """Return a token that names this worker process, which starts the attempt."""
     me = psutil.Process()
     return f"{me.pid}-{me.create_time():.2f}-{secrets.token_hex(8)}"
+
+
+def is_token(text: str) -> bool:
+    """Return whether a text is a whole token."""
+    return re.fullmatch(r"\d+-\d+\.\d+-[0-9a-f]{16}", text) is not None
 
 
 def is_orphaned(token: str) -> bool:

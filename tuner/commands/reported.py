@@ -110,7 +110,7 @@ class Curve:
             return None
         if not isinstance(path, str) or not path:
             raise self._wrong("checkpoint: expects a path, got", path)
-        return SavedByCommand(step, path, int(said.get("processes", 1)))
+        return SavedByCommand(step, path, int(self._number_in("processes", said.get("processes", 1))))
 
     def _number_in(self, name: str, raw: object) -> float:
         if isinstance(raw, bool) or not isinstance(raw, (int, float)):

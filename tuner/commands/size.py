@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,10 @@ def estimated_bytes(spec: RoundSpec, directory: Path) -> int | None:
     folder = directory / str(name)
     if name is None or not folder.is_dir():
         return None
-    shapes = dict(_shapes(folder))
+    try:
+        shapes = dict(_shapes(folder))
+    except (OSError, ValueError):  # such as a pointer of Git LFS in place of the weights
+        return None
     if not shapes:
         return None
     whole = sum(math.prod(shape) for shape in shapes.values())
@@ -93,6 +95,8 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """Yield names and shapes of a model's weights from the heads of its safetensors files."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError(f"{path}: is no safetensors file")
             head = json.loads(file.read(length))
         yield from ((name, about["shape"]) for name, about in head.items() if name != "__metadata__")

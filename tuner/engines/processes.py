@@ -62,7 +62,11 @@ def new_token() -> str:
 
 def with_token(token: str) -> Iterator[int]:
     """Yield this user's processes, of this numbering of processes, whose environment has a token."""
-    wanted, own, here = f"{TOKEN}={token}".encode(), os.getuid(), _numbering("self")
+    wanted, own = f"{TOKEN}={token}".encode(), os.getuid()
+    try:
+        here = _numbering("self")
+    except OSError:  # a system without /proc
+        return
     for place in Path("/proc").glob("[0-9]*"):
         try:
             is_ours = place.stat().st_uid == own and _numbering(place.name) == here

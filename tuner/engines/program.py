@@ -313,9 +313,9 @@ class Breaker:
 
 
 def cause_of(reason: str) -> str:
-    """Return what failures with one cause have in common: no numbers, and of a log the exception alone."""
+    """Return what failures with one cause have in common: no numbers, and of a log its last exception."""
     first, *tail = reason.splitlines() or [""]
-    raised = _EXCEPTION.search(tail[-1]) if tail else None
+    raised = next((found for line in reversed(tail) if (found := _EXCEPTION.search(line))), None)
     return re.sub(r"\d+", "#", first + (raised[0] if raised else ""))
 
 

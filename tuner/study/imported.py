@@ -88,8 +88,9 @@ def import_runs(
     if not taken:
         raise InputError(f"no run trains for {horizon} steps; {'; '.join(remarks)}")
     renamed = [_by_tuners_names(run, said, horizon) for run in taken]
-    taken = [run for run, _ in renamed]
     remarks += [remark for _, remark in renamed if remark is not None]
+    remarks += _decay_remark(taken, said)
+    taken = [run for run, _ in renamed]
     path = directory / f"{said.round}.yaml"
     if path.exists():
         raise InputError(f"{path}: exists; name another round with --round")
@@ -208,6 +209,17 @@ def _usable(run: FinishedRun, name: str, value: Any) -> Value:
 
 
 _STEPS = ("warmup_steps", "decay_steps", "num_decay_steps")
+
+
+def _decay_remark(runs: Sequence[FinishedRun], said: Said) -> Iterator[str]:
+    """Yield what is assumed of a Trainer's `warmup_stable_decay`, whose files do not say how it decays."""
+    given = said.values or {}
+    kinds = [given.get("lr_scheduler_type", run.hyperparameters.get("lr_scheduler_type")) for run in runs]
+    if "warmup_stable_decay" in kinds and "schedule" not in given:
+        yield (
+            "warmup_stable_decay is read with a linear decay, but a Trainer's own default is a cosine: "
+            "unless the runs had decay_type: linear, leave lr_scheduler_type out: the schedule stays unknown"
+        )
 
 
 def _peak(rates: Mapping[int, float], values: Mapping[str, Value], horizon: int) -> float | None:

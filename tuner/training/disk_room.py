@@ -113,7 +113,7 @@ class DiskRoom:
             self._beat("waiting for room on the disk")
             self._sleep(_LOOK_SECONDS)
         if has_said and not self._is_closed():
-            self._tell(f"there is room again: training goes on after {self._clock() - begun:.0f} s")
+            self._tell(f"there is room again: training resumes after {self._clock() - begun:.0f} s")
 
     def _tell(self, text: str) -> None:
         _log.warning("%s", text)

@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from tuner.engines.devices import gpu_meter, open_nvml, visible_devices
+from tuner.engines.processes import TOKEN
 from tuner.engines.ray.alike import NodeFacts, module_digest, versions
 from tuner.engines.ray.node_files import NodeFiles, hub_commit, needed_digest
 from tuner.report.format import GpuReading
@@ -30,7 +31,7 @@ LEASE_SECONDS = 45.0
 """A host that hears nothing from its parent for so long ends its worker."""
 CLOSE_SECONDS = 15.0
 """From the end of a worker's input until it is killed."""
-WORKER_TOKEN = "TUNER_WORKER"
+WORKER_TOKEN = TOKEN
 """Environment variable by which a worker, and what it starts, is recognised: `JOB.SESSION.NUMBER`."""
 
 _MAX_LINES = 1000

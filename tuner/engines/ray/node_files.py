@@ -83,7 +83,7 @@ class NodeFiles:
 
     def own_copy(self, token: str, path: Path) -> Path:
         """As `Host.own_copy`."""
-        copy = self.work(token) / path.name
+        copy = self.work(token) / "study" / path.name
         shutil.copytree(path, copy, dirs_exist_ok=True)
         return copy
 

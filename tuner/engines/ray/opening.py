@@ -282,7 +282,3 @@ def job_token(directory: Path) -> str:
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(8))
     return path.read_text().strip()
-
-
-def _key(path: Path) -> str:
-    return sha256(str(path).encode()).hexdigest()[:16]
