@@ -123,6 +123,7 @@ class TestStatus:
             "seconds_left",
             "overfitting",
             "throughput",
+            "throughput_by_node",
         ]
         assert (shown["branches_left"], shown["throughput"]) == (0, None)
         assert shown["state"] == "complete"
