@@ -89,9 +89,7 @@ def test_what_was_found_has_the_numbers() -> None:
 def test_a_base_that_could_not_be_measured_is_not_compared_with() -> None:
     losses = [synthetic.evaluation(0, math.nan), synthetic.evaluation(5, 2.0)]
     report = synthetic.report(trials_of_round=[synthetic.trial(0, 1e-4, evaluations=losses)], promised=1)
-    said = " ".join(advice.found(report))
-    assert "The base model was not evaluated" in said
-    assert said.count("base model") == 1, "nothing is compared with it"
+    assert "base model" not in " ".join(advice.found(report))
     assert advice.key_numbers(report)[0] == ("best evaluation loss", "2.0000", "trial 0")
 
 
