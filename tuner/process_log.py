@@ -41,7 +41,7 @@ class _Lines(logging.Formatter):
 
 
 class _Quiet(RotatingFileHandler):
-    """A file that may not be writable, for want of room: the round goes on without its log."""
+    """A log that ignores write errors: a full disk costs lines of the log, not the round."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Do nothing."""

@@ -268,7 +268,9 @@ def test_tuners_own_keep_nothing_in_their_groups(kind: str) -> None:
 
 @pytest.mark.parametrize("name", registry.BUILT_IN["optimizer"])
 def test_what_is_asked_of_a_custom_optimizer_holds_of_each_built_in(name: str) -> None:
-    refuse_bad_optimizer(tiny.hyperparameters(optimizer=name), device=CPU)
+    chosen = tiny.hyperparameters(optimizer=name)
+    refuse_bad_optimizer(chosen, device=CPU)
+    assert chosen == tiny.hyperparameters(optimizer=name), "what it tries leaves the trial as it is"
 
 
 LARGE = {f"layer.{n}": (torch.randn(16, 300 + n), torch.randn(290 + 7 * n, 16)) for n in range(6)}

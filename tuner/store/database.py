@@ -191,7 +191,7 @@ def optuna_arguments(url: str) -> dict[str, Any]:
 def _follow_file(engine: Engine, path: Path) -> None:
     """Let connections use the file that has the name now, and never create one.
 
-    SQLite would go on with a file that was deleted or replaced, and what it writes there is lost.
+    SQLite would keep writing to a file that was deleted or replaced, and those writes would be lost.
     """
 
     def inode() -> int:
