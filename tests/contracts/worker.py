@@ -162,6 +162,7 @@ class WorkerContract:
         last = worker.events(0.0)
         assert [e.outcome for e in last if isinstance(e, Ended)] == ["stopped"]
         worker.close()  # a second time is no error
+        worker.stop(assignment(directory, 0).run)  # nor is a trial that it does not hold any more
 
 
 def assignment(directory: Path, trial: int, *, steps: int = 6) -> Assignment:

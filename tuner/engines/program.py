@@ -165,8 +165,9 @@ class ProgramWorker:
         self._order({"order": "start", "assignment": to_json(assignment)})
 
     def stop(self, run: RunId) -> None:
-        """Ask a run to save and stop."""
-        self._order({"order": "stop", "run": to_json(run)})
+        """Ask a run to save and stop; one that died with its process needs no asking."""
+        if run in self._held:
+            self._order({"order": "stop", "run": to_json(run)})
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """Return the events since the last call; wait up to the timeout for the first."""

@@ -60,7 +60,10 @@ class Worker(Protocol):
         ...
 
     def stop(self, run: RunId) -> None:
-        """Ask a run to save and stop; its `Ended` with outcome `stopped` follows."""
+        """Ask a run to save and stop; its `Ended` with outcome `stopped` follows.
+
+        Of a run that it does not hold any more, since it ended or died, nothing is asked.
+        """
         ...
 
     def events(self, timeout_seconds: float) -> list[Event]:
