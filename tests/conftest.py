@@ -22,9 +22,7 @@ hypothesis.settings.load_profile("same")
 TESTS = Path(__file__).parent
 COVERING = frozenset({"playbook", "config", "store", "study", "cli"})
 """The tests that cover `make test`'s four rooms."""
-FORKING = frozenset(
-    {"api", "benchmarks", "cli", "docs", "inference", "methods", "recorded", "report", "study"}
-)
+FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods", "recorded", "study"})
 """The tests whose workers are forks: how a worker starts is none of their subjects."""
 
 

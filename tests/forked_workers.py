@@ -1,8 +1,8 @@
 """Worker programs that start at once, as forks of a process that has loaded the libraries.
 
-Loading torch, transformers and peft takes a worker five seconds of CPU, and hundreds of tests start one. What a
-fork is asked to do, its pipes, its number and its exit are those of `python -m tuner.training`, and tuner
-itself it loads from scratch. Engines, faults and commands are tested with processes of their own.
+Loading torch, transformers and peft takes a worker five seconds of CPU, and hundreds of tests start one.
+What a fork is asked to do, its pipes, its number and its exit are those of `python -m tuner.training`, and
+tuner itself it loads from scratch. Engines, faults and commands are tested with processes of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.faults.warm import run_module, send_request, take_over, take_request
 ROOT = Path(__file__).parents[1]
 PROGRAM = "tuner.training"
 _OF_TUNER = {"PYTHONPATH", "_TUNER_WORKER", "PYTEST_CURRENT_TEST", "COLUMNS", "CUDA_VISIBLE_DEVICES"}
-"""Variables that no library reads while it is loaded; with others that differ, a worker is started as always."""
+"""Variables that no library reads while it is loaded; where others differ, a worker starts as always."""
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _SET_CHILD_SUBREAPER = 36
 
