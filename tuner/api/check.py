@@ -20,12 +20,11 @@ from tuner.commands.size import estimated_bytes
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
-    load_metric,
     load_tokenizer,
     refuse_tokens_beyond,
-    try_metric,
+    refuse_unlike_metric,
 )
-from tuner.data.answer_metrics import METRIC_KEY
+from tuner.data.answer_metrics import EXACT_MATCH, METRIC_KEY, shown_metric
 from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
@@ -200,7 +199,7 @@ def _plan(
         tokenizer = load_tokenizer(model)
     data = prepare(spec, round_plan.cache, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
-    _refuse_metric(round_plan, data)
+    _refuse_metric(round_plan)
     changed = changed_model(round_plan, model_fingerprint(spec.model))
     look(data, tokenizer)
 
@@ -320,12 +319,12 @@ def two_digits_up(number: float) -> int:
     return math.ceil(number / unit) * unit
 
 
-def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
-    """Raise RoundFileError now, not hours into a run, if answers cannot be compared as configured."""
+def _refuse_metric(plan: StudyPlan) -> None:
+    """Raise RoundFileError if the source of the metric of answers shows that it is none."""
     if plan.absolute.evaluation.answers is None:
         return
     try:
-        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.eval_prompts[0])
+        refuse_unlike_metric(plan.absolute.evaluation.answers.metric)
     except MetricError as error:
         said = str(error).removeprefix(f"{METRIC_KEY}: ")
         raise RoundFileError(
@@ -375,6 +374,9 @@ def _unchecked(spec: RoundSpec) -> list[str]:
         others.insert(1, ("metric", spec.objective.metric))
     foreign = sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
     methods = [name for _, name in spec.unloaded]
+    answers = spec.evaluation.answers
+    if answers is not None and answers.metric != EXACT_MATCH:
+        methods.append(shown_metric(answers.metric))
     return [*methods, *foreign, *(name for kind, name in others if not is_built_in(kind, name))]
 
 

@@ -37,7 +37,7 @@ from tuner.training.memory_budget import (
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.worker_state import WorkerState, load_generation_eval
+from tuner.training.worker_state import WorkerState, generation_eval, tried_metric
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def load_worker_state(
     chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
     data = prepare(spec, tokenizer, cache, say)
+    answers = spec.evaluation.answers
+    compare = None if answers is None else tried_metric(answers, data.eval_prompts)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots)
     state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
-    if spec.evaluation.answers is not None:
-        state.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
-        )
+    if answers is not None and compare is not None:
+        state.generation_eval = generation_eval(answers, compare, data.eval_prompts, state.base, tokenizer)
     if base_evaluation is None:
         say(f"evaluating the base model on {len(data.evaluation):,} rows")
         with explain_out_of_memory(state.pack.num_slots):
