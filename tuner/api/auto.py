@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from tuner.api.generate import score_at_the_end
 from tuner.api.run import Prepare, Tell, has_begun
-from tuner.config import RoundFile, edit_round, read_round
-from tuner.errors import InputError, Interrupted, TunerError
+from tuner.config import RoundFile, edit_round, read_round, without_secrets
+from tuner.errors import InputError, Interrupted, RoundStopped, StorageAway, TunerError
 from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
 from tuner.playbook.sweep import (
     PERFECT_ACCURACY,
@@ -22,12 +24,13 @@ from tuner.playbook.sweep import (
     SweepProblem,
     answer_without_a_sweep,
 )
-from tuner.store import hold_study
+from tuner.store import exists, hold_study
 from tuner.study.check import mean
 from tuner.study.dashboard import next_name
 from tuner.study.disk import taken_back
 from tuner.study.folder import is_dry_run, open_folder, opened
 from tuner.study.lookup import begun_round, find_trial
+from tuner.study.outage import Waiting
 from tuner.study.plan import RoundPlan
 from tuner.study.promotion import (
     Overrides,
@@ -39,6 +42,8 @@ from tuner.study.promotion import (
 )
 from tuner.study.results import earlier_results, reading_of
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
+
+T = TypeVar("T")
 
 MOST_EPOCHS = 1_000_000
 
@@ -156,6 +161,8 @@ class Automatic:
     """How often to restart from the shortest horizon."""
     has_deadline: bool = False
     """Whether the caller limits the time."""
+    say: Callable[[str], None] = lambda text: None
+    """Receives messages between two rounds."""
     last: RoundFile | None = None
     """The latest round that has started."""
 
@@ -165,19 +172,11 @@ class Automatic:
         Raises InputError for a round of a sweep, Interrupted when asked to stop, and what running raises.
         """
         refuse_sweep(self.first)
+        file = _latest(self.first)
+        self._run(file)
         while True:
-            file = _latest(self.first)
-            try:
-                self.run(file)
-            finally:
-                if has_begun(file):
-                    self.last = file
-            follows = _next_horizon(file, has_deadline=self.has_deadline)
-            written: PromotedRound | str | None = None
-            if self.restarts > 0:
-                written = self._next_with_restarts(file)
-            elif not isinstance(follows, Enough):
-                written = self._promote(file, follows)
+            follows, written = self._through(file, partial(self._follow, file))
+            self.last = file
             if not isinstance(written, PromotedRound):
                 reason = written or (follows.reason if isinstance(follows, Enough) else "")
                 taught_nothing = isinstance(follows, Enough) and follows.taught_nothing
@@ -185,6 +184,42 @@ class Automatic:
             self.promoted(written.document)
             if self.stopping():
                 raise Interrupted(f"{file.spec.round} is complete and {written.path.name} is written")
+            file = self._through(file, lambda: _latest(self.first))
+            self._through(file, partial(self._run, file))
+
+    def _run(self, file: RoundFile) -> None:
+        try:
+            self.run(file)
+        finally:
+            with suppress(StorageAway):
+                if has_begun(file):
+                    self.last = file
+
+    def _follow(self, file: RoundFile) -> tuple[int | Enough, PromotedRound | str | None]:
+        """Return what follows a complete round, and the next round if its file is written."""
+        follows = _next_horizon(file, has_deadline=self.has_deadline)
+        if self.restarts > 0:
+            return follows, self._next_with_restarts(file)
+        return follows, None if isinstance(follows, Enough) else self._promote(file, follows)
+
+    def _through(self, file: RoundFile, act: Callable[[], T]) -> T:
+        """Return what `act` does, and do it again while the database is away, as a running round does.
+
+        Only after a round has run: before, a database that is not there is a mistake. Raises RoundStopped
+        once it has been away for too long.
+        """
+
+        def there() -> T:
+            storage = RoundPlan(file).absolute.storage
+            if not exists(storage):
+                raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
+            return act()
+
+        waiting = Waiting(file.spec.run.storage_seconds, self.say, self.stopping)
+        try:
+            return waiting.through(there)
+        except StorageAway as error:
+            raise RoundStopped(f"{error}. Earlier records are kept. Fix the problem") from error
 
     def score_the_best(self, enough: Enough, prepare: Prepare, tell: Tell) -> str | None:
         """Score the study's best trial on `data.test`, once, if the rounds ended without an interruption.

@@ -161,6 +161,7 @@ def run_rounds(path: Path, *, duration: str | None, restarts: int = 0, where: Wh
             stopping=stopping,
             restarts=restarts,
             has_deadline=duration is not None,
+            say=_tell,
         )
         enough = rounds.run_until_enough()
         ended = replace(ended, reason=enough.reason, taught_nothing=enough.taught_nothing)
