@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -37,7 +38,7 @@ from tuner.engines.ray.remote import (
     RemoteProcess,
     Unavailable,
 )
-from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen
+from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen, until_room
 from tuner.errors import InputError
 from tuner.records import Died, Ended, Evaluated, Saved, Started
 from tuner.whole import digest
@@ -681,6 +682,28 @@ class TestFiles:
         fetch(call, target, back, sha256=digest(model))
         assert (back / "weights").read_bytes() == (model / "weights").read_bytes()
         assert [path.name for path in back.parent.iterdir()] == ["back"]
+
+    @pytest.mark.parametrize(("full_seconds", "patience"), [(0.0, 0.0), (3.0, 60.0), (1e9, 60.0)])
+    def test_a_checkpoint_is_copied_again_while_this_disk_is_full(
+        self, full_seconds: float, patience: float
+    ) -> None:
+        now, copied = [0.0], []
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        def copy() -> None:
+            if now[0] < full_seconds:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            copied.append(now[0])
+
+        if full_seconds > patience:
+            with pytest.raises(OSError, match="No space left"):
+                until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert now == [patience]
+        else:
+            until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert copied == [full_seconds]
 
     def test_a_host_deletes_only_below_its_scratch_folder(self, host: Host, model: Path) -> None:
         with pytest.raises(ValueError, match="not below"):

@@ -104,7 +104,14 @@ def run_round(
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
-        watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
+        watch = DiskWatch(
+            disk,
+            ready,
+            plan.spec.run.storage_seconds,
+            workers_pause=_pause_by_themselves(worker, ready),
+            say=view.message,
+            stopping=stopping,
+        )
         with _outside_failures(watch):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
@@ -174,10 +181,9 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
-def _disk_patience_seconds(plan: RoundPlan, worker: Worker, ready: Ready) -> float:
-    """Return how long this machine's disk may be full: not at all where trials train on meanwhile."""
-    pauses = isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
-    return plan.spec.run.storage_seconds if pauses else 0.0
+def _pause_by_themselves(worker: Worker, ready: Ready) -> bool:
+    """Return whether trials pause where this machine's disk is full: packed ones that train on it."""
+    return isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
 
 
 @contextmanager

@@ -93,7 +93,10 @@ class Opener:
         where = {"node": node.name, "worker": seat.token}
         if facts.gpus and self._gpus_per_worker:
             where["gpu"] = ",".join(facts.gpus)
-        launch = partial(RemoteProcess, host, places, token=seat.token, environment=where)
+        patience = spec.run.storage_seconds
+        launch = partial(
+            RemoteProcess, host, places, token=seat.token, environment=where, patience_seconds=patience
+        )
         program = _with_model(self.job.program, places.there.get(spec.model.path), revision)
         return ProgramWorker(program, launch)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuner.engines.ray.host import Heard
-from tuner.engines.ray.transfer import fetch, fetch_file, give_back
+from tuner.engines.ray.transfer import fetch, fetch_file, give_back, until_room
 from tuner.records import Died, event_to_json
 from tuner.report.format import GpuReading
 from tuner.whole import digest
@@ -202,9 +202,17 @@ class RemoteProcess:
     """
 
     def __init__(
-        self, host: RemoteHost, places: Places, *, token: str, environment: Mapping[str, str]
+        self,
+        host: RemoteHost,
+        places: Places,
+        *,
+        token: str,
+        environment: Mapping[str, str],
+        patience_seconds: float = 600.0,
     ) -> None:
+        """`patience_seconds` is how long this machine's disk may be full."""
         self.host = host
+        self._patience_seconds = patience_seconds
         self.places = places
         """Where the node has what the parent names."""
         self._token = token
@@ -326,7 +334,9 @@ class RemoteProcess:
             if target.is_dir() and digest(target) == sha256:
                 break
             try:
-                fetch(self.host.call, source, target, sha256=sha256)
+                until_room(
+                    lambda: fetch(self.host.call, source, target, sha256=sha256), self._patience_seconds
+                )
             except (HostFailed, ValueError):
                 if not left:
                     raise
@@ -339,7 +349,8 @@ class RemoteProcess:
             return
         for name, size in self.host.call("listing", left):
             if name.endswith(".log"):
-                fetch_file(self.host.call, f"{left}/{name}", self.places.here(left) / name, size)
+                with suppress(OSError):  # a full disk costs a log, not the trial
+                    fetch_file(self.host.call, f"{left}/{name}", self.places.here(left) / name, size)
         self.host.call("delete", left)
 
     def _clean_up(self) -> None:

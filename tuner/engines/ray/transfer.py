@@ -5,6 +5,7 @@ What arrives gets its name once it is whole and its hash is right: see `node_fil
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -199,6 +200,27 @@ def fetch(call: Call, source: str, target: Path, *, sha256: str) -> None:
         synced(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
+
+
+def until_room(
+    copy: Callable[[], None],
+    patience_seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Copy, and again while this machine's disk is full; the round says meanwhile what it waits for.
+
+    Raises OSError once that has lasted too long.
+    """
+    until = clock() + patience_seconds
+    while True:
+        try:
+            return copy()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or clock() >= until:
+                raise
+        sleep(1.0)
 
 
 def fetch_file(call: Call, source: str, target: Path, size: int) -> None:
