@@ -335,7 +335,7 @@ def test_one_that_stays_away_ends_it_and_the_same_call_goes_on(study: Path) -> N
             database.rename(study / "away.db")
 
     said: list[str] = []
-    with pytest.raises(RoundStopped, match="is gone; put it back. Earlier records are kept") as stopped:
+    with pytest.raises(RoundStopped, match=r"is gone; put it back\. Earlier records are kept") as stopped:
         between_rounds(study, go_away, said).run_until_enough()
     assert stopped.value.exit_code == 1
     assert not stays[0].exists(), "no database is begun in its place"

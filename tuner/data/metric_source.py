@@ -30,7 +30,7 @@ def refuse_unlike_metric(name: str) -> None:
 
 
 def _source_of_module(name: str, *, shown: str) -> Path | None:
-    """Return the file of a module; None if it has none in Python. Raises MetricError if there is no module."""
+    """Return the file of a module; None if it has none in Python. Raises MetricError if there is none."""
     spec: ModuleSpec | None = None
     places: Sequence[str] | None = None
     parts = name.split(".")

@@ -315,9 +315,9 @@ class DiskWatch:
     def _is_short_for_good(self, found: str | None) -> bool:
         begun = self.clock()
         self.say(
-            f"warning: no disk: {found}. No trial is started and nothing is recorded until there is room, for "
-            f"up to {duration(self.patience_seconds)} (run.storage_patience); what running trials report waits. "
-            "Free some space"
+            f"warning: no disk: {found}. No trial is started and nothing is recorded until there is room, "
+            f"for up to {duration(self.patience_seconds)} (run.storage_patience); what running trials report "
+            "waits. Free some space"
         )
         while found is not None and not self.stopping():
             if self.clock() - begun >= self.patience_seconds:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tuner.engines.ray.host import Heard
 from tuner.engines.ray.transfer import fetch, fetch_file, give_back, until_room
+from tuner.process_log import halved
 from tuner.records import Died, event_to_json
 from tuner.report.format import GpuReading
 from tuner.whole import digest
@@ -143,6 +144,7 @@ class RemoteHost:
     def _write_log(self, part: bytes) -> None:
         if part:
             self._log_bytes += len(part)
+            halved(self.log)
             with suppress(OSError), self.log.open("ab") as file:  # a full disk costs a log, not the round
                 file.write(part)
 
