@@ -121,7 +121,7 @@ class _Said(logging.Handler):
 
 def begin_worker(round_name: str) -> None:
     """Let everything that this worker process logs go to standard error, which its parent keeps as a file."""
-    sys.stderr = _Harmless(sys.stderr)  # type: ignore[assignment]
+    sys.stderr = _Harmless(sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(round_name))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -24,6 +24,7 @@ from tuner.data import (
     refuse_tokens_beyond,
     refuse_unlike_metric,
 )
+from tuner.data import prepare as prepare_rows
 from tuner.data.answer_metrics import EXACT_MATCH, METRIC_KEY, shown_metric
 from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
@@ -45,6 +46,7 @@ from tuner.study.run import (
     changed_model,
     load_plug_ins,
     other_workload,
+    recorded_data,
     recorded_workload,
     refuse_changed_file,
     refuse_lost_database,
@@ -198,6 +200,7 @@ def _plan(
     with _naming_the_probe(spec.model, prober):
         tokenizer = load_tokenizer(model)
     data = prepare(spec, round_plan.cache, tokenizer)
+    data, rows_changed = _rows_of_the_round(round_plan, data, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
     _refuse_metric(round_plan)
     changed = changed_model(round_plan, model_fingerprint(spec.model))
@@ -215,7 +218,7 @@ def _plan(
     probed: list[str] = []
     if prober is not None:
         plan, base, probed = _probed(round_plan, plan, prober)
-    remarks = [*_remarks(spec, data), *([changed] if changed and prober is None else [])]
+    remarks = [*_remarks(spec, data), *rows_changed, *([changed] if changed and prober is None else [])]
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
@@ -229,6 +232,20 @@ def _plan(
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
     return plan, [*remarks, *_disk_remarks(round_plan, plan)]
+
+
+def _rows_of_the_round(
+    plan: StudyPlan, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreparedData, list[str]]:
+    """Return what a started round trains on, and a remark where rows elsewhere have changed since."""
+    known = recorded_data(plan)
+    if known in (None, data.fingerprint):
+        return data, []
+    before = prepare_rows(plan.absolute, tokenizer, plan.cache, known=known)
+    if before.fingerprint != known:
+        return data, []
+    said = f"rows elsewhere have changed since {plan.name} started; it goes on with those in {plan.cache}"
+    return before, [f"warning: {said}"]
 
 
 @contextmanager

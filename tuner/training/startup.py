@@ -54,15 +54,17 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
     names: Mapping[str, str] | None = None,
+    known_data: str | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
     `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
-    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
+    here -> the user's path or Hub id. `known_data` is the fingerprint of the round's data, if it has begun.
+    Raises InputError if model, data or metric cannot be used.
     """
     chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, cache, say)
+    data = prepare(spec, tokenizer, cache, say, known=known_data)
     answers = spec.evaluation.answers
     compare = None if answers is None else tried_metric(answers, data.eval_prompts)
     say(f"loading {spec.model.path}")

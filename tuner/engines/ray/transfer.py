@@ -20,10 +20,13 @@ from typing import Any
 
 from tuner.engines.ray.node_files import needed_files
 from tuner.errors import InputError
+from tuner.process_log import halved
 from tuner.report.format import size as readable
 from tuner.whole import digest, digest_of, synced
 
 CHUNK_BYTES = 16 * 1024**2
+MOST_LOG_BYTES = 4 * 1024**2
+"""Of a node's log at once."""
 _MAGIC = re.compile(r"[*?\[]")
 
 Call = Callable[..., Any]
@@ -221,6 +224,23 @@ def until_room(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or clock() >= until:
                 raise
         sleep(1.0)
+
+
+def fetch_more(call: Call, source: str, target: Path, size: int, taken: int) -> int:
+    """Add to a log what a node's has more than `taken` bytes; return how much of it is taken now.
+
+    Of much at once, the beginning is left out.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    halved(target)
+    with target.open("wb" if taken == 0 else "ab") as file:
+        if size - taken > MOST_LOG_BYTES:
+            file.write(f"... {size - taken - MOST_LOG_BYTES} bytes are left out ...\n".encode())
+            taken = size - MOST_LOG_BYTES
+        while taken < size and (chunk := call("read_chunk", source, taken, min(CHUNK_BYTES, size - taken))):
+            file.write(chunk)
+            taken += len(chunk)
+    return taken
 
 
 def fetch_file(call: Call, source: str, target: Path, size: int) -> None:
