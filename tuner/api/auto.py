@@ -49,24 +49,35 @@ MOST_EPOCHS = 1_000_000
 
 
 def sweep_round(
-    file: RoundFile, *, epochs: float | None, run: Callable[[RoundFile], None], prepare: Prepare, tell: Tell
+    file: RoundFile,
+    *,
+    epochs: float | None,
+    run: Callable[[RoundFile], None],
+    prepare: Prepare,
+    tell: Tell,
+    say: Tell = lambda text: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FirstHorizon | ComputeBound:
     """Start or resume a sweep and write its result into the round file.
 
     `epochs` sets `run.production_steps`, which is written with the result. `run` starts or resumes a round;
-    `tell` receives what was found and written. Raises TunerError if the sweep gives no result, and what
-    running raises.
+    `tell` receives what was found and written, `say` why it waits between two rounds, which `stopping` ends.
+    Raises TunerError if the sweep gives no result, and what running raises.
     """
     file.spec.require_model("study sweep fits training rows")
     if epochs is not None:
         file = _with_epochs(file, epochs, prepare, tell)
     answer: SweepDecision | None = _answer_at_once(file, prepare)
+    has_run = False
     while answer is None:
-        found = next_sweep(file)
-        if isinstance(found, RoundFile):
-            _run(found, run)
-        else:
+        found = _through(file, partial(next_sweep, file), say, stopping) if has_run else next_sweep(file)
+        if not isinstance(found, RoundFile):
             answer = found
+        elif has_run:
+            _through(file, partial(_run, found, run), say, stopping)
+        else:
+            _run(found, run)
+            has_run = True
     if isinstance(answer, SweepProblem):
         raise TunerError(answer.message)
     assert isinstance(answer, (FirstHorizon, ComputeBound))
@@ -104,6 +115,8 @@ def _with_epochs(file: RoundFile, epochs: float, prepare: Prepare, tell: Tell) -
 def _run(found: RoundFile, run: Callable[[RoundFile], None]) -> None:
     try:
         run(found)
+    except StorageAway:
+        raise
     except InputError:
         if not has_begun(found):
             found.path.unlink(missing_ok=True)
@@ -142,6 +155,25 @@ def _say_and_write(file: RoundFile, answer: FirstHorizon | ComputeBound, tell: T
     found = with_first_horizon(file, answer)
     write_round_file(file.path, found.text, force=True, advice="")
     tell(f"wrote {file.path}: max_train_steps {before} -> {found.spec.max_train_steps}")
+
+
+def _through(file: RoundFile, act: Callable[[], T], say: Tell, stopping: Callable[[], bool]) -> T:
+    """Return what `act` does, and do it again while the database is away, as a running round does.
+
+    Only after a round has run: before, a database that is not there is a mistake. Raises RoundStopped once it
+    has been away for too long.
+    """
+
+    def there() -> T:
+        storage = RoundPlan(file).absolute.storage
+        if not exists(storage):
+            raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
+        return act()
+
+    try:
+        return Waiting(file.spec.run.storage_seconds, say, stopping).through(there)
+    except StorageAway as error:
+        raise RoundStopped(f"{error}. Earlier records are kept. Fix the problem") from error
 
 
 @dataclass
@@ -203,23 +235,7 @@ class Automatic:
         return follows, None if isinstance(follows, Enough) else self._promote(file, follows)
 
     def _through(self, file: RoundFile, act: Callable[[], T]) -> T:
-        """Return what `act` does, and do it again while the database is away, as a running round does.
-
-        Only after a round has run: before, a database that is not there is a mistake. Raises RoundStopped
-        once it has been away for too long.
-        """
-
-        def there() -> T:
-            storage = RoundPlan(file).absolute.storage
-            if not exists(storage):
-                raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
-            return act()
-
-        waiting = Waiting(file.spec.run.storage_seconds, self.say, self.stopping)
-        try:
-            return waiting.through(there)
-        except StorageAway as error:
-            raise RoundStopped(f"{error}. Earlier records are kept. Fix the problem") from error
+        return _through(file, act, self.say, self.stopping)
 
     def score_the_best(self, enough: Enough, prepare: Prepare, tell: Tell) -> str | None:
         """Score the study's best trial on `data.test`, once, if the rounds ended without an interruption.

@@ -201,6 +201,8 @@ def sweep_file(
             run=lambda found: run_shown(found, where, stopping=stopping),
             prepare=prepared,
             tell=typer.echo,
+            say=_tell,
+            stopping=stopping,
         )
         answered = file.path
     return (f"tuner study run {shlex.quote(path.name)}" if answered else command), answered
