@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,13 +17,12 @@ import tuner
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
 from tests.studies import QUICKSTART, round_file
-from tuner.commands.check import files_outside
-from tuner.config import RoundSpec
+from tuner.config import load_round
 from tuner.engines import Job, Program
 from tuner.engines.ray.alike import NodeFacts
 from tuner.engines.ray.host import Host
 from tuner.engines.ray.nodes import Node, NodeRecords, seats
-from tuner.engines.ray.opening import inputs, job_token
+from tuner.engines.ray.opening import files_outside, inputs, job_token
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
 from tuner.errors import InputError, RoundStopped
@@ -492,9 +490,8 @@ def test_what_a_command_names_outside_of_its_folder(tmp_path: Path) -> None:
         "/no/such",
         "..",
     ]
-    command = {"run": [*words, f"--to={tmp_path}"], "tool": "none"}
-    spec = RoundSpec.model_validate(
-        {**yaml.safe_load(COMMAND_ROUND), "command": command, "storage": f"sqlite:///{study}/tuner.db"}
+    (study / "round1.yaml").write_text(
+        COMMAND_ROUND.replace('[python, train.py, "--words=OUTSIDE/words.txt", "${args}"]', json.dumps(words))
     )
-    found = list(files_outside(spec, study))
+    found = list(files_outside(load_round(study / "round1.yaml").spec, study))
     assert found == [("../other/file", other / "file"), (str(other), other)]

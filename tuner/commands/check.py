@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
 from tuner.config import CommandSpec, RoundSpec
+from tuner.config.command_section import value_of
 from tuner.errors import InputError
 from tuner.methods.tools import Mistaken, options_of, tool
 from tuner.methods.tools.transformers import batch_mistake
@@ -70,31 +70,6 @@ def remarks(spec: RoundSpec) -> Iterator[str]:
         )
 
 
-def files_outside(spec: RoundSpec, directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield what a command names outside of the round file's folder that is here: as written, and its path.
-
-    Its program is not among them: every machine has its own.
-    """
-    command = _command(spec)
-    words = [*command.run[1:], *command.resume, *([command.config] if command.config else [])]
-    seen: set[str] = set()
-    for whole in words:
-        word = _named(whole)
-        path = Path(os.path.normpath(directory / word))
-        if word in seen or not word or "$" in word or not ("/" in word and path.exists()):
-            continue
-        if path.is_relative_to(directory) or directory.is_relative_to(path):
-            continue
-        if path.is_file() or path.is_dir():
-            seen.add(word)
-            yield word, path
-
-
-def _named(word: str) -> str:
-    """Return the value of a word `--name=value`, or the word itself."""
-    return word.partition("=")[2] if word.startswith("-") else word
-
-
 def workload(spec: RoundSpec, directory: Path, *, names: Mapping[str, str] | None = None) -> str:
     """Return the fingerprint of what is held fixed: command, configuration, scripts and number of GPUs.
 
@@ -117,7 +92,7 @@ def _as_written(run: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """Return a command's words with the paths that the round file has."""
     places = sorted(names, key=len, reverse=True)
     found = {
-        part: next((here for here in places if f"{_named(part)}/".startswith(f"{here}/")), None)
+        part: next((here for here in places if f"{value_of(part)}/".startswith(f"{here}/")), None)
         for part in run
     }
     return [part if (here := found[part]) is None else part.replace(here, names[here], 1) for part in run]

@@ -15,8 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tuner.commands.check import files_outside
 from tuner.config import RoundSpec
+from tuner.config.command_section import value_of
 from tuner.engines.program import ProgramWorker
 from tuner.engines.protocol import Job, Program
 from tuner.engines.ray.alike import NodeFacts, differences, own_modules
@@ -278,6 +278,27 @@ def inputs(spec: RoundSpec) -> Iterator[tuple[str, Parcel]]:
     answers = spec.evaluation.answers
     if answers is not None and (path := Path(answers.metric.rpartition(":")[0])).is_absolute():
         yield "evaluation.answers.metric", Parcel.of(path)
+
+
+def files_outside(spec: RoundSpec, directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield what a command names outside of the round file's folder that is here: as written, and its path.
+
+    Its program is not among them: every machine has its own.
+    """
+    command = spec.command
+    assert command is not None
+    words = [*command.run[1:], *command.resume, *([command.config] if command.config else [])]
+    seen: set[str] = set()
+    for whole in words:
+        word = value_of(whole)
+        path = Path(os.path.normpath(directory / word))
+        if word in seen or not word or "$" in word or not ("/" in word and os.path.exists(path)):  # noqa: PTH110  a word may be too long for Path
+            continue
+        if path.is_relative_to(directory) or directory.is_relative_to(path):
+            continue
+        if path.is_file() or path.is_dir():
+            seen.add(word)
+            yield word, path
 
 
 def _study(folder: Path, job: Job) -> Parcel:
