@@ -489,6 +489,7 @@ def test_what_a_command_names_outside_of_its_folder(tmp_path: Path) -> None:
         "${args}",
         "/no/such",
         "..",
+        "/x" + "y" * 5000,
     ]
     (study / "round1.yaml").write_text(
         COMMAND_ROUND.replace('[python, train.py, "--words=OUTSIDE/words.txt", "${args}"]', json.dumps(words))
