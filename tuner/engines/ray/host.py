@@ -117,7 +117,7 @@ class Host:
         return self.files.end_orphans(WORKER_TOKEN, job, session, frozenset(lost))
 
     def launch(self, arguments: Sequence[str], environment: Mapping[str, str], token: str) -> None:
-        """Start the worker program in its own folder; an empty variable is removed. Done once."""
+        """Start the worker program, whose log is in its own folder; an empty variable is removed. Once."""
         self._alive()
         if self._runner is not None:
             return
