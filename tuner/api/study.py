@@ -319,6 +319,7 @@ class Study:
                 run=lambda found: run_here(found, where, open_view=view_of(progress), stopping=stopping),
                 prepare=prepared_quietly,
                 tell=unsaid,
+                stopping=stopping,
             )
         return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
 

@@ -455,8 +455,9 @@ class RunSpec(BaseModel):
 
     storage_patience: Annotated[str, AfterValidator(_lasting)] = "10m"
     """How long a round waits, such as `90s`, `30m` or `2h`, while its database cannot be reached or a disk is
-    full, before it stops. Training continues while the database is away, and pauses while the disk is full.
-    The same command resumes a round that has stopped."""
+    full, before it stops. Training continues while the database is away, and pauses while the disk is full;
+    commands, and trials on other machines, continue then too. The same command resumes a round that has
+    stopped."""
 
     @property
     def storage_seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +104,14 @@ def run_round(
             store = CachedStore(WaitingStore(facts, outage))
             _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
-        watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
+        watch = DiskWatch(
+            disk,
+            ready,
+            plan.spec.run.storage_seconds,
+            workers_pause=_pause_by_themselves(worker, ready),
+            say=view.message,
+            stopping=stopping,
+        )
         with _outside_failures(watch):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
@@ -174,10 +181,9 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
-def _disk_patience_seconds(plan: RoundPlan, worker: Worker, ready: Ready) -> float:
-    """Return how long this machine's disk may be full: not at all where trials train on meanwhile."""
-    pauses = isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
-    return plan.spec.run.storage_seconds if pauses else 0.0
+def _pause_by_themselves(worker: Worker, ready: Ready) -> bool:
+    """Return whether trials pause where this machine's disk is full: packed ones that train on it."""
+    return isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
 
 
 @contextmanager
@@ -394,10 +400,17 @@ def recorded_workload(plan: RoundPlan) -> str | None:
 
 def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
     """Raise InputError for data that the round did not start with."""
-    begun = _begun(plan)
-    recorded = None if begun is None else begun.spec.get("data_fingerprint")
-    if recorded and recorded != fingerprint:
+    recorded = recorded_data(plan)
+    if recorded is not None and recorded != fingerprint:
         raise other_workload(plan)
+
+
+def recorded_data(plan: RoundPlan) -> str | None:
+    """Return the fingerprint of the data that the round started with; None while the database is away."""
+    with suppress(StorageAway):
+        begun = _begun(plan)
+        return None if begun is None else begun.spec.get("data_fingerprint") or None
+    return None
 
 
 def changed_model(plan: RoundPlan, fingerprint: str) -> str | None:

@@ -97,6 +97,7 @@ def _loaded(document: Mapping[str, Any], say: Callable[[str], None]) -> tuple[Ro
         base_evaluation=evaluation_from_json(known) if known else None,
         say=say,
         names=document.get("paths", {}),
+        known_data=document.get("data"),
     )
     if document.get("probe"):
         say("timing a few steps")

@@ -37,7 +37,7 @@ from tuner.training.memory_budget import (
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.worker_state import WorkerState, load_generation_eval
+from tuner.training.worker_state import WorkerState, generation_eval, tried_metric
 
 _log = logging.getLogger(__name__)
 
@@ -54,23 +54,25 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
     names: Mapping[str, str] | None = None,
+    known_data: str | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
     `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
-    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
+    here -> the user's path or Hub id. `known_data` is the fingerprint of the round's data, if it has begun.
+    Raises InputError if model, data or metric cannot be used.
     """
     chosen = metric(spec.objective.metric)
     tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, cache, say)
+    data = prepare(spec, tokenizer, cache, say, known=known_data)
+    answers = spec.evaluation.answers
+    compare = None if answers is None else tried_metric(answers, data.eval_prompts)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots)
     state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
-    if spec.evaluation.answers is not None:
-        state.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
-        )
+    if answers is not None and compare is not None:
+        state.generation_eval = generation_eval(answers, compare, data.eval_prompts, state.base, tokenizer)
     if base_evaluation is None:
         say(f"evaluating the base model on {len(data.evaluation):,} rows")
         with explain_out_of_memory(state.pack.num_slots):
