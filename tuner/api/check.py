@@ -156,7 +156,8 @@ def _plan_of_commands(spec: RoundSpec, size_of_one: int | None) -> RoundPlan:
 def _checkpoint_of_command(round_plan: StudyPlan) -> tuple[int | None, str]:
     """Return the bytes of one checkpoint of a command, None if unknown, and where they come from."""
     with opened(open_folder(round_plan.file.directory)) as store:
-        trials = [trial for record in store.rounds() for trial in store.trials(record.name)]
+        rounds = [record.name for record in store.rounds()]
+        trials = [trial for name in rounds for trial in store.trials(name, examples=False)]
     recorded = max((made.size_bytes for trial in trials for made in trial.checkpoints), default=None)
     if recorded is not None:
         return recorded, f"a checkpoint takes up to {size(recorded)}, as the largest of this study"
@@ -184,7 +185,7 @@ def _next_command(plan: StudyPlan, where: Where) -> str:
     refuse_uninstalled(plan)
     with opened(folder) as store:
         record = store.round(plan.name)
-        ended = sum(trial.state.is_result for trial in store.trials(plan.name))
+        ended = store.num_results(plan.name)
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
         return command_after(folder, store, record)

@@ -26,7 +26,7 @@ from tuner.config.dimensions import (
     read_dimension,
 )
 from tuner.config.wording import UNKNOWN_KEY, Refusal, meant_value, mistake, refuse
-from tuner.errors import one_of, refusal, shown
+from tuner.errors import InputError, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
 from tuner.methods.table import HYPERPARAMETERS
@@ -109,8 +109,20 @@ def _named(kind: Kind) -> WithJsonSchema:
 
 PathText = Annotated[Text, AfterValidator(possible_path)]
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
+_MAX_NAME = 100
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=_MAX_NAME)]
 """A name that is safe as a directory."""
+
+
+def refuse_bad_name(name: str, *, asked: str) -> None:
+    """Raise InputError, which begins with `asked`, for what a round file may not have as a name."""
+    if len(name) > _MAX_NAME:
+        raise InputError(f"{asked} {shown(name)}: expects at most {_MAX_NAME} characters")
+    # `$` alone would let a last newline pass.
+    if not re.fullmatch(NAME_PATTERN, name):
+        allowed = "letters, digits, `_`, `.` and `-` (no `.` or `-` first)"
+        raise InputError(f"{asked} {name!r}: expects {allowed}, such as round2")
+
 
 TRIAL_PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)/(\d+)", re.ASCII)
 """ROUND/TRIAL, the form of `continues`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from tuner.engines.protocol import Program, Worker
+from tuner.engines.protocol import HasProcesses, Program, Worker
 from tuner.records import (
     Assignment,
     Beat,
@@ -68,6 +68,12 @@ def end_all_processes() -> None:
     """Kill every worker that this process has started, without saving."""
     for process in tuple(_RUNNING):
         process.kill()
+
+
+def end_at_once(worker: Worker) -> None:
+    """Kill the processes of one worker, without saving; other workers of this process go on."""
+    if isinstance(worker, HasProcesses):
+        worker.kill()
 
 
 class Silence:
@@ -194,6 +200,11 @@ class ProgramWorker:
             if time.monotonic() > until:
                 self.process.kill()
         self._forget()
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        if self.process is not None:
+            self.process.kill()
 
     def _end_if_silent(self) -> None:
         """Kill a process that hangs: it saves nothing more, and its trials resume in another one."""
@@ -409,3 +420,9 @@ class WorkerPool:
         self._waiting.clear()
         for worker in self._workers:
             worker.close()
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        self._waiting.clear()
+        for worker in self._workers:
+            end_at_once(worker)

@@ -171,6 +171,10 @@ class WaitingStore:
         """As `Store` says."""
         return self.outage.through(lambda: self.inner.trial(round, number))
 
+    def num_results(self, round: str) -> int:
+        """As `Store` says."""
+        return self.outage.through(lambda: self.inner.num_results(round))
+
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""
         return self.outage.through(self.inner.promotions)

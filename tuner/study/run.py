@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from optuna.exceptions import StorageInternalError
 
 from tuner.config import RoundFile, RoundSpec, refused_changes, without_secrets
-from tuner.engines import ProgramWorker, Worker, WorkerPool, end_all_processes
+from tuner.engines import Worker, end_at_once
 from tuner.errors import (
     InputError,
     Interrupted,
@@ -68,7 +68,7 @@ def run_round(
 
     Raises InputError before anything is recorded if file, model, data, database or directory cannot be used,
     or the disk is too small; Interrupted if `stopping` returns True, with all progress saved; RoundStopped if
-    disk, database or something a worker needs fails during the run; WorkerError if the round cannot be
+    disk, database or something a worker needs fails once it has loaded; WorkerError if the round cannot be
     completed. `passes` is that of `study auto`, if it runs the round: trials that a later pass may continue
     keep their checkpoints. `free` returns the free bytes at a path, which may not exist yet.
     """
@@ -95,24 +95,25 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            facts = (
-                outage.through(lambda: _reopened(plan))
-                if is_known
-                else open_store(storage, study=plan.spec.study)
-            )
-            in_use.callback(facts.close)
-            store = CachedStore(WaitingStore(facts, outage))
-            _begin(plan, store, ready, clock, objective)
+            with _while_opening():
+                facts = (
+                    outage.through(lambda: _reopened(plan))
+                    if is_known
+                    else open_store(storage, study=plan.spec.study)
+                )
+                in_use.callback(facts.close)
+                store = CachedStore(WaitingStore(facts, outage))
+                _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
         watch = DiskWatch(
             disk,
             ready,
             plan.spec.run.storage_seconds,
-            workers_pause=_pause_by_themselves(worker, ready),
+            workers_pause=ready.waits_for_disk,
             say=view.message,
             stopping=stopping,
         )
-        with _outside_failures(watch):
+        with _outside_failures(watch, worker):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
             RoundLoop(
@@ -181,13 +182,20 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
-def _pause_by_themselves(worker: Worker, ready: Ready) -> bool:
-    """Return whether trials pause where this machine's disk is full: packed ones that train on it."""
-    return isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
+@contextmanager
+def _while_opening() -> Iterator[None]:
+    """Turn a database that went, or was taken, while the worker was loading into RoundStopped.
+
+    The file is right, and another process may use the folder by now, which an InputError would take back.
+    """
+    try:
+        yield
+    except (StorageAway, StudyTaken) as error:
+        raise RoundStopped(f"{error}. This run recorded nothing") from error
 
 
 @contextmanager
-def _outside_failures(watch: DiskWatch) -> Iterator[None]:
+def _outside_failures(watch: DiskWatch, worker: Worker) -> Iterator[None]:
     """Turn failures outside the round, a full disk or a lost database, into RoundStopped."""
     try:
         yield
@@ -196,7 +204,7 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
             raise
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
     except StudyTaken as error:
-        end_all_processes()  # what they would save is in no fact
+        end_at_once(worker)  # what it would save is in no fact
         raise RoundStopped(f"{error}. Its workers are stopped. Wait until nobody else writes") from error
     except (StorageError, StorageInternalError, OSError) as error:
         # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.

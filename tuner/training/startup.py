@@ -93,6 +93,7 @@ def load_worker_state(
         model_fingerprint=model_fingerprint(spec.model),
         smallest_adapter=smallest,
         largest_adapter=largest,
+        waits_for_disk=True,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
     return state, ready
