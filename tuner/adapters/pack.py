@@ -93,6 +93,8 @@ class Pack:
         """Of each slot in the last pass."""
         self.arranged: Arranged | None = None
         """What the layers use in the pass that `rows` describes."""
+        self._adjacent: dict[tuple[int, ...], Arranged] = {}
+        """Views of adjacent slots, until a trial occupies one."""
         self._together: Arranged | None = None
         """Copies of slots that are not adjacent, until their weights change."""
         self._dora: list[DoraUpdate] = []
@@ -119,7 +121,7 @@ class Pack:
     def occupy(self, slot: int, adapter: Adapter) -> None:
         """Give a slot to a trial and zero everything of its predecessor. DoRA needs a pack of one slot."""
         assert self.num_slots == 1 or not adapter.config.use_dora
-        self._dora, self._together = [], None
+        self._dora, self._together, self._adjacent = [], None, {}
         self._weights[slot].zero_()
         for layer in self._layers.values():
             layer.clear(slot)
@@ -198,7 +200,7 @@ class Pack:
         self.rows, self.arranged = packed, None if packed is None else self._arrange(packed)
         joined = None if packed is None else packed.joined
         try:
-            with nullcontext() if joined is None else joined.within(self.base.model):
+            with nullcontext() if joined is None else joined.within(self.base.model, last=self.base.last):
                 yield
         finally:
             self.rows = self.arranged = None
@@ -209,14 +211,16 @@ class Pack:
         self._places = {slot: place for place, slot in enumerate(slots)}
         first, end = slots[0], slots[0] + len(slots)
         if slots == tuple(range(first, end)):
-            weights = self._weights[first:end]
-            return Arranged(
-                slots, self.rank_of(slots), weights, settings.of(first, end), rows.dropout_keys, rows.joined
-            )
-        if self._together is None or self._together.slots != slots:
-            weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
-            self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
-        return replace(self._together, dropout_keys=rows.dropout_keys, joined=rows.joined)
+            if slots not in self._adjacent:
+                weights = self._weights[first:end]
+                self._adjacent[slots] = Arranged(slots, self.rank_of(slots), weights, settings.of(first, end))
+            there = self._adjacent[slots]
+        else:
+            if self._together is None or self._together.slots != slots:
+                weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
+                self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
+            there = self._together
+        return replace(there, dropout_keys=rows.dropout_keys, joined=rows.joined)
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None

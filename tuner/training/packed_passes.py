@@ -107,9 +107,7 @@ def _pass(
             )
             state.meter.count_pass(
                 micro_steps=len(slots),
-                tokens=int(
-                    sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)
-                ),
+                tokens=sum(int(state.train.num_tokens[list(group[slot].rows)].sum()) for slot in slots),
                 padded_tokens=tokens.input_ids.numel(),
             )
             share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
