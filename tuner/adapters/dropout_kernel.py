@@ -13,8 +13,8 @@ _BLOCK = 1024
 """Elements of a program."""
 
 
-@triton.jit
-def _mixed(value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@triton.jit  # type: ignore[untyped-decorator]
+def _mixed(value):  # type: ignore[no-untyped-def]
     """`frozen_linear._hash` in int32, whose products wrap."""
     value ^= (value >> 16) & 0xFFFF
     value *= 0x7FEB352D
@@ -23,16 +23,16 @@ def _mixed(value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     return value ^ ((value >> 16) & 0xFFFF)
 
 
-@triton.jit
-def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x,  # noqa: ANN001
-    into,  # noqa: ANN001
-    keys,  # noqa: ANN001
-    thresholds,  # noqa: ANN001
-    kept_shares,  # noqa: ANN001
-    size,  # noqa: ANN001
-    width,  # noqa: ANN001
-    length,  # noqa: ANN001
+@triton.jit  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]
+    x,
+    into,
+    keys,
+    thresholds,
+    kept_shares,
+    size,
+    width,
+    length,
     BLOCK: tl.constexpr,  # noqa: N803
     HALF: tl.constexpr,  # noqa: N803
 ):
