@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
-from tuner.adapters.device_io import one_example_a_row, send
+from tuner.adapters.device_io import one_example_a_row, one_out_of_memory, send
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
 from tuner.adapters.joined import Joined, joined_positions, joined_rows
 from tuner.adapters.loaders import load_by_unsloth, require_loader
@@ -165,9 +165,21 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
 
 
 def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
-    """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does."""
+    """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does.
+
+    Sets for the process how a GPU multiplies float32.
+    """
+    choose_products(model, torch.device(device))
     with _without_bars():
         return _loaded(model, device=torch.device(device), max_length=max_length)
+
+
+def choose_products(model: ModelSpec, device: torch.device) -> None:
+    """Set whether a GPU multiplies float32 in TF32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    elif model.tf32:
+        _log.warning("model.tf32: %s multiplies float32 in full; TF32 is a GPU's", device)
 
 
 @contextmanager
@@ -184,23 +196,9 @@ def _without_bars() -> Iterator[None]:
 
 def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTrainedModel:
     config = load_config(model, max_length=max_length)
-    dtype, quantization = DTYPES[model.dtype], _quantization(model)
     try:
-        if model.loader == "unsloth":
-            positions = getattr(config, "max_position_embeddings", None) or max_length
-            loaded: PreTrainedModel = load_by_unsloth(
-                model, device=device, dtype=dtype, max_length=positions, quantization=quantization
-            )
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=quantization,
-                trust_remote_code=model.trust_remote_code,
-                **model_source(model),
-            )
+        with one_out_of_memory():
+            loaded = _from_files(model, config, device=device, max_length=max_length)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
     except torch.OutOfMemoryError as error:
@@ -208,6 +206,25 @@ def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTr
             f"model.path: {model.path!r} does not fit into the memory of {device}: {error}\n"
             "Set model.quantization: nf4, choose a smaller model, or free memory used by other processes."
         ) from error
+    return loaded
+
+
+def _from_files(model: ModelSpec, config: Any, *, device: torch.device, max_length: int) -> PreTrainedModel:
+    dtype, quantization = DTYPES[model.dtype], _quantization(model)
+    if model.loader == "unsloth":
+        positions = getattr(config, "max_position_embeddings", None) or max_length
+        return load_by_unsloth(
+            model, device=device, dtype=dtype, max_length=positions, quantization=quantization
+        )
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model.path,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization,
+        trust_remote_code=model.trust_remote_code,
+        **model_source(model),
+    )
     return loaded
 
 

@@ -13,7 +13,7 @@ _BLOCK = 1024
 """Elements of a program."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mixed(value):  # type: ignore[no-untyped-def]
     """`frozen_linear._hash` in int32, whose products wrap."""
     value ^= (value >> 16) & 0xFFFF

@@ -29,6 +29,10 @@ _ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 """Changes each tensor of the first list by the one of the second."""
 
 
+_GPU_RANK_MULTIPLE = 8
+"""Ranks are filled with zeros to multiples of it on a GPU, whose tensor cores need them: zeros stay zeros."""
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """The slots of a forward pass: an equal number of rows for each, or one joined row, slot after slot."""
@@ -50,8 +54,20 @@ class Pack:
     in another tensor, in the order of the slots of the pass, and are zeroed and converted at once.
     """
 
-    def __init__(self, base: Base, *, num_slots: int, max_rank: int, modules: Iterable[str]) -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        num_slots: int,
+        max_rank: int,
+        modules: Iterable[str],
+        rank_multiple: int | None = None,
+    ) -> None:
         self.base = base
+        if rank_multiple is None:
+            rank_multiple = 1 if base.device.type == "cpu" else _GPU_RANK_MULTIPLE
+        self._rank_multiple = rank_multiple
+        max_rank = -(-max_rank // rank_multiple) * rank_multiple
         self.num_slots = num_slots
         self.rows: PackedRows | None = None
         wanted = set(modules)
@@ -237,8 +253,9 @@ class Pack:
             return self.base.token_scores(input_ids, rows, columns)
 
     def rank_of(self, slots: Sequence[int]) -> int:
-        """Return the largest rank among the slots: padding beyond it is skipped."""
-        return max(self._ranks[slot] for slot in slots)
+        """Return the largest rank among the slots, as products have it: padding beyond it is skipped."""
+        largest = max(self._ranks[slot] for slot in slots)
+        return -(-largest // self._rank_multiple) * self._rank_multiple
 
 
 def _one_by_one(operation: Callable[[Tensor, Tensor], Tensor]) -> _ForEach:

@@ -27,9 +27,10 @@ KNEE_SHARE = 0.1
 MIN_KNEE_TOKENS, MAX_KNEE_TOKENS = 1024, 32_768
 MARGIN = 0.92
 """Share of the free memory that a prediction may use."""
-BYTES_PER_SLOT_WEIGHT = 28
+BYTES_PER_SLOT_WEIGHT = 32
 """Per adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's master
-weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, and their sum 4."""
+weight, gradient, two moments and best weight, 20; slots that are not adjacent are copied, 4. In bfloat16 the
+stacked two take 4, and their sum 4. A GPU's ranks are multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,16 @@ def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
-    """Return the hyperparameters that need the most memory: largest rank and batch, DoRA, else the first."""
+    """Return the hyperparameters that need the most memory: largest rank, batch and dropout, DoRA, else the
+    first.
+    """
     switches = [each.switch for each in possible_variants(space)]
     values: dict[str, Value] = {}
     for name, dimension in space.items():
         match dimension:
             case Fixed(value=value):
                 values[name] = value
-            case Choices(values=choices) if name in ("lora_r", "batch_size", *switches):
+            case Choices(values=choices) if name in ("lora_r", "batch_size", "lora_dropout", *switches):
                 values[name] = max(choices)
             case Choices(values=choices) if name == CHOOSER:
                 values[name] = max(choices, key=lambda each: known_variant(str(each)).weights_per_output)

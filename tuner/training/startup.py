@@ -198,6 +198,8 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
+    if spec.model.tf32:
+        total.update(b" tf32")
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())
