@@ -4,7 +4,13 @@ Standard output carries only events, one JSON document a line; whatever librarie
 error, which the parent keeps as the worker's log.
 """
 
+# ruff: noqa: E402  Collections are rare before the libraries are imported, which create a million objects.
+
 from __future__ import annotations
+
+import gc
+
+gc.set_threshold(100_000)
 
 import fcntl
 import os
@@ -99,4 +105,6 @@ def _loaded(document: Mapping[str, Any], say: Callable[[str], None]) -> tuple[Ro
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # else Python collects all libraries once more as it ends
+    sys.exit(code)

@@ -250,10 +250,13 @@ def _answer(
 def _leave(
     run: TrialRun, outcome: Outcome, reason: str | None, say: Callable[[Event], None], *, save: bool = False
 ) -> None:
-    """End an attempt; `save` keeps its progress for the next one."""
+    """End an attempt; `save` keeps its progress for the next one.
+
+    A step is saved once: its parent may already fetch and delete the first checkpoint of that name.
+    """
     with about(run.assignment.trial):
         try:
-            if save:
+            if save and run.last_saved_step != run.step:
                 say(_saved(run, run.save(CheckpointKind.LAST)))
         except NoRoom as error:
             _log.error("not saved, and resumes from its checkpoint before: %s", error)

@@ -91,9 +91,10 @@ class RemoteHost:
         raise HostLost(self.lost)
 
     def lines(self) -> Iterator[str]:
-        """Yield the worker's lines until its end, or until the host is lost."""
+        """Yield the worker's lines until its end, or until the host is lost; none if called again."""
         while (line := self._arrived.get()) is not None:
             yield line
+        self._arrived.put(None)
 
     def end(self) -> None:
         """End the host and its worker."""
