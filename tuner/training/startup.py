@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tuner.adapters import Base, Pack, load_base
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import RoundSpec
@@ -132,9 +135,32 @@ def _packed(spec: RoundSpec, data: PreparedData, base: Base, *, slots: int | Lit
     state = _state(spec, data, base, meta_model, modules, packing)
     if slots != "auto" or device.type == "cpu":
         return state
-    packing = packing_for(state, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
     state.pack.close()
-    return _state(spec, data, base, meta_model, modules, packing)
+    make = partial(_state, spec, data, base, meta_model, modules)
+    for probed in range(min(_PROBED_SLOTS, spec.num_trials), 0, -1):
+        found = _packing_with(partial(make, replace(packing, slots=probed)), spec)
+        if found is not None and (found.slots > 1 or probed == 1):
+            return make(found)
+    return make(packing)
+
+
+_PROBED_SLOTS = 2
+"""Trials in a probe's passes, whose rows are then laid as those of a pack are; one where two do not fit."""
+
+
+def _packing_with(make: Callable[[], WorkerState], spec: RoundSpec) -> Packing | None:
+    """Return `packing_for` a state, and give the base model its layers back; None if out of memory."""
+    state = None
+    try:
+        with one_out_of_memory():
+            state = make()
+            limit = int(MARGIN * free_device_bytes(state.base.device))
+            return packing_for(state, spec, limit_bytes=limit)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if state is not None:
+            state.pack.close()
 
 
 def _state(
@@ -179,7 +205,7 @@ def _refuse_adapters(state: WorkerState, space: Space) -> None:
 
 
 def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """Choose the slots for `auto`, from a few probe passes of one trial in `state`."""
+    """Choose the slots for `auto`, from a few probe passes of a trial in each slot of `state`."""
     probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
         return Packing(1, state.pass_tokens)
@@ -201,6 +227,8 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
+    if spec.model.tf32:
+        total.update(b" tf32")
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())
