@@ -63,7 +63,7 @@ def begin_worker(round_name: str) -> None:
     """Let everything that this worker process logs go to standard error, which its parent keeps as a file."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(round_name))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 @contextmanager

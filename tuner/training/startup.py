@@ -37,7 +37,7 @@ from tuner.training.memory_budget import (
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.worker_state import WorkerState, load_generation_eval
+from tuner.training.worker_state import Kept, WorkerState, load_generation_eval
 
 _log = logging.getLogger(__name__)
 
@@ -54,28 +54,37 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
     names: Mapping[str, str] | None = None,
+    kept: Kept | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
     `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
-    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
+    here -> the user's path or Hub id. `kept` is what a round before left, used where it is the same. Raises
+    InputError if model, data or metric cannot be used.
     """
     chosen = metric(spec.objective.metric)
-    tokenizer = load_tokenizer(spec.model)
+    of_model = (spec.model.model_dump_json(), spec.data.max_length, model_fingerprint(spec.model))
+    if kept is not None and kept.model != of_model:
+        kept = None
+    tokenizer = load_tokenizer(spec.model) if kept is None else kept.tokenizer
     data = prepare(spec, tokenizer, cache, say)
     say(f"loading {spec.model.path}")
-    state = arrange(spec, data, slots=slots)
+    state = arrange(spec, data, slots=slots, base=None if kept is None else kept.base)
     state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
     if spec.evaluation.answers is not None:
         state.generation_eval = load_generation_eval(
             spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
         )
+    measured = _measured_with(state, data, spec)
+    if base_evaluation is None and kept is not None and kept.measured == measured:
+        base_evaluation = kept.evaluation
     if base_evaluation is None:
         say(f"evaluating the base model on {len(data.evaluation):,} rows")
         with explain_out_of_memory(state.pack.num_slots):
             base_evaluation = measure_base(state)
     state.base_evaluation = base_evaluation
+    state.kept = Kept(of_model, tokenizer, state.base, measured, base_evaluation)
     code = state.generation_eval.metric.code if state.generation_eval is not None else None
     state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=code)
     smallest, largest = adapter_sizes(state.meta_model, spec.space())
@@ -96,8 +105,18 @@ def load_worker_state(
     return state, ready
 
 
-def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> WorkerState:
-    """Load the base model and put a pack on it.
+def _measured_with(state: WorkerState, data: PreparedData, spec: RoundSpec) -> tuple[object, ...]:
+    """Return all that the digits of the base model's evaluation depend on, besides the model."""
+    evaluation = spec.evaluation.model_dump_json(exclude={"every_steps"})
+    objective = spec.objective.model_dump_json()
+    sizes = (state.pack.num_slots, state.pack.slot_weights, state.evaluation_rows, state.evaluation_tokens)
+    return (data.fingerprint, evaluation, objective, *sizes)
+
+
+def arrange(
+    spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"], base: Base | None = None
+) -> WorkerState:
+    """Load the base model, unless it is given, and put a pack on it.
 
     With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
@@ -111,7 +130,8 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
-    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    if base is None:
+        base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     with explain_out_of_memory(slots):
         state = _packed(spec, data, base, slots=slots)
