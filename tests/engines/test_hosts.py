@@ -106,11 +106,11 @@ class Machine:
         self.wires: list[Wire] = []
         self.lost = threading.Event()
 
-    def host(self, *, lease_seconds: float = 60.0) -> Host:
+    def host(self, *, lease_seconds: float = 60.0, close_seconds: float = 1.0) -> Host:
         host = Host(
             scratch=str(self.scratch),
             lease_seconds=lease_seconds,
-            close_seconds=1.0,
+            close_seconds=close_seconds,
             on_lost=self.lost.set,
         )
         self.hosts.append(host)
@@ -121,7 +121,7 @@ class Machine:
         *,
         document: dict[str, object] | None = None,
         host: Host | None = None,
-        silence_seconds: float = 5.0,
+        silence_seconds: float = 60.0,
         is_shared: bool = False,
         **faults: Any,
     ) -> ProgramWorker:
@@ -189,7 +189,7 @@ def started(worker: ProgramWorker, machine: Machine, *, steps: int = 2000) -> li
 
 
 def died(worker: ProgramWorker) -> Died:
-    said = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen), seconds=30)
+    said = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen), seconds=120)
     return next(e for e in said if isinstance(e, Died))
 
 
@@ -288,7 +288,7 @@ def test_a_dead_host_is_said_and_its_trial_resumes_elsewhere_with_the_same_curve
 
 def test_a_silent_node_is_lost_and_its_worker_ends_by_its_lease(machine: Machine) -> None:
     """As if the cable was pulled: the parent gives up, and so does the host, each by its own clock."""
-    host = machine.host(lease_seconds=2.0)
+    host = machine.host(lease_seconds=5.0)
     worker = machine.worker(host=host, silence_seconds=2.0, document={"pause": 0.05})
     started(worker, machine)
     pid = pid_of(host)
@@ -321,24 +321,26 @@ def test_an_old_node_that_comes_back_onto_a_shared_disk_replaces_nothing(machine
 
 
 def test_a_host_without_a_parent_lets_its_worker_end_then_kills_it(machine: Machine) -> None:
-    host = machine.host(lease_seconds=0.5)
-    code = "import sys, time; sys.stdin.read(); print('end of input', flush=True); time.sleep(60)"
+    host = machine.host(lease_seconds=2.0, close_seconds=4.0)
+    code = (
+        "import sys, time; print('begun', flush=True); sys.stdin.read(); "
+        "print('end of input', flush=True); time.sleep(600)"
+    )
     host.launch(("-c", code), {}, "job.session.7")
-    deadline = time.monotonic() + 5
-    while host._process is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not host.events(0, 0.5).lines:
+        pass
     pid = pid_of(host)
     assert machine.lost.wait(60)
     assert is_gone(pid)
-    assert list(host._lines) == ["end of input\n"]
+    assert list(host._lines) == ["begun\n", "end of input\n"]
 
 
 def test_a_blocked_parent_is_no_silence(machine: Machine) -> None:
     """Nobody reads events or records for longer than the lease: polling goes on in a thread of its own."""
-    host = machine.host(lease_seconds=1.0)
-    worker = machine.worker(host=host, document={"pause": 0.01}, silence_seconds=1.0)
+    host = machine.host(lease_seconds=3.0)
+    worker = machine.worker(host=host, document={"pause": 0.01}, silence_seconds=3.0)
     started(worker, machine, steps=600)
-    time.sleep(3.0)
+    time.sleep(5.0)
     collect(worker, until=lambda seen: ended(seen) == {0})
     assert not machine.lost.is_set()
     worker.close()
