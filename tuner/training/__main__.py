@@ -67,8 +67,8 @@ def main() -> int:
         if not commands.rests:
             return code
         is_first = False
-        let_go()
         say(Preparing(RESTING))
+        let_go()  # while the parent decides on the next round
         document = commands.next_document()
     return 0
 
