@@ -29,7 +29,7 @@ from tuner.records import Died, Event, Preparing, Ready, evaluation_from_json
 from tuner.training.disk_room import DiskRoom, NoRoom
 from tuner.training.environment import keep_freed_memory, let_go
 from tuner.training.memory_budget import predict
-from tuner.training.startup import load_worker_state
+from tuner.training.startup import load_worker_state, predict_packed
 from tuner.training.worker import train
 from tuner.training.worker_state import Kept, Pulse, WorkerState
 from tuner.whole import keep_others_out
@@ -138,7 +138,10 @@ def _loaded(
     )
     if document.get("probe"):
         say("timing a few steps")
-        ready = replace(ready, predicted=predict(state, spec))
+        predicted = predict(state, spec)
+        if document["slots"] == "auto":
+            predicted = predict_packed(state, spec, predicted)
+        ready = replace(ready, predicted=predicted)
     return spec, state, ready
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
 from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Evaluation, Ready, Space, corners
+from tuner.records import Evaluation, Prediction, Ready, Space, corners
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
@@ -33,6 +35,7 @@ from tuner.training.memory_budget import (
     fit_pass_cost,
     free_device_bytes,
     largest_hyperparameters,
+    predict,
     probe,
 )
 from tuner.training.optimizer import refuse_bad_optimizer
@@ -175,6 +178,38 @@ def _state(
         micro_tokens=max(1, packing.pass_tokens // packing.slots),
         pass_tokens=packing.pass_tokens,
         evaluation_tokens=packing.pass_tokens,
+    )
+
+
+PROBED_SLOTS = 4
+"""Slots with which a probe tells what packing would be worth on a CPU."""
+_MEMORY_FACTOR = 3
+"""Times the peak memory of one slot that must be free for that: activations grow with the slots."""
+
+
+def predict_packed(state: WorkerState, spec: RoundSpec, predicted: Prediction) -> Prediction:
+    """Add the time of a step with several slots, if `slots: auto` chose one for the sake of its digits.
+
+    That is so on a CPU. `state` is of no use afterwards.
+    """
+    slots = min(PROBED_SLOTS, spec.num_trials)
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = _MEMORY_FACTOR * predicted.peak_memory_bytes < free_bytes
+    if state.base.device.type != "cpu" or predicted.slots > 1 or slots < 2 or spec.trains_alone or not fits:
+        return predicted
+    packed = predict(with_slots(state, spec, slots), spec)
+    return replace(predicted, packed_slots=slots, packed_seconds_per_step=packed.seconds_per_step)
+
+
+def with_slots(state: WorkerState, spec: RoundSpec, slots: int) -> WorkerState:
+    """Return the state with another number of slots; its own pack is closed."""
+    modules = targeted_modules(state.meta_model, spec.space())
+    max_rank = int(max(values_of(spec.space()["lora_r"])))
+    state.pack.close()
+    return replace(
+        state,
+        pack=Pack(state.base, num_slots=slots, max_rank=max_rank, modules=modules),
+        micro_tokens=max(1, state.pass_tokens // slots),
     )
 
 
