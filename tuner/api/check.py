@@ -279,8 +279,8 @@ def packing_remarks(predicted: Prediction) -> Iterator[str]:
         yield f"packing {slots} trials would not be faster here ({gain:.1f} times)"
         return
     yield (
-        f"packing {slots} trials would be {gain:.1f} times as fast here: run.slots: {slots}, or --slots {slots}"
-        "; losses are then the same within rounding, and not to the digit"
+        f"packing {slots} trials would be {gain:.1f} times as fast here: run.slots: {slots}, or --slots "
+        f"{slots}; losses are then the same within rounding, and not to the digit"
     )
 
 
