@@ -194,6 +194,31 @@ def test_rates_that_do_not_follow_the_schedule_are_said(tmp_path: Path) -> None:
     assert trial["hyperparameters"]["learning_rate"] == 0.001
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--set", "schedule=linear", "--set", "warmup_steps=200"),
+            "warmup_steps: 200 is above the 24 steps",
+        ),
+        (("--set", "schedule=[a,b]"), "schedule: expects constant.*, got [a, b]"),
+        (
+            ("--set", "learning_rate=[1e-4, 1e-3]"),
+            "learning_rate: expects a number.*, got [0.0001, 0.001]",
+        ),
+        (("--round", "a\n"), r"--round 'a\n': expects letters"),
+    ],
+)
+def test_what_a_round_cannot_have_is_refused(tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    said = tuner(tmp_path / "study", "study", "import", "../run", *options, code=2)
+    before, _, after = expected.partition(".*")
+    assert before in said
+    assert after in said
+    assert list((tmp_path / "study").iterdir()) == []
+
+
 def test_a_trainers_linear_needs_its_warmup(tmp_path: Path) -> None:
     trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
     (tmp_path / "study").mkdir()

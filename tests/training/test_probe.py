@@ -32,11 +32,13 @@ def test_largest_takes_the_most_memory() -> None:
         "batch_size": Range(2, 9, integer=True),
         "lora_alpha": TimesSqrtRank(4.0),
         "schedule": Choices(("cosine", "linear")),
+        "lora_dropout": Choices((0.0, 0.1, 0.05)),
         "optimizer": Fixed("adamw"),
     }
     chosen = largest_hyperparameters(space)
     assert (chosen["lora_r"], chosen["batch_size"]) == (64, 9)
     assert (chosen["schedule"], chosen["optimizer"]) == ("cosine", "adamw")
+    assert chosen["lora_dropout"] == 0.1
     assert isinstance(chosen["lora_alpha"], float)
     assert isinstance(chosen["batch_size"], int)
 
@@ -52,8 +54,9 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
     assert predicted.peak_memory_bytes > 10 * 2**20
     probed = probe(state, largest_hyperparameters(spec.space()))
     longest = int(data.train.num_tokens.max())
+    assert state.joins_rows  # a pass is as long as the rows together, for each of three trials
     assert list(probed.tokens) == sorted(set(probed.tokens))
-    assert all(tokens % longest == 0 for tokens in probed.tokens)
+    assert all(tokens % 3 == 0 and tokens >= 3 * longest for tokens in probed.tokens)
     assert min(probed.seconds) > 0
     assert set(tmp_path.iterdir()) == before
 
@@ -83,10 +86,11 @@ def test_packing_is_proposed_where_it_is_faster() -> None:
     assert from_json(Prediction, to_json(faster)) == faster
 
 
-def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("probed", [1, 2])
+def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path, probed: int) -> None:
     """As on a GPU: these rows are so short that a pass has room for every trial, if memory has."""
     spec, data = _round(models, tmp_path)
-    state = arrange(spec, data, slots=1)
+    state = arrange(spec, data, slots=probed)
     assert packing_for(state, spec, limit_bytes=1 << 50).slots == spec.num_trials == 4
     assert packing_for(state, spec, limit_bytes=1 << 20).slots == 1
 

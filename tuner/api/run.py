@@ -40,7 +40,7 @@ from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_fol
 from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
-from tuner.study.run import run_round
+from tuner.study.run import recorded_data, run_round
 from tuner.whole import keep_others_out
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Whe
         directory=plan.checkpoints,
         beside=plan.file.directory,
         base=base,
+        data=lambda: recorded_data(plan),
         trials=trials,
         workers=where.workers,
         first_horizon=first,
@@ -212,6 +213,7 @@ def _job(
     directory: Path,
     beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    data: Callable[[], str | None] = lambda: None,
     trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
@@ -234,6 +236,7 @@ def _job(
             "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
+            "data": data(),
         }
 
     def document_of_command() -> dict[str, object]:

@@ -339,6 +339,7 @@ class Study:
                 ),
                 prepare=prepared_quietly,
                 tell=unsaid,
+                stopping=stopping,
             )
         return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
 

@@ -173,6 +173,7 @@ def run_rounds(path: Path, *, duration: str | None, restarts: int = 0, where: Wh
             stopping=stopping,
             restarts=restarts,
             has_deadline=duration is not None,
+            say=_tell,
         )
         enough = rounds.run_until_enough()
         ended = replace(ended, reason=enough.reason, taught_nothing=enough.taught_nothing)
@@ -212,6 +213,8 @@ def sweep_file(
             run=lambda found: run_shown(found, where, stopping=stopping, engine_named=engine_named),
             prepare=prepared,
             tell=typer.echo,
+            say=_tell,
+            stopping=stopping,
         )
         answered = file.path
     return (f"tuner study run {shlex.quote(path.name)}" if answered else command), answered

@@ -27,9 +27,12 @@ from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
 from tuner.methods.plug_ins import named
 from tuner.methods.registry import is_built_in
+from tuner.process_log import halved
 from tuner.report.format import GpuReading
 
 _LOG_TAIL_LINES = 15
+_LOOK_SECONDS = 10.0
+"""How often the size of a worker's log is looked at."""
 _FORMER_SECONDS = 3.0
 """Time for a worker of an earlier run to notice that its parent is gone."""
 
@@ -178,6 +181,7 @@ class LocalProcess:
         self._log = log
         self._token = new_token()
         log.parent.mkdir(parents=True, exist_ok=True)
+        halved(log)
         with log.open("a") as file:
             file.write(f"--- worker starts {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
@@ -217,8 +221,13 @@ class LocalProcess:
     def lines(self) -> Iterator[str]:
         """Yield its output lines; closes its pipes at the end."""
         assert self.popen.stdout is not None
+        looked_at = time.monotonic()
         with self.popen.stdout as said:
-            yield from said
+            for line in said:
+                yield line
+                if time.monotonic() - looked_at > _LOOK_SECONDS:
+                    looked_at = time.monotonic()
+                    halved(self._log)
 
     def wait(self, timeout_seconds: float | None = None) -> int:
         """Wait for its end. Raises TimeoutError."""

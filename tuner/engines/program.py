@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from tuner.engines.protocol import Program, Worker
+from tuner.engines.protocol import HasProcesses, Program, Worker
 from tuner.pipes import RESTING
 from tuner.records import (
     Assignment,
@@ -71,6 +71,12 @@ def end_all_processes() -> None:
     """Kill every worker that this process has started, without saving."""
     for process in tuple(_RUNNING):
         process.kill()
+
+
+def end_at_once(worker: Worker) -> None:
+    """Kill the processes of one worker, without saving; other workers of this process go on."""
+    if isinstance(worker, HasProcesses):
+        worker.kill()
 
 
 class Silence:
@@ -234,6 +240,11 @@ class ProgramWorker:
         """Return whether its process runs."""
         return self.process is not None and not _has_ended(self.process, 0.0)
 
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        if self.process is not None:
+            self.process.kill()
+
     def _end_if_silent(self) -> None:
         """Kill a process that hangs: it saves nothing more, and its trials resume in another one."""
         if self.process is not None and (why := self._silence.too_long()) is not None:
@@ -324,6 +335,8 @@ class Breaker:
 
     def __init__(self) -> None:
         self._cause, self._count = "", 0
+        self._trials: list[int] = []
+        """Of the failures that were counted."""
         self._started: set[RunId] = set()
 
     def heard(self, event: Event) -> str | None:
@@ -337,20 +350,36 @@ class Breaker:
                 pass  # its checkpoint could not be read, which is no fault of the worker
             case Ended(run=run, outcome="failed", reason=reason):
                 self._started.discard(run)
-                return self._failed(reason or "")
+                return self._failed(reason or "", run.trial)
             case Ended(run=run, outcome="complete" | "infeasible" | "pruned"):
                 self._started.discard(run)
                 self._count = 0
-            case Died(reason=reason):
+            case Died(reason=reason, runs=runs):
                 self._started.clear()
-                return self._failed(reason)
+                return self._failed(reason, *(run.trial for run in runs))
         return None
 
-    def _failed(self, reason: str) -> str | None:
+    def _failed(self, reason: str, *trials: int) -> str | None:
         cause = cause_of(reason)
         self._count = self._count + 1 if cause == self._cause else 1
+        self._trials = [*(self._trials if self._count > 1 else ()), *trials]
         self._cause = cause
-        return reason if self._count == MAX_ALIKE else None
+        if self._count != MAX_ALIKE:
+            return None
+        return (
+            f"{MAX_ALIKE} failures in a row with one cause{_whose(self._trials)}: {reason}. Remove the cause"
+        )
+
+
+def _whose(trials: Sequence[int]) -> str:
+    """Return whose failures they were, as the second part of a sentence; empty if they were of no trial."""
+    match sorted(set(trials)):
+        case []:
+            return ""
+        case [number]:
+            return f", all of trial {number}, whose hyperparameters may be the cause"
+        case numbers:
+            return f", of the trials {', '.join(map(str, numbers))}"
 
 
 def cause_of(reason: str) -> str:
@@ -419,16 +448,21 @@ class WorkerPool:
 
     def _stopped(self, worker: Worker, why: str) -> list[Event]:
         """Stop a worker for good; return its last events and what to say."""
-        alike = f"{MAX_ALIKE} failures in a row with one cause: {why}"
         if len(self._workers) == 1:
-            return [Died(f"no worker can train any more, after {alike}", is_input_error=True)]
+            return [Died(f"the round stops after {why}", is_input_error=True)]
         self._workers.remove(worker)
         worker.close()
         left = f"{len(self._workers)} of {len(self._workers) + 1} workers go on"
-        return [*worker.events(0.0), Remarked(f"warning: a worker is stopped after {alike}\n{left}")]
+        return [*worker.events(0.0), Remarked(f"warning: a worker is stopped after {why}\n{left}")]
 
     def close(self) -> None:
         """Save every trial, then end the workers one after another."""
         self._waiting.clear()
         for worker in self._workers:
             worker.close()
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        self._waiting.clear()
+        for worker in self._workers:
+            end_at_once(worker)

@@ -82,12 +82,9 @@ def count(quantity: int, noun: str) -> str:
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
     """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
-    names = {name: trial.hyperparameters[name] for trial in trials for name in trial.hyperparameters}
-    return tuple(
-        name
-        for name, value in names.items()
-        if any(trial.hyperparameters.get(name) != value for trial in trials)
-    )
+    settings = [trial.hyperparameters for trial in trials]
+    names = dict.fromkeys(name for own in dict.fromkeys(map(tuple, settings)) for name in own)
+    return tuple(name for name in names if len({own.get(name) for own in settings}) > 1)
 
 
 def settings(hyperparameters: Hyperparameters, names: Sequence[str]) -> str:

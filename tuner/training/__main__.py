@@ -135,6 +135,7 @@ def _loaded(
         say=say,
         names=document.get("paths", {}),
         kept=kept,
+        known_data=document.get("data"),
     )
     if document.get("probe"):
         say("timing a few steps")

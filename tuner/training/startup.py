@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tuner.adapters import Base, Pack, load_base
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import RoundSpec
@@ -40,7 +42,7 @@ from tuner.training.memory_budget import (
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.worker_state import Kept, WorkerState, load_generation_eval
+from tuner.training.worker_state import Kept, WorkerState, generation_eval, tried_metric
 
 _log = logging.getLogger(__name__)
 
@@ -57,28 +59,30 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
     names: Mapping[str, str] | None = None,
+    known_data: str | None = None,
     kept: Kept | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
     `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
-    here -> the user's path or Hub id. `kept` is what a round before left, used where it is the same. Raises
-    InputError if model, data or metric cannot be used.
+    here -> the user's path or Hub id. `known_data` is the fingerprint of the round's data, if it has begun;
+    `kept` is what a round before left, used where it is the same. Raises InputError if model, data or metric
+    cannot be used.
     """
     chosen = metric(spec.objective.metric)
     of_model = (spec.model.model_dump_json(), spec.data.max_length, model_fingerprint(spec.model))
     if kept is not None and kept.model != of_model:
         kept = None
     tokenizer = load_tokenizer(spec.model) if kept is None else kept.tokenizer
-    data = prepare(spec, tokenizer, cache, say)
+    data = prepare(spec, tokenizer, cache, say, known=known_data)
+    answers = spec.evaluation.answers
+    compare = None if answers is None else tried_metric(answers, data.eval_prompts)
     say(f"loading {spec.model.path}")
     state = arrange(spec, data, slots=slots, base=None if kept is None else kept.base)
     state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
-    if spec.evaluation.answers is not None:
-        state.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
-        )
+    if answers is not None and compare is not None:
+        state.generation_eval = generation_eval(answers, compare, data.eval_prompts, state.base, tokenizer)
     measured = _measured_with(state, data, spec)
     if base_evaluation is None and kept is not None and kept.measured == measured:
         base_evaluation = kept.evaluation
@@ -103,6 +107,7 @@ def load_worker_state(
         model_fingerprint=model_fingerprint(spec.model),
         smallest_adapter=smallest,
         largest_adapter=largest,
+        waits_for_disk=True,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
     return state, ready
@@ -152,9 +157,32 @@ def _packed(spec: RoundSpec, data: PreparedData, base: Base, *, slots: int | Lit
     state = _state(spec, data, base, meta_model, modules, packing)
     if slots != "auto" or device.type == "cpu":
         return state
-    packing = packing_for(state, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
     state.pack.close()
-    return _state(spec, data, base, meta_model, modules, packing)
+    make = partial(_state, spec, data, base, meta_model, modules)
+    for probed in range(min(_PROBED_SLOTS, spec.num_trials), 0, -1):
+        found = _packing_with(partial(make, replace(packing, slots=probed)), spec)
+        if found is not None and (found.slots > 1 or probed == 1):
+            return make(found)
+    return make(packing)
+
+
+_PROBED_SLOTS = 2
+"""Trials in a probe's passes, whose rows are then laid as those of a pack are; one where two do not fit."""
+
+
+def _packing_with(make: Callable[[], WorkerState], spec: RoundSpec) -> Packing | None:
+    """Return `packing_for` a state, and give the base model its layers back; None if out of memory."""
+    state = None
+    try:
+        with one_out_of_memory():
+            state = make()
+            limit = int(MARGIN * free_device_bytes(state.base.device))
+            return packing_for(state, spec, limit_bytes=limit)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if state is not None:
+            state.pack.close()
 
 
 def _state(
@@ -231,7 +259,7 @@ def _refuse_adapters(state: WorkerState, space: Space) -> None:
 
 
 def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """Choose the slots for `auto`, from a few probe passes of one trial in `state`."""
+    """Choose the slots for `auto`, from a few probe passes of a trial in each slot of `state`."""
     probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
         return Packing(1, state.pass_tokens)
@@ -253,6 +281,8 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
+    if spec.model.tf32:
+        total.update(b" tf32")
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())

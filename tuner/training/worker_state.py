@@ -100,12 +100,21 @@ class GenerationEval:
         )
 
 
-def load_generation_eval(
-    spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt], base: Base, tokenizer: PreTrainedTokenizerBase
-) -> GenerationEval:
+def tried_metric(spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt]) -> AnswerMetric:
     """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
     try_metric(metric, eval_prompts[0])
+    return metric
+
+
+def generation_eval(
+    spec: AnswersSpec,
+    metric: AnswerMetric,
+    eval_prompts: Sequence[EvalPrompt],
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+) -> GenerationEval:
+    """Return what scores the answers of the base model's adapters."""
     return GenerationEval(
         eval_prompts=tuple(eval_prompts),
         generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
