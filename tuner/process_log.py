@@ -124,7 +124,7 @@ def begin_worker(round_name: str) -> None:
     sys.stderr = _Harmless(sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(round_name))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from tests import tiny
 from tests.data.tiny import source, write_jsonl
 from tests.training.test_loop import small_memory, with_room_for
 from tuner.adapters.initial import largest_adapter
+from tuner.api.check import packing_remarks
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
-from tuner.records import Choices, Fixed, Range, TimesSqrtRank
+from tuner.records import Choices, Fixed, Prediction, Range, TimesSqrtRank, from_json, to_json
 from tuner.training.memory_budget import largest_hyperparameters, predict, probe
-from tuner.training.startup import arrange, packing_for
+from tuner.training.startup import arrange, packing_for, predict_packed
 
 
 def test_largest_takes_the_most_memory() -> None:
@@ -59,8 +61,29 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
     assert set(tmp_path.iterdir()) == before
 
 
-def test_auto_is_one_slot_on_a_cpu(models: tiny.Models, tmp_path: Path) -> None:
-    assert arrange(*_round(models, tmp_path), slots="auto").pack.num_slots == 1
+def test_auto_is_one_slot_on_a_cpu_and_a_probe_says_what_packing_is_worth(
+    models: tiny.Models, tmp_path: Path
+) -> None:
+    spec, data = _round(models, tmp_path)
+    state = arrange(spec, data, slots="auto")
+    assert state.pack.num_slots == 1
+    alone = predict(state, spec)
+    both = predict_packed(state, spec, alone)
+    assert both.packed_slots == min(4, spec.num_trials) > 1
+    assert both.packing_gain == alone.seconds_per_step / both.packed_seconds_per_step  # type: ignore[operator]
+    assert replace(both, packed_slots=None, packed_seconds_per_step=None) == alone
+    three = predict(arrange(spec, data, slots=3), spec)
+    assert predict_packed(arrange(spec, data, slots=3), spec, three) == three
+
+
+def test_packing_is_proposed_where_it_is_faster() -> None:
+    faster = Prediction(1, 0.13, 0.1, 100, packed_slots=4, packed_seconds_per_step=0.1)
+    (said,) = packing_remarks(faster)
+    assert "packing 4 trials would be 1.3 times as fast here: run.slots: 4, or --slots 4" in said
+    (said,) = packing_remarks(replace(faster, packed_seconds_per_step=0.13))
+    assert "would not be faster here (1.0 times)" in said
+    assert not list(packing_remarks(Prediction(4, 0.1, 0.1, 100)))
+    assert from_json(Prediction, to_json(faster)) == faster
 
 
 @pytest.mark.parametrize("probed", [1, 2])

@@ -31,7 +31,7 @@ from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.methods.registry import Kind, is_built_in
 from tuner.playbook.noise import loss_error
-from tuner.records import Evaluation
+from tuner.records import Evaluation, Prediction
 from tuner.report import check_document
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
@@ -63,6 +63,8 @@ PrepareWith = Callable[[RoundSpec, Path, "PreTrainedTokenizerBase"], PreparedDat
 """Prepares a round's rows with a tokenizer; may show progress."""
 MOST_NOISE = 0.02
 """Relative standard error of the base model's loss above which `study check` warns."""
+WORTHWHILE_PACKING = 1.1
+"""Times the speed of one slot from which packing on a CPU is proposed: less may be noise of a few steps."""
 FEW_EXAMPLES = 50
 """Warn below this number of evaluation rows while the standard error is unknown."""
 
@@ -281,7 +283,22 @@ def _probed(
     )
     plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     said.append(f"time and memory are measured with {count(predicted.slots, 'slot')} in one worker")
+    said += packing_remarks(predicted)
     return plan, ready.base, said
+
+
+def packing_remarks(predicted: Prediction) -> Iterator[str]:
+    """Yield what training several trials together is worth where `slots: auto` trains one at a time."""
+    slots, gain = predicted.packed_slots, predicted.packing_gain
+    if slots is None or gain is None:
+        return
+    if gain < WORTHWHILE_PACKING:
+        yield f"packing {slots} trials would not be faster here ({gain:.1f} times)"
+        return
+    yield (
+        f"packing {slots} trials would be {gain:.1f} times as fast here: run.slots: {slots}, or --slots "
+        f"{slots}; losses are then the same within rounding, and not to the digit"
+    )
 
 
 def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:

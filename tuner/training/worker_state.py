@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a worker keeps of a round for the next one: the base model is loaded and measured once."""
+
+    model: tuple[object, ...]
+    """What the base model and its tokenizer were loaded for and from."""
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    measured: tuple[object, ...]
+    """What the base model's evaluation was measured with."""
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
 class GenerationEval:
     """The prompts and the metric by which every trial of the round is scored."""
 
@@ -254,6 +267,8 @@ class WorkerState:
     """The disk of the checkpoints."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
+    kept: Kept | None = None
+    """For the next round."""
     _eva: dict[tuple[int | str, ...], Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
