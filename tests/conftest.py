@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 import uuid
 from collections import defaultdict
@@ -12,6 +13,8 @@ import hypothesis
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from tests import forked_workers
+
 # The same examples in every run: a change is judged by itself. `--hypothesis-profile default` draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
@@ -19,6 +22,25 @@ hypothesis.settings.load_profile("same")
 TESTS = Path(__file__).parent
 COVERING = frozenset({"playbook", "config", "store", "study", "cli"})
 """The tests that cover `make test`'s four rooms."""
+FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods", "recorded", "study"})
+"""The tests whose workers are forks: how a worker starts is none of their subjects."""
+
+
+def pytest_configure() -> None:
+    """Whoever has a GPU starts workers as always: CUDA does not survive a fork."""
+    if Path("/proc/self/status").exists() and not Path("/dev/nvidiactl").exists():
+        subprocess.Popen = forked_workers.Popen  # type: ignore[misc]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of the test, which start workers too."""
+    forked_workers.is_on = item.path.relative_to(TESTS).parts[0] in FORKING
+
+
+def pytest_unconfigure() -> None:
+    """End what was started for all tests."""
+    forked_workers.close()
 
 
 @pytest.fixture(scope="session")

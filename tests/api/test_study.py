@@ -11,11 +11,12 @@ import threading
 import time
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 import tuner
 from tests.studies import QUICKSTART, write_round
 from tuner.cli import run
-from tuner.errors import InputError, Interrupted
+from tuner.errors import InputError, Interrupted, TunerError
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +251,11 @@ def test_an_interrupt_saves_and_raises(tmp_path):
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt() -> None:
-        database = tmp_path / "dry-run" / "tuner.db"
-        while not database.exists() or not tuner.Study(tmp_path / "dry-run").rounds:
+        directory, begun = tmp_path / "dry-run", False
+        while not begun:
             time.sleep(0.1)
+            with contextlib.suppress(TunerError, SQLAlchemyError):  # the database is being made
+                begun = (directory / "tuner.db").exists() and bool(tuner.Study(directory).rounds)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()

@@ -132,7 +132,7 @@ def test_it_is_trained_again_where_no_checkpoint_has_it(study: Path) -> None:
     flipped(last(study) / "optimizer.safetensors", 4, count=3)
     for path in (study / "runs" / "round1" / "trial-0000" / "trunk").glob("*"):
         shutil.rmtree(path)
-    done = tuner_process("trial", "reproduce", "0", "--restore", directory=study)
+    done = tuner("trial", "reproduce", "0", "--restore", directory=study)
     assert done.returncode == 0, done.stderr
     assert "put back from a new run, as it was saved (by its SHA-256)" in done.stdout
     assert digest(place) == before

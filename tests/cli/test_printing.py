@@ -150,7 +150,7 @@ def test_plain_lines_say_what_a_trial_was_given(tmp_path: Path) -> None:
     assert all(re.search(r"starts  learning_rate [\d.e-]+, lora_r \d", line) for line in starts)
 
 
-def wait_until(is_so: object, *, seconds: float = 10) -> None:
+def wait_until(is_so: object, *, seconds: float = 120) -> None:
     assert callable(is_so)
     deadline = time.monotonic() + seconds
     while not is_so():

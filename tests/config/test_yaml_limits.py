@@ -37,24 +37,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_at_its_line_at_once(case: str) -> None:
     more, line, words = REFUSED[case]
-    before, begun = ROUND.count("\n"), time.monotonic()
+    before, begun = ROUND.count("\n"), time.process_time()
     with pytest.raises(RoundFileError) as caught:
         read_round(ROUND + more, Path("round1.yaml"))
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
     (mistake,) = caught.value.mistakes
     assert mistake.line == before + line, str(caught.value)
     assert words in mistake.message
 
 
 def test_a_file_that_is_too_long_is_not_read() -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(RoundFileError, match="at most 120,000"):
         read_round(ROUND + "# x\n" * 100_000, Path("round1.yaml"))
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_ordinary_yaml_passes() -> None:
 
 def test_a_long_list_of_entries_is_read_in_good_time() -> None:
     entries = "".join(f"    - {{learning_rate: {number}e-6, lora_r: 8}}\n" for number in range(1, 2000))
-    begun = time.monotonic()
+    begun = time.process_time()
     assert len(parse(f"search:\n  enqueue:\n{entries}").document["search"]["enqueue"]) == 1999
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5

@@ -81,6 +81,8 @@ class WorkerContract:
         seen = collect(ready_worker, until=lambda events: ended(events) == {0, 1})
         outcomes = {e.trial: e.outcome for e in seen if isinstance(e, Ended)}
         assert outcomes == {0: "stopped", 1: "complete"}
+        paths = [checkpoint.path for checkpoint in saved(seen)]
+        assert len(set(paths)) == len(paths), "saved again, while the first may be on its way"
 
     def test_keeps_the_trunk_and_a_longer_run_goes_on_from_it(
         self, ready_worker: Worker, directory: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -37,7 +38,7 @@ from tuner.engines.ray.remote import (
     RemoteProcess,
     Unavailable,
 )
-from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen
+from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen, until_room
 from tuner.errors import InputError
 from tuner.records import Died, Ended, Evaluated, Saved, Started
 from tuner.whole import digest
@@ -106,11 +107,11 @@ class Machine:
         self.wires: list[Wire] = []
         self.lost = threading.Event()
 
-    def host(self, *, lease_seconds: float = 60.0) -> Host:
+    def host(self, *, lease_seconds: float = 60.0, close_seconds: float = 1.0) -> Host:
         host = Host(
             scratch=str(self.scratch),
             lease_seconds=lease_seconds,
-            close_seconds=1.0,
+            close_seconds=close_seconds,
             on_lost=self.lost.set,
         )
         self.hosts.append(host)
@@ -121,8 +122,9 @@ class Machine:
         *,
         document: dict[str, object] | None = None,
         host: Host | None = None,
-        silence_seconds: float = 5.0,
+        silence_seconds: float = 60.0,
         is_shared: bool = False,
+        follows_logs: bool = False,
         **faults: Any,
     ) -> ProgramWorker:
         token = f"job.session.{len(self.wires)}"
@@ -138,7 +140,9 @@ class Machine:
         environment = {"node": "a", "worker": token}
         return ProgramWorker(
             Program(PROGRAM, lambda: said),
-            lambda: RemoteProcess(remote, places, token=token, environment=environment),
+            lambda: RemoteProcess(
+                remote, places, token=token, environment=environment, follows_logs=follows_logs
+            ),
         )
 
     def close(self) -> None:
@@ -189,7 +193,7 @@ def started(worker: ProgramWorker, machine: Machine, *, steps: int = 2000) -> li
 
 
 def died(worker: ProgramWorker) -> Died:
-    said = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen), seconds=30)
+    said = collect(worker, until=lambda seen: any(isinstance(e, Died) for e in seen), seconds=120)
     return next(e for e in said if isinstance(e, Died))
 
 
@@ -251,6 +255,39 @@ def test_the_log_arrives(machine: Machine) -> None:
     assert "working in" in (machine.directory / "job.session.0.log").read_text()
 
 
+def test_the_log_of_a_command_arrives_while_it_runs(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written later is added, and of much only the end arrives."""
+    monkeypatch.setattr("tuner.engines.ray.remote.LOG_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.engines.ray.transfer.MOST_LOG_BYTES", 100)
+    worker = machine.worker(follows_logs=True)
+    started(worker, machine, steps=100_000)
+    [there] = machine.scratch.rglob("trial-0000")
+    here = machine.directory / "trial-0000" / "attempt-1" / "command.log"
+    log = there / "attempt-1" / "command.log"
+    log.parent.mkdir()
+    for content, arrived in (("first\n", "first\n"), ("second\n", "first\nsecond\n")):
+        with log.open("a") as file:
+            file.write(content)
+        assert until(lambda arrived=arrived: here.exists() and here.read_text() == arrived)  # type: ignore[misc]
+    with log.open("a") as file:
+        file.write("x" * 1000 + "last\n")
+    assert until(lambda: here.read_text().endswith("last\n"))
+    assert "... 905 bytes are left out ..." in here.read_text()
+    worker.stop(assignment(machine.directory, 0).run)
+    collect(worker, until=ended)
+    assert here.read_text().count("last") == 1
+    worker.close()
+
+
+def until(holds: Callable[[], bool], *, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
 def test_a_killed_subprocess_is_said_at_once(machine: Machine) -> None:
     worker = machine.worker()
     started(worker, machine)
@@ -288,7 +325,7 @@ def test_a_dead_host_is_said_and_its_trial_resumes_elsewhere_with_the_same_curve
 
 def test_a_silent_node_is_lost_and_its_worker_ends_by_its_lease(machine: Machine) -> None:
     """As if the cable was pulled: the parent gives up, and so does the host, each by its own clock."""
-    host = machine.host(lease_seconds=2.0)
+    host = machine.host(lease_seconds=5.0)
     worker = machine.worker(host=host, silence_seconds=2.0, document={"pause": 0.05})
     started(worker, machine)
     pid = pid_of(host)
@@ -321,24 +358,26 @@ def test_an_old_node_that_comes_back_onto_a_shared_disk_replaces_nothing(machine
 
 
 def test_a_host_without_a_parent_lets_its_worker_end_then_kills_it(machine: Machine) -> None:
-    host = machine.host(lease_seconds=0.5)
-    code = "import sys, time; sys.stdin.read(); print('end of input', flush=True); time.sleep(60)"
+    host = machine.host(lease_seconds=2.0, close_seconds=4.0)
+    code = (
+        "import sys, time; print('begun', flush=True); sys.stdin.read(); "
+        "print('end of input', flush=True); time.sleep(600)"
+    )
     host.launch(("-c", code), {}, "job.session.7")
-    deadline = time.monotonic() + 5
-    while host._process is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not host.events(0, 0.5).lines:
+        pass
     pid = pid_of(host)
     assert machine.lost.wait(60)
     assert is_gone(pid)
-    assert list(host._lines) == ["end of input\n"]
+    assert list(host._lines) == ["begun\n", "end of input\n"]
 
 
 def test_a_blocked_parent_is_no_silence(machine: Machine) -> None:
     """Nobody reads events or records for longer than the lease: polling goes on in a thread of its own."""
-    host = machine.host(lease_seconds=1.0)
-    worker = machine.worker(host=host, document={"pause": 0.01}, silence_seconds=1.0)
+    host = machine.host(lease_seconds=3.0)
+    worker = machine.worker(host=host, document={"pause": 0.01}, silence_seconds=3.0)
     started(worker, machine, steps=600)
-    time.sleep(3.0)
+    time.sleep(5.0)
     collect(worker, until=lambda seen: ended(seen) == {0})
     assert not machine.lost.is_set()
     worker.close()
@@ -681,6 +720,28 @@ class TestFiles:
         fetch(call, target, back, sha256=digest(model))
         assert (back / "weights").read_bytes() == (model / "weights").read_bytes()
         assert [path.name for path in back.parent.iterdir()] == ["back"]
+
+    @pytest.mark.parametrize(("full_seconds", "patience"), [(0.0, 0.0), (3.0, 60.0), (1e9, 60.0)])
+    def test_a_checkpoint_is_copied_again_while_this_disk_is_full(
+        self, full_seconds: float, patience: float
+    ) -> None:
+        now, copied = [0.0], []
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        def copy() -> None:
+            if now[0] < full_seconds:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            copied.append(now[0])
+
+        if full_seconds > patience:
+            with pytest.raises(OSError, match="No space left"):
+                until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert now == [patience]
+        else:
+            until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert copied == [full_seconds]
 
     def test_a_host_deletes_only_below_its_scratch_folder(self, host: Host, model: Path) -> None:
         with pytest.raises(ValueError, match="not below"):

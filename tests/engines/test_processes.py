@@ -93,7 +93,7 @@ def test_what_a_worker_started_is_known_by_its_token(tree) -> None:
     token, process, child = tree
     assert sorted(with_token(token)) == sorted([process.pid, child])
     assert end_with_token(token) == sorted([process.pid, child])
-    assert process.wait(20) == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert Identity.of(child) is None
     assert list(with_token(new_token())) == []
 

@@ -84,7 +84,7 @@ class TestProgramWorker(WorkerContract):
         process = popen(worker)
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(30) == 1
+        assert process.wait(120) == 1
 
 
 class TestSimulatedWorker(WorkerContract):
@@ -147,7 +147,7 @@ def test_a_worker_of_another_version_is_ended(tmp_path: Path) -> None:
         """print('{"event": "ended", "trial": 0, "mood": "fine"}', flush=True); input(); input()"""
     )
     worker = process_worker(tmp_path, {}, {"PYTHONPATH": str(tmp_path)})
-    [died] = worker.events(timeout_seconds=60.0)
+    [died] = worker.events(timeout_seconds=120.0)
     assert isinstance(died, Died)
     assert "mood" in died.reason
     assert "upgraded" in died.reason

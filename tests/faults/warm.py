@@ -115,8 +115,8 @@ class WarmRuns:
 
     def ask(self, request: Mapping[str, Any], *descriptors: int) -> dict[str, Any]:
         """Send a request and return its answer."""
-        _send(self._requests, request, *descriptors)
-        answer, _ = _receive(self._requests)
+        send_request(self._requests, request, *descriptors)
+        answer, _ = take_request(self._requests)
         return answer
 
     def close(self) -> None:
@@ -125,11 +125,11 @@ class WarmRuns:
         self._process.wait(30)
 
 
-def _send(to: socket.socket, document: Mapping[str, Any], *descriptors: int) -> None:
+def send_request(to: socket.socket, document: Mapping[str, Any], *descriptors: int) -> None:
     socket.send_fds(to, [json.dumps(document).encode()], descriptors)
 
 
-def _receive(of: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def take_request(of: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Return a document and descriptors. Raises EOFError when the other side is gone."""
     content, descriptors, _, _ = socket.recv_fds(of, _MOST_BYTES, 4)
     if not content:
@@ -147,11 +147,11 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         try:
-            request, descriptors = _receive(requests)
+            request, descriptors = take_request(requests)
         except EOFError:
             os._exit(0)
         if "poll" in request:
-            _send(requests, {"code": _exit_code(request["poll"])})
+            send_request(requests, {"code": _exit_code(request["poll"])})
             continue
         pid = os.fork()
         if pid == 0:
@@ -159,7 +159,7 @@ def main() -> None:
             _be_a_run(request, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        _send(requests, {"pid": pid})
+        send_request(requests, {"pid": pid})
 
 
 def _load_libraries() -> None:
@@ -179,7 +179,7 @@ def _be_a_run(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
     _adopt_orphans()
     wish = request["wish"]
     null = os.open(os.devnull, os.O_RDONLY)
-    _take_over([null, descriptors[0], descriptors[0]], request["cwd"])
+    take_over([null, descriptors[0], descriptors[0]], request["cwd"])
     worker_maker = _fork_worker_maker(wish)
 
     class Popen(subprocess.Popen[Any]):
@@ -193,8 +193,8 @@ def _be_a_run(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
                 return
             work = {"run": list(asked["args"][2:]), "env": dict(asked["env"])}
             pipes = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-            _send(worker_maker, work, *pipes)
-            self.pid = _receive(worker_maker)[0]["pid"]
+            send_request(worker_maker, work, *pipes)
+            self.pid = take_request(worker_maker)[0]["pid"]
             self._child_created = True
             self._close_pipe_fds(*(asked[name] for name in _PIPES))  # type: ignore[attr-defined]
 
@@ -202,7 +202,7 @@ def _be_a_run(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
     _set_seams("parent", wish)
     if wish["clock_jumps"]:
         _let_clock_jump(wish["clock_jumps"])
-    _run_module("tuner.cli", request["run"])
+    run_module("tuner.cli", request["run"])
 
 
 def _let_signals_in() -> None:
@@ -218,7 +218,7 @@ def _adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def _take_over(standard: list[int], cwd: str | None = None) -> None:
+def take_over(standard: list[int], cwd: str | None = None) -> None:
     """Let these be the standard streams, and close every other descriptor."""
     kept = [os.dup(each) for each in standard]
     for number, each in enumerate(kept):
@@ -233,7 +233,7 @@ def _take_over(standard: list[int], cwd: str | None = None) -> None:
         os.chdir(cwd)
 
 
-def _run_module(name: str, arguments: list[str]) -> NoReturn:
+def run_module(name: str, arguments: list[str]) -> NoReturn:
     """Do what `python -m NAME ARGUMENTS` does, and end."""
     sys.argv = [name, *arguments]
     code: Any = 0
@@ -268,7 +268,7 @@ def _make_workers(requests: socket.socket, wish: Mapping[str, Any]) -> NoReturn:
     is_first = True
     while True:
         try:
-            request, descriptors = _receive(requests)
+            request, descriptors = take_request(requests)
         except (EOFError, OSError):
             os._exit(0)
         between = os.fork()
@@ -276,13 +276,13 @@ def _make_workers(requests: socket.socket, wish: Mapping[str, Any]) -> NoReturn:
             worker = os.fork()
             if worker == 0:
                 os.setsid()
-                _take_over(descriptors)
+                take_over(descriptors)
                 os.environ.clear()
                 os.environ.update(request["env"])
                 _set_seams("worker", wish if is_first else {**wish, "trap": None})
                 module, *arguments = request["run"]
-                _run_module(module, arguments)
-            _send(requests, {"pid": worker})
+                run_module(module, arguments)
+            send_request(requests, {"pid": worker})
             os._exit(0)
         os.waitpid(between, 0)
         is_first = False

@@ -316,7 +316,10 @@ def test_gpus_are_read_for_each_drawing_and_cost_rows() -> None:
         clock=lambda: 0.0,
     )
     view.trials([dataclasses.replace(begun(synthetic.trial(n, 1e-4)), number=n) for n in range(3)])
-    time.sleep(0.6)
+    deadline = time.monotonic() + 120
+    while "GPU 0" not in out.getvalue():  # drawn from a thread
+        assert time.monotonic() < deadline, out.getvalue()
+        time.sleep(0.05)
     assert "GPU 0  30 GB of 150 GB (20%), 50% busy  NVIDIA H200" in out.getvalue()
     assert "2 waiting not shown" in out.getvalue()
     view.close()

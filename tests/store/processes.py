@@ -80,10 +80,10 @@ def record_forever(url: str) -> None:
 
 
 def read_for(url: str, seconds: str) -> None:
-    """Prints how often it read, and how many steps it knew last."""
+    """Prints how often it read, at least three times, and how many steps it knew last."""
     store = open_store(url, study="study")
     until, reads, known = time.monotonic() + float(seconds), 0, 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or reads < 3:
         latest = steps_known(store)
         assert latest >= known
         reads, known = reads + 1, latest

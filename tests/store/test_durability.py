@@ -77,7 +77,7 @@ def test_a_reader_that_stops_halfway_holds_nothing_up(tmp_path: Path) -> None:
     foreign.execute("SELECT count(*) FROM tuner_trials").fetchone()
     began = time.monotonic()
     store.record(*processes.step(1))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     foreign.close()
     store.close()
 

@@ -42,7 +42,7 @@ def said(process: subprocess.Popen[str]) -> int:
 
 
 def becomes_free(directory: Path, url: str) -> bool:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while is_held(directory, url, "study") and time.monotonic() < until:
         time.sleep(0.02)
     return not is_held(directory, url, "study")

@@ -43,9 +43,9 @@ def test_ten_thousand_evaluations_of_two_hundred_examples(tmp_path: Path) -> Non
         connection.execute(insert(EVALUATIONS), rows)
     engine.dispose()
 
-    began = time.perf_counter()
+    began = time.process_time()
     trials = store.trials("round1")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     store.close()
     assert [len(trial.evaluations) for trial in trials] == [NUM_EVALUATIONS] * NUM_TRIALS
     assert trials[-1].evaluations[0] == made

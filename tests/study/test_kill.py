@@ -89,8 +89,9 @@ def curves(trials: list[dict[str, Any]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("at", "process"),
     [
-        ("tuner.store.sql.SqlStore.record:9", PARENT),  # between an evaluation and its record
-        ("rename:6", WORKER),  # a checkpoint written, not yet under its name
+        # tests/faults kills at commits and renames in every run of the tests.
+        pytest.param("tuner.store.sql.SqlStore.record:9", PARENT, marks=pytest.mark.acceptance),
+        pytest.param("rename:6", WORKER, marks=pytest.mark.acceptance),
         ("symlink:3", PARENT),  # the best adapter recorded, its link not yet switched
     ],
 )
@@ -132,6 +133,7 @@ def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(tmp_path: Path, at:
     assert killed == undisturbed
 
 
+@pytest.mark.acceptance  # tests/faults kills the parent at random in every run of the tests
 @pytest.mark.slow
 def test_a_round_killed_at_random_goes_on_from_its_checkpoints(
     tmp_path: Path, undisturbed: list[dict[str, Any]]
@@ -154,19 +156,24 @@ def test_a_round_killed_at_random_goes_on_from_its_checkpoints(
 def test_sigterm_saves_and_names_the_command_that_goes_on(
     tmp_path: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
-    write_round(tmp_path, **CHANGES)
-    with running(tmp_path, until=lambda line: "step 2/" in line) as process:
-        assert process.stderr is not None
-        process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
-        assert process.wait() == 130
+    for number in range(3):  # on a busy machine a round may be over before it hears the signal
+        study = tmp_path / str(number)
+        write_round(study, **CHANGES)
+        with running(study, until=lambda line: "step 2/" in line) as process:
+            assert process.stderr is not None
+            process.send_signal(signal.SIGTERM)
+            rest = process.stderr.read()
+            code = process.wait()
+        if code != 0:
+            break
+    assert code == 130
     assert "tuner study run round1.yaml" in rest
-    status = json.loads(tuner("study", "status", "--json", directory=tmp_path).stdout)
+    status = json.loads(tuner("study", "status", "--json", directory=study).stdout)
     assert status["rounds"][0]["state"] == "open"
     assert status["rounds"][0]["trials"]["running"] == 0
-    done = tuner(*RUN, directory=tmp_path)
+    done = tuner(*RUN, directory=study)
     assert done.returncode == 0, done.stderr
-    found = trials_of(tmp_path)
+    found = trials_of(study)
     assert curves(found) == curves(undisturbed)
     assert [trial["executed_steps"] for trial in found] == [10, 10]
 

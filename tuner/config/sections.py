@@ -137,6 +137,9 @@ class ModelSpec(BaseModel):
     """A model on the Hugging Face Hub, or a directory: relative to the file, or absolute."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the base model's weights and of the computation; adapters always train in float32."""
+    tf32: bool = False
+    """Multiply float32 with 10 bits of mantissa (TF32) on a GPU: several times as fast, and less exact. Needs
+    `dtype: float32`; a CPU ignores it and says so."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Load the base model's weights in 4 bits (`nf4`, as QLoRA does) or 8 bits (`int8`)."""
     revision: str | None = None
@@ -163,6 +166,13 @@ class ModelSpec(BaseModel):
             wrong = "gguf_file" if self.gguf_file else "quantization"
             message = "not supported by loader: unsloth; remove this line, or use loader: transformers"
             refuse("model", [Refusal((wrong,), message, rests_on=("model.loader",))])
+        return self
+
+    @model_validator(mode="after")
+    def _tf32_is_of_float32(self) -> Self:
+        if self.tf32 and self.dtype != "float32":
+            message = "true is for dtype: float32; remove this line, or set dtype: float32"
+            refuse("model", [Refusal(("tf32",), message, rests_on=("model.dtype",))])
         return self
 
     @field_validator("dtype", mode="before")
@@ -467,8 +477,9 @@ class RunSpec(BaseModel):
 
     storage_patience: Annotated[str, AfterValidator(_lasting)] = "10m"
     """How long a round waits, such as `90s`, `30m` or `2h`, while its database cannot be reached or a disk is
-    full, before it stops. Training continues while the database is away, and pauses while the disk is full.
-    The same command resumes a round that has stopped."""
+    full, before it stops. Training continues while the database is away, and pauses while the disk is full;
+    commands, and trials on other machines, continue then too. The same command resumes a round that has
+    stopped."""
 
     @property
     def storage_seconds(self) -> float:

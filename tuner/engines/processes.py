@@ -11,14 +11,16 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_SWEEPS = 20
-"""How often processes that were just being forked are looked for."""
+_SWEEPS = 40
+"""How often processes that were just being forked, or have not died yet, are looked for."""
+_SWEEP_SECONDS = 0.05
 _STARTED_FIELD = 19
 """Of /proc/PID/stat after the name in parentheses: clock ticks since the boot, whatever the clock does."""
 
@@ -87,6 +89,7 @@ def end_with_token(token: str) -> list[int]:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
                 ended.append(pid)
+        time.sleep(_SWEEP_SECONDS)
     return sorted(set(ended))
 
 

@@ -100,6 +100,7 @@ class _Run:
     assignment: Assignment
     step: int
     evaluations: list[Evaluation] = field(default_factory=list)
+    last_saved_step: int | None = None
 
     @property
     def name(self) -> tuple[str, int, int]:
@@ -222,7 +223,8 @@ class SimulatedWorker:
         """Save the run at its current step and end the attempt."""
         found = self._runs.get(run)
         if found is not None:
-            self._save(found, CheckpointKind.LAST, found.step)
+            if found.last_saved_step != found.step:
+                self._save(found, CheckpointKind.LAST, found.step)
             self._end(found, "stopped")
 
     def events(self, timeout_seconds: float) -> list[Event]:
@@ -282,6 +284,8 @@ class SimulatedWorker:
 
     def _save(self, run: _Run, kind: CheckpointKind, step: int) -> None:
         checkpoint = self._keep(run.assignment, kind, step)
+        if kind == CheckpointKind.LAST:
+            run.last_saved_step = step
         if checkpoint is not None:
             self._say(Saved(*run.name, checkpoint, horizon=run.assignment.horizon))
 

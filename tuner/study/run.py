@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,7 +105,14 @@ def run_round(
                 store = CachedStore(WaitingStore(facts, outage))
                 _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
-        watch = DiskWatch(disk, ready, plan.spec.run.storage_seconds if ready.waits_for_disk else 0.0)
+        watch = DiskWatch(
+            disk,
+            ready,
+            plan.spec.run.storage_seconds,
+            workers_pause=ready.waits_for_disk,
+            say=view.message,
+            stopping=stopping,
+        )
         with _outside_failures(watch, worker):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
@@ -401,10 +408,17 @@ def recorded_workload(plan: RoundPlan) -> str | None:
 
 def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
     """Raise InputError for data that the round did not start with."""
-    begun = _begun(plan)
-    recorded = None if begun is None else begun.spec.get("data_fingerprint")
-    if recorded and recorded != fingerprint:
+    recorded = recorded_data(plan)
+    if recorded is not None and recorded != fingerprint:
         raise other_workload(plan)
+
+
+def recorded_data(plan: RoundPlan) -> str | None:
+    """Return the fingerprint of the data that the round started with; None while the database is away."""
+    with suppress(StorageAway):
+        begun = _begun(plan)
+        return None if begun is None else begun.spec.get("data_fingerprint") or None
+    return None
 
 
 def changed_model(plan: RoundPlan, fingerprint: str) -> str | None:

@@ -105,6 +105,8 @@ class TrialRun:
         """Of the update's micro-batches, still on the device."""
         self.room = DiskRoom()
         """Where its checkpoints go."""
+        self.last_saved_step: int | None = None
+        """Of the `last` checkpoint of this attempt."""
         self._update_nll = 0.0
         self._update_targets = 0
         self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
@@ -263,10 +265,13 @@ class TrialRun:
     def save(self, kind: CheckpointKind) -> Checkpoint:
         """Publish a resumable checkpoint of this step."""
         directory, snapshot = Path(self.assignment.directory), self.snapshot()
-        return self.room.written(
+        checkpoint = self.room.written(
             directory,
             lambda: publish_snapshot(directory, snapshot, kind=kind, attempt=self.assignment.attempt),
         )
+        if kind == CheckpointKind.LAST:
+            self.last_saved_step = self.step
+        return checkpoint
 
 
 def _copy(weights: Weights) -> dict[str, tuple[Tensor, ...]]:

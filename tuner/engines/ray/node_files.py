@@ -203,10 +203,12 @@ class NodeFiles:
         """As `Host.delete`."""
         if self.scratch.resolve() not in path.resolve().parents:
             raise ValueError(f"{path}: not below {self.scratch}, so it is not deleted")
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        try:
             path.unlink(missing_ok=True)
+        except (IsADirectoryError, PermissionError):  # macOS says the second of a directory
+            if not path.is_dir():
+                raise
+            shutil.rmtree(path, ignore_errors=True)
 
     def _verify(self, fingerprint: str, name: str) -> None:
         arrived = self._arriving(fingerprint) / name
