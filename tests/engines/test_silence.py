@@ -16,6 +16,7 @@ from tuner.engines import (
     Program,
     ProgramWorker,
     WorkerPool,
+    _ForeignWorker,
     end_all_processes,
     end_at_once,
     wait_for_former_workers,
@@ -179,7 +180,7 @@ def test_all_can_be_ended_at_once(tmp_path: Path) -> None:
 def test_the_processes_of_one_worker_can_be_ended_at_once(tmp_path: Path) -> None:
     """A notebook may run two studies: what ends one leaves the other's workers alone."""
     first, second, third = (launched(tmp_path, "import time; time.sleep(60)") for _ in range(3))
-    pool = WorkerPool([lambda: first, lambda: second])
+    pool = _ForeignWorker(WorkerPool([lambda: first, lambda: second]), "an engine of the user's")
     end_at_once(pool)
     assert "signal 9" in died(first, 60.0).reason
     for running in (second, third):  # one has not been asked to start by its pool

@@ -114,6 +114,11 @@ class _ForeignWorker:
         with self._named("close"):
             self._inner.close()
 
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        with self._named("kill"):
+            end_at_once(self._inner)
+
     @contextmanager
     def _named(self, method: str) -> Iterator[None]:
         try:

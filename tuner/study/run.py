@@ -96,13 +96,8 @@ def run_round(
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
             with _while_opening():
-                facts = (
-                    outage.through(lambda: _reopened(plan))
-                    if is_known
-                    else open_store(storage, study=plan.spec.study)
-                )
-                in_use.callback(facts.close)
-                store = CachedStore(WaitingStore(facts, outage))
+                store = _opened(plan, outage, is_known=is_known)
+                in_use.callback(store.close)
                 _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
         watch = DiskWatch(
@@ -134,6 +129,15 @@ def run_round(
             ended = store.round(plan.name)
             assert ended is not None
             outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
+
+
+def _opened(plan: RoundPlan, outage: Outage, *, is_known: bool) -> Store:
+    """Open the study's facts; `is_known` says whether the database was there before the worker loaded."""
+    if is_known:
+        facts = outage.through(lambda: _reopened(plan))
+    else:
+        facts = open_store(plan.absolute.storage, study=plan.spec.study)
+    return CachedStore(WaitingStore(facts, outage))
 
 
 def _reopened(plan: RoundPlan) -> Store:
