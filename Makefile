@@ -17,7 +17,16 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 SHELL := bash
-ACCEPTANCE := $(patsubst tests/%,%,$(shell grep -rl --include='test_*.py' 'mark\.acceptance' tests | xargs -n1 dirname | sort -u))
+# Those of tests/commands and tests/faults would take over half an hour each: they have parts, by pytest's -k.
+KEYWORDS.commands-rounds := not killed
+KEYWORDS.commands-kills := killed
+KEYWORDS.faults-local := local
+KEYWORDS.faults-command := command
+KEYWORDS.faults-postgres := postgres
+KEYWORDS.faults-ray := ray
+KEYWORDS.faults-fuzz := fuzz
+PARTED := $(patsubst KEYWORDS.%,%,$(filter KEYWORDS.%,$(.VARIABLES)))
+ACCEPTANCE := $(PARTED) $(filter-out commands faults,$(patsubst tests/%,%,$(shell grep -rl --include='test_*.py' 'mark\.acceptance' tests | xargs -n1 dirname | sort -u)))
 
 .PHONY: setup acceptance docs pictures image quickstart smollm2 bench gpu gpu-parts check test fix clean
 
@@ -82,7 +91,7 @@ acceptance: $(addprefix acceptance-,$(ACCEPTANCE))
 
 # Each part writes which tests passed, and how long they took, to benchmarks/results.
 acceptance-%: setup
-	set -o pipefail; $(BIN)/pytest tests/$* -m acceptance --timeout 1800 --durations=0 -q -rA --tb=short --show-capture=no \
+	set -o pipefail; $(BIN)/pytest tests/$(firstword $(subst -, ,$*)) -m acceptance -k "$(KEYWORDS.$*)" --timeout 1800 --durations=0 -q -rA --tb=short --show-capture=no \
 	  | tee benchmarks/results/acceptance_$*_$$(date +%F).txt
 
 fix: setup

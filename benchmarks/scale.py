@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,15 @@ sys.path.insert(0, str(ROOT))
 EVALUATIONS, EXAMPLES, TOKENS = 10, 32, 16
 HORIZON, EVERY = 90, 10
 EVENTS = 200
+MEASURED = {
+    "asks": ", s",
+    "event": ", ms",
+    "status": ", s",
+    "status, complete": ", s",
+    "trial list": ", s",
+    "trial list --json": ", s",
+    "report": ", s",
+}
 
 
 def write_study(directory: Path, count: int) -> Path:
@@ -119,7 +130,7 @@ def measure(what: str, path: Path) -> tuple[float, float]:
                     loop._record(Evaluated("round1", number, 1, made))
                     loop.view.trials(state.changed())
             return (time.process_time() - begun) / EVENTS, _peak()
-        case "status":
+        case "status" | "status, complete":
             from tuner.report import status_table
             from tuner.study.lookup import opened, statuses
 
@@ -133,6 +144,15 @@ def measure(what: str, path: Path) -> tuple[float, float]:
             begun = time.process_time()
             with opened(folder) as store:
                 _print(trials_table(trials_of(folder, store, "round1")))
+        case "trial list --json":
+            from contextlib import redirect_stdout
+            from io import StringIO
+
+            from tuner.cli.output import print_trials
+
+            begun = time.process_time()
+            with redirect_stdout(StringIO()):
+                print_trials(folder, round_name=None, as_json=True)
         case "report":
             from tuner.report import round_markdown
             from tuner.study.lookup import reports_on
@@ -201,6 +221,13 @@ def _resumed(path: Path) -> tuple[Any, Any, Any]:
     return loop, loop.state, round_study
 
 
+def _all_ended(path: Path, count: int) -> Path:
+    """Return the file of a copy of the study whose round promises no more trials than have ended."""
+    copy = Path(shutil.copytree(path.parent, path.parent / "ended")) / path.name
+    copy.write_text(path.read_text().replace(f"trials: {count + 100}\n", f"trials: {count}\n"))
+    return copy
+
+
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -213,19 +240,28 @@ def main() -> None:
     if options.one:
         print(*measure(options.one[0], Path(options.one[1])))
         return
-    print("| trials | asks, s | event, ms | status, s | trial list, s | report, s | peak memory, MB |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"load before: {os.getloadavg()[0]:.1f}\n")
+    print(f"| trials | {' | '.join(what + unit for what, unit in MEASURED.items())} | peak memory, MB |")
+    print(f"| {' | '.join(['---:'] * (len(MEASURED) + 2))} |")
     for count in (int(number) for number in options.trials.split(",")):
         with tempfile.TemporaryDirectory() as scratch:
             path = write_study(Path(scratch), count)
             cells, peak = [], 0.0
-            for what in ("asks", "event", "status", "trial list", "report"):
-                command = [sys.executable, __file__, "--one", what, str(path)]
+            ended = _all_ended(path, count)
+            for what in MEASURED:
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    what,
+                    str(ended if "complete" in what else path),
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 seconds, memory = map(float, done.stdout.split())
                 cells.append(f"{1000 * seconds:.2f}" if what == "event" else f"{seconds:.2f}")
                 peak = max(peak, memory)
             print(f"| {count:,} | {' | '.join(cells)} | {peak:.0f} |", flush=True)
+    print(f"\nload after: {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

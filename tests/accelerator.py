@@ -110,7 +110,7 @@ def training(
     """Trials by slot on a Llama. PEFT makes their adapters first, on the host, as a worker's do."""
     model = AutoModelForCausalLM.from_config(tiny.config("llama"), dtype=dtype).eval().requires_grad_(False)
     base = Base(model, dtype, head_is_linear=True)  # what `freeze` finds out by computing is said instead
-    base.joins_rows = joins_rows
+    base.joins_rows, base.last = joins_rows, model.model.layers[-1].mlp
     speed_up(model)
     with worker_state(base, trials.values(), micro_tokens=micro_tokens) as state:
         starts = {slot: state.new_adapter(trial, seed=slot) for slot, trial in trials.items()}

@@ -14,6 +14,9 @@ from typing import Any, TextIO
 
 from tuner.records import Assignment, Event, RunId, assignment_from_json, event_to_json, from_json
 
+RESTING = "resting between two rounds"
+"""What a worker says that it does once it holds nothing of a round any more."""
+
 
 def event_writer() -> Callable[[Event], None]:
     """Return a function that sends an event to the parent.
@@ -38,9 +41,14 @@ class CommandReader:
 
     def __init__(self, lines: TextIO, *, on_parent_gone: Callable[[], None] = lambda: os._exit(1)) -> None:
         self.closed = False
+        """Whether the round is over for this worker."""
+        self.rests = False
+        """Whether another round may follow."""
         self.unwanted: set[RunId] = set()
         """Runs to save and remove."""
         self._assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
+        self._documents: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._is_at_rest = threading.Event()
         self._lines = lines
         self._on_parent_gone = on_parent_gone
 
@@ -51,6 +59,17 @@ class CommandReader:
             self._on_parent_gone()
         document: dict[str, Any] = json.loads(line)
         return document
+
+    def next_document(self) -> dict[str, Any] | None:
+        """Wait for another round, after `rests`; return its description, None to end.
+
+        What was asked of the round before is forgotten first, and nothing is read before that.
+        """
+        self.closed = self.rests = False
+        self.unwanted = set()
+        self._assignments = queue.SimpleQueue()
+        self._is_at_rest.set()
+        return self._documents.get()
 
     def listen(self) -> None:
         """Start reading commands in the background."""
@@ -78,8 +97,16 @@ class CommandReader:
                     self._assignments.put(assignment)
                 case "stop":
                     self.unwanted.add(from_json(RunId, command["run"]))
+                case "rest":
+                    self.closed = self.rests = True
+                    self._assignments.put(None)
+                    self._is_at_rest.wait()
+                    self._is_at_rest.clear()
+                case "round":
+                    self._documents.put(command["document"])
                 case "close":
                     self.closed = True
                     self._assignments.put(None)
+                    self._documents.put(None)
                     return
         self._on_parent_gone()

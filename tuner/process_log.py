@@ -1,26 +1,66 @@
-"""One log a process: when, which round and trial, who, what; and where the trace of a bug of ours goes."""
+"""One log a process: when, which round and trial, who, what, and no secret; where the trace of a bug goes."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any, TextIO
 
 _MOST_BYTES = 8 * 2**20
 """Of a log, before its older half is kept under another name until the next time."""
+
+_SECRETS = (
+    (re.compile(r"(\w://[^\s:/@'\"<>]*):[^\s'\"<>]+@"), r"\1:***@"),
+    (
+        re.compile(
+            r"(?i)([?&;](?:[\w.-]|%2d)*(?:sig|token|credential|secret|passw|key|policy|accessid|auth)[\w.-]*=)"
+            r"[^&\s'\"<>;)]+"
+        ),
+        r"\1***",
+    ),
+    (
+        re.compile(
+            r"(?i)((?:passw(?:or)?d|passphrase|secret|api[_-]?key|(?:access|auth|hf|session|security|refresh)"
+            r"[_-]?token)[\w-]*['\"]?\s?[=:]\s?|\btoken['\"]?\s?[=:]\s?(?=['\"]))"
+            r"(?:'[^'\n]*'|\"[^\"\n]*\"|(?!\*\*\*)[^\s'\",;)&]+)"
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]{8,}"), r"\1 ***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
+)
+"""Accounts and signatures in URLs, options of databases, headers, and tokens of the Hub."""
 
 _trial: ContextVar[int | None] = ContextVar("trial", default=None)
 _file: Path | None = None
 _running: str | None = None
 """The log and the name of the round that this process runs."""
+
+
+def harmless(text: str) -> str:
+    """Return a text that may be kept or shown: without passwords, tokens and signatures of URLs."""
+    for secret, shown in _SECRETS:
+        text = secret.sub(shown, text)
+    return text
+
+
+def halved(log: Path) -> None:
+    """Move what a log has to its older half, NAME.1, once it is long; whoever appends to it goes on."""
+    with suppress(OSError):  # a full disk costs a log, not the round
+        if log.stat().st_size > _MOST_BYTES:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
 
 
 class _Lines(logging.Formatter):
@@ -37,7 +77,7 @@ class _Lines(logging.Formatter):
         about = name if trial is None else f"{name} trial {trial}"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         said = f"{when} {about} {record.name}: {record.getMessage()}"
-        return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
+        return harmless(f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said)
 
 
 class _Quiet(RotatingFileHandler):
@@ -45,6 +85,26 @@ class _Quiet(RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Do nothing."""
+
+
+class _Harmless:
+    """A text stream that keeps secrets out of what is printed, such as traces and warnings of libraries."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without its secrets."""
+        self._stream.write(harmless(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines without their secrets."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Said(logging.Handler):
@@ -61,9 +121,10 @@ class _Said(logging.Handler):
 
 def begin_worker(round_name: str) -> None:
     """Let everything that this worker process logs go to standard error, which its parent keeps as a file."""
+    sys.stderr = _Harmless(sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(round_name))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 @contextmanager
@@ -113,9 +174,14 @@ def _shown_by(handler: logging.Handler, round_name: str | None) -> Iterator[None
         logger.setLevel(before)
 
 
+def trace_of(error: BaseException) -> str:
+    """Return the trace of an error without what may be a secret."""
+    return harmless("".join(traceback.format_exception(error)))
+
+
 def kept_trace(error: BaseException) -> Path | None:
     """Write the trace of an error to the round's log, or to a file of its own; return where it is."""
-    trace = "".join(traceback.format_exception(error))
+    trace = trace_of(error)
     with suppress(OSError):
         if _file is not None and _file.parent.is_dir():
             with _file.open("a", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests import tiny
 from tuner.adapters import frozen_linear, load_base
-from tuner.adapters.base import freeze, load_config
+from tuner.adapters.base import choose_products, freeze, load_config
 from tuner.config import ModelSpec
 from tuner.errors import ModelError
 
@@ -197,15 +197,42 @@ class TestFrozen:
         assert base.head_is_linear
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_tf32_is_a_gpus(chosen: bool, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ModelSpec(path="base", dtype="float32", tf32=chosen)
+    own = torch.get_float32_matmul_precision()
+    try:
+        choose_products(spec, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == ("high" if chosen else "highest")
+        assert not caplog.records
+        torch.set_float32_matmul_precision("highest")
+        choose_products(spec, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert [record.getMessage()[:11] for record in caplog.records] == ["model.tf32:"] * chosen
+    finally:
+        torch.set_float32_matmul_precision(own)
+
+
 class TestRefused:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("Tried to allocate 130 GiB"),
+            RuntimeError("CUDA error: out of memory: Tried to allocate 130 GiB"),
+        ],
+    )
     def test_a_base_that_does_not_fit_into_memory(
-        self, models: tiny.Models, monkeypatch: pytest.MonkeyPatch
+        self, models: tiny.Models, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
     ) -> None:
+        """bitsandbytes, which quantises while loading, has an error of its own."""
+
         def load(*_: object, **__: object) -> None:
-            raise torch.OutOfMemoryError("Tried to allocate 130 GiB")
+            raise error
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-        said = r"does not fit into the memory of cpu: Tried to allocate 130 GiB\nSet model.quantization: nf4"
+        said = (
+            r"does not fit into the memory of cpu: .*Tried to allocate 130 GiB\nSet model.quantization: nf4"
+        )
         with pytest.raises(ModelError, match=said):
             load_base(ModelSpec(path=str(models.path("llama"))), device="cpu", max_length=tiny.MAX_LENGTH)
 

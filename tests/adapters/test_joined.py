@@ -20,10 +20,10 @@ from tests import tiny
 from tests.adapters.test_pack import STEP, adapter, packed
 from tests.adapters.test_token_grid import rows
 from tuner.adapters import Base, PackedRows
-from tuner.adapters.base import load_base
+from tuner.adapters.base import freeze, load_base, load_model
 from tuner.adapters.evaluation import TokenGrid, grid, join
 from tuner.adapters.frozen_linear import row_keys
-from tuner.adapters.joined import joined_rows
+from tuner.adapters.joined import joined_rows, predicting_places
 from tuner.data import Example
 
 CPU = torch.device("cpu")
@@ -31,12 +31,17 @@ SHAPES: tuple[tiny.Shape, ...] = ("llama", "qwen2", "gpt2")
 SLOTS = st.lists(st.lists(rows(), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@given(slots=SLOTS, max_grids=st.integers(1, 3))
-def test_every_token_has_a_place_of_its_own(slots: list[list[Example]], max_grids: int) -> None:
-    (ids, target_rows, columns, positions, numbers, places), shapes = joined_rows(slots, max_grids=max_grids)
+@given(slots=SLOTS, max_grids=st.integers(1, 3), multiple=st.sampled_from([1, 4]))
+def test_every_token_has_a_place_of_its_own(
+    slots: list[list[Example]], max_grids: int, multiple: int
+) -> None:
+    (ids, target_rows, columns, positions, numbers, places), shapes = joined_rows(
+        slots, max_grids=max_grids, multiple=multiple
+    )
     lengths = [[len(example.input_ids) for example in part] for part in slots]
     assert ids.shape == (len(slots), max(map(sum, lengths)))
     assert len(shapes) <= max_grids
+    assert all(length % multiple == 0 for _, length in shapes)
     size = sum(height * length for height, length in shapes)
     assert len(set(places.tolist())) == places.size
     assert 0 <= places.min() <= places.max() < size
@@ -54,6 +59,30 @@ def test_every_token_has_a_place_of_its_own(slots: list[list[Example]], max_grid
             expected |= {(slot, start + int(column)) for column in np.flatnonzero(example.is_target)}
             start = here.stop
     assert set(zip(target_rows.tolist(), columns.tolist(), strict=True)) == expected
+
+
+def test_short_rows_have_a_grid_of_their_own() -> None:
+    """Where the squares saved are more than another grid costs."""
+    long, short = (Example(np.zeros(size, np.int32), np.arange(size) > 0) for size in (500, 20))
+    _, shapes = joined_rows([[long, *[short] * 10]], max_grids=4, multiple=16)
+    assert shapes == ((1, 512), (10, 32))
+    _, shapes = joined_rows([[short] * 3 + [Example(short.input_ids[:9], short.is_target[:9])]], max_grids=4)
+    assert shapes == ((4, 20),)
+
+
+@given(slots=SLOTS)
+def test_the_tokens_before_targets(slots: list[list[Example]]) -> None:
+    (ids, rows, columns, *_), _ = joined_rows(slots)
+    found = predicting_places(rows, columns, ids.shape)
+    needed = {int(row) * ids.shape[1] + int(column) - 1 for row, column in zip(rows, columns, strict=True)}
+    if found is None:
+        most = max([int((rows == slot).sum()) for slot in range(len(slots))])
+        assert most == 0 or most > 0.75 * ids.shape[1]
+        return
+    assert needed <= set(found.tolist())
+    assert len(set(found.tolist())) == len(found)
+    of_slots = found.reshape(len(slots), -1) // ids.shape[1]
+    assert (of_slots == np.arange(len(slots))[:, None]).all()
 
 
 def losses_and_gradients(
@@ -98,6 +127,47 @@ def test_is_the_padded_grid(
     assert torch.allclose(joined, padded, rtol=1e-5)
     for one, other in zip(joined_gradients, padded_gradients, strict=True):
         assert float((one - other).norm()) < 1e-5 * float(other.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_layer_sees_tokens_before_targets(models: tiny.Models, shape: tiny.Shape) -> None:
+    base = models.base(shape)
+    assert base.last is not None
+    examples = [Example(e.input_ids, np.arange(len(e.input_ids)) > 5) for e in tiny.examples(6, seed=3)[:]]
+    laid = join([examples[:3], examples[3:]], device=CPU)
+    assert laid.joined is not None
+    seen: list[torch.Size] = []
+    product = next(module for module in base.last.modules() if hasattr(module, "weight"))
+    hook = product.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    found = []
+    try:
+        for last in (None, base.last):
+            with laid.joined.within(base.model, last=last), torch.no_grad():
+                found.append(base.token_nll(laid.input_ids, laid.rows, laid.columns))
+    finally:
+        hook.remove()
+    most = max(int((laid.rows == slot).sum()) for slot in range(2))
+    assert [size[:2] for size in seen] == [laid.input_ids.shape, (2, most)]
+    assert most < laid.input_ids.shape[1]
+    assert torch.allclose(*found, rtol=1e-5)
+
+
+class Mixes(torch.nn.Module):
+    """A part that also sees the token before, and the output of another token changes."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + 1e-3 * x.roll(1, dims=1))  # type: ignore[no-any-return]
+
+
+def test_a_last_layer_whose_tokens_meet_sees_all(models: tiny.Models) -> None:
+    model = load_model(tiny.model_spec(models.path("llama")), device="cpu", max_length=tiny.MAX_LENGTH)
+    layer = model.model.layers[-1]
+    layer.mlp = Mixes(layer.mlp)
+    assert freeze(model, dtype=torch.float32).last is None
 
 
 def test_windows_are_the_models_own(models: tiny.Models, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -75,24 +75,39 @@ def test_trials_are_ranked_by_their_answers_wherever_they_are_shown(study: Path)
     assert [entry["trial"] for entry in planned["continues"]] == [f"round1/{first}"], "half of two"
 
 
-def test_check_says_what_answering_means_and_tries_the_metric(study: Path, tmp_path: Path) -> None:
+def test_check_says_what_answering_means_and_looks_for_the_metric(study: Path, tmp_path: Path) -> None:
     plan = check(study)
     assert (
         "each complete trial answers 5 evaluation rows with up to 6 tokens; the score by metrics.py:worth "
         in (plan.stdout)
     )
     assert "of their completions are longer than evaluation.answers.max_new_tokens (6)" in plan.stdout
-    assert json.loads(check(study, "--json").stdout)["ok"]
+    document = json.loads(check(study, "--json").stdout)
+    assert (document["ok"], document["plan"]["unchecked"]) == (True, ["metrics.py:worth"])
     write_round(tmp_path, evaluation=f", {ANSWERS}")
-    missing = check(tmp_path)
     place = f"round1.yaml:{LINE}: evaluation.answers.metric: metrics.py:worth: "
-    assert (missing.returncode, place in missing.stderr) == (2, True), missing.stderr
+    for source in (None, METRIC.replace("worth", "values"), METRIC.replace("answer, reference)", "answer)")):
+        if source is not None:
+            (tmp_path / "metrics.py").write_text(source)
+        refused = check(tmp_path)
+        assert (refused.returncode, place in refused.stderr) == (2, True), refused.stderr
+    (tmp_path / "metrics.py").write_text("raise SystemExit('imported')\n" + METRIC)
+    assert check(tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [("check", "--probe"), ("run",)], ids=" ".join)
+def test_a_metric_that_raises_is_refused_before_anything_is_recorded(
+    tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    write_round(tmp_path, evaluation=f", {ANSWERS}")
     (tmp_path / "metrics.py").write_text(METRIC.replace("assert reference", "assert answer"))
-    raising = check(tmp_path)
-    assert raising.returncode == 2
+    before = sorted(tmp_path.iterdir())
+    raising = tuner("study", *verb, "round1.yaml", directory=tmp_path)
+    assert raising.returncode == 2, raising.stderr
+    assert f"round1.yaml:{LINE}: evaluation.answers.metric: metrics.py:worth, called with " in raising.stderr
     assert "called with answer '' and reference" in raising.stderr
     assert "it raised AssertionError: rows have completions" in raising.stderr
-    assert not (tmp_path / "tuner.db").exists()
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
 def test_a_round_ranked_by_answers_has_no_dry_run(study: Path) -> None:

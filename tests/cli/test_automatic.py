@@ -10,6 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ import pytest
 
 import tuner
 from tests.studies import write_round
+from tuner.api.auto import Automatic
+from tuner.api.run import Where, run_here, view_of
 from tuner.cli import run
 from tuner.config import read_round
+from tuner.errors import RoundStopped
 
 AUTO = ("study", "auto", "round1.yaml", "--engine", "simulated")
 ROUND_FILES = ["round1.yaml", "round2.yaml", "round3.yaml"]
@@ -290,3 +295,50 @@ def _stopped_at(line: str, number: int, directory: Path) -> tuple[int, str]:
         pytest.fail(f"{line!r} was never said:\n{said}")
     said += started.stderr.read()
     return started.wait(60), said
+
+
+def between_rounds(study: Path, act: Callable[[Path], object], said: list[str]) -> Automatic:
+    """`study auto` as a dry run, which calls `act` with the database's file after each promotion."""
+    where = Where(engine="simulated")
+    file = where.file(study / "round1.yaml")
+    database = Path(file.spec.absolute(file.directory).storage.removeprefix("sqlite:///"))
+    return Automatic(
+        first=file,
+        run=lambda file: run_here(file, where, open_view=view_of(False), stopping=lambda: False),
+        promoted=lambda document: act(database),
+        stopping=lambda: False,
+        say=said.append,
+    )
+
+
+def test_a_database_that_goes_between_two_rounds_is_waited_for(study: Path) -> None:
+    def go_away(database: Path) -> None:
+        database.rename(study / "away.db")
+        threading.Timer(1.0, lambda: (study / "away.db").rename(database)).start()
+
+    said: list[str] = []
+    between_rounds(study, go_away, said).run_until_enough()
+    assert list(round_files(study / "dry-run")) == ROUND_FILES
+    assert all("is gone; put it back. Nothing runs meanwhile" in text for text in said[::2])
+    assert all(text.startswith("the database is back") for text in said[1::2])
+    assert len(said) == 4
+
+
+def test_one_that_stays_away_ends_it_and_the_same_call_goes_on(study: Path) -> None:
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace("90}", "90, storage_patience: 1s}"))
+    stays: list[Path] = []
+
+    def go_away(database: Path) -> None:
+        if not stays:
+            stays.append(database)
+            database.rename(study / "away.db")
+
+    said: list[str] = []
+    with pytest.raises(RoundStopped, match=r"is gone; put it back\. Earlier records are kept") as stopped:
+        between_rounds(study, go_away, said).run_until_enough()
+    assert stopped.value.exit_code == 1
+    assert not stays[0].exists(), "no database is begun in its place"
+    (study / "away.db").rename(stays[0])
+    between_rounds(study, go_away, said).run_until_enough()
+    assert list(round_files(study / "dry-run")) == ROUND_FILES

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.studies import tuner, write_round
+from tuner.engines import LocalProcess
+from tuner.process_log import harmless
 from tuner.records import Fact, TrialAsked
 from tuner.store import SqlStore
 
@@ -79,3 +84,82 @@ def test_a_bug_outside_a_round_has_a_file_of_its_own(tmp_path: Path, monkeypatch
     [file] = tmp_path.glob("tuner-*.log")
     assert f"The whole trace is in {file}" in done.stderr
     assert "KeyError: 'of ours'" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql+psycopg://ann:pa/s@w@host/db failed", "postgresql+psycopg://ann:***@host/db failed"),
+        ("connection to host=x password=hunter2 user=ann", "connection to host=x password=*** user=ann"),
+        (
+            "GET https://b.s3.amazonaws.com/k.jsonl?X-Amz-Credential=AKIA%2F2&X-Amz-Signature=a1b2&X-Amz-Date=5",
+            "GET https://b.s3.amazonaws.com/k.jsonl?X-Amz-Credential=***&X-Amz-Signature=***&X-Amz-Date=5",
+        ),
+        ("https://x.net/a.jsonl?sv=2020&sig=Zz%3D: gone", "https://x.net/a.jsonl?sv=2020&sig=*** gone"),
+        ("https://x.net/a?Policy=eyJ&Key-Pair-Id=K1", "https://x.net/a?Policy=***&Key-Pair-Id=***"),
+        ("Authorization: Bearer abcdefghijklmn", "Authorization: Bearer ***"),
+        ("logged in with hf_abcdefghijklmnopqrst", "logged in with hf_***"),
+        ("{'token': 'a b', \"api_key\": \"c d\"}", "{'token': ***, \"api_key\": ***}"),
+    ],
+)
+def test_what_is_kept_has_no_secret(text: str, shown: str) -> None:
+    assert harmless(text) == shown
+    assert harmless(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-28 10:00:00 round1 trial 3 tuner.study.loop: complete at step 8",
+        "12 tokens: 3.4 a second; num_tokens=5, max_new_tokens: 6",
+        "https://user@host/x?revision=main&key_frames",
+        "File '/x.py', line 3: KeyError: 'a'",
+    ],
+)
+def test_what_is_no_secret_is_kept(text: str) -> None:
+    assert harmless(text) == text
+
+
+def test_a_trace_and_a_worker_tell_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("postgresql://ann:hunter2@host/db")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tuner.process_log._file", None)
+    monkeypatch.setattr(importlib.import_module("tuner.api.doctor"), "examine", broken)
+    done = tuner("--verbose", "doctor", directory=tmp_path)
+    [file] = tmp_path.glob("tuner-*.log")
+    program = (
+        "import logging, sys\n"
+        "from tuner.process_log import begin_worker\n"
+        "begin_worker('round1')\n"
+        "logging.getLogger('of.a.library').warning('GET https://x/a?sig=hunter2')\n"
+        "print('https://x/a?sig=hunter2', file=sys.stderr)\n"
+        "raise ValueError('https://x/a?sig=hunter2')\n"
+    )
+    worker = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert worker.stderr.count("sig=***") == 3
+    for said in (file.read_text(), done.stderr, worker.stderr):
+        assert "***" in said
+        assert "hunter2" not in said
+
+
+def test_a_long_log_keeps_its_newer_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.process_log._MOST_BYTES", 100)
+    monkeypatch.setattr("tuner.engines.local._LOOK_SECONDS", 0.0)
+    log, older = tmp_path / "worker.log", tmp_path / "worker.log.1"
+    program = (
+        "import sys\nfor n in range(50): print(n, 'x' * 20, file=sys.stderr); print(n, flush=True); input()"
+    )
+    process = LocalProcess(["-c", program], log=log)
+    lines = []
+    for line in process.lines():
+        lines.append(line)
+        time.sleep(0.002)
+        process.write("\n")
+    assert process.wait(60) == 0
+    assert len(lines) == 50
+    assert older.exists()
+    assert log.stat().st_size + older.stat().st_size < 50 * 23
+    kept = (older.read_text() + log.read_text()).splitlines()
+    assert kept[-1] == "49 " + "x" * 20

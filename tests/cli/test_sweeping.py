@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.studies import record_sweep, tuner, write_round
+from tuner.api.auto import sweep_round
+from tuner.api.run import Where, prepared_quietly, run_here, unsaid, view_of
 from tuner.cli import run
 from tuner.config import RoundFile, load_round
 from tuner.playbook.sweep import default_grid
@@ -61,6 +64,34 @@ def test_a_dry_run_says_what_it_found_and_ends_with_the_next_command(
     assert "has started, so round1.yaml keeps 10 steps" in said.out
     assert said.err.splitlines()[-1] == f"next: tuner -C {tmp_path.name}/dry-run study run round1.yaml"
     assert (tmp_path / "dry-run/round1.yaml").read_text() == begun
+
+
+def test_a_database_that_goes_between_two_rounds_of_a_sweep_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = swept(tmp_path, production_steps=40, base="no/model", data="no/data", steps=20, every=5)
+    monkeypatch.chdir(tmp_path)
+    where = Where(engine="simulated")
+    names: list[str] = []
+
+    def run_and_lose(file: RoundFile) -> None:
+        run_here(file, where, open_view=view_of(False), stopping=lambda: False)
+        names.append(file.spec.round)
+        database = tmp_path / "dry-run" / "tuner.db"
+        database.rename(tmp_path / "away.db")
+        threading.Timer(1.0, lambda: (tmp_path / "away.db").rename(database)).start()
+
+    said: list[str] = []
+    sweep_round(
+        where.file(path),
+        epochs=None,
+        run=run_and_lose,
+        prepare=prepared_quietly,
+        tell=unsaid,
+        say=said.append,
+    )
+    assert names == ["sweep-20", "sweep-40"]
+    assert sum("is gone; put it back. Nothing runs meanwhile" in text for text in said) == 2
 
 
 def test_a_training_set_that_cannot_be_seen_twice_is_answered_at_once(

@@ -222,6 +222,7 @@ def test_eight_runs_of_trl_that_no_one_prepared_become_a_round(tmp_path: Path) -
         state = json.loads(_last_state(tmp_path / "outputs" / f"run-{number}").read_text())
         assert trial["best_step"] == best_step(state)
         assert trial["hyperparameters"]["decay_steps"] == 18
+        assert "q_proj" in trial["hyperparameters"]["target_modules"], "not the names of single layers"
     assert content["max_train_steps"] == 20
 
 

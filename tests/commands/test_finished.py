@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests import studies
 from tuner.commands.finished import read_runs
@@ -127,6 +129,35 @@ def test_eight_runs_of_trl_that_no_one_prepared(tmp_path: Path) -> None:
     assert promoted["diagnosis"] == DIAGNOSIS, said
 
 
+FULL = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "base", "imported"),
+    [
+        (FULL, "there", ["q_proj", "v_proj"]),
+        (FULL[:2], "there", FULL[:2]),  # of the first layer alone
+        (["v_proj"], "there", ["v_proj"]),
+        (FULL, "elsewhere", FULL),
+        (FULL, "broken", FULL),
+    ],
+)
+def test_layers_have_the_short_names_that_mean_the_same(
+    tmp_path: Path, targets: list[str], base: str, imported: list[str]
+) -> None:
+    run = trainer_folder(tmp_path / "outputs" / "run", 0.001, checkpoints=(T,))
+    config = {"r": 8, "target_modules": targets, "base_model_name_or_path": "models/base"}
+    (run / f"checkpoint-{T}" / "adapter_config.json").write_text(json.dumps(config))
+    folder = tmp_path / ("models" if base != "elsewhere" else "other") / "base"
+    folder.mkdir(parents=True)
+    weights = {f"{name}.weight": torch.zeros(2, 2) for name in (*FULL, "model.embed_tokens", "lm_head")}
+    save_file(weights, folder / "model.safetensors")
+    if base == "broken":
+        (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (found,) = read_runs([tmp_path / "outputs"], LOSS)
+    assert list(found.hyperparameters["target_modules"]) == imported  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "schedule", "decay"),
     [
@@ -161,6 +192,31 @@ def test_rates_that_do_not_follow_the_schedule_are_said(tmp_path: Path) -> None:
     assert "run: its logged learning rates do not follow cosine with a warmup of 3 steps" in said
     (trial,) = json.loads(tuner(tmp_path / "study", "trial", "list", "--json"))
     assert trial["hyperparameters"]["learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--set", "schedule=linear", "--set", "warmup_steps=200"),
+            "warmup_steps: 200 is above the 24 steps",
+        ),
+        (("--set", "schedule=[a,b]"), "schedule: expects constant.*, got [a, b]"),
+        (
+            ("--set", "learning_rate=[1e-4, 1e-3]"),
+            "learning_rate: expects a number.*, got [0.0001, 0.001]",
+        ),
+        (("--round", "a\n"), r"--round 'a\n': expects letters"),
+    ],
+)
+def test_what_a_round_cannot_have_is_refused(tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
+    trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    (tmp_path / "study").mkdir()
+    said = tuner(tmp_path / "study", "study", "import", "../run", *options, code=2)
+    before, _, after = expected.partition(".*")
+    assert before in said
+    assert after in said
+    assert list((tmp_path / "study").iterdir()) == []
 
 
 def test_a_trainers_linear_needs_its_warmup(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.commands.driving import PYTHON, document, spec_of, trainer, written
 from tests.commands.test_rounds import searching, tuner
+from tests.inference.test_gguf import CONVERTER
+from tests.inference.test_hub import Hub, hub
 from tuner.commands.size import estimated_bytes
+from tuner.errors import CheckpointError
+from tuner.inference import merge_checkpoint
+
+__all__ = ["hub"]
+TRAP = b"cos\nabort\n(tR."
+"""A pickle that ends the process of whoever loads it."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,11 @@ def test_reproduce_and_export(ran: Path) -> None:
     tuner(ran, "trial", "export", "best", "--to", "out")
     assert (ran / "out" / "state.json").is_file()
     assert "is no PEFT adapter" in tuner(ran, "trial", "export", "best", "--to", "merged", "--merge", code=2)
-    assert "--gguf and --push" in tuner(ran, "trial", "export", "best", "--to", "x", "--push", "a/b", code=2)
+    for option in ("--push", "--gguf"):
+        said = tuner(ran, "trial", "export", "best", "--to", "x", option, "a/b", code=2)
+        assert f"{option}: the checkpoint of round1/" in said
+        assert "no model of transformers (no config.json)" in said
+    assert "--license: " in tuner(ran, "trial", "export", "best", "--to", "x", "--license", "mit", code=2)
     assert not (ran / "merged").exists()
 
 
@@ -108,13 +120,24 @@ with open(os.environ["TUNER_METRICS"], "a") as file:
 """
 
 
-def test_a_peft_adapter_is_merged_into_the_base_model_that_it_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def saving(folder: Path) -> None:
+    """A round whose script copies its checkpoint from the folder `made`."""
     content = document("save.py", max_train_steps=4, hyperparameters={"learning_rate": 0.1})
     content["command"] = {"run": content["command"]["run"]}
-    written(tmp_path, content | {"run": {"gpus_per_worker": 0, "decay_branches": False}})
-    (tmp_path / "save.py").write_text(SAVES_AN_ADAPTER)
+    written(folder, content | {"run": {"gpus_per_worker": 0, "decay_branches": False}})
+    (folder / "save.py").write_text(SAVES_AN_ADAPTER)
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+
+
+def test_a_peft_adapter_is_merged_into_the_base_model_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: None, hub: Hub
+) -> None:
+    saving(tmp_path)
     tiny.save_model(tmp_path / "base", tiny.config("llama"))
     monkeypatch.chdir(tmp_path)  # the adapter names its base model as the command sees it
     torch.manual_seed(0)
@@ -133,6 +156,50 @@ def test_a_peft_adapter_is_merged_into_the_base_model_that_it_names(
     ids = torch.arange(20)[None]
     torch.testing.assert_close(merged(ids).logits, expected(ids).logits)
     assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+    assert "adapter merged into `base` in float32" in (tmp_path / "merged" / "README.md").read_text()
+    push = ("--to", "again", "--push", "someone/model")
+    said = tuner(tmp_path, "trial", "export", "best", *push, code=2)
+    assert "the base model is a local directory (base)" in said
+    (tmp_path / "convert.py").write_text(CONVERTER)
+    gguf = ("--gguf", "model.gguf", "--gguf-converter", "convert.py", "--license", "mit")
+    said = tuner(tmp_path, "trial", "export", "best", *push, *gguf)
+    assert (tmp_path / "model.gguf").read_text() == "again bf16"
+    (pushed,) = hub.commits
+    assert {"model.safetensors", "config.json", "README.md"} <= set(pushed)
+    assert b"license: mit" in pushed["README.md"]
+    assert b"base_model" not in pushed["README.md"]
+
+
+def test_an_adapter_is_pushed_without_what_only_resuming_needs(tmp_path: Path, token: None, hub: Hub) -> None:
+    saving(tmp_path)
+    (tmp_path / "made").mkdir()
+    for name in ("adapter_model.safetensors", "optimizer.pt", "training_args.bin", "rng_state_0.pth"):
+        (tmp_path / "made" / name).write_bytes(b"weights")
+    (tmp_path / "made" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    tuner(tmp_path, "study", "run", "round1.yaml")
+    tuner(tmp_path, "trial", "export", "best", "--to", "out", "--push", "someone/model")
+    (pushed,) = hub.commits
+    assert set(pushed) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    card = pushed["README.md"].decode()
+    assert "base_model: org/base" in card
+    assert "| learning_rate | 0.1 |" in card
+    tuner(tmp_path, "trial", "export", "best", "--to", "whole")
+    assert (tmp_path / "whole" / "optimizer.pt").is_file()
+
+
+@pytest.mark.parametrize("pickle", ["adapter", "base model"])
+def test_a_pickle_is_never_merged(tmp_path: Path, pickle: str) -> None:
+    """Neither PEFT nor transformers reads one, which each does where there is nothing else."""
+    for folder, name, part in (("made", "adapter_model", "adapter"), ("base", "model", "base model")):
+        (tmp_path / folder).mkdir()
+        kept = "pytorch_model.bin" if folder == "base" else "adapter_model.bin"
+        file = kept if part == pickle else f"{name}.safetensors"
+        (tmp_path / folder / file).write_bytes(TRAP)
+    config = {"base_model_name_or_path": "base", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    (tmp_path / "made" / "adapter_config.json").write_text(json.dumps(config))
+    tiny.config("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        merge_checkpoint(tmp_path / "made", tmp_path / "out", beside=tmp_path, dtype="float32")
 
 
 @pytest.mark.parametrize("config", [{}, {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}])

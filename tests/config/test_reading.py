@@ -103,6 +103,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("some/model}", "m, quantization: 4bit}", 3, "model.quantization", "did you mean nf4?"),
         ("some/model}", "m, dtype: bf16}", 3, "model.dtype", "did you mean bfloat16?"),
         ("some/model}", "m, dtype: fp16}", 3, "model.dtype", "overflow"),
+        ("some/model}", "m, tf32: true}", 3, "model.tf32", "or set dtype: float32"),
         ("some/model}", "m, trust_remote_code: yes}", 3, "model.trust_remote_code", "expects true or false"),
         ("[{path: train.jsonl, format: alpaca}]", "[]", 4, "data.train", "at least 1 entry, got []"),
         ("[{path: train.jsonl, format: alpaca}]", "train.jsonl", 4, "data.train", "expects a list"),

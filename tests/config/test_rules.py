@@ -4,6 +4,8 @@ import pytest
 
 from tests.config.rounds import FULL, MINIMAL, mistake_in, mistakes_in, spec_of, with_hyperparameters
 from tests.studies import round_file
+from tuner.config.parsing import read_round
+from tuner.errors import InputError, RoundFileError
 from tuner.records import num_points
 
 
@@ -354,3 +356,16 @@ def test_names_that_may_belong_to_a_method_that_is_not_installed_are_not_refused
     assert found == [f"hyperparameters.{chooser}", "hyperparameters.lora_rank"]
     alone = mistake_in(with_hyperparameters(prodigy_d0="0.1"))
     assert alone.message.startswith("unknown; allowed here: learning_rate")
+
+
+def test_a_folder_with_the_name_of_a_key_is_blamed_where_it_is_written(tmp_path: Path):
+    file = round_file(tmp_path)
+    text = file.text.replace(str(file.spec.model.path), "search")
+    named = read_round(text, file.path)
+    error = named.placed(InputError("search: there is no model"))
+    assert isinstance(error, RoundFileError)
+    (mistake,) = error.mistakes
+    assert (mistake.key, mistake.line) == ("model.path", named.line("model.path"))
+    of_the_key = named.placed(InputError("storage: the URL names no file"))
+    assert isinstance(of_the_key, RoundFileError)
+    assert of_the_key.mistakes[0].line == named.line("storage")

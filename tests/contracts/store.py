@@ -258,6 +258,16 @@ class StoreContract:
             assert replace(trial, evaluations=()) == replace(one, evaluations=())
         assert store.trials("round1") == whole
 
+    def test_results_are_counted(self, store: Store) -> None:
+        store.record(RoundBegun(ROUND), RoundBegun(replace(ROUND, name="round2")))
+        assert store.num_results("round1") == store.num_results("unknown") == 0
+        for number, state in enumerate([*TrialState, TrialState.COMPLETE]):
+            store.record(TrialAsked(Trial("round1", number, {"lora_r": 8})))
+            if state.is_final:
+                store.record(TrialEnded("round1", number, state, None, 1.0))
+        assert store.num_results("round1") == sum(t.state.is_result for t in store.trials("round1")) == 4
+        assert store.num_results("round2") == 0
+
     def test_state_follows_the_attempts_until_the_end(self, store: Store) -> None:
         steps: list[tuple[Fact, TrialState]] = [
             (STARTED, TrialState.RUNNING),

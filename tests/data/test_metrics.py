@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data import load_metric
+from tuner.data import load_metric, refuse_unlike_metric
 from tuner.errors import MetricError
 
 NEIGHBOUR = "LIMIT = 3\n"
@@ -124,3 +124,86 @@ def test_a_function_that_is_not_there(metrics: Path, name: str, what: str) -> No
     (metrics.parent / "broken.py").write_text("raise ValueError('at once')\n")
     with pytest.raises(MetricError, match=what):
         load_metric(name.format(folder=metrics.parent))
+
+
+SOURCE = """
+from fractions import Fraction as told
+import os.path
+raise SystemExit("imported")
+def one(answer): pass
+def two(answer, reference, /, *, scale=1): pass
+def three(answer, reference, scale): pass
+def more(answer, *others): pass
+def named(answer, reference, *, scale): pass
+async def later(answer, reference): pass
+@told
+def made(answer): pass
+if told:
+    def either(answer): pass
+else:
+    def either(answer, reference): pass
+def starts():
+    global begun
+    begun = two
+class Judge:
+    @staticmethod
+    def agrees(answer, reference): pass
+    def bound(self, answer, reference): pass
+class Other(Judge): pass
+short = lambda answer, reference: 1
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["two", "more", "made", "either", "begun", "told", "short", "Judge.agrees", "Judge", "Other.agrees"],
+)
+def test_a_source_that_may_have_the_function(tmp_path: Path, function: str) -> None:
+    (tmp_path / "source.py").write_text(SOURCE)
+    refuse_unlike_metric(f"{tmp_path / 'source.py'}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("one", "source.py, line 5: one takes 1 arguments; it is called with two texts"),
+        ("three", "line 7: three needs 3 arguments"),
+        ("named", "line 9: named needs the argument scale by name"),
+        ("later", "later is asynchronous"),
+        ("Judge.bound", "bound needs 3 arguments"),
+        ("Judge.gone", "has no function Judge.gone"),
+        ("gone", "has no function gone; it has one, two, three"),
+        ("number", "has no function number: it is a value"),
+    ],
+)
+def test_a_source_that_has_no_such_function(tmp_path: Path, function: str, what: str) -> None:
+    (tmp_path / "source.py").write_text(SOURCE)
+    with pytest.raises(MetricError, match=what):
+        refuse_unlike_metric(f"{tmp_path / 'source.py'}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("{folder}/gone.py:f", "gone.py:f: there is no file .*gone.py; write exact_match"),
+        ("{folder}/broken.py:f", "broken.py is not Python in line 1: "),
+        ("{folder}/zeros.py:f", "zeros.py (is not Python|cannot be read)"),
+        ("no.such.module:f", "no.such.module:f: there is no module no; write"),
+        ("trap_of_metrics.gone:f", "there is no module trap_of_metrics.gone"),
+        ("trap_of_metrics.inner:g", "trap_of_metrics.inner has no function g; it has f"),
+    ],
+)
+def test_a_module_is_found_without_importing_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "trap_of_metrics").mkdir()
+    for file in ("__init__.py", "inner.py"):
+        (tmp_path / "trap_of_metrics" / file).write_text("def f(a, b): pass\nraise SystemExit('imported')\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "zeros.py").write_bytes(b"\0" * 9)
+    with pytest.raises(MetricError, match=what):
+        refuse_unlike_metric(name.format(folder=tmp_path))
+    for known in ("trap_of_metrics.inner:f", "operator:eq", "os.path:commonprefix", "math:dist", "sys:gone"):
+        refuse_unlike_metric(known)

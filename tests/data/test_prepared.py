@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tuner.config import SourceSpec
 from tuner.data import Examples, PreparedData, batch_rows, prepare, render_prompt, show_rows
 from tuner.data.formats import source_format
 from tuner.data.rows import Recipe, ingredients
-from tuner.data.sources import load_rows, open_sources
+from tuner.data.sources import commit_of, load_rows, open_sources
 from tuner.data.splits import share_to_hold_out
 from tuner.data.tokenise import Tokeniser
 from tuner.errors import DataError
@@ -654,3 +655,49 @@ def test_a_smaller_share_would_hold_out_too_few() -> None:
     assert share == round(share or 0, 2)
     assert (places < share).sum() >= 50 > (places < share - 0.01).sum()
     assert share_to_hold_out(np.arange(4000) / 4000, least=0.05, wanted_rows=50) == 0.05
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """The file behind `file://` URLs, which others may change."""
+    path = tmp_path / "rows.jsonl"
+    tiny.write_jsonl(path, tiny.alpaca_rows(30))
+    return path
+
+
+def test_a_worker_has_the_rows_that_the_first_one_had_although_they_have_changed(elsewhere: Path) -> None:
+    spec = tiny.round_spec(train=[{"path": f"file://{elsewhere}", "format": "alpaca"}], eval_fraction=0.2)
+    cache = elsewhere.parent / "cache"
+    first = prepare(spec, PLAIN, cache)
+    assert prepare(spec, PLAIN, cache, known=first.fingerprint).fingerprint == first.fingerprint
+    tiny.write_jsonl(elsewhere, tiny.alpaca_rows(31))
+    assert prepare(spec, PLAIN, cache, known=first.fingerprint).fingerprint == first.fingerprint
+    elsewhere.unlink()
+    assert prepare(spec, PLAIN, cache, known=first.fingerprint).fingerprint == first.fingerprint
+    tiny.write_jsonl(elsewhere, tiny.alpaca_rows(31))
+    anew = prepare(spec, PLAIN, cache)
+    assert anew.fingerprint != first.fingerprint
+    assert len(anew.train) + len(anew.evaluation) == 31
+
+
+def test_rows_that_are_nowhere_any_more_are_read_as_they_are_now(elsewhere: Path) -> None:
+    """Whoever compares workloads refuses them then."""
+    spec = tiny.round_spec(train=[{"path": f"file://{elsewhere}", "format": "alpaca"}], eval_fraction=0.2)
+    cache = elsewhere.parent / "cache"
+    first = prepare(spec, PLAIN, cache)
+    for table in cache.glob("[0-9a-f]*"):
+        shutil.rmtree(table)
+    assert prepare(spec, PLAIN, cache, known=first.fingerprint).fingerprint == first.fingerprint
+    for table in cache.glob("[0-9a-f]*"):
+        shutil.rmtree(table)
+    tiny.write_jsonl(elsewhere, tiny.alpaca_rows(31))
+    assert prepare(spec, PLAIN, cache, known=first.fingerprint).fingerprint != first.fingerprint
+
+
+def test_the_commit_of_a_data_set_of_the_hub_is_that_of_its_folder(tmp_path: Path) -> None:
+    """`datasets` keeps what it has loaded in NAME/CONFIG/VERSION/COMMIT."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    for name, expected in ((commit, commit), ("5f4d", None)):
+        datasets.Dataset.from_list(tiny.alpaca_rows(3)).save_to_disk(str(tmp_path / "set" / name))
+        rows = datasets.load_from_disk(str(tmp_path / "set" / name))
+        assert commit_of(rows) == expected

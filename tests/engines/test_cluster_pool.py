@@ -17,14 +17,15 @@ import tuner
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
 from tests.studies import QUICKSTART, round_file
+from tuner.config import load_round
 from tuner.engines import Job, Program
 from tuner.engines.ray.alike import NodeFacts
 from tuner.engines.ray.host import Host
 from tuner.engines.ray.nodes import Node, NodeRecords, seats
-from tuner.engines.ray.opening import inputs, job_token
+from tuner.engines.ray.opening import files_outside, inputs, job_token
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
-from tuner.errors import RoundStopped
+from tuner.errors import InputError, RoundStopped
 from tuner.records import Died, Event, Ready, Started
 
 
@@ -394,9 +395,10 @@ import argparse, json, os, pathlib
 parser = argparse.ArgumentParser()
 parser.add_argument("--learning_rate", type=float)
 parser.add_argument("--resume")
+parser.add_argument("--words")
 given, _ = parser.parse_known_args()
 print("runs in", os.getcwd(), "sees", os.environ.get("CUDA_VISIBLE_DEVICES"))
-print(pathlib.Path("note.txt").read_text())
+print(pathlib.Path("note.txt").read_text(), pathlib.Path(given.words).read_text(), given.words)
 start = json.loads(pathlib.Path(given.resume, "state.json").read_text())["step"] if given.resume else 0
 every = int(os.environ["TUNER_EVALUATE_EVERY"])
 for step in range(start, int(os.environ["TUNER_MAX_STEPS"]) + 1):
@@ -413,7 +415,7 @@ COMMAND_ROUND = """\
 study: plain
 round: round1
 command:
-  run: [python, train.py, "${args}"]
+  run: [python, train.py, "--words=OUTSIDE/words.txt", "${args}"]
   tool: none
   resume: [--resume, "${resume_from}"]
 max_train_steps: 12
@@ -434,7 +436,11 @@ def test_a_commands_round_runs_on_nodes_that_see_no_file_of_its_study(
     monkeypatch.setenv("PYTHONPATH", ROOT)
     study = tmp_path / "parent"
     study.mkdir()
-    for name, text in (("train.py", SCRIPT), ("note.txt", "a note"), ("round1.yaml", COMMAND_ROUND)):
+    outside = tmp_path / "parent-of-others"
+    outside.mkdir()
+    (outside / "words.txt").write_text("words from outside")
+    written = COMMAND_ROUND.replace("OUTSIDE", str(outside))
+    for name, text in (("train.py", SCRIPT), ("note.txt", "a note"), ("round1.yaml", written)):
         (study / name).write_text(text)
     MachinesEngine.machines = Machines(tmp_path, "a", "b", gpus=2)
     tuner.Study(study).run("round1.yaml", engine=f"{__name__}:MachinesEngine", progress=False)
@@ -449,5 +455,44 @@ def test_a_commands_round_runs_on_nodes_that_see_no_file_of_its_study(
     assert len(logs) == 3
     for log in logs:
         assert "sees -1" in log
-        assert "a note" in log
+        assert "a note words from outside" in log
         assert str(tmp_path / "parent") not in log
+
+
+def test_a_file_named_from_a_folder_that_nodes_have_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    study = tmp_path / "parent"
+    study.mkdir()
+    (tmp_path / "parent-words.txt").write_text("")
+    written = COMMAND_ROUND.replace("OUTSIDE/words.txt", "../parent-words.txt")
+    for name, text in (("train.py", SCRIPT), ("round1.yaml", written)):
+        (study / name).write_text(text)
+    MachinesEngine.machines = Machines(tmp_path, "a")
+    with pytest.raises(InputError, match=r"\.\./parent-words.txt is outside the study's folder, and a node"):
+        tuner.Study(study).run("round1.yaml", engine=f"{__name__}:MachinesEngine", progress=False)
+    assert not (study / "tuner.db").exists()
+
+
+def test_what_a_command_names_outside_of_its_folder(tmp_path: Path) -> None:
+    study, other = tmp_path / "study", tmp_path / "other"
+    for folder in (study, other):
+        folder.mkdir()
+        (folder / "file").write_text("")
+    words = [
+        "/bin/sh",
+        "file",
+        "../other/file",
+        f"--data={other}",
+        f"{study}/file",
+        "${args}",
+        "/no/such",
+        "..",
+        "/x" + "y" * 5000,
+    ]
+    (study / "round1.yaml").write_text(
+        COMMAND_ROUND.replace('[python, train.py, "--words=OUTSIDE/words.txt", "${args}"]', json.dumps(words))
+    )
+    found = list(files_outside(load_round(study / "round1.yaml").spec, study))
+    assert found == [("../other/file", other / "file"), (str(other), other)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -37,7 +38,7 @@ from tuner.engines.ray.remote import (
     RemoteProcess,
     Unavailable,
 )
-from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen
+from tuner.engines.ray.transfer import Parcel, Sender, fetch, give_back, is_seen, until_room
 from tuner.errors import InputError
 from tuner.records import Died, Ended, Evaluated, Saved, Started
 from tuner.whole import digest
@@ -123,6 +124,7 @@ class Machine:
         host: Host | None = None,
         silence_seconds: float = 60.0,
         is_shared: bool = False,
+        follows_logs: bool = False,
         **faults: Any,
     ) -> ProgramWorker:
         token = f"job.session.{len(self.wires)}"
@@ -138,7 +140,9 @@ class Machine:
         environment = {"node": "a", "worker": token}
         return ProgramWorker(
             Program(PROGRAM, lambda: said),
-            lambda: RemoteProcess(remote, places, token=token, environment=environment),
+            lambda: RemoteProcess(
+                remote, places, token=token, environment=environment, follows_logs=follows_logs
+            ),
         )
 
     def close(self) -> None:
@@ -249,6 +253,39 @@ def test_the_log_arrives(machine: Machine) -> None:
     wait_until_ready(worker)
     worker.close()
     assert "working in" in (machine.directory / "job.session.0.log").read_text()
+
+
+def test_the_log_of_a_command_arrives_while_it_runs(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written later is added, and of much only the end arrives."""
+    monkeypatch.setattr("tuner.engines.ray.remote.LOG_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.engines.ray.transfer.MOST_LOG_BYTES", 100)
+    worker = machine.worker(follows_logs=True)
+    started(worker, machine, steps=100_000)
+    [there] = machine.scratch.rglob("trial-0000")
+    here = machine.directory / "trial-0000" / "attempt-1" / "command.log"
+    log = there / "attempt-1" / "command.log"
+    log.parent.mkdir()
+    for content, arrived in (("first\n", "first\n"), ("second\n", "first\nsecond\n")):
+        with log.open("a") as file:
+            file.write(content)
+        assert until(lambda arrived=arrived: here.exists() and here.read_text() == arrived)  # type: ignore[misc]
+    with log.open("a") as file:
+        file.write("x" * 1000 + "last\n")
+    assert until(lambda: here.read_text().endswith("last\n"))
+    assert "... 905 bytes are left out ..." in here.read_text()
+    worker.stop(assignment(machine.directory, 0).run)
+    collect(worker, until=ended)
+    assert here.read_text().count("last") == 1
+    worker.close()
+
+
+def until(holds: Callable[[], bool], *, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
 
 
 def test_a_killed_subprocess_is_said_at_once(machine: Machine) -> None:
@@ -683,6 +720,28 @@ class TestFiles:
         fetch(call, target, back, sha256=digest(model))
         assert (back / "weights").read_bytes() == (model / "weights").read_bytes()
         assert [path.name for path in back.parent.iterdir()] == ["back"]
+
+    @pytest.mark.parametrize(("full_seconds", "patience"), [(0.0, 0.0), (3.0, 60.0), (1e9, 60.0)])
+    def test_a_checkpoint_is_copied_again_while_this_disk_is_full(
+        self, full_seconds: float, patience: float
+    ) -> None:
+        now, copied = [0.0], []
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        def copy() -> None:
+            if now[0] < full_seconds:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            copied.append(now[0])
+
+        if full_seconds > patience:
+            with pytest.raises(OSError, match="No space left"):
+                until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert now == [patience]
+        else:
+            until_room(copy, patience, clock=lambda: now[0], sleep=sleep)
+            assert copied == [full_seconds]
 
     def test_a_host_deletes_only_below_its_scratch_folder(self, host: Host, model: Path) -> None:
         with pytest.raises(ValueError, match="not below"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,22 @@ def test_three_failures_of_the_last_worker_stop_the_round_with_the_cause() -> No
     pool = WorkerPool([lambda: Failing(crash(11), crash(12), crash(13))])
     died = [event for event in told(pool) if isinstance(event, Died)]
     assert [event.is_input_error for event in died] == [False, False, False, True]
-    assert "no worker can train any more, after 3 failures in a row with one cause" in died[-1].reason
-    assert "RuntimeError: CUDA error" in died[-1].reason
+    assert died[-1].reason.startswith("the round stops after 3 failures in a row with one cause: the worker")
+    assert died[-1].reason.endswith("RuntimeError: CUDA error. Remove the cause")
+
+
+@pytest.mark.parametrize(
+    ("trials", "whose"),
+    [
+        ((4, 4, 4), ", all of trial 4, whose hyperparameters may be the cause: "),
+        ((2, 4, 4), ", of the trials 2, 4: "),
+    ],
+)
+def test_it_says_whose_failures_they_were(trials: tuple[int, ...], whose: str) -> None:
+    failures = [replace(crash(at), runs=(RunId("round1", trial),)) for at, trial in enumerate(trials)]
+    pool = WorkerPool([lambda: Failing(*failures)])
+    died = [event for event in told(pool) if isinstance(event, Died)]
+    assert whose in died[-1].reason
 
 
 @pytest.mark.parametrize(

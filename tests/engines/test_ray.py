@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -88,8 +89,9 @@ class TestWithoutASharedDisk(EngineContract):
             assert (job.directory / checkpoint.path / "simulated.json").is_file()
         logs = list(job.directory.glob("worker-*.log"))
         assert len(logs) == 1
-        folder = logs[0].read_text().partition("working in ")[2].splitlines()[0]
-        assert "work" in Path(folder).parts, "it worked in a folder of its node"
+        document = json.loads(logs[0].read_text().partition("document ")[2].splitlines()[0])
+        runs = [there for there, here in document["paths"].items() if here == str(job.directory)]
+        assert ["work" in Path(there).parts for there in runs] == [True], "it wrote to a folder of its node"
 
 
 def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tuner.engines import LocalProcess, Program, ProgramWorker, end_all_processes, wait_for_former_workers
+from tuner.engines import (
+    LocalProcess,
+    Program,
+    ProgramWorker,
+    WorkerPool,
+    _ForeignWorker,
+    end_all_processes,
+    end_at_once,
+    wait_for_former_workers,
+)
 from tuner.engines.processes import Identity
 from tuner.engines.program import Silence
 from tuner.records import Beat, Died, Event, Preparing, Progressed, Ready
@@ -166,6 +175,20 @@ def test_all_can_be_ended_at_once(tmp_path: Path) -> None:
     end_all_processes()
     assert "signal 9" in died(worker).reason
     assert not list(tmp_path.glob("*.pid"))
+
+
+def test_the_processes_of_one_worker_can_be_ended_at_once(tmp_path: Path) -> None:
+    """A notebook may run two studies: what ends one leaves the other's workers alone."""
+    first, second, third = (launched(tmp_path, "import time; time.sleep(60)") for _ in range(3))
+    pool = _ForeignWorker(WorkerPool([lambda: first, lambda: second]), "an engine of the user's")
+    end_at_once(pool)
+    assert "signal 9" in died(first, 60.0).reason
+    for running in (second, third):  # one has not been asked to start by its pool
+        assert running.process is not None
+        with pytest.raises(TimeoutError):
+            running.process.wait(0.1)
+        end_at_once(running)
+        assert "signal 9" in died(running, 60.0).reason
 
 
 HOLDER = """

@@ -28,6 +28,7 @@ READING = (
     ("trial", "show", "best"),
 )
 TRAP = "from pathlib import Path\nPath({mark!r}).touch()\nraise SystemExit('imported or started')\n"
+TRAP += "def worth(answer, reference): pass\n"
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def study(
             optimizer="trap:OPTIMIZER",
             schedule="trap:SCHEDULE",
             trials=3,
+            evaluation=", answers: {metric: 'trap:worth'}",
             sampler="trap:Sampler",
             run='run: {report_to: ["trap:Tracker"], engine: "trap:Engine"}',
         )
@@ -111,6 +113,17 @@ def test_the_dashboard(study: Path, mark: Path, tmp_path: Path) -> None:
 def test_a_run_is_what_springs_the_trap(study: Path, mark: Path) -> None:
     (study / "tuner.db").unlink()
     tuner("study", "run", "round1.yaml", directory=study)
+    assert mark.exists()
+
+
+def test_a_metric_of_answers_springs_it_when_the_round_runs(tmp_path: Path, mark: Path) -> None:
+    folder = tmp_path / "study"
+    write_round(folder, evaluation=", answers: {metric: 'trap.py:worth'}")
+    (folder / "trap.py").write_text(TRAP.format(mark=str(mark)))
+    done = tuner("study", "check", "round1.yaml", directory=folder)
+    assert (done.returncode, mark.exists()) == (0, False), done.stderr
+    assert "not checked: trap.py:worth" in done.stdout
+    assert tuner("study", "check", "round1.yaml", "--probe", directory=folder).returncode == 2
     assert mark.exists()
 
 

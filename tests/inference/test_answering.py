@@ -162,7 +162,10 @@ def test_an_answer_ends_at_the_last_position(models: tiny.Models) -> None:
         answering.new_tokens(prompt([5] * 64, 7), 500)
 
 
-def test_what_does_not_fit_is_cut_in_two(models: tiny.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_what_does_not_fit_is_cut_in_two(
+    models: tiny.Models, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     """Memory for two rows at once is played by the model; then for none."""
     answering = answerer(models, "llama")
     asked = [prompt([row, 6, 7], row) for row in range(5, 10)]
@@ -171,7 +174,7 @@ def test_what_does_not_fit_is_cut_in_two(models: tiny.Models, monkeypatch: pytes
 
     def generate(self: Any, *args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         if len(input_ids) > room:
-            raise torch.OutOfMemoryError
+            raise error
         return whole(self, *args, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(models.plain("llama")), "generate", generate)

@@ -17,6 +17,7 @@ from tuner.records import Attempt, Continuation, Evaluation, Throughput, Trial, 
 from tuner.report.documents import (
     RoundPlan,
     check_document,
+    dumped,
     dumps,
     round_status,
     status_document,
@@ -326,3 +327,23 @@ def test_a_running_trial_says_where_it_runs() -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(status_table("alpaca", [status]))
     assert "round1/0 runs on gpu-7 GPU 0" in console.file.getvalue()
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(TrialState),
+        lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_a_document_is_written_as_json_writes_it(document: Any) -> None:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    expected = json.dumps(plain(document), indent=2, ensure_ascii=False)
+    assert dumps(document) == expected
+    assert "".join(dumped([document, document])) == dumps([document, document])
+    assert "".join(dumped([])) == "[]"

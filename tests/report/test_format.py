@@ -34,6 +34,7 @@ def test_losses(number: float | None, text: str) -> None:
         (True, "true"),
         (16, "16"),
         (("q", "v"), "q,v"),
+        (("h.0.q", "h.0.v", "h.1.q", "h.1.v"), "q,v (4 layers)"),
         ("adamw", "adamw"),
     ],
 )

@@ -38,9 +38,10 @@ def run_with(
     free: Callable[[Path], int],
     *,
     stopping: Callable[[], bool] = lambda: False,
+    patience: str = "1s",
 ) -> None:
     run_round(
-        round_file(directory),
+        round_file(directory, run=f"run: {{storage_patience: {patience}}}"),
         make_worker=lambda plan, base: SimulatedWorker(formula, slots=2),
         view=silent_view(),
         stopping=stopping,
@@ -66,7 +67,7 @@ def test_room_that_goes_while_base_and_data_are_loaded(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_stops_the_round_which_goes_on_later(tmp_path: Path) -> None:
-    free: Iterator[int] = chain(repeat(PLENTY, 12), repeat(SAVING_BYTES - 1, 1), repeat(PLENTY))
+    free: Iterator[int] = chain(repeat(PLENTY, 12), repeat(SAVING_BYTES - 1))
     with pytest.raises(RoundStopped, match=r"no disk: .*has 8\.4 MB free.*all progress is saved") as stopped:
         run_with(tmp_path, lambda _: next(free))
     assert stopped.value.exit_code == 1
@@ -76,6 +77,40 @@ def test_a_disk_that_fills_stops_the_round_which_goes_on_later(tmp_path: Path) -
     run_with(tmp_path, lambda _: PLENTY)
     assert all(t.state in (TrialState.COMPLETE, TrialState.INFEASIBLE) for t in trials(tmp_path))
     assert len(trials(tmp_path)) == 3
+
+
+def test_a_disk_that_fills_is_waited_for(tmp_path: Path) -> None:
+    """Trials that do not pause by themselves train on; nothing is asked and recorded meanwhile."""
+    recorded: list[int] = []
+    free: Iterator[int] = chain(repeat(PLENTY, 12), repeat(SAVING_BYTES - 1, 2), repeat(PLENTY))
+
+    def looked(_: Path) -> int:
+        found = next(free)
+        if found < SAVING_BYTES:
+            recorded.append((tmp_path / "tuner.db-wal").stat().st_size)
+        return found
+
+    run_with(tmp_path, looked, patience="1m")
+    assert len(set(recorded)) == 1
+    assert len(recorded) == 2
+    assert len(trials(tmp_path)) == 3
+    assert all(len(trial.attempts) == 1 for trial in trials(tmp_path))
+
+
+def test_a_stop_is_heard_while_a_disk_is_full(tmp_path: Path) -> None:
+    full = [False]
+
+    def looked(_: Path) -> int:
+        return SAVING_BYTES - 1 if full[0] else PLENTY
+
+    asked = chain([False] * 5, repeat(True))
+
+    def stopping() -> bool:
+        full[0] = True
+        return next(asked)
+
+    with pytest.raises(Interrupted):
+        run_with(tmp_path, looked, stopping=stopping, patience="1h")
 
 
 def test_a_stop_that_was_asked_for_is_not_blamed_on_the_disk(tmp_path: Path) -> None:

@@ -322,8 +322,9 @@ def test_a_file_that_goes_while_the_model_is_loaded_is_not_made_anew(
         database.rename(away)
         return worker
 
-    with pytest.raises(StorageAway, match="is gone; put it back"):
+    with pytest.raises(RoundStopped, match="is gone; put it back") as stopped:
         run(tmp_path, load, run="run: {storage_patience: 1s}")
+    assert stopped.value.exit_code == 1, "the file is right, and the same command goes on"
     assert not database.exists()
     assert not worker.given
     away.rename(database)

@@ -242,9 +242,11 @@ def test_a_misspelt_name_that_is_added_gets_the_meant_one(study: Path) -> None:
         promoted(study, to="refused", add=("lora_dropot=0.1",))
 
 
-@pytest.mark.parametrize("name", ["a b", "-x", "a/b", ".hidden", ""])
+@pytest.mark.parametrize(
+    "name", ["a b", "-x", "a/b", ".hidden", "", "round2\n", "a\tb", "\x1b[31m", "a" * 101]
+)
 def test_a_name_that_no_round_can_have_is_the_command_lines_mistake(study: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"^--to '{name}': expects letters"):
+    with pytest.raises(InputError, match=r"^--to '.*': expects (letters|at most 100)"):
         promoted(study, to=name)
 
 

@@ -475,10 +475,13 @@ class TestOutOfMemory:
             alone = run_loop(state, [replace(assigned[2], directory=assigned[2].directory + "-alone")])
         assert curve(events, 2)[-1].eval_loss == pytest.approx(curve(alone, 2)[-1].eval_loss, rel=TOLERANCE)
 
-    def test_a_trial_without_room_alone_is_infeasible(self, models: tiny.Models, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("said", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+    def test_a_trial_without_room_alone_is_infeasible(
+        self, models: tiny.Models, tmp_path: Path, said: str
+    ) -> None:
         assigned = assignment(tmp_path)
         with worker_state(models.base("llama"), [assigned.hyperparameters]) as state:
-            small_memory(state, most=0)
+            small_memory(state, most=0, error=RuntimeError(said))
             events = run_loop(state, [assigned])
         reason = "out of memory alone: no room for its adapter beside the base"
         assert ended(events) == Ended("round1", 0, 1, 0, "infeasible", reason)
@@ -531,14 +534,17 @@ def _last_five(losses: Sequence[float], trial: dict[str, object]) -> float:
     return sum(loss * n for loss, n in zip(losses[5:], targets, strict=True)) / sum(targets)
 
 
-def small_memory(state: WorkerState, *, most: int) -> None:
+OWN = torch.OutOfMemoryError("artificial limit")
+
+
+def small_memory(state: WorkerState, *, most: int, error: RuntimeError = OWN) -> None:
     """Let the pack of a worker have room for so many trials, as a small GPU has."""
     taken: set[int] = set()
 
     class Small(Pack):
         def occupy(self, slot: int, adapter: Adapter) -> None:
             if len(taken | {slot}) > most:
-                raise torch.OutOfMemoryError("artificial limit")
+                raise error
             taken.add(slot)
             super().occupy(slot, adapter)
 

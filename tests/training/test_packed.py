@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
+from tests.training import driving
 from tests.training.driving import (
     Entry,
     Trained,
@@ -23,6 +25,7 @@ from tests.training.driving import (
     update_difference,
     worker_state,
 )
+from tuner.adapters import Pack
 from tuner.records import Value
 from tuner.training.optimizer import TrialOptimizer
 
@@ -291,3 +294,32 @@ class TestIsolation:
             after = drive(state, [trial], [Entry(0, 1)], max_train_steps=6)[0]
         assert after.losses == fresh.losses
         assert update_difference(after, fresh) == 0.0
+
+
+def test_padded_ranks_change_rounding_at_most(models: tiny.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's multiples of 8: zeros stay zeros, and a trial's weights have its own rank."""
+    base = models.base("llama")
+    trials = [
+        tiny.hyperparameters(lora_r=rank, lora_dropout=0.1 * n, training_seed=n)
+        for n, rank in enumerate((3, 8, 10))
+    ]
+    found = []
+    for multiple in (1, 8):
+        monkeypatch.setattr(driving, "Pack", partial(Pack, rank_multiple=multiple))
+        with worker_state(base, trials, slots=3, micro_tokens=MICRO_TOKENS) as state:
+            found.append(drive(state, trials, [Entry(n, n) for n in range(3)], max_train_steps=STEPS))
+            pack = state.pack
+            assert pack.rank_of([0]) == (8 if multiple == 8 else 3)
+            assert pack.rank_of([0, 2]) == (16 if multiple == 8 else 10)
+            for layer in base.model.modules():
+                if hasattr(layer, "stacked_a"):
+                    assert layer.a.shape[1] == (16 if multiple == 8 else 10)
+                    for slot, trial in enumerate(trials):
+                        assert layer.b[slot].any()
+                        assert not layer.a[slot, int(trial["lora_r"]) :].any()
+                        assert not layer.b[slot, int(trial["lora_r"]) :].any()
+    for n, trial in enumerate(trials):
+        unpadded, padded = found[0][n], found[1][n]
+        assert all(a.shape[0] == b.shape[1] == trial["lora_r"] for a, b in padded.weights.values())
+        assert loss_difference(padded, unpadded) < TOLERANCE
+        assert update_difference(padded, unpadded) < TOLERANCE

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from tests import tiny
 from tests.data.tiny import source, write_jsonl
 from tests.training.test_loop import small_memory, with_room_for
 from tuner.adapters.initial import largest_adapter
+from tuner.api.check import packing_remarks
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
-from tuner.records import Choices, Fixed, Range, TimesSqrtRank
+from tuner.records import Choices, Fixed, Prediction, Range, TimesSqrtRank, from_json, to_json
 from tuner.training.memory_budget import largest_hyperparameters, predict, probe
-from tuner.training.startup import arrange, packing_for
+from tuner.training.startup import arrange, packing_for, predict_packed
 
 
 def test_largest_takes_the_most_memory() -> None:
@@ -30,11 +32,13 @@ def test_largest_takes_the_most_memory() -> None:
         "batch_size": Range(2, 9, integer=True),
         "lora_alpha": TimesSqrtRank(4.0),
         "schedule": Choices(("cosine", "linear")),
+        "lora_dropout": Choices((0.0, 0.1, 0.05)),
         "optimizer": Fixed("adamw"),
     }
     chosen = largest_hyperparameters(space)
     assert (chosen["lora_r"], chosen["batch_size"]) == (64, 9)
     assert (chosen["schedule"], chosen["optimizer"]) == ("cosine", "adamw")
+    assert chosen["lora_dropout"] == 0.1
     assert isinstance(chosen["lora_alpha"], float)
     assert isinstance(chosen["batch_size"], int)
 
@@ -50,20 +54,43 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
     assert predicted.peak_memory_bytes > 10 * 2**20
     probed = probe(state, largest_hyperparameters(spec.space()))
     longest = int(data.train.num_tokens.max())
+    assert state.joins_rows  # a pass is as long as the rows together, for each of three trials
     assert list(probed.tokens) == sorted(set(probed.tokens))
-    assert all(tokens % longest == 0 for tokens in probed.tokens)
+    assert all(tokens % 3 == 0 and tokens >= 3 * longest for tokens in probed.tokens)
     assert min(probed.seconds) > 0
     assert set(tmp_path.iterdir()) == before
 
 
-def test_auto_is_one_slot_on_a_cpu(models: tiny.Models, tmp_path: Path) -> None:
-    assert arrange(*_round(models, tmp_path), slots="auto").pack.num_slots == 1
+def test_auto_is_one_slot_on_a_cpu_and_a_probe_says_what_packing_is_worth(
+    models: tiny.Models, tmp_path: Path
+) -> None:
+    spec, data = _round(models, tmp_path)
+    state = arrange(spec, data, slots="auto")
+    assert state.pack.num_slots == 1
+    alone = predict(state, spec)
+    both = predict_packed(state, spec, alone)
+    assert both.packed_slots == min(4, spec.num_trials) > 1
+    assert both.packing_gain == alone.seconds_per_step / both.packed_seconds_per_step  # type: ignore[operator]
+    assert replace(both, packed_slots=None, packed_seconds_per_step=None) == alone
+    three = predict(arrange(spec, data, slots=3), spec)
+    assert predict_packed(arrange(spec, data, slots=3), spec, three) == three
 
 
-def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path) -> None:
+def test_packing_is_proposed_where_it_is_faster() -> None:
+    faster = Prediction(1, 0.13, 0.1, 100, packed_slots=4, packed_seconds_per_step=0.1)
+    (said,) = packing_remarks(faster)
+    assert "packing 4 trials would be 1.3 times as fast here: run.slots: 4, or --slots 4" in said
+    (said,) = packing_remarks(replace(faster, packed_seconds_per_step=0.13))
+    assert "would not be faster here (1.0 times)" in said
+    assert not list(packing_remarks(Prediction(4, 0.1, 0.1, 100)))
+    assert from_json(Prediction, to_json(faster)) == faster
+
+
+@pytest.mark.parametrize("probed", [1, 2])
+def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: Path, probed: int) -> None:
     """As on a GPU: these rows are so short that a pass has room for every trial, if memory has."""
     spec, data = _round(models, tmp_path)
-    state = arrange(spec, data, slots=1)
+    state = arrange(spec, data, slots=probed)
     assert packing_for(state, spec, limit_bytes=1 << 50).slots == spec.num_trials == 4
     assert packing_for(state, spec, limit_bytes=1 << 20).slots == 1
 

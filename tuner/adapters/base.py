@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
-from tuner.adapters.device_io import one_example_a_row, send
+from tuner.adapters.device_io import one_example_a_row, one_out_of_memory, send
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
 from tuner.adapters.joined import Joined, joined_positions, joined_rows
 from tuner.adapters.loaders import load_by_unsloth, require_loader
@@ -53,6 +53,8 @@ class Base:
     """Whether the logits are just the output embedding of the last hidden state."""
     joins_rows: bool = field(default=False, init=False)
     """Whether several examples in a row stay apart, as `Joined` lays them."""
+    last: nn.Module | None = field(default=None, init=False)
+    """The feed-forward module of the last layer, where tokens do not meet there or afterwards."""
 
     @property
     def device(self) -> torch.device:
@@ -163,9 +165,21 @@ def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) 
 
 
 def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
-    """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does."""
+    """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does.
+
+    Sets for the process how a GPU multiplies float32.
+    """
+    choose_products(model, torch.device(device))
     with _without_bars():
         return _loaded(model, device=torch.device(device), max_length=max_length)
+
+
+def choose_products(model: ModelSpec, device: torch.device) -> None:
+    """Set whether a GPU multiplies float32 in TF32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    elif model.tf32:
+        _log.warning("model.tf32: %s multiplies float32 in full; TF32 is a GPU's", device)
 
 
 @contextmanager
@@ -182,23 +196,9 @@ def _without_bars() -> Iterator[None]:
 
 def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTrainedModel:
     config = load_config(model, max_length=max_length)
-    dtype, quantization = DTYPES[model.dtype], _quantization(model)
     try:
-        if model.loader == "unsloth":
-            positions = getattr(config, "max_position_embeddings", None) or max_length
-            loaded: PreTrainedModel = load_by_unsloth(
-                model, device=device, dtype=dtype, max_length=positions, quantization=quantization
-            )
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=quantization,
-                trust_remote_code=model.trust_remote_code,
-                **model_source(model),
-            )
+        with one_out_of_memory():
+            loaded = _from_files(model, config, device=device, max_length=max_length)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise _cannot_load(model, error) from error
     except torch.OutOfMemoryError as error:
@@ -206,6 +206,25 @@ def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTr
             f"model.path: {model.path!r} does not fit into the memory of {device}: {error}\n"
             "Set model.quantization: nf4, choose a smaller model, or free memory used by other processes."
         ) from error
+    return loaded
+
+
+def _from_files(model: ModelSpec, config: Any, *, device: torch.device, max_length: int) -> PreTrainedModel:
+    dtype, quantization = DTYPES[model.dtype], _quantization(model)
+    if model.loader == "unsloth":
+        positions = getattr(config, "max_position_embeddings", None) or max_length
+        return load_by_unsloth(
+            model, device=device, dtype=dtype, max_length=positions, quantization=quantization
+        )
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model.path,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization,
+        trust_remote_code=model.trust_remote_code,
+        **model_source(model),
+    )
     return loaded
 
 
@@ -273,6 +292,8 @@ def freeze(model: PreTrainedModel, *, dtype: torch.dtype) -> Base:
             "tuner trains models that do, since it computes them at target positions only"
         )
     base.joins_rows = _keeps_joined_rows_apart(base)
+    if base.joins_rows:
+        base.last = next(filter(partial(_may_skip_tokens, base), _parts_of_last_layer(model)), None)
     return base
 
 
@@ -371,6 +392,48 @@ def _keeps_joined_rows_apart(base: Base) -> bool:
     alone = base.model(input_ids=ids, use_cache=False).logits[0].float()
     near = bool((one.float() - alone).norm() <= torch.finfo(base.dtype).eps ** 0.5 * alone.norm())
     return near and not torch.equal(*found) and torch.equal(one, other)
+
+
+def _parts_of_last_layer(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of the last layer that have products, the last first."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts = list(layers[-1].children()) if layers else []
+    return [part for part in reversed(parts) if any(weight.dim() == 2 for weight in part.parameters())]
+
+
+@torch.no_grad()
+def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
+    """Return whether a token's logits need this part's output, and its input, at that token only.
+
+    Both are changed at every other token, and must change the logits at those, and no bit between.
+    """
+    ids = (torch.arange(8, device=base.device) * 3 % base.vocabulary_size)[None]
+    kept = torch.arange(0, 8, 2, device=base.device)
+    others = (torch.arange(8, device=base.device) % 2)[None, :, None]
+    whole = torch.zeros_like(ids)
+    joined = Joined(
+        torch.arange(8, device=base.device)[None], whole[0], torch.arange(8, device=base.device), ((1, 8),)
+    )
+
+    def logits(of: Joined) -> Tensor:
+        with of.within(base.model, last=part), one_example_a_row():
+            return base.model(input_ids=ids, use_cache=False, **joined_positions()).logits[0]  # type: ignore[no-any-return]
+
+    hooks: list[Any] = []
+    try:
+        own = logits(joined)
+        few = logits(replace(joined, predicting=kept))[kept]
+        hooks.append(part.register_forward_pre_hook(lambda _, inputs: (inputs[0] + others.to(inputs[0]),)))
+        hooks.append(part.register_forward_hook(lambda _, __, output: output + others.to(output)))
+        changed = logits(joined)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        _log.info("the last layer sees all tokens: %s", error)
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    near = bool((few - own[kept]).float().norm() <= torch.finfo(base.dtype).eps ** 0.5 * own.float().norm())
+    return near and torch.equal(changed[kept], own[kept]) and not torch.equal(changed, own)
 
 
 def _head_is_linear(base: Base) -> bool:

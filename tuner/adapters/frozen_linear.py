@@ -217,7 +217,36 @@ def dropout(x: Tensor, keys: Tensor, thresholds: Tensor, kept_shares: Tensor) ->
     the other, `keys` [slots, tokens] are from `token_keys`, `thresholds` from `dropout_threshold` and
     `kept_shares`, which are 1 - rate, are [slots, 1, 1].
     """
+    fused = fused_dropout() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
+    if fused is not None and x.numel() < 2**30:
+        return _Fused.apply(x, keys, thresholds, kept_shares, fused)  # type: ignore[no-any-return, no-untyped-call]
     return _Dropout.apply(x, keys, thresholds, kept_shares)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@cache
+def fused_dropout() -> Callable[..., Tensor] | None:
+    """Return `dropout_kernel.dropped`; None where Triton is not installed."""
+    try:
+        from tuner.adapters.dropout_kernel import dropped
+    except ImportError:
+        return None
+    return dropped
+
+
+class _Fused(torch.autograd.Function):
+    """Draws again in the backward pass instead of keeping what was dropped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, keys: Tensor, thresholds: Tensor, shares: Tensor, fused: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(keys, thresholds, shares)
+        ctx.fused = fused
+        return fused(x, keys, thresholds, shares)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.fused(outputs[0], *ctx.saved_tensors), None, None, None, None
 
 
 class _Dropout(torch.autograd.Function):

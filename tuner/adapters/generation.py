@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuner.adapters.base import Base, load_config, model_source
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.data import Prompt, refuse_prompt_beyond
 from tuner.errors import TunerError
 
@@ -196,7 +197,7 @@ class TextGenerator:
         does not fit alone.
         """
         try:
-            with _keeping_a_cache(model):
+            with _keeping_a_cache(model), one_out_of_memory():
                 return self._generated(model, prompts, decoding, say)
         except torch.OutOfMemoryError as error:
             if len(prompts) == 1:

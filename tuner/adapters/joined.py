@@ -7,10 +7,12 @@ model's own masks are made for. Positions begin anew with each example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +40,8 @@ class Joined:
     """[slots * length] in the flattened grids of examples, one grid after the other."""
     shapes: tuple[tuple[int, int], ...]
     """Rows and length of each grid. Attention costs the square of the length: short rows have their own."""
+    predicting: Tensor | None = None
+    """[slots * any number] where the tokens before targets are, as many of each slot; None if most are."""
 
     @property
     def sizes(self) -> list[int]:
@@ -46,31 +50,66 @@ class Joined:
 
     def apart(self, x: Tensor) -> list[Tensor]:
         """[slots, heads, length, width] -> [rows, heads, length, width] of each grid, zero where padded."""
-        laid: Tensor = _Apart.apply(x.transpose(1, 2).flatten(0, 1), self)  # type: ignore[no-untyped-call]
+        laid: Tensor = _Scattered.apply(x.transpose(1, 2).flatten(0, 1), self.places, sum(self.sizes))  # type: ignore[no-untyped-call]
         parts = zip(torch.split(laid, self.sizes), self.shapes, strict=True)
         return [part.view(*shape, *part.shape[1:]).transpose(1, 2) for part, shape in parts]
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """[rows, length, heads, width] of each grid -> [slots, length, heads, width]"""
         flat = [part.flatten(0, 1) for part in parts]
-        joined: Tensor = _Together.apply(flat[0] if len(flat) == 1 else torch.cat(flat), self)  # type: ignore[no-untyped-call]
+        joined: Tensor = _Gathered.apply(flat[0] if len(flat) == 1 else torch.cat(flat), self.places)  # type: ignore[no-untyped-call]
         return joined.view(*self.positions.shape, *joined.shape[1:])
 
     @contextmanager
-    def within(self, model: nn.Module) -> Iterator[None]:
-        """Lay rows apart in the model's attention within the block, the backward pass included."""
-        found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-        configs = {id(config): config for config in found if config is not None}
-        own = {key: config._attn_implementation_internal for key, config in configs.items()}
+    def within(self, model: nn.Module, *, last: nn.Module | None = None) -> Iterator[None]:
+        """Lay rows apart in the model's attention within the block, the backward pass included.
+
+        `last` is a module after which tokens do not meet: it runs on the tokens before targets only.
+        """
+        configs = _configs_of(model)
+        own = [config._attn_implementation_internal for config in configs]
         _current.append(self)
         try:
-            for config in configs.values():
+            for config in configs:
                 config._attn_implementation_internal = _NAME
-            yield
+            with nullcontext() if last is None or self.predicting is None else self._narrowing(last):
+                yield
         finally:
             _current.pop()
-            for key, config in configs.items():
-                config._attn_implementation_internal = own[key]
+            for config, implementation in zip(configs, own, strict=True):
+                config._attn_implementation_internal = implementation
+
+    @contextmanager
+    def _narrowing(self, module: nn.Module) -> Iterator[None]:
+        """Let a module see the tokens before targets; its output is 0 at the others."""
+        predicting = self.predicting
+
+        def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            (x,) = inputs
+            few: Tensor = _Gathered.apply(x.flatten(0, 1), predicting)  # type: ignore[no-untyped-call]
+            return (few.view(x.shape[0], -1, x.shape[-1]),)
+
+        def widen(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            whole: Tensor = _Scattered.apply(output.flatten(0, 1), predicting, self.positions.numel())  # type: ignore[no-untyped-call]
+            return whole.view(*self.positions.shape, -1)
+
+        hooks = module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+_found: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """Return the configurations of a model and its parts, each once."""
+    if model not in _found:
+        found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+        _found[model] = list({id(config): config for config in found if config is not None}.values())
+    return _found[model]
 
 
 _current: list[Joined] = []
@@ -82,30 +121,34 @@ def joined_positions() -> dict[str, Tensor]:
     return {"position_ids": _current[-1].positions} if _current else {}
 
 
-class _Apart(torch.autograd.Function):
+class _Scattered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, joined: Joined) -> Tensor:
-        ctx.joined = joined
-        return _scattered(x, joined)
+    def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return _scattered(x, places, size)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return outputs[0].index_select(0, places), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = x.shape[0]
+        return x.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        return outputs[0].index_select(0, ctx.joined.places), None
+        (places,) = ctx.saved_tensors
+        return _scattered(outputs[0], places, ctx.size), None
 
 
-class _Together(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, joined: Joined) -> Tensor:
-        ctx.joined = joined
-        return x.index_select(0, joined.places)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        return _scattered(outputs[0], ctx.joined), None
-
-
-def _scattered(x: Tensor, joined: Joined) -> Tensor:
-    return x.new_zeros(sum(joined.sizes), *x.shape[1:]).index_copy_(0, joined.places, x)
+def _scattered(x: Tensor, places: Tensor, size: int) -> Tensor:
+    """[tokens, ...] -> [size, ...] with each token at its place, which no other has, and 0 elsewhere."""
+    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
 
 
 def _attention(
@@ -131,13 +174,17 @@ AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, _mask)
 
 
+_GRID_COST = 128**2
+"""Of another grid, beside the square of its length for each row; measured on a CPU."""
+
+
 def joined_rows(
-    examples: Sequence[Sequence[Example]], *, max_grids: int = 1
+    examples: Sequence[Sequence[Example]], *, max_grids: int = 1, multiple: int = 1
 ) -> tuple[list[NDArray[np.int64]], tuple[tuple[int, int], ...]]:
     """Join the examples of each slot.
 
     Returns tokens [slots, length], the row and column of each target token, and the fields of `Joined`. A
-    slot with fewer tokens is filled with examples that have no target.
+    slot with fewer tokens is filled with examples that have no target. Grids have lengths of a `multiple`.
     """
     longest = max(len(example.input_ids) for part in examples for example in part)
     length = max(sum(len(example.input_ids) for example in part) for part in examples)
@@ -158,7 +205,9 @@ def joined_rows(
             start = here.stop
         numbers[start:end] = slot * height
         spans += [slice(first, min(first + longest, end)) for first in range(start, end, longest)]
-    firsts, shapes = _in_grids([span.stop - span.start for span in spans], max_grids=max_grids)
+    firsts, shapes = _in_grids(
+        [span.stop - span.start for span in spans], max_grids=max_grids, multiple=multiple
+    )
     for span, first in zip(spans, firsts, strict=True):
         positions[span] = np.arange(span.stop - span.start)
         places[span] = first + positions[span]
@@ -167,20 +216,57 @@ def joined_rows(
     return [ids.reshape(shape), rows, columns, positions.reshape(shape), numbers, places], shapes
 
 
-def _in_grids(sizes: Sequence[int], *, max_grids: int) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-    """Put rows of these sizes into grids: those at most half as long as a grid's longest go into the next.
+def _in_grids(
+    sizes: Sequence[int], *, max_grids: int, multiple: int
+) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Put rows of these sizes into the grids that cost attention the least, each of a multiple's length.
 
     Returns where each begins in the flattened grids, and rows and length of each grid.
     """
-    firsts, start = [0] * len(sizes), 0
+    lengths = [-(-size // multiple) * multiple for size in sizes]
+    kinds = sorted(set(lengths), reverse=True)
+    num_rows = [lengths.count(kind) for kind in kinds]
+    # For the first kinds, from none to all: the least cost, and how many kinds each grid ends after.
+    plans: list[tuple[float, tuple[int, ...]]] = [(0, ()), *[(math.inf, ())] * len(kinds)]
+    for _ in range(max_grids):
+        plans = [
+            min(
+                plans[end],
+                *(
+                    (cost + _GRID_COST + sum(num_rows[start:end]) * kinds[start] ** 2, (*ends, end))
+                    for start, (cost, ends) in enumerate(plans[:end])
+                ),
+            )
+            if end
+            else plans[0]
+            for end in range(len(kinds) + 1)
+        ]
+    firsts, begin, start = [0] * len(sizes), 0, 0
     shapes: list[tuple[int, int]] = []
-    left = sorted(range(len(sizes)), key=lambda number: -sizes[number])
-    while left:
-        length = sizes[left[0]]
-        is_last = len(shapes) == max_grids - 1
-        rows = [number for number in left if is_last or 2 * sizes[number] > length]
+    for end in plans[-1][1]:
+        rows = [number for number, length in enumerate(lengths) if kinds[end - 1] <= length <= kinds[start]]
         for row, number in enumerate(rows):
-            firsts[number] = start + row * length
-        shapes.append((len(rows), length))
-        start, left = start + len(rows) * length, left[len(rows) :]
+            firsts[number] = begin + row * kinds[start]
+        shapes.append((len(rows), kinds[start]))
+        begin, start = begin + len(rows) * kinds[start], end
     return firsts, tuple(shapes)
+
+
+MAX_PREDICTING_SHARE = 0.75
+"""Of the tokens before targets in a row; with more of them, the copies cost what they save."""
+
+
+def predicting_places(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]
+) -> NDArray[np.int64] | None:
+    """Return `Joined.predicting` for targets at these rows and columns of joined rows.
+
+    A slot with fewer than the slot with the most is filled with other tokens of its own.
+    """
+    wanted = np.zeros(shape, bool)
+    wanted[rows, columns - 1] = True
+    most = int(wanted.sum(axis=1).max())
+    if not 0 < most <= MAX_PREDICTING_SHARE * shape[1]:
+        return None
+    first = np.argsort(~wanted, axis=1, kind="stable")[:, :most]
+    return (first + np.arange(shape[0])[:, None] * shape[1]).reshape(-1)

@@ -29,6 +29,10 @@ _ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 """Changes each tensor of the first list by the one of the second."""
 
 
+_GPU_RANK_MULTIPLE = 8
+"""Ranks are filled with zeros to multiples of it on a GPU, whose tensor cores need them: zeros stay zeros."""
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """The slots of a forward pass: an equal number of rows for each, or one joined row, slot after slot."""
@@ -50,8 +54,20 @@ class Pack:
     in another tensor, in the order of the slots of the pass, and are zeroed and converted at once.
     """
 
-    def __init__(self, base: Base, *, num_slots: int, max_rank: int, modules: Iterable[str]) -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        num_slots: int,
+        max_rank: int,
+        modules: Iterable[str],
+        rank_multiple: int | None = None,
+    ) -> None:
         self.base = base
+        if rank_multiple is None:
+            rank_multiple = 1 if base.device.type == "cpu" else _GPU_RANK_MULTIPLE
+        self._rank_multiple = rank_multiple
+        max_rank = -(-max_rank // rank_multiple) * rank_multiple
         self.num_slots = num_slots
         self.rows: PackedRows | None = None
         wanted = set(modules)
@@ -93,6 +109,8 @@ class Pack:
         """Of each slot in the last pass."""
         self.arranged: Arranged | None = None
         """What the layers use in the pass that `rows` describes."""
+        self._adjacent: dict[tuple[int, ...], Arranged] = {}
+        """Views of adjacent slots, until a trial occupies one."""
         self._together: Arranged | None = None
         """Copies of slots that are not adjacent, until their weights change."""
         self._dora: list[DoraUpdate] = []
@@ -119,7 +137,7 @@ class Pack:
     def occupy(self, slot: int, adapter: Adapter) -> None:
         """Give a slot to a trial and zero everything of its predecessor. DoRA needs a pack of one slot."""
         assert self.num_slots == 1 or not adapter.config.use_dora
-        self._dora, self._together = [], None
+        self._dora, self._together, self._adjacent = [], None, {}
         self._weights[slot].zero_()
         for layer in self._layers.values():
             layer.clear(slot)
@@ -198,7 +216,7 @@ class Pack:
         self.rows, self.arranged = packed, None if packed is None else self._arrange(packed)
         joined = None if packed is None else packed.joined
         try:
-            with nullcontext() if joined is None else joined.within(self.base.model):
+            with nullcontext() if joined is None else joined.within(self.base.model, last=self.base.last):
                 yield
         finally:
             self.rows = self.arranged = None
@@ -209,14 +227,16 @@ class Pack:
         self._places = {slot: place for place, slot in enumerate(slots)}
         first, end = slots[0], slots[0] + len(slots)
         if slots == tuple(range(first, end)):
-            weights = self._weights[first:end]
-            return Arranged(
-                slots, self.rank_of(slots), weights, settings.of(first, end), rows.dropout_keys, rows.joined
-            )
-        if self._together is None or self._together.slots != slots:
-            weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
-            self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
-        return replace(self._together, dropout_keys=rows.dropout_keys, joined=rows.joined)
+            if slots not in self._adjacent:
+                weights = self._weights[first:end]
+                self._adjacent[slots] = Arranged(slots, self.rank_of(slots), weights, settings.of(first, end))
+            there = self._adjacent[slots]
+        else:
+            if self._together is None or self._together.slots != slots:
+                weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
+                self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
+            there = self._together
+        return replace(there, dropout_keys=rows.dropout_keys, joined=rows.joined)
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
@@ -233,8 +253,9 @@ class Pack:
             return self.base.token_scores(input_ids, rows, columns)
 
     def rank_of(self, slots: Sequence[int]) -> int:
-        """Return the largest rank among the slots: padding beyond it is skipped."""
-        return max(self._ranks[slot] for slot in slots)
+        """Return the largest rank among the slots, as products have it: padding beyond it is skipped."""
+        largest = max(self._ranks[slot] for slot in slots)
+        return -(-largest // self._rank_multiple) * self._rank_multiple
 
 
 def _one_by_one(operation: Callable[[Tensor, Tensor], Tensor]) -> _ForEach:

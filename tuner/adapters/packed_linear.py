@@ -104,20 +104,29 @@ class Arranged:
     dropout_keys: Tensor | None = None
     """[examples]; None without dropout."""
     joined: Joined | None = None
+    matrices: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Of each layer: A [slots, rank, in], B [slots, rank, out] and the scales [slots, 1, 1]."""
     _token_keys: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def token_keys(self, tokens: int) -> Tensor:
         """Return the keys [modules, slots, tokens of a slot] for a pass over so many tokens in all."""
         assert self.dropout_keys is not None
         if tokens not in self._token_keys:
-            made = token_keys(
-                self.dropout_keys,
-                self.settings.keys,
-                length=tokens // self.dropout_keys.shape[0],
-                joined=None if self.joined is None else (self.joined.examples, self.joined.positions),
-            )
+            if self.joined is None:
+                length = tokens // self.dropout_keys.shape[0]
+                made = token_keys(self.dropout_keys, self.settings.keys, length=length)
+            else:
+                made = self._joined_keys(self.joined, tokens)
             self._token_keys[tokens] = made.view(made.shape[0], len(self.slots), -1)
         return self._token_keys[tokens]
+
+    def _joined_keys(self, joined: Joined, tokens: int) -> Tensor:
+        """Return the keys [modules, tokens] of joined rows, or of their tokens before targets."""
+        assert self.dropout_keys is not None
+        whose, predicting = (joined.examples, joined.positions.reshape(-1)), joined.predicting
+        if predicting is not None and tokens == predicting.shape[0]:
+            whose = whose[0].index_select(0, predicting), whose[1].index_select(0, predicting)
+        return token_keys(self.dropout_keys, self.settings.keys, length=tokens, joined=whose)
 
 
 class PackedLinear(nn.Module):
@@ -256,11 +265,13 @@ class _Update(torch.autograd.Function):
 
 
 def _matrices(layer: PackedLinear, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A [slots, rank, in], B [slots, rank, out] and the scales [slots, 1, 1] of a pass."""
-    a, b = (
-        stacked.of(arranged.weights)[:, : arranged.rank] for stacked in (layer.stacked_a, layer.stacked_b)
-    )
-    return a, b, arranged.settings.scales[layer.number]
+    """Return A, B and the scales of the slots of a pass."""
+    if (made := arranged.matrices.get(layer.number)) is None:
+        a, b = (
+            stacked.of(arranged.weights)[:, : arranged.rank] for stacked in (layer.stacked_a, layer.stacked_b)
+        )
+        made = arranged.matrices[layer.number] = a, b, arranged.settings.scales[layer.number]
+    return made
 
 
 def _by_slot(rows: Tensor, num_slots: int) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from tuner.api.generate import score_at_the_end
 from tuner.api.run import Prepare, Tell, has_begun
-from tuner.config import RoundFile, edit_round, read_round
-from tuner.errors import InputError, Interrupted, TunerError
+from tuner.config import RoundFile, edit_round, read_round, without_secrets
+from tuner.errors import InputError, Interrupted, RoundStopped, StorageAway, TunerError
 from tuner.playbook.restarts import MAX_GROWTH, Enough, next_horizon
 from tuner.playbook.sweep import (
     PERFECT_ACCURACY,
@@ -22,12 +24,13 @@ from tuner.playbook.sweep import (
     SweepProblem,
     answer_without_a_sweep,
 )
-from tuner.store import hold_study
+from tuner.store import exists, hold_study
 from tuner.study.check import mean
 from tuner.study.dashboard import next_name
 from tuner.study.disk import taken_back
 from tuner.study.folder import is_dry_run, open_folder, opened
 from tuner.study.lookup import begun_round, find_trial
+from tuner.study.outage import Waiting
 from tuner.study.plan import RoundPlan
 from tuner.study.promotion import (
     Overrides,
@@ -40,28 +43,41 @@ from tuner.study.promotion import (
 from tuner.study.results import earlier_results, reading_of
 from tuner.study.sweep import first_sweep, next_sweep, with_first_horizon
 
+T = TypeVar("T")
+
 MOST_EPOCHS = 1_000_000
 
 
 def sweep_round(
-    file: RoundFile, *, epochs: float | None, run: Callable[[RoundFile], None], prepare: Prepare, tell: Tell
+    file: RoundFile,
+    *,
+    epochs: float | None,
+    run: Callable[[RoundFile], None],
+    prepare: Prepare,
+    tell: Tell,
+    say: Tell = lambda text: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FirstHorizon | ComputeBound:
     """Start or resume a sweep and write its result into the round file.
 
     `epochs` sets `run.production_steps`, which is written with the result. `run` starts or resumes a round;
-    `tell` receives what was found and written. Raises TunerError if the sweep gives no result, and what
-    running raises.
+    `tell` receives what was found and written, `say` why it waits between two rounds, which `stopping` ends.
+    Raises TunerError if the sweep gives no result, and what running raises.
     """
     file.spec.require_model("study sweep fits training rows")
     if epochs is not None:
         file = _with_epochs(file, epochs, prepare, tell)
     answer: SweepDecision | None = _answer_at_once(file, prepare)
+    has_run = False
     while answer is None:
-        found = next_sweep(file)
-        if isinstance(found, RoundFile):
-            _run(found, run)
-        else:
+        found = _through(file, partial(next_sweep, file), say, stopping) if has_run else next_sweep(file)
+        if not isinstance(found, RoundFile):
             answer = found
+        elif has_run:
+            _through(file, partial(_run, found, run), say, stopping)
+        else:
+            _run(found, run)
+            has_run = True
     if isinstance(answer, SweepProblem):
         raise TunerError(answer.message)
     assert isinstance(answer, (FirstHorizon, ComputeBound))
@@ -99,6 +115,8 @@ def _with_epochs(file: RoundFile, epochs: float, prepare: Prepare, tell: Tell) -
 def _run(found: RoundFile, run: Callable[[RoundFile], None]) -> None:
     try:
         run(found)
+    except StorageAway:
+        raise
     except InputError:
         if not has_begun(found):
             found.path.unlink(missing_ok=True)
@@ -139,6 +157,25 @@ def _say_and_write(file: RoundFile, answer: FirstHorizon | ComputeBound, tell: T
     tell(f"wrote {file.path}: max_train_steps {before} -> {found.spec.max_train_steps}")
 
 
+def _through(file: RoundFile, act: Callable[[], T], say: Tell, stopping: Callable[[], bool]) -> T:
+    """Return what `act` does, and do it again while the database is away, as a running round does.
+
+    Only after a round has run: before, a database that is not there is a mistake. Raises RoundStopped once it
+    has been away for too long.
+    """
+
+    def there() -> T:
+        storage = RoundPlan(file).absolute.storage
+        if not exists(storage):
+            raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
+        return act()
+
+    try:
+        return Waiting(file.spec.run.storage_seconds, say, stopping).through(there)
+    except StorageAway as error:
+        raise RoundStopped(f"{error}. Earlier records are kept. Fix the problem") from error
+
+
 @dataclass
 class Automatic:
     """Run the latest round descended from a file, promote it and run the next, until no more is needed.
@@ -156,6 +193,8 @@ class Automatic:
     """How often to restart from the shortest horizon."""
     has_deadline: bool = False
     """Whether the caller limits the time."""
+    say: Callable[[str], None] = lambda text: None
+    """Receives messages between two rounds."""
     last: RoundFile | None = None
     """The latest round that has started."""
 
@@ -165,19 +204,11 @@ class Automatic:
         Raises InputError for a round of a sweep, Interrupted when asked to stop, and what running raises.
         """
         refuse_sweep(self.first)
+        file = _latest(self.first)
+        self._run(file)
         while True:
-            file = _latest(self.first)
-            try:
-                self.run(file)
-            finally:
-                if has_begun(file):
-                    self.last = file
-            follows = _next_horizon(file, has_deadline=self.has_deadline)
-            written: PromotedRound | str | None = None
-            if self.restarts > 0:
-                written = self._next_with_restarts(file)
-            elif not isinstance(follows, Enough):
-                written = self._promote(file, follows)
+            follows, written = self._through(file, partial(self._follow, file))
+            self.last = file
             if not isinstance(written, PromotedRound):
                 reason = written or (follows.reason if isinstance(follows, Enough) else "")
                 taught_nothing = isinstance(follows, Enough) and follows.taught_nothing
@@ -185,6 +216,26 @@ class Automatic:
             self.promoted(written.document)
             if self.stopping():
                 raise Interrupted(f"{file.spec.round} is complete and {written.path.name} is written")
+            file = self._through(file, lambda: _latest(self.first))
+            self._through(file, partial(self._run, file))
+
+    def _run(self, file: RoundFile) -> None:
+        try:
+            self.run(file)
+        finally:
+            with suppress(StorageAway):
+                if has_begun(file):
+                    self.last = file
+
+    def _follow(self, file: RoundFile) -> tuple[int | Enough, PromotedRound | str | None]:
+        """Return what follows a complete round, and the next round if its file is written."""
+        follows = _next_horizon(file, has_deadline=self.has_deadline)
+        if self.restarts > 0:
+            return follows, self._next_with_restarts(file)
+        return follows, None if isinstance(follows, Enough) else self._promote(file, follows)
+
+    def _through(self, file: RoundFile, act: Callable[[], T]) -> T:
+        return _through(file, act, self.say, self.stopping)
 
     def score_the_best(self, enough: Enough, prepare: Prepare, tell: Tell) -> str | None:
         """Score the study's best trial on `data.test`, once, if the rounds ended without an interruption.

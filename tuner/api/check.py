@@ -20,18 +20,18 @@ from tuner.commands.size import estimated_bytes
 from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
-    load_metric,
     load_tokenizer,
     refuse_tokens_beyond,
-    try_metric,
+    refuse_unlike_metric,
 )
-from tuner.data.answer_metrics import METRIC_KEY
+from tuner.data import prepare as prepare_rows
+from tuner.data.answer_metrics import EXACT_MATCH, METRIC_KEY, shown_metric
 from tuner.data.pretrained import loaded_commit, model_fingerprint
 from tuner.engines import make_engine
 from tuner.errors import DataError, InputError, MetricError, Mistake, ModelError, RoundFileError
 from tuner.methods.registry import Kind, is_built_in
 from tuner.playbook.noise import loss_error
-from tuner.records import Evaluation
+from tuner.records import Evaluation, Prediction
 from tuner.report import check_document
 from tuner.report.documents import RoundPlan
 from tuner.report.format import count, percent, size
@@ -46,6 +46,7 @@ from tuner.study.run import (
     changed_model,
     load_plug_ins,
     other_workload,
+    recorded_data,
     recorded_workload,
     refuse_changed_file,
     refuse_lost_database,
@@ -62,6 +63,8 @@ PrepareWith = Callable[[RoundSpec, Path, "PreTrainedTokenizerBase"], PreparedDat
 """Prepares a round's rows with a tokenizer; may show progress."""
 MOST_NOISE = 0.02
 """Relative standard error of the base model's loss above which `study check` warns."""
+WORTHWHILE_PACKING = 1.1
+"""Times the speed of one slot from which packing on a CPU is proposed: less may be noise of a few steps."""
 FEW_EXAMPLES = 50
 """Warn below this number of evaluation rows while the standard error is unknown."""
 
@@ -155,7 +158,8 @@ def _plan_of_commands(spec: RoundSpec, size_of_one: int | None) -> RoundPlan:
 def _checkpoint_of_command(round_plan: StudyPlan) -> tuple[int | None, str]:
     """Return the bytes of one checkpoint of a command, None if unknown, and where they come from."""
     with opened(open_folder(round_plan.file.directory)) as store:
-        trials = [trial for record in store.rounds() for trial in store.trials(record.name)]
+        rounds = [record.name for record in store.rounds()]
+        trials = [trial for name in rounds for trial in store.trials(name, examples=False)]
     recorded = max((made.size_bytes for trial in trials for made in trial.checkpoints), default=None)
     if recorded is not None:
         return recorded, f"a checkpoint takes up to {size(recorded)}, as the largest of this study"
@@ -183,7 +187,7 @@ def _next_command(plan: StudyPlan, where: Where) -> str:
     refuse_uninstalled(plan)
     with opened(folder) as store:
         record = store.round(plan.name)
-        ended = sum(trial.state.is_result for trial in store.trials(plan.name))
+        ended = store.num_results(plan.name)
         if record is None or ended < plan.spec.num_trials:
             return f"tuner study run {shlex.quote(str(plan.file.path))}{where.options}"
         return command_after(folder, store, record)
@@ -199,8 +203,9 @@ def _plan(
     with _naming_the_probe(spec.model, prober):
         tokenizer = load_tokenizer(model)
     data = prepare(spec, round_plan.cache, tokenizer)
+    data, rows_changed = _rows_of_the_round(round_plan, data, tokenizer)
     refuse_other_data(round_plan, data.fingerprint)
-    _refuse_metric(round_plan, data)
+    _refuse_metric(round_plan)
     changed = changed_model(round_plan, model_fingerprint(spec.model))
     look(data, tokenizer)
 
@@ -216,7 +221,7 @@ def _plan(
     probed: list[str] = []
     if prober is not None:
         plan, base, probed = _probed(round_plan, plan, prober)
-    remarks = [*_remarks(spec, data), *([changed] if changed and prober is None else [])]
+    remarks = [*_remarks(spec, data), *rows_changed, *([changed] if changed and prober is None else [])]
     remarks += noise_remarks(
         base, num_examples=len(data.evaluation), max_examples=spec.evaluation.max_examples
     )
@@ -230,6 +235,20 @@ def _plan(
         remarks.append(warning_of_ends(ends, tokenizer))
     remarks += probed
     return plan, [*remarks, *_disk_remarks(round_plan, plan)]
+
+
+def _rows_of_the_round(
+    plan: StudyPlan, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreparedData, list[str]]:
+    """Return what a started round trains on, and a remark where rows elsewhere have changed since."""
+    known = recorded_data(plan)
+    if known in (None, data.fingerprint):
+        return data, []
+    before = prepare_rows(plan.absolute, tokenizer, plan.cache, known=known)
+    if before.fingerprint != known:
+        return data, []
+    said = f"rows elsewhere have changed since {plan.name} started; it goes on with those in {plan.cache}"
+    return before, [f"warning: {said}"]
 
 
 @contextmanager
@@ -264,7 +283,22 @@ def _probed(
     )
     plan = replace(plan, peak_memory_bytes=predicted.peak_memory_bytes, hours=hours)
     said.append(f"time and memory are measured with {count(predicted.slots, 'slot')} in one worker")
+    said += packing_remarks(predicted)
     return plan, ready.base, said
+
+
+def packing_remarks(predicted: Prediction) -> Iterator[str]:
+    """Yield what training several trials together is worth where `slots: auto` trains one at a time."""
+    slots, gain = predicted.packed_slots, predicted.packing_gain
+    if slots is None or gain is None:
+        return
+    if gain < WORTHWHILE_PACKING:
+        yield f"packing {slots} trials would not be faster here ({gain:.1f} times)"
+        return
+    yield (
+        f"packing {slots} trials would be {gain:.1f} times as fast here: run.slots: {slots}, or --slots "
+        f"{slots}; losses are then the same within rounding, and not to the digit"
+    )
 
 
 def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
@@ -320,12 +354,12 @@ def two_digits_up(number: float) -> int:
     return math.ceil(number / unit) * unit
 
 
-def _refuse_metric(plan: StudyPlan, data: PreparedData) -> None:
-    """Raise RoundFileError now, not hours into a run, if answers cannot be compared as configured."""
+def _refuse_metric(plan: StudyPlan) -> None:
+    """Raise RoundFileError if the source of the metric of answers shows that it is none."""
     if plan.absolute.evaluation.answers is None:
         return
     try:
-        try_metric(load_metric(plan.absolute.evaluation.answers.metric), data.eval_prompts[0])
+        refuse_unlike_metric(plan.absolute.evaluation.answers.metric)
     except MetricError as error:
         said = str(error).removeprefix(f"{METRIC_KEY}: ")
         raise RoundFileError(
@@ -375,6 +409,9 @@ def _unchecked(spec: RoundSpec) -> list[str]:
         others.insert(1, ("metric", spec.objective.metric))
     foreign = sorted(spec.hyperparameters.keys() - HYPERPARAMETERS.keys()) if spec.unloaded else []
     methods = [name for _, name in spec.unloaded]
+    answers = spec.evaluation.answers
+    if answers is not None and answers.metric != EXACT_MATCH:
+        methods.append(shown_metric(answers.metric))
     return [*methods, *foreign, *(name for kind, name in others if not is_built_in(kind, name))]
 
 

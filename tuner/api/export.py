@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from tuner.errors import InputError, TunerError
 from tuner.installation import version
 from tuner.playbook import best_evaluation
 from tuner.records import RoundRecord, Trial, TrialState
-from tuner.report.card import Card, merging_note, model_card
+from tuner.report.card import Card, CheckpointCard, checkpoint_card, merging_note, model_card
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, find_trial
 
@@ -212,7 +213,7 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         _export_checkpoint(finished, export, study, tell)
         return
     converter = _converter(export)
-    token = _token(export, finished)
+    token = _token(export, None if finished.base_is_on_hub else finished.written.model.path)
     tokenizer = load_tokenizer(finished.spec.model)
     template = chat_template_of(finished.spec.data.train, tokenizer)
     if template is not None:
@@ -221,8 +222,6 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
 
     # Loads torch: only after the cheap checks.
     from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
-    from tuner.inference import push
-    from tuner.inference.export import convert_to_gguf
 
     ends = ends_unlike_its_base(finished.spec.model, tokenizer)
     text = model_card(replace(card, ends=tuple(ends)))
@@ -234,34 +233,87 @@ def export_trial(finished: Finished, export: Export, *, study: Path, tell: Tell,
         tell(f"{export.to}: the adapter of {finished.name}, with tokenizer and model card")
         if ends:
             warn(warning_of_ends(ends, tokenizer))
-    if export.gguf is not None and converter is not None:
-        convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
-        tell(f"{export.gguf}: the merged model, by {converter.name}")
-    if export.push is not None and token is not None:
-        tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
+    _convert_and_push(export, converter, token, tell)
+
+
+_OF_RESUMING = (
+    "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json",
+)  # fmt: skip
+"""Files of a Trainer's checkpoint that only resuming needs; most are pickles."""
 
 
 def _export_checkpoint(finished: Finished, export: Export, study: Path, tell: Tell) -> None:
     """Write the checkpoint of a command's trial as it is, or merged where it is a PEFT adapter.
 
-    Raises InputError for more than that.
+    What is pushed has a model card and nothing that only resuming needs. Raises as `export_trial`.
     """
-    if export.gguf is not None or export.push is not None:
-        finished.spec.require_model("--gguf and --push")
-    if export.merge and not (finished.adapter / "adapter_config.json").is_file():
-        raise InputError(
-            f"--merge: the checkpoint of {finished.name} is no PEFT adapter (it has no adapter_config.json): "
-            "leave --merge out to copy it as it is"
-        )
+    base = _base_of_checkpoint(finished, export)
+    merges = export.merge and base is not None
+    is_local = base is not None and (Path(base).is_absolute() or (study / base).is_dir())
+    converter = _converter(export)
+    token = _token(export, base if is_local else None)
     with appearing_whole(export.to) as directory:
-        if export.merge:
+        if merges:
             from tuner.inference import merge_checkpoint  # loads torch
 
-            base = merge_checkpoint(finished.adapter, directory, beside=study, dtype=export.merged_dtype)
+            merge_checkpoint(finished.adapter, directory, beside=study, dtype=export.merged_dtype)
         else:
-            shutil.copytree(finished.adapter, directory, dirs_exist_ok=True)
-    how = f"merged into {base} in {export.merged_dtype}" if export.merge else "as the command wrote it"
+            left_out = shutil.ignore_patterns(*_OF_RESUMING) if export.push else None
+            shutil.copytree(finished.adapter, directory, dirs_exist_ok=True, ignore=left_out)
+        if merges or export.push:
+            card = CheckpointCard(
+                name=export.push or export.to.name,
+                spec=finished.written,
+                trial=finished.trial,
+                base=base,
+                base_is_on_hub=not is_local,
+                command=export.command(finished.name),
+                merged_dtype=export.merged_dtype if merges else None,
+                licence=export.licence,
+            )
+            (directory / "README.md").write_text(checkpoint_card(card), encoding="utf-8")
+    how = f"merged into {base} in {export.merged_dtype}" if merges else "as the command wrote it"
     tell(f"{export.to}: the checkpoint of {finished.name}, {how}")
+    _convert_and_push(export, converter, token, tell)
+
+
+def _base_of_checkpoint(finished: Finished, export: Export) -> str | None:
+    """Return the base model that a PEFT adapter names; None for another checkpoint.
+
+    Raises InputError for options that this checkpoint cannot have.
+    """
+    config = finished.adapter / "adapter_config.json"
+    is_model = (finished.adapter / "config.json").is_file()
+    if export.licence and not (export.merge or export.push):
+        raise InputError(
+            "--license: a checkpoint is copied as it is; the licence belongs to the model card "
+            "that --merge and --push write"
+        )
+    if config.is_file():
+        try:
+            return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{config}: names no base model: {error}") from error
+    found = f"the checkpoint of {finished.name} is no PEFT adapter (it has no adapter_config.json)"
+    if (export.push or export.gguf) and not is_model:
+        raise InputError(
+            f"--{'push' if export.push else 'gguf'}: {found}, and no model of transformers (no config.json): "
+            "export it as it is, and use the tool that trained it"
+        )
+    if export.merge and not export.gguf:
+        raise InputError(f"--merge: {found}: leave --merge out to copy it as it is")
+    return None
+
+
+def _convert_and_push(export: Export, converter: Path | None, token: str | None, tell: Tell) -> None:
+    """Convert and upload the directory, which is complete."""
+    from tuner.inference import convert_to_gguf, push  # loads torch
+
+    if export.gguf is not None and converter is not None:
+        convert_to_gguf(export.to, export.gguf, converter=converter, dtype=export.merged_dtype)
+        tell(f"{export.gguf}: the merged model, by {converter.name}")
+    if export.push is not None and token is not None:
+        tell(f"pushed to {push(export.to, export.push, token=token, public=export.public)}")
 
 
 def _write(export: Export, finished: Finished, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
@@ -301,8 +353,11 @@ def _converter(export: Export) -> Path | None:
     return Path(found)
 
 
-def _token(export: Export, finished: Finished) -> str | None:
-    """Raise InputError if a push is requested but cannot succeed."""
+def _token(export: Export, local_base: str | None) -> str | None:
+    """Raise InputError if a push is requested but cannot succeed.
+
+    `local_base` is the base model if it is a directory of this machine.
+    """
     if export.push is None:
         return None
     from huggingface_hub import get_token
@@ -313,9 +368,9 @@ def _token(export: Export, finished: Finished) -> str | None:
         validate_repo_id(export.push)
     except HFValidationError as error:
         raise InputError(f"--push {export.push}: expects OWNER/NAME: {error}") from None
-    if not export.merge and not finished.base_is_on_hub:
+    if not export.merge and local_base is not None:
         raise InputError(
-            f"--push {export.push}: the base model is a local directory ({finished.written.model.path}), so "
+            f"--push {export.push}: the base model is a local directory ({local_base}), so "
             "others could not load the adapter; add --merge to push the merged model"
         )
     token = get_token()

@@ -16,7 +16,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from tuner.config import RoundFile, RoundSpec, load_round, with_plug_ins, without_secrets
-from tuner.engines import Job, Program, Worker, end_all_processes, make_engine, start_workers
+from tuner.engines import (
+    Engine,
+    Job,
+    LocalEngine,
+    Program,
+    Worker,
+    end_all_processes,
+    make_engine,
+    start_workers,
+)
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
@@ -31,7 +40,7 @@ from tuner.study.folder import StudyFolder, dry_run_banner, is_dry_run, open_fol
 from tuner.study.plan import CACHE, RoundPlan
 from tuner.study.reproduction import Rerun, planned_rerun, reproduce
 from tuner.study.restoration import Take, restored
-from tuner.study.run import run_round
+from tuner.study.run import recorded_data, run_round
 from tuner.whole import keep_others_out
 
 if TYPE_CHECKING:
@@ -48,6 +57,7 @@ Prepare = Callable[[RoundSpec, Path], "PreparedData"]
 Tell = Callable[[str], None]
 """Receives the messages that the command line prints."""
 Gpus = Callable[[], Sequence[GpuReading]]
+EngineNamed = Callable[[str], Engine]
 OpenView = Callable[[RoundFile, Gpus], View]
 """Opens the view of a running round; the second argument reads the GPUs in use."""
 
@@ -100,6 +110,16 @@ class Where:
         return engine
 
 
+@contextmanager
+def keeping_workers() -> Iterator[EngineNamed]:
+    """Return what makes engines for several rounds: the local one keeps its workers between them."""
+    local = LocalEngine(keeps_workers=True)
+    try:
+        yield lambda name: local if name == "local" else make_engine(name)
+    finally:
+        local.end_workers()
+
+
 def run_here(
     file: RoundFile,
     where: Where,
@@ -107,13 +127,14 @@ def run_here(
     open_view: OpenView,
     stopping: Callable[[], bool],
     restarts: int = 0,
+    engine_named: EngineNamed = make_engine,
 ) -> None:
     """Start or resume a round on its engine, with a live view. Raises what `run_round` does."""
     file = with_plug_ins(file)
     name = where.engine_of(file)
     is_dry_run = name == "simulated"
     try:
-        engine = make_engine(name)
+        engine = engine_named(name)
     except InputError as error:
         raise file.placed(error) from None
     begun_at = engine.now()
@@ -179,6 +200,7 @@ def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Whe
         directory=plan.checkpoints,
         beside=plan.file.directory,
         base=base,
+        data=lambda: recorded_data(plan),
         trials=trials,
         workers=where.workers,
         first_horizon=first,
@@ -191,6 +213,7 @@ def _job(
     directory: Path,
     beside: Path,
     base: Callable[[], Evaluation | None] = lambda: None,
+    data: Callable[[], str | None] = lambda: None,
     trials: Callable[[], Sequence[Trial]] = lambda: (),
     workers: int | Literal["auto"] = 1,
     first_horizon: int = 1,
@@ -213,6 +236,7 @@ def _job(
             "cache": str(beside / CACHE),
             "lock": str(directory / "worker.lock"),
             "base": None if known is None else to_json(known),
+            "data": data(),
         }
 
     def document_of_command() -> dict[str, object]:

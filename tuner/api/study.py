@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.api.auto import Automatic, restarts_of
 from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
-from tuner.api.run import Where, has_begun, interruptible, prepared_quietly, run_here, unsaid, view_of
+from tuner.api.run import (
+    Where,
+    has_begun,
+    interruptible,
+    keeping_workers,
+    prepared_quietly,
+    run_here,
+    unsaid,
+    view_of,
+)
 from tuner.api.trial import Trial
 from tuner.errors import InputError
 from tuner.playbook.restarts import Enough
@@ -269,11 +278,16 @@ class Study:
         if hint is not None:
             warnings.warn(hint, DeprecationWarning, stacklevel=2)
         where = Where(slots, workers, engine, ray_address)
-        with interruptible(seconds) as stopping:
+        with interruptible(seconds) as stopping, keeping_workers() as engine_named:
             rounds = Automatic(
                 first=where.file(self._path(round_file)),
                 run=lambda file: run_here(
-                    file, where, open_view=view_of(progress), stopping=stopping, restarts=number
+                    file,
+                    where,
+                    open_view=view_of(progress),
+                    stopping=stopping,
+                    restarts=number,
+                    engine_named=engine_named,
                 ),
                 promoted=lambda document: None,
                 stopping=stopping,
@@ -312,13 +326,20 @@ class Study:
         where = Where(slots, workers, engine, ray_address)
         file = where.file(self._path(round_file))
         refuse_epochs(epochs, is_dry_run=where.engine_of(file) == "simulated")
-        with interruptible(None) as stopping:
+        with interruptible(None) as stopping, keeping_workers() as engine_named:
             answer = sweep_round(
                 file,
                 epochs=epochs,
-                run=lambda found: run_here(found, where, open_view=view_of(progress), stopping=stopping),
+                run=lambda found: run_here(
+                    found,
+                    where,
+                    open_view=view_of(progress),
+                    stopping=stopping,
+                    engine_named=engine_named,
+                ),
                 prepare=prepared_quietly,
                 tell=unsaid,
+                stopping=stopping,
             )
         return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
 

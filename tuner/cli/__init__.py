@@ -9,7 +9,6 @@ import gc
 import os
 import shlex
 import sys
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import typer
 from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.cli.hints import Group
 from tuner.errors import InputError, TunerError, last_words
-from tuner.process_log import kept_trace, said_by
+from tuner.process_log import harmless, kept_trace, said_by, trace_of
 from tuner.whole import keep_others_out
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -95,15 +94,18 @@ def doctor(
 def main() -> None:
     """Run the `tuner` command. Exit codes: 0 done, 1 ran and failed, 2 bad input, 130 interrupted."""
     keep_others_out()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # else Python collects all of torch and transformers once more as it ends, for a second
+    sys.exit(code)
 
 
 def _bug(error: Exception, *, is_verbose: bool) -> str:
     """Return what to say of an error that no message explains: one line, unless the user wants all of it."""
     place = kept_trace(error)
     where = "could not be written; see it with: tuner --verbose ..." if place is None else f"is in {place}"
-    line = f"error: a bug of tuner: {last_words(error)}. The whole trace {where}; please report it"
-    return "".join([*traceback.format_exception(error), line] if is_verbose else [line])
+    said = harmless(last_words(error))
+    line = f"error: a bug of tuner: {said}. The whole trace {where}; please report it"
+    return f"{trace_of(error)}{line}" if is_verbose else line
 
 
 COLLECT_AFTER = 100_000

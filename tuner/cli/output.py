@@ -23,6 +23,7 @@ from tuner.playbook.reproduction import Agreement
 from tuner.records import Trial, TrialState, searched
 from tuner.report import (
     View,
+    dumped,
     dumps,
     open_view,
     plan_table,
@@ -160,13 +161,19 @@ def print_trials(folder: StudyFolder, *, round_name: str | None, as_json: bool) 
         scored = scores_of(store)
         objectives = objectives_of(store)
     if as_json:
-        documents = [
+        places = {name: folder.checkpoints(name) for name in shown}
+        documents = (
             trial_document(
-                trial, adapter=folder.adapter(trial), scored=scored, objective=objectives[trial.round]
+                trial,
+                adapter=None if (link := places[trial.round].adapter(trial)) is None else str(link),
+                scored=scored,
+                objective=objectives[trial.round],
             )
             for trial in trials
-        ]
-        typer.echo(dumps(documents))
+        )
+        for piece in dumped(documents):
+            typer.echo(piece, nl=False)
+        typer.echo()
     else:
         _print_table(trials_table(trials))
     if any(trial.state == TrialState.COMPLETE for trial in trials):

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import typer
 
 from tuner.api.auto import Automatic, refuse_epochs, refuse_sweep, sweep_round
-from tuner.api.run import Gpus, Stopping, Where, has_begun, run_here
+from tuner.api.run import EngineNamed, Gpus, Stopping, Where, has_begun, keeping_workers, run_here
 from tuner.cli.output import promotion_text
 from tuner.cli.printing import error_output, next_command, prepared, spoken_by, stop_signals
 from tuner.config import RoundFile, load_round
+from tuner.engines import make_engine
 from tuner.errors import InputError, Interrupted, RoundStopped
 from tuner.playbook.restarts import Enough
 from tuner.records import searched
@@ -76,7 +77,14 @@ def interruptible(command: str, *, duration: str | None) -> Iterator[Stopping]:
             raise RoundStopped(f"{stop}; then resume with: {again}") from stop
 
 
-def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], restarts: int = 0) -> None:
+def run_shown(
+    file: RoundFile,
+    where: Where,
+    *,
+    stopping: Callable[[], bool],
+    restarts: int = 0,
+    engine_named: EngineNamed = make_engine,
+) -> None:
     """Start or resume a round, shown live on standard error. Raises what `run_round` does."""
     with ExitStack() as while_shown:
 
@@ -85,7 +93,9 @@ def run_shown(file: RoundFile, where: Where, *, stopping: Callable[[], bool], re
             while_shown.enter_context(spoken_by(view.message))
             return view
 
-        run_here(file, where, open_view=shown, stopping=stopping, restarts=restarts)
+        run_here(
+            file, where, open_view=shown, stopping=stopping, restarts=restarts, engine_named=engine_named
+        )
 
 
 def _live_view(file: RoundFile, gpus: Gpus) -> View:
@@ -153,14 +163,17 @@ def run_rounds(path: Path, *, duration: str | None, restarts: int = 0, where: Wh
     ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
     rounds: Automatic | None = None
     enough: Enough | None = None
-    with interruptible(ended.command, duration=duration) as stopping:
+    with interruptible(ended.command, duration=duration) as stopping, keeping_workers() as engine_named:
         rounds = Automatic(
             first=where.file(path),
-            run=lambda file: run_shown(file, where, stopping=stopping, restarts=restarts),
+            run=lambda file: run_shown(
+                file, where, stopping=stopping, restarts=restarts, engine_named=engine_named
+            ),
             promoted=_say,
             stopping=stopping,
             restarts=restarts,
             has_deadline=duration is not None,
+            say=_tell,
         )
         enough = rounds.run_until_enough()
         ended = replace(ended, reason=enough.reason, taught_nothing=enough.taught_nothing)
@@ -192,14 +205,16 @@ def sweep_file(
     command = f"tuner study sweep {shlex.quote(str(path))}{length}{limit}{where.options}"
     refuse_epochs(epochs, is_dry_run=(where.engine or load_round(path).spec.run.engine) == "simulated")
     answered: Path | None = None
-    with interruptible(command, duration=duration) as stopping:
+    with interruptible(command, duration=duration) as stopping, keeping_workers() as engine_named:
         file = where.file(path)
         sweep_round(
             file,
             epochs=epochs,
-            run=lambda found: run_shown(found, where, stopping=stopping),
+            run=lambda found: run_shown(found, where, stopping=stopping, engine_named=engine_named),
             prepare=prepared,
             tell=typer.echo,
+            say=_tell,
+            stopping=stopping,
         )
         answered = file.path
     return (f"tuner study run {shlex.quote(path.name)}" if answered else command), answered

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
 from tuner.config import CommandSpec, RoundSpec
+from tuner.config.command_section import value_of
 from tuner.errors import InputError
 from tuner.methods.tools import Mistaken, options_of, tool
 from tuner.methods.tools.transformers import batch_mistake
@@ -90,8 +91,11 @@ def workload(spec: RoundSpec, directory: Path, *, names: Mapping[str, str] | Non
 def _as_written(run: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """Return a command's words with the paths that the round file has."""
     places = sorted(names, key=len, reverse=True)
-    found = {part: next((here for here in places if f"{part}/".startswith(f"{here}/")), None) for part in run}
-    return [part if (here := found[part]) is None else names[here] + part[len(here) :] for part in run]
+    found = {
+        part: next((here for here in places if f"{value_of(part)}/".startswith(f"{here}/")), None)
+        for part in run
+    }
+    return [part if (here := found[part]) is None else part.replace(here, names[here], 1) for part in run]
 
 
 def _command(spec: RoundSpec) -> CommandSpec:

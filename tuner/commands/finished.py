@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.commands.reported import Curve
+from tuner.commands.size import shapes
 from tuner.errors import InputError
 from tuner.records import Evaluation, Objective, Value
 
@@ -146,7 +147,34 @@ def _adapter(*folders: Path) -> dict[str, Value]:
             found[ours] = tuple(sorted(map(str, value)))
         elif value is not None and (value is not False or theirs not in ("use_rslora", "use_dora")):
             found[ours] = value
+    targets = found.get("target_modules")
+    if isinstance(targets, tuple):
+        layers = _layers_of(str(said.get("base_model_name_or_path")), path)
+        found["target_modules"] = _as_written(tuple(map(str, targets)), layers)
     return found
+
+
+def _as_written(targets: tuple[str, ...], layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the ends of layer names that name the same layers of the model, as users write them.
+
+    PEFT writes the full names for `all-linear` of a small model. They stay where the layers are unknown.
+    """
+    ends = tuple(sorted({target.rpartition(".")[2] for target in targets}))
+    named = {layer for layer in layers if layer.rpartition(".")[2] in ends}
+    return ends if named == set(targets) else targets
+
+
+def _layers_of(model: str, beside: Path) -> list[str]:
+    """Return the names of a base model's layers; none where its folder is not found from the run's."""
+    places = (folder / model for folder in beside.absolute().parents)
+    folder = next((place for place in places if any(place.glob("*.safetensors"))), None)
+    if folder is None:
+        return []
+    try:
+        weights = [name for name, _ in shapes(folder)]
+    except (OSError, ValueError):  # such as a pointer of Git LFS in place of the weights
+        return []
+    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
 
 
 def _of_lines(path: Path, objective: Objective) -> FinishedRun:

@@ -36,13 +36,13 @@ def estimated_bytes(spec: RoundSpec, directory: Path) -> int | None:
     if name is None or not folder.is_dir():
         return None
     try:
-        shapes = dict(_shapes(folder))
+        sizes = dict(shapes(folder))
     except (OSError, ValueError):  # such as a pointer of Git LFS in place of the weights
         return None
-    if not shapes:
+    if not sizes:
         return None
-    whole = sum(math.prod(shape) for shape in shapes.values())
-    weights = _adapter(spec, said, shapes) if _has_adapter(said) else whole
+    whole = sum(math.prod(shape) for shape in sizes.values())
+    weights = _adapter(spec, said, sizes) if _has_adapter(said) else whole
     beside = sum(path.stat().st_size for path in folder.glob("*token*") if path.is_file())
     return _BYTES_PER_WEIGHT * weights + beside
 
@@ -91,8 +91,11 @@ def _largest(dimension: Dimension) -> int:
     return _DEFAULT_RANK
 
 
-def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and shapes of a model's weights from the heads of its safetensors files."""
+def shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield names and shapes of a model's weights from the heads of its safetensors files.
+
+    Raises OSError and ValueError for a file that is not one.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -108,3 +108,8 @@ def flattened_enqueue(search: Any) -> Any:
     if not isinstance(entries, list):
         return search
     return {**search, "enqueue": [flattened(entry) for entry in entries]}
+
+
+def value_of(word: str) -> str:
+    """Return the value of a command's word `--name=value`, or the word itself."""
+    return word.partition("=")[2] if word.startswith("-") else word

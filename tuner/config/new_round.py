@@ -247,7 +247,7 @@ round: round1
 goal: A first round
 command:
   run: {run}  # what trains one trial; a list, no shell
-  tool: {tool}  # or trl, transformers, axolotl, llamafactory, none
+  tool: {tool}  # one of trl, transformers, axolotl, llamafactory, none
   config: {config}  # copied for each trial, with the trial's values
 max_train_steps: 60  # optimizer steps of every trial; never searched
 hyperparameters:

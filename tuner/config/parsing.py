@@ -75,8 +75,7 @@ class RoundFile:
         if (named := _METHOD_FIRST.match(message)) is not None:
             key = _KEYS_OF_KINDS[named["kind"]]
             return (key, message) if named["name"] in _listed(self._written(key)) else None
-        if (named := _KEY_FIRST.match(message)) is not None and self._written(named["key"]) is not None:
-            return named["key"], message[named.end() :]
+        # Before the keys: a folder may have the name of one.
         absolute = self.spec.absolute(self.directory)
         if message.startswith((f"{self.spec.model.path}:", f"{absolute.model.path}:")):
             return "model.path", message
@@ -88,6 +87,8 @@ class RoundFile:
                     and not Path(meant.path).exists()
                 ):
                     return f"data.{part}[{at}].path", message
+        if (named := _KEY_FIRST.match(message)) is not None and self._written(named["key"]) is not None:
+            return named["key"], message[named.end() :]
         return None
 
     def _written(self, key: str) -> Any:

@@ -26,7 +26,7 @@ from tuner.config.dimensions import (
     read_dimension,
 )
 from tuner.config.wording import UNKNOWN_KEY, Refusal, meant_value, mistake, refuse
-from tuner.errors import one_of, refusal, shown
+from tuner.errors import InputError, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
 from tuner.methods.table import HYPERPARAMETERS
@@ -109,8 +109,20 @@ def _named(kind: Kind) -> WithJsonSchema:
 
 PathText = Annotated[Text, AfterValidator(possible_path)]
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)]
+_MAX_NAME = 100
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=_MAX_NAME)]
 """A name that is safe as a directory."""
+
+
+def refuse_bad_name(name: str, *, asked: str) -> None:
+    """Raise InputError, which begins with `asked`, for what a round file may not have as a name."""
+    if len(name) > _MAX_NAME:
+        raise InputError(f"{asked} {shown(name)}: expects at most {_MAX_NAME} characters")
+    # `$` alone would let a last newline pass.
+    if not re.fullmatch(NAME_PATTERN, name):
+        allowed = "letters, digits, `_`, `.` and `-` (no `.` or `-` first)"
+        raise InputError(f"{asked} {name!r}: expects {allowed}, such as round2")
+
 
 TRIAL_PATH = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)/(\d+)", re.ASCII)
 """ROUND/TRIAL, the form of `continues`."""
@@ -125,6 +137,9 @@ class ModelSpec(BaseModel):
     """A model on the Hugging Face Hub, or a directory: relative to the file, or absolute."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the base model's weights and of the computation; adapters always train in float32."""
+    tf32: bool = False
+    """Multiply float32 with 10 bits of mantissa (TF32) on a GPU: several times as fast, and less exact. Needs
+    `dtype: float32`; a CPU ignores it and says so."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Load the base model's weights in 4 bits (`nf4`, as QLoRA does) or 8 bits (`int8`)."""
     revision: str | None = None
@@ -151,6 +166,13 @@ class ModelSpec(BaseModel):
             wrong = "gguf_file" if self.gguf_file else "quantization"
             message = "not supported by loader: unsloth; remove this line, or use loader: transformers"
             refuse("model", [Refusal((wrong,), message, rests_on=("model.loader",))])
+        return self
+
+    @model_validator(mode="after")
+    def _tf32_is_of_float32(self) -> Self:
+        if self.tf32 and self.dtype != "float32":
+            message = "true is for dtype: float32; remove this line, or set dtype: float32"
+            refuse("model", [Refusal(("tf32",), message, rests_on=("model.dtype",))])
         return self
 
     @field_validator("dtype", mode="before")
@@ -455,8 +477,9 @@ class RunSpec(BaseModel):
 
     storage_patience: Annotated[str, AfterValidator(_lasting)] = "10m"
     """How long a round waits, such as `90s`, `30m` or `2h`, while its database cannot be reached or a disk is
-    full, before it stops. Training continues while the database is away, and pauses while the disk is full.
-    The same command resumes a round that has stopped."""
+    full, before it stops. Training continues while the database is away, and pauses while the disk is full;
+    commands, and trials on other machines, continue then too. The same command resumes a round that has
+    stopped."""
 
     @property
     def storage_seconds(self) -> float:

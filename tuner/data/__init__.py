@@ -2,6 +2,7 @@
 
 from tuner.data.answer_metrics import AnswerMetric, EvalPrompt, load_metric, try_metric
 from tuner.data.examples import Example, Examples, batch_rows
+from tuner.data.metric_source import refuse_unlike_metric
 from tuner.data.prepared import (
     DataReport,
     PreparedData,
@@ -34,6 +35,7 @@ __all__ = [
     "read_prompts",
     "refuse_prompt_beyond",
     "refuse_tokens_beyond",
+    "refuse_unlike_metric",
     "render_prompt",
     "share_for_evaluation",
     "show_rows",

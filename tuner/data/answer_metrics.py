@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXACT_MATCH = "exact_match"
 METRIC_KEY = "evaluation.answers.metric"
+ADVICE = "write exact_match, file.py:function (relative to the round file), or module:function"
 _LARGEST = 1e100
 """Of a score: a mean of such numbers, and its standard error, are finite."""
 
@@ -79,16 +80,15 @@ def load_metric(name: str) -> AnswerMetric:
     if name == EXACT_MATCH:
         return AnswerMetric(name, exact_match)
     place, _, attribute = name.rpartition(":")
-    shown = f"{Path(place).name}:{attribute}"
-    advice = "write exact_match, file.py:function (relative to the round file), or module:function"
+    shown = shown_metric(name)
     if place.endswith(".py") and not Path(place).is_file():
-        raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {advice}")
+        raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {ADVICE}")
     try:
         with redirect_stdout(sys.stderr):
             module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
         said = f"{place} cannot be imported: {last_words(error, __file__)}"
-        raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {advice}") from error
+        raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {ADVICE}") from error
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -97,6 +97,12 @@ def load_metric(name: str) -> AnswerMetric:
         there = f"; it has {', '.join(known[:8])}" if known else ""
         raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
     return AnswerMetric(shown, found, code=_file_hash(module))
+
+
+def shown_metric(name: str) -> str:
+    """Return a metric's name in the round file without the folder of its file."""
+    place, _, attribute = name.rpartition(":")
+    return f"{Path(place).name}:{attribute}" if place else attribute
 
 
 def exact_match(answer: str, reference: str) -> float:

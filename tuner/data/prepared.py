@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from tuner.data.files import downloads
 from tuner.data.formats import source_format
 from tuner.data.prompts import refuse_prompt_beyond, token_beyond
 from tuner.data.rows import Recipe, tokenised
-from tuner.data.sources import open_sources
+from tuner.data.sources import is_elsewhere, open_sources
 from tuner.data.special_tokens import SpecialTokens
 from tuner.data.splits import (
     Overlap,
@@ -146,12 +147,32 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path | None,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    known: str | None = None,
 ) -> PreparedData:
     """Prepare the data of a round with absolute paths; `cache` is a folder for tokenised data, or None.
 
-    `say` hears how far it is, about once a second. Raises DataError, and StorageError when the cache
-    cannot be written.
+    `say` hears how far it is, about once a second. `known` is the fingerprint of the round's data: rows of
+    the Hub and of URLs are then those that were opened first, as long as they have it. Raises DataError, and
+    StorageError when the cache cannot be written.
     """
+    sources = (*spec.data.train, *spec.data.eval, *spec.data.test)
+    if known is not None and any(map(is_elsewhere, sources)):
+        with suppress(DataError):
+            before = _prepared(spec, tokenizer, cache, say, as_before=True)
+            if before.fingerprint == known:
+                return before
+    return _prepared(spec, tokenizer, cache, say, as_before=False)
+
+
+def _prepared(
+    spec: RoundSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path | None,
+    say: Callable[[str], None],
+    *,
+    as_before: bool,
+) -> PreparedData:
     data = spec.data
     if weighted := [source.path for source in (*data.eval, *data.test) if source.weight != 1]:
         raise DataError(f"{weighted[0]}: weight applies only to training rows; every other row is used once")
@@ -161,7 +182,13 @@ def prepare(
     answers = spec.evaluation.answers
     held_out = "train" if data.eval_fraction is not None else "eval"
     read = {
-        name: _parts(sources, tokenizer, recipe, asks=answers is not None and name == held_out)
+        name: _parts(
+            sources,
+            tokenizer,
+            recipe,
+            asks=answers is not None and name == held_out,
+            as_before=as_before,
+        )
         for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
     }
     parts = dict(read)
@@ -244,15 +271,23 @@ def share_for_evaluation(
 
 
 def _parts(
-    sources: Sequence[SourceSpec], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, asks: bool
+    sources: Sequence[SourceSpec],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    asks: bool,
+    as_before: bool = False,
 ) -> list[Part]:
-    """Return a part for each file; `asks` says whether completions are separated from prompts."""
+    """Return a part for each file; `asks` says whether completions are separated from prompts.
+
+    `as_before` is that of `open_sources`.
+    """
     parts = []
     by_turns = replace(recipe, loss_on="completion")
     with downloads(recipe.cache) as copies:
         for spec in sources:
             row_format = source_format(spec, tokenizer)
-            for source in open_sources(spec, recipe.cache, copies):
+            for source in open_sources(spec, recipe.cache, copies, as_before=as_before):
                 table = tokenised(source, row_format, recipe)
                 has_turns = asks and recipe.loss_on == "all" and spec.format != "text"
                 parts.append(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,10 +121,12 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
                 yield from _entries(entry.path)
 
 
-def load_rows(path: str, *, config: str | None, split: str | None, cache: Path | None) -> Any:
+def load_rows(
+    path: str, *, config: str | None, split: str | None, cache: Path | None, revision: str | None = None
+) -> Any:
     """Load a memory-mapped `datasets.Dataset`; it is cached in the user's Hub cache if `cache` is None.
 
-    No split is `train`. Raises DataError.
+    No split is `train`. `revision` is a commit of the Hub. Raises DataError.
     """
     import datasets
 
@@ -132,7 +135,9 @@ def load_rows(path: str, *, config: str | None, split: str | None, cache: Path |
     split = split or "train"
     try:
         with _the_cache_alone() if is_out_of_reach(path) else nullcontext():
-            return datasets.load_dataset(path, name=config, split=split, cache_dir=cache and str(cache))
+            return datasets.load_dataset(
+                path, name=config, split=split, cache_dir=cache and str(cache), revision=revision
+            )
     except datasets.exceptions.DatasetNotFoundError as error:
         if "is a gated dataset" in str(error):
             raise DataError(
@@ -171,6 +176,14 @@ def rows_hash(rows: Any) -> str:
     return hashlib.sha256(f"{hashes} {rows.num_rows}".encode()).hexdigest()
 
 
+def commit_of(rows: Any) -> str | None:
+    """Return the commit of the Hub that a dataset is of; None if its files do not say so."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    found = folders.pop() if len(folders) == 1 else ""
+    return found if _COMMIT.fullmatch(found) else None
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".log")
 
@@ -187,6 +200,8 @@ class Source:
     """Whether a row's number is a line of the file."""
     rows: Callable[[RowFormat], Iterator[Row]]
     """The rows in order. Raises DataError."""
+    commit: str | None = None
+    """Of the Hub, by which the rows can be found again."""
 
     def place(self, number: int) -> str:
         """Return a row's place as messages show it."""
@@ -197,57 +212,89 @@ REMEMBERED = "sources"
 """Folder of the cache: what sources elsewhere were when they were opened last."""
 
 
-def open_sources(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
+def open_sources(
+    spec: SourceSpec, cache: Path | None, copies: Path, *, as_before: bool = False
+) -> list[Source]:
     """Open what a source names: one dataset, or files in the order of their names. Raises DataError.
 
     Files are read here, row by row, so that a mistake can name its line and memory stays flat; those
     behind URLs are copied into `copies` first. Folders and Hub ids go through `datasets`, whose files for
     folders lie in the cache. If a Hub id or a URL cannot be opened now, its rows can still be used that are
-    in the cache already.
+    in the cache already. With `as_before` they are those that were opened last, whatever is there now.
     """
-    if cache is None or not _is_elsewhere(spec):
+    if cache is None or not is_elsewhere(spec):
         return _opened(spec, cache, copies)
     said = json.dumps(
         [spec.path, spec.split, spec.config, spec.split_on, spec.record_bytes, spec.group_records]
     )
     card = cache / REMEMBERED / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+    if as_before and (known := _remembered(card, partial(_as_before, spec, cache, copies))) is not None:
+        return known
     try:
         sources = _opened(spec, cache, copies)
     except DataError as error:
-        if (known := _remembered(card, error)) is None:
+        if (known := _remembered(card, partial(_raise, error))) is None:
             raise
         _log.warning("%s: cannot be opened now; using its rows in %s: %s", spec.path, cache, error)
         return known
     with suppress(OSError):
         card.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(card) as unnamed:
-            unnamed.write_text(json.dumps([[each.name, each.identity, each.has_lines] for each in sources]))
+            unnamed.write_text(json.dumps([[s.name, s.identity, s.has_lines, s.commit] for s in sources]))
     return sources
 
 
-def _is_elsewhere(spec: SourceSpec) -> bool:
+def is_elsewhere(spec: SourceSpec) -> bool:
+    """Return whether a source is on the Hub or behind a URL, where others may change it."""
     return "://" in spec.path or (_is_hub_id(spec.path) and not os.path.exists(spec.path))  # noqa: PTH110
 
 
-def _remembered(card: Path, error: DataError) -> list[Source] | None:
-    """Return sources whose rows cannot be read, but may be in the cache; None if they were never opened."""
+def _remembered(card: Path, rows_of: Callable[[Source, RowFormat], Iterator[Row]]) -> list[Source] | None:
+    """Return the sources of a card, whose rows may be in the cache, or else are what `rows_of` returns.
 
-    def rows(_: RowFormat) -> Iterator[Row]:
-        raise error
-
+    None if they were never opened.
+    """
     try:
         known = json.loads(card.read_text())
-        return [Source(name, identity, has_lines, rows) for name, identity, has_lines in known]
+        return [_card_source(rows_of, *each) for each in known]
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _opened(spec: SourceSpec, cache: Path | None, copies: Path) -> list[Source]:
+def _card_source(
+    rows_of: Callable[[Source, RowFormat], Iterator[Row]],
+    name: str,
+    identity: str,
+    lines: bool,
+    commit: str | None = None,
+) -> Source:
+    source = Source(name, identity, lines, lambda row_format: rows_of(source, row_format), commit)
+    return source
+
+
+def _raise(error: DataError, source: Source, row_format: RowFormat) -> Iterator[Row]:
+    raise error
+
+
+def _as_before(
+    spec: SourceSpec, cache: Path | None, copies: Path, source: Source, row_format: RowFormat
+) -> Iterator[Row]:
+    """Return the rows of a source that was opened before. Raises DataError if they are others now."""
+    now = _opened(spec, cache, copies, revision=source.commit)
+    same = next((each for each in now if each.identity == source.identity), None)
+    if same is None:
+        raise DataError(f"{source.name}: has changed since it was opened first")
+    return same.rows(row_format)
+
+
+def _opened(
+    spec: SourceSpec, cache: Path | None, copies: Path, *, revision: str | None = None
+) -> list[Source]:
     if spec.split_on is None and "://" not in spec.path:
         if os.path.isdir(spec.path):  # noqa: PTH112  Path raises for a name that is too long
             return [_dataset(spec, load_folder, cache and cache / "datasets")]
         if _is_hub_id(spec.path) and not os.path.exists(spec.path):  # noqa: PTH110
-            return [_dataset(spec, load_rows, None)]
+            return [_dataset(spec, partial(load_rows, revision=revision), None)]
     if spec.split or spec.config:
         raise DataError(
             f"{spec.path}: split and config apply only to datasets on the Hub and folders, not to a file"
@@ -287,4 +334,4 @@ def _dataset(spec: SourceSpec, load: Callable[..., Any], cache: Path | None) -> 
         for number, values in enumerate(rows.select_columns(columns), start=1):
             yield Row(number, f"{spec.path}: row {number}", values)
 
-    return Source(spec.path, f"{spec.split} {rows_hash(rows)}", has_lines=False, rows=read)
+    return Source(spec.path, f"{spec.split} {rows_hash(rows)}", False, read, commit_of(rows))

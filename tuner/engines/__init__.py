@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from tuner.engines.devices import driver_version, gpu_meter, open_nvml, visible_devices, worker_environments
 from tuner.engines.local import LocalEngine, LocalProcess, wait_for_former_workers
-from tuner.engines.program import Process, ProgramWorker, WorkerPool, end_all_processes
+from tuner.engines.program import Process, ProgramWorker, WorkerPool, end_all_processes, end_at_once
 from tuner.engines.protocol import Engine, Job, Program, Worker
 from tuner.engines.ray.engine import RayEngine
 from tuner.engines.simulated import SimulatedEngine, SimulatedWorker
@@ -37,6 +37,7 @@ __all__ = [
     "WorkerPool",
     "driver_version",
     "end_all_processes",
+    "end_at_once",
     "gpu_meter",
     "make_engine",
     "open_nvml",
@@ -112,6 +113,11 @@ class _ForeignWorker:
         """As `Worker` says."""
         with self._named("close"):
             self._inner.close()
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        with self._named("kill"):
+            end_at_once(self._inner)
 
     @contextmanager
     def _named(self, method: str) -> Iterator[None]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from tuner.engines.protocol import Program, Worker
+from tuner.engines.protocol import HasProcesses, Program, Worker
+from tuner.pipes import RESTING
 from tuner.records import (
     Assignment,
     Beat,
@@ -61,6 +62,8 @@ LOADING_SECONDS = 1800.0
 _AWAY_SECONDS = 30.0
 """After so long without a call, this process itself has been stopped, or its machine suspended."""
 
+_RESTS_WITHIN_SECONDS = 60.0
+
 _RUNNING: set[Process] = set()
 
 
@@ -68,6 +71,12 @@ def end_all_processes() -> None:
     """Kill every worker that this process has started, without saving."""
     for process in tuple(_RUNNING):
         process.kill()
+
+
+def end_at_once(worker: Worker) -> None:
+    """Kill the processes of one worker, without saving; other workers of this process go on."""
+    if isinstance(worker, HasProcesses):
+        worker.kill()
 
 
 class Silence:
@@ -143,6 +152,9 @@ class ProgramWorker:
         self._slots = 0
         self._reader: threading.Thread | None = None
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._rests = False
+        self._remaining: list[Event] = []
+        """What it said before it came to rest."""
         self._held: set[RunId] = set()
         self._killed_since: str | None = None
         """Why the current process was killed."""
@@ -171,7 +183,7 @@ class ProgramWorker:
 
     def events(self, timeout_seconds: float) -> list[Event]:
         """Return the events since the last call; wait up to the timeout for the first."""
-        said: list[Event] = []
+        said, self._remaining = self._remaining, []
         try:
             said.append(
                 self._said.get(timeout=timeout_seconds) if timeout_seconds > 0 else self._said.get_nowait()
@@ -194,6 +206,44 @@ class ProgramWorker:
             if time.monotonic() > until:
                 self.process.kill()
         self._forget()
+
+    def rest(self) -> bool:
+        """Let it wait for another round, with the base model; False if it does not, and is to be closed.
+
+        It must be ready and hold no trial. A last call of `events` returns the remaining events.
+        """
+        if self.process is None or self._held or not self._slots or self._rests:
+            return self._rests
+        self._order({"order": "rest"})
+        until = time.monotonic() + _RESTS_WITHIN_SECONDS
+        said: list[Event] = []
+        while self.process is not None and time.monotonic() < until and Preparing(RESTING) not in said:
+            said += self.events(0.1)
+        self._remaining = [event for event in said if event != Preparing(RESTING)]
+        self._rests = Preparing(RESTING) in said
+        return self._rests
+
+    def begin_round(
+        self, program: Program, launch: Callable[[], Process], *, log: str, silence_seconds: float
+    ) -> None:
+        """Give a resting worker another round, as if it were started for it; `log` is a path of its machine.
+
+        One that has died meanwhile says so, as any worker that dies before it is ready.
+        """
+        self._program, self._launch, self._slots = program, launch, 0
+        self._rests, self._remaining = False, []
+        self._silence = Silence(silence_seconds)
+        self._order({"order": "round", "document": {**program.document(), "log": log}})
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether its process runs."""
+        return self.process is not None and not _has_ended(self.process, 0.0)
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        if self.process is not None:
+            self.process.kill()
 
     def _end_if_silent(self) -> None:
         """Kill a process that hangs: it saves nothing more, and its trials resume in another one."""
@@ -249,6 +299,7 @@ class ProgramWorker:
             self._said.put(Died(f"{why}; {process.last_words()}"))
 
     def _forget(self) -> None:
+        self._rests = False
         process, self.process = self.process, None
         if process is not None:
             _RUNNING.discard(process)
@@ -284,6 +335,8 @@ class Breaker:
 
     def __init__(self) -> None:
         self._cause, self._count = "", 0
+        self._trials: list[int] = []
+        """Of the failures that were counted."""
         self._started: set[RunId] = set()
 
     def heard(self, event: Event) -> str | None:
@@ -297,20 +350,36 @@ class Breaker:
                 pass  # its checkpoint could not be read, which is no fault of the worker
             case Ended(run=run, outcome="failed", reason=reason):
                 self._started.discard(run)
-                return self._failed(reason or "")
+                return self._failed(reason or "", run.trial)
             case Ended(run=run, outcome="complete" | "infeasible" | "pruned"):
                 self._started.discard(run)
                 self._count = 0
-            case Died(reason=reason):
+            case Died(reason=reason, runs=runs):
                 self._started.clear()
-                return self._failed(reason)
+                return self._failed(reason, *(run.trial for run in runs))
         return None
 
-    def _failed(self, reason: str) -> str | None:
+    def _failed(self, reason: str, *trials: int) -> str | None:
         cause = cause_of(reason)
         self._count = self._count + 1 if cause == self._cause else 1
+        self._trials = [*(self._trials if self._count > 1 else ()), *trials]
         self._cause = cause
-        return reason if self._count == MAX_ALIKE else None
+        if self._count != MAX_ALIKE:
+            return None
+        return (
+            f"{MAX_ALIKE} failures in a row with one cause{_whose(self._trials)}: {reason}. Remove the cause"
+        )
+
+
+def _whose(trials: Sequence[int]) -> str:
+    """Return whose failures they were, as the second part of a sentence; empty if they were of no trial."""
+    match sorted(set(trials)):
+        case []:
+            return ""
+        case [number]:
+            return f", all of trial {number}, whose hyperparameters may be the cause"
+        case numbers:
+            return f", of the trials {', '.join(map(str, numbers))}"
 
 
 def cause_of(reason: str) -> str:
@@ -379,16 +448,21 @@ class WorkerPool:
 
     def _stopped(self, worker: Worker, why: str) -> list[Event]:
         """Stop a worker for good; return its last events and what to say."""
-        alike = f"{MAX_ALIKE} failures in a row with one cause: {why}"
         if len(self._workers) == 1:
-            return [Died(f"no worker can train any more, after {alike}", is_input_error=True)]
+            return [Died(f"the round stops after {why}", is_input_error=True)]
         self._workers.remove(worker)
         worker.close()
         left = f"{len(self._workers)} of {len(self._workers) + 1} workers go on"
-        return [*worker.events(0.0), Remarked(f"warning: a worker is stopped after {alike}\n{left}")]
+        return [*worker.events(0.0), Remarked(f"warning: a worker is stopped after {why}\n{left}")]
 
     def close(self) -> None:
         """Save every trial, then end the workers one after another."""
         self._waiting.clear()
         for worker in self._workers:
             worker.close()
+
+    def kill(self) -> None:
+        """As `HasProcesses` says."""
+        self._waiting.clear()
+        for worker in self._workers:
+            end_at_once(worker)

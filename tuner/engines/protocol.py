@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tuner.config import RoundSpec
 from tuner.records import Assignment, Event, RunId
@@ -78,6 +78,15 @@ class Worker(Protocol):
 
         Repeated calls do nothing.
         """
+        ...
+
+
+@runtime_checkable
+class HasProcesses(Protocol):
+    """What a Worker that runs processes has besides."""
+
+    def kill(self) -> None:
+        """End them at once, without saving: another run of the study has taken over."""
         ...
 
 

@@ -204,20 +204,29 @@ def export_merged(
     tokenizer.save_pretrained(str(directory))
 
 
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
 def merge_checkpoint(adapter: Path, directory: Path, *, beside: Path, dtype: str) -> str:
     """Merge a PEFT adapter of any tool into the base model that it names, for transformers.
 
     Writes into an existing directory, and returns the base model's name. A relative path is in the folder
     `beside`. Sums are taken in float32 and rounded once to `dtype`, one of MERGED_DTYPES; a quantised base
-    model is read unquantised. Raises CheckpointError.
+    model is read unquantised. Weights are read from safetensors only, since others are pickles.
+    Raises CheckpointError.
     """
+    if not (adapter / _ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{adapter}: has no {_ADAPTER_WEIGHTS}, and tuner loads no pickle such as adapter_model.bin. "
+            "Merge it with the tool that trained it, or let that save safetensors"
+        )
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         name = str(config.base_model_name_or_path)
         place = str(beside / name) if (beside / name).is_dir() else name
         revision = {"revision": config.revision} if place == name and config.revision else {}
         kind, details = _kind_of_model(adapter, str(config.task_type))
-        base = kind.from_pretrained(place, dtype=torch.float32, **revision, **details)
+        base = kind.from_pretrained(place, dtype=torch.float32, use_safetensors=True, **revision, **details)
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
         merged.to(MERGED_DTYPES[dtype]).save_pretrained(str(directory))
         has_tokenizer = (adapter / "tokenizer_config.json").is_file()
@@ -234,7 +243,7 @@ def _kind_of_model(adapter: Path, task: str) -> tuple[Any, Mapping[str, Any]]:
     reward model has one."""
     if task.rpartition(".")[2] != "SEQ_CLS":
         return AutoModelForCausalLM, {}
-    with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as weights:
+    with safe_open(str(adapter / _ADAPTER_WEIGHTS), framework="pt") as weights:
         heads = [name for name in weights.keys() if re.search(r"(score|classifier)\b.*weight", name)]  # noqa: SIM118
         labels = {"num_labels": weights.get_slice(heads[0]).get_shape()[0]} if heads else {}
     return AutoModelForSequenceClassification, labels

@@ -99,17 +99,20 @@ def counting(values: Hyperparameters) -> dict[str, Value]:
 
     Trials of earlier versions contain such hyperparameters, for example `decay_steps` with a cosine.
     """
-    return {name: value for name, value in values.items() if _counts(HYPERPARAMETERS.get(name), values)}
+    known = dict(values)
+    for name, condition in _CONDITIONS.items():
+        if name in values and condition.chosen_by in values and not _holds(condition, values):
+            del known[name]
+    return known
 
 
-def _counts(row: Hyperparameter | None, values: Hyperparameters) -> bool:
-    if row is None or row.only_with is None or row.only_with.chosen_by not in values:
+def _holds(condition: Condition, values: Hyperparameters) -> bool:
+    chosen = values[condition.chosen_by]
+    if chosen in condition.values:
         return True
-    chosen = values[row.only_with.chosen_by]
-    kind = HYPERPARAMETERS[row.only_with.chosen_by].kind
+    kind = HYPERPARAMETERS[condition.chosen_by].kind
     # Which hyperparameters apply to a plug-in is known only to its description; its trials have no others.
-    is_foreign = isinstance(kind, Method) and not is_built_in(kind.kind, str(chosen))
-    return is_foreign or chosen in row.only_with.values
+    return isinstance(kind, Method) and not is_built_in(kind.kind, str(chosen))
 
 
 def seed_of(values: Hyperparameters) -> int:
@@ -129,3 +132,4 @@ def tier_of(name: str) -> Tier:
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _rows()})
 """The table by name, in the order of the reference page."""
+_CONDITIONS = {row.name: row.only_with for row in HYPERPARAMETERS.values() if row.only_with is not None}

@@ -13,7 +13,7 @@ from tuner.playbook.edges import diverged_above, edges, number
 from tuner.playbook.horizon import MULTIPLES
 from tuner.playbook.noise import BY_VALUE, Scale, is_number
 from tuner.playbook.results import Finding, RoundResults, Severity, counted, percent
-from tuner.playbook.selection import LeadingTrial, distinct, foremost_trials, ranked_by_curve, scale_of
+from tuner.playbook.selection import LeadingTrial, distinct, ranked_by_curve
 from tuner.records import Choices, Range, Trial, TrialState, searched
 
 
@@ -110,7 +110,7 @@ def checklist(
         *_too_few_trials(results, noise),
         *curve_findings(
             results,
-            foremost_trials(results.trials, results.max_train_steps),
+            results.foremost,
             wants_higher_rates=wants_higher_rates,
         ),
         *_long_warmup(results, leading),
@@ -158,10 +158,10 @@ def _infeasible_share(results: RoundResults) -> Iterator[Finding]:
 
 def _too_few_trials(results: RoundResults, noise: float | None) -> Iterator[Finding]:
     """Yield a finding if the last doubling of the number of trials brought a worthwhile gain."""
-    if (scale := scale_of(results.trials)) is None:
+    if (scale := results.scale) is None:
         return
     losses = [best.cost for _, best in ranked_by_curve(distinct(results.complete))]
-    losses += [math.inf] * (len(distinct(results.results)) - len(losses))
+    losses += [math.inf] * (len(tuple(distinct(results.results))) - len(losses))
     gain, threshold = doubling_of_trials(losses, scale), max(noise or 0.0, results.worthwhile_gain)
     if gain <= threshold:
         return

@@ -12,7 +12,7 @@ from tuner.playbook.gain import wants_comparison
 from tuner.playbook.horizon import Diagnosis, diagnose, signs
 from tuner.playbook.results import BranchResult, RoundResults
 from tuner.playbook.schedule import decay_length, known_schedule_of, trunk_end
-from tuner.playbook.selection import LeadingTrial, leading_trials, num_leading
+from tuner.playbook.selection import num_leading
 from tuner.records import Branch, CheckpointKind, Hyperparameters, Trial
 
 ComparisonRule: TypeAlias = Literal["auto"] | bool
@@ -128,23 +128,25 @@ def owed_branches(
     the trial continues from a later step of an earlier round), the run to T/2 starts from scratch and the one
     to T/sqrt(2) is left out. Rule: this project's decision, "Comparison runs".
     """
+    possible = _possible_branches(results, rule=rule)
+    return possible if rule != "auto" or _needs_comparison(results, earlier) else ()
+
+
+def _possible_branches(results: RoundResults, *, rule: ComparisonRule) -> tuple[Branch, ...]:
     if rule is False or results.is_sweep:
         return ()
-    leading = leading_trials(results.trials, results.max_train_steps)
-    if rule == "auto":
-        leading = leading[:1] if _needs_comparison(results, leading, earlier) else ()
+    leading = results.leading[:1] if rule == "auto" else results.leading
     return tuple(
         branch for lead in leading for branch in _branches_of(lead.trial, results.max_train_steps, rule=rule)
     )
 
 
-def _needs_comparison(
-    results: RoundResults, leading: Sequence[LeadingTrial], earlier: Sequence[RoundResults]
-) -> bool:
-    if not wants_comparison(results, leading, earlier):
+def _needs_comparison(results: RoundResults, earlier: Sequence[RoundResults]) -> bool:
+    if not wants_comparison(results, results.leading, earlier):
         return False
     # Runs that have ended must not change which runs are needed.
-    return diagnose(signs(replace(results, branches=()), earlier)) not in _SETTLED
+    without = replace(results, branches=()) if results.branches else results
+    return diagnose(signs(without, earlier)) not in _SETTLED
 
 
 def _branches_of(trial: Trial, max_train_steps: int, *, rule: ComparisonRule) -> Iterator[Branch]:
@@ -171,9 +173,11 @@ def branches_left(
     Rule: this project's decision, "Comparison runs": a round is complete after them.
     """
     known = {(branch.trial, branch.max_train_steps): branch for branch in begun}
-    owed = owed_branches(results, earlier, rule=rule)
-    standing = (known.get((branch.trial, branch.max_train_steps), branch) for branch in owed)
-    return tuple(branch for branch in standing if branch.state == "open")
+    possible = _possible_branches(results, rule=rule)
+    standing = (known.get((branch.trial, branch.max_train_steps), branch) for branch in possible)
+    still_open = tuple(branch for branch in standing if branch.state == "open")
+    # What is needed takes long to find out, and does not matter once all have ended.
+    return still_open if still_open and owed_branches(results, earlier, rule=rule) else ()
 
 
 def branch_hyperparameters(

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tuner.methods.hyperparameters import Tier
 from tuner.playbook.results import RoundResults
-from tuner.playbook.selection import distinct, ranked_by_curve
+from tuner.playbook.selection import best_evaluation, distinct, ranked_by_curve
 from tuner.records import Choices, Dimension, Range, Space, Trial, TrialState, Value, searched
 
 BOUNDARY_SHARE = 0.05
@@ -165,6 +165,9 @@ def _is_limit(results: RoundResults, edge: Edge) -> bool:
 
 def _highest_rates_are_in_order(results: RoundResults, best_rate: float) -> bool:
     """Return whether the highest rates tried are the best ones, in order from the highest down."""
+    higher = (t for t in results.complete if (number(t.hyperparameters.get(_RATE)) or best_rate) > best_rate)
+    if any(best_evaluation(trial.evaluations) is not None for trial in distinct(higher)):
+        return False
     lowest_loss: dict[float, float] = {}
     for trial, best in ranked_by_curve(distinct(results.complete)):
         if (rate := number(trial.hyperparameters.get(_RATE))) is not None:

@@ -14,7 +14,7 @@ from tuner.methods.table import counting
 from tuner.playbook.noise import Scale, difference_error, is_number, measured, smoothed
 from tuner.playbook.results import RoundResults
 from tuner.playbook.schedule import decay_length, trunk_end
-from tuner.playbook.selection import LeadingTrial, best_evaluation, ranked_by_curve, scale_of
+from tuner.playbook.selection import ByCurve, LeadingTrial, best_evaluation, ranked_by_curve, scale_of
 from tuner.records import Evaluation, Trial
 
 DEFAULT_RATIO = 0.7
@@ -117,7 +117,7 @@ def measured_gain(
     131 Llama-124M runs, it predicts what a doubling brings (AUC 0.90) where the share of late best steps does
     not (0.67).
     """
-    scale = scale_of(results.trials)
+    scale = results.scale
     if not leading or scale is None:
         return None
     found = [_from_horizons(results, lead, earlier, scale) for lead in leading]
@@ -148,16 +148,18 @@ def wants_comparison(
     return not any(abs(math.log(2 * twin.horizon / horizon)) <= math.log(CLOSE_TO_HALF) for twin in twins)
 
 
-def seed_spread(trials: Sequence[Trial]) -> float | None:
+def seed_spread(trials: Sequence[Trial], *, by_curve: ByCurve | None = None) -> float | None:
     """Return the standard deviation of the best value between seeds, relative to it; None without repeats.
 
     Relative as a gain is. Pooled over the groups of complete trials that differ only in `training_seed`.
     Rule: Deep Learning Tuning Playbook, "Understanding noise between runs" (trial variance).
     """
-    if (scale := scale_of(trials)) is None:
+    order = ranked_by_curve(trials) if by_curve is None else by_curve
+    is_repeated = len({trial.hyperparameters.get("training_seed") for trial, _ in order}) > 1
+    if (scale := scale_of(trials, by_curve=order)) is None or not is_repeated:
         return None
     groups: dict[tuple[object, ...], dict[object, float]] = {}
-    for trial, best in ranked_by_curve(trials):
+    for trial, best in order:
         # Repeats of one seed say nothing about the spread.
         seeds = groups.setdefault(_identity(trial, without={"training_seed"}), {})
         seeds.setdefault(trial.hyperparameters.get("training_seed"), best.cost)
@@ -243,7 +245,7 @@ def _twins_at_other_horizons(
             continue
         twins = (
             best
-            for trial, best in ranked_by_curve(other.trials)
+            for trial, best in other.by_curve
             if same_configuration(trial, lead.trial)
             and _have_equal_shares(trial, other.max_train_steps, lead.trial, results.max_train_steps)
         )

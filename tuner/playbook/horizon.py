@@ -22,7 +22,7 @@ from tuner.playbook.schedule import (
     step_at_recorded_share,
     trunk_end,
 )
-from tuner.playbook.selection import LeadingTrial, foremost_trials, leading_trials, scale_of
+from tuner.playbook.selection import LeadingTrial
 from tuner.records import LOSS, Objective, Trial
 
 TOO_LONG_FRACTION = 0.10
@@ -167,11 +167,11 @@ def signs(results: RoundResults, earlier: Sequence[RoundResults] = ()) -> Signs:
 
     Rule: this project's decision, "Reading a round".
     """
-    leading = leading_trials(results.trials, results.max_train_steps)
+    leading = results.leading
     best = leading[0].trial if leading else None
     gain = measured_gain(results, leading, earlier)
-    scale = scale_of(results.trials)
-    foremost = None if leading else _foremost(results)
+    scale = results.scale
+    foremost = None if leading else next((lead.trial for lead in results.foremost), None)
     spoken_for = best or foremost
     return Signs(
         max_train_steps=results.max_train_steps,
@@ -214,12 +214,8 @@ def _late_by_rate(trial: Trial | None, max_train_steps: int, scale: Scale | None
     return _late(trial, at, scale)
 
 
-def _foremost(results: RoundResults) -> Trial | None:
-    return next((lead.trial for lead in foremost_trials(results.trials, results.max_train_steps)), None)
-
-
 def _noise(gain: Gain | None, results: RoundResults) -> float | None:
-    known = [gain.standard_error if gain else None, seed_spread(results.trials)]
+    known = [gain.standard_error if gain else None, seed_spread(results.trials, by_curve=results.by_curve)]
     parts = [part for part in known if part is not None]
     return math.hypot(*parts) if parts else None
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tuner.records import Evaluation, Packed
+from tuner.records import Evaluation
 
 WINDOW = 1.25
 """An evaluation is averaged with those whose step is within this factor."""
@@ -107,7 +107,7 @@ def measured(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
 
     Rule: this project's decision, "The best step of a trial".
     """
-    return [evaluation for evaluation in evaluations if is_number(evaluation.cost)]
+    return [evaluation for evaluation in evaluations if abs(evaluation.cost) <= MAX_LOSS]
 
 
 def paired_standard_error(one: Evaluation, other: Evaluation) -> float | None:
@@ -142,21 +142,25 @@ def largest_differences(evaluations: Sequence[Evaluation], other: Evaluation) ->
         return [math.inf] * len(evaluations)
     tokens, total = _tokens(other.example_tokens)
     own = other.example_tokens  # held once for a round: mostly the same object
-    alike = all(e.example_tokens is own or e.example_tokens == own for e in evaluations)
-    if len(tokens) < 2 or not alike or total <= 0:
+    is_other = [e for e in evaluations if e.example_tokens is not own and e.example_tokens != own]
+    if len(tokens) < 2 or is_other or total <= 0:
         return [math.inf] * len(evaluations)
-    packed = [e.example_nll.content for e in evaluations if isinstance(e.example_nll, Packed)]
-    losses = (
-        np.frombuffer(b"".join(packed), dtype="<f8").reshape(len(evaluations), -1)
-        if len(packed) == len(evaluations)
-        else np.array([np.asarray(e.example_nll) for e in evaluations])
-    )
-    differences = losses - np.asarray(other.example_nll)
-    residuals = differences - (differences.sum(axis=1) / total)[:, None] * tokens
+    losses = _example_losses(evaluations)
+    differences = losses - _example_losses([other])
+    residuals = differences - (np.add.reduce(differences, axis=1) / total)[:, None] * tokens
     variances = np.einsum("ij,ij->i", residuals, residuals) * (len(tokens) / (len(tokens) - 1) / total**2)
     # A little more than the error itself, whose last digits depend on the order of the sums.
     bounds = (1 + 1e-6) * np.sqrt(variances)
     return [bound if math.isfinite(bound) else math.inf for bound in bounds.tolist()]
+
+
+def _example_losses(evaluations: Sequence[Evaluation]) -> np.ndarray:
+    """Return the losses of single examples, a row an evaluation."""
+    try:
+        content = b"".join([e.example_nll.content for e in evaluations])  # type: ignore[union-attr]
+    except AttributeError:  # kept as tuples
+        return np.array([np.asarray(e.example_nll) for e in evaluations])
+    return np.frombuffer(content, dtype="<f8").reshape(len(evaluations), -1)
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from tuner.playbook.reopening import (
 )
 from tuner.playbook.results import Finding, RoundResults, Sampler, Severity, counted, percent
 from tuner.playbook.schedule import continuation_step, decay_lengths, tiny_rate_share
-from tuner.playbook.selection import distinct, may_be_carried_over, ranked, scale_of, trial_score
+from tuner.playbook.selection import distinct, may_be_carried_over, ranked, trial_score
 from tuner.records import Dimension, Hyperparameters, Space, Trial, active, possible, searched
 
 TOP = 3
@@ -250,7 +250,7 @@ def proposed_seeds(results: RoundResults, *, noise: float | None) -> tuple[int, 
         behind, limit = best - other, _answers_error(winner, runner_up)
     else:
         behind = second.cost - first.cost
-        scale = scale_of(results.trials) or BY_VALUE
+        scale = results.scale or BY_VALUE
         spread = scale.amount(noise or 0.0, of=first.cost)
         limit = max(spread, paired_standard_error(second, first) or 0.0)
     if behind > limit:
@@ -271,7 +271,7 @@ def incumbents(trials: Iterable[Trial], top: int) -> list[Trial]:
 
     Rule: this project's decision, "The next round": what is carried over unchanged.
     """
-    return list(distinct(trial for trial, _ in ranked(trials) if may_be_carried_over(trial))[:top])
+    return list(itertools.islice(distinct(t for t, _ in ranked(trials) if may_be_carried_over(t)), top))
 
 
 def _horizon(results: RoundResults, reading: Reading, given: int | None) -> int:

@@ -18,7 +18,7 @@ from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.noise import BY_VALUE, SIGNIFICANT, Scale, paired_standard_error
 from tuner.playbook.reading import Reading
 from tuner.playbook.results import Finding, RoundResults, Severity
-from tuner.playbook.selection import best_evaluation, scale_of
+from tuner.playbook.selection import best_evaluation
 from tuner.records import Choices, Dimension, Fixed, Range, Space, Trial, TrialState, searched
 
 MIN_RANKED = 3
@@ -200,7 +200,7 @@ def overturned_order(
     if found is None or found.rank_correlation is None or found.rank_correlation >= MIN_RANK_CORRELATION:
         return None
     order = [trial for _, number in found.compared if (trial := results.trial(number)) is not None]
-    scale = scale_of(results.trials) or BY_VALUE
+    scale = results.scale or BY_VALUE
     if not any(_is_worse(one, other, noise or 0.0, scale) for one, other in combinations(order, 2)):
         return None
     before = next(other for other in reversed(earlier) if other.name == found.from_round)

@@ -6,12 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from statistics import fmean, stdev
 from typing import TypeAlias
 
 from tuner.methods.hyperparameters import Tier
 from tuner.methods.table import tier_of
-from tuner.playbook.noise import loss_error
+from tuner.playbook.noise import Scale, loss_error
+from tuner.playbook.selection import (
+    ByCurve,
+    LeadingTrial,
+    best_whether_or_not_they_learned,
+    leading_trials,
+    ranked_by_curve,
+    scale_of,
+)
 from tuner.records import LOSS, AnswerScore, Evaluation, FinalScore, Objective, Space, Trial, TrialState
 
 Sampler: TypeAlias = str
@@ -62,9 +71,12 @@ class BranchResult:
     """By step, with or without those before its start; the last one is at `max_train_steps`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoundResults:
-    """A round, the input of every rule. The order of `trials` has no meaning."""
+    """A round, the input of every rule. The order of `trials` has no meaning.
+
+    What many rules ask of the trials is found out once, with the first of them: it follows from the fields.
+    """
 
     name: str
     max_train_steps: int
@@ -108,6 +120,26 @@ class RoundResults:
     def tier_of(self, name: str) -> Tier:
         """How likely the best value of a hyperparameter transfers to longer runs."""
         return self.tiers.get(name) or tier_of(name)
+
+    @cached_property
+    def by_curve(self) -> ByCurve:
+        """Return the complete trials with their best evaluations, best first."""
+        return ranked_by_curve(self.trials)
+
+    @cached_property
+    def leading(self) -> tuple[LeadingTrial, ...]:
+        """Return the leading trials, best first."""
+        return leading_trials(self.trials, self.max_train_steps, by_curve=self.by_curve)
+
+    @cached_property
+    def foremost(self) -> tuple[LeadingTrial, ...]:
+        """Return the leading trials, or as many of the best if none beat the base model."""
+        return self.leading or best_whether_or_not_they_learned(self.by_curve, self.max_train_steps)
+
+    @property
+    def scale(self) -> Scale | None:
+        """Return what differences of the objective are relative to."""
+        return scale_of(self.trials, by_curve=self.by_curve)
 
     @property
     def complete(self) -> tuple[Trial, ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import islice, pairwise
 from operator import attrgetter
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeAlias
 
 from tuner.methods.table import counting
 from tuner.playbook.noise import (
@@ -24,10 +23,8 @@ from tuner.playbook.noise import (
 )
 from tuner.records import Evaluation, Trial, TrialState
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_ANSWERS_KEPT = 3
+ByCurve: TypeAlias = Sequence[tuple[Trial, Evaluation]]
+"""Complete trials with their best evaluations, as `ranked_by_curve` orders them."""
 MIN_LEADING = 5
 """The smallest number of leading trials, if there are as many."""
 
@@ -38,9 +35,14 @@ def best_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     Rule: Deep Learning Tuning Playbook, "Saving checkpoints and retrospectively selecting the best
     checkpoint": run to the fixed horizon, then choose among all.
     """
-    known = tuple(evaluations)
-    costs = [(cost, e.step, at) for at, e in enumerate(known) if is_number(cost := e.cost)]
-    return known[min(costs)[-1]] if costs else None
+    best, lowest = None, math.inf
+    for evaluation in evaluations:
+        cost = evaluation.cost
+        if cost > lowest or not is_number(cost):
+            continue
+        if best is None or cost < lowest or evaluation.step < best.step:
+            best, lowest = evaluation, cost
+    return best
 
 
 def settled_step(evaluations: Sequence[Evaluation]) -> int | None:
@@ -79,27 +81,6 @@ class LeadingTrial:
     """best.step / max_train_steps."""
 
 
-def _remembered(
-    decide: Callable[Concatenate[Iterable[Trial], P], R],
-) -> Callable[Concatenate[Iterable[Trial], P], R]:
-    """Keep the latest answers about tuples of trials: reading a round asks the same dozens of times."""
-    kept: list[tuple[object, object, R]] = []
-
-    @wraps(decide)
-    def ask(trials: Iterable[Trial], /, *more: P.args, **named: P.kwargs) -> R:
-        if not isinstance(trials, tuple) or named:
-            return decide(trials, *more, **named)
-        for asked, besides, answer in kept[:]:
-            if asked is trials and besides == more:
-                return answer
-        answer = decide(trials, *more, **named)
-        kept[:] = [(trials, more, answer), *kept[:_ANSWERS_KEPT]]
-        return answer
-
-    return ask
-
-
-@_remembered
 def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     """Return the complete trials with a finite best evaluation, by the round's objective, best first.
 
@@ -110,7 +91,6 @@ def ranked(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     return tuple(sorted(ranked_by_curve(trials), key=lambda pair: -(trial_score(pair[0]) or 0.0)))
 
 
-@_remembered
 def ranked_by_curve(trials: Iterable[Trial]) -> tuple[tuple[Trial, Evaluation], ...]:
     """Rank by the best evaluations, whatever the objective: readings of the horizon rest on curves.
 
@@ -145,14 +125,15 @@ def objective_value(trial: Trial) -> float | None:
     return best.value if score is None and best is not None else score
 
 
-def scale_of(trials: Iterable[Trial]) -> Scale | None:
+def scale_of(trials: Iterable[Trial], *, by_curve: ByCurve | None = None) -> Scale | None:
     """Return what differences of the objective are relative to, in a round of these trials.
 
     That is the value itself, as of a loss; of a metric that is maximised or has an upper bound it is what the
     best trial gained over the base model. None where nothing was gained, or the base model's value is not
     known. Rule: this project's decision, "gain".
     """
-    trial, best = next(iter(ranked_by_curve(trials)), (None, None))
+    order = ranked_by_curve(trials) if by_curve is None else by_curve
+    trial, best = next(iter(order), (None, None))
     if trial is None or best is None or best.objective is None:
         return BY_VALUE
     if not best.objective.is_relative_to_gained:
@@ -208,47 +189,50 @@ def may_be_carried_over(trial: Trial) -> bool:
     return trial_score(trial) is not None or beats_the_base(trial)
 
 
-def distinct(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Return the first trial of each configuration and seed: copies are no further evidence.
+def distinct(trials: Iterable[Trial]) -> Iterator[Trial]:
+    """Yield the first trial of each configuration and seed: copies are no further evidence.
 
     Rule: this project's decision, "Leading trials".
     """
-    found: dict[tuple[object, ...], Trial] = {}
+    seen: set[frozenset[tuple[str, object]]] = set()
     for trial in trials:
-        found.setdefault(tuple(sorted(counting(trial.hyperparameters).items())), trial)
-    return tuple(found.values())
+        known = len(seen)
+        seen.add(frozenset(counting(trial.hyperparameters).items()))
+        if len(seen) > known:
+            yield trial
 
 
-@_remembered
-def leading_trials(trials: Iterable[Trial], max_train_steps: int) -> tuple[LeadingTrial, ...]:
+def leading_trials(
+    trials: Iterable[Trial], max_train_steps: int, *, by_curve: ByCurve | None = None
+) -> tuple[LeadingTrial, ...]:
     """Return the best five, or a quarter if that is more, of the trials that beat the base model, best first.
 
-    By their curves, without duplicates. Rule: Deep Learning Tuning Playbook, "Deciding how long to train when
-    training is not compute-bound", reads the best steps of a round's trials; reading only the leading ones is
-    this project's decision.
+    By their curves, without duplicates; `by_curve` is `ranked_by_curve(trials)` where it is known. Rule: Deep
+    Learning Tuning Playbook, "Deciding how long to train when training is not compute-bound", reads the best
+    steps of a round's trials; reading only the leading ones is this project's decision.
     """
-    complete = distinct(trial for trial, _ in ranked_by_curve(trials))
+    order = ranked_by_curve(trials) if by_curve is None else by_curve
+    complete = tuple(distinct(trial for trial, _ in order))
     learned = (trial for trial in complete if beats_the_base(trial))
     # Trials ranked after the leading ones need not be judged.
-    leading = list(islice(learned, num_leading(len(complete))))
-    return _first(leading, len(leading), max_train_steps)
+    return _leading(islice(learned, num_leading(len(complete))), order, max_train_steps)
 
 
-def foremost_trials(trials: tuple[Trial, ...], max_train_steps: int) -> tuple[LeadingTrial, ...]:
-    """Return the leading trials, or as many of the best if none beat the base model.
+def best_whether_or_not_they_learned(by_curve: ByCurve, max_train_steps: int) -> tuple[LeadingTrial, ...]:
+    """Return as many of the best trials as could lead: curves of trials that learned nothing reveal bugs too.
 
-    Curves of such trials can still reveal a bug. Rule: this project's decision, "Leading trials".
+    Rule: this project's decision, "Leading trials".
     """
-    if leading := leading_trials(trials, max_train_steps):
-        return leading
-    complete = distinct(trial for trial, _ in ranked_by_curve(trials))
-    return _first(complete, num_leading(len(complete)), max_train_steps)
+    complete = tuple(distinct(trial for trial, _ in by_curve))
+    return _leading(complete[: num_leading(len(complete))], by_curve, max_train_steps)
 
 
-def _first(trials: Iterable[Trial], count: int, max_train_steps: int) -> tuple[LeadingTrial, ...]:
+def _leading(trials: Iterable[Trial], by_curve: ByCurve, max_train_steps: int) -> tuple[LeadingTrial, ...]:
+    best_of = {trial.number: best for trial, best in by_curve}
     return tuple(
         LeadingTrial(trial, best, settled_step(trial.evaluations) or 0, best.step / max_train_steps)
-        for trial, best in ranked_by_curve(trials)[:count]
+        for trial in trials
+        for best in [best_of[trial.number]]
     )
 
 

@@ -73,6 +73,8 @@ class Ready(Said):
     """Number of weights of the smallest adapter a trial can have; 0 if no adapters are saved."""
     largest_adapter: int = 0
     """Number of weights of the largest adapter a trial can have."""
+    waits_for_disk: bool = False
+    """Whether its trials wait while the disk of the round's folder is full, instead of training on."""
     data_fingerprint: str = ""
     """Of the rows alone, which `study check` compares without the model; empty if not known."""
     model_fingerprint: str = ""

@@ -242,4 +242,8 @@ def corners(space: Space, given: Hyperparameters) -> tuple[dict[str, Value], dic
 
 def hyperparameters_from_json(document: Mapping[str, Any]) -> dict[str, Value]:
     """Return hyperparameters with lists converted back to tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
+    found = dict(document)
+    for name, value in document.items():
+        if value.__class__ is list:
+            found[name] = tuple(value)
+    return found

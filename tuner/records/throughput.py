@@ -72,6 +72,15 @@ class Prediction:
     seconds_per_evaluation: float
     """The same for an evaluation."""
     peak_memory_bytes: int
+    packed_slots: int | None = None
+    """With so many slots instead, where the choice of slots leaves packing to the user."""
+    packed_seconds_per_step: float | None = None
+
+    @property
+    def packing_gain(self) -> float | None:
+        """Return how many times as fast trials train with `packed_slots`."""
+        packed = self.packed_seconds_per_step
+        return None if not packed else self.seconds_per_step / packed
 
 
 def by_node(parts: Iterable[Throughput]) -> dict[str, Throughput]:

@@ -8,6 +8,7 @@ from tuner.playbook.gain import GainSource
 from tuner.playbook.horizon import Diagnosis
 from tuner.playbook.reopening import MIN_RANKED, CarriedOver, carried_over
 from tuner.playbook.selection import trial_score
+from tuner.records import Evaluation, Trial
 from tuner.report import format
 from tuner.report.round_report import RoundReport
 
@@ -83,22 +84,21 @@ def found(report: RoundReport) -> tuple[str, ...]:
     if report.shown_names:
         sentences.append(f"It has {format.settings(trial.hyperparameters, report.shown_names)}.")
     if others:
-        runner_up, second = others[0]
-        if trial_score(trial) is not None:
-            score, loss = format.answer_score(runner_up.answer_score), format.loss(second.eval_loss)
-            sentences.append(
-                f"The runner-up, trial {runner_up.number}, has {score} and loss {loss}. Trials are ranked by "
-                "their answers; the conclusions about the horizon are based on losses."
-            )
-            return tuple(sentences)
-        if chosen is not None:
-            value = format.loss(second.value)
-            sentences.append(f"The runner-up, trial {runner_up.number}, has {chosen.metric} {value}.")
-            return tuple(sentences)
-        behind = format.percent((second.eval_loss - best.eval_loss) / abs(best.eval_loss or 1.0))
-        loss = format.loss(second.eval_loss)
-        sentences.append(f"The runner-up, trial {runner_up.number}, is {behind} behind with {loss}.")
+        sentences.append(_runner_up(*others[0], trial, best))
     return tuple(sentences)
+
+
+def _runner_up(runner_up: Trial, second: Evaluation, trial: Trial, best: Evaluation) -> str:
+    named, loss = f"The runner-up, trial {runner_up.number},", format.loss(second.eval_loss)
+    if trial_score(trial) is not None:
+        return (
+            f"{named} has {format.answer_score(runner_up.answer_score)} and loss {loss}. Trials are ranked by "
+            "their answers; the conclusions about the horizon are based on losses."
+        )
+    if best.objective is not None:
+        return f"{named} has {best.objective.metric} {format.loss(second.value)}."
+    behind = format.percent((second.eval_loss - best.eval_loss) / abs(best.eval_loss or 1.0))
+    return f"{named} is {behind} behind with {loss}."
 
 
 def _against_the_base(report: RoundReport, loss: float) -> str:

@@ -11,7 +11,7 @@ from tuner.config import ModelSpec, RoundSpec, SourceSpec
 from tuner.methods.variants import PLAIN, variant_of
 from tuner.methods.variants.lora import USE_RSLORA
 from tuner.playbook.selection import best_evaluation
-from tuner.records import Evaluation, Hyperparameters, RoundRecord, Trial, Value
+from tuner.records import LOSS, Evaluation, Hyperparameters, RoundRecord, Trial, Value
 from tuner.report import format
 from tuner.report.notes import code, escaped, table
 
@@ -79,6 +79,81 @@ def model_card(card: Card) -> str:
         )
         if block
     ) + "\n"  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCard:
+    """The facts of the model card of a command's checkpoint, whose model and rows tuner does not know."""
+
+    name: str
+    """Name of the exported directory."""
+    spec: RoundSpec
+    trial: Trial
+    base: str | None
+    """The base model of an adapter; None for a whole model."""
+    base_is_on_hub: bool
+    command: str
+    """Command of the export."""
+    merged_dtype: str | None = None
+    """None for a checkpoint as it was written."""
+    licence: str | None = None
+
+
+def checkpoint_card(card: CheckpointCard) -> str:
+    """Return the README.md of a command's checkpoint, front matter first."""
+    return "\n\n".join(
+        (
+            f"---\n{_front_matter_of_checkpoint(card)}\n---",
+            f"# {escaped(card.name)}",
+            _opening_of_checkpoint(card),
+            "## Result",
+            _result_of_checkpoint(card),
+            _curve(card.trial.evaluations),
+            "## Training",
+            "Hyperparameters:",
+            _hyperparameters(card.trial.hyperparameters),
+            "## Made by",
+            f"```\n{card.command}\n```",
+            "In the study's folder, this trains the trial again and compares the curves:",
+            f"```\ntuner trial reproduce {card.trial.name}\n```",
+        )
+    ) + "\n"  # fmt: skip
+
+
+def _front_matter_of_checkpoint(card: CheckpointCard) -> str:
+    from huggingface_hub import ModelCardData
+
+    tool = card.spec.command.tool if card.spec.command else "none"
+    data = ModelCardData(
+        base_model=card.base if card.base_is_on_hub else None,
+        library_name="peft" if card.base is not None and card.merged_dtype is None else "transformers",
+        license=card.licence,
+        tags=["tuner", *([] if tool == "none" else [tool])],
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _opening_of_checkpoint(card: CheckpointCard) -> str:
+    if card.base is None:
+        what = "A model"
+    elif card.merged_dtype is None:
+        what = f"An adapter for {code(_told(card.base))}"
+    else:
+        what = f"An adapter merged into {code(_told(card.base))} in {card.merged_dtype}"
+    goal = f" The study asks: {escaped(card.spec.goal)}" if card.spec.goal else ""
+    return (
+        f"{what}: trial {card.trial.number} of {escaped(card.spec.round)} in the study "
+        f"{escaped(card.spec.study)}, at the best of its evaluations.{goal}"
+    )
+
+
+def _result_of_checkpoint(card: CheckpointCard) -> str:
+    best = best_evaluation(card.trial.evaluations)
+    assert best is not None, "a complete trial has been evaluated"
+    metric = LOSS.metric if best.objective is None else best.objective.metric
+    return (
+        f"Best {code(metric)} {format.loss(best.value)}, at step {best.step} of {card.spec.max_train_steps}."
+    )
 
 
 def merging_note(model: ModelSpec, dtype: str) -> str:
@@ -256,6 +331,8 @@ def _hyperparameters(values: Hyperparameters) -> str:
 
 def _exact(value: Value) -> str:
     """Format with every digit, so that the card suffices to train again."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return repr(value) if isinstance(value, float) else format.value(value)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from tuner.errors import Mistake
@@ -201,47 +202,45 @@ def trial_document(
     diverged, which is not a result.
     """
     best = best_evaluation(trial.evaluations)
-    return _document(
-        {
-            "number": trial.number,
-            "round": trial.round,
-            "state": trial.state.value,
-            "reason": trial.reason,
-            "hyperparameters": trial.hyperparameters,
-            "seed": seed_of(trial.hyperparameters),
-            "best_step": best.step if best else None,
-            "best_eval_loss": best.eval_loss if best else None,
-            "settled_step": settled_step(trial.evaluations),
-            "metric": objective.metric,
-            "direction": objective.direction.value,
-            "best_value": objective_value(trial),
-            "adapter": adapter,
-            "answers": _answers(trial),
-            "test": _test(trial, scored),
-            "continues": str(trial.continues) if trial.continues else None,
-            "executed_steps": trial.executed_steps,
-            "executed_steps_exact": not trial.was_killed,
-            "attempts": len(trial.attempts),
-            "evaluations": [
-                {
-                    "step": evaluation.step,
-                    "train_loss": evaluation.train_loss,
-                    "eval_loss": evaluation.eval_loss,
-                    "learning_rate": evaluation.learning_rate,
-                    "token_accuracy": _metrics(evaluation).get("token_accuracy"),
-                    "metrics": _metrics(evaluation),
-                }
-                for evaluation in trial.evaluations
-            ],
-        }
-    )
+    return {
+        "number": trial.number,
+        "round": trial.round,
+        "state": trial.state.value,
+        "reason": trial.reason,
+        "hyperparameters": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in trial.hyperparameters.items()
+        },
+        "seed": seed_of(trial.hyperparameters),
+        "best_step": best.step if best else None,
+        "best_eval_loss": best.eval_loss if best else None,
+        "settled_step": settled_step(trial.evaluations),
+        "metric": objective.metric,
+        "direction": objective.direction.value,
+        "best_value": objective_value(trial),
+        "adapter": adapter,
+        "answers": _answers(trial),
+        "test": _test(trial, scored),
+        "continues": str(trial.continues) if trial.continues else None,
+        "executed_steps": trial.executed_steps,
+        "executed_steps_exact": not trial.was_killed,
+        "attempts": len(trial.attempts),
+        "evaluations": [_evaluation(evaluation) for evaluation in trial.evaluations],
+    }
 
 
-def _metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Return the metrics of an evaluation by name."""
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     accuracy = evaluation.token_accuracy
     counted = {} if accuracy is None else {"token_accuracy": accuracy}
-    return {"eval_loss": evaluation.eval_loss, **counted, **evaluation.metrics}
+    metrics = {"eval_loss": evaluation.eval_loss, **counted, **evaluation.metrics}
+    return {
+        "step": evaluation.step,
+        "train_loss": evaluation.train_loss,
+        "eval_loss": evaluation.eval_loss,
+        "learning_rate": evaluation.learning_rate,
+        "token_accuracy": metrics.get("token_accuracy"),
+        "metrics": metrics,
+    }
 
 
 def _test(trial: Trial, scored: Sequence[Trial]) -> dict[str, Any] | None:
@@ -336,7 +335,47 @@ def check_document(
 
 def dumps(document: Any) -> str:
     """Return a document as JSON text, with null for every number that is not finite."""
-    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+    return _text(document, "\n")
+
+
+def dumped(documents: Iterable[Any]) -> Iterator[str]:
+    """Yield the text of `dumps` of a list of documents piece by piece, so that no more than one is held."""
+    inner, has_any = "\n  ", False
+    for document in documents:
+        yield f"{',' if has_any else '['}{inner}{_text(document, inner)}"
+        has_any = True
+    yield "\n]" if has_any else "[]"
+
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _text(value: Any, line: str) -> str:
+    """Return what `json.dumps` with an indent of 2 does, in a quarter of the time; `line` begins a line."""
+    kind = value.__class__
+    if kind is float:
+        return repr(value) if math.isfinite(value) else "null"
+    if value is None:
+        return "null"
+    if kind is int:
+        return repr(value)
+    if kind is str:
+        return _quoted(value)
+    inner = f"{line}  "
+    if kind is dict or isinstance(value, Mapping):
+        return _form(tuple(value), line) % tuple([_text(item, inner) for item in value.values()])
+    if isinstance(value, (list, tuple)):
+        texts = [_text(item, inner) for item in value]
+        return f"[{inner}{f',{inner}'.join(texts)}{line}]" if texts else "[]"
+    return _text(float(value), line) if isinstance(value, float) else _quoted(value)
+
+
+@lru_cache(maxsize=256)
+def _form(keys: tuple[str, ...], line: str) -> str:
+    """Return the text of an object with a `%s` for each value: documents repeat the same keys."""
+    inner = f"{line}  "
+    texts = [f"{_quoted(key).replace('%', '%%')}: %s" for key in keys]
+    return f"{{{inner}{f',{inner}'.join(texts)}{line}}}" if texts else "{}"
 
 
 def _document(values: Mapping[str, Any]) -> dict[str, Any]:

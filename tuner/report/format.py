@@ -24,7 +24,10 @@ def loss(number: float | None) -> str:
 
 
 def value(setting: Value | None) -> str:
-    """Format a hyperparameter's value for a column: 0.00032, 1e-5, true, q_proj,v_proj."""
+    """Format a hyperparameter's value for a column: 0.00032, 1e-5, true, q_proj,v_proj.
+
+    Of full names of layers, as PEFT writes them, only the ends are shown, and how many there are.
+    """
     match setting:
         case None:
             return NOTHING
@@ -32,6 +35,9 @@ def value(setting: Value | None) -> str:
             return str(setting).lower()
         case float():
             return number(setting)
+        case tuple() if any("." in str(part) for part in setting):
+            ends = dict.fromkeys(str(part).rpartition(".")[2] for part in setting)
+            return f"{','.join(ends)} ({len(setting)} layers)"
         case tuple():
             return ",".join(map(str, setting))
         case _:
@@ -76,12 +82,9 @@ def count(quantity: int, noun: str) -> str:
 
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
     """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
-    names = {name: trial.hyperparameters[name] for trial in trials for name in trial.hyperparameters}
-    return tuple(
-        name
-        for name, value in names.items()
-        if any(trial.hyperparameters.get(name) != value for trial in trials)
-    )
+    settings = [trial.hyperparameters for trial in trials]
+    names = dict.fromkeys(name for own in dict.fromkeys(map(tuple, settings)) for name in own)
+    return tuple(name for name in names if len({own.get(name) for own in settings}) > 1)
 
 
 def settings(hyperparameters: Hyperparameters, names: Sequence[str]) -> str:

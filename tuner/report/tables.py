@@ -110,7 +110,8 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
     first, *chosen, loss, step, settled, _, remarks = columns
     num_values = int(answers) + (metric is not None)
     scored = [replace(chosen.pop(), rank=1) for _ in range(num_values)][::-1]
-    states = tuple(Text(trial.state, style=STATE_STYLES[trial.state]) for trial in rows)
+    styled = {state: Text(state, style=STATE_STYLES[state]) for state in TrialState}
+    states = tuple(styled[trial.state] for trial in rows)
     names_of_trials = tuple(trial.name for trial in rows)
     return FittedTable(
         [

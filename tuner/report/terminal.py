@@ -175,6 +175,9 @@ def _lines(
         yield Segment(gap.join(names), style_of("bold", ""))
         yield end
     padded = zip(*(column.padded(width) for column, width in zip(columns, widths, strict=True)), strict=True)
+    if console.color_system is None:
+        yield from (Segment(f"{gap.join(texts)}\n") for texts in padded)
+        return
     styled = [(place, column.cells) for place, column in enumerate(columns) if _joined(column.cells) is None]
     for row, (texts, row_style) in enumerate(zip(padded, row_styles, strict=True)):
         begin, before = 0, ""

@@ -45,6 +45,10 @@ class Store(Protocol):
         """Return a trial. Raises KeyError if it was never asked."""
         ...
 
+    def num_results(self, round: str) -> int:
+        """Return how many of a round's trials have a result, without reading them."""
+        ...
+
     def promotions(self) -> tuple[Promotion, ...]:
         """Return the current plans, in the order in which they were made."""
         ...
@@ -91,6 +95,10 @@ class MemoryStore:
         trials = {} if known is None else known.trials
         there = sorted(trials) if numbers is None else sorted(trials.keys() & set(numbers))
         return tuple(trials[number].trial() for number in there)
+
+    def num_results(self, round: str) -> int:
+        """As `Store` says."""
+        return sum(trial.state.is_result for trial in self.trials(round))
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
@@ -141,6 +149,10 @@ class CachedStore(MemoryStore):
             self._as_read[round] = self._inner.trials(round)
         known = self._as_read[round]
         return known if numbers is None else tuple(trial for trial in known if trial.number in numbers)
+
+    def num_results(self, round: str) -> int:
+        """As `Store` says."""
+        return super().num_results(round) if self._has_recorded else self._inner.num_results(round)
 
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Select,
     Table,
     create_engine,
+    func,
     null,
     select,
     type_coerce,
@@ -27,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import NullType
 
-from tuner.records import Fact, Promotion, RoundKind, RoundRecord, Trial
+from tuner.records import Fact, Promotion, RoundKind, RoundRecord, Trial, TrialState
 from tuner.records.state import RoundFacts
 from tuner.store.database import (
     database_file,
@@ -230,6 +231,13 @@ class SqlStore:
             raise KeyError((round, number))
         return found[0]
 
+    def num_results(self, round: str) -> int:
+        """As `Store` says."""
+        states = [state for state in TrialState if state.is_result]
+        conditions = TRIALS.c.study == self._study, TRIALS.c.round == round, TRIALS.c.state.in_(states)
+        with explained(self._url), reading(self._engine) as connection:
+            return int(connection.scalar(select(func.count()).where(*conditions)) or 0)
+
     def _read(
         self, round: str, numbers: Sequence[int] | None = None, *, examples: bool = True
     ) -> tuple[Trial, ...]:
@@ -239,14 +247,16 @@ class SqlStore:
         unread = () if examples else _OF_EXAMPLES
         with explained(self._url), reading(self._engine) as connection, _uncollected():
             rows = connection.execute(self._select(TRIALS, TRIALS.c.number, round=round, **asked))
-            known = {row.number: asked_trial(row) for row in rows}
+            found = map(asked_trial, rows)
+            known = {facts.asked.number: facts for facts in found}
             for table, read in TRIAL_ROWS.items():
                 omitted = _KNOWN if table is EVALUATIONS else ()
+                place = table.columns.keys().index("trial") - len(omitted)
                 rows = connection.execute(
                     self._select(table, omitted=omitted, unread=unread, round=round, **of)
                 )
                 for row in itertools.chain.from_iterable(rows.partitions(_ROWS_AT_ONCE)):
-                    read(known[row.trial], row)
+                    read(known[row[place]], row)
             return tuple(facts.trial() for facts in known.values())
 
     def promotions(self) -> tuple[Promotion, ...]:

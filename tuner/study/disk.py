@@ -18,7 +18,7 @@ from tuner.playbook.comparison_runs import ComparisonRule
 from tuner.playbook.promotion import TOP, incumbents
 from tuner.playbook.restarts import num_carried
 from tuner.records import Checkpoint, CheckpointKind, Choices, Fixed, Promotion, Ready, RoundRecord, Trial
-from tuner.report.format import count, size
+from tuner.report.format import count, duration, size
 from tuner.store.database import database_file, is_sqlite, parse_url
 from tuner.study.plan import RoundPlan
 
@@ -142,6 +142,8 @@ _MOST_STARTS: Mapping[ComparisonRule, int] = {False: 0, "auto": 1, True: 2}
 WORKING_BYTES = 16 * 2**20
 """Space for the database and its journal, the logs and the tokenised rows of a small dataset: with less, no
 round starts or resumes."""
+_LOOK_SECONDS = 1.0
+"""How often free space is looked at while there is none."""
 SAVING_BYTES = WORKING_BYTES // 2
 """With less, a running round stops. Half of the above, so that a resumed round does not stop again at once.
 """
@@ -284,16 +286,24 @@ class DiskWatch:
     disk: RoundDisk
     ready: Ready
     patience_seconds: float = 0.0
-    """How long a shortage may last: workers pause meanwhile, where they can."""
+    """How long a shortage may last."""
+    workers_pause: bool = True
+    """Whether workers stop training meanwhile by themselves; else nothing is asked and recorded here."""
+    say: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False
+    """Whether the user asked to stop."""
     clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     shortage: str | None = None
     _since: float | None = None
 
     def is_short(self) -> bool:
-        """Return whether the round has to stop."""
+        """Return whether the round has to stop, after waiting for room where workers train on."""
         if self.shortage is not None:
             return True
         found = self.disk.shortage(self.ready)
+        if found is not None and not self.workers_pause:
+            return self._is_short_for_good(found)
         if found is None:
             self._since = None
             return False
@@ -301,6 +311,23 @@ class DiskWatch:
         if self.clock() - self._since >= self.patience_seconds:
             self.shortage = found
         return self.shortage is not None
+
+    def _is_short_for_good(self, found: str | None) -> bool:
+        begun = self.clock()
+        self.say(
+            f"warning: no disk: {found}. No trial is started and nothing is recorded until there is room, "
+            f"for up to {duration(self.patience_seconds)} (run.storage_patience); what running trials report "
+            "waits. Free some space"
+        )
+        while found is not None and not self.stopping():
+            if self.clock() - begun >= self.patience_seconds:
+                self.shortage = found
+                return True
+            self.sleep(_LOOK_SECONDS)
+            found = self.disk.shortage(self.ready)
+        if found is None:
+            self.say(f"there is room again, after {duration(self.clock() - begun)}")
+        return found is not None
 
 
 @contextmanager

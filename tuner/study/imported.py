@@ -17,8 +17,11 @@ from tuner.commands.kept import Keeper, can_resume
 from tuner.commands.launch import MISSING_COMMAND
 from tuner.commands.reported import not_finite
 from tuner.config import RoundFile, read_round
+from tuner.config.sections import refuse_bad_name
 from tuner.config.yaml_text import one_line
-from tuner.errors import InputError, shown
+from tuner.errors import InputError, refusal, shown
+from tuner.methods.kinds import Integer, Method, Number
+from tuner.methods.table import HYPERPARAMETERS
 from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import (
@@ -82,6 +85,7 @@ def import_runs(
 
     Raises InputError if there is such a round, or too little is known; nothing is changed then.
     """
+    refuse_bad_name(said.round, asked="--round")
     horizon = said.max_train_steps or _horizon(runs)
     taken = [run for run in runs if _steps(run) == horizon and run.last_step <= horizon]
     remarks = [*_left_out(runs, taken, horizon)]
@@ -178,6 +182,10 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
                 f"{run.name}: a Trainer's linear schedule decays from the end of the warmup on, which is not "
                 "known: add --set warmup_steps=N, or --set decay_steps=N for another decay"
             )
+        if warmup > horizon:
+            raise InputError(
+                f"{run.name}: warmup_steps: {warmup} is above the {horizon} steps that it trains for"
+            )
         values["decay_steps"] = horizon - warmup
     remark = None
     if (
@@ -196,7 +204,10 @@ def _by_tuners_names(run: FinishedRun, said: Said, horizon: int) -> tuple[Finish
 
 
 def _usable(run: FinishedRun, name: str, value: Any) -> Value:
-    """Return a value as hyperparameters have it. Raises InputError for a mapping, or steps that are none."""
+    """Return a value as hyperparameters have it. Raises InputError for what none of them can have."""
+    row = HYPERPARAMETERS.get(_TRAINERS_NAMES.get(name, name))
+    if isinstance(value, (list, tuple)) and row is not None and isinstance(row.kind, _OF_ONE_VALUE):
+        raise InputError(f"{run.name}: {name}: {refusal(row.kind.allowed, value)}")
     parts = value if isinstance(value, (list, tuple)) else (value,)
     if any(isinstance(part, (dict, list, tuple)) for part in parts):
         raise InputError(f"{run.name}: {name}: expects a value or a list of values, got {shown(value)}")
@@ -208,6 +219,7 @@ def _usable(run: FinishedRun, name: str, value: Any) -> Value:
     return tuple(value) if isinstance(value, list) else value
 
 
+_OF_ONE_VALUE = (Number, Integer, Method)
 _STEPS = ("warmup_steps", "decay_steps", "num_decay_steps")
 
 

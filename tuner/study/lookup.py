@@ -15,7 +15,7 @@ from tuner.report.documents import RoundStatus
 from tuner.store import Store
 from tuner.study.dashboard import lineage
 from tuner.study.folder import StudyFolder, opened
-from tuner.study.results import as_written_now, num_branches_left, num_promised, objective_of
+from tuner.study.results import as_written_now, num_branches_left, num_promised, objective_of, recorded_rule
 
 
 def begun_round(store: Store, name: str, *, asked: str | None = None) -> RoundRecord:
@@ -79,8 +79,12 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
     found = []
     for name in order:
         file, record = folder.file(name), records.get(name)
-        trials = [at_rest(trial, is_running) for trial in _trials_of_status(store, name)]
         promised = file.spec.num_trials if file else num_promised(record) if record else 0
+        owing = as_written_now(record, file) if record and file else record
+        # Which comparison runs are due is known once the trials have ended, from the losses of examples.
+        may_owe = owing and recorded_rule(owing) is not False and store.num_results(name) >= promised
+        read = store.trials(name) if may_owe else _trials_of_status(store, name)
+        trials = [at_rest(trial, is_running) for trial in read]
         horizon = record.max_train_steps if record else file.spec.max_train_steps if file else 0
         place = folder.checkpoints(name)
         adapters = {trial.number: place.adapter(trial) for trial in trials}
@@ -95,10 +99,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 adapters={number: str(path) for number, path in adapters.items() if path is not None},
                 throughput=record.throughput if record else None,
                 throughput_by_node=record.throughput_by_node if record else None,
-                # What a round owes is known once its trials have ended.
-                branches_left=num_branches_left(store, as_written_now(record, file) if file else record)
-                if record and sum(trial.state.is_result for trial in trials) >= promised
-                else 0,
+                branches_left=num_branches_left(store, owing) if owing and may_owe else 0,
                 now=time.time(),
                 objective=objective_of(record, trials)
                 if record

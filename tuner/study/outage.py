@@ -39,6 +39,58 @@ class Lock(Protocol):
 
 
 @dataclass
+class Waiting:
+    """Does something again while the database is away, less and less often."""
+
+    patience_seconds: float
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+    """Whether the user asked to stop."""
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    meanwhile: str = "Nothing runs meanwhile"
+    if_stopped: str = "nothing is lost"
+
+    def through(self, act: Callable[[], T], error: StorageAway | None = None) -> T:
+        """Return what `act` does, which must be right to do again; with an error, it has failed once.
+
+        Raises StorageAway once the database has been away for too long, and Interrupted if the user asks to
+        stop meanwhile.
+        """
+        if error is None:
+            try:
+                return act()
+            except StorageAway as first:
+                error = first
+        begun, wait = self.clock(), _FIRST_WAIT_SECONDS
+        _log.warning("%s", error)
+        self.say(
+            f"warning: {error}. {self.meanwhile}; trying again for {duration(self.patience_seconds)} "
+            "(run.storage_patience)"
+        )
+        while (left := begun + self.patience_seconds - self.clock()) > 0:
+            self._wait(min(wait, left))
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+            try:
+                found = act()
+            except StorageAway as again:
+                error = again
+                _log.info("%s", error)
+                continue
+            _log.warning("the database is back")
+            self.say(f"the database is back after {duration(self.clock() - begun)}; nothing is lost")
+            return found
+        raise error
+
+    def _wait(self, seconds: float) -> None:
+        until = self.clock() + seconds
+        while (left := until - self.clock()) > 0:
+            if self.stopping():
+                raise Interrupted(f"stopped while the database was away: {self.if_stopped}")
+            self.sleep(min(left, _LOOK_SECONDS))
+
+
+@dataclass
 class Outage:
     """Does what needs the database of a running round, and tries again while that is away.
 
@@ -55,6 +107,19 @@ class Outage:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
+    @property
+    def waiting(self) -> Waiting:
+        """Return how it waits."""
+        return Waiting(
+            self.patience_seconds,
+            self.say,
+            self.stopping,
+            self.clock,
+            self.sleep,
+            meanwhile="Running trials go on, and what they report waits in memory",
+            if_stopped="what was reported since is run again",
+        )
+
     def through(self, act: Callable[[], T]) -> T:
         """Return what `act` does, which must be right to do again.
 
@@ -64,7 +129,7 @@ class Outage:
         try:
             return self._once(act)
         except StorageAway as error:
-            return self._again(act, error)
+            return self.waiting.through(lambda: self._once(act), error)
 
     def _once(self, act: Callable[[], T]) -> T:
         if self.lock.is_lost:
@@ -75,34 +140,6 @@ class Outage:
             except StorageInternalError as error:
                 # Optuna says "invalid data in the commit" of whatever its database says: that is the cause.
                 raise (error.__cause__ or error) from None
-
-    def _again(self, act: Callable[[], T], error: StorageAway) -> T:
-        begun, wait = self.clock(), _FIRST_WAIT_SECONDS
-        _log.warning("%s", error)
-        self.say(
-            f"warning: {error}. Running trials go on, and what they report waits in memory; trying again for "
-            f"{duration(self.patience_seconds)} (run.storage_patience)"
-        )
-        while (left := begun + self.patience_seconds - self.clock()) > 0:
-            self._wait(min(wait, left))
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-            try:
-                found = self._once(act)
-            except StorageAway as again:
-                error = again
-                _log.info("%s", error)
-                continue
-            _log.warning("the database is back")
-            self.say(f"the database is back after {duration(self.clock() - begun)}; nothing is lost")
-            return found
-        raise error
-
-    def _wait(self, seconds: float) -> None:
-        until = self.clock() + seconds
-        while (left := until - self.clock()) > 0:
-            if self.stopping():
-                raise Interrupted("stopped while the database was away: what was reported since is run again")
-            self.sleep(min(left, _LOOK_SECONDS))
 
 
 @dataclass(frozen=True)
@@ -133,6 +170,10 @@ class WaitingStore:
     def trial(self, round: str, number: int) -> Trial:
         """As `Store` says."""
         return self.outage.through(lambda: self.inner.trial(round, number))
+
+    def num_results(self, round: str) -> int:
+        """As `Store` says."""
+        return self.outage.through(lambda: self.inner.num_results(round))
 
     def promotions(self) -> tuple[Promotion, ...]:
         """As `Store` says."""

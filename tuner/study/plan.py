@@ -95,8 +95,10 @@ class CheckpointFolder:
 
     def adapter(self, trial: Trial) -> Path | None:
         """Return the link to the best step's adapter; None if there is none."""
+        if trial.checkpoint(CheckpointKind.BEST) is None:
+            return None
         link = self.trial_directory(trial.number) / "best"
-        return link if trial.checkpoint(CheckpointKind.BEST) and link.exists() else None
+        return link if link.exists() else None
 
     def verified_adapter(self, trial: Trial) -> Path | None:
         """Return the link to the best step's adapter, to load it; None if there is none.

@@ -6,7 +6,6 @@ gets its plan recorded, so that an interrupted promotion is completed by promoti
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tuner.config import DELETE, RoundFile, dimension_to_yaml, edit_round, with_plug_ins, without_secrets
-from tuner.config.sections import NAME_PATTERN
+from tuner.config.sections import refuse_bad_name
 from tuner.config.settings import added_dimensions, with_settings
 from tuner.config.yaml_text import one_line
 from tuner.data import TABLE_VERSION
@@ -108,10 +107,7 @@ def promote(
     TunerError if the round suggests no horizon and none is given.
     """
     to = to.removesuffix(".yaml")
-    if not re.match(NAME_PATTERN, to):
-        raise InputError(
-            f"--to {to!r}: expects letters, digits, `_`, `.` and `-` (no `.` or `-` first), such as round2"
-        )
+    refuse_bad_name(to, asked="--to")
     record = _source(folder, store, to, from_round)
     file = _file(folder, record.name, to)
     record = as_written_now(record, file)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.exceptions import StorageInternalError
 
 from tuner.config import RoundFile, RoundSpec, refused_changes, without_secrets
-from tuner.engines import ProgramWorker, Worker, WorkerPool, end_all_processes
+from tuner.engines import Worker, end_at_once
 from tuner.errors import (
     InputError,
     Interrupted,
@@ -68,7 +68,7 @@ def run_round(
 
     Raises InputError before anything is recorded if file, model, data, database or directory cannot be used,
     or the disk is too small; Interrupted if `stopping` returns True, with all progress saved; RoundStopped if
-    disk, database or something a worker needs fails during the run; WorkerError if the round cannot be
+    disk, database or something a worker needs fails once it has loaded; WorkerError if the round cannot be
     completed. `passes` is that of `study auto`, if it runs the round: trials that a later pass may continue
     keep their checkpoints. `free` returns the free bytes at a path, which may not exist yet.
     """
@@ -95,17 +95,20 @@ def run_round(
             in_use.callback(worker.close)
             known_base[0] = ready.base
             disk.refuse_too_small(ready, earlier)
-            facts = (
-                outage.through(lambda: _reopened(plan))
-                if is_known
-                else open_store(storage, study=plan.spec.study)
-            )
-            in_use.callback(facts.close)
-            store = CachedStore(WaitingStore(facts, outage))
-            _begin(plan, store, ready, clock, objective)
+            with _while_opening():
+                store = _opened(plan, outage, is_known=is_known)
+                in_use.callback(store.close)
+                _begin(plan, store, ready, clock, objective)
         in_use.enter_context(kept_in(plan.checkpoints / "tuner.log", plan.name))
-        watch = DiskWatch(disk, ready, _disk_patience_seconds(plan, worker, ready))
-        with _outside_failures(watch):
+        watch = DiskWatch(
+            disk,
+            ready,
+            plan.spec.run.storage_seconds,
+            workers_pause=ready.waits_for_disk,
+            say=view.message,
+            stopping=stopping,
+        )
+        with _outside_failures(watch, worker):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
             RoundLoop(
@@ -126,6 +129,15 @@ def run_round(
             ended = store.round(plan.name)
             assert ended is not None
             outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
+
+
+def _opened(plan: RoundPlan, outage: Outage, *, is_known: bool) -> Store:
+    """Open the study's facts; `is_known` says whether the database was there before the worker loaded."""
+    if is_known:
+        facts = outage.through(lambda: _reopened(plan))
+    else:
+        facts = open_store(plan.absolute.storage, study=plan.spec.study)
+    return CachedStore(WaitingStore(facts, outage))
 
 
 def _reopened(plan: RoundPlan) -> Store:
@@ -174,14 +186,20 @@ def _round_study(plan: RoundPlan, store: Store, objective: Objective) -> RoundSt
     )
 
 
-def _disk_patience_seconds(plan: RoundPlan, worker: Worker, ready: Ready) -> float:
-    """Return how long this machine's disk may be full: not at all where trials train on meanwhile."""
-    pauses = isinstance(worker, (ProgramWorker, WorkerPool)) and ready.largest_adapter > 0
-    return plan.spec.run.storage_seconds if pauses else 0.0
+@contextmanager
+def _while_opening() -> Iterator[None]:
+    """Turn a database that went, or was taken, while the worker was loading into RoundStopped.
+
+    The file is right, and another process may use the folder by now, which an InputError would take back.
+    """
+    try:
+        yield
+    except (StorageAway, StudyTaken) as error:
+        raise RoundStopped(f"{error}. This run recorded nothing") from error
 
 
 @contextmanager
-def _outside_failures(watch: DiskWatch) -> Iterator[None]:
+def _outside_failures(watch: DiskWatch, worker: Worker) -> Iterator[None]:
     """Turn failures outside the round, a full disk or a lost database, into RoundStopped."""
     try:
         yield
@@ -190,7 +208,7 @@ def _outside_failures(watch: DiskWatch) -> Iterator[None]:
             raise
         raise RoundStopped(f"no disk: {watch.shortage}. Free some space ({stop})") from stop
     except StudyTaken as error:
-        end_all_processes()  # what they would save is in no fact
+        end_at_once(worker)  # what it would save is in no fact
         raise RoundStopped(f"{error}. Its workers are stopped. Wait until nobody else writes") from error
     except (StorageError, StorageInternalError, OSError) as error:
         # Optuna says "invalid data in the commit" of whatever its database says, and that is the cause.
@@ -394,10 +412,17 @@ def recorded_workload(plan: RoundPlan) -> str | None:
 
 def refuse_other_data(plan: RoundPlan, fingerprint: str) -> None:
     """Raise InputError for data that the round did not start with."""
-    begun = _begun(plan)
-    recorded = None if begun is None else begun.spec.get("data_fingerprint")
-    if recorded and recorded != fingerprint:
+    recorded = recorded_data(plan)
+    if recorded is not None and recorded != fingerprint:
         raise other_workload(plan)
+
+
+def recorded_data(plan: RoundPlan) -> str | None:
+    """Return the fingerprint of the data that the round started with; None while the database is away."""
+    with suppress(StorageAway):
+        begun = _begun(plan)
+        return None if begun is None else begun.spec.get("data_fingerprint") or None
+    return None
 
 
 def changed_model(plan: RoundPlan, fingerprint: str) -> str | None:

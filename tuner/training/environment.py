@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 
@@ -27,6 +28,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def let_go() -> None:
+    """Free the memory of what is not used any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

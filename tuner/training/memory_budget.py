@@ -16,7 +16,7 @@ from tuner.config import RoundSpec
 from tuner.errors import ModelError
 from tuner.methods.variants import CHOOSER, known_variant, possible_variants
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Prediction, Range, Space, Value
-from tuner.training.packed_passes import example_scores, forward_backward, micro_step
+from tuner.training.packed_passes import example_scores, forward_backward, micro_step, padded_tokens
 from tuner.training.trial_run import MicroBatch, TrialRun
 from tuner.training.worker_state import WorkerState, peak_memory_bytes
 
@@ -27,14 +27,15 @@ KNEE_SHARE = 0.1
 MIN_KNEE_TOKENS, MAX_KNEE_TOKENS = 1024, 32_768
 MARGIN = 0.92
 """Share of the free memory that a prediction may use."""
-BYTES_PER_SLOT_WEIGHT = 28
+BYTES_PER_SLOT_WEIGHT = 32
 """Per adapter weight in a slot. In float32: the stacked weight and its gradient, 8; the trial's master
-weight, gradient, two moments and best weight, 20. In bfloat16 the stacked two take 4, and their sum 4."""
+weight, gradient, two moments and best weight, 20; slots that are not adjacent are copied, 4. In bfloat16 the
+stacked two take 4, and their sum 4. A GPU's ranks are multiples of 8."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """The measured costs of passes of different sizes, with one trial in the slots."""
+    """The measured costs of passes of different sizes, with a trial in each slot."""
 
     tokens: tuple[int, ...]
     """Of each pass, including padding."""
@@ -159,32 +160,35 @@ def predict(state: WorkerState, spec: RoundSpec) -> Prediction:
 
 
 def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
-    """Run passes of one trial over its longest rows, up to the first that does not fit."""
+    """Run passes of a trial in each slot over the longest rows, up to the first that does not fit."""
     device = state.base.device
-    run = _trial(state, 0, hyperparameters, horizon=1)
+    runs = {slot: _trial(state, slot, hyperparameters, horizon=1) for slot in range(state.pack.num_slots)}
     longest = state.train.num_tokens.argsort()[::-1].tolist()
     found: list[tuple[int, float, int]] = []
     for wanted in _PROBED_TOKENS:
-        rows = longest[: max(1, wanted // int(state.train.num_tokens[longest[0]]))]
-        tokens = len(rows) * int(state.train.num_tokens[longest[0]])
+        rows = longest[: max(1, wanted // len(runs) // int(state.train.num_tokens[longest[0]]))]
+        part = MicroBatch(tuple(rows), tuple(range(len(rows))))
+        tokens = padded_tokens([part] * len(runs), state)
         if found and tokens <= found[-1][0]:
             break
-        seconds = [_timed(lambda rows=rows: _pass_over(state, run, rows), device) for _ in range(3)]  # type: ignore[misc]
-        if run.reason_infeasible is not None or state.pass_tokens < tokens:
+        seconds = [_timed(lambda part=part: _pass_over(state, runs, part), device) for _ in range(3)]  # type: ignore[misc]
+        if any(run.reason_infeasible for run in runs.values()) or state.pass_tokens < tokens:
             break
         found.append((tokens, min(seconds[1:]), peak_memory_bytes(device)))
     return Probed(tuple(f[0] for f in found), tuple(f[1] for f in found), tuple(f[2] for f in found))
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
-    """Return the hyperparameters that need the most memory: largest rank and batch, DoRA, else the first."""
+    """Return the hyperparameters that need the most memory: largest rank, batch and dropout, DoRA, else the
+    first.
+    """
     switches = [each.switch for each in possible_variants(space)]
     values: dict[str, Value] = {}
     for name, dimension in space.items():
         match dimension:
             case Fixed(value=value):
                 values[name] = value
-            case Choices(values=choices) if name in ("lora_r", "batch_size", *switches):
+            case Choices(values=choices) if name in ("lora_r", "batch_size", "lora_dropout", *switches):
                 values[name] = max(choices)
             case Choices(values=choices) if name == CHOOSER:
                 values[name] = max(choices, key=lambda each: known_variant(str(each)).weights_per_output)
@@ -213,10 +217,10 @@ def _update(state: WorkerState, runs: dict[int, TrialRun]) -> None:
         micro_step(state, {slot: run for slot, run in runs.items() if run.step == steps[slot]})
 
 
-def _pass_over(state: WorkerState, run: TrialRun, rows: list[int]) -> None:
+def _pass_over(state: WorkerState, runs: dict[int, TrialRun], part: MicroBatch) -> None:
     if state.base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(state.base.device)
-    forward_backward(state, {0: run}, {0: MicroBatch(tuple(rows), tuple(range(len(rows))))})
+    forward_backward(state, runs, dict.fromkeys(runs, part))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

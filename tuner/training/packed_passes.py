@@ -74,7 +74,7 @@ def forward_backward(
             continue
         torch.cuda.empty_cache()
         if sum(len(micro_batch.rows) for micro_batch in group.values()) > 1:
-            state.pass_tokens = max(1, _padded_tokens(group.values(), state) // 2)
+            state.pass_tokens = max(1, padded_tokens(group.values(), state) // 2)
             _log.warning("out of memory: continuing with %d tokens in a pass", state.pass_tokens)
             waiting = [
                 part for whole in (group, *waiting) for part in _groups(whole, state, state.pass_tokens)
@@ -107,9 +107,7 @@ def _pass(
             )
             state.meter.count_pass(
                 micro_steps=len(slots),
-                tokens=int(
-                    sum(len(state.train[row].input_ids) for slot in slots for row in group[slot].rows)
-                ),
+                tokens=sum(int(state.train.num_tokens[list(group[slot].rows)].sum()) for slot in slots),
                 padded_tokens=tokens.input_ids.numel(),
             )
             share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
@@ -194,12 +192,12 @@ def _groups(
     groups: list[dict[int, MicroBatch]] = []
     while pending:
         slot, micro_batch = pending.pop(0)
-        if len(micro_batch.rows) > 1 and _padded_tokens([micro_batch], state) > pass_tokens:
+        if len(micro_batch.rows) > 1 and padded_tokens([micro_batch], state) > pass_tokens:
             pending[:0] = [(slot, half) for half in micro_batch.halves()]
         elif (
             groups
             and slot not in groups[-1]
-            and _padded_tokens([*groups[-1].values(), micro_batch], state) <= pass_tokens
+            and padded_tokens([*groups[-1].values(), micro_batch], state) <= pass_tokens
         ):
             groups[-1][slot] = micro_batch
         else:
@@ -207,7 +205,7 @@ def _groups(
     return groups
 
 
-def _padded_tokens(micro_batches: Iterable[MicroBatch], state: WorkerState) -> int:
+def padded_tokens(micro_batches: Iterable[MicroBatch], state: WorkerState) -> int:
     """Return the tokens of a pass over these micro-batches: each padded to the largest."""
     parts, lengths = list(micro_batches), state.train.num_tokens
     if state.joins_rows:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tuner.adapters import Base, Pack, load_base
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
 from tuner.config import RoundSpec
@@ -23,7 +27,7 @@ from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
 from tuner.methods.variants import CHOOSER, PLAIN, possible_variants, variant_names
 from tuner.playbook.schedule import evaluation_steps
-from tuner.records import Evaluation, Ready, Space, corners
+from tuner.records import Evaluation, Prediction, Ready, Space, corners
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
@@ -33,11 +37,12 @@ from tuner.training.memory_budget import (
     fit_pass_cost,
     free_device_bytes,
     largest_hyperparameters,
+    predict,
     probe,
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
-from tuner.training.worker_state import WorkerState, load_generation_eval
+from tuner.training.worker_state import Kept, WorkerState, generation_eval, tried_metric
 
 _log = logging.getLogger(__name__)
 
@@ -54,28 +59,39 @@ def load_worker_state(
     base_evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda _: None,
     names: Mapping[str, str] | None = None,
+    known_data: str | None = None,
+    kept: Kept | None = None,
 ) -> tuple[WorkerState, Ready]:
     """Load base model and data; evaluate the base model unless its evaluation is given.
 
     `say` receives progress messages. `names` says what adapters call a base model that was sent here: path
-    here -> the user's path or Hub id. Raises InputError if model, data or metric cannot be used.
+    here -> the user's path or Hub id. `known_data` is the fingerprint of the round's data, if it has begun;
+    `kept` is what a round before left, used where it is the same. Raises InputError if model, data or metric
+    cannot be used.
     """
     chosen = metric(spec.objective.metric)
-    tokenizer = load_tokenizer(spec.model)
-    data = prepare(spec, tokenizer, cache, say)
+    of_model = (spec.model.model_dump_json(), spec.data.max_length, model_fingerprint(spec.model))
+    if kept is not None and kept.model != of_model:
+        kept = None
+    tokenizer = load_tokenizer(spec.model) if kept is None else kept.tokenizer
+    data = prepare(spec, tokenizer, cache, say, known=known_data)
+    answers = spec.evaluation.answers
+    compare = None if answers is None else tried_metric(answers, data.eval_prompts)
     say(f"loading {spec.model.path}")
-    state = arrange(spec, data, slots=slots)
+    state = arrange(spec, data, slots=slots, base=None if kept is None else kept.base)
     state.base_path = state.meta_model.name_or_path = (names or {}).get(spec.model.path, spec.model.path)
     state.metric, state.objective = chosen, chosen.objective(spec.objective.metric)
-    if spec.evaluation.answers is not None:
-        state.generation_eval = load_generation_eval(
-            spec.evaluation.answers, data.eval_prompts, state.base, tokenizer
-        )
+    if answers is not None and compare is not None:
+        state.generation_eval = generation_eval(answers, compare, data.eval_prompts, state.base, tokenizer)
+    measured = _measured_with(state, data, spec)
+    if base_evaluation is None and kept is not None and kept.measured == measured:
+        base_evaluation = kept.evaluation
     if base_evaluation is None:
         say(f"evaluating the base model on {len(data.evaluation):,} rows")
         with explain_out_of_memory(state.pack.num_slots):
             base_evaluation = measure_base(state)
     state.base_evaluation = base_evaluation
+    state.kept = Kept(of_model, tokenizer, state.base, measured, base_evaluation)
     code = state.generation_eval.metric.code if state.generation_eval is not None else None
     state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=code)
     smallest, largest = adapter_sizes(state.meta_model, spec.space())
@@ -91,13 +107,24 @@ def load_worker_state(
         model_fingerprint=model_fingerprint(spec.model),
         smallest_adapter=smallest,
         largest_adapter=largest,
+        waits_for_disk=True,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
     return state, ready
 
 
-def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]) -> WorkerState:
-    """Load the base model and put a pack on it.
+def _measured_with(state: WorkerState, data: PreparedData, spec: RoundSpec) -> tuple[object, ...]:
+    """Return all that the digits of the base model's evaluation depend on, besides the model."""
+    evaluation = spec.evaluation.model_dump_json(exclude={"every_steps"})
+    objective = spec.objective.model_dump_json()
+    sizes = (state.pack.num_slots, state.pack.slot_weights, state.evaluation_rows, state.evaluation_tokens)
+    return (data.fingerprint, evaluation, objective, *sizes)
+
+
+def arrange(
+    spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"], base: Base | None = None
+) -> WorkerState:
+    """Load the base model, unless it is given, and put a pack on it.
 
     With `auto`, one slot on a CPU, where packing gains little and a trial alone is reproducible to the digit;
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
@@ -111,7 +138,8 @@ def arrange(spec: RoundSpec, data: PreparedData, *, slots: int | Literal["auto"]
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
-    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    if base is None:
+        base = load_base(spec.model, device=device, max_length=spec.data.max_length)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     with explain_out_of_memory(slots):
         state = _packed(spec, data, base, slots=slots)
@@ -129,9 +157,32 @@ def _packed(spec: RoundSpec, data: PreparedData, base: Base, *, slots: int | Lit
     state = _state(spec, data, base, meta_model, modules, packing)
     if slots != "auto" or device.type == "cpu":
         return state
-    packing = packing_for(state, spec, limit_bytes=int(MARGIN * free_device_bytes(device)))
     state.pack.close()
-    return _state(spec, data, base, meta_model, modules, packing)
+    make = partial(_state, spec, data, base, meta_model, modules)
+    for probed in range(min(_PROBED_SLOTS, spec.num_trials), 0, -1):
+        found = _packing_with(partial(make, replace(packing, slots=probed)), spec)
+        if found is not None and (found.slots > 1 or probed == 1):
+            return make(found)
+    return make(packing)
+
+
+_PROBED_SLOTS = 2
+"""Trials in a probe's passes, whose rows are then laid as those of a pack are; one where two do not fit."""
+
+
+def _packing_with(make: Callable[[], WorkerState], spec: RoundSpec) -> Packing | None:
+    """Return `packing_for` a state, and give the base model its layers back; None if out of memory."""
+    state = None
+    try:
+        with one_out_of_memory():
+            state = make()
+            limit = int(MARGIN * free_device_bytes(state.base.device))
+            return packing_for(state, spec, limit_bytes=limit)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if state is not None:
+            state.pack.close()
 
 
 def _state(
@@ -158,6 +209,38 @@ def _state(
     )
 
 
+PROBED_SLOTS = 4
+"""Slots with which a probe tells what packing would be worth on a CPU."""
+_MEMORY_FACTOR = 3
+"""Times the peak memory of one slot that must be free for that: activations grow with the slots."""
+
+
+def predict_packed(state: WorkerState, spec: RoundSpec, predicted: Prediction) -> Prediction:
+    """Add the time of a step with several slots, if `slots: auto` chose one for the sake of its digits.
+
+    That is so on a CPU. `state` is of no use afterwards.
+    """
+    slots = min(PROBED_SLOTS, spec.num_trials)
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = _MEMORY_FACTOR * predicted.peak_memory_bytes < free_bytes
+    if state.base.device.type != "cpu" or predicted.slots > 1 or slots < 2 or spec.trains_alone or not fits:
+        return predicted
+    packed = predict(with_slots(state, spec, slots), spec)
+    return replace(predicted, packed_slots=slots, packed_seconds_per_step=packed.seconds_per_step)
+
+
+def with_slots(state: WorkerState, spec: RoundSpec, slots: int) -> WorkerState:
+    """Return the state with another number of slots; its own pack is closed."""
+    modules = targeted_modules(state.meta_model, spec.space())
+    max_rank = int(max(values_of(spec.space()["lora_r"])))
+    state.pack.close()
+    return replace(
+        state,
+        pack=Pack(state.base, num_slots=slots, max_rank=max_rank, modules=modules),
+        micro_tokens=max(1, state.pass_tokens // slots),
+    )
+
+
 def _refuse_adapters(state: WorkerState, space: Space) -> None:
     """Make adapters that the base model may not allow now, so that no trial fails for them.
 
@@ -176,7 +259,7 @@ def _refuse_adapters(state: WorkerState, space: Space) -> None:
 
 
 def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """Choose the slots for `auto`, from a few probe passes of one trial in `state`."""
+    """Choose the slots for `auto`, from a few probe passes of a trial in each slot of `state`."""
     probed = probe(state, largest_hyperparameters(spec.space()))
     if not probed.tokens:
         return Packing(1, state.pass_tokens)
@@ -198,6 +281,8 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     config = {k: v for k, v in base.model.config.to_dict().items() if k not in CONFIG_OF_THE_FILES}
     total.update(json.dumps(config, sort_keys=True, default=str).encode())
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
+    if spec.model.tf32:
+        total.update(b" tf32")
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.errors import TunerError
 from tuner.methods.table import seed_of
 from tuner.pipes import CommandReader
@@ -176,17 +177,20 @@ def _begin(
 def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun | None:
     """Load the trial into its slot; None if out of memory, with nothing left allocated."""
     try:
-        if assignment.resume_from is not None:
-            snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
-            run = TrialRun(assignment, snapshot.adapter, device=state.base.device)
-            run.restore(snapshot)
-            run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
-        else:
-            start = state.new_adapter(assignment.hyperparameters, seed=seed_of(assignment.hyperparameters))
-            run = TrialRun(assignment, start, device=state.base.device)
-        run.room = state.room
-        state.pack.occupy(slot, run.adapter)
-        state.pack.load({slot: run.optimizer.weights})
+        with one_out_of_memory():
+            if assignment.resume_from is not None:
+                snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
+                run = TrialRun(assignment, snapshot.adapter, device=state.base.device)
+                run.restore(snapshot)
+                run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
+            else:
+                start = state.new_adapter(
+                    assignment.hyperparameters, seed=seed_of(assignment.hyperparameters)
+                )
+                run = TrialRun(assignment, start, device=state.base.device)
+            run.room = state.room
+            state.pack.occupy(slot, run.adapter)
+            state.pack.load({slot: run.optimizer.weights})
     except torch.OutOfMemoryError:
         return None
     return run

@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a worker keeps of a round for the next one: the base model is loaded and measured once."""
+
+    model: tuple[object, ...]
+    """What the base model and its tokenizer were loaded for and from."""
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    measured: tuple[object, ...]
+    """What the base model's evaluation was measured with."""
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
 class GenerationEval:
     """The prompts and the metric by which every trial of the round is scored."""
 
@@ -87,12 +100,21 @@ class GenerationEval:
         )
 
 
-def load_generation_eval(
-    spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt], base: Base, tokenizer: PreTrainedTokenizerBase
-) -> GenerationEval:
+def tried_metric(spec: AnswersSpec, eval_prompts: Sequence[EvalPrompt]) -> AnswerMetric:
     """Load the metric and try it on the first row. Raises MetricError when the metric cannot be used."""
     metric = load_metric(spec.metric)
     try_metric(metric, eval_prompts[0])
+    return metric
+
+
+def generation_eval(
+    spec: AnswersSpec,
+    metric: AnswerMetric,
+    eval_prompts: Sequence[EvalPrompt],
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+) -> GenerationEval:
+    """Return what scores the answers of the base model's adapters."""
     return GenerationEval(
         eval_prompts=tuple(eval_prompts),
         generator=TextGenerator(base, tokenizer, limited_by="evaluation.answers.max_new_tokens"),
@@ -245,6 +267,8 @@ class WorkerState:
     """The disk of the checkpoints."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """As in `Attempt.environment`."""
+    kept: Kept | None = None
+    """For the next round."""
     _eva: dict[tuple[int | str, ...], Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property

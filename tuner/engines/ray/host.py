@@ -36,6 +36,8 @@ WORKER_TOKEN = TOKEN
 
 _MAX_LINES = 1000
 _MAX_LOG_BYTES = 64 * 1024
+_MOST_LOG_BYTES = 8 * 1024**2
+"""Of a worker's log on its node, once its parent has it."""
 _READING_SECONDS = 2.0
 _LAUNCHER = (
     "import ctypes,os,sys\n"
@@ -88,6 +90,8 @@ class Host:
         self._runner: threading.Thread | None = None
         self._orders_taken = 0
         self._log: Path | None = None
+        self._log_from = 0
+        """Bytes of the log that its file does not have any more."""
         self._read_at = -_READING_SECONDS
         self._gpus: tuple[GpuReading, ...] = ()
         self._meter: Callable[[], tuple[GpuReading, ...]] | None = None
@@ -113,7 +117,7 @@ class Host:
         return self.files.end_orphans(WORKER_TOKEN, job, session, frozenset(lost))
 
     def launch(self, arguments: Sequence[str], environment: Mapping[str, str], token: str) -> None:
-        """Start the worker program in its own folder; an empty variable is removed. Done once."""
+        """Start the worker program, whose log is in its own folder; an empty variable is removed. Once."""
         self._alive()
         if self._runner is not None:
             return
@@ -305,10 +309,14 @@ class Host:
                 self._said.notify_all()
 
     def _logged(self, offset: int) -> bytes:
-        if self._log is None:
-            return b""
+        if self._log is None or offset < self._log_from:
+            return b""  # a call that was repeated late
         try:
-            return self.read_chunk(str(self._log), offset, _MAX_LOG_BYTES)
+            part = self.read_chunk(str(self._log), offset - self._log_from, _MAX_LOG_BYTES)
+            if not part and offset - self._log_from > _MOST_LOG_BYTES:
+                os.truncate(self._log, 0)  # the parent has it all
+                self._log_from = offset
+            return part
         except OSError:
             return b""
 

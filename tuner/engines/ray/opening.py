@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.config import RoundSpec
+from tuner.config.command_section import value_of
 from tuner.engines.program import ProgramWorker
 from tuner.engines.protocol import Job, Program
 from tuner.engines.ray.alike import NodeFacts, differences, own_modules
@@ -23,6 +24,7 @@ from tuner.engines.ray.node_files import hub_commit, hub_snapshot
 from tuner.engines.ray.nodes import Cluster, Node, NodeRecords, Seat, seats
 from tuner.engines.ray.remote import HostFailed, HostLost, Places, RemoteHost, RemoteProcess
 from tuner.engines.ray.transfer import Parcel, Say, Sender, fetch, give_back, is_seen
+from tuner.errors import InputError
 from tuner.whole import digest, written_whole
 
 SOURCES = "sources"
@@ -93,7 +95,16 @@ class Opener:
         where = {"node": node.name, "worker": seat.token}
         if facts.gpus and self._gpus_per_worker:
             where["gpu"] = ",".join(facts.gpus)
-        launch = partial(RemoteProcess, host, places, token=seat.token, environment=where)
+        patience = spec.run.storage_seconds
+        launch = partial(
+            RemoteProcess,
+            host,
+            places,
+            token=seat.token,
+            environment=where,
+            patience_seconds=patience,
+            follows_logs=spec.command is not None,
+        )
         program = _with_model(self.job.program, places.there.get(spec.model.path), revision)
         return ProgramWorker(program, launch)
 
@@ -111,6 +122,7 @@ class Opener:
             place = self._sender.place(host.call, folder, key="command", say=say)
             if place != str(folder.path):
                 there[str(folder.path)] = host.call("own_copy", token, place)
+            there |= self._named_by_command(host, cache.parent, is_here=place == str(folder.path), say=say)
         gguf = spec.model.gguf_file
         for key, parcel in inputs(spec):
             place = self._sender.place(host.call, parcel, key=key, say=say, weights=gguf)
@@ -130,6 +142,30 @@ class Opener:
             if not sees_cache:
                 self._send_tables(host, cache, tables, say)
         return Places(self.job.directory, there), revision
+
+    def _named_by_command(self, host: RemoteHost, folder: Path, *, is_here: bool, say: Say) -> dict[str, str]:
+        """Send the files outside the study's folder that the command names, where the node has others.
+
+        `is_here` says whether the node has the folder at the same place. Of a directory that the node lacks
+        only a message says so: the command may make it. Raises InputError for a file named from the folder,
+        which the node would look for elsewhere.
+        """
+        there: dict[str, str] = {}
+        for word, path in files_outside(self.job.spec, folder):
+            if path.is_dir():
+                if not host.call("listing", str(path)):
+                    say(f"warning: there is no {path} on this node, which the command names")
+                continue
+            place = self._sender.place(host.call, Parcel.of(path), key="command.run", say=say)
+            if place == str(path) and (is_here or word.startswith("/")):
+                continue
+            if not word.startswith("/"):
+                raise InputError(
+                    f"command.run: {word} is outside the study's folder, and a node has a copy of the folder "
+                    f"elsewhere; write the whole path, {path}, which is then sent, or move it into the folder"
+                )
+            there[str(path)] = place
+        return there
 
     def _said(self, host: RemoteHost, doing: str) -> None:
         self.say(f"{host.name}: {doing}")
@@ -242,6 +278,27 @@ def inputs(spec: RoundSpec) -> Iterator[tuple[str, Parcel]]:
     answers = spec.evaluation.answers
     if answers is not None and (path := Path(answers.metric.rpartition(":")[0])).is_absolute():
         yield "evaluation.answers.metric", Parcel.of(path)
+
+
+def files_outside(spec: RoundSpec, directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield what a command names outside of the round file's folder that is here: as written, and its path.
+
+    Its program is not among them: every machine has its own.
+    """
+    command = spec.command
+    assert command is not None
+    words = [*command.run[1:], *command.resume, *([command.config] if command.config else [])]
+    seen: set[str] = set()
+    for whole in words:
+        word = value_of(whole)
+        path = Path(os.path.normpath(directory / word))
+        if word in seen or not word or "$" in word or not ("/" in word and os.path.exists(path)):  # noqa: PTH110  a word may be too long for Path
+            continue
+        if path.is_relative_to(directory) or directory.is_relative_to(path):
+            continue
+        if path.is_file() or path.is_dir():
+            seen.add(word)
+            yield word, path
 
 
 def _study(folder: Path, job: Job) -> Parcel:

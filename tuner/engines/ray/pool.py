@@ -103,6 +103,12 @@ class ClusterPool:
                 opened.close()
         self._cluster.request(0, gpus=self._gpus_per_worker)
 
+    def kill(self) -> None:
+        """As `HasProcesses` says; `close` ends those that are being opened."""
+        self._closed = True
+        for worker in list(self._workers):
+            worker.kill()
+
     def gpu_readings(self) -> list[GpuReading]:
         """Return how busy the workers' GPUs are, each with its node's name."""
         return [
@@ -152,6 +158,7 @@ class ClusterPool:
                     if not self._is_alike(worker, event):
                         return
                     self._ready[worker] = event
+                    event = replace(event, waits_for_disk=False)  # for that of its node
                 case Ended(run=run):
                     self._holder.pop(run, None)
                     self._records.failures.pop(seat.node.id, None)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuner.engines.ray.host import Heard
-from tuner.engines.ray.transfer import fetch, fetch_file, give_back
+from tuner.engines.ray.transfer import fetch, fetch_more, give_back, until_room
+from tuner.process_log import halved
 from tuner.records import Died, event_to_json
 from tuner.report.format import GpuReading
 from tuner.whole import digest
@@ -32,6 +33,8 @@ _SLACK_SECONDS = 20.0
 _LONG_CALL_SECONDS = 3600.0
 _LOG_TAIL_LINES = 15
 _TRIES = 5
+LOG_SECONDS = 5.0
+"""How often the logs of commands on a node are fetched."""
 
 
 class Unavailable(Exception):
@@ -144,6 +147,7 @@ class RemoteHost:
     def _write_log(self, part: bytes) -> None:
         if part:
             self._log_bytes += len(part)
+            halved(self.log)
             with suppress(OSError), self.log.open("ab") as file:  # a full disk costs a log, not the round
                 file.write(part)
 
@@ -187,6 +191,9 @@ class Places:
         return value
 
     def _moved(self, text: str) -> str:
+        if text.startswith("-") and "=" in text:  # an option of a command
+            name, _, value = text.partition("=")
+            return f"{name}={self._moved(value)}"
         if not text.startswith("/"):
             return text
         for here in sorted(self.there, key=len, reverse=True):
@@ -203,9 +210,21 @@ class RemoteProcess:
     """
 
     def __init__(
-        self, host: RemoteHost, places: Places, *, token: str, environment: Mapping[str, str]
+        self,
+        host: RemoteHost,
+        places: Places,
+        *,
+        token: str,
+        environment: Mapping[str, str],
+        patience_seconds: float = 600.0,
+        follows_logs: bool = False,
     ) -> None:
+        """`patience_seconds` is how long this machine's disk may be full.
+
+        With `follows_logs` the logs in a trial's folder arrive while it runs, and not only at its end.
+        """
         self.host = host
+        self._patience_seconds = patience_seconds
         self.places = places
         """Where the node has what the parent names."""
         self._token = token
@@ -217,7 +236,12 @@ class RemoteProcess:
         """Trial and horizon of a run -> its directory on the node."""
         self._ended = threading.Event()
         self._code = 1
+        self._logs: dict[str, int] = {}
+        """Log on the node -> how many of its bytes are here."""
+        self._logs_lock = threading.Lock()
         threading.Thread(target=self._send_orders, daemon=True, name=f"orders {host.name}").start()
+        if follows_logs and not places.is_shared:
+            threading.Thread(target=self._follow_logs, daemon=True, name=f"logs {host.name}").start()
 
     def write(self, line: str) -> None:
         """Queue a line for its input."""
@@ -327,7 +351,9 @@ class RemoteProcess:
             if target.is_dir() and digest(target) == sha256:
                 break
             try:
-                fetch(self.host.call, source, target, sha256=sha256)
+                until_room(
+                    lambda: fetch(self.host.call, source, target, sha256=sha256), self._patience_seconds
+                )
             except (HostFailed, ValueError):
                 if not left:
                     raise
@@ -338,10 +364,23 @@ class RemoteProcess:
         """Delete what an ended attempt leaves on the node, but for its logs, which come here."""
         if (left := self._directories.pop((ended["trial"], ended.get("horizon")), None)) is None:
             return
-        for name, size in self.host.call("listing", left):
-            if name.endswith(".log"):
-                fetch_file(self.host.call, f"{left}/{name}", self.places.here(left) / name, size)
+        self._fetch_logs(left)
         self.host.call("delete", left)
+
+    def _follow_logs(self) -> None:
+        while not self._ended.wait(LOG_SECONDS):
+            with suppress(HostLost, HostFailed):  # whoever reads its lines says so
+                for directory in list(self._directories.values()):
+                    self._fetch_logs(directory)
+
+    def _fetch_logs(self, directory: str) -> None:
+        """Fetch what is new in a folder's logs; a full disk costs a log, not the trial."""
+        with self._logs_lock, suppress(OSError):
+            for name, size in self.host.call("listing", directory):
+                source = f"{directory}/{name}"
+                if name.endswith(".log") and (taken := self._logs.get(source, 0)) < size:
+                    target = self.places.here(directory) / name
+                    self._logs[source] = fetch_more(self.host.call, source, target, size, taken)
 
     def _clean_up(self) -> None:
         """Delete the worker's folder on a node that still answers."""

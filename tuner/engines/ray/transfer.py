@@ -5,6 +5,7 @@ What arrives gets its name once it is whole and its hash is right: see `node_fil
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -19,10 +20,13 @@ from typing import Any
 
 from tuner.engines.ray.node_files import needed_files
 from tuner.errors import InputError
+from tuner.process_log import halved
 from tuner.report.format import size as readable
 from tuner.whole import digest, digest_of, synced
 
 CHUNK_BYTES = 16 * 1024**2
+MOST_LOG_BYTES = 4 * 1024**2
+"""Of a node's log at once."""
 _MAGIC = re.compile(r"[*?\[]")
 
 Call = Callable[..., Any]
@@ -199,6 +203,44 @@ def fetch(call: Call, source: str, target: Path, *, sha256: str) -> None:
         synced(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing, once it has its name
+
+
+def until_room(
+    copy: Callable[[], None],
+    patience_seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Copy, and again while this machine's disk is full; the round says meanwhile what it waits for.
+
+    Raises OSError once that has lasted too long.
+    """
+    until = clock() + patience_seconds
+    while True:
+        try:
+            return copy()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or clock() >= until:
+                raise
+        sleep(1.0)
+
+
+def fetch_more(call: Call, source: str, target: Path, size: int, taken: int) -> int:
+    """Add to a log what a node's has more than `taken` bytes; return how much of it is taken now.
+
+    Of much at once, the beginning is left out.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    halved(target)
+    with target.open("wb" if taken == 0 else "ab") as file:
+        if size - taken > MOST_LOG_BYTES:
+            file.write(f"... {size - taken - MOST_LOG_BYTES} bytes are left out ...\n".encode())
+            taken = size - MOST_LOG_BYTES
+        while taken < size and (chunk := call("read_chunk", source, taken, min(CHUNK_BYTES, size - taken))):
+            file.write(chunk)
+            taken += len(chunk)
+    return taken
 
 
 def fetch_file(call: Call, source: str, target: Path, size: int) -> None:
