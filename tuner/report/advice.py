@@ -92,8 +92,8 @@ def _runner_up(runner_up: Trial, second: Evaluation, trial: Trial, best: Evaluat
     named, loss = f"The runner-up, trial {runner_up.number},", format.loss(second.eval_loss)
     if trial_score(trial) is not None:
         return (
-            f"{named} has {format.answer_score(runner_up.answer_score)} and loss {loss}. Trials are ranked by "
-            "their answers; the conclusions about the horizon are based on losses."
+            f"{named} has {format.answer_score(runner_up.answer_score)} and loss {loss}. Trials are ranked "
+            "by their answers; the conclusions about the horizon are based on losses."
         )
     if best.objective is not None:
         return f"{named} has {best.objective.metric} {format.loss(second.value)}."
