@@ -141,15 +141,17 @@ def main() -> NoReturn:
             work, descriptors = take_request(requests)
         except EOFError:
             os._exit(0)
+        told, tells = os.pipe()
         between = os.fork()
         if between == 0:
             worker = os.fork()
             if worker == 0:
                 _be_a_worker(work, descriptors, installed)
-            send_request(requests, {"pid": worker})
+            os.write(tells, str(worker).encode())
             os._exit(0)
-        os.waitpid(between, 0)  # it has answered, or else nobody waits
-        for descriptor in descriptors:
+        os.waitpid(between, 0)  # now the worker is a child of the tests' process, which is told only then
+        send_request(requests, {"pid": int(os.read(told, 32))})
+        for descriptor in (told, tells, *descriptors):
             os.close(descriptor)
 
 
