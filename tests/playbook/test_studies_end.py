@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -117,9 +117,7 @@ def compared(study: Study, results: RoundResults, earlier: list[RoundResults], r
     point = {**best.hyperparameters, "decay_steps": int(best.hyperparameters["decay_steps"]) // 2}
     run = noisy_trial(0, study.curve(point, half), (half,), rng, noise=study.noise)
     branch = BranchResult(best.number, half, run.evaluations)
-    return RoundResults(
-        **{name: getattr(results, name) for name in results.__slots__} | {"branches": (branch,)}
-    )
+    return replace(results, branches=(branch,))
 
 
 def sampled(space: Space, rng: np.random.Generator) -> dict[str, Value]:
