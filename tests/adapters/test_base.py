@@ -16,6 +16,7 @@ from transformers import (
     LlavaConfig,
     MambaConfig,
     MixtralConfig,
+    OPTConfig,
     PreTrainedConfig,
 )
 
@@ -195,6 +196,33 @@ class TestFrozen:
         AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
         base = load_base(tiny.model_spec(tmp_path, dtype="bfloat16"), device="cpu", max_length=8)
         assert base.head_is_linear
+
+
+def test_layers_that_run_again_have_no_dropout_of_their_own(tmp_path: Path) -> None:
+    """OPT's layers drop out by the flag that also lets them run again."""
+    made = OPTConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.5,
+    )
+    base = load_base(tiny.model_spec(tiny.save_model(tmp_path, made)), device="cpu", max_length=8)
+    ids = torch.arange(16).view(2, 8) * 3
+    rows, columns = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1, 3, 7, 2, 6])
+    first = base.model.get_input_embeddings().weight.requires_grad_()
+
+    def found() -> list[torch.Tensor]:
+        nll = base.token_nll(ids, rows, columns)
+        return [nll.detach(), *torch.autograd.grad(nll.sum(), first)]
+
+    kept = found()
+    assert base.keep_fewer_activations()
+    for one, other in zip(found(), kept, strict=True):
+        assert torch.equal(one, other)
+        assert one.any()
 
 
 @pytest.mark.parametrize("chosen", [False, True])

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.adapters import plain_dropout
-from tuner.adapters.frozen_linear import dropout, dropout_threshold, module_keys, row_keys, token_keys
+from tuner.adapters.frozen_linear import (
+    dropout,
+    dropout_threshold,
+    module_keys,
+    row_keys,
+    runs,
+    token_keys,
+)
 
 ROWS = torch.arange(6)
 SEEDS = st.integers(0, 2**40)
@@ -133,3 +140,22 @@ def test_draws_are_fixed_for_ever(seed: int, tokens: list[str]) -> None:
     """A resumed trial may meet a newer torch. The masks were worked out with Python's own integers."""
     mask = dropout_mask(row_keys(seed, 7, ROWS[:1]), module=11, length=2, width=16, rate=0.5)
     assert ["".join("01"[int(kept)] for kept in token) for token in mask[0]] == tokens
+
+
+def test_a_kernel_that_cannot_be_compiled_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """Triton comes with torch, the C compiler that it calls does not. Too little memory is another matter."""
+
+    def without_a_compiler(*_: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    def without_memory(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert runs(dropout, dtype, cpu)
+        assert not caplog.records
+        assert not runs(without_a_compiler, dtype, cpu)
+        assert "Failed to find C compiler" in caplog.records.pop().getMessage()
+    with pytest.raises(torch.OutOfMemoryError):
+        runs(without_memory, torch.float32, cpu)

@@ -84,7 +84,7 @@ def test_nothing_but_the_result_is_made(interpreted: Dropped) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: torch.cuda.is_available() is False")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    fused = frozen_linear.fused_dropout()
+    fused = frozen_linear.fused_dropout(dtype)
     assert fused is not None
     there = drawn(33, 384, dtype, device="cuda")
     plain: Tensor = frozen_linear._Dropout.apply(*there)

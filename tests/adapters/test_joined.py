@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,15 @@ def test_short_rows_have_a_grid_of_their_own() -> None:
     assert shapes == ((1, 512), (10, 32))
     _, shapes = joined_rows([[short] * 3 + [Example(short.input_ids[:9], short.is_target[:9])]], max_grids=4)
     assert shapes == ((4, 20),)
+
+
+def test_one_grid_is_not_searched_for() -> None:
+    """A GPU has one, and waits for the host: a search is cubic in the lengths, here minutes."""
+    rows_there = [Example(np.zeros(size, np.int32), np.arange(size) > 0) for size in range(2, 1502)]
+    begun = time.process_time()
+    _, shapes = joined_rows([rows_there])
+    assert shapes == ((1500, 1501),)
+    assert time.process_time() - begun < 2
 
 
 @given(slots=SLOTS)

@@ -78,12 +78,15 @@ class Base:
         """
         if not self.model.supports_gradient_checkpointing or self.model.is_gradient_checkpointing:
             return False
-        # The base model has no dropout of its own, and that of adapters is drawn from counters.
+        # Without dropout of its own, and with that of adapters drawn from counters, it repeats itself.
         self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 # transformers checks only the layer's own flag; its submodules stay without dropout.
                 module.training = True
+                module._gradient_checkpointing_func = partial(
+                    _without_dropout, module, module._gradient_checkpointing_func
+                )
         return True
 
     def token_nll(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -139,6 +142,21 @@ class Base:
         with _answering(self.model.get_decoder(), known):
             logits: Tensor = self.model(input_ids=hidden.new_zeros((1, 1), dtype=torch.long)).logits[0]
         return logits
+
+
+def _without_dropout(layer: nn.Module, checkpoint: Any, run: Any, *inputs: Any) -> Any:
+    """Checkpoint a layer that does not train while it runs: some, such as OPT's, drop out by their own
+    flag.
+    """
+
+    def still(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return run(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(still, *inputs)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+_log = logging.getLogger(__name__)
 
 MIN_OPERATIONS = 1 << 26
 """Smallest product for oneDNN. It compiles a kernel for each new shape, which takes 0.5 to 0.8 ms: a product
@@ -217,20 +220,34 @@ def dropout(x: Tensor, keys: Tensor, thresholds: Tensor, kept_shares: Tensor) ->
     the other, `keys` [slots, tokens] are from `token_keys`, `thresholds` from `dropout_threshold` and
     `kept_shares`, which are 1 - rate, are [slots, 1, 1].
     """
-    fused = fused_dropout() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
+    fused = fused_dropout(x.dtype) if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) else None
     if fused is not None and x.numel() < 2**30:
         return _Fused.apply(x, keys, thresholds, kept_shares, fused)  # type: ignore[no-any-return, no-untyped-call]
     return _Dropout.apply(x, keys, thresholds, kept_shares)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
-def fused_dropout() -> Callable[..., Tensor] | None:
-    """Return `dropout_kernel.dropped`; None where Triton is not installed."""
+def fused_dropout(dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Return `dropout_kernel.dropped`; None where Triton is not installed or cannot compile it."""
     try:
         from tuner.adapters.dropout_kernel import dropped
     except ImportError:
         return None
-    return dropped
+    return dropped if runs(dropped, dtype, torch.device("cuda")) else None
+
+
+def runs(fused: Callable[..., Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a kernel runs, and log why not: Triton compiles with the machine's C compiler."""
+    try:
+        x = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+        none = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+        fused(x, none[0], none, torch.ones(1, 1, 1, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever Triton and a compiler raise: the plain dropout has the same bits
+        _log.warning("dropout without its kernel, which is slower: %s", error)
+        return False
+    return True
 
 
 class _Fused(torch.autograd.Function):

@@ -8,9 +8,11 @@ model's own masks are made for. Positions begin anew with each example.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -225,7 +227,21 @@ def _in_grids(
     """
     lengths = [-(-size // multiple) * multiple for size in sizes]
     kinds = sorted(set(lengths), reverse=True)
-    num_rows = [lengths.count(kind) for kind in kinds]
+    ends = (len(kinds),) if max_grids == 1 else _cheapest_ends(kinds, Counter(lengths), max_grids=max_grids)
+    firsts, begin, start = [0] * len(sizes), 0, 0
+    shapes: list[tuple[int, int]] = []
+    for end in ends:
+        rows = [number for number, length in enumerate(lengths) if kinds[end - 1] <= length <= kinds[start]]
+        for row, number in enumerate(rows):
+            firsts[number] = begin + row * kinds[start]
+        shapes.append((len(rows), kinds[start]))
+        begin, start = begin + len(rows) * kinds[start], end
+    return firsts, tuple(shapes)
+
+
+def _cheapest_ends(kinds: Sequence[int], num_rows: Mapping[int, int], *, max_grids: int) -> tuple[int, ...]:
+    """Return how many kinds, the longest first, each grid ends after."""
+    rows_before = list(accumulate((num_rows[kind] for kind in kinds), initial=0))
     # For the first kinds, from none to all: the least cost, and how many kinds each grid ends after.
     plans: list[tuple[float, tuple[int, ...]]] = [(0, ()), *[(math.inf, ())] * len(kinds)]
     for _ in range(max_grids):
@@ -233,7 +249,10 @@ def _in_grids(
             min(
                 plans[end],
                 *(
-                    (cost + _GRID_COST + sum(num_rows[start:end]) * kinds[start] ** 2, (*ends, end))
+                    (
+                        cost + _GRID_COST + (rows_before[end] - rows_before[start]) * kinds[start] ** 2,
+                        (*ends, end),
+                    )
                     for start, (cost, ends) in enumerate(plans[:end])
                 ),
             )
@@ -241,15 +260,7 @@ def _in_grids(
             else plans[0]
             for end in range(len(kinds) + 1)
         ]
-    firsts, begin, start = [0] * len(sizes), 0, 0
-    shapes: list[tuple[int, int]] = []
-    for end in plans[-1][1]:
-        rows = [number for number, length in enumerate(lengths) if kinds[end - 1] <= length <= kinds[start]]
-        for row, number in enumerate(rows):
-            firsts[number] = begin + row * kinds[start]
-        shapes.append((len(rows), kinds[start]))
-        begin, start = begin + len(rows) * kinds[start], end
-    return firsts, tuple(shapes)
+    return plans[-1][1]
 
 
 MAX_PREDICTING_SHARE = 0.75
