@@ -440,7 +440,7 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
     hooks: list[Any] = []
     try:
         own = logits(joined)
-        few = logits(replace(joined, predicting=kept))[kept]
+        few = logits(replace(joined, predicting=kept))
         hooks.append(part.register_forward_pre_hook(lambda _, inputs: (inputs[0] + others.to(inputs[0]),)))
         hooks.append(part.register_forward_hook(lambda _, __, output: output + others.to(output)))
         changed = logits(joined)
@@ -450,7 +450,10 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    near = bool((few - own[kept]).float().norm() <= torch.finfo(base.dtype).eps ** 0.5 * own.float().norm())
+    difference = (few[kept] - own[kept]).float().norm()
+    near = bool(
+        difference <= torch.finfo(base.dtype).eps ** 0.5 * own.float().norm() and few.isfinite().all()
+    )
     return near and torch.equal(changed[kept], own[kept]) and not torch.equal(changed, own)
 
 
