@@ -49,6 +49,8 @@ def test_the_round_is_run_on_the_head_that_the_nodes_join() -> None:
     assert "--head" in services["head"]["command"]
     assert "--address=head:6379" in services["node"]["command"]
     assert "--address=head:6379" in GPU["services"]["node"]["command"]
+    # Compose stops what depends on others first: the round saves while its nodes are there.
+    assert set(services["worker"]["depends_on"]) == {"database", "head", "node"}
     words = [word.replace("${ROUND:-", "").rstrip("}") for word in services["worker"]["command"]]
     verb, rest = resolve(words, typer.main.get_command(app))
     assert verb.make_context(verb.name, list(rest)).params["ray_address"] == "head:6379"
@@ -108,8 +110,13 @@ SCONTROL = """#!/bin/bash
 """
 SRUN = """#!/bin/bash
 # Runs the command on this machine; each `ray start` is a node with a fake GPU and folders of its own.
-while [[ $1 == -* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done
+tasks=$SLURM_NTASKS
+while [[ $1 == -* ]]; do
+    case $1 in --nodelist=*) node=${1#*=} ;; --ntasks=*) tasks=${1#*=} ;; esac
+    shift
+done
 if [[ "$1 $2" == "ray start" ]]; then
+    echo "$node $tasks" >> "$FAKE_SLURM/starts"
     shift 2
     set -- ray start "$@" --num-gpus=1 --num-cpus=1 --object-store-memory=100000000
     set -- "$@" --temp-dir="$FAKE_SLURM/$node" --dashboard-agent-listen-port=0
@@ -144,6 +151,7 @@ def test_the_slurm_script_runs_a_round_on_two_nodes(tmp_path: Path) -> None:
                 "OMP_NUM_THREADS": "1",
                 "FAKE_SLURM": short,
                 "SLURM_JOB_ID": str(os.getpid()),
+                "SLURM_NTASKS": "2",
                 "SLURM_JOB_NODELIST": "node-[a-b]",
             },
             capture_output=True,
@@ -152,6 +160,8 @@ def test_the_slurm_script_runs_a_round_on_two_nodes(tmp_path: Path) -> None:
             check=False,
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
+        # srun starts as many tasks as the job has if it is not told how many.
+        assert sorted((Path(short) / "starts").read_text().splitlines()) == ["node-a 1", "node-b 1"]
         assert "2 nodes" in ran.stderr
         assert "without a token" not in ran.stderr
         states = Study(study).status()["rounds"][0]["trials"]

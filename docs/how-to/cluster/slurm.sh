@@ -32,8 +32,10 @@ done
 if ((${#nodes[@]} > 1)); then
     rest=$(IFS=,; echo "${nodes[*]:1}")
     # --no-kill and --kill-on-bad-exit=0: a node that fails takes neither the others nor the round with it.
-    srun --overlap --no-kill --kill-on-bad-exit=0 --nodes=$((${#nodes[@]} - 1)) --ntasks-per-node=1 \
-        --nodelist="$rest" ray start --address="$address" --block &
+    # --ntasks: without it Slurm starts as many as the job has nodes, so that one node joins twice.
+    num_rest=$((${#nodes[@]} - 1))
+    srun --overlap --no-kill --kill-on-bad-exit=0 --nodes=$num_rest --ntasks=$num_rest --nodelist="$rest" \
+        ray start --address="$address" --block &
 fi
 
 tuner -C "$study" study run "$round" --engine ray --ray-address "$address" &
