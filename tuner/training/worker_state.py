@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
+from tuner.adapters.device_pack import MasterTensors
 from tuner.adapters.eva import with_eva
 from tuner.adapters.generation import Decoding, TextGenerator, batches
 from tuner.adapters.initial import lora_config
-from tuner.adapters.pack import MasterTensors
 from tuner.data import AnswerMetric, EvalPrompt, Examples, load_metric, try_metric
 from tuner.methods.metrics import Metric
 from tuner.methods.metrics.eval_loss import EVAL_LOSS
