@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.optim import optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from tests import tiny
 from tests.training.driving import Hyperparameters, worker_state
 from tuner.adapters import Base, Pack, device_io, evaluation
 from tuner.adapters.frozen_linear import speed_up
+from tuner.adapters.placement import connect
 from tuner.records import Assignment
 from tuner.training import packed_passes, trial_run
 from tuner.training.trial_run import TrialRun
@@ -76,6 +79,9 @@ def accelerated(answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones) 
         for module in (device_io, evaluation, packed_passes, trial_run):
             patch.setattr(module, "read", reads)
         patch.setattr(packed_passes, "_dropout_keys", _with_values(packed_passes._dropout_keys))
+        # torch's fused AdamW lists the devices that have it.
+        devices = [*_get_fused_kernels_supported_devices(), SECOND]
+        patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: devices)
         yield reads
 
 
@@ -106,8 +112,12 @@ def training(
     joins_rows: bool = True,
     micro_tokens: int = 1 << 20,
     answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones,
+    second: Sequence[str] = (),
 ) -> Iterator[Accelerated]:
-    """Trials by slot on a Llama. PEFT makes their adapters first, on the host, as a worker's do."""
+    """Trials by slot on a Llama, of which modules may be on the second device.
+
+    PEFT makes their adapters first, on the host, as a worker's do.
+    """
     model = AutoModelForCausalLM.from_config(tiny.config("llama"), dtype=dtype).eval().requires_grad_(False)
     base = Base(model, dtype, head_is_linear=True)  # what `freeze` finds out by computing is said instead
     base.joins_rows, base.last = joins_rows, model.model.layers[-1].mlp
@@ -117,12 +127,15 @@ def training(
     modules = {name for start in starts.values() for name in start.weights}
     with accelerated(answer) as reads:
         place(model, FIRST)
+        for name in second:
+            place(model.get_submodule(name), SECOND)
+        connect(model)
         num_slots, max_rank = max(trials) + 1, max(start.config.r for start in starts.values())
         state.pack = Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules)
         runs = {}
         for slot, trial in trials.items():
             assignment = Assignment("round1", slot, 1, trial, 99, 99, directory="")
-            runs[slot] = TrialRun(assignment, starts[slot], device=base.device)
+            runs[slot] = state.new_run(assignment, starts[slot])
             state.pack.occupy(slot, starts[slot])
         yield Accelerated(state, runs, reads)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.adapters.plain_dropout import dropout_mask
-from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
-from tuner.adapters import device_pack
+from tuner.adapters import Adapter, Base, Pack, PackedRows, device_pack, initial_adapter
 from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example

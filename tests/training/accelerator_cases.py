@@ -53,6 +53,34 @@ def test_updates_and_evaluations(slots: Sequence[int], rate: float, joined: bool
     assert all(run.train_loss is not None and run.train_loss > 0 for run in on.runs.values())
 
 
+SPREAD = ("model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("slots", "rate", "joined"),
+    [
+        pytest.param((0,), 0.05, True, id="alone"),
+        pytest.param((0, 1, 2, 3), 0.05, True, id="four"),
+        pytest.param((0, 1, 3), 0.05, False, id="a hole, padded"),
+    ],
+)
+@pytest.mark.parametrize("second", [SPREAD, SPREAD[:-1]], ids=["with the head", "without the head"])
+def test_two_devices(slots: Sequence[int], rate: float, joined: bool, second: Sequence[str]) -> None:
+    """Each layer's weights are with it; numbers are read from the first device."""
+    trials = {slot: tiny.hyperparameters(training_seed=slot, lora_dropout=rate) for slot in slots}
+    with training(trials, joins_rows=joined, second=second) as on:
+        assert [str(device) for device in on.state.pack.devices] == [FIRST, SECOND]
+        for step in range(1, 4):
+            if step == 3:
+                assert on.state.base.keep_fewer_activations()
+            micro_step(on.state, on.runs)
+            assert {run.step for run in on.runs.values()} == {step}
+            assert on.reads.devices == [FIRST] * step
+        evaluate(on.state, on.runs)
+        for name, (a, b) in on.runs[0].optimizer.weights.items():
+            assert {str(a.device), str(b.device)} == {SECOND if ".1." in name else FIRST}
+
+
 def test_no_read_between_updates() -> None:
     """Micro-batches of an unfinished update are not waited for."""
     trials = {n: tiny.hyperparameters(training_seed=n, batch_size=size) for n, size in enumerate((8, 2))}

@@ -120,6 +120,12 @@ class Pack:
             part.collect(gradients, places=self._slot_places)
 
     @property
+    def shares(self) -> list[float]:
+        """Return each device's share of the weights in a slot, in the order of `devices`."""
+        weights = {part.device: part.slot_weights for part in self.parts}
+        return [weights.get(device, 0) / max(1, self.slot_weights) for device in self.devices]
+
+    @property
     def slot_weights(self) -> int:
         """Return the number of weights in a slot: of every module that some trial adapts, at the largest
         rank.

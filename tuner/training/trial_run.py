@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,7 +90,15 @@ _SUMMED = ("nll", "targets", "clipped")
 class TrialRun:
     """A trial between its first and last step in this worker. Its clock is its own `step`."""
 
-    def __init__(self, assignment: Assignment, start: Adapter, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        start: Adapter,
+        *,
+        device: torch.device,
+        places: Mapping[str, torch.device] | None = None,
+    ) -> None:
+        """`places` has the device of each module, if they are on several; `device` is the first."""
         self.assignment = assignment
         self.adapter = start
         self.step = 0
@@ -99,7 +107,9 @@ class TrialRun:
         self.reason_infeasible: str | None = None
         self.train_loss: float | None = None
         """Of the last update in this attempt, in nats per target token."""
-        self.optimizer = TrialOptimizer(start.weights, assignment.hyperparameters, device=device)
+        self.optimizer = TrialOptimizer(
+            start.weights, assignment.hyperparameters, device=device, places=places
+        )
         self.micro_batches: deque[MicroBatch] = deque()
         self.unread_losses: list[Tensor] = []
         """Of the update's micro-batches, still on the device."""
