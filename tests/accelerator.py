@@ -6,6 +6,7 @@ two devices raises, and so does each read of a value that does not go through `d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.optim import optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
@@ -113,12 +115,17 @@ def training(
     micro_tokens: int = 1 << 20,
     answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones,
     second: Sequence[str] = (),
+    num_layers: int = 2,
 ) -> Iterator[Accelerated]:
     """Trials by slot on a Llama, of which modules may be on the second device.
 
     PEFT makes their adapters first, on the host, as a worker's do.
     """
-    model = AutoModelForCausalLM.from_config(tiny.config("llama"), dtype=dtype).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(tiny.config("llama", num_hidden_layers=num_layers), dtype=dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     base = Base(model, dtype, head_is_linear=True)  # what `freeze` finds out by computing is said instead
     base.joins_rows, base.last = joins_rows, model.model.layers[-1].mlp
     speed_up(model)
@@ -138,6 +145,22 @@ def training(
             runs[slot] = state.new_run(assignment, starts[slot])
             state.pack.occupy(slot, starts[slot])
         yield Accelerated(state, runs, reads)
+
+
+class Crossings(TorchDispatchMode):
+    """Counts copies between devices within the block, by where from and where to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if operator in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if operator is torch.ops.aten.copy_.default else args[0]
+            if source.device != made.device:
+                self.counted[str(source.device), str(made.device)] += 1
+        return made
 
 
 def place(model: nn.Module, device: str) -> None:

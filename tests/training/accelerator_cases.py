@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from tests import tiny
-from tests.accelerator import FIRST, SECOND, accelerated, training
+from tests.accelerator import FIRST, SECOND, Crossings, accelerated, training
 from tuner.adapters.device_io import send
 from tuner.training.packed_passes import evaluate, micro_step
 
@@ -79,6 +79,23 @@ def test_two_devices(slots: Sequence[int], rate: float, joined: bool, second: Se
         evaluate(on.state, on.runs)
         for name, (a, b) in on.runs[0].optimizer.weights.items():
             assert {str(a.device), str(b.device)} == {SECOND if ".1." in name else FIRST}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("num_trials", [1, 4])
+def test_each_device_gets_row_data_once_a_pass(num_trials: int, joined: bool) -> None:
+    """However many layers there are, and trials in the pass."""
+    trials = {n: tiny.hyperparameters(training_seed=n, lora_dropout=0.05) for n in range(num_trials)}
+    counted = []
+    for more in (0, 3):
+        second = [*SPREAD, *(f"model.layers.{2 + number}" for number in range(more))]
+        with training(trials, joins_rows=joined, second=second, num_layers=2 + more) as on:
+            micro_step(on.state, on.runs)
+            with Crossings() as crossings:
+                micro_step(on.state, on.runs)
+        counted.append(crossings.counted)
+    print(counted)
+    assert counted[0] == counted[1]
 
 
 def test_no_read_between_updates() -> None:
