@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -234,9 +234,10 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
     found: dict[Location, str] = {}
     seen: set[Location] = set()
     mended = copy.deepcopy(document)
+    known = (*_KNOWN_KEYS, *(f"hyperparameters.{r['name']}" for p in plug_ins for r in p["hyperparameters"]))
     for recorded in RECORDED_KEYS:
         if mended.pop(recorded, None) is not None:
-            found[recorded,] = unknown_key((recorded,), _KNOWN_KEYS)
+            found[recorded,] = unknown_key((recorded,), known)
     if plug_ins:
         mended["plug_ins"] = plug_ins
     while True:
@@ -251,7 +252,7 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
         wrong = {dotted(at) for at in seen}
         for each in fresh:
             seen.add(each["loc"])
-            message = _message(each)
+            message = _message(each, known)
             if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())) and not (
                 _may_belong_to_a_method(each["loc"], message) and wrong & _CHOOSERS
             ):
@@ -306,13 +307,13 @@ _EXPECTED = {
 """Messages for pydantic's types of error, in terms of the round file."""
 
 
-def _message(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails, known: Collection[str]) -> str:
     context, location, raw = error.get("ctx", {}), error["loc"], error["input"]
     match error["type"]:
         case "mistake":
             return str(context["message"])
         case "unknown_key" | "extra_forbidden":
-            return unknown_key(location, _KNOWN_KEYS)
+            return unknown_key(location, known)
         case "missing":
             return f"missing: {_meaning(location)}"
         case "literal_error":
