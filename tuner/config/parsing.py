@@ -234,7 +234,8 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
     found: dict[Location, str] = {}
     seen: set[Location] = set()
     mended = copy.deepcopy(document)
-    known = (*_KNOWN_KEYS, *(f"hyperparameters.{r['name']}" for p in plug_ins for r in p["hyperparameters"]))
+    own = {row["name"] for plug_in in plug_ins for row in plug_in["hyperparameters"]}
+    known = (*_KNOWN_KEYS, *(f"hyperparameters.{name}" for name in sorted(own)))
     for recorded in RECORDED_KEYS:
         if mended.pop(recorded, None) is not None:
             found[recorded,] = unknown_key((recorded,), known)
@@ -254,7 +255,7 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
             seen.add(each["loc"])
             message = _message(each, known)
             if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())) and not (
-                _may_belong_to_a_method(each["loc"], message) and wrong & _CHOOSERS
+                _may_belong_to_a_method(each["loc"], message, own) and wrong & _CHOOSERS
             ):
                 found[each["loc"]] = message
             _mend(mended, each["loc"])
@@ -263,9 +264,10 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
 _CHOOSERS = {f"hyperparameters.{chooser}" for chooser in CHOOSERS}
 
 
-def _may_belong_to_a_method(location: Location, message: str) -> bool:
-    """Return whether a name is like none that is known: it may be of a method that is not installed."""
-    return location[0] in ("hyperparameters", "search") and message.startswith("unknown; allowed here:")
+def _may_belong_to_a_method(location: Location, message: str, own: Collection[str]) -> bool:
+    """Return whether a name is like none that is known, or is one of plug-ins' `own`."""
+    is_like_none = message.startswith("unknown; allowed here:") or location[-1] in own
+    return location[0] in ("hyperparameters", "search") and is_like_none
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:
