@@ -43,6 +43,12 @@ class _Backend(_DummyBackendModule):  # type: ignore[misc]
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """All numbers are drawn on the host, whose state is restored besides."""
+
 
 @cache
 def register() -> None:

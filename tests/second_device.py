@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -57,6 +58,21 @@ class _Device(TorchDispatchMode):
         return _computed(operator, args, kwargs or {})
 
 
+class _Literals(TorchFunctionMode):
+    """Tensors made of Python's numbers ask a device itself, beside all other modes."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu") == DEVICE:
+            return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if function is torch.Tensor.__getitem__ and isinstance(args[0], Held) and isinstance(args[1], tuple):
+            args = (
+                args[0],
+                tuple(torch.tensor(list(at)).to(DEVICE) if isinstance(at, range) else at for at in args[1]),
+            )
+        return function(*args, **kwargs)
+
+
 def _computed(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
     held = [each for each in tensors if isinstance(each, Held)]
@@ -82,7 +98,7 @@ def _computed(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @contextmanager
 def second_device() -> Iterator[None]:
     """Within the block the device is there, and attention is computed alike on both."""
-    with _Device(), sdpa_kernel(SDPBackend.MATH):
+    with _Device(), _Literals(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

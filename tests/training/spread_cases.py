@@ -18,6 +18,7 @@ from tests.training.driving import (
     curve,
     drive,
     ended,
+    loss_difference,
     run_loop,
     started,
     worker_state,
@@ -28,7 +29,7 @@ from tuner.adapters.generation import Decoding, TextGenerator
 from tuner.adapters.placement import connect
 from tuner.data import Prompt
 from tuner.errors import ModelError
-from tuner.records import Saved
+from tuner.records import Assignment, Saved
 
 PARTS = ("model.layers.1", "model.norm", "lm_head")
 CPU = torch.device("cpu")
@@ -59,8 +60,13 @@ def on_two(path: Path, parts: Sequence[str] = PARTS) -> Base:
     return freeze(model, dtype=DTYPES["float32"])
 
 
-@pytest.mark.parametrize("parts", [PARTS, PARTS[:2]], ids=["with the head", "without the head"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "parts"),
+    [
+        pytest.param("adamw", PARTS, id="adamw, with the head"),
+        pytest.param("muon", PARTS[:2], id="muon, without the head"),
+    ],
+)
 def test_losses_and_weights(path: Path, parts: Sequence[str], optimizer: str) -> None:
     """Packed with dropout, a hole, ranks, clipping and micro-batches."""
     trials = [
@@ -75,7 +81,7 @@ def test_losses_and_weights(path: Path, parts: Sequence[str], optimizer: str) ->
             assert state.joins_rows
             assert state.base.last is not None
             entries = [Entry(0, 0), Entry(1, 1, micro_step=1), Entry(2, 3)]
-            found.append(drive(state, trials, entries, max_train_steps=5))
+            found.append(drive(state, trials, entries, max_train_steps=3))
     assert state.pack.devices == (CPU, DEVICE)
     assert len(state.pack.parts) == 2
     for n in range(3):
@@ -87,25 +93,28 @@ def test_losses_and_weights(path: Path, parts: Sequence[str], optimizer: str) ->
             assert all(torch.equal(a.cpu(), b) for a, b in zip(pair, one.weights[name], strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"use_dora": True}], ids=["", "muon", "dora"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "muon", "use_dora": True}], ids=["adamw", "muon, DoRA"]
+)
 def test_a_checkpoint_resumes_on_any_number_of_devices(
     path: Path, tmp_path: Path, changes: dict[str, str | bool]
 ) -> None:
     """Evaluations, files and what resumes from them are those of one device."""
     trial = tiny.hyperparameters(lora_dropout=0.1, max_grad_norm=0.05, **changes)
+
+    def assigned(name: str, **more: object) -> Assignment:
+        steps = {"max_train_steps": 5, "evaluate_every": 2}
+        return assignment(tmp_path / name, hyperparameters=trial, **steps, **more)
+
     bases = {"one": on_one(path), "two": on_two(path)}
     whole, last = {}, {}
     for name, base in bases.items():
         with worker_state(base, [trial]) as state:
-            events = run_loop(state, [assignment(tmp_path / name, hyperparameters=trial)])
+            events = run_loop(state, [assigned(name)])
         assert ended(events).outcome == "complete"
         whole[name] = curve(events)
         with worker_state(base, [trial]) as state:
-            events = run_loop(
-                state,
-                [assignment(tmp_path / f"{name}-half", hyperparameters=trial)],
-                stop_at_micro_step=5,
-            )
+            events = run_loop(state, [assigned(f"{name}-half")], stop_at_micro_step=3)
         *_, saved = [event for event in events if isinstance(event, Saved)]
         last[name] = tmp_path / f"{name}-half" / saved.checkpoint.path
     assert whole["one"] == whole["two"]
@@ -114,9 +123,7 @@ def test_a_checkpoint_resumes_on_any_number_of_devices(
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
     for name, other in (("one", "two"), ("two", "one")):
-        resumed = assignment(
-            tmp_path / f"{name}-resumed", hyperparameters=trial, resume_from=str(last[other])
-        )
+        resumed = assigned(f"{name}-resumed", resume_from=str(last[other]))
         with worker_state(bases[name], [trial]) as state:
             events = run_loop(state, [resumed])
         assert started(events).step > 0
@@ -134,6 +141,36 @@ def test_answers(path: Path) -> None:
             with state.pack.holding(PackedRows((0,))):
                 said.append(generator.answers(base.model, prompts, Decoding(8)))
     assert said[0] == said[1]
+    assert any(each.num_tokens for each in said[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ("gpt2", ("transformer.h.1", "transformer.ln_f")),
+        ("gemma2", ("model.layers.1", "model.norm")),
+        ("qwen2", ("model.layers.0",)),
+    ],
+)
+def test_other_models(models: tiny.Models, shape: tiny.Shape, parts: Sequence[str]) -> None:
+    """Tied heads, a head that is not linear, a layer between others, and recomputed activations."""
+    trial = tiny.hyperparameters(lora_dropout=0.1)
+    found = []
+    for base in (on_one(models.path(shape)), on_two(models.path(shape), parts)):
+        assert base.keep_fewer_activations()
+        with worker_state(base, [trial], slots=2) as state:
+            found.append(drive(state, [trial], [Entry(0, 0)], max_train_steps=3)[0])
+    assert loss_difference(*found) < 1e-5
+
+
+def test_eva(path: Path) -> None:
+    trial = tiny.hyperparameters(lora_init="eva", lora_r=2)
+    made = []
+    for base in (on_one(path), on_two(path)):
+        with worker_state(base, [trial]) as state:
+            made.append(state.new_adapter(trial, seed=3).weights)
+    one, two = made
+    assert all(torch.equal(a, two[name][0]) for name, (a, _) in one.items())
 
 
 def test_a_module_in_two_places_is_refused(path: Path) -> None:
