@@ -14,10 +14,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from tuner.adapters.device_io import send
-from tuner.errors import ModelError
+from tuner.errors import InputError, ModelError
 
 _copies: Any = WeakTensorKeyDictionary()
 """Of each tensor: by device, its version and a copy, both for as long as the tensor lives."""
+
+
+def worker_devices(gpus_per_worker: int, *, num_gpus: int | None = None) -> list[torch.device]:
+    """Return the devices of a worker's base model: its GPUs, or the CPU where torch finds none.
+
+    Raises InputError for fewer GPUs than several that it is to have.
+    """
+    if num_gpus is None:
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus < gpus_per_worker > 1:
+        raise InputError(
+            f"run.gpus_per_worker: {gpus_per_worker}: torch finds {num_gpus} GPU(s) here; lower it, or see "
+            "tuner doctor"
+        )
+    if not num_gpus:
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(max(1, gpus_per_worker))]
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,10 +20,10 @@ from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.device_io import one_out_of_memory
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
+from tuner.adapters.placement import worker_devices
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import CONFIG_OF_THE_FILES, loaded_commit, model_fingerprint
-from tuner.errors import InputError
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import named
 from tuner.methods.table import seed_of
@@ -134,9 +134,7 @@ def arrange(
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
     be used, or does not fit into memory with the slots; InputError for a custom optimizer that does not work.
     """
-    device, *others = worker_devices(
-        spec.run.gpus_per_worker, num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0
-    )
+    device, *others = worker_devices(spec.run.gpus_per_worker)
     for kind, name in named(spec.hyperparameters):
         if kind == "optimizer":
             for trial in corners(spec.space(), {kind: name}):
@@ -151,18 +149,6 @@ def arrange(
         state = _packed(spec, data, base, slots=slots)
         _refuse_adapters(state, spec.space())
     return state
-
-
-def worker_devices(gpus_per_worker: int, *, num_gpus: int) -> list[torch.device]:
-    """Return the devices of the base model. Raises InputError for fewer visible GPUs than it needs."""
-    if gpus_per_worker > 1 and num_gpus < gpus_per_worker:
-        raise InputError(
-            f"run.gpus_per_worker: {gpus_per_worker}: torch finds {num_gpus} GPU(s) for this worker; lower it, "
-            "or see tuner doctor"
-        )
-    if not num_gpus:
-        return [torch.device("cpu")]
-    return [torch.device("cuda", index) for index in range(max(1, gpus_per_worker))]
 
 
 def _packed(spec: RoundSpec, data: PreparedData, base: Base, *, slots: int | Literal["auto"]) -> WorkerState:
