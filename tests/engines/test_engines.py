@@ -321,7 +321,7 @@ def test_too_few_gpus_or_another_loader(
     study = tmp_path / "study"
     write_round(study, run="run: {gpus_per_worker: 2}")
     file = study / "round1.yaml"
-    file.write_text(file.read_text().replace("  path:", f"  loader: {loader}\n  path:"))
+    file.write_text(file.read_text().replace("model: {path", f"model: {{loader: {loader}, path"))
     done = command("study", "run", "round1.yaml", directory=study)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())

@@ -231,8 +231,8 @@ def _job(
     """
     if spec.run.gpus_per_worker > 1 and spec.command is None and spec.model.loader != "transformers":
         raise InputError(
-            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.loader: {spec.model.loader} uses one GPU; "
-            "set model.loader: transformers, or remove this line"
+            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.loader: {spec.model.loader} uses one "
+            "GPU; set model.loader: transformers, or remove this line"
         )
 
     def document() -> dict[str, object]:
