@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -160,25 +160,30 @@ def run_here(
             return start_workers(engine, replace(round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
-        run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
-        if is_dry_run:
-            view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
-        if notifier is not None:
-            notifier.ended("complete")
-    except Interrupted as stop:
-        if notifier is not None:
-            notifier.ended("stopped", str(stop))
-        raise
-    except (WorkerError, RoundStopped) as error:
-        if notifier is not None:
-            notifier.ended("failed", str(error))
-        raise
+        with nullcontext() if notifier is None else _end_notified(notifier):
+            run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
+            if is_dry_run:
+                view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
     except InputError as error:
         raise file.placed(error) from None
     finally:
         os.umask(umask)
         engine.close()
         view.close()
+
+
+@contextmanager
+def _end_notified(notifier: Notifier) -> Iterator[None]:
+    """Tell how the round in the block ended, unless its input was bad."""
+    try:
+        yield
+    except Interrupted as stop:
+        notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        notifier.ended("failed", str(error))
+        raise
+    notifier.ended("complete")
 
 
 def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
