@@ -151,7 +151,9 @@ def _round_opening(report: RoundReport) -> str:
 def _found(report: RoundReport, earlier: Sequence[RoundReport]) -> str:
     first, *more = (*advice.found(report), *advice.still_better(report, earlier))
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None
-    where = f"<p>Its adapter is in <code>{escape(adapter)}</code>.{_again(report)}</p>" if adapter else ""
+    where = (
+        f"<p>Its {report.kept} is in <code>{escape(adapter)}</code>.{_again(report)}</p>" if adapter else ""
+    )
     tested = "".join(f"<p>{_prose(sentence)}</p>" for sentence in advice.tested(report))
     return f'<p class="lede">{escape(first)}</p><p>{escape(" ".join(more))}</p>{where}{tested}'
 

@@ -195,6 +195,8 @@ def next_command(
         return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
     reading = read()
     if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
+        if record.spec.get("command"):  # whose rows tuner does not know
+            return "tuner trial list"
         return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"
     return f"tuner study promote --to {next_name(results.name)}"
 
