@@ -114,6 +114,7 @@ def test_what_is_kept_has_no_secret(text: str, shown: str) -> None:
         "12 tokens: 3.4 a second; num_tokens=5, max_new_tokens: 6",
         "https://user@host/x?revision=main&key_frames",
         "File '/x.py', line 3: KeyError: 'a'",
+        "storage: postgresql+psycopg://u:***@host/db?password=***: connection failed",
     ],
 )
 def test_what_is_no_secret_is_kept(text: str) -> None:
