@@ -55,7 +55,9 @@ def write_page(path: Path, text: str) -> None:
         with written_whole(path) as draft:
             draft.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from error
+        raise StorageError(
+            f"{path}: the report cannot be written: {error.strerror}; set --html to a file elsewhere"
+        ) from error
 
 
 def html_page(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> str:
