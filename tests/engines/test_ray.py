@@ -96,7 +96,7 @@ class TestWithoutASharedDisk(EngineContract):
 
 
 def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
-    cluster: LocalCluster, job: Job, said: list[str]
+    cluster: LocalCluster, job: Job, said: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The third worker runs on a new node; its trial resumes elsewhere when that node is lost."""
     engine = BlindEngine()
@@ -133,6 +133,7 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         assert again.environment["node"] != where[2]
         assert list(losses(rest, 2)) == list(range(0, 301, 2))
     engine.close()
+    assert "(raylet)" not in capfd.readouterr().out, "Ray's own errors are for the log"
 
 
 @pytest.mark.acceptance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from tuner.errors import InputError
 from tuner.installation import install_command
 from tuner.report.format import GpuReading, count
 
+_log = logging.getLogger(__name__)
 _SLICE_SECONDS = 1.0
 _CONNECT_SECONDS = 20.0
 _CONNECT_PAUSE_SECONDS = 0.5
@@ -347,9 +349,16 @@ def _join(ray: Any, address: str) -> None:
             f"ray address {address}: cannot join this cluster: {_first_line(error)}. Run tuner on a machine "
             "of the cluster, one on which `ray start` was run"
         ) from error
+    # Otherwise Ray prints the errors of its nodes, with their stack traces, among the round's lines.
+    ray._private.worker.print_to_stdstream = _to_the_log
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)  # tuner saves every trial before it ends
+
+
+def _to_the_log(said: Mapping[str, Any], **_: object) -> None:
+    for line in said["lines"]:
+        _log.info("Ray: %s", line)
 
 
 _GROUPS = {"events": 1, "orders": 1, "files": 4}
