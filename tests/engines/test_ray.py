@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -96,9 +97,14 @@ class TestWithoutASharedDisk(EngineContract):
 
 
 def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
-    cluster: LocalCluster, job: Job, said: list[str], capfd: pytest.CaptureFixture[str]
+    cluster: LocalCluster,
+    job: Job,
+    said: list[str],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The third worker runs on a new node; its trial resumes elsewhere when that node is lost."""
+    caplog.set_level(logging.INFO, "tuner")
     engine = BlindEngine()
     with started(engine, replace(job, workers="auto")) as worker:
         collect(worker, until=ready)
@@ -133,6 +139,8 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         assert again.environment["node"] != where[2]
         assert list(losses(rest, 2)) == list(range(0, 301, 2))
     engine.close()
+    for message in said:
+        assert message in caplog.messages, "what was said of nodes is in the log"
     assert "(raylet)" not in capfd.readouterr().out, "Ray's own errors are for the log"
 
 

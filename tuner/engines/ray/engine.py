@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class RayEngine:
 
         Raises InputError without an address, or if no node has enough GPUs.
         """
+        job = replace(job, say=_logging(job.say))
         if self._cluster is None:
             self._cluster = RayCluster(job.spec.run.ray_address, self.host)
             job.say(self._cluster.description())
@@ -354,6 +356,16 @@ def _join(ray: Any, address: str) -> None:
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)  # tuner saves every trial before it ends
+
+
+def _logging(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a `say` that the log has, too: a live view shows a node that left for a moment only."""
+
+    def said(message: str) -> None:
+        _log.info("%s", message)
+        say(message)
+
+    return said
 
 
 def _to_the_log(said: Mapping[str, Any], **_: object) -> None:
