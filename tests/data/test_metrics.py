@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,34 +131,61 @@ SOURCE = """
 from fractions import Fraction as told
 import os.path
 raise SystemExit("imported")
-def one(answer): pass
-def two(answer, reference, /, *, scale=1): pass
-def three(answer, reference, scale): pass
-def more(answer, *others): pass
-def named(answer, reference, *, scale): pass
-async def later(answer, reference): pass
+def one(answer): return 1
+def two(answer, reference, /, *, scale=1): return scale
+def three(answer, reference, scale): return 1
+def more(answer, *others): return 1
+def named(answer, reference, *, scale): return 1
+async def later(answer, reference): return 1
 @told
 def made(answer): pass
 if told:
-    def either(answer): pass
+    def either(answer): return 1
 else:
-    def either(answer, reference): pass
+    def either(answer, reference): return 1
 def starts():
     global begun
     begun = two
 class Judge:
     @staticmethod
-    def agrees(answer, reference): pass
-    def bound(self, answer, reference): pass
+    def agrees(answer, reference): return 1
+    @staticmethod
+    def alone(answer): return 1
+    def bound(self, answer, reference): return 1
+    def __call__(self, answer, reference): return 1
 class Other(Judge): pass
+class Score:
+    def __init__(self, answer, reference): self.score = 1
+class Number(object):
+    def __init__(self, answer, reference): self.score = 1
+    def __float__(self): return 1.0
+class Float:
+    def __init__(self, answer, reference): self.score = 1
+    def __float__(self): return 1.0
+judge = Judge()
 short = lambda answer, reference: 1
-number = 3
+narrow = lambda answer: 1
+number: int = 3
+several = [1, 2]
+again = 3
+for again in [two]: pass
+def generates(answer, reference): yield 1
+def forgets(answer, reference):
+    def inner(): return 1
+    if answer: return
+    inner()
+def delegates(answer, reference):
+    with open(answer) as file:
+        return len(file.read())
 """
 
 
 @pytest.mark.parametrize(
     "function",
-    ["two", "more", "made", "either", "begun", "told", "short", "Judge.agrees", "Judge", "Other.agrees"],
+    [
+        *("two", "more", "made", "either", "begun", "told", "short", "again", "delegates"),
+        *("judge", "Judge.agrees", "Other", "Other.agrees", "Other.bound", "Number", "Float"),
+    ],
 )
 def test_a_source_that_may_have_the_function(tmp_path: Path, function: str) -> None:
     (tmp_path / "source.py").write_text(SOURCE)
@@ -167,20 +195,46 @@ def test_a_source_that_may_have_the_function(tmp_path: Path, function: str) -> N
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        ("one", "source.py, line 5: one takes 1 arguments; it is called with two texts"),
+        ("one", "source.py, line 5: one takes one argument; it must be a function that takes two texts"),
         ("three", "line 7: three needs 3 arguments"),
+        ("starts", "starts takes no arguments"),
         ("named", "line 9: named needs the argument scale by name"),
         ("later", "later is asynchronous"),
-        ("Judge.bound", "bound needs 3 arguments"),
-        ("Judge.gone", "has no function Judge.gone"),
+        ("generates", "generates is a generator"),
+        ("forgets", "forgets returns nothing; it must be a function that .* returns a number"),
+        ("narrow", "narrow takes one argument"),
+        ("Judge", "Judge is a class that takes no arguments"),
+        ("Score", "Score is a class, whose objects are no numbers"),
+        ("Judge.alone", "Judge.alone takes one argument"),
+        ("Judge.bound", "Judge.bound needs 3 arguments"),
+        ("Judge.gone", "has no function Judge.gone; it has agrees, .*; write exact_match"),
         ("gone", "has no function gone; it has one, two, three"),
-        ("number", "has no function number: it is a value"),
+        ("number", "source.py, line [0-9]+: number is a value; it must be a function"),
+        ("several", "several is a value"),
     ],
 )
 def test_a_source_that_has_no_such_function(tmp_path: Path, function: str, what: str) -> None:
     (tmp_path / "source.py").write_text(SOURCE)
     with pytest.raises(MetricError, match=what):
         refuse_unlike_metric(f"{tmp_path / 'source.py'}:{function}")
+
+
+@pytest.mark.parametrize("look", [refuse_unlike_metric, load_metric])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("empty.py:f", "empty.py has no function f; it has none; write exact_match"),
+        ("folder.py:f", "folder.py is a directory; write exact_match"),
+        ("gone.py:f", "there is no file .*gone.py; write exact_match"),
+    ],
+)
+def test_what_is_not_there_is_said_alike_before_and_after_importing(
+    tmp_path: Path, look: Callable[[str], object], name: str, what: str
+) -> None:
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(MetricError, match=what):
+        look(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +254,9 @@ def test_a_module_is_found_without_importing_its_packages(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "trap_of_metrics").mkdir()
     for file in ("__init__.py", "inner.py"):
-        (tmp_path / "trap_of_metrics" / file).write_text("def f(a, b): pass\nraise SystemExit('imported')\n")
+        (tmp_path / "trap_of_metrics" / file).write_text(
+            "def f(a, b): return 1\nraise SystemExit('imported')\n"
+        )
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "zeros.py").write_bytes(b"\0" * 9)
     with pytest.raises(MetricError, match=what):

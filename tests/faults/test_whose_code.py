@@ -28,7 +28,7 @@ READING = (
     ("trial", "show", "best"),
 )
 TRAP = "from pathlib import Path\nPath({mark!r}).touch()\nraise SystemExit('imported or started')\n"
-TRAP += "def worth(answer, reference): pass\n"
+TRAP += "def worth(answer, reference): return 1\n"
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def load_metric(name: str) -> AnswerMetric:
         return AnswerMetric(name, exact_match)
     place, _, attribute = name.rpartition(":")
     shown = shown_metric(name)
-    if place.endswith(".py") and not Path(place).is_file():
-        raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {place}; {ADVICE}")
+    if place.endswith(".py"):
+        refuse_no_file(Path(place), shown=shown)
     try:
         with redirect_stdout(sys.stderr):
             module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -93,10 +93,24 @@ def load_metric(name: str) -> AnswerMetric:
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        there = f"; it has {', '.join(known[:8])}" if known else ""
-        raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
+        raise no_function(name, [key for key, value in vars(module).items() if callable(value)])
     return AnswerMetric(shown, found, code=_file_hash(module))
+
+
+def refuse_no_file(path: Path, *, shown: str) -> None:
+    """Raise MetricError if a metric's file is not there, or is a directory."""
+    if not path.is_file():
+        said = f"{path} is a directory" if path.is_dir() else f"there is no file {path}"
+        raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {ADVICE}")
+
+
+def no_function(name: str, known: Sequence[str]) -> MetricError:
+    """Return the error of a metric that its file or module, with the functions `known`, does not have."""
+    place, _, attribute = name.rpartition(":")
+    public = [each for each in known if not each.startswith("_")]
+    there = f"it has {', '.join(public[:8])}" if public else "it has none"
+    said = f"{place} has no function {attribute}; {there}"
+    return MetricError(f"{METRIC_KEY}: {shown_metric(name)}: {said}; {ADVICE}")
 
 
 def shown_metric(name: str) -> str:

@@ -1,17 +1,27 @@
-"""Whether a metric of answers can be there and take two texts, by its source: nothing of it is imported."""
+"""Whether a metric of answers can be there and score two texts, by its source: nothing of it is imported."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from pathlib import Path
 
-from tuner.data.answer_metrics import ADVICE, EXACT_MATCH, METRIC_KEY, shown_metric
+from tuner.data.answer_metrics import (
+    ADVICE,
+    EXACT_MATCH,
+    METRIC_KEY,
+    no_function,
+    refuse_no_file,
+    shown_metric,
+)
 from tuner.errors import MetricError
 
 _NUM_ARGUMENTS = 2
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Value = ast.Constant | ast.JoinedStr | ast.List | ast.Tuple | ast.Dict | ast.Set
+"""Expressions whose values cannot be called."""
 Scope = dict[str, ast.AST | None]
 """What names of a module or a class are; None where only running it would tell."""
 
@@ -23,10 +33,10 @@ def refuse_unlike_metric(name: str) -> None:
     """
     if name == EXACT_MATCH:
         return
-    place, _, attribute = name.rpartition(":")
+    place = name.rpartition(":")[0]
     source = Path(place) if place.endswith(".py") else _source_of_module(place, shown=shown_metric(name))
     if source is not None:
-        _refuse(shown_metric(name), place, attribute, _parsed(source, shown=shown_metric(name)))
+        _refuse(name, _parsed(source, shown=shown_metric(name)))
 
 
 def _source_of_module(name: str, *, shown: str) -> Path | None:
@@ -59,8 +69,7 @@ def _within_python(name: str) -> ModuleSpec | None:
 
 
 def _parsed(source: Path, *, shown: str) -> ast.Module:
-    if not source.is_file():
-        raise MetricError(f"{METRIC_KEY}: {shown}: there is no file {source}; {ADVICE}")
+    refuse_no_file(source, shown=shown)
     try:
         return ast.parse(source.read_bytes())
     except SyntaxError as error:
@@ -71,44 +80,79 @@ def _parsed(source: Path, *, shown: str) -> ast.Module:
     raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {ADVICE}")
 
 
-def _refuse(shown: str, place: str, attribute: str, module: ast.Module) -> None:
-    """Raise MetricError if a module has no such attribute, or one that is no function of two arguments."""
+def _refuse(name: str, module: ast.Module) -> None:
+    """Raise MetricError if a module has no such attribute, or one that gives no number for two texts."""
+    place, _, attribute = name.rpartition(":")
     scope, found = _scope(module.body), None
     for part in attribute.split("."):
         if scope is None:
             return
         if part not in scope:
-            known = [n for n, value in scope.items() if isinstance(value, Function) and n[0] != "_"]
-            there = f"; it has {', '.join(known[:8])}" if known else ""
-            raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}{there}")
+            raise no_function(name, [key for key, value in scope.items() if isinstance(value, Function)])
         found = scope[part]
         is_plain = isinstance(found, ast.ClassDef) and not (
             found.bases or found.keywords or found.decorator_list
         )
         scope = _scope(found.body) if isinstance(found, ast.ClassDef) and is_plain else None
-    if isinstance(found, ast.Constant):
-        raise MetricError(f"{METRIC_KEY}: {shown}: {place} has no function {attribute}: it is a value")
-    if isinstance(found, Function) and not found.decorator_list and (said := _other_arguments(found)):
+    said = None
+    if isinstance(found, ast.ClassDef) and scope is not None:
+        said = _not_a_number(attribute, scope)
+    elif isinstance(found, Function | ast.Lambda):
+        said = _other_arguments(attribute, found) or _other_result(attribute, found)
+    elif isinstance(found, Value):
+        said = f"{attribute} is a value"
+    if said is not None:
+        assert isinstance(found, ast.stmt | ast.expr)
         raise MetricError(
-            f"{METRIC_KEY}: {shown}: {place}, line {found.lineno}: {said}; it is called with two texts, the "
-            "answer and the reference"
+            f"{METRIC_KEY}: {shown_metric(name)}: {place}, line {found.lineno}: {said}; it must be a "
+            "function that takes two texts, the answer and the reference, and returns a number"
         )
 
 
-def _other_arguments(function: Function) -> str | None:
+def _not_a_number(name: str, scope: Scope) -> str | None:
+    """Return why an object made of a class without bases from two texts is no number."""
+    if not {"__init__", "__new__"} & set(scope):
+        return f"{name} is a class that takes no arguments"
+    if "__new__" not in scope and "__float__" not in scope:
+        return f"{name} is a class, whose objects are no numbers"
+    return None
+
+
+def _other_arguments(name: str, function: Function | ast.Lambda) -> str | None:
     """Return what is wrong with a function's arguments, if it cannot be called with two."""
-    if isinstance(function, ast.AsyncFunctionDef):
-        return f"{function.name} is asynchronous"
+    if _is_replaced(function):
+        return None
     asked = function.args
     most = len(asked.posonlyargs) + len(asked.args)
     least = most - len(asked.defaults)
     named = [each.arg for each, value in zip(asked.kwonlyargs, asked.kw_defaults, strict=True) if not value]
     if named:
-        return f"{function.name} needs the argument {named[0]} by name"
+        return f"{name} needs the argument {named[0]} by name"
     if least > _NUM_ARGUMENTS:
-        return f"{function.name} needs {least} arguments"
+        return f"{name} needs {least} arguments"
     if most < _NUM_ARGUMENTS and asked.vararg is None:
-        return f"{function.name} takes {most} arguments"
+        return f"{name} takes {('no arguments', 'one argument')[most]}"
+    return None
+
+
+def _is_replaced(function: Function | ast.Lambda) -> bool:
+    """Return whether a decorator may put something else in a function's place."""
+    decorators = [] if isinstance(function, ast.Lambda) else function.decorator_list
+    return any(not (isinstance(each, ast.Name) and each.id == "staticmethod") for each in decorators)
+
+
+def _other_result(name: str, function: Function | ast.Lambda) -> str | None:
+    """Return what a function returns, if that is no number whatever it computes."""
+    if isinstance(function, ast.Lambda) or _is_replaced(function):
+        return None
+    if isinstance(function, ast.AsyncFunctionDef):
+        return f"{name} is asynchronous"
+    inside = list(_statements(function.body))
+    if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in inside):
+        return f"{name} is a generator"
+    results = [node.value for node in inside if isinstance(node, ast.Return)]
+    if all(value is None or (isinstance(value, ast.Constant) and value.value is None) for value in results):
+        return f"{name} returns nothing"
     return None
 
 
@@ -116,6 +160,11 @@ def _scope(body: Sequence[ast.stmt]) -> Scope | None:
     """Return what the names of a body are; None where it may have others, too."""
     inside = (node for statement in body for node in ast.walk(statement))
     found: Scope = {name: None for node in inside if isinstance(node, ast.Global) for name in node.names}
+    num_stores = Counter(
+        node.id
+        for node in _statements(body)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    )
     for node in _statements(body):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -126,11 +175,13 @@ def _scope(body: Sequence[ast.stmt]) -> Scope | None:
                 if any(each.name == "*" for each in names):
                     return None
                 found |= {(each.asname or each.name).split(".")[0]: None for each in names}
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant() as value):
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=value)
+            ) if isinstance(value, Value | ast.Lambda):
                 found[name] = None if name in found else value
             case ast.Name(id=name, ctx=ast.Store()):
-                found.setdefault(name, None)
-                if not isinstance(found[name], ast.Constant):
+                if num_stores[name] > 1 or not isinstance(found.get(name), Value | ast.Lambda):
                     found[name] = None
             case ast.Name(id="globals" | "exec" | "vars" | "setattr" | "locals"):
                 return None
