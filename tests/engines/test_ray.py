@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -109,6 +110,8 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
     with started(engine, replace(job, workers="auto")) as worker:
         collect(worker, until=ready)
         assert any("3 nodes" in message and "(1 GPU)" in message for message in said)
+        (head,) = re.findall(r"(\S+) \(0 GPUs\)", said[0])
+        assert f"nodes without a GPU get no worker while others have one: {head}" in said
         worker.start(assignment(job.directory, 0, steps=4000))
         collect(worker, until=ready)
         worker.start(assignment(job.directory, 1, steps=4000))

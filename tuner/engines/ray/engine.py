@@ -70,6 +70,8 @@ class RayEngine:
             if idle := node.gpus % per_worker:
                 rule = f"run.gpus_per_worker is {per_worker}"
                 job.say(f"node {node.name}: {gpus_text(idle)} of {node.gpus} stays idle: {rule}")
+        if most and (without := [node.name for node in nodes if not node.gpus and node.is_for_work]):
+            job.say(f"nodes without a GPU get no worker while others have one: {', '.join(without)}")
         room = sum(seats(nodes, gpus_per_worker=per_worker, workers="auto").values())
         if job.workers != "auto" and most and job.workers > room:
             job.say(
