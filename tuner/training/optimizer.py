@@ -55,7 +55,7 @@ class TrialOptimizer:
         self.weights = dict(zip(names, zip(*views, strict=True), strict=True))
         self.gradients = dict(zip(names, zip(*gradients, strict=True), strict=True))
         self._base_rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
-        self._max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
+        self.max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
         self._ratios = {"B": HYPERPARAMETERS["loraplus_ratio"].number(hyperparameters)}
         if method.is_elementwise:
             views, gradients = [[flat] for flat in flats], [[flat] for flat in self._flat_gradients]
@@ -68,6 +68,8 @@ class TrialOptimizer:
             for part_name, *tensors in zip(_PARTS, views, gradients, strict=False)
         ]
         self._optimizer = method.build(groups, hyperparameters)
+        self.decides_on_device = method.skips_on_device and device.type != "cpu"
+        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
 
     def zero_gradients(self) -> None:
@@ -87,18 +89,35 @@ class TrialOptimizer:
 
         `norm` is the value of `gradient_norm`. Returns the rate and whether the gradient was clipped.
         """
-        rate = self._base_rate * multiplier
+        rate = self.rate(multiplier)
         if norm != norm or norm == float("inf"):
             return rate, False
-        clipped = self._max_norm > 0 and norm > self._max_norm
+        clipped = self.max_norm > 0 and norm > self.max_norm
         if clipped:
-            coefficient = self._max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
+            coefficient = self.max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
             for flat in self._flat_gradients:
                 flat.mul_(coefficient)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._ratios.get(group["part"], 1.0)
         self._optimizer.step()
         return rate, clipped
+
+    def step_on_device(self, multiplier: float, *, coefficient: Tensor, skipped: Tensor) -> None:
+        """Update the weights without waiting for the device.
+
+        Gradients are multiplied by `coefficient`; with `skipped` at 1, weights and state stay as they are.
+        """
+        for flat in self._flat_gradients:
+            flat.mul_(coefficient)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate(multiplier) * self._ratios.get(group["part"], 1.0)
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own, for loss scaling
+        self._optimizer.step()
+        self._optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def rate(self, multiplier: float) -> float:
+        """Return `multiplier` times the trial's rate."""
+        return self._base_rate * multiplier
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments and counters as tensors by name, for a checkpoint.
