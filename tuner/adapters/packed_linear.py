@@ -278,10 +278,10 @@ def _of_input(layer: PackedLinear, gradient: Tensor) -> Tensor:
         return product(gradient, layer.weight.t())
     from bitsandbytes.functional import dequantize_4bit
 
-    inner = layer.inner
-    weight = dequantize_4bit(layer.weight.view(-1, 1), inner.weight.quant_state)  # type: ignore[union-attr, arg-type]
+    inner: Any = layer.inner
+    weight = dequantize_4bit(inner.weight.view(-1, 1), inner.weight.quant_state)
     dtype = gradient.dtype if inner.compute_dtype is None else inner.compute_dtype
-    return (gradient.to(dtype) @ weight.to(dtype)).to(gradient.dtype)  # type: ignore[arg-type]
+    return (gradient.to(dtype) @ weight.to(dtype)).to(gradient.dtype)
 
 
 def _matrices(layer: PackedLinear, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]:

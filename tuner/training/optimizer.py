@@ -68,6 +68,7 @@ class TrialOptimizer:
             for part_name, *tensors in zip(_PARTS, views, gradients, strict=False)
         ]
         self._optimizer = method.build(groups, hyperparameters)
+        self._skips_on_device = method.skips_on_device
         self.decides_on_device = method.skips_on_device and device.type != "cpu"
         """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
@@ -175,6 +176,22 @@ class TrialOptimizer:
                     return f"an update sets {key} = {value!r}; checkpoints keep tensors and numbers"
         return None
 
+    def does_not_skip(self) -> str | None:
+        """Return what an optimizer with `skips_on_device` changes in an update that it is to skip."""
+        if not self._skips_on_device:
+            return None
+
+        def kept() -> dict[str, Tensor]:
+            weights = {
+                f"{name}.{n}": part for name, parts in self.weights.items() for n, part in enumerate(parts)
+            }
+            return {name: value.clone() for name, value in (weights | self.state()).items()}
+
+        before, one = kept(), self._flat_gradients[0].new_ones(())
+        self.step_on_device(1.0, coefficient=one, skipped=one)
+        changed = [name for name, value in kept().items() if not _is_same(value, before.get(name))]
+        return f"skips_on_device=True, and found_inf = 1 changes {', '.join(changed)}" if changed else None
+
     def _settings(self) -> list[dict[str, Any]]:
         """Return the settings of each group, besides those that are set before each update."""
         groups = getattr(self._optimizer, "param_groups", [])
@@ -200,7 +217,7 @@ def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> Non
             for gradient in tried._flat_gradients:
                 gradient.fill_(1e-3)
             tried.step(1.0, norm=float(tried.gradient_norm()))
-            if (mistake := tried.mistake()) is None:
+            if (mistake := tried.mistake() or tried.does_not_skip()) is None:
                 tried.load_state(tried.state())
     except Exception as error:  # noqa: BLE001  a plug-in may raise anything
         mistake = f"an update of small weights raised {last_words(error, __file__)}"

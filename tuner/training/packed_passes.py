@@ -53,7 +53,8 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
 
 def read_updates(runs: Iterable[TrialRun]) -> None:
     """Read what the device decided of the trials' updates, in one read; nothing if all is known."""
-    unread = [(run, run.unread_tally) for run in runs if run.unread_tally is not None]
+    if not (unread := [(run, run.unread_tally) for run in runs if run.unread_tally is not None]):
+        return
     for (run, _), tally in zip(unread, read([tally for _, tally in unread]), strict=True):
         run.read_tally(tally)
 
