@@ -281,7 +281,8 @@ def _of_input(layer: PackedLinear, gradient: Tensor) -> Tensor:
     inner: Any = layer.inner
     weight = dequantize_4bit(inner.weight.view(-1, 1), inner.weight.quant_state)
     dtype = gradient.dtype if inner.compute_dtype is None else inner.compute_dtype
-    return (gradient.to(dtype) @ weight.to(dtype)).to(gradient.dtype)
+    of_x: Tensor = gradient.to(dtype) @ weight.to(dtype)
+    return of_x.to(gradient.dtype)
 
 
 def _matrices(layer: PackedLinear, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]:
