@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CASES = Path(__file__).with_name("accelerator_cases.py")
-NUM_CASES = 9
+NUM_CASES = 12
 
 
 def test_on_a_device_without_values() -> None:
