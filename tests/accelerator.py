@@ -6,6 +6,7 @@ two devices raises, and so does each read of a value that does not go through `d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.optim import optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +27,7 @@ from tests import tiny
 from tests.training.driving import Hyperparameters, worker_state
 from tuner.adapters import Base, Pack, device_io, evaluation
 from tuner.adapters.frozen_linear import speed_up
+from tuner.adapters.placement import connect
 from tuner.records import Assignment
 from tuner.training import packed_passes, trial_run
 from tuner.training.device_updates import INFEASIBLE_AT
@@ -38,6 +43,12 @@ tensors keep the two apart as any others."""
 class _Backend(_DummyBackendModule):  # type: ignore[misc]
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """All numbers are drawn on the host, whose state is restored besides."""
 
 
 @cache
@@ -87,6 +98,9 @@ def accelerated(answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones) 
         for module in (device_io, evaluation, packed_passes, trial_run):
             patch.setattr(module, "read", reads)
         patch.setattr(packed_passes, "_dropout_keys", _with_values(packed_passes._dropout_keys))
+        # torch's fused AdamW lists the devices that have it.
+        devices = [*_get_fused_kernels_supported_devices(), SECOND]
+        patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: devices)
         yield reads
 
 
@@ -117,9 +131,18 @@ def training(
     joins_rows: bool = True,
     micro_tokens: int = 1 << 20,
     answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones,
+    second: Sequence[str] = (),
+    num_layers: int = 2,
 ) -> Iterator[Accelerated]:
-    """Trials by slot on a Llama. PEFT makes their adapters first, on the host, as a worker's do."""
-    model = AutoModelForCausalLM.from_config(tiny.config("llama"), dtype=dtype).eval().requires_grad_(False)
+    """Trials by slot on a Llama, of which modules may be on the second device.
+
+    PEFT makes their adapters first, on the host, as a worker's do.
+    """
+    model = (
+        AutoModelForCausalLM.from_config(tiny.config("llama", num_hidden_layers=num_layers), dtype=dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     base = Base(model, dtype, head_is_linear=True)  # what `freeze` finds out by computing is said instead
     base.joins_rows, base.last = joins_rows, model.model.layers[-1].mlp
     speed_up(model)
@@ -128,14 +151,33 @@ def training(
     modules = {name for start in starts.values() for name in start.weights}
     with accelerated(answer) as reads:
         place(model, FIRST)
+        for name in second:
+            place(model.get_submodule(name), SECOND)
+        connect(model)
         num_slots, max_rank = max(trials) + 1, max(start.config.r for start in starts.values())
         state.pack = Pack(base, num_slots=num_slots, max_rank=max_rank, modules=modules)
         runs = {}
         for slot, trial in trials.items():
             assignment = Assignment("round1", slot, 1, trial, 99, 99, directory="")
-            runs[slot] = TrialRun(assignment, starts[slot], device=base.device)
+            runs[slot] = state.new_run(assignment, starts[slot])
             state.pack.occupy(slot, starts[slot])
         yield Accelerated(state, runs, reads)
+
+
+class Crossings(TorchDispatchMode):
+    """Counts copies between devices within the block, by where from and where to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if operator in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if operator is torch.ops.aten.copy_.default else args[0]
+            if source.device != made.device:
+                self.counted[str(source.device), str(made.device)] += 1
+        return made
 
 
 def place(model: nn.Module, device: str) -> None:

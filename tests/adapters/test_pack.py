@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.adapters.plain_dropout import dropout_mask
-from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
-from tuner.adapters import pack as pack_module
+from tuner.adapters import Adapter, Base, Pack, PackedRows, device_pack, initial_adapter
 from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.initial import lora_config, meta_copy
 from tuner.data import Example
@@ -137,13 +136,13 @@ def test_a_torch_without_operators_on_lists_computes_the_same(
 ) -> None:
     calls = []
     for name, operation in (("_copy_each", Tensor.copy_), ("_add_each", Tensor.add_)):
-        public = pack_module._one_by_one(operation)
+        public = device_pack._one_by_one(operation)
 
         def counted(*lists: Sequence[Tensor], name: str = name, public: object = public) -> None:
             calls.append(name)
             public(*lists)  # type: ignore[operator]
 
-        monkeypatch.setattr(pack_module, name, counted)
+        monkeypatch.setattr(device_pack, name, counted)
     test_gradients_are_autograds_with_the_same_masks(models, tiny.SHAPES[0], (0, 1, 2))
     assert set(calls) == {"_copy_each", "_add_each"}
 

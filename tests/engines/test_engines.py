@@ -306,12 +306,25 @@ def test_a_plug_in_is_short() -> None:
     assert len(PLUG_INS.splitlines()) <= 40
 
 
-def test_packed_training_takes_one_gpu_per_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("visible", "loader", "said"),
+    [
+        ("", "transformers", "run.gpus_per_worker: 2: this machine has 0 GPU(s); lower it"),
+        ("0", "transformers", "run.gpus_per_worker: 2: this machine has 1 GPU(s); lower it"),
+        ("0,1", "unsloth", "run.gpus_per_worker: 2: model.loader: unsloth uses one GPU; set model.loader: t"),
+    ],
+)
+def test_too_few_gpus_or_another_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, loader: str, said: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     study = tmp_path / "study"
     write_round(study, run="run: {gpus_per_worker: 2}")
+    file = study / "round1.yaml"
+    file.write_text(file.read_text().replace("model: {path", f"model: {{loader: {loader}, path"))
     done = command("study", "run", "round1.yaml", directory=study)
     assert done.returncode == 2
-    assert "run.gpus_per_worker: 2: packed LoRA training uses one GPU per worker" in done.stderr
+    assert said in " ".join(done.stderr.split())
     assert [path.name for path in study.iterdir()] == ["round1.yaml"]
 
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.training.driving import assert_lost_in_rounding, assignment, curve, ended, run_loop, worker_state
+from tests.training.driving import (
+    Entry,
+    assert_lost_in_rounding,
+    assignment,
+    curve,
+    drive,
+    ended,
+    loss_difference,
+    run_loop,
+    worker_state,
+)
 from tuner.adapters import Base, load_base
 
 pytestmark = [
@@ -52,6 +62,22 @@ def test_loop(path: Path, tmp_path: Path, optimizer: str) -> None:
     assert ended(again).outcome == "complete"
     assert [evaluation.step for evaluation in curve(again)] == [0, 3, 6, 9, 10]
     assert curve(again)[-1].eval_loss < curve(again)[0].eval_loss
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_base_on_two_gpus(path: Path, quantization: str) -> None:
+    """Nobody has run this yet: it was written without two GPUs."""
+    spec = tiny.model_spec(path, dtype="bfloat16", quantization=quantization)
+    second = torch.device("cuda:1")
+    trials = [tiny.hyperparameters(training_seed=n, lora_dropout=0.1) for n in range(2)]
+    found = []
+    for others in ((), (second,)):
+        base = load_base(spec, device="cuda:0", max_length=tiny.MAX_LENGTH, others=others)
+        with worker_state(base, trials, slots=2) as state:
+            found.append(drive(state, trials, [Entry(0, 0), Entry(1, 1)], max_train_steps=5))
+    assert second in base.devices
+    assert max(loss_difference(found[0][n], found[1][n]) for n in range(2)) < 0.02
 
 
 def test_unsloth_gives_the_same_losses(path: Path) -> None:

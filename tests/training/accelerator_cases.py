@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from tests import tiny
-from tests.accelerator import FIRST, SECOND, accelerated, is_tally, tally, training
+from tests.accelerator import FIRST, SECOND, Crossings, accelerated, is_tally, tally, training
 from tuner.adapters.device_io import send
 from tuner.training.packed_passes import evaluate, micro_step, read_updates
 
@@ -56,6 +56,52 @@ def test_updates_and_evaluations(slots: Sequence[int], rate: float, joined: bool
         assert on.reads.devices == [FIRST] * 5  # of the update, and of the scores
     assert all(evaluation.step == 4 for evaluation in made.values())
     assert all(run.train_loss is not None and run.train_loss > 0 for run in on.runs.values())
+
+
+SPREAD = ("model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("slots", "rate", "joined", "second"),
+    [
+        pytest.param((0,), 0.0, False, SPREAD, id="alone, padded"),
+        pytest.param((0, 1, 2, 3), 0.05, True, SPREAD, id="four"),
+        pytest.param((0, 1, 3), 0.05, True, SPREAD[:-1], id="a hole, without the head"),
+    ],
+)
+def test_two_devices(slots: Sequence[int], rate: float, joined: bool, second: Sequence[str]) -> None:
+    """Each layer's weights are with it; losses and norms are read from the first device."""
+    trials = {slot: tiny.hyperparameters(training_seed=slot, lora_dropout=rate) for slot in slots}
+    with training(trials, joins_rows=joined, second=second) as on:
+        assert [str(device) for device in on.state.pack.devices] == [FIRST, SECOND]
+        for step in range(1, 3):
+            if step == 2:
+                assert on.state.base.keep_fewer_activations()
+            micro_step(on.state, on.runs)
+            assert {run.step for run in on.runs.values()} == {step}
+            assert on.reads.devices == [FIRST] * step
+        evaluate(on.state, on.runs)
+        for name, (a, b) in on.runs[0].optimizer.weights.items():
+            assert {str(a.device), str(b.device)} == {SECOND if ".1." in name else FIRST}
+
+
+@pytest.mark.parametrize(("num_trials", "joined", "more"), [(1, True, 0), (4, False, 2)])
+def test_each_device_gets_row_data_once_a_pass(num_trials: int, joined: bool, more: int) -> None:
+    """However many layers and trials there are."""
+    trials = {n: tiny.hyperparameters(training_seed=n, lora_dropout=0.05) for n in range(num_trials)}
+    second = [*SPREAD, *(f"model.layers.{2 + number}" for number in range(more))]
+    with training(trials, joins_rows=joined, second=second, num_layers=2 + more) as on:
+        micro_step(on.state, on.runs)
+        with Crossings() as crossings:
+            micro_step(on.state, on.runs)
+    assert crossings.counted == {
+        ("cpu", FIRST): 1,
+        ("cpu", SECOND): 1,
+        # Hidden states, two tensors of rotary embeddings, and a mask if rows are padded.
+        (FIRST, SECOND): 3 if joined else 4,
+        # The gradient of the hidden states, all losses, and a norm of each trial.
+        (SECOND, FIRST): 2 + num_trials,
+    }
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def begin(state: WorkerState, slot: int, trial: Hyperparameters, *, max_train_st
     """Create a trial at step 0 in a slot."""
     assignment = Assignment("round1", slot, 1, trial, max_train_steps, max_train_steps, directory="")
     start = state.new_adapter(trial, seed=int(trial["training_seed"]))
-    run = TrialRun(assignment, start, device=state.base.device)
+    run = state.new_run(assignment, start)
     state.pack.occupy(slot, run.adapter)
     return run
 

@@ -1,4 +1,4 @@
-"""`accelerator_cases.py`, in a process of its own: torch counts its devices when it first goes backward."""
+"""Cases in a process of their own, since torch counts its devices when it first goes backward."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = Path(__file__).with_name("accelerator_cases.py")
-NUM_CASES = 12
+CASES = [Path(__file__).with_name(name) for name in ("accelerator_cases.py", "spread_cases.py")]
+NUM_CASES = 28
 
 
-def test_on_a_device_without_values() -> None:
+def test_on_devices_that_are_not_there() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(CASES)],
-        cwd=CASES.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *map(str, CASES)],
+        cwd=CASES[0].parents[2],
         env={name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))},
         capture_output=True,
         text=True,

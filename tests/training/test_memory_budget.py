@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +13,10 @@ from tuner.training.memory_budget import (
     MAX_KNEE_TOKENS,
     MAX_SLOTS,
     MIN_KNEE_TOKENS,
+    DeviceRoom,
     PassCost,
     Probed,
+    choose_on_each,
     choose_packing,
     fit_pass_cost,
 )
@@ -99,3 +103,27 @@ def test_adapters_too_large_for_memory_share_it_with_fewer() -> None:
     )
     assert packing.slots == 4
     assert packing.pass_tokens == 4 * 512
+
+
+@given(costs=st.lists(COSTS, min_size=1, max_size=3), choice=CHOICES, data=st.data())
+def test_the_fullest_device_decides(
+    costs: list[PassCost], choice: dict[str, int], data: st.DataObject
+) -> None:
+    seconds = {name: getattr(costs[0], name) for name in ("fixed_seconds", "seconds_per_token")}
+    costs = [replace(cost, **seconds) for cost in costs]  # all take part in one pass
+    of_device = {name: choice.pop(name) for name in ("limit_bytes", "slot_weights")}
+    limits = data.draw(st.permutations([of_device["limit_bytes"] // (n + 1) for n in range(len(costs))]))
+    rooms = [
+        DeviceRoom(cost, limit_bytes=limit, slot_weights=of_device["slot_weights"])
+        for cost, limit in zip(costs, limits, strict=True)
+    ]
+    found = choose_on_each(rooms, **choice)
+    alone = [choose_on_each([room], **choice) for room in rooms]
+    first = choose_packing(costs[0], limit_bytes=limits[0], slot_weights=of_device["slot_weights"], **choice)
+    assert alone[0] == first
+    assert found.slots == min(packing.slots for packing in alone)
+    for cost, limit in zip(costs, limits, strict=True):
+        peak = cost.peak_bytes(
+            slots=found.slots, slot_weights=of_device["slot_weights"], pass_tokens=found.pass_tokens
+        )
+        assert found.slots == 1 or peak <= limit + 1 + 1e-6 * peak

@@ -308,7 +308,7 @@ def test_padded_ranks_change_rounding_at_most(models: tiny.Models, monkeypatch: 
         monkeypatch.setattr(driving, "Pack", partial(Pack, rank_multiple=multiple))
         with worker_state(base, trials, slots=3, micro_tokens=MICRO_TOKENS) as state:
             found.append(drive(state, trials, [Entry(n, n) for n in range(3)], max_train_steps=STEPS))
-            pack = state.pack
+            pack = state.pack.parts[0]
             assert pack.rank_of([0]) == (8 if multiple == 8 else 3)
             assert pack.rank_of([0, 2]) == (16 if multiple == 8 else 10)
             for layer in base.model.modules():

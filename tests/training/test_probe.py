@@ -52,7 +52,7 @@ def test_probe_times_a_trial_and_leaves_nothing(models: tiny.Models, tmp_path: P
     # No update of two layers takes a tenth of a millisecond, and no evaluation of a few rows.
     assert min(predicted.seconds_per_step, predicted.seconds_per_evaluation) > 1e-4
     assert predicted.peak_memory_bytes > 10 * 2**20
-    probed = probe(state, largest_hyperparameters(spec.space()))
+    (probed,) = probe(state, largest_hyperparameters(spec.space()))
     longest = int(data.train.num_tokens.max())
     assert state.joins_rows  # a pass is as long as the rows together, for each of three trials
     assert list(probed.tokens) == sorted(set(probed.tokens))
@@ -91,8 +91,8 @@ def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: 
     """As on a GPU: these rows are so short that a pass has room for every trial, if memory has."""
     spec, data = _round(models, tmp_path)
     state = arrange(spec, data, slots=probed)
-    assert packing_for(state, spec, limit_bytes=1 << 50).slots == spec.num_trials == 4
-    assert packing_for(state, spec, limit_bytes=1 << 20).slots == 1
+    assert packing_for(state, spec, limits=[1 << 50]).slots == spec.num_trials == 4
+    assert packing_for(state, spec, limits=[1 << 20]).slots == 1
 
 
 def test_a_row_that_does_not_fit_is_no_prediction(models: tiny.Models, tmp_path: Path) -> None:

@@ -44,8 +44,9 @@ with _compiling_when_called():
     import peft  # noqa: F401
 
 from tuner.adapters.base import Base, load_base
+from tuner.adapters.device_pack import PackedRows
 from tuner.adapters.initial import Adapter, embeddings_of, initial_adapter, largest_adapter, positions_of
-from tuner.adapters.pack import Pack, PackedRows
+from tuner.adapters.pack import Pack
 from tuner.adapters.peft_files import read_adapter, write_adapter
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,7 @@ from tuner.adapters.device_io import one_example_a_row, one_out_of_memory, send
 from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
 from tuner.adapters.joined import Joined, joined_positions, joined_rows
 from tuner.adapters.loaders import load_by_unsloth, require_loader
+from tuner.adapters.placement import connect, devices_of, is_about_offloading, on, placed
 from tuner.data import Example
 from tuner.data.pretrained import hub_advice, where_to_look
 from tuner.errors import ModelError
@@ -60,6 +61,11 @@ class Base:
     def device(self) -> torch.device:
         """Return the device of the inputs."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Return all devices that it is on, that of the inputs first."""
+        return devices_of(self.model)
 
     @property
     def vocabulary_size(self) -> int:
@@ -96,7 +102,7 @@ class Base:
         padding, so no mask is needed. `columns` are at least 1. Only these positions reach the output
         embedding.
         """
-        hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
+        hidden, targets = self._before(input_ids, rows, columns)
         if not self.head_is_linear:
             return chunked_nll(self._logits, hidden, targets, vocabulary_size=self.vocabulary_size)
         head = self.model.get_output_embeddings()
@@ -105,29 +111,35 @@ class Base:
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return `token_nll` without gradients, and for each token whether no other is likelier there."""
-        hidden, targets = self._before(input_ids, rows, columns), input_ids[rows, columns]
+        hidden, targets = self._before(input_ids, rows, columns)
         head = self.model.get_output_embeddings()
         logits = partial(product, weight=head.weight, bias=head.bias) if self.head_is_linear else self._logits
         return token_scores(logits, hidden, targets, vocabulary_size=self.vocabulary_size)
 
-    def _before(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the last hidden states [tokens, width] at the preceding positions, which predict these."""
+    def _before(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states [tokens, width] at the preceding positions, which predict these.
+
+        The tokens at these [tokens] follow. Both are on the device of the output embedding.
+        """
+        head = self.model.get_output_embeddings()
+        there = head.weight.device
+        rows, columns, ids = (on(each, there) for each in (rows, columns, input_ids))
+        targets = ids[rows, columns]
         if not self.head_is_linear:
-            return self._last_hidden(input_ids)[rows, columns - 1]
+            return self._last_hidden(input_ids).to(there)[rows, columns - 1], targets
         picked: list[Tensor] = []
 
         def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             picked.append(inputs[0][rows, columns - 1])
             return (picked[0][None, :1],)
 
-        head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(pick)
         try:
             with one_example_a_row():
                 self.model(input_ids=input_ids, use_cache=False, **joined_positions())
         finally:
             hook.remove()
-        return picked[0]
+        return picked[0], targets
 
     def _last_hidden(self, input_ids: Tensor) -> Tensor:
         """Return the output of the layers for `input_ids`: [rows, length, width]."""
@@ -172,24 +184,36 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = own
 
 
-def load_base(model: ModelSpec, *, device: str | torch.device, max_length: int) -> Base:
-    """Load a causal language model for training adapters on it.
+def load_base(
+    model: ModelSpec,
+    *,
+    device: str | torch.device,
+    max_length: int,
+    others: Sequence[torch.device] = (),
+) -> Base:
+    """Load a causal language model for training adapters on it, spread over all devices if there are others.
 
     Raises ModelError if it cannot be found, or if its rows influence one another, so that a trial's result
     would depend on its neighbours.
     """
-    loaded = load_model(model, device=device, max_length=max_length)
+    loaded = load_model(model, device=device, max_length=max_length, others=others)
     return freeze(loaded, dtype=DTYPES[model.dtype])
 
 
-def load_model(model: ModelSpec, *, device: str | torch.device, max_length: int) -> PreTrainedModel:
+def load_model(
+    model: ModelSpec,
+    *,
+    device: str | torch.device,
+    max_length: int,
+    others: Sequence[torch.device] = (),
+) -> PreTrainedModel:
     """Load the model with transformers, quantised if the round file says so. Raises as `load_base` does.
 
     Sets for the process how a GPU multiplies float32.
     """
     choose_products(model, torch.device(device))
     with _without_bars():
-        return _loaded(model, device=torch.device(device), max_length=max_length)
+        return _loaded(model, (torch.device(device), *others), max_length=max_length)
 
 
 def choose_products(model: ModelSpec, device: torch.device) -> None:
@@ -212,23 +236,33 @@ def _without_bars() -> Iterator[None]:
         modeling_gguf_pytorch_utils.tqdm = shown
 
 
-def _loaded(model: ModelSpec, *, device: torch.device, max_length: int) -> PreTrainedModel:
+def _loaded(model: ModelSpec, devices: Sequence[torch.device], *, max_length: int) -> PreTrainedModel:
     config = load_config(model, max_length=max_length)
     try:
         with one_out_of_memory():
-            loaded = _from_files(model, config, device=device, max_length=max_length)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise _cannot_load(model, error) from error
+            loaded = _from_files(model, config, devices, max_length=max_length)
     except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"model.path: {model.path!r} does not fit into the memory of {device}: {error}\n"
-            "Set model.quantization: nf4, choose a smaller model, or free memory used by other processes."
-        ) from error
+        raise _too_large(model, devices, error) from error
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        if is_about_offloading(error):
+            raise _too_large(model, devices, error) from error
+        raise _cannot_load(model, error) from error
     return loaded
 
 
-def _from_files(model: ModelSpec, config: Any, *, device: torch.device, max_length: int) -> PreTrainedModel:
-    dtype, quantization = DTYPES[model.dtype], _quantization(model)
+def _too_large(model: ModelSpec, devices: Sequence[torch.device], error: Exception) -> ModelError:
+    where = ", ".join(map(str, devices))
+    return ModelError(
+        f"model.path: {model.path!r} does not fit into the memory of {where}: {error}\n"
+        "Set model.quantization: nf4, set run.gpus_per_worker to more GPUs, choose a smaller model, or free "
+        "memory used by other processes."
+    )
+
+
+def _from_files(
+    model: ModelSpec, config: Any, devices: Sequence[torch.device], *, max_length: int
+) -> PreTrainedModel:
+    dtype, quantization, device = DTYPES[model.dtype], _quantization(model), devices[0]
     if model.loader == "unsloth":
         positions = getattr(config, "max_position_embeddings", None) or max_length
         return load_by_unsloth(
@@ -238,11 +272,12 @@ def _from_files(model: ModelSpec, config: Any, *, device: torch.device, max_leng
         model.path,
         config=config,
         dtype=dtype,
-        device_map={"": device},
         quantization_config=quantization,
         trust_remote_code=model.trust_remote_code,
+        **placed(devices),
         **model_source(model),
     )
+    connect(loaded)
     return loaded
 
 
@@ -450,6 +485,7 @@ def _may_skip_tokens(base: Base, part: nn.Module) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
+    kept = on(kept, own.device)
     difference = (few[kept] - own[kept]).float().norm()
     near = bool(
         difference <= torch.finfo(base.dtype).eps ** 0.5 * own.float().norm() and few.isfinite().all()

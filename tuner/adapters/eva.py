@@ -105,7 +105,7 @@ class _LayerInputs:
         self._last = x, found
         if not found.has_converged:
             at = self.tokens.rows * self.tokens.input_ids.shape[1] + self.tokens.columns
-            found.add(x.reshape(-1, x.shape[-1])[at])
+            found.add(x.reshape(-1, x.shape[-1])[at.to(x.device)])
 
     @property
     def have_converged(self) -> bool:

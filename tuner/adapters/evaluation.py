@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuner.adapters.device_io import one_out_of_memory, read, send
+from tuner.adapters.device_io import one_out_of_memory, read
+from tuner.adapters.device_pack import PackedRows
 from tuner.adapters.joined import Joined, joined_rows, predicting_places
-from tuner.adapters.pack import Pack, PackedRows
+from tuner.adapters.pack import Pack
+from tuner.adapters.placement import on, send_to_each
 from tuner.data import Example, Examples
 
 GRIDS = {"max_grids": 4, "multiple": 16}
@@ -38,17 +40,20 @@ class TokenGrid:
     def sum_by_row(self, nll: Tensor) -> Tensor:
         """Add up per-token values [targets] row by row, in float64: [rows]."""
         total = torch.zeros(self.input_ids.shape[0], dtype=torch.float64, device=nll.device)
-        return total.index_add_(0, self.rows, nll.detach().double())
+        return total.index_add_(0, on(self.rows, nll.device), nll.detach().double())
 
 
 def grid(
     examples: Sequence[Sequence[Example]],
     *,
     device: torch.device,
+    others: Sequence[torch.device] = (),
     pad: int = 0,
     more: Sequence[NDArray[np.generic]] = (),
 ) -> TokenGrid:
     """Lay the examples of each slot side by side, and send them to the device in one copy with `more`.
+
+    Of other devices, to which they are sent too, `placement.on` has the copies.
 
     Slots with fewer rows than the largest are filled with rows of one token and no target, so that
     the number of rows is the same for each.
@@ -63,21 +68,26 @@ def grid(
             ids[row, : len(example.input_ids)] = example.input_ids
             target[row, : len(example.input_ids)] = example.is_target
     rows, columns = np.nonzero(target)
-    input_ids, at_rows, at_columns, *others = send([ids, rows, columns, *more], device)
-    return TokenGrid(input_ids, at_rows, at_columns, tuple(others))
+    input_ids, at_rows, at_columns, *extra = send_to_each([ids, rows, columns, *more], (device, *others))
+    return TokenGrid(input_ids, at_rows, at_columns, tuple(extra))
 
 
 def join(
-    examples: Sequence[Sequence[Example]], *, device: torch.device, more: Sequence[NDArray[np.generic]] = ()
+    examples: Sequence[Sequence[Example]],
+    *,
+    device: torch.device,
+    others: Sequence[torch.device] = (),
+    more: Sequence[NDArray[np.generic]] = (),
 ) -> TokenGrid:
     """Join the examples of each slot to one row, padded to that of the longest slot. Sends as `grid` does."""
     arrays, shapes = joined_rows(examples, **(GRIDS if device.type == "cpu" else {}))
     ids, at_rows, at_columns, *_ = arrays
     predicting = predicting_places(at_rows, at_columns, ids.shape)
     last = [] if predicting is None else [predicting]
-    input_ids, rows, columns, positions, numbers, places, *others = send([*arrays, *more, *last], device)
-    joined = Joined(positions, numbers, places, shapes, *others[len(more) :])
-    return TokenGrid(input_ids, rows, columns, tuple(others[: len(more)]), joined)
+    sent = send_to_each([*arrays, *more, *last], (device, *others))
+    input_ids, rows, columns, positions, numbers, places, *extra = sent
+    joined = Joined(positions, numbers, places, shapes, *extra[len(more) :])
+    return TokenGrid(input_ids, rows, columns, tuple(extra[: len(more)]), joined)
 
 
 def rows_by_length(examples: Examples, *, rows: int) -> list[list[int]]:
@@ -117,7 +127,8 @@ def scores_of(
         packed = PackedRows(tuple(slots[number] for number in numbers)) if slots else None
         try:
             with one_out_of_memory():
-                tokens = grid([[examples[row] for row in part]] * len(numbers), device=pack.base.device)
+                device, *others = pack.devices
+                tokens = grid([[examples[row] for row in part]] * len(numbers), device=device, others=others)
                 nll, is_first = pack.token_scores(tokens.input_ids, tokens.rows, tokens.columns, packed)
         except torch.OutOfMemoryError:
             if len(part) == len(numbers) == 1:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tuner.adapters.placement import on
 from tuner.data import Example
 
 _NAME = "tuner_joined"
@@ -52,14 +53,16 @@ class Joined:
 
     def apart(self, x: Tensor) -> list[Tensor]:
         """[slots, heads, length, width] -> [rows, heads, length, width] of each grid, zero where padded."""
-        laid: Tensor = _Scattered.apply(x.transpose(1, 2).flatten(0, 1), self.places, sum(self.sizes))  # type: ignore[no-untyped-call]
+        places = on(self.places, x.device)
+        laid: Tensor = _Scattered.apply(x.transpose(1, 2).flatten(0, 1), places, sum(self.sizes))  # type: ignore[no-untyped-call]
         parts = zip(torch.split(laid, self.sizes), self.shapes, strict=True)
         return [part.view(*shape, *part.shape[1:]).transpose(1, 2) for part, shape in parts]
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """[rows, length, heads, width] of each grid -> [slots, length, heads, width]"""
         flat = [part.flatten(0, 1) for part in parts]
-        joined: Tensor = _Gathered.apply(flat[0] if len(flat) == 1 else torch.cat(flat), self.places)  # type: ignore[no-untyped-call]
+        places = on(self.places, flat[0].device)
+        joined: Tensor = _Gathered.apply(flat[0] if len(flat) == 1 else torch.cat(flat), places)  # type: ignore[no-untyped-call]
         return joined.view(*self.positions.shape, *joined.shape[1:])
 
     @contextmanager
@@ -84,7 +87,8 @@ class Joined:
     @contextmanager
     def _narrowing(self, module: nn.Module) -> Iterator[None]:
         """Let a module see the tokens before targets; its output is 0 at the others."""
-        predicting = self.predicting
+        assert self.predicting is not None
+        predicting = on(self.predicting, next(module.parameters()).device)
 
         def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (x,) = inputs

@@ -6,52 +6,28 @@ dimension keep trials apart: one trial's NaN never reaches another.
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tuner.adapters.base import Base
-from tuner.adapters.dora import DoraUpdate, weight_norm
+from tuner.adapters.device_pack import DevicePack, MasterTensors, PackedRows
+from tuner.adapters.dora import weight_norm
 from tuner.adapters.initial import Adapter
-from tuner.adapters.joined import Joined
-from tuner.adapters.linear_layers import widths
-from tuner.adapters.packed_linear import Arranged, PackedLinear, Settings, Stacked
-
-MasterTensors: TypeAlias = Mapping[str, tuple[Tensor, ...]]
-"""A trial's weights, or their gradients, by module and in PEFT's shapes."""
-_ForEach: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
-"""Changes each tensor of the first list by the one of the second."""
-
+from tuner.adapters.packed_linear import PackedLinear
 
 _GPU_RANK_MULTIPLE = 8
 """Ranks are filled with zeros to multiples of it on a GPU, whose tensor cores need them: zeros stay zeros."""
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """The slots of a forward pass: an equal number of rows for each, or one joined row, slot after slot."""
-
-    slots: tuple[int, ...]
-    """Slots taking part, each once."""
-    dropout_keys: Tensor | None = None
-    """[examples] keys of `frozen_linear.row_keys`; None in evaluation."""
-    joined: Joined | None = None
-    """Where tokens belong if a row has several examples."""
 
 
 class Pack:
     """K slots of LoRA weights over a base model.
 
     The stacked weights, in the base model's dtype, are used by a forward pass; the master weights, in
-    float32, belong to the trials. `load` and `collect` copy between the two. A slot's weights of all layers
-    lie in one row of a tensor, so slots that are not adjacent are brought together by one copy. Gradients lie
-    in another tensor, in the order of the slots of the pass, and are zeroed and converted at once.
+    float32, belong to the trials. `load` and `collect` copy between the two. Each device of the base model
+    has a `DevicePack` with the layers that are there.
     """
 
     def __init__(
@@ -64,56 +40,40 @@ class Pack:
         rank_multiple: int | None = None,
     ) -> None:
         self.base = base
+        self.devices = base.devices
+        """That of the inputs first."""
         if rank_multiple is None:
             rank_multiple = 1 if base.device.type == "cpu" else _GPU_RANK_MULTIPLE
-        self._rank_multiple = rank_multiple
-        max_rank = -(-max_rank // rank_multiple) * rank_multiple
         self.num_slots = num_slots
         self.rows: PackedRows | None = None
         wanted = set(modules)
         inner = {name: module for name, module in base.model.named_modules() if name in wanted}
-        shapes = [(max_rank, width) for module in inner.values() for width in widths(module)]
-        sizes = [math.prod(shape) for shape in shapes]
-        self._weights = torch.zeros(num_slots, sum(sizes), device=base.device, dtype=base.dtype)
-        self._gradients = torch.zeros(self._weights.numel(), device=base.device, dtype=base.dtype)
-        self._master_gradients = self._gradients.float()  # itself where the base is float32
-        gradients = _views(self._gradients, num_slots, shapes)
-        master = _views(self._master_gradients, num_slots, shapes)
-        self.anchor = torch.zeros((), device=base.device, requires_grad=True)
-        """Makes autograd go back through layers whose inputs need no gradient."""
-        keys = [zlib.crc32(name.encode()) for name in inner]  # of its path, whichever modules the pack wraps
-        self._settings = Settings.empty(keys, num_slots, like=self._weights)
-        self._layers: dict[str, PackedLinear] = {}
-        self._master: dict[str, tuple[Tensor, Tensor]] = {}
-        for number, (name, module) in enumerate(inner.items()):
-            a, b = 2 * number, 2 * number + 1
-            start = sum(sizes[:a])
-            self._layers[name] = PackedLinear(
-                module,
-                self,
-                number=number,
-                a=Stacked(self._weights, start=start, shape=shapes[a]),
-                b=Stacked(self._weights, start=start + sizes[a], shape=shapes[b]),
-                gradients=(gradients[a], gradients[b]),
+        places = {name: _device_of(module, base) for name, module in inner.items()}
+        self.parts = [
+            DevicePack(
+                {name: module for name, module in inner.items() if places[name] == device},
+                num_slots=num_slots,
+                max_rank=-(-max_rank // rank_multiple) * rank_multiple,
+                rank_multiple=rank_multiple,
+                device=device,
+                dtype=base.dtype,
             )
-            self._master[name] = master[a], master[b]
-            _replace(base, name, self._layers[name])
-        self._ranks = [1] * num_slots
-        self._names: list[tuple[str, ...]] = [()] * num_slots
-        self._weights_of: list[list[Tensor]] = [[] for _ in range(num_slots)]
-        """Per slot, the trial's views of the stacked tensors in PEFT's shapes: A, B, A, B, ... With DoRA the
-        magnitude, which is not stacked, follows each B."""
-        self._gradients_of: dict[tuple[int, int], list[Tensor]] = {}
-        """The same of the gradients, by slot and its place in a pass."""
-        self._places: dict[int, int] = {}
+            for device in self.devices
+            if device in places.values()
+        ]
+        """Of each device with layers of the pack."""
+        self._layers: dict[str, PackedLinear] = {
+            name: layer for part in self.parts for name, layer in part.layers.items()
+        }
+        for name, layer in self._layers.items():
+            _replace(base, name, layer)
+        self._slot_places: dict[int, int] = {}
         """Of each slot in the last pass."""
-        self.arranged: Arranged | None = None
-        """What the layers use in the pass that `rows` describes."""
-        self._adjacent: dict[tuple[int, ...], Arranged] = {}
-        """Views of adjacent slots, until a trial occupies one."""
-        self._together: Arranged | None = None
-        """Copies of slots that are not adjacent, until their weights change."""
-        self._dora: list[DoraUpdate] = []
+
+    @property
+    def places(self) -> dict[str, torch.device]:
+        """Return the device of each layer, by module path."""
+        return {name: part.device for part in self.parts for name in part.layers}
 
     def close(self) -> None:
         """Restore the base model's own layers."""
@@ -128,8 +88,9 @@ class Pack:
         """
         if not adapter.config.use_dora:
             return adapter
-        weights, device = {}, self.base.device
+        weights, places = {}, self.places
         for name, (a, b) in adapter.weights.items():
+            device = places[name]
             norm = weight_norm(self._layers[name].inner, a.to(device), b.to(device), scale=adapter.scale)
             weights[name] = a, b, norm.cpu()
         return Adapter(adapter.config, weights)
@@ -137,75 +98,39 @@ class Pack:
     def occupy(self, slot: int, adapter: Adapter) -> None:
         """Give a slot to a trial and zero everything of its predecessor. DoRA needs a pack of one slot."""
         assert self.num_slots == 1 or not adapter.config.use_dora
-        self._dora, self._together, self._adjacent = [], None, {}
-        self._weights[slot].zero_()
-        for layer in self._layers.values():
-            layer.clear(slot)
-        rank = adapter.config.r
-        self._ranks[slot] = rank
-        self._names[slot] = tuple(adapter.weights)
-        self._weights_of[slot] = []
-        self._gradients_of = {key: views for key, views in self._gradients_of.items() if key[0] != slot}
-        for name in adapter.weights:
-            layer = self._layers[name]
-            layer.take(slot, scale=adapter.scale, dropout_rate=adapter.config.lora_dropout)
-            self._weights_of[slot] += [layer.a[slot, :rank], layer.b[slot, :rank].t()]
-            if adapter.config.use_dora:
-                dora = layer.take_dora(rank)
-                self._dora.append(dora)
-                self._weights_of[slot].append(dora.magnitude)
-        layers = self._layers.values()
-        self._settings.write(
-            slot,
-            scales=[layer.scales[slot] for layer in layers],
-            dropout_rates=[layer.dropout_rates[slot] for layer in layers],
-        )
+        for part in self.parts:
+            part.occupy(slot, adapter)
         self.load({slot: adapter.weights})
 
     @torch.no_grad()
     def load(self, weights: Mapping[int, MasterTensors]) -> None:
         """Copy trials' master weights into their slots, rounding to the compute dtype."""
-        self._together = None
-        stacked = [view for slot in weights for view in self._weights_of[slot]]
-        _copy_each(stacked, self._master_tensors(weights))
-        for dora in self._dora:
-            dora.measure()
+        for part in self.parts:
+            part.load(weights)
 
     def zero_gradients(self) -> None:
         """Zero the gradients before a pass."""
-        self._gradients.zero_()
-        for dora in self._dora:
-            dora.magnitude_gradient.zero_()
+        for part in self.parts:
+            part.zero_gradients()
 
     @torch.no_grad()
     def collect(self, gradients: Mapping[int, MasterTensors]) -> None:
         """Add the gradients of the pass to those of the trials in these slots, in PEFT's shapes."""
-        if self._master_gradients is not self._gradients:
-            self._master_gradients.copy_(self._gradients)
-        mine = [view for slot in gradients for view in self._gradients_in(slot, self._places[slot])]
-        _add_each(self._master_tensors(gradients), mine)
+        for part in self.parts:
+            part.collect(gradients, places=self._slot_places)
 
-    def _gradients_in(self, slot: int, place: int) -> list[Tensor]:
-        """Return the views of a trial's gradients, which are at the slot's place in the pass."""
-        if (slot, place) not in self._gradients_of:
-            rank, views = self._ranks[slot], []
-            for number, name in enumerate(self._names[slot]):
-                a, b = self._master[name]
-                views += [a[place, :rank], b[place, :rank].t()]
-                if self._dora:
-                    views.append(self._dora[number].magnitude_gradient)
-            self._gradients_of[slot, place] = views
-        return self._gradients_of[slot, place]
-
-    def _master_tensors(self, of: Mapping[int, MasterTensors]) -> list[Tensor]:
-        return [tensor for slot, named in of.items() for name in self._names[slot] for tensor in named[name]]
+    @property
+    def shares(self) -> list[float]:
+        """Return each device's share of the weights in a slot, in the order of `devices`."""
+        weights = {part.device: part.slot_weights for part in self.parts}
+        return [weights.get(device, 0) / max(1, self.slot_weights) for device in self.devices]
 
     @property
     def slot_weights(self) -> int:
         """Return the number of weights in a slot: of every module that some trial adapts, at the largest
         rank.
         """
-        return self._gradients.numel() // self.num_slots
+        return sum(part.slot_weights for part in self.parts)
 
     @contextmanager
     def holding(self, packed: PackedRows | None) -> Iterator[None]:
@@ -213,30 +138,19 @@ class Pack:
 
         Run the backward pass inside the block too: layers whose activations were not kept run again.
         """
-        self.rows, self.arranged = packed, None if packed is None else self._arrange(packed)
+        self.rows = packed
+        if packed is not None:
+            self._slot_places = {slot: place for place, slot in enumerate(packed.slots)}
+            for part in self.parts:
+                part.arrange(packed)
         joined = None if packed is None else packed.joined
         try:
             with nullcontext() if joined is None else joined.within(self.base.model, last=self.base.last):
                 yield
         finally:
-            self.rows = self.arranged = None
-
-    def _arrange(self, rows: PackedRows) -> Arranged:
-        """Bring the slots of a pass together: views if they are adjacent, else one copy until `load`."""
-        slots, settings = rows.slots, self._settings
-        self._places = {slot: place for place, slot in enumerate(slots)}
-        first, end = slots[0], slots[0] + len(slots)
-        if slots == tuple(range(first, end)):
-            if slots not in self._adjacent:
-                weights = self._weights[first:end]
-                self._adjacent[slots] = Arranged(slots, self.rank_of(slots), weights, settings.of(first, end))
-            there = self._adjacent[slots]
-        else:
-            if self._together is None or self._together.slots != slots:
-                weights = torch.cat([self._weights[slot : slot + 1] for slot in slots])
-                self._together = Arranged(slots, self.rank_of(slots), weights, settings.gathered(slots))
-            there = self._together
-        return replace(there, dropout_keys=rows.dropout_keys, joined=rows.joined)
+            self.rows = None
+            for part in self.parts:
+                part.arranged = None
 
     def token_nll(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packed: PackedRows | None
@@ -252,31 +166,10 @@ class Pack:
         with self.holding(packed):
             return self.base.token_scores(input_ids, rows, columns)
 
-    def rank_of(self, slots: Sequence[int]) -> int:
-        """Return the largest rank among the slots, as products have it: padding beyond it is skipped."""
-        largest = max(self._ranks[slot] for slot in slots)
-        return -(-largest // self._rank_multiple) * self._rank_multiple
 
-
-def _one_by_one(operation: Callable[[Tensor, Tensor], Tensor]) -> _ForEach:
-    """What torch's operators on lists do, by public ones: a call for each tensor."""
-
-    def operate(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        for one, other in zip(into, tensors, strict=True):
-            operation(one, other)
-
-    return operate
-
-
-# Private to torch, whose own optimizers are made of them; a torch without them is slower and as right.
-_copy_each: _ForEach = getattr(torch, "_foreach_copy_", _one_by_one(Tensor.copy_))
-_add_each: _ForEach = getattr(torch, "_foreach_add_", _one_by_one(Tensor.add_))
-
-
-def _views(flat: Tensor, num_slots: int, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return a view [slots, rank, width] for each shape."""
-    parts = torch.split(flat, [num_slots * math.prod(shape) for shape in shapes]) if shapes else ()
-    return [part.view(num_slots, *shape) for part, shape in zip(parts, shapes, strict=True)]
+def _device_of(module: nn.Module, base: Base) -> torch.device:
+    weight = next(module.parameters(), None)
+    return base.device if weight is None else weight.device
 
 
 def _replace(base: Base, name: str, module: nn.Module) -> None:

@@ -20,10 +20,11 @@ from tuner.adapters.frozen_linear import (
     product,
     token_keys,
 )
+from tuner.adapters.placement import on
 
 if TYPE_CHECKING:
+    from tuner.adapters.device_pack import DevicePack
     from tuner.adapters.joined import Joined
-    from tuner.adapters.pack import Pack
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,10 @@ class Arranged:
     def _joined_keys(self, joined: Joined, tokens: int) -> Tensor:
         """Return the keys [modules, tokens] of joined rows, or of their tokens before targets."""
         assert self.dropout_keys is not None
-        whose, predicting = (joined.examples, joined.positions.reshape(-1)), joined.predicting
+        device, predicting = self.dropout_keys.device, joined.predicting
+        whose = on(joined.examples, device), on(joined.positions, device).reshape(-1)
         if predicting is not None and tokens == predicting.shape[0]:
+            predicting = on(predicting, device)
             whose = whose[0].index_select(0, predicting), whose[1].index_select(0, predicting)
         return token_keys(self.dropout_keys, self.settings.keys, length=tokens, joined=whose)
 
@@ -135,7 +138,7 @@ class PackedLinear(nn.Module):
     def __init__(
         self,
         inner: nn.Module,
-        pack: Pack,
+        pack: DevicePack,
         *,
         number: int,
         a: Stacked,
@@ -189,7 +192,7 @@ class PackedLinear(nn.Module):
         return self.inner.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], rows grouped by slot according to the pack's `rows`."""
+        """[..., in] -> [..., out], rows grouped by slot according to `Pack.rows`."""
         pack = self._pack[0]
         arranged = pack.arranged
         if arranged is None or not any(self.scales[slot] for slot in arranged.slots):

@@ -232,12 +232,12 @@ def _job(
 ) -> Job:
     """Return a job for the program of the round, including what the parent already knows.
 
-    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than it uses.
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than its loader uses.
     """
-    if spec.run.gpus_per_worker > 1 and spec.command is None:
+    if spec.run.gpus_per_worker > 1 and spec.command is None and spec.model.loader != "transformers":
         raise InputError(
-            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: packed LoRA training uses one GPU per worker; "
-            "remove this line. All GPUs are used, with a worker each"
+            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.loader: {spec.model.loader} uses one "
+            "GPU; set model.loader: transformers, or remove this line"
         )
 
     def document() -> dict[str, object]:

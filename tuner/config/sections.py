@@ -441,8 +441,8 @@ class RunSpec(BaseModel):
     efficient and fit into memory, measured with a few probe passes; on a CPU, one, which is bit-exact. If
     `use_dora` can be true, it is always one."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 1
-    """GPUs of a worker process, which a `command` may use together; 0 for none. tuner's own trainer uses
-    one."""
+    """GPUs of a worker process; 0 for none. tuner's own trainer spreads the base model over them, a `command`
+    may use them together."""
     production_steps: Count | None = None
     """The longest run you can afford, in steps; no suggested horizon is longer."""
     worthwhile_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005

@@ -44,7 +44,10 @@ def worker_environments(
     """
     room = len(devices) // gpus_per_worker
     if not room and gpus_per_worker > 1:
-        raise InputError(f"run.gpus_per_worker: {gpus_per_worker}: this machine has {len(devices)} GPU(s)")
+        raise InputError(
+            f"run.gpus_per_worker: {gpus_per_worker}: this machine has {len(devices)} GPU(s); "
+            "lower it, or run on a machine with more"
+        )
     count = max(1, room) if wanted == "auto" else wanted
     if devices and count > room:
         needs = "one" if gpus_per_worker == 1 else str(gpus_per_worker)

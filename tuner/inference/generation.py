@@ -19,6 +19,7 @@ from tuner.adapters import Pack, load_base, read_adapter
 from tuner.adapters.base import keep_differentiable, load_model
 from tuner.adapters.evaluation import Scores, scores_of
 from tuner.adapters.generation import Decoding, Generated, TextGenerator
+from tuner.adapters.placement import worker_devices
 from tuner.data import Examples, Prompt
 from tuner.errors import InputError, StorageError
 from tuner.whole import written_whole
@@ -233,8 +234,8 @@ def score(spec: RoundSpec, examples: Examples, adapter: Path) -> Scores:
     digit. Raises ModelError, and CheckpointError if there is no such adapter.
     """
     saved = read_adapter(adapter)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+    device, *others = worker_devices(spec.run.gpus_per_worker)
+    base = load_base(spec.model, device=device, max_length=spec.data.max_length, others=others)
     pack = Pack(base, num_slots=1, max_rank=saved.config.r, modules=saved.weights)
     pack.occupy(0, saved)
     (scores,), _ = scores_of(pack, examples, (0,), rows=spec.evaluation.batch_size, pass_tokens=PASS_TOKENS)

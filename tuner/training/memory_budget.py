@@ -102,6 +102,36 @@ def choose_packing(
     raise AssertionError("one slot is always chosen")
 
 
+@dataclass(frozen=True)
+class DeviceRoom:
+    """What passes and slots cost one of the base model's devices, and what it has."""
+
+    cost: PassCost
+    limit_bytes: int
+    slot_weights: int
+    """Weights of a slot that are there."""
+
+
+def choose_on_each(
+    rooms: Sequence[DeviceRoom], *, update_tokens: int, longest_row: int, trials: int
+) -> Packing:
+    """Return `choose_packing` of the device that is full first; the slots are the same on all."""
+    for _ in range(2):  # the slots of the fullest leave the others more tokens, or fewer
+        each = [
+            choose_packing(
+                room.cost,
+                limit_bytes=room.limit_bytes,
+                slot_weights=room.slot_weights,
+                update_tokens=update_tokens,
+                longest_row=longest_row,
+                trials=trials,
+            )
+            for room in rooms
+        ]
+        trials = min(packing.slots for packing in each)
+    return Packing(trials, min(packing.pass_tokens for packing in each))
+
+
 def out_of_memory(slots: int | Literal["auto"]) -> ModelError:
     """Return the error for a round whose smallest pass does not fit into memory."""
     return ModelError(
@@ -146,36 +176,41 @@ def predict(state: WorkerState, spec: RoundSpec) -> Prediction:
 
     Raises ModelError if one row of a trial does not fit into memory.
     """
-    device = state.base.device
+    devices = state.pack.devices
     hyperparameters = largest_hyperparameters(spec.space())
     slots = range(state.pack.num_slots)
     with explain_out_of_memory(len(slots)):
         runs = {slot: _trial(state, slot, hyperparameters, spec.max_train_steps) for slot in slots}
-        took = [_timed(lambda: _update(state, runs), device) for _ in range(_STEPS + 1)][1:]
+        took = [_timed(lambda: _update(state, runs), devices) for _ in range(_STEPS + 1)][1:]
         if any(run.step == 0 for run in runs.values()):
             raise out_of_memory(len(slots))
-        evaluation = _timed(lambda: example_scores(state, tuple(slots)), device)
+        evaluation = _timed(lambda: example_scores(state, tuple(slots)), devices)
     step = sorted(took)[_STEPS // 2]
-    return Prediction(len(slots), step / len(slots), evaluation / len(slots), peak_memory_bytes(device))
+    peak = max(peak_memory_bytes(device) for device in devices)
+    return Prediction(len(slots), step / len(slots), evaluation / len(slots), peak)
 
 
-def probe(state: WorkerState, hyperparameters: Hyperparameters) -> Probed:
-    """Run passes of a trial in each slot over the longest rows, up to the first that does not fit."""
-    device = state.base.device
+def probe(state: WorkerState, hyperparameters: Hyperparameters) -> list[Probed]:
+    """Run passes of a trial in each slot over the longest rows, up to the first that does not fit.
+
+    Returns what was measured for each of the pack's devices.
+    """
+    devices = state.pack.devices
     runs = {slot: _trial(state, slot, hyperparameters, horizon=1) for slot in range(state.pack.num_slots)}
     longest = state.train.num_tokens.argsort()[::-1].tolist()
-    found: list[tuple[int, float, int]] = []
+    found: list[tuple[int, float, list[int]]] = []
     for wanted in _PROBED_TOKENS:
         rows = longest[: max(1, wanted // len(runs) // int(state.train.num_tokens[longest[0]]))]
         part = MicroBatch(tuple(rows), tuple(range(len(rows))))
         tokens = padded_tokens([part] * len(runs), state)
         if found and tokens <= found[-1][0]:
             break
-        seconds = [_timed(lambda part=part: _pass_over(state, runs, part), device) for _ in range(3)]  # type: ignore[misc]
+        seconds = [_timed(lambda part=part: _pass_over(state, runs, part), devices) for _ in range(3)]  # type: ignore[misc]
         if any(run.reason_infeasible for run in runs.values()) or state.pass_tokens < tokens:
             break
-        found.append((tokens, min(seconds[1:]), peak_memory_bytes(device)))
-    return Probed(tuple(f[0] for f in found), tuple(f[1] for f in found), tuple(f[2] for f in found))
+        found.append((tokens, min(seconds[1:]), [peak_memory_bytes(device) for device in devices]))
+    tokens_of, took = tuple(f[0] for f in found), tuple(f[1] for f in found)
+    return [Probed(tokens_of, took, tuple(f[2][number] for f in found)) for number in range(len(devices))]
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:
@@ -205,7 +240,7 @@ def _trial(state: WorkerState, slot: int, hyperparameters: Hyperparameters, hori
     """Create a trial at step 0 in a slot."""
     start = state.new_adapter(hyperparameters, seed=0)
     assignment = Assignment("probe", slot, 1, hyperparameters, horizon, horizon, directory="")
-    run = TrialRun(assignment, start, device=state.base.device)
+    run = state.new_run(assignment, start)
     state.pack.occupy(slot, start)
     return run
 
@@ -218,14 +253,16 @@ def _update(state: WorkerState, runs: dict[int, TrialRun]) -> None:
 
 
 def _pass_over(state: WorkerState, runs: dict[int, TrialRun], part: MicroBatch) -> None:
-    if state.base.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(state.base.device)
+    for device in state.pack.devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     forward_backward(state, runs, dict.fromkeys(runs, part))
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def _timed(work: Callable[[], object], devices: Sequence[torch.device]) -> float:
     begun = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter() - begun

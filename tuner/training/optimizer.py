@@ -7,7 +7,7 @@ identical to those of a trial alone, to the digit, in any slot.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from tuner.errors import InputError, last_words
 from tuner.methods.optimizers import optimizer
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Hyperparameters
+from tuner.training.flat_tensors import FlatTensors
 
 _PARTS = ("A", "B", "magnitude")
 """The entries of a module's tuple; the last with DoRA only."""
@@ -27,8 +28,8 @@ class TrialOptimizer:
     """Float32 master weights of one adapter, their gradients, and the update.
 
     `weights` and `gradients` map module paths to (A, B) in PEFT's shapes, with DoRA (A, B, magnitude). All
-    A's, all B's and all magnitudes are views of one flat vector each, so an elementwise optimizer runs one
-    fused kernel for each.
+    A's, all B's and all magnitudes are views of one flat vector each on every device, so an elementwise
+    optimizer runs one fused kernel for each.
     """
 
     def __init__(
@@ -37,40 +38,50 @@ class TrialOptimizer:
         hyperparameters: Hyperparameters,
         *,
         device: torch.device,
+        places: Mapping[str, torch.device] | None = None,
     ) -> None:
+        """`places` has the devices of modules, if they are on several. Norms are summed on `device`."""
         names = sorted(start)  # a checkpoint's flat moments must not depend on how its file was read
         method = optimizer(str(HYPERPARAMETERS["optimizer"].value(hyperparameters)))
         # B is stored transposed, as in the pack, so that copies between them are one kernel. Which elements
         # bitsandbytes quantises together depends on the layout: there B has PEFT's layout.
-        flats, views, self._flat_gradients, gradients = [], [], [], []
+        self._device, devices = device, {name: device if places is None else places[name] for name in names}
+        parts: list[FlatTensors] = []
+        gradients: list[FlatTensors] = []
         for part_name, part in zip(_PARTS, zip(*(start[name] for name in names), strict=True), strict=False):
             transposed = part_name == "B" and method.is_elementwise
-            flatten = partial(_flatten, device=device, transposed=transposed, multiple=method.block_elements)
-            flat, part_views = flatten(part)
-            flat_gradient, part_gradients = flatten([torch.zeros_like(view) for view in part_views])
-            flats.append(flat)
-            views.append(part_views)
-            self._flat_gradients.append(flat_gradient)
-            gradients.append(part_gradients)
-        self.weights = dict(zip(names, zip(*views, strict=True), strict=True))
-        self.gradients = dict(zip(names, zip(*gradients, strict=True), strict=True))
+            flatten = partial(
+                FlatTensors.of, devices=devices, transposed=transposed, multiple=method.block_elements
+            )
+            parts.append(flatten(dict(zip(names, part, strict=True))))
+            gradients.append(
+                flatten({name: torch.zeros_like(view) for name, view in parts[-1].views.items()})
+            )
+        self._flat_gradients = [flat for part in gradients for flat in part.flats]
+        self.weights = {name: tuple(part.views[name] for part in parts) for name in names}
+        self.gradients = {name: tuple(part.views[name] for part in gradients) for name in names}
+        is_spread = len(set(devices.values())) > 1
+        self._order_of_norms = _order(devices, len(parts), device=device) if is_spread else None
         self._base_rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
         self.max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
         self._ratios = {"B": HYPERPARAMETERS["loraplus_ratio"].number(hyperparameters)}
-        if method.is_elementwise:
-            views, gradients = [[flat] for flat in flats], [[flat] for flat in self._flat_gradients]
-        groups = [
-            {
-                "params": [_parameter(view, gradient) for view, gradient in zip(*tensors, strict=True)],
-                "lr": self._base_rate * self._ratios.get(part_name, 1.0),
-                "part": part_name,
-            }
-            for part_name, *tensors in zip(_PARTS, views, gradients, strict=False)
-        ]
+        groups: list[dict[str, Any]] = []
+        self._owners: dict[Tensor, FlatTensors] = {}
+        """Of each parameter that is a whole vector."""
+        for part_name, *of_part in zip(_PARTS, parts, gradients, strict=False):
+            pairs = zip(
+                *((p.flats if method.is_elementwise else p.views.values()) for p in of_part), strict=True
+            )
+            parameters = [_parameter(values, gradient) for values, gradient in pairs]
+            rate = self._base_rate * self._ratios.get(part_name, 1.0)
+            groups.append({"params": parameters, "lr": rate, "part": part_name})
+            if method.is_elementwise:
+                self._owners |= dict.fromkeys(parameters, of_part[0])
         self._optimizer = method.build(groups, hyperparameters)
         self._skips_on_device = method.skips_on_device
-        self.decides_on_device = method.skips_on_device and device.type != "cpu"
-        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for."""
+        self.decides_on_device = method.skips_on_device and device.type != "cpu" and not is_spread
+        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for, and
+        of several devices none has what the others need."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
 
     def zero_gradients(self) -> None:
@@ -81,9 +92,18 @@ class TrialOptimizer:
     def gradient_norm(self) -> Tensor:
         """Return the gradient's norm before clipping, as a tensor still on the device.
 
-        Computed tensor by tensor, so it does not depend on the memory layout of the weights.
+        Computed tensor by tensor, so it does not depend on the memory layout of the weights. The norms of
+        each device's tensors are brought to the first in one copy, and summed in the order of one device.
         """
-        return nn.utils.get_total_norm([gradient for parts in self.gradients.values() for gradient in parts])
+        gradients = [gradient for parts in self.gradients.values() for gradient in parts]
+        if self._order_of_norms is None:
+            return nn.utils.get_total_norm(gradients).to(self._device)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:
+            by_device.setdefault(gradient.device, []).append(gradient)
+        norms = [torch.stack(list(_norm_each(each))).to(self._device) for each in by_device.values()]
+        total: Tensor = torch.linalg.vector_norm(torch.cat(norms)[self._order_of_norms])
+        return total
 
     def step(self, multiplier: float, *, norm: float) -> tuple[float, bool]:
         """Update the weights at `multiplier` times the trial's rate, unless the gradient is not finite.
@@ -126,8 +146,11 @@ class TrialOptimizer:
         Settings of a group that an update has changed belong to it, such as Prodigy's estimate of the rate.
         """
         named = {}
-        for number, parameter in enumerate(self._parameters()):
-            for key, value in self._optimizer.state[parameter].items():
+        for number, parameters in enumerate(self._parameters()):
+            for key, value in self._optimizer.state[parameters[0]].items():
+                if len(parameters) > 1 and isinstance(value, Tensor):
+                    owner = self._owners[parameters[0]]
+                    value = owner.joined([self._optimizer.state[each][key] for each in parameters])
                 named[f"{number}.{key}"] = _tensor(value if isinstance(value, Tensor) else int(value))
         for number, (built, own) in enumerate(zip(self._built, self._settings(), strict=True)):
             for key, value in own.items():
@@ -151,12 +174,14 @@ class TrialOptimizer:
                 device = group["params"][0].device
                 group[key] = tensor.item() if kind == "number" else tensor.to(device).clone()
                 continue
-            parameter = parameters[int(owner)]
+            holders = parameters[int(owner)]
             is_count = tensor.dtype == torch.int64 and tensor.dim() == 0
-            # torch keeps its float step counter of a fused AdamW on the parameter's device, too.
-            self._optimizer.state[parameter][key] = (
-                int(tensor) if is_count else tensor.to(parameter.device).clone()
-            )
+            tensors = [tensor] if len(holders) == 1 else self._owners[holders[0]].apart(tensor)
+            for parameter, value in zip(holders, tensors, strict=True):
+                # torch keeps its float step counter of a fused AdamW on the parameter's device, too.
+                self._optimizer.state[parameter][key] = (
+                    int(value) if is_count else value.to(parameter.device).clone()
+                )
 
     def mistake(self) -> str | None:
         """Return what a custom optimizer lacks; None if nothing is wrong."""
@@ -200,8 +225,14 @@ class TrialOptimizer:
             for group in groups
         ]
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+    def _parameters(self) -> list[list[nn.Parameter]]:
+        """Return all parameters; those that are one vector where there is one device are together."""
+        found: dict[int, list[nn.Parameter]] = {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                owner: object = self._owners.get(parameter, parameter)
+                found.setdefault(id(owner), []).append(parameter)
+        return list(found.values())
 
 
 def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> None:
@@ -238,27 +269,23 @@ def _is_same(one: object, other: object) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _flatten(
-    tensors: Sequence[Tensor], *, device: torch.device, transposed: bool, multiple: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Copy the tensors into one float32 vector; return it and a view of each in its own shape.
+def _order(devices: Mapping[str, torch.device], num_parts: int, *, device: torch.device) -> Tensor:
+    """Return where the norm of each tensor, module by module, is among those that are device by device."""
+    of_tensors = [place for place in devices.values() for _ in range(num_parts)]
+    sorted_by_device = [
+        number for each in dict.fromkeys(of_tensors) for number, at in enumerate(of_tensors) if at == each
+    ]
+    order = torch.empty(len(of_tensors), dtype=torch.int64)
+    order[torch.tensor(sorted_by_device)] = torch.arange(len(of_tensors))
+    return order.to(device)
 
-    With a `multiple` above 1, the largest come first and each begins at a multiple of it, with zeros between.
-    """
-    laid = [tensor.t() if transposed else tensor for tensor in tensors]
-    order = list(range(len(laid)))
-    if multiple > 1:
-        order.sort(key=lambda number: -laid[number].numel())
-    places, end = {}, 0
-    for number in order:
-        start = -(-end // multiple) * multiple
-        end = start + laid[number].numel()
-        places[number] = slice(start, end)
-    flat = torch.zeros(end, device=device)
-    views = [flat[places[number]].view(tensor.shape) for number, tensor in enumerate(laid)]
-    for view, tensor in zip(views, laid, strict=True):
-        view.copy_(tensor)
-    return flat, [view.t() if transposed else view for view in views]
+
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [torch.linalg.vector_norm(tensor) for tensor in tensors]
+
+
+# Private to torch, whose own norm of all gradients is made of it.
+_norm_each: Callable[[Sequence[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_norm", _norms)
 
 
 def _parameter(values: Tensor, gradient: Tensor) -> nn.Parameter:

@@ -17,6 +17,7 @@ from tuner.adapters import PackedRows
 from tuner.adapters.device_io import one_out_of_memory, read, send
 from tuner.adapters.evaluation import Scores, grid, join, scores_of
 from tuner.adapters.frozen_linear import row_keys
+from tuner.adapters.placement import on
 from tuner.methods.metrics import ExampleScores, values
 from tuner.records import LOSS, Evaluation
 from tuner.training.device_updates import decided, sent_rows
@@ -164,9 +165,11 @@ def _pass(
     keys = _dropout_keys(runs, group, slots, height)
     try:
         with one_out_of_memory():
+            device, *others = state.pack.devices
             tokens = (join if state.joins_rows else grid)(
                 [[state.train[row] for row in group[slot].rows] for slot in slots],
-                device=state.base.device,
+                device=device,
+                others=others,
                 more=[shares] if keys is None else [shares, keys],
             )
             state.meter.count_pass(
@@ -174,12 +177,13 @@ def _pass(
                 tokens=sum(int(state.train.num_tokens[list(group[slot].rows)].sum()) for slot in slots),
                 padded_tokens=tokens.input_ids.numel(),
             )
-            share, keys_there = tokens.more[0], tokens.more[1] if len(tokens.more) > 1 else None
+            keys_there = tokens.more[1] if len(tokens.more) > 1 else None
             rows_a_slot = tokens.input_ids.shape[0] // len(slots)
             with state.pack.holding(PackedRows(slots, keys_there, tokens.joined)):
                 nll = state.base.token_nll(tokens.input_ids, tokens.rows, tokens.columns)
-                torch.autograd.backward((nll * share[tokens.rows // rows_a_slot]).sum())
-            return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1)
+                share, rows = (on(each, nll.device) for each in (tokens.more[0], tokens.rows))
+                torch.autograd.backward((nll * share[rows // rows_a_slot]).sum())
+            return tokens.sum_by_row(nll).view(len(slots), -1).sum(dim=1).to(device)
     except torch.OutOfMemoryError:
         return None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from tuner.adapters import Base, Pack, load_base
 from tuner.adapters.device_io import one_out_of_memory
 from tuner.adapters.initial import adapter_sizes, meta_copy, targeted_modules, values_of
 from tuner.adapters.linear_layers import refuse_unlike_linear
+from tuner.adapters.placement import worker_devices
 from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare, refuse_tokens_beyond
 from tuner.data.pretrained import CONFIG_OF_THE_FILES, loaded_commit, model_fingerprint
@@ -31,8 +33,9 @@ from tuner.records import Evaluation, Prediction, Ready, Space, corners
 from tuner.training.environment import environment
 from tuner.training.memory_budget import (
     MARGIN,
+    DeviceRoom,
     Packing,
-    choose_packing,
+    choose_on_each,
     explain_out_of_memory,
     fit_pass_cost,
     free_device_bytes,
@@ -70,7 +73,8 @@ def load_worker_state(
     cannot be used.
     """
     chosen = metric(spec.objective.metric)
-    of_model = (spec.model.model_dump_json(), spec.data.max_length, model_fingerprint(spec.model))
+    on_gpus = spec.run.gpus_per_worker
+    of_model = (spec.model.model_dump_json(), spec.data.max_length, on_gpus, model_fingerprint(spec.model))
     if kept is not None and kept.model != of_model:
         kept = None
     tokenizer = load_tokenizer(spec.model) if kept is None else kept.tokenizer
@@ -130,7 +134,7 @@ def arrange(
     on a GPU as many as fill a pass and fit into memory; with DoRA one. Raises ModelError if the model cannot
     be used, or does not fit into memory with the slots; InputError for a custom optimizer that does not work.
     """
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device, *others = worker_devices(spec.run.gpus_per_worker)
     for kind, name in named(spec.hyperparameters):
         if kind == "optimizer":
             for trial in corners(spec.space(), {kind: name}):
@@ -139,7 +143,7 @@ def arrange(
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
     if base is None:
-        base = load_base(spec.model, device=device, max_length=spec.data.max_length)
+        base = load_base(spec.model, device=device, max_length=spec.data.max_length, others=others)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     with explain_out_of_memory(slots):
         state = _packed(spec, data, base, slots=slots)
@@ -176,8 +180,8 @@ def _packing_with(make: Callable[[], WorkerState], spec: RoundSpec) -> Packing |
     try:
         with one_out_of_memory():
             state = make()
-            limit = int(MARGIN * free_device_bytes(state.base.device))
-            return packing_for(state, spec, limit_bytes=limit)
+            limits = [int(MARGIN * free_device_bytes(device)) for device in state.pack.devices]
+            return packing_for(state, spec, limits=limits)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -258,15 +262,24 @@ def _refuse_adapters(state: WorkerState, space: Space) -> None:
         state.new_adapter({**values, "lora_init": "eva"}, seed=seed)
 
 
-def packing_for(state: WorkerState, spec: RoundSpec, *, limit_bytes: int) -> Packing:
-    """Choose the slots for `auto`, from a few probe passes of a trial in each slot of `state`."""
+def packing_for(state: WorkerState, spec: RoundSpec, *, limits: Sequence[int]) -> Packing:
+    """Choose the slots for `auto`, from a few probe passes of a trial in each slot of `state`.
+
+    `limits` are the bytes that each of the pack's devices may use; the fullest one decides.
+    """
     probed = probe(state, largest_hyperparameters(spec.space()))
-    if not probed.tokens:
+    if not probed[0].tokens:
         return Packing(1, state.pass_tokens)
-    packing = choose_packing(
-        fit_pass_cost(probed),
-        limit_bytes=limit_bytes,
-        slot_weights=max(state.pack.slot_weights, adapter_sizes(state.meta_model, spec.space())[1]),
+    largest = adapter_sizes(state.meta_model, spec.space())[1]
+    packing = choose_on_each(
+        [
+            DeviceRoom(
+                fit_pass_cost(of_device),
+                limit_bytes=limit,
+                slot_weights=math.ceil(share * max(state.pack.slot_weights, largest)),
+            )
+            for of_device, limit, share in zip(probed, limits, state.pack.shares, strict=True)
+        ],
         update_tokens=int(_mean_batch_size(spec) * float(state.train.num_tokens.mean())),
         longest_row=int(state.train.num_tokens.max()),
         trials=spec.num_trials,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +92,15 @@ def cut_joined(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -
 class TrialRun:
     """A trial between its first and last step in this worker. Its clock is its own `step`."""
 
-    def __init__(self, assignment: Assignment, start: Adapter, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        start: Adapter,
+        *,
+        device: torch.device,
+        places: Mapping[str, torch.device] | None = None,
+    ) -> None:
+        """`places` has the device of each module, if they are on several; `device` is the first."""
         self.assignment = assignment
         self.adapter = start
         self.step = 0
@@ -105,7 +113,9 @@ class TrialRun:
         """The last step whose loss the host has read."""
         self.unread_tally: Tensor | None = None
         """Of the updates since then, still on the device (`device_updates`)."""
-        self.optimizer = TrialOptimizer(start.weights, assignment.hyperparameters, device=device)
+        self.optimizer = TrialOptimizer(
+            start.weights, assignment.hyperparameters, device=device, places=places
+        )
         self.micro_batches: deque[MicroBatch] = deque()
         self.unread_losses: list[Tensor] = []
         """Of the update's micro-batches, still on the device."""

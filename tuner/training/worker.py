@@ -87,7 +87,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
                 _save(run, last_saved, slot, say)
             say(Evaluated(*_name(run), evaluation, horizon=run.assignment.horizon))
         if evaluations:
-            say(Measured(state.meter.read(state.base.device)))
+            say(Measured(state.meter.read(*state.pack.devices)))
         for slot, run in runs.items():
             if run.is_at_trunk and slot not in due and not run.micro_batches:
                 pulse.phase("saving")
@@ -113,7 +113,7 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
         _leave(run, "stopped", None, say, save=True)
     for assignment in waiting:
         _decline(assignment, "stopped", None, say)
-    say(Measured(state.meter.read(state.base.device)))
+    say(Measured(state.meter.read(*state.pack.devices)))
 
 
 # --- a trial enters and leaves --------------------------------------------------------------------
@@ -182,14 +182,14 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
         with one_out_of_memory():
             if assignment.resume_from is not None:
                 snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
-                run = TrialRun(assignment, snapshot.adapter, device=state.base.device)
+                run = state.new_run(assignment, snapshot.adapter)
                 run.restore(snapshot)
                 run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
             else:
                 start = state.new_adapter(
                     assignment.hyperparameters, seed=seed_of(assignment.hyperparameters)
                 )
-                run = TrialRun(assignment, start, device=state.base.device)
+                run = state.new_run(assignment, start)
             run.room = state.room
             state.pack.occupy(slot, run.adapter)
             state.pack.load({slot: run.optimizer.weights})

@@ -16,16 +16,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tuner.adapters import Adapter, Base, Pack, PackedRows, initial_adapter
+from tuner.adapters.device_pack import MasterTensors
 from tuner.adapters.eva import with_eva
 from tuner.adapters.generation import Decoding, TextGenerator, batches
 from tuner.adapters.initial import lora_config
-from tuner.adapters.pack import MasterTensors
 from tuner.data import AnswerMetric, EvalPrompt, Examples, load_metric, try_metric
 from tuner.methods.metrics import Metric
 from tuner.methods.metrics.eval_loss import EVAL_LOSS
 from tuner.playbook.results import answer_score
-from tuner.records import LOSS, AnswerScore, Beat, Evaluation, Event, Hyperparameters, Objective, Throughput
+from tuner.records import (
+    LOSS,
+    AnswerScore,
+    Assignment,
+    Beat,
+    Evaluation,
+    Event,
+    Hyperparameters,
+    Objective,
+    Throughput,
+)
 from tuner.training.disk_room import DiskRoom
+from tuner.training.trial_run import TrialRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,8 +84,9 @@ class GenerationEval:
         its neighbours and a restart of the worker do not change the score. Raises MetricError for a faulty
         metric, TunerError if one answer alone does not fit into memory.
         """
-        device = pack.base.device  # weights from a checkpoint are still on the CPU
-        pack.load({slot: {name: tuple(part.to(device) for part in parts) for name, parts in best.items()}})
+        places = pack.places  # weights from a checkpoint are still on the CPU
+        there = {name: tuple(part.to(places[name]) for part in parts) for name, parts in best.items()}
+        pack.load({slot: there})
         scores = [0.0] * len(self.eval_prompts)
         for batch in self._batches():
             if stopping():
@@ -151,7 +163,7 @@ class Meter:
         self.tokens += tokens
         self.padded_tokens += padded_tokens
 
-    def read(self, device: torch.device) -> Throughput:
+    def read(self, *devices: torch.device) -> Throughput:
         """Return the sums so far."""
         return Throughput(
             session=self.session,
@@ -163,7 +175,7 @@ class Meter:
             trial_steps=self.trial_steps,
             tokens=self.tokens,
             padded_tokens=self.padded_tokens,
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=max(peak_memory_bytes(device) for device in devices),
         )
 
 
@@ -293,6 +305,10 @@ class WorkerState:
         if config.init_lora_weights == "eva":
             start = self._with_eva(start, seed=seed)
         return self.pack.with_magnitudes(start)
+
+    def new_run(self, assignment: Assignment, start: Adapter) -> TrialRun:
+        """Return a run of a trial at step 0, with its weights where the base model's layers are."""
+        return TrialRun(assignment, start, device=self.base.device, places=self.pack.places)
 
     def _with_eva(self, start: Adapter, *, seed: int) -> Adapter:
         """Set EVA's A, which trials of one rank, seed and set of layers share."""
