@@ -254,7 +254,9 @@ def test_a_module_is_found_without_importing_its_packages(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "trap_of_metrics").mkdir()
     for file in ("__init__.py", "inner.py"):
-        (tmp_path / "trap_of_metrics" / file).write_text("def f(a, b): return 1\nraise SystemExit('imported')\n")
+        (tmp_path / "trap_of_metrics" / file).write_text(
+            "def f(a, b): return 1\nraise SystemExit('imported')\n"
+        )
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "zeros.py").write_bytes(b"\0" * 9)
     with pytest.raises(MetricError, match=what):

@@ -150,7 +150,8 @@ def test_a_trial_alone_and_packed_is_torchs(kind: str, dtype: str) -> None:
     updates = max(update_difference(*pair) for pair in pairs)
     print(f"{kind} {dtype}: losses differ by {losses:.1e}, updates by {updates:.1e}")
     assert losses < (1e-5 if dtype == "float32" else 0.02)
-    assert updates < (1e-3 if dtype == "float32" else 0.5)
+    # Adam divides a gradient by its size, so that a tiny one's rounding is as large as others' steps.
+    assert updates < (1e-2 if dtype == "float32" else 0.5)
 
 
 @pytest.mark.parametrize("vocabulary", [352, 50_001])
