@@ -189,6 +189,26 @@ def test_what_cannot_be_adapted_is_refused(models: tiny.Models, targets: tuple[s
         initial_adapter(meta_model, config, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (
+            ("q_prj", "v_proj"),
+            r"the model has no q_prj; did you mean q_proj\? Its linear layers: down_proj, ",
+        ),
+        (("q_proj", "c_attn", "Wqkv"), r"the model has no Wqkv, c_attn\. Its linear layers: "),
+        (("q_proj", "layers.9.mlp.up_proj"), r"the model has no layers\.9\.mlp\.up_proj"),
+        (("roj",), r"the model has no roj"),
+    ],
+)
+def test_a_name_that_no_module_has_is_refused(
+    models: tiny.Models, targets: tuple[str, ...], said: str
+) -> None:
+    """PEFT would adapt the other names alone."""
+    with pytest.raises(ModelError, match=rf"^hyperparameters\.target_modules: {said}"):
+        started(models.base("llama"), target_modules=targets)
+
+
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 16), (True, 8 / 4)])
 def test_scale(models: tiny.Models, rslora: bool, scale: float) -> None:
     assert started(models.base("llama"), lora_r=16, lora_alpha=8.0, use_rslora=rslora).scale == scale

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 from sqlalchemy.exc import SQLAlchemyError
 
 import tuner
-from tests.studies import QUICKSTART, write_round
+from tests.studies import ENVIRONMENT, QUICKSTART, write_round
 from tuner.cli import run
 from tuner.errors import InputError, Interrupted, TunerError
 
@@ -263,6 +265,49 @@ def test_an_interrupt_saves_and_raises(tmp_path):
         tuner.Study(tmp_path).run("round1.yaml", engine="simulated", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert tuner.Study(tmp_path / "dry-run").round("round1").state == "open"
+
+
+IN_A_CELL = """
+import signal, tuner
+before = signal.getsignal(signal.SIGINT)
+try:
+    tuner.Study(".").run("round1.yaml", progress=False)
+finally:
+    assert signal.getsignal(signal.SIGINT) is before
+"""
+
+
+@pytest.mark.acceptance
+def test_a_notebooks_stop_button_saves_and_the_same_cell_resumes(tmp_path):
+    """The button interrupts the whole process group of the kernel, which workers are not in."""
+    write_round(tmp_path, trials=1, steps=4000, every=10)
+    study = tuner.Study(tmp_path)
+
+    def last_step() -> int:
+        with contextlib.suppress(TunerError, SQLAlchemyError):  # the database is being made
+            return max((made.step for made in study.trial(0).evaluations), default=0)
+        return 0
+
+    manager, client = start_new_kernel(
+        cwd=str(tmp_path), env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path.cwd())}
+    )
+    try:
+        for _ in range(2):
+            client.execute(IN_A_CELL)
+            deadline, before = time.monotonic() + 120, last_step()
+            while last_step() == before:
+                assert time.monotonic() < deadline, "no evaluation"
+                time.sleep(0.2)
+            manager.interrupt_kernel()
+            stopped = client.get_shell_msg(timeout=120)["content"]
+            assert (stopped["status"], stopped.get("ename")) == ("error", "Interrupted"), stopped
+            assert "all progress is saved" in stopped["evalue"]
+            assert study.round().state == "open"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    first, second = study.trial(0)._recorded.attempts
+    assert 0 < first.to_step == second.from_step < second.to_step, "no step was lost"
 
 
 def test_off_the_main_thread_no_signal_is_touched(tmp_path):

@@ -58,6 +58,7 @@ def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHE
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
+        ({"storage": "tuner.db"}, ["storage", "for a file of this folder, sqlite:///tuner.db"]),
         (
             {"enqueue": "[{learning_rate: 1e-3, lora_r: 2}, {learning_rate: 0.001, lora_r: 2}]"},
             ["search.enqueue[1]: is", "the same point as search.enqueue[0]", "remove one"],
@@ -72,6 +73,22 @@ def test_mistakes_in_the_file(
     message = refused(tmp_path, capsys, "study", verb, str(path))
     assert "round1.yaml:" in message
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "words"),
+    [
+        ("--notify", "", "expects a program and its arguments"),
+        ("--notify", "  ", "expects a program and its arguments"),
+        ("--notify", "'' x", "expects a program and its arguments"),
+        ("--ray-address", "head:6379", "the engine local uses no cluster; add --engine ray"),
+    ],
+)
+def test_an_option_that_would_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, given: str, words: str
+) -> None:
+    message = refused(tmp_path, capsys, "study", "run", str(write_round(tmp_path)), option, given)
+    assert words in message
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])

@@ -16,7 +16,7 @@ from tests.study.simulation import simulate, trials
 from tuner.data import load_tokenizer, prepare
 from tuner.data.pretrained import model_fingerprint
 from tuner.engines import SimulatedWorker
-from tuner.errors import Interrupted, StorageError
+from tuner.errors import InputError, Interrupted, StorageError
 from tuner.records import LOSS, Ended, Event, Ready, Saved
 from tuner.store import open_store
 from tuner.store.database import refusal_of
@@ -224,3 +224,38 @@ def test_a_server_that_keeps_no_utf8(postgres_server: str) -> None:
         with engine.connect() as connection:
             connection.execute(text("DROP DATABASE ascii WITH (FORCE)"))
         engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "verb", [("check", "round1.yaml"), ("run", "round1.yaml"), ("status",), ("report",)], ids=" ".join
+)
+def test_a_server_that_refuses_is_named_with_the_line_and_without_the_password(
+    tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    """Port 1 of this machine has no server."""
+    url = "postgresql://u:secret@127.0.0.1:1/studies?password=hidden"
+    path = write_round(tmp_path, storage=url)
+    line = 1 + path.read_text().splitlines().index(f"storage: {url}")
+    refused = tuner("study", *verb, directory=tmp_path)
+    assert refused.returncode == 2
+    shown = "postgresql+psycopg://u:***@127.0.0.1:1/studies?password=***"
+    assert f"round1.yaml:{line}: storage: {shown}: connection failed" in refused.stderr
+    assert "see that the server runs, and that `storage` has its host" in refused.stderr
+    assert "secret" not in refused.stderr
+    assert "hidden" not in refused.stderr
+
+
+def test_round_files_that_do_not_belong_together_are_named_with_their_lines(tmp_path: Path) -> None:
+    path = write_round(tmp_path)
+    line = 1 + path.read_text().splitlines().index("round: round1")
+    (tmp_path / "round2.yaml").write_text(path.read_text())
+    with pytest.raises(InputError, match=f"round1.yaml:{line}, round2.yaml:{line}: the same `round: round1`"):
+        open_folder(tmp_path)
+    (tmp_path / "round2.yaml").write_text(path.read_text().replace("round: round1", "round: round2"))
+    open_folder(tmp_path)
+    renamed = path.read_text().replace("round: round1", "round: round2").replace("study: ", "study: an")
+    (tmp_path / "round2.yaml").write_text(renamed)
+    with pytest.raises(
+        InputError, match=r"share one study; here round1.yaml:\d has .*, round2.yaml:\d has an"
+    ):
+        open_folder(tmp_path)

@@ -37,6 +37,16 @@ def test_a_script_runs_to_the_horizon_and_its_checkpoints_are_kept(tmp_path: Pat
     assert evaluation.learning_rate == pytest.approx(0.05 / 8)
 
 
+def test_a_checkpoint_to_resume_from_has_the_best_up_to_its_step(tmp_path: Path) -> None:
+    """However many later evaluations are known when it is kept: a fast script reports all at once."""
+    ran = Ran(tmp_path, document())
+    kept = [json.loads(path.read_text()) for path in ran.directory.glob("last/*/curve.json")]
+    assert len(kept) == 6
+    for curve in kept:
+        up_to_there = {step: loss for step, loss in ran.curve.items() if 0 < step <= curve["step"]}
+        assert curve["best_step"] == min(up_to_there, key=lambda step: up_to_there[step])
+
+
 def test_resuming_equals_a_run_from_scratch_to_the_digit(tmp_path: Path) -> None:
     short = Ran(tmp_path, document())
     longer = document(hyperparameters={"learning_rate": 0.05, "schedule": "linear", "decay_steps": 16})

@@ -73,6 +73,17 @@ def test_trackers_get_the_metrics_of_the_command(ran: Path) -> None:
     assert any("accuracy" in tag for tag in tags), tags
 
 
+def test_a_trial_that_was_also_evaluated_where_it_saved_is_reproduced(tmp_path: Path) -> None:
+    values = {"learning_rate": 0.05, "schedule": "linear", "decay_steps": 5}
+    written(tmp_path, searching(hyperparameters=values, search={"trials": 1}, max_train_steps=12))
+    tuner(tmp_path, "study", "run", "round1.yaml")
+    shown = json.loads(tuner(tmp_path, "trial", "show", "round1/0", "--json"))
+    steps = [each["step"] for each in shown["evaluations"]]
+    assert 7 in steps, "the end of the stable phase, between two evaluations"
+    said = tuner(tmp_path, "trial", "reproduce", "round1/0")
+    assert f"digit for digit: {len(steps)} evaluations" in said
+
+
 def test_reproduce_and_export(ran: Path) -> None:
     assert "digit for digit" in tuner(ran, "trial", "reproduce", "round1/1")
     tuner(ran, "trial", "export", "best", "--to", "out")

@@ -124,6 +124,7 @@ def test_a_study_is_read_and_not_run_where_the_package_is_not_installed(
     before = sorted(Path().rglob("*"))
     for command in (["run", "round2.yaml"], ["promote", "--to", "round3", "--max-train-steps", "48"]):
         assert run(["study", *command]) == 2
+    assert "did you mean sgd_momentum?" not in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
 
     alone = tuner_in(study / "dry-run", "study", "report", path=site.with_name("nothing"))
@@ -151,7 +152,8 @@ def test_an_entry_names_hyperparameters_of_a_plug_in(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("  sgd_momentun: 0.5\n", "hyperparameters.sgd_momentun: unknown"),
+        ("  sgd_momentun: 0.5\n", "hyperparameters.sgd_momentun: unknown; did you mean sgd_momentum?"),
+        ("  unheard_of: 0.5\n", "max_grad_norm, training_seed, sgd_momentum"),
         ("  sgd_momentum: 1.5\n", "hyperparameters.sgd_momentum: expects a number of at least 0 and below 1"),
         ("  adam_beta1: 0.5\n", "hyperparameters.adam_beta1: applies only to optimizer: adamw"),
     ],

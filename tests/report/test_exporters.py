@@ -280,3 +280,13 @@ def test_another_optimizer_is_named_or_said_to_be_missing(tool: str) -> None:
         comments, settings = written(tool, optimizer=lacking)
         assert named not in settings
         assert f"The optimizer {lacking}: transformers' Trainer does not have it" in comments
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("changes", "is_named"),
+    [({}, False), ({"variant": "lora"}, False), ({"variant": "my_lora:SCALED"}, True)],
+)
+def test_a_variant_that_the_tool_lacks_is_named(tool: str, changes: dict[str, Any], is_named: bool) -> None:
+    comments, _ = written(tool, **changes)
+    assert ("The variant my_lora:SCALED: the tool does not have it" in comments) == is_named

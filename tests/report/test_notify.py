@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.studies import round_file
 from tuner.api.run import Where
 from tuner.cli import run
-from tuner.records import Ended, Trial, TrialState
+from tuner.records import Ended, Evaluation, Trial, TrialState
 from tuner.report import open_view
 from tuner.report.notify import NotifiedRound, Notifier
 
@@ -89,6 +89,8 @@ def test_why_a_round_stopped(event: str, tmp_path: Path) -> None:
         ("", "run.notify: no-such-program cannot be run: No such file or directory"),
         ("import sys; sys.exit('[red]nobody')", "failed with exit code 1: [red]nobody"),
         ("raise SystemExit(7)", "failed with exit code 7."),
+        (r"import os; os.write(2, b'caf\xe9'); os._exit(7)", "failed with exit code 7: caf\ufffd."),
+        ("import os; os.kill(os.getpid(), 9)", "was ended by signal 9."),
     ],
 )
 def test_a_command_that_fails_is_a_message(code: str, said: str, tmp_path: Path) -> None:
@@ -108,6 +110,22 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     view.close()
     assert time.monotonic() - begun < 120
     assert "took more than 0 seconds and was ended" in out.getvalue()
+
+
+def test_a_command_that_always_hangs_is_told_the_end_and_is_never_left(tmp_path: Path) -> None:
+    code = "import os, sys, time; open('told.jsonl', 'a').write(sys.stdin.read() + '\\n')\n"
+    code += "open('pids', 'a').write(f'{os.getpid()} '); time.sleep(600)"
+    view, _ = notifier(tmp_path, code, patience_seconds=5)
+    view.trials([waiting(trial) for trial in synthetic.trials()])
+    for number in range(6):
+        view.trials([replace(synthetic.trial(number, 1e-4), evaluations=(Evaluation(60, 1 - number / 10),))])
+    view.ended("failed", "x")
+    view.close()
+    documents = told(tmp_path)
+    assert documents[-1]["event"] == "failed"
+    assert 2 <= len(documents) <= 4, "the best trials in between are old news"
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not Path("/proc", pid).exists()
 
 
 def test_the_option_is_repeated_in_the_command_that_resumes() -> None:

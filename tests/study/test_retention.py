@@ -22,6 +22,7 @@ from tuner.records import (
     TrialState,
 )
 from tuner.study.disk import not_retained, num_carried_over, num_kept, promised_trials, unneeded
+from tuner.study.plan import CheckpointFolder
 
 KINDS = (CheckpointKind.BEST, CheckpointKind.LAST, CheckpointKind.TRUNK)
 SHORT: dict[str, Any] = {
@@ -43,6 +44,20 @@ def ended(number: int, loss: float, state: TrialState = TrialState.COMPLETE) -> 
         evaluations=(Evaluation(8, loss, loss, 1e-3),),
         checkpoints=tuple(Checkpoint(kind, 8, f"{number}/{kind}", 10, "0") for kind in KINDS),
     )
+
+
+def test_the_latest_attempts_adapter_is_kept_though_one_before_had_come_further(tmp_path: Path) -> None:
+    """It resumed before that step, and runs it anew: its own adapter is what it can still come back to."""
+    further = Checkpoint(CheckpointKind.BEST, 8, "trial-0000/best-steps/step-000008.a1", 10, "0")
+    resumed = Checkpoint(CheckpointKind.BEST, 3, "trial-0000/best-steps/step-000003.a2", 10, "1")
+    again = Checkpoint(CheckpointKind.BEST, 9, "trial-0000/best-steps/step-000009.a10", 10, "2")
+    for found, best, surplus in (
+        ((resumed, further), resumed, [further]),
+        ((resumed, further, again), again, [resumed, further]),
+    ):
+        trial = Trial("round1", 0, {"learning_rate": 1e-3}, checkpoints=found)
+        assert trial.checkpoint(CheckpointKind.BEST) == best
+        assert CheckpointFolder(tmp_path).surplus(trial, keep_best=1) == surplus
 
 
 def given_up(found: list[Trial], limit: int | None, *promised: int) -> dict[int, str]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,15 +70,17 @@ def initial_adapter(meta_model: PreTrainedModel, config: LoraConfig, *, seed: in
     """Return the A and B that PEFT would start from after `torch.manual_seed(seed)`.
 
     DoRA's magnitudes are not in a meta copy: `Pack.with_magnitudes` adds them; EVA's A needs training rows:
-    `eva.with_eva` sets it. Leaves `meta_model` and the
-    global random state unchanged. Raises ModelError if `target_modules` matches nothing in the model, the
-    output head or a layer that is not linear, or if a layer of `layers_to_transform` does not exist.
+    `eva.with_eva` sets it. Leaves `meta_model` and the global random state unchanged. Raises ModelError if a
+    name of `target_modules` matches nothing in the model, the output head or a layer that is not linear, or
+    if a layer of `layers_to_transform` does not exist.
     """
     takes_all = config.target_modules == ALL_LINEAR
     if config.layers_to_transform is not None:
         _refuse_missing_layers(meta_model, config.layers_to_transform)
         if takes_all:
             config.target_modules = _linear_names(meta_model)
+    if config.target_modules is not None and not isinstance(config.target_modules, str):
+        _refuse_missing_modules(meta_model, config.target_modules)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _without_dora(config):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
@@ -106,6 +109,25 @@ def _refuse_missing_layers(meta_model: PreTrainedModel, wanted: Iterable[int]) -
     if missing:
         has = f"has layers {min(numbers)} to {max(numbers)}" if numbers else "has no numbered layers"
         raise ModelError(f"hyperparameters.layers_to_transform: the model {has}; got {', '.join(missing)}")
+
+
+def _refuse_missing_modules(meta_model: PreTrainedModel, wanted: Iterable[str]) -> None:
+    """Refuse a name that no module has: PEFT adapts the others without a word."""
+    ends = {name[at:] for name, _ in meta_model.named_modules() for at in _starts(name)}
+    if missing := sorted(name for name in wanted if name not in ends):
+        linear = sorted(_linear_names(meta_model))
+        meant = get_close_matches(missing[0], linear, n=1)
+        raise ModelError(
+            f"hyperparameters.target_modules: the model has no {', '.join(missing)}"
+            + (f"; did you mean {meant[0]}?" if meant else ".")
+            + f" Its linear layers: {', '.join(linear)}"
+        )
+
+
+def _starts(path: str) -> Iterator[int]:
+    """Yield where each part of a module's path begins."""
+    yield 0
+    yield from (at + 1 for at, letter in enumerate(path) if letter == ".")
 
 
 def _linear_names(meta_model: PreTrainedModel) -> set[str]:

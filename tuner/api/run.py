@@ -98,7 +98,10 @@ class Where:
         return dry_run_file(file) if self.engine_of(file) == "simulated" else file
 
     def engine_of(self, file: RoundFile) -> str:
-        """Return a round's engine. Raises InputError for an unknown one, or for training a dry run."""
+        """Return a round's engine.
+
+        Raises InputError for an unknown one, for training a dry run, or for a cluster that it does not use.
+        """
         engine = self.engine or file.spec.run.engine
         if not is_known("engine", engine):
             raise InputError(f"--engine {engine}: expects {expected('engine')}")
@@ -106,6 +109,10 @@ class Where:
             raise InputError(
                 f"{file.path}: this file belongs to a dry run; to train, run the file in the study's own "
                 "folder"
+            )
+        if self.ray_address is not None and engine in ("local", "simulated"):
+            raise InputError(
+                f"--ray-address {self.ray_address}: the engine {engine} uses no cluster; add --engine ray"
             )
         return engine
 

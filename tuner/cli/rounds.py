@@ -120,10 +120,15 @@ def parse_duration(text: str) -> float:
 
 def parse_command(option: str, text: str | None) -> tuple[str, ...]:
     """Split a command line into a program and its arguments, as a shell does. Raises InputError."""
+    if text is None:
+        return ()
     try:
-        return tuple(shlex.split(text or ""))
+        command = tuple(shlex.split(text))
     except ValueError as error:
         raise InputError(f"{option} {text!r}: cannot be read: {error}") from None
+    if not command or not command[0]:
+        raise InputError(f"{option} {text!r}: expects a program and its arguments, such as 'python tell.py'")
+    return command
 
 
 def parse_count(option: str, text: str) -> int | Literal["auto"]:

@@ -327,7 +327,8 @@ class Attempt:
         """Keep the command's checkpoint of a step for what it is needed; False if it is gone already."""
         source = self.saved[step]
         try:
-            best = best_evaluation(self.evaluations)
+            # Later evaluations may be known already: a fast command reports several at once.
+            best = best_evaluation([each for each in self.evaluations if each.step <= step])
             if best is not None and best.step == step and (self.kept_best or (None,))[0] != step:
                 self._keep_best(source, step)
             if self.round.resumes and step > self.kept_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -234,9 +234,11 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
     found: dict[Location, str] = {}
     seen: set[Location] = set()
     mended = copy.deepcopy(document)
+    own = {row["name"] for plug_in in plug_ins for row in plug_in["hyperparameters"]}
+    known = (*_KNOWN_KEYS, *(f"hyperparameters.{name}" for name in sorted(own)))
     for recorded in RECORDED_KEYS:
         if mended.pop(recorded, None) is not None:
-            found[recorded,] = unknown_key((recorded,), _KNOWN_KEYS)
+            found[recorded,] = unknown_key((recorded,), known)
     if plug_ins:
         mended["plug_ins"] = plug_ins
     while True:
@@ -251,9 +253,9 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
         wrong = {dotted(at) for at in seen}
         for each in fresh:
             seen.add(each["loc"])
-            message = _message(each)
+            message = _message(each, known)
             if wrong.isdisjoint(each.get("ctx", {}).get("rests_on", ())) and not (
-                _may_belong_to_a_method(each["loc"], message) and wrong & _CHOOSERS
+                _may_belong_to_a_method(each["loc"], message, own) and wrong & _CHOOSERS
             ):
                 found[each["loc"]] = message
             _mend(mended, each["loc"])
@@ -262,9 +264,10 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
 _CHOOSERS = {f"hyperparameters.{chooser}" for chooser in CHOOSERS}
 
 
-def _may_belong_to_a_method(location: Location, message: str) -> bool:
-    """Return whether a name is like none that is known: it may be of a method that is not installed."""
-    return location[0] in ("hyperparameters", "search") and message.startswith("unknown; allowed here:")
+def _may_belong_to_a_method(location: Location, message: str, own: Collection[str]) -> bool:
+    """Return whether a name is like none that is known, or is one of plug-ins' `own`."""
+    is_like_none = message.startswith("unknown; allowed here:") or location[-1] in own
+    return location[0] in ("hyperparameters", "search") and is_like_none
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:
@@ -306,13 +309,13 @@ _EXPECTED = {
 """Messages for pydantic's types of error, in terms of the round file."""
 
 
-def _message(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails, known: Collection[str]) -> str:
     context, location, raw = error.get("ctx", {}), error["loc"], error["input"]
     match error["type"]:
         case "mistake":
             return str(context["message"])
         case "unknown_key" | "extra_forbidden":
-            return unknown_key(location, _KNOWN_KEYS)
+            return unknown_key(location, known)
         case "missing":
             return f"missing: {_meaning(location)}"
         case "literal_error":

@@ -144,6 +144,7 @@ def _begins_like_a_path(path: str) -> bool:
 
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
+_FILE_NAME = re.compile(r"[\w-]+\.(db|sqlite3?)")
 EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
@@ -311,7 +312,8 @@ class RoundSpec(BaseModel):
             raise mistake(
                 "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE"
                 + (begins if url != scheme else "")
-                + (" and names no file" if scheme.startswith("sqlite") else "")
+                + (" and names no file" if scheme.startswith("sqlite") and url != scheme else "")
+                + (f"; for a file of this folder, sqlite:///{url}" if _FILE_NAME.fullmatch(url) else "")
             )
         return url
 

@@ -83,9 +83,13 @@ def _refuse_node(event: NodeEvent, around: list[_Open]) -> None:
         kind = "an alias" if isinstance(event, AliasEvent) else "a list or a mapping"
         raise YamlError(f"a key is {kind}; expects a name, as in `key: value`", line)
     if isinstance(event, AliasEvent) and event.anchor in {each.anchor for each in around}:
-        raise YamlError("an alias that contains itself", line)
+        raise YamlError("an alias that contains itself; write its value here instead", line)
     if isinstance(event, CollectionStartEvent) and len(around) >= MAX_DEPTH:
-        raise YamlError(f"lists and mappings are nested more than {MAX_DEPTH} levels deep", line)
+        raise YamlError(
+            f"lists and mappings are nested more than {MAX_DEPTH} levels deep, and a round file has five; is "
+            "a bracket not closed?",
+            line,
+        )
 
 
 def _is_tagged(event: NodeEvent) -> bool:
@@ -112,6 +116,7 @@ def _count(event: NodeEvent, around: list[_Open], sizes: dict[str, int]) -> None
     around[-1].num_values += num_values
     if sum(each.num_values for each in around) > MAX_VALUES:
         raise YamlError(
-            f"stands for more than {MAX_VALUES:,} values once every alias is written out",
+            f"stands for more than {MAX_VALUES:,} values once every alias is written out; write the values "
+            "that you mean without aliases",
             event.start_mark.line + 1,
         )

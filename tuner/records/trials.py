@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -211,6 +212,15 @@ class Checkpoint:
     sha256: str
     """Of the directory: hash of the sorted (name, content hash) pairs."""
 
+    @property
+    def age(self) -> tuple[int, int]:
+        """Return a sort key of adapters: the attempt that saved it, by the end of its name, and the step.
+
+        An attempt may resume before the best step of the attempt before, and runs the steps after it anew.
+        """
+        attempt = re.search(r"\.a(\d+)$", self.path)
+        return int(attempt[1]) if attempt else 0, self.step
+
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
@@ -337,9 +347,12 @@ class Trial:
         return any(attempt.outcome in ("interrupted", "died") for attempt in self.attempts)
 
     def checkpoint(self, kind: CheckpointKind, step: int | None = None) -> Checkpoint | None:
-        """Return the newest checkpoint of a kind, or the one at a step."""
+        """Return the newest checkpoint of a kind, or the one at a step.
+
+        Adapters of the best step are the latest attempt's; resumable ones of two attempts are equal.
+        """
         found = [c for c in self.checkpoints if c.kind == kind and step in (None, c.step)]
-        return max(found, key=lambda c: c.step, default=None)
+        return max(found, key=lambda c: c.age if kind == CheckpointKind.BEST else (0, c.step), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from tuner.report.live import View
 
 PATIENCE_SECONDS = 30.0
 """The longest that a command may run."""
+_TO_END_SECONDS = 5.0
+"""Time that the end of a hanging command may take."""
 _MOST_SAID = 300
 """Characters of a failed command's own message to show."""
 
@@ -54,6 +56,8 @@ class Notifier:
         self._best: float | None = None
         self._has_run = False
         self._news: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._in_a_hurry = threading.Event()
+        self._running: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._tell, name="run.notify", daemon=True)
         self._thread.start()
 
@@ -88,9 +92,18 @@ class Notifier:
             self._queue(event, said)
 
     def close(self) -> None:
-        """See `View`; waits until the command has been told everything."""
+        """See `View`; waits until the command has been told everything, or ends it.
+
+        If it is slow, it is told the end of the round and none of the best trials that still wait.
+        """
         self._news.put(None)
-        self._thread.join(2 * self._patience_seconds)
+        try:
+            self._thread.join(self._patience_seconds)
+            self._in_a_hurry.set()
+            self._thread.join(2 * self._patience_seconds + _TO_END_SECONDS)
+        finally:
+            if self._thread.is_alive() and (process := self._running) is not None:
+                _end(process)
         self._view.close()
 
     def _leader(self) -> Trial | None:
@@ -115,6 +128,8 @@ class Notifier:
 
     def _tell(self) -> None:
         while (news := self._news.get()) is not None:
+            if news["event"] == "best" and self._in_a_hurry.is_set():
+                continue
             why = self._why_it_failed(json.dumps(news, allow_nan=False))
             if why is not None:
                 self._view.message(f"run.notify: {self._round.command[0]} {why}. The round is not affected")
@@ -128,11 +143,13 @@ class Notifier:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # it may say anything
                 start_new_session=True,  # Ctrl-C is for the round
             )
         except (OSError, ValueError) as error:
             return f"cannot be run: {getattr(error, 'strerror', None) or error}"
+        self._running = process
         try:
             _, said = process.communicate(document, timeout=self._patience_seconds)
         except subprocess.TimeoutExpired:
@@ -141,16 +158,25 @@ class Notifier:
         except OSError as error:
             _kill(process)
             return f"failed: {error.strerror}"
+        finally:
+            self._running = None
         if process.returncode == 0:
             return None
         told = " ".join(said.split())[-_MOST_SAID:]
-        return f"failed with exit code {process.returncode}" + (f": {told}" if told else "")
+        number = -process.returncode
+        how = f"was ended by signal {number}" if number > 0 else f"failed with exit code {process.returncode}"
+        return how + (f": {told}" if told else "")
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End the command and what it has started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End the command and what it has started, and wait for it."""
+    _end(process)
     process.wait()
     for pipe in (process.stdin, process.stderr):
         if pipe is not None:

@@ -42,6 +42,8 @@ def verdict(found: Reproduction) -> str:
             )
         case _ if first is None or largest is None:
             return f"{name} is not reproduced: the losses agree, but the run ended differently"
+        case _ if first.recorded is None or first.again is None:
+            return f"{name} is not reproduced: only one of the two runs was evaluated at step {first.step}"
         case _:
             return (
                 f"{name} is not reproduced: losses differ by more than rounding ({_share(found.tolerance)}) "

@@ -104,7 +104,8 @@ def shown_url(url: str | URL) -> str:
     except (ArgumentError, ValueError):
         return _harmless(str(url))
     secret = {name: "***" for name in url.query if name in _SECRET_OPTIONS}
-    return url.update_query_dict(secret).render_as_string(hide_password=True)
+    text = url.update_query_dict(secret).render_as_string(hide_password=True)
+    return text.replace(quote_plus("***"), "***")
 
 
 def normal_url(url: str) -> str:
@@ -335,7 +336,7 @@ def explained(url: URL) -> Iterator[None]:
 
 def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError) -> StorageError:
     """Return the error of a database that cannot be used, with what to do where that is known."""
-    place = str(database_file(url)) if is_sqlite(url) else shown_url(url)
+    place = str(database_file(url)) if is_sqlite(url) else f"storage: {shown_url(url)}"
     reason = _without_secrets(url, reason)
     advice = ""
     if "malformed" in reason or "damaged" in reason:
@@ -348,4 +349,6 @@ def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError
     elif "disk I/O" in reason or "disk is full" in reason:
         # "disk I/O error" is what SQLite says, too, where it cannot make its journal.
         advice = "; is the disk full? Free some space there"
+    elif kind is StorageAway and not is_sqlite(url):
+        advice = "; see that the server runs, and that `storage` has its host, port, user and database"
     return kind(f"{place}: {reason}{advice}")

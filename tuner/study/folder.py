@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
 from tuner.data.pretrained import as_trained
-from tuner.errors import InputError, RoundFileError
+from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.methods.registry import trusting_names
 from tuner.records import CheckpointKind, RoundRecord, Trial
 from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
@@ -77,11 +77,17 @@ class StudyFolder:
 
     def open(self) -> Store:
         """Open the study's facts; an empty store if there is no database, so that reading creates nothing."""
-        return open_store(self.storage, study=self.name) if exists(self.storage) else MemoryStore()
+        return open_store(self.storage, study=self.name) if self._has_database() else MemoryStore()
 
     def is_running(self) -> bool:
         """Return whether a process is running a round of this study."""
-        return exists(self.storage) and is_held(self.directory, self.storage, self.name)
+        return self._has_database() and is_held(self.directory, self.storage, self.name)
+
+    def _has_database(self) -> bool:
+        try:
+            return exists(self.storage)
+        except StorageError as error:
+            raise self.files[0].placed(error) from error
 
     def file(self, round_name: str) -> RoundFile | None:
         """Return a round's file."""
@@ -196,14 +202,20 @@ def _refuse_mixed(directory: Path, files: Sequence[RoundFile]) -> None:
         ("storage", {f.spec.absolute(directory).storage for f in files}),
     ):
         if len(values) > 1:
-            listed = ", ".join(f"{f.path.name} has {_shown(getattr(f.spec, what))}" for f in files)
-            raise InputError(f"{directory}: the rounds of a study share one {what}; here {listed}")
+            listed = ", ".join(
+                f"{f.path.name}:{f.line(what) or 1} has {_shown(getattr(f.spec, what))}" for f in files
+            )
+            raise InputError(
+                f"{directory}: the rounds of a study share one {what}; here {listed}. Write the same in all, "
+                "or move the others to a folder of their own"
+            )
     names = [f.spec.round for f in files]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        culprits = ", ".join(f.path.name for f in files if f.spec.round in twice)
+        culprits = [f"{f.path.name}:{f.line('round')}" for f in files if f.spec.round == sorted(twice)[0]]
         raise InputError(
-            f"{directory}: {culprits} all have `round: {sorted(twice)[0]}`; each round has one file"
+            f"{directory}: {', '.join(culprits)}: the same `round: {sorted(twice)[0]}`, and each round has "
+            "one file; name the others differently, or move them out of this folder"
         )
 
 

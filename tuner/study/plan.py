@@ -136,9 +136,9 @@ class CheckpointFolder:
 
     def surplus(self, trial: Trial, *, keep_best: int) -> list[Checkpoint]:
         """Return recorded checkpoints that a recorded successor replaces."""
-        by_age = sorted(trial.checkpoints, key=lambda c: c.step, reverse=True)
-        best = [c for c in by_age if c.kind == CheckpointKind.BEST]
-        last = [c for c in by_age if c.kind == CheckpointKind.LAST]
+        found = trial.checkpoints
+        best = sorted((c for c in found if c.kind == CheckpointKind.BEST), key=lambda c: c.age, reverse=True)
+        last = sorted((c for c in found if c.kind == CheckpointKind.LAST), key=lambda c: c.step, reverse=True)
         # Until the trial ends, the one before is there should the newest be damaged.
         return [*best[keep_best:], *last[1 if trial.state.is_final else 2 :]]
 

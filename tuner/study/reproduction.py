@@ -280,7 +280,15 @@ def _assignment(rerun: Rerun, place: Path) -> Assignment:
         directory=str(CheckpointFolder(place).trial_directory(trial.number)),
         resume_from=str(rerun.start.path) if rerun.start else None,
         resume_sha256=rerun.start.sha256 if rerun.start else None,
+        trunk_steps=_further_evaluations(rerun) if rerun.spec.command is not None else (),
     )
+
+
+def _further_evaluations(rerun: Rerun) -> tuple[int, ...]:
+    """Return recorded steps that the round did not plan: a command also evaluates where it saves."""
+    planned = evaluation_steps(rerun.record.max_train_steps, rerun.spec.evaluation.every_steps)
+    recorded = (evaluation.step for evaluation in rerun.trial.evaluations)
+    return tuple(s for s in recorded if s not in planned and rerun.from_step < s <= rerun.to_step)
 
 
 def _other_workload(record: RoundRecord, ready: Ready) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from tuner.methods.kinds import ALL_LINEAR
+from tuner.methods.registry import is_built_in
 from tuner.methods.schedules import warmup_length
-from tuner.methods.variants import CHOOSER, PLAIN
+from tuner.methods.variants import CHOOSER
 from tuner.methods.variants.initialisations import INITIALISATIONS
 from tuner.report.exporters.exporter import Recipe, optimization, trainer_arguments, without
 
@@ -75,7 +76,8 @@ def _always(recipe: Recipe) -> Iterator[str]:
             f"The optimizer {recipe.optimizer}: transformers' Trainer does not have it, and without `optim` "
             "the tool uses AdamW. In Python, pass the optimizer to the trainer (`optimizers=`)."
         )
-    if (own := recipe.hyperparameters.get(CHOOSER, PLAIN)) != PLAIN:
+    own = recipe.hyperparameters.get(CHOOSER)
+    if own is not None and not is_built_in("variant", str(own)):
         yield (
             f"The variant {own}: the tool does not have it and trains plain LoRA; the adapter's "
             "adapter_config.json has its arguments of peft.LoraConfig."
