@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -387,6 +388,45 @@ def test_what_a_log_with_several_signs_comes_to(log: str, came_to: str) -> None:
     """Where one process runs out of memory, the others lose their connection to it."""
     ending = Ending(1, 4, ("eval_loss",), log, reported_before=True)
     assert judged(ending, max_train_steps=24, metric="eval_loss").outcome == came_to
+
+
+CAUSE = "Traceback (most recent call last):\n  File 'dpo.py', line 9\nKeyError: 'chosen'"
+LAUNCHER = "Traceback (most recent call last):\n" + "  File 'launch.py', line 1\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("log", "ends_with"),
+    [
+        (f"{CAUSE}\n{LAUNCHER}subprocess.CalledProcessError: Command 'x' returned 1.", "KeyError: 'chosen'"),
+        (f"{CAUSE}\n{LAUNCHER}x.ChildFailedError:\n=====\ndpo.py FAILED\n=====", "KeyError: 'chosen'"),
+        (f"loading\n{LAUNCHER}subprocess.CalledProcessError: Command 'git'", "Command 'git'"),
+        (f"{LAUNCHER}OSError: first\n{CAUSE}", "KeyError: 'chosen'"),
+    ],
+)
+def test_a_launchers_traceback_does_not_hide_that_of_its_script(log: str, ends_with: str) -> None:
+    verdict = judged(Ending(1, None, (), log, reported_before=False), max_train_steps=24, metric="eval_loss")
+    assert verdict.reason.rstrip().endswith(ends_with)
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "model_name_or_path", "train_file"])
+def test_what_lies_beside_the_configuration_alone_is_refused(tmp_path: Path, name: str) -> None:
+    """The command runs in the round file's folder, and would take a data set of the cache of that name."""
+    (tmp_path / "config" / "rows").mkdir(parents=True)
+    path = tmp_path / "config" / "tool.json"
+    content = trainer()
+    content["command"] = {"run": ["python", "${config}"], "tool": "trl", "config": str(path)}
+
+    def found(**values: Any) -> list[str]:
+        path.write_text(json.dumps(values))
+        said = (f"{name}: {message}" for name, message in mistakes(spec_of(tmp_path, content), tmp_path))
+        return [each for each in said if "beside" in each]
+
+    assert f"command.config: {name}: rows lies beside the configuration" in found(**{name: "rows"})[0]
+    assert found(**{name: "trl-lib/rows"}) == found(**{name: str(path.parent / "rows")}) == []
+    assert found(output_dir="rows", report_to="rows") == [], "neither is read"
+    assert found(datasets=[{"path": "rows"}])[0].startswith("command.config: path: rows")
+    (tmp_path / "rows").mkdir()
+    assert found(**{name: "rows"}) == []
 
 
 def without_resume(content: dict) -> dict:

@@ -244,6 +244,27 @@ def test_the_view_is_told_the_last_facts_too(tmp_path: Path) -> None:
     assert repr(again.told) == repr(whole.told)
 
 
+class DeafWorker(SimulatedWorker):
+    """Is closed before it has begun what it was given."""
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        return [event for event in super().events(timeout_seconds) if isinstance(event, Ready)]
+
+
+def test_what_was_given_and_not_begun_is_not_shown_as_running(tmp_path: Path) -> None:
+    asked = itertools.chain([False], itertools.repeat(True))
+    stopped = Listener()
+    with pytest.raises(Interrupted):
+        simulate(
+            tmp_path,
+            stopping=lambda: next(asked),
+            view=stopped,
+            make_worker=lambda: DeafWorker(formula, slots=3),
+        )
+    assert "running" in states(tmp_path), "the facts have no end"
+    assert {trial.state.value for trial in stopped.told} == {"waiting"}
+
+
 class MortalWorker(SimulatedWorker):
     """Dies each time one of the given trials starts, as often as told."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
 from tuner.config import CommandSpec, RoundSpec
@@ -40,6 +42,8 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
         if part.endswith(".py") and "$" not in part and not (directory / part).is_file():
             yield Mistaken("command.run", f"there is no file {directory / part}")
     chosen, config = tool(command.tool), read_config(command)
+    if command.config is not None:
+        yield from _beside_the_config(config, Path(command.config).parent, directory)
     space = spec.space()
     written = {name: space[name] for name in spec.hyperparameters if name in space}
     yield from chosen.mistakes(command.run, config, written)
@@ -49,6 +53,32 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
         wrong = batch_mistake(sizes, options, spec.run.gpus_per_worker, chosen.device_batch)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
+
+
+_INPUT = re.compile(r"^(?!output|logging|save|cache)(.*_)?(path|file|files|dataset|dataset_name|dir)$")
+"""Names of a configuration whose values may be files and folders that a command reads."""
+
+
+def _beside_the_config(value: Any, there: Path, here: Path, name: str = "") -> Iterator[Mistaken]:
+    """Yield the files that lie beside a configuration, where a command that runs elsewhere misses them.
+
+    A library may then take a data set of the Hub, or of its cache, that is called like the folder.
+    """
+    match value:
+        case dict():
+            for key, part in value.items():
+                yield from _beside_the_config(part, there, here, str(key))
+        case list():
+            for part in value:
+                yield from _beside_the_config(part, there, here, name)
+        case str() if (
+            value and _INPUT.search(name) and (there / value).exists() and not (here / value).exists()
+        ):
+            yield Mistaken(
+                "command.config",
+                f"{name}: {value} lies beside the configuration, in {there}, but the command runs in {here}: "
+                "write an absolute path, or move the round file there",
+            )
 
 
 def remarks(spec: RoundSpec) -> Iterator[str]:

@@ -140,5 +140,18 @@ def _line_with(sign: str, text: str) -> str:
 
 def quoted(text: str, *, lines: int = 12) -> str:
     """Return the last lines of a log, to follow a message; empty if there are none."""
-    last = [line for line in re.sub(r".*\r(?!\n)", "", text).splitlines() if line.strip()][-lines:]
+    said = [line for line in re.sub(r".*\r(?!\n)", "", text).splitlines() if line.strip()]
+    last = _without_the_launcher(said)[-lines:]
     return "; its log ends with:\n" + "\n".join(f"    {line}" for line in last) if last else ""
+
+
+_TRACEBACK = "Traceback (most recent call last)"
+_OF_A_LAUNCHER = ("subprocess.CalledProcessError: ", "ChildFailedError:")
+"""How accelerate's (and so TRL's) and torchrun's own tracebacks end, below that of the script."""
+
+
+def _without_the_launcher(lines: list[str]) -> list[str]:
+    """Return the lines before the traceback of a launcher, which hides why its script failed."""
+    at = max((number for number, line in enumerate(lines) if line.startswith(_TRACEBACK)), default=0)
+    is_a_launchers = any(sign in line for line in lines[at:] for sign in _OF_A_LAUNCHER)
+    return lines[:at] if is_a_launchers and any(_TRACEBACK in line for line in lines[:at]) else lines

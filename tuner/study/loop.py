@@ -53,6 +53,7 @@ from tuner.store import Store
 from tuner.study.branches import ComparisonRuns
 from tuner.study.continuation import Continuations
 from tuner.study.disk import not_retained, num_carried_over, promised_trials
+from tuner.study.lookup import at_rest
 from tuner.study.optuna_rows import RowsChanged
 from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 from tuner.study.proposals import SamplerStopped
@@ -483,6 +484,8 @@ class RoundLoop:
         for event in self.worker.events(0.0):
             self._record(event)
         self.view.trials(self.state.changed())
+        # One that the worker had not begun to train has no end, and would be shown as running.
+        self.view.trials([at_rest(trial, is_running=False) for trial in self.state.open])
 
     def _is_over(self) -> bool:
         return self._have_ended() and not self.branches.left()
