@@ -301,6 +301,17 @@ def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert install_command("unsloth") in message
 
 
+def test_kernels_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.studies import QUICKSTART
+
+    if find_spec("liger_kernel") is not None:
+        pytest.skip("needs an environment without liger-kernel")
+    path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, kernels: liger")
+    message = refused(tmp_path, capsys, "study", "check", str(path))
+    assert "model.kernels: liger cannot be used here: the package liger-kernel is not installed" in message
+    assert install_command("liger") in message
+
+
 def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_round(tmp_path, base=tmp_path / "no-model")
     assert "no-model" in refused(tmp_path, capsys, "study", "check", str(path))

@@ -232,13 +232,15 @@ def _job(
 ) -> Job:
     """Return a job for the program of the round, including what the parent already knows.
 
-    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than its loader uses.
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than its model uses.
     """
-    if spec.run.gpus_per_worker > 1 and spec.command is None and spec.model.loader != "transformers":
-        raise InputError(
-            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.loader: {spec.model.loader} uses one "
-            "GPU; set model.loader: transformers, or remove this line"
-        )
+    of_one_gpu = [("loader", "unsloth", "transformers"), ("kernels", "liger", "torch")]
+    for key, one_gpu, several in of_one_gpu:
+        if spec.run.gpus_per_worker > 1 and spec.command is None and getattr(spec.model, key) == one_gpu:
+            raise InputError(
+                f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.{key}: {one_gpu} uses one GPU; set "
+                f"model.{key}: {several}, or remove this line"
+            )
 
     def document() -> dict[str, object]:
         known = base()
