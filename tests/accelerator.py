@@ -30,6 +30,7 @@ from tuner.adapters.frozen_linear import speed_up
 from tuner.adapters.placement import connect
 from tuner.records import Assignment
 from tuner.training import packed_passes, trial_run
+from tuner.training.device_updates import INFEASIBLE_AT
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
 
@@ -74,8 +75,18 @@ class Reads:
 
 
 def ones(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """Answer each value by 1."""
-    return [[1.0] * tensor.numel() for tensor in tensors]
+    """Answer each value by 1, and that no trial is infeasible."""
+    return [tally(1.0) if is_tally(tensor) else [1.0] * tensor.numel() for tensor in tensors]
+
+
+def tally(value: float, *, infeasible_at: int = 0) -> list[float]:
+    """Return what a trial's updates came to."""
+    return [*[value] * INFEASIBLE_AT, float(infeasible_at)]
+
+
+def is_tally(tensor: Tensor) -> bool:
+    """Return whether the device decided a trial's updates and counted them here."""
+    return tensor.dtype == torch.float64 and tensor.shape == (INFEASIBLE_AT + 1,)
 
 
 @contextmanager

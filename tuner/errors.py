@@ -98,11 +98,11 @@ class WorkerError(TunerError):
 
 
 class RoundStopped(TunerError):
-    """A round stopped half-way for a reason outside of it, such as a full disk; the same command goes on."""
+    """A round stopped half-way for a reason outside of it, such as a full disk; the same command resumes."""
 
 
 class Interrupted(TunerError):
-    """The user stopped the run; what was done is saved."""
+    """The user stopped the run; all progress is saved."""
 
     exit_code = 130
 

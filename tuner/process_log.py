@@ -25,7 +25,7 @@ _SECRETS = (
     (
         re.compile(
             r"(?i)([?&;](?:[\w.-]|%2d)*(?:sig|token|credential|secret|passw|key|policy|accessid|auth)[\w.-]*=)"
-            r"[^&\s'\"<>;)]+"
+            r"(?!\*\*\*)[^&\s'\"<>;)]+"
         ),
         r"\1***",
     ),

@@ -205,6 +205,34 @@ def test_a_directory_that_only_reads(
     assert f"checkpoints.directory: cannot write to {disk}/runs/round1: Read-only file system" in message
 
 
+def test_results_on_a_disk_that_only_reads_are_read(small_disk: MountTmpfs) -> None:
+    """Such as somebody else's study, or an archive: nothing there changes, and nothing can be recorded."""
+    disk = small_disk(32)
+    write_round(disk, trials=2)
+    assert tuner("study", "run", "round1.yaml", "--engine", "simulated", directory=disk).returncode == 0
+    make_read_only(disk)
+    before = files(disk)
+    for command in (("study", "status"), ("trial", "list"), ("trial", "show", "best")):
+        assert tuner("-C", "dry-run", *command, directory=disk).returncode == 0, command
+    advice = "make it writable, or copy the study's folder to where you may write"
+    message = tuner("-C", "dry-run", "study", "promote", "--to", "round2", directory=disk).stderr
+    assert f"{disk}/dry-run/tuner.db: Read-only file system; {advice}" in message
+    message = tuner("-C", "dry-run", "study", "report", directory=disk).stderr
+    assert "set --html to a file" in message
+    assert files(disk) == before
+
+
+@pytest.mark.parametrize("target", ["nowhere", "runs"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    """A disk that is not mounted, and a link to itself."""
+    path = write_round(tmp_path)
+    link = tmp_path / "runs"
+    link.symlink_to(target)
+    for verb in ("run", "check"):
+        message = refused(tmp_path, capsys, "study", verb, str(path))
+        assert f"{link} is a link to {target}, which does not exist" in message
+
+
 def test_a_study_on_a_disk_that_only_reads(
     small_disk: MountTmpfs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -271,6 +299,17 @@ def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     message = refused(tmp_path, capsys, "study", "check", str(path))
     assert "model.loader: unsloth cannot be used here: the package is not installed" in message
     assert install_command("unsloth") in message
+
+
+def test_kernels_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.studies import QUICKSTART
+
+    if find_spec("liger_kernel") is not None:
+        pytest.skip("needs an environment without liger-kernel")
+    path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, kernels: liger")
+    message = refused(tmp_path, capsys, "study", "check", str(path))
+    assert "model.kernels: liger cannot be used here: the package liger-kernel is not installed" in message
+    assert install_command("liger") in message
 
 
 def test_a_missing_model_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.studies import tuner, write_round
+from tests.studies import QUICKSTART, tuner, write_round
 from tuner.engines import LocalProcess
 from tuner.process_log import harmless
 from tuner.records import Fact, TrialAsked
@@ -114,6 +114,7 @@ def test_what_is_kept_has_no_secret(text: str, shown: str) -> None:
         "12 tokens: 3.4 a second; num_tokens=5, max_new_tokens: 6",
         "https://user@host/x?revision=main&key_frames",
         "File '/x.py', line 3: KeyError: 'a'",
+        "storage: postgresql+psycopg://u:***@host/db?password=***: connection failed",
     ],
 )
 def test_what_is_no_secret_is_kept(text: str) -> None:
@@ -142,6 +143,19 @@ def test_a_trace_and_a_worker_tell_no_secret(tmp_path: Path, monkeypatch: pytest
     for said in (file.read_text(), done.stderr, worker.stderr):
         assert "***" in said
         assert "hunter2" not in said
+
+
+@pytest.mark.parametrize("scheme", ["nosuch", "memory"])
+def test_an_error_names_the_line_of_a_signed_url_without_its_signature(tmp_path: Path, scheme: str) -> None:
+    path = write_round(tmp_path)
+    signed = "'SCHEME://bucket/rows.jsonl?sv=1&sig=hunter2'".replace("SCHEME", scheme)
+    path.write_text(path.read_text().replace(f"{QUICKSTART}/data/train.jsonl", signed))
+    for verb in ("check", "run"):
+        done = tuner("study", verb, "round1.yaml", directory=tmp_path)
+        assert done.returncode == 2
+        shown = f"round1.yaml:6: data.train[0].path: {scheme}://bucket/rows.jsonl?sv=1&sig=***"
+        assert shown in done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_long_log_keeps_its_newer_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,30 @@ def test_a_value_that_no_hyperparameter_can_have(tmp_path: Path, given: str, sai
     assert list((tmp_path / "study").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("rates", "given", "is_said"),
+    [
+        ((0.004, 0.003, 0.002), (), True),
+        ((0.004, 0.004, 0.002), (), False),
+        ((0.004, 0.003, 0.002), ("--set", "learning_rate=0.005"), False),
+        ((0.004, 0.003, 0.002), ("--set", "schedule=cosine", "--set", "warmup_steps=0"), False),
+    ],
+)
+def test_a_rate_that_may_not_be_the_peak_is_said(
+    tmp_path: Path, rates: tuple[float, ...], given: tuple[str, ...], is_said: bool
+) -> None:
+    folder = trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
+    path = folder / f"checkpoint-{T}" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    logged = [entry for entry in state["log_history"] if "learning_rate" in entry]
+    for entry, rate in zip(logged, (*rates, *(0.001 / n for n in range(1, 9))), strict=False):
+        entry["learning_rate"] = rate
+    path.write_text(json.dumps(state))
+    (tmp_path / "study").mkdir()
+    said = tuner(tmp_path / "study", "study", "import", "../run", *given)
+    assert ("learning_rate is the highest rate that a run logged" in said) == is_said
+
+
 def test_what_is_not_said_stays_unknown(tmp_path: Path) -> None:
     trainer_folder(tmp_path / "run", 0.001, checkpoints=(T,))
     (tmp_path / "study").mkdir()

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
-from tests.commands.driving import PYTHON, document, spec_of, trainer, written
+from tests import studies, tiny
+from tests.commands.driving import PYTHON, document, spec_of, trainer, with_fault, written
 from tests.commands.test_rounds import searching, tuner
 from tests.inference.test_gguf import CONVERTER
 from tests.inference.test_hub import Hub, hub
@@ -44,6 +44,19 @@ def test_status_and_trials(ran: Path) -> None:
     assert [each["step"] for each in shown["evaluations"]] == list(range(0, 25, 4))
     assert "round1/0" in tuner(ran, "trial", "show", "round1/0")
     assert "complete" in tuner(ran, "study", "status")
+
+
+def test_what_only_the_command_knows_is_not_spoken_of(ran: Path) -> None:
+    assert "--show 2 shows nothing" in tuner(ran, "study", "check", "round1.yaml", "--show", "2")
+    said = tuner(ran, "study", "report")
+    assert "Its checkpoint: " in said
+    assert "adapter" not in said
+
+
+def test_what_follows_a_round_without_a_result(tmp_path: Path) -> None:
+    written(tmp_path, with_fault("nan", schedule="constant") | {"search": {"trials": 1}})
+    tuner(tmp_path, "study", "run", "round1.yaml")
+    assert "next: tuner trial list" in studies.tuner("study", "report", directory=tmp_path).stderr
 
 
 def test_the_report_in_all_forms(ran: Path) -> None:

@@ -125,6 +125,13 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("model}", "model, loader: sloth}", 3, "model.loader", "did you mean unsloth?"),
         (
             "model}",
+            "model, loader: unsloth, kernels: liger}",
+            3,
+            "model.kernels",
+            "unsloth has kernels of its own",
+        ),
+        (
+            "model}",
             "model, loader: unsloth, quantization: int8}",
             3,
             "model.quantization",

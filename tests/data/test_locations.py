@@ -94,6 +94,23 @@ def test_files_behind_a_url_are_read(tmp_path: Path, bucket: fsspec.AbstractFile
         prepared("memory://bucket/x.jsonl")
 
 
+def test_a_signed_url_is_read_and_its_signature_neither_shown_nor_kept(
+    tmp_path: Path, bucket: fsspec.AbstractFileSystem
+) -> None:
+    signed = "?X-Amz-Credential=hunter2&X-Amz-Signature=hunter2"
+    bucket.pipe(f"/bucket/a.jsonl{signed}", jsonl(0, 5))
+    bucket.pipe(f"/bucket/b.jsonl{signed}", b"{\n")
+    assert len(prepared(f"memory://bucket/a.jsonl{signed}", tmp_path).train) == 5
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) > 2
+    assert [path for path in kept if b"hunter2" in path.read_bytes() or "hunter2" in path.name] == []
+    for file, said in (("b", ":1: not one JSON object"), ("c", ": there is no such file")):
+        with pytest.raises(DataError) as raised:
+            prepared(f"memory://bucket/{file}.jsonl{signed}")
+        shown = f"memory://bucket/{file}.jsonl?X-Amz-Credential=***&X-Amz-Signature=***{said}"
+        assert str(raised.value).startswith(shown)
+
+
 def test_a_mistake_in_a_file_behind_a_url_names_the_url(bucket: fsspec.AbstractFileSystem) -> None:
     bucket.pipe("/bucket/b.jsonl", jsonl(5, 9) + b"{\n")
     with pytest.raises(DataError, match=r"^memory://bucket/b\.jsonl:5: not one JSON object a line"):

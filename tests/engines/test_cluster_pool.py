@@ -123,10 +123,11 @@ def test_the_second_worker_opens_with_the_first_trial_and_both_run(
     job: Job, opened: Any, tmp_path: Path
 ) -> None:
     pool = opened(Machines(tmp_path, "a", "b"))
-    collect(pool, until=ready)
+    events = collect(pool, until=ready)
     assert pool.capacity() == 1
     pool.start(assignment(job.directory, 0, steps=5000))
-    events = collect(pool, until=ready)
+    events += collect(pool, until=ready)
+    assert [e.device.rpartition(" on ")[2] for e in events if isinstance(e, Ready)] == ["a", "b"]
     pool.start(assignment(job.directory, 1, steps=20))
     events += collect(pool, until=lambda seen: ended(seen) == {1})
     pool.stop(assignment(job.directory, 0).run)

@@ -307,21 +307,22 @@ def test_a_plug_in_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "loader", "said"),
+    ("visible", "model", "said"),
     [
-        ("", "transformers", "run.gpus_per_worker: 2: this machine has 0 GPU(s); lower it"),
-        ("0", "transformers", "run.gpus_per_worker: 2: this machine has 1 GPU(s); lower it"),
-        ("0,1", "unsloth", "run.gpus_per_worker: 2: model.loader: unsloth uses one GPU; set model.loader: t"),
+        ("", "loader: transformers", "run.gpus_per_worker: 2: this machine has 0 GPU(s); lower it"),
+        ("0", "loader: transformers", "run.gpus_per_worker: 2: this machine has 1 GPU(s); lower it"),
+        ("0,1", "loader: unsloth", "2: model.loader: unsloth uses one GPU; set model.loader: transformers"),
+        ("0,1", "kernels: liger", "2: model.kernels: liger uses one GPU; set model.kernels: torch"),
     ],
 )
-def test_too_few_gpus_or_another_loader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, loader: str, said: str
+def test_too_few_gpus_or_a_model_that_uses_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, model: str, said: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     study = tmp_path / "study"
     write_round(study, run="run: {gpus_per_worker: 2}")
     file = study / "round1.yaml"
-    file.write_text(file.read_text().replace("model: {path", f"model: {{loader: {loader}, path"))
+    file.write_text(file.read_text().replace("model: {path", f"model: {{{model}, path"))
     done = command("study", "run", "round1.yaml", directory=study)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.contracts.worker import assignment, collect, ended, losses
-from tests.studies import round_file
+from tests.studies import QUICKSTART, round_file, write_round
 from tuner.api.run import Where, round_job
 from tuner.config import load_round
 from tuner.engines import Job, LocalEngine, LocalProcess, ProgramWorker, Worker, WorkerPool
+from tuner.engines.processes import recorded_workers
 from tuner.records import Event, Measured, Ready
 from tuner.study.plan import RoundPlan
 
@@ -127,3 +135,104 @@ def test_the_workers_end_with_the_engine(engine: LocalEngine, tmp_path: Path) ->
     engine.end_workers()
     assert process.wait(60) == 0
     assert not (tmp_path / "runs" / "round1" / "worker.pid").exists()
+
+
+def until(is_so: Callable[[], bool], *, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert is_so()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@dataclass(frozen=True)
+class BetweenRounds:
+    """`study auto` that has written the next round's file, and waits to print what it found: a full pipe."""
+
+    auto: subprocess.Popen[bytes]
+    worker: psutil.Process
+    pipe: int
+    log: Path
+
+    def drain(self) -> None:
+        with os.fdopen(self.pipe, "rb") as pipe:
+            pipe.read()
+
+
+SHORT: Mapping[str, Any] = {"steps": 4, "every": 2, "decay_steps": 2, "lora_r": 2}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def study_verb(directory: Path, verb: str, *, stdout: int, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tuner.cli", "study", verb, "round1.yaml"],
+            cwd=directory,
+            stdout=stdout,
+            stderr=file,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+
+
+@pytest.fixture
+def between(tmp_path: Path) -> Iterator[BetweenRounds]:
+    write_round(tmp_path, trials=2, run="run: {slots: 1, production_steps: 40}\n", **SHORT)
+    reading, writing = os.pipe()
+    os.write(writing, b" " * fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ))
+    log = tmp_path / "auto.log"
+    auto = study_verb(tmp_path, "auto", stdout=writing, log=log)
+    os.close(writing)
+    try:
+        until(lambda: (tmp_path / "round2.yaml").exists() or auto.poll() is not None, seconds=240)
+        assert auto.poll() is None, log.read_text()
+        (worker,) = recorded_workers(tmp_path / "runs" / "round1")
+        yield BetweenRounds(auto, psutil.Process(worker.worker.pid), reading, log)
+    finally:
+        auto.kill()
+        auto.wait()
+
+
+def test_a_worker_at_rest_ends_with_a_parent_that_is_killed(between: BetweenRounds) -> None:
+    assert not has_ended(between.worker)
+    between.auto.kill()
+    between.auto.wait(60)
+    until(lambda: has_ended(between.worker))
+    assert "Traceback" not in (between.log.parent / "runs" / "round1" / "worker.log").read_text()
+    os.close(between.pipe)
+
+
+def test_ctrl_c_while_workers_rest_begins_no_other_round(between: BetweenRounds) -> None:
+    between.auto.send_signal(signal.SIGINT)
+    until(lambda: "Ctrl-C again" in between.log.read_text())
+    assert not has_ended(between.worker)
+    between.drain()
+    assert between.auto.wait(120) == 130
+    assert "resume with: tuner study auto round1.yaml" in between.log.read_text()
+    until(lambda: has_ended(between.worker))
+    assert not (between.log.parent / "runs" / "round2").exists()
+
+
+@pytest.mark.acceptance
+def test_the_rounds_of_a_sweep_have_one_worker(tmp_path: Path) -> None:
+    for name in ("train", "eval"):
+        rows = (QUICKSTART / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows[:6]))
+    write_round(tmp_path, data=tmp_path, run="run: {slots: 1, production_steps: 8}\n", **SHORT)
+    log = tmp_path / "sweep.log"
+    sweep = study_verb(tmp_path, "sweep", stdout=subprocess.DEVNULL, log=log)
+    try:
+        assert sweep.wait(240) == 0, log.read_text()
+    finally:
+        sweep.kill()
+        sweep.wait()
+    logs = sorted((tmp_path / "runs").glob("sweep-*/worker.log"))
+    begun = [
+        line.split(" ")[2] for path in logs for line in path.read_text().splitlines() if line[:3] == "---"
+    ]
+    assert len(logs) > 1
+    assert sorted(begun) == ["goes"] * (len(logs) - 1) + ["starts"]
+    assert not list((tmp_path / "runs").glob("*/worker.pid"))

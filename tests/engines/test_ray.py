@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +24,7 @@ from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
 from tests.studies import round_file
 from tuner.engines import Engine, Job, Program, RayEngine
-from tuner.engines.ray.engine import address_of, answers_anybody
+from tuner.engines.ray.engine import address_of, answers_to, refuse_unreachable
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.errors import InputError, RoundStopped
 from tuner.records import Died, Event, Ready, Started
@@ -95,13 +98,20 @@ class TestWithoutASharedDisk(EngineContract):
 
 
 def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
-    cluster: LocalCluster, job: Job, said: list[str]
+    cluster: LocalCluster,
+    job: Job,
+    said: list[str],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The third worker runs on a new node; its trial resumes elsewhere when that node is lost."""
+    caplog.set_level(logging.INFO, "tuner")
     engine = BlindEngine()
     with started(engine, replace(job, workers="auto")) as worker:
         collect(worker, until=ready)
         assert any("3 nodes" in message and "(1 GPU)" in message for message in said)
+        (head,) = re.findall(r"(\S+) \(0 GPUs\)", said[0])
+        assert f"nodes without a GPU get no worker while others have one: {head}" in said
         worker.start(assignment(job.directory, 0, steps=4000))
         collect(worker, until=ready)
         worker.start(assignment(job.directory, 1, steps=4000))
@@ -132,6 +142,9 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         assert again.environment["node"] != where[2]
         assert list(losses(rest, 2)) == list(range(0, 301, 2))
     engine.close()
+    for message in said:
+        assert message in caplog.messages, "what was said of nodes is in the log"
+    assert "(raylet)" not in capfd.readouterr().out, "Ray's own errors are for the log"
 
 
 @pytest.mark.acceptance
@@ -182,7 +195,59 @@ def stop_node(node: Any, *, whole: bool) -> list[int]:
 
 
 def test_a_cluster_that_answers_without_a_token_is_known(cluster: LocalCluster) -> None:
-    assert answers_anybody(cluster.address) is True
+    assert answers_to(cluster.address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) is True
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "head", ":6379", "head:port"])
+def test_an_address_without_a_port_is_bad_input(address: str) -> None:
+    with pytest.raises(InputError, match=r"write HOST:PORT"):
+        refuse_unreachable(address)
+
+
+def test_an_address_at_which_nothing_answers_is_bad_input_before_ray_tries_for_minutes() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"nothing answers there \(.*refused"):
+            refuse_unreachable(address, patience_seconds=0.5)
+
+
+TOKEN = "0123456789" * 4
+WITH_TOKEN = """
+import ray, sys
+small = {"num_cpus": 1, "object_store_memory": 100_000_000}
+head = ray.init(address="local", include_dashboard=False, **small)
+print(head.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.acceptance
+def test_a_token_that_a_cluster_refuses_is_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # without ~/.ray/auth_token
+    variables = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with subprocess.Popen(
+        [sys.executable, "-c", WITH_TOKEN],
+        env=variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as head:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        with pytest.raises(InputError, match=r"asks for a token\. Set RAY_AUTH_MODE=token"):
+            refuse_unreachable(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        with pytest.raises(InputError, match=r"refuses the token of this shell, or the shell has none"):
+            refuse_unreachable(address)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN[::-1])
+        with pytest.raises(InputError, match=r"refuses the token"):
+            refuse_unreachable(address)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        refuse_unreachable(address)
+        head.communicate("")
 
 
 def test_more_gpus_for_a_worker_than_a_node_has_is_bad_input(job: Job) -> None:

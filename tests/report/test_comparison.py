@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from tuner.report import RoundReport
+from tuner.records import Fixed
+from tuner.report import RoundReport, format
 from tuner.report.comparison import Compared, comparison_page, comparison_summary
 
 from . import synthetic
@@ -37,6 +38,22 @@ def test_other_data_cannot_be_compared() -> None:
     found = compared(one, other)
     assert "cannot be compared" in found.headline()
     assert ("training rows", "400", "123") in found.differences()
+
+
+def test_what_a_study_searches_and_what_it_does_not_have() -> None:
+    first, second = synthetic.two_rounds()
+    space = dict(second.results.space)
+    space |= {"lora_r": Fixed(8), "extra.beta": Fixed(0.1)}
+    del space["warmup_steps"]
+    trials = tuple(
+        replace(trial, hyperparameters={**trial.hyperparameters, "lora_r": 8})
+        for trial in second.results.trials
+    )
+    other = replace(second, results=replace(second.results, space=space, trials=trials))
+    found = {name: sides for name, *sides in Compared(("a", "b"), ([first], [other])).differences()}
+    assert found["lora_r"] == ["searched", "8"]
+    assert found["extra.beta"] == [format.NOTHING, "0.1"]
+    assert found["warmup_steps"] == ["5", format.NOTHING]
 
 
 def test_a_study_without_a_result() -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from sqlalchemy import create_engine, make_url, text
 
 from tests.contracts.store import ROUND, TRIAL
 from tests.store import processes
-from tuner.errors import StorageError
+from tuner.errors import StorageAway, StorageError
 from tuner.installation import install_command
 from tuner.records import (
     RoundBegun,
     TrialAsked,
 )
-from tuner.store import exists, normal_url, open_store
+from tuner.store import exists, normal_url, open_store, open_to_read
 
 
 @pytest.mark.parametrize("content", [b"xy", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])
@@ -103,9 +103,36 @@ def test_a_database_without_the_right_to_write(closed: str) -> None:
         assert list(directory.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("closed", ["file", "directory"])
+def test_a_database_without_the_right_to_write_is_read(closed: str) -> None:
+    with as_somebody() as directory:
+        path = directory / "tuner.db"
+        with closing(open_store(f"sqlite:///{path}", study="study")) as store:
+            store.record(RoundBegun(ROUND))
+            store.record(TrialAsked(TRIAL))
+        (path if closed == "file" else directory).chmod(0o555)
+        with closing(open_to_read(f"sqlite:///{path}", study="study")) as store:
+            assert store.round(ROUND.name) == ROUND
+            assert store.trials(ROUND.name) == (TRIAL,)
+            with pytest.raises(StorageError, match="is not writable; make it writable, or copy") as raised:
+                store.record(TrialAsked(TRIAL))
+            assert not isinstance(raised.value, StorageAway)  # nobody waits for it
+        assert list(directory.iterdir()) == [path]
+
+
+def test_tables_of_an_earlier_version_are_not_read_where_they_cannot_be_brought_up_to_date() -> None:
+    with as_somebody() as directory:
+        path = directory / "tuner.db"
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE other (id INTEGER)")
+        path.chmod(0o444)
+        with pytest.raises(StorageError, match="is not writable; make it writable, or copy"):
+            open_to_read(f"sqlite:///{path}", study="study")
+
+
 LITTLE_ROOM = """
 import resource, signal, sys
-from tuner.errors import StorageError
+from tuner.errors import StorageAway, StorageError
 from tuner.store import open_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

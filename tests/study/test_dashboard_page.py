@@ -9,6 +9,7 @@ import pytest
 
 from tests.report import synthetic
 from tuner.study.dashboard import write_pages
+from tuner.study.optuna_rows import RowsChanged
 
 
 @pytest.fixture
@@ -25,6 +26,13 @@ def test_the_key_numbers_are_attributes_of_the_study(page: optuna.Study) -> None
     assert page.user_attrs["diagnosis"] == report.reading.diagnosis
     assert page.user_attrs["suggested max_train_steps"] == report.reading.suggested_max_train_steps
     assert page.user_attrs["infeasible trials"] == "7"
+
+
+def test_a_study_that_somebody_deleted_is_noticed(page: optuna.Study) -> None:
+    """The run makes it anew, and writes the page once more."""
+    page._storage.delete_study(page._study_id)
+    with pytest.raises(RowsChanged):
+        write_pages(page, synthetic.report())
 
 
 def test_every_plot_has_a_title(page: optuna.Study) -> None:

@@ -1,7 +1,8 @@
-"""On a device without values: nothing is in the wrong place, and the host waits once an update."""
+"""On a device without values: nothing is in the wrong place, and the host waits once a step at most."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from tests import tiny
-from tests.accelerator import FIRST, SECOND, Crossings, accelerated, training
+from tests.accelerator import FIRST, SECOND, Crossings, accelerated, is_tally, tally, training
 from tuner.adapters.device_io import send
-from tuner.training.packed_passes import evaluate, micro_step
+from tuner.training.packed_passes import evaluate, micro_step, read_updates
 
 
 def test_it_finds_what_is_in_the_wrong_place() -> None:
@@ -41,15 +42,19 @@ def test_it_finds_what_is_in_the_wrong_place() -> None:
 def test_updates_and_evaluations(slots: Sequence[int], rate: float, joined: bool) -> None:
     trials = {slot: tiny.hyperparameters(training_seed=slot, lora_dropout=rate) for slot in slots}
     with training(trials, joins_rows=joined) as on:
+        on.state.read_every_seconds = 0.0
         for step in range(1, 4):
             if step == 3:
                 assert on.state.base.keep_fewer_activations()
             micro_step(on.state, on.runs)
             assert {run.step for run in on.runs.values()} == {step}
             assert on.reads.devices == [FIRST] * step
+        on.state.read_every_seconds = 3600.0
+        micro_step(on.state, on.runs)
+        assert on.reads.devices == [FIRST] * 3
         made = evaluate(on.state, on.runs)
-        assert on.reads.devices == [FIRST] * 4
-    assert all(evaluation.step == 3 for evaluation in made.values())
+        assert on.reads.devices == [FIRST] * 5  # of the update, and of the scores
+    assert all(evaluation.step == 4 for evaluation in made.values())
     assert all(run.train_loss is not None and run.train_loss > 0 for run in on.runs.values())
 
 
@@ -99,29 +104,60 @@ def test_each_device_gets_row_data_once_a_pass(num_trials: int, joined: bool, mo
     }
 
 
-def test_no_read_between_updates() -> None:
-    """Micro-batches of an unfinished update are not waited for."""
-    trials = {n: tiny.hyperparameters(training_seed=n, batch_size=size) for n, size in enumerate((8, 2))}
+@pytest.mark.parametrize(
+    ("sizes", "seconds", "optimizer", "a_step"),
+    [
+        pytest.param((8, 4, 3, 2), 0.0, "adamw", 1, id="four, mixed"),
+        pytest.param((4, 2), 3600.0, "adamw", 0, id="nothing to read for"),
+        pytest.param((4,), 0.0, "muon", 1, id="decided by the host"),
+    ],
+)
+def test_reads_a_step_of_the_slowest_trial(
+    sizes: Sequence[int], seconds: float, optimizer: str, a_step: int
+) -> None:
+    """However many updates of the others it takes, and never between two micro-batches of it."""
+    trials = {
+        n: tiny.hyperparameters(training_seed=n, batch_size=size, optimizer=optimizer)
+        for n, size in enumerate(sizes)
+    }
     with training(trials, micro_tokens=30) as on:
-        updates = 0
-        while on.runs[0].step < 1:
-            before = [run.step for run in on.runs.values()]
-            micro_step(on.state, on.runs)
-            updates += before != [run.step for run in on.runs.values()]
-        assert on.runs[1].step > 1
-        assert len(on.reads.devices) == updates
+        on.state.read_every_seconds, on.state.read_at = seconds, time.monotonic()
+        for step in range(1, 3):
+            while on.runs[0].step < step:
+                assert len(on.reads.devices) <= a_step * (step - 1)
+                micro_step(on.state, on.runs)
+            assert len(on.reads.devices) == a_step * step
+        assert len(set(sizes)) == 1 or on.runs[len(sizes) - 1].step > 2
 
 
 def test_numbers_that_are_read_decide() -> None:
-    """Losses and norms that are not finite end a trial at its third bad update."""
+    """Losses and norms that are not finite end a trial of the host's at its third bad update."""
 
     def bad(tensors: Sequence[Tensor]) -> list[list[float]]:
         return [[float("nan")] * tensor.numel() for tensor in tensors]
 
-    with training({0: tiny.hyperparameters(batch_size=2)}, answer=bad) as on:
+    with training({0: tiny.hyperparameters(batch_size=2, optimizer="muon")}, answer=bad) as on:
         for _ in range(3):
             assert on.runs[0].reason_infeasible is None
             micro_step(on.state, on.runs)
+    assert str(on.runs[0].reason_infeasible).endswith("the last at step 3")
+
+
+def test_a_count_that_is_read_late_decides() -> None:
+    """The trial has trained on; the step and the reason are those of its third bad update."""
+
+    def third(tensors: Sequence[Tensor]) -> list[list[float]]:
+        assert all(map(is_tally, tensors))
+        return [tally(0.5, infeasible_at=3)] * len(tensors)
+
+    with training({0: tiny.hyperparameters(batch_size=2)}, answer=third) as on:
+        on.state.read_every_seconds = 3600.0
+        on.state.read_at = time.monotonic()
+        for _ in range(7):
+            micro_step(on.state, on.runs)
+        assert (on.runs[0].step, on.runs[0].reason_infeasible) == (7, None)
+        read_updates(on.runs.values())
+    assert on.runs[0].step == 3
     assert str(on.runs[0].reason_infeasible).endswith("the last at step 3")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.optim.optimizer as bitsandbytes_optimizer
@@ -238,6 +239,9 @@ ESTIMATES = Optimizer(
 )
 
 
+SAYS_IT_SKIPS = replace(ESTIMATES, skips_on_device=True)
+
+
 @pytest.mark.parametrize("updates", [0, 1, 2, 3])
 def test_what_an_optimizer_keeps_in_its_groups_is_resumed(updates: int, tmp_path: Path) -> None:
     trial = tiny.hyperparameters(optimizer=f"{__name__}:ESTIMATES")
@@ -271,6 +275,14 @@ def test_what_is_asked_of_a_custom_optimizer_holds_of_each_built_in(name: str) -
     chosen = tiny.hyperparameters(optimizer=name)
     refuse_bad_optimizer(chosen, device=CPU)
     assert chosen == tiny.hyperparameters(optimizer=name), "what it tries leaves the trial as it is"
+
+
+def test_an_optimizer_that_does_not_skip_says_so() -> None:
+    trial = tiny.hyperparameters(optimizer=f"{__name__}:SAYS_IT_SKIPS")
+    with pytest.raises(
+        InputError, match=r"skips_on_device=True, and found_inf = 1 changes layer\.0, layer\.1"
+    ):
+        refuse_bad_optimizer(trial, device=CPU)
 
 
 LARGE = {f"layer.{n}": (torch.randn(16, 300 + n), torch.randn(290 + 7 * n, 16)) for n in range(6)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from tuner.adapters.device_io import one_example_a_row, one_out_of_memory, send
-from tuner.adapters.frozen_linear import chunked_nll, head_nll, product, speed_up, token_scores
+from tuner.adapters.frozen_linear import FusedNll, chunked_nll, head_nll, product, speed_up, token_scores
 from tuner.adapters.joined import Joined, joined_positions, joined_rows
+from tuner.adapters.liger import nll_and_gradient, require_liger, use_liger
 from tuner.adapters.loaders import load_by_unsloth, require_loader
 from tuner.adapters.placement import connect, devices_of, is_about_offloading, on, placed
 from tuner.data import Example
@@ -56,6 +57,8 @@ class Base:
     """Whether several examples in a row stay apart, as `Joined` lays them."""
     last: nn.Module | None = field(default=None, init=False)
     """The feed-forward module of the last layer, where tokens do not meet there or afterwards."""
+    fused_nll: FusedNll | None = field(default=None, init=False)
+    """A kernel for losses with gradients."""
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +109,7 @@ class Base:
         if not self.head_is_linear:
             return chunked_nll(self._logits, hidden, targets, vocabulary_size=self.vocabulary_size)
         head = self.model.get_output_embeddings()
-        return head_nll(hidden, head.weight, head.bias, targets)
+        return head_nll(hidden, head.weight, head.bias, targets, fused=self.fused_nll)
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,14 +193,24 @@ def load_base(
     device: str | torch.device,
     max_length: int,
     others: Sequence[torch.device] = (),
+    kernels: Literal["torch", "liger"] = "torch",
 ) -> Base:
     """Load a causal language model for training adapters on it, spread over all devices if there are others.
 
-    Raises ModelError if it cannot be found, or if its rows influence one another, so that a trial's result
-    would depend on its neighbours.
+    `kernels` is `model.kernels` for a worker that trains; answers and later scores are computed by torch
+    alone. Raises ModelError if the model cannot be found, if its rows influence one another, so that a
+    trial's result would depend on its neighbours, or if the kernels cannot be used.
     """
-    loaded = load_model(model, device=device, max_length=max_length, others=others)
-    return freeze(loaded, dtype=DTYPES[model.dtype])
+    if kernels == "torch":
+        loaded = load_model(model, device=device, max_length=max_length, others=others)
+        return freeze(loaded, dtype=DTYPES[model.dtype])
+    require_liger()
+    loaded = load_model(model, device=device, max_length=max_length).eval().requires_grad_(False)
+    with one_out_of_memory():
+        use_liger(loaded)
+    base = freeze(loaded, dtype=DTYPES[model.dtype])
+    base.fused_nll = nll_and_gradient
+    return base
 
 
 def load_model(

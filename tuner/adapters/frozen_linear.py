@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -105,16 +105,28 @@ def chunk_elements(gpu_bytes: int) -> int:
     return max(CHUNK_ELEMENTS, min(_MAX_GPU_ELEMENTS, gpu_bytes // _GPU_BYTES_AN_ELEMENT))
 
 
+FusedNll: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Logits [tokens, vocabulary] in float32 and targets [tokens] -> the targets' negative log-likelihoods, and
+their gradients with respect to the logits, which may be overwritten."""
+
+
 class _HeadNll(torch.autograd.Function):
     """The head is frozen, so the only gradient is that of the hidden states, computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, fused: FusedNll | None
+    ) -> Tensor:
         rows = chunk_rows(weight.shape[0], hidden.device)
         needs_gradient = hidden.requires_grad
         nll, gradients = [], []
         for start in range(0, hidden.shape[0], rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            if fused is not None and needs_gradient:
+                found, gradient = fused(product(part, weight, bias).float(), wanted[:, 0])
+                nll.append(found)
+                gradients.append(product(gradient.to(weight.dtype), weight.t()))
+                continue
             log_probability = product(part, weight, bias).float().log_softmax(dim=1)
             nll.append(-log_probability.gather(1, wanted)[:, 0])
             if needs_gradient:
@@ -125,18 +137,25 @@ class _HeadNll(torch.autograd.Function):
         return torch.cat(nll) if nll else hidden.new_empty(0, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * outputs[0].to(gradient.dtype)[:, None], None, None, None)
+        return (gradient * outputs[0].to(gradient.dtype)[:, None], None, None, None, None)
 
 
-def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def head_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    fused: FusedNll | None = None,
+) -> Tensor:
     """Return the negative log-likelihood [tokens] in float32 of `targets` [tokens] given `hidden` [tokens,
     width].
 
-    `weight` is [vocabulary, width] and gets no gradient.
+    `weight` is [vocabulary, width] and gets no gradient. `fused` computes where a gradient is needed.
     """
-    return _HeadNll.apply(hidden, weight, bias, targets)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadNll.apply(hidden, weight, bias, targets, fused)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def chunked_nll(

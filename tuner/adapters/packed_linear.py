@@ -148,6 +148,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.inner = inner
         self.is_plain = type(inner) in (nn.Linear, FrozenLinear)
+        self.is_4bit = type(inner).__name__ == "Linear4bit"  # bitsandbytes', which other models do without
         self.number = number
         """Among the layers of the pack."""
         self._pack = (pack,)  # in a tuple: a module must not own the pack that owns it
@@ -199,7 +200,7 @@ class PackedLinear(nn.Module):
         dropped = self._drop(x, arranged)
         if self._dora is not None:
             return self._dora.apply(x, dropped)
-        y = None if self.is_plain else self.inner(x)
+        y = None if self.is_plain or self.is_4bit else self.inner(x)
         return _Update.apply(x, dropped, y, pack.anchor, self, arranged)  # type: ignore[no-any-return, no-untyped-call]
 
     def _drop(self, x: Tensor, arranged: Arranged) -> Tensor | None:
@@ -236,9 +237,9 @@ class _Update(torch.autograd.Function):
         low = torch.bmm(kept, a.transpose(1, 2)).mul_(scale)
         ctx.save_for_backward(kept, low)
         ctx.layer, ctx.arranged = layer, arranged
-        ctx.is_dropped, ctx.is_plain = dropped is not None, y is None
+        ctx.is_dropped, ctx.has_base = dropped is not None, y is None
         # No linear layer needs its output for its gradients, so the sum may replace it.
-        y = product(x, layer.inner.weight, layer.inner.bias) if y is None else y.data  # type: ignore[arg-type]
+        y = _of_base(layer, x) if y is None else y.data
         shape = y.shape
         y = _by_slot(y, num_slots)
         y.baddbmm_(low.to(y.dtype), b.to(y.dtype))
@@ -256,15 +257,35 @@ class _Update(torch.autograd.Function):
         layer.gradient_a[:num_slots, :rank].baddbmm_(down.transpose(1, 2), kept)
         layer.gradient_b[:num_slots, :rank].baddbmm_(low.transpose(1, 2), high)
         of_x = of_dropped = None
-        if ctx.is_plain and ctx.needs_input_grad[0]:
-            of_x = product(gradient, layer.inner.weight.t())
+        if ctx.has_base and ctx.needs_input_grad[0]:
+            of_x = _of_input(layer, gradient)
         if ctx.is_dropped and ctx.needs_input_grad[1]:
             of_dropped = torch.bmm(down, a).view(*gradient.shape[:-1], -1)
         elif of_x is not None:
             _by_slot(of_x, num_slots).baddbmm_(down.to(of_x.dtype), a.to(of_x.dtype))
         elif ctx.needs_input_grad[0]:
             of_x = torch.bmm(down, a).view(*gradient.shape[:-1], -1)
-        return of_x, of_dropped, None if ctx.is_plain else gradient, None, None, None
+        return of_x, of_dropped, None if ctx.has_base else gradient, None, None, None
+
+
+def _of_base(layer: PackedLinear, x: Tensor) -> Tensor:
+    """Return the base layer's output, without a gradient."""
+    if layer.is_plain:
+        return product(x, layer.weight, layer.bias)
+    return layer.inner(x)  # type: ignore[no-any-return]
+
+
+def _of_input(layer: PackedLinear, gradient: Tensor) -> Tensor:
+    """Return the gradient of the base layer's input from its output's; in 4 bits as bitsandbytes does."""
+    if layer.is_plain:
+        return product(gradient, layer.weight.t())
+    from bitsandbytes.functional import dequantize_4bit
+
+    inner: Any = layer.inner
+    weight = dequantize_4bit(inner.weight.view(-1, 1), inner.weight.quant_state)
+    dtype = gradient.dtype if inner.compute_dtype is None else inner.compute_dtype
+    of_x: Tensor = gradient.to(dtype) @ weight.to(dtype)
+    return of_x.to(gradient.dtype)
 
 
 def _matrices(layer: PackedLinear, arranged: Arranged) -> tuple[Tensor, Tensor, Tensor]:

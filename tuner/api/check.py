@@ -212,7 +212,10 @@ def _plan(
     # Loads torch: only after the cheap checks.
     from tuner.adapters import embeddings_of, largest_adapter
     from tuner.adapters.generation import ends_unlike_its_base, warning_of_ends
+    from tuner.adapters.liger import require_liger
 
+    if model.kernels == "liger" and spec.run.engine == "local":
+        require_liger()
     with _naming_the_probe(spec.model, prober):
         num_embeddings, adapter_weights = embeddings_of(model), largest_adapter(model, spec.space())
     refuse_tokens_beyond(data, num_embeddings, lambda: tokenizer)

@@ -184,7 +184,7 @@ def finished_trial(folder: StudyFolder, name: str) -> Finished:
     if adapter is None:
         raise InputError(
             f"{name}: the adapter of {path} is missing from {folder.checkpoints(trial.round).root}; "
-            f"put it back with: tuner trial reproduce {path} --restore"
+            f"restore it with: tuner trial reproduce {path} --restore"
         )
     with opened(folder) as store:
         record = begun_round(store, trial.round)

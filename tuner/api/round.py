@@ -12,6 +12,7 @@ from tuner.api.trial import Trial
 from tuner.errors import InputError
 from tuner.playbook.selection import ranked
 from tuner.report import RoundReport, round_markdown, write_html
+from tuner.report.format import count
 from tuner.study.folder import StudyFolder, opened
 from tuner.study.lookup import begun_round, reports_on, statuses, trials_of
 from tuner.study.results import reading_of
@@ -32,7 +33,8 @@ class Round:
         """Why `Study.auto` ended after this round; None for any other round."""
 
     def __repr__(self) -> str:
-        return f"Round({self.name!r}): {len(self.trials)} trials of {self.max_train_steps} steps"
+        trials = count(len(self.trials), "trial")
+        return f"Round({self.name!r}): {trials} of {count(self.max_train_steps, 'step')}"
 
     @property
     def max_train_steps(self) -> int:

@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -160,25 +160,30 @@ def run_here(
             return start_workers(engine, replace(round_job(plan, base, where), say=view.message))
 
         passes = restarts + 1
-        run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
-        if is_dry_run:
-            view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
-        if notifier is not None:
-            notifier.ended("complete")
-    except Interrupted as stop:
-        if notifier is not None:
-            notifier.ended("stopped", str(stop))
-        raise
-    except (WorkerError, RoundStopped) as error:
-        if notifier is not None:
-            notifier.ended("failed", str(error))
-        raise
+        with nullcontext() if notifier is None else _end_notified(notifier):
+            run_round(file, make_worker=start, view=view, stopping=stopping, passes=passes, clock=engine.now)
+            if is_dry_run:
+                view.message(f"{engine.now() - begun_at:.0f} seconds simulated")
     except InputError as error:
         raise file.placed(error) from None
     finally:
         os.umask(umask)
         engine.close()
         view.close()
+
+
+@contextmanager
+def _end_notified(notifier: Notifier) -> Iterator[None]:
+    """Tell how the round in the block ended, unless its input was bad."""
+    try:
+        yield
+    except Interrupted as stop:
+        notifier.ended("stopped", str(stop))
+        raise
+    except (WorkerError, RoundStopped) as error:
+        notifier.ended("failed", str(error))
+        raise
+    notifier.ended("complete")
 
 
 def round_job(plan: RoundPlan, base: Callable[[], Evaluation | None], where: Where) -> Job:
@@ -227,13 +232,15 @@ def _job(
 ) -> Job:
     """Return a job for the program of the round, including what the parent already knows.
 
-    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than its loader uses.
+    `beside` is the folder of the round file. Raises InputError for more GPUs per worker than its model uses.
     """
-    if spec.run.gpus_per_worker > 1 and spec.command is None and spec.model.loader != "transformers":
-        raise InputError(
-            f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.loader: {spec.model.loader} uses one "
-            "GPU; set model.loader: transformers, or remove this line"
-        )
+    of_one_gpu = [("loader", "unsloth", "transformers"), ("kernels", "liger", "torch")]
+    for key, one_gpu, several in of_one_gpu:
+        if spec.run.gpus_per_worker > 1 and spec.command is None and getattr(spec.model, key) == one_gpu:
+            raise InputError(
+                f"run.gpus_per_worker: {spec.run.gpus_per_worker}: model.{key}: {one_gpu} uses one GPU; set "
+                f"model.{key}: {several}, or remove this line"
+            )
 
     def document() -> dict[str, object]:
         known = base()

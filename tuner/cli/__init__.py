@@ -124,7 +124,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="tuner", standalone_mode=False)
     except TunerError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {harmless(str(error))}", err=True)
         return error.exit_code
     except _UsageError as error:
         error.show()

@@ -70,6 +70,8 @@ def check_round(path: Path, *, show: int, probe: bool, where: Where, as_json: bo
             _print_row(row, path.parent.absolute())
 
     plan, remarks, command = checked(path, prepare=prepared, probe=probe, where=where, look=look)
+    if show and plan.train_rows is None:
+        remarks = [*remarks, f"--show {show} shows nothing: the command alone knows its rows"]
     output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
 

@@ -46,7 +46,10 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
         yield from _beside_the_config(config, Path(command.config).parent, directory)
     space = spec.space()
     written = {name: space[name] for name in spec.hyperparameters if name in space}
-    yield from chosen.mistakes(command.run, config, written)
+    for name, message in chosen.mistakes(command.run, config, written):
+        is_of_the_config = name in config and command.config is not None
+        said = f"{Path(str(command.config)).name}: {name}: {message}"
+        yield Mistaken("command.config", said) if is_of_the_config else Mistaken(name, message)
     if chosen.has_hook and "batch_size" in space:
         options = {**config, **options_of(command.run)}
         sizes = _values(space["batch_size"])

@@ -161,7 +161,7 @@ def _listing(source: Path) -> dict[str, tuple[int, int]]:
 def read_kept(directory: Path, *, sha256: str | None) -> Kept:
     """Read a resumable checkpoint. Raises CheckpointError if it is missing or not the recorded one."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: the recorded checkpoint is missing, gone from the disk")
+        raise CheckpointError(f"{directory}: the recorded checkpoint is missing from the disk")
     if sha256 is not None and (found := digest(directory)) != sha256:
         raise CheckpointError(
             f"{directory}: the checkpoint was changed or damaged: its hash is {found}, recorded was {sha256}"

@@ -20,6 +20,7 @@ from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, s
 from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded
 from tuner.methods.schedules import refuse_bad_rates, schedule
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.process_log import harmless
 from tuner.records import corners
 
 
@@ -83,7 +84,7 @@ class RoundFile:
             sources = zip(getattr(self.spec.data, part), getattr(absolute.data, part), strict=True)
             for at, (source, meant) in enumerate(sources):
                 if (
-                    message.startswith((f"{source.path}:", f"{meant.path}:"))
+                    message.startswith((f"{harmless(source.path)}:", f"{harmless(meant.path)}:"))
                     and not Path(meant.path).exists()
                 ):
                     return f"data.{part}[{at}].path", message

@@ -390,8 +390,8 @@ class RoundSpec(BaseModel):
         """
         if self.command is not None:
             raise InputError(
-                f"{wish}: {self.round} runs a command, which alone knows its model and its rows; use the "
-                "checkpoint of the trial (see `tuner trial show`) with the tool that trained it"
+                f"{wish}: {self.round} runs a command, and only the command knows its model and rows; use "
+                "the checkpoint of the trial (see `tuner trial show`) with the tool that trained it"
             )
 
     @property

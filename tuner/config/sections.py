@@ -140,6 +140,9 @@ class ModelSpec(BaseModel):
     tf32: bool = False
     """Multiply float32 with 10 bits of mantissa (TF32) on a GPU: several times as fast, and less exact. Needs
     `dtype: float32`; a CPU ignores it and says so."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """What computes norms, RoPE, gated activations and losses while training: `liger` is faster on a GPU and
+    rounds otherwise. It needs a GPU, the extra `liger` and an architecture that liger-kernel knows."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Load the base model's weights in 4 bits (`nf4`, as QLoRA does) or 8 bits (`int8`)."""
     revision: str | None = None
@@ -166,6 +169,13 @@ class ModelSpec(BaseModel):
             wrong = "gguf_file" if self.gguf_file else "quantization"
             message = "not supported by loader: unsloth; remove this line, or use loader: transformers"
             refuse("model", [Refusal((wrong,), message, rests_on=("model.loader",))])
+        return self
+
+    @model_validator(mode="after")
+    def _unsloth_has_kernels(self) -> Self:
+        if self.loader == "unsloth" and self.kernels != "torch":
+            message = "unsloth has kernels of its own; remove this line, or use loader: transformers"
+            refuse("model", [Refusal(("kernels",), message, rests_on=("model.loader",))])
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from typing import Any
 
 from tuner.errors import DataError
 from tuner.installation import installation
+from tuner.process_log import harmless
 
 MAX_ROW_BYTES = 64 * 1024 * 1024
 """A longer line or record is refused: it would be held in memory whole."""
@@ -169,38 +170,39 @@ def _remote(url: str, copies: Path) -> list[LocalFile]:
     files, path = _filesystem(url)
     if "*" not in path:
         return [_copied(files, path, url, copies)]
-    with _explained(url):
+    with _explained(harmless(url)):
         matches = sorted(files.glob(path))
     if not matches:
-        raise DataError(f"{url}: no file matches this pattern")
+        raise DataError(f"{harmless(url)}: no file matches this pattern")
     return [_copied(files, match, files.unstrip_protocol(match), copies) for match in matches]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
-    scheme = url.partition("://")[0]
-    with _explained(url):  # some connect at once
+    scheme, shown = url.partition("://")[0], harmless(url)
+    with _explained(shown):  # some connect at once
         try:
             files, path = fsspec.core.url_to_fs(url)
         except ImportError as error:
             extra = _EXTRAS.get(scheme)
             remedy = f"; install it by `{installation().with_packages(f'fsspec[{extra}]')}`" if extra else ""
             raise DataError(
-                f"{url}: {scheme}:// needs a package that is not installed: {error}{remedy}"
+                f"{shown}: {scheme}:// needs a package that is not installed: {error}{remedy}"
             ) from error
         except ValueError as error:
-            raise DataError(f"{url}: no file system of fsspec reads {scheme}:// ({error})") from error
+            raise DataError(f"{shown}: no file system of fsspec reads {scheme}:// ({error})") from error
     return files, str(path)
 
 
-def _copied(files: Any, path: str, name: str, copies: Path) -> LocalFile:
-    """Return the local copy, which is renamed into place once it is complete."""
+def _copied(files: Any, path: str, url: str, copies: Path) -> LocalFile:
+    """Return the local copy, which is renamed into place once it is complete; its name has no secret."""
+    name = harmless(url)
     with _explained(name):
         about = files.info(path)
         if about.get("type") in ("directory", "other"):
             raise DataError(f"{name}: is a directory, a pipe or a device; name the files in it, as *.jsonl")
-        version = hashlib.sha256(json.dumps([name, about], sort_keys=True, default=str).encode()).hexdigest()
+        version = hashlib.sha256(json.dumps([url, about], sort_keys=True, default=str).encode()).hexdigest()
         copy = copies / version[:32] / (path.split("?")[0].rpartition("/")[2] or "data")
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -239,12 +241,12 @@ def _not_found(name: str, error: FileNotFoundError) -> str:
     refused = getattr(cause, "status", 404) != 404
     if refused or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):
         return f"cannot be read: {_reason(cause)}"
-    said = str(error)
+    said = harmless(str(error))
     return "there is no such file" + (f": {said}" if error.errno is None and said not in name else "")
 
 
 def _reason(error: BaseException | None) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = harmless(str(error) or type(error).__name__).splitlines()[0]
     if "credentials" in reason.lower():
         reason += "; give them as its own tools take them (docs/how-to/bring-your-data.md, Where rows are)"
     return reason

@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from tuner.data.examples import TokenTable
 from tuner.data.tokenise import TokenisedRow
 from tuner.errors import StorageError
+from tuner.whole import digest as file_digest
 
 _COLUMNS: Mapping[str, DTypeLike] = {
     "tokens": np.dtype("<i4"),
@@ -87,7 +88,7 @@ class TableWriter:
                 for column in self._columns.values():
                     column.finish()
         if kind is None:
-            hashes = {name: _file_hash(self._directory / f"{name}.npy") for name in _COLUMNS}
+            hashes = {name: file_digest(self._directory / f"{name}.npy") for name in _COLUMNS}
             remarks = {said: asdict(remark) for said, remark in self._remarks.items()}
             index = json.dumps({"sha256": hashes, "remarks": remarks})
             (self._directory / _INDEX).write_text(index, encoding="utf-8")
@@ -129,7 +130,7 @@ def read_table(directory: Path, *, mapped: bool) -> RowTable | None:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         hashes = index["sha256"]
         remarks = {said: Remark(**remark) for said, remark in index["remarks"].items()}
-        if any(_file_hash(directory / f"{name}.npy") != hashes[name] for name in _COLUMNS):
+        if any(file_digest(directory / f"{name}.npy") != hashes[name] for name in _COLUMNS):
             return None
         columns = {name: _load(directory / f"{name}.npy", mapped=mapped) for name in _COLUMNS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -181,11 +182,6 @@ def _load(path: Path, *, mapped: bool) -> NDArray[Any]:
     mode: Literal["r"] | None = "r" if mapped else None
     array: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
     return array
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 _UNFINISHED = "unfinished-"

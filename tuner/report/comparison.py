@@ -69,10 +69,10 @@ class Compared:
 
     def differences(self) -> list[tuple[str, str, str]]:
         """Return the fixed settings that differ."""
-        one, other = ({**_setting(report), **report.fixed} for report in self.last)
+        one, other = ({**_setting(report), **report.fixed, **_searched(report)} for report in self.last)
         names = dict.fromkeys((*one, *other))
         return [
-            (name, one.get(name, "searched"), other.get(name, "searched"))
+            (name, one.get(name, format.NOTHING), other.get(name, format.NOTHING))
             for name in names
             if one.get(name) != other.get(name)
         ]
@@ -113,6 +113,10 @@ def _described(reports: Sequence[RoundReport]) -> dict[str, str]:
         facts["best step"] = f"{best.step} of {report.max_train_steps}"
         facts |= {name: format.value(trial.hyperparameters.get(name)) for name in report.shown_names}
     return facts
+
+
+def _searched(report: RoundReport) -> dict[str, str]:
+    return {name: "searched" for name in report.shown_names if name not in report.fixed}
 
 
 def _setting(report: RoundReport) -> dict[str, str]:

@@ -55,7 +55,9 @@ def write_page(path: Path, text: str) -> None:
         with written_whole(path) as draft:
             draft.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from error
+        raise StorageError(
+            f"{path}: the report cannot be written: {error.strerror}; set --html to a file elsewhere"
+        ) from error
 
 
 def html_page(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> str:
@@ -151,7 +153,9 @@ def _round_opening(report: RoundReport) -> str:
 def _found(report: RoundReport, earlier: Sequence[RoundReport]) -> str:
     first, *more = (*advice.found(report), *advice.still_better(report, earlier))
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None
-    where = f"<p>Its adapter is in <code>{escape(adapter)}</code>.{_again(report)}</p>" if adapter else ""
+    where = (
+        f"<p>Its {report.kept} is in <code>{escape(adapter)}</code>.{_again(report)}</p>" if adapter else ""
+    )
     tested = "".join(f"<p>{_prose(sentence)}</p>" for sentence in advice.tested(report))
     return f'<p class="lede">{escape(first)}</p><p>{escape(" ".join(more))}</p>{where}{tested}'
 

@@ -87,7 +87,7 @@ def _opening(report: RoundReport, *, level: str) -> str:
         f"You asked: {escaped(report.goal)}" if report.goal else "",
         f"**{escaped(caution)}**" if caution else "",
         prose(" ".join(advice.found(report))),
-        f"Its adapter is in {code(adapter)}." if adapter else "",
+        f"Its {report.kept} is in {code(adapter)}." if adapter else "",
         *(prose(sentence) for sentence in advice.tested(report)),
     )
 

@@ -192,6 +192,11 @@ class RoundReport:
         return tuple(names)
 
     @property
+    def kept(self) -> str:
+        """What is kept of a trial, in a word: tuner does not know what a command writes."""
+        return "checkpoint" if self.record.spec.get("command") else "adapter"
+
+    @property
     def fixed(self) -> dict[str, str]:
         """Values shared by every trial, as text: the conclusions hold for these only."""
         shown = self.shown_names

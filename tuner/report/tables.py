@@ -298,7 +298,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         Text(),
         *([Text(f"You asked: {report.goal}", style="dim")] if report.goal else []),
         Text(" ".join((*advice.found(report), *advice.still_better(report, earlier)))),
-        *([Text(f"Its adapter: {adapter}")] if adapter else []),
+        *([Text(f"Its {report.kept}: {adapter}")] if adapter else []),
         *(Text(sentence) for sentence in advice.tested(report)),
         *([_headed("How the study went", _lineage([*earlier, report]))] if earlier else []),
         _headed("Why", _numbered(report.reading.evidence)),

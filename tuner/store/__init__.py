@@ -4,7 +4,15 @@ from tuner.store.database import exists, explained_at, normal_url, optuna_argume
 from tuner.store.lock import Hold, hold_study, is_held
 from tuner.store.memory import CachedStore, MemoryStore, Store
 from tuner.store.recording import kept
-from tuner.store.sql import Revision, SqlStore, making_tables, open_store, refuse_damaged, revision
+from tuner.store.sql import (
+    Revision,
+    SqlStore,
+    making_tables,
+    open_store,
+    open_to_read,
+    refuse_damaged,
+    revision,
+)
 
 __all__ = [
     "CachedStore",
@@ -21,6 +29,7 @@ __all__ = [
     "making_tables",
     "normal_url",
     "open_store",
+    "open_to_read",
     "optuna_arguments",
     "refuse_damaged",
     "revision",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
-from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, inspect, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, Pool, create_engine, event, inspect, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, DisconnectionError, OperationalError
 
 from tuner.errors import StorageAway, StorageError
@@ -288,10 +289,42 @@ def _create_file(path: Path) -> bool:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a directory, not a database") from None
         for needed in (path, path.parent):
-            if not os.access(needed, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            if not _may(needed, os.R_OK | os.W_OK):
                 raise PermissionError(errno.EACCES, f"{needed} is not writable") from None
         return False
     return True
+
+
+def _may(path: Path, rights: int) -> bool:
+    return os.access(path, rights, effective_ids=os.access in os.supports_effective_ids)
+
+
+def is_only_readable(url: URL) -> bool:
+    """Return whether the database is a file that this user may read but not write."""
+    if not is_sqlite(url):
+        return False
+    path = database_file(url)
+    return _may(path, os.R_OK) and not (_may(path, os.W_OK) and _may(path.parent, os.W_OK))
+
+
+def read_only(url: URL) -> sqlite3.Connection:
+    """Connect without leaving files behind: a read-only connection cannot delete its own journal."""
+    file = database_file(url)
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "immutable=1"
+    return sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, isolation_level=None)
+
+
+def open_read_only(url: URL) -> Engine:
+    """Return an engine that reads a file which cannot be written; it connects anew each time."""
+
+    def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("tuner_writes", False):
+            raise refusal_of(url, "is not writable")
+        connection.exec_driver_sql("BEGIN")
+
+    engine = create_engine("sqlite://", poolclass=NullPool, creator=lambda: read_only(url))
+    event.listen(engine, "begin", begin)
+    return engine
 
 
 def refuse_encoding(url: URL, connection: Connection) -> None:
@@ -346,6 +379,8 @@ def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError
         )
     elif "not a database" in reason:
         advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
+    elif re.search("not writable|Permission denied|Read-only file system", reason):
+        advice = "; make it writable, or copy the study's folder to where you may write"
     elif "disk I/O" in reason or "disk is full" in reason:
         # "disk I/O error" is what SQLite says, too, where it cannot make its journal.
         advice = "; is the disk full? Free some space there"

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -31,12 +30,14 @@ from sqlalchemy.types import NullType
 from tuner.records import Fact, Promotion, RoundKind, RoundRecord, Trial, TrialState
 from tuner.records.state import RoundFacts
 from tuner.store.database import (
-    database_file,
     exists,
     explained,
+    is_only_readable,
     is_sqlite,
     open_engine,
+    open_read_only,
     parse_url,
+    read_only,
     reading,
     refusal_of,
     refuse_encoding,
@@ -97,7 +98,7 @@ def revision(url: str) -> Revision:
     target = parse_url(url)
     place = str(target.database) if is_sqlite(target) else shown_url(target)
     there = exists(url)
-    engine = create_engine("sqlite://", creator=lambda: _read_only(target)) if is_sqlite(target) else None
+    engine = create_engine("sqlite://", creator=lambda: read_only(target)) if is_sqlite(target) else None
     engine = engine or open_engine(target)
     try:
         with explained(target):
@@ -125,7 +126,7 @@ def refuse_damaged(url: str) -> None:
     if not is_sqlite(target) or not exists(url):
         return
     try:
-        with closing(_read_only(target)) as connection:
+        with closing(read_only(target)) as connection:
             (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError:
         return  # in use, or not readable: whoever opens it says so
@@ -133,13 +134,6 @@ def refuse_damaged(url: str) -> None:
         raise refusal_of(target, " ".join(str(error).split())) from error
     if found != "ok":
         raise refusal_of(target, f"a page is damaged ({' '.join(str(found).split())})")
-
-
-def _read_only(target: URL) -> sqlite3.Connection:
-    """Connect without leaving files behind: a read-only connection cannot delete its own journal."""
-    file = database_file(target)
-    mode = "mode=ro" if Path(f"{file}-wal").exists() else "immutable=1"
-    return sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True)
 
 
 def open_store(url: str, *, study: str) -> SqlStore:
@@ -159,6 +153,24 @@ def open_store(url: str, *, study: str) -> SqlStore:
             upgrade(engine)
             with reading(engine) as connection:
                 turn = Turn.found(connection, study)
+        undo.pop_all()
+    return SqlStore(target, engine, study, turn)
+
+
+def open_to_read(url: str, *, study: str) -> SqlStore:
+    """Open the store of one study as `open_store` does, or only to read where its file cannot be written.
+
+    Such a store raises StorageError when it is to record, and at once for tables of an earlier version.
+    """
+    target = parse_url(url)
+    if not is_only_readable(target):
+        return open_store(url, study=study)
+    engine = open_read_only(target)
+    with ExitStack() as undo, explained(target):
+        undo.callback(engine.dispose)
+        upgrade(engine)
+        with reading(engine) as connection:
+            turn = Turn.found(connection, study)
         undo.pop_all()
     return SqlStore(target, engine, study, turn)
 

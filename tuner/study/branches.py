@@ -33,7 +33,7 @@ from tuner.report.format import loss
 from tuner.store import Store
 from tuner.study.plan import CheckpointFolder, RoundPlan, StartingPoint
 from tuner.study.results import earlier_results, round_results
-from tuner.study.round_state import have_failed
+from tuner.study.round_state import has_open_attempt, have_failed
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ComparisonRuns:
         If the stable checkpoint is missing, the run to T/2 starts from scratch.
         """
         for branch in self.left():
-            if _is_running(branch):
+            if has_open_attempt(branch):
                 continue
             start = self._start(branch)
             if start is not None or branch.from_step == 0:
@@ -100,13 +100,13 @@ class ComparisonRuns:
     def died(self, runs: Collection[RunId], reason: str) -> None:
         """Record that a worker died, with the runs it had."""
         for branch in self._record.branches:
-            if self._run(branch) in runs and _is_running(branch):
+            if self._run(branch) in runs and has_open_attempt(branch):
                 self._try_again(self._ended(branch, "died", reason))
 
     def recover(self) -> None:
         """Recover from what an earlier process left open."""
         for branch in self._record.branches:
-            if _is_running(branch):
+            if has_open_attempt(branch):
                 self._advance(self._ended(branch, "interrupted", None))
             if branch.state != "open":
                 shutil.rmtree(self._directory(branch), ignore_errors=True)
@@ -214,10 +214,6 @@ class ComparisonRuns:
 
 def _name(branch: Branch) -> str:
     return f"comparison run of trial {branch.trial} to step {branch.max_train_steps}"
-
-
-def _is_running(branch: Branch) -> bool:
-    return bool(branch.attempts) and branch.attempts[-1].ended_at is None
 
 
 def _ran(branch: Branch, to_step: int) -> Branch:

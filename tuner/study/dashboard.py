@@ -24,6 +24,7 @@ from tuner.records import Hyperparameters, RoundRecord, TrialState, searched
 from tuner.report import RoundReport, best_steps_figure, curves_figure, round_note
 from tuner.store import Store
 from tuner.study.folder import StudyFolder
+from tuner.study.optuna_rows import noticing
 from tuner.study.proposals import distributions, encoded
 from tuner.study.results import (
     as_written_now,
@@ -195,6 +196,8 @@ def next_command(
         return "tuner study status" if has_begun else f"tuner study run {following}.yaml"
     reading = read()
     if reading.diagnosis == Diagnosis.NO_LEARNING or reading.suggested_max_train_steps is None:
+        if record.spec.get("command"):  # whose rows tuner does not know
+            return "tuner trial list"
         return "tuner study check " + (file.path.name if file else "ROUND.yaml") + " --show 3"
     return f"tuner study promote --to {next_name(results.name)}"
 
@@ -218,22 +221,28 @@ def environment() -> dict[str, str]:
 
 
 def write_pages(study: optuna.Study, report: RoundReport) -> None:
-    """Write a round's reading, its main plots and its key numbers to its page in optuna-dashboard."""
+    """Write a round's reading, its main plots and its key numbers to its page in optuna-dashboard.
+
+    Raises RowsChanged where somebody has deleted the study.
+    """
     # It loads scikit-learn, which would dominate the time of `trial list`.
     from optuna_dashboard import save_note, save_plotly_graph_object
 
-    for name, value in study_attributes(report).items():
-        if study.user_attrs.get(name) != value:
-            study.set_user_attr(name, value)
-    save_note(study, round_note(report))
+    note, attributes = round_note(report), study_attributes(report)
     trials, steps = report.results.trials, report.max_train_steps
     figures = {
         "tuner-best-steps": ("Best step of each trial", best_steps_figure(trials, max_train_steps=steps)),
         "tuner-curves": ("Evaluations during training", curves_figure(trials, max_train_steps=steps)),
     }
-    for name, (title, figure) in figures.items():
+    for title, figure in figures.values():
         figure.update_layout(title={"text": f"{title}, {report.name}", "x": 0}, margin_t=60)
-        save_plotly_graph_object(study, figure, graph_object_id=name)
+    with noticing():
+        for name, value in attributes.items():
+            if study.user_attrs.get(name) != value:
+                study.set_user_attr(name, value)
+        save_note(study, note)
+        for name, (_, figure) in figures.items():
+            save_plotly_graph_object(study, figure, graph_object_id=name)
 
 
 def study_attributes(report: RoundReport) -> dict[str, int | str]:

@@ -207,6 +207,11 @@ class RoundDisk:
         directory = self.plan.checkpoints
         try:
             place = nearest_existing(directory)
+            for link in (directory, *directory.parents):
+                if link.is_symlink() and not link.exists():
+                    raise FileNotFoundError(
+                        errno.ENOENT, f"{link} is a link to {link.readlink()}, which does not exist"
+                    )
             if not place.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file")
             probe = place / f".tuner-{os.getpid()}"

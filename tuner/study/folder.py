@@ -13,7 +13,7 @@ from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.methods.registry import trusting_names
 from tuner.records import CheckpointKind, RoundRecord, Trial
-from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_store
+from tuner.store import CachedStore, MemoryStore, Store, exists, is_held, open_to_read
 from tuner.study.plan import CheckpointFolder, RoundPlan
 
 DRY_RUN = "dry-run"
@@ -76,8 +76,11 @@ class StudyFolder:
             return bool(store.rounds())
 
     def open(self) -> Store:
-        """Open the study's facts; an empty store if there is no database, so that reading creates nothing."""
-        return open_store(self.storage, study=self.name) if self._has_database() else MemoryStore()
+        """Open the study's facts; an empty store if there is no database, so that reading creates nothing.
+
+        A database that cannot be written can be read.
+        """
+        return open_to_read(self.storage, study=self.name) if self._has_database() else MemoryStore()
 
     def is_running(self) -> bool:
         """Return whether a process is running a round of this study."""

@@ -94,6 +94,7 @@ def import_runs(
     renamed = [_by_tuners_names(run, said, horizon) for run in taken]
     remarks += [remark for _, remark in renamed if remark is not None]
     remarks += _decay_remark(taken, said)
+    remarks += _rate_remark([run for run, _ in renamed], said)
     taken = [run for run, _ in renamed]
     path = directory / f"{said.round}.yaml"
     if path.exists():
@@ -231,6 +232,18 @@ def _decay_remark(runs: Sequence[FinishedRun], said: Said) -> Iterator[str]:
         yield (
             "warmup_stable_decay is read with a linear decay, but a Trainer's own default is a cosine: "
             "unless the runs had decay_type: linear, leave lr_scheduler_type out: the schedule stays unknown"
+        )
+
+
+def _rate_remark(runs: Sequence[FinishedRun], said: Said) -> Iterator[str]:
+    """Yield that the rates are those that were logged, without a schedule or two that are the highest."""
+    logged = [sorted(run.rates.values()) for run in runs if len(run.rates) > 1]
+    is_stable = all(rates[-1] == rates[-2] for rates in logged)
+    is_known = all({"schedule", "warmup_steps"} <= set(run.hyperparameters) for run in runs)
+    if not is_stable and not is_known and "learning_rate" not in (said.values or {}):
+        yield (
+            "learning_rate is the highest rate that a run logged, and its peak may be higher: pass --set "
+            "hyperparameters.lr_scheduler_type=linear (or another) and --set hyperparameters.warmup_steps=N"
         )
 
 

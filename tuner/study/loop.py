@@ -158,7 +158,7 @@ class RoundLoop:
         ordinal = len(trials) - (sum(t.state == TrialState.FAILED for t in trials) - len(to_replace))
         again = to_replace[0].hyperparameters if to_replace else None
         try:
-            proposal = self._through_optuna(lambda: self._proposed(ordinal, trials, again))
+            proposal = self.through_optuna(lambda: self._proposed(ordinal, trials, again))
         except SamplerStopped as error:
             self._close()
             raise RoundStopped(f"{error}. All progress is saved. Fix the sampler") from error
@@ -285,7 +285,7 @@ class RoundLoop:
 
     def _record_evaluation(self, event: Evaluated) -> None:
         self.state.record(event)
-        self._through_optuna(
+        self.through_optuna(
             lambda: self.round_study.report(
                 self.state.trial(event.trial), event.evaluation, self._planned_steps()
             )
@@ -406,10 +406,10 @@ class RoundLoop:
 
     def _tell(self, number: int) -> None:
         steps = self.plan.spec.max_train_steps
-        self._through_optuna(lambda: self.round_study.tell(self.state.trial(number), max_train_steps=steps))
+        self.through_optuna(lambda: self.round_study.tell(self.state.trial(number), max_train_steps=steps))
 
-    def _through_optuna(self, act: Callable[[], T]) -> T:
-        """Ask or tell Optuna; where somebody changed its rows, make them anew from the facts first."""
+    def through_optuna(self, act: Callable[[], T]) -> T:
+        """Ask, tell or write to Optuna; where rows were changed, make them anew from the facts first."""
         return self.through(lambda: self._renewing_rows(act))
 
     def _renewing_rows(self, act: Callable[[], T]) -> T:
@@ -476,7 +476,7 @@ class RoundLoop:
 
     def _recover_optuna(self) -> None:
         steps = self.plan.spec.max_train_steps
-        self._through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
+        self.through_optuna(lambda: self.round_study.recover(self.state.trials, max_train_steps=steps))
 
     def _close(self) -> None:
         """Let the worker save its trials, and record its events."""

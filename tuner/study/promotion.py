@@ -238,7 +238,7 @@ def _refuse_unpayable(file: RoundFile, max_train_steps: int | None) -> None:
 def _file(folder: StudyFolder, name: str, to: str) -> RoundFile:
     file = folder.file(name)
     if file is None:
-        raise InputError(f"{folder.directory}: the file of {name} is missing, from which {to} is written")
+        raise InputError(f"{folder.directory}: the file of {name} is missing; {to} is written from it")
     return with_plug_ins(file)
 
 

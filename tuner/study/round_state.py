@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuner.records import Attempt, Fact, Trial, TrialAsked, TrialFact, TrialState
+from tuner.records import Attempt, Branch, Fact, Trial, TrialAsked, TrialFact, TrialState
 from tuner.store import Store
 
 MAX_ATTEMPTS = 3
@@ -26,9 +26,9 @@ def have_failed(attempts: Sequence[Attempt], *, newest_step: int) -> bool:
     return fruitless >= MAX_ATTEMPTS
 
 
-def has_open_attempt(trial: Trial) -> bool:
-    """Whether the trial runs, as far as the facts know: a pruned one does until its worker has let it go."""
-    return bool(trial.attempts) and trial.attempts[-1].ended_at is None
+def has_open_attempt(run: Trial | Branch) -> bool:
+    """Whether it runs, as far as the facts know: a pruned trial does until its worker has let it go."""
+    return bool(run.attempts) and run.attempts[-1].ended_at is None
 
 
 def has_failed(trial: Trial) -> bool:

@@ -111,7 +111,7 @@ def run_round(
         with _outside_failures(watch, worker):
             round_study = outage.through(lambda: _round_study(plan, store, objective))
             in_use.callback(round_study.close)
-            RoundLoop(
+            loop = RoundLoop(
                 plan=plan,
                 store=store,
                 round_study=round_study,
@@ -124,11 +124,13 @@ def run_round(
                 through=outage.through,
                 room_bytes=disk.room_bytes(ready),
                 passes=passes,
-            ).run()
+            )
+            loop.run()
             # The record read before does not include the comparison runs.
             ended = store.round(plan.name)
             assert ended is not None
-            outage.through(lambda: write_pages(round_study.study, round_report(folder, store, ended)))
+            report = outage.through(lambda: round_report(folder, store, ended))
+            loop.through_optuna(lambda: write_pages(round_study.study, report))
 
 
 def _opened(plan: RoundPlan, outage: Outage, *, is_known: bool) -> Store:

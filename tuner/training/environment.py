@@ -40,7 +40,13 @@ def let_go() -> None:
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def environment(device: torch.device, *, slots: int, metric: str | None = None) -> dict[str, str]:
+_KERNELS = {"liger": ("liger-kernel", "triton")}
+"""The packages of each `model.kernels` besides torch."""
+
+
+def environment(
+    device: torch.device, *, slots: int, metric: str | None = None, kernels: str = "torch"
+) -> dict[str, str]:
     """Return `Attempt.environment`. `metric` is the hash of the user's metric file, None without one.
 
     `rows` is the version of reading rows: another number means other tokens, or masks, for some rows.
@@ -55,7 +61,7 @@ def environment(device: torch.device, *, slots: int, metric: str | None = None) 
     versions = {
         "tuner": version(),
         "rows": str(TABLE_VERSION),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in (*_PACKAGES, *_KERNELS.get(kernels, ()))},
     }
     return {**computes_with, "slots": str(slots), **versions, **scores_by}
 

@@ -63,7 +63,7 @@ class TrialOptimizer:
         is_spread = len(set(devices.values())) > 1
         self._order_of_norms = _order(devices, len(parts), device=device) if is_spread else None
         self._base_rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
-        self._max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
+        self.max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
         self._ratios = {"B": HYPERPARAMETERS["loraplus_ratio"].number(hyperparameters)}
         groups: list[dict[str, Any]] = []
         self._owners: dict[Tensor, FlatTensors] = {}
@@ -78,6 +78,10 @@ class TrialOptimizer:
             if method.is_elementwise:
                 self._owners |= dict.fromkeys(parameters, of_part[0])
         self._optimizer = method.build(groups, hyperparameters)
+        self._skips_on_device = method.skips_on_device
+        self.decides_on_device = method.skips_on_device and device.type != "cpu" and not is_spread
+        """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for, and
+        of several devices none has what the others need."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
 
     def zero_gradients(self) -> None:
@@ -106,18 +110,35 @@ class TrialOptimizer:
 
         `norm` is the value of `gradient_norm`. Returns the rate and whether the gradient was clipped.
         """
-        rate = self._base_rate * multiplier
+        rate = self.rate(multiplier)
         if norm != norm or norm == float("inf"):
             return rate, False
-        clipped = self._max_norm > 0 and norm > self._max_norm
+        clipped = self.max_norm > 0 and norm > self.max_norm
         if clipped:
-            coefficient = self._max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
+            coefficient = self.max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
             for flat in self._flat_gradients:
                 flat.mul_(coefficient)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._ratios.get(group["part"], 1.0)
         self._optimizer.step()
         return rate, clipped
+
+    def step_on_device(self, multiplier: float, *, coefficient: Tensor, skipped: Tensor) -> None:
+        """Update the weights without waiting for the device.
+
+        Gradients are multiplied by `coefficient`; with `skipped` at 1, weights and state stay as they are.
+        """
+        for flat in self._flat_gradients:
+            flat.mul_(coefficient)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate(multiplier) * self._ratios.get(group["part"], 1.0)
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own, for loss scaling
+        self._optimizer.step()
+        self._optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def rate(self, multiplier: float) -> float:
+        """Return `multiplier` times the trial's rate."""
+        return self._base_rate * multiplier
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments and counters as tensors by name, for a checkpoint.
@@ -180,6 +201,22 @@ class TrialOptimizer:
                     return f"an update sets {key} = {value!r}; checkpoints keep tensors and numbers"
         return None
 
+    def does_not_skip(self) -> str | None:
+        """Return what an optimizer with `skips_on_device` changes in an update that it is to skip."""
+        if not self._skips_on_device:
+            return None
+
+        def kept() -> dict[str, Tensor]:
+            weights = {
+                f"{name}.{n}": part for name, parts in self.weights.items() for n, part in enumerate(parts)
+            }
+            return {name: value.clone() for name, value in (weights | self.state()).items()}
+
+        before, one = kept(), self._flat_gradients[0].new_ones(())
+        self.step_on_device(1.0, coefficient=one, skipped=one)
+        changed = [name for name, value in kept().items() if not _is_same(value, before.get(name))]
+        return f"skips_on_device=True, and found_inf = 1 changes {', '.join(changed)}" if changed else None
+
     def _settings(self) -> list[dict[str, Any]]:
         """Return the settings of each group, besides those that are set before each update."""
         groups = getattr(self._optimizer, "param_groups", [])
@@ -211,7 +248,7 @@ def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> Non
             for gradient in tried._flat_gradients:
                 gradient.fill_(1e-3)
             tried.step(1.0, norm=float(tried.gradient_norm()))
-            if (mistake := tried.mistake()) is None:
+            if (mistake := tried.mistake() or tried.does_not_skip()) is None:
                 tried.load_state(tried.state())
     except Exception as error:  # noqa: BLE001  a plug-in may raise anything
         mistake = f"an update of small weights raised {last_words(error, __file__)}"

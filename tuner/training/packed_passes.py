@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.adapters import PackedRows
-from tuner.adapters.device_io import one_out_of_memory, read
+from tuner.adapters.device_io import one_out_of_memory, read, send
 from tuner.adapters.evaluation import Scores, grid, join, scores_of
 from tuner.adapters.frozen_linear import row_keys
 from tuner.adapters.placement import on
 from tuner.methods.metrics import ExampleScores, values
 from tuner.records import LOSS, Evaluation
+from tuner.training.device_updates import decided, sent_rows
 from tuner.training.trial_run import MicroBatch, TrialRun
 from tuner.training.worker_state import WorkerState
 
@@ -38,19 +41,80 @@ def micro_step(state: WorkerState, runs: Mapping[int, TrialRun]) -> None:
     whole = {s: run for s, run in runs.items() if not run.micro_batches and run.reason_infeasible is None}
     if not whole:
         return
-    norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()])
-    found = read([norms, *(torch.stack(run.unread_losses) for run in whole.values() if run.unread_losses)])
-    losses = iter(found[1:])
-    for run, norm in zip(whole.values(), found[0], strict=True):
-        if run.unread_losses:
-            run.read_losses(next(losses))
-        try:
-            with one_out_of_memory():
-                run.finish_update(norm)
-        except torch.OutOfMemoryError:  # the first update makes the optimizer's moments
-            run.reason_infeasible = "out of memory: no room for its optimizer"
+    _update_on_device({s: run for s, run in whole.items() if run.optimizer.decides_on_device})
+    waits = {s: run for s, run in whole.items() if not run.optimizer.decides_on_device}
+    if waits:
+        _update_by_host(waits, [*runs.values()])
     state.pack.load({slot: run.optimizer.weights for slot, run in whole.items()})
     state.meter.trial_steps += len(whole)
+    if _is_read_due(state, runs.values()):
+        read_updates(runs.values())
+        state.read_at = time.monotonic()
+
+
+def read_updates(runs: Iterable[TrialRun]) -> None:
+    """Read what the device decided of the trials' updates, in one read; nothing if all is known."""
+    if not (unread := [(run, run.unread_tally) for run in runs if run.unread_tally is not None]):
+        return
+    for (run, _), tally in zip(unread, read([tally for _, tally in unread]), strict=True):
+        run.read_tally(tally)
+
+
+def _is_read_due(state: WorkerState, runs: Iterable[TrialRun]) -> bool:
+    """Return whether what the device decided matters now: to an evaluation, a checkpoint, or who watches.
+
+    Watching reads at most once a step of the slowest trial.
+    """
+    training = [run for run in runs if run.reason_infeasible is None]
+    unread = [run for run in training if run.unread_tally is not None]
+    if any(run.is_due or run.is_at_trunk or run.is_at_horizon for run in unread):
+        return True
+    return len(unread) == len(training) and time.monotonic() - state.read_at >= state.read_every_seconds
+
+
+def _update_by_host(whole: Mapping[int, TrialRun], runs: Sequence[TrialRun]) -> None:
+    """Read the gradients' norms and all that is unread at once, then step the optimizers."""
+    norms = torch.stack([run.optimizer.gradient_norm() for run in whole.values()])
+    unread = [(run, run.unread_tally) for run in runs if run.unread_tally is not None]
+    found = read(
+        [
+            norms,
+            *(torch.stack(run.unread_losses) for run in whole.values() if run.unread_losses),
+            *(tally for _, tally in unread),
+        ]
+    )
+    values = iter(found[1:])
+    for run in whole.values():
+        if run.unread_losses:
+            run.read_losses(next(values))
+    for (run, _), tally in zip(unread, values, strict=True):
+        run.read_tally(tally)
+    for run, norm in zip(whole.values(), found[0], strict=True):
+        with _room_for_moments(run):
+            run.finish_update(norm)
+
+
+def _update_on_device(whole: Mapping[int, TrialRun]) -> None:
+    """Step the optimizers as the device decides, without waiting for it."""
+    if not (runs := [*whole.values()]):
+        return
+    norms = torch.stack([run.optimizer.gradient_norm() for run in runs])
+    nll = torch.stack([torch.stack(run.unread_losses).double().sum() for run in runs])
+    (sent,) = send([sent_rows([run.host_side() for run in runs])], norms.device)
+    made = decided(norms, nll, sent, [run.unread_tally for run in runs])
+    for number, run in enumerate(runs):
+        with _room_for_moments(run):
+            run.take_update(made, number)
+
+
+@contextmanager
+def _room_for_moments(run: TrialRun) -> Iterator[None]:
+    """Within the block a lack of memory ends the trial: the first update makes the optimizer's moments."""
+    try:
+        with one_out_of_memory():
+            yield
+    except torch.OutOfMemoryError:
+        run.reason_infeasible = "out of memory: no room for its optimizer"
 
 
 def forward_backward(
@@ -126,6 +190,7 @@ def _pass(
 
 def evaluate(state: WorkerState, due: Mapping[int, TrialRun]) -> dict[int, Evaluation]:
     """Evaluate the trials that are due in shared passes; one that does not fit into memory is infeasible."""
+    read_updates(due.values())
     base = state.base_evaluation
     known = {s for s, run in due.items() if run.step == 0 and base is not None and run.adapter.has_zero_b}
     measured = _scores_within_memory(state, tuple(sorted(due.keys() - known)))

@@ -97,7 +97,9 @@ def load_worker_state(
     state.base_evaluation = base_evaluation
     state.kept = Kept(of_model, tokenizer, state.base, measured, base_evaluation)
     code = state.generation_eval.metric.code if state.generation_eval is not None else None
-    state.environment = environment(state.base.device, slots=state.pack.num_slots, metric=code)
+    state.environment = environment(
+        state.base.device, slots=state.pack.num_slots, metric=code, kernels=spec.model.kernels
+    )
     smallest, largest = adapter_sizes(state.meta_model, spec.space())
     ready = Ready(
         slots=state.pack.num_slots,
@@ -143,7 +145,8 @@ def arrange(
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
     if base is None:
-        base = load_base(spec.model, device=device, max_length=spec.data.max_length, others=others)
+        kernels, length = spec.model.kernels, spec.data.max_length
+        base = load_base(spec.model, device=device, max_length=length, others=others, kernels=kernels)
     refuse_tokens_beyond(data, base.num_embeddings, lambda: load_tokenizer(spec.model))
     with explain_out_of_memory(slots):
         state = _packed(spec, data, base, slots=slots)
@@ -296,6 +299,8 @@ def workload(base: Base, data: PreparedData, spec: RoundSpec) -> str:
     total.update(f"{spec.model.dtype} {spec.model.quantization} {spec.data.max_length}".encode())
     if spec.model.tf32:
         total.update(b" tf32")
+    if spec.model.kernels != "torch":
+        total.update(f" {spec.model.kernels}".encode())
     for name, parameter in base.model.named_parameters():
         sample = parameter.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8)
         total.update(name.encode() + sample.numpy().tobytes())

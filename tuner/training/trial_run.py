@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,16 @@ from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, multiplier
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
+from tuner.training.device_updates import (
+    COUNTERS,
+    INFEASIBLE_AT,
+    LOSS,
+    MAX_BAD_UPDATES,
+    SUMMED,
+    Decided,
+    HostSide,
+    is_bad_update,
+)
 from tuner.training.disk_room import DiskRoom
 from tuner.training.optimizer import TrialOptimizer
 
@@ -80,13 +89,6 @@ def cut_joined(rows: Sequence[int], lengths: np.ndarray, *, micro_tokens: int) -
     return [MicroBatch(tuple(rows[place] for place in parts[n]), tuple(parts[n])) for n in by_tokens]
 
 
-MAX_BAD_UPDATES = 3
-"""Consecutive updates without a usable gradient that make a trial infeasible."""
-
-_SUMMED = ("nll", "targets", "clipped")
-"""Counters of the updates since the last evaluation."""
-
-
 class TrialRun:
     """A trial between its first and last step in this worker. Its clock is its own `step`."""
 
@@ -106,7 +108,11 @@ class TrialRun:
         self.best_weights: Weights | None = None
         self.reason_infeasible: str | None = None
         self.train_loss: float | None = None
-        """Of the last update in this attempt, in nats per target token."""
+        """Of the update at `loss_step` in this attempt, in nats per target token."""
+        self.loss_step = 0
+        """The last step whose loss the host has read."""
+        self.unread_tally: Tensor | None = None
+        """Of the updates since then, still on the device (`device_updates`)."""
         self.optimizer = TrialOptimizer(
             start.weights, assignment.hyperparameters, device=device, places=places
         )
@@ -119,7 +125,7 @@ class TrialRun:
         """Of the `last` checkpoint of this attempt."""
         self._update_nll = 0.0
         self._update_targets = 0
-        self._counters: dict[str, float] = dict.fromkeys((*_SUMMED, "bad", "rate"), 0.0)
+        self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._sums: dict[int, tuple[float, ...]] = {}
         """Sums over the updates up to each evaluation from the one before it, by step."""
         self._evaluation_steps = frozenset(
@@ -154,12 +160,13 @@ class TrialRun:
         last = self.evaluations[-1].step if self.evaluations else 0
         self._sums = {step: sums for step, sums in snapshot.sums.items() if step <= last}
         left_out = [sums for step, sums in snapshot.sums.items() if step > last]
-        for number, name in enumerate(_SUMMED):  # sums since these evaluations count towards the next one
+        for number, name in enumerate(SUMMED):  # sums since these evaluations count towards the next one
             self._counters[name] = sum([*(sums[number] for sums in left_out), self._counters[name]])
         self.best_weights = _copy(snapshot.best if snapshot.best is not None else snapshot.adapter.weights)
 
     def snapshot(self) -> Snapshot:
         """Return the state after the last complete update, for `restore`."""
+        assert self.unread_tally is None
         return Snapshot(
             step=self.step,
             adapter=Adapter(self.adapter.config, self.optimizer.weights),
@@ -209,24 +216,62 @@ class TrialRun:
         """
         if self.unread_losses:
             self.read_losses(*read([torch.stack(self.unread_losses)]))
-        factor = multiplier(self.step, self.assignment.hyperparameters, self.assignment.max_train_steps)
-        rate, clipped = self.optimizer.step(factor, norm=norm)
+        rate, clipped = self.optimizer.step(self._multiplier(), norm=norm)
         self.step += 1
         counters = self._counters
         counters["nll"] += self._update_nll
         counters["targets"] += self._update_targets
         counters["clipped"] += clipped
         counters["rate"] = rate
-        # A norm layer can turn an overflow into zeros: the loss is finite, but training cannot recover.
-        is_bad = not math.isfinite(norm) or (norm == 0 and self._update_nll > 0)
-        counters["bad"] = counters["bad"] + 1 if is_bad else 0.0
-        if counters["bad"] >= MAX_BAD_UPDATES:
-            self.reason_infeasible = (
-                f"gradient zero or not finite in {MAX_BAD_UPDATES} updates in a row, "
-                f"the last at step {self.step}"
-            )
+        counters["bad"] = counters["bad"] + 1 if is_bad_update(norm, self._update_nll) else 0.0
+        self.loss_step = self.step
         self.train_loss = self._update_nll / max(1, self._update_targets)
+        if counters["bad"] >= MAX_BAD_UPDATES:
+            self._end_by_bad_updates()
         return self.train_loss
+
+    # --- an update that the device decides --------------------------------------------------------
+
+    def host_side(self) -> HostSide:
+        """Return what the device needs to know of the update whose micro-batches have all run."""
+        return HostSide(
+            step=self.step + 1,
+            rate=self.optimizer.rate(self._multiplier()),
+            targets=self._update_targets,
+            max_norm=self.optimizer.max_norm,
+            tally=(*self._counters.values(), 0.0, 0.0),
+        )
+
+    def take_update(self, decided: Decided, number: int) -> None:
+        """Step the optimizer as the device decided for the trial of this number, without waiting for it."""
+        self.optimizer.step_on_device(
+            self._multiplier(), coefficient=decided.coefficients[number], skipped=decided.skipped[number]
+        )
+        self.unread_tally = decided.tallies[number]
+        self.unread_losses.clear()
+        self.step += 1
+
+    def read_tally(self, tally: Sequence[float]) -> None:
+        """Count the values of `unread_tally`.
+
+        A trial that has become infeasible goes back to the step of its last bad update.
+        """
+        self.unread_tally = None
+        self._counters.update(zip(COUNTERS, tally, strict=False))
+        self.train_loss = tally[LOSS]
+        if tally[INFEASIBLE_AT]:
+            self.step = int(tally[INFEASIBLE_AT])
+            self.micro_batches.clear()
+            self._end_by_bad_updates()
+        self.loss_step = self.step
+
+    def _multiplier(self) -> float:
+        return multiplier(self.step, self.assignment.hyperparameters, self.assignment.max_train_steps)
+
+    def _end_by_bad_updates(self) -> None:
+        self.reason_infeasible = (
+            f"gradient zero or not finite in {MAX_BAD_UPDATES} updates in a row, the last at step {self.step}"
+        )
 
     # --- an evaluation ----------------------------------------------------------------------------
 
@@ -236,12 +281,18 @@ class TrialRun:
         return self.step in self._evaluation_steps and not any(e.step == self.step for e in self.evaluations)
 
     @property
+    def is_at_horizon(self) -> bool:
+        """Return whether it has run all its steps."""
+        return self.step >= self.assignment.max_train_steps
+
+    @property
     def is_at_trunk(self) -> bool:
         """Return whether to keep a checkpoint for longer rounds now."""
         return self.step in self.assignment.trunk_steps
 
     def evaluation(self, measured: Evaluation) -> Evaluation:
         """Record what was measured at this step, with how training went since the evaluation before."""
+        assert self.unread_tally is None
         counters = self._counters
         trained = self.step > 0
         made = replace(
@@ -251,8 +302,8 @@ class TrialRun:
             learning_rate=counters["rate"] if trained else None,
             clipped_updates=int(counters["clipped"]),
         )
-        self._sums[self.step] = tuple(counters[name] for name in _SUMMED)
-        counters.update(dict.fromkeys(_SUMMED, 0.0))
+        self._sums[self.step] = tuple(counters[name] for name in SUMMED)
+        counters.update(dict.fromkeys(SUMMED, 0.0))
         self.evaluations.append(made)
         if self.best_step == self.step:
             self.best_weights = _copy(self.optimizer.weights)

@@ -31,7 +31,7 @@ from tuner.records import (
 )
 from tuner.training.checkpoints import read_snapshot
 from tuner.training.disk_room import NoRoom
-from tuner.training.packed_passes import evaluate, micro_step
+from tuner.training.packed_passes import evaluate, micro_step, read_updates
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
 
@@ -104,7 +104,9 @@ def train(state: WorkerState, commands: CommandReader, say: Callable[[Event], No
             last_said = now
             for run in runs.values():
                 if run.train_loss is not None:
-                    say(Progressed(*_name(run), run.step, run.train_loss, horizon=run.assignment.horizon))
+                    say(
+                        Progressed(*_name(run), run.loss_step, run.train_loss, horizon=run.assignment.horizon)
+                    )
 
     pulse.phase("saving")
     for run in runs.values():
@@ -212,7 +214,7 @@ def _end_what_is_over(
         if run.reason_infeasible is not None:
             _leave(run, "infeasible", run.reason_infeasible, say)
             del runs[slot]
-        elif run.step >= run.assignment.max_train_steps:
+        elif run.is_at_horizon:
             try:
                 has_answered = _answer(state, run, slot, commands, say)
             except TunerError:
@@ -254,6 +256,7 @@ def _leave(
 
     A step is saved once: its parent may already fetch and delete the first checkpoint of that name.
     """
+    read_updates([run])
     with about(run.assignment.trial):
         try:
             if save and run.last_saved_step != run.step:
@@ -274,8 +277,7 @@ def _save(
         say(_saved(run, run.save(CheckpointKind.TRUNK)))
     begun = time.monotonic()
     saved_at, took = last_saved.get(slot, (0.0, 0.0))
-    is_over = run.step >= run.assignment.max_train_steps
-    if took < 1.0 or is_over or (begun - saved_at) * LAST_EVERY_SHARE > took:
+    if took < 1.0 or run.is_at_horizon or (begun - saved_at) * LAST_EVERY_SHARE > took:
         say(_saved(run, run.save(CheckpointKind.LAST)))
         last_saved[slot] = (time.monotonic(), time.monotonic() - begun)
 

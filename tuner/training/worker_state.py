@@ -149,7 +149,7 @@ class Meter:
 
     @contextmanager
     def timing(self, kind: Kind) -> Iterator[None]:
-        """Time a block. On a GPU the block must end by waiting for a result."""
+        """Time a block. On a GPU the last block before another kind must end by waiting for a result."""
         begun = time.perf_counter()
         try:
             yield
@@ -272,6 +272,10 @@ class WorkerState:
     """Tokens of all trials in one training pass, including padding; halved after each out-of-memory."""
     evaluation_tokens: int = 1 << 40
     """The same for a pass of an evaluation."""
+    read_every_seconds: float = 1.0
+    """How long at least the device decides updates before the host reads what they came to."""
+    read_at: float = -math.inf
+    """When it last did, as of `time.monotonic`."""
     meter: Meter = field(default_factory=Meter)
     pulse: Pulse = field(default_factory=lambda: Pulse(lambda _: None))
     """The heartbeats of the main loop."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,10 @@ from tuner.errors import InputError
 from tuner.installation import install_command
 from tuner.report.format import GpuReading, count
 
+_log = logging.getLogger(__name__)
 _SLICE_SECONDS = 1.0
-_FIRST_SCAN_SECONDS = 10.0
+_CONNECT_SECONDS = 20.0
+_CONNECT_PAUSE_SECONDS = 0.5
 
 
 class RayEngine:
@@ -41,6 +46,7 @@ class RayEngine:
 
         Raises InputError without an address, or if no node has enough GPUs.
         """
+        job = replace(job, say=_logging(job.say))
         if self._cluster is None:
             self._cluster = RayCluster(job.spec.run.ray_address, self.host)
             job.say(self._cluster.description())
@@ -64,6 +70,8 @@ class RayEngine:
             if idle := node.gpus % per_worker:
                 rule = f"run.gpus_per_worker is {per_worker}"
                 job.say(f"node {node.name}: {gpus_text(idle)} of {node.gpus} stays idle: {rule}")
+        if most and (without := [node.name for node in nodes if not node.gpus and node.is_for_work]):
+            job.say(f"nodes without a GPU get no worker while others have one: {', '.join(without)}")
         room = sum(seats(nodes, gpus_per_worker=per_worker, workers="auto").values())
         if job.workers != "auto" and most and job.workers > room:
             job.say(
@@ -94,6 +102,8 @@ class RayCluster:
         ray = _ray()
         self._joined = not ray.is_initialized()
         if self._joined:
+            if self.address != "local":
+                refuse_unreachable(self.address)
             _join(ray, self.address)
         self._actor = _actor_class(ray, host)
         self._ray = ray
@@ -150,8 +160,11 @@ class RayCluster:
         """
         if self.address == "local":
             return None
-        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
-        answers = answers_anybody(self._ray.get_runtime_context().gcs_address) if has_token else True
+        answers = (
+            answers_to(self._ray.get_runtime_context().gcs_address, _without_token())
+            if _has_token()
+            else True
+        )
         if answers is None:
             return "warning: could not find out whether this cluster answers without a token"
         if not answers:
@@ -227,24 +240,78 @@ def address_of(written: str | None) -> str:
 
 _ASK = """
 import sys
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
 try:
+    ensure_token_if_auth_enabled(create_token_if_missing=False)
     GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=None, timeout=5)
 except AuthenticationError:
     sys.exit(3)
 """
 _REFUSED = 3
+_TOKEN_HINT = "RAY_AUTH_TOKEN or ~/.ray/auth_token as on its head"
 
 
-def answers_anybody(address: str) -> bool | None:
-    """Return whether a cluster answers a process that has no token; None if it gives no answer at all."""
+def refuse_unreachable(address: str, *, patience_seconds: float = _CONNECT_SECONDS) -> None:
+    """Raise InputError if no cluster answers at an address, or not with this process's token.
+
+    Ray itself would try for minutes. A head that is starting has `patience_seconds`.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"ray address {address}: write HOST:PORT, such as 10.0.0.1:6379")
+    deadline = time.monotonic() + patience_seconds
+    while (error := _unconnected(host.strip("[]"), int(port))) is not None:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"ray address {address}: nothing answers there ({error}). Start the head with `ray start "
+                "--head`, and pass the address that it prints"
+            )
+        time.sleep(_CONNECT_PAUSE_SECONDS)
+    answers = answers_to(address, os.environ)
+    if answers is None:
+        raise InputError(
+            f"ray address {address}: what answers there is not a Ray cluster, or one of another version. "
+            "Pass the address that `ray start --head` prints"
+        )
+    if answers:
+        return
+    if _has_token():
+        raise InputError(
+            f"ray address {address}: this cluster refuses the token of this shell, or the shell has none. "
+            f"Set {_TOKEN_HINT}"
+        )
+    raise InputError(
+        f"ray address {address}: this cluster asks for a token. Set RAY_AUTH_MODE=token, and {_TOKEN_HINT}"
+    )
+
+
+def _unconnected(host: str, port: int) -> OSError | None:
+    """Return why a port cannot be reached; None if it can."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _has_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def _without_token() -> Mapping[str, str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    return {**variables, "RAY_AUTH_MODE": "disabled"}
+
+
+def answers_to(address: str, environment: Mapping[str, str]) -> bool | None:
+    """Return whether a cluster answers a process with these variables; None if it gives no answer at all."""
     asked = [sys.executable, "-c", _ASK, address]
     try:
         code = subprocess.run(
             asked,
-            env={**variables, "RAY_AUTH_MODE": "disabled"},
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=60,
@@ -283,12 +350,29 @@ def _join(ray: Any, address: str) -> None:
         )
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"ray address {address}: cannot join this cluster: {_first_line(error)}. If it has token "
-            "authentication, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token as on its head"
+            f"ray address {address}: cannot join this cluster: {_first_line(error)}. Run tuner on a machine "
+            "of the cluster, one on which `ray start` was run"
         ) from error
+    # Otherwise Ray prints the errors of its nodes, with their stack traces, among the round's lines.
+    ray._private.worker.print_to_stdstream = _to_the_log
     for number, handler in handlers.items():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)  # tuner saves every trial before it ends
+
+
+def _logging(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a `say` that the log has, too: a live view shows a node that left for a moment only."""
+
+    def said(message: str) -> None:
+        _log.info("%s", message)
+        say(message)
+
+    return said
+
+
+def _to_the_log(said: Mapping[str, Any], **_: object) -> None:
+    for line in said["lines"]:
+        _log.info("Ray: %s", line)
 
 
 _GROUPS = {"events": 1, "orders": 1, "files": 4}

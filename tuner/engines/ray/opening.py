@@ -162,7 +162,8 @@ class Opener:
             if not word.startswith("/"):
                 raise InputError(
                     f"command.run: {word} is outside the study's folder, and a node has a copy of the folder "
-                    f"elsewhere; write the whole path, {path}, which is then sent, or move it into the folder"
+                    f"elsewhere; write its absolute path, {path}, so that it is sent, or move it "
+                    "into the folder"
                 )
             there[str(path)] = place
         return there

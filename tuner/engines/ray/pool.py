@@ -158,7 +158,10 @@ class ClusterPool:
                     if not self._is_alike(worker, event):
                         return
                     self._ready[worker] = event
-                    event = replace(event, waits_for_disk=False)  # for that of its node
+                    # A full disk is that of its node.
+                    event = replace(event, waits_for_disk=False, device=f"{event.device} on {seat.node.name}")
+                case Preparing(doing=doing):
+                    event = replace(event, doing=f"node {seat.node.name}: {doing}")
                 case Ended(run=run):
                     self._holder.pop(run, None)
                     self._records.failures.pop(seat.node.id, None)

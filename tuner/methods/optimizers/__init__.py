@@ -62,6 +62,9 @@ class Optimizer:
     amplifies_rounding: bool = False
     """Whether rounding differences between runs grow: the state has fewer than 32 bits per number, or the
     update is a sign or is computed in fewer bits."""
+    skips_on_device: bool = False
+    """Whether `step` leaves weights and state alone while the optimizer's attribute `found_inf` is a tensor
+    of value 1, as torch's fused ones do. On a GPU the host then need not wait for the gradient's norm."""
     trainer_arguments: Callable[[Hyperparameters], Mapping[str, Any]] | None = None
     """Returns the equivalent arguments of `transformers.TrainingArguments`; None if there are none."""
     aliases: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ ADAMW = Optimizer(
     state_bytes=8,
     build=_build,
     is_elementwise=True,
+    skips_on_device=True,
     trainer_arguments=trainer_adam("adamw_torch"),
     aliases=("adam", "adamw_torch", "adamw_hf", "adamw_torch_fused"),
 )

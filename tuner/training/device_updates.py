@@ -1,0 +1,104 @@
+"""Updates that the device decides: clipped, skipped and counted there, until the host reads the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BAD_UPDATES = 3
+"""Consecutive updates without a usable gradient that make a trial infeasible."""
+
+SUMMED = ("nll", "targets", "clipped")
+"""Counters of the updates since the last evaluation."""
+COUNTERS = (*SUMMED, "bad", "rate")
+"""What a checkpoint keeps of the updates; `bad` is of those in a row."""
+_TALLY = (*COUNTERS, "loss", "infeasible_at")
+NLL, TARGETS, CLIPPED, BAD, RATE, LOSS, INFEASIBLE_AT = range(len(_TALLY))
+"""Columns of a tally: the counters, the last update's train loss, and the step of the last of
+`MAX_BAD_UPDATES` bad updates in a row, 0 before."""
+
+
+@dataclass(frozen=True)
+class HostSide:
+    """What the host knows of an update that the device is to decide."""
+
+    step: int
+    """The one that the update completes."""
+    rate: float
+    targets: int
+    max_norm: float
+    """0 for no clipping."""
+    tally: Sequence[float]
+    """Before the update; of a trial whose tally is already on the device, anything."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What the device decided, a value a trial."""
+
+    tallies: Tensor
+    """[trials, columns], after the update."""
+    coefficients: Tensor
+    """By which gradients are multiplied; 1 without clipping. Float32 [trials]"""
+    skipped: Tensor
+    """1 where weights and moments stay as they are, else 0. Float32 [trials]"""
+
+
+def is_bad_update(norm: float, nll: float) -> bool:
+    """Return whether an update has no usable gradient.
+
+    A norm layer can turn an overflow into zeros: the loss is finite, but training cannot recover.
+    """
+    return not np.isfinite(norm) or (norm == 0 and nll > 0)
+
+
+def sent_rows(hosts: Sequence[HostSide]) -> np.ndarray:
+    """Return what `decided` needs of the host: float64 [4 + columns, trials]."""
+    return np.array(
+        [
+            [host.step for host in hosts],
+            [host.rate for host in hosts],
+            [host.targets for host in hosts],
+            [host.max_norm for host in hosts],
+            *zip(*(host.tally for host in hosts), strict=True),
+        ],
+        np.float64,
+    )
+
+
+def decided(norms: Tensor, nll: Tensor, sent: Tensor, tallies: Sequence[Tensor | None]) -> Decided:
+    """Decide an update of each trial, from the gradients' norms and the updates' losses [trials].
+
+    A trial without a tally on the device begins with the one in `sent`. After its last bad update, nothing of
+    a trial changes any more: whoever reads its tally later finds what it was.
+    """
+    step, rate, targets, max_norm = sent[:4]
+    before = torch.stack([sent[4:, n] if tally is None else tally for n, tally in enumerate(tallies)])
+    norm, nll = norms.double(), nll.double()
+    is_finite = norm.isfinite()
+    is_clipped = is_finite & (max_norm > 0) & (norm > max_norm)
+    coefficients = torch.where(is_clipped, max_norm / (norm + 1e-6), 1.0)  # as torch's clip_grad_norm_
+    is_bad = is_finite.logical_not() | ((norm == 0) & (nll > 0))
+    bad = torch.where(is_bad, before[:, BAD] + 1, 0.0)
+    after = torch.stack(
+        [
+            before[:, NLL] + nll,
+            before[:, TARGETS] + targets,
+            before[:, CLIPPED] + is_clipped,
+            bad,
+            rate,
+            nll / targets.clamp(min=1),
+            torch.where(bad >= MAX_BAD_UPDATES, step, 0.0),
+        ],
+        dim=1,
+    )
+    is_over = before[:, INFEASIBLE_AT] > 0
+    return Decided(
+        torch.where(is_over[:, None], before, after),
+        coefficients.float(),
+        (is_finite.logical_not() | is_over).float(),
+    )
