@@ -91,7 +91,7 @@ class DiskRoom:
                 _log.warning("%s: %s", directory, error)
                 free = self._free(directory)
                 if self._is_closed() or self._clock() - begun > self._limit_seconds:
-                    raise NoRoom(f"no disk: {directory} has {_size(free)} free") from error
+                    raise NoRoom(f"no disk: {directory} has {_size(free)} free. Free some space") from error
             self._until_room(free + _MORE_BYTES, directory)
             self._sleep(_LOOK_SECONDS)
 
