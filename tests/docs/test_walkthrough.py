@@ -180,7 +180,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     typed = [commands[0].replace(model, str(base)), commands[1], shorter, *commands[2:]]
     output = type_here(typed, tmp_path)
     assert len(output) == 6
-    assert "Its adapter: " in output[typed[-1]]
+    assert "Its adapter:" in output[typed[-1]]  # a long path is on the next line
 
 
 def test_a_document_is_cut_into_commands_and_outputs(tmp_path: Path) -> None:

@@ -85,6 +85,27 @@ def test_two_devices(slots: Sequence[int], rate: float, joined: bool, second: Se
             assert {str(a.device), str(b.device)} == {SECOND if ".1." in name else FIRST}
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param([(0,), (0,)], id="none on the second"),
+        pytest.param([(1,), (1,)], id="all on the second"),
+        pytest.param([(1,), (0, 1)], id="one alone"),
+    ],
+)
+def test_trials_that_adapt_layers_of_one_device(layers: Sequence[tuple[int, ...]]) -> None:
+    """What a device has nothing of is left alone, and no device decides for another."""
+    trials = {
+        n: tiny.hyperparameters(training_seed=n, layers_to_transform=wanted)
+        for n, wanted in enumerate(layers)
+    }
+    with training(trials, joins_rows=True, second=SPREAD) as on:
+        micro_step(on.state, on.runs)
+        micro_step(on.state, on.runs)
+        evaluate(on.state, on.runs)
+        assert {run.step for run in on.runs.values()} == {2}
+
+
 @pytest.mark.parametrize(("num_trials", "joined", "more"), [(1, True, 0), (4, False, 2)])
 def test_each_device_gets_row_data_once_a_pass(num_trials: int, joined: bool, more: int) -> None:
     """However many layers and trials there are."""

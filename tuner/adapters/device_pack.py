@@ -127,7 +127,8 @@ class DevicePack:
         """Copy trials' master weights into their slots, rounding to the compute dtype."""
         self._together = None
         stacked = [view for slot in weights for view in self._weights_of[slot]]
-        _copy_each(stacked, self._master_tensors(weights))
+        if stacked:  # a trial may adapt no layer that is here
+            _copy_each(stacked, self._master_tensors(weights))
         for dora in self._dora:
             dora.measure()
 
@@ -142,7 +143,8 @@ class DevicePack:
         if self._master_gradients is not self._gradients:
             self._master_gradients.copy_(self._gradients)
         mine = [view for slot in gradients for view in self._gradients_in(slot, places[slot])]
-        _add_each(self._master_tensors(gradients), mine)
+        if mine:
+            _add_each(self._master_tensors(gradients), mine)
 
     def _gradients_in(self, slot: int, place: int) -> list[Tensor]:
         """Return the views of a trial's gradients, which are at the slot's place in the pass."""

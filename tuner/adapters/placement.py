@@ -87,9 +87,12 @@ def is_about_offloading(error: Exception) -> bool:
 
 
 def devices_of(model: PreTrainedModel) -> tuple[torch.device, ...]:
-    """Return the devices of a model's tensors, that of its inputs first."""
+    """Return the devices of a model's weights, that of its inputs first.
+
+    Buffers do not count: unsloth leaves those of its rotary embeddings, which it does not read, on the CPU.
+    """
     first = model.get_input_embeddings().weight.device
-    return tuple(dict.fromkeys((first, *(tensor.device for tensor in _tensors(model)))))
+    return tuple(dict.fromkeys((first, *(weight.device for weight in model.parameters()))))
 
 
 def connect(model: PreTrainedModel) -> None:

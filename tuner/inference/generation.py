@@ -234,7 +234,9 @@ def score(spec: RoundSpec, examples: Examples, adapter: Path) -> Scores:
     digit. Raises ModelError, and CheckpointError if there is no such adapter.
     """
     saved = read_adapter(adapter)
-    device, *others = worker_devices(spec.run.gpus_per_worker)
+    # The parent of a cluster may have fewer GPUs than its workers.
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device, *others = worker_devices(min(spec.run.gpus_per_worker, max(1, num_gpus)), num_gpus=num_gpus)
     base = load_base(spec.model, device=device, max_length=spec.data.max_length, others=others)
     pack = Pack(base, num_slots=1, max_rank=saved.config.r, modules=saved.weights)
     pack.occupy(0, saved)

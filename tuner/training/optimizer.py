@@ -79,7 +79,9 @@ class TrialOptimizer:
                 self._owners |= dict.fromkeys(parameters, of_part[0])
         self._optimizer = method.build(groups, hyperparameters)
         self._skips_on_device = method.skips_on_device
-        self.decides_on_device = method.skips_on_device and device.type != "cpu" and not is_spread
+        self.decides_on_device = (
+            method.skips_on_device and device.type != "cpu" and set(devices.values()) == {device}
+        )
         """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for, and
         of several devices none has what the others need."""
         self._built = [copy.deepcopy(own) for own in self._settings()]

@@ -163,6 +163,8 @@ class TrialRun:
         for number, name in enumerate(SUMMED):  # sums since these evaluations count towards the next one
             self._counters[name] = sum([*(sums[number] for sums in left_out), self._counters[name]])
         self.best_weights = _copy(snapshot.best if snapshot.best is not None else snapshot.adapter.weights)
+        if self._counters["bad"] >= MAX_BAD_UPDATES:  # it was stopped before it could end
+            self._end_by_bad_updates()
 
     def snapshot(self) -> Snapshot:
         """Return the state after the last complete update, for `restore`."""

@@ -184,7 +184,9 @@ def _placed(state: WorkerState, assignment: Assignment, slot: int) -> TrialRun |
                 snapshot = read_snapshot(Path(assignment.resume_from), sha256=assignment.resume_sha256)
                 run = state.new_run(assignment, snapshot.adapter)
                 run.restore(snapshot)
-                run.reason_infeasible = is_diverged(run.evaluations, state.base.vocabulary_size)
+                run.reason_infeasible = run.reason_infeasible or is_diverged(
+                    run.evaluations, state.base.vocabulary_size
+                )
             else:
                 start = state.new_adapter(
                     assignment.hyperparameters, seed=seed_of(assignment.hyperparameters)
