@@ -47,9 +47,6 @@ def test_what_is_lacking(is_installed: bool, has_gpu: bool, words: str) -> None:
         refuse_without_liger(is_installed=is_installed, has_gpu=has_gpu)
     assert words in str(refused.value)
     assert refused.value.exit_code == 2
-
-
-def test_nothing_is_lacking() -> None:
     refuse_without_liger(is_installed=True, has_gpu=True)
 
 

@@ -255,20 +255,20 @@ class TestWhatATemplateAsksWith:
 class TestWhatIsAsked:
     """Inference asks what the template renders, whether or not training could tell the turns apart."""
 
-    def asked(self, folder: Path, tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> None:
+    def asked(self, folder: Path, tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> bool:
         path = tiny.write_jsonl(folder / "asked.jsonl", [{"messages": turns}])
         source = SourceSpec.model_validate(tiny.source(path, "messages"))
         [prompt] = read_prompts(path, source, tokenizer)
         whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        assert list(prompt.ids) == whole
+        return list(prompt.ids) == list(whole)
 
     @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_5_nothink"])
     def test_after_turns_that_read_otherwise_alone(self, tmp_path: Path, name: str) -> None:
-        self.asked(tmp_path, template_of_trl(name, *QWEN), [USER, RIGHT, USER, WRONG, USER])
+        assert self.asked(tmp_path, template_of_trl(name, *QWEN), [USER, RIGHT, USER, WRONG, USER])
 
     @pytest.mark.parametrize("turns", [[USER], [USER, RIGHT, USER]])
     def test_of_a_model_that_thinks_first(self, tmp_path: Path, turns: list[dict[str, Any]]) -> None:
-        self.asked(tmp_path, template_of_trl("nemotron_3_nano", *QWEN), turns)
+        assert self.asked(tmp_path, template_of_trl("nemotron_3_nano", *QWEN), turns)
 
     def test_of_a_template_that_asks_for_what_no_turn_has(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="asks for an answer with"):

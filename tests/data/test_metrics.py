@@ -190,6 +190,8 @@ def delegates(answer, reference):
 def test_a_source_that_may_have_the_function(tmp_path: Path, function: str) -> None:
     (tmp_path / "source.py").write_text(SOURCE)
     refuse_unlike_metric(f"{tmp_path / 'source.py'}:{function}")
+    with pytest.raises(MetricError, match=f"has no function no_{function}"):
+        refuse_unlike_metric(f"{tmp_path / 'source.py'}:no_{function}")
 
 
 @pytest.mark.parametrize(

@@ -243,14 +243,14 @@ def _plan(
 def _rows_of_the_round(
     plan: StudyPlan, data: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreparedData, list[str]]:
-    """Return what a started round trains on, and a remark where rows elsewhere have changed since."""
+    """Return what a started round trains on, and a remark if the source has other rows now."""
     known = recorded_data(plan)
     if known in (None, data.fingerprint):
         return data, []
     before = prepare_rows(plan.absolute, tokenizer, plan.cache, known=known)
     if before.fingerprint != known:
         return data, []
-    said = f"rows elsewhere have changed since {plan.name} started; it goes on with those in {plan.cache}"
+    said = f"the data has changed since {plan.name} started; {plan.name} keeps using the rows in {plan.cache}"
     return before, [f"warning: {said}"]
 
 
