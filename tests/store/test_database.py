@@ -9,8 +9,10 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from tuner.records import (
     TrialAsked,
 )
 from tuner.store import exists, normal_url, open_store, open_to_read
+from tuner.store.database import open_engine, parse_url
 
 
 @pytest.mark.parametrize("content", [b"xy", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])
@@ -201,6 +204,24 @@ def test_any_file_name(tmp_path: Path, name: str) -> None:
     store.record(RoundBegun(ROUND))
     store.close()
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_new_file_that_many_open_at_once(tmp_path: Path) -> None:
+    """SQLite refuses some of those that switch its journal, whatever their timeout."""
+    for number in range(60):
+        url, together = f"sqlite:///{tmp_path}/{number}.db", threading.Barrier(4)
+        (tmp_path / f"{number}.db").touch()
+
+        def look(url: str, together: threading.Barrier) -> int:
+            together.wait()
+            engine = open_engine(parse_url(url))
+            with engine.connect() as connection:
+                found = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
+            engine.dispose()
+            return int(found or 0)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(look, [url] * 4, [together] * 4)) == [0] * 4
 
 
 def test_closing_leaves_one_file(tmp_path: Path) -> None:

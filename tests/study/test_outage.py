@@ -269,6 +269,49 @@ def test_a_file_that_somebody_else_locks(
     assert found(tmp_path) == undisturbed
 
 
+def test_a_new_file_that_another_process_locks_first(
+    tmp_path: Path, undisturbed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not there before the model is loaded, and no fact of this run is in it yet."""
+    monkeypatch.setattr("tuner.store.database.BUSY_TIMEOUT_SECONDS", 0.1)
+
+    def load() -> Worker:
+        other = sqlite3.connect(tmp_path / "tuner.db", check_same_thread=False, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        after(1.0, other.close)
+        return Watching()
+
+    messages = run(tmp_path, load)
+    assert any("database is locked" in message for message in messages)
+    assert any("the database is back" in message for message in messages)
+    assert found(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("table", ["trial_user_attributes", "tuner_evaluations"])
+def test_a_table_that_somebody_drops_is_no_outage(tmp_path: Path, table: str) -> None:
+    def drop() -> None:
+        with closing(sqlite3.connect(tmp_path / "tuner.db")) as other:
+            other.execute(f"DROP TABLE {table}")
+
+    with pytest.raises(RoundStopped, match=f"no such table: {table}; somebody has removed it: restore"):
+        run(tmp_path, Watching(4, drop))
+
+
+def test_rows_of_optuna_without_those_they_belong_to(tmp_path: Path) -> None:
+    run(tmp_path, Watching())
+    with closing(sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)) as other:
+        other.execute("DROP TABLE trials")
+    with pytest.raises(RoundStopped, match=r"contradict each other .*drop all of Optuna's tables"):
+        run(tmp_path, Watching())
+    with closing(sqlite3.connect(tmp_path / "tuner.db", isolation_level=None)) as other:
+        names = [name for (name,) in other.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for name in names:
+            if not name.startswith(("tuner_", "sqlite_")):
+                other.execute(f"DROP TABLE {name}")
+    messages = run(tmp_path, Watching())
+    assert any("made anew from tuner's facts" in message for message in messages)
+
+
 def test_a_file_that_stays_away_ends_the_round_which_resumes(tmp_path: Path, undisturbed: list[str]) -> None:
     away = tmp_path / "away.db"
     with pytest.raises(RoundStopped, match=r"the file is gone.*Earlier records are kept") as stopped:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ from tuner.store.schema import VERSION_TABLE
 
 BUSY_TIMEOUT_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 10
+_RETRY_SECONDS = 0.05
 _SERVER = {
     "connect_timeout": CONNECT_TIMEOUT_SECONDS,
     "application_name": "tuner",
@@ -38,6 +40,9 @@ RUN_LOCKS, UPGRADE_LOCKS = 0x74756E65, 0x74756E66
 
 _REFUSALS = ("42501", "25006")
 """PostgreSQL's codes for missing rights and for a server that only reads; SQLAlchemy takes them for bugs."""
+
+_NOT_THERE = ("42P01", "42703")
+"""PostgreSQL's codes for a table and for a column that does not exist."""
 
 _FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOENT)
 """What another try does not change."""
@@ -233,7 +238,20 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     # before anyone acts on it: NORMAL survives kill -9 too, but a power cut could take back the fact
     # that a checkpoint has a successor after its file was deleted. It costs a sync for each record.
     connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA journal_mode=WAL")
+    _switch_to_wal(connection)
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Switch the file's journal; of several that do so at once SQLite refuses some without waiting."""
+    until = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 def _begin_in_sqlite(connection: Connection) -> None:
@@ -360,11 +378,20 @@ def explained(url: URL) -> Iterator[None]:
         raise refusal_of(url, error.strerror or str(error), kind=kind) from error
     except DBAPIError as error:
         refused = getattr(error.orig, "sqlstate", None) in _REFUSALS
-        is_away = isinstance(error, OperationalError) or error.connection_invalidated
-        if not is_away and type(error) is not DatabaseError and not refused:
+        is_damaged = _lacks_a_table(error)
+        is_away = not is_damaged and (isinstance(error, OperationalError) or error.connection_invalidated)
+        if not is_away and type(error) is not DatabaseError and not refused and not is_damaged:
             raise
         kind = StorageAway if is_away else StorageError
         raise refusal_of(url, " ".join(str(error.orig).split()), kind=kind) from error
+
+
+def _lacks_a_table(error: DBAPIError) -> bool:
+    """Return whether a statement failed because somebody removed a table or a column, which no waiting mends."""
+    found = error.orig
+    if isinstance(found, sqlite3.OperationalError):
+        return re.match("no such (table|column)|table .* has no column", str(found)) is not None
+    return getattr(found, "sqlstate", None) in _NOT_THERE
 
 
 def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError) -> StorageError:
@@ -377,6 +404,8 @@ def refusal_of(url: URL, reason: str, *, kind: type[StorageError] = StorageError
             "; the file is damaged: put a copy of it back, or save what can be read with "
             "`sqlite3 FILE .recover | sqlite3 NEW`"
         )
+    elif re.search("no such (table|column)|has no column|(relation|column) .* does not exist", reason):
+        advice = "; somebody has removed it: restore a copy of the database"
     elif "not a database" in reason:
         advice = "; `storage` must name a database of tuner or Optuna, or a file that does not exist yet"
     elif re.search("not writable|Permission denied|Read-only file system", reason):

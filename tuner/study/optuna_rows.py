@@ -15,9 +15,10 @@ import optuna
 from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
-from tuner.errors import TunerError
+from tuner.errors import StorageError, TunerError
 from tuner.records import Trial
 
 Told: TypeAlias = tuple[TrialState, float | None]
@@ -135,14 +136,22 @@ def filled(
 ) -> None:
     """Add trials under their numbers, ascending, to a study without any; numbers between become failed ones.
 
-    `system_attrs` are those to give to a number, such as what an imported sampler noted on it.
+    `system_attrs` are those to give to a number, such as what an imported sampler noted on it. Raises
+    StorageError where rows are left of trials that somebody has removed.
     """
     next_number = 0
     for number, trial in trials:
-        for _ in range(next_number, number):
-            study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
         trial.system_attrs = {**trial.system_attrs, **system_attrs.get(number, {})}
-        study.add_trial(trial)
+        try:
+            for _ in range(next_number, number):
+                study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+            study.add_trial(trial)
+        except IntegrityError as error:
+            raise StorageError(
+                f"Optuna's tables contradict each other ({' '.join(str(error.orig).split())}): somebody has "
+                "removed rows or a table. Restore a copy of the database, or drop all of Optuna's tables in "
+                "it: the next run makes them anew from tuner's facts"
+            ) from error
         next_number = number + 1
 
 

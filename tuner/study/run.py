@@ -135,22 +135,15 @@ def run_round(
 
 def _opened(plan: RoundPlan, outage: Outage, *, is_known: bool) -> Store:
     """Open the study's facts; `is_known` says whether the database was there before the worker loaded."""
-    if is_known:
-        facts = outage.through(lambda: _reopened(plan))
-    else:
-        facts = open_store(plan.absolute.storage, study=plan.spec.study)
-    return CachedStore(WaitingStore(facts, outage))
-
-
-def _reopened(plan: RoundPlan) -> Store:
-    """Open a database that was there before loading, which takes minutes. Raises StorageAway if it is gone.
-
-    To create it again would begin the round anew, over the checkpoints of its trials.
-    """
     storage = plan.absolute.storage
-    if not exists(storage):
-        raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
-    return open_store(storage, study=plan.spec.study)
+
+    def opened() -> Store:
+        # To create it again would begin the round anew, over the checkpoints of its trials.
+        if is_known and not exists(storage):
+            raise StorageAway(f"{without_secrets(storage)}: the database is gone; put it back")
+        return open_store(storage, study=plan.spec.study)
+
+    return CachedStore(WaitingStore(outage.through(opened), outage))
 
 
 def _refuse_unusable(plan: RoundPlan, disk: RoundDisk) -> None:
@@ -197,7 +190,8 @@ def _while_opening() -> Iterator[None]:
     try:
         yield
     except (StorageAway, StudyTaken) as error:
-        raise RoundStopped(f"{error}. This run recorded nothing") from error
+        what = "Fix the problem" if isinstance(error, StorageAway) else "Wait until nobody else writes"
+        raise RoundStopped(f"{error}. This run recorded nothing. {what}") from error
 
 
 @contextmanager
