@@ -136,6 +136,8 @@ def test_while_a_round_runs(
     assert_as_undisturbed(tmp_path, undisturbed)
     if name != "change_a_value" or after == 7:
         assert "made anew from tuner's facts" in stream.getvalue()
+    assert "Error" not in stream.getvalue()
+    assert ".." not in stream.getvalue()
 
 
 @pytest.mark.parametrize("name", [name for name in MEDDLING if "running" not in name])

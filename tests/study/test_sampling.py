@@ -559,6 +559,20 @@ def test_healing_ends_zombies_and_tells_what_was_not_told(storage: optuna.storag
     assert set(states.values()) == {"FAIL"}
 
 
+def test_a_crash_in_the_middle_of_telling_is_healed_without_a_warning(
+    storage: optuna.storages.BaseStorage, recwarn: pytest.WarningsRecorder
+) -> None:
+    round_study = new_study(storage)
+    told = round_study.propose(0)
+    handle = optuna.Trial(round_study.study, round_study.study.trials[0]._trial_id)
+    handle.set_constraint("feasible", 0.0)
+    recwarn.clear()
+    facts = [trial(0, told.optuna_trial, TrialState.COMPLETE, told.chosen)]
+    new_study(storage).recover(facts, max_train_steps=10)
+    assert round_study.study.trials[0].state.name == "COMPLETE"
+    assert not recwarn.list
+
+
 def test_at_most_twenty_evaluations_of_a_trial_are_shown() -> None:
     planned = tuple(range(0, 1001, 5))
     shown = shown_steps(planned)

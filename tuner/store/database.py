@@ -387,7 +387,7 @@ def explained(url: URL) -> Iterator[None]:
 
 
 def _lacks_a_table(error: DBAPIError) -> bool:
-    """Return whether a statement failed because somebody removed a table or a column, which no waiting mends."""
+    """Return whether somebody has removed a table or a column that the statement names."""
     found = error.orig
     if isinstance(found, sqlite3.OperationalError):
         return re.match("no such (table|column)|table .* has no column", str(found)) is not None

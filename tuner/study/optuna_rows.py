@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import optuna
-from optuna.exceptions import OptunaError, StorageInternalError
+from optuna.exceptions import OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
@@ -103,7 +103,17 @@ def noticing() -> Iterator[None]:
     except StorageInternalError:
         raise
     except (KeyError, ValueError, OptunaError, StaleDataError, ObjectDeletedError) as error:
-        raise RowsChanged(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RowsChanged(_what_is_wrong(error)) from error
+
+
+def _what_is_wrong(error: Exception) -> str:
+    match error:
+        case KeyError() | StaleDataError() | ObjectDeletedError():
+            return "a trial, or the whole study, is missing"
+        case UpdateFinishedTrialError():
+            return "a running trial was ended"
+        case _:
+            return " ".join(str(error).split()).rstrip(".")
 
 
 def set_aside(storage: optuna.storages.BaseStorage, name: str, *, at: float) -> str | None:

@@ -289,7 +289,9 @@ class RoundStudy:
         return self._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, trial.optuna_trial)
 
     def _set_feasible(self, trial: Trial, handle: optuna.Trial, feasible: bool) -> None:
-        handle.set_constraint("feasible", 0.0 if feasible else 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # set before, if the trial's end was not told then
+            handle.set_constraint("feasible", 0.0 if feasible else 1.0)
         # optuna-dashboard's best trial reads this older attribute alone.
         self._storage.set_trial_system_attr(self._trial_id(trial), "constraints", [0.0 if feasible else 1.0])
 
