@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tuner.adapters.base import Base, load_config, num_embeddings
 from tuner.errors import ModelError, TargetModulesError
-from tuner.methods.kinds import ALL_LAYERS, ALL_LINEAR
+from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.variants import adapter_arguments, possible_variants
+from tuner.methods.variants.lora import LAYERS_TO_TRANSFORM
 from tuner.records import Choices, Dimension, Fixed, Hyperparameters, Range, Space, TimesSqrtRank
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def values_of(dimension: Dimension) -> list[Any]:
 def _one_rank(meta_model: PreTrainedModel, space: Space) -> Iterator[Adapter]:
     """Yield an adapter of rank 1 for each choice of the layers that it adapts."""
     targets = values_of(space["target_modules"])
-    layers = values_of(space.get("layers_to_transform", Fixed(ALL_LAYERS)))
+    layers = values_of(LAYERS_TO_TRANSFORM.dimension(space))
     for wanted, numbers in itertools.product(targets, layers):
         shape = {"lora_r": 1, "lora_alpha": 1, "target_modules": wanted, "layers_to_transform": numbers}
         yield initial_adapter(meta_model, lora_config(shape, base_path=meta_model.name_or_path), seed=0)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 from tuner.methods.kinds import Kind
-from tuner.records import Condition, Hyperparameters, Value
+from tuner.records import Condition, Dimension, Fixed, Hyperparameters, Space, Value
 
 
 class Tier(StrEnum):
@@ -62,3 +62,8 @@ class Hyperparameter:
     def value(self, values: Hyperparameters) -> Value | None:
         """Return its value in a trial, or its default; None if the default depends on the horizon."""
         return values.get(self.name, self.default)
+
+    def dimension(self, space: Space) -> Dimension:
+        """Return its dimension in a space, or its default as one."""
+        assert self.default is not None
+        return space.get(self.name, Fixed(self.default))

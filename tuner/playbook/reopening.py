@@ -134,8 +134,8 @@ def remarks(
 def _noisier_gradients(
     results: RoundResults, space: Space, incumbents: Sequence[Trial], earlier: Sequence[RoundResults]
 ) -> Iterator[str]:
-    dropouts = [number(trial.hyperparameters.get("lora_dropout")) or 0.0 for trial in incumbents]
-    known = max(*dropouts, _largest(results.space, "lora_dropout"))
+    dropouts = [number(trial.hyperparameters.get("lora_dropout")) for trial in incumbents]
+    known = max([_largest(results.space, "lora_dropout"), *filter(None, dropouts)])
     if (dropout := _largest(space, "lora_dropout")) > known:
         yield (
             f"lora_dropout goes up to {dropout:g}, above the {known:g} so far: gradients are noisier, so "

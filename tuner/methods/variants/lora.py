@@ -72,7 +72,7 @@ LORA_INIT = Hyperparameter(
 
 def _config(values: Hyperparameters) -> Mapping[str, Any]:
     targets = values["target_modules"]
-    layers = values.get(LAYERS_TO_TRANSFORM.name, ALL_LAYERS)
+    layers = LAYERS_TO_TRANSFORM.value(values)
     initialisation = INITIALISATIONS[str(values.get(LORA_INIT.name, LORA_INIT.default))]
     return {
         "r": int(LORA_R.number(values)),
