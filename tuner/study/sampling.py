@@ -79,6 +79,7 @@ class RoundStudy:
 
     def _opened(self) -> optuna.Study:
         """Open the round's Optuna study, or create it."""
+        self._ids: dict[int, int] = {}
         objective = self._objective
         study = optuna.create_study(
             storage=self._storage,
@@ -157,7 +158,10 @@ class RoundStudy:
             frozen = self._frozen(trial)
             self._refuse_changed(trial, frozen)
             if evaluation.step not in frozen.intermediate_values:
-                self._handle(trial).report(evaluation.value, evaluation.step)
+                # A handle would read the trial once more.
+                self._storage.set_trial_intermediate_value(
+                    self._trial_id(trial), evaluation.step, evaluation.value
+                )
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
         """Tell Optuna how a trial ended. Telling it again changes nothing.
@@ -285,8 +289,12 @@ class RoundStudy:
         return self._storage.get_trial(self._trial_id(trial))
 
     def _trial_id(self, trial: Trial) -> int:
-        assert trial.optuna_trial is not None
-        return self._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, trial.optuna_trial)
+        number = _optuna_number(trial)
+        if number not in self._ids:
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(
+                self.study._study_id, number
+            )
+        return self._ids[number]
 
     def _set_feasible(self, trial: Trial, handle: optuna.Trial, feasible: bool) -> None:
         with warnings.catch_warnings():
