@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,10 @@ def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
     assert "changed or damaged" in str(again.end.reason)
 
 
-def test_a_checkpoint_that_other_processes_still_write_is_kept_once_it_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [None, b"", b"PK\x03\x04"])
+def test_a_checkpoint_that_other_processes_still_write_is_kept_once_it_is_whole(
+    tmp_path: Path, half: bytes | None
+) -> None:
     (tmp_path / "slow.py").write_text(
         "import json, os, time\n"
         "from pathlib import Path\n"
@@ -206,16 +210,20 @@ def test_a_checkpoint_that_other_processes_still_write_is_kept_once_it_is_whole(
         "say(step=24, eval_loss=1.0)\n"
         "(place / 'trainer_state.json').write_text(json.dumps({'global_step': 24}))\n"
         "(place / 'rng_state_0.pth').write_text('0')\n"
+        f"if {half!r} is not None:\n"
+        f"    (place / 'rng_state_1.pth').write_bytes({half!r})\n"
         "say(step=24, checkpoint=str(place), processes=2)\n"
         "time.sleep(0.6)\n"
-        "(place / 'rng_state_1.pth').write_text('1')\n"
+        "import zipfile\n"
+        "with zipfile.ZipFile(place / 'rng_state_1.pth', 'w') as file:\n"
+        "    file.writestr('data', '1')\n"
         "time.sleep(0.4)\n"
     )
     content = trainer(hyperparameters={"learning_rate": 0.1, "decay_steps": 8})
     content["command"] = {"run": [PYTHON, "slow.py", "${args}"], "tool": "transformers"}
     ran = Ran(tmp_path, content)
     assert ran.end.outcome == "complete"
-    assert (ran.directory / "best" / "rng_state_1.pth").is_file()
+    assert zipfile.is_zipfile(ran.directory / "best" / "rng_state_1.pth")
 
 
 def test_a_disk_that_fails_is_the_machines_fault(tmp_path: Path) -> None:
@@ -388,6 +396,39 @@ def test_what_a_log_with_several_signs_comes_to(log: str, came_to: str) -> None:
     """Where one process runs out of memory, the others lose their connection to it."""
     ending = Ending(1, 4, ("eval_loss",), log, reported_before=True)
     assert judged(ending, max_train_steps=24, metric="eval_loss").outcome == came_to
+
+
+TORCHRUNS = """x.ChildFailedError:
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  traceback : Signal 15 (SIGTERM) received by PID 27169
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  traceback : Signal {} received by PID 27170
+"""
+ACCELERATES = "subprocess.CalledProcessError: Command '['python']' died with <Signals.{}>."
+
+
+@pytest.mark.parametrize("reported", [False, True])
+@pytest.mark.parametrize(
+    ("log", "for_memory", "came_to", "said"),
+    [
+        (TORCHRUNS.format("9 (SIGKILL)"), False, "failed", "signal 9"),
+        (TORCHRUNS.format("9 (SIGKILL)"), True, "infeasible", "out of memory"),
+        (TORCHRUNS.format("6 (SIGABRT)"), True, "failed", "signal 6"),
+        (ACCELERATES.format("SIGKILL: 9"), False, "failed", "signal 9"),
+        (ACCELERATES.format("SIGKILL: 9"), True, "infeasible", "out of memory"),
+    ],
+)
+def test_a_signal_below_a_launcher_is_no_mistake_of_the_command(
+    log: str, for_memory: bool, came_to: str, said: str, reported: bool
+) -> None:
+    """Launchers end with exit code 1 then, as they do for a script that cannot work."""
+    ending = Ending(1, None, (), log, reported_before=reported, killed_for_memory=for_memory)
+    verdict = judged(ending, max_train_steps=24, metric="eval_loss")
+    assert (verdict.outcome, said in verdict.reason) == (came_to, True)
 
 
 CAUSE = "Traceback (most recent call last):\n  File 'dpo.py', line 9\nKeyError: 'chosen'"

@@ -109,6 +109,29 @@ def test_a_trial_is_complete_by_any_of_them(tmp_path: Path, kind: str) -> None:
     assert bool(ran.saved(CheckpointKind.BEST)) == (kind == "trainer_state.json")
 
 
+def test_a_report_that_begins_while_logs_are_read_counts_alone(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os, shutil, time\n"
+        "shutil.copytree('made', os.environ['TUNER_OUTPUT_DIR'], dirs_exist_ok=True)\n"
+        "while not os.path.exists(os.environ['TUNER_METRICS']):\n"
+        "    time.sleep(0.01)\n"
+    )
+    state(tmp_path / "made", 24)
+    content = document("late.py", hyperparameters={"learning_rate": 0.1})
+    content["command"] = {"run": content["command"]["run"]}
+    walked = os.walk
+
+    def reports(place: str | Path) -> object:
+        found = list(walked(place))
+        if Path(place).name == "output" and len(found) > 1:
+            line = json.dumps({"step": 24, "eval_loss": 1.0})
+            (Path(place).parent / "metrics.jsonl").write_text(line + "\n")
+        return found
+
+    monkeypatch.setattr(os, "walk", reports)
+    assert Ran(tmp_path, content).curve == {24: 1.0}
+
+
 @pytest.mark.acceptance
 def test_a_trainer_whose_hook_is_off_is_read_by_its_checkpoints(tmp_path: Path) -> None:
     content = trainer()

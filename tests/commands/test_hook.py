@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.driving import Ran, of_kind, trainer
+from tuner.commands.attempt import tail
 from tuner.commands.launch import HOOK
 from tuner.records import CheckpointKind, Evaluated
 
@@ -53,7 +54,7 @@ def test_commands_that_nobody_prepared_report_and_are_kept(tmp_path: Path, kind:
     values = {**content["hyperparameters"], "decay_steps": 1, "batch_size": 4}
     brief = {"max_train_steps": 3, "hyperparameters": values, "evaluation": {"every_steps": 2}}
     ran = Ran(tmp_path, content | brief)
-    assert ran.end.outcome == "complete"
+    assert ran.end.outcome == "complete", f"{ran.end.reason}\n{tail(ran.place / 'command.log')}"
     assert list(ran.curve) == [0, 2, 3]
     assert (ran.directory / "best").is_dir()
     assert [saved.step for saved in ran.saved(CheckpointKind.TRUNK)] == [2]

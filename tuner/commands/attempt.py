@@ -237,7 +237,7 @@ class Attempt:
                 return
             time.sleep(POLL_SECONDS)
         process_tree.end(token, popen)  # what it left behind
-        if fallback.source is not None:
+        if report.is_empty and fallback.source is not None:
             _log.warning("the command reported nothing; its evaluations come from %s", fallback.source)
         self._judge(popen, report, place, kills, unread=fallback.unread)
 
@@ -247,8 +247,10 @@ class Attempt:
         now = time.monotonic()
         if report.is_empty and (is_over or now - self._looked_at > FALLBACK_SECONDS):
             self._looked_at = now
-            for said in fallback.new_lines():
-                yield report.curve.line(said)
+            left = list(fallback.new_lines())
+            yield from report.new_lines()  # the command may have begun to report meanwhile
+            if report.is_empty:
+                yield from map(report.curve.line, left)
 
     def _hear(self, lines: Iterator[Line], place: Place) -> str | None:
         """Record new lines; return why the trial is infeasible, if it is.

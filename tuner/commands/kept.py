@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -61,10 +62,21 @@ def is_whole(place: Path, saved: SavedByCommand, *, is_trainers: bool) -> bool:
         return place.exists()
     try:
         state = json.loads((place / _STATE_FILE).read_text())
-    except (OSError, ValueError):
+        states = [path for path in place.glob("rng_state*.pth") if not _is_cut_short(path)]
+    except (OSError, ValueError):  # it is being written, or deleted
         return False
-    states = len(list(place.glob("rng_state*.pth")))
-    return bool(state.get("global_step") == saved.step) and states >= saved.processes
+    return bool(state.get("global_step") == saved.step) and len(states) >= saved.processes
+
+
+_ZIP = b"PK"
+"""The first bytes of a zip archive, such as PyTorch writes; its directory comes last."""
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Return whether a process still writes this file of PyTorch's."""
+    with path.open("rb") as file:
+        head = file.read(len(_ZIP))
+    return not head or (head == _ZIP and not zipfile.is_zipfile(path))
 
 
 def can_resume(place: Path) -> bool:

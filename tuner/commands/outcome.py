@@ -22,6 +22,8 @@ _OF_CONNECTIONS = (
 )  # fmt: skip
 """The machine's, unless memory ran out: the other processes of a trial then say these, and so do retries."""
 _KILLED = (-9, 137)
+_BELOW_A_LAUNCHER = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID|died with <Signals\.SIG\w+: (\d+)>")
+"""How torchrun and accelerate say that a signal ended the script; torchrun names the first cause last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,10 @@ class Verdict:
 
 def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
     """Return what an attempt that ended by itself came to."""
-    text, how = ending.log, _exit(ending.code)
     if ending.code == 0:
         return _ended_well(ending, max_train_steps, metric)
+    text, code = ending.log, _code_of_the_script(ending)
+    how = _exit(code)
     if ending.disk_is_full:
         return Verdict("failed", f"{how}, and the disk is full{quoted(text)}")
     of_the_machine = next((sign for sign in _OF_THE_MACHINE if sign in text), None)
@@ -71,9 +74,9 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
     sign = of_the_machine or next((sign for sign in _OF_CONNECTIONS if sign in text), None)
     if sign is not None:
         return Verdict("failed", f"{how}, and the log says {sign!r}{quoted(text)}")
-    if ending.code in _KILLED and ending.killed_for_memory:
+    if code in _KILLED and ending.killed_for_memory:
         return Verdict("infeasible", "out of memory: the system killed the command")
-    if ending.code > 0 and ending.code not in (137, 143) and not ending.reported_before:
+    if code > 0 and code not in (137, 143) and not ending.reported_before:
         return Verdict(
             "unusable",
             f"the command ended with {how} before it reported an evaluation, as every trial would. Fix the "
@@ -128,6 +131,12 @@ def restarted(step: int, from_step: int) -> str:
         f"the command was to resume from step {from_step}, but reported step {step}: it started over. Let it "
         "resume from TUNER_RESUME_FROM, or remove command.resume, so that trials start over"
     )
+
+
+def _code_of_the_script(ending: Ending) -> int:
+    """Return the exit code; of a launcher that says that a signal ended its script, that signal."""
+    signals = _BELOW_A_LAUNCHER.findall(ending.log) if ending.code > 0 else []
+    return -int(signals[-1][0] or signals[-1][1]) if signals else ending.code
 
 
 def _exit(code: int) -> str:
