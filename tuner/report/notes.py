@@ -109,7 +109,7 @@ def _trials(report: RoundReport) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    measured = format.throughput_rows(report.record.throughput, report.record.throughput_by_node)
+    measured = report.throughput_rows
     return "\n".join(f"- {name}: {value} ({escaped(meaning)})" for name, value, meaning in measured)
 
 
