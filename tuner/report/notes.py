@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tuner.playbook.results import Finding
-from tuner.report import advice, format
+from tuner.report import advice
 from tuner.report.round_report import (
     NUM_WORDS,
     RoundReport,
