@@ -63,7 +63,7 @@ class TestStudy:
             assert list(status) == [
                 "round", "max_train_steps", "state", "trials", "metric", "direction", "best", "running",
                 "branches_left",
-                "seconds_left", "overfitting", "throughput", "throughput_by_node",
+                "seconds_left", "overfitting", "throughput", "throughput_by_node", "node_changes",
             ]  # fmt: skip
             executed = sum(t["executed_steps"] for t in trials_of(study) if t["round"] == status["round"])
             measured = status["throughput"]

@@ -60,7 +60,7 @@ def test_a_time_that_is_over_before_the_round_has_begun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *_, message, following = done.stderr.splitlines()
     assert message.startswith("time limit of 0.1s reached: stopped while loading; nothing was started; ")
-    assert following == "next: tuner study run round1.yaml"
+    assert following == "next: tuner study run round1.yaml --for 0.1s"
     assert not (tmp_path / "tuner.db").exists()
 
 
@@ -79,8 +79,9 @@ def test_a_round_of_several_slots_is_paused_and_goes_on(tmp_path: Path) -> None:
             break
     assert "worker ready: cpu, 2 slots" in done.stderr
     said = f"time limit of {limit} reached: stopped; all progress is saved; "
-    assert f"{said}resume with: tuner study run round1.yaml" in done.stderr
-    assert done.stderr.splitlines()[-1] == "next: tuner study run round1.yaml"
+    again = f"tuner study run round1.yaml --for {limit} --slots 2"
+    assert f"{said}resume with: {again}\n" in done.stderr
+    assert done.stderr.splitlines()[-1] == f"next: {again}"
     trials = trials_of(study)
     assert [(trial["state"], trial["attempts"]) for trial in trials] == [("waiting", 1), ("waiting", 1)]
     assert all(0 < trial["executed_steps"] < 20_000 for trial in trials)

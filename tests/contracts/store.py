@@ -27,6 +27,8 @@ from tuner.records import (
     FactError,
     FinalScore,
     Measured,
+    NodeChange,
+    NodeChanged,
     Objective,
     Progressed,
     Promotion,
@@ -121,6 +123,7 @@ BRANCH = Branch(
     reason="odd",
     evaluation=Evaluation(30, 0.1 + 0.2, None, 1e-4, 3, (1.0, math.inf), (2, 3)),
 )
+LEFT_OUT = NodeChange("gpu-7", "left_out", 8, at=41.0 + 1 / 3, reason="it has torch 1.0 instead of 2.0")
 HISTORY: list[Fact] = [
     RoundBegun(ROUND),
     TrialAsked(TRIAL),
@@ -140,6 +143,7 @@ HISTORY: list[Fact] = [
     Answered("round1", 7, 1, ANSWERS),
     BranchAdvanced("round1", BRANCH),
     Measured(WORK, "round1"),
+    NodeChanged(LEFT_OUT, "round1"),
     PromotionPlanned(PROMOTION),
 ]
 """One of every fact, each following from those before."""
@@ -462,6 +466,17 @@ class StoreContract:
         store.record(Measured(WORK, "round1"), RoundBegun(replace(ROUND, spec={"goal": "new"})))
         assert store.rounds() == (replace(ROUND, spec={"goal": "new"}, throughputs=(WORK,)),)
 
+    def test_each_change_of_a_node_is_kept_by_time(self, store: Store) -> None:
+        lost, odd = replace(LEFT_OUT, change="lost", at=7.0, reason=None), replace(LEFT_OUT, reason="\0")
+        again = replace(lost, at=50.0)
+        store.record(RoundBegun(replace(ROUND, node_changes=(LEFT_OUT,))))
+        assert store.rounds()[0].node_changes == ()
+        store.record(*(NodeChanged(change, "round1") for change in (again, odd, lost, again)))
+        kept = (lost, replace(odd, reason="\ufffd"), again)
+        assert store.rounds()[0].node_changes == kept
+        store.record(NodeChanged(replace(lost, gpus=1), "round1"), RoundBegun(ROUND))
+        assert store.rounds()[0].node_changes == kept
+
     def test_the_first_score_of_a_trial_counts(self, store: Store) -> None:
         store.record(RoundBegun(ROUND), TrialAsked(replace(TRIAL, final_score=SCORE)))
         assert store.trials("round1")[0].final_score is None
@@ -509,6 +524,7 @@ class StoreContract:
             (Answered("round1", 8, 1, ANSWERS), "trial round1/8"),
             (BranchAdvanced("round1", replace(BRANCH, trial=8)), "trial round1/8"),
             (Measured(WORK, "round9"), "round round9"),
+            (NodeChanged(LEFT_OUT, "round9"), "round round9"),
             (PromotionPlanned(replace(PROMOTION, from_round="round9")), "round round9"),
         ],
     )

@@ -26,7 +26,7 @@ from tuner.engines.ray.opening import files_outside, inputs, job_token
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
 from tuner.errors import InputError, RoundStopped
-from tuner.records import Died, Event, Ready, Started
+from tuner.records import Died, Event, NodeChanged, Ready, Started
 
 
 class Machines:
@@ -161,6 +161,8 @@ def test_a_lost_nodes_trial_is_said_once_and_a_new_node_gets_a_worker(
     machines.alive["c"] = Node("c", "c", 1, 1)
     events += collect(pool, until=ready)
     assert [e.trials for e in events if isinstance(e, Died)] == [(1,)]
+    changes = [e.node_change for e in events if isinstance(e, NodeChanged)]
+    assert {(each.node, each.change, each.gpus) for each in changes} == {("c", "joined", 1), ("b", "lost", 1)}
     assert "node c joined: 1 GPU" in said
     assert "node b left the cluster" in said
 
@@ -389,6 +391,22 @@ def test_a_probe_runs_in_one_worker_of_the_chosen_engine(
     assert "the engine's workers do not time steps" in said["remarks"]
     assert all(wire.is_dead for _, wire in Counting.machines.wires)
     assert sorted(path for path in study.iterdir() if path.name != ".tuner-cache") == before
+
+
+def test_status_shows_a_node_that_was_left_out_before_the_round_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    study = round_file(tmp_path / "parent", run="run: {slots: 1}").path.parent
+    Counting.machines = Machines(tmp_path, "a", "b")
+    Counting.machines.kinds["a"] = OtherTorch
+    before = time.time()
+    tuner.Study(study).run("round1.yaml", engine=f"{__name__}:Counting", progress=False)
+    (status,) = tuner.Study(study).status()["rounds"]
+    ((change,), state) = status["node_changes"], status["state"]
+    assert (state, change["node"], change["change"], change["gpus"]) == ("complete", "a", "left_out", 1)
+    assert change["reason"].startswith("it has torch 1.0 instead of ")
+    assert before <= change["at"] <= time.time()
 
 
 SCRIPT = """\

@@ -213,6 +213,22 @@ def test_a_check_imports_no_engine_and_says_so(package: Path, tmp_path: Path) ->
     assert "engine_plug_ins" not in sys.modules
 
 
+def test_a_check_names_the_lines_of_a_cluster_that_the_engine_does_not_use(tmp_path: Path) -> None:
+    keys = "run:\n  ray_address: 10.0.0.1:6379\n  slots: 1\n  resources_patience: 5"
+    path = write_round(tmp_path / "study", run=keys)
+    lines = path.read_text().splitlines()
+    found = tuner.Study(tmp_path / "study").check("round1.yaml")
+    assert found["ok"]
+    noted = [said for said in found["remarks"] if "has no effect" in said]
+    assert [said.partition(": the engine is local")[0] for said in noted] == [
+        f"round1.yaml:{lines.index('  ray_address: 10.0.0.1:6379') + 1}: run.ray_address has no effect",
+        f"round1.yaml:{lines.index('  resources_patience: 5') + 1}: run.resources_patience has no effect",
+    ]
+    path.write_text(path.read_text().replace("run:\n", "run:\n  engine: ray\n"))
+    found = tuner.Study(tmp_path / "study").check("round1.yaml")
+    assert not [said for said in found["remarks"] if "has no effect" in said]
+
+
 @pytest.mark.slow
 def test_an_engine_that_wraps_the_local_one_is_chosen_by_the_file(package: Path, tmp_path: Path) -> None:
     """In a study of its own and in one with `local`: the same losses."""

@@ -113,6 +113,9 @@ def test_and_with_a_node_killed_in_the_middle(
     assert lost.is_set()
     assert curves(study) == locally
     assert [attempt.outcome for attempt in attempts(study)].count("died") == 1
+    (status,) = tuner.Study(study).status()["rounds"]
+    (gone,) = {attempt.environment["node"] for attempt in attempts(study) if attempt.outcome == "died"}
+    assert [(each["node"], each["change"]) for each in status["node_changes"]] == [(gone, "lost")]
 
 
 def test_a_probe_and_a_reproduction_run_on_the_cluster(cluster: LocalCluster, tmp_path: Path) -> None:

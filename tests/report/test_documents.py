@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tuner.errors import Mistake
-from tuner.records import Attempt, Continuation, Evaluation, Throughput, Trial, TrialState, added_up
+from tuner.records import (
+    Attempt,
+    Continuation,
+    Evaluation,
+    NodeChange,
+    Throughput,
+    Trial,
+    TrialState,
+    added_up,
+)
 from tuner.report.documents import (
     RoundPlan,
     check_document,
@@ -125,6 +135,7 @@ class TestStatus:
             "overfitting",
             "throughput",
             "throughput_by_node",
+            "node_changes",
         ]
         assert (shown["branches_left"], shown["throughput"]) == (0, None)
         assert shown["state"] == "complete"
@@ -135,6 +146,41 @@ class TestStatus:
         assert shown["best"]["best_value"] == shown["best"]["eval_loss"]
         assert shown["best"]["trial"] == 6
         assert shown["best"]["adapter"] == "runs/round1/trial-0006/best"
+
+    def test_what_became_of_a_clusters_nodes_is_shown_the_last_of_them_as_lines(self) -> None:
+        joined = [NodeChange(f"gpu-{n}", "joined", n, 1e9 + n) for n in range(1, 6)]
+        lost = NodeChange("gpu-1", "lost", 1, 1e9 + 60)
+        left_out = NodeChange("gpu-2", "left_out", 2, 1e9 + 61, "failed 3 times: signal 9\nits log")
+        status = round_status(
+            "round1",
+            max_train_steps=60,
+            trials=(),
+            promised=8,
+            is_running=True,
+            adapters={},
+            node_changes=(*joined, lost, left_out),
+        )
+        (shown,) = strictly(dumps(status_document("alpaca", [status])))["rounds"]
+        assert len(shown["node_changes"]) == 7
+        assert shown["node_changes"][-1] == {
+            "node": "gpu-2",
+            "change": "left_out",
+            "gpus": 2,
+            "at": 1e9 + 61,
+            "reason": "failed 3 times: signal 9\nits log",
+        }
+        said = io.StringIO()
+        Console(file=said, width=120).print(status_table("alpaca", [status]))
+        lines = [line.partition("round1: ")[2] for line in said.getvalue().splitlines() if "node" in line]
+        assert lines[0] == "1 earlier change of nodes, see --json"
+        assert [re.sub(r"^\d{4}(-\d\d){2} \d\d(:\d\d){2}  ", "", line) for line in lines[1:]] == [
+            "node gpu-2 joined: 2 GPUs",
+            "node gpu-3 joined: 3 GPUs",
+            "node gpu-4 joined: 4 GPUs",
+            "node gpu-5 joined: 5 GPUs",
+            "node gpu-1 left the cluster",
+            "node gpu-2 is left out: failed 3 times: signal 9",
+        ]
 
     def test_a_trial_whose_evaluation_loss_rises_is_marked_while_it_runs(self) -> None:
         def trial(number: int, losses: Sequence[float], state: TrialState, *, train: float = -0.1) -> Trial:

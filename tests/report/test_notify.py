@@ -128,8 +128,16 @@ def test_a_command_that_always_hangs_is_told_the_end_and_is_never_left(tmp_path:
         assert not Path("/proc", pid).exists()
 
 
-def test_the_option_is_repeated_in_the_command_that_resumes() -> None:
+def test_the_options_are_repeated_in_the_command_that_resumes_without_secrets() -> None:
+    assert Where().options == ""
+    assert Where("auto", 3, "ray", "10.0.0.1:6379").options == (
+        " --slots auto --workers 3 --engine ray --ray-address 10.0.0.1:6379"
+    )
     assert Where(notify=("sh", "-c", "cat > x")).options == """ --notify 'sh -c '"'"'cat > x'"'"''"""
+    secret = Where(slots=2, notify=("curl", "-H", "Authorization: Bearer abcdefghijk", "https://me:pw@x.org"))
+    assert secret.options.startswith(" --slots 2 --notify ")
+    assert "Bearer ***" in secret.options
+    assert "https://me:***@x.org" in secret.options
 
 
 def test_neither_check_nor_a_dry_run_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.records import Throughput, added_up
+from tuner.records import NodeChange, Throughput, added_up
 from tuner.records.throughput import by_node
 from tuner.report import format
 
@@ -56,6 +56,12 @@ def test_of_a_cluster_each_node_has_a_line() -> None:
         ("tokens/s on gpu-2", "3,000", "of a worker there; 33% of all updates"),
     ]
     assert by_node(synthetic.WORK) == {}
+    gone = [NodeChange("gpu-2", "joined", 1, 7.0), NodeChange("gpu-2", "lost", 1, 8.0)]
+    rows = format.throughput_rows(added_up(parts), nodes, gone)
+    assert [meaning for _, _, meaning in rows[-2:]] == [
+        "of a worker there; 33% of all updates",
+        "of a worker there; 33% of all updates; left the cluster",
+    ]
 
 
 seconds = st.floats(0, 1e6)

@@ -24,6 +24,8 @@ from tuner.records import (
     Fact,
     FinalScore,
     Measured,
+    NodeChange,
+    NodeChanged,
     Progressed,
     Promotion,
     PromotionPlanned,
@@ -159,6 +161,16 @@ _SAID: list[Callable[[st.DrawFn, tuple[str, int], dict[str, Any]], Fact]] = [
     ),
     lambda draw, trial, _: Measured(
         Throughput(draw(st.sampled_from("ab")), draw(TIMES), tokens=draw(st.integers(0, 2**60))), trial[0]
+    ),
+    lambda draw, trial, _: NodeChanged(
+        NodeChange(
+            draw(st.sampled_from("ab")),
+            draw(st.sampled_from(["joined", "lost", "left_out"])),
+            8,
+            draw(TIMES),
+            draw(st.none() | TEXTS),
+        ),
+        trial[0],
     ),
     lambda draw, trial, _: PromotionPlanned(
         Promotion(

@@ -23,6 +23,7 @@ from tests.contracts.store import (
     BRANCH,
     COMPLETE,
     HISTORY,
+    LEFT_OUT,
     ROUND,
     SCORE,
     STARTED,
@@ -43,6 +44,8 @@ from tuner.records import (
     Evaluation,
     FinalScore,
     Measured,
+    NodeChange,
+    NodeChanged,
     Objective,
     Promotion,
     RoundBegun,
@@ -103,7 +106,7 @@ def test_the_migrations_can_be_taken_back(url: str) -> None:
 def test_a_database_without_studies_takes_them_from_the_files_of_its_rounds(url: str) -> None:
     """As it was at revision 0001, where a round's name was a key of its own."""
     strange = Evaluated("round1", 7, 1, Evaluation(30, math.nan, None, math.inf, 0, (math.nan,), (1,)))
-    later = (Measured, TrialScored, Answered, BranchAdvanced, Started)
+    later = (Measured, NodeChanged, TrialScored, Answered, BranchAdvanced, Started)
     told = [fact for fact in HISTORY if not isinstance(fact, later)]
     second = replace(ROUND, name="round9", spec={"study": "t"})
     with closing(open_store(url, study="s")) as store, closing(open_store(url, study="t")) as other:
@@ -213,6 +216,21 @@ def test_a_database_without_kinds_takes_them_from_the_files_of_its_rounds(url: s
     }
 
 
+def test_a_database_without_changes_of_nodes_takes_them(url: str) -> None:
+    """As it was at revision 0009; what it had stays."""
+    with closing(open_store(url, study="s")) as store:
+        store.record(*(fact for fact in HISTORY if not isinstance(fact, NodeChanged)))
+        before = repr(contents(store))
+    at_revision(url, "0009")
+    engine = create_engine(url)
+    assert "tuner_node_changes" not in inspect(engine).get_table_names()
+    engine.dispose()
+    with closing(open_store(url, study="s")) as store:
+        assert repr(contents(store)) == before
+        store.record(NodeChanged(LEFT_OUT, "round1"))
+        assert store.rounds()[0].node_changes == (LEFT_OUT,)
+
+
 def test_every_migration_is_in_a_package_that_is_installed() -> None:
     versions = importlib.import_module("tuner.store.migrations.versions")
     assert versions.__file__ is not None
@@ -221,7 +239,7 @@ def test_every_migration_is_in_a_package_that_is_installed() -> None:
     assert "v0001_facts" in on_disk
 
 
-TABLES_OF_THEIR_OWN = {"throughputs", "branches"}
+TABLES_OF_THEIR_OWN = {"throughputs", "branches", "node_changes"}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +252,7 @@ TABLES_OF_THEIR_OWN = {"throughputs", "branches"}
         (Promotion, schema.PROMOTIONS),
         (Throughput, schema.THROUGHPUTS),
         (Branch, schema.BRANCHES),
+        (NodeChange, schema.NODE_CHANGES),
         (FinalScore, schema.FINAL_SCORES),
         (AnswerScore, schema.ANSWER_SCORES),
     ],

@@ -17,7 +17,7 @@ from tuner.api.run import Where
 from tuner.commands.check import mistakes
 from tuner.commands.check import remarks as command_remarks
 from tuner.commands.size import estimated_bytes
-from tuner.config import HYPERPARAMETERS, ModelSpec, RoundSpec, load_round, with_plug_ins
+from tuner.config import HYPERPARAMETERS, ModelSpec, RoundFile, RoundSpec, load_round, with_plug_ins
 from tuner.data import (
     PreparedData,
     load_tokenizer,
@@ -96,12 +96,13 @@ def checked(
             make_engine(where.engine or round_plan.spec.run.engine).close()
         prober = where if probe else None
         if round_plan.spec.command is not None:
-            return *_command_plan(round_plan, prober), command
-        with taken_back(round_plan.cache):
-            plan, remarks = _plan(round_plan, prepare=prepare, prober=prober, look=look)
+            plan, remarks = _command_plan(round_plan, prober)
+        else:
+            with taken_back(round_plan.cache):
+                plan, remarks = _plan(round_plan, prepare=prepare, prober=prober, look=look)
     except InputError as error:
         raise file.placed(error) from None
-    return plan, remarks, command
+    return plan, [*remarks, *_cluster_remarks(file, where)], command
 
 
 def check_document_of(
@@ -302,6 +303,19 @@ def packing_remarks(predicted: Prediction) -> Iterator[str]:
         f"packing {slots} trials would be {gain:.1f} times as fast here: run.slots: {slots}, or --slots "
         f"{slots}; losses are then the same within rounding, and not to the digit"
     )
+
+
+def _cluster_remarks(file: RoundFile, where: Where) -> Iterator[str]:
+    """Yield keys of the file about a cluster where it chooses no engine that uses one."""
+    run = file.spec.run
+    if where.engine is not None or run.engine not in ("local", "simulated"):
+        return
+    for key in ("ray_address", "resources_patience", "send_model_up_to"):
+        if key in run.model_fields_set:
+            yield (
+                f"{file.path.name}:{file.line(f'run.{key}')}: run.{key} has no effect: the engine is "
+                f"{run.engine}; write engine: ray, pass --engine ray, or remove this line"
+            )
 
 
 def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:

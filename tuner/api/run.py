@@ -29,6 +29,7 @@ from tuner.engines import (
 from tuner.errors import InputError, Interrupted, RoundStopped, WorkerError
 from tuner.methods.registry import expected, is_known
 from tuner.playbook.reproduction import Reproduction
+from tuner.process_log import harmless
 from tuner.records import Evaluation, Trial, TrialState, to_json
 from tuner.report import View
 from tuner.report.format import GpuReading
@@ -86,11 +87,18 @@ class Where:
 
     @property
     def options(self) -> str:
-        """Options to repeat in a command that resumes."""
-        engine = "" if self.engine is None else f" --engine {self.engine}"
-        address = "" if self.ray_address is None else f" --ray-address {self.ray_address}"
-        notify = f" --notify {shlex.quote(shlex.join(self.notify))}" if self.notify else ""
-        return engine + address + notify
+        """Options to repeat in a command that resumes, without secrets: a log may keep what is printed."""
+        given = {
+            "slots": self.slots,
+            "workers": None if self.workers == "auto" else self.workers,
+            "engine": self.engine,
+            "ray-address": self.ray_address,
+            "notify": shlex.join(self.notify) or None,
+        }
+        options = (
+            f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None
+        )
+        return harmless("".join(options))
 
     def file(self, path: Path) -> RoundFile:
         """Return the file to run: the dry run's copy if the engine is `simulated`."""

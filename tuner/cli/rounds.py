@@ -43,18 +43,22 @@ def where_typed(
     )
 
 
-def run_file(path: Path, *, duration: str | None, where: Where) -> Path | None:
-    """Start or resume a round, shown live on standard error; return the file to report on.
+def run_file(path: Path, *, duration: str | None, where: Where) -> tuple[str, Path | None]:
+    """Start or resume a round, shown live; return the command that resumes, and the file to report on.
 
-    With the engine `simulated`, the returned file is the dry run's copy. Returns None if time ran out before
+    With the engine `simulated`, the returned file is the dry run's copy. It is None if time ran out before
     the base model and data were first loaded. Raises Interrupted, naming the command to resume with, after a
     signal.
     """
-    command = f"tuner study run {shlex.quote(str(path))}{where.options}"
+    command = f"tuner study run {shlex.quote(str(path))}{_limit(duration)}{where.options}"
     with interruptible(command, duration=duration) as stopping:
         file = where.file(path)
         run_shown(file, where, stopping=stopping)
-    return file.path if has_begun(file) else None
+    return command, file.path if has_begun(file) else None
+
+
+def _limit(duration: str | None) -> str:
+    return "" if duration is None else f" --for {shlex.quote(duration)}"
 
 
 @contextmanager
@@ -163,9 +167,8 @@ def run_rounds(path: Path, *, duration: str | None, restarts: int = 0, where: Wh
     command to resume with, after a signal, and InputError for a round of a sweep.
     """
     refuse_sweep(load_round(path))
-    limit = "" if duration is None else f" --for {shlex.quote(duration)}"
     again = "" if restarts == 0 else f" --restarts {restarts}"
-    ended = Ended(f"tuner study auto {shlex.quote(str(path))}{limit}{again}{where.options}")
+    ended = Ended(f"tuner study auto {shlex.quote(str(path))}{_limit(duration)}{again}{where.options}")
     rounds: Automatic | None = None
     enough: Enough | None = None
     with interruptible(ended.command, duration=duration) as stopping, keeping_workers() as engine_named:
@@ -206,8 +209,7 @@ def sweep_file(
     and what `sweep_round` raises.
     """
     length = "" if epochs is None else f" --epochs {epochs:g}"
-    limit = "" if duration is None else f" --for {shlex.quote(duration)}"
-    command = f"tuner study sweep {shlex.quote(str(path))}{length}{limit}{where.options}"
+    command = f"tuner study sweep {shlex.quote(str(path))}{length}{_limit(duration)}{where.options}"
     refuse_epochs(epochs, is_dry_run=(where.engine or load_round(path).spec.run.engine) == "simulated")
     answered: Path | None = None
     with interruptible(command, duration=duration) as stopping, keeping_workers() as engine_named:

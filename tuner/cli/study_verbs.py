@@ -257,11 +257,14 @@ def run(
     """
     from tuner.cli.rounds import run_file, where_typed
 
-    ran = run_file(round_file, duration=for_, where=where_typed(slots, workers, engine, ray_address, notify))
+    where = where_typed(slots, workers, engine, ray_address, notify)
+    again, ran = run_file(round_file, duration=for_, where=where)
     if ran is None:
-        _next(f"tuner study run {shlex.quote(str(round_file))}")
-    else:
-        _print_summary(_reports(ran.parent, ran), directory=_folder_of(round_file, ran))
+        _next(again)
+        return
+    found = _reports(ran.parent, ran)
+    goes_on = None if found[-1].is_finished else again
+    _print_summary(found, directory=_folder_of(round_file, ran), command=goes_on)
 
 
 @app.command()

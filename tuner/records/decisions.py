@@ -26,7 +26,7 @@ class RoundBegun(Fact):
     """A round starts, or resumes with a changed file."""
 
     round: RoundRecord
-    """Of it `throughputs` and `branches` are not recorded.
+    """Of it `throughputs`, `branches` and `node_changes` are not recorded.
 
     Said again, only `spec` replaces what is recorded; another `max_train_steps` is refused.
     """
@@ -41,7 +41,7 @@ class RoundBegun(Fact):
         name, spec = self.round.name, plain_json(self.round.spec)
         found = state.round(name)
         if found is None:
-            begun = replace(self.round, spec=spec, throughputs=(), branches=())
+            begun = replace(self.round, spec=spec, throughputs=(), branches=(), node_changes=())
             state.put(state.rounds, name, RoundFacts(begun))
             return
         self.refuse_other_horizon(found.begun.max_train_steps)

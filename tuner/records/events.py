@@ -17,7 +17,7 @@ from tuner.records.state import (
     storable_text,
 )
 from tuner.records.throughput import Prediction, Throughput
-from tuner.records.trials import AnswerScore, Checkpoint, Evaluation, RunId
+from tuner.records.trials import AnswerScore, Checkpoint, Evaluation, NodeChange, RunId
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +215,21 @@ class Measured(RoundFact):
         found.throughputs[self.throughput.session] = self.throughput
 
 
+@dataclass(frozen=True, slots=True)
+class NodeChanged(RoundFact):
+    """A node of the cluster joined, was lost or was left out, as the engine saw; each is kept."""
+
+    node_change: NodeChange
+    round: str = ""
+    """Set by the receiver."""
+
+    def change(self, found: RoundFacts) -> None:
+        """As in `RoundFact`."""
+        said = self.node_change
+        reason = None if said.reason is None else storable_text(said.reason)
+        found.node_changes.setdefault((said.at, said.node, said.change), replace(said, reason=reason))
+
+
 Outcome: TypeAlias = Literal["complete", "infeasible", "pruned", "stopped", "failed", "interrupted", "died"]
 """Of an attempt. The last two no worker says: its parent died, or it did."""
 
@@ -251,6 +266,7 @@ Event: TypeAlias = (
     | Saved
     | Answered
     | Measured
+    | NodeChanged
     | Ended
     | Died
 )

@@ -19,6 +19,7 @@ from tuner.records.trials import (
     CheckpointKind,
     Evaluation,
     FinalScore,
+    NodeChange,
     Promotion,
     RoundRecord,
     RunId,
@@ -272,18 +273,26 @@ class RoundFacts:
     """What is known of a round."""
 
     begun: RoundRecord
-    """As it was said; its `throughputs` and `branches` do not count."""
+    """As it was said; its `throughputs`, `branches` and `node_changes` do not count."""
     throughputs: dict[str, Throughput] = field(default_factory=dict)
     """By session."""
     branches: dict[tuple[int, int], Branch] = field(default_factory=dict)
     """By trial and horizon."""
+    node_changes: dict[tuple[float, str, str], NodeChange] = field(default_factory=dict)
+    """By time, node and change."""
     trials: dict[int, TrialFacts] = field(default_factory=dict)
     _record: RoundRecord | None = None
     """Once it was assembled."""
 
     def copy(self) -> RoundFacts:
         """Return a copy to change, with the same trials."""
-        return replace(self, throughputs=dict(self.throughputs), branches=dict(self.branches), _record=None)
+        return replace(
+            self,
+            throughputs=dict(self.throughputs),
+            branches=dict(self.branches),
+            node_changes=dict(self.node_changes),
+            _record=None,
+        )
 
     def record(self) -> RoundRecord:
         """Return the round."""
@@ -292,6 +301,7 @@ class RoundFacts:
                 self.begun,
                 throughputs=tuple(work for _, work in sorted(self.throughputs.items())),
                 branches=tuple(branch for _, branch in sorted(self.branches.items(), key=lambda b: b[0])),
+                node_changes=tuple(self.node_changes[key] for key in sorted(self.node_changes)),
             )
         return self._record
 

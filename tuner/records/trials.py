@@ -384,6 +384,20 @@ class Branch:
         return sum(attempt.to_step - attempt.from_step for attempt in self.attempts)
 
 
+@dataclass(frozen=True, slots=True)
+class NodeChange:
+    """A node joined the cluster of a round while it ran, was lost, or was left out."""
+
+    node: str
+    """Its name, as in an attempt's environment."""
+    change: Literal["joined", "lost", "left_out"]
+    """`left_out`: it gets no more workers in this run, as `reason` says."""
+    gpus: int
+    at: float
+    """Seconds since the epoch."""
+    reason: str | None = None
+
+
 class RoundKind(StrEnum):
     """What a round is for."""
 
@@ -415,6 +429,8 @@ class RoundRecord:
     """Of every worker process that measured its work for the round, by session."""
     branches: tuple[Branch, ...] = ()
     """Its comparison runs that have begun, by trial and horizon."""
+    node_changes: tuple[NodeChange, ...] = ()
+    """Of its cluster's nodes, by time."""
 
     @property
     def throughput(self) -> Throughput | None:

@@ -15,7 +15,7 @@ from tuner.methods.table import seed_of
 from tuner.playbook.curves import rise_after_best
 from tuner.playbook.results import scored_before
 from tuner.playbook.selection import beats_the_base, best_evaluation, objective_value, ranked, settled_step
-from tuner.records import LOSS, Evaluation, Objective, Throughput, Trial, TrialState
+from tuner.records import LOSS, Evaluation, NodeChange, Objective, Throughput, Trial, TrialState
 from tuner.report.board import Board
 
 _SHOWN_STATES = ("waiting", "running", "complete", "pruned", "infeasible", "failed")
@@ -62,6 +62,8 @@ class RoundStatus:
     """What ranks its trials."""
     running: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     """Running trials, each with where it runs: `node` and `gpu`, empty on this machine."""
+    node_changes: Sequence[NodeChange] = ()
+    """Nodes of a cluster that joined or were lost, by time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def round_status(
     branches_left: int = 0,
     now: float | None = None,
     objective: Objective = LOSS,
+    node_changes: Sequence[NodeChange] = (),
 ) -> RoundStatus:
     """Return a round's state from its trials, its `search.trials` and the comparison runs that are due.
 
@@ -144,6 +147,7 @@ def round_status(
         }
         if is_running
         else {},
+        node_changes=node_changes,
     )
 
 
@@ -298,6 +302,7 @@ def status_document(study: str, rounds: Sequence[RoundStatus]) -> dict[str, Any]
                     "throughput_by_node": {
                         node: _throughput(part) for node, part in status.throughput_by_node.items()
                     },
+                    "node_changes": [asdict(change) for change in status.node_changes],
                 }
                 for status in rounds
             ],

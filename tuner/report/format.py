@@ -1,14 +1,15 @@
-"""Format numbers, names, scores, speed and devices for people."""
+"""Format numbers, names, scores, speed, devices and nodes for people."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner.playbook import results
 from tuner.playbook.results import scored_before
-from tuner.records import AnswerScore, FinalScore, Hyperparameters, Throughput, Trial, Value
+from tuner.records import AnswerScore, FinalScore, Hyperparameters, NodeChange, Throughput, Trial, Value
 
 NOTHING = "-"
 """Shown for a missing number."""
@@ -65,6 +66,11 @@ def duration(seconds: float) -> str:
     if minutes >= 10 or (minutes and not rest):
         return f"{minutes} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def moment(at: float) -> str:
+    """Format a time, in seconds since the epoch, by this machine's clock: 2026-11-29 05:12:03."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def size(num_bytes: float) -> str:
@@ -155,6 +161,17 @@ def place(environment: Mapping[str, str]) -> str:
     return f"{environment['node']}{gpu}" if "node" in environment else ""
 
 
+def node_change(change: NodeChange) -> str:
+    """Return what became of a node, to follow its name: `joined: 1 GPU`. A reason may have many lines."""
+    match change.change:
+        case "joined":
+            return f"joined: {count(change.gpus, 'GPU')}"
+        case "lost":
+            return "left the cluster"
+        case "left_out":
+            return f"is left out: {change.reason}"
+
+
 def gpu_line(reading: GpuReading) -> str:
     """`GPU 0  61.3 GB of 150 GB (41%), 97% busy  NVIDIA H200`."""
     share = percent(reading.used_bytes / reading.total_bytes) if reading.total_bytes else "?"
@@ -175,16 +192,23 @@ _MEANINGS = {
 
 
 def throughput_rows(
-    throughput: Throughput | None, nodes: Mapping[str, Throughput] | None = None
+    throughput: Throughput | None,
+    nodes: Mapping[str, Throughput] | None = None,
+    changes: Sequence[NodeChange] = (),
 ) -> list[tuple[str, str, str]]:
-    """Return each number with its name and meaning, under `THROUGHPUT_HEADERS`; `nodes` are a cluster's."""
+    """Return each number with its name and meaning, under `THROUGHPUT_HEADERS`.
+
+    `nodes` are a cluster's, and `changes` what became of them.
+    """
+    became = {change.node: "; " + node_change(change).partition("\n")[0] for change in changes}
     values = {} if throughput is None else _throughput_values(throughput)
     rows = [(name, value, _MEANINGS[name]) for name, value in values.items()]
     steps = max(1, 0 if throughput is None else throughput.trial_steps)
     for node, part in (nodes or {}).items():
         if (rate := _rate(part.tokens_per_second)) is not None:
             share = percent(part.trial_steps / steps)
-            rows.append((f"tokens/s on {node}", rate, f"of a worker there; {share} of all updates"))
+            meaning = f"of a worker there; {share} of all updates{became.get(node, '')}"
+            rows.append((f"tokens/s on {node}", rate, meaning))
     return rows
 
 

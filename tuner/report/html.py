@@ -296,7 +296,7 @@ def _style(trial: Trial) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    rows = format.throughput_rows(report.record.throughput, report.record.throughput_by_node)
+    rows = report.throughput_rows
     if not rows:
         return ""
     return f"<section><h2>Throughput</h2>{_table(format.THROUGHPUT_HEADERS, rows, numbers=(1,))}</section>"

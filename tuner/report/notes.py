@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tuner.playbook.results import Finding
-from tuner.report import advice, format
+from tuner.report import advice
 from tuner.report.round_report import (
     NUM_WORDS,
     RoundReport,
@@ -109,7 +109,7 @@ def _trials(report: RoundReport) -> str:
 
 
 def _throughput(report: RoundReport) -> str:
-    measured = format.throughput_rows(report.record.throughput, report.record.throughput_by_node)
+    measured = report.throughput_rows
     return "\n".join(f"- {name}: {value} ({escaped(meaning)})" for name, value, meaning in measured)
 
 

@@ -179,6 +179,12 @@ class RoundReport:
         return sum(trial.continues.step for trial in self.results.trials if trial.continues)
 
     @property
+    def throughput_rows(self) -> list[tuple[str, str, str]]:
+        """Rows under `format.THROUGHPUT_HEADERS`: of all workers, then of each node of a cluster."""
+        record = self.record
+        return format.throughput_rows(record.throughput, record.throughput_by_node, record.node_changes)
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """Findings beyond the evidence, most serious first."""
         order = ("problem", "warning", "info")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tuner.methods.table import seed_of
 from tuner.playbook.selection import best_evaluation, settled_step
-from tuner.records import LOSS, Trial, TrialState
+from tuner.records import LOSS, NodeChange, Trial, TrialState
 from tuner.report import advice, format, terminal
 from tuner.report.board import STATE_STYLES
 from tuner.report.documents import RoundPlan, RoundStatus
@@ -28,6 +28,8 @@ from tuner.report.terminal import Column, FittedTable, column
 
 _PLOT_HEIGHT = 12
 _WIDEST_PLOT = 80
+_SHOWN_CHANGES = 6
+"""Changes of a cluster's nodes that `status` lists."""
 _PLOT_MARGIN = 12
 """Width in characters left of a curve, axis labels included."""
 
@@ -57,6 +59,7 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
     running = [(s.round, trial, format.place(at)) for s in rounds for trial, at in s.running.items()]
     lines += [Text(f"{name}/{trial} runs on {place}") for name, trial, place in running if place]
+    lines += [Text(f"{s.round}: {change}") for s in rounds for change in _node_changes(s.node_changes)]
     lines += [Text(f"{s.round}: {_overfits(s.overfitting)}", style="yellow") for s in rounds if s.overfitting]
     lines += [Text(f"{s.round}: comparison runs left: {s.branches_left}") for s in rounds if s.branches_left]
     lines += [
@@ -67,6 +70,14 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     speeds = [(s.round, s.throughput) for s in rounds if s.throughput is not None]
     lines += [Text(f"{name}: {format.throughput_line(speed)}") for name, speed in speeds]
     return Group(*lines)
+
+
+def _node_changes(changes: Sequence[NodeChange]) -> list[str]:
+    """Return a line for each of the last changes, and one that counts those before."""
+    before, shown = changes[:-_SHOWN_CHANGES], changes[-_SHOWN_CHANGES:]
+    earlier = [f"{format.count(len(before), 'earlier change')} of nodes, see --json"] if before else []
+    said = [(c, format.node_change(c).partition("\n")[0]) for c in shown]
+    return earlier + [f"{format.moment(change.at)}  node {change.node} {text}" for change, text in said]
 
 
 def _answers_of(scores: Sequence[float | None]) -> list[Column]:
@@ -330,9 +341,7 @@ def _throughput(report: RoundReport) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    for name, value, meaning in format.throughput_rows(
-        report.record.throughput, report.record.throughput_by_node
-    ):
+    for name, value, meaning in report.throughput_rows:
         table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
     return table
 

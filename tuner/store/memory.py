@@ -74,6 +74,7 @@ class MemoryStore:
             record,
             throughputs={work.session: work for work in record.throughputs},
             branches={(branch.trial, branch.max_train_steps): branch for branch in record.branches},
+            node_changes={(each.at, each.node, each.change): each for each in record.node_changes},
             trials={trial.number: TrialFacts.of(trial) for trial in trials},
         )
 

@@ -44,6 +44,7 @@ from tuner.records import (
     Fact,
     FinalScore,
     Measured,
+    NodeChanged,
     Objective,
     Progressed,
     PromotionPlanned,
@@ -72,6 +73,7 @@ from tuner.store.schema import (
     CHECKPOINTS,
     EVALUATIONS,
     FINAL_SCORES,
+    NODE_CHANGES,
     PROMOTIONS,
     ROUNDS,
     THROUGHPUTS,
@@ -480,6 +482,7 @@ kept(TrialScored, FINAL_SCORES, replacing=(), read=_final_score)
 kept(Answered, ANSWER_SCORES, read=_answer_score)
 kept(BranchAdvanced, BRANCHES, read=_branch)
 kept(Measured, THROUGHPUTS, read=_throughput)
+kept(NodeChanged, NODE_CHANGES, replacing=())
 
 
 @_writes(PromotionPlanned)

@@ -290,6 +290,19 @@ THROUGHPUTS = Table(
     ForeignKeyConstraint(["study", "round"], ["tuner_rounds.study", "tuner_rounds.name"]),
 )
 
+NODE_CHANGES = Table(
+    "tuner_node_changes",
+    METADATA,
+    Column("study", Text, primary_key=True),
+    Column("round", Text, primary_key=True),
+    Column("at", ExactFloat, primary_key=True),
+    Column("node", Text, primary_key=True),
+    Column("change", Text, primary_key=True),
+    Column("gpus", Integer, nullable=False),
+    Column("reason", FreeText),
+    ForeignKeyConstraint(["study", "round"], ["tuner_rounds.study", "tuner_rounds.name"]),
+)
+
 PROMOTIONS = Table(
     "tuner_promotions",
     METADATA,

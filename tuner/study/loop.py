@@ -34,6 +34,7 @@ from tuner.records import (
     Event,
     Hyperparameters,
     Measured,
+    NodeChanged,
     Outcome,
     Preparing,
     Progressed,
@@ -270,7 +271,7 @@ class RoundLoop:
                     self.state.record(event)
             case Progressed() | Answered():
                 self.state.record(event)
-            case Measured():
+            case Measured() | NodeChanged():
                 self.state.record(replace(event, round=self.plan.name))
             case Evaluated():
                 self._record_evaluation(event)

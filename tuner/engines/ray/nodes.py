@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tuner.engines.ray.remote import Connection
+from tuner.records import NodeChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class NodeRecords:
     """Node id -> number of the newest worker at its last failure."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Node id -> why it gets no more workers."""
+    changes: list[NodeChanged] = field(default_factory=list)
+    """What the round has not been told yet."""
     lost_workers: list[str] = field(default_factory=list)
     """Tokens of workers that may still run on a node that was lost."""
     session: str = field(default_factory=lambda: secrets.token_hex(4))

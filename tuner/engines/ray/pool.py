@@ -6,8 +6,9 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from tuner.engines.program import ProgramWorker
 from tuner.engines.protocol import Job
@@ -15,8 +16,8 @@ from tuner.engines.ray.nodes import Cluster, Node, NodeRecords, Seat, gpus_text,
 from tuner.engines.ray.opening import Opener, Unlike
 from tuner.engines.ray.remote import RemoteProcess
 from tuner.errors import InputError, RoundStopped
-from tuner.records import Assignment, Died, Ended, Event, Preparing, Ready, RunId
-from tuner.report.format import GpuReading
+from tuner.records import Assignment, Died, Ended, Event, NodeChange, NodeChanged, Preparing, Ready, RunId
+from tuner.report.format import GpuReading, node_change
 
 MAX_FAILURES = 3
 """Failures of a node's workers, without a trial that ended between them, after which it is left out."""
@@ -29,10 +30,14 @@ _POLL_SECONDS = 0.02
 class ClusterPool:
     """The workers of a cluster as one. The first opens at once, the others with the first trial."""
 
-    def __init__(self, job: Job, cluster: Cluster, records: NodeRecords) -> None:
+    def __init__(
+        self, job: Job, cluster: Cluster, records: NodeRecords, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` returns seconds since the epoch."""
         self._job = job
         self._cluster = cluster
         self._records = records
+        self._clock = clock
         self._gpus_per_worker = job.spec.run.gpus_per_worker
         self._said: queue.SimpleQueue[Preparing] = queue.SimpleQueue()
         """Events of the threads that open workers."""
@@ -121,9 +126,12 @@ class ClusterPool:
     # --- what its parts say -----------------------------------------------------------------------
 
     def _spoken(self) -> Iterator[Event]:
-        """Yield the events of openings."""
+        """Yield the events of openings; once the round has begun, also what became of nodes."""
         while not self._said.empty():
             yield self._said.get()
+        if self._first is not None:
+            changes, self._records.changes = self._records.changes, []
+            yield from changes
 
     def _settled(self) -> list[Event]:
         """Take workers whose opening is over."""
@@ -206,7 +214,7 @@ class ClusterPool:
         if leave_out or failures >= MAX_FAILURES:
             times = "" if leave_out else f"failed {MAX_FAILURES} times: "
             records.left_out[node.id] = f"{times}{reason}"
-            self._job.say(f"node {node.name} is left out: {times}{reason}")
+            self._changed(node, "left_out", reason=f"{times}{reason}")
         elif self._first is not None:
             self._job.say(f"node {node.name}: a worker ended: {reason}")
 
@@ -260,11 +268,18 @@ class ClusterPool:
         if self._known:
             for node in nodes:
                 if node.id not in self._known:
-                    self._job.say(f"node {node.name} joined: {gpus_text(node.gpus)}")
+                    self._changed(node, "joined")
             for id, node in self._known.items():
                 if id not in now and id not in self._records.left_out:
-                    self._job.say(f"node {node.name} left the cluster")
+                    self._changed(node, "lost")
         self._known = now
+
+    def _changed(
+        self, node: Node, change: Literal["joined", "lost", "left_out"], *, reason: str | None = None
+    ) -> None:
+        changed = NodeChange(node.name, change, node.gpus, self._clock(), reason)
+        self._records.changes.append(NodeChanged(changed))
+        self._job.say(f"node {node.name} {node_change(changed)}")
 
     def _wait(self, nodes: Sequence[Node], waited_seconds: float) -> None:
         patience = self._job.spec.run.resources_patience
