@@ -24,7 +24,7 @@ from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
 from tests.studies import round_file
 from tuner.engines import Engine, Job, Program, RayEngine
-from tuner.engines.ray.engine import address_of, answers_to, refuse_unreachable
+from tuner.engines.ray.address import address_of, answers_to, refuse_unreachable
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.errors import InputError, RoundStopped
 from tuner.records import Died, Event, Ready, Started
