@@ -21,7 +21,7 @@ from tuner.config import load_round
 from tuner.engines import Job, Program
 from tuner.engines.ray.alike import NodeFacts
 from tuner.engines.ray.host import Host
-from tuner.engines.ray.nodes import Node, NodeRecords, seats
+from tuner.engines.ray.nodes import Node, NodeRecords, refuse_impossible, seats
 from tuner.engines.ray.opening import files_outside, inputs, job_token
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
@@ -240,6 +240,18 @@ def test_without_a_gpu_it_waits_then_stops(opened: Any, tmp_path: Path) -> None:
     machines.wires[0][1].end()
 
 
+@pytest.mark.parametrize(("workers", "asked"), [(1, []), (3, [3]), ("auto", [])])
+def test_a_cluster_that_can_grow_is_asked_for_all_workers_while_some_have_room(
+    opened: Any, tmp_path: Path, workers: Any, asked: list[int]
+) -> None:
+    machines = Machines(tmp_path, "a")
+    pool = opened(machines, workers=workers)
+    collect(pool, until=ready)
+    assert machines.requested == asked
+    pool.close()
+    assert machines.requested == [*asked, 0]
+
+
 def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: Any, tmp_path: Path) -> None:
     """The first worker's node has made a table; the second's gets it before its worker starts."""
     table, content = "0123456789abcdef" * 2, b"tokens"
@@ -315,6 +327,33 @@ def test_a_model_of_the_hub_goes_to_a_node_that_cannot_get_it(
     assert document["paths"] == {str(sent.parent): "org/base", **others(document)}
 
 
+class Told(Apart):
+    """Remembers the variables that its workers were given."""
+
+    given: list[dict[str, str]] = []  # noqa: RUF012
+
+    def launch(self, arguments: Any, environment: Any, token: str) -> None:
+        self.given.append(environment)
+        super().launch(arguments, environment, token)
+
+
+def test_the_hubs_token_is_an_argument_of_a_call_and_in_no_file(
+    opened: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_" + "aBcDeFgH" * 4
+    monkeypatch.setenv("HF_TOKEN", secret)
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = Told
+    pool = opened(machines)
+    events = collect(pool, until=ready)
+    pool.close()
+    assert [variables["HF_TOKEN"] for variables in Told.given] == [secret]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("worker-a-") for path in files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in repr((said, events))
+
+
 def others(document: dict[str, Any]) -> dict[str, str]:
     return {there: here for there, here in document["paths"].items() if here != "org/base"}
 
@@ -349,6 +388,32 @@ def test_seats(gpus: list[int], per_worker: int, workers: Any) -> None:
     else:
         assert sum(room.values()) == workers
         assert max(room.values()) - min(room.values()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_worker", "workers", "expected"),
+    [
+        ([3, 2], 2, "auto", ["node a: 1 GPU of 3 stays idle: run.gpus_per_worker is 2"]),
+        ([0, 4], 2, "auto", ["nodes without a GPU get no worker while others have one: a"]),
+        ([1, 1], 1, 4, ["--workers 4: the cluster has room for 2 now; more start when nodes join"]),
+        ([1], 2, "auto", "run.gpus_per_worker: 2: no node of the cluster has more than 1"),
+        ([0], 2, "auto", "run.gpus_per_worker: 2: no node of the cluster has a GPU"),
+        ([0, 0], 1, 2, []),
+        ([3], 0, "auto", []),
+    ],
+)
+def test_what_stays_idle_is_said_and_what_never_fits_is_bad_input(
+    job: Job, said: list[str], gpus: list[int], per_worker: int, workers: Any, expected: list[str] | str
+) -> None:
+    run = job.spec.run.model_copy(update={"gpus_per_worker": per_worker})
+    job = replace(job, workers=workers, spec=job.spec.model_copy(update={"run": run}))
+    nodes = [Node(name, name, count, count) for name, count in zip("ab", gpus, strict=False)]
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            refuse_impossible(job, nodes)
+    else:
+        refuse_impossible(job, nodes)
+        assert said == expected
 
 
 def test_workers_lost_together_are_one_failure_of_their_node() -> None:

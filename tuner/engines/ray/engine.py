@@ -15,7 +15,7 @@ from typing import Any
 from tuner.engines.protocol import Job, Worker
 from tuner.engines.ray.address import address_of, refuse_unreachable, warning_of_no_token
 from tuner.engines.ray.host import Host
-from tuner.engines.ray.nodes import Node, NodeRecords, gpus_text, seats
+from tuner.engines.ray.nodes import Node, NodeRecords, gpus_text, refuse_impossible
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import HostFailed, HostLost, Unavailable
 from tuner.errors import InputError
@@ -48,31 +48,9 @@ class RayEngine:
             job.say(self._cluster.description())
             if (warning := self._cluster.warning()) is not None:
                 job.say(warning)
-        self._refuse_impossible(job, self._cluster.nodes())
+        refuse_impossible(job, self._cluster.nodes())
         self._pool = ClusterPool(job, self._cluster, self._records)
         return self._pool
-
-    def _refuse_impossible(self, job: Job, nodes: Sequence[Node]) -> None:
-        per_worker, most = job.spec.run.gpus_per_worker, max((node.gpus for node in nodes), default=0)
-        if 0 < most < per_worker:
-            raise InputError(
-                f"run.gpus_per_worker: {per_worker}: no node of the cluster has more than {most}"
-            )
-        if not per_worker:
-            return
-        if most == 0 and per_worker > 1 and nodes:
-            raise InputError(f"run.gpus_per_worker: {per_worker}: no node of the cluster has a GPU")
-        for node in nodes:
-            if idle := node.gpus % per_worker:
-                rule = f"run.gpus_per_worker is {per_worker}"
-                job.say(f"node {node.name}: {gpus_text(idle)} of {node.gpus} stays idle: {rule}")
-        if most and (without := [node.name for node in nodes if not node.gpus and node.is_for_work]):
-            job.say(f"nodes without a GPU get no worker while others have one: {', '.join(without)}")
-        room = sum(seats(nodes, gpus_per_worker=per_worker, workers="auto").values())
-        if job.workers != "auto" and most and job.workers > room:
-            job.say(
-                f"--workers {job.workers}: the cluster has room for {room} now; more start when nodes join"
-            )
 
     def gpu_readings(self) -> Sequence[GpuReading]:
         """Return the readings of the GPUs in use, on all nodes."""

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from tuner.engines.protocol import Job
 from tuner.engines.ray.remote import Connection
+from tuner.errors import InputError
 from tuner.records import NodeChanged
 
 
@@ -54,6 +56,26 @@ def seats(nodes: Sequence[Node], *, gpus_per_worker: int, workers: int | Literal
     count = len(able) if workers == "auto" else workers
     room = {node.id: len(range(place, count, len(able))) for place, node in enumerate(able)}
     return {node.id: room.get(node.id, 0) for node in nodes}
+
+
+def refuse_impossible(job: Job, nodes: Sequence[Node]) -> None:
+    """Raise InputError if no node has enough GPUs for a worker; say which GPUs and nodes stay idle."""
+    per_worker, most = job.spec.run.gpus_per_worker, max((node.gpus for node in nodes), default=0)
+    if 0 < most < per_worker:
+        raise InputError(f"run.gpus_per_worker: {per_worker}: no node of the cluster has more than {most}")
+    if not per_worker:
+        return
+    if most == 0 and per_worker > 1 and nodes:
+        raise InputError(f"run.gpus_per_worker: {per_worker}: no node of the cluster has a GPU")
+    for node in nodes:
+        if idle := node.gpus % per_worker:
+            rule = f"run.gpus_per_worker is {per_worker}"
+            job.say(f"node {node.name}: {gpus_text(idle)} of {node.gpus} stays idle: {rule}")
+    if most and (without := [node.name for node in nodes if not node.gpus and node.is_for_work]):
+        job.say(f"nodes without a GPU get no worker while others have one: {', '.join(without)}")
+    room = sum(seats(nodes, gpus_per_worker=per_worker, workers="auto").values())
+    if job.workers != "auto" and most and job.workers > room:
+        job.say(f"--workers {job.workers}: the cluster has room for {room} now; more start when nodes join")
 
 
 def nearest(nodes: Iterable[Node]) -> list[Node]:

@@ -47,7 +47,7 @@ class ClusterPool:
         self._ready: dict[ProgramWorker, Ready] = {}
         self._holder: dict[RunId, ProgramWorker] = {}
         self._first: Ready | None = None
-        self._grows, self._closed = False, False
+        self._grows, self._closed, self._has_asked = False, False, False
         self._scanned_at = self._waiting_since = time.monotonic() - _SCAN_SECONDS
         self._known: dict[str, Node] = {}
         self._opener = Opener(
@@ -228,6 +228,7 @@ class ClusterPool:
         self._scanned_at = now
         nodes = [node for node in self._cluster.nodes() if node.id not in self._records.left_out]
         self._tell_changes(nodes)
+        self._ask_for_room(nodes)
         wanted = self._wanted(nodes)
         for node in wanted:
             self._open(node)
@@ -235,6 +236,15 @@ class ClusterPool:
             self._waiting_since = now
             return
         self._wait(nodes, now - self._waiting_since)
+
+    def _ask_for_room(self, nodes: Sequence[Node]) -> None:
+        """Ask a cluster that can grow for all workers that the command says, once; Ray remembers it."""
+        workers, per_worker = self._job.workers, self._gpus_per_worker
+        if workers == "auto" or self._has_asked:
+            return
+        if sum(seats(nodes, gpus_per_worker=per_worker, workers=workers).values()) < workers:
+            self._cluster.request(workers, gpus=per_worker)
+            self._has_asked = True
 
     def _wanted(self, nodes: Sequence[Node]) -> list[Node]:
         """Return the node of each worker to open now."""
