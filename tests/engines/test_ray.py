@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from typing import Any
 import psutil
 import pytest
 
+import tuner
 from tests.contracts.engine import EngineContract, started
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
-from tests.studies import round_file
-from tuner.engines import Engine, Job, Program, RayEngine
-from tuner.engines.ray.address import address_of, answers_to, refuse_unreachable
+from tests.studies import round_file, write_round
+from tuner.engines import Engine, Job, Program, RayEngine, Worker
+from tuner.engines.ray.address import address_of, answers_to, refuse_unreachable, warning_of_no_token
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.errors import InputError, RoundStopped
 from tuner.records import Died, Event, Ready, Started
+from tuner.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 PROGRAM = ("-m", "tests.engines.cluster_program")
@@ -196,6 +199,7 @@ def stop_node(node: Any, *, whole: bool) -> list[int]:
 
 def test_a_cluster_that_answers_without_a_token_is_known(cluster: LocalCluster) -> None:
     assert answers_to(cluster.address, {**os.environ, "RAY_AUTH_MODE": "disabled"}) is True
+    assert "whoever reaches its ports can run code" in (warning_of_no_token(cluster.address) or "")
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "head", ":6379", "head:port"])
@@ -210,6 +214,28 @@ def test_an_address_at_which_nothing_answers_is_bad_input_before_ray_tries_for_m
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(InputError, match=r"nothing answers there \(.*refused"):
             refuse_unreachable(address, patience_seconds=0.5)
+
+
+class WithoutTorch(BlindEngine):
+    """A cluster on which every round runs a program without torch."""
+
+    def start(self, job: Job) -> Worker:
+        return super().start(replace(job, program=Program(PROGRAM, lambda: {"slots": 1})))
+
+
+@pytest.mark.acceptance
+def test_auto_runs_all_its_rounds_on_a_cluster(cluster: LocalCluster, tmp_path: Path) -> None:
+    write_round(tmp_path, trials=2, steps=10, every=5, run="run: {slots: 1, production_steps: 20}")
+    study, where = tuner.Study(tmp_path), f"{__name__}:WithoutTorch"
+    study.auto("round1.yaml", engine=where, ray_address=cluster.address, progress=False)
+    rounds = study.status()["rounds"]
+    assert [(each["round"], each["state"]) for each in rounds] == [
+        ("round1", "complete"),
+        ("round2", "complete"),
+    ]
+    with closing(open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")) as store:
+        ran = [attempt for each in rounds for t in store.trials(each["round"]) for attempt in t.attempts]
+    assert all("node" in attempt.environment for attempt in ran)
 
 
 TOKEN = "0123456789" * 4
@@ -247,6 +273,7 @@ def test_a_token_that_a_cluster_refuses_is_bad_input(monkeypatch: pytest.MonkeyP
             refuse_unreachable(address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
         refuse_unreachable(address)
+        assert warning_of_no_token(address) is None
         head.communicate("")
 
 
