@@ -146,12 +146,13 @@ def refusal(expected: str, raw: Any, hint: str = "") -> str:
     """`expects a number above 0, got the text '1e-5'; ...`, for one value that is not what is allowed."""
     if raw is None:
         return f"expects {expected}, but it has no value"
-    if isinstance(raw, str) and "number" in expected and _is_number(raw):
+    if isinstance(raw, str) and "number" in expected and is_number(raw):
         hint = f"that is text, write {raw} without quotes"
     return f"expects {expected}, got {shown(raw)}" + (f"; {hint}" if hint else "")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether text is a finite number as YAML or Python writes it."""
     try:
         return math.isfinite(float(text))
     except ValueError:
