@@ -117,11 +117,19 @@ def shown(raw: Any) -> str:
         case str():
             return repr(raw) if len(raw) <= 60 else repr(raw[:57] + "...")
         case Mapping():
-            return "{" + ", ".join(f"{key}: {_inner(value)}" for key, value in raw.items()) + "}"
+            return _cut("{" + ", ".join(f"{key}: {_inner(value)}" for key, value in raw.items()) + "}")
         case list() | tuple():
-            return "[" + ", ".join(_inner(item) for item in raw) + "]"
+            return _cut("[" + ", ".join(_inner(item) for item in raw) + "]")
         case _:
             return str(raw)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...{text[-1]}"
+
+
+_LONGEST_SHOWN = 300
+"""Characters of a list or a mapping in a message."""
 
 
 def last_words(error: BaseException, *but: str) -> str:

@@ -183,20 +183,26 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in error.object[: error.end]:
+            raise InputError(f"{path} is no text file; name a round file, such as round1.yaml") from None
         line = error.object.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text: byte {error.object[error.start]:#04x}; save the file as UTF-8"
         raise RoundFileError(path, [Mistake(line, "", message)]) from None
     except IsADirectoryError:
-        raise InputError(
-            f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
-        ) from None
+        there = _files_in(path)
+        hint = f"name the round file in it, such as {path / there[0]}" if there else "it has no round file"
+        raise InputError(f"{path} is a directory; {hint}") from None
     except FileNotFoundError:
-        there = sorted(other.name for other in path.parent.glob("*.y*ml") if other.is_file())
+        there = _files_in(path.parent)
         nearest = get_close_matches(path.name, there, n=5, cutoff=0)
         hint = f"in this folder: {', '.join(nearest)}" if there else "create one with `tuner study new`"
         raise InputError(f"there is no round file {path}; {hint}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(other.name for other in folder.glob("*.y*ml") if other.is_file())
 
 
 def _not_a_round(document: Any) -> Mistake:

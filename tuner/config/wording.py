@@ -263,6 +263,14 @@ def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
     return f"unknown; allowed here: {', '.join(here)}"
 
 
+def key_like(name: str) -> str | None:
+    """Return the dotted name of the key that a name of this or another tool means; None without one."""
+    typed = name.lower().replace("-", "_")
+    if typed in _KEYS:
+        return _KEYS[typed].meant
+    return next((alias.meant for alias in KEYS if _leaf(alias.meant) == typed), None)
+
+
 def meant_value(raw: Any, allowed: Collection[str]) -> str:
     """Return `did you mean ...?` for a value that is not allowed; empty if nothing is similar."""
     if not isinstance(raw, str):
