@@ -54,6 +54,15 @@ def test_the_command_that_adds_an_extra(installed: Installation, command: str) -
     assert installed.command("wandb") == command
 
 
+@pytest.mark.parametrize(
+    ("tool", "is_named"), [("pip", True), ("uv", True), ("pipx", False), ("uv tool", False)]
+)
+def test_an_extra_with_versions_of_its_own_is_installed_with_them(tool: str, is_named: bool) -> None:
+    """Without them pip takes older versions of everything, or none fits."""
+    command = Installation(origin=folder(ROOT), tool=tool).command("unsloth")
+    assert (f"--constraint {ROOT / 'constraints-unsloth.txt'}" in command) == is_named
+
+
 def test_a_source_that_is_gone(tmp_path: Path) -> None:
     """As in a container that was built elsewhere: the extra's packages are named themselves."""
     gone = folder(tmp_path / "gone")

@@ -117,11 +117,19 @@ def shown(raw: Any) -> str:
         case str():
             return repr(raw) if len(raw) <= 60 else repr(raw[:57] + "...")
         case Mapping():
-            return "{" + ", ".join(f"{key}: {_inner(value)}" for key, value in raw.items()) + "}"
+            return _cut("{" + ", ".join(f"{key}: {_inner(value)}" for key, value in raw.items()) + "}")
         case list() | tuple():
-            return "[" + ", ".join(_inner(item) for item in raw) + "]"
+            return _cut("[" + ", ".join(_inner(item) for item in raw) + "]")
         case _:
             return str(raw)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...{text[-1]}"
+
+
+_LONGEST_SHOWN = 300
+"""Characters of a list or a mapping in a message."""
 
 
 def last_words(error: BaseException, *but: str) -> str:
@@ -146,12 +154,13 @@ def refusal(expected: str, raw: Any, hint: str = "") -> str:
     """`expects a number above 0, got the text '1e-5'; ...`, for one value that is not what is allowed."""
     if raw is None:
         return f"expects {expected}, but it has no value"
-    if isinstance(raw, str) and "number" in expected and _is_number(raw):
+    if isinstance(raw, str) and "number" in expected and is_number(raw):
         hint = f"that is text, write {raw} without quotes"
     return f"expects {expected}, got {shown(raw)}" + (f"; {hint}" if hint else "")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether text is a finite number as YAML or Python writes it."""
     try:
         return math.isfinite(float(text))
     except ValueError:

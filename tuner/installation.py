@@ -28,6 +28,8 @@ _COMMANDS = {
     "pipx": ("pipx install --force", "pipx upgrade", f"pipx inject {PUBLISHED}"),
 }
 """By the tool: what installs, what brings the newest version, and what adds other packages."""
+_CONSTRAINED = ("pip", "uv")
+"""Tools whose command takes the file of versions that an extra needs, where it has one."""
 _OWN_ENVIRONMENTS = {"uv-receipt.toml": "uv tool", "pipx_metadata.json": "pipx"}
 """Files at the root of environments that a tool keeps for one program."""
 
@@ -58,6 +60,9 @@ class Installation:
         if not folder.is_dir() and (packages := self._packages(extra)):
             return self.with_packages(*packages)
         option = "--editable " if self.origin["dir_info"].get("editable") else ""
+        versions = folder / f"constraints-{extra}.txt"
+        if self.tool in _CONSTRAINED and versions.is_file():
+            option = f"--constraint {shlex.quote(str(versions))} {option}"
         return f"{install} {option}{shlex.quote(f'{folder}{extras}')}"
 
     def with_packages(self, *requirements: str) -> str:

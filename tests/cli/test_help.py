@@ -41,6 +41,12 @@ def test_the_example_of_a_verb_can_be_typed(name: str) -> None:
     assert isinstance(refused.value, typer.BadParameter.__mro__[2])
 
 
+def test_the_short_option_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", "study", "trial", *verbs()):
+        assert run([*name.split(), "-h"]) == 0
+        assert f"Usage: tuner {name}".strip() in capsys.readouterr().out
+
+
 def test_every_option_is_explained() -> None:
     silent = [
         f"{name} {parameter.name}"

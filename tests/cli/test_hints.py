@@ -37,6 +37,60 @@ def test_an_unknown_word_is_answered_with_a_command(
     assert said.out == ""
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("study check round1.yaml --show all", "'--show': expects a whole number, got all"),
+        ("study check round1.yaml --show -1", "'--show': expects at least 0, got -1"),
+        ("study promote --to x --max-train-steps 2.5", "expects a whole number, got 2.5"),
+        ("study dashboard --port 99999", "expects at most 65535, got 99999"),
+        ("trial generate best --temperature hot", "expects a number, got hot"),
+        ("trial export best --to x --dtype fp16", "'--dtype': 'fp16' is not one of 'bfloat16', "),
+        (
+            "study run round1.yaml --max-steps 20",
+            "--max-steps; it is a key of the round file: max_train_steps",
+        ),
+        (
+            "study run round1.yaml --lr 1",
+            "--lr; it is a key of the round file: hyperparameters.learning_rate",
+        ),
+        ("study run round1.yaml --n-jobs 2", "No such option: --n-jobs; did you mean --slots?"),
+    ],
+)
+def test_a_wrong_option_says_what_was_read_and_what_was_meant(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(shlex.split(typed)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("study run db", "db is no text file; name a round file, such as round1.yaml"),
+        ("study run empty", "empty is a directory; it has no round file"),
+        ("study run full", "full is a directory; name the round file in it, such as full/mine.yaml"),
+        ("study report full nowhere", "there is no folder nowhere"),
+        ("-C db study status", "-C db: Not a directory; pass the folder of a study"),
+        (
+            "study import rows.jsonl",
+            """rows.jsonl, line 1: has no step; expects a line such as {"step": 6, "eval""",
+        ),
+    ],
+)
+def test_a_wrong_file_says_what_is_there(
+    typed: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "db").write_bytes(b"SQLite format 3\0\xf6\x80")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.yaml").touch()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert run(shlex.split(typed)) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_word_like_no_other_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["study", "zzz"]) == 2
     assert "Known: new, " in capsys.readouterr().err

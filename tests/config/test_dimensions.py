@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from tests.config.rounds import mistake_in, spec_of, with_hyperparameters
 from tests.config.strategies import dimensions
 from tuner.config import HYPERPARAMETERS, dimension_to_yaml
-from tuner.config.dimensions import complete_space, read_dimension
+from tuner.config.dimensions import advice_on, complete_space, read_dimension
 from tuner.config.yaml_text import one_line, parse
+from tuner.methods.kinds import Integer, Number
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 
 NAMED_DIMENSIONS = st.sampled_from(list(HYPERPARAMETERS)).flatmap(
@@ -152,6 +153,80 @@ def test_refused_values(name, written, message):
     assert mistake.key == f"hyperparameters.{name}"
     assert mistake.line == 7
     assert message in mistake.message
+
+
+_AS_RANGE = "write the values as a list, [1e-4, 1e-2], or a range, {low: 1e-4, high: 1e-2, log: true}"
+_HOW = "write the values as a list, [A, B], or a range, {low: A, high: B}, with log: true"
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "how"),
+    [
+        *(
+            ("learning_rate", text, _AS_RANGE)
+            for text in (
+                "1e-4..1e-2",
+                "1e-4-1e-2",
+                "1e-4 to 1e-2",
+                "1e-4:1e-2:log",
+                "(1e-4, 1e-2)",
+                '"low: 1e-4, high: 1e-2"',
+                "loguniform(1e-4, 1e-2)",
+                "[1e-4..1e-2]",
+            )
+        ),
+        ("learning_rate", "[[1e-4, 1e-2]]", "or a range, {low: 0.0001, high: 0.01, log: true}"),
+        ("learning_rate", "{min: 1e-4, max: 1e-2}", "or a range, {low: 0.0001, high: 0.01, log: true}"),
+        ("learning_rate", "fast", _HOW),
+        ("learning_rate", "", _HOW),
+        ("learning_rate", "1e-2..1e-4", "{low: A, high: B}"),
+        ("lora_r", "8, 16, 32", "a list, [8, 16, 32], or a range"),
+        ("lora_r", "8.5..16.5", _HOW),
+        ("lora_dropout", "0..0.1", "{low: 0, high: 0.1}"),
+        ("lora_dropout", "0-.1", "{low: 0, high: .1}"),
+        ("schedule", "linear, cosine", "to search them, write a list: [linear, cosine]"),
+        ("use_dora", "true/false", ""),
+        ("warmup_steps", "0.1", "it is a number of optimizer steps, not a share of the run"),
+        ("decay_steps", "40%", "it is a number of optimizer steps, not a share of the run"),
+        ("target_modules", "all", "did you mean all-linear?"),
+        ("target_modules", "q_proj, v_proj", "write the layers as [q_proj, v_proj]"),
+    ],
+)
+def test_what_looks_like_several_values_is_answered_with_how_they_are_written(name, written, how):
+    message = mistake_in(with_hyperparameters(**{name: written})).message
+    assert message.endswith(how) or how in message
+    assert "log: true}" not in message or how.endswith("log: true}")
+
+
+def test_every_searched_number_is_answered_with_a_range():
+    numbers = [row.name for row in HYPERPARAMETERS.values() if isinstance(row.kind, (Number, Integer))]
+    assert len(numbers) > 10
+    for name in numbers:
+        message = advice_on(HYPERPARAMETERS[name], "a lot")
+        assert message.startswith(f"; to search, {_HOW}")
+
+
+@pytest.mark.parametrize("written", ["-1", '"1e-5"', "{low: 1e-3, high: 1e-5}", "[1e-4, 1e-4]", "true"])
+def test_one_wrong_value_is_not_answered_with_a_range(written):
+    assert "to search" not in mistake_in(with_hyperparameters(learning_rate=written)).message
+
+
+@pytest.mark.parametrize(
+    ("written", "notes"),
+    [
+        (
+            "[1e-5, 1e-3]",
+            ["is a list: only 1e-05 and 0.001 are tried. To search between them, write {low: 1e-05"],
+        ),
+        ("[1e-5, 2e-5]", []),
+        ("[1e-5, 1e-4, 1e-3]", []),
+        ("{low: 1e-5, high: 1e-3}", []),
+    ],
+)
+def test_a_list_of_two_far_apart_is_remarked_on(written, notes):
+    said = list(spec_of(with_hyperparameters(learning_rate=written)).doubtful_values())
+    assert len(said) == len(notes)
+    assert all(note in found for note, found in zip(notes, said, strict=True))
 
 
 @settings(deadline=None)

@@ -1,12 +1,21 @@
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tests.config.rounds import FULL, MINIMAL, PATH, file_of, mistake_in, mistakes_in, with_hyperparameters
 from tuner.config import load_round, read_round
+from tuner.config.parsing import dotted
+from tuner.config.round_file import RECORDED_KEYS, RoundSpec
+from tuner.config.wording import EXAMPLES
+from tuner.config.yaml_text import parse
 from tuner.errors import InputError, RoundFileError
 from tuner.records import Fixed
 
@@ -95,7 +104,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
             "some/model",
             3,
             "model",
-            "`key: value` lines or {key: value}, got 'some/model'",
+            "`key: value` lines such as {path: some/model}, got 'some/model'",
         ),
         ("{path: some/model}", "", 3, "model", "but it has no value"),
         ("some/model", '""', 3, "model.path", "expects text that is not empty, got ''"),
@@ -106,7 +115,13 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("some/model}", "m, tf32: true}", 3, "model.tf32", "or set dtype: float32"),
         ("some/model}", "m, trust_remote_code: yes}", 3, "model.trust_remote_code", "expects true or false"),
         ("[{path: train.jsonl, format: alpaca}]", "[]", 4, "data.train", "at least 1 entry, got []"),
-        ("[{path: train.jsonl, format: alpaca}]", "train.jsonl", 4, "data.train", "expects a list"),
+        (
+            "[{path: train.jsonl, format: alpaca}]",
+            "train.jsonl",
+            4,
+            "data.train",
+            "expects a list such as [{path: train.jsonl, format: alpaca}], got 'train.jsonl'",
+        ),
         ("format: alpaca", "format: alpacca", 4, "data.train[0].format", "did you mean alpaca?"),
         ("format: alpaca", "format: vicuna", 4, "data.train[0].format", "did you mean sharegpt?"),
         ("format: alpaca", "format: alpaca, weight: 0", 4, "data.train[0].weight", "a number above 0, got 0"),
@@ -114,8 +129,20 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("eval_fraction: 0.1", "eval_fraction: 1", 4, "data.eval_fraction", "a number below 1, got 1"),
         ("eval_fraction: 0.1", 'eval_fraction: "0.1"', 4, "data.eval_fraction", "write 0.1 without quotes"),
         ("max_train_steps: 60", "max_train_steps: 0", 5, "max_train_steps", "expects at least 1, got 0"),
-        ("max_train_steps: 60", "max_train_steps: 60.0", 5, "max_train_steps", "a whole number, got 60.0"),
-        ("max_train_steps: 60", "max_train_steps: true", 5, "max_train_steps", "a whole number, got true"),
+        (
+            "max_train_steps: 60",
+            "max_train_steps: 60.0",
+            5,
+            "max_train_steps",
+            "whole number of at least 1, got 60.0",
+        ),
+        (
+            "max_train_steps: 60",
+            "max_train_steps: true",
+            5,
+            "max_train_steps",
+            "whole number of at least 1, got true",
+        ),
         ("round: round1", "round: 1", 2, "round", "in quotes"),
         ("round: round1", "round: .hidden", 2, "round", "letters, digits"),
         ("round: round1", "round: a/b", 2, "round", "letters, digits"),
@@ -159,6 +186,12 @@ def test_single_mistakes(old, new, line, key, message):
     ("text", "key", "message"),
     [
         ("search: {trials: 0}", "search.trials", "at least 1"),
+        (
+            "search: {trials: many}",
+            "search.trials",
+            "expects a whole number of at least 1, got 'many'. Meaning: Number of trials in the round",
+        ),
+        ("search: {trials: }", "search.trials", "has no value; write one, or remove this line"),
         ("search: {sampler: qmc}", "search.sampler", "did you mean quasi-random?"),
         ("search: {enqueue: {lora_r: 8}}", "search.enqueue", "expects a list"),
         ("search: {enqueue: [8]}", "search.enqueue[0]", "`key: value` lines"),
@@ -181,6 +214,18 @@ def test_single_mistakes(old, new, line, key, message):
         ),
         ("run: {pruner: hyperband}", "run.pruner", "expects none, median or halving"),
         ("run: {report_to: [tensorbord]}", "run.report_to[0]", "did you mean tensorboard?"),
+        ("run: {report_to: wandb}", "run.report_to", "expects a list such as [tensorboard], got 'wandb'"),
+        (
+            "run: {resources_patience: 10m}",
+            "run.resources_patience",
+            "Meaning: Minutes to wait for a free GPU",
+        ),
+        ("run: {loading_timeout: 90}", "run.loading_timeout", "a time such as 90s, 30m or 2h, got 90"),
+        (
+            "run: {engine: 1}",
+            "run.engine",
+            "expects one of local, ray, simulated, or package.module:Name, got 1",
+        ),
         ("run: {notify: tell.py}", "run.notify", "such as [python, tell.py], got 'tell.py'"),
         ("run: {notify: [tell, 3]}", "run.notify", "such as [python, tell.py], got [tell, 3]"),
         ("run: {decay_branches: often}", "run.decay_branches", "'often'"),
@@ -289,6 +334,67 @@ def test_any_damage_to_a_round_is_named_once_a_place(damages):
     except RoundFileError as error:
         places = [mistake.key for mistake in error.mistakes]
         assert len(places) == len(set(places))
+
+
+def test_every_section_and_list_has_an_example():
+    names = {re.sub(r"\[\d\]", "[]", dotted(place)) for place in _refused_kinds()}
+    assert names - {"run.notify", "search.sampler_arguments"} == EXAMPLES.keys() - _ITEMS
+    assert len(names) > 15
+
+
+_ITEMS = {f"data.{part}[]{more}" for part in ("train", "eval", "test") for more in ("", ".columns")} | {
+    "search.enqueue[]"
+}
+
+
+def _refused_kinds(model=RoundSpec, place=()):
+    """Yield where a section or a list is expected."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        is_one = inner in kinds[:1] or type(None) in kinds
+        if name in RECORDED_KEYS:
+            continue
+        if inner is not None and is_one:
+            yield from _refused_kinds(inner, (*place, name))
+        if inner is not None or any(get_origin(kind) in (list, dict) for kind in kinds):
+            yield (*place, name)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_right(name):
+    document = parse(FULL).document
+    if name.startswith("command"):
+        del document["model"], document["data"]
+        document |= {"command": {"run": ["x"]}, "hyperparameters": {"schedule": "constant"}}
+    *above, last = (0 if part == "[]" else part for part in re.findall(r"\w+|\[\]", name))
+    at = document
+    for part in above:
+        if at[part] == []:
+            at[part] = [{"path": "rows.jsonl", "format": "alpaca"}]
+        at = at[part]
+    value = parse(f"value: {EXAMPLES[name]}").document["value"]
+    if last == 0:
+        at[:] = [value]
+    else:
+        at[last] = value
+    assert RoundSpec.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "command: {run: [x, 3], resume: [a, 2, {b: 1}]}",
+        "run: {report_to: [1, [2]], notify: [3]}",
+        "search: {enqueue: [1, [2], text]}",
+        "data: {train: [1, [2]], eval: [text], test: [{}]}",
+    ],
+)
+def test_wrong_items_of_lists_are_all_named(text):
+    document = {**parse(MINIMAL).document, **parse(text).document}
+    with pytest.raises(RoundFileError) as refused:
+        read_round(json.dumps(document, indent=1), Path("round1.yaml"))
+    assert len([m for m in refused.value.mistakes if "expects" in m.message]) >= 2
 
 
 def test_reading_needs_no_heavy_library():

@@ -28,7 +28,13 @@ _OVERLAPS = """
 [...document.querySelectorAll(".plot")].flatMap(plot => {
   const texts = [...plot.querySelectorAll("svg text")].filter(t => t.textContent.trim());
   const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]);
-  const found = [];
+  const numbers = [...plot.querySelectorAll(".textpoint text")].filter(t => t.textContent.trim());
+  const points = [...plot.querySelectorAll(".points path.point")].map(p => p.getBoundingClientRect());
+  const found = numbers.filter(t => {
+    const q = t.getBoundingClientRect();
+    return points.some(p => Math.min(p.right, q.right) - Math.max(p.left, q.left) > 2
+      && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 3);
+  }).map(t => t.textContent + " / a point");
   boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
     const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
     const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
@@ -123,7 +129,7 @@ class Browser:
 
     @property
     def overlaps(self) -> list[str]:
-        """Texts of plots that lie over each other."""
+        """Texts of plots that lie over each other, and numbers of trials that lie over points."""
         return list(self.value(_OVERLAPS))
 
     @property

@@ -147,6 +147,20 @@ def test_a_study_of_two_rounds_concludes_from_the_last() -> None:
     assert "Throughput" not in study.text
 
 
+def test_side_by_side_axes_take_the_width_that_their_names_need() -> None:
+    """So that three of them fit on a telephone, and seven scroll."""
+    for report, columns in ((synthetic.report(), 3), (synthetic.large_report(50), 7)):
+        assert f'<div class="scroll"><div class="plot" style="min-width: {5 * columns}rem">' in html_page(
+            report
+        )
+
+
+def test_a_short_name_is_not_broken_in_a_table() -> None:
+    page = html_page(synthetic.report())
+    assert "lora_r</th>" in page
+    assert "learning_<wbr>rate</th>" in page
+
+
 def test_the_conclusion_on_each_round_is_seen_without_scrolling() -> None:
     """Cells of its table wrap; where it is narrow each has a line of its own, with its column's name."""
     first, second = synthetic.two_rounds()

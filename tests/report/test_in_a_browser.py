@@ -56,8 +56,6 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.mark.parametrize("width", [390, 1280, 1920])
 @pytest.mark.parametrize("name", pages())
 def test_the_page(name: str, width: int, dark: bool, written: dict[str, Path], chromium: Browser) -> None:
-    if dark and width != 1280:
-        pytest.skip("colours do not depend on the width")
     chromium.open(written[name], width=width, dark=dark)
     assert chromium.problems == []
     assert chromium.cut_off == []
@@ -66,8 +64,9 @@ def test_the_page(name: str, width: int, dark: bool, written: dict[str, Path], c
     assert chromium.height < 1.1 * (9_500 if "trials" in name else 18_000)
 
 
-def test_200_trials_are_small_beside_plotly(written: dict[str, Path]) -> None:
-    text = written["200 trials"].read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", pages())
+def test_a_page_is_small_beside_plotly(name: str, written: dict[str, Path]) -> None:
+    text = written[name].read_text(encoding="utf-8")
     library = text.partition('id="plotly">')[2].partition("</script>")[0]
     assert len(text) - len(library) < BEYOND_PLOTLY_BYTES
     assert text.count('id="plotly"') == 1

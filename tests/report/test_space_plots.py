@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tuner.playbook.selection import ranked
 from tuner.records import Choices, Range, Trial, TrialState
 from tuner.report.plots import MANY_TRIALS, best_steps_figure, curves_figure, ends_figure
 from tuner.report.space_plots import hyperparameter_figure, importance_figure, parallel_figure
@@ -104,6 +105,33 @@ class TestManyTrials:
         assert len(found["best"]["x"]) == 1
         assert len(found["best ten"]["x"]) == 9
         assert max(found["best ten"]["y"]) <= min(found["other trials"]["y"])
+
+
+class TestNumbersOfTrials:
+    """They lie over no point and no other number; the best trial always has one."""
+
+    def test_points_in_a_row_have_theirs(self) -> None:
+        assert numbers_of(hyperparameter_figure(synthetic.trials(), "lora_r", RANKS)) >= {"4", "5", "6"}
+
+    def test_of_many_trials_some_have(self) -> None:
+        trials = synthetic.many_trials(200)
+        best = str(ranked(trials)[0][0].number)
+        for name in ("learning_rate", "lora_r", "weight_decay"):
+            shown = numbers_of(hyperparameter_figure(trials, name, synthetic.WIDE_SPACE[name]))
+            assert best in shown
+            assert len(shown) < 10
+
+    def test_they_stand_where_no_better_point_can_be(self) -> None:
+        for name, where in (("learning_rate", "bottom center"), ("lora_r", "middle right")):
+            figure = hyperparameter_figure(synthetic.trials(), name, synthetic.SPACE[name])
+            assert traces(figure)["best"]["textposition"] == where
+
+
+RANKS = Choices((8, 16, 32))
+
+
+def numbers_of(figure: Any) -> set[str]:
+    return {text for trace in traces(figure).values() for text in trace.get("text", ()) if text}
 
 
 def test_parallel_coordinates_end_at_the_result_with_the_best_at_the_top() -> None:

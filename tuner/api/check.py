@@ -329,6 +329,7 @@ def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
         if shutil.which(str(directory / program) if "/" in program else program) is None:
             yield f"warning: run.notify: there is no program {program} here, so nothing will be told"
     yield from spec.without_effect()
+    yield from spec.doubtful_values()
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:

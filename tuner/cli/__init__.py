@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.cli import printing, study_verbs, trial_verbs
-from tuner.cli.hints import Group
+from tuner.cli.hints import Group, explain
 from tuner.errors import InputError, TunerError, last_words
 from tuner.process_log import harmless, kept_trace, said_by, trace_of
 from tuner.whole import keep_others_out
@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(study_verbs.app, name="study")
 app.add_typer(trial_verbs.app, name="trial")
@@ -64,7 +65,7 @@ def _root(
         try:
             os.chdir(directory)
         except OSError as error:
-            raise InputError(f"-C {directory}: {error.strerror}") from error
+            raise InputError(f"-C {directory}: {error.strerror}; pass the folder of a study") from error
 
 
 @app.command()
@@ -127,6 +128,7 @@ def _run(arguments: list[str]) -> int:
         typer.echo(f"error: {harmless(str(error))}", err=True)
         return error.exit_code
     except _UsageError as error:
+        explain(error)
         error.show()
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -84,6 +84,41 @@ class Group(TyperGroup):
         return params
 
 
+def explain(error: Any) -> None:
+    """Complete Typer's message: what was read for an option, and which key of a round file was meant."""
+    if (option := getattr(error, "option_name", None)) is not None:
+        error.message += _meant_instead(option, error.ctx)
+        return
+    error.message = error.message.removeprefix("Value error, ")
+    for wrong in getattr(error.__cause__, "errors", list)()[:1]:
+        if wrong["type"] in _EXPECTED:
+            expected = _EXPECTED[wrong["type"]].format(**wrong.get("ctx", {}))
+            error.message = f"expects {expected}, got {wrong['input']}"
+
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+}
+"""Messages for pydantic's types of error, which Typer passes on without what was read."""
+
+
+def _meant_instead(option: str, ctx: Any) -> str:
+    """Return the option or the key of a round file that another tool's option means, such as `--max-steps`."""
+    from tuner.config.wording import key_like
+
+    key = key_like(option.lstrip("-"))
+    if key is None:
+        return ""
+    own = f"--{key.rpartition('.')[2].replace('_', '-')}"
+    if any(own in parameter.opts for parameter in ctx.command.params):
+        return f"; did you mean {own}?"
+    return f"; it is a key of the round file: {key}"
+
+
 def _groups_with(root: Any, word: str) -> Iterable[str]:
     groups = getattr(root, "commands", {})
     return (name for name, group in groups.items() if word in getattr(group, "commands", {}))

@@ -482,10 +482,12 @@ def _compare(names: list[str], html: Path | None) -> None:
     from tuner.report.html import write_page
 
     folders = [Path(name) for name in names]
-    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+    missing = [name for name, folder in zip(names, folders, strict=True) if not folder.is_dir()]
+    if len(folders) != 2 or missing:
+        there = f"; there is no folder {missing[0]}" if len(folders) == 2 else ""
         raise InputError(
             f"{' '.join(names)}: expects one round of this study, or the folders of two studies to compare, "
-            "such as: tuner study report study-a study-b"
+            f"such as: tuner study report study-a study-b{there}"
         )
     one, other = (_reports(folder, None) for folder in folders)
     shown = [folder.resolve().name for folder in folders]

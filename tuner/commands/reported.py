@@ -69,6 +69,8 @@ class Curve:
         infeasible = said.get("infeasible")
         if step is None and infeasible is not None:
             return Line(None, infeasible=str(infeasible))
+        if step is None:
+            raise self._wrong('has no step; expects a line such as {"step": 6, "eval_loss": 1.2}, got', said)
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise self._wrong("step: expects a whole number of at least 0, got", step)
         self._count(said)

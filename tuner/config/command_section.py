@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from tuner.config.sections import (
     STRICT,
@@ -25,8 +25,8 @@ TOO_QUIET_MINUTES = 60
 TOOLS = BUILT_IN["tool"]
 
 
-def _known_tool(name: str) -> str:
-    if name not in TOOLS:
+def _known_tool(name: object) -> object:
+    if not isinstance(name, str) or name not in TOOLS:
         raise mistake(refusal(one_of(TOOLS), name, meant_value(name, TOOLS)))
     return name
 
@@ -41,7 +41,7 @@ class CommandSpec(BaseModel):
     `--name=value`, `${args_no_hyphens}` as `name=value`, `${args_json_file}` the path of a JSON file with
     them, `${config}` the path of the trial's copy of `config`, and `${output_dir}` the folder that the
     command writes to. It runs in the round file's folder."""
-    tool: Annotated[str, AfterValidator(_known_tool), WithJsonSchema({"enum": list(TOOLS)})] = "none"
+    tool: Annotated[str, BeforeValidator(_known_tool), WithJsonSchema({"enum": list(TOOLS)})] = "none"
     """What the command trains with: decides the names, how the schedule is written, and how trials resume.
     `trl`: a command or a script of TRL. `axolotl`: `axolotl train`. `llamafactory`: `llamafactory-cli train`.
     `transformers`: a script with Hugging Face's Trainer. `none`: a script of your own."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from tuner.config.sections import STRICT, PathText, Text
 from tuner.config.wording import Refusal, meant_value, mistake, refuse
-from tuner.errors import one_of, shown
+from tuner.errors import one_of, refusal
 
 Format = Literal["alpaca", "messages", "sharegpt", "completion", "text"]
 Template = Literal["alpaca", "chatml", "llama3", "tokenizer"]
@@ -88,7 +88,7 @@ class SourceSpec(BaseModel):
     def _fill_or_count(cls, number: object) -> object:
         is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
         if number != "fill" and not is_count:
-            raise mistake(f"expects fill or a whole number of at least 1, got {shown(number)}")
+            raise mistake(refusal("fill or a whole number of at least 1", number))
         return number
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from tuner.config.wording import meant_value
-from tuner.errors import one_of, refusal, shown
+from tuner.errors import is_number, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Modules, Number, UnknownName
 from tuner.methods.table import HYPERPARAMETERS
@@ -93,6 +94,20 @@ def complete_space(
         if name in defaults and name not in space and not row.only_if_written:
             space[name] = replace(defaults[name], only_with=row.only_with)
     return possible(space)
+
+
+def as_range(choices: Choices) -> dict[str, Any] | None:
+    """Return the range between two numbers that are far apart, as the file has it; None for others."""
+    values = choices.values
+    if len(values) != 2 or not all(isinstance(value, float) for value in values):
+        return None
+    low, high = sorted(value for value in values if isinstance(value, float))
+    return {"low": low, "high": high, "log": True} if high >= _WIDE * low > 0 else None
+
+
+def as_numbers(text: str) -> str | None:
+    """Return how the file searches two numbers that stand in one text, such as `1e-4..1e-3`; None without."""
+    return _several_numbers(Number(), text).removeprefix("; ") if _TWO_NUMBERS.fullmatch(text) else None
 
 
 def largest(dimension: Dimension) -> int:
@@ -181,6 +196,81 @@ def _read_times_sqrt_rank(hyperparameter: Hyperparameter, raw: Mapping[str, Any]
         return TimesSqrtRank(Number(above=0).parse(raw["times_sqrt_r"]))
     except ValueError as error:
         raise ValueError(f"times_sqrt_r {error}") from None
+
+
+def advice_on(hyperparameter: Hyperparameter, raw: Any) -> str:
+    """Return what to write instead of a refused value: a list or a range, of the numbers in `raw` if any.
+
+    Empty where the refusal itself says it.
+    """
+    if _is_share(hyperparameter, raw):
+        return "; it is a number of optimizer steps, not a share of the run"
+    if isinstance(raw, Mapping) and (
+        raw.keys() <= {*_RANGE_KEYS} or not raw.keys().isdisjoint(_NOT_IN_RANGES)
+    ):
+        return ""
+    texts = [text for text in _texts(raw) if not is_number(text)]
+    if not texts and raw is not None and not _has_inner(raw):
+        return ""
+    kind = Number() if isinstance(hyperparameter.kind, Anything) else hyperparameter.kind
+    if isinstance(kind, (Number, Integer)):
+        return _several_numbers(kind, "" if raw is None else shown(raw))
+    if isinstance(raw, str):
+        names = [name for name in re.split(r"[\s,|/;]+|\.{2,}", raw.strip("[]() ")) if name != "or"]
+        if len(names) > 1 and all(_is_allowed(kind, name) for name in names):
+            return f"; to search them, write a list: [{', '.join(names)}]"
+    return ""
+
+
+def _is_share(hyperparameter: Hyperparameter, raw: Any) -> bool:
+    is_share = (isinstance(raw, float) and 0 < raw < 1) or (isinstance(raw, str) and raw.endswith("%"))
+    return is_share and hyperparameter.name.endswith("_steps")
+
+
+_NOT_IN_RANGES = ("step", "times_sqrt_r")
+"""Keys whose refusal says what to write instead."""
+_A_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = re.compile(rf"(?<![\w.]){_A_NUMBER}(?!\w)")
+_TWO_NUMBERS = re.compile(rf"{_A_NUMBER}(\.\.+|\s*[-:,;]\s*|\s+to\s+){_A_NUMBER}")
+_WIDE = 10
+"""Ratio of the bounds from which the scale of a range is shown as logarithmic."""
+
+
+def _several_numbers(kind: Number | Integer, text: str) -> str:
+    read = [written for written in _NUMBER.findall(re.sub(r"\.{2,}", " ", text)) if _fits(kind, written)]
+    values = ", ".join(read) if len(read) > 1 else "A, B"
+    bounds, more = "low: A, high: B", ", with log: true for a logarithmic scale"
+    if len(read) == 2 and 0 <= float(read[0]) < float(read[1]):
+        is_wide = float(read[1]) >= _WIDE * float(read[0]) > 0
+        bounds, more = f"low: {read[0]}, high: {read[1]}{', log: true' if is_wide else ''}", ""
+    return f"; to search, write the values as a list, [{values}], or a range, {{{bounds}}}{more}"
+
+
+def _fits(kind: Number | Integer, written: str) -> bool:
+    return _is_allowed(kind, int(written) if written.isdigit() else float(written))
+
+
+def _is_allowed(kind: Kind, raw: Any) -> bool:
+    try:
+        kind.parse(raw)
+    except ValueError:
+        return False
+    return True
+
+
+def _texts(raw: Any) -> Iterator[str]:
+    match raw:
+        case str():
+            yield raw
+        case Mapping():
+            yield from map(str, raw)
+        case list():
+            for item in raw:
+                yield from _texts(item)
+
+
+def _has_inner(raw: Any) -> bool:
+    return isinstance(raw, list) and any(isinstance(item, (list, Mapping)) for item in raw)
 
 
 _CONTINUES = {

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tuner.config.round_file import RECORDED_KEYS, RoundSpec
-from tuner.config.wording import Location, meant_value, unknown_key
+from tuner.config.wording import EXAMPLES, Location, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
-from tuner.errors import InputError, Mistake, RoundFileError, one_of, refusal, shown
+from tuner.errors import InputError, Mistake, RoundFileError, is_number, one_of, refusal, shown
 from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded
 from tuner.methods.schedules import refuse_bad_rates, schedule
 from tuner.methods.table import HYPERPARAMETERS
@@ -182,20 +183,26 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in error.object[: error.end]:
+            raise InputError(f"{path} is no text file; name a round file, such as round1.yaml") from None
         line = error.object.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text: byte {error.object[error.start]:#04x}; save the file as UTF-8"
         raise RoundFileError(path, [Mistake(line, "", message)]) from None
     except IsADirectoryError:
-        raise InputError(
-            f"{path} is a directory; name the round file in it, such as {path / 'round1.yaml'}"
-        ) from None
+        there = _files_in(path)
+        hint = f"name the round file in it, such as {path / there[0]}" if there else "it has no round file"
+        raise InputError(f"{path} is a directory; {hint}") from None
     except FileNotFoundError:
-        there = sorted(other.name for other in path.parent.glob("*.y*ml") if other.is_file())
+        there = _files_in(path.parent)
         nearest = get_close_matches(path.name, there, n=5, cutoff=0)
         hint = f"in this folder: {', '.join(nearest)}" if there else "create one with `tuner study new`"
         raise InputError(f"there is no round file {path}; {hint}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(other.name for other in folder.glob("*.y*ml") if other.is_file())
 
 
 def _not_a_round(document: Any) -> Mistake:
@@ -222,6 +229,7 @@ _STAND_INS: dict[Location, Any] = {
     ("command",): {"run": ["x"]},
     ("command", "run"): ["x"],
     ("command", "run", 0): "x",
+    ("command", "resume", 0): "x",
 }
 """Right values for what has no default, so that the rest can be checked beside it; list positions are 0."""
 
@@ -290,18 +298,18 @@ def _mend(document: dict[str, Any], location: Location) -> None:
 
 
 _EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
+    "int_type": "a whole number{bounds}",
+    "int_from_float": "a whole number{bounds}",
+    "float_type": "a number{bounds}",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text (in quotes where it looks like a number)",
     "string_too_short": "text that is not empty",
     "string_too_long": "at most 100 characters",
     "string_pattern_mismatch": "letters, digits, `_`, `.` and `-` (no `.` or `-` first: it names a folder)",
-    "list_type": "a list such as [{{...}}]",
-    "dict_type": "`key: value` lines or {{key: value}}",
-    "model_type": "`key: value` lines or {{key: value}}",
+    "list_type": "a list such as {example}",
+    "dict_type": "`key: value` lines such as {example}",
+    "model_type": "`key: value` lines such as {example}",
     "greater_than_equal": "at least {ge:g}",
     "greater_than": "a number above {gt:g}",
     "less_than": "a number below {lt:g}",
@@ -323,20 +331,61 @@ def _message(error: ErrorDetails, known: Collection[str]) -> str:
             allowed = re.findall(r"'([^']*)'", context["expected"])
             return refusal(one_of(allowed), raw, meant_value(raw, allowed))
         case kind if kind in _EXPECTED:
-            return refusal(_EXPECTED[kind].format(**context), raw)
+            field = _field(location)
+            more = {"bounds": "" if field is None else _bounds(field), "example": _example(location, raw)}
+            said = refusal(_EXPECTED[kind].format(**context, **more), raw)
+            return f"{said}{_advice(location, kind, raw)}"
         case _:
             return f"{error['msg']}, got {shown(raw)}"
 
 
 def _meaning(location: Location) -> str:
     """Return the first sentence of a key's description."""
-    model: type[BaseModel] = RoundSpec
-    description = ""
+    field = _field(location)
+    assert field is not None
+    described = " ".join((field.description or "").split())
+    return re.split(r"(?<=[\w`])[.;] ", described)[0].removesuffix(".")
+
+
+def _field(location: Location) -> FieldInfo | None:
+    """Return the description of a key; None below what has no keys of its own."""
+    model: type[BaseModel] | None = RoundSpec
+    field: FieldInfo | None = None
     for part in location:
         if isinstance(part, str):
-            field = model.model_fields[part]
-            description, model = field.description or "", _model_in(field.annotation) or model
-    return re.split(r"(?<=\w)[.;] ", description)[0].removesuffix(".")
+            field = None if model is None else model.model_fields.get(part)
+            model = None if field is None else _model_in(field.annotation)
+    return field
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Return ` of at least 1` for a number's bounds."""
+    said = [
+        f"{words} {bound:g}"
+        for limit in field.metadata
+        for name, words in (("ge", "of at least"), ("gt", "above"), ("lt", "below"))
+        if (bound := getattr(limit, name, None)) is not None
+    ]
+    return f" {' and '.join(said)}" if said else ""
+
+
+def _example(location: Location, raw: Any) -> str:
+    """Return a value that is allowed in a place of sections or lists, with the path that was read if any."""
+    name = re.sub(r"\[\d+\]", "[]", dotted(location))
+    path = raw if isinstance(raw, str) and re.fullmatch(r"[\w./~-]+", raw) else "PATH"
+    return EXAMPLES.get(name, "{key: value}").replace("PATH", path)
+
+
+def _advice(location: Location, kind: str, raw: Any) -> str:
+    """Return, to follow a refusal of the wrong kind, how to have the default, or what the number means."""
+    field = _field(location)
+    if field is None:
+        return ""
+    if raw is None:
+        return "; write one" if field.is_required() else "; write one, or remove this line"
+    if isinstance(raw, str) and kind in ("int_type", "float_type") and not is_number(raw):
+        return f". Meaning: {_meaning(location)}"
+    return ""
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

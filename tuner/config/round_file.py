@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from tuner.config.command_section import CommandSpec, command_refusals, flattened, flattened_enqueue
 from tuner.config.data_section import DataSpec, SourceSpec
-from tuner.config.dimensions import complete_space
+from tuner.config.dimensions import as_numbers, as_range, complete_space
 from tuner.config.rules import (
     adapter_refusals,
     direction_refusals,
@@ -50,6 +50,7 @@ from tuner.config.sections import (
     using,
 )
 from tuner.config.wording import ONE_HORIZON, Refusal, mistake, refuse
+from tuner.config.yaml_text import one_line
 from tuner.errors import InputError, shown
 from tuner.methods.metrics import metric
 from tuner.methods.plug_ins import Chooser, PlugIn, table_for, unloaded
@@ -57,7 +58,7 @@ from tuner.methods.registry import BUILT_IN, is_built_in, trusting_names
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.methods.tools import Tool, tool
 from tuner.methods.variants import possible_variants
-from tuner.records import Direction, Objective, Space, num_points
+from tuner.records import Choices, Direction, Fixed, Objective, Space, num_points
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _PATTERN = re.compile(r"[*?\[]")
@@ -440,6 +441,19 @@ class RoundSpec(BaseModel):
                     f"hyperparameters.{name} has no effect: it {counts_with(table[name])}, but "
                     f"{described_choice(chooser, space, table)}; remove it"
                 )
+
+    def doubtful_values(self) -> Iterator[str]:
+        """Yield notes on a list of two numbers far apart, and on two numbers in one text, as of a range."""
+        for name, dimension in self.space().items():
+            if isinstance(dimension, Choices) and (between := as_range(dimension)):
+                two = " and ".join(f"{value:g}" for value in dimension.values if isinstance(value, float))
+                yield (
+                    f"hyperparameters.{name} is a list: only {two} are tried. To search between them, write "
+                    f"{one_line(between)}"
+                )
+            text = dimension.value if isinstance(dimension, Fixed) else None
+            if isinstance(text, str) and (how := as_numbers(text)) is not None:
+                yield f"hyperparameters.{name} is the text {shown(text)}; {how}"
 
     @property
     def trains_alone(self) -> str | None:

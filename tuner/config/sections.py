@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     WithJsonSchema,
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 from tuner.config.dimensions import (
+    advice_on,
     describe,
     enqueue_schema,
     hyperparameters_schema,
@@ -90,11 +92,11 @@ def possible_path(path: str) -> str:
     return path
 
 
-def _known(kind: Kind) -> Callable[[str], str]:
+def _known(kind: Kind) -> Callable[[object], object]:
     """Return a check that refuses unknown names without importing anything."""
 
-    def check(name: str) -> str:
-        if not is_known(kind, name):
+    def check(name: object) -> object:
+        if not isinstance(name, str) or not is_known(kind, name):
             raise mistake(refusal(expected(kind), name, meant_value(name, names(kind))))
         return name
 
@@ -210,7 +212,7 @@ def _hyperparameter_refusals(written: dict[str, Any], table: Table) -> Iterator[
         try:
             space[name] = read_dimension(table[name], raw)
         except ValueError as error:
-            yield Refusal(written_at(name), str(error))
+            yield Refusal(written_at(name), f"{error}{advice_on(table[name], raw)}")
     for name, row in table.items():
         if row.default is not None and name not in written:
             space[name] = Fixed(row.default)
@@ -265,7 +267,7 @@ class SearchSpec(BaseModel):
     trials: Count = 16
     """Number of trials in the round. Infeasible trials are included; trials that failed because of the
     machine are replaced. No point is tried twice, so a smaller search space gets one trial per point."""
-    sampler: Annotated[str, AfterValidator(_known("sampler")), _named("sampler")] = "quasi-random"
+    sampler: Annotated[str, BeforeValidator(_known("sampler")), _named("sampler")] = "quasi-random"
     """How hyperparameters are proposed: `quasi-random` covers the space evenly; `tpe` and `gp` model the
     results so far; `random` draws independently; `grid` tries every combination of the lists. Any Optuna
     sampler works as `package.module:Class`, such as `optuna.samplers:CmaEsSampler`."""
@@ -395,7 +397,7 @@ class CheckpointsSpec(BaseModel):
     def _all_or_count(cls, number: object) -> object:
         is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
         if number != "all" and not is_count:
-            raise mistake(f"expects all or a whole number of at least 1, got {shown(number)}")
+            raise mistake(refusal("all or a whole number of at least 1", number))
         return number
 
     @property
@@ -415,13 +417,13 @@ def seconds_of(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _lasting(text: str) -> str:
+def _lasting(text: object) -> object:
     try:
-        enough = seconds_of(text) > 0
+        enough = isinstance(text, str) and seconds_of(text) > 0
     except ValueError:
         enough = False
     if not enough:
-        raise mistake(f"expects a time such as 90s, 30m or 2h, got {shown(text)}")
+        raise mistake(refusal("a time such as 90s, 30m or 2h", text))
     return text
 
 
@@ -431,7 +433,7 @@ class RunSpec(BaseModel):
 
     model_config = STRICT
 
-    engine: Annotated[str, AfterValidator(_known("engine")), _named("engine")] = "local"
+    engine: Annotated[str, BeforeValidator(_known("engine")), _named("engine")] = "local"
     """Where trials run. `local`: this machine, one process per GPU. `ray`: the GPUs of a Ray cluster.
     `simulated`: a dry run with synthetic losses, in the folder `dry-run` beside the file. Or an engine of
     your own as `package.module:Class`."""
@@ -472,7 +474,7 @@ class RunSpec(BaseModel):
     five complete trials had at this step. `halving`: if it is not in the best third at a ninth or a third of
     the horizon. Schedule and horizon do not change. A pruned trial is included in `search.trials` and is
     never promoted."""
-    report_to: list[Annotated[str, AfterValidator(_known("tracker")), _named("tracker")]] = []
+    report_to: list[Annotated[str, BeforeValidator(_known("tracker")), _named("tracker")]] = []
     """Experiment trackers that get each trial as a run, with its curve, while it runs. Each is an extra;
     `tuner doctor` shows the command that installs it."""
 
@@ -480,12 +482,12 @@ class RunSpec(BaseModel):
     """A program and its arguments, run without a shell when a trial is the new best and when the round ends,
     stops or fails; it gets a JSON document on its standard input and has 30 seconds. Its failure does not
     affect the round. Empty: nothing is run."""
-    loading_timeout: Annotated[str, AfterValidator(_lasting)] = "30m"
+    loading_timeout: Annotated[str, BeforeValidator(_lasting)] = "30m"
     """How long a worker may be silent while it downloads, loads, quantises or compiles, such as `90s`, `30m`
     or `2h`. A pass may take ten times as long as the slowest one so far, and at least two minutes. A worker
     that is silent for longer is killed and replaced; its trials resume."""
 
-    storage_patience: Annotated[str, AfterValidator(_lasting)] = "10m"
+    storage_patience: Annotated[str, BeforeValidator(_lasting)] = "10m"
     """How long a round waits, such as `90s`, `30m` or `2h`, while its database cannot be reached or a disk is
     full, before it stops. Training continues while the database is away, and pauses while the disk is full;
     commands, and trials on other machines, continue then too. The same command resumes a round that has
@@ -505,16 +507,14 @@ class RunSpec(BaseModel):
     @classmethod
     def _program_and_arguments(cls, command: object) -> object:
         if not isinstance(command, list) or not all(isinstance(word, str) and word for word in command):
-            raise mistake(
-                f"expects a program and its arguments, such as [python, tell.py], got {shown(command)}"
-            )
+            raise mistake(refusal("a program and its arguments, such as [python, tell.py]", command))
         return command
 
     @field_validator("decay_branches", mode="before")
     @classmethod
     def _auto_or_yes_or_no(cls, rule: object) -> object:
         if rule != "auto" and not isinstance(rule, bool):
-            raise mistake(f"expects auto, true or false, got {shown(rule)}")
+            raise mistake(refusal("auto, true or false", rule))
         return rule
 
     @field_validator("slots", mode="before")
@@ -522,5 +522,5 @@ class RunSpec(BaseModel):
     def _auto_or_count(cls, slots: object) -> object:
         is_count = isinstance(slots, int) and not isinstance(slots, bool) and slots >= 1
         if slots != "auto" and not is_count:
-            raise mistake(f"expects auto or a whole number of at least 1, got {shown(slots)}")
+            raise mistake(refusal("auto or a whole number of at least 1", slots))
         return slots

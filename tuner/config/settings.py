@@ -149,7 +149,8 @@ def _dimension(text: str, row: Hyperparameter, values: str) -> Dimension:
     except YamlError as error:
         raise _refused(text, f"{values} cannot be read: {error}") from None
     except ValueError as error:
-        raise _refused(text, f"{row.name}: {error}; each value is {row.allowed}") from None
+        each = "" if row.allowed in str(error) else f"; each value is {row.allowed}"
+        raise _refused(text, f"{row.name}: {error}{each}") from None
 
 
 def _refuse_nothing_new(text: str, name: str, added: Dimension, before: Dimension) -> None:

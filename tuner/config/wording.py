@@ -196,6 +196,29 @@ VALUES = (
 )
 
 
+_SOURCE = "{path: PATH, format: alpaca}"
+EXAMPLES = {
+    "model": "{path: PATH}",
+    "data": f"{{train: [{_SOURCE}], eval_fraction: 0.05}}",
+    **{f"data.{part}": f"[{_SOURCE}]" for part in ("train", "eval", "test")},
+    **{f"data.{part}[]": _SOURCE for part in ("train", "eval", "test")},
+    **{f"data.{part}[].columns": "{instruction: question}" for part in ("train", "eval", "test")},
+    "command": "{run: [python, train.py]}",
+    "command.run": "[python, train.py]",
+    "command.resume": '[--resume, "${resume_from}"]',
+    "hyperparameters": "{learning_rate: 3e-4, lora_r: [8, 16]}",
+    "search": "{trials: 16}",
+    "search.enqueue": "[{learning_rate: 3e-4}]",
+    "search.enqueue[]": "{learning_rate: 3e-4}",
+    "evaluation": "{every_steps: 5}",
+    "evaluation.answers": "{metric: exact_match}",
+    "objective": "{metric: eval_loss}",
+    "checkpoints": "{directory: runs}",
+    "run": "{slots: auto}",
+    "run.report_to": "[tensorboard]",
+}
+"""A right value of each section and list; PATH stands for what the user has."""
+
 ONE_HORIZON = (
     "All trials of a round train for the same number of steps: a search over the length would mostly find "
     "that longer is better, and hide which hyperparameters are better (Deep Learning Tuning Playbook: never "
@@ -238,6 +261,14 @@ def unknown_key(path: Sequence[str | int], known: Collection[str]) -> str:
     if similar := _similar(typed, here, section) or _similar(typed, anywhere, None):
         return _did_you_mean(similar, section)
     return f"unknown; allowed here: {', '.join(here)}"
+
+
+def key_like(name: str) -> str | None:
+    """Return the dotted name of the key that a name of this or another tool means; None without one."""
+    typed = name.lower().replace("-", "_")
+    if typed in _KEYS:
+        return _KEYS[typed].meant
+    return next((alias.meant for alias in KEYS if _leaf(alias.meant) == typed), None)
 
 
 def meant_value(raw: Any, allowed: Collection[str]) -> str:

@@ -49,7 +49,7 @@ class Number:
         """Return, for example, `a number of at least 0 and below 1`."""
         bounds = {"above": self.above, "of at least": self.at_least, "below": self.below}
         said = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
-        return f"a number {' and '.join(said)}"
+        return f"a number {' and '.join(said)}".rstrip()
 
     @property
     def limits(self) -> tuple[float | None, float | None]:
@@ -224,7 +224,7 @@ class Modules:
         if isinstance(raw, str) and re.search(_REGEX_SIGN, raw):
             return self._regex(raw)
         if not isinstance(raw, (list, tuple)) or not raw:
-            hint = f"write a single layer as [{raw}]" if isinstance(raw, str) else ""
+            hint = _as_list(raw) if isinstance(raw, str) else ""
             raise ValueError(refusal(self.allowed, raw, hint))
         for name in raw:
             if not isinstance(name, str) or not name or name == ALL_LINEAR:
@@ -260,6 +260,12 @@ class Modules:
         name = {"type": "string", "minLength": 1, "not": {"anyOf": [{"const": ALL_LINEAR}, _REGEX]}}
         names = {"type": "array", "items": name, "minItems": 1, "uniqueItems": True}
         return {"anyOf": [{"const": ALL_LINEAR}, _REGEX, names]}
+
+
+def _as_list(raw: str) -> str:
+    if raw.lower().replace("_", "-") in ("all", "linear", "all-linear"):
+        return f"did you mean {ALL_LINEAR}?"
+    return f"write {'the layers' if ',' in raw else 'a single layer'} as [{raw}]"
 
 
 _REGEX = {"type": "string", "pattern": _REGEX_SIGN}

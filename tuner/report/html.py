@@ -239,7 +239,7 @@ def _space_plots(report: RoundReport) -> str:
             figure_block(
                 "Each line is a trial, from its hyperparameters to its result; the best is at the top.",
                 space_plots.parallel_figure(trials, names, space).to_json(),
-                is_wide=True,
+                num_columns=len(names) + 1,
             )
         )
     if report.importance:
@@ -262,13 +262,18 @@ def _space_plots(report: RoundReport) -> str:
     return f'<section><h2>The search space</h2>{"".join(wide)}<div class="grid">{by_name}</div></section>'
 
 
-def figure_block(caption: str, figure_json: str, *, is_wide: bool = False) -> str:
+_COLUMN_REM = 5
+"""Width that a column of a plot with several needs, for its name."""
+
+
+def figure_block(caption: str, figure_json: str, *, num_columns: int = 0) -> str:
     """Render a plot; plotly escapes <, so its content cannot end the script.
 
-    A wide plot scrolls where the screen is narrower than it can be read.
+    A plot with many columns scrolls where the screen is too narrow for their names.
     """
-    plot = f'<div class="plot"><script type="application/json">{figure_json}</script></div>'
-    around = f'<div class="scroll">{plot}</div>' if is_wide else plot
+    width = f' style="min-width: {num_columns * _COLUMN_REM}rem"' if num_columns else ""
+    plot = f'<div class="plot"{width}><script type="application/json">{figure_json}</script></div>'
+    around = f'<div class="scroll">{plot}</div>' if num_columns else plot
     return f"<figure><figcaption>{escape(caption)}</figcaption>{around}</figure>"
 
 
@@ -360,5 +365,5 @@ def _cells(tag: str, texts: Sequence[str], kinds: Sequence[str], headers: Sequen
 
 
 def _breakable(name: str) -> str:
-    """Escape a hyperparameter's name, which may be broken after its underscores."""
-    return escape(name).replace("_", "_<wbr>")
+    """Escape a hyperparameter's name, which may be broken after its underscores if it is long."""
+    return escape(name) if len(name) <= space_plots.SHORT_NAME else escape(name).replace("_", "_<wbr>")

@@ -93,7 +93,6 @@ figure { margin: 0 0 1.75rem; }
 figcaption { color: var(--quiet); font-size: 0.9rem; max-width: 42rem; margin-bottom: 0.25rem; }
 .plot { width: 100%; min-height: 6rem; }
 .scroll { overflow-x: auto; }
-.scroll .plot { min-width: 34rem; }
 .grid {
   display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tuner.playbook.selection import ranked
 from tuner.records import Choices, Dimension, Direction, Hyperparameters, Range, Trial, TrialState, Value
@@ -78,6 +78,18 @@ def _texts(values: Sequence[Value]) -> tuple[str, ...]:
 
 # --- one hyperparameter ---------------------------------------------------------------------------
 
+_Point: TypeAlias = tuple[Trial, float]
+_MARGIN, _MARGIN_OF_NUMBERS = 0.06, 0.14
+"""Room above and below the points, as a share of their height; on the better side for numbers below them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The trials whose numbers are shown, and on which side of their points."""
+
+    shown: set[int]
+    where: str
+
 
 def hyperparameter_figure(
     trials: Sequence[Trial], name: str, dimension: Dimension | None = None
@@ -103,18 +115,27 @@ def hyperparameter_figure(
     is_lower = objective_of(trials).direction == Direction.MINIMIZE
     edge = max(losses) + margin if is_lower else min(losses) - margin
     many = len(done) + len(lost) > MANY_TRIALS
-    labelled = _labelled(done, axis, first=NUM_HIGHLIGHTED if many else len(done))
+    named = done[:NUM_HIGHLIGHTED] if many else done
+    at_edge = [(trial, edge) for trial in lost]
+    labelled = _labelled(named, [*done[len(named) :], *at_edge], axis, is_lower=is_lower)
+    where = "middle right" if axis.choices else "bottom center" if is_lower else "top center"
+    numbers = _Numbers(labelled, where)
     if many:
         _add(figure, axis, "other trials", done[NUM_HIGHLIGHTED:], QUIET, size=6, opacity=0.5)
-        _add(figure, axis, "best ten", done[1:NUM_HIGHLIGHTED], ACCENT, labelled=labelled, size=9)
+        _add(figure, axis, "best ten", done[1:NUM_HIGHLIGHTED], ACCENT, numbers=numbers, size=9)
     else:
-        _add(figure, axis, "complete", done[1:], QUIET, labelled=labelled)
-    _add(figure, axis, "best", done[:1], ACCENT, labelled=labelled, size=14 if many else 11)
-    _add(figure, axis, "infeasible", [(trial, edge) for trial in lost], WARNING, symbol="x")
-    _scale(
-        figure, axis, [x for t, _ in [*done, *((t, 0.0) for t in lost)] if (x := axis.x(t.hyperparameters))]
-    )
+        _add(figure, axis, "complete", done[1:], QUIET, numbers=numbers)
+    _add(figure, axis, "best", done[:1], ACCENT, numbers=numbers, size=14 if many else 11)
+    _add(figure, axis, "infeasible", at_edge, WARNING, symbol="x")
+    _scale(figure, axis, [x for t, _ in [*done, *at_edge] if (x := axis.x(t.hyperparameters))])
+    figure.update_yaxes(range=_with_margins([*losses, edge], is_lower=is_lower))
     return figure
+
+
+def _with_margins(values: Sequence[float], *, is_lower: bool) -> list[float]:
+    below, above = (_MARGIN_OF_NUMBERS, _MARGIN) if is_lower else (_MARGIN, _MARGIN_OF_NUMBERS)
+    span = max(values) - min(values)
+    return [min(values) - below * span, max(values) + above * span]
 
 
 def learning_rate_figure(trials: Sequence[Trial]) -> go.Figure:
@@ -122,50 +143,71 @@ def learning_rate_figure(trials: Sequence[Trial]) -> go.Figure:
     return hyperparameter_figure(trials, "learning_rate", Range(1e-6, 1.0, log=True))
 
 
-def _labelled(points: Sequence[tuple[Trial, float]], axis: _Axis, *, first: int) -> set[int]:
-    """Return which of the first trials have numbers that fit; where two would overlap, the better one's."""
-    if not points:
-        return set()
-    xs = [axis.at(x) for trial, _ in points if (x := axis.x(trial.hyperparameters)) is not None]
-    ys = [value for _, value in points]
-    width, height = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
+_SMALLEST = (290, 220)
+"""Width and height in pixels of the smallest plot, on a telephone."""
+_NUMBER_SIZE = (26, 14)
+"""Of a trial's number, in pixels."""
+_POINT_RADIUS = 4
+
+
+def _labelled(points: Sequence[_Point], others: Sequence[_Point], axis: _Axis, *, is_lower: bool) -> set[int]:
+    """Return which trials have numbers that lie over no point and no number of a better trial."""
+    spots = _in_pixels([*points, *others], axis)
+    aside = (_NUMBER_SIZE[0] / 2 + 8, 0) if axis.choices else (0, -17 if is_lower else 17)
+    room = [(size / 2 + _POINT_RADIUS) for size in _NUMBER_SIZE]
     placed: list[tuple[float, float]] = []
     shown: set[int] = set()
-    for (trial, value), x in zip(points[:first], xs, strict=False):
-        place = (x / width, value / height)
-        if all(abs(place[0] - a) > 0.07 or abs(place[1] - b) > 0.09 for a, b in placed):
-            placed.append(place)
+    for (trial, _), (x, y) in zip(points, spots, strict=False):
+        at = (x + aside[0], y + aside[1])
+        if _is_free(at, spots, room) and _is_free(at, placed, _NUMBER_SIZE):
+            placed.append(at)
             shown.add(trial.number)
     return shown
+
+
+def _is_free(at: tuple[float, float], others: Sequence[tuple[float, float]], apart: Sequence[float]) -> bool:
+    return all(abs(at[0] - x) >= apart[0] or abs(at[1] - y) >= apart[1] for x, y in others)
+
+
+def _in_pixels(points: Sequence[_Point], axis: _Axis) -> list[tuple[float, float]]:
+    """Return where points are in the smallest plot, upwards and to the right of its corner."""
+    xs = [axis.at(x) for trial, _ in points if (x := axis.x(trial.hyperparameters)) is not None]
+    ys = [value for _, value in points]
+    if not points:
+        return []
+    width = max(xs) - min(xs) + (1.2 if axis.choices else 0.3 if axis.is_log else 0.0)
+    height = max(ys) - min(ys)
+    across = _SMALLEST[0] / (1.12 * width or 1.0)
+    up = _SMALLEST[1] / ((1 + _MARGIN_OF_NUMBERS + _MARGIN) * height or 1.0)
+    return [((x - min(xs)) * across, (y - min(ys)) * up) for x, y in zip(xs, ys, strict=True)]
 
 
 def _add(
     figure: go.Figure,
     axis: _Axis,
     name: str,
-    points: Sequence[tuple[Trial, float]],
+    points: Sequence[_Point],
     color: str,
     *,
-    labelled: set[int] | None = None,
+    numbers: _Numbers | None = None,
     symbol: str = "circle",
     size: int = 11,
     opacity: float = 1.0,
 ) -> None:
     if not points:
         return
-    numbers = [str(trial.number) for trial, _ in points]
+    shown = set() if numbers is None else numbers.shown
     figure.add_scatter(
         x=[axis.x(trial.hyperparameters) for trial, _ in points],
         y=[value for _, value in points],
         name=name,
-        mode="markers+text" if labelled else "markers",
-        text=[n if labelled and int(n) in labelled else "" for n in numbers],
-        textposition="top center",
+        mode="markers+text" if shown else "markers",
+        text=[str(trial.number) if trial.number in shown else "" for trial, _ in points],
+        textposition=None if numbers is None else numbers.where,
         marker={"size": size, "color": color, "symbol": symbol, "opacity": opacity},
         cliponaxis=False,
         customdata=[
-            [number, safe(trial.reason or _best_in_words(trial, value))]
-            for number, (trial, value) in zip(numbers, points, strict=True)
+            [str(trial.number), safe(trial.reason or _best_in_words(trial, value))] for trial, value in points
         ],
         hovertemplate="trial %{customdata[0]}<br>%{x}<br>%{customdata[1]}<extra></extra>",
     )
@@ -305,12 +347,12 @@ def _add_lines(
     )
 
 
-_SHORT_NAME = 8
-"""Characters of a name that stays on one line below an axis."""
+SHORT_NAME = 8
+"""Characters of a hyperparameter's name that stays on one line."""
 
 
 def _on_lines(name: str) -> str:
-    return name if len(name) <= _SHORT_NAME else name.replace("_", "_<br>")
+    return name if len(name) <= SHORT_NAME else name.replace("_", "_<br>")
 
 
 def _label_axes(
@@ -323,14 +365,24 @@ def _label_axes(
         tickvals=list(range(len(names))),
         ticktext=names,
         range=[-0.35, len(names) - 0.65],
-        gridcolor="rgba(128,128,128,0.5)",
+        showgrid=False,
         tickangle=0,
     )
+    for place in range(len(names)):
+        figure.add_shape(
+            x0=place, x1=place, y0=0, y1=1, layer="below", line={"color": "rgba(128,128,128,0.5)", "width": 1}
+        )
     figure.update_yaxes(visible=False, range=[-0.12, 1.12])
     for place, (bottom, top) in enumerate(ends):
-        for y, text, anchor in ((0.0, bottom, "top"), (1.0, top, "bottom")):
+        for y, text, anchor, shift in ((0.0, bottom, "top", -3), (1.0, top, "bottom", 3)):
             figure.add_annotation(
-                x=place, y=y, text=_short(text), showarrow=False, yanchor=anchor, font={"size": 11}
+                x=place,
+                y=y,
+                yshift=shift,
+                text=_short(text),
+                showarrow=False,
+                yanchor=anchor,
+                font={"size": 11},
             )
 
 
