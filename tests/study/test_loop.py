@@ -33,6 +33,8 @@ from tuner.records import (
     Evaluated,
     Event,
     Measured,
+    NodeChange,
+    NodeChanged,
     Ready,
     RoundBegun,
     RoundRecord,
@@ -416,9 +418,14 @@ def test_a_mirror_knows_what_was_measured_before_it(tmp_path: Path) -> None:
     inner = MemoryStore()
     record = RoundRecord("round1", 8, {}, begun_at=0.0)
     inner.record(RoundBegun(record), *(Measured(Throughput(session, 2.0), "round1") for session in "ab"))
+    changes = NodeChange("a", "joined", 1, 5.0), NodeChange("a", "lost", 1, 6.0)
+    inner.record(*(NodeChanged(change, "round1") for change in changes))
     mirrored = CachedStore(inner)
     assert mirrored.rounds() == inner.rounds()
     assert len(mirrored.rounds()[0].throughputs) == 2
+    later = NodeChange("b", "joined", 1, 7.0)
+    mirrored.record(NodeChanged(later, "round1"))
+    assert mirrored.rounds()[0].node_changes == (*changes, later)
 
 
 def test_steps_run_are_counted_over_attempts(tmp_path: Path) -> None:
