@@ -307,6 +307,23 @@ def test_what_the_round_file_replaces_is_said(tmp_path: Path) -> None:
     assert "report_to (wandb, mlflow) logs every attempt as a run of its own" in logged
 
 
+@pytest.mark.parametrize(
+    ("option", "gpus", "said"),
+    [
+        ("--nproc_per_node=2", 0, "2 times batch_size"),
+        ("--nproc-per-node=2", 4, "0.5 times batch_size"),
+        ("--num_processes=4", 4, ""),
+    ],
+)
+def test_other_processes_than_gpus_change_the_batch(
+    tmp_path: Path, option: str, gpus: int, said: str
+) -> None:
+    spec = round_of(tmp_path, {"batch_size": 16}, run=["torchrun", option, *DPO])
+    spec = spec.model_copy(update={"run": spec.run.model_copy(update={"gpus_per_worker": gpus})})
+    found = [each for each in remarks(spec) if "processes" in each]
+    assert [said in each for each in found] == ([True] if said else [])
+
+
 @pytest.mark.parametrize("option", ["learning_rate=1", "warmup_steps=3", "lora_r=4", "output_dir=x"])
 def test_an_option_that_would_win_over_the_trials_own_is_refused(tmp_path: Path, option: str) -> None:
     """`--name value` beats `--config`, so that the hyperparameter would not reach the command."""

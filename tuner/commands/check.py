@@ -134,6 +134,14 @@ def remarks(spec: RoundSpec) -> Iterator[str]:
             f"the tool's report_to ({listed}) logs every attempt as a run of its own; run.report_to of the "
             "round file logs trials by their names"
         )
+    said, devices = options_of(command.run), max(1, spec.run.gpus_per_worker)
+    processes = said.get("nproc_per_node", said.get("num_processes", ""))
+    if chosen.has_hook and "batch_size" in spec.space() and processes.isdigit() and int(processes) != devices:
+        yield (
+            f"the command starts {processes} processes, but run.gpus_per_worker is "
+            f"{spec.run.gpus_per_worker}: an update has {int(processes) / devices:g} times batch_size "
+            "sequences"
+        )
     if not chosen.has_hook and not command.resume:
         yield (
             "there is no command.resume, so an interrupted trial and trials of longer rounds start over from "
