@@ -148,6 +148,24 @@ def test_a_script_that_starts_over_instead_of_resuming_is_found_out(tmp_path: Pa
         )
 
 
+@pytest.mark.parametrize(("began_at", "fits"), [(0, True), (8, False)])
+def test_a_trainer_that_resumes_from_another_checkpoint_is_found_out(
+    tmp_path: Path, began_at: int, fits: bool
+) -> None:
+    (tmp_path / "foreign.py").write_text(
+        "import os\n"
+        "with open(os.environ['TUNER_METRICS'], 'a') as file:\n"
+        f'    file.write(\'{{"began_at": {began_at}, "max_steps": 24}}\\n\')\n'
+        '    file.write(\'{"step": 24, "eval_loss": 1.0}\\n\')\n'
+    )
+    content = without_resume(document(script="foreign.py"))
+    if fits:
+        assert Ran(tmp_path, content).end.outcome == "complete"
+        return
+    with pytest.raises(Unusable, match="began at step 8, but the trial at step 0"):
+        Ran(tmp_path, content)
+
+
 def test_an_early_end_is_the_machines_once_a_trial_was_complete(tmp_path: Path) -> None:
     content = without_resume(with_fault("early"))
     spec = spec_of(tmp_path, content)

@@ -189,6 +189,8 @@ def test_a_trial_of_axolotl_is_written_in_its_names(tmp_path: Path) -> None:
         ({"extra": {"beta": 0.1}}, {}, "extra.beta: is not a name of Axolotl"),
         ({"batch_size": 9}, {}, "9 is no multiple of 2, the sequences of one pass (micro_batch_size 2"),
         ({}, {"cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio: changes the learning rate"),
+        ({}, {"resume_from_checkpoint": "x"}, "resume_from_checkpoint: would let every trial start"),
+        ({}, {"hub_model_id": "me/x"}, "hub_model_id: would let every trial push to one place"),
     ],
 )
 def test_what_cannot_work_with_axolotl(
@@ -258,6 +260,22 @@ def test_llamafactorys_own_parser_accepts_the_file(
         ({}, {"learning_rte": 1e-3}, "command.config: dpo.yaml: learning_rte: is not a name of trl dpo"),
         ({"batch_size": [8, 12]}, {"per_device_train_batch_size": 8}, "12 is no multiple of 8"),
         ({}, {"warmup_steps": 0.1}, "warmup_steps: is 0.1, a share of the run"),
+        (
+            {},
+            {"resume_from_checkpoint": "x"},
+            "dpo.yaml: resume_from_checkpoint: would let every trial start",
+        ),
+        ({"extra": {"resume_from_checkpoint": "x"}}, {}, "extra.resume_from_checkpoint: would let every"),
+        ({}, {"push_to_hub": True}, "push_to_hub: would let every trial push to one place"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: would let a trial train with another"),
+        ({}, {"ignore_data_skip": True}, "ignore_data_skip: would let a trial that resumes"),
+        ({"extra": {"max_steps": 9}}, {}, "hyperparameters.extra.max_steps: is set by tuner for each trial"),
+        ({"learning_rate": 1e-3, "extra": {"learning_rate": 1}}, {}, "extra.learning_rate: is set by tuner"),
+        (
+            {"batch_size": 8, "extra": {"per_device_train_batch_size": [1, 2]}},
+            {},
+            "extra.per_device_train_batch_size: divides batch_size",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_it_runs(
@@ -268,10 +286,50 @@ def test_what_cannot_work_is_said_before_it_runs(
     assert any(said in each for each in found), found
 
 
+def test_what_is_set_or_kept_as_it_is_may_stand_there(tmp_path: Path) -> None:
+    changes = {
+        "resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": "me/x", "run_name": "mine",
+        "learning_rate": 1e-3,
+    }  # fmt: skip
+    values = {"learning_rate": 1e-4, "extra": {"logging_steps": 1}}
+    spec = round_of(tmp_path, values, config_changes=changes, run=[*DPO, "--push_to_hub=False"])
+    assert list(mistakes(spec, tmp_path)) == []
+
+
 def test_what_the_round_file_replaces_is_said(tmp_path: Path) -> None:
     (said,) = remarks(round_of(tmp_path, {}))
     assert "lr_scheduler_type" in said
     assert "save_total_limit" in said
+    config = {"output_dir": "out", "logging_steps": 1, "learning_rate": 1.0, "report_to": ["wandb", "mlflow"]}
+    said, logged = remarks(round_of(tmp_path, {"learning_rate": [1e-4, 1e-3]}, config_changes=config))
+    for name in ("output_dir", "logging_steps", "learning_rate"):
+        assert name in said
+    assert "report_to (wandb, mlflow) logs every attempt as a run of its own" in logged
+
+
+@pytest.mark.parametrize(
+    ("option", "gpus", "said"),
+    [
+        ("--nproc_per_node=2", 0, "2 times batch_size"),
+        ("--nproc-per-node=2", 4, "0.5 times batch_size"),
+        ("--num_processes=4", 4, ""),
+    ],
+)
+def test_other_processes_than_gpus_change_the_batch(
+    tmp_path: Path, option: str, gpus: int, said: str
+) -> None:
+    spec = round_of(tmp_path, {"batch_size": 16}, run=["torchrun", option, *DPO])
+    spec = spec.model_copy(update={"run": spec.run.model_copy(update={"gpus_per_worker": gpus})})
+    found = [each for each in remarks(spec) if "processes" in each]
+    assert [said in each for each in found] == ([True] if said else [])
+
+
+@pytest.mark.parametrize("option", ["learning_rate=1", "warmup_steps=3", "lora_r=4", "output_dir=x"])
+def test_an_option_that_would_win_over_the_trials_own_is_refused(tmp_path: Path, option: str) -> None:
+    """`--name value` beats `--config`, so that the hyperparameter would not reach the command."""
+    spec = round_of(tmp_path, {"learning_rate": 1e-4, "lora_r": [8, 16]}, run=[*DPO, f"--{option}"])
+    (said,) = said_of(spec, tmp_path)
+    assert f"command.run: sets --{option.partition('=')[0]}, which tuner sets for each trial" in said
 
 
 @pytest.mark.parametrize(

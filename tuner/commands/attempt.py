@@ -259,7 +259,7 @@ class Attempt:
         """
         for line in lines:
             if line.began_at is not None:
-                self._refuse_restart(line.began_at)
+                self._refuse_another_start(line.began_at)
             if line.infeasible is not None:
                 return line.infeasible
             if line.step is None:
@@ -273,6 +273,11 @@ class Attempt:
                 self.reported.append(line.checkpoint)
         self.reported = [saved for saved in self.reported if not self._saved(saved, place)]
         return None
+
+    def _refuse_another_start(self, step: int) -> None:
+        self._refuse_restart(step)
+        if step > self.from_step:
+            raise Unusable(outcome.began_elsewhere(step, self.from_step))
 
     def _refuse_restart(self, step: int) -> None:
         if step < self.from_step:

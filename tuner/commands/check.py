@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tuner.commands.launch import MISSING_COMMAND, missing_executable, placeholder_mistakes, read_config
+from tuner.commands.probe import middle
 from tuner.config import CommandSpec, RoundSpec
 from tuner.config.command_section import value_of
 from tuner.errors import InputError
-from tuner.methods.tools import Mistaken, options_of, tool
+from tuner.methods.tools import EXTRA, Mistaken, TrialSettings, bare, options_of, tool
 from tuner.methods.tools.transformers import batch_mistake
-from tuner.records import Choices, Dimension, Fixed, Range, Value
+from tuner.records import Choices, Dimension, Fixed, Range, Value, complete_hyperparameters
 
 _CODE = (".py", ".sh", ".yaml", ".yml", ".json", ".toml")
 
@@ -50,12 +51,44 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
         is_of_the_config = name in config and command.config is not None
         said = f"{Path(str(command.config)).name}: {name}: {message}"
         yield Mistaken("command.config", said) if is_of_the_config else Mistaken(name, message)
+    yield from _set_twice(spec)
     if chosen.has_hook and "batch_size" in space:
         options = {**config, **options_of(command.run)}
         sizes = _values(space["batch_size"])
         wrong = batch_mistake(sizes, options, spec.run.gpus_per_worker, chosen.device_batch)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
+        if (own := EXTRA + chosen.device_batch[0]) in space:
+            yield Mistaken(f"hyperparameters.{own}", "divides batch_size: write it in the configuration")
+
+
+_MAY_BE_GIVEN = ("logging_steps", "data_seed")
+"""Settings of trials that change neither their length nor what they are compared by."""
+
+
+def _set_by_trials(spec: RoundSpec) -> Mapping[str, Any]:
+    """Return what trials set by the tool's names, without what is below `extra`; values are examples."""
+    command, chosen = _command(spec), tool(_command(spec).tool)
+    values = complete_hyperparameters(spec.space(), middle(spec))
+    trial = TrialSettings(
+        {name: value for name, value in values.items() if not name.startswith(EXTRA)},
+        spec.max_train_steps,
+        spec.evaluation.every_steps,
+        output="",
+        gpus=spec.run.gpus_per_worker,
+        config={**read_config(command), **options_of(command.run)},
+    )
+    return chosen.settings(trial)
+
+
+def _set_twice(spec: RoundSpec) -> Iterator[Mistaken]:
+    """Yield what the command or `extra` sets beside the trial, where one of the two would win in silence."""
+    names = {*_set_by_trials(spec), *tool(_command(spec).tool).replaced} - {*_MAY_BE_GIVEN}
+    for name in sorted(options_of(_command(spec).run).keys() & names):
+        yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
+    for name in spec.space():
+        if name.startswith(EXTRA) and bare(name) in names:
+            yield Mistaken(f"hyperparameters.{name}", "is set by tuner for each trial; remove it from extra")
 
 
 _INPUT = re.compile(r"^(?!output|logging|save|cache)(.*_)?(path|file|files|dataset|dataset_name|dir)$")
@@ -88,9 +121,27 @@ def remarks(spec: RoundSpec) -> Iterator[str]:
     """Yield what `study check` says of a command: what is replaced, and what cannot be known."""
     command = _command(spec)
     chosen, config = tool(command.tool), read_config(command)
-    replaced = [name for name in chosen.replaced if config.get(name) is not None]
+    trials = {**dict.fromkeys(chosen.replaced), **_set_by_trials(spec)}
+    replaced = [
+        name for name, value in config.items() if name in trials and value not in (None, trials[name])
+    ]
     if replaced and command.config is not None:
         yield f"{Path(command.config).name}: every trial sets {', '.join(replaced)} itself, by the round file"
+    trackers = {**config, **options_of(command.run)}.get("report_to") or "none"
+    listed = trackers if isinstance(trackers, str) else ", ".join(trackers)
+    if chosen.has_hook and listed != "none":
+        yield (
+            f"the tool's report_to ({listed}) logs every attempt as a run of its own; run.report_to of the "
+            "round file logs trials by their names"
+        )
+    said, devices = options_of(command.run), max(1, spec.run.gpus_per_worker)
+    processes = said.get("nproc_per_node", said.get("num_processes", ""))
+    if chosen.has_hook and "batch_size" in spec.space() and processes.isdigit() and int(processes) != devices:
+        yield (
+            f"the command starts {processes} processes, but run.gpus_per_worker is "
+            f"{spec.run.gpus_per_worker}: an update has {int(processes) / devices:g} times batch_size "
+            "sequences"
+        )
     if not chosen.has_hook and not command.resume:
         yield (
             "there is no command.resume, so an interrupted trial and trials of longer rounds start over from "

@@ -133,6 +133,14 @@ def restarted(step: int, from_step: int) -> str:
     )
 
 
+def began_elsewhere(step: int, from_step: int) -> str:
+    """Return what to do about a command that resumed from a checkpoint that is not the trial's."""
+    return (
+        f"the command began at step {step}, but the trial at step {from_step}: it resumed from a checkpoint "
+        "that is not the trial's. Let it resume from TUNER_RESUME_FROM, and start at step 0 without that"
+    )
+
+
 def _code_of_the_script(ending: Ending) -> int:
     """Return the exit code; of a launcher that says that a signal ended its script, that signal."""
     signals = _BELOW_A_LAUNCHER.findall(ending.log) if ending.code > 0 else []

@@ -72,7 +72,7 @@ Run = Callable[[Callable[[Path], Assignment], Callable[[Event], None], Callable[
 def probed(spec: RoundSpec, run: Run) -> Probed:
     """Run a trial by `run` to its second evaluation. Raises InputError if it does not work."""
     heard = _Heard()
-    hyperparameters = complete_hyperparameters(spec.space(), _middle(spec))
+    hyperparameters = complete_hyperparameters(spec.space(), middle(spec))
     end = stable_step(hyperparameters, spec.max_train_steps)
 
     def assignment(folder: Path) -> Assignment:
@@ -125,7 +125,7 @@ def _pace(heard: _Heard, started: float) -> float:
     return (heard.times[last] - heard.times[first]) / max(1, heard.steps[last] - heard.steps[first])
 
 
-def _middle(spec: RoundSpec) -> Hyperparameters:
+def middle(spec: RoundSpec) -> Hyperparameters:
     """Return a point in the middle of the space, where nothing should diverge."""
     chosen: dict[str, Value] = {}
     for name, dimension in searched(spec.space()).items():

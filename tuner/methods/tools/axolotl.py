@@ -13,10 +13,9 @@ from tuner.methods.tools import (
     Tool,
     TrialSettings,
     can_be,
-    options_of,
     unknown_names,
 )
-from tuner.methods.tools.transformers import TRANSFORMERS, trainer_settings
+from tuner.methods.tools.transformers import TRANSFORMERS, refused, trainer_settings
 from tuner.records import Space
 
 _ADAPTER: Mapping[str, str] = {
@@ -43,11 +42,6 @@ _FIXED: Settings = {
     "load_best_model_at_end": False,
     "auto_resume_from_checkpoints": False,
 }
-_OF_THE_TRAINER = (
-    "output_dir", "max_steps", "eval_steps", "save_steps", "logging_steps", "seed",
-    "gradient_accumulation_steps", "resume_from_checkpoint",
-)  # fmt: skip
-"""What Axolotl calls as the Trainer does."""
 _OTHER_LENGTHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch", "warmup_ratio")
 _OTHER_RATES = (
     "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup", "lr_div_factor",
@@ -74,8 +68,9 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
 def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
     if re.search(r"\$\{args", " ".join(command)):
         yield Mistaken("command.run", 'passes ${args}, but Axolotl reads a file: use "${config}"')
-    for name in sorted(options_of(command).keys() & {*AXOLOTL.replaced, *_OF_THE_TRAINER}):
-        yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
+    yield from refused(
+        command, config, space, ("resume_from_checkpoint", "auto_find_batch_size", "hub_model_id")
+    )
     if config.get("adapter") not in ("lora", "qlora"):
         for name in space:
             if name in _ADAPTER:

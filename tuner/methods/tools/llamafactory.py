@@ -36,7 +36,7 @@ def _listed(targets: Any) -> str:
 
 
 def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config)
+    yield from trainer_mistakes(command, config, space)
     if config.get("finetuning_type", "lora") != "lora":
         for name in space:
             if name in _ADAPTER:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tuner.methods.schedules import schedule
-from tuner.methods.tools import Mistaken, Settings, Tool, TrialSettings, bare, options_of
+from tuner.methods.tools import EXTRA, Mistaken, Settings, Tool, TrialSettings, bare, options_of
 from tuner.records import Space, Value
 
 OPTIMIZERS = {
@@ -32,7 +32,15 @@ FIXED: Settings = {
     "eval_delay": 0,
 }
 """What every trial sets: evaluations and checkpoints at tuner's steps, none deleted by the tool."""
-_OTHER_LENGTHS = ("num_train_epochs", "warmup_ratio")
+_ONE_PLACE = "would let every trial push to one place; `tuner trial export best --push` pushes the best one"
+_REFUSED = {
+    "resume_from_checkpoint": "would let every trial start from one checkpoint, in place of its own",
+    "auto_find_batch_size": "would let a trial train with another batch than its batch_size",
+    "ignore_data_skip": "would let a trial that resumes train on the first rows again",
+    "push_to_hub": _ONE_PLACE,
+    "hub_model_id": _ONE_PLACE,
+}
+"""What no trial may be told, and why."""
 DEVICE_BATCH = ("per_device_train_batch_size", 8)
 """TrainingArguments' name and default for the sequences of one device's pass."""
 
@@ -62,7 +70,7 @@ def trainer_settings(trial: TrialSettings, batch: tuple[str, int] = DEVICE_BATCH
         **({"optim": OPTIMIZERS[str(values["optimizer"])]} if "optimizer" in values else {}),
         **_accumulation(trial, batch),
         **({"resume_from_checkpoint": trial.resume_from} if trial.resume_from else {}),
-        **{bare(name): value for name, value in values.items() if name.startswith("extra.")},
+        **{bare(name): value for name, value in values.items() if name.startswith(EXTRA)},
     }
 
 
@@ -94,24 +102,39 @@ def batch_mistake(
     )
 
 
-def trainer_mistakes(command: Sequence[str], config: Settings) -> Iterator[Mistaken]:
+def trainer_mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
     """Yield what no trial of a Trainer can use."""
-    said = options_of(command)
-    ours = {*FIXED, "max_steps", "eval_steps", "save_steps", "output_dir", "seed", "lr_scheduler_type"}
-    for name in sorted(said.keys() & ours):
-        yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
-    for name in _OTHER_LENGTHS:
-        if name in said:
-            yield Mistaken("command.run", f"sets --{name}: lengths are steps here; remove it")
+    if "warmup_ratio" in options_of(command):
+        yield Mistaken("command.run", "sets --warmup_ratio: lengths are steps here; remove it")
     warmup = config.get("warmup_steps")
     if isinstance(warmup, float) and 0 < warmup < 1:
         yield Mistaken(
             "warmup_steps", f"is {warmup}, a share of the run; write warmup_steps in the round file"
         )
+    yield from refused(command, config, space, {*_REFUSED} - {"hub_model_id"})  # has no effect by itself
+
+
+def refused(
+    command: Sequence[str], config: Settings, space: Space, names: Collection[str]
+) -> Iterator[Mistaken]:
+    """Yield those of the names that the command, its configuration or `extra` switches on."""
+    for name, why in _REFUSED.items():
+        if name not in names:
+            continue
+        if _is_on(options_of(command).get(name)):
+            yield Mistaken("command.run", f"--{name} {why}; remove it")
+        if _is_on(config.get(name)):
+            yield Mistaken(name, f"{why}; remove it")
+        if EXTRA + name in space:
+            yield Mistaken(f"hyperparameters.{EXTRA}{name}", f"{why}; remove it")
+
+
+def _is_on(value: object) -> bool:
+    return str(value).lower() not in ("none", "null", "false", "no", "0", "")
 
 
 def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config)
+    yield from trainer_mistakes(command, config, space)
 
 
 TRANSFORMERS = Tool(

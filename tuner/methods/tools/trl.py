@@ -30,7 +30,7 @@ def _settings(trial: TrialSettings) -> dict[str, Any]:
 
 
 def _mistakes(command: Sequence[str], config: Settings, space: Space) -> Iterator[Mistaken]:
-    yield from trainer_mistakes(command, config)
+    yield from trainer_mistakes(command, config, space)
     uses_peft = str({**config, **options_of(command)}.get("use_peft")).lower() == "true"
     if not uses_peft:
         for name in space:
