@@ -107,7 +107,7 @@ _EXPECTED = {
 
 
 def _meant_instead(option: str, ctx: Any) -> str:
-    """Return the option or the key of a round file that another tool's option means, such as `--max-steps`."""
+    """Return the option or the key of a round file that an option such as `--max-steps` means."""
     from tuner.config.wording import key_like
 
     key = key_like(option.lstrip("-"))
