@@ -58,7 +58,7 @@ def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHE
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
         ({"storage": "mysql://localhost/x"}, ["storage"]),
-        ({"storage": "tuner.db"}, ["storage", "for a file of this folder, sqlite:///tuner.db"]),
+        ({"storage": "tuner.db"}, ["storage", "for that file, write sqlite:///tuner.db"]),
         (
             {"enqueue": "[{learning_rate: 1e-3, lora_r: 2}, {learning_rate: 0.001, lora_r: 2}]"},
             ["search.enqueue[1]: is", "the same point as search.enqueue[0]", "remove one"],
@@ -354,6 +354,15 @@ def test_check_accepts_a_good_round_and_records_nothing(
     assert plan["eval_rows"] == 8
     assert plan["checkpoint_bytes"] > 0
     assert files(tmp_path).isdisjoint({"tuner.db", "runs"})
+
+
+def test_check_names_a_trial_to_continue_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_round(tmp_path, enqueue="[{learning_rate: 1e-3, lora_r: 2, continues: round0/1}]")
+    assert run(["study", "check", str(path), "--json"]) == 0
+    remarks = json.loads(capsys.readouterr().out)["remarks"]
+    assert any("there is no trial round0/1 to continue, so" in said for said in remarks)
 
 
 def test_new_writes_a_round_that_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

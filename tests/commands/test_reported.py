@@ -37,7 +37,7 @@ def test_lines_are_read_once_and_whole_wherever_the_file_is_cut(tmp_path_factory
     [
         ("no json", "line 1: expects a line such as"),
         ("[1]", "line 1: expects a line such as"),
-        ('{"eval_loss": 1}', "step: expects a whole number"),
+        ('{"eval_loss": 1}', "has no step; expects a line such as"),
         ('{"step": -1}', "step: expects a whole number"),
         ('{"step": true}', "step: expects a whole number"),
         ('{"step": 1, "eval_loss": "1e-4"}', "eval_loss: expects a number"),

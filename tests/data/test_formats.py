@@ -124,6 +124,7 @@ def test_messages_need_a_chat_template() -> None:
             "no column 'output'; columns found: 'instruction', ",
         ),
         ("alpaca", {}, "no column 'instruction'; columns found: none"),
+        ("alpaca", {}, "needs 'instruction' and 'output' (optional: 'input', 'system', 'history'); map"),
         ("alpaca", {"instruction": "a", "output": None}, "column 'output' is null; it must be text"),
         ("alpaca", {"instruction": "a", "output": 3}, "column 'output' is the number 3; it must be text"),
         ("alpaca", {"instruction": "a", "input": ["x"], "output": "b"}, "column 'input' is a list"),

@@ -132,7 +132,7 @@ def _command_plan(round_plan: StudyPlan, prober: Where | None) -> tuple[RoundPla
     found = [Mistake(file.line(name), name, message) for name, message in mistakes(spec, file.directory)]
     if found:
         raise RoundFileError(file.path, sorted(found, key=lambda mistake: mistake.line or 0))
-    said = [*command_remarks(spec), *_run_remarks(spec, file.directory)]
+    said = [*command_remarks(spec), *_run_remarks(spec, file.directory), *_continued_remarks(round_plan)]
     size_of_one, source = _checkpoint_of_command(round_plan)
     plan, not_checked = _with_unchecked(_plan_of_commands(spec, size_of_one), spec, probe=prober is not None)
     said += not_checked
@@ -232,6 +232,7 @@ def _plan(
     remarks += _answers(round_plan, data)
     remarks += round_plan.file.hints
     remarks += _run_remarks(spec, round_plan.file.directory)
+    remarks += _continued_remarks(round_plan)
     plan, not_checked = _with_unchecked(plan, spec, probe=prober is not None)
     remarks += not_checked
     remarks += _model_remarks(spec.model)
@@ -330,6 +331,21 @@ def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
             yield f"warning: run.notify: there is no program {program} here, so nothing will be told"
     yield from spec.without_effect()
     yield from spec.doubtful_values()
+
+
+def _continued_remarks(plan: StudyPlan) -> Iterator[str]:
+    """Yield which enqueued trials name a trial to continue that the study does not have."""
+    named = [entry["continues"] for entry in plan.spec.search.enqueue if "continues" in entry]
+    folder = open_folder(plan.file.directory)
+    if not named or plan.spec.run.engine == "simulated":
+        return
+    with opened(folder) as store:
+        known = {
+            f"{each.name}/{trial.number}" for each in store.rounds() for trial in store.trials(each.name)
+        }
+    for name in named:
+        if name not in known:
+            yield f"search.enqueue: there is no trial {name} to continue, so the new one starts from step 0"
 
 
 def _recorded_base(plan: StudyPlan, data: PreparedData) -> Evaluation | None:

@@ -145,7 +145,7 @@ def _begins_like_a_path(path: str) -> bool:
 
 
 _STORAGE = r"^(sqlite(\+\w+)?:///[^:].*|postgresql(\+\w+)?://.+)$"
-_FILE_NAME = re.compile(r"[\w-]+\.(db|sqlite3?)")
+_FILE_NAME = re.compile(r"(sqlite://)?(?P<file>[\w./-]+\.(db|sqlite3?))")
 EVALUATIONS_BY_DEFAULT = 12
 """Evaluations of a trial after step 0 if `evaluation.every_steps` is not set."""
 
@@ -308,13 +308,14 @@ class RoundSpec(BaseModel):
     @classmethod
     def _database_on_disk_or_server(cls, url: str) -> str:
         if not re.fullmatch(_STORAGE, url):
+            file = _FILE_NAME.fullmatch(url)
             scheme = url.partition(":")[0]  # nothing more of it: a password may stand anywhere
             begins = f"; this begins with {scheme!r}" if scheme.replace("+", "").isalnum() else ""
             raise mistake(
                 "expects sqlite:///FILE (relative to this file) or postgresql+psycopg://USER@HOST/DATABASE"
                 + (begins if url != scheme else "")
                 + (" and names no file" if scheme.startswith("sqlite") and url != scheme else "")
-                + (f"; for a file of this folder, sqlite:///{url}" if _FILE_NAME.fullmatch(url) else "")
+                + (f"; for that file, write sqlite:///{file['file']}" if file else "")
             )
         return url
 

@@ -192,6 +192,8 @@ VALUES = (
     Alias("line", "lines newline"),
     Alias("blank", "paragraph paragraphs blank_line blank_lines"),
     Alias("bytes", "byte size"),
+    Alias("minimize", "min minimise lower less"),
+    Alias("maximize", "max maximise higher greater"),
     Alias("completion", "assistant response output outputs completion_only"),
 )
 

@@ -169,6 +169,11 @@ def _explained(error: Exception, text: str) -> YamlError:
         return YamlError("a tab cannot indent or separate in YAML; use spaces", row)
     if "<document start>" in problem:
         return YamlError("is not one YAML document: a round file is `key: value` lines", row)
+    if re.search(r"<block end>, but found '(<block|\?|-)", problem):
+        said = "begins in another column than the keys above; keys of one section begin in the same column"
+        return YamlError(f"is not YAML: the line {said}", row)
+    if "could not find expected ':'" in problem and error.context_mark is not None:
+        return YamlError("is not YAML: expects `key: value`, with a colon", error.context_mark.line + 1)
     during = f" {error.context}" if error.context and error.problem else ""
     return YamlError(f"is not YAML: {problem}{during}", row)
 

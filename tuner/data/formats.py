@@ -121,10 +121,11 @@ def require_columns(row: Row, row_format: RowFormat) -> None:
     """Raise DataError if the row lacks a required column."""
     if missing := [column for column in row_format.needed if column not in row.values]:
         found = ", ".join(map(repr, row.values)) or "none"
-        optional = "".join(f" ({column!r} is optional)" for column in row_format.optional)
+        needed = " and ".join(map(repr, row_format.needed))
+        optional = ", ".join(map(repr, row_format.optional))
         raise DataError(
             f"{row.place}: no column {missing[0]!r}; columns found: {found}; format {row_format.name} "
-            f"needs {' and '.join(map(repr, row_format.needed))}{optional}; map other names with `columns`"
+            f"needs {needed}{f' (optional: {optional})' if optional else ''}; map other names with `columns`"
         )
 
 
