@@ -524,7 +524,9 @@ def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.Ba
     assert frozen.user_attrs["best_step_fraction"] == 0.5
 
 
-def test_the_last_evaluation_of_a_step_is_shown_as_it_is_recorded(storage: optuna.storages.BaseStorage) -> None:
+def test_the_last_evaluation_of_a_step_is_shown_as_it_is_recorded(
+    storage: optuna.storages.BaseStorage,
+) -> None:
     round_study = new_study(storage)
     proposal = round_study.propose(0)
     running = trial(0, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen)
