@@ -1,7 +1,7 @@
 """The errors a user can meet: each says the place, what was read, what is allowed and what to do.
 
 The command line prints a TunerError's message alone and exits with its `exit_code`; any other
-exception is a bug of tuner and keeps its traceback.
+exception is a bug in tuner and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -142,6 +142,11 @@ def last_words(error: BaseException, *but: str) -> str:
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
+
+
+def exit_words(code: int) -> str:
+    """Return how a process ended, by `Popen.returncode`."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def one_of(names: Sequence[Any]) -> str:

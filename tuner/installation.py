@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,6 +143,21 @@ def version() -> str:
 def install_command(extra: str) -> str:
     """The command that adds an extra to the installation that runs now."""
     return installation().command(extra)
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package, or `not installed`."""
+    try:
+        return version_of(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def lacks(package: str, *, extra: str, is_installed: bool, has_gpu: bool) -> str | None:
+    """What an optional package that computes on GPUs lacks here, and what to do; None if nothing."""
+    if not is_installed:
+        return f"the package {package} is not installed; {install_command(extra)}"
+    return None if has_gpu else "it needs a CUDA GPU, and torch finds none; see tuner doctor"
 
 
 def _origin(text: str | None) -> Mapping[str, Any]:

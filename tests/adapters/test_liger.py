@@ -202,7 +202,7 @@ def test_one_model_gets_them(models: tiny.Models, install: Install) -> None:
 def test_an_unknown_architecture_is_refused(models: tiny.Models, install: Install) -> None:
     install()
     with pytest.raises(
-        ModelError, match=r"liger-kernel has none for the architecture gemma2; use another base"
+        ModelError, match=r"liger-kernel does not know the architecture gemma2; use another base"
     ):
         use_liger(frozen(models, "gemma2"))
 

@@ -297,7 +297,7 @@ def test_a_loader_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
         pytest.skip("needs an environment without unsloth")
     path = write_round(tmp_path, base=f"{QUICKSTART / 'base'}, loader: unsloth")
     message = refused(tmp_path, capsys, "study", "check", str(path))
-    assert "model.loader: unsloth cannot be used here: the package is not installed" in message
+    assert "model.loader: unsloth cannot be used here: the package unsloth is not installed" in message
     assert install_command("unsloth") in message
 
 

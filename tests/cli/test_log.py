@@ -65,7 +65,7 @@ def test_a_bug_is_one_line_and_its_trace_is_in_the_log(
     done = tuner(*(["--verbose"] if is_verbose else []), *RUN, directory=tmp_path)
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: a bug of tuner: ZeroDivisionError: of ours (")
+    assert line.startswith("error: a bug in tuner: ZeroDivisionError: of ours (")
     place = re.search(r"The whole trace is in (\S+);", line)
     assert place is not None
     assert "Traceback (most recent call last)" in Path(place[1]).read_text()

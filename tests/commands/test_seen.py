@@ -101,7 +101,9 @@ def test_reproduce_and_export(ran: Path) -> None:
     assert "digit for digit" in tuner(ran, "trial", "reproduce", "round1/1")
     tuner(ran, "trial", "export", "best", "--to", "out")
     assert (ran / "out" / "state.json").is_file()
-    assert "is no PEFT adapter" in tuner(ran, "trial", "export", "best", "--to", "merged", "--merge", code=2)
+    assert "is not a PEFT adapter" in tuner(
+        ran, "trial", "export", "best", "--to", "merged", "--merge", code=2
+    )
     for option in ("--push", "--gguf"):
         said = tuner(ran, "trial", "export", "best", "--to", "x", option, "a/b", code=2)
         assert f"{option}: the checkpoint of round1/" in said

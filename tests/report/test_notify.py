@@ -170,6 +170,6 @@ def test_check_warns_of_a_program_that_does_not_exist(
     assert run(["study", "check", str(tmp_path / "round1.yaml")]) == 0
     captured = capsys.readouterr()
     said = " ".join((captured.out + captured.err).split())  # lines are as wide as the terminal
-    wanted = f"warning: run.notify: there is no program {missing} here, so nothing will be told"
+    wanted = f"warning: run.notify: the program {missing} was not found, so it will not be called"
     assert said.count("run.notify") == (missing is not None)
     assert missing is None or wanted in said

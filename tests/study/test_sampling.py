@@ -524,6 +524,31 @@ def test_telling_and_reporting_again_changes_nothing(storage: optuna.storages.Ba
     assert frozen.user_attrs["best_step_fraction"] == 0.5
 
 
+def test_the_last_evaluation_of_a_step_is_shown_as_it_is_recorded(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    round_study = new_study(storage)
+    proposal = round_study.propose(0)
+    running = trial(0, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen)
+    for loss in (3.0, 2.5):  # by an attempt that was interrupted, and by the next
+        round_study.report(running, Evaluation(5, loss), (0, 5))
+    assert round_study.study.trials[0].intermediate_values == {5: 2.5}
+
+
+def test_an_evaluation_is_one_call_to_optunas_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads or writes rows: reading a trial takes six statements."""
+    kind, called = optuna.storages.InMemoryStorage, list[str]()
+    round_study = new_study(kind())
+    proposal = round_study.propose(0)
+    running = trial(0, proposal.optuna_trial, TrialState.RUNNING, proposal.chosen)
+    round_study.report(running, Evaluation(0, 3.0), (0, 5, 10))
+    for name in ("get_trial", "get_all_trials", "get_trial_id_from_study_id_trial_number"):
+        monkeypatch.setattr(kind, name, lambda *_, name=name, **__: called.append(name))
+    for step in (5, 10):
+        round_study.report(running, Evaluation(step, 2.0), (0, 5, 10))
+    assert called == []
+
+
 def test_a_loss_that_is_not_finite_is_not_shown() -> None:
     round_study = new_study(optuna.storages.InMemoryStorage())
     proposal = round_study.propose(0)

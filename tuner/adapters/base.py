@@ -234,7 +234,7 @@ def choose_products(model: ModelSpec, device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
     elif model.tf32:
-        _log.warning("model.tf32: %s multiplies float32 in full; TF32 is a GPU's", device)
+        _log.warning("model.tf32 has no effect on %s: only GPUs have TF32", device)
 
 
 @contextmanager

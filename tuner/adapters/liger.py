@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuner.errors import ModelError
-from tuner.installation import install_command
+from tuner.installation import lacks
 
 _log = logging.getLogger(__name__)
 
@@ -33,13 +33,9 @@ def require_liger() -> None:
 
 def refuse_without_liger(*, is_installed: bool, has_gpu: bool) -> None:
     """Raise ModelError for what is lacking."""
-    if not is_installed:
-        lacking, remedy = "the package liger-kernel is not installed", install_command("liger")
-    elif not has_gpu:
-        lacking, remedy = "it needs a CUDA GPU, and torch finds none", "see tuner doctor"
-    else:
-        return
-    raise _refused(f"{lacking}; {remedy}")
+    why = lacks("liger-kernel", extra="liger", is_installed=is_installed, has_gpu=has_gpu)
+    if why is not None:
+        raise _refused(why)
 
 
 def _refused(why: str) -> ModelError:
@@ -56,7 +52,7 @@ def use_liger(model: PreTrainedModel) -> None:
 
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise _refused(f"liger-kernel has none for the architecture {kind}; use another base model")
+        raise _refused(f"liger-kernel does not know the architecture {kind}; use another base model")
     if not type(model).__module__.startswith("transformers.models."):
         raise _refused("the model computes with Python code of its repository; use another base model")
     before = _few_results(model)
@@ -81,7 +77,7 @@ def use_liger(model: PreTrainedModel) -> None:
         difference = float((one - other).norm() / one.norm())
         if not difference <= allowed:
             raise _refused(
-                f"its {what} of {name} differ from torch's by {difference:.2%}, more than by rounding; "
+                f"its {what} of {name} differ from torch's by {difference:.2%}, more than rounding explains; "
                 "use another version of liger-kernel"
             )
 

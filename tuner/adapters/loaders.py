@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from tuner.errors import ModelError
-from tuner.installation import install_command
+from tuner.installation import lacks
 
 if TYPE_CHECKING:
     from tuner.config import ModelSpec
@@ -24,16 +24,12 @@ def require_loader(model: ModelSpec) -> None:
 
 
 def refuse_without_unsloth(*, is_installed: bool, has_gpu: bool) -> None:
-    """Raise ModelError for models that unsloth does not support."""
-    if not is_installed:
-        lacking, remedy = "the package is not installed", install_command("unsloth")
-    elif not has_gpu:
-        lacking, remedy = "it needs a CUDA GPU, and torch finds none", "see tuner doctor"
-    else:
-        return
-    raise ModelError(
-        f"model.loader: unsloth cannot be used here: {lacking}; {remedy}, or set model.loader: transformers"
-    )
+    """Raise ModelError for what is lacking."""
+    why = lacks("unsloth", extra="unsloth", is_installed=is_installed, has_gpu=has_gpu)
+    if why is not None:
+        raise ModelError(
+            f"model.loader: unsloth cannot be used here: {why}, or set model.loader: transformers"
+        )
 
 
 def load_by_unsloth(

@@ -328,7 +328,7 @@ def _run_remarks(spec: RoundSpec, directory: Path) -> Iterator[str]:
     if spec.run.notify:
         program = spec.run.notify[0]
         if shutil.which(str(directory / program) if "/" in program else program) is None:
-            yield f"warning: run.notify: there is no program {program} here, so nothing will be told"
+            yield f"warning: run.notify: the program {program} was not found, so it will not be called"
     yield from spec.without_effect()
     yield from spec.doubtful_values()
 

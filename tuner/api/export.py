@@ -294,10 +294,10 @@ def _base_of_checkpoint(finished: Finished, export: Export) -> str | None:
             return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{config}: names no base model: {error}") from error
-    found = f"the checkpoint of {finished.name} is no PEFT adapter (it has no adapter_config.json)"
+    found = f"the checkpoint of {finished.name} is not a PEFT adapter (it has no adapter_config.json)"
     if (export.push or export.gguf) and not is_model:
         raise InputError(
-            f"--{'push' if export.push else 'gguf'}: {found}, and no model of transformers (no config.json): "
+            f"--{'push' if export.push else 'gguf'}: {found} and not a transformers model (it has no config.json): "
             "export it as it is, and use the tool that trained it"
         )
     if export.merge and not export.gguf:

@@ -105,7 +105,7 @@ def _bug(error: Exception, *, is_verbose: bool) -> str:
     place = kept_trace(error)
     where = "could not be written; see it with: tuner --verbose ..." if place is None else f"is in {place}"
     said = harmless(last_words(error))
-    line = f"error: a bug of tuner: {said}. The whole trace {where}; please report it"
+    line = f"error: a bug in tuner: {said}. The whole trace {where}; please report it"
     return f"{trace_of(error)}{line}" if is_verbose else line
 
 

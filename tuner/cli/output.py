@@ -71,7 +71,7 @@ def check_round(path: Path, *, show: int, probe: bool, where: Where, as_json: bo
 
     plan, remarks, command = checked(path, prepare=prepared, probe=probe, where=where, look=look)
     if show and plan.train_rows is None:
-        remarks = [*remarks, f"--show {show} shows nothing: the command alone knows its rows"]
+        remarks = [*remarks, f"--show {show} shows nothing: only the command knows its rows"]
     output(piped_width=PROSE).print(plan_table(plan, title=path.name, remarks=remarks))
     return command
 

@@ -19,7 +19,7 @@ from tuner.errors import InputError
 from tuner.methods.table import seed_of
 from tuner.methods.tools import Settings, Tool, TrialSettings, options_of, tool
 from tuner.playbook.schedule import trunk_end
-from tuner.records import Assignment, Hyperparameters
+from tuner.records import Assignment, Hyperparameters, to_json
 
 HOOK = Path(__file__).parent / "hook"
 """The folder of `sitecustomize.py`, and of nothing else."""
@@ -117,9 +117,9 @@ def prepared(
         )
     )
     place.output.mkdir(parents=True)
-    place.hyperparameters.write_text(json.dumps(_plain(assignment.hyperparameters), indent=1))
+    place.hyperparameters.write_text(json.dumps(to_json(assignment.hyperparameters), indent=1))
     arguments = place.folder / "arguments.json"
-    arguments.write_text(json.dumps(_plain(settings), indent=1))
+    arguments.write_text(json.dumps(to_json(settings), indent=1))
     values: dict[str, str | list[str]] = {
         "args": list(_options(settings, hyphens="--")),
         "args_no_hyphens": list(_options(settings, hyphens="")),
@@ -199,17 +199,13 @@ def _options(settings: Settings, *, hyphens: str) -> Iterator[str]:
 def _written_config(path: str, config: Settings, settings: Settings, chosen: Tool, place: Place) -> Path:
     """Write the configuration with the trial's values, in the format of the file."""
     kept = {name: value for name, value in config.items() if name not in chosen.replaced}
-    written = _plain({**kept, **settings})
+    written = to_json({**kept, **settings})
     copy = place.folder / Path(path).name
     if copy.suffix == ".json":
         copy.write_text(json.dumps(written, indent=1))
     else:
         copy.write_text(yaml.safe_dump(written, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return copy
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def stable_step(hyperparameters: Hyperparameters, max_train_steps: int) -> int | None:

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from tuner.errors import exit_words
+
 _OUT_OF_MEMORY = (
     "OutOfMemoryError", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory",
     "Cannot allocate memory", "HIP out of memory",
@@ -64,7 +66,7 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
     if ending.code == 0:
         return _ended_well(ending, max_train_steps, metric)
     text, code = ending.log, _code_of_the_script(ending)
-    how = _exit(code)
+    how = exit_words(code)
     if ending.disk_is_full:
         return Verdict("failed", f"{how}, and the disk is full{quoted(text)}")
     of_the_machine = next((sign for sign in _OF_THE_MACHINE if sign in text), None)
@@ -145,10 +147,6 @@ def _code_of_the_script(ending: Ending) -> int:
     """Return the exit code; of a launcher that says that a signal ended its script, that signal."""
     signals = _BELOW_A_LAUNCHER.findall(ending.log) if ending.code > 0 else []
     return -int(signals[-1][0] or signals[-1][1]) if signals else ending.code
-
-
-def _exit(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _line_with(sign: str, text: str) -> str:

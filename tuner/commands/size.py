@@ -100,6 +100,6 @@ def shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size:
-                raise ValueError(f"{path}: is no safetensors file")
+                raise ValueError(f"{path}: is not a safetensors file")
             head = json.loads(file.read(length))
         yield from ((name, about["shape"]) for name, about in head.items() if name != "__metadata__")

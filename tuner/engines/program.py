@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tuner.engines.protocol import HasProcesses, Program, Worker
+from tuner.errors import exit_words
 from tuner.pipes import RESTING
 from tuner.records import (
     Assignment,
@@ -295,7 +296,7 @@ class ProgramWorker:
             self._said.put(event)
         code = process.wait()
         if code != 0 and not said_died:
-            why = self._killed_since or f"the worker ended with {_exit(code)}"
+            why = self._killed_since or f"the worker ended with {exit_words(code)}"
             self._said.put(Died(f"{why}; {process.last_words()}"))
 
     def _forget(self) -> None:
@@ -314,10 +315,6 @@ def _has_ended(process: Process, timeout_seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _exit(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 MAX_DEATHS = 2

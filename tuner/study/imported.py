@@ -44,6 +44,7 @@ from tuner.records import (
     TrialEnded,
     TrialState,
     Value,
+    to_json,
 )
 from tuner.report.format import count
 from tuner.store import hold_study, open_store
@@ -319,16 +320,12 @@ def _dimension(values: Sequence[Value]) -> Any:
     """Return a scalar, a range of three or more real numbers, or a list."""
     different = sorted(set(values), key=lambda value: (str(type(value)), value))
     if len(different) == 1:
-        return _plain(different[0])
+        return to_json(different[0])
     numbers = [value for value in different if isinstance(value, float)]
     if len(numbers) == len(different) >= 3:
         low, high = numbers[0], numbers[-1]
         return {"low": low, "high": high} | ({"log": True} if low > 0 and high / low >= 10 else {})
-    return [_plain(value) for value in different]
-
-
-def _plain(value: Value) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [to_json(value) for value in different]
 
 
 def _interval(runs: Sequence[FinishedRun]) -> int:

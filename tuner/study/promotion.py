@@ -37,8 +37,8 @@ from tuner.records import (
     PromotionPlanned,
     RoundRecord,
     TrialState,
-    Value,
     num_points,
+    to_json,
 )
 from tuner.store import Store, hold_study
 from tuner.study.folder import StudyFolder, opened
@@ -474,12 +474,8 @@ def _is_open(record: RoundRecord, store: Store) -> bool:
 
 
 def _entry(trial: EnqueuedTrial) -> dict[str, Any]:
-    entry: dict[str, Any] = {name: _yaml_value(value) for name, value in trial.hyperparameters.items()}
+    entry: dict[str, Any] = to_json(trial.hyperparameters)
     return {**entry, "continues": f"{trial.round}/{trial.trial}"}
-
-
-def _yaml_value(value: Value) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def write_round_file(path: Path, text: str, *, advice: str, force: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from sqlalchemy import event
 
 from tuner.config import SearchSpec
@@ -145,6 +146,7 @@ class RoundStudy:
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
 
+        The last evaluation of a step is kept, as among the facts.
         Nothing of a per-trial objective: Optuna takes the last value that was shown of a pruned trial, which
         is how infeasible ones are told, for the trial's own, and would list a loss among the scores. Raises
         RowsChanged as `tell` does.
@@ -155,13 +157,16 @@ class RoundStudy:
         if evaluation.step not in shown_steps(planned) or not math.isfinite(evaluation.value):
             return
         with noticing():
-            frozen = self._frozen(trial)
-            self._refuse_changed(trial, frozen)
-            if evaluation.step not in frozen.intermediate_values:
-                # A handle would read the trial once more.
+            try:
+                # A handle would read the trial first.
                 self._storage.set_trial_intermediate_value(
                     self._trial_id(trial), evaluation.step, evaluation.value
                 )
+            except UpdateFinishedTrialError:
+                frozen = self._frozen(trial)
+                self._refuse_changed(trial, frozen)
+                if evaluation.step not in frozen.intermediate_values:
+                    raise
 
     def tell(self, trial: Trial, *, max_train_steps: int) -> None:
         """Tell Optuna how a trial ended. Telling it again changes nothing.
@@ -196,9 +201,9 @@ class RoundStudy:
         return self._search.sampler == "gp" and self._objective == LOSS
 
     def _tell(self, trial: Trial, max_train_steps: int) -> None:
-        handle = self._handle(trial)
         for key, value in _attributes(trial, max_train_steps).items():
-            handle.set_user_attr(key, value)
+            self._storage.set_trial_user_attr(self._trial_id(trial), key, value)
+        handle = self._handle(trial)
         is_infeasible = trial.state == TrialState.INFEASIBLE
         if trial.state != TrialState.FAILED:
             self._set_feasible(trial, handle, not is_infeasible)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 
 import torch
 
 from tuner.data import TABLE_VERSION
-from tuner.installation import version
+from tuner.installation import package_version, version
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
@@ -61,13 +59,6 @@ def environment(
     versions = {
         "tuner": version(),
         "rows": str(TABLE_VERSION),
-        **{name: _version(name) for name in (*_PACKAGES, *_KERNELS.get(kernels, ()))},
+        **{name: package_version(name) for name in (*_PACKAGES, *_KERNELS.get(kernels, ()))},
     }
     return {**computes_with, "slots": str(slots), **versions, **scores_by}
-
-
-def _version(package: str) -> str:
-    try:
-        return version_of(package)
-    except PackageNotFoundError:
-        return "not installed"

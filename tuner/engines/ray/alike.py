@@ -8,12 +8,11 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 
 from tuner.config import RoundSpec
+from tuner.installation import package_version
 
 COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages that decide a trial's losses. tuner's own code is sent along."""
@@ -33,7 +32,10 @@ class NodeFacts:
 
 def versions() -> dict[str, str]:
     """Return the versions that have to agree on all nodes."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in COMPARED_PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: package_version(name) for name in COMPARED_PACKAGES},
+    }
 
 
 def differences(facts: NodeFacts, spec: RoundSpec) -> str | None:
@@ -72,10 +74,3 @@ def module_digest(name: str) -> str:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             total.update(path.read_bytes() if path.is_file() else b"")
     return total.hexdigest()[:12]
-
-
-def _version(package: str) -> str:
-    try:
-        return version_of(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -32,7 +32,7 @@ def _decay(values: Hyperparameters) -> int:
 
 
 def _shape(values: Hyperparameters) -> str:
-    return str(values.get(DECAY_SHAPE.name, DECAY_SHAPE.default))
+    return str(DECAY_SHAPE.value(values))
 
 
 def _multiplier(updates_done: int, values: Hyperparameters, max_train_steps: int) -> float:

@@ -73,12 +73,12 @@ LORA_INIT = Hyperparameter(
 def _config(values: Hyperparameters) -> Mapping[str, Any]:
     targets = values["target_modules"]
     layers = LAYERS_TO_TRANSFORM.value(values)
-    initialisation = INITIALISATIONS[str(values.get(LORA_INIT.name, LORA_INIT.default))]
+    initialisation = INITIALISATIONS[str(LORA_INIT.value(values))]
     return {
         "r": int(LORA_R.number(values)),
         "lora_alpha": values["lora_alpha"],
         "lora_dropout": LORA_DROPOUT.number(values),
-        "use_rslora": bool(values.get(USE_RSLORA.name, USE_RSLORA.default)),
+        "use_rslora": bool(USE_RSLORA.value(values)),
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
         "layers_to_transform": list(layers) if isinstance(layers, tuple) else None,
         "init_lora_weights": initialisation.peft,
