@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.optim import optimizer
@@ -30,7 +31,7 @@ from tuner.adapters.frozen_linear import speed_up
 from tuner.adapters.placement import connect
 from tuner.records import Assignment
 from tuner.training import packed_passes, trial_run
-from tuner.training.device_updates import INFEASIBLE_AT
+from tuner.training.device_updates import BAD, RESTS_AT
 from tuner.training.trial_run import TrialRun
 from tuner.training.worker_state import WorkerState
 
@@ -79,14 +80,16 @@ def ones(tensors: Sequence[Tensor]) -> list[list[float]]:
     return [tally(1.0) if is_tally(tensor) else [1.0] * tensor.numel() for tensor in tensors]
 
 
-def tally(value: float, *, infeasible_at: int = 0) -> list[float]:
+def tally(value: float, *, rests_at: int = 0, bad: int = 0) -> list[float]:
     """Return what a trial's updates came to."""
-    return [*[value] * INFEASIBLE_AT, float(infeasible_at)]
+    made = [*[value] * RESTS_AT, float(rests_at)]
+    made[BAD] = float(bad)
+    return made
 
 
 def is_tally(tensor: Tensor) -> bool:
     """Return whether the device decided a trial's updates and counted them here."""
-    return tensor.dtype == torch.float64 and tensor.shape == (INFEASIBLE_AT + 1,)
+    return tensor.dtype == torch.float64 and tensor.shape == (RESTS_AT + 1,)
 
 
 @contextmanager
@@ -98,6 +101,8 @@ def accelerated(answer: Callable[[Sequence[Tensor]], list[list[float]]] = ones) 
         for module in (device_io, evaluation, packed_passes, trial_run):
             patch.setattr(module, "read", reads)
         patch.setattr(packed_passes, "_dropout_keys", _with_values(packed_passes._dropout_keys))
+        # bitsandbytes computes its codes on the host, of which only the size matters here.
+        patch.setattr(functional, "create_dynamic_map", lambda *_, **__: torch.zeros(256))
         # torch's fused AdamW lists the devices that have it.
         devices = [*_get_fused_kernels_supported_devices(), SECOND]
         patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: devices)

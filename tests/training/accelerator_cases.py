@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests import tiny
 from tests.accelerator import FIRST, SECOND, Crossings, accelerated, is_tally, tally, training
 from tuner.adapters.device_io import send
+from tuner.methods.optimizers.adamw import ADAMW
 from tuner.training.packed_passes import evaluate, micro_step, read_updates
 
 
@@ -130,7 +132,12 @@ def test_each_device_gets_row_data_once_a_pass(num_trials: int, joined: bool, mo
     [
         pytest.param((8, 4, 3, 2), 0.0, "adamw", 1, id="four, mixed"),
         pytest.param((4, 2), 3600.0, "adamw", 0, id="nothing to read for"),
-        pytest.param((4,), 0.0, "muon", 1, id="decided by the host"),
+        pytest.param((8, 4, 3, 2), 0.0, "adamw_8bit", 1, id="mixed, adamw_8bit"),
+        pytest.param((8, 4, 3, 2), 0.0, "lion", 1, id="mixed, lion"),
+        pytest.param((8, 4, 3, 2), 0.0, "lion_8bit", 1, id="mixed, lion_8bit"),
+        pytest.param((8, 4, 3, 2), 0.0, "muon", 1, id="mixed, muon"),
+        pytest.param((4, 2), 3600.0, "adamw_8bit", 0, id="nothing to read for, adamw_8bit"),
+        pytest.param((4,), 0.0, f"{__name__}:HOSTS", 1, id="decided by the host"),
     ],
 )
 def test_reads_a_step_of_the_slowest_trial(
@@ -151,13 +158,17 @@ def test_reads_a_step_of_the_slowest_trial(
         assert len(set(sizes)) == 1 or on.runs[len(sizes) - 1].step > 2
 
 
+HOSTS = replace(ADAMW, name="hosts", skips_on_device=False)
+"""A plug-in's whose updates the host decides."""
+
+
 def test_numbers_that_are_read_decide() -> None:
     """Losses and norms that are not finite end a trial of the host's at its third bad update."""
 
     def bad(tensors: Sequence[Tensor]) -> list[list[float]]:
         return [[float("nan")] * tensor.numel() for tensor in tensors]
 
-    with training({0: tiny.hyperparameters(batch_size=2, optimizer="muon")}, answer=bad) as on:
+    with training({0: tiny.hyperparameters(batch_size=2, optimizer=f"{__name__}:HOSTS")}, answer=bad) as on:
         for _ in range(3):
             assert on.runs[0].reason_infeasible is None
             micro_step(on.state, on.runs)
@@ -169,7 +180,7 @@ def test_a_count_that_is_read_late_decides() -> None:
 
     def third(tensors: Sequence[Tensor]) -> list[list[float]]:
         assert all(map(is_tally, tensors))
-        return [tally(0.5, infeasible_at=3)] * len(tensors)
+        return [tally(0.5, rests_at=3, bad=3)] * len(tensors)
 
     with training({0: tiny.hyperparameters(batch_size=2)}, answer=third) as on:
         on.state.read_every_seconds = 3600.0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes.optim.optimizer as bitsandbytes_optimizer
@@ -313,17 +314,21 @@ def test_one_call_updates_all_tensors_of_a_vector_and_nothing_waits(
         assert calls == wanted
 
 
-def test_operators_of_8_bit_adamw() -> None:
-    """Measured: 1.0 times AdamW's."""
-    found = {}
+@pytest.mark.parametrize("decides", ["host", "device"])
+@pytest.mark.parametrize("start", [LARGE, LARGE | START], ids=["large", "small, too"])
+def test_operators_of_8_bit_adamw(decides: str, start: dict[str, tuple[torch.Tensor, ...]]) -> None:
+    """Measured: 1.0 times AdamW's where the host decides, 1.6 to 2.9 times where the device does."""
+    found, one = {}, torch.ones(())
     for kind in ("adamw", "adamw_8bit"):
-        optimizer = TrialOptimizer(LARGE, tiny.hyperparameters(optimizer=kind), device=CPU)
+        optimizer = TrialOptimizer(start, tiny.hyperparameters(optimizer=kind), device=CPU)
         fill(optimizer, 0.5)
         step(optimizer)
-        norm = float(optimizer.gradient_norm())
-        found[kind] = operators_of(
-            lambda optimizer=optimizer, norm=norm: optimizer.step(1.0, norm=norm)
-        ).total
+        update = (
+            partial(optimizer.step, 1.0, norm=float(optimizer.gradient_norm()))
+            if decides == "host"
+            else partial(optimizer.step_on_device, 1.0, coefficient=one, skipped=torch.zeros(()))
+        )
+        found[kind] = operators_of(update).total
     assert 0 < found["adamw_8bit"] <= 3 * found["adamw"]
 
 

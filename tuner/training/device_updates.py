@@ -16,10 +16,11 @@ SUMMED = ("nll", "targets", "clipped")
 """Counters of the updates since the last evaluation."""
 COUNTERS = (*SUMMED, "bad", "rate")
 """What a checkpoint keeps of the updates; `bad` is of those in a row."""
-_TALLY = (*COUNTERS, "loss", "infeasible_at")
-NLL, TARGETS, CLIPPED, BAD, RATE, LOSS, INFEASIBLE_AT = range(len(_TALLY))
-"""Columns of a tally: the counters, the last update's train loss, and the step of the last of
-`MAX_BAD_UPDATES` bad updates in a row, 0 before."""
+_TALLY = (*COUNTERS, "loss", "skipped", "rests_at")
+NLL, TARGETS, CLIPPED, BAD, RATE, LOSS, SKIPPED, RESTS_AT = range(len(_TALLY))
+"""Columns of a tally: the counters, the last update's train loss, whether it was
+skipped, and the step after which
+nothing of the trial changes until the host has read of it, 0 before."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class HostSide:
     """0 for no clipping."""
     tally: Sequence[float]
     """Before the update; of a trial whose tally is already on the device, anything."""
+    counts_on_host: bool = False
+    """Whether its optimizer counts skipped updates, too: the trial then rests after one."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,14 @@ def is_bad_update(norm: float, nll: float) -> bool:
 
 
 def sent_rows(hosts: Sequence[HostSide]) -> np.ndarray:
-    """Return what `decided` needs of the host: float64 [4 + columns, trials]."""
+    """Return what `decided` needs of the host: float64 [5 + columns, trials]."""
     return np.array(
         [
             [host.step for host in hosts],
             [host.rate for host in hosts],
             [host.targets for host in hosts],
             [host.max_norm for host in hosts],
+            [host.counts_on_host for host in hosts],
             *zip(*(host.tally for host in hosts), strict=True),
         ],
         np.float64,
@@ -73,17 +77,19 @@ def sent_rows(hosts: Sequence[HostSide]) -> np.ndarray:
 def decided(norms: Tensor, nll: Tensor, sent: Tensor, tallies: Sequence[Tensor | None]) -> Decided:
     """Decide an update of each trial, from the gradients' norms and the updates' losses [trials].
 
-    A trial without a tally on the device begins with the one in `sent`. After its last bad update, nothing of
-    a trial changes any more: whoever reads its tally later finds what it was.
+    A trial without a tally on the device begins with the one in `sent`. A trial rests after the last of
+    `MAX_BAD_UPDATES` in a row, and after any that is skipped if its optimizer counts on the host: nothing of
+    it changes any more, and whoever reads its tally later finds what it was.
     """
-    step, rate, targets, max_norm = sent[:4]
-    before = torch.stack([sent[4:, n] if tally is None else tally for n, tally in enumerate(tallies)])
+    step, rate, targets, max_norm, counts_on_host = sent[:5]
+    before = torch.stack([sent[5:, n] if tally is None else tally for n, tally in enumerate(tallies)])
     norm, nll = norms.double(), nll.double()
     is_finite = norm.isfinite()
     is_clipped = is_finite & (max_norm > 0) & (norm > max_norm)
     coefficients = torch.where(is_clipped, max_norm / (norm + 1e-6), 1.0)  # as torch's clip_grad_norm_
     is_bad = is_finite.logical_not() | ((norm == 0) & (nll > 0))
     bad = torch.where(is_bad, before[:, BAD] + 1, 0.0)
+    rests = (bad >= MAX_BAD_UPDATES) | (is_finite.logical_not() & (counts_on_host > 0))
     after = torch.stack(
         [
             before[:, NLL] + nll,
@@ -92,13 +98,14 @@ def decided(norms: Tensor, nll: Tensor, sent: Tensor, tallies: Sequence[Tensor |
             bad,
             rate,
             nll / targets.clamp(min=1),
-            torch.where(bad >= MAX_BAD_UPDATES, step, 0.0),
+            is_finite.logical_not(),
+            torch.where(rests, step, 0.0),
         ],
         dim=1,
     )
-    is_over = before[:, INFEASIBLE_AT] > 0
+    is_resting = before[:, RESTS_AT] > 0
     return Decided(
-        torch.where(is_over[:, None], before, after),
+        torch.where(is_resting[:, None], before, after),
         coefficients.float(),
-        (is_finite.logical_not() | is_over).float(),
+        (is_finite.logical_not() | is_resting).float(),
     )

@@ -78,7 +78,7 @@ class TrialOptimizer:
             if method.is_elementwise:
                 self._owners |= dict.fromkeys(parameters, of_part[0])
         self._optimizer = method.build(groups, hyperparameters)
-        self._skips_on_device = method.skips_on_device
+        self._skips_on_device, self.counts_on_host = method.skips_on_device, method.counts_on_host
         self.decides_on_device = (
             method.skips_on_device and device.type != "cpu" and set(devices.values()) == {device}
         )
@@ -137,6 +137,12 @@ class TrialOptimizer:
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own, for loss scaling
         self._optimizer.step()
         self._optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def count_back(self, updates: int) -> None:
+        """Take back that updates which the device skipped were counted, by an optimizer that counts them."""
+        if self.counts_on_host:
+            for state in self._optimizer.state.values():
+                state["step"] -= updates
 
     def rate(self, multiplier: float) -> float:
         """Return `multiplier` times the trial's rate."""
@@ -216,6 +222,7 @@ class TrialOptimizer:
 
         before, one = kept(), self._flat_gradients[0].new_ones(())
         self.step_on_device(1.0, coefficient=one, skipped=one)
+        self.count_back(1)
         changed = [name for name, value in kept().items() if not _is_same(value, before.get(name))]
         return f"skips_on_device=True, and found_inf = 1 changes {', '.join(changed)}" if changed else None
 

@@ -20,10 +20,12 @@ from tuner.playbook.schedule import evaluation_steps, inherited_evaluations, mul
 from tuner.records import Assignment, Checkpoint, CheckpointKind, Evaluation
 from tuner.training.checkpoints import Snapshot, Weights, publish_best, publish_snapshot
 from tuner.training.device_updates import (
+    BAD,
     COUNTERS,
-    INFEASIBLE_AT,
     LOSS,
     MAX_BAD_UPDATES,
+    RESTS_AT,
+    SKIPPED,
     SUMMED,
     Decided,
     HostSide,
@@ -241,7 +243,8 @@ class TrialRun:
             rate=self.optimizer.rate(self._multiplier()),
             targets=self._update_targets,
             max_norm=self.optimizer.max_norm,
-            tally=(*self._counters.values(), 0.0, 0.0),
+            tally=(*self._counters.values(), 0.0, 0.0, 0.0),
+            counts_on_host=self.optimizer.counts_on_host,
         )
 
     def take_update(self, decided: Decided, number: int) -> None:
@@ -256,15 +259,18 @@ class TrialRun:
     def read_tally(self, tally: Sequence[float]) -> None:
         """Count the values of `unread_tally`.
 
-        A trial that has become infeasible goes back to the step of its last bad update.
+        A trial that rests on the device goes back to the step at which that began. It is infeasible, or goes
+        on from there.
         """
         self.unread_tally = None
         self._counters.update(zip(COUNTERS, tally, strict=False))
         self.train_loss = tally[LOSS]
-        if tally[INFEASIBLE_AT]:
-            self.step = int(tally[INFEASIBLE_AT])
+        if rests_at := int(tally[RESTS_AT]):
+            self.optimizer.count_back(self.step - rests_at + int(tally[SKIPPED]))
+            self.step = rests_at
             self.micro_batches.clear()
-            self._end_by_bad_updates()
+            if tally[BAD] >= MAX_BAD_UPDATES:
+                self._end_by_bad_updates()
         self.loss_step = self.step
 
     def _multiplier(self) -> float:

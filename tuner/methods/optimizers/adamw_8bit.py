@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam
+from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam, unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class _Stretch:
     """[elements], the zeros included."""
     state: dict[str, Any]
     """As bitsandbytes' state of one tensor."""
+    moments: Tensor
+    """The memory of all that an update changes in the state."""
     views: list[Tensor]
     """`state1` of each parameter."""
 
@@ -51,11 +54,12 @@ def without_waiting(library: type) -> type:
     import torch
 
     class Flat(library):  # type: ignore[misc]
+        found_inf: Tensor | None = None
         _stretches: list[_Stretch] = []  # noqa: RUF012
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:
-            """Update all parameters, which have gradients."""
+            """Update all parameters, which have gradients, unless `found_inf` is 1; steps count anyway."""
             assert closure is None
             if not self._stretches or any(map(self._is_replaced, self._stretches)):
                 self._stretches = [
@@ -63,11 +67,13 @@ def without_waiting(library: type) -> type:
                     for number, group in enumerate(self.param_groups)
                     for part in _adjacent(group["params"], self.args.min_8bit_size)
                 ]
-            for stretch in self._stretches:
-                stretch.state["step"] += 1
-                for parameter in stretch.parameters:
-                    self.state[parameter]["step"] = stretch.state["step"]
-                _update(self.optimizer_name, stretch)
+            changed = [part for stretch in self._stretches for part in (stretch.weights, stretch.moments)]
+            with unchanged_if(self.found_inf, changed):
+                for stretch in self._stretches:
+                    stretch.state["step"] = self.state[stretch.parameters[0]]["step"] + 1
+                    for parameter in stretch.parameters:
+                        self.state[parameter]["step"] = stretch.state["step"]
+                    _update(self.optimizer_name, stretch)
 
         def _is_replaced(self, stretch: _Stretch) -> bool:
             """Return whether a checkpoint's state has taken the place of views."""
@@ -83,31 +89,45 @@ def _laid(optimizer: Any, number: int, parameters: list[Tensor]) -> _Stretch:
     assert first.grad is not None and first.is_contiguous()  # noqa: PT018
     starts = [int(parameter.storage_offset() - first.storage_offset()) for parameter in parameters]
     size = starts[-1] + parameters[-1].numel()
-    state: dict[str, Any] = {}
+    for parameter in parameters:
+        if not optimizer.state[parameter]:
+            optimizer.init_state(group, parameter, number, 0)
+    moments, laid = _memory(size, optimizer.state[first])
+    state: dict[str, Any] = {**optimizer.state[first], **laid}
     for parameter, start in zip(parameters, starts, strict=True):
         own = optimizer.state[parameter]
-        if not own:
-            optimizer.init_state(group, parameter, number, 0)
-        for key, value in own.items():
-            if key not in _ELEMENTS_A_VALUE:
-                state[key] = value
-                continue
-            elements = _ELEMENTS_A_VALUE[key]
-            if key not in state:
-                state[key] = value.new_full((-(-size // elements),), _zero(key, own))
-            begin = start // elements
-            own[key] = state[key][begin : begin + value.numel()].view(value.shape).copy_(value)
+        for key, whole in laid.items():
+            begin = start // _ELEMENTS_A_VALUE[key]
+            own[key] = whole[begin : begin + own[key].numel()].view(own[key].shape).copy_(own[key])
     weights, gradients = (
         part.as_strided((size,), (1,), part.storage_offset()) for part in (first.data, first.grad)
     )
     views = [optimizer.state[parameter]["state1"] for parameter in parameters]
-    return _Stretch(group, parameters, weights, gradients, state, views)
+    return _Stretch(group, parameters, weights, gradients, state, moments, views)
 
 
-def _zero(key: str, own: dict[str, Any]) -> int:
-    """Return what stands for 0 between tensors: of a code, the place of the lowest number of its map."""
+def _memory(size: int, own: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return one memory for the moments of a stretch, all of them zero, and its parts by key of the state."""
+    import torch
+
+    wanted = {key: -(-size // elements) for key, elements in _ELEMENTS_A_VALUE.items() if key in own}
+    keys = sorted(wanted, key=lambda key: -own[key].element_size())  # so that each part is aligned
+    ends = list(accumulate(wanted[key] * own[key].element_size() for key in keys))
+    memory = own[keys[0]].new_zeros(ends[-1], dtype=torch.uint8)
+    parts = {
+        key: memory[start:end].view(own[key].dtype).copy_(_zero(key, own))
+        for key, start, end in zip(keys, [0, *ends], ends, strict=False)
+    }
+    return memory, parts
+
+
+def _zero(key: str, own: dict[str, Any]) -> Tensor:
+    """Return what stands for 0 between tensors: of a code, the place of the lowest number of its map.
+
+    It stays on the device, which is not waited for.
+    """
     is_code = str(own[key].dtype) == "torch.uint8"
-    return int(own[f"qmap{key[-1]}"].abs().argmin()) if is_code else 0
+    return own[f"qmap{key[-1]}"].abs().argmin() if is_code else own[key].new_zeros(())  # type: ignore[no-any-return]
 
 
 def _update(optimizer_name: str, stretch: _Stretch) -> None:
@@ -183,6 +203,8 @@ ADAMW_8BIT = Optimizer(
     block_elements=BLOCK_ELEMENTS,
     build=_build,
     amplifies_rounding=True,
+    skips_on_device=True,
+    counts_on_host=True,
     trainer_arguments=trainer_adam("adamw_8bit"),
     aliases=("adamw_bnb_8bit", "paged_adamw_8bit", "adam_8bit", "adam8bit", "adamw8bit"),
 )

@@ -58,6 +58,8 @@ LION = Optimizer(
     build=_build,
     is_elementwise=True,
     amplifies_rounding=True,
+    skips_on_device=True,
+    counts_on_host=True,
     trainer_arguments=lambda values: trainer_lion("lion_32bit", values),
     aliases=("lion_32bit", "lion_pytorch", "paged_lion_32bit"),
 )

@@ -27,6 +27,8 @@ LION_8BIT = Optimizer(
     block_elements=BLOCK_ELEMENTS,
     build=_build,
     amplifies_rounding=True,
+    skips_on_device=True,
+    counts_on_host=True,
     trainer_arguments=lambda values: trainer_lion("lion_8bit", values),
     aliases=("lion8bit", "paged_lion_8bit"),
 )

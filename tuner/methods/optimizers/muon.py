@@ -8,11 +8,12 @@ LLM Training" (arXiv:2502.16982).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Number, OneOf
-from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments
+from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments, unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
     def is_of_matrices(group: dict[str, Any]) -> bool:
         return all(parameter.dim() == 2 for parameter in group["params"])
 
-    muon = torch.optim.Muon(
+    muon = _skipping(torch.optim.Muon)(
         list(filter(is_of_matrices, groups)),
         momentum=MUON_MOMENTUM.number(values),
         nesterov=bool(MUON_NESTEROV.value(values)),
@@ -51,6 +52,29 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
     if not others:
         return muon
     return _together(muon, torch.optim.AdamW(others, fused=True, **adam_arguments(values)))
+
+
+@cache
+def _skipping(library: type) -> type:
+    """Return torch's Muon, whose step changes nothing if `found_inf` is 1."""
+    import torch
+
+    class Skipping(library):  # type: ignore[misc]
+        found_inf: torch.Tensor | None = None
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            """Update all parameters, which have gradients."""
+            assert closure is None
+            weights = [parameter for group in self.param_groups for parameter in group["params"]]
+            for weight in weights:
+                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight.grad))
+            with unchanged_if(
+                self.found_inf, [*weights, *(self.state[each]["momentum_buffer"] for each in weights)]
+            ):
+                super().step()
+
+    return Skipping
 
 
 def _together(*parts: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -66,6 +90,7 @@ def _together(*parts: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
         def step(self, closure: Any = None) -> Any:
             for part in parts:
+                part.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
                 part.step()
 
     return Together()
@@ -77,4 +102,5 @@ MUON = Optimizer(
     state_bytes=4,
     build=_build,
     amplifies_rounding=True,
+    skips_on_device=True,
 )
