@@ -297,8 +297,8 @@ def _base_of_checkpoint(finished: Finished, export: Export) -> str | None:
     found = f"the checkpoint of {finished.name} is not a PEFT adapter (it has no adapter_config.json)"
     if (export.push or export.gguf) and not is_model:
         raise InputError(
-            f"--{'push' if export.push else 'gguf'}: {found} and not a transformers model (it has no config.json): "
-            "export it as it is, and use the tool that trained it"
+            f"--{'push' if export.push else 'gguf'}: {found} and not a transformers model (it has no "
+            "config.json): export it as it is, and use the tool that trained it"
         )
     if export.merge and not export.gguf:
         raise InputError(f"--merge: {found}: leave --merge out to copy it as it is")

@@ -18,9 +18,8 @@ COUNTERS = (*SUMMED, "bad", "rate")
 """What a checkpoint keeps of the updates; `bad` is of those in a row."""
 _TALLY = (*COUNTERS, "loss", "skipped", "rests_at")
 NLL, TARGETS, CLIPPED, BAD, RATE, LOSS, SKIPPED, RESTS_AT = range(len(_TALLY))
-"""Columns of a tally: the counters, the last update's train loss, whether it was
-skipped, and the step after which
-nothing of the trial changes until the host has read of it, 0 before."""
+"""Columns of a tally: the counters, the last update's train loss, whether it was skipped, and the step after
+which nothing of the trial changes until the host has read of it, 0 before."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Optimizer:
     """Whether `step` leaves weights and state alone while the optimizer's attribute `found_inf` is a tensor
     of value 1, as torch's fused ones do. On a GPU the host then need not wait for the gradient's norm."""
     counts_on_host: bool = False
-    """With `skips_on_device`: whether skipped updates count, too, in a whole number `step` of its state. After
+    """With `skips_on_device`: whether skipped updates count in a whole number `step` of its state, too. After
     a skipped update, a trial then rests until the host has read of it and has counted back."""
     trainer_arguments: Callable[[Hyperparameters], Mapping[str, Any]] | None = None
     """Returns the equivalent arguments of `transformers.TrainingArguments`; None if there are none."""

@@ -41,7 +41,7 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
     def is_of_matrices(group: dict[str, Any]) -> bool:
         return all(parameter.dim() == 2 for parameter in group["params"])
 
-    muon = _skipping(torch.optim.Muon)(
+    muon: torch.optim.Optimizer = _skipping(torch.optim.Muon)(
         list(filter(is_of_matrices, groups)),
         momentum=MUON_MOMENTUM.number(values),
         nesterov=bool(MUON_NESTEROV.value(values)),
