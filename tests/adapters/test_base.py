@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     Cohere2MoeConfig,
+    GPT2Config,
     GraniteConfig,
     LlavaConfig,
     MambaConfig,
@@ -223,6 +224,26 @@ def test_layers_that_run_again_have_no_dropout_of_their_own(tmp_path: Path) -> N
     for one, other in zip(found(), kept, strict=True):
         assert torch.equal(one, other)
         assert one.any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_layers_that_are_computed_again_keep_no_random_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    """Reading it waits for a GPU, layer by layer. No base needs it: its own dropout is off."""
+    made = GPT2Config(
+        vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=dropout, embd_pdrop=dropout
+    )
+    base = load_base(tiny.model_spec(tiny.save_model(tmp_path, made)), device="cpu", max_length=8)
+    assert base.keep_fewer_activations()
+    first, ids = base.model.get_input_embeddings().weight.requires_grad_(), torch.arange(16).view(2, 8) * 3
+    before, asked = torch.get_rng_state(), []
+    own = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: (asked.append(1), own())[1])
+    base.token_nll(ids, torch.tensor([0, 1]), torch.tensor([3, 5])).sum().backward()
+    assert not asked
+    assert first.grad is not None
+    assert torch.equal(own(), before)
 
 
 @pytest.mark.parametrize("chosen", [False, True])

@@ -158,6 +158,28 @@ def test_reads_a_step_of_the_slowest_trial(
         assert len(set(sizes)) == 1 or on.runs[len(sizes) - 1].step > 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_what_a_micro_step_sends(optimizer: str) -> None:
+    """One copy for the rows of a pass and what belongs to them, one for all updates that it completes."""
+    trials = {
+        n: tiny.hyperparameters(training_seed=n, batch_size=size, optimizer=optimizer, lora_dropout=0.05)
+        for n, size in enumerate((6, 3))
+    }
+    seen = set()
+    with training(trials, micro_tokens=30) as on:
+        on.state.read_every_seconds, on.state.read_at = 3600.0, time.monotonic()
+        while on.runs[0].step < 1:  # the first updates make the moments
+            micro_step(on.state, on.runs)
+        while on.runs[0].step < 3:
+            steps = [run.step for run in on.runs.values()]
+            with Crossings() as crossings:
+                micro_step(on.state, on.runs)
+            is_update = steps != [run.step for run in on.runs.values()]
+            assert crossings.counted == {("cpu", FIRST): 1 + is_update}
+            seen.add(is_update)
+    assert seen == {False, True}
+
+
 HOSTS = replace(ADAMW, name="hosts", skips_on_device=False)
 """A plug-in's whose updates the host decides."""
 

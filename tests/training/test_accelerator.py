@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CASES = [Path(__file__).with_name(name) for name in ("accelerator_cases.py", "spread_cases.py")]
-NUM_CASES = 36
+NUM_CASES = 38
 
 
 def test_on_devices_that_are_not_there() -> None:

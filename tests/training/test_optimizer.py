@@ -206,7 +206,7 @@ def test_a_custom_optimizer_that_cannot_work_is_named_before_any_trial(
     path = f"{__name__}:DESCRIBED"
     registry._found.cache_clear()
     with pytest.raises(InputError, match=f"^optimizer {path}: .*{message}"):
-        refuse_bad_optimizer(tiny.hyperparameters(optimizer=path), device=CPU)
+        refuse_bad_optimizer(tiny.hyperparameters(optimizer=path), devices=[CPU])
 
 
 class _Estimates(torch.optim.Optimizer):
@@ -246,7 +246,7 @@ SAYS_IT_SKIPS = replace(ESTIMATES, skips_on_device=True)
 @pytest.mark.parametrize("updates", [0, 1, 2, 3])
 def test_what_an_optimizer_keeps_in_its_groups_is_resumed(updates: int, tmp_path: Path) -> None:
     trial = tiny.hyperparameters(optimizer=f"{__name__}:ESTIMATES")
-    refuse_bad_optimizer(trial, device=CPU)
+    refuse_bad_optimizer(trial, devices=[CPU])
     one = TrialOptimizer(START, trial, device=CPU)
     for value in (0.5, -0.2, 0.7)[:updates]:
         fill(one, value)
@@ -274,7 +274,7 @@ def test_tuners_own_keep_nothing_in_their_groups(kind: str) -> None:
 @pytest.mark.parametrize("name", registry.BUILT_IN["optimizer"])
 def test_what_is_asked_of_a_custom_optimizer_holds_of_each_built_in(name: str) -> None:
     chosen = tiny.hyperparameters(optimizer=name)
-    refuse_bad_optimizer(chosen, device=CPU)
+    refuse_bad_optimizer(chosen, devices=[CPU])
     assert chosen == tiny.hyperparameters(optimizer=name), "what it tries leaves the trial as it is"
 
 
@@ -283,7 +283,26 @@ def test_an_optimizer_that_does_not_skip_says_so() -> None:
     with pytest.raises(
         InputError, match=r"skips_on_device=True, and found_inf = 1 changes layer\.0, layer\.1"
     ):
-        refuse_bad_optimizer(trial, device=CPU)
+        refuse_bad_optimizer(trial, devices=[CPU])
+
+
+class _OneVector(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (weights,) = group["params"]
+            weights.data.sub_(weights.grad, alpha=group["lr"])
+
+
+ONE_VECTOR = replace(ESTIMATES, build=lambda groups, values: _OneVector(groups))
+
+
+def test_a_custom_optimizer_is_tried_on_as_many_devices_as_a_worker_has() -> None:
+    """Each device has a vector of each part."""
+    trial = tiny.hyperparameters(optimizer=f"{__name__}:ONE_VECTOR")
+    refuse_bad_optimizer(trial, devices=[CPU])
+    with pytest.raises(InputError, match=r"raised ValueError: too many values to unpack"):
+        refuse_bad_optimizer(trial, devices=[CPU, torch.device("cpu", 0)])
+    refuse_bad_optimizer(tiny.hyperparameters(), devices=[CPU, torch.device("cpu", 0)])
 
 
 LARGE = {f"layer.{n}": (torch.randn(16, 300 + n), torch.randn(290 + 7 * n, 16)) for n in range(6)}

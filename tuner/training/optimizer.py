@@ -211,7 +211,7 @@ class TrialOptimizer:
 
     def does_not_skip(self) -> str | None:
         """Return what an optimizer with `skips_on_device` changes in an update that it is to skip."""
-        if not self._skips_on_device:
+        if not self._skips_on_device or self._order_of_norms is not None:  # then the host decides
             return None
 
         def kept() -> dict[str, Tensor]:
@@ -244,15 +244,16 @@ class TrialOptimizer:
         return list(found.values())
 
 
-def refuse_bad_optimizer(trial: Hyperparameters, *, device: torch.device) -> None:
+def refuse_bad_optimizer(trial: Hyperparameters, *, devices: Sequence[torch.device]) -> None:
     """Build a custom optimizer, update small weights once, and take its state through a checkpoint.
 
-    Raises InputError for what would otherwise fail in every trial.
+    Each of the worker's devices has a layer. Raises InputError for what would otherwise fail in every trial.
     """
     name = str(HYPERPARAMETERS["optimizer"].value(trial))
     weights = (torch.full((2, 4), 0.1), torch.full((4, 2), 0.1), torch.full((4,), 0.1))
     try:
-        tried = TrialOptimizer({"layer": weights}, trial, device=device)
+        places = {f"layer{number or ''}": device for number, device in enumerate(devices)}
+        tried = TrialOptimizer(dict.fromkeys(places, weights), trial, device=devices[0], places=places)
         if (mistake := tried.mistake()) is None:
             for gradient in tried._flat_gradients:
                 gradient.fill_(1e-3)

@@ -140,7 +140,7 @@ def arrange(
     for kind, name in named(spec.hyperparameters):
         if kind == "optimizer":
             for trial in corners(spec.space(), {kind: name}):
-                refuse_bad_optimizer(trial, device=device)
+                refuse_bad_optimizer(trial, devices=[device, *others])
     if spec.trains_alone:
         _log.info("slots: %s: %s", slots, spec.trains_alone)
         slots = 1
