@@ -71,6 +71,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("study report", "study promote --to round2"),
         ("study clean", "study clean --yes"),
         ("study clean --yes", "study status"),
+        ("study clean", "study status"),
         ("trial list", "trial show best"),
         ("trial show best", "trial generate round1/"),
         ("study promote --to round2 --max-train-steps 16", "study run round2.yaml"),

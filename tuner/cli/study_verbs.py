@@ -550,8 +550,8 @@ def clean(
     """
     from tuner.api.clean import clean_study
 
-    clean_study(_folder(), delete=yes, tell=typer.echo)
-    _next("tuner study status" if yes else "tuner study clean --yes")
+    freed = clean_study(_folder(), delete=yes, tell=typer.echo)
+    _next("tuner study clean --yes" if freed and not yes else "tuner study status")
 
 
 def _folder() -> StudyFolder:
