@@ -248,6 +248,7 @@ def test_what_is_not_there_is_said_alike_before_and_after_importing(
         ("no.such.module:f", "no.such.module:f: there is no module no; write"),
         ("trap_of_metrics.gone:f", "there is no module trap_of_metrics.gone"),
         ("trap_of_metrics.inner:g", "trap_of_metrics.inner has no function g; it has f"),
+        ("only_files:f", "only_files is a folder without .*__init__.py; name one of its modules, as in only"),
     ],
 )
 def test_a_module_is_found_without_importing_its_packages(
@@ -259,6 +260,7 @@ def test_a_module_is_found_without_importing_its_packages(
         (tmp_path / "trap_of_metrics" / file).write_text(
             "def f(a, b): return 1\nraise SystemExit('imported')\n"
         )
+    (tmp_path / "only_files").mkdir()
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "zeros.py").write_bytes(b"\0" * 9)
     with pytest.raises(MetricError, match=what):
