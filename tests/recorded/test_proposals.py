@@ -32,6 +32,8 @@ from tuner.records import (
 )
 from tuner.study.sampling import RoundStudy
 
+ROUNDED_OTHERWISE = Path(__file__).with_name("proposals_rounded_otherwise.json")
+"""What two rounds of `gp` are proposed where rounding decides between nearly equal points."""
 RECORDED = Path(__file__).parent / "proposals.json"
 HORIZON = 30
 ANSWERS = Objective("answers", Direction.MAXIMIZE, "trial", is_relative_to_gained=True)
@@ -194,11 +196,20 @@ def test_what_a_round_is_proposed_is_what_it_was(case: str) -> None:
     if not case.startswith("gp"):
         assert found == recorded
         return
-    for point, before in zip(found, recorded, strict=True):  # torch rounds by the machine
-        assert set(point) == set(before)
-        for name, value in before.items():
-            is_number = isinstance(value, float)
-            assert point[name] == (pytest.approx(value, rel=1e-4) if is_number else value), name
+    # torch rounds by the machine, and Optuna optimises one by one where greenlet is not installed
+    otherwise = json.loads(ROUNDED_OTHERWISE.read_text()).get(case, recorded)
+    assert _close(recorded) == found or _close(otherwise) == found
+
+
+def _close(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return points that equal others whose real numbers differ by rounding."""
+    return [
+        {
+            name: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            for name, value in point.items()
+        }
+        for point in points
+    ]
 
 
 def test_every_recorded_round_is_compared() -> None:
