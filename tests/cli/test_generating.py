@@ -276,7 +276,7 @@ def test_a_token_that_the_embedding_lacks(
         (["--prompt", "a", "--base", "--compare"], "pass at most one of --base"),
         (["--prompt", "a", "--top-k", "5"], "pass a --temperature above 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: expects a probability"),
-        (["--prompt", "a", "--temperature", "-1"], "greater than or equal to 0"),
+        (["--prompt", "a", "--temperature", "-1"], "expects at least 0, got -1"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -107,7 +107,7 @@ def test_reproduce_and_export(ran: Path) -> None:
     for option in ("--push", "--gguf"):
         said = tuner(ran, "trial", "export", "best", "--to", "x", option, "a/b", code=2)
         assert f"{option}: the checkpoint of round1/" in said
-        assert "no model of transformers (no config.json)" in said
+        assert "not a transformers model (it has no config.json)" in said
     assert "--license: " in tuner(ran, "trial", "export", "best", "--to", "x", "--license", "mit", code=2)
     assert not (ran / "merged").exists()
 
