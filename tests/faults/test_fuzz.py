@@ -21,7 +21,8 @@ import pytest
 from tests.faults.mutations import mutated_bytes, mutated_round, mutated_rows
 from tests.studies import QUICKSTART, tuner, write_round
 
-MOST_SECONDS = 2.0
+MOST_SECONDS, MOST_SECONDS_TRACED = 2.0, 8.0
+"""Of CPU; coverage makes each line of Python several times as long."""
 """Of this process's own time: a machine that does other work makes it no slower."""
 MOST_BYTES = 200_000_000
 
@@ -71,7 +72,8 @@ def ends(folder: Path, damage: Damage, seeds: range, *, verb: str = "check") -> 
         with written_elsewhere(folder) as elsewhere:
             done = tuner("study", verb, "round1.yaml", directory=folder)
         where = f"seed {seed}: {done.stderr[-2000:]}"
-        assert time.process_time() - begun < MOST_SECONDS, where
+        took = time.process_time() - begun
+        assert took < (MOST_SECONDS if sys.gettrace() is None else MOST_SECONDS_TRACED), where
         assert _memory("VmHWM") - before < MOST_BYTES, where
         assert done.returncode in (0, 2), where
         assert "Traceback" not in done.stderr, where
