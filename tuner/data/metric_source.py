@@ -61,9 +61,7 @@ def _source_of_module(name: str, *, shown: str) -> Path | None:
             if at + 1 < len(parts) and ("__path__" in text or "sys.modules" in text):
                 return None
     if spec is not None and spec.origin is None and spec.submodule_search_locations is not None:
-        said = (
-            f"{name} is a folder without an __init__.py; name one of its modules, as in {name}.MODULE"
-        )
+        said = f"{name} is a folder without an __init__.py; name one of its modules, as in {name}.MODULE"
         raise MetricError(f"{METRIC_KEY}: {shown}: {said}; {ADVICE}")
     found = Path((spec and spec.origin) or "")
     return found if found.suffix == ".py" and found.is_file() else None
