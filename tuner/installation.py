@@ -146,7 +146,7 @@ def install_command(extra: str) -> str:
 
 
 def package_version(package: str) -> str:
-    """The version of an installed package, or `not installed`."""
+    """Return the version of an installed package, or `not installed`."""
     try:
         return version_of(package)
     except PackageNotFoundError:
@@ -154,7 +154,7 @@ def package_version(package: str) -> str:
 
 
 def lacks(package: str, *, extra: str, is_installed: bool, has_gpu: bool) -> str | None:
-    """What an optional package that computes on GPUs lacks here, and what to do; None if nothing."""
+    """Return what an optional package that computes on GPUs lacks here, and what to do; None if nothing."""
     if not is_installed:
         return f"the package {package} is not installed; {install_command(extra)}"
     return None if has_gpu else "it needs a CUDA GPU, and torch finds none; see tuner doctor"

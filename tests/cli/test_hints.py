@@ -67,7 +67,7 @@ def test_a_wrong_option_says_what_was_read_and_what_was_meant(
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("study run db", "db is no text file; name a round file, such as round1.yaml"),
+        ("study run db", "db is not a text file; name a round file, such as round1.yaml"),
         ("study run empty", "empty is a directory; it has no round file"),
         ("study run full", "full is a directory; name the round file in it, such as full/mine.yaml"),
         ("study report full nowhere", "there is no folder nowhere"),

@@ -341,7 +341,9 @@ def _continued_remarks(plan: StudyPlan) -> Iterator[str]:
         return
     with opened(folder) as store:
         known = {
-            f"{each.name}/{trial.number}" for each in store.rounds() for trial in store.trials(each.name)
+            f"{each.name}/{trial.number}"
+            for each in store.rounds()
+            for trial in store.trials(each.name, examples=False)
         }
     for name in named:
         if name not in known:

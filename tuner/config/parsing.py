@@ -184,7 +184,7 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if b"\0" in error.object[: error.end]:
-            raise InputError(f"{path} is no text file; name a round file, such as round1.yaml") from None
+            raise InputError(f"{path} is not a text file; name a round file, such as round1.yaml") from None
         line = error.object.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text: byte {error.object[error.start]:#04x}; save the file as UTF-8"
         raise RoundFileError(path, [Mistake(line, "", message)]) from None

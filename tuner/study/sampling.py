@@ -146,10 +146,9 @@ class RoundStudy:
     def report(self, trial: Trial, evaluation: Evaluation, planned: Sequence[int]) -> None:
         """Show Optuna an evaluation of a running trial, unless it is one too many or not finite.
 
-        The last evaluation of a step is kept, as among the facts.
-        Nothing of a per-trial objective: Optuna takes the last value that was shown of a pruned trial, which
-        is how infeasible ones are told, for the trial's own, and would list a loss among the scores. Raises
-        RowsChanged as `tell` does.
+        The last evaluation of a step is kept, as among the facts. Nothing of a per-trial objective: Optuna
+        takes the last value that was shown of a pruned trial, which is how infeasible ones are told, for the
+        trial's own, and would list a loss among the scores. Raises RowsChanged as `tell` does.
         """
         assert trial.optuna_trial is not None
         if self._objective.per == "trial":
