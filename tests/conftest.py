@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
 from sqlalchemy import create_engine, make_url, text
 
 from tests import forked_workers
@@ -18,6 +19,9 @@ from tests import forked_workers
 # The same examples in every run: a change is judged by itself. `--hypothesis-profile default` draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+# Hypothesis also draws constants from all modules loaded so far, which depends on the tests that ran before.
+assert callable(providers._get_local_constants)
+providers._get_local_constants = providers.Constants
 
 TESTS = Path(__file__).parent
 COVERING = frozenset({"playbook", "config", "store", "study", "cli"})

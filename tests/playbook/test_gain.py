@@ -282,3 +282,10 @@ def test_nothing_is_relative_to_a_loss_of_nothing(loss):
     assert seed_spread(trials) is None
     halves = trial_of(0, [3.0, loss, loss], steps=[0, 50, 100])
     assert gain_of(round_of(halves)) is None
+
+
+def test_a_loss_that_explodes_is_a_finite_loss_of_gain():
+    trial = trial_of(0, [1.0, 0.5, 1e99], steps=[0, 18, 22])
+    gain = gain_of(round_of(trial, max_train_steps=22))
+    assert math.isfinite(gain.relative)
+    assert gain.relative < -1e99

@@ -201,6 +201,8 @@ def _replaces(fact: Fact) -> object:
             return ("environment", fact.round, fact.trial, fact.attempt)
         case TrialNoted():
             return ("note", fact.round, fact.trial)
+        case Answered():
+            return ("answers", fact.round, fact.trial)
         case BranchAdvanced(round=name, branch=branch):
             return ("branch", name, branch.trial, branch.max_train_steps)
         case Measured():

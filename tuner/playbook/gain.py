@@ -32,6 +32,8 @@ CLOSE_TO_HALF = 1.25
 
 _ALMOST_ALL = 1 - 1e-9
 """Keeps the logarithm finite if a loss falls to nothing."""
+_MOST_RISE = 700.0
+"""Keeps the exponential finite if a loss explodes; a float ends at exp(709)."""
 
 
 class GainSource(StrEnum):
@@ -91,7 +93,7 @@ class Gain:
         return self.relative if self.is_linear else -math.log1p(-min(self.relative, _ALMOST_ALL))
 
     def _relative(self, drop: float) -> float:
-        return drop if self.is_linear else -math.expm1(-drop)
+        return drop if self.is_linear else _share_lost(drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +298,7 @@ def _from_points(
     last = _last_doubling_share(math.log2(whole.horizon / half.horizon))
     drop, is_linear = last * scale.drop(half.cost, whole.cost), scale.gained is not None
     return Gain(
-        relative=drop if is_linear else -math.expm1(-drop),
+        relative=drop if is_linear else _share_lost(drop),
         standard_error=None if error is None else scale.share(last * error, of=half.cost),
         source=half.source,
         trial=trial.number,
@@ -305,6 +307,11 @@ def _from_points(
         ratio=_ratio_of_doublings(finite, half, whole, scale),
         is_linear=is_linear,
     )
+
+
+def _share_lost(drop: float) -> float:
+    """Return the share of a loss that a fall of its logarithm takes away; negative for a rise."""
+    return -math.expm1(min(-drop, _MOST_RISE))
 
 
 def _error(trial: Trial, half: _Point, whole: _Point) -> float | None:
