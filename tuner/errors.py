@@ -51,6 +51,13 @@ class RoundFileError(InputError):
         self.mistakes = tuple(mistakes)
         super().__init__("\n".join(self._line(mistake) for mistake in self.mistakes))
 
+    @property
+    def brief(self) -> str:
+        """The first mistake, and how many more there are."""
+        more = len(self.mistakes) - 1
+        others = f" (and {more} more: tuner study check {self.path.name})" if more else ""
+        return f"{self._line(self.mistakes[0])}{others}"
+
     def _line(self, mistake: Mistake) -> str:
         place = self.path.name if mistake.line is None else f"{self.path.name}:{mistake.line}"
         return f"{place}: {mistake.key}: {mistake.message}" if mistake.key else f"{place}: {mistake.message}"

@@ -21,6 +21,7 @@ from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Integer, Number, OneOf
 from tuner.methods.plug_ins import PlugIn
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.records import Condition
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "your-own-method.md"
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -147,6 +148,32 @@ def test_an_entry_names_hyperparameters_of_a_plug_in(
     refused = nullcontext() if message is None else pytest.raises(RoundFileError, match=message)
     with refused:
         with_plug_ins(load_round(path))
+
+
+def test_whose_hyperparameter_it_is_is_not_guessed_before_plug_ins_of_several_kinds_are_imported(
+    site: Path, study: Path
+) -> None:
+    path = study / "round1.yaml"
+    text = path.read_text().replace("schedule: power", "schedule: [power, constant]")
+    entry = "{optimizer: adamw, schedule: power, decay_power: 1.5}"
+    path.write_text(text.replace("enqueue: []", f"enqueue: [{entry}]"))
+    found = with_plug_ins(load_round(path))
+    assert found.spec.space()["decay_power"].only_with == Condition("schedule", ("power",))
+
+
+def test_names_that_nothing_installed_has_are_one_line_for_each_file(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names like those of other keys may still be of the package that is missing."""
+    path = study / "round1.yaml"
+    path.write_text(path.read_text().replace(OWN, f"{OWN}  stairs_steps: 5\n"))
+    monkeypatch.chdir(study)
+    assert run(["study", "check", "round1.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("; if a package registers this name, install the package") == 2
+    assert said.count("\n") == 2, said
+    run(["study", "status"])
+    assert "(and 1 more: tuner study check round1.yaml)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -560,9 +560,9 @@ def _folder() -> StudyFolder:
 
     folder = open_here()
     for error in folder.broken:
-        _say(f"skipped, since it has mistakes: {error}")
+        _say(f"skipped, since it has mistakes: {error.brief}")
     for error in folder.unrunnable:
-        _say(f"cannot run here: {error}")
+        _say(f"cannot run here: {error.brief}")
     return folder
 
 

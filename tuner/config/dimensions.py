@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tuner.config.wording import meant_value
+from tuner.config.wording import meant_method, meant_value
 from tuner.errors import is_number, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Modules, Number, UnknownName
+from tuner.methods.kinds import Anything, Flag, Integer, Kind, Layers, Method, Modules, Number, UnknownName
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Choices, Dimension, Fixed, Range, Space, TimesSqrtRank, Value, possible
 
@@ -47,7 +47,8 @@ def parse_value(kind: Kind, raw: Any) -> Value:
     try:
         return kind.parse(raw)
     except UnknownName as error:
-        raise ValueError(refusal(error.allowed, raw, meant_value(raw, error.names))) from None
+        hint = meant_method(kind.kind, raw) if isinstance(kind, Method) else meant_value(raw, error.names)
+        raise ValueError(refusal(error.allowed, raw, hint)) from None
 
 
 def dimension_to_yaml(dimension: Dimension) -> Any:

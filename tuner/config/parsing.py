@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tuner.config.round_file import RECORDED_KEYS, RoundSpec
-from tuner.config.wording import EXAMPLES, Location, meant_value, unknown_key
+from tuner.config.wording import EXAMPLES, Location, key_like, meant_value, unknown_key
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, is_number, one_of, refusal, shown
 from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded
@@ -271,12 +271,16 @@ def _validate(document: dict[str, Any], plug_ins: list[dict[str, Any]]) -> Round
 
 
 _CHOOSERS = {f"hyperparameters.{chooser}" for chooser in CHOOSERS}
+_MISSPELT = 0.85
+"""Similarity above which a name is a known one with a slip; `sgd_momentum` is less like `muon_momentum`."""
 
 
 def _may_belong_to_a_method(location: Location, message: str, own: Collection[str]) -> bool:
-    """Return whether a name is like none that is known, or is one of plug-ins' `own`."""
-    is_like_none = message.startswith("unknown; allowed here:") or location[-1] in own
-    return location[0] in ("hyperparameters", "search") and is_like_none
+    """Return whether a name is no misspelt hyperparameter or other key, or is one of plug-ins' `own`."""
+    name = str(location[-1])
+    is_misspelt = key_like(name) is not None or get_close_matches(name, HYPERPARAMETERS, cutoff=_MISSPELT)
+    is_like_none = message.startswith("unknown") and not is_misspelt
+    return location[0] in ("hyperparameters", "search") and (is_like_none or name in own)
 
 
 def _mend(document: dict[str, Any], location: Location) -> None:

@@ -18,11 +18,11 @@ from tuner.config.sections import (
     table_in_use,
     written_at,
 )
-from tuner.config.wording import Refusal, meant_value
+from tuner.config.wording import Refusal, meant_method
 from tuner.errors import refusal, shown
 from tuner.methods.kinds import ALL_LINEAR
 from tuner.methods.metrics import metric
-from tuner.methods.registry import expected, is_built_in, is_known, names
+from tuner.methods.registry import expected, is_built_in, is_known
 from tuner.methods.variants.initialisations import INITIALISATIONS
 from tuner.records import (
     Choices,
@@ -67,7 +67,7 @@ def objective_refusals(
 ) -> Iterator[Refusal]:
     """Yield what conflicts with the objective."""
     if not is_known("metric", objective.metric):
-        wrong = refusal(expected("metric"), objective.metric, meant_value(objective.metric, names("metric")))
+        wrong = refusal(expected("metric"), objective.metric, meant_method("metric", objective.metric))
         yield Refusal(("objective", "metric"), wrong)
         return
     yield from direction_refusals(objective)

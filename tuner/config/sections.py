@@ -27,10 +27,10 @@ from tuner.config.dimensions import (
     parse_value,
     read_dimension,
 )
-from tuner.config.wording import UNKNOWN_KEY, Refusal, meant_value, mistake, refuse
+from tuner.config.wording import UNKNOWN_KEY, Refusal, meant_method, mistake, refuse
 from tuner.errors import InputError, one_of, refusal, shown
 from tuner.methods.hyperparameters import Hyperparameter
-from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known, names
+from tuner.methods.registry import BUILT_IN, PATH, Kind, expected, is_known
 from tuner.methods.table import HYPERPARAMETERS
 from tuner.records import Condition, Dimension, Fixed, Space, possible
 
@@ -97,7 +97,7 @@ def _known(kind: Kind) -> Callable[[object], object]:
 
     def check(name: object) -> object:
         if not isinstance(name, str) or not is_known(kind, name):
-            raise mistake(refusal(expected(kind), name, meant_value(name, names(kind))))
+            raise mistake(refusal(expected(kind), name, meant_method(kind, name)))
         return name
 
     return check

@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tuner.errors import one_of
 from tuner.methods.optimizers import optimizer
-from tuner.methods.registry import BUILT_IN
+from tuner.methods.registry import BUILT_IN, NOT_INSTALLED, Kind, names
 from tuner.methods.schedules import schedule
 
 Location = tuple[str | int, ...]
@@ -282,6 +282,11 @@ def meant_value(raw: Any, allowed: Collection[str]) -> str:
     if meant not in allowed:
         meant = next(iter(difflib.get_close_matches(typed, allowed, n=1, cutoff=_SIMILAR)), None)
     return f"did you mean {meant}?" if meant else ""
+
+
+def meant_method(kind: Kind, raw: Any) -> str:
+    """Return what to do about a name that no method of this kind has."""
+    return meant_value(raw, names(kind)) or (NOT_INSTALLED if isinstance(raw, str) else "")
 
 
 def _in_the_same_list(alias: Alias, section: str) -> Alias:

@@ -190,16 +190,23 @@ def table_with(plug_ins: Sequence[PlugIn]) -> Mapping[str, Hyperparameter]:
 def table_for(
     written: Mapping[str, Any], recorded: Iterable[Mapping[str, Any]]
 ) -> Mapping[str, Hyperparameter]:
-    """Return the table for a file. Hyperparameters that may belong to an unloaded plug-in are accepted."""
+    """Return the table for a file. Hyperparameters that may belong to an unloaded plug-in are accepted.
+
+    Which trials have them is not known where plug-ins of several kinds are unloaded.
+    """
     if not named(written):
         return HYPERPARAMETERS
     rows = dict(table_with([PlugIn.from_json(document) for document in recorded]))
-    for kind, name in unloaded(written, recorded):
+    absent = unloaded(written, recorded)
+    only_kind = absent[0][0] if len({kind for kind, _ in absent}) == 1 else None
+    for key in written if absent else ():
+        if key not in rows and str(key).isidentifier():
+            owner = None if only_kind is None else Condition(only_kind, ())
+            rows[key] = Hyperparameter(key, None, kinds.Anything(), "", only_with=owner)
+    for kind, name in absent:
         for key in written:
-            row = rows.get(
-                key, Hyperparameter(key, None, kinds.Anything(), "", only_with=Condition(kind, ()))
-            )
-            if row.only_with is not None and row.only_with.chosen_by == kind and str(key).isidentifier():
+            row = rows.get(key)
+            if row is not None and row.only_with is not None and row.only_with.chosen_by == kind:
                 rows[key] = _counting_with(row, kind, name)
     return MappingProxyType(rows)
 

@@ -34,6 +34,7 @@ BUILT_IN: Mapping[Kind, tuple[str, ...]] = {
 }
 PATH = r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*"
 """Pattern of `package.module:Name`."""
+NOT_INSTALLED = "if a package registers this name, install the package"
 
 
 def names(kind: Kind) -> tuple[str, ...]:
@@ -90,9 +91,7 @@ def load(kind: Kind, name: str) -> Any:
     """Import a name that is not built in. Raises InputError if it cannot be imported."""
     found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
     if found is None and not re.fullmatch(PATH, name):
-        raise InputError(
-            f"{kind} {name}: expects {expected(kind)}. If a package registers this name, install the package"
-        )
+        raise InputError(f"{kind} {name}: expects {expected(kind)}; {NOT_INSTALLED}")
     path = name if found is None else found.value
     place = f"{kind} {name}" if found is None else f"{kind} {name}, which is {path}"
     module, _, attribute = path.partition(":")
