@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 import tuner
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.test_hosts import PROGRAM, ROOT, Apart, Wire
-from tests.studies import QUICKSTART, round_file
-from tuner.config import load_round
+from tests.studies import QUICKSTART, installed, round_file
+from tuner.config import RoundSpec, load_round
+from tuner.config.sections import AnswersSpec
 from tuner.engines import Job, Program
-from tuner.engines.ray.alike import NodeFacts
+from tuner.engines.ray.alike import NodeFacts, differences, module_digest, own_modules, versions
+from tuner.engines.ray.engine import bundles
 from tuner.engines.ray.host import Host
 from tuner.engines.ray.nodes import Node, NodeRecords, refuse_impossible, seats
-from tuner.engines.ray.opening import files_outside, inputs, job_token
+from tuner.engines.ray.opening import files_outside, inputs, is_on_the_hub, job_token
 from tuner.engines.ray.pool import ClusterPool
 from tuner.engines.ray.remote import Connection
 from tuner.errors import InputError, RoundStopped
@@ -252,6 +254,12 @@ def test_a_cluster_that_can_grow_is_asked_for_all_workers_while_some_have_room(
     assert machines.requested == [*asked, 0]
 
 
+def test_an_autoscaler_is_asked_for_gpus_or_for_nodes_that_offer_cpus() -> None:
+    assert bundles(2, gpus=3) == [{"GPU": 3}, {"GPU": 3}]
+    assert bundles(1, gpus=0) == [{"CPU": 1}]
+    assert bundles(0, gpus=1) == []
+
+
 def test_tokenised_rows_go_to_the_parent_and_to_other_nodes(job: Job, opened: Any, tmp_path: Path) -> None:
     """The first worker's node has made a table; the second's gets it before its worker starts."""
     table, content = "0123456789abcdef" * 2, b"tokens"
@@ -337,21 +345,89 @@ class Told(Apart):
         super().launch(arguments, environment, token)
 
 
-def test_the_hubs_token_is_an_argument_of_a_call_and_in_no_file(
-    opened: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_command", [False, True], ids=["lora", "command"])
+def test_keys_are_arguments_of_a_call_and_in_no_file(
+    job: Job, opened: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, is_command: bool
 ) -> None:
-    secret = "hf_" + "aBcDeFgH" * 4
-    monkeypatch.setenv("HF_TOKEN", secret)
+    """What tuner logs to a tracker is logged by the parent; a command may log by itself."""
+    secrets = {name: f"key-{name}-" + "aBcDeFgH" * 4 for name in ("HF_TOKEN", "WANDB_API_KEY")}
+    secrets["MLFLOW_TRACKING_PASSWORD"] = "aBcDeFgH" * 4
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
     machines = Machines(tmp_path, "a")
     machines.kinds["a"] = Told
-    pool = opened(machines)
+    monkeypatch.setattr(Told, "given", [])
+    spec = command_spec(tmp_path / "parent") if is_command else job.spec
+    pool = opened(machines, spec=spec)
     events = collect(pool, until=ready)
     pool.close()
-    assert [variables["HF_TOKEN"] for variables in Told.given] == [secret]
+    (variables,) = Told.given
+    expected = secrets if is_command else {"HF_TOKEN": secrets["HF_TOKEN"]}
+    assert {name: value for name, value in variables.items() if name in secrets} == expected
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name.startswith("worker-a-") for path in files)
-    assert not [path for path in files if secret.encode() in path.read_bytes()]
-    assert secret not in repr((said, events))
+    contents = b"".join(path.read_bytes() for path in files)
+    assert not [name for name, secret in secrets.items() if secret.encode() in contents]
+    assert not [name for name, secret in secrets.items() if secret in repr((said, events))]
+
+
+def test_the_login_to_the_hub_goes_to_nodes_for_a_model_or_data_there(
+    job: Job, opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `hf auth login` leaves it, in a file of the parent's machine."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_of_the_file")
+    monkeypatch.setattr(Told, "given", [])
+    source = job.spec.data.train[0].model_copy(update={"path": "org/private"})
+    data = job.spec.data.model_copy(update={"train": [source]})
+    machines = Machines(tmp_path, "a")
+    machines.kinds["a"] = Told
+    collect(opened(machines, spec=job.spec.model_copy(update={"data": data})), until=ready)
+    assert [variables["HF_TOKEN"] for variables in Told.given] == ["hf_of_the_file"]
+    assert not is_on_the_hub(job.spec)
+
+
+def test_packages_that_workers_import_are_compared_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name only an entry point knows; samplers and trackers run in the parent."""
+    site = installed(tmp_path / "site", "sign-descent", optimizers="sign = sign_descent.methods:SIGN")
+    for name in ("sign_descent", "their_scores", "their_samplers"):
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text("")
+        (site / name / "methods.py").write_text("SIGN = 1\n")
+    monkeypatch.syspath_prepend(site)
+    spec = round_file(tmp_path / "other", optimizer="sign", sampler="their_samplers.methods:S").spec
+    answers = AnswersSpec(metric="their_scores.methods:score")
+    spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"answers": answers})})
+    assert list(own_modules(spec)) == ["sign_descent", "their_scores"]
+    facts = NodeFacts("a", {**versions(), "sign_descent": "0123456789ab"}, (), 1)
+    assert f"sign_descent 0123456789ab instead of {module_digest('sign_descent')}" in (
+        differences(facts, spec) or ""
+    )
+
+
+def test_a_metrics_file_takes_along_what_it_can_import(job: Job, opened: Any, tmp_path: Path) -> None:
+    study = tmp_path / "parent" / "scores"
+    (study / "parts").mkdir(parents=True)
+    for name in ("metric.py", "beside.py", "parts/__init__.py", "parts/more.py", "rows.jsonl"):
+        (study / name).write_text(f"# {name}\n")
+    answers = AnswersSpec(metric=f"{study}/metric.py:score")
+    evaluation = job.spec.evaluation.model_copy(update={"answers": answers})
+    spec = job.spec.model_copy(update={"evaluation": evaluation})
+    program = Program(PROGRAM, lambda: {"slots": 1, "spec": spec.model_dump(mode="json")})
+    pool = opened(Machines(tmp_path, "a"), spec=spec, program=program)
+    collect(pool, until=ready)
+    (log,) = job.directory.glob("worker-a-*.log")
+    document = json.loads(log.read_text().partition("document ")[2])
+    metric = document["spec"]["evaluation"]["answers"]["metric"]
+    assert metric.endswith("/scores/metric.py:score")
+    sent = Path(metric.partition(":")[0])
+    assert tmp_path / "a" in sent.parents
+    assert document["paths"][str(sent)] == f"{study}/metric.py"
+    there = sorted(path.relative_to(sent.parent).as_posix() for path in sent.parent.rglob("*.*"))
+    assert there == ["beside.py", "metric.py", "parts/__init__.py", "parts/more.py"]
 
 
 def others(document: dict[str, Any]) -> dict[str, str]:
@@ -511,6 +587,13 @@ search: {trials: 3}
 run: {gpus_per_worker: 0}
 storage: sqlite:///tuner.db
 """
+
+
+def command_spec(study: Path) -> RoundSpec:
+    (study / "train.py").write_text(SCRIPT)
+    (study / "words.txt").write_text("")
+    (study / "command.yaml").write_text(COMMAND_ROUND.replace("OUTSIDE", str(study)))
+    return load_round(study / "command.yaml").spec.absolute(study)
 
 
 def test_a_commands_round_runs_on_nodes_that_see_no_file_of_its_study(

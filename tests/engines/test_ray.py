@@ -24,12 +24,12 @@ import tuner
 from tests.contracts.engine import EngineContract, started
 from tests.contracts.worker import assignment, collect, ended, losses, saved
 from tests.engines.clusters import ROOT, BlindEngine, LocalCluster, local_cluster
-from tests.studies import round_file, write_round
+from tests.studies import QUICKSTART, round_file, write_round
 from tuner.engines import Engine, Job, Program, RayEngine, Worker
 from tuner.engines.ray.address import address_of, answers_to, refuse_unreachable, warning_of_no_token
 from tuner.engines.ray.host import WORKER_TOKEN
 from tuner.errors import InputError, RoundStopped
-from tuner.records import Died, Event, Ready, Started
+from tuner.records import Attempt, Died, Event, Ready, Started
 from tuner.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
@@ -121,6 +121,7 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
         node = cluster.add()
         collect(worker, until=ready)
         assert any("joined: 1 GPU" in message for message in said)
+        assert_named_for_the_dashboard(job)
         worker.start(assignment(job.directory, 2, steps=300))
         seen = collect(worker, until=lambda events: len(losses(events, 2)) >= 20)
         where = {e.trial: e.environment["node"] for e in seen if isinstance(e, Started)}
@@ -148,6 +149,19 @@ def test_a_worker_for_each_gpu_and_a_node_that_joins_and_is_lost(
     for message in said:
         assert message in caplog.messages, "what was said of nodes is in the log"
     assert "(raylet)" not in capfd.readouterr().out, "Ray's own errors are for the log"
+
+
+def assert_named_for_the_dashboard(job: Job) -> None:
+    """Ray's dashboard lists actors by these names: study, round, node, and the worker's number."""
+    from ray.util import list_named_actors
+
+    (folder,) = job.directory.glob(".cluster")
+    found = [each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == "tuner"]
+    named = [re.fullmatch(r"tuner tiny/round1 (\S+) \w{8}\.(\d+)", name) for name in found]
+    assert all(named), found
+    assert len(found) >= 3
+    logs = {path.name for path in folder.parent.glob("worker-*.log")}
+    assert {f"worker-{each[1]}-{each[2]}.log" for each in named if each} == logs
 
 
 @pytest.mark.acceptance
@@ -233,9 +247,33 @@ def test_auto_runs_all_its_rounds_on_a_cluster(cluster: LocalCluster, tmp_path: 
         ("round1", "complete"),
         ("round2", "complete"),
     ]
-    with closing(open_store(f"sqlite:///{tmp_path / 'tuner.db'}", study="tiny")) as store:
-        ran = [attempt for each in rounds for t in store.trials(each["round"]) for attempt in t.attempts]
+    ran = attempts(tmp_path, [each["round"] for each in rounds])
     assert all("node" in attempt.environment for attempt in ran)
+
+
+def attempts(directory: Path, rounds: list[str]) -> list[Attempt]:
+    """All attempts of some rounds; there is one at least."""
+    with closing(open_store(f"sqlite:///{directory / 'tuner.db'}", study="tiny")) as store:
+        found = [attempt for name in rounds for t in store.trials(name) for attempt in t.attempts]
+    assert found
+    return found
+
+
+@pytest.mark.acceptance
+def test_a_sweep_runs_on_a_cluster(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Of so few rows that they are seen several times, or no sweep would be needed."""
+    for name in ("train.jsonl", "eval.jsonl"):
+        rows = (QUICKSTART / "data" / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(rows[:20]))
+    changes = {"data": tmp_path, "steps": 20, "every": 10, "run": "run: {slots: 1, production_steps: 40}"}
+    write_round(tmp_path, **changes)
+    study, where = tuner.Study(tmp_path), f"{__name__}:WithoutTorch"
+    found = study.sweep("round1.yaml", engine=where, ray_address=cluster.address, progress=False)
+    rounds = [each["round"] for each in study.status()["rounds"] if each["state"] == "complete"]
+    assert rounds
+    assert all(name.startswith("sweep-") for name in rounds), rounds
+    assert f"max_train_steps: {found or 10}" in (tmp_path / "round1.yaml").read_text()
+    assert all("node" in attempt.environment for attempt in attempts(tmp_path, rounds))
 
 
 TOKEN = "0123456789" * 4

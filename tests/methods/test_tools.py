@@ -265,6 +265,12 @@ def test_llamafactorys_own_parser_accepts_the_file(
             {"resume_from_checkpoint": "x"},
             "dpo.yaml: resume_from_checkpoint: would let every trial start",
         ),
+        (
+            {"batch_size": 8},
+            {"per_device_train_batch_size": "auto"},
+            "batch_size: cannot be divided into passes of per_device_train_batch_size auto",
+        ),
+        ({"batch_size": 8}, {"per_device_train_batch_size": 0.5}, "passes of per_device_train_batch_size 0."),
         ({"extra": {"resume_from_checkpoint": "x"}}, {}, "extra.resume_from_checkpoint: would let every"),
         ({}, {"push_to_hub": True}, "push_to_hub: would let every trial push to one place"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: would let a trial train with another"),
@@ -292,7 +298,8 @@ def test_what_is_set_or_kept_as_it_is_may_stand_there(tmp_path: Path) -> None:
         "learning_rate": 1e-3,
     }  # fmt: skip
     values = {"learning_rate": 1e-4, "extra": {"logging_steps": 1}}
-    spec = round_of(tmp_path, values, config_changes=changes, run=[*DPO, "--push_to_hub=False"])
+    own = ["--push_to_hub=False", "--output_dir", "${output_dir}"]
+    spec = round_of(tmp_path, values, config_changes=changes, run=[*DPO, *own])
     assert list(mistakes(spec, tmp_path)) == []
 
 
@@ -305,6 +312,8 @@ def test_what_the_round_file_replaces_is_said(tmp_path: Path) -> None:
     for name in ("output_dir", "logging_steps", "learning_rate"):
         assert name in said
     assert "report_to (wandb, mlflow) logs every attempt as a run of its own" in logged
+    _, logged = remarks(round_of(tmp_path, {}, config_changes={"report_to": True}))
+    assert "report_to (True) logs" in logged
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tuner.config import CommandSpec, RoundSpec
 from tuner.config.command_section import value_of
 from tuner.errors import InputError
 from tuner.methods.tools import EXTRA, Mistaken, TrialSettings, bare, options_of, tool
-from tuner.methods.tools.transformers import batch_mistake
+from tuner.methods.tools.transformers import batch_mistake, device_batch_mistake
 from tuner.records import Choices, Dimension, Fixed, Range, Value, complete_hyperparameters
 
 _CODE = (".py", ".sh", ".yaml", ".yml", ".json", ".toml")
@@ -51,15 +51,18 @@ def mistakes(spec: RoundSpec, directory: Path) -> Iterator[Mistaken]:
         is_of_the_config = name in config and command.config is not None
         said = f"{Path(str(command.config)).name}: {name}: {message}"
         yield Mistaken("command.config", said) if is_of_the_config else Mistaken(name, message)
-    yield from _set_twice(spec)
     if chosen.has_hook and "batch_size" in space:
         options = {**config, **options_of(command.run)}
+        if (wrong := device_batch_mistake(options, chosen.device_batch)) is not None:
+            yield Mistaken("hyperparameters.batch_size", wrong)
+            return
         sizes = _values(space["batch_size"])
         wrong = batch_mistake(sizes, options, spec.run.gpus_per_worker, chosen.device_batch)
         if wrong is not None:
             yield Mistaken("hyperparameters.batch_size", wrong)
         if (own := EXTRA + chosen.device_batch[0]) in space:
             yield Mistaken(f"hyperparameters.{own}", "divides batch_size: write it in the configuration")
+    yield from _set_twice(spec)
 
 
 _MAY_BE_GIVEN = ("logging_steps", "data_seed")
@@ -83,8 +86,10 @@ def _set_by_trials(spec: RoundSpec) -> Mapping[str, Any]:
 
 def _set_twice(spec: RoundSpec) -> Iterator[Mistaken]:
     """Yield what the command or `extra` sets beside the trial, where one of the two would win in silence."""
-    names = {*_set_by_trials(spec), *tool(_command(spec).tool).replaced} - {*_MAY_BE_GIVEN}
-    for name in sorted(options_of(_command(spec).run).keys() & names):
+    command = _command(spec)
+    names = {*_set_by_trials(spec), *tool(command.tool).replaced} - {*_MAY_BE_GIVEN}
+    is_same = any("${output_dir}" in part for part in command.run)
+    for name in sorted(options_of(command.run).keys() & names - ({"output_dir"} if is_same else set())):
         yield Mistaken("command.run", f"sets --{name}, which tuner sets for each trial; remove it")
     for name in spec.space():
         if name.startswith(EXTRA) and bare(name) in names:
@@ -128,7 +133,7 @@ def remarks(spec: RoundSpec) -> Iterator[str]:
     if replaced and command.config is not None:
         yield f"{Path(command.config).name}: every trial sets {', '.join(replaced)} itself, by the round file"
     trackers = {**config, **options_of(command.run)}.get("report_to") or "none"
-    listed = trackers if isinstance(trackers, str) else ", ".join(trackers)
+    listed = ", ".join(map(str, trackers if isinstance(trackers, list) else [trackers]))
     if chosen.has_hook and listed != "none":
         yield (
             f"the tool's report_to ({listed}) logs every attempt as a run of its own; run.report_to of the "

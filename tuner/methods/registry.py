@@ -87,13 +87,20 @@ def expected(kind: Kind) -> str:
     return f"one of {', '.join(names(kind))}, or package.module:Name"
 
 
+def path_of(kind: Kind, name: str) -> str | None:
+    """Return the `package.module:Name` of a name that is not built in; None for an unknown one."""
+    found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
+    if found is not None:
+        return found.value
+    return name if re.fullmatch(PATH, name) else None
+
+
 def load(kind: Kind, name: str) -> Any:
     """Import a name that is not built in. Raises InputError if it cannot be imported."""
-    found = next(iter(entry_points(group=f"tuner.{kind}s", name=name)), None)
-    if found is None and not re.fullmatch(PATH, name):
+    path = path_of(kind, name)
+    if path is None:
         raise InputError(f"{kind} {name}: expects {expected(kind)}; {NOT_INSTALLED}")
-    path = name if found is None else found.value
-    place = f"{kind} {name}" if found is None else f"{kind} {name}, which is {path}"
+    place = f"{kind} {name}" if path == name else f"{kind} {name}, which is {path}"
     module, _, attribute = path.partition(":")
     try:
         with redirect_stdout(sys.stderr):  # standard output is the command's alone

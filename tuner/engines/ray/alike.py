@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 
 from tuner.config import RoundSpec
 from tuner.installation import package_version
+from tuner.methods.plug_ins import named
+from tuner.methods.registry import Kind, is_built_in, path_of
 
 COMPARED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages that decide a trial's losses. tuner's own code is sent along."""
@@ -53,10 +54,17 @@ def differences(facts: NodeFacts, spec: RoundSpec) -> str | None:
 
 
 def own_modules(spec: RoundSpec) -> Iterator[str]:
-    """Yield the names of modules that a round file names as `package.module:Name`, apart from tuner's own."""
-    for text in re.findall(r'"([A-Za-z_][\w.]*):[A-Za-z_]\w*"', json.dumps(spec.model_dump(mode="json"))):
-        package = text.partition(".")[0]
-        if package not in ("tuner", "optuna") and module_digest(package) != "not installed":
+    """Yield the packages, apart from tuner's own, that a worker imports for what a round file names.
+
+    Not those of samplers, engines and trackers, which only the parent imports.
+    """
+    methods: list[tuple[Kind, str]] = [*named(spec.hyperparameters), ("metric", spec.objective.metric)]
+    paths = [path_of(kind, name) for kind, name in methods if not is_built_in(kind, name)]
+    answers = spec.evaluation.answers
+    if answers is not None and not Path(answers.metric).is_absolute():
+        paths.append(answers.metric)
+    for package in dict.fromkeys(re.split(r"[.:]", path)[0] for path in filter(None, paths)):
+        if package != "tuner" and module_digest(package) != "not installed":
             yield package
 
 

@@ -118,7 +118,7 @@ class RayCluster:
         """Ask the autoscaler; a cluster without one ignores it."""
         from ray.autoscaler.sdk import request_resources
 
-        request_resources(bundles=[{"GPU": gpus}] * workers)
+        request_resources(bundles=bundles(workers, gpus=gpus))
 
     def description(self) -> str:
         """Return which cluster this is, with its nodes and GPUs."""
@@ -137,6 +137,11 @@ class RayCluster:
         """Leave the cluster if this process joined it here."""
         if self._joined:
             self._ray.shutdown()
+
+
+def bundles(workers: int, *, gpus: int) -> list[dict[str, int]]:
+    """Return what an autoscaler is asked for; workers without GPUs go to nodes that offer CPUs."""
+    return [{"GPU": gpus} if gpus else {"CPU": 1} for _ in range(workers)]
 
 
 class ActorConnection:

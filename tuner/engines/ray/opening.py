@@ -41,6 +41,20 @@ _PASSED = (
     "TOKENIZERS_PARALLELISM",
 )
 """Variables of the parent that its workers get; as arguments of a call, so that no log shows them."""
+_OF_TRACKERS = (
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "TRACKIO_SERVER_URL",
+    "TRACKIO_SPACE_ID",
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+    "WANDB_ENTITY",
+    "WANDB_MODE",
+    "WANDB_PROJECT",
+)
+"""The same of workers that run commands, which may log by themselves. What tuner logs, the parent does."""
 
 
 class Unlike(Exception):
@@ -127,6 +141,10 @@ class Opener:
         for key, parcel in inputs(spec):
             place = self._sender.place(host.call, parcel, key=key, say=say, weights=gguf)
             there[str(parcel.path)] = place
+        if (metric := metric_file(spec)) is not None:
+            beside = Parcel.code(metric.parent)
+            place = self._sender.place(host.call, beside, key="evaluation.answers.metric", say=say)
+            there[str(metric)] = f"{place}/{metric.name}"
         revision = self._commit
         if spec.command is None and not Path(spec.model.path).is_absolute():
             snapshot = self._sent_snapshot(host, revision or spec.model.revision, say)
@@ -241,10 +259,11 @@ class Opener:
 
     def _variables(self, facts: NodeFacts, node: Node) -> dict[str, str]:
         """Return the variables that a worker gets besides its node's; an empty one is removed."""
-        passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
+        names = _PASSED if self.job.spec.command is None else (*_PASSED, *_OF_TRACKERS)
+        passed = {name: os.environ[name] for name in names if name in os.environ}
         if node.gpus and not self._gpus_per_worker:
             passed["CUDA_VISIBLE_DEVICES"] = "-1"  # Ray hides them from its actor, or not, by its version
-        if not Path(self.job.spec.model.path).is_absolute() and (token := _hub_token()):
+        if is_on_the_hub(self.job.spec) and (token := _hub_token()):
             passed["HF_TOKEN"] = token
         if "OMP_NUM_THREADS" in passed:
             return passed
@@ -253,6 +272,12 @@ class Opener:
         others = max(1, room.get(node.id, 1))
         # Ray sets it to 1. Alone on its node, a worker uses what torch would take by itself.
         return {**passed, "OMP_NUM_THREADS": "" if others == 1 else str(max(1, facts.cores // others))}
+
+
+def is_on_the_hub(spec: RoundSpec) -> bool:
+    """Return whether a round's model or data may be there; of a command's, nothing is known."""
+    sources = [*spec.data.train, *spec.data.eval, *spec.data.test]
+    return any(not Path(path).is_absolute() for path in (spec.model.path, *(each.path for each in sources)))
 
 
 def _hub_token() -> str | None:
@@ -276,9 +301,13 @@ def inputs(spec: RoundSpec) -> Iterator[tuple[str, Parcel]]:
                 patterns[source.path] = f"data.{name}"
     for parcel in Parcel.matching(list(patterns)):
         yield "data", parcel
+
+
+def metric_file(spec: RoundSpec) -> Path | None:
+    """Return the file that scores answers, which may import what lies beside it; None without one."""
     answers = spec.evaluation.answers
-    if answers is not None and (path := Path(answers.metric.rpartition(":")[0])).is_absolute():
-        yield "evaluation.answers.metric", Parcel.of(path)
+    path = None if answers is None else Path(answers.metric.rpartition(":")[0])
+    return path if path is not None and path.is_absolute() else None
 
 
 def files_outside(spec: RoundSpec, directory: Path) -> Iterator[tuple[str, Path]]:

@@ -42,6 +42,8 @@ class Parcel:
     """A file, or the directory that they are in."""
     files: Mapping[str, Path]
     """By their names in the directory; of a file, by its own."""
+    is_whole: bool = True
+    """Whether the directory has no other files that count."""
 
     @property
     def size_bytes(self) -> int:
@@ -66,7 +68,14 @@ class Parcel:
             found.setdefault(root, {}).update({each.relative_to(root).as_posix(): each for each in files})
         for root, named in found.items():
             if named:
-                yield cls(root, named)
+                yield cls(root, named, is_whole=False)
+
+    @classmethod
+    def code(cls, folder: Path) -> Parcel:
+        """Return the Python files of a folder, and of the packages in it."""
+        found = [*folder.glob("*.py")]
+        found += [each for package in folder.glob("*/__init__.py") for each in package.parent.rglob("*.py")]
+        return cls(folder, {each.relative_to(folder).as_posix(): each for each in found}, is_whole=False)
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,9 @@ class Sender:
         Raises InputError if it is larger than may be sent.
         """
         path = parcel.path
-        if is_seen(call, path) or call("digest", str(path), weights) == self.fingerprint(parcel):
+        if is_seen(call, path) or (
+            parcel.is_whole and call("digest", str(path), weights) == self.fingerprint(parcel)
+        ):
             return str(path)
         size = parcel.size_bytes
         if size > self.up_to_bytes:

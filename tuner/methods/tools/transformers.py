@@ -87,6 +87,15 @@ def _at_once(batch: tuple[str, int], config: Settings, gpus: int) -> int:
     return int(config.get(name) or default) * max(1, gpus)
 
 
+def device_batch_mistake(config: Settings, batch: tuple[str, int]) -> str | None:
+    """Return why the sequences of one device's pass are no number to divide by; None if they are one."""
+    name, default = batch
+    written = str(config.get(name) or default)
+    if written.isdecimal() and int(written):
+        return None
+    return f"cannot be divided into passes of {name} {written}: write a whole number of at least 1 there"
+
+
 def batch_mistake(
     sizes: Sequence[Value], config: Settings, gpus: int, batch: tuple[str, int] = DEVICE_BATCH
 ) -> str | None:
