@@ -51,7 +51,7 @@ class Trial:
     @property
     def name(self) -> str:
         """`round1/7`."""
-        return f"{self.round}/{self.number}"
+        return self._recorded.name
 
     @property
     def round(self) -> str:

@@ -90,13 +90,11 @@ def unchanged_if(found_inf: torch.Tensor | None, tensors: Sequence[torch.Tensor]
     if found_inf is None:
         yield
         return
-    import torch
-
     before = [tensor.clone() for tensor in tensors]
     yield
     is_skipped = found_inf > 0
     for tensor, old in zip(tensors, before, strict=True):
-        torch.where(is_skipped, old, tensor, out=tensor)
+        tensor.copy_(old.where(is_skipped, tensor))
 
 
 def adam_arguments(values: Hyperparameters) -> dict[str, Any]:
