@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,12 @@ def test_importing_the_package_costs_nothing() -> None:
     script = "import time; t = time.process_time(); import tuner; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True)
     assert float(done.stdout) < 0.1
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "docs/architecture.md"])
+def test_the_floors_that_are_drawn_are_those_that_are_checked(page: str) -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    drawn = " > ".join(f"{{{floor}}}" if "|" in floor else floor for floor in layers)
+    assert len(layers) > 5
+    assert f"\n{drawn}\n" in (PACKAGE.parent / page).read_text()

@@ -168,6 +168,8 @@ def refusal(expected: str, raw: Any, hint: str = "") -> str:
         return f"expects {expected}, but it has no value"
     if isinstance(raw, str) and "number" in expected and is_number(raw):
         hint = f"that is text, write {raw} without quotes"
+    if isinstance(raw, float) and raw.is_integer() and "whole number" in expected:
+        hint = f"write {int(raw)}"
     return f"expects {expected}, got {shown(raw)}" + (f"; {hint}" if hint else "")
 
 

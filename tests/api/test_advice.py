@@ -1,5 +1,6 @@
 """Advice from curves that tuner did not make: the same rules, whatever made the runs."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,15 +76,23 @@ def test_any_curve_gives_an_answer(losses, schedule):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curves": []}, "curves: empty"),
         ({"curves": [[]]}, "curve 0: empty"),
         ({"curves": [power(), [(10, 1.0), (10, 2.0)]]}, "curve 1: steps must rise"),
         ({"curves": [[(1000, 1.0)]]}, "max_train_steps is 500; pass the horizon"),
         ({"curves": [[1.0, 2.0]]}, r"expects \(step, loss\) pairs"),
         ({"schedule": "wsd"}, "expects one of constant, linear, cosine"),
-        ({"schedule": "linear", "decay_steps": 501}, "decay_steps=501: expects 0 to 500"),
-        ({"max_train_steps": 0}, "expects at least 1 step"),
+        ({"schedule": "linear", "decay_steps": 501}, "decay_steps=501: expects a whole number from 0 to 500"),
+        ({"curves": [[(1.5, 1.0)]]}, "curve 0: steps must be whole numbers of updates; got 1.5"),
+        ({"curves": []}, "pass a list of"),
+        ({"curves": 3}, "pass a list of"),
+        ({"max_train_steps": 0}, "expects a whole number of at least 1; pass the steps of the runs"),
+        ({"max_train_steps": "500"}, "max_train_steps='500': expects a whole number"),
+        ({"warmup_steps": None}, "warmup_steps=None: expects a whole number from 0 to 500"),
+        ({"decay_steps": 2.5}, "decay_steps=2.5: .*; pass 0 for runs without one"),
+        ({"production_steps": -5}, "production_steps=-5: .*; None sets no limit"),
         ({"worthwhile_gain": 1.0}, "expects a share of the loss"),
+        ({"worthwhile_gain": "1%"}, "pass 0.005 for 0.5%"),
+        ({"hyperparameters": [{"lora_r": [8, 16]}]}, "hyperparameters of curve 0: expects names with"),
         ({"hyperparameters": [{}, {}]}, "2 for 1 curves"),
     ],
 )
@@ -95,3 +104,16 @@ def test_what_cannot_be_read_is_refused(changes, message):
 
 def test_log_does_nothing_outside_of_a_training_command():
     assert tuner.log(10, eval_loss=2.0) is None
+
+
+def test_steps_of_a_table_are_read_as_they_are():
+    curve = [(np.int64(step), np.float32(loss)) for step, loss in power()]
+    floats = [(float(step), loss) for step, loss in power()]
+    for each in (curve, floats):
+        assert tuner.advise([each], max_train_steps=np.int64(500)).evidence
+
+
+@pytest.mark.parametrize("horizon", ["1000", 499, 1000.5, float("nan")])
+def test_a_gain_is_that_of_a_longer_horizon(horizon):
+    with pytest.raises(InputError, match="pass a longer horizon"):
+        tuner.advise([power()], max_train_steps=500).gain(horizon)

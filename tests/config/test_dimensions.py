@@ -98,7 +98,7 @@ def test_whole_numbers_are_written_as_people_type_them():
         ("lora_alpha", "{times_sqrt_r: -1}", "times_sqrt_r expects a number above 0"),
         ("lora_alpha", "{times_sqrt_r: 4, low: 1}", "no other keys"),
         ("lora_r", "0", "expects a whole number of at least 1, got 0"),
-        ("lora_r", "8.0", "expects a whole number of at least 1, got 8.0"),
+        ("lora_r", "8.0", "expects a whole number of at least 1, got 8.0; write 8"),
         ("lora_r", '"8"', "write 8 without quotes"),
         ("lora_r", "{low: 4, high: 64, integer: false}", "whole numbers only"),
         ("lora_r", "{low: 4, high: 8.5}", "high expects a whole number"),

@@ -127,6 +127,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
         ("format: alpaca", "format: alpaca, weight: 0", 4, "data.train[0].weight", "a number above 0, got 0"),
         ("format: alpaca", "format: alpaca, weight: .nan", 4, "data.train[0].weight", "a finite number"),
         ("eval_fraction: 0.1", "eval_fraction: 1", 4, "data.eval_fraction", "a number below 1, got 1"),
+        ("eval_fraction: 0.1", "eval_fraction: 5%", 4, "data.eval_fraction", "above 0 and below 1, got '5%'"),
         ("eval_fraction: 0.1", 'eval_fraction: "0.1"', 4, "data.eval_fraction", "write 0.1 without quotes"),
         ("max_train_steps: 60", "max_train_steps: 0", 5, "max_train_steps", "expects at least 1, got 0"),
         (
@@ -134,7 +135,7 @@ def test_a_rule_is_silent_while_what_it_rests_on_is_wrong():
             "max_train_steps: 60.0",
             5,
             "max_train_steps",
-            "whole number of at least 1, got 60.0",
+            "whole number of at least 1, got 60.0; write 60",
         ),
         (
             "max_train_steps: 60",

@@ -29,7 +29,7 @@ from tuner.records import (
     TrialAsked,
 )
 from tuner.store import exists, normal_url, open_store, open_to_read
-from tuner.store.database import open_engine, parse_url
+from tuner.store.database import _switch_to_wal, open_engine, parse_url
 
 
 @pytest.mark.parametrize("content", [b"xy", b"goal: notes\n" * 3, b"\0" * 600, os.urandom(9000)])
@@ -344,3 +344,24 @@ def test_a_postgres_database_that_is_not_utf8_is_refused_with_the_command_for_on
     with server.connect() as connection:
         connection.execute(text("DROP DATABASE plain WITH (FORCE)"))
     server.dispose()
+
+
+class _Recovering:
+    """A file whose log another process takes back after a crash: SQLite refuses it once, without waiting."""
+
+    def __init__(self, code: int) -> None:
+        self.refusals = [code]
+
+    def execute(self, _: str) -> None:
+        if self.refusals:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = self.refusals.pop()
+            raise error
+
+
+def test_a_log_that_another_process_recovers_is_waited_for() -> None:
+    found = _Recovering(sqlite3.SQLITE_BUSY_RECOVERY)
+    _switch_to_wal(found)  # type: ignore[arg-type]
+    assert found.refusals == []
+    with pytest.raises(sqlite3.OperationalError):
+        _switch_to_wal(_Recovering(sqlite3.SQLITE_READONLY))  # type: ignore[arg-type]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import median
+from typing import Any
 
 from tuner.errors import InputError
 from tuner.methods.registry import BUILT_IN
@@ -54,12 +57,14 @@ class Advice:
         The estimate is less certain further ahead: no suggestion exceeds three times the horizon. Raises
         InputError for a shorter horizon.
         """
-        if max_train_steps < self.max_train_steps:
+        horizon = _whole(max_train_steps)
+        if horizon is None or horizon < self.max_train_steps:
             raise InputError(
-                f"gain({max_train_steps}): the runs have {self.max_train_steps} steps; pass a longer horizon"
+                f"gain({max_train_steps!r}): expects a whole number of steps; the runs have "
+                f"{self.max_train_steps} steps; pass a longer horizon"
             )
         doubling = self.reading.doubling
-        return None if doubling is None else doubling.to(max_train_steps / self.max_train_steps)
+        return None if doubling is None else doubling.to(horizon / self.max_train_steps)
 
     def __repr__(self) -> str:
         suggested = self.suggested_max_train_steps
@@ -102,19 +107,23 @@ def advise(
     Raises:
         InputError: for a curve or an argument that cannot be used.
     """
-    _refuse_arguments(schedule, max_train_steps, decay_steps, warmup_steps, worthwhile_gain)
-    if not curves:
-        raise InputError("curves: empty; pass the (step, loss) pairs of at least one run")
-    if hyperparameters is not None and len(hyperparameters) != len(curves):
-        raise InputError(
-            f"hyperparameters: {len(hyperparameters)} for {len(curves)} curves; pass one for each run"
-        )
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule={schedule!r}: expects one of {', '.join(SCHEDULES)}")
+    max_train_steps = _steps("max_train_steps", max_train_steps, least=1, hint="pass the steps of the runs")
+    within: dict[str, Any] = {"most": max_train_steps, "hint": "pass 0 for runs without one"}
+    decay_steps = _steps("decay_steps", decay_steps, **within)
+    warmup_steps = _steps("warmup_steps", warmup_steps, **within)
+    if production_steps is not None:
+        production_steps = _steps("production_steps", production_steps, least=1, hint="None sets no limit")
+    if not _is_finite(worthwhile_gain) or not 0 <= worthwhile_gain < 1:
+        expected = "a share of the loss from 0 to below 1; pass 0.005 for 0.5%"
+        raise InputError(f"worthwhile_gain={worthwhile_gain!r}: expects {expected}")
+    own_values = _hyperparameters(hyperparameters, curves)
     common: dict[str, Value] = {
         "schedule": schedule,
         "warmup_steps": warmup_steps,
         "decay_steps": decay_steps if DECAY_STEPS in described(schedule).hyperparameters else 0,
     }
-    known = hyperparameters or [{_DISTINCT: number} for number in range(len(curves))]
     trials = tuple(
         Trial(
             round="runs",
@@ -123,7 +132,7 @@ def advise(
             state=TrialState.COMPLETE,
             evaluations=_evaluations(number, curve, max_train_steps),
         )
-        for number, (curve, own) in enumerate(zip(curves, known, strict=True))
+        for number, (curve, own) in enumerate(zip(curves, own_values, strict=True))
     )
     results = RoundResults(
         name="runs",
@@ -137,41 +146,68 @@ def advise(
     return Advice(read_round(results), max_train_steps)
 
 
-def _refuse_arguments(
-    schedule: str, max_train_steps: int, decay_steps: int, warmup_steps: int, worthwhile_gain: float
-) -> None:
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule={schedule!r}: expects one of {', '.join(SCHEDULES)}")
-    if max_train_steps < 1:
-        raise InputError(f"max_train_steps={max_train_steps}: expects at least 1 step")
-    for name, steps in (("decay_steps", decay_steps), ("warmup_steps", warmup_steps)):
-        if not 0 <= steps <= max_train_steps:
-            raise InputError(f"{name}={steps}: expects 0 to {max_train_steps}, the steps of the runs")
-    if not 0 <= worthwhile_gain < 1:
-        raise InputError(f"worthwhile_gain={worthwhile_gain}: expects a share of the loss, such as 0.005")
+def _steps(name: str, value: Any, *, least: int = 0, most: int | None = None, hint: str) -> int:
+    """Return an argument that is a number of steps. Raises InputError for another value."""
+    number = _whole(value)
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}, the steps of the runs"
+        raise InputError(f"{name}={value!r}: expects a whole number {allowed}; {hint}")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number, also one of numpy or one that a table has made a float; None for others."""
+    return int(value) if _is_finite(value) and int(value) == value else None
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _hyperparameters(
+    given: Sequence[Mapping[str, Value]] | None, curves: Sequence[Sequence[tuple[int, float]]]
+) -> Sequence[Mapping[str, Value]]:
+    """Return those of each curve, different ones if none are given."""
+    if not isinstance(curves, Iterable) or len(curves) == 0:
+        expected = "a curve of at least one run; pass a list of (step, loss) pairs for each"
+        raise InputError(f"curves={curves!r}: expects {expected}")
+    if given is None:
+        return [{_DISTINCT: number} for number in range(len(curves))]
+    if len(given) != len(curves):
+        raise InputError(f"hyperparameters: {len(given)} for {len(curves)} curves; pass one for each run")
+    for number, own in enumerate(given):
+        if not isinstance(own, Mapping) or not all(isinstance(value, Hashable) for value in own.values()):
+            raise InputError(
+                f"hyperparameters of curve {number}: expects names with numbers or texts, such as "
+                f"{{'learning_rate': 1e-4}}; got {own!r}"
+            )
+    return given
 
 
 def _evaluations(
     number: int, curve: Sequence[tuple[int, float]], max_train_steps: int
 ) -> tuple[Evaluation, ...]:
     try:
-        points = [(int(step), float(loss)) for step, loss in curve]
+        points = [(_whole(step), float(loss)) for step, loss in curve]
     except (TypeError, ValueError) as error:
         raise InputError(f"curve {number}: expects (step, loss) pairs: {error}") from error
-    steps = [step for step, _ in points]
+    steps = [step for step, _ in points if step is not None]
+    if len(steps) < len(points):
+        given = _brief([step for step, _ in curve])
+        raise InputError(f"curve {number}: steps must be whole numbers of updates; got {given}")
     if not points:
         raise InputError(f"curve {number}: empty; leave the run out, or pass its (step, loss) pairs")
     if steps != sorted(set(steps)):
-        raise InputError(f"curve {number}: steps must rise; got {_brief(steps)}")
+        raise InputError(f"curve {number}: steps must rise; got {_brief(steps)}; sort the pairs by step")
     if steps[0] < 0 or steps[-1] > max_train_steps:
         raise InputError(
             f"curve {number}: steps range from {steps[0]} to {steps[-1]}, but max_train_steps is "
             f"{max_train_steps}; pass the horizon of the runs"
         )
-    return tuple(Evaluation(step, loss) for step, loss in points)
+    return tuple(Evaluation(step, loss) for step, (_, loss) in zip(steps, points, strict=True))
 
 
-def _brief(steps: Sequence[int]) -> str:
+def _brief(steps: Sequence[Any]) -> str:
     shown = ", ".join(str(step) for step in steps[:6])
     return shown if len(steps) <= 6 else f"{shown}, ..."
 

@@ -73,7 +73,7 @@ def speaker(folder: StudyFolder, trial: Trial, models: Sequence[Model] = ("adapt
     """Return what a trial needs to answer. Raises InputError in a dry run, or without an adapter, and
     CheckpointError for one that is damaged.
     """
-    name = f"{trial.round}/{trial.number}"
+    name = trial.name
     if folder.is_dry_run:
         raise InputError(f"{folder.directory}: a dry run trains nothing, so no trial has an adapter")
     adapter = folder.verified_adapter(trial) if "adapter" in models else None

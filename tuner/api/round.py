@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.advice import Advice
+from tuner.api.arguments import naming_arguments
 from tuner.api.trial import Trial
 from tuner.errors import InputError
 from tuner.playbook.selection import ranked
@@ -69,6 +70,7 @@ class Round:
             _, reading = reading_of(store, record)
         return Advice(reading, record.max_train_steps)
 
+    @naming_arguments
     def report(
         self, html: str | os.PathLike[str] | None = None, *, markdown: str | os.PathLike[str] | None = None
     ) -> str:

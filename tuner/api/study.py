@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tuner.api.arguments import naming_arguments
 from tuner.api.auto import Automatic, restarts_of
 from tuner.api.round import Round, evaluations_dataframe, trials_dataframe
 from tuner.api.run import (
@@ -55,6 +56,7 @@ class Study:
         self._folder()
 
     @classmethod
+    @naming_arguments
     def new(
         cls,
         directory: str | os.PathLike[str],
@@ -97,6 +99,7 @@ class Study:
         return cls(directory)
 
     @classmethod
+    @naming_arguments
     def from_runs(
         cls,
         directory: str | os.PathLike[str],
@@ -194,6 +197,7 @@ class Study:
         folder = self._folder()
         return status_document(folder.name, standing(folder)[0])
 
+    @naming_arguments
     def check(
         self,
         round_file: str | os.PathLike[str],
@@ -220,6 +224,7 @@ class Study:
 
     # --- what changes it --------------------------------------------------------------------------
 
+    @naming_arguments
     def run(
         self,
         round_file: str | os.PathLike[str],
@@ -254,6 +259,7 @@ class Study:
             run_here(file, where, open_view=view_of(progress), stopping=stopping)
         return Study(file.directory).round(file.spec.round)
 
+    @naming_arguments
     def auto(
         self,
         round_file: str | os.PathLike[str],
@@ -303,6 +309,7 @@ class Study:
             warnings.warn(remark, stacklevel=2)
         return Round(open_folder(rounds.last.directory), rounds.last.spec.round, reason)
 
+    @naming_arguments
     def sweep(
         self,
         round_file: str | os.PathLike[str],
@@ -343,6 +350,7 @@ class Study:
             )
         return answer.max_train_steps if isinstance(answer, FirstHorizon) else None
 
+    @naming_arguments
     def promote(
         self,
         to: str,
@@ -383,6 +391,7 @@ class Study:
         inside = self._directory / path
         return inside if inside.exists() or not path.exists() else path
 
+    @naming_arguments
     def clean(self, *, delete: bool = False) -> int:
         """Return the size in bytes of checkpoints that are no longer needed; with `delete`, delete them.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.api.arguments import naming_arguments
 from tuner.api.generate import batched, speaker
 from tuner.api.run import Where, interruptible, restored_adapter, run_again, shown, unsaid
 from tuner.playbook import best_evaluation, settled_step
@@ -50,7 +51,7 @@ class Trial:
     @property
     def name(self) -> str:
         """`round1/7`."""
-        return f"{self.round}/{self.number}"
+        return self._recorded.name
 
     @property
     def round(self) -> str:
@@ -120,6 +121,7 @@ class Trial:
         link = self._study.adapter(self._recorded)
         return None if link is None else Path(link)
 
+    @naming_arguments
     def export(
         self,
         to: str | os.PathLike[str],
@@ -146,6 +148,7 @@ class Trial:
         export_trial(finished, wanted, study=self._study.directory, tell=unsaid, warn=_warn)
         return Path(to)
 
+    @naming_arguments
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -177,6 +180,7 @@ class Trial:
             texts |= {prompt.row: each.text for prompt, each in zip(batch, said, strict=True)}
         return [texts[row] for row in range(len(asked))]
 
+    @naming_arguments
     def reproduce(
         self,
         *,
@@ -198,6 +202,7 @@ class Trial:
         document = reproduction_document(self._study.name, found)
         return Reproduction(found.agreement != Agreement.DIFFERS, document)
 
+    @naming_arguments
     def restore(
         self, *, engine: str | None = None, ray_address: str | None = None, progress: bool = True
     ) -> str:
@@ -219,6 +224,7 @@ class Trial:
             )
         return how
 
+    @naming_arguments
     def load(self, *, device: str | None = None) -> PeftModel:
         """Return the base model with the trial's best adapter, ready to generate.
 

@@ -412,9 +412,9 @@ def promote(
 
     Example: `tuner study promote --to round2`
     """
-    from tuner.api.study import Study
     from tuner.cli.output import promotion_text
     from tuner.report import dumps
+    from tuner.study.promotion import Overrides, promote_held
 
     if decay not in ("steps", "share"):
         raise typer.BadParameter(
@@ -422,14 +422,11 @@ def promote(
             param_hint="--decay",
         )
     kept: Literal["steps", "share"] = "steps" if decay == "steps" else "share"
-    done = Study(_folder().directory).promote(
-        one_name(round_name, to, name="--to"),
+    done = promote_held(
+        _folder(),
+        to=one_name(round_name, to, name="--to"),
         from_round=from_round,
-        max_train_steps=max_train_steps,
-        top=top,
-        decay=kept,
-        add=add or (),
-        settings=set_ or (),
+        overrides=Overrides(max_train_steps, top, kept, tuple(add or ()), tuple(set_ or ())),
         force=force,
     )
     typer.echo(dumps(done.document) if json else promotion_text(done.document))

@@ -364,9 +364,11 @@ def _field(location: Location) -> FieldInfo | None:
 
 def _bounds(field: FieldInfo) -> str:
     """Return ` of at least 1` for a number's bounds."""
+    inner = [each for part in get_args(field.annotation) for each in getattr(part, "__metadata__", ())]
+    fields = [field, *(each for each in inner if isinstance(each, FieldInfo))]  # of `Annotated[...] | None`
     said = [
         f"{words} {bound:g}"
-        for limit in field.metadata
+        for limit in (limit for each in fields for limit in each.metadata)
         for name, words in (("ge", "of at least"), ("gt", "above"), ("lt", "below"))
         if (bound := getattr(limit, name, None)) is not None
     ]

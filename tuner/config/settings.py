@@ -52,7 +52,7 @@ def with_settings(
             option = f"; use --{key.replace('_', '-')}" if key in refused else ""
             raise _refusal(setting, f"{key} cannot be set{option}")
         if key in values:
-            raise _refusal(setting, f"{key} is set twice; write all of its values in one --set")
+            raise _refusal(setting, f"{key} is set twice; write all of its values at once, as in KEY=A,B")
         try:
             values[key] = _value(key, written)
             text = edit_round(text, {key: values[key]}, {} if comment is None else {key: comment})
@@ -118,7 +118,7 @@ def added_dimensions(given: Sequence[str], file: RoundFile) -> dict[str, Dimensi
         if name in NEVER_ADDED:
             raise _refused(text, f"{name} cannot be added: changing it means tuning everything again")
         if name in added:
-            raise _refused(text, f"{name} is added twice; write all of its values in one --add")
+            raise _refused(text, f"{name} is added twice; write all of its values at once, as in NAME=A,B")
         row = file.spec.table[name]
         before = space.get(name)
         if row.only_if_written and row.default is not None:

@@ -46,6 +46,11 @@ class EnqueuedTrial:
     reason: str | None
     """Why it starts over; None if it continues."""
 
+    @property
+    def name(self) -> str:
+        """Return, for example, `round1/7`."""
+        return f"{self.round}/{self.trial}"
+
 
 @dataclass(frozen=True, slots=True)
 class NextRound:

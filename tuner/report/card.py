@@ -187,7 +187,7 @@ def _tags(card: Card) -> list[str]:
     tags = ["tuner", "lora"]
     if (chosen := variant_of(values)).name != PLAIN:
         tags.append(chosen.name.rpartition(":")[2].lower())
-    if values.get(USE_RSLORA.name):
+    if USE_RSLORA.value(values):
         tags.append("rslora")
     return [*tags, *(["qlora"] if card.spec.model.quantization == "nf4" else [])]
 

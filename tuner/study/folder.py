@@ -161,7 +161,7 @@ def open_folder(directory: Path) -> StudyFolder:
     """
     directory = directory.resolve()
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; -C expects the folder of a study")
+        raise InputError(f"{directory}: no such directory; expects the folder of a study")
     files: list[RoundFile] = []
     broken: list[RoundFileError] = []
     unrunnable: list[RoundFileError] = []

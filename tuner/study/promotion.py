@@ -436,7 +436,7 @@ def promotion_document(
         },
         "trials": {"enqueued": len(next_round.enqueue), "total": next_round.trials_total},
         "continues": [
-            {"trial": f"{trial.round}/{trial.trial}", "from_step": trial.from_step}
+            {"trial": trial.name, "from_step": trial.from_step}
             for trial in next_round.enqueue
             if trial.from_step is not None
         ],
@@ -475,7 +475,7 @@ def _is_open(record: RoundRecord, store: Store) -> bool:
 
 def _entry(trial: EnqueuedTrial) -> dict[str, Any]:
     entry: dict[str, Any] = to_json(trial.hyperparameters)
-    return {**entry, "continues": f"{trial.round}/{trial.trial}"}
+    return {**entry, "continues": trial.name}
 
 
 def write_round_file(path: Path, text: str, *, advice: str, force: bool = False) -> None:

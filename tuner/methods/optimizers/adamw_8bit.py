@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam
+from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam, unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -26,24 +25,6 @@ def _build(groups: Sequence[dict[str, Any]], values: Hyperparameters) -> torch.o
     from bitsandbytes.optim import AdamW8bit
 
     return without_waiting(AdamW8bit)(groups, **adam_arguments(values))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def unchanged_if(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block tensors are updated; after it they are as before if `found_inf` is 1.
-
-    The device decides, and nothing waits for it. None changes nothing.
-    """
-    if found_inf is None:
-        yield
-        return
-    import torch
-
-    before = [tensor.clone() for tensor in tensors]
-    yield
-    is_skipped = found_inf > 0
-    for tensor, old in zip(tensors, before, strict=True):
-        torch.where(is_skipped, old, tensor, out=tensor)
 
 
 @dataclass

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Number, OneOf
-from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments
-from tuner.methods.optimizers.adamw_8bit import unchanged_if
+from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments, unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
@@ -65,14 +64,14 @@ def _skipping(library: type) -> type:
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:
-            """Update all parameters, which have gradients."""
+            """Update all parameters, which have gradients, unless `found_inf` is 1."""
             assert closure is None
             weights = [parameter for group in self.param_groups for parameter in group["params"]]
             for weight in weights:
-                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight.grad))
-            with unchanged_if(
-                self.found_inf, [*weights, *(self.state[each]["momentum_buffer"] for each in weights)]
-            ):
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight.grad)
+            moments = [self.state[weight]["momentum_buffer"] for weight in weights]
+            with unchanged_if(self.found_inf, [*weights, *moments]):
                 super().step()
 
     return Skipping
