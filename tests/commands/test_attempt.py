@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_a_disk_that_fails_before_the_command_starts_is_the_machines_fault(tmp_p
     assert "trial-0000" in str(ran.end.reason)
 
 
-@pytest.mark.parametrize("text", ["", "17", "17-1.0", "17-1.00-abc", "\0" * 30])
+@pytest.mark.parametrize("text", ["", "17", "17-1", "17-1-abc", "\0" * 30])
 def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -> None:
     whole = process_tree.new_token()
     for number, token in enumerate((whole, text), start=1):
@@ -323,6 +324,18 @@ def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -
         place.write_text(token)
     assert tokens_of(tmp_path) == [whole]
     assert process_tree.end_orphans(tokens_of(tmp_path)) == 0
+
+
+def test_a_worker_that_lives_is_no_orphan_whatever_the_clock_does(monkeypatch) -> None:
+    token = process_tree.new_token()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)  # moves with the system's clock
+    assert process_tree.is_token(token)
+    assert not process_tree.is_orphaned(token)
+    pid, started, name = token.split("-")
+    assert process_tree.is_orphaned(f"{pid}-{int(started) + 1}-{name}")  # its number is used again
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    assert process_tree.is_orphaned(f"{ended.pid}-{started}-{name}")
 
 
 def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:
