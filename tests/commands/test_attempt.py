@@ -10,6 +10,7 @@ import subprocess
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,22 +188,35 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
+def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path, monkeypatch) -> None:
+    """On a clock of the test's own: each second the tool logs an evaluation; six without one are too many."""
     (tmp_path / "quiet.py").write_text(
-        "import json, os, time\n"
-        "from pathlib import Path\n"
-        "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
-        "for step in range(1, 25):\n"
-        "    time.sleep(0.35)\n"
-        "    with log.open('a') as file:\n"
-        "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
+        "import time\nfrom pathlib import Path\nwhile not Path('over').exists():\n    time.sleep(0.02)\n"
+    )
+    log = tmp_path / "runs" / "round1" / "trial-0000" / "attempt-1" / "output" / "trainer_log.jsonl"
+    seconds = 0
+
+    def sleep(_: float) -> None:
+        nonlocal seconds
+        if seconds == 24:
+            (tmp_path / "over").touch()
+            time.sleep(0.02)
+            return
+        seconds += 1
+        with log.open("a") as file:
+            file.write(json.dumps({"current_steps": seconds, "eval_loss": 1.0}) + "\n")
+
+    monkeypatch.setattr(
+        "tuner.commands.attempt.time", SimpleNamespace(monotonic=lambda: float(seconds), sleep=sleep)
     )
     content = without_resume(document("quiet.py"))
     spec = spec_of(tmp_path, content)
     assert spec.command is not None
     brief = spec.command.model_copy(update={"silence_minutes": 6 / 60})
     work = Round(spec.model_copy(update={"command": brief}), tmp_path, spec.recorded_objective, {})
-    assert Ran(tmp_path, content, work=work).end.outcome == "complete"
+    ran = Ran(tmp_path, content, work=work)
+    assert ran.end.outcome == "complete", ran.end.reason
+    assert list(ran.curve) == list(range(1, 25))
 
 
 def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
