@@ -267,6 +267,7 @@ def test_a_token_that_the_embedding_lacks(
     [
         ([], "pass exactly one of --prompt"),
         (["--prompt", "a", "--input", "b.jsonl"], "pass exactly one of --prompt and --input"),
+        (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "a", "--output", "b.jsonl"], "--output requires --input"),
         (["--prompt", "a", "--batch-size", "2"], "--batch-size requires --input"),
         (["--input", "b.jsonl", "--stream"], "--stream requires --prompt"),

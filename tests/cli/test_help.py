@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,16 @@ def test_while_a_round_runs_status_names_no_command_that_is_refused(
         following = capsys.readouterr().err.splitlines()[-1].removeprefix("next: tuner ")
         assert following == "trial list"
         assert run(shlex.split(following)) == 0
+
+
+@pytest.mark.parametrize("module", ["tuner", "tuner.cli"])
+def test_the_package_can_be_run_as_a_module(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [module, "--version"])
+    monkeypatch.setattr("tuner.cli.keep_others_out", lambda: None)
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=False)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("tuner ")

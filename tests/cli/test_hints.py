@@ -55,6 +55,14 @@ def test_an_unknown_word_is_answered_with_a_command(
             "--lr; it is a key of the round file: hyperparameters.learning_rate",
         ),
         ("study run round1.yaml --n-jobs 2", "No such option: --n-jobs; did you mean --slots?"),
+        (
+            "study check round1.yaml --set run.slots=2",
+            "No such option: --set; it is an option of study new, study import and study promote",
+        ),
+        ("study check round1.yaml --add lora_r=4", "--add; it is an option of study promote"),
+        ("study status -C x", "No such option: -C; it comes before the command: tuner -C ... study status"),
+        ("trial list --yes", "--yes; it is an option of study clean"),
+        ("trial list round1", "unexpected extra argument(s) (round1); did you mean --round round1?"),
     ],
 )
 def test_a_wrong_option_says_what_was_read_and_what_was_meant(

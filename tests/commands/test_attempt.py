@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,22 +188,35 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
+def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path, monkeypatch) -> None:
+    """On a clock of the test's own: each second the tool logs an evaluation; six without one are too many."""
     (tmp_path / "quiet.py").write_text(
-        "import json, os, time\n"
-        "from pathlib import Path\n"
-        "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
-        "for step in range(1, 25):\n"
-        "    time.sleep(0.35)\n"
-        "    with log.open('a') as file:\n"
-        "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
+        "import time\nfrom pathlib import Path\nwhile not Path('over').exists():\n    time.sleep(0.02)\n"
+    )
+    log = tmp_path / "runs" / "round1" / "trial-0000" / "attempt-1" / "output" / "trainer_log.jsonl"
+    seconds = 0
+
+    def sleep(_: float) -> None:
+        nonlocal seconds
+        if seconds == 24:
+            (tmp_path / "over").touch()
+            time.sleep(0.02)
+            return
+        seconds += 1
+        with log.open("a") as file:
+            file.write(json.dumps({"current_steps": seconds, "eval_loss": 1.0}) + "\n")
+
+    monkeypatch.setattr(
+        "tuner.commands.attempt.time", SimpleNamespace(monotonic=lambda: float(seconds), sleep=sleep)
     )
     content = without_resume(document("quiet.py"))
     spec = spec_of(tmp_path, content)
     assert spec.command is not None
     brief = spec.command.model_copy(update={"silence_minutes": 6 / 60})
     work = Round(spec.model_copy(update={"command": brief}), tmp_path, spec.recorded_objective, {})
-    assert Ran(tmp_path, content, work=work).end.outcome == "complete"
+    ran = Ran(tmp_path, content, work=work)
+    assert ran.end.outcome == "complete", ran.end.reason
+    assert list(ran.curve) == list(range(1, 25))
 
 
 def test_a_damaged_checkpoint_fails_the_attempt(tmp_path: Path) -> None:
@@ -314,7 +329,7 @@ def test_a_disk_that_fails_before_the_command_starts_is_the_machines_fault(tmp_p
     assert "trial-0000" in str(ran.end.reason)
 
 
-@pytest.mark.parametrize("text", ["", "17", "17-1.0", "17-1.00-abc", "\0" * 30])
+@pytest.mark.parametrize("text", ["", "17", "17-1", "17-1-abc", "\0" * 30])
 def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -> None:
     whole = process_tree.new_token()
     for number, token in enumerate((whole, text), start=1):
@@ -323,6 +338,30 @@ def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -
         place.write_text(token)
     assert tokens_of(tmp_path) == [whole]
     assert process_tree.end_orphans(tokens_of(tmp_path)) == 0
+
+
+def test_a_worker_that_lives_is_no_orphan_whatever_the_clock_does(monkeypatch) -> None:
+    token = process_tree.new_token()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)  # moves with the system's clock
+    assert process_tree.is_token(token)
+    assert not process_tree.is_orphaned(token)
+    pid, started, name = token.split("-")
+    assert process_tree.is_orphaned(f"{pid}-{int(started) + 1}-{name}")  # its number is used again
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    assert process_tree.is_orphaned(f"{ended.pid}-{started}-{name}")
+
+
+def test_where_the_system_does_not_tell_when_processes_started_a_living_worker_is_no_orphan(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(process_tree, "start_ticks", lambda pid: None)
+    token = process_tree.new_token()
+    assert process_tree.is_token(token)
+    assert not process_tree.is_orphaned(token)
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    assert process_tree.is_orphaned(f"{ended.pid}-0-{token.rpartition('-')[2]}")
 
 
 def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:

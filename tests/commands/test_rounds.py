@@ -50,7 +50,9 @@ def test_two_rounds_with_a_promotion_that_resumes(tmp_path: Path) -> None:
     assert (
         json.loads(tuner(tmp_path, "study", "check", "round1.yaml", "--json"))["plan"]["train_rows"] is None
     )
-    tuner(tmp_path, "study", "run", "round1.yaml")
+    ran = studies.tuner("study", "run", "round1.yaml", directory=tmp_path, merged=True)
+    assert "loading the command's files" in ran.stdout
+    assert "base and data" not in ran.stdout
     promoted = json.loads(
         tuner(tmp_path, "study", "promote", "--to", "round2", "--max-train-steps", "48", "--json")
     )

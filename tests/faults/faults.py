@@ -25,7 +25,7 @@ from tests.faults.harness import RUN, SECONDS, STEPS, Case
 from tests.faults.warm import Trap, Wish
 from tuner.store.database import open_engine
 
-_BEFORE = ("", "loading base and data")
+_BEFORE = ("", "loading ")
 _BEGUN = ("trial 0  starts", f"step 2/{STEPS}", f"step 6/{STEPS}", "trial 1  starts", "comparison run")
 
 

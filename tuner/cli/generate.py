@@ -50,6 +50,8 @@ class Asked:
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.input is None):
             raise InputError("pass exactly one of --prompt and --input")
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError('--prompt is empty; pass a text, such as --prompt "Add 2 and 3."')
         for_one = {"--context": bool(self.context), "--stream": self.stream}
         for_many = {"--output": self.output is not None, "--batch-size": self.batch_size is not None}
         for option, given in (for_one if self.prompt is None else for_many).items():

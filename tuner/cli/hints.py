@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,6 +90,11 @@ def explain(error: Any) -> None:
     if (option := getattr(error, "option_name", None)) is not None:
         error.message += _meant_instead(option, error.ctx)
         return
+    if found := re.fullmatch(r"Got unexpected extra argument\(s\) \((\S+)\)", error.message):
+        error.message += (
+            f"; did you mean --round {found[1]}?" if "--round" in _options(error.ctx.command) else ""
+        )
+        return
     error.message = error.message.removeprefix("Value error, ")
     for wrong in getattr(error.__cause__, "errors", list)()[:1]:
         if wrong["type"] in _EXPECTED:
@@ -107,9 +113,13 @@ _EXPECTED = {
 
 
 def _meant_instead(option: str, ctx: Any) -> str:
-    """Return the option or the key of a round file that an option such as `--max-steps` means."""
+    """Return where an option of other commands stands, or what one such as `--max-steps` means."""
     from tuner.config.wording import key_like
 
+    if option in _options(_root(ctx)):
+        return f"; it comes before the command: tuner {option} ... {ctx.command_path.removeprefix('tuner ')}"
+    if owners := [verb for verb, command in _verbs(_root(ctx)) if option in _options(command)]:
+        return f"; it is an option of {_enumerated(owners)}"
     key = key_like(option.lstrip("-"))
     if key is None:
         return ""
@@ -117,6 +127,21 @@ def _meant_instead(option: str, ctx: Any) -> str:
     if any(own in parameter.opts for parameter in ctx.command.params):
         return f"; did you mean {own}?"
     return f"; it is a key of the round file: {key}"
+
+
+def _options(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in getattr(parameter, "opts", ())}
+
+
+def _verbs(root: Any) -> Iterable[tuple[str, Any]]:
+    """Yield `study run` and the like, with their commands."""
+    for name, group in root.commands.items():
+        for verb, command in getattr(group, "commands", {"": group}).items():
+            yield f"{name} {verb}".strip(), command
+
+
+def _enumerated(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _groups_with(root: Any, word: str) -> Iterable[str]:

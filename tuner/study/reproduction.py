@@ -210,7 +210,11 @@ def reproduce(
         view.message(remark)
     with _place(rerun) as place, ExitStack() as in_use:
         worker, ready = first_worker(
-            lambda: make_worker(rerun.spec, cache=rerun.cache, place=place), view, stopping, begun=0
+            lambda: make_worker(rerun.spec, cache=rerun.cache, place=place),
+            view,
+            stopping,
+            spec=rerun.spec,
+            begun=0,
         )
         in_use.callback(worker.close)
         remarks = (*rerun.remarks, *_other_workload(rerun.record, ready))

@@ -90,7 +90,11 @@ def run_round(
                 view.message(note)
             view.trials([at_rest(trial, is_running=False) for trial in earlier])
             worker, ready = first_worker(
-                lambda: make_worker(plan, lambda: known_base[0]), view, stopping, begun=len(earlier)
+                lambda: make_worker(plan, lambda: known_base[0]),
+                view,
+                stopping,
+                spec=plan.spec,
+                begun=len(earlier),
             )
             in_use.callback(worker.close)
             known_base[0] = ready.base
@@ -302,10 +306,15 @@ def base_evaluation(trials: Sequence[Trial]) -> Evaluation | None:
 
 
 def first_worker(
-    make: Callable[[], Worker], view: View, stopping: Callable[[], bool], *, begun: int
+    make: Callable[[], Worker],
+    view: View,
+    stopping: Callable[[], bool],
+    *,
+    spec: RoundSpec,
+    begun: int,
 ) -> tuple[Worker, Ready]:
-    """Return a worker that has loaded base model and data; replace one that dies before, a few times."""
-    view.message("loading base and data")
+    """Return a worker that has loaded what it needs; replace one that dies before, a few times."""
+    view.message("loading base and data" if spec.command is None else "loading the command's files")
     for remaining in reversed(range(MAX_STILLBORN)):
         worker = make()
         with ExitStack() as undo:
