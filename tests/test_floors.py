@@ -166,6 +166,6 @@ def test_importing_the_package_costs_nothing() -> None:
 def test_the_floors_that_are_drawn_are_those_that_are_checked(page: str) -> None:
     settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
     layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
-    drawn = " > ".join(f"{{{floor}}}" if "|" in floor else floor for floor in layers)
+    drawn = " > ".join(f"{{{floor}}}" if "|" in floor else floor for floor in layers if floor != "__main__")
     assert len(layers) > 5
     assert f"\n{drawn}\n" in (PACKAGE.parent / page).read_text()
