@@ -64,8 +64,8 @@ class Optimizer:
     update is a sign or is computed in fewer bits."""
     skips_on_device: bool = False
     """Whether `step` leaves weights and state alone while the optimizer's attribute `found_inf` is a tensor
-    of value 1, as torch's fused ones do, or others with `unchanged_if` (`skipping.py`). On a GPU the host then
-    need not wait for the gradient's norm."""
+    of value 1, as torch's fused ones do, or others with `unchanged_if` (`skipping.py`). On a GPU the host
+    then need not wait for the gradient's norm."""
     counts_on_host: bool = False
     """With `skips_on_device`: whether skipped updates count, too, in a whole number `step` of its state.
     After a skipped update, a trial then rests until the host has read of it and has counted back."""
