@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,11 @@ from tuner.errors import InputError
 from tuner.methods import registry
 from tuner.methods.optimizers import Optimizer
 from tuner.records import Value
+from tuner.training import optimizer as optimizer_module
 from tuner.training.optimizer import TrialOptimizer, refuse_bad_optimizer
 
 CPU = torch.device("cpu")
+Norms = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 START = {
     "layer.b": (torch.arange(6.0).reshape(2, 3), torch.ones(4, 2)),
     "layer.a": (torch.ones(2, 5), torch.zeros(3, 2)),
@@ -370,3 +373,19 @@ def test_a_checkpoint_is_in_the_librarys_form(kind: str) -> None:
             step(optimizer)
     assert torch.equal(flat(one), flat(other))
     assert all(torch.equal(one.state()[key], value) for key, value in other.state().items())
+
+
+@pytest.mark.parametrize("norms", [optimizer_module._norm_each, optimizer_module._norms])
+def test_a_norm_over_two_devices_is_that_over_one(monkeypatch: pytest.MonkeyPatch, norms: Norms) -> None:
+    """With torch's private operator and, where a torch lacks it, without."""
+    monkeypatch.setattr(optimizer_module, "_norm_each", norms)
+    places = {name: torch.device("cpu", number % 2) for number, name in enumerate(sorted(LARGE))}
+    one = TrialOptimizer(LARGE, tiny.hyperparameters(), device=CPU)
+    spread = TrialOptimizer(LARGE, tiny.hyperparameters(), device=torch.device("cpu", 0), places=places)
+    draw = torch.Generator().manual_seed(0)
+    for name, parts in one.gradients.items():
+        for part, same in zip(parts, spread.gradients[name], strict=True):
+            part.normal_(generator=draw)
+            same.copy_(part)
+    assert len(set(places.values())) == 2
+    assert torch.equal(spread.gradient_norm(), one.gradient_norm())

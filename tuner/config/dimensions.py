@@ -108,7 +108,7 @@ def as_range(choices: Choices) -> dict[str, Any] | None:
 
 def as_numbers(text: str) -> str | None:
     """Return how the file searches two numbers that stand in one text, such as `1e-4..1e-3`; None without."""
-    return _several_numbers(Number(), text).removeprefix("; ") if _TWO_NUMBERS.fullmatch(text) else None
+    return _several_numbers(Number(), text) if _TWO_NUMBERS.fullmatch(text) else None
 
 
 def largest(dimension: Dimension) -> int:
@@ -215,7 +215,7 @@ def advice_on(hyperparameter: Hyperparameter, raw: Any) -> str:
         return ""
     kind = Number() if isinstance(hyperparameter.kind, Anything) else hyperparameter.kind
     if isinstance(kind, (Number, Integer)):
-        return _several_numbers(kind, "" if raw is None else shown(raw))
+        return f"; {_several_numbers(kind, '' if raw is None else shown(raw))}"
     if isinstance(raw, str):
         names = [name for name in re.split(r"[\s,|/;]+|\.{2,}", raw.strip("[]() ")) if name != "or"]
         if len(names) > 1 and all(_is_allowed(kind, name) for name in names):
@@ -244,7 +244,7 @@ def _several_numbers(kind: Number | Integer, text: str) -> str:
     if len(read) == 2 and 0 <= float(read[0]) < float(read[1]):
         is_wide = float(read[1]) >= _WIDE * float(read[0]) > 0
         bounds, more = f"low: {read[0]}, high: {read[1]}{', log: true' if is_wide else ''}", ""
-    return f"; to search, write the values as a list, [{values}], or a range, {{{bounds}}}{more}"
+    return f"to search, write the values as a list, [{values}], or a range, {{{bounds}}}{more}"
 
 
 def _fits(kind: Number | Integer, written: str) -> bool:

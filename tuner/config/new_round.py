@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,15 @@ class Lengths:
     production_steps: int
 
     @classmethod
-    def of(cls, train_rows: int) -> Lengths:
+    def of(cls, train_rows: int, max_train_steps: int | None = None) -> Lengths:
         """Three epochs for production, in round numbers, and a ninth of that for the round.
 
-        Rounded up, so that two promotions to three times the steps get there.
+        Rounded up, so that two promotions to three times the steps get there. A round's own length stays.
         """
         production = max(_MIN_PRODUCTION_STEPS, _two_digits(_PRODUCTION_EPOCHS * train_rows / _BATCH_SIZE))
         ninth = math.ceil(production / _FACTOR**2)
         horizon = ninth if ninth >= _MIN_STEPS else math.ceil(production / _FACTOR)
-        return cls(train_rows, horizon, production)
+        return cls(train_rows, max_train_steps or horizon, production)
 
     @property
     def warmup_steps(self) -> int:
@@ -149,9 +149,7 @@ def new_round(
         raise InputError(f"{data} has no rows to train on")
     if eval is None and eval_fraction is None:
         eval_fraction = EVAL_FRACTION
-    lengths = Lengths.of(max(1, round(train_rows * (1 - (eval_fraction or 0)))))
-    if chosen.max_train_steps is not None:
-        lengths = replace(lengths, max_train_steps=chosen.max_train_steps)
+    lengths = Lengths.of(max(1, round(train_rows * (1 - (eval_fraction or 0)))), chosen.max_train_steps)
     every_steps = chosen.every_steps or max(1, round(lengths.max_train_steps / EVALUATIONS_BY_DEFAULT))
     named: dict[str, Any] = {"columns": dict(columns)} if columns else {}
     named |= {"template": template} if template else {}

@@ -180,15 +180,9 @@ def _prepared(
     special = SpecialTokens(tokenizer, tokeniser)
     recipe = Recipe(tokeniser, data.loss_on, data.max_length, cache, say, special)
     answers = spec.evaluation.answers
-    held_out = "train" if data.eval_fraction is not None else "eval"
+    asked = None if answers is None else "eval" if data.eval_fraction is None else "train"
     read = {
-        name: _parts(
-            sources,
-            tokenizer,
-            recipe,
-            asks=answers is not None and name == held_out,
-            as_before=as_before,
-        )
+        name: _parts(sources, tokenizer, recipe, asks=name == asked, as_before=as_before)
         for name, sources in (("train", data.train), ("eval", data.eval), ("test", data.test))
     }
     parts = dict(read)

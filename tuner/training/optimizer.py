@@ -65,18 +65,9 @@ class TrialOptimizer:
         self._base_rate = HYPERPARAMETERS["learning_rate"].number(hyperparameters)
         self.max_norm = HYPERPARAMETERS["max_grad_norm"].number(hyperparameters)
         self._ratios = {"B": HYPERPARAMETERS["loraplus_ratio"].number(hyperparameters)}
-        groups: list[dict[str, Any]] = []
         self._owners: dict[Tensor, FlatTensors] = {}
         """Of each parameter that is a whole vector."""
-        for part_name, *of_part in zip(_PARTS, parts, gradients, strict=False):
-            pairs = zip(
-                *((p.flats if method.is_elementwise else p.views.values()) for p in of_part), strict=True
-            )
-            parameters = [_parameter(values, gradient) for values, gradient in pairs]
-            rate = self._base_rate * self._ratios.get(part_name, 1.0)
-            groups.append({"params": parameters, "lr": rate, "part": part_name})
-            if method.is_elementwise:
-                self._owners |= dict.fromkeys(parameters, of_part[0])
+        groups = self._groups(parts, gradients, is_elementwise=method.is_elementwise)
         self._optimizer = method.build(groups, hyperparameters)
         self._skips_on_device, self.counts_on_host = method.skips_on_device, method.counts_on_host
         self.decides_on_device = (
@@ -85,6 +76,20 @@ class TrialOptimizer:
         """Whether `step_on_device` updates; else the host reads each norm. A CPU has nothing to wait for, and
         of several devices none has what the others need."""
         self._built = [copy.deepcopy(own) for own in self._settings()]
+
+    def _groups(
+        self, parts: Sequence[FlatTensors], gradients: Sequence[FlatTensors], *, is_elementwise: bool
+    ) -> list[dict[str, Any]]:
+        """Return the parameter groups: all A's, all B's and all magnitudes, as vectors or as matrices."""
+        groups = []
+        for part_name, *of_part in zip(_PARTS, parts, gradients, strict=False):
+            pairs = zip(*((p.flats if is_elementwise else p.views.values()) for p in of_part), strict=True)
+            parameters = [_parameter(values, gradient) for values, gradient in pairs]
+            rate = self._base_rate * self._ratios.get(part_name, 1.0)
+            groups.append({"params": parameters, "lr": rate, "part": part_name})
+            if is_elementwise:
+                self._owners |= dict.fromkeys(parameters, of_part[0])
+        return groups
 
     def zero_gradients(self) -> None:
         """Zero the gradients before an update."""

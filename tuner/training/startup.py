@@ -88,20 +88,27 @@ def load_worker_state(
     if answers is not None and compare is not None:
         state.generation_eval = generation_eval(answers, compare, data.eval_prompts, state.base, tokenizer)
     measured = _measured_with(state, data, spec)
-    if base_evaluation is None and kept is not None and kept.measured == measured:
-        base_evaluation = kept.evaluation
-    if base_evaluation is None:
-        say(f"evaluating the base model on {len(data.evaluation):,} rows")
-        with explain_out_of_memory(state.pack.num_slots):
-            base_evaluation = measure_base(state)
-    state.base_evaluation = base_evaluation
-    state.kept = Kept(of_model, tokenizer, state.base, measured, base_evaluation)
+    known = kept.evaluation if kept is not None and kept.measured == measured else None
+    state.base_evaluation = base_evaluation or known or _measured_base(state, say)
+    state.kept = Kept(of_model, tokenizer, state.base, measured, state.base_evaluation)
     code = state.generation_eval.metric.code if state.generation_eval is not None else None
     state.environment = environment(
         state.base.device, slots=state.pack.num_slots, metric=code, kernels=spec.model.kernels
     )
+    return state, _ready(state, data, spec)
+
+
+def _measured_base(state: WorkerState, say: Callable[[str], None]) -> Evaluation:
+    say(f"evaluating the base model on {len(state.evaluation):,} rows")
+    with explain_out_of_memory(state.pack.num_slots):
+        return measure_base(state)
+
+
+def _ready(state: WorkerState, data: PreparedData, spec: RoundSpec) -> Ready:
+    """Return what the round is told before it begins."""
     smallest, largest = adapter_sizes(state.meta_model, spec.space())
-    ready = Ready(
+    assert state.base_evaluation is not None
+    return Ready(
         slots=state.pack.num_slots,
         device=str(state.base.device),
         base=state.base_evaluation,
@@ -116,7 +123,6 @@ def load_worker_state(
         waits_for_disk=True,
         remarks=tuple(data.report.left_out(spec.data.max_length)),
     )
-    return state, ready
 
 
 def _measured_with(state: WorkerState, data: PreparedData, spec: RoundSpec) -> tuple[object, ...]:

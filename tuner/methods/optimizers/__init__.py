@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +64,8 @@ class Optimizer:
     update is a sign or is computed in fewer bits."""
     skips_on_device: bool = False
     """Whether `step` leaves weights and state alone while the optimizer's attribute `found_inf` is a tensor
-    of value 1, as torch's fused ones do, or others with `unchanged_if`. On a GPU the host then need not wait
-    for the gradient's norm."""
+    of value 1, as torch's fused ones do, or others with `unchanged_if` (`skipping.py`). On a GPU the host
+    then need not wait for the gradient's norm."""
     counts_on_host: bool = False
     """With `skips_on_device`: whether skipped updates count, too, in a whole number `step` of its state.
     After a skipped update, a trial then rests until the host has read of it and has counted back."""
@@ -79,22 +78,6 @@ class Optimizer:
 def optimizer(name: str) -> Optimizer:
     """Return the optimizer with this name. Raises InputError for an unknown name."""
     return described("optimizer", name, Optimizer)
-
-
-@contextmanager
-def unchanged_if(found_inf: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Within the block tensors are updated; after it they are as before if `found_inf` is 1.
-
-    The device decides, and nothing waits for it. None changes nothing.
-    """
-    if found_inf is None:
-        yield
-        return
-    before = [tensor.clone() for tensor in tensors]
-    yield
-    is_skipped = found_inf > 0
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(old.where(is_skipped, tensor))
 
 
 def adam_arguments(values: Hyperparameters) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam, unchanged_if
+from tuner.methods.optimizers import ADAM, Optimizer, adam_arguments, trainer_adam
+from tuner.methods.optimizers.skipping import unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:

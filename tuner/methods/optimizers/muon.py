@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.methods.hyperparameters import Hyperparameter
 from tuner.methods.kinds import Flag, Number, OneOf
-from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments, unchanged_if
+from tuner.methods.optimizers import WEIGHT_DECAY, Optimizer, adam_arguments
+from tuner.methods.optimizers.skipping import unchanged_if
 from tuner.records import Hyperparameters
 
 if TYPE_CHECKING:
