@@ -104,6 +104,9 @@ def test_a_folder_of_eight_runs_becomes_a_round_and_is_only_read(tmp_path: Path)
     promoted = json.loads(tuner(tmp_path / "study", "study", "promote", "--to", "round2", "--json"))
     assert promoted["diagnosis"]
     assert promoted["continues"]
+    assert promoted["hyperparameters"]["target_modules"]["to"] == ["q_proj", "v_proj"]
+    for name in ("imported", "round2"):  # one list of names, not names to choose from
+        assert "target_modules: [[q_proj, v_proj]]\n" in (tmp_path / "study" / f"{name}.yaml").read_text()
     refused = tuner(tmp_path / "study", "study", "check", "round2.yaml", code=2)
     assert "write the command that trains a trial" in refused
 

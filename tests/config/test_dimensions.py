@@ -7,7 +7,8 @@ from tests.config.strategies import dimensions
 from tuner.config import HYPERPARAMETERS, dimension_to_yaml
 from tuner.config.dimensions import advice_on, complete_space, read_dimension
 from tuner.config.yaml_text import one_line, parse
-from tuner.methods.kinds import Integer, Number
+from tuner.methods.hyperparameters import Hyperparameter
+from tuner.methods.kinds import Anything, Integer, Number
 from tuner.records import Choices, Fixed, Range, TimesSqrtRank
 
 NAMED_DIMENSIONS = st.sampled_from(list(HYPERPARAMETERS)).flatmap(
@@ -21,6 +22,21 @@ def test_a_dimension_survives_the_file(named):
     name, dimension = named
     text = f"value: {one_line(dimension_to_yaml(dimension))}"
     assert read_dimension(HYPERPARAMETERS[name], parse(text).document["value"]) == dimension
+
+
+@pytest.mark.parametrize(
+    ("written", "dimension"),
+    [
+        ("[[q_proj, v_proj]]", Fixed(("q_proj", "v_proj"))),
+        ("[q_proj, v_proj]", Choices(("q_proj", "v_proj"))),
+        ("[[q_proj], [v_proj]]", Choices((("q_proj",), ("v_proj",)))),
+        ("[q_proj]", Choices(("q_proj",))),
+    ],
+)
+def test_lists_of_a_name_that_tuner_does_not_know(written, dimension):
+    of_a_command = Hyperparameter("extra.layers", None, Anything(), "")
+    assert read_dimension(of_a_command, parse(f"value: {written}").document["value"]) == dimension
+    assert one_line(dimension_to_yaml(dimension, of_a_command.kind)) == written
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def _read(hyperparameter: Hyperparameter, raw: Any) -> Dimension:
         raise ValueError(
             f"cannot be a range; write one value ({hyperparameter.allowed}), or a list of values to search"
         )
+    if _is_list_in_a_list(hyperparameter.kind, raw):
+        return Fixed(parse_value(hyperparameter.kind, raw[0]))
     if _lists_choices(hyperparameter, raw):
         return _read_choices(hyperparameter, raw)
     return Fixed(parse_value(hyperparameter.kind, raw))
@@ -51,9 +53,14 @@ def parse_value(kind: Kind, raw: Any) -> Value:
         raise ValueError(refusal(error.allowed, raw, hint)) from None
 
 
-def dimension_to_yaml(dimension: Dimension) -> Any:
-    """Return the dimension as it is written in a file: the inverse of `read_dimension`."""
+def dimension_to_yaml(dimension: Dimension, kind: Kind | None = None) -> Any:
+    """Return the dimension as it is written in a file: the inverse of `read_dimension`.
+
+    With `kind`, also of one list whose outer list would be read as choices.
+    """
     match dimension:
+        case Fixed(value=tuple(value)) if isinstance(kind, Anything):
+            return [value_to_yaml(value)]
         case Fixed(value=value):
             return value_to_yaml(value)
         case Choices(values=values):
@@ -134,6 +141,11 @@ def describe(dimension: Dimension) -> str:
             return f"{'whole numbers ' if integer else ''}from {low:g} to {high:g}"
         case TimesSqrtRank(factor=factor):
             return f"{factor:g} x sqrt(lora_r)"
+
+
+def _is_list_in_a_list(kind: Kind, raw: Any) -> bool:
+    """Return whether a list is one value in a list of its own, where other lists are choices."""
+    return isinstance(kind, Anything) and isinstance(raw, list) and len(raw) == 1 and isinstance(raw[0], list)
 
 
 def _lists_choices(hyperparameter: Hyperparameter, raw: Any) -> bool:

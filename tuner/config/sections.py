@@ -427,8 +427,11 @@ def _lasting(text: object) -> object:
     return text
 
 
+_ADDRESS = r"local|(?!\w+://)\S+:\d+"
+
+
 def _address(text: object) -> object:
-    if text != "local" and not (isinstance(text, str) and re.fullmatch(r"(?!\w+://)\S+:\d+", text)):
+    if not (isinstance(text, str) and re.fullmatch(_ADDRESS, text)):
         raise mistake(refusal("HOST:PORT, such as 10.0.0.1:6379, or local", text))
     return text
 
@@ -443,7 +446,14 @@ class RunSpec(BaseModel):
     """Where trials run. `local`: this machine, one process per GPU. `ray`: the GPUs of a Ray cluster.
     `simulated`: a dry run with synthetic losses, in the folder `dry-run` beside the file. Or an engine of
     your own as `package.module:Class`."""
-    ray_address: Annotated[str, BeforeValidator(_address)] | None = None
+    ray_address: (
+        Annotated[
+            str,
+            BeforeValidator(_address),
+            WithJsonSchema({"type": "string", "pattern": f"^({_ADDRESS})$"}),
+        ]
+        | None
+    ) = None
     """Cluster that `engine: ray` joins, as `HOST:6379`; `local` starts one on this machine. Default: the
     variable RAY_ADDRESS. `tuner` itself must run on a machine of the cluster."""
     resources_patience: Annotated[float, Field(gt=0)] = 30.0

@@ -20,8 +20,9 @@ from tuner.config import RoundFile, read_round
 from tuner.config.sections import refuse_bad_name
 from tuner.config.yaml_text import one_line
 from tuner.errors import InputError, refusal, shown
-from tuner.methods.kinds import Integer, Method, Number
+from tuner.methods.kinds import Anything, Integer, Kind, Method, Number
 from tuner.methods.table import HYPERPARAMETERS
+from tuner.methods.tools import tool
 from tuner.playbook import best_evaluation
 from tuner.playbook.schedule import multiplier, trunk_end
 from tuner.records import (
@@ -286,7 +287,9 @@ def _text(directory: Path, runs: Sequence[FinishedRun], said: Said, horizon: int
     """Return the round file: what differs between the runs is searched, what is equal is fixed."""
     names = dict.fromkeys(name for run in runs for name in run.hyperparameters)
     known = [name for name in names if all(name in run.hyperparameters for run in runs)]
-    written = {name: _dimension([run.hyperparameters[name] for run in runs]) for name in known}
+    table = tool(said.tool).table(dict.fromkeys(known))
+    kinds = {name: table[name].kind if name in table else None for name in known}
+    written = {name: _dimension([run.hyperparameters[name] for run in runs], kinds[name]) for name in known}
     every = _interval(runs)
     command: dict[str, Any] = {
         "run": shlex.split(said.command) if said.command else [MISSING_COMMAND, "${args}"]
@@ -316,11 +319,12 @@ def _text(directory: Path, runs: Sequence[FinishedRun], said: Said, horizon: int
     return "\n".join(lines) + "\n"
 
 
-def _dimension(values: Sequence[Value]) -> Any:
+def _dimension(values: Sequence[Value], kind: Kind | None) -> Any:
     """Return a scalar, a range of three or more real numbers, or a list."""
     different = sorted(set(values), key=lambda value: (str(type(value)), value))
     if len(different) == 1:
-        return to_json(different[0])
+        is_list_of_choices = isinstance(different[0], tuple) and isinstance(kind, Anything)
+        return [to_json(different[0])] if is_list_of_choices else to_json(different[0])
     numbers = [value for value in different if isinstance(value, float)]
     if len(numbers) == len(different) >= 3:
         low, high = numbers[0], numbers[-1]

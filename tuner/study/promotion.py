@@ -371,7 +371,8 @@ def _edited(
         reasons.update({name: f"{reasons[name]}: {by_option}" for name in rescaled})
     for name, change in next_round.changes.items():
         if change.to_dimension != change.from_dimension:
-            changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension)
+            kind = row.kind if (row := file.spec.table.get(name)) else None
+            changes[f"hyperparameters.{name}"] = dimension_to_yaml(change.to_dimension, kind)
             said[f"hyperparameters.{name}"] = reasons[name]
     for name in file.spec.hyperparameters:
         if name not in next_round.space and name in file.spec.space():
