@@ -30,6 +30,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "installation": set(),
     "whole": set(),
     "process_log": set(),
+    "process_start": set(),
     "records": set(),
     "methods": set(),
     "pipes": set(),

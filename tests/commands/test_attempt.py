@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cli.conftest import MountTmpfs
@@ -314,7 +315,7 @@ def test_a_disk_that_fails_before_the_command_starts_is_the_machines_fault(tmp_p
     assert "trial-0000" in str(ran.end.reason)
 
 
-@pytest.mark.parametrize("text", ["", "17", "17-1.0", "17-1.00-abc", "\0" * 30])
+@pytest.mark.parametrize("text", ["", "17", "17-1", "17-100-abc", "\0" * 30])
 def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -> None:
     whole = process_tree.new_token()
     for number, token in enumerate((whole, text), start=1):
@@ -323,6 +324,22 @@ def test_a_token_that_a_full_disk_cut_short_is_none(tmp_path: Path, text: str) -
         place.write_text(token)
     assert tokens_of(tmp_path) == [whole]
     assert process_tree.end_orphans(tokens_of(tmp_path)) == 0
+
+
+def test_a_step_of_the_clock_makes_no_orphans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux derives a process's time of start from the clock of now."""
+    token, boot = process_tree.new_token(), psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot - 3600.0)
+    assert not process_tree.is_orphaned(token)
+    pid, started, rest = token.split("-")
+    assert process_tree.is_orphaned(f"{pid}-{int(started) + 1}-{rest}")
+
+
+def test_a_token_file_of_any_bytes_is_none(tmp_path: Path) -> None:
+    place = tmp_path / "trial-0000" / "attempt-1" / "token"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"17-\xff\xfe")
+    assert tokens_of(tmp_path) == []
 
 
 def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:

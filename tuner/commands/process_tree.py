@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tuner.process_start import started_ticks
+
 TOKEN = "TUNER_TOKEN"
 """Variable that every process of an attempt inherits, whatever session it starts."""
 GRACE_SECONDS = 15.0
@@ -24,22 +26,19 @@ _POLL_SECONDS = 0.05
 
 def new_token() -> str:
     """Return a token that names this worker process, which starts the attempt."""
-    me = psutil.Process()
-    return f"{me.pid}-{me.create_time():.2f}-{secrets.token_hex(8)}"
+    me = os.getpid()
+    return f"{me}-{started_ticks(me) or 0}-{secrets.token_hex(8)}"
 
 
 def is_token(text: str) -> bool:
     """Return whether a text is a whole token."""
-    return re.fullmatch(r"\d+-\d+\.\d+-[0-9a-f]{16}", text) is not None
+    return re.fullmatch(r"\d+-\d+-[0-9a-f]{16}", text) is not None
 
 
 def is_orphaned(token: str) -> bool:
     """Return whether the worker process that made the token is gone."""
     pid, started, _ = token.split("-")
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" != started
-    except psutil.NoSuchProcess:
-        return True
+    return started_ticks(int(pid)) != int(started)
 
 
 def start(

@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tuner.process_start import started_ticks
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SWEEPS = 40
 """How often processes that were just being forked, or have not died yet, are looked for."""
 _SWEEP_SECONDS = 0.05
-_STARTED_FIELD = 19
-"""Of /proc/PID/stat after the name in parentheses: clock ticks since the boot, whatever the clock does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,11 @@ class Identity:
     def of(cls, pid: int) -> Identity | None:
         """Return the identity of a running process; None if there is none, or this system does not tell."""
         try:
-            boot, stat = _BOOT.read_text().strip(), Path(f"/proc/{pid}/stat").read_text()
-        except (OSError, ValueError):
+            boot = _BOOT.read_text().strip()
+        except OSError:
             return None
-        after_name = stat[stat.rindex(")") + 2 :].split()
-        if after_name[0] in ("Z", "X"):  # dead, not yet waited for
-            return None
-        return cls(socket.gethostname(), boot, pid, int(after_name[_STARTED_FIELD]))
+        started = started_ticks(pid)
+        return None if started is None else cls(socket.gethostname(), boot, pid, started)
 
     @property
     def is_running(self) -> bool:

@@ -20,6 +20,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, text
 from sqlalchemy.exc import DBAPIError
 
 from tuner.errors import StorageAway, StorageError, StudyTaken
+from tuner.process_start import started_ticks
 from tuner.store.database import RUN_LOCKS, database_file, explained, is_sqlite, open_engine, parse_url
 
 _PATIENCE_SECONDS = 0.5
@@ -304,7 +305,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 def _holder_here() -> str:
     """Return this process as a PostgreSQL `application_name`, of at most 63 bytes."""
     host = socket.gethostname().encode("ascii", "replace")[:_HOST_BYTES].decode()
-    return f"process {os.getpid()} on {host} {_machine()}.{_started(os.getpid()) or 0:x}"
+    return f"process {os.getpid()} on {host} {_machine()}.{started_ticks(os.getpid()) or 0:x}"
 
 
 def is_dead(holder: str) -> bool:
@@ -312,7 +313,7 @@ def is_dead(holder: str) -> bool:
     found = _HOLDER_FORM.fullmatch(holder)
     if found is None or found["machine"] != _machine() or found["started"] == "0":
         return False
-    return _started(int(found["pid"])) != int(found["started"], 16)
+    return started_ticks(int(found["pid"])) != int(found["started"], 16)
 
 
 def _shown(holder: str | None) -> str:
@@ -327,16 +328,6 @@ def _machine() -> str:
     except OSError:
         return "unknown"
     return f"{zlib.crc32(f'{socket.gethostname()} {boot} {numbering}'.encode()):08x}"
-
-
-def _started(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since the boot; None if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat[stat.rindex(")") + 2 :].split()
-    return None if state in ("Z", "X") else int(fields[18])
 
 
 def _this_process() -> str:
