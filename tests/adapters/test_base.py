@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -361,6 +362,51 @@ class TestRefused:
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         assert "cannot load" in self.refusal(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_size": "32"},
+            {"hidden_size": float("nan")},
+            {"num_attention_heads": 0},
+            {"model_type": ["llama"]},
+            {"dtype": "wide"},
+            {"quantization_config": "x"},
+            {"eos_token_id": ["</s>"]},
+        ],
+        ids=str,
+    )
+    def test_a_configuration_that_is_damaged(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        assert "cannot load" in self.refusal(tmp_path)
+
+    @pytest.mark.parametrize(("name", "content"), [("config.json", "[" * 9_999), ("generation_config.json", "[]")])
+    def test_json_that_is_no_configuration(self, tmp_path: Path, name: str, content: str) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        (tmp_path / name).write_text(content)
+        assert "cannot load" in self.refusal(tmp_path)
+
+    def test_a_pickle_in_place_of_weights(self, tmp_path: Path) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n.")
+        assert "cannot load" in self.refusal(tmp_path)
+
+    def test_weights_of_another_width(self, tmp_path: Path) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 99}))
+        assert "its weights have other shapes than its config.json says" in self.refusal(tmp_path)
+
+    def test_weights_that_are_missing_are_not_made_up(self, tmp_path: Path) -> None:
+        tiny.save_model(tmp_path, tiny.config("llama"))
+        weights = load_file(file := tmp_path / "model.safetensors")
+        del weights[name := "model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, file, metadata={"format": "pt"})
+        said = self.refusal(tmp_path)
+        assert f"1 of its weights are in none of its files, so they would be random: {name}" in said
 
     def test_weights_that_are_damaged(self, tmp_path: Path) -> None:
         tiny.save_model(tmp_path, tiny.config("llama"))

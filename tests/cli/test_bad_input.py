@@ -54,6 +54,7 @@ def write_data(directory: Path, *, train: str = GOOD_ROW, evaluation: str = OTHE
         ({"trials": 0}, ["search.trials"]),
         ({"steps": "[20, 40]"}, ["max_train_steps"]),
         ({"every": 9}, ["evaluation.every_steps"]),
+        ({"steps": 10**18}, ["evaluation.every_steps", "more than 100,000 evaluations of a trial"]),
         ({"decay_steps": 8}, ["decay_steps", "warmup_steps"]),
         ({"lora_r": "[2, 4]\n  lora_rank: 4"}, ["hyperparameters.lora_rank", "did you mean lora_r"]),
         ({"lora_r": "[2, 4]\n  max_steps: 60"}, ["max_steps"]),
@@ -151,6 +152,43 @@ def test_the_nearest_round_files_are_named(tmp_path: Path, capsys: pytest.Captur
     message = refused(tmp_path, capsys, "study", "run", str(tmp_path / "roun1.yaml"))
     assert "in this folder: round1.yaml, " in message
     assert "round0" not in message
+
+
+def test_a_pipe_in_place_of_a_round_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "round1.yaml")
+    for verb in ("run", "check"):
+        assert "is a pipe or a device" in refused(
+            tmp_path, capsys, "study", verb, str(tmp_path / "round1.yaml")
+        )
+
+
+def test_gigabytes_in_place_of_a_round_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_round(tmp_path)
+    for name in ("rows.jsonl", "rows.yaml"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 2**40)
+        message = refused(tmp_path, capsys, "study", "check", str(tmp_path / name))
+        assert "too many for a round file" in message
+    assert run(["-C", str(tmp_path), "study", "status"]) == 0  # which reads the others in the folder
+
+
+def test_a_round_file_may_begin_with_a_byte_order_mark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_round(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run(["-C", str(tmp_path), "study", "status"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "status"])
+def test_a_pipe_in_place_of_a_database(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "tuner.db")
+    arguments = [verb] if verb == "status" else [verb, str(write_round(tmp_path))]
+    write_round(tmp_path)
+    assert "tuner.db: is a pipe or a device" in refused(tmp_path, capsys, "study", *arguments)
 
 
 def test_rows_in_place_of_a_round_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

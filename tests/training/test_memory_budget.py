@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.errors import ModelError
 from tuner.training.memory_budget import (
     BYTES_PER_SLOT_WEIGHT,
     MAX_KNEE_TOKENS,
@@ -18,6 +19,7 @@ from tuner.training.memory_budget import (
     Probed,
     choose_on_each,
     choose_packing,
+    explain_out_of_memory,
     fit_pass_cost,
 )
 
@@ -127,3 +129,9 @@ def test_the_fullest_device_decides(
             slots=found.slots, slot_weights=of_device["slot_weights"], pass_tokens=found.pass_tokens
         )
         assert found.slots == 1 or peak <= limit + 1 + 1e-6 * peak
+
+
+def test_memory_that_runs_out_on_a_cpu_is_explained() -> None:
+    """As for a rank with a few zeros too many: torch's CPU says it as another error than its GPUs."""
+    with pytest.raises(ModelError, match="memory has no room"), explain_out_of_memory(1):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 29184 bytes")

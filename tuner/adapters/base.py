@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -39,6 +41,23 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
+
+_OF_DAMAGED_FILES = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+)
+"""What transformers and the libraries below it raise for files that are damaged or of another model."""
+_NUM_SHOWN = 3
+"""Weights that a message names."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """The allowed values of `model.dtype`."""
@@ -256,10 +275,14 @@ def _loaded(model: ModelSpec, devices: Sequence[torch.device], *, max_length: in
             loaded = _from_files(model, config, devices, max_length=max_length)
     except torch.OutOfMemoryError as error:
         raise _too_large(model, devices, error) from error
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except _OF_DAMAGED_FILES as error:
         if is_about_offloading(error):
             raise _too_large(model, devices, error) from error
         raise _cannot_load(model, error) from error
+    except RuntimeError as error:  # a GPU's is the machine's fault
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _cannot_load(model, "its weights have other shapes than its config.json says") from error
     return loaded
 
 
@@ -281,17 +304,29 @@ def _from_files(
         return load_by_unsloth(
             model, device=device, dtype=dtype, max_length=positions, quantization=quantization
         )
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded, found = AutoModelForCausalLM.from_pretrained(
         model.path,
         config=config,
         dtype=dtype,
         quantization_config=quantization,
         trust_remote_code=model.trust_remote_code,
+        output_loading_info=True,
         **placed(devices),
         **model_source(model),
     )
+    _refuse_missing_weights(model, loaded, found["missing_keys"])
     connect(loaded)
-    return loaded
+    return loaded  # type: ignore[no-any-return]
+
+
+def _refuse_missing_weights(model: ModelSpec, loaded: PreTrainedModel, names: Collection[str]) -> None:
+    """Raise ModelError if weights are in none of the files: transformers makes them up, at random."""
+    missing = [name for name, _ in loaded.named_parameters() if name in names]
+    if missing:
+        shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
+        raise _cannot_load(
+            model, f"{len(missing)} of its weights are in none of its files, so they would be random: {shown}"
+        )
 
 
 def load_config(model: ModelSpec, *, max_length: int) -> Any:
@@ -301,7 +336,7 @@ def load_config(model: ModelSpec, *, max_length: int) -> Any:
         config = AutoConfig.from_pretrained(
             model.path, trust_remote_code=model.trust_remote_code, **model_source(model)
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except _OF_DAMAGED_FILES as error:
         raise _cannot_load(model, error) from error
     _refuse_shared_rows(config.get_text_config(decoder=True), model.path, max_length)
     return config
@@ -317,8 +352,8 @@ def model_source(model: ModelSpec) -> dict[str, Any]:
     return source
 
 
-def _cannot_load(model: ModelSpec, error: Exception) -> ModelError:
-    if (advice := hub_advice(model, error)) is not None:
+def _cannot_load(model: ModelSpec, error: Exception | str) -> ModelError:
+    if isinstance(error, Exception) and (advice := hub_advice(model, error)) is not None:
         return ModelError(f"model.path: cannot load {model.path!r}: {advice}")
     return ModelError(
         f"model.path: cannot load {model.path!r}: {error}\n"

@@ -453,5 +453,5 @@ def tokens_of(round_folder: Path) -> list[str]:
     found = []
     for path in files_below(round_folder, "attempt-*/token"):
         with contextlib.suppress(OSError):  # other workers of the round delete theirs
-            found.append(path.read_text())
+            found.append(path.read_text(errors="replace"))
     return [token for token in found if process_tree.is_token(token)]

@@ -181,6 +181,10 @@ def dotted(location: Location) -> str:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is a pipe or a device; use a file, since it is read more than once")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"{path} has {size:,} bytes, too many for a round file; is it another file?")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if b"\0" in error.object[: error.end]:

@@ -39,6 +39,8 @@ from tuner.records import (
 )
 
 _HORIZON = "max_train_steps"
+MAX_EVALUATIONS = 100_000
+"""Of a trial: they are kept, in memory too, and each is a row of the database."""
 
 
 def horizon_refusals(
@@ -50,6 +52,13 @@ def horizon_refusals(
             ("evaluation", "every_steps"),
             f"{evaluation.every_steps} is above max_train_steps ({max_train_steps}): only the first and "
             "the last step would be evaluated",
+            rests_on=(_HORIZON,),
+        )
+    if max_train_steps > MAX_EVALUATIONS * evaluation.every_steps:
+        yield Refusal(
+            ("evaluation", "every_steps"),
+            f"{evaluation.every_steps} of {max_train_steps} steps is more than {MAX_EVALUATIONS:,} evaluations "
+            "of a trial; raise it, or lower max_train_steps",
             rests_on=(_HORIZON,),
         )
     if run.production_steps is not None and run.production_steps < max_train_steps:

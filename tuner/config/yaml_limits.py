@@ -17,6 +17,8 @@ from ruamel.yaml.events import (
 
 MAX_CHARACTERS = 120_000
 """Fifty times a commented round file; more takes seconds to read."""
+MAX_BYTES = 10_000_000
+"""Of a file that is opened at all: somebody may name gigabytes of rows."""
 MAX_DEPTH = 32
 """Levels of lists and mappings; a round file has five. Readers that recurse fail at some hundred."""
 MAX_VALUES = 50_000

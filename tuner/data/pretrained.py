@@ -77,7 +77,7 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever the libraries raise for damaged files
         raise ModelError(f"{model.path}: the tokenizer cannot be loaded: {_advice(model, error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(

@@ -44,7 +44,7 @@ _REFUSALS = ("42501", "25006")
 _NOT_THERE = ("42P01", "42703")
 """PostgreSQL's codes for a table and for a column that does not exist."""
 
-_FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOENT)
+_FOR_GOOD = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOENT, errno.EINVAL)
 """What another try does not change."""
 
 _SECRET_OPTIONS = ("password", "passfile", "sslpassword", "sslkey", "oauth_client_secret")
@@ -139,6 +139,7 @@ def exists(url: str) -> bool:
     if is_sqlite(target):
         with explained(target):
             path = database_file(target)
+            _refuse_special(path)
             return path.exists() and path.stat().st_size > 0
     engine = open_engine(target)
     try:
@@ -306,11 +307,18 @@ def _create_file(path: Path) -> bool:
     except FileExistsError:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a directory, not a database") from None
+        _refuse_special(path)
         for needed in (path, path.parent):
             if not _may(needed, os.R_OK | os.W_OK):
                 raise PermissionError(errno.EACCES, f"{needed} is not writable") from None
         return False
     return True
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise OSError for what SQLite would wait for without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a database")
 
 
 def _may(path: Path, rights: int) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.config import RoundFile, RoundSpec, load_round, without_secrets
+from tuner.config.yaml_limits import MAX_BYTES
 from tuner.data.pretrained import as_trained
 from tuner.errors import InputError, RoundFileError, StorageError
 from tuner.methods.registry import trusting_names
@@ -195,7 +196,9 @@ def is_study_folder(directory: Path) -> bool:
 
 def looks_like_round(path: Path) -> bool:
     """Return whether a YAML file has the top-level keys of a round."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        return False
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     return bool(re.search(r"^round\s*:", text, re.MULTILINE) and re.search(r"^study\s*:", text, re.MULTILINE))
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from tuner.adapters.device_io import one_out_of_memory
 from tuner.config import RoundSpec
 from tuner.errors import ModelError
 from tuner.methods.variants import CHOOSER, known_variant, possible_variants
@@ -144,7 +145,8 @@ def out_of_memory(slots: int | Literal["auto"]) -> ModelError:
 def explain_out_of_memory(slots: int | Literal["auto"]) -> Iterator[None]:
     """Raise `out_of_memory` if memory runs out within the block."""
     try:
-        yield
+        with one_out_of_memory():
+            yield
     except torch.OutOfMemoryError as error:
         raise out_of_memory(slots) from error
 
