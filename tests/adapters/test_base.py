@@ -382,7 +382,9 @@ class TestRefused:
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
         assert "cannot load" in self.refusal(tmp_path)
 
-    @pytest.mark.parametrize(("name", "content"), [("config.json", "[" * 9_999), ("generation_config.json", "[]")])
+    @pytest.mark.parametrize(
+        ("name", "content"), [("config.json", "[" * 9_999), ("generation_config.json", "[]")]
+    )
     def test_json_that_is_no_configuration(self, tmp_path: Path, name: str, content: str) -> None:
         tiny.save_model(tmp_path, tiny.config("llama"))
         (tmp_path / name).write_text(content)

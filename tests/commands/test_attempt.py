@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cli.conftest import MountTmpfs
@@ -363,6 +362,13 @@ def test_where_the_system_does_not_tell_when_processes_started_a_living_worker_i
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
     assert process_tree.is_orphaned(f"{ended.pid}-0-{token.rpartition('-')[2]}")
+
+
+def test_a_token_file_of_any_bytes_is_none(tmp_path: Path) -> None:
+    place = tmp_path / "trial-0000" / "attempt-1" / "token"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"17-\xff\xfe")
+    assert tokens_of(tmp_path) == []
 
 
 def test_a_worker_on_a_node_is_known_by_the_token_in_its_commands(tmp_path: Path, monkeypatch) -> None:

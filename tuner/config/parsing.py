@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tuner.config.round_file import RECORDED_KEYS, RoundSpec
 from tuner.config.wording import EXAMPLES, Location, key_like, meant_value, unknown_key
+from tuner.config.yaml_limits import MAX_BYTES
 from tuner.config.yaml_text import YamlError, parse
 from tuner.errors import InputError, Mistake, RoundFileError, is_number, one_of, refusal, shown
 from tuner.methods.plug_ins import CHOOSERS, PlugIn, loaded

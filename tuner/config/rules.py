@@ -57,8 +57,8 @@ def horizon_refusals(
     if max_train_steps > MAX_EVALUATIONS * evaluation.every_steps:
         yield Refusal(
             ("evaluation", "every_steps"),
-            f"{evaluation.every_steps} of {max_train_steps} steps is more than {MAX_EVALUATIONS:,} evaluations "
-            "of a trial; raise it, or lower max_train_steps",
+            f"{evaluation.every_steps} of {max_train_steps} steps is more than {MAX_EVALUATIONS:,} "
+            "evaluations of a trial; raise it, or lower max_train_steps",
             rests_on=(_HORIZON,),
         )
     if run.production_steps is not None and run.production_steps < max_train_steps:
