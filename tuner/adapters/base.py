@@ -316,7 +316,7 @@ def _from_files(
     )
     _refuse_missing_weights(model, loaded, found["missing_keys"])
     connect(loaded)
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def _refuse_missing_weights(model: ModelSpec, loaded: PreTrainedModel, names: Collection[str]) -> None:
