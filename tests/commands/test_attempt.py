@@ -187,16 +187,15 @@ def test_silence_ends_an_attempt(tmp_path: Path) -> None:
 
 
 def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) -> None:
-    (tmp_path / "quiet.py").write_text(
-        "import json, os, time\n"
-        "from pathlib import Path\n"
-        "log = Path(os.environ['TUNER_OUTPUT_DIR']) / 'trainer_log.jsonl'\n"
-        "for step in range(1, 25):\n"
-        "    time.sleep(0.35)\n"
-        "    with log.open('a') as file:\n"
-        "        file.write(json.dumps({'current_steps': step, 'eval_loss': 1.0}) + '\\n')\n"
+    """In a shell, which begins at once also where a machine does other work."""
+    (tmp_path / "quiet.sh").write_text(
+        "for step in $(seq 24); do\n"
+        "    sleep 0.35\n"
+        """    echo '{"current_steps": '$step', "eval_loss": 1.0}' >> "$TUNER_OUTPUT_DIR/trainer_log.jsonl"\n"""
+        "done\n"
     )
-    content = without_resume(document("quiet.py"))
+    content = without_resume(document())
+    content["command"]["run"] = ["sh", "quiet.sh"]
     spec = spec_of(tmp_path, content)
     assert spec.command is not None
     brief = spec.command.model_copy(update={"silence_minutes": 6 / 60})
