@@ -191,8 +191,8 @@ def test_evaluations_that_only_the_tools_log_has_are_no_silence(tmp_path: Path) 
     (tmp_path / "quiet.sh").write_text(
         "for step in $(seq 24); do\n"
         "    sleep 0.35\n"
-        """    echo '{"current_steps": '$step', "eval_loss": 1.0}' >> "$TUNER_OUTPUT_DIR/trainer_log.jsonl"\n"""
-        "done\n"
+        """    echo '{"current_steps": '$step', "eval_loss": 1.0}'\n"""
+        """done > "$TUNER_OUTPUT_DIR/trainer_log.jsonl"\n"""
     )
     content = without_resume(document())
     content["command"]["run"] = ["sh", "quiet.sh"]

@@ -1,8 +1,7 @@
 """Seeded faults over real rounds: nothing is lost, nothing counted twice, nothing left.
 
-Eight run here; tests/cli has a full disk, a second Ctrl-C and a damaged adapter, and tests/study a killed
-parent. `make acceptance-faults` runs 200: each fault in each setting that it applies to, with other dice each
-time.
+Nine run here; tests/cli has a full disk, a second Ctrl-C and a damaged adapter. `make acceptance-faults`
+runs 200: each fault in each setting that it applies to, with other dice each time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from tests.faults.harness import COMMAND, LOCAL, Case, Setting, on_a_server, on_
 from tests.faults.warm import WarmRuns
 
 Expected = tuple[list[str], Counter[str]]
-EIGHT = (
+NINE = (
+    "local-kill-parent",
     "local-parent-commit",
     "local-worker-rename",
     "local-start-together",
@@ -103,7 +103,7 @@ def after(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("place", EIGHT)
+@pytest.mark.parametrize("place", NINE)
 def test_a_fault(
     place: str,
     tmp_path: Path,
