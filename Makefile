@@ -1,5 +1,6 @@
 # make quickstart   install, then run a whole study: two rounds and a promotion
 # make check test   must pass before a change lands
+# make explore      new random examples for all tests that Hypothesis draws; reproduce one by what it prints
 # make acceptance   what is too long for `make test`, in parts (`make acceptance-commands`), with dated results
 # make smollm2 ROWS=alpaca.json   create model and rows of studies/alpaca-smollm2; without ROWS from the Hub
 # make bench        packed training against PEFT and Trainer on this CPU; under ten minutes
@@ -28,7 +29,7 @@ KEYWORDS.faults-fuzz := fuzz
 PARTED := $(patsubst KEYWORDS.%,%,$(filter KEYWORDS.%,$(.VARIABLES)))
 ACCEPTANCE := $(PARTED) $(filter-out commands faults,$(patsubst tests/%,%,$(shell grep -rl --include='test_*.py' 'mark\.acceptance' tests | xargs -n1 dirname | sort -u)))
 
-.PHONY: setup acceptance docs pictures image quickstart smollm2 bench gpu gpu-parts check test fix clean
+.PHONY: setup acceptance explore docs pictures image quickstart smollm2 bench gpu gpu-parts check test fix clean
 
 setup: $(VENV)/.installed
 
@@ -87,7 +88,10 @@ test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 --cov --cov-report=
 	$(BIN)/coverage report --include='tuner/playbook/*,tuner/config/*,tuner/store/*,tuner/study/*' --fail-under=90
 
-acceptance: $(addprefix acceptance-,$(ACCEPTANCE))
+explore: setup
+	$(BIN)/pytest -m 'hypothesis and not acceptance' --hypothesis-profile explore --timeout 1800 -q
+
+acceptance: explore $(addprefix acceptance-,$(ACCEPTANCE))
 
 # Each part writes which tests passed, and how long they took, to benchmarks/results.
 acceptance-%: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import tempfile
 import uuid
@@ -14,10 +15,17 @@ import pytest
 from hypothesis.internal.conjecture import providers
 from sqlalchemy import create_engine, make_url, text
 
-from tests import forked_workers
+from tests import forked_workers, unsynced
 
-# The same examples in every run: a change is judged by itself. `--hypothesis-profile default` draws new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
+# The same examples in every run: a change is judged by itself. `make explore` draws new ones, and more.
+# No limit depends on the speed of the machine, which may do other work.
+_ANY_SPEED = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("same", derandomize=True, database=None, max_examples=50, **_ANY_SPEED)
+hypothesis.settings.register_profile("explore", max_examples=300, **_ANY_SPEED)
 hypothesis.settings.load_profile("same")
 # Hypothesis also draws constants from all modules loaded so far, which depends on the tests that ran before.
 assert callable(providers._get_local_constants)
@@ -32,6 +40,7 @@ FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods",
 
 def pytest_configure() -> None:
     """Whoever has a GPU starts workers as always: CUDA does not survive a fork."""
+    unsynced.install()
     if Path("/proc/self/status").exists() and not Path("/dev/nvidiactl").exists():
         subprocess.Popen = forked_workers.Popen  # type: ignore[misc]
 
@@ -40,6 +49,12 @@ def pytest_configure() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures of the test, which start workers too."""
     forked_workers.is_on = item.path.relative_to(TESTS).parts[0] in FORKING
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector pass over the libraries, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests import unsynced
 from tests.faults.warm import run_module, send_request, take_over, take_request
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,7 @@ def main() -> NoReturn:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM, AutoTokenizer  # transformers loads what is named
+    unsynced.install()
     written = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     installed = [place for place in sys.path[1:] if place not in written]
     requests = socket.socket(fileno=int(sys.argv[1]))

@@ -24,7 +24,7 @@ def write(directory: Path, *, steps: int = 40) -> None:
         data="no/such/data",
         trials=6,
         steps=steps,
-        every=4,
+        every=8,
         decay_steps=10,
         storage=f"sqlite:///{directory}/real.db",
     )

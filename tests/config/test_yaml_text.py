@@ -49,6 +49,13 @@ def test_how_values_are_written(value, line):
     assert one_line(value) == line
 
 
+def test_a_document_that_is_read_again_is_whole():
+    """A text that was read lately is kept, and whoever edits what was read edits a copy."""
+    first = parse("a: {b: [1]}\n").document
+    first["a"]["b"].append(2)
+    assert parse("a: {b: [1]}\n").document == {"a": {"b": [1]}}
+
+
 def test_lines_of_nested_places():
     parsed = parse("a: 1\nb:\n  - c: 2\n    d: 3\n  - {e: 4}\n")
     assert parsed.line(("a",)) == 1

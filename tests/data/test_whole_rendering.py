@@ -222,7 +222,11 @@ def _run(learned: Any) -> int:
 WORDS = st.text(st.sampled_from("aR \n:é🦀"), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(kind=st.sampled_from(sorted(KINDS)), name=st.sampled_from([*TEMPLATES, *OWN]), words=st.lists(WORDS))
 def test_a_prompt_is_the_beginning_of_its_row_whatever_the_answer_begins_with(
     tmp_path: Path, kind: str, name: str, words: list[str]

@@ -146,7 +146,7 @@ def printed(clone: Path) -> dict[str, str]:
     return type_here(typed_and_shown(TUTORIAL)[0], clone)
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("printed")
 def test_the_rounds_of_the_tutorial_are_what_they_were(clone: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_rounds_of_the_tutorial_are_what_they_were(clone: Path) -> None:
     check_quickstart(clone / "studies" / "first")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(900)
 def test_the_tutorial_shows_what_its_commands_print(printed: dict[str, str]) -> None:
     shown = typed_and_shown(TUTORIAL)[1]

@@ -50,7 +50,7 @@ def test_a_worker_whose_parent_is_gone_is_ended(tmp_path: Path, sleeper) -> None
     os.kill(sleeper.pid, signal.SIGSTOP)
     write(tmp_path, Identity.of(sleeper.pid), gone())
     assert end_left_over(tmp_path) == [sleeper.pid]
-    assert sleeper.wait(5) == -signal.SIGKILL
+    assert sleeper.wait(60) == -signal.SIGKILL
     assert end_left_over(tmp_path) == []
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from tests import unsynced
 from tests.contracts.store import ROUND, TRIAL
 from tests.store import processes
 from tuner.errors import StorageAway, StorageError
@@ -234,7 +235,8 @@ def test_closing_leaves_one_file(tmp_path: Path) -> None:
     again.close()
 
 
-def test_facts_are_synced_to_a_log_beside_the_file(tmp_path: Path) -> None:
+def test_facts_are_synced_to_a_log_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsynced, "is_on", False)
     store = open_store(f"sqlite:///{tmp_path}/tuner.db", study="study")
     with store._engine.connect() as connection:
         settings = [

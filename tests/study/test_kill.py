@@ -23,6 +23,7 @@ DYING = Path(__file__).parent / "dying"
 PARENT, WORKER = "tuner.cli", "tuner.training"
 TUNER = (sys.executable, "-m", "tuner.cli")
 RUN = ("study", "run", "round1.yaml")
+RUN_SIMULATED = (*RUN, "--engine", "simulated")
 CHANGES: dict[str, Any] = {"trials": 2, "steps": 10, "every": 2, "decay_steps": 3}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -81,6 +82,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return trials_of(directory)
 
 
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("simulated")
+    write_round(directory, **CHANGES)
+    done = tuner(*RUN_SIMULATED, directory=directory)
+    assert done.returncode == 0, done.stderr
+    trials = trials_of(directory / "dry-run")
+    assert len(trials) == CHANGES["trials"]
+    return trials
+
+
 def curves(trials: list[dict[str, Any]]) -> list[Any]:
     return [(t["number"], t["state"], t["hyperparameters"], t["best_step"], t["evaluations"]) for t in trials]
 
@@ -117,20 +129,16 @@ def test_a_round_killed_at_a_seam_equals_the_undisturbed_one(
         "tuner.study.sampling.RoundStudy.tell:1",  # after the fact, before tell
     ],
 )
-def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(tmp_path: Path, at: str) -> None:
+def test_a_parent_killed_at_a_seam_loses_and_doubles_nothing(
+    tmp_path: Path, simulated: list[dict[str, Any]], at: str
+) -> None:
     """The same parent over simulated trials."""
-    directories = tmp_path / "undisturbed", tmp_path / "killed"
-    command = (*RUN, "--engine", "simulated")
-    for directory in directories:
-        write_round(directory, **CHANGES)
-    assert tuner(*command, directory=directories[0]).returncode == 0
-    died = run_dying(directories[1], at, PARENT, *command)
+    write_round(tmp_path, **CHANGES)
+    died = run_dying(tmp_path, at, PARENT, *RUN_SIMULATED)
     assert died.returncode == -signal.SIGKILL
-    done = tuner(*command, directory=directories[1])
+    done = tuner(*RUN_SIMULATED, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    undisturbed, killed = (curves(trials_of(directory / "dry-run")) for directory in directories)
-    assert len(undisturbed) == CHANGES["trials"]
-    assert killed == undisturbed
+    assert curves(trials_of(tmp_path / "dry-run")) == curves(simulated)
 
 
 @pytest.mark.acceptance  # tests/faults kills the parent at random in every run of the tests

@@ -182,7 +182,11 @@ def test_dying_at_every_seam_in_turn(tmp_path: Path) -> None:
     ]
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(fuses=st.lists(st.integers(1, 60), max_size=5), slots=st.integers(1, 3))
 def test_dying_anywhere_any_number_of_times(
     tmp_path_factory: pytest.TempPathFactory, fuses: list[int], slots: int

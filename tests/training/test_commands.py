@@ -65,7 +65,7 @@ def test_parent_gone() -> None:
     CommandReader(
         lines({"order": "stop", "run": to_json(RunId("round1", 1))}), on_parent_gone=gone.set
     ).listen()
-    assert gone.wait(10)
+    assert gone.wait(60)
 
 
 def test_close_is_not_the_parent_gone() -> None:

@@ -247,7 +247,7 @@ class TestAccumulation:
         deadline=None,
         derandomize=True,
         phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     def test_cutting_changes_no_gradient(self, models: tiny.Models, data: st.DataObject) -> None:
         """However an update is cut, by tokens or by rows of a pass: its loss is that of the whole batch."""

@@ -9,7 +9,9 @@ import sys
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -45,6 +47,12 @@ class Parsed:
 
 def parse(text: str) -> Parsed:
     """Read one YAML document. Raises YamlError with the line."""
+    parsed = _parsed(text)
+    return replace(parsed, document=deepcopy(parsed.document))
+
+
+@lru_cache(maxsize=16)  # a command asks for the same round file up to ten times, 20 ms each
+def _parsed(text: str) -> Parsed:
     try:
         refuse_costly(text)
         with warnings.catch_warnings():

@@ -1,0 +1,31 @@
+"""Nothing waits for the disk in the tests' process and its forks: no test cuts the power."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
+
+_fsync = os.fsync
+
+is_on = True
+"""Whether it is so for the test that runs."""
+
+
+def install() -> None:
+    """Let files and SQLite databases that are written from now on reach the disk when the system likes."""
+    os.fsync = _sync
+    event.listen(Pool, "checkout", _relax)
+
+
+def _sync(descriptor: Any) -> None:
+    if not is_on:
+        _fsync(descriptor)
+
+
+def _relax(connection: Any, *_: object) -> None:
+    if is_on and isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
