@@ -134,7 +134,7 @@ def main() -> NoReturn:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM, AutoTokenizer  # transformers loads what is named
-    unsynced.install()
+    unsynced.install_for_files()
     written = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     installed = [place for place in sys.path[1:] if place not in written]
     requests = socket.socket(fileno=int(sys.argv[1]))

@@ -6,9 +6,6 @@ import os
 import sqlite3
 from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.pool import Pool
-
 _fsync = os.fsync
 
 is_on = True
@@ -17,8 +14,16 @@ is_on = True
 
 def install() -> None:
     """Let files and SQLite databases that are written from now on reach the disk when the system likes."""
-    os.fsync = _sync
+    from sqlalchemy import event
+    from sqlalchemy.pool import Pool
+
+    install_for_files()
     event.listen(Pool, "checkout", _relax)
+
+
+def install_for_files() -> None:
+    """Let files do so, in a worker, which loads no database."""
+    os.fsync = _sync
 
 
 def _sync(descriptor: Any) -> None:
