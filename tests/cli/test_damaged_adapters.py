@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.studies import trials_of, tuner, tuner_process, write_round
+from tests.studies import trials_of, tuner, write_round
 from tuner import Study
 from tuner.errors import CheckpointError
 from tuner.whole import digest
@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with one trial that was really trained."""
     directory = tmp_path_factory.mktemp("trained")
     write_round(directory, trials=1, steps=4, every=2, decay_steps=1, learning_rate="1e-3", lora_r=2)
-    done = tuner_process("study", "run", "round1.yaml", directory=directory)
+    done = tuner("study", "run", "round1.yaml", directory=directory)
     assert done.returncode == 0, done.stderr
     return directory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import MountTmpfs
-from tests.studies import trials_of, tuner_process, write_round
+from tests.studies import trials_of, tuner, write_round
 from tuner.cli import run
 
 
@@ -87,10 +87,10 @@ def test_a_disk_that_fills_on_the_way(small_disk: MountTmpfs) -> None:
     assert re.match(rf"error: no disk: {disk}/runs/round1(/trial-0000)? has ", last), last
     assert "Free some space" in last
     assert last.endswith("then resume with: tuner study run round1.yaml")
-    again = tuner_process("study", "run", "round1.yaml", directory=disk)
+    again = tuner("study", "run", "round1.yaml", directory=disk)
     assert (again.returncode, again.stderr.count("error: no disk:")) == (2, 1)
     film.unlink()
-    assert tuner_process("study", "run", "round1.yaml", directory=disk).returncode == 0
+    assert tuner("study", "run", "round1.yaml", directory=disk).returncode == 0
     listed = trials_of(disk)
     assert [trial["state"] for trial in listed] == ["complete", "complete"]
     assert listed[0]["attempts"] == 2
