@@ -44,7 +44,7 @@ def test_status_and_trials(ran: Path) -> None:
     assert [each["step"] for each in shown["evaluations"]] == list(range(0, 25, 4))
     shown, said = tuner(ran, "trial", "show", "round1/1"), tuner(ran, "study", "status")
     assert "round1/1" in shown
-    assert f"checkpoint         {ran}/runs/round1/trial-0001/best" in shown
+    assert f"checkpoint {ran}/runs/round1/trial-0001/best" in " ".join(shown.split())
     assert "complete" in said
     assert f"best: round1/1, checkpoint in {ran}/runs/round1/trial-0001/best" in said
     assert "adapter" not in shown + said

@@ -314,7 +314,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         Text(advice.headline(report), style="bold"),
         *([Text(caution, style="yellow")] if caution else []),
         Text(),
-        *([Text(f"You asked: {report.goal}", style="dim")] if report.goal else []),
+        *([Text(f"{format.goal_label(report.goal)}: {report.goal}", style="dim")] if report.goal else []),
         Text(" ".join((*advice.found(report), *advice.still_better(report, earlier)))),
         *([Text(f"Its {report.kept}: {adapter}")] if adapter else []),
         *(Text(sentence) for sentence in advice.tested(report)),
