@@ -42,8 +42,12 @@ def test_status_and_trials(ran: Path) -> None:
     assert [trial["state"] for trial in trials] == ["complete"] * 2
     shown = json.loads(tuner(ran, "trial", "show", "round1/0", "--json"))
     assert [each["step"] for each in shown["evaluations"]] == list(range(0, 25, 4))
-    assert "round1/0" in tuner(ran, "trial", "show", "round1/0")
-    assert "complete" in tuner(ran, "study", "status")
+    shown, said = tuner(ran, "trial", "show", "round1/1"), tuner(ran, "study", "status")
+    assert "round1/1" in shown
+    assert f"checkpoint {ran}/runs/round1/trial-0001/best" in " ".join(shown.split())
+    assert "complete" in said
+    assert f"best: round1/1, checkpoint in {ran}/runs/round1/trial-0001/best" in said
+    assert "adapter" not in shown + said
 
 
 def test_what_only_the_command_knows_is_not_spoken_of(ran: Path) -> None:

@@ -66,7 +66,7 @@ def test_facts_of_the_trial() -> None:
     for fact in (
         "# someone/model",
         "trial 7 of round1 in the study alpaca-smollm2",
-        "The study asks: Learning rate and rank for Alpaca on SmolLM2",
+        "The goal of the study: Learning rate and rank for Alpaca on SmolLM2",
         "Evaluation loss 2.0000 at step 50 of 60",
         "200 held-out rows",
         "The base model has 2.5000.",

@@ -84,7 +84,7 @@ def test_plotly_is_inlined_once(page: Page) -> None:
 def test_it_opens_with_the_conclusion(page: Page) -> None:
     order = [
         "60 steps are too few. Train for 180 next.",
-        "You asked: Learning rate and rank for Alpaca on SmolLM2",
+        "Goal: Learning rate and rank for Alpaca on SmolLM2",
         "The best of 8 trials (7 complete, 1 infeasible) is trial 6: evaluation loss 1.3734 at step 60 of 60",
         "runs/round1/trial-0006/best",
         "tuner study promote --to round2",

@@ -48,7 +48,7 @@ def test_user_text_is_not_markdown() -> None:
     assert len(rows) == 10
     escaped = r"a \| b \<b\>\*bold\*\</b\> \`code\` \_x\_ snake_case second line"
     assert all(row.endswith(f"| {escaped} |") for row in rows[2:])
-    assert r"You asked: \# \[link\](x)" in text
+    assert r"Goal: \# \[link\](x)" in text
 
 
 def test_commands_in_a_finding_stay_code() -> None:

@@ -266,7 +266,8 @@ class TestSummary:
         text = " ".join(" ".join(lines).split())
         for sentence in (*report.reading.evidence, *(finding.message for finding in report.findings)):
             assert sentence.split(". ")[0][:60] in text
-        assert "You asked: Learning rate and rank" in text
+        assert "Goal: Learning rate and rank" in text
+        assert "You asked: Which rank?" in shown(summary(synthetic.report(goal="Which rank?")))
         assert "Its adapter: runs/round1/trial-0006/best" in text
         assert "lora_alpha 16" in text
         assert "and 3 trials more" in text

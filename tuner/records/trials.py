@@ -447,6 +447,11 @@ class RoundRecord:
         """Whether `study sweep` began it."""
         return self.kind == RoundKind.SWEEP
 
+    @property
+    def kept(self) -> str:
+        """What is kept of a trial, in a word: tuner does not know what a command writes."""
+        return "checkpoint" if self.spec.get("command") else "adapter"
+
 
 @dataclass(frozen=True, slots=True)
 class Promotion:

@@ -140,7 +140,7 @@ def _opening_of_checkpoint(card: CheckpointCard) -> str:
         what = f"An adapter for {code(_told(card.base))}"
     else:
         what = f"An adapter merged into {code(_told(card.base))} in {card.merged_dtype}"
-    goal = f" The study asks: {escaped(card.spec.goal)}" if card.spec.goal else ""
+    goal = f" The goal of the study: {escaped(card.spec.goal)}" if card.spec.goal else ""
     return (
         f"{what}: trial {card.trial.number} of {escaped(card.spec.round)} in the study "
         f"{escaped(card.spec.study)}, at the best of its evaluations.{goal}"
@@ -194,7 +194,7 @@ def _tags(card: Card) -> list[str]:
 
 def _opening(card: Card) -> str:
     what = "A LoRA adapter for" if card.merged_dtype is None else "A LoRA adapter merged into"
-    goal = f" The study asks: {escaped(card.spec.goal)}" if card.spec.goal else ""
+    goal = f" The goal of the study: {escaped(card.spec.goal)}" if card.spec.goal else ""
     merged = f" {merging_note(card.spec.model, card.merged_dtype)}" if card.merged_dtype else ""
     return (
         f"{what} {_base(card.spec.model)}: trial {card.trial.number} of {escaped(card.spec.round)} in the "

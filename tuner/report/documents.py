@@ -64,6 +64,8 @@ class RoundStatus:
     """Running trials, each with where it runs: `node` and `gpu`, empty on this machine."""
     node_changes: Sequence[NodeChange] = ()
     """Nodes of a cluster that joined or were lost, by time."""
+    kept: str = "adapter"
+    """What is kept of a trial, in a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ def round_status(
     now: float | None = None,
     objective: Objective = LOSS,
     node_changes: Sequence[NodeChange] = (),
+    kept: str = "adapter",
 ) -> RoundStatus:
     """Return a round's state from its trials, its `search.trials` and the comparison runs that are due.
 
@@ -148,6 +151,7 @@ def round_status(
         if is_running
         else {},
         node_changes=node_changes,
+        kept=kept,
     )
 
 

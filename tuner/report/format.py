@@ -86,6 +86,11 @@ def count(quantity: int, noun: str) -> str:
     return results.counted(quantity, noun)
 
 
+def goal_label(goal: str) -> str:
+    """Return what introduces a study's goal, which need not be a question."""
+    return "You asked" if goal.rstrip().endswith("?") else "Goal"
+
+
 def varying(trials: Sequence[Trial]) -> tuple[str, ...]:
     """Return the hyperparameters that vary between trials, including the seed, in the trials' order."""
     settings = [trial.hyperparameters for trial in trials]

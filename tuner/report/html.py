@@ -126,7 +126,9 @@ def _opening(report: RoundReport, earlier: Sequence[RoundReport]) -> str:
         (
             f'<header><p class="eyebrow">{escape(report.study)} / {escape(report.record.name)}</p>',
             f"<h1>{escape(advice.headline(report))}</h1>",
-            f'<p class="goal">You asked: {escape(report.goal)}</p>' if report.goal else "",
+            f'<p class="goal">{format.goal_label(report.goal)}: {escape(report.goal)}</p>'
+            if report.goal
+            else "",
             f'<p class="caution">{escape(caution)}</p>' if caution else "",
             _found(report, earlier),
             "</header>",

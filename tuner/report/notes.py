@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tuner.playbook.results import Finding
-from tuner.report import advice
+from tuner.report import advice, format
 from tuner.report.round_report import (
     NUM_WORDS,
     RoundReport,
@@ -84,7 +84,7 @@ def _opening(report: RoundReport, *, level: str) -> str:
     adapter = report.adapters.get(report.ranked[0][0].number) if report.ranked else None
     return _joined(
         f"{level} {escaped(report.name)}: {escaped(advice.headline(report))}",
-        f"You asked: {escaped(report.goal)}" if report.goal else "",
+        f"{format.goal_label(report.goal)}: {escaped(report.goal)}" if report.goal else "",
         f"**{escaped(caution)}**" if caution else "",
         prose(" ".join(advice.found(report))),
         f"Its {report.kept} is in {code(adapter)}." if adapter else "",

@@ -199,8 +199,8 @@ class RoundReport:
 
     @property
     def kept(self) -> str:
-        """What is kept of a trial, in a word: tuner does not know what a command writes."""
-        return "checkpoint" if self.record.spec.get("command") else "adapter"
+        """As in `RoundRecord`."""
+        return self.record.kept
 
     @property
     def fixed(self) -> dict[str, str]:

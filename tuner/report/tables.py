@@ -55,7 +55,8 @@ def status_table(study: str, rounds: Sequence[RoundStatus]) -> RenderableType:
     lines: list[RenderableType] = [Text(study, style="bold"), table]
     last = next((status for status in reversed(rounds) if status.best is not None), None)
     if last is not None and last.best is not None:
-        where = f", adapter in {last.best.adapter}" if last.best.adapter else ", its adapter is missing"
+        kept, place = last.kept, last.best.adapter
+        where = f", {kept} in {place}" if place else f", its {kept} is missing"
         lines.append(Text(f"best: {last.round}/{last.best.trial}{where}"))
     running = [(s.round, trial, format.place(at)) for s in rounds for trial, at in s.running.items()]
     lines += [Text(f"{name}/{trial} runs on {place}") for name, trial, place in running if place]
@@ -140,17 +141,23 @@ def trials_table(trials: Sequence[Trial], *, names: Sequence[str] | None = None)
 
 
 def trial_page(
-    trial: Trial, *, max_train_steps: int, adapter: str | None, scored: Sequence[Trial] = ()
+    trial: Trial,
+    *,
+    max_train_steps: int,
+    adapter: str | None,
+    kept: str = "adapter",
+    scored: Sequence[Trial] = (),
 ) -> RenderableType:
     """Render one trial: result, hyperparameters, curve and evaluations.
 
-    `scored` are the study's trials that were scored on `data.test`, in order.
+    `kept` is what is kept of it, in a word. `scored` are the study's trials that were scored on `data.test`,
+    in order.
     """
     head = Text.assemble((trial.name, "bold"), "  ", (trial.state.value, STATE_STYLES[trial.state]))
     return Group(
         head,
         *([Text(trial.reason)] if trial.reason else []),
-        _pairs(_trial_facts(trial, max_train_steps=max_train_steps, adapter=adapter)),
+        _pairs(_trial_facts(trial, max_train_steps=max_train_steps, kept={kept: adapter})),
         *([Text(format.final_in_words(trial, scored))] if trial.final_score is not None else []),
         Text("\nhyperparameters", style="bold"),
         _pairs({name: format.value(value) for name, value in trial.hyperparameters.items()}),
@@ -161,7 +168,7 @@ def trial_page(
     )
 
 
-def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> dict[str, str]:
+def _trial_facts(trial: Trial, *, max_train_steps: int, kept: Mapping[str, str | None]) -> dict[str, str]:
     best, settled = best_evaluation(trial.evaluations), settled_step(trial.evaluations)
     facts = {"seed": str(seed_of(trial.hyperparameters))}
     if best is not None:
@@ -178,7 +185,7 @@ def _trial_facts(trial: Trial, *, max_train_steps: int, adapter: str | None) -> 
         facts[format.ANSWERS_HEADER] = f"{format.answers_in_words(score)}, at step {score.step}"
     if trial.final_score is not None:
         facts["test loss"] = format.final_score(trial.final_score)
-    facts["adapter"] = adapter or format.NOTHING
+    facts |= {what: place or format.NOTHING for what, place in kept.items()}
     if trial.continues is not None:
         facts["continues"] = str(trial.continues)
     attempts = format.count(len(trial.attempts), "attempt")
@@ -307,7 +314,7 @@ def summary(report: RoundReport, *, earlier: Sequence[RoundReport] = ()) -> Rend
         Text(advice.headline(report), style="bold"),
         *([Text(caution, style="yellow")] if caution else []),
         Text(),
-        *([Text(f"You asked: {report.goal}", style="dim")] if report.goal else []),
+        *([Text(f"{format.goal_label(report.goal)}: {report.goal}", style="dim")] if report.goal else []),
         Text(" ".join((*advice.found(report), *advice.still_better(report, earlier)))),
         *([Text(f"Its {report.kept}: {adapter}")] if adapter else []),
         *(Text(sentence) for sentence in advice.tested(report)),

@@ -100,6 +100,7 @@ def statuses(folder: StudyFolder, store: Store) -> list[RoundStatus]:
                 throughput=record.throughput if record else None,
                 throughput_by_node=record.throughput_by_node if record else None,
                 node_changes=record.node_changes if record else (),
+                kept=record.kept if record else "adapter",
                 branches_left=num_branches_left(store, owing) if owing and may_owe else 0,
                 now=time.time(),
                 objective=objective_of(record, trials)
