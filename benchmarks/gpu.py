@@ -2,7 +2,11 @@
 
     make gpu                                          every part, and what each will take
     make gpu PARTS='doctor equality-nf4'              some of them; the others stay on the page
-    python benchmarks/gpu.py --rehearse               on a CPU, with tiny shapes; the page goes to build/
+    python -m benchmarks.gpu                          the same without make, which installs packages first
+    python -m benchmarks.gpu --rehearse               on a CPU, with tiny shapes; the page goes to build/
+
+Nothing needs a network, if tuner's packages and those of its extra `dev` are there: a model of SmolLM2's
+shape with random weights takes its place.
 
 Each part is a process of its own. The page is benchmarks/results/packing_CARD_DATE.md. A part that fails, or
 takes too long, is on the page with what it said last, and the command exits with 1.
@@ -13,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
 from pathlib import Path
 
 import torch
@@ -62,9 +65,17 @@ class Part:
 
 def of_command(command: Sequence[str], *, directory: Path = ROOT) -> Outcome:
     """Run a command; it holds if it exits with 0."""
-    ran = subprocess.run(command, cwd=directory, text=True, capture_output=True, check=False)
+    ran = subprocess.run(
+        command, cwd=directory, text=True, capture_output=True, check=False, env=environment()
+    )
     said = (ran.stdout + ran.stderr).strip().splitlines()[-_LAST_LINES:]
     return Outcome(ran.returncode == 0, "\n".join(["```text", *said, "```"]))
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of the processes: this tree first, and no long wait for a network."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PIP_RETRIES": "0", "PIP_DEFAULT_TIMEOUT": "10"}
 
 
 def doctor(_: bool) -> Outcome:
@@ -74,7 +85,8 @@ def doctor(_: bool) -> Outcome:
 
 def gpu_tests(rehearse: bool) -> Outcome:
     """The tests that need a GPU; in a rehearsal they are found and skipped."""
-    where = ["tests/gpu/test_gpu.py"] if rehearse else ["tests"]
+    having = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    where = ["tests/gpu/test_gpu.py"] if rehearse else [str(path) for path in having]
     return of_command([sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--timeout", "400", *where])
 
 
@@ -109,9 +121,7 @@ def measure_differences(quantization: str, *, rehearse: bool) -> Differences:
     """Train four trials packed, alone, with PEFT and Trainer, and alone in float32."""
     cell = replace(packing.TINY, name=quantization, dtype="bfloat16", quantization=quantization, steps=50)
     if rehearse:
-        shape = packing.TINY.shape | {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 256}
-        short = {"steps": 6, "evaluation_rows": 8, "evaluate_every": 6, "accumulation": 2}
-        cell = replace(cell, shape=shape, dtype="float32", tokens=16, **short)
+        cell = replace(small(cell), dtype="float32")
     trials = 2 if rehearse else 4
     with tempfile.TemporaryDirectory() as made:
         directory = packing.write_files(cell, Path(made))
@@ -147,42 +157,68 @@ def equality(quantization: str) -> Callable[[bool], Outcome]:
     return run
 
 
-def table(cells: str, only: str, *options: str) -> Callable[[bool], Outcome]:
-    """One cell of benchmarks/packing.py."""
+def table(cell: packing.Cell, *trials: int) -> Callable[[bool], Outcome]:
+    """The rows of one cell of benchmarks/packing.py; they stay on the page if the part is stopped."""
 
     def run(rehearse: bool) -> Outcome:
-        what = ["--cells", cells, "--only", only, "--repetitions", "1", "--trainer-trials", "1", *options]
-        if rehearse:
-            what = ["--cells", "real", "--only", "tiny alpaca, hole,1024", "--trials", "2"]
-            what += ["--repetitions", "1", "--trainer-trials", "1"]
-        with redirect_stdout(StringIO()) as printed:
-            packing.main(what)
-        lines = printed.getvalue().splitlines()
-        return Outcome(True, "\n".join(line for line in lines if line.startswith("|")))
+        counts = trials[:2] if rehearse else trials
+        arguments = packing.parse_arguments(
+            ["--repetitions", "1", "--trainer-trials", "1", "--trials", *map(str, counts)]
+        )
+        packing.keep_freed_memory()
+        lines = packing.table_head()
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        for line in packing.rows_of(small(cell) if rehearse else cell, arguments):
+            lines.append(line)
+            print(line, file=sys.stderr, flush=True)
+        return Outcome(True, "\n".join(lines))
 
     return run
+
+
+def small(cell: packing.Cell) -> packing.Cell:
+    """The cell with a model and rows for a CPU: its precision, optimizer and kind of rows stay."""
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
+    shape = packing.TINY.shape | narrow
+    short = {"steps": 6, "evaluation_rows": 8, "evaluate_every": 6, "accumulation": 2}
+    return replace(cell, shape=shape, tokens=96 if cell.is_alpaca else 16, batch_sizes=(), **short)
 
 
 def smollm2(rehearse: bool) -> Outcome:
     """A round of the study alpaca-smollm2 in bfloat16; in a rehearsal of the quickstart."""
     study = ROOT / "studies" / ("quickstart" if rehearse else "alpaca-smollm2")
+    said = ""
     if not (study / "base").exists():
         made = of_command([sys.executable, str(study / "prepare.py")])
         if not made.holds:
-            return replace(made, text=f"`make smollm2` is needed first:\n\n{made.text}")
+            said = "The model could not be made (`make smollm2`): random weights of its shape.\n\n"
     with tempfile.TemporaryDirectory() as directory:
-        write_round(study, Path(directory), rehearse=rehearse)
-        return of_command([*_TUNER, "-C", directory, "study", "run", "round1.yaml"])
+        write_round(study, Path(directory), rehearse=rehearse, is_stand_in=bool(said))
+        ran = of_command([*_TUNER, "-C", directory, "study", "run", "round1.yaml"])
+    return replace(ran, text=said + ran.text)
 
 
-def write_round(study: Path, directory: Path, *, rehearse: bool) -> None:
-    """Write a study's first round into another folder, for this machine."""
+def write_round(study: Path, directory: Path, *, rehearse: bool, is_stand_in: bool = False) -> None:
+    """Write a study's first round into another folder, for this machine.
+
+    A stand-in has a model of SmolLM2's shape with random weights, and rows of Alpaca's lengths.
+    """
     document = YAML(typ="safe").load((study / "round1.yaml").read_text())
-    spec = RoundSpec.model_validate(document).absolute(study.resolve())
-    document["model"]["path"] = spec.model.path
-    for name in ("train", "eval"):
-        for source, found in zip(document["data"][name], getattr(spec.data, name), strict=True):
-            source["path"] = found.path
+    if is_stand_in:
+        packing.write_files(
+            replace(packing.SMOLLM2, dtype="bfloat16", tokens=128, is_alpaca=True, evaluation_rows=32),
+            directory,
+        )
+        document["model"]["path"] = "base"
+        document["data"] |= {"loss_on": "all"}
+        for name in ("train", "eval"):
+            document["data"][name] = [{"path": f"{name}.jsonl", "format": "text"}]
+    else:
+        spec = RoundSpec.model_validate(document).absolute(study.resolve())
+        document["model"]["path"] = spec.model.path
+        for name in ("train", "eval"):
+            for source, found in zip(document["data"][name], getattr(spec.data, name), strict=True):
+                source["path"] = found.path
     document["storage"] = f"sqlite:///{directory}/tuner.db"
     if rehearse:
         document["max_train_steps"] = 4
@@ -205,21 +241,16 @@ def parts() -> dict[str, Part]:
         Part("equality-nf4", 3, "the same over a base in NF4", equality("nf4")),
     ]
     for cell in packing.gpu_cells():
-        name, only = f"packing-{cell.name}-{cell.micro_tokens}", f"{cell.name},{cell.micro_tokens}"
-        minutes = 4 if cell.name == "1B" else 7
-        says = f"K = 1 to 16 beside the limit, {cell.micro_tokens} tokens a micro-step"
-        made.append(Part(name, minutes, says, table("gpu", only)))
+        minutes, counts = (4, (1, 2, 4, 8, 16)) if cell.name == "1B" else (6, (1, 4, 16))
+        # Past 16,384 tokens a pass is full on every card, and eight minutes are over.
+        fitting = [count for count in counts if count * cell.micro_tokens <= 16_384]
+        says = f"K = 1 to {fitting[-1]} beside the limit, {cell.micro_tokens} tokens a micro-step"
+        name = f"packing-{cell.name}-{cell.micro_tokens}"
+        made.append(Part(name, minutes, says, table(cell, *fitting)))
     for cell in packing.real_cells(packing.gpu_cells()[0]):
         _, _, what = cell.name.partition(", ")
-        run = table("gpu-real", f"{cell.name},{cell.micro_tokens}", "--trials", "8")
-        made.append(
-            Part(
-                f"real-{what or 'lengths'}".replace(" ", "-"),
-                5,
-                f"K = 8, Alpaca's lengths, {what or 'nothing else'}",
-                run,
-            )
-        )
+        name = f"real-{what or 'lengths'}".replace(" ", "-")
+        made.append(Part(name, 5, f"K = 8, Alpaca's lengths, {what or 'nothing else'}", table(cell, 8)))
     made.append(Part("smollm2", 6, "a round of the study alpaca-smollm2", smollm2))
     return {part.name: part for part in made}
 
@@ -253,9 +284,12 @@ def run_apart(part: Part, *, rehearse: bool, limit_seconds: float = LIMIT_SECOND
             capture_output=True,
             check=False,
             timeout=limit_seconds,
+            env=environment(),
         )
-    except subprocess.TimeoutExpired:
-        return Outcome(False, f"Stopped after {limit_seconds / 60:.0f} minutes.")
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stderr or b"").decode(errors="replace").splitlines()  # bytes, `text` or not
+        rows = [line for line in said if line.startswith("|")]
+        return Outcome(False, "\n".join([f"Stopped after {limit_seconds / 60:.0f} minutes.", "", *rows]))
     if ran.returncode:
         last = ran.stderr.strip().splitlines()[-_LAST_LINES:]
         return Outcome(False, "\n".join(["```text", *last, "```"]))

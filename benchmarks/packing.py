@@ -497,7 +497,8 @@ def measure_limit(cell: Cell, directory: Path, *, repetitions: int) -> Limit:
     """Fit a straight line through the times of one trial's passes of 1 to 16 micro-batches of rows."""
     plain = replace(cell, batch_sizes=(), optimizer="adamw", has_hole=False)
     state, _ = load_worker_state(round_spec(plain, directory), cache=directory / "cache", slots=1)
-    sizes = [rows for rows in (1, 2, 4, 8, 16, 32) if rows * cell.tokens <= 32768]
+    # Longer passes of 7B do not fit into 140 GB: they would be cut, and be off the line.
+    sizes = [rows for rows in (1, 2, 4, 8, 16, 32) if rows * cell.tokens <= 16_384]
     found: dict[int, list[tuple[float, float]]] = {rows: [] for rows in sizes}
     for rows in sizes * repetitions:
         sized = replace(plain, micro_rows=rows, accumulation=1, steps=6, evaluate_every=6)

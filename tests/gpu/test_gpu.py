@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.inference.test_answering import DRAWN, GREEDY, prompt, said
+from tests.inference.test_merging import export, trained
 from tests.training.driving import (
     Entry,
     assert_lost_in_rounding,
@@ -20,6 +22,7 @@ from tests.training.driving import (
     worker_state,
 )
 from tuner.adapters import Base, load_base
+from tuner.inference import Answerer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +30,8 @@ pytestmark = [
         not torch.cuda.is_available(), reason="no CUDA GPU: torch.cuda.is_available() is False"
     ),
 ]
+
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,27 @@ def test_loop(path: Path, tmp_path: Path, optimizer: str) -> None:
     assert ended(again).outcome == "complete"
     assert [evaluation.step for evaluation in curve(again)] == [0, 3, 6, 9, 10]
     assert curve(again)[-1].eval_loss < curve(again)[0].eval_loss
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_adapter_answers_and_so_does_the_merged_model(
+    path: Path, tmp_path: Path, quantization: str
+) -> None:
+    """`trial generate` on the GPU, and of a model that was merged on the host."""
+    spec = tiny.model_spec(path, dtype="float32", quantization=quantization)
+    merged = export(tmp_path, spec, trained(spec), "float32").to(DEVICE)
+    tokenizer = tiny.byte_level()
+    answering = Answerer(spec, tokenizer, adapter=tmp_path / "adapter")
+    asked = [prompt(range(4, 12 + number), number) for number in range(3)]
+    for decoding in (GREEDY, DRAWN):
+        together = said(answering, asked, decoding)
+        assert together == [text for each in asked for text in said(answering, [each], decoding)]
+    assert said(answering, asked, GREEDY, of_base=True) != said(answering, asked, GREEDY)
+    ids = torch.arange(4, 20, device=DEVICE)[None]
+    with torch.no_grad():
+        one, other = (model(input_ids=ids).logits for model in (merged, answering._model))
+    # In 4 bits, the host may round a weight to the neighbour of the code that the GPU takes.
+    assert float((one - other).norm() / one.norm()) < (1e-4 if quantization == "none" else 0.02)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

@@ -26,6 +26,7 @@ from transformers import (
 from tests import tiny
 from tests.training.driving import (
     Entry,
+    Trained,
     drive,
     loss_difference,
     solo,
@@ -127,6 +128,16 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).norm() / one.float().norm())
 
 
+def most_updates_difference(one: Trained, other: Trained) -> float:
+    """As `update_difference`, without the thousandth of the weights that differ most."""
+    apart, moved = (
+        torch.cat([(a - b).reshape(-1) for name in to for a, b in zip(to[name], by[name], strict=True)])
+        for to, by in ((one.weights, other.weights), (other.weights, other.start))
+    )
+    kept = apart.abs().sort().values[: -max(1, apart.numel() // 1000)]
+    return float(kept.double().norm() / moved.double().norm())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trial_alone_and_packed_is_torchs(kind: str, dtype: str) -> None:
@@ -148,9 +159,12 @@ def test_a_trial_alone_and_packed_is_torchs(kind: str, dtype: str) -> None:
     pairs = [(alone[1], alone[0]), *((packed[1][n], packed[0][n]) for n in range(2))]
     losses = max(loss_difference(*pair) for pair in pairs)
     updates = max(update_difference(*pair) for pair in pairs)
-    print(f"{kind} {dtype}: losses differ by {losses:.1e}, updates by {updates:.1e}")
+    most = max(most_updates_difference(*pair) for pair in pairs)
+    print(f"{kind} {dtype}: losses differ by {losses:.1e}, updates by {updates:.1e}, most by {most:.1e}")
     assert losses < (1e-5 if dtype == "float32" else 0.02)
-    # Adam divides a gradient by its size, so that a tiny one's rounding is as large as others' steps.
+    # Adam divides a gradient by its size, so that a tiny one's rounding is as large as others' steps: of the
+    # 1.6e-3 by which a trial over Gemma 2 differs in float32, one weight of 4,096 has 98%.
+    assert most < (2e-4 if dtype == "float32" else 0.5)
     assert updates < (1e-2 if dtype == "float32" else 0.5)
 
 

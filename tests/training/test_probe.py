@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tuner.config import RoundSpec
 from tuner.data import PreparedData, load_tokenizer, prepare
 from tuner.errors import ModelError
 from tuner.records import Choices, Fixed, Prediction, Range, TimesSqrtRank, from_json, to_json
-from tuner.training.memory_budget import largest_hyperparameters, predict, probe
+from tuner.training.memory_budget import largest_hyperparameters, predict, probe, tokens_of_update
 from tuner.training.startup import arrange, packing_for, predict_packed
 
 
@@ -93,6 +93,20 @@ def test_auto_fills_a_pass_as_far_as_memory_goes(models: tiny.Models, tmp_path: 
     state = arrange(spec, data, slots=probed)
     assert packing_for(state, spec, limits=[1 << 50]).slots == spec.num_trials == 4
     assert packing_for(state, spec, limits=[1 << 20]).slots == 1
+
+
+def test_slots_are_reckoned_with_the_padding_of_an_update(models: tiny.Models, tmp_path: Path) -> None:
+    """One row in ten is long: a grid is padded to it, joined rows hardly."""
+    texts = [f"Row {n}." * (8 if n % 10 == 0 else 1) for n in range(60)]
+    spec, data = _round(models, tmp_path, texts=texts)
+    lengths = data.train.num_tokens
+    assert lengths.max() > 4 * lengths.min()
+    state = arrange(spec, data, slots=2)
+    assert state.joins_rows
+    joined, real = tokens_of_update(state, 24), 24 * float(lengths.mean())
+    assert 0.9 * real < joined < 1.3 * real
+    state.base.joins_rows = False
+    assert tokens_of_update(state, 24) == 24 * lengths.max() > 2 * joined
 
 
 def test_a_row_that_does_not_fit_is_no_prediction(models: tiny.Models, tmp_path: Path) -> None:
@@ -178,9 +192,10 @@ def _takes_what_is_named(said: str, spec: RoundSpec, data: PreparedData) -> None
 
 
 def _round(
-    models: tiny.Models, directory: Path, *, model: Path | None = None
+    models: tiny.Models, directory: Path, *, model: Path | None = None, texts: Sequence[str] = ()
 ) -> tuple[RoundSpec, PreparedData]:
-    rows = write_jsonl(directory / "rows.jsonl", [{"text": f"Row number {n}."} for n in range(30)])
+    texts = texts or [f"Row number {n}." for n in range(30)]
+    rows = write_jsonl(directory / "rows.jsonl", [{"text": text} for text in texts])
     spec = RoundSpec.model_validate(
         {
             "study": "s",

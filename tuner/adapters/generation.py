@@ -229,7 +229,7 @@ class TextGenerator:
             logits_processor=decoding.processors([prompt.row for prompt in prompts]),
             streamer=None if say is None else _Streamer(self._tokenizer, say),
         )
-        return [self._read(row.tolist()) for row in out[:, ids.shape[1] :]]
+        return [self._read(row) for row in out[:, ids.shape[1] :].tolist()]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and mask, [rows, longest], padded on the left so that the answers start together."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 
 from tuner.adapters.device_io import one_out_of_memory
 from tuner.config import RoundSpec
+from tuner.data import batch_rows
 from tuner.errors import ModelError
 from tuner.methods.variants import CHOOSER, known_variant, possible_variants
 from tuner.records import Assignment, Choices, Fixed, Hyperparameters, Prediction, Range, Space, Value
 from tuner.training.packed_passes import example_scores, forward_backward, micro_step, padded_tokens
-from tuner.training.trial_run import MicroBatch, TrialRun
+from tuner.training.trial_run import MicroBatch, TrialRun, cut, cut_joined
 from tuner.training.worker_state import WorkerState, peak_memory_bytes
 
 MAX_SLOTS = 16
@@ -89,7 +91,8 @@ def choose_packing(
 ) -> Packing:
     """Return as many trials as fill a pass and fit into memory; at least one.
 
-    `slot_weights` counts the weights of a slot, `update_tokens` the tokens of a typical update of one trial.
+    `slot_weights` counts the weights of a slot. `update_tokens` are those of a typical update of one trial,
+    padding included, as in what the passes of a probe were measured by.
     Memory goes to the slots first, since the tokens of a pass can be reduced and slots cannot; but a pass
     always has space for one row of each.
     """
@@ -213,6 +216,29 @@ def probe(state: WorkerState, hyperparameters: Hyperparameters) -> list[Probed]:
         found.append((tokens, min(seconds[1:]), [peak_memory_bytes(device) for device in devices]))
     tokens_of, took = tuple(f[0] for f in found), tuple(f[1] for f in found)
     return [Probed(tokens_of, took, tuple(f[2][number] for f in found)) for number in range(len(devices))]
+
+
+_SAMPLED_UPDATES = 16
+
+
+def tokens_of_update(state: WorkerState, batch_size: int) -> int:
+    """Return the mean tokens that passes compute for an update of one trial beside another, padding included.
+
+    Rows that are joined are padded to the longest trial's, others to the longest row of all.
+    """
+    lengths, total = state.train.num_tokens, 0
+    divided = cut_joined if state.joins_rows else cut
+    for step in range(1, _SAMPLED_UPDATES + 1):
+        both = [
+            divided(
+                batch_rows(len(lengths), batch_size=batch_size, seed=seed, step=step),
+                lengths,
+                micro_tokens=state.micro_tokens,
+            )
+            for seed in (0, 1)
+        ]
+        total += sum(padded_tokens(filter(None, parts), state) for parts in zip_longest(*both))
+    return math.ceil(total / (2 * _SAMPLED_UPDATES))
 
 
 def largest_hyperparameters(space: Space) -> dict[str, Value]:

@@ -42,6 +42,7 @@ from tuner.training.memory_budget import (
     largest_hyperparameters,
     predict,
     probe,
+    tokens_of_update,
 )
 from tuner.training.optimizer import refuse_bad_optimizer
 from tuner.training.packed_passes import example_scores, measured_evaluation
@@ -289,7 +290,7 @@ def packing_for(state: WorkerState, spec: RoundSpec, *, limits: Sequence[int]) -
             )
             for of_device, limit, share in zip(probed, limits, state.pack.shares, strict=True)
         ],
-        update_tokens=int(_mean_batch_size(spec) * float(state.train.num_tokens.mean())),
+        update_tokens=tokens_of_update(state, round(_mean_batch_size(spec))),
         longest_row=int(state.train.num_tokens.max()),
         trials=spec.num_trials,
     )
