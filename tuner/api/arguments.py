@@ -13,7 +13,13 @@ from tuner.errors import TunerError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_OPTIONS = {"settings": "set", "eval_data": "eval", "from_round": "from", "seconds": "for"}
+_OPTIONS = {
+    "settings": "set",
+    "hyperparameters": "set",
+    "eval_data": "eval",
+    "from_round": "from",
+    "seconds": "for",
+}
 """The command line's names of arguments that it names otherwise."""
 
 
@@ -42,12 +48,11 @@ def with_arguments(message: str, forms: Mapping[str, str]) -> str:
 
     `forms` are the annotations of the arguments by name.
     """
-    *parts, last = message.split("`")
+    parts = message.split("`")
     for name, form in forms.items():
         option = f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
         parts[::2] = [_named(part, option, name, form) for part in parts[::2]]
-        last = _named(last, option, name, form)
-    return "`".join([*parts, last])
+    return "`".join(parts)
 
 
 def _named(text: str, option: str, name: str, form: str) -> str:
@@ -55,5 +60,7 @@ def _named(text: str, option: str, name: str, form: str) -> str:
         return re.sub(rf"{option}(?![\w-])", f"{name}=True", text)
     if form.startswith("Sequence"):
         text = re.sub(rf"{option} (\S+?)(?=:?(\s|$))", rf"{name}=['\1']", text)
+    if form.startswith("Mapping"):
+        text = re.sub(rf"{option} (?:{name}\.)?(\w+)=(\w+)", rf"{name}={{'\1': \2}}", text)
     text = re.sub(rf"{option} (\S+): ", rf"{name}=\1: ", text)
-    return re.sub(rf"{option}(?![\w-])", name, text)
+    return re.sub(rf"{option}(?![\w-])", f"`{name}`", text)

@@ -81,7 +81,7 @@ def _bounded(
     if results.max_train_steps >= most:
         return Enough(
             f"{results.max_train_steps} steps are {MAX_GROWTH} times the first horizon, the most without "
-            f"run.production_steps or --for. The next horizon would be {suggested} steps"
+            f"run.production_steps or a limit in time. The next horizon would be {suggested} steps"
         )
     return min(suggested, most)
 
