@@ -20,6 +20,9 @@ from typing import Any, TextIO
 _MOST_BYTES = 8 * 2**20
 """Of a log, before its older half is kept under another name until the next time."""
 
+_LAST_LINES = 15
+"""Of a log, in a message."""
+
 _SECRETS = (
     (re.compile(r"(\w://[^\s:/@'\"<>]*):[^\s'\"<>]+@"), r"\1:***@"),
     (
@@ -61,6 +64,16 @@ def halved(log: Path) -> None:
         if log.stat().st_size > _MOST_BYTES:
             shutil.copyfile(log, log.with_name(f"{log.name}.1"))
             os.truncate(log, 0)
+
+
+def last_lines(log: Path) -> str:
+    """Return the end of another process's log, or why it cannot be read, to show to the user."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return f"its log, {log}, cannot be read: {error.strerror}"
+    tail = "\n".join(f"    {line}" for line in lines[-_LAST_LINES:])
+    return f"its log, {log}, ends with:\n{tail}"
 
 
 class _Lines(logging.Formatter):

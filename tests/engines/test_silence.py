@@ -157,6 +157,22 @@ def test_a_stopped_process_is_killed_and_said(tmp_path: Path) -> None:
     worker.close()
 
 
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import pathlib, sys; pathlib.Path(sys.argv[1]).unlink(); sys.exit(3)", "No such file or directory"),
+        (r"import sys; sys.stdout.buffer.write(b'\xff\n')", "reading the worker's events failed: UnicodeDecode"),
+    ],
+)
+def test_the_end_of_a_worker_is_said_whatever_is_gone(tmp_path: Path, program: str, words: str) -> None:
+    """Its log, for one, with the folder of the round: the round would wait without end."""
+    log = tmp_path / "worker.log"
+    made = Program(("-c", program, str(log)), dict)
+    worker = ProgramWorker(made, lambda: LocalProcess(made.arguments, log=log), silence_seconds=100.0)
+    assert words in died(worker).reason
+    worker.close()
+
+
 def test_closing_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:
     worker = launched(tmp_path, PROGRAM + "time.sleep(600)\n")
     assert isinstance(worker.events(120.0)[0], Ready)

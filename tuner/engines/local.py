@@ -27,10 +27,9 @@ from tuner.engines.protocol import Job, Worker
 from tuner.errors import WorkerError
 from tuner.methods.plug_ins import named
 from tuner.methods.registry import is_built_in
-from tuner.process_log import halved
+from tuner.process_log import halved, last_lines
 from tuner.report.format import GpuReading
 
-_LOG_TAIL_LINES = 15
 _LOOK_SECONDS = 10.0
 """How often the size of a worker's log is looked at."""
 _FORMER_SECONDS = 3.0
@@ -250,9 +249,7 @@ class LocalProcess:
 
     def last_words(self) -> str:
         """Return the last lines of its log."""
-        lines = self._log.read_text(errors="replace").splitlines()
-        tail = "\n".join(f"    {line}" for line in lines[-_LOG_TAIL_LINES:])
-        return f"its log, {self._log}, ends with:\n{tail}"
+        return last_lines(self._log)
 
 
 def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tuner.engines.protocol import HasProcesses, Program, Worker
-from tuner.errors import exit_words
+from tuner.errors import exit_words, last_words
 from tuner.pipes import RESTING
 from tuner.records import (
     Assignment,
@@ -279,6 +279,13 @@ class ProgramWorker:
         self.process.write(json.dumps(document) + "\n")
 
     def _read(self, process: Process) -> None:
+        try:
+            self._read_to_the_end(process)
+        except Exception as error:  # nobody else would ever say that the worker has ended
+            process.kill()
+            self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
+
+    def _read_to_the_end(self, process: Process) -> None:
         said_died = False
         for line in process.lines():
             try:

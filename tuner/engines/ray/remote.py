@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tuner.engines.ray.host import Heard
 from tuner.engines.ray.transfer import fetch, fetch_more, give_back, until_room
-from tuner.process_log import halved
+from tuner.process_log import halved, last_lines
 from tuner.records import Died, event_to_json
 from tuner.report.format import GpuReading
 from tuner.whole import digest
@@ -31,7 +31,6 @@ _PAUSE_SECONDS = 0.05
 _SLACK_SECONDS = 20.0
 """How long a poll's answer may be under way."""
 _LONG_CALL_SECONDS = 3600.0
-_LOG_TAIL_LINES = 15
 _TRIES = 5
 LOG_SECONDS = 5.0
 """How often the logs of commands on a node are fetched."""
@@ -155,9 +154,7 @@ class RemoteHost:
         """Return the last lines of the worker's log, to show to the user."""
         if not self.log.exists():
             return f"{self.name} wrote no log"
-        lines = self.log.read_text(errors="replace").splitlines()
-        tail = "\n".join(f"    {line}" for line in lines[-_LOG_TAIL_LINES:])
-        return f"its log, {self.log}, ends with:\n{tail}"
+        return last_lines(self.log)
 
 
 @dataclass(frozen=True)
