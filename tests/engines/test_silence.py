@@ -161,7 +161,10 @@ def test_a_stopped_process_is_killed_and_said(tmp_path: Path) -> None:
     ("program", "words"),
     [
         ("import pathlib, sys; pathlib.Path(sys.argv[1]).unlink(); sys.exit(3)", "No such file or directory"),
-        (r"import sys; sys.stdout.buffer.write(b'\xff\n')", "reading the worker's events failed: UnicodeDecode"),
+        (
+            r"import sys; sys.stdout.buffer.write(b'\xff\n')",
+            "reading the worker's events failed: UnicodeDecode",
+        ),
     ],
 )
 def test_the_end_of_a_worker_is_said_whatever_is_gone(tmp_path: Path, program: str, words: str) -> None:

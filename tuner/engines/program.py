@@ -281,7 +281,7 @@ class ProgramWorker:
     def _read(self, process: Process) -> None:
         try:
             self._read_to_the_end(process)
-        except Exception as error:  # nobody else would ever say that the worker has ended
+        except Exception as error:  # noqa: BLE001  nobody else would ever say that the worker has ended
             process.kill()
             self._said.put(Died(f"reading the worker's events failed: {last_words(error)}"))
 
