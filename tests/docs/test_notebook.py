@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "use-from-python.md"
 SHORTER = {
     "max_train_steps: 45": "max_train_steps: 15",
     "decay_steps: 15": "decay_steps: 5",
-    "trials: 8": "trials: 4",
+    "trials: 8": "trials: 3",
 }
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.records import (
+    AnswerScore,
     Assignment,
     Branch,
     Checkpoint,
@@ -65,6 +66,8 @@ def _evaluations(draw: st.DrawFn) -> Evaluation:
 
 st.register_type_strategy(Evaluation, _evaluations())
 st.register_type_strategy(float, _LOSSES)
+_SCORES = st.builds(AnswerScore, mean=st.floats(allow_nan=False, allow_infinity=False))
+st.register_type_strategy(AnswerScore, _SCORES)
 
 
 def _piped(document: Any) -> Any:
