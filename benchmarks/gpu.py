@@ -181,7 +181,9 @@ def small(cell: packing.Cell) -> packing.Cell:
     narrow = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
     shape = packing.TINY.shape | narrow
     short = {"steps": 6, "evaluation_rows": 8, "evaluate_every": 6, "accumulation": 2}
-    return replace(cell, shape=shape, tokens=96 if cell.is_alpaca else 16, batch_sizes=(), **short)
+    return replace(
+        cell, shape=shape, tokens=96 if cell.is_alpaca else 16, batch_sizes=cell.batch_sizes[:2], **short
+    )
 
 
 def smollm2(rehearse: bool) -> Outcome:
