@@ -154,6 +154,16 @@ def test_the_nearest_round_files_are_named(tmp_path: Path, capsys: pytest.Captur
     assert "round0" not in message
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "x/" * 2100], ids=["a name", "a path"])
+@pytest.mark.parametrize("verb", ["run", "import", "sweep"])
+def test_a_path_that_is_too_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_round(tmp_path)
+    assert "too long" in refused(tmp_path, capsys, "study", verb, path)
+
+
 def test_a_pipe_in_place_of_a_round_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "round1.yaml")
     for verb in ("run", "check"):

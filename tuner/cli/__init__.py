@@ -5,6 +5,7 @@ Nothing heavy is imported until a verb runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shlex
@@ -17,7 +18,7 @@ import typer
 
 from tuner.cli import printing, study_verbs, trial_verbs
 from tuner.cli.hints import Group, explain
-from tuner.errors import InputError, TunerError, last_words
+from tuner.errors import InputError, TunerError, last_words, shown
 from tuner.process_log import harmless, kept_trace, said_by, trace_of
 from tuner.whole import keep_others_out
 
@@ -135,6 +136,9 @@ def _run(arguments: list[str]) -> int:
         typer.echo("interrupted; run the same command again to continue", err=True)
         return 130
     except Exception as error:  # noqa: BLE001  # a bug of ours, whatever it is
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whichever argument it is
+            typer.echo(f"error: {shown(error.filename)}: is too long for a path; choose another", err=True)
+            return InputError.exit_code
         typer.echo(_bug(error, is_verbose="--verbose" in arguments), err=True)
         return 1
     return code if isinstance(code, int) else 0
