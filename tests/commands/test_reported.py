@@ -37,6 +37,7 @@ def test_lines_are_read_once_and_whole_wherever_the_file_is_cut(tmp_path_factory
     [
         ("no json", "line 1: expects a line such as"),
         ("[1]", "line 1: expects a line such as"),
+        pytest.param("[" * 9_999, "line 1: expects a line such as", id="deep"),
         ('{"eval_loss": 1}', "has no step; expects a line such as"),
         ('{"step": -1}', "step: expects a whole number"),
         ('{"step": true}', "step: expects a whole number"),

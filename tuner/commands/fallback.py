@@ -112,7 +112,7 @@ def _states(output: Path) -> dict[int, Path]:
 def _json(path: Path) -> Said | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is being written, or gone
+    except (OSError, ValueError, RecursionError):  # it is being written, or gone
         return None
     return found if isinstance(found, dict) else None
 
@@ -122,7 +122,7 @@ def _parsed_lines(path: Path) -> Iterator[Said]:
         if line.strip():
             try:
                 said = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}: a line is not JSON: {error}") from error
             if isinstance(said, dict):
                 yield said

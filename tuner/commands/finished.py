@@ -184,7 +184,7 @@ def _of_lines(path: Path, objective: Objective) -> FinishedRun:
             continue
         try:
             said = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: is not JSON: {error}") from error
         if isinstance(said, dict) and "hyperparameters" in said:
             values.update(said["hyperparameters"])
@@ -260,7 +260,7 @@ def _evaluations(source: str, lines: Sequence[Any], objective: Objective) -> tup
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expects a JSON object")
