@@ -53,10 +53,10 @@ def until(is_so: Callable[[], bool], seconds: float = 120) -> None:
     assert is_so()
 
 
-def round_of_commands(directory: Path) -> None:
-    """One trial that takes some seconds."""
+def round_of_commands(directory: Path, *, pause: float = 0.1) -> None:
+    """One trial of 24 steps, and seconds between two steps."""
     written(
-        directory, document(hyperparameters={"learning_rate": 0.05, "schedule": "constant", "pause": 0.1})
+        directory, document(hyperparameters={"learning_rate": 0.05, "schedule": "constant", "pause": pause})
     )
 
 
@@ -72,7 +72,7 @@ def state_of_trial(directory: Path) -> tuple[str, str | None, int]:
 @pytest.mark.slow
 def test_a_terminal_that_is_gone_saves_before_the_end(tmp_path: Path) -> None:
     """Its streams were the terminal: no write to them may stop the save."""
-    round_of_commands(tmp_path)
+    round_of_commands(tmp_path, pause=0.5)
     ours, theirs = pty.openpty()
 
     def open_terminal() -> None:
@@ -104,6 +104,37 @@ def _drain(descriptor: int) -> None:
     with suppress(OSError):
         while os.read(descriptor, 4096):
             pass
+
+
+def test_a_write_that_meets_the_end_of_the_terminal_goes_nowhere() -> None:
+    """In a process of its own, without the signal: it may come after the write that fails."""
+    ours, theirs = pty.openpty()
+    program = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from tuner import cli
+def speak(arguments):
+    print("begun", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+    for _ in range(3):
+        print("to whom?", file=sys.stderr, flush=True)
+        print("to whom?", flush=True)
+    return 7
+cli.run = speak
+cli.main()
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    assert b"begun" in os.read(ours, 64)
+    os.close(ours)
+    running.communicate(b"\n", timeout=60)
+    assert running.returncode == 7
 
 
 @pytest.mark.slow

@@ -74,5 +74,5 @@ def test_nor_in_a_database(url: str, tmp_path: Path) -> None:
         trial = store.trial("round1", 0)
     assert trial.executed_steps == 13
     assert "13 steps in 3 attempts; up to a second of a killed attempt is unknown" in str(
-        _trial_facts(trial, max_train_steps=60, adapter=None)
+        _trial_facts(trial, max_train_steps=60, kept={})
     )

@@ -210,7 +210,7 @@ def _study(directory: Path) -> tuple[StudyFolder | None, Check]:
         )
     names = ", ".join(file.path.name for file in folder.files)
     if folder.broken:
-        mistakes = "; ".join(error.brief for error in folder.broken)
+        mistakes = "; ".join(str(error) for error in folder.broken)
         return folder, Check(
             "study",
             f"{folder.name}: {names}; with mistakes: {mistakes}",

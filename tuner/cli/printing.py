@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -82,6 +83,38 @@ class _Trimmed:
     def write(self, text: str) -> int:
         """Write whole lines."""
         return self._stream.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Outliving:
+    """A stream of this process to a terminal that may hang up: what is written then goes nowhere.
+
+    The write that meets it fails before the signal that tells of it is handled.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        self._outlive(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what has been kept."""
+        self._outlive(self._stream.flush)
+
+    def _outlive(self, act: Callable[..., object], *arguments: str) -> None:
+        try:
+            act(*arguments)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            from tuner.api.run import let_go_of_terminal
+
+            let_go_of_terminal()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
