@@ -70,12 +70,14 @@ def state_of_trial(directory: Path) -> tuple[str, str | None, int]:
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_gone_saves_before_the_end(tmp_path: Path) -> None:
-    """Its streams were the terminal: no write to them may stop the save."""
-    round_of_commands(tmp_path, pause=0.5)
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["told", "ignored"])
+def test_a_terminal_that_is_gone_stops_no_save(tmp_path: Path, is_ignored: bool) -> None:
+    """No write to its streams fails. Where SIGHUP is ignored, the round goes on."""
+    round_of_commands(tmp_path, pause=0.1 if is_ignored else 0.5)
     ours, theirs = pty.openpty()
 
     def open_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -95,8 +97,9 @@ def test_a_terminal_that_is_gone_saves_before_the_end(tmp_path: Path) -> None:
     until(lambda: running.poll() is not None or (log.exists() and "step 4: eval loss" in log.read_text()))
     assert running.poll() is None
     os.close(ours)  # the terminal hangs up
-    assert running.wait(120) == 130
-    assert state_of_trial(tmp_path) == ("waiting", "stopped", 1)
+    assert running.wait(120) == (0 if is_ignored else 130)
+    ends = ("complete", "complete", 1) if is_ignored else ("waiting", "stopped", 1)
+    assert state_of_trial(tmp_path) == ends
     until(lambda: of(tmp_path) == [])
 
 

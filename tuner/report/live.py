@@ -8,6 +8,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
@@ -264,10 +265,12 @@ def hide_keys() -> None:
 
 
 def show_keys() -> None:
-    """Let the terminal show typed keys again, and its cursor."""
+    """Let the terminal show typed keys again, and its cursor; nothing where it has hung up since."""
     if not _shown_keys:
         return
-    termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, _shown_keys.pop())
+    before = _shown_keys.pop()
+    with suppress(OSError, termios.error):
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
     sys.stderr.write("\x1b[?25h")
     sys.stderr.flush()
 
