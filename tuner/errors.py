@@ -93,7 +93,7 @@ class StorageAway(StorageError):
 
 
 class StudyTaken(StorageError):
-    """Another process has written to the study since this one did."""
+    """Another process holds the study, or has written to it since this one did."""
 
 
 class CheckpointError(TunerError):

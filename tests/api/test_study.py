@@ -170,8 +170,11 @@ def test_a_new_study_is_one_that_its_check_accepts(tmp_path):
 def test_an_unknown_name_is_refused_with_those_there_are(study, tmp_path):
     with pytest.raises(InputError, match="round9: no such round has started; started: round1, round2"):
         study.round("round9")
-    with pytest.raises(InputError, match="expects ROUND/NUMBER"):
-        study.trial("round1/99")
+    for number in ("99", "\N{ARABIC-INDIC DIGIT ZERO}", "-1", ""):
+        with pytest.raises(InputError, match="expects ROUND/NUMBER"):
+            study.trial(f"round1/{number}")
+    with pytest.raises(InputError, match="/1: no such round has started"):
+        study.trial("/1")
     with pytest.raises(InputError, match="no round file here"):
         tuner.Study(tmp_path)
     with pytest.raises(InputError, match="slots=0: expects auto or a whole number"):

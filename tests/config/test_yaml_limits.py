@@ -33,6 +33,8 @@ REFUSED = {
     "an alias of what is around": ("x: &a [*a]", 1, "alias"),
     "an alias of nothing": ("x: *a", 1, "alias"),
     "a number beyond every float": ("x:\n  - " + "9" * 400, 2, "308 digits"),
+    "half of a surrogate pair": ('x:\n  - "\\ud800"', 2, r"contains \ud800, half of a surrogate pair"),
+    "a key with half of a pair": ('"x\\udfff": 1', 1, r"contains \udfff"),
     "a merge of what is no mapping": ("x: {<<: 1}", 1, "merg"),
 }
 

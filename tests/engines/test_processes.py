@@ -18,6 +18,7 @@ from tuner.engines.processes import (
     RecordedWorker,
     end_left_over,
     end_with_token,
+    forget_ended,
     new_token,
     record_worker,
     recorded_workers,
@@ -56,9 +57,20 @@ def test_a_worker_whose_parent_is_gone_is_ended(tmp_path: Path, sleeper) -> None
 
 def test_a_worker_whose_parent_lives_is_left_alone(tmp_path: Path, sleeper) -> None:
     record_worker(tmp_path / "worker.pid", sleeper.pid)
-    assert [each.worker.pid for each in recorded_workers(tmp_path)] == [sleeper.pid]
+    assert [each.worker.pid for each in recorded_workers(tmp_path).values()] == [sleeper.pid]
     assert end_left_over(tmp_path) == []
     assert sleeper.poll() is None
+
+
+def test_the_record_of_a_worker_that_ended_with_its_parent_goes(tmp_path: Path, sleeper) -> None:
+    write(tmp_path, gone(), gone())
+    forget_ended(tmp_path)
+    assert not (tmp_path / "worker.pid").exists()
+    running = Identity.of(sleeper.pid)
+    for worker, parent in ((running, gone()), (gone(), running), (gone(), replace(gone(), boot="another"))):
+        write(tmp_path, worker, parent)
+        forget_ended(tmp_path)
+        assert (tmp_path / "worker.pid").exists()
 
 
 @pytest.mark.parametrize("other", ["host", "boot", "started"])

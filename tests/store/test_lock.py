@@ -187,6 +187,17 @@ def test_a_lock_whose_file_was_deleted_is_known_to_be_lost(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_whose_directory_was_deleted_is_not_said_to_be_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    with hold_study(folder, f"sqlite:///{folder}/tuner.db", "study") as hold:
+        shutil.rmtree(folder)
+        assert hold.is_lost
+        with pytest.raises(StorageError, match=f"there is no directory {folder}") as refused:
+            hold.renew()
+    assert not isinstance(refused.value, StudyTaken)
+
+
 def test_a_forked_child_does_not_hold_it(
     url: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ MAX_DEPTH = 32
 """Levels of lists and mappings; a round file has five. Readers that recurse fail at some hundred."""
 MAX_VALUES = 50_000
 """Values with every alias written out: a kilobyte of nested aliases can stand for millions."""
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+"""An escape such as `"\\ud800"` makes a text that nothing can write."""
 
 _PLAIN_DATA = "expects plain text, numbers, lists or `key: value` lines, without YAML tags"
 
@@ -53,7 +57,7 @@ class _Open:
 
 
 def refuse_costly(text: str) -> None:
-    """Raise YamlError for text that is too long, too deep or grows by aliases, and for tags and complex keys.
+    """Raise YamlError for text that is too long, too deep or grows by aliases, and for what no file needs.
 
     Raises what ruamel.yaml does for text that is not YAML.
     """
@@ -81,6 +85,10 @@ def _refuse_node(event: NodeEvent, around: list[_Open]) -> None:
     line = event.start_mark.line + 1
     if _is_tagged(event):
         raise YamlError(_PLAIN_DATA, line)
+    if isinstance(event, ScalarEvent) and (halves := _SURROGATES.search(event.value)):
+        raise YamlError(
+            f"contains {ascii(halves[0])[1:-1]}, half of a surrogate pair; write the character itself", line
+        )
     if around and around[-1].expects_key and not isinstance(event, ScalarEvent):
         kind = "an alias" if isinstance(event, AliasEvent) else "a list or a mapping"
         raise YamlError(f"a key is {kind}; expects a name, as in `key: value`", line)

@@ -18,6 +18,7 @@ from tuner.engines.processes import (
     TOKEN,
     end_left_over,
     end_with_token,
+    forget_ended,
     new_token,
     record_worker,
     recorded_workers,
@@ -69,6 +70,8 @@ class LocalEngine:
         if devices and self._meter is None:
             self._meter = gpu_meter(open_nvml(), used)
         wait_for_former_workers(job.directory / "worker.lock")
+        for rounds in job.directory.parent.glob("*/"):  # `auto` keeps a worker from round to round
+            forget_ended(rounds)
         names = ["worker", *(f"worker-{number}" for number in range(1, len(environments)))]
         makers = [
             partial(self._worker, job, log=job.directory / f"{name}.log", environment=environment)
@@ -270,7 +273,7 @@ def wait_for_former_workers(lock: Path, *, timeout_seconds: float = 60.0) -> Non
                 if waited > _FORMER_SECONDS:
                     end_left_over(lock.parent)
                 if waited > timeout_seconds:
-                    known = [str(each.worker.pid) for each in recorded_workers(lock.parent)]
+                    known = [str(each.worker.pid) for each in recorded_workers(lock.parent).values()]
                     raise WorkerError(
                         f"{lock}: a worker of an earlier run still holds this file after "
                         f"{timeout_seconds:.0f} seconds, and is not known to be ours; see `fuser {lock}`"

@@ -128,23 +128,32 @@ def record_worker(path: Path, pid: int, token: str | None = None) -> None:
         temporary.replace(path)
 
 
-def recorded_workers(directory: Path) -> list[RecordedWorker]:
-    """Return the workers recorded in a directory; files that cannot be read are no record."""
-    found = []
+def recorded_workers(directory: Path) -> dict[Path, RecordedWorker]:
+    """Return the workers recorded in a directory, by file; files that cannot be read are no record."""
+    found = {}
     for path in sorted(directory.glob("*.pid")):
         try:
             document = json.loads(path.read_text())
             worker, parent = Identity(**document["worker"]), Identity(**document["parent"])
-            found.append(RecordedWorker(worker, parent, document.get("token")))
+            found[path] = RecordedWorker(worker, parent, document.get("token"))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
 
 
+def forget_ended(directory: Path) -> None:
+    """Remove the records of workers that have ended with a parent of this boot, as kill -9 leaves them."""
+    for path, recorded in recorded_workers(directory).items():
+        if not recorded.is_of_ended_parent_here or recorded.worker.is_running:
+            continue
+        if recorded.token is None or not any(with_token(recorded.token)):
+            path.unlink(missing_ok=True)
+
+
 def end_left_over(directory: Path) -> list[int]:
     """Kill recorded workers whose parent has ended, and what they started; return their numbers."""
     ended = []
-    for recorded in recorded_workers(directory):
+    for recorded in recorded_workers(directory).values():
         if recorded.is_left_over:
             try:
                 os.kill(recorded.worker.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, NullPool, text
 from sqlalchemy.exc import DBAPIError
 
-from tuner.errors import StorageAway, StorageError, StudyTaken
+from tuner.errors import StudyTaken
 from tuner.process_start import start_ticks
 from tuner.store.database import RUN_LOCKS, database_file, explained, is_sqlite, open_engine, parse_url
 
@@ -55,18 +55,14 @@ class Hold:
     def renew(self) -> None:
         """Take it again if it was lost.
 
-        Raises StudyTaken while another process holds it, StorageAway when the server cannot be reached.
+        Raises StudyTaken while another process holds it, StorageAway when the server cannot be reached, and
+        StorageError when its directory is gone or closed.
         """
         if not self.is_lost:
             return
         self._held.release()
         self._held = _Held(is_lost=lambda: True, release=lambda: None)
-        try:
-            self._held = self._take()
-        except StorageAway:
-            raise
-        except StorageError as error:
-            raise StudyTaken(str(error)) from error
+        self._held = self._take()
 
     def release(self) -> None:
         """Let go of it."""
@@ -86,7 +82,7 @@ def hold_study(directory: Path, url: str, study: str) -> Iterator[Hold]:
     The lock goes when the block ends or the process dies, even by kill -9, and does not pass to child
     processes. With SQLite it is a lock on the file FILE.lock beside the database, and keeps out writers of
     other studies too; with PostgreSQL it is an advisory lock named after the study, and others may run at
-    the same time. Raises StorageError that says which process holds what.
+    the same time. Raises StudyTaken that says which process holds what, and StorageError as `explained` does.
     """
     hold = Hold(parse_url(url), study, f"{directory}: the study {study}")
     owner = os.getpid()
@@ -130,7 +126,7 @@ def _hold_file(url: URL, study: str, subject: str) -> _Held:
         holder, other = _said_in(path)
         if other in ("", study):
             raise _held_by(holder, subject) from None
-        raise StorageError(
+        raise StudyTaken(
             f"{subject} cannot be written now: {holder} is writing the study {other} in the same file, "
             f"{database_file(url)}, and an SQLite file allows one writer; wait until that process ends, "
             "or use a separate `storage` for each study, or PostgreSQL"
@@ -334,7 +330,7 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _held_by(holder: str, subject: str) -> StorageError:
-    return StorageError(
+def _held_by(holder: str, subject: str) -> StudyTaken:
+    return StudyTaken(
         f"{subject} is being run by {holder or 'another process'}; wait until it ends, or stop it"
     )

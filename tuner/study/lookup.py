@@ -33,11 +33,11 @@ def find_trial(folder: StudyFolder, name: str) -> tuple[Trial, int]:
         record = folder.latest(store)
         if name == "best":
             return _best_trial(folder, store)
-        round_name, _, number = name.rpartition("/")
-        if round_name:
+        round_name, slash, number = name.rpartition("/")
+        if slash:
             record = begun_round(store, round_name, asked=name)
         trials = store.trials(record.name)
-        if not number.isdecimal() or int(number) >= len(trials):
+        if not (number.isascii() and number.isdecimal()) or int(number) >= len(trials):
             known = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
             raise InputError(f"{name}: expects ROUND/NUMBER, NUMBER or best; {record.name} has {known}")
         return at_rest(trials[int(number)], folder.is_running()), record.max_train_steps

@@ -34,7 +34,7 @@ class Lock(Protocol):
         ...
 
     def renew(self) -> None:
-        """Take it again if it was lost. Raises StudyTaken, StorageAway."""
+        """Take it again if it was lost. Raises StudyTaken, StorageAway, StorageError."""
         ...
 
 

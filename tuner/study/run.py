@@ -216,7 +216,9 @@ def _outside_failures(watch: DiskWatch, worker: Worker) -> Iterator[None]:
         said = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
         if (shortage := watch.disk.shortage(watch.ready)) is not None:
             raise RoundStopped(f"no disk: {shortage}. Free some space ({said})") from error
-        raise RoundStopped(f"{said}. Earlier records are kept. Fix the problem") from error
+        is_gone = isinstance(error.__cause__ or error, FileNotFoundError)  # and the records with it
+        kept = "" if is_gone else "Earlier records are kept. "
+        raise RoundStopped(f"{said}. {kept}Fix the problem") from error
 
 
 def refuse_lost_database(plan: RoundPlan) -> None:
