@@ -40,3 +40,5 @@ trainer = Trainer(
 trainer.train()
 if "--no_final" not in sys.argv:
     print(trainer.evaluate())
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads may abort a process that leaves this to exit
