@@ -88,8 +88,8 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
         )
     if code in _CRASHED and ending.last_step == max_train_steps:
         how = (
-            f"{how} after its last evaluation, while the script was ending. A script of several processes ends "
-            "with torch.distributed.destroy_process_group()"
+            f"{how} after its last evaluation, while the script was ending. A script of several processes "
+            "ends with torch.distributed.destroy_process_group()"
         )
     return Verdict("failed", f"{how}{quoted(text)}")
 
