@@ -495,16 +495,6 @@ def test_a_signal_below_a_launcher_is_no_mistake_of_the_command(
     assert (verdict.outcome, said in verdict.reason) == (came_to, True)
 
 
-@pytest.mark.parametrize(("last_step", "is_said"), [(24, True), (18, False)])
-def test_a_script_that_crashes_as_it_ends_is_told_what_it_lacks(last_step: int, is_said: bool) -> None:
-    """Threads of a process group that is left to Python's exit may end it with SIGABRT."""
-    log = f"terminate called without an active exception\n{TORCHRUNS.format('6 (SIGABRT)')}"
-    ending = Ending(1, last_step, ("eval_loss",), log, reported_before=True)
-    verdict = judged(ending, max_train_steps=24, metric="eval_loss")
-    assert verdict.outcome == "failed"
-    assert ("destroy_process_group()" in verdict.reason) == is_said
-
-
 CAUSE = "Traceback (most recent call last):\n  File 'dpo.py', line 9\nKeyError: 'chosen'"
 LAUNCHER = "Traceback (most recent call last):\n" + "  File 'launch.py', line 1\n" * 20
 

@@ -24,8 +24,6 @@ _OF_CONNECTIONS = (
 )  # fmt: skip
 """The machine's, unless memory ran out: the other processes of a trial then say these, and so do retries."""
 _KILLED = (-9, 137)
-_CRASHED = (-6, -11)
-"""SIGABRT and SIGSEGV."""
 _BELOW_A_LAUNCHER = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID|died with <Signals\.SIG\w+: (\d+)>")
 """How torchrun and accelerate say that a signal ended the script; torchrun names the first cause last."""
 
@@ -85,11 +83,6 @@ def judged(ending: Ending, *, max_train_steps: int, metric: str) -> Verdict:
             "unusable",
             f"the command ended with {how} before it reported an evaluation, as every trial would. Fix the "
             f"command or its configuration{quoted(text)}",
-        )
-    if code in _CRASHED and ending.last_step == max_train_steps:
-        how = (
-            f"{how} after its last evaluation, while the script was ending. A script of several processes "
-            "ends with torch.distributed.destroy_process_group()"
         )
     return Verdict("failed", f"{how}{quoted(text)}")
 
