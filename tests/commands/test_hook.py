@@ -38,6 +38,12 @@ def test_going_on_equals_a_run_from_scratch_to_the_digit_on_another_grid(tmp_pat
     assert options["gradient_accumulation_steps"] == 2
     assert options["lr_scheduler_kwargs"]["decay_type"] == "linear"
 
+    # what died after its last checkpoint, as it exited, has nothing to run again
+    over = Ran(tmp_path, longer, trial=4, resume=scratch.point(CheckpointKind.LAST), steps=40)
+    assert over.end.outcome == "complete"
+    assert over.curve == scratch.curve
+    assert not (over.place / "command.log").exists()
+
     # a checkpoint without its optimizer is no start
     point = short.point(CheckpointKind.TRUNK)
     (point.path / "checkpoint" / "optimizer.pt").unlink()
