@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import subprocess
 import tempfile
@@ -9,9 +10,12 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
+from alembic import util
+from alembic.util import pyfiles
 from hypothesis.internal.conjecture import providers
 from sqlalchemy import create_engine, make_url, text
 
@@ -32,7 +36,7 @@ assert callable(providers._get_local_constants)
 providers._get_local_constants = providers.Constants
 
 TESTS = Path(__file__).parent
-COVERING = frozenset({"playbook", "config", "store", "study", "cli"})
+COVERING = frozenset({"playbook", "config", "store", "study"})
 """The tests that cover `make test`'s four rooms."""
 FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods", "recorded", "study"})
 """The tests whose workers are forks: how a worker starts is none of their subjects."""
@@ -41,8 +45,23 @@ FORKING = frozenset({"api", "benchmarks", "cli", "docs", "inference", "methods",
 def pytest_configure() -> None:
     """Whoever has a GPU starts workers as always: CUDA does not survive a fork."""
     unsynced.install()
+    pyfiles.load_python_file = _read_once
+    util.load_python_file = _read_once
     if Path("/proc/self/status").exists() and not Path("/dev/nvidiactl").exists():
         subprocess.Popen = forked_workers.Popen  # type: ignore[misc]
+
+
+_load_python_file = pyfiles.load_python_file
+
+
+@functools.cache
+def _migration(directory: str, name: str) -> ModuleType:
+    return _load_python_file(directory, name)
+
+
+def _read_once(directory: str, name: str) -> ModuleType:
+    """Return a migration of Optuna's or of ours, fifty of which Alembic loads for each new database."""
+    return _load_python_file(directory, name) if name == "env.py" else _migration(directory, name)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -115,7 +134,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         slowness[item.path] = max(slowness[item.path], _slowness(item))
         is_drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         if item.path.relative_to(TESTS).parts[0] not in COVERING or _slowness(item) or is_drawn:
-            item.add_marker("no_cover")
+            item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: -slowness[item.path])
 
 

@@ -423,7 +423,7 @@ def test_the_line_of_a_mistake_inside_blocks():
 
 @pytest.mark.parametrize(
     ("written", "words"),
-    [(r"a\0b", "NUL"), (r"a\ud800", "unicode"), (f"a/{'l' * 256}/b", "longer than 255 bytes")],
+    [(r"a\0b", "NUL"), (f"a/{'l' * 256}/b", "longer than 255 bytes")],
 )
 def test_paths_that_no_file_can_have(written, words):
     text = MINIMAL.replace("some/model", f'"{written}"').replace("train.jsonl", f'"{written}"')

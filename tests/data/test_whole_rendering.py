@@ -170,31 +170,29 @@ def case(kind: str, name: str) -> tuple[PreTrainedTokenizerBase, str | None]:
     return tokenizer, None if name in OWN else name
 
 
-@pytest.mark.parametrize("num_messages", [2, 4, 6])
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_tokens_are_those_of_the_exported_template(
-    tmp_path: Path, kind: str, name: str, num_messages: int
-) -> None:
+def test_tokens_are_those_of_the_exported_template(tmp_path: Path, kind: str, name: str) -> None:
     tokenizer, template = case(kind, name)
     theirs = exported(tmp_path, tokenizer, template)
-    messages = TURNS[:num_messages]
-    example = trained(tmp_path, tokenizer, template, messages)
-    ids = example.input_ids.tolist()
-    whole = rendered(theirs, messages)
-    assert is_whole(theirs, ids, whole)
-    for at in range(1, num_messages, 2):
-        asked = rendered(theirs, messages[:at], ask=True)
-        assert ids[: len(asked)] == asked
-        assert example.is_target[len(asked)]
-        assert not example.is_target[len(asked) - 1]
-        said = theirs.decode(ids[len(asked) :][: _run(example.is_target[len(asked) :])])
-        assert said.strip().startswith(messages[at]["content"].split("\n")[0])
-    everything = trained(tmp_path, tokenizer, template, messages, loss_on="all").input_ids.tolist()
-    assert everything[: len(ids) - 1] == ids[:-1]
-    asking = tiny.write_jsonl(tmp_path / "ask.jsonl", [{"messages": messages[:at]}])
-    source = SourceSpec.model_validate(tiny.source(tmp_path / "x", "messages", template=template))
-    [prompt] = read_prompts(asking, source, tokenizer)
-    assert list(prompt.ids) == asked
+    for num_messages in (2, 4, 6):
+        messages = TURNS[:num_messages]
+        example = trained(tmp_path, tokenizer, template, messages)
+        ids = example.input_ids.tolist()
+        whole = rendered(theirs, messages)
+        assert is_whole(theirs, ids, whole)
+        for at in range(1, num_messages, 2):
+            asked = rendered(theirs, messages[:at], ask=True)
+            assert ids[: len(asked)] == asked
+            assert example.is_target[len(asked)]
+            assert not example.is_target[len(asked) - 1]
+            said = theirs.decode(ids[len(asked) :][: _run(example.is_target[len(asked) :])])
+            assert said.strip().startswith(messages[at]["content"].split("\n")[0])
+        everything = trained(tmp_path, tokenizer, template, messages, loss_on="all").input_ids.tolist()
+        assert everything[: len(ids) - 1] == ids[:-1]
+        asking = tiny.write_jsonl(tmp_path / "ask.jsonl", [{"messages": messages[:at]}])
+        source = SourceSpec.model_validate(tiny.source(tmp_path / "x", "messages", template=template))
+        [prompt] = read_prompts(asking, source, tokenizer)
+        assert list(prompt.ids) == asked
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES[:: len(TEMPLATES) + len(OWN) + 2])

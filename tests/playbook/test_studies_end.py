@@ -1,5 +1,6 @@
 """Whole studies, simulated: every one ends by itself, whatever its curves, schedule, noise and bounds are."""
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -127,6 +128,7 @@ def sampled(space: Space, rng: np.random.Generator) -> dict[str, Value]:
     return {name: d.value for name, d in space.items() if isinstance(d, Fixed)} | {"learning_rate": rate}
 
 
+@functools.cache
 def run_by_itself(seed: int) -> tuple[list[int], list[Reading], Enough]:
     """Horizons and readings of a study that `study auto` would run, and why it ended."""
     rng = np.random.default_rng([11, seed])
